@@ -1,0 +1,49 @@
+# Every target works from a fresh clone: what is missing is set up first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+UNFINISHED := $(VENV)/.unfinished
+
+.PHONY: help demo test test-clients test-hard lint clean
+
+help: ## list the targets (the default)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1~\2/p' $(MAKEFILE_LIST) | awk -F'~' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+demo: $(STAMP) ## prune the embedded model; options: make demo ARGS="--steps 100 --out small"
+	@$(BIN)/nuteprune demo $(ARGS)
+
+test: lint ## lint and the test suite; options for pytest: make test ARGS="-k gates"
+	$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(STAMP) ## load exported models in other programs
+	$(BIN)/python -m pytest -m clients $(ARGS)
+
+test-hard: $(STAMP) ## long fault-injection and soak tests
+	$(BIN)/python -m pytest -m hard $(ARGS)
+
+# Idle threads sleep: tiny models on few cores otherwise spend their time spinning.
+test test-clients test-hard: export OMP_WAIT_POLICY ?= PASSIVE
+
+lint: $(STAMP) ## ruff, mypy and the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean: ## remove .venv, caches and build products
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+
+# The stamp is written last, and a set-up that was cut off leaves its mark: that .venv is made
+# anew, since pip takes half-copied packages for installed. A .venv of yours is kept and added to.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "nuteprune needs Python 3.11 or newer, which $(PYTHON) is not; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && rm -f $@ && touch $(UNFINISHED)
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@rm $(UNFINISHED) && touch $@

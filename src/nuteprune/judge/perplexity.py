@@ -1,0 +1,108 @@
+"""Perplexity on held-out text.
+
+Shape suffixes: N blocks, B blocks of a batch, T tokens of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# How the numbers are made, for the record; `protocol` adds what differs from run to run.
+PROTOCOL: Final[Mapping[str, str]] = {
+    "measure": "exp of the mean next-token negative log-likelihood (float32), all tokens of a "
+    "block but the first predicted",
+    "text": "held-out documents of each source, never trained on, in the source's order",
+    "joining": "tokenized without special tokens, joined by eos (else bos, else nothing), cut into "
+    "full blocks without overlap or padding",
+    "mean": "plain mean over the sources",
+}
+
+_POSITIONS = 1024  # so many rows of logits are held in float32 at a time
+
+
+def perplexity(model: nn.Module, blocks: Tensor, *, batch_size: int = 8) -> float:
+    """Measure how well a causal language model predicts blocks of tokens.
+
+    Args:
+        model: takes `input_ids` (B, T) and `use_cache`, and returns `logits` (B, T, V); it is put
+            into evaluation mode meanwhile, and computes where its parameters are.
+        blocks: token ids (N, T), N >= 1 and T >= 2.
+        batch_size: blocks per forward pass; makes no difference but to memory and time.
+
+    Returns:
+        exp of the mean negative log-likelihood of the N·(T-1) predicted tokens, in nats.
+    """
+    device = next(model.parameters()).device
+    with torch.inference_mode(), _evaluating(model):
+        total = sum(_negative_log_likelihood(model, x.to(device)) for x in blocks.split(batch_size))
+    # Unlike math.exp, a tensor's goes to infinity where a broken model takes it.
+    return torch.tensor(total / blocks[:, 1:].numel(), dtype=torch.float64).exp().item()
+
+
+def perplexities(
+    model: nn.Module, sources: Mapping[str, Tensor], *, batch_size: int = 8
+) -> dict[str, float]:
+    """Measure the perplexity on each source.
+
+    Args:
+        model: as `perplexity` takes it.
+        sources: source name -> token ids (N, T).
+        batch_size: blocks per forward pass.
+
+    Returns:
+        Source name -> perplexity, in the order of `sources`.
+    """
+    return {x: perplexity(model, blocks, batch_size=batch_size) for x, blocks in sources.items()}
+
+
+def mean(perplexities: Mapping[str, float]) -> float:
+    """Return the plain mean over the sources, of which there is at least one."""
+    return statistics.fmean(perplexities.values())
+
+
+def protocol(sources: Mapping[str, Tensor]) -> dict[str, object]:
+    """Describe how `perplexities` judges by these blocks.
+
+    Args:
+        sources: source name -> token ids (N, T).
+
+    Returns:
+        `PROTOCOL` with the length T and the count N of each source's blocks; fit for JSON.
+    """
+    return {
+        **PROTOCOL,
+        "block_length": {name: blocks.shape[1] for name, blocks in sources.items()},
+        "block_count": {name: blocks.shape[0] for name, blocks in sources.items()},
+    }
+
+
+def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor) -> float:
+    """Sum over the predicted tokens of a batch, a few positions in float32 at a time."""
+    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+    targets_BT = tokens_BT.to(logits_BTV.device)
+    return sum(
+        F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT[:, 1:], strict=True)
+        for logits, targets in zip(
+            logits_TV.split(_POSITIONS), targets_T.split(_POSITIONS), strict=True
+        )
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

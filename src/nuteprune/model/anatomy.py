@@ -1,0 +1,135 @@
+"""Live views of a model's parts; the sole owner of module paths.
+
+Works on a stock causal LM, on one wrapped by PEFT, and on a checkpoint that is already pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from nuteprune.errors import UserError
+from nuteprune.model.families import Family, Projection, family_named
+from nuteprune.model.shape import LayerShape, Shape
+
+
+class Anatomy:
+    """The parts of one model, found by its family's entry.
+
+    Args:
+        model: a causal LM of a supported family, possibly wrapped by PEFT.
+
+    Raises:
+        UserError: if the model's type is not supported, or its config is a variant that the
+            family's entry does not describe.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self.model: PreTrainedModel = (
+            model.get_base_model() if isinstance(model, PeftModel) else model
+        )
+        self.config = self.model.config
+        self.family: Family = family_named(self.config.model_type)
+        for name, value in self.family.requires.items():
+            if getattr(self.config, name) != value:
+                raise UserError(
+                    f"{self.family.model_type} checkpoints with {name}="
+                    f"{getattr(self.config, name)} are not supported, only {name}={value}"
+                )
+        self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.layers))
+        self.embedding = self.model.get_submodule(self.family.embedding)
+        self.final_norm = self.model.get_submodule(self.family.final_norm)
+        self.head = self.model.get_output_embeddings()
+        self.head_dim: int = (
+            getattr(self.config, "head_dim", None)
+            or self.config.hidden_size // self.config.num_attention_heads
+        )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the language head is the embedding matrix."""
+        return self.head.weight is self.embedding.weight
+
+    def projection(self, layer: int, projection: Projection) -> nn.Module | None:
+        """Return a layer's projection (the LoRA layer where PEFT wraps it), None if it is gone."""
+        module: nn.Module = self.layers[layer]
+        for name in projection.path.split("."):
+            child = getattr(module, name, None)
+            if child is None:
+                return None
+            module = child
+        return module if hasattr(module, "in_features") else None
+
+    def linear(self, layer: int, projection: Projection) -> nn.Linear | None:
+        """Return a layer's projection without the LoRA wrapper, None if it is gone."""
+        module = self.projection(layer, projection)
+        return module.get_base_layer() if isinstance(module, LoraLayer) else module  # type: ignore[return-value]
+
+    def norms(self, layer: int) -> Iterator[nn.Module]:
+        """Yield a layer's norms over the hidden width that are still there."""
+        for path in self.family.attention_norms + self.family.mlp_norms:
+            module = self.layers[layer].get_submodule(path)
+            if not isinstance(module, nn.Identity):
+                yield module
+
+    def lora_layers(self, layer: int) -> list[LoraLayer]:
+        """Return the LoRA layers of a decoder layer, in the order of the family's projections."""
+        modules = (self.projection(layer, p) for p in self.family.projections)
+        return [m for m in modules if isinstance(m, LoraLayer)]
+
+    @property
+    def shape(self) -> Shape:
+        """Dimensions, read from the modules themselves."""
+        hidden = self.embedding.weight.shape[1]
+        return Shape(hidden, tuple(self._layer_shape(i) for i in range(len(self.layers))))
+
+    def _layer_shape(self, layer: int) -> LayerShape:
+        writes = self.projection(layer, self.family.attention[-1])
+        down = self.projection(layer, self.family.mlp[-1])
+        heads = writes.in_features // self.head_dim if writes is not None else 0
+        neurons = down.in_features if down is not None else 0
+        kv_heads = heads
+        for part in self.family.attention if heads else ():
+            if "kv" in part.rows:
+                rows = self.projection(layer, part).out_features // self.head_dim
+                kv_heads = (rows - part.rows.count("q") * heads) // part.rows.count("kv")
+                break
+        return LayerShape(heads, kv_heads, neurons)
+
+    @property
+    def biases(self) -> dict[str, bool]:
+        """Return for each projection path whether it has a bias."""
+        found = {}
+        for projection in self.family.projections:
+            modules = (self.linear(i, projection) for i in range(len(self.layers)))
+            present = [m for m in modules if m is not None]
+            found[projection.path] = any(m.bias is not None for m in present)
+        return found
+
+    @property
+    def lora_targets(self) -> str:
+        """Return the regular expression by which PEFT finds every projection."""
+        prefix = self.family.layers.replace(".", r"\.")
+        paths = "|".join(p.path.replace(".", r"\.") for p in self.family.projections)
+        return rf"(.*\.)?{prefix}\.\d+\.({paths})"
+
+    def logit_scale(self) -> tuple[float, float | None]:
+        """Return what happens to the head's output: (divisor, soft cap or None)."""
+        divisor = self.family.logit_divisor
+        cap = self.family.logit_softcap
+        return (
+            float(getattr(self.config, divisor)) if divisor else 1.0,
+            getattr(self.config, cap) if cap else None,
+        )
+
+    def parameters(self) -> int:
+        """Count all parameters of the model, tied ones once, adapters not counted."""
+        own = {
+            id(p): p.numel() for n, p in self.model.named_parameters() if ".lora_" not in n
+        }
+        return sum(own.values())
+

@@ -1,0 +1,247 @@
+"""What the supported model types are made of: frozen data, one short entry per family.
+
+A *projection* is a linear module of a decoder layer. Its `rows` (outputs) and `columns` (inputs)
+are named by axis, so that counting and slicing need no knowledge of any model type:
+
+    hidden   the residual stream           q        query heads x head_dim
+    neurons  the MLP's inner width         kv       KV heads x head_dim
+    qkv      per head: query, key, value (head_dim each), interleaved
+
+Nobody but this file knows a model type; nobody but `anatomy.py` follows these paths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Literal
+
+from nuteprune.errors import UserError
+
+GATE_KINDS = ("heads", "kv_groups", "neurons", "hidden", "attn_block", "mlp_block")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module of a decoder layer, its path relative to the layer."""
+
+    path: str
+    rows: tuple[str, ...]
+    columns: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of one model type are, and what they mean."""
+
+    model_type: str
+    causal_lm: str
+    attention: tuple[Projection, ...]
+    """Projections of the attention block; the last one writes to the residual stream."""
+    mlp: tuple[Projection, ...]
+    """Projections of the MLP block; the last one writes to the residual stream."""
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    norm: Literal["rms", "rms_1p", "layer"] = "rms"
+    """`rms`: x/rms * w; `rms_1p`: x/rms * (1 + w); `layer`: LayerNorm."""
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    """Norms over the hidden width that serve the attention block alone."""
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    attention_module: str = "self_attn"
+    mlp_modules: tuple[str, ...] = ("mlp",)
+    """Modules that make up the MLP; when it is removed, the last one yields zeros."""
+    qk_norms: bool = False
+    """Per-head norms on queries and keys that share the block norms' epsilon."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the square root of the config's hidden size."""
+    head_dim_from_hidden: bool = False
+    """The stock class derives head_dim from hidden size and head count."""
+    heads_divide_hidden: bool = False
+    """The stock config demands that the head count divides the hidden size."""
+    config_names: MappingProxyType[str, str] = field(
+        default_factory=lambda: MappingProxyType(
+            {
+                "heads": "num_attention_heads",
+                "kv_heads": "num_key_value_heads",
+                "neurons": "intermediate_size",
+                "hidden": "hidden_size",
+                "epsilon": "rms_norm_eps",
+            }
+        )
+    )
+    """Our word for a dimension -> the config's attribute."""
+    logit_divisor: str | None = None
+    """Config attribute by which logits are divided."""
+    logit_softcap: str | None = None
+    """Config attribute of the tanh bound on logits."""
+    requires: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    """Config values that this entry describes; other checkpoints of the type are refused."""
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All projections of a decoder layer, attention first."""
+        return self.attention + self.mlp
+
+    def refusal(self, kind: str) -> str | None:
+        """Return why gates of `kind` cannot be used on this family, or None if they can."""
+        if kind == "hidden" and self.norm == "layer":
+            return (
+                f"{self.model_type} normalises with LayerNorm, whose mean runs over the whole "
+                "width, so cutting hidden dimensions would change the model"
+            )
+        return None
+
+
+_GATED_MLP = (
+    Projection("mlp.gate_proj", ("neurons",), "hidden"),
+    Projection("mlp.up_proj", ("neurons",), "hidden"),
+    Projection("mlp.down_proj", ("hidden",), "neurons"),
+)
+
+_LLAMA = Family(
+    model_type="llama",
+    causal_lm="LlamaForCausalLM",
+    attention=(
+        Projection("self_attn.q_proj", ("q",), "hidden"),
+        Projection("self_attn.k_proj", ("kv",), "hidden"),
+        Projection("self_attn.v_proj", ("kv",), "hidden"),
+        Projection("self_attn.o_proj", ("hidden",), "q"),
+    ),
+    mlp=_GATED_MLP,
+    heads_divide_hidden=True,
+)
+
+_GEMMA2 = replace(
+    _LLAMA,
+    model_type="gemma2",
+    causal_lm="Gemma2ForCausalLM",
+    norm="rms_1p",
+    attention_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    scaled_embedding=True,
+    logit_softcap="final_logit_softcapping",
+)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        _LLAMA,
+        replace(
+            _LLAMA,
+            model_type="mistral",
+            causal_lm="MistralForCausalLM",
+            heads_divide_hidden=False,
+        ),
+        replace(
+            _LLAMA, model_type="qwen2", causal_lm="Qwen2ForCausalLM", heads_divide_hidden=False
+        ),
+        replace(
+            _LLAMA,
+            model_type="qwen3",
+            causal_lm="Qwen3ForCausalLM",
+            heads_divide_hidden=False,
+            qk_norms=True,
+        ),
+        replace(
+            _LLAMA,
+            model_type="phi3",
+            causal_lm="Phi3ForCausalLM",
+            heads_divide_hidden=False,
+            attention=(
+                Projection("self_attn.qkv_proj", ("q", "kv", "kv"), "hidden"),
+                Projection("self_attn.o_proj", ("hidden",), "q"),
+            ),
+            mlp=(
+                Projection("mlp.gate_up_proj", ("neurons", "neurons"), "hidden"),
+                Projection("mlp.down_proj", ("hidden",), "neurons"),
+            ),
+        ),
+        _GEMMA2,
+        replace(
+            _GEMMA2,
+            model_type="gemma3_text",
+            causal_lm="Gemma3ForCausalLM",
+            heads_divide_hidden=False,
+            qk_norms=True,
+        ),
+        replace(
+            _LLAMA,
+            model_type="granite",
+            causal_lm="GraniteForCausalLM",
+            heads_divide_hidden=False,
+            logit_divisor="logits_scaling",
+        ),
+        Family(
+            model_type="gpt_neox",
+            causal_lm="GPTNeoXForCausalLM",
+            layers="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            final_norm="gpt_neox.final_layer_norm",
+            norm="layer",
+            attention=(
+                Projection("attention.query_key_value", ("qkv",), "hidden"),
+                Projection("attention.dense", ("hidden",), "q"),
+            ),
+            mlp=(
+                Projection("mlp.dense_h_to_4h", ("neurons",), "hidden"),
+                Projection("mlp.dense_4h_to_h", ("hidden",), "neurons"),
+            ),
+            attention_module="attention",
+            head_dim_from_hidden=True,
+            heads_divide_hidden=True,
+            config_names=MappingProxyType(
+                {
+                    "heads": "num_attention_heads",
+                    "neurons": "intermediate_size",
+                    "hidden": "hidden_size",
+                }
+            ),
+        ),
+        Family(
+            model_type="opt",
+            causal_lm="OPTForCausalLM",
+            layers="model.decoder.layers",
+            embedding="model.decoder.embed_tokens",
+            final_norm="model.decoder.final_layer_norm",
+            norm="layer",
+            attention=(
+                Projection("self_attn.q_proj", ("q",), "hidden"),
+                Projection("self_attn.k_proj", ("kv",), "hidden"),
+                Projection("self_attn.v_proj", ("kv",), "hidden"),
+                Projection("self_attn.out_proj", ("hidden",), "q"),
+            ),
+            mlp=(
+                Projection("fc1", ("neurons",), "hidden"),
+                Projection("fc2", ("hidden",), "neurons"),
+            ),
+            attention_norms=("self_attn_layer_norm",),
+            mlp_norms=("final_layer_norm",),
+            mlp_modules=("fc1", "fc2"),
+            head_dim_from_hidden=True,
+            heads_divide_hidden=True,
+            config_names=MappingProxyType(
+                {"heads": "num_attention_heads", "neurons": "ffn_dim", "hidden": "hidden_size"}
+            ),
+            requires=MappingProxyType({"do_layer_norm_before": True}),
+        ),
+    )
+}
+
+
+def family_named(model_type: str) -> Family:
+    """Return the family of a config's `model_type`.
+
+    Raises:
+        UserError: if the type is not supported; names those that are, and how to add one.
+    """
+    model_type = model_type.removeprefix("pruned_")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    near = get_close_matches(model_type, FAMILIES, n=1)
+    hint = f" (nearest: {near[0]})" if near else ""
+    raise UserError(
+        f"model type {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}. "
+        "A new family is one entry of data: docs/adding-a-family.md"
+    )

@@ -1,0 +1,92 @@
+"""Where masks multiply: forward hooks on stock modules, never copies of modelling code.
+
+Heads act on the input of the attention output projection, neurons on the input of the down
+projection, block gates on what a block writes, hidden gates on the first layer's input and on
+every write. Attach after PEFT has wrapped the model, so that masks cover the LoRA branch too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from nuteprune.model.anatomy import Anatomy
+
+
+class MaskSource(Protocol):
+    """What the hooks ask of masks; see `nuteprune.gates.masks.Masks`."""
+
+    hidden: Tensor | None
+
+    def attention_input(self, layer: int) -> Tensor | None: ...
+    def mlp_input(self, layer: int) -> Tensor | None: ...
+    def write(self, block: str, layer: int) -> Tensor | None: ...
+
+
+def scale(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Multiply features (..., F) by a mask (F,), or by one mask per sequence (B, F)."""
+    if mask is None:
+        return x
+    mask = mask.to(x.dtype)
+    if mask.dim() == 1:
+        return x * mask
+    by_sequence = x.reshape(mask.shape[0], -1, x.shape[-1])
+    return (by_sequence * mask.unsqueeze(1)).reshape(x.shape)
+
+
+class MaskHooks:
+    """Multiplies a model's activations by the masks in use; without masks the model is stock.
+
+    Args:
+        anatomy: the model to attach to.
+    """
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.masks: MaskSource | None = None
+        self._handles: list[Any] = []
+        family = anatomy.family
+        self._handles.append(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
+        for layer in range(len(anatomy.layers)):
+            attention = anatomy.projection(layer, family.attention[-1])
+            down = anatomy.projection(layer, family.mlp[-1])
+            if attention is not None:
+                self._gate(attention, layer, "attn_block")
+            if down is not None:
+                self._gate(down, layer, "mlp_block")
+
+    def _on_embedding(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.masks is None or self.masks.hidden is None:
+            return None
+        return (scale(args[0], self.masks.hidden), *args[1:])
+
+    def _gate(self, module: nn.Module, layer: int, block: str) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self.masks is None:
+                return None
+            source = self.masks
+            read = source.attention_input if block == "attn_block" else source.mlp_input
+            return (scale(args[0], read(layer)), *args[1:])
+
+        def after(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            return None if self.masks is None else scale(output, self.masks.write(block, layer))
+
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after))
+
+    @contextmanager
+    def using(self, masks: MaskSource | None) -> Iterator[None]:
+        """Run the model under other masks for a while."""
+        previous, self.masks = self.masks, masks
+        try:
+            yield
+        finally:
+            self.masks = previous
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

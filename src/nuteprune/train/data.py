@@ -1,0 +1,336 @@
+"""Text as blocks of tokens: what is trained on, and what is held out to judge by.
+
+A DATA spec is `demo` (three embedded sources), a `.txt`, `.jsonl`, `.json` or `.parquet` file, a
+folder of such files, or a dataset on the hub as `id[:config[:split]]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nuteprune.demo import assets
+from nuteprune.errors import UserError
+from nuteprune.train import readers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEMO = "demo"
+HELD_OUT_SHARE = 0.05
+
+# With this many documents a source has one in its held-out part, but for a chance of 2e-6.
+_MANY_DOCUMENTS = 256
+_SHUFFLE_CHARS = 2**24  # how much text is held to draw the next document from
+_HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,2}")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one source, read anew each time they are iterated over.
+
+    Args:
+        name: what the user calls the source.
+        read: starts reading it.
+
+    Raises:
+        UserError: on iteration, where the source cannot be read or holds no text.
+    """
+
+    name: str
+    read: Callable[[], Iterator[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        empty = True
+        for text in itertools.chain.from_iterable(map(readers.split_long, self.read())):
+            if text and not text.isspace():
+                empty = False
+                yield text
+        if empty:
+            raise UserError(f"{self.name}: holds no text; pass a source that has some")
+
+
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """Blocks of tokens to train on: the labels are the tokens themselves.
+
+    Args:
+        blocks: token ids (count, length), of any integer type.
+    """
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = self.blocks[index].long()
+        return {"input_ids": block, "labels": block.clone()}
+
+
+def iter_documents(
+    spec: str,
+    *,
+    text_column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Iterable[str]]:
+    """Find the sources of a DATA spec; nothing is read before they are iterated over.
+
+    Args:
+        spec: the DATA spec.
+        text_column: the column that holds the text; None finds it.
+        tokenizer: renders rows of chat messages; may be None where there are none.
+
+    Returns:
+        Source name -> its documents, each of at most `readers.MAX_DOCUMENT_CHARS` characters.
+
+    Raises:
+        UserError: nothing of that name, or (on iteration) a source cannot be read.
+    """
+    return {source.name: source for source in _sources(spec, text_column, tokenizer)}
+
+
+def split_rule(documents: Iterable[str]) -> Callable[[str], tuple[str, str]]:
+    """Choose how the documents of a source go into its training and its held-out part.
+
+    Among many documents each goes whole into either part, by a hash of its text. Where there are
+    few, each gives its last characters to the held-out part.
+
+    Args:
+        documents: a source that can be iterated over again; its first documents are read.
+
+    Returns:
+        The rule: document -> its text to train on and its text held out; either may be empty.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    count = sum(1 for _ in itertools.islice(documents, _MANY_DOCUMENTS))
+    return _split_by_hash if count == _MANY_DOCUMENTS else _split_by_position
+
+
+def training_blocks(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    text_column: str | None = None,
+    vocab_size: int | None = None,
+) -> BlockDataset:
+    """Cut the training part of a DATA spec into blocks, the sources taking turns.
+
+    Documents come in an order drawn by the seed, over and over where the text is short; of a huge
+    source only the beginning is read.
+
+    Args:
+        spec: the DATA spec.
+        tokenizer: the model's tokenizer.
+        length: tokens per block, at least 2.
+        count: number of blocks, at least 1.
+        seed: draws the order of the documents and of the blocks.
+        text_column: the column that holds the text; None finds it.
+        vocab_size: the model's number of token ids; None does not check them.
+
+    Returns:
+        `count` blocks (length,).
+
+    Raises:
+        UserError: a source cannot be read or is shorter than a block, or the tokenizer is of
+            another model.
+    """
+    _check_size(length, count)
+    sources = _sources(spec, text_column, tokenizer)
+    blocks = torch.empty(count, length, dtype=torch.int32)
+    for turn, source in enumerate(sources):
+        share = len(range(turn, count, len(sources)))
+        rng = random.Random(f"{seed} {source.name}")
+        tokens = _collect(_training_tokens(source, tokenizer, rng, length), share * length)
+        order = rng.sample(range(share), share)
+        blocks[turn :: len(sources)] = tokens.view(share, length)[order]
+    _check_ids(blocks, vocab_size)
+    return BlockDataset(blocks)
+
+
+def held_out_blocks(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int,
+    text_column: str | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Cut the held-out part of each source of a DATA spec into blocks, in the source's order.
+
+    Args:
+        spec: the DATA spec.
+        tokenizer: the model's tokenizer.
+        length: tokens per block, at least 2.
+        count: most blocks per source, at least 1.
+        text_column: the column that holds the text; None finds it.
+        vocab_size: the model's number of token ids; None does not check them.
+
+    Returns:
+        Source name -> token ids (n, length), 1 <= n <= count.
+
+    Raises:
+        UserError: a source cannot be read or its held-out part is shorter than a block, or the
+            tokenizer is of another model.
+    """
+    _check_size(length, count)
+    held_out = {}
+    for source in _sources(spec, text_column, tokenizer):
+        texts = (held for _, held in map(split_rule(source), source))
+        tokens = _collect(_tokens(texts, tokenizer), count * length)
+        whole = len(tokens) // length
+        if not whole:
+            raise _too_short(f"{source.name} (its held-out part)", len(tokens), length)
+        blocks = tokens[: whole * length].view(whole, length)
+        _check_ids(blocks, vocab_size)
+        held_out[source.name] = blocks.long()
+    return held_out
+
+
+def _sources(
+    spec: str, text_column: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> list[Documents]:
+    if spec == DEMO:
+        return [Documents(name, partial(iter, texts)) for name, texts in assets.documents().items()]
+    path = Path(os.path.expanduser(spec))
+    if spec and os.path.exists(path):
+        read = partial(readers.file_documents, text_column=text_column, tokenizer=tokenizer)
+        files = _files(path)
+        name = path.absolute().name or spec
+        return [Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
+    if path.suffix.lower() in readers.SUFFIXES or not _HUB_SPEC.fullmatch(spec):
+        raise UserError(
+            f"'{spec}': no such file or folder; pass {DEMO}, a path, or a hub dataset as "
+            "id[:config[:split]]"
+        )
+    dataset, config, split = (*spec.split(":"), "", "")[:3]
+    read_hub = partial(
+        readers.hub_documents,
+        dataset,
+        config or None,
+        split or "train",
+        text_column=text_column,
+        tokenizer=tokenizer,
+    )
+    return [Documents(spec, read_hub)]
+
+
+def _files(path: Path) -> list[Path]:
+    """List the files that hold the text: the file itself, or those in a folder, by name."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [
+        file
+        for file in found
+        if file.suffix.lower() in readers.SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        kinds = sorted({file.suffix or file.name for file in found if file.is_file()})
+        raise UserError(
+            f"{path}: no text file (found {', '.join(kinds[:8]) or 'nothing'}); "
+            f"pass {', '.join(readers.SUFFIXES)} or a folder of such files"
+        )
+    return files
+
+
+def _split_by_hash(document: str) -> tuple[str, str]:
+    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
+    held_out = int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+    return ("", document) if held_out else (document, "")
+
+
+def _split_by_position(document: str) -> tuple[str, str]:
+    cut = readers.boundary(document, round(len(document) * (1 - HELD_OUT_SHARE)))
+    return document[:cut], document[cut:]
+
+
+def _training_tokens(
+    source: Documents, tokenizer: PreTrainedTokenizerBase, rng: random.Random, length: int
+) -> Iterator[list[int]]:
+    """Yield the tokens of the training part over and over, in an order drawn for each pass."""
+    rule = split_rule(source)
+    while True:
+        texts = (trained for trained, _ in map(rule, source))
+        seen = 0
+        for tokens in _tokens(_shuffled(texts, rng), tokenizer):
+            seen += len(tokens)
+            yield tokens
+        if seen < length:
+            raise _too_short(source.name, seen, length)
+
+
+def _shuffled(texts: Iterable[str], rng: random.Random) -> Iterator[str]:
+    """Draw each next text from those held, of which there are as many as memory is meant for."""
+    held: list[str] = []
+    chars = 0
+    for text in texts:
+        held.append(text)
+        chars += len(text)
+        while chars > _SHUFFLE_CHARS:
+            drawn = rng.randrange(len(held))
+            held[drawn], held[-1] = held[-1], held[drawn]
+            chars -= len(held[-1])
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
+
+
+def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yield the tokens of each text, ended by the token that joins it to the next, if any."""
+    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    end = [token for token in ends if token is not None][:1]
+    for text in texts:
+        if tokens := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield [*tokens, *end]
+
+
+def _collect(pieces: Iterable[list[int]], most: int) -> Tensor:
+    """Join pieces to the first `most` tokens (n,), n <= most; reads no further."""
+    parts = [torch.empty(0, dtype=torch.int32)]
+    for tokens in pieces:
+        parts.append(torch.tensor(tokens[:most], dtype=torch.int32))
+        most -= len(parts[-1])
+        if not most:
+            break
+    return torch.cat(parts)
+
+
+def _check_size(length: int, count: int) -> None:
+    if length < 2 or count < 1:
+        raise UserError(
+            f"{count} blocks of {length} tokens: pass at least 1 block of at least 2 tokens"
+        )
+
+
+def _check_ids(blocks: Tensor, vocab_size: int | None) -> None:
+    if vocab_size is not None and (highest := int(blocks.max())) >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives token id {highest}, but the model knows {vocab_size} ids; "
+            "pass the tokenizer that belongs to the model"
+        )
+
+
+def _too_short(name: str, seen: int, length: int) -> UserError:
+    return UserError(
+        f"{name}: {seen} tokens of text, and a block takes {length}; "
+        "pass more text or a shorter block length"
+    )
