@@ -16,7 +16,7 @@ from torch import Tensor
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Family, Projection
-from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.model.shape import LayerShape, Shape, axis_sizes
 
 
 class Budget:
@@ -56,7 +56,7 @@ class Budget:
     def _linear_form(
         self, projections: tuple[Projection, ...], layer: LayerShape
     ) -> tuple[int, int]:
-        sizes = self._sizes(layer.heads, layer.kv_heads, layer.neurons)
+        sizes = axis_sizes(layer, self.head_dim)
         coefficient = constant = 0
         for projection in projections:
             bias = self.biases[projection.path]
@@ -67,14 +67,6 @@ class Budget:
             else:
                 coefficient += sizes[projection.columns] + bias
         return coefficient, constant
-
-    def _sizes(self, heads: Any, kv_heads: Any, neurons: Any) -> dict[str, Any]:
-        return {
-            "q": heads * self.head_dim,
-            "kv": kv_heads * self.head_dim,
-            "qkv": heads * (3 * self.head_dim),
-            "neurons": neurons,
-        }
 
     def parameters(self, shape: Shape) -> int:
         """Return the exact number of projection parameters of a model of that shape."""
@@ -98,36 +90,40 @@ class Budget:
             A scalar in fp32 on the device of `keep`.
         """
         device = next(iter(keep.values.values())).device
-        layers = len(self.shape.layers)
-        index = {k: keep.layout.layer_index(k).to(device) for k in keep.values if k != "hidden"}
-
-        def count(kind: str) -> Tensor:
-            if kind in keep.values:
-                zero = torch.zeros(layers, device=device)
-                return zero.index_add(0, index[kind], keep.values[kind].float())
-            return torch.tensor(keep.layout.sizes[kind], device=device, dtype=torch.float32)
-
-        heads_L = (
-            torch.stack([keep.heads(i).sum() for i in range(layers)])  # type: ignore[union-attr]
-            if "kv_groups" in keep.values
-            else count("heads")
-        )
-        kv_L = heads_L if "qkv" in self.family.attention[0].rows else count("kv_groups")
-        if "heads" in keep.values and "kv_groups" not in keep.values and self._multi_head:
-            kv_L = heads_L
         hidden = keep.values["hidden"].sum() if "hidden" in keep.values else self.shape.hidden
         total = torch.zeros((), device=device)
-        sizes = self._sizes(heads_L, kv_L, count("neurons"))
-        for block, projections in (
-            ("attn_block", self.family.attention),
-            ("mlp_block", self.family.mlp),
-        ):
-            for p in projections:
-                inner = sizes[p.columns] if p.columns != "hidden" else sum(sizes[r] for r in p.rows)
-                rows = inner if p.columns == "hidden" else hidden
-                total = total + (count(block) * (inner * hidden + rows * self.biases[p.path])).sum()
+        for i, layer in enumerate(self.shape.layers):
+            sizes: dict[str, Any] = axis_sizes(layer, self.head_dim)
+            heads = keep.heads(i)
+            if heads is not None and layer.attention:
+                groups = keep.part("kv_groups", i)
+                sizes["q"] = heads.sum() * self.head_dim
+                sizes["qkv"] = 3 * sizes["q"]
+                if layer.heads_per_group == 1:
+                    sizes["kv"] = sizes["q"]
+                elif groups is not None:
+                    sizes["kv"] = groups.sum() * self.head_dim
+            neurons = keep.part("neurons", i)
+            if neurons is not None:
+                sizes["neurons"] = neurons.sum()
+            for block, present, projections in (
+                ("attn_block", layer.attention, self.family.attention),
+                ("mlp_block", layer.mlp, self.family.mlp),
+            ):
+                if present:
+                    gate = keep.part(block, i)
+                    count = self._expected_block(projections, sizes, hidden)
+                    total = total + (count if gate is None else gate.squeeze(-1) * count)
         return 1 - total / self.before
 
-    @property
-    def _multi_head(self) -> bool:
-        return all(x.heads == x.kv_heads for x in self.shape.layers)
+    def _expected_block(
+        self, projections: tuple[Projection, ...], sizes: Mapping[str, Any], hidden: Any
+    ) -> Any:
+        count = 0
+        for projection in projections:
+            bias = self.biases[projection.path]
+            if projection.columns == "hidden":
+                count = count + sum(sizes[axis] for axis in projection.rows) * (hidden + bias)
+            else:
+                count = count + hidden * (sizes[projection.columns] + bias)
+        return count

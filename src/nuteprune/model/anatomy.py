@@ -110,11 +110,13 @@ class Anatomy:
             found[projection.path] = any(m.bias is not None for m in present)
         return found
 
-    @property
-    def lora_targets(self) -> str:
-        """Return the regular expression by which PEFT finds every projection."""
+    def lora_targets(self, queries_and_values: bool = False) -> str:
+        """Return the regular expression by which PEFT finds every projection (or Q and V)."""
         prefix = self.family.layers.replace(".", r"\.")
-        paths = "|".join(p.path.replace(".", r"\.") for p in self.family.projections)
+        chosen = self.family.projections
+        if queries_and_values:
+            chosen = tuple(p for p in self.family.attention if p.serves_queries_or_values)
+        paths = "|".join(p.path.replace(".", r"\.") for p in chosen)
         return rf"(.*\.)?{prefix}\.\d+\.({paths})"
 
     def logit_scale(self) -> tuple[float, float | None]:

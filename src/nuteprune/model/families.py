@@ -30,6 +30,11 @@ class Projection:
     rows: tuple[str, ...]
     columns: str
 
+    @property
+    def serves_queries_or_values(self) -> bool:
+        """Whether its outputs are queries or values, alone or fused with keys."""
+        return self.columns == "hidden" and "k_proj" not in self.path
+
 
 @dataclass(frozen=True)
 class Family:
@@ -72,6 +77,15 @@ class Family:
         )
     )
     """Our word for a dimension -> the config's attribute."""
+    rope_names: MappingProxyType[str, str] = field(
+        default_factory=lambda: MappingProxyType(
+            {
+                "rope_theta": "rope_theta",
+                "partial_rotary_factor": "partial_rotary_factor",
+            }
+        )
+    )
+    """Key of `rope_parameters` -> top-level key of config.json up to transformers 4."""
     logit_divisor: str | None = None
     """Config attribute by which logits are divided."""
     logit_softcap: str | None = None
@@ -163,7 +177,6 @@ FAMILIES: dict[str, Family] = {
             _GEMMA2,
             model_type="gemma3_text",
             causal_lm="Gemma3ForCausalLM",
-            heads_divide_hidden=False,
             qk_norms=True,
         ),
         replace(
@@ -197,6 +210,9 @@ FAMILIES: dict[str, Family] = {
                     "neurons": "intermediate_size",
                     "hidden": "hidden_size",
                 }
+            ),
+            rope_names=MappingProxyType(
+                {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
             ),
         ),
         Family(

@@ -56,3 +56,13 @@ class Shape:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Rebuild a shape from `to_dict`'s structure."""
         return cls(data["hidden"], tuple(LayerShape(**layer) for layer in data["layers"]))
+
+
+def axis_sizes(layer: LayerShape, head_dim: int) -> dict[str, int]:
+    """Return the features of each axis of a layer (`families` names them), `hidden` excepted."""
+    return {
+        "q": layer.heads * head_dim,
+        "kv": layer.kv_heads * head_dim,
+        "qkv": 3 * layer.heads * head_dim,
+        "neurons": layer.neurons,
+    }

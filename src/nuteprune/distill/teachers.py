@@ -1,0 +1,129 @@
+"""The numerous teachers: snapshots of masks and LoRA at growing sparsity, kept on disk.
+
+While sparsity grows, the student learns from a teacher some steps of sparsity behind it; once the
+target is reached, it walks back through them to the intact model, in equal shares of the steps
+that are left. Source: the paper's progressive distillation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nuteprune.gates.masks import Layout, Masks
+
+
+@dataclass(frozen=True)
+class Role:
+    """What the backbone plays: masks (None: open) and LoRA weights (None: without)."""
+
+    masks: Masks | None = None
+    lora: Mapping[str, Tensor] | None = None
+
+
+INTACT = Role()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which teacher serves when.
+
+    Args:
+        target: sparsity that the run ends at.
+        spacing: a snapshot is taken at every further `spacing` of sparsity.
+        lag: while sparsity grows, the teacher is this many snapshots behind the newest.
+    """
+
+    target: float
+    spacing: float
+    lag: int
+
+    @classmethod
+    def for_target(cls, target: float) -> Plan:
+        """Return the published spacing (1 point, 10 behind), finer where the target is small."""
+        spacing = min(0.01, target / 10)
+        return cls(target, spacing, min(10, max(1, round(target / spacing / 2))))
+
+    def due(self, sparsity: float, newest: float) -> bool:
+        """Return whether a snapshot is to be taken at a sparsity."""
+        return sparsity >= newest + self.spacing - 1e-9
+
+    def growing(self, count: int) -> int:
+        """Return the index of the teacher while sparsity grows, -1 for the intact model."""
+        return max(-1, count - 1 - self.lag)
+
+    def returning(self, count: int, progress: float) -> int:
+        """Return the index of the teacher after the target is reached, -1 for the intact model.
+
+        Args:
+            count: teachers there are.
+            progress: share of the remaining steps that is over, in [0, 1).
+        """
+        useful = self.growing(count) + 1
+        return useful - 1 - int(progress * (useful + 1))
+
+
+class Teachers:
+    """A queue of snapshots in a folder, at most two of them in memory.
+
+    Args:
+        folder: where snapshots are; made when the first is taken.
+        layout: the units of the model's masks.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.sparsities: list[float] = []
+        self._loaded: dict[int, Role] = {}
+
+    def __len__(self) -> int:
+        return len(self.sparsities)
+
+    @property
+    def newest(self) -> float:
+        """Sparsity of the newest teacher, 0 (the intact model's) if there is none."""
+        return self.sparsities[-1] if self.sparsities else 0.0
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:04d}.safetensors"
+
+    def record(self, sparsity: float, masks: Masks, lora: Mapping[str, Tensor]) -> None:
+        """Write a snapshot: complete on disk, or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"mask.{k}": v.detach().cpu().contiguous() for k, v in masks.values.items()}
+        tensors |= {f"lora.{k}": v.detach().cpu().contiguous() for k, v in lora.items()}
+        path = self._path(len(self))
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"sparsity": repr(sparsity)})
+        os.replace(partial, path)
+        self.sparsities.append(sparsity)
+
+    def restore(self, sparsities: list[float]) -> None:
+        """Go back to the teachers that a checkpoint knew; later snapshots are forgotten."""
+        self.sparsities = list(sparsities)
+        self._loaded.clear()
+
+    def role(self, index: int, device: str = "cpu") -> Role:
+        """Return a teacher, -1 being the intact model."""
+        if index < 0:
+            return INTACT
+        if index not in self._loaded:
+            while len(self._loaded) >= 2:
+                self._loaded.pop(next(iter(self._loaded)))
+            self._loaded[index] = self._read(index, device)
+        return self._loaded[index]
+
+    def _read(self, index: int, device: str) -> Role:
+        masks, lora = {}, {}
+        with safe_open(self._path(index), framework="pt", device=device) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                part, key = name.split(".", 1)
+                (masks if part == "mask" else lora)[key] = file.get_tensor(name)
+        return Role(Masks(self.layout, masks), lora)

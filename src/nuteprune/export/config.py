@@ -1,0 +1,168 @@
+"""From a shape to a config: the stock class's where it will do, else one with counts per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
+
+from nuteprune.errors import UserError
+from nuteprune.export import modeling_pruned
+from nuteprune.model.families import Family, Projection
+from nuteprune.model.shape import LayerShape, Shape
+
+PREFIX = "pruned_"
+"""What the model type of a config with counts per layer begins with."""
+
+_FREE_SHAPE_KEYS = (
+    "allow_global_per_layer_attribute_access",
+    "auto_map",
+    "per_layer_config",
+    "pruned",
+)
+
+
+def pruned_config(
+    config: PreTrainedConfig, family: Family, shape: Shape, *, epsilon: float | None = None
+) -> PreTrainedConfig:
+    """Return the config of a model cut to `shape`.
+
+    It is of the stock class wherever that can express the shape, so that every program that knows
+    the model type serves the checkpoint. Otherwise it states the counts of each layer and names
+    the modeling file that travels with the checkpoint.
+
+    Args:
+        config: the config before the cut, stock or pruned; it stays as it is.
+        family: the family of the config's model type.
+        shape: what is left of the model.
+        epsilon: new epsilon of the norms, None to leave it.
+
+    Returns:
+        A new config.
+
+    Raises:
+        UserError: if layer 0 has no attention.
+    """
+    if not shape.layers[0].attention:
+        raise UserError("layer 0 must keep its attention: generation counts cached tokens there")
+    names = family.config_names
+    values = {k: v for k, v in config.to_dict().items() if k not in _FREE_SHAPE_KEYS}
+    values[names["hidden"]] = shape.hidden
+    values["head_dim"] = _head_dim(config)
+    if epsilon is not None:
+        values[names["epsilon"]] = epsilon
+    # One count for all layers: what a uniform model has, and the upper bound of any other.
+    for word in _count_names(family):
+        values[names[word]] = max(1, *(getattr(layer, word) for layer in shape.layers))
+    original_heads: int = getattr(config, names["heads"])
+    return _stock_config(values, family, shape, original_heads) or _free_config(
+        values, family, shape, original_heads
+    )
+
+
+def _stock_config(
+    values: dict[str, Any], family: Family, shape: Shape, original_heads: int
+) -> PreTrainedConfig | None:
+    """Return a config of the stock class, None if that cannot express the shape."""
+    first = shape.layers[0]
+    if not (shape.uniform and first.mlp):
+        return None
+    values = values | {"model_type": family.model_type, "architectures": [family.causal_lm]}
+    if family.head_dim_from_hidden:
+        if first.heads != original_heads:
+            return None
+        del values["head_dim"]
+    stock = CONFIG_MAPPING[family.model_type]
+    return _first_valid(stock, values, family.config_names["heads"], [first.heads])
+
+
+def _free_config(
+    values: dict[str, Any], family: Family, shape: Shape, original_heads: int
+) -> PreTrainedConfig:
+    """Return a config with counts for each layer."""
+    stock = CONFIG_MAPPING[family.model_type]
+    classes = {
+        "AutoConfig": stock.__name__,
+        "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
+        "AutoModelForCausalLM": family.causal_lm,
+    }
+    values = values | {
+        "model_type": PREFIX + family.model_type,
+        "architectures": [f"Pruned{family.causal_lm}"],
+        "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
+        "pruned": _layout(family),
+        "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
+        "allow_global_per_layer_attribute_access": True,
+    }
+    # At the top level, any head count will do that the stock class takes.
+    heads = family.config_names["heads"]
+    candidates: Iterable[int] = [original_heads]
+    if not family.head_dim_from_hidden:
+        most, hidden = values[heads], shape.hidden
+        divisors = (x for x in range(most, hidden + 1) if hidden % x == 0)
+        candidates = (most, max(1, hidden // values["head_dim"]), *divisors)
+    config_class = getattr(modeling_pruned, f"Pruned{stock.__name__}")
+    config = _first_valid(config_class, values, heads, candidates)
+    if config is None:
+        raise UserError(f"{stock.__name__} takes no head count at a hidden size of {shape.hidden}")
+    return config
+
+
+def _first_valid(
+    config_class: type[PreTrainedConfig], values: dict[str, Any], name: str, choices: Iterable[int]
+) -> PreTrainedConfig | None:
+    """Return the config with the first choice of a value that passes the class's validators."""
+    for choice in choices:
+        try:
+            config = config_class.from_dict(values | {name: choice})
+            config.validate()  # subclasses validate only when they are saved
+        except (ValueError, StrictDataclassError):
+            continue
+        return config
+    return None
+
+
+def _count_names(family: Family) -> dict[str, str]:
+    """Return the words for a layer's counts that the family knows -> config attribute."""
+    words = ("heads", "kv_heads", "neurons")
+    return {word: family.config_names[word] for word in words if word in family.config_names}
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    given: int | None = getattr(config, "head_dim", None)
+    return given or int(config.hidden_size // config.num_attention_heads)
+
+
+def _stated(family: Family, layer: LayerShape) -> dict[str, Any]:
+    """Return a layer's entry of `per_layer_config`."""
+    counts = {name: getattr(layer, word) for word, name in _count_names(family).items()}
+    present = {name: count for name, count in counts.items() if count}
+    blocks = {"attention": layer.attention, "mlp": layer.mlp}
+    skip = [block for block, is_there in blocks.items() if not is_there]
+    return {**present, "skip": skip} if skip else present
+
+
+def _layout(family: Family) -> dict[str, Any]:
+    """Return what `modeling_pruned.py` must know of a family."""
+
+    def axes(projections: tuple[Projection, ...]) -> dict[str, str]:
+        return {x.path: f"{x.columns} -> {' '.join(x.rows)}" for x in projections}
+
+    return {
+        "layers": family.layers.partition(".")[2],
+        "counts": _count_names(family),
+        "blocks": {
+            "attention": {
+                "modules": [family.attention_module],
+                "norms": list(family.attention_norms),
+                "projections": axes(family.attention),
+            },
+            "mlp": {
+                "modules": list(family.mlp_modules),
+                "norms": list(family.mlp_norms),
+                "projections": axes(family.mlp),
+            },
+        },
+    }

@@ -1,0 +1,169 @@
+# Copyright 2026 The nuteprune authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+# mypy: ignore-errors
+"""Decoders whose layers differ in size: a stock transformers model with its layers resized.
+
+This file travels with a checkpoint. It reads no file, opens no connection and runs nothing but
+what stands here: it builds the stock model and gives each decoder layer the dimensions that
+config.json states. `PrunedXyz` is made from transformers' `Xyz` when it is asked for, so one file
+serves every model type. What a layer consists of is data, under "pruned" in config.json:
+
+    layers  path of the decoder layers in the base model
+    counts  our word ("heads", "neurons", perhaps "kv_heads") -> the config's attribute
+    blocks  for "attention" and "mlp": the modules that make up the block, the norms that serve it
+            alone, and its projections with their axes, "inputs -> outputs"
+
+An axis is "hidden", "neurons", "q" or "kv" (heads x head_dim), or "qkv" (heads x 3 head_dim);
+"hidden -> q kv kv" is one linear module that yields all three.
+Each layer's counts are in "per_layer_config", as transformers >= 5.14 defines it; "skip" names
+the blocks that the layer does not have.
+"""
+
+import torch
+import transformers
+from torch import nn
+
+
+class Zeros(nn.Module):
+    """Stands where a removed block wrote to the residual stream: adds nothing to it."""
+
+    def __init__(self, pair=False):
+        super().__init__()
+        self.pair = pair  # attention modules return their output and the attention weights
+
+    def forward(self, hidden_states, *args, **kwargs):
+        """Return zeros of the block's output shape."""
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.pair else zeros
+
+
+class LayerConfig:
+    """The config as one layer sees it: the layer's counts, and all else from the model's config.
+
+    A view, not a copy, so that a later change of the attention implementation reaches the layer.
+    """
+
+    def __init__(self, config, counts):
+        self.__dict__.update(counts, _shared=config)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_shared":  # deepcopy asks before anything is set
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+
+def counts_by_layer(config):
+    """Return each layer's counts by config attribute, and its "skip" list if it has one."""
+    # The serialised form is the one that all versions share: {"0": {"intermediate_size": 8}, ...}
+    stated = {int(index): counts for index, counts in config.to_dict()["per_layer_config"].items()}
+    top = {name: getattr(config, name) for name in config.pruned["counts"].values()}
+    return [top | stated.get(index, {}) for index in range(config.num_hidden_layers)]
+
+
+def resize_layers(model, config):
+    """Give every decoder layer of a stock base model the dimensions that its config states."""
+    layers = model.get_submodule(config.pruned["layers"])
+    for layer, counts in zip(layers, counts_by_layer(config), strict=True):
+        skip = counts.pop("skip", ())
+        for name, block in config.pruned["blocks"].items():
+            if name in skip:
+                remove_block(layer, block, pair=name == "attention")
+            else:
+                resize_block(layer, block, config, counts)
+
+
+def remove_block(layer, block, pair):
+    """Take a block out of a layer, and the norms that served it alone."""
+    *inner, last = block["modules"]
+    for path in (*inner, *block["norms"]):
+        put(layer, path, nn.Identity())
+    put(layer, last, Zeros(pair))
+
+
+def resize_block(layer, block, config, counts):
+    """Replace a block's projections by ones of the stated size, and tell its modules the counts."""
+    count = {word: counts[name] for word, name in config.pruned["counts"].items()}
+    heads, kv_heads = count["heads"], count.get("kv_heads", count["heads"])
+    axes = {
+        "hidden": config.hidden_size,
+        "neurons": count["neurons"],
+        "q": heads * config.head_dim,
+        "kv": kv_heads * config.head_dim,
+        "qkv": heads * config.head_dim * 3,
+    }
+    for path, shape in block["projections"].items():
+        inputs, outputs = (sum(axes[axis] for axis in side.split()) for side in shape.split("->"))
+        old = layer.get_submodule(path)
+        kept = {
+            "bias": old.bias is not None,
+            "device": old.weight.device,
+            "dtype": old.weight.dtype,
+        }
+        put(layer, path, nn.Linear(inputs, outputs, **kept))
+    told = {
+        "num_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_key_value_groups": heads // kv_heads,
+        "config": LayerConfig(config, counts),
+    }
+    for path in block["modules"]:
+        module = layer.get_submodule(path)
+        for name in told.keys() & vars(module).keys():
+            setattr(module, name, told[name])
+
+
+def put(layer, path, module):
+    """Set the module at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    setattr(layer.get_submodule(parent), name, module)
+
+
+class PrunedConfig:
+    """What a pruned config adds to its stock class."""
+
+    def __getattribute__(self, name):
+        # The stock constructor and validators read the top level's counts, which is right here.
+        # transformers >= 5.14 would warn each user of it, so read them past its check.
+        own = object.__getattribute__(self, "__dict__")
+        if name in own.get("pruned", {}).get("counts", {}).values():
+            return own[name]
+        return super().__getattribute__(name)
+
+
+class PrunedModel:
+    """What a pruned model adds to its stock class."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        resize_layers(self.base_model, config)
+
+
+def __getattr__(name):
+    """Make `PrunedXyz` from transformers' `Xyz`, when it is first asked for."""
+    stock = getattr(transformers, name.removeprefix("Pruned"), None)
+    if not name.startswith("Pruned") or not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    members = {"__module__": __name__, "__qualname__": name}
+    if issubclass(stock, transformers.PretrainedConfig):
+        bases = (PrunedConfig, stock)
+        members.update(model_type=f"pruned_{stock.model_type}", _auto_class="AutoConfig")
+    else:
+        bases = (PrunedModel, stock)
+        config_class = "Pruned" + stock.config_class.__name__
+        members.update(
+            config_class=globals().get(config_class) or __getattr__(config_class),
+            _auto_class="AutoModel" if name.endswith("Model") else "AutoModelForCausalLM",
+        )
+    globals()[name] = made = type(name, bases, members)
+    return made

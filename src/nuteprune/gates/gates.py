@@ -1,0 +1,266 @@
+"""Gates in training: from learned state to the masks of a step, and to the final ones.
+
+Two kinds of dynamics share one interface. `RankedGates` hold hard, exportable masks at the
+scheduled sparsity at every step and keep re-estimating each unit's score from the gradients of
+its mask. `HardConcreteGates` are the paper's: stochastic soft masks whose log-alpha is trained.
+
+Shape suffixes: B batch, N units of one kind in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.gates import hard_concrete
+from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.schedule import Lagrangian
+
+
+class Gates(nn.Module):
+    """What the trainer asks of gates.
+
+    Args:
+        allocator: turns scores into exportable shapes and masks.
+        scores: one-shot importance of each unit, kind -> (N,); the warm start.
+    """
+
+    def __init__(self, allocator: Allocator, scores: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.allocator = allocator
+        self.kinds = tuple(scores)
+        for kind, value in scores.items():
+            self.register_buffer(f"scores_{kind}", value.float().clone())
+        self.frozen = False
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Loss that removing each unit is expected to cost, kind -> (N,)."""
+        return {kind: self.get_buffer(f"scores_{kind}") for kind in self.kinds}
+
+    def begin_step(self, sparsity: float, seed: int) -> None:
+        """Prepare the masks of one optimizer step; the same on all ranks and micro-batches."""
+        raise NotImplementedError
+
+    def masks(self, batch_size: int) -> Masks:
+        """Return the step's masks for a micro-batch, with gradients unless frozen."""
+        raise NotImplementedError
+
+    def observe(self) -> None:
+        """Take in what a micro-batch's backward pass told about the gates."""
+
+    def end_step(self) -> None:
+        """Finish an optimizer step."""
+
+    def penalty(self) -> Tensor | None:
+        """Return the sparsity term of the loss, None if there is none."""
+        return None
+
+    def sparsity(self) -> float:
+        """Return the expected sparsity of the step's masks."""
+        raise NotImplementedError
+
+    def snapshot(self) -> Masks:
+        """Return the step's masks without noise: what a teacher remembers."""
+        raise NotImplementedError
+
+    def freeze(self, sparsity: float) -> Masks:
+        """Fix the masks for good, in an exportable shape at a sparsity."""
+        raise NotImplementedError
+
+
+class RankedGates(Gates):
+    """Hard masks at the scheduled sparsity; scores follow the gradients of the masks.
+
+    The score of unit u is the diagonal Fisher information of its mask, sum over sequences of
+    (d loss / d mask_u)^2, first from the warm start, then as a moving average over training steps.
+    Removed units get gradients too, and so may return.
+
+    Args:
+        decay: weight of the past in the moving average, per step; 1 keeps the warm start.
+    """
+
+    def __init__(
+        self, allocator: Allocator, scores: Mapping[str, Tensor], decay: float = 0.95
+    ) -> None:
+        super().__init__(allocator, scores)
+        self.decay = decay
+        self._hard = Masks.open(allocator.layout, self.kinds)
+        self._leaves: dict[str, Tensor] = {}
+        self._seen: dict[str, Tensor] = {}
+        self._sparsity = 0.0
+
+    def begin_step(self, sparsity: float, seed: int) -> None:
+        """Choose the step's hard masks by the scores of the moment."""
+        if not self.frozen:
+            self._choose(sparsity)
+
+    def _choose(self, sparsity: float) -> None:
+        shape = self.allocator.shape(self.scores, sparsity)
+        device = next(iter(self.scores.values())).device
+        self._hard = self.allocator.masks(shape, self.scores).to(device)
+        self._sparsity = self.allocator.budget.sparsity(shape)
+
+    def masks(self, batch_size: int) -> Masks:
+        """Return masks (B, N), one row per sequence, so that gradients come per sequence."""
+        if self.frozen or self.decay >= 1:
+            return self._hard
+        self._leaves = {
+            kind: torch.zeros(batch_size, len(value), device=value.device, requires_grad=True)
+            for kind, value in self._hard.values.items()
+        }
+        values = {kind: self._hard.values[kind] + leaf for kind, leaf in self._leaves.items()}
+        return Masks(self.allocator.layout, values)
+
+    def observe(self) -> None:
+        """Add up squared per-sequence gradients."""
+        for kind, leaf in self._leaves.items():
+            if leaf.grad is not None:
+                squared = leaf.grad.float().square().sum(0)
+                self._seen[kind] = self._seen[kind] + squared if kind in self._seen else squared
+        self._leaves = {}
+
+    def end_step(self) -> None:
+        """Move the scores towards what the step has seen, on the scores' own scale."""
+        if self._seen and not self.frozen:
+            seen = sum(float(v.sum()) for v in self._seen.values())
+            have = sum(float(v.sum()) for v in self.scores.values())
+            if seen > 0:
+                for kind, value in self.scores.items():
+                    value.lerp_(self._seen[kind] * (have / seen), 1 - self.decay)
+        self._seen = {}
+
+    def sparsity(self) -> float:
+        """Return the exact sparsity of the step's masks."""
+        return self._sparsity
+
+    def snapshot(self) -> Masks:
+        """Return the step's hard masks."""
+        return self._hard
+
+    def freeze(self, sparsity: float) -> Masks:
+        """Fix the masks at the scores of the moment."""
+        self._choose(sparsity)
+        self.frozen = True
+        return self._hard
+
+
+class HardConcreteGates(Gates):
+    """The paper's gates: stochastic, with a trained log-alpha per unit.
+
+    Args:
+        warm_start: start log-alpha from the ranking of the scores; else open, as published.
+        solved: shift log-alpha at each step so that expected sparsity is exactly the schedule's,
+            which holds at any number of steps; else the Lagrangian drives it, as published.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        scores: Mapping[str, Tensor],
+        warm_start: bool = True,
+        solved: bool = True,
+    ) -> None:
+        super().__init__(allocator, scores)
+        self.log_alpha = nn.ParameterDict(
+            {kind: nn.Parameter(_start(kind, value, warm_start)) for kind, value in scores.items()}
+        )
+        self.lagrangian = None if solved else Lagrangian()
+        self._shift = 0.0
+        self._target = 0.0
+        self._noise: dict[str, Tensor] = {}
+        self._final: Masks | None = None
+
+    def begin_step(self, sparsity: float, seed: int) -> None:
+        """Draw the step's noise and, where the schedule is solved, find the shift."""
+        if self.frozen:
+            return
+        self._target = sparsity
+        generator = torch.Generator().manual_seed(seed)
+        for kind, value in self.log_alpha.items():
+            value.data.clamp_(hard_concrete.LOG_ALPHA_MIN, hard_concrete.LOG_ALPHA_MAX)
+            noise = torch.rand(value.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+            self._noise[kind] = noise.to(value.device)
+        if self.lagrangian is None:
+            self._shift = self._solve(sparsity)
+
+    @torch.no_grad()
+    def _solve(self, sparsity: float) -> float:
+        low, high = -20.0, 20.0
+        for _ in range(40):
+            self._shift = (low + high) / 2
+            if float(self._expected()) > sparsity:
+                low = self._shift
+            else:
+                high = self._shift
+        return (low + high) / 2
+
+    def _shifted(self) -> dict[str, Tensor]:
+        return {kind: value + self._shift for kind, value in self.log_alpha.items()}
+
+    def _expected(self) -> Tensor:
+        keep = {k: hard_concrete.keep_probability(v) for k, v in self._shifted().items()}
+        budget = self.allocator.budget
+        return budget.expected_sparsity(Masks(self.allocator.layout, keep))
+
+    def masks(self, batch_size: int) -> Masks:
+        """Return one draw (N,) for the whole batch."""
+        if self._final is not None:
+            return self._final
+        drawn = {k: hard_concrete.sample(v, self._noise[k]) for k, v in self._shifted().items()}
+        return Masks(self.allocator.layout, drawn)
+
+    def penalty(self) -> Tensor | None:
+        """Return the Lagrangian term at the step's expected sparsity."""
+        if self.lagrangian is None or self.frozen:
+            return None
+        return self.lagrangian(self._expected(), self._target)
+
+    def sparsity(self) -> float:
+        """Return the expected sparsity, that of the final masks once frozen."""
+        if self._final is not None:
+            hard = {k: (v > 0).float() for k, v in self._final.values.items()}
+            masks = Masks(self.allocator.layout, hard)
+            return float(self.allocator.budget.expected_sparsity(masks))
+        with torch.no_grad():
+            return float(self._expected())
+
+    @torch.no_grad()
+    def snapshot(self) -> Masks:
+        """Return noiseless soft masks: the lowest round(size - E[kept]) of each kind are 0."""
+        if self._final is not None:
+            return self._final
+        values = {}
+        for kind, value in self._shifted().items():
+            soft = hard_concrete.test_value(value)
+            gone = round(len(value) - float(hard_concrete.keep_probability(value).sum()))
+            soft[torch.argsort(soft, stable=True)[:gone]] = 0
+            values[kind] = soft
+        return Masks(self.allocator.layout, values)
+
+    @torch.no_grad()
+    def freeze(self, sparsity: float) -> Masks:
+        """Keep the units of highest probability in an exportable shape, with their soft values."""
+        self._shift = self._solve(sparsity)
+        shifted = self._shifted()
+        for kind, value in shifted.items():
+            self.scores[kind].copy_(hard_concrete.keep_probability(value))
+        shape = self.allocator.shape(self.scores, sparsity)
+        hard = self.allocator.masks(shape, self.scores)
+        soft = {k: hard.values[k].to(v) * hard_concrete.test_value(v) for k, v in shifted.items()}
+        self._final = Masks(self.allocator.layout, soft)
+        self.frozen = True
+        return self._final
+
+
+def _start(kind: str, scores: Tensor, warm: bool) -> Tensor:
+    """Return the first log-alpha (N,) of a kind."""
+    if not warm:
+        top = hard_concrete.LOG_ALPHA_MAX
+        start = top if kind != "neurons" else float(torch.logit(torch.tensor(0.99)))
+        return torch.full(scores.shape, min(10.0, start))
+    ranks = scores.argsort(stable=True).argsort(stable=True).float() / max(1, len(scores) - 1)
+    return hard_concrete.LOG_ALPHA_MAX * (0.25 + 0.75 * ranks)

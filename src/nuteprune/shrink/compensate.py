@@ -1,0 +1,209 @@
+"""Closed-form compensation: re-fit what writes to the residual stream to the inputs that are left.
+
+Once heads and neurons are chosen, each output and down projection is fitted by ridge regression
+so that from the kept inputs alone it gives what it gave from all of them:
+W' = W C[:, kept] (C[kept, kept] + ridge I)^-1 with C = X^T X over calibration activations. Layers
+are fitted in order, each on the activations of the already pruned and fitted layers before it.
+Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
+re-fitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
+
+Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import Projection
+from nuteprune.model.hooks import MaskHooks
+
+RIDGE = 1e-2
+"""Ridge, as a share of the mean diagonal of C."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A re-fitted weight.
+
+    Args:
+        weight_OI: the new weight, zero columns where inputs are gone, fp32.
+        covariance_II: X^T X of the masked inputs that it was fitted on, fp32.
+    """
+
+    weight_OI: Tensor
+    covariance_II: Tensor
+
+
+Install = Callable[[int, Projection, Fit], None]
+"""Puts the fit of (layer, projection) into the model, before the next one is made."""
+
+
+@torch.no_grad()
+def refit(
+    anatomy: Anatomy,
+    hooks: MaskHooks,
+    masks: Masks,
+    batches: Sequence[Tensor],
+    install: Install,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Fit the output and down projections of all layers, in order.
+
+    Args:
+        anatomy: the model, LoRA attached or merged; its weights have all their columns still.
+        hooks: where masks multiply in it.
+        masks: the final masks; only layers that lost inputs are fitted.
+        batches: token ids (B, T) of calibration text, all of the same shape.
+        install: puts each fit into the model at once.
+        progress: called after each layer.
+    """
+    flows_BTD, kwargs = _enter(anatomy, hooks, masks, batches)
+    for i, layer in enumerate(anatomy.layers):
+        for projection, mask in (
+            (anatomy.family.attention[-1], masks.attention_input(i)),
+            (anatomy.family.mlp[-1], masks.mlp_input(i)),
+        ):
+            module = anatomy.projection(i, projection)
+            if module is None or mask is None or bool((mask > 0).all()):
+                continue
+            with hooks.using(masks):
+                covariance_II = _covariance(module, layer, flows_BTD, kwargs)
+            weight_OI = _effective_weight(module)
+            mask_I = mask.to(weight_OI)
+            fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I)
+            install(i, projection, Fit(fitted_OI, covariance_II * mask_I * mask_I[:, None]))
+        with hooks.using(masks):
+            flows_BTD = [_run(layer, flow_BTD, kwargs) for flow_BTD in flows_BTD]
+        progress()
+
+
+def ridge_fit(weight_OI: Tensor, covariance_II: Tensor, mask_I: Tensor) -> Tensor:
+    """Return the weight (O, I) that best gives X W^T from the kept columns of X alone.
+
+    Soft masks are taken into account: the input is X * mask, and so is the fit.
+
+    Args:
+        weight_OI: the weight on all inputs, fp32.
+        covariance_II: X^T X of the unmasked inputs, fp32.
+        mask_I: what the inputs will be multiplied by, 0 where they are gone.
+    """
+    kept_K = (mask_I > 0).nonzero().flatten()
+    inner_KK = covariance_II[kept_K][:, kept_K]
+    ridge = RIDGE * inner_KK.diagonal().mean()
+    inner_KK = inner_KK + ridge * torch.eye(len(kept_K), device=inner_KK.device)
+    # The ridge pulls towards the old weight, not towards 0: fit the residual of the dropped part.
+    gone_I = (mask_I <= 0).nonzero().flatten()
+    missing_OK = weight_OI[:, gone_I] @ covariance_II[gone_I][:, kept_K]
+    update_KO = torch.linalg.solve(inner_KK, missing_OK.T)
+    fitted_OI = torch.zeros_like(weight_OI)
+    fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
+    return fitted_OI
+
+
+def install_weight(anatomy: Anatomy) -> Install:
+    """Return an `Install` that overwrites the weights of a model without adapters."""
+
+    def install(layer: int, projection: Projection, fit: Fit) -> None:
+        linear = anatomy.linear(layer, projection)
+        assert linear is not None
+        linear.weight.copy_(fit.weight_OI.to(linear.weight.dtype))
+
+    return install
+
+
+def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors B (O, R) and A (R, I) of the update from `base_OI` to the fit.
+
+    Best in the outputs that it gives on the calibration inputs, not in the weights: singular
+    values are those of (W' - W) C^1/2.
+    """
+    kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()
+    inner_KK = fit.covariance_II[kept_K][:, kept_K].double()
+    inner_KK += RIDGE * inner_KK.diagonal().mean() * torch.eye(len(kept_K)).to(inner_KK)
+    root_KK = torch.linalg.cholesky(inner_KK)
+    update_OK = (fit.weight_OI - base_OI.float())[:, kept_K].double()
+    left = torch.linalg.svd(update_OK @ root_KK, full_matrices=False)[0]
+    left = left[:, :rank]
+    # B A = U U^T (W' - W): the projection onto the leading outputs.
+    right = left.T @ update_OK
+    size = right.norm(dim=1).clamp(min=1e-12).sqrt()
+    inputs_RI = torch.zeros(len(size), base_OI.shape[1]).to(fit.weight_OI)
+    inputs_RI[:, kept_K] = (right / size[:, None]).to(inputs_RI)
+    return (left * size).to(fit.weight_OI), inputs_RI
+
+
+def _enter(
+    anatomy: Anatomy, hooks: MaskHooks, masks: Masks, batches: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Return what the first layer is called with: hidden states per batch, and the rest."""
+    flows_BTD: list[Tensor] = []
+    kwargs: dict[str, Any] = {}
+
+    class Entered(Exception):
+        pass
+
+    def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        flows_BTD.append(args[0])
+        kwargs.update(given)
+        raise Entered
+
+    handle = anatomy.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    device = next(anatomy.model.parameters()).device
+    try:
+        for batch_BT in batches:
+            try:
+                with hooks.using(masks):
+                    anatomy.model(input_ids=batch_BT.to(device), use_cache=False)
+            except Entered:
+                continue
+    finally:
+        handle.remove()
+    return flows_BTD, kwargs
+
+
+def _run(layer: nn.Module, flow_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    output = layer.forward(flow_BTD, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _covariance(
+    module: nn.Module, layer: nn.Module, flows_BTD: list[Tensor], kwargs: dict[str, Any]
+) -> Tensor:
+    """Return X^T X (I, I) of a projection's unmasked inputs, in fp32."""
+    total: list[Tensor] = []
+
+    class Seen(Exception):
+        pass
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].reshape(-1, args[0].shape[-1]).float()
+        total[:] = [rows.T @ rows if not total else total[0].addmm_(rows.T, rows)]
+        raise Seen
+
+    # Before the masks' own hook, so that inputs are seen unmasked.
+    handle = module.register_forward_pre_hook(hook, prepend=True)
+    try:
+        for flow_BTD in flows_BTD:
+            try:
+                _run(layer, flow_BTD, kwargs)
+            except Seen:
+                continue
+    finally:
+        handle.remove()
+    return total[0]
+
+
+def _effective_weight(module: nn.Module) -> Tensor:
+    """Return a projection's weight (O, I) in fp32, its LoRA added."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight_OI: Tensor = base.weight.float()
+    for name in getattr(module, "lora_A", {}):
+        weight_OI = weight_OI + module.get_delta_weight(name).float()
+    return weight_OI

@@ -1,0 +1,138 @@
+"""All settings of a run, with their defaults: what a recipe may set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from nuteprune.errors import UserError
+from nuteprune.model.families import GATE_KINDS
+
+GATE_TYPES = ("ranked", "hard_concrete")
+SHAPES = ("free", "uniform")
+TEACHERS = ("numerous", "intact", "none")
+LAYER_TERMS = ("relative", "mse")
+LORA_TARGETS = ("all", "qv")
+COMPENSATION = ("none", "start", "finalize")
+
+
+@dataclass
+class NutePruneConfig(TrainingArguments):
+    """Settings of a `NutePruneTrainer`: those below, and all of `transformers.TrainingArguments`.
+
+    Parameters that control what is removed:
+
+    Args:
+        target_sparsity: share of the decoder layers' projection parameters to remove, in (0, 1).
+        gates: kinds of gates, comma separated (`heads`, `kv_groups`, `neurons`, `hidden`,
+            `attn_block`, `mlp_block`); None: heads (KV groups under grouped-query attention) and
+            neurons.
+        shapes: `free` (each layer its own counts) or `uniform` (the same in all).
+        neuron_multiple: neurons kept per layer are a multiple of it.
+        hidden_multiple: the width kept is a multiple of it.
+
+    Parameters that control how gates are learned:
+
+        gate_type: `ranked` (hard masks by a Fisher score that training keeps re-estimating) or
+            `hard_concrete` (the paper's stochastic gates).
+        warm_start: start gates from the one-shot importance.
+        solved_schedule: `hard_concrete` only: solve each step for expected sparsity equal to the
+            schedule's; False: the Lagrangian, as published.
+        calibration_blocks: blocks of text for the one-shot importance.
+        ramp_share: share of the steps by which the target is reached; masks are frozen there.
+        freeze_share: share of the steps by which masks are frozen, if later than the ramp's end.
+        ramp_power: 1: the schedule rises linearly; 3: cubically, slower towards the target.
+        score_decay: `ranked` only: weight of the past in the moving average of scores.
+        gate_learning_rate: `hard_concrete` only: rate of log-alpha and of the multipliers.
+
+    Parameters that control distillation:
+
+        teachers: `numerous` (snapshots on the way), `intact` (the dense model alone), `none`.
+        token_weight: weight of the token-level KL divergence.
+        layer_weight: weight of the mean (`mse`: sum) of the layers' terms.
+        layer_term: `relative` (per token, relative to the teacher's norm) or `mse` (the paper's).
+        kd_temperature: softening of both token distributions.
+        lm_weight: weight of the language-model loss; 0: none, which is the default, since on
+            in-domain text it lowers perplexity without preserving the model.
+
+    Parameters that control LoRA and the re-fit:
+
+        lora_rank: rank of the adapters.
+        lora_alpha: their scale is alpha / rank.
+        lora_targets: `all` projections or `qv` (queries and values, the paper's).
+        compensation: re-fit the output and down projections in closed form: `start` (when masks
+            freeze, as low-rank start of LoRA), `finalize`, or `none`.
+        compensation_blocks: blocks of text for the re-fit.
+        max_bad_steps: stop after so many steps in a row whose loss or gradients are not finite.
+    """
+
+    target_sparsity: float = field(default=0.2, metadata={"help": "Share to remove, in (0, 1)."})
+    gates: str | None = field(default=None, metadata={"help": "Kinds of gates, comma separated."})
+    shapes: str = field(default="free", metadata={"help": "free or uniform."})
+    neuron_multiple: int = field(default=32, metadata={"help": "Multiple of neurons kept."})
+    hidden_multiple: int = field(default=64, metadata={"help": "Multiple of the width kept."})
+
+    gate_type: str = field(default="ranked", metadata={"help": "ranked or hard_concrete."})
+    warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
+    solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
+    calibration_blocks: int = field(default=64, metadata={"help": "Blocks for importance."})
+    ramp_share: float = field(default=0.5, metadata={"help": "Steps until the target, as a share."})
+    freeze_share: float = field(default=0.5, metadata={"help": "Steps until masks freeze."})
+    ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
+    score_decay: float = field(default=0.95, metadata={"help": "Weight of past scores."})
+    gate_learning_rate: float = field(default=0.1, metadata={"help": "Rate of log-alpha."})
+
+    teachers: str = field(default="numerous", metadata={"help": "numerous, intact or none."})
+    token_weight: float = field(default=1.0, metadata={"help": "Weight of the token KL."})
+    layer_weight: float = field(default=1.0, metadata={"help": "Weight of the layer terms."})
+    layer_term: str = field(default="relative", metadata={"help": "relative or mse."})
+    kd_temperature: float = field(default=1.0, metadata={"help": "Softening of distributions."})
+    lm_weight: float = field(default=0.0, metadata={"help": "Weight of the LM loss."})
+
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: float = field(default=8.0, metadata={"help": "Scale is alpha / rank."})
+    lora_targets: str = field(default="all", metadata={"help": "all or qv."})
+    compensation: str = field(default="start", metadata={"help": "none, start or finalize."})
+    compensation_blocks: int = field(default=96, metadata={"help": "Blocks for the re-fit."})
+    max_bad_steps: int = field(default=3, metadata={"help": "Non-finite steps in a row allowed."})
+
+    # Defaults of TrainingArguments that differ here.
+    learning_rate: float = field(default=3e-3, metadata={"help": "Rate of LoRA."})
+    max_steps: int = field(default=80, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Sequences per step."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (
+            ("gate_type", GATE_TYPES),
+            ("shapes", SHAPES),
+            ("teachers", TEACHERS),
+            ("layer_term", LAYER_TERMS),
+            ("lora_targets", LORA_TARGETS),
+            ("compensation", COMPENSATION),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if not 0 < self.target_sparsity < 1:
+            raise UserError(
+                f"sparsity is {self.target_sparsity}; it is a share, so it must lie between 0 "
+                "and 1, both excluded (0.2 removes 20 %)"
+            )
+        for kind in self.gate_kinds or ():
+            if kind not in GATE_KINDS:
+                raise UserError(
+                    f"{kind!r} is no kind of gate; known kinds: {', '.join(GATE_KINDS)}"
+                )
+        if self.teachers == "none" and self.lm_weight <= 0:
+            raise UserError("without teachers there is no loss left: set lm_weight above 0")
+
+    @property
+    def gate_kinds(self) -> tuple[str, ...] | None:
+        """Kinds of gates asked for, None to let the model decide."""
+        return tuple(k.strip() for k in self.gates.split(",")) if self.gates else None

@@ -1,0 +1,170 @@
+"""Rows of named columns as documents: plain text, chat messages or instructions."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from nuteprune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Columns that make up a document, the likeliest first. The first and the last column of a layout
+# must be there; one between may be missing.
+_LAYOUTS = (
+    ("text",),
+    ("content",),
+    ("document",),
+    ("body",),
+    ("article",),
+    ("messages",),
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+)
+_SHOWN_NAMES = 20
+
+
+def row_documents(
+    rows: Iterable[tuple[str, object]],
+    text_column: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Iterator[str]:
+    """Turn rows into documents; the layout found in the first row holds for all.
+
+    Args:
+        rows: (where the row comes from, the row: column name -> cell).
+        text_column: the column that holds the text; None finds it.
+        tokenizer: renders rows of chat messages; may be None where there are none.
+
+    Returns:
+        A document per row; some may be empty.
+
+    Raises:
+        UserError: a row has no text where it should.
+    """
+    layout: tuple[str, ...] | None = None
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{where}: a row must be an object with named columns, not {type(row).__name__}; "
+                'pass rows such as {"text": "..."}'
+            )
+        layout = layout or choose_layout(row, text_column, where)
+        for name in (layout[0], layout[-1]):
+            if name not in row:
+                raise _missing(name, row, where)
+        cells = (_cell_text(row, name, where, tokenizer) for name in layout)
+        yield "\n\n".join(cell for cell in cells if cell)
+
+
+def choose_layout(names: Collection[str], text_column: str | None, where: str) -> tuple[str, ...]:
+    """Choose the columns that make up a document.
+
+    Args:
+        names: the columns there are.
+        text_column: the one that holds the text; None finds it.
+        where: what the columns are of.
+
+    Returns:
+        The columns to join. Of three columns the second may be missing.
+
+    Raises:
+        UserError: there is no such column, or none is known to hold text.
+    """
+    if text_column is not None:
+        if text_column not in names:
+            raise _missing(text_column, names, where)
+        return (text_column,)
+    for layout in _LAYOUTS:
+        if layout[0] in names and layout[-1] in names:
+            return layout
+    known = {name for layout in _LAYOUTS for name in layout}
+    near = [name for name in names if difflib.get_close_matches(name.lower(), known, n=1)]
+    raise UserError(
+        f"{where}: found no text among the columns {_listed(names)}; "
+        f"name the one that holds it as text column{_perhaps(near)}"
+    )
+
+
+def _missing(name: str, names: Collection[str], where: str) -> UserError:
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return UserError(
+        f"{where}: no column {name!r} among the columns {_listed(names)}; "
+        f"name one that every row has as text column{_perhaps(near)}"
+    )
+
+
+def _perhaps(near: list[str]) -> str:
+    return f" (perhaps {near[0]!r})" if near else ""
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = [repr(name) for name in itertools.islice(names, _SHOWN_NAMES)]
+    more = ["..."] if len(names) > _SHOWN_NAMES else []
+    return ", ".join([*shown, *more]) or "(none)"
+
+
+def one_line(error: Exception) -> str:
+    """Return what an exception says, without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _cell_text(
+    row: Mapping[str, object],
+    name: str,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> str:
+    cell = row.get(name)
+    if cell is None:
+        return ""
+    if isinstance(cell, list):
+        return _well_formed(_chat_text(cell, f"{where}, column '{name}'", tokenizer))
+    if isinstance(cell, str):
+        return _well_formed(cell)
+    raise UserError(
+        f"{where}: column '{name}' holds {type(cell).__name__}, not text; name another text column"
+    )
+
+
+def _well_formed(text: str) -> str:
+    """Replace lone surrogates, which JSON can escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _chat_text(
+    messages: list[object], where: str, tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    turns = [
+        {"role": message["role"], "content": message["content"]}
+        for message in messages
+        if isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+    ]
+    if len(turns) < len(messages):
+        raise UserError(
+            f"{where}: a list that is not chat messages; "
+            'pass messages such as {"role": "user", "content": "..."}, or another text column'
+        )
+    if tokenizer is None or not tokenizer.chat_template:
+        raise UserError(
+            f"{where}: chat messages, but the model's tokenizer has no chat template; "
+            "pass a model that has one, or a column of plain text as text column"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: the model's chat template refuses the messages ({one_line(error)}); "
+            "mend or remove the row"
+        ) from error

