@@ -129,7 +129,7 @@ def test_without_pip_one_line_says_what_to_do(
     asset: Asset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="no pip .* ensurepip") as caught:
+    with pytest.raises(UserError, match=r"no pip .* ensurepip") as caught:
         assets.fetch(asset)
     assert "\n" not in str(caught.value)
 
@@ -139,7 +139,7 @@ def test_a_cache_that_cannot_be_written_is_the_users_to_mend(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot be written .* NUTEPRUNE_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written .* NUTEPRUNE_CACHE"):
         assets.fetch(asset)
 
 
@@ -289,8 +289,6 @@ def test_the_conversion_computes_what_the_gguf_does(tiny: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(
         tiny.parent, gguf_file=tiny.name, dtype=torch.bfloat16
     )
-    # The same epsilon, since the GGUF's was rounded to 32 bits.
-    original.model.norm.variance_epsilon = 1e-5
     converted = AutoModelForCausalLM.from_pretrained(folder)
     assert converted.dtype == torch.bfloat16
     assert torch.equal(logits(converted, tokens), logits(original, tokens))
@@ -435,8 +433,8 @@ def perplexity(model: Any, tokens: list[int]) -> float:
 @pytest.mark.network
 def test_the_real_model_computes_what_its_gguf_does(real: Path, real_cache: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real)
-    text = "\n\n".join(assets.documents()["wikipedia"][:20])
-    tokens = tokenizer(text)["input_ids"][:1024]
+    text = "\n\n".join(assets.documents()["wikipedia"][:10])
+    tokens = tokenizer(text)["input_ids"][:256]
     converted = AutoModelForCausalLM.from_pretrained(real)
     gguf = {"gguf_file": "model.gguf"}
     same = AutoModelForCausalLM.from_pretrained(real.parent, **gguf, dtype=torch.bfloat16)
@@ -455,7 +453,7 @@ def test_the_real_tokenizer_is_the_originals(real: Path) -> None:
         ids = tokenizer(text)["input_ids"]
         assert ids == reference.encode(text).ids
         assert tokenizer.decode(ids) == text
-    assert tokenizer.tokenize("x  34") == ["x", "Ġ", "Ġ", "3", "4"]
+    assert tokenizer.tokenize("x  34") == ["x", "ĠĠ", "3", "4"]
     special = ("bos", "eos", "pad", "unk")
     assert [getattr(tokenizer, f"{name}_token_id") for name in special] == [1, 2, 2, 0]
     turn = [{"role": "user", "content": "Hi"}]

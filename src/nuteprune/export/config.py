@@ -56,31 +56,24 @@ def pruned_config(
     # One count for all layers: what a uniform model has, and the upper bound of any other.
     for word in _count_names(family):
         values[names[word]] = max(1, *(getattr(layer, word) for layer in shape.layers))
-    original_heads: int = getattr(config, names["heads"])
-    return _stock_config(values, family, shape, original_heads) or _free_config(
-        values, family, shape, original_heads
-    )
+    return _stock_config(values, family, shape) or _free_config(values, family, shape)
 
 
-def _stock_config(
-    values: dict[str, Any], family: Family, shape: Shape, original_heads: int
-) -> PreTrainedConfig | None:
+def _stock_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTrainedConfig | None:
     """Return a config of the stock class, None if that cannot express the shape."""
     first = shape.layers[0]
     if not (shape.uniform and first.mlp):
         return None
     values = values | {"model_type": family.model_type, "architectures": [family.causal_lm]}
     if family.head_dim_from_hidden:
-        if first.heads != original_heads:
+        head_dim = values.pop("head_dim")
+        if first.heads * head_dim != shape.hidden:
             return None
-        del values["head_dim"]
     stock = CONFIG_MAPPING[family.model_type]
     return _first_valid(stock, values, family.config_names["heads"], [first.heads])
 
 
-def _free_config(
-    values: dict[str, Any], family: Family, shape: Shape, original_heads: int
-) -> PreTrainedConfig:
+def _free_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTrainedConfig:
     """Return a config with counts for each layer."""
     stock = CONFIG_MAPPING[family.model_type]
     classes = {
@@ -97,16 +90,15 @@ def _free_config(
         "allow_global_per_layer_attribute_access": True,
     }
     # At the top level, any head count will do that the stock class takes.
-    heads = family.config_names["heads"]
-    candidates: Iterable[int] = [original_heads]
+    heads, hidden = family.config_names["heads"], shape.hidden
+    choices = [max(1, hidden // values["head_dim"])]
     if not family.head_dim_from_hidden:
-        most, hidden = values[heads], shape.hidden
-        divisors = (x for x in range(most, hidden + 1) if hidden % x == 0)
-        candidates = (most, max(1, hidden // values["head_dim"]), *divisors)
+        divisors = (x for x in range(values[heads], hidden + 1) if hidden % x == 0)
+        choices = [values[heads], *choices, *divisors]
     config_class = getattr(modeling_pruned, f"Pruned{stock.__name__}")
-    config = _first_valid(config_class, values, heads, candidates)
+    config = _first_valid(config_class, values, heads, choices)
     if config is None:
-        raise UserError(f"{stock.__name__} takes no head count at a hidden size of {shape.hidden}")
+        raise UserError(f"{stock.__name__} takes no head count at a hidden size of {hidden}")
     return config
 
 

@@ -71,6 +71,10 @@ class Gates(nn.Module):
         """Fix the masks for good, in an exportable shape at a sparsity."""
         raise NotImplementedError
 
+    def restore_masks(self, masks: Masks) -> None:
+        """Take over masks that were frozen before a run was interrupted."""
+        raise NotImplementedError
+
 
 class RankedGates(Gates):
     """Hard masks at the scheduled sparsity; scores follow the gradients of the masks.
@@ -147,6 +151,12 @@ class RankedGates(Gates):
         self.frozen = True
         return self._hard
 
+    def restore_masks(self, masks: Masks) -> None:
+        """Take over frozen masks."""
+        self._hard = masks.to(next(iter(self.scores.values())).device)
+        self._sparsity = _sparsity_of(self.allocator, masks)
+        self.frozen = True
+
 
 class HardConcreteGates(Gates):
     """The paper's gates: stochastic, with a trained log-alpha per unit.
@@ -222,9 +232,7 @@ class HardConcreteGates(Gates):
     def sparsity(self) -> float:
         """Return the expected sparsity, that of the final masks once frozen."""
         if self._final is not None:
-            hard = {k: (v > 0).float() for k, v in self._final.values.items()}
-            masks = Masks(self.allocator.layout, hard)
-            return float(self.allocator.budget.expected_sparsity(masks))
+            return _sparsity_of(self.allocator, self._final)
         with torch.no_grad():
             return float(self._expected())
 
@@ -254,6 +262,17 @@ class HardConcreteGates(Gates):
         self._final = Masks(self.allocator.layout, soft)
         self.frozen = True
         return self._final
+
+    def restore_masks(self, masks: Masks) -> None:
+        """Take over frozen masks."""
+        self._final = masks.to(next(iter(self.scores.values())).device)
+        self.frozen = True
+
+
+def _sparsity_of(allocator: Allocator, masks: Masks) -> float:
+    """Return the sparsity of masks once everything at 0 is cut."""
+    hard = {kind: (value > 0).float() for kind, value in masks.values.items()}
+    return float(allocator.budget.expected_sparsity(Masks(allocator.layout, hard)))
 
 
 def _start(kind: str, scores: Tensor, warm: bool) -> Tensor:

@@ -6,6 +6,9 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +19,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import LAYER_TERMS, Head, token_kl
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
-from nuteprune.errors import UserError
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import build, pruned_config
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
@@ -35,6 +39,7 @@ from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, 
 from nuteprune.shrink.finalize import fold_masks, merge_lora
 from nuteprune.shrink.slicing import slice_state
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.state import RunState, restore
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
@@ -90,10 +95,12 @@ class NutePruneTrainer(Trainer):
         self.gates: Gates = make_gates(self.allocator, ones, args)
         peft_model.add_module("nuteprune_gates", self.gates)
         self._warm = False
+        self._checkpoint_dir: Path | None = None
         self._step = -1
         self._teacher: Role | None = INTACT
         self.teacher_index = -1
         self.parts: dict[str, Tensor | float] = {}
+        self.metrics_file = run / "metrics.jsonl"
         super().__init__(
             model=peft_model,
             args=args,
@@ -103,11 +110,18 @@ class NutePruneTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
+        self._bad_in_row = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._bad_steps = torch.zeros((), dtype=torch.long, device=self.args.device)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of gates in use."""
         return self.allocator.constraints.kinds
+
+    @property
+    def freeze_step(self) -> int:
+        """Step before which masks are frozen, counted from 0."""
+        return max(self.schedule.ramp_steps, round(self.args.freeze_share * self.args.max_steps))
 
     # -- before the first step
 
@@ -193,8 +207,7 @@ class NutePruneTrainer(Trainer):
         return loss
 
     def _begin_step(self, step: int) -> None:
-        freeze_at = max(self.schedule.ramp_steps, round(self.args.freeze_share * self.args.max_steps))
-        if step >= freeze_at and not self.gates.frozen:
+        if step >= self.freeze_step and not self.gates.frozen:
             self.freeze()
         seed = (self.args.seed << 32) + step
         self.gates.begin_step(self.schedule.sparsity(step), seed)
@@ -268,6 +281,102 @@ class NutePruneTrainer(Trainer):
         head = self.anatomy.head
         return Head(head.weight, getattr(head, "bias", None), *self.anatomy.logit_scale())
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
+        trained = [p for p in model.parameters() if p.grad is not None]
+        lora = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(lora, self.args.max_grad_norm, norm)
+        bad = ~torch.isfinite(norm)
+        self._bad_steps += bad
+        self._bad_in_row = (self._bad_in_row + 1) * bad
+        for parameter in trained:
+            assert parameter.grad is not None
+            parameter.grad = torch.where(bad, torch.zeros_like(parameter.grad), parameter.grad)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the method's figures to the logs, and each step's line to metrics.jsonl.
+
+        Raises:
+            RunFailed: after `max_bad_steps` steps in a row that were not finite.
+        """
+        if "loss" in logs:
+            logs |= {name: float(value) for name, value in self.parts.items()}
+            logs |= {
+                "sparsity": self.gates.sparsity(),
+                "target": self.schedule.sparsity(self._step),
+                "teacher": self.teacher_index,
+                "teachers": len(self.teachers),
+                "bad_steps": int(self._bad_steps),
+            }
+            if self.args.should_save:
+                self._write_metrics({"step": self.state.global_step, **logs})
+        super().log(logs, start_time)
+        if int(self._bad_in_row) >= self.args.max_bad_steps:
+            raise RunFailed(
+                f"the loss or its gradients were not finite in {int(self._bad_in_row)} steps in a "
+                f"row, up to step {self.state.global_step}; lower learning_rate (now "
+                f"{self.args.learning_rate}), or use --dtype float32"
+            )
+
+    def _write_metrics(self, line: dict[str, Any]) -> None:
+        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # -- checkpoints of a run
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, and move it there when it is complete."""
+        run = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        partial = run / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self._checkpoint_dir = partial
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._checkpoint_dir = None
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(partial / name, run / name)
+            shutil.rmtree(partial, ignore_errors=True)
+            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._checkpoint_dir or super()._get_output_dir(trial))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save what the run has learned; the base model is where it came from."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        masks = self.gates.snapshot().values if self.gates.frozen else {}
+        state = RunState(
+            self.coforward.bank.state(), self.gates.state_dict(), masks, self.teachers.sparsities
+        )
+        state.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Go back to a checkpoint: LoRA, gates, teachers, and the metrics up to it."""
+        folder = Path(resume_from_checkpoint)
+        state = RunState.load(folder)
+        restore(self.coforward.bank.state(), state.lora, "LoRA weights")
+        restore(self.gates.state_dict(), state.gates, "gates")
+        if state.masks:
+            self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
+        self.teachers.restore(state.teachers)
+        self._warm = True
+        self._cut_metrics(int(folder.name.rpartition("-")[2]))
+
+    def _cut_metrics(self, step: int) -> None:
+        if self.metrics_file.exists():
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+            partial = self.metrics_file.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            os.replace(partial, self.metrics_file)
+
     # -- after the last step
 
     def _start_from_refit(self, masks: Masks) -> None:
@@ -299,6 +408,7 @@ class NutePruneTrainer(Trainer):
         if not self.gates.frozen:
             self.freeze()
         self.masks = self.gates.snapshot().to("cpu")
+        self.bad_steps = int(self._bad_steps)
         self.hooks.remove()
         self.model.eval()
         stock = merge_lora(cast(PeftModel, self.model))

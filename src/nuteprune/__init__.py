@@ -1,0 +1,29 @@
+"""Structured pruning of language models with numerous teachers (arXiv 2402.09773)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nuteprune.errors import RunFailed, UserError
+    from nuteprune.export.checkpoint import load_pruned
+    from nuteprune.train.config import NutePruneConfig
+    from nuteprune.train.trainer import NutePruneTrainer
+
+_HOMES = {
+    "NutePruneConfig": "nuteprune.train.config",
+    "NutePruneTrainer": "nuteprune.train.trainer",
+    "RunFailed": "nuteprune.errors",
+    "UserError": "nuteprune.errors",
+    "load_pruned": "nuteprune.export.checkpoint",
+}
+
+__all__ = ["NutePruneConfig", "NutePruneTrainer", "RunFailed", "UserError", "load_pruned"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are asked for: `nuteprune --help` needs no torch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'nuteprune' has no attribute {name!r}")

@@ -1,0 +1,94 @@
+"""The `nuteprune` command: assembles the subcommands and turns errors into lines and exit codes.
+
+Exit codes: 0 success, 1 a failed run or a missed target, 2 anything the user got wrong (one line
+on stderr), 130 interrupted. NUTEPRUNE_DEBUG=1 shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib.metadata import version
+
+import typer
+
+from nuteprune.errors import RunFailed, UserError
+
+app = typer.Typer(
+    name="nuteprune",
+    help="Make a language model physically smaller and faster, with its quality kept.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nuteprune {version('nuteprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Make a language model physically smaller and faster, with its quality kept."""
+
+
+def _register() -> None:
+    from nuteprune.cli import demo, evaluate, inspect, prune
+
+    app.command("demo")(demo.demo)
+    app.command("prune")(prune.prune)
+    app.command("eval")(evaluate.evaluate)
+    app.command("inspect")(inspect.inspect)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    debug = bool(os.environ.get("NUTEPRUNE_DEBUG"))
+    if not debug:
+        quiet_libraries()
+    _register()
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except (UserError, RunFailed) as error:
+        if debug:
+            raise
+        _fail(str(error), 2 if isinstance(error, UserError) else 1)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except Exception as error:
+        # Usage errors of the parsing library that typer carries with it know their message.
+        if debug:
+            raise
+        if hasattr(error, "format_message"):
+            _fail(error.format_message(), 2)
+        _fail(f"{type(error).__name__}: {error} (NUTEPRUNE_DEBUG=1 shows where)", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    print(f"nuteprune: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries print that no user can act on."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nuteprune.cli.pipeline import Job
+from nuteprune.cli.settings import RUN_KEYS, read_settings
+
+Model = Annotated[str, typer.Argument(help="Hub id, checkpoint folder, or 'demo'.")]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Share of the decoder layers' parameters to remove, such as 0.2."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Training text: a .txt, .jsonl, .json or .parquet file, a folder of them, a hub "
+        "dataset id[:config[:split]], or 'demo'."
+    ),
+]
+EvalData = Annotated[
+    str | None, typer.Option(help="Text to judge by; default: the held-out part of the data.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for the result.")]
+OptionalOut = Annotated[Path | None, typer.Option(help="Folder for the result.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")
+]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps; 0: one-shot.")]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences per step.")]
+Length = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
+Gates = Annotated[
+    str | None,
+    typer.Option(help="heads, kv_groups, neurons, hidden, attn_block, mlp_block; comma separated."),
+]
+Shapes = Annotated[str | None, typer.Option(help="free or uniform.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the text in structured files.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
+
+
+def make_job(
+    model: str, out: Path, config: Path | None, assignments: list[str] | None, **given: Any
+) -> Job:
+    """Return a job from a settings file, `--set`, and options, the later winning.
+
+    Args:
+        model: as the user named it.
+        out: the output folder.
+        config: settings file or None.
+        assignments: `--set` values.
+        **given: options under their settings' full names; None where not given. Those of `Job`
+            itself (`dry_run`, `resume`, `overwrite`) are flags.
+    """
+    flags = {k: given.pop(k) for k in ("dry_run", "resume", "overwrite")}
+    settings = read_settings(config, assignments or ())
+    settings |= {key: value for key, value in given.items() if value is not None}
+    own = {key: settings.pop(key) for key in list(settings) if key in RUN_KEYS}
+    own.setdefault("data", "demo")
+    return Job(model=model, out=out, settings=settings, **own, **flags)

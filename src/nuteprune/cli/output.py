@@ -1,0 +1,95 @@
+"""What commands print: tables and lines on stderr and stdout, progress bars, the JSON line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class Output:
+    """Prints for a person, and with `as_json` one machine-readable line as the last on stdout.
+
+    Args:
+        as_json: print results as JSON; what is for people goes to stderr then.
+    """
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.console = Console(stderr=as_json, highlight=False, soft_wrap=False)
+        self.progress_console = Console(stderr=True, highlight=False)
+
+    def line(self, text: str = "") -> None:
+        """Print a line for people."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table for people; the first column is text, the others numbers."""
+        table = Table(title=title, title_justify="left", title_style="bold", show_edge=False)
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def result(self, data: Mapping[str, Any]) -> None:
+        """Print the JSON line, if it was asked for."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(data) + "\n")
+
+    @contextmanager
+    def bars(self) -> Iterator[Bars]:
+        """Show progress on stderr for a while: live on a terminal, a few lines elsewhere."""
+        bars = Bars(self.progress_console)
+        with bars.progress:
+            yield bars
+
+
+class Bars:
+    """Progress bars, one for each kind of work, shown as it comes up.
+
+    Args:
+        console: where they are drawn; if it is no terminal, a line is printed now and then.
+    """
+
+    LINES = 10
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` units of some work are over."""
+        if not self.console.is_terminal:
+            every = max(1, total // self.LINES)
+            if done == total or (done and done % every == 0):
+                self.console.print(f"{what}: {done}/{total} {note}".rstrip(), soft_wrap=True)
+            return
+        if what not in self._tasks:
+            self._tasks[what] = self.progress.add_task(what, total=total, note=note)
+        self.progress.update(self._tasks[what], completed=done, total=total, note=note)
+
+
+def millions(count: float) -> str:
+    """Return a parameter count for people, such as 134.5M."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def megabytes(size: float) -> str:
+    """Return a size for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

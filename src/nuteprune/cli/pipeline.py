@@ -1,0 +1,341 @@
+"""The main job: an intact checkpoint in, a smaller checkpoint out. Shared by `prune` and `demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.cli.output import Bars, Output, megabytes, millions
+from nuteprune.cli.progress import StepProgress
+from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.card import model_card
+from nuteprune.export.checkpoint import recount, save
+from nuteprune.export.record import FILE_NAME, blocks_recount, make_record, to_json
+from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.train.state import last_checkpoint
+from nuteprune.train.trainer import NutePruneTrainer
+
+RUN = "run"
+"""Folder inside the output folder for checkpoints, teachers and metrics."""
+
+
+@dataclass
+class Job:
+    """What `prune` is asked to do.
+
+    Args:
+        model: hub id, checkpoint folder, or `demo`.
+        data: training text; see `train.data`.
+        out: folder for the result.
+        eval_data: text to judge by; None: the held-out part of `data`.
+        text_column: column of the text in structured files.
+        length: tokens per block.
+        eval_blocks: held-out blocks per source.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: `auto`, `float32`, `bfloat16`, ...: what the run computes in.
+        settings: overrides of `NutePruneConfig`.
+        dry_run: say what would be done, and write nothing.
+        resume: go on from the last checkpoint in `out`.
+        overwrite: replace what is in `out`.
+    """
+
+    model: str
+    data: str
+    out: Path
+    eval_data: str | None = None
+    text_column: str | None = None
+    length: int = 256
+    eval_blocks: int = 24
+    device: str = "auto"
+    dtype: str = "auto"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dry_run: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class Result:
+    """What a job leaves: the folder, its record, and the held-out text that it was judged by."""
+
+    out: Path
+    record: dict[str, Any]
+    held_out: Mapping[str, Tensor]
+
+
+def check_out(job: Job) -> None:
+    """Refuse an output folder with something in it, unless told what to do with it.
+
+    Raises:
+        UserError: if the folder is in the way, or there is nothing to resume in it.
+    """
+    out = job.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if job.resume:
+        if last_checkpoint(out / RUN) is None:
+            raise UserError(f"nothing to resume in {out}: there is no checkpoint in {out / RUN}")
+        return
+    if out.exists() and any(out.iterdir()) and not job.overwrite:
+        raise UserError(
+            f"--out {out} is not empty; name another folder, or pass --overwrite to replace it or "
+            "--resume to go on with it"
+        )
+
+
+def run(job: Job, output: Output) -> Result | None:
+    """Do the job; returns None for a dry run.
+
+    Raises:
+        UserError: for anything in the job that cannot work; nothing is written then.
+        RunFailed: if training breaks down or the target is missed.
+    """
+    started = time.monotonic()
+    check_out(job)
+    config = NutePruneConfig(output_dir=str(job.out / RUN), **trainer_settings(job))
+    tokenizer = load_tokenizer(job.model)
+    model = load_model(job.model, pick_dtype(job.dtype, job.device))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    blocks = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps
+    data: dict[str, Any] = {"length": job.length, "text_column": job.text_column}
+    training = training_blocks(
+        job.data,
+        tokenizer,
+        count=max(blocks, config.calibration_blocks),
+        seed=config.seed,
+        vocab_size=vocabulary,
+        **data,
+    )
+    held_out = held_out_blocks(
+        job.eval_data or job.data, tokenizer, count=job.eval_blocks, vocab_size=vocabulary, **data
+    )
+    with output.bars() as bars:
+        trainer = make_trainer(model, config, training, tokenizer, bars)
+        print_plan(job, trainer, output)
+        if job.dry_run:
+            return None
+        if not job.resume:
+            shutil.rmtree(job.out, ignore_errors=True)
+        record = _prune(job, trainer, tokenizer, held_out, bars, started)
+    if record["sparsity"] < job_target(trainer):
+        raise RunFailed(
+            f"the target was missed: {record['sparsity']:.2%} of {job_target(trainer):.2%}"
+        )
+    return Result(job.out, record, held_out)
+
+
+def job_target(trainer: NutePruneTrainer) -> float:
+    """Return the sparsity asked for, rounding errors of the division forgiven."""
+    return trainer.args.target_sparsity - 1e-9
+
+
+def trainer_settings(job: Job) -> dict[str, Any]:
+    """Return the settings for `NutePruneConfig`: the job's device on top of its overrides."""
+    device = pick_device(job.device)
+    return {
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "save_total_limit": 2,
+        **job.settings,
+        "use_cpu": device == "cpu",
+    }
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    config: NutePruneConfig,
+    training: BlockDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    bars: Bars,
+) -> NutePruneTrainer:
+    """Return a trainer that shows its progress."""
+    trainer = NutePruneTrainer(
+        model, config, training, tokenizer, progress=bars.update, callbacks=[]
+    )
+    trainer.add_callback(StepProgress(trainer, bars))
+    return trainer
+
+
+def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
+    """Print what is going to be done, in a few lines."""
+    args, budget = trainer.args, trainer.allocator.budget
+    shape = budget.shape
+    total = trainer.anatomy.parameters()
+    first = shape.layers[0]
+    goal = budget.before * args.target_sparsity
+    output.line(
+        f"Model   {job.model}: {trainer.anatomy.family.model_type}, {len(shape.layers)} layers, "
+        f"{first.heads} heads on {first.kv_heads} KV heads, {first.neurons} neurons, "
+        f"width {shape.hidden}, {millions(total)} parameters"
+    )
+    output.line(
+        f"Target  {args.target_sparsity:.1%} of {millions(budget.before)} decoder parameters = "
+        f"{millions(goal)} ({goal / total:.1%} of all), {args.shapes} shapes, gates on "
+        f"{', '.join(trainer.kinds)} (at most {trainer.allocator.maximum():.1%})"
+    )
+    output.line(
+        f"Run     {args.max_steps} steps of {args.train_batch_size} x {job.length} tokens on "
+        f"{args.device}, {str(trainer.anatomy.model.dtype).removeprefix('torch.')}; masks freeze at "
+        f"step {trainer.freeze_step}; {args.teachers} teachers; LoRA rank {args.lora_rank} at "
+        f"{args.learning_rate:g}; text {job.data}"
+    )
+    if job.dry_run:
+        ones = {k: torch.ones(trainer.allocator.layout.units(k)) for k in trainer.kinds}
+        reached = trainer.allocator.shape(ones, args.target_sparsity)
+        after = total - budget.before + budget.parameters(reached)
+        output.line(
+            f"Dry run nothing is written. Reachable: {budget.sparsity(reached):.3%}, about "
+            f"{millions(after)} parameters"
+        )
+        output.result({"sparsity": budget.sparsity(reached), "shape": reached.to_dict()})
+
+
+def _prune(
+    job: Job,
+    trainer: NutePruneTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Mapping[str, Tensor],
+    bars: Bars,
+    started: float,
+) -> dict[str, Any]:
+    """Train, finalize, write and judge; returns the record that was written."""
+    before_shape = trainer.allocator.budget.shape
+    params = {
+        "before": trainer.anatomy.parameters(),
+        "blocks_before": trainer.allocator.budget.before,
+    }
+    dtype = stored_dtype(trainer.anatomy.model)
+    bars.update("measuring the intact model", 0, 1)
+    before = perplexities(trainer.anatomy.model, held_out, batch_size=4)
+    bars.update("measuring the intact model", 1, 1, f"perplexity {mean(before):.2f}")
+    if trainer.args.max_steps > 0:
+        trainer.train(resume_from_checkpoint=_resume_from(job))
+    small = trainer.finalize()
+    teachers = list(trainer.teachers.sparsities)
+    after = perplexities(small, held_out, batch_size=4)
+    record = {
+        "target": trainer.args.target_sparsity,
+        "before": before_shape,
+        "after": trainer.shape,
+        "shapes": trainer.args.shapes,
+        "teachers": {"count": len(teachers), "sparsities": teachers},
+        "perplexity": {"before": before, "after": after, "protocol": protocol(held_out)},
+        "bad_steps": trainer.bad_steps,
+        "seed": trainer.args.seed,
+        "base_model": job.model,
+        "config": run_config(job, trainer.args),
+    }
+    return write(job.out, small.to(dtype), tokenizer, record, params, started)
+
+
+def _resume_from(job: Job) -> str | None:
+    checkpoint = last_checkpoint(job.out / RUN) if job.resume else None
+    return str(checkpoint) if checkpoint else None
+
+
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype that the checkpoint was stored in, which the result keeps."""
+    stored = getattr(model, "nuteprune_stored_dtype", None)
+    return stored if isinstance(stored, torch.dtype) else model.dtype
+
+
+def run_config(job: Job, args: NutePruneConfig) -> dict[str, Any]:
+    """Return the settings that reproduce a run: the job's, and those that are not defaults."""
+    defaults = NutePruneConfig()
+    changed = {
+        f.name: getattr(args, f.name)
+        for f in dataclasses.fields(args)
+        if f.init and f.name in NUTEPRUNE_KEYS and getattr(args, f.name) != getattr(defaults, f.name)
+    }
+    own = {k: str(v) for k, v in vars(job).items() if k in ("model", "data", "dtype", "device")}
+    return {**own, "length": job.length, "target_sparsity": args.target_sparsity, **changed}
+
+
+NUTEPRUNE_KEYS = frozenset(f.name for f in dataclasses.fields(NutePruneConfig)) - {
+    "output_dir",
+    "disable_tqdm",
+    "use_cpu",
+    "logging_dir",
+    "report_to",
+}
+
+
+def write(
+    out: Path,
+    small: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    params: dict[str, int],
+    started: float,
+) -> dict[str, Any]:
+    """Write the checkpoint, recount it from its files, and write record and card beside it."""
+    save(small, out, tokenizer)
+    counted = recount(out)
+    params = params | {
+        "after": counted["total"],
+        "blocks_after": blocks_recount(counted["tensors"], small.config.model_type),
+    }
+    full = make_record(
+        params=params,
+        **record,
+        bytes_on_disk=weights_size(out),
+        seconds=round(time.monotonic() - started, 1),
+        peak_memory_bytes=peak_memory(),
+    )
+    card = model_card(
+        full, base_model=record["base_model"], remote_code=hasattr(small.config, "auto_map")
+    )
+    for name, text in ((FILE_NAME, to_json(full)), ("README.md", card)):
+        partial = out / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+    return json.loads(to_json(full))  # type: ignore[no-any-return]
+
+
+def weights_size(folder: Path) -> int:
+    """Return the bytes of a checkpoint's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes; the accelerator's where one is used."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_result(result: Result, output: Output) -> None:
+    """Print what came out, as a table and two lines."""
+    record = result.record
+    ppl, params = record["perplexity"], record["params"]
+    rows = [
+        ["parameters", millions(params["before"]), millions(params["after"])],
+        ["  in decoder layers", millions(params["blocks_before"]), millions(params["blocks_after"])],
+        *(
+            [f"perplexity, {name}", f"{ppl['before'][name]:.2f}", f"{ppl['after'][name]:.2f}"]
+            for name in ppl["before"]
+        ),
+    ]
+    output.table("Held-out text, before and after", ["", "intact", "pruned"], rows)
+    output.line(
+        f"Sparsity {record['sparsity']:.3%} (target {record['target']:.1%}); "
+        f"{record['total_sparsity']:.2%} of all parameters are gone; "
+        f"{megabytes(record['bytes_on_disk'])} on disk; {record['seconds']:.0f} s"
+    )
+    output.line(f"Checkpoint in {result.out}")
+    output.result({"out": str(result.out), **record})

@@ -1,0 +1,38 @@
+"""Shows a training run: a bar with loss, sparsity and the teacher of the moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+
+from nuteprune.cli.output import Bars
+from nuteprune.train.trainer import NutePruneTrainer
+
+
+class StepProgress(TrainerCallback):
+    """Feeds a progress bar from the trainer's logs.
+
+    Args:
+        trainer: whose run it is.
+        bars: where it is shown.
+    """
+
+    def __init__(self, trainer: NutePruneTrainer, bars: Bars) -> None:
+        self.trainer = trainer
+        self.bars = bars
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
+    ) -> None:
+        """Show the newest figures."""
+        if not logs or "loss" not in logs:
+            return
+        note = (
+            f"loss {logs['loss']:.3f}  sparsity {logs['sparsity']:.1%}  "
+            f"teacher {self._teacher(int(logs['teacher']))}"
+        )
+        self.bars.update("pruning", state.global_step, state.max_steps, note)
+
+    def _teacher(self, index: int) -> str:
+        return "intact" if index < 0 else f"{self.trainer.teachers.sparsities[index]:.1%}"

@@ -1,0 +1,62 @@
+"""`nuteprune prune`: the whole method on any supported checkpoint."""
+
+from __future__ import annotations
+
+from nuteprune.cli import options as o
+from nuteprune.cli.output import Output
+from nuteprune.cli.pipeline import print_result, run
+from nuteprune.errors import UserError
+
+
+def prune(
+    model: o.Model,
+    out: o.Out,
+    sparsity: o.Sparsity = None,
+    data: o.Data = None,
+    eval_data: o.EvalData = None,
+    steps: o.Steps = None,
+    batch_size: o.BatchSize = None,
+    length: o.Length = None,
+    gates: o.Gates = None,
+    shapes: o.Shapes = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    text_column: o.TextColumn = None,
+    seed: o.Seed = None,
+    config: o.Config = None,
+    assignments: o.Set = None,
+    gradient_checkpointing: o.Checkpointing = False,
+    dry_run: o.DryRun = False,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+) -> None:
+    """Make MODEL smaller by SPARSITY, keeping its quality with text from DATA."""
+    output = Output(as_json)
+    job = o.make_job(
+        model,
+        out,
+        config,
+        assignments,
+        target_sparsity=sparsity,
+        data=data,
+        eval_data=eval_data,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        length=length,
+        gates=gates,
+        shapes=shapes,
+        device=device,
+        dtype=dtype,
+        text_column=text_column,
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing or None,
+        dry_run=dry_run,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if "target_sparsity" not in job.settings:
+        raise UserError("how much is to go? pass --sparsity, such as --sparsity 0.2")
+    result = run(job, output)
+    if result is not None:
+        print_result(result, output)

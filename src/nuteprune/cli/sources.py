@@ -1,0 +1,130 @@
+"""From what a user names to a model, a tokenizer, a device and a dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.demo import assets
+from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import load_pruned
+from nuteprune.model.families import FAMILIES, family_named
+
+DEMO = "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def locate(model: str, progress: Callable[[str], None] = lambda message: None) -> str:
+    """Return where a model is: the cached folder for `demo`, else what was given."""
+    if model == DEMO:
+        return str(assets.model_folder(progress))
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local and not Path(model).expanduser().is_dir():
+        raise UserError(f"model {model} is no folder, and no hub id; check the path")
+    return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+
+
+def read_config(model: str) -> Any:
+    """Return a model's config, checked to be a causal LM of a supported family.
+
+    Raises:
+        UserError: if there is no such model, or it is not one that can be pruned.
+    """
+    where = locate(model)
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise UserError(f"{model} has no config.json: it is no Hugging Face checkpoint")
+    try:
+        values = _config_values(where)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot load model {model}: {first}; pass a hub id, a checkpoint folder, or 'demo'"
+        ) from error
+    model_type = str(values.get("model_type", ""))
+    family = family_named(model_type)
+    named = values.get("architectures") or [family.causal_lm]
+    if not any(str(name).removeprefix("Pruned") == family.causal_lm for name in named):
+        raise UserError(
+            f"{model} is a {', '.join(named)}, not a causal language model; "
+            f"supported: {', '.join(f.causal_lm for f in FAMILIES.values())}"
+        )
+    return values
+
+
+def _config_values(where: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(where)
+    if not values:
+        raise OSError("there is no such checkpoint, here or in the cache")
+    return dict(values)
+
+
+def load_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a supported causal LM to compute in `dtype`, and note the dtype it is stored in.
+
+    Raises:
+        UserError: if it cannot be loaded or is not supported.
+    """
+    values = read_config(model)
+    loaded = load_pruned(locate(model), dtype=dtype)
+    stored = values.get("dtype") or values.get("torch_dtype") or "float32"
+    loaded.nuteprune_stored_dtype = getattr(torch, str(stored), torch.float32)  # type: ignore[assignment]
+    return loaded
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        UserError: if it has none that can be loaded.
+    """
+    read_config(model)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(locate(model))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load the tokenizer of {model}: {first}") from error
+    return tokenizer
+
+
+def pick_device(device: str) -> str:
+    """Return the device for `auto`, or check the one that was named.
+
+    Raises:
+        UserError: if torch does not have it.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
+        return kind
+    raise UserError(f"device {device} is not here; this machine has cpu" + (
+        " and cuda" if torch.cuda.is_available() else ""
+    ))
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the dtype to compute in; `auto` takes bfloat16 where the hardware is fast at it.
+
+    Raises:
+        UserError: if the name is unknown.
+    """
+    if dtype == "auto":
+        fast = pick_device(device) != "cpu" or _cpu_multiplies_bfloat16()
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; pass auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # Without these instructions bfloat16 products are emulated, several times slower than fp32.
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("amx_tile"))
+
+

@@ -1,0 +1,97 @@
+"""nuteprune.json: what a pruned checkpoint is, and how it came about."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nuteprune.errors import UserError
+from nuteprune.model.families import family_named
+from nuteprune.model.shape import Shape
+
+FILE_NAME = "nuteprune.json"
+SCHEMA = 1
+
+
+def blocks_recount(tensors: Mapping[str, list[int]], model_type: str) -> int:
+    """Count the parameters of decoder projections among the tensors of a written checkpoint."""
+    family = family_named(model_type)
+    paths = tuple(f".{p.path}." for p in family.projections)
+    total = 0
+    for name, shape in tensors.items():
+        if name.startswith(f"{family.layers}.") and any(path in name for path in paths):
+            count = 1
+            for size in shape:
+                count *= size
+            total += count
+    return total
+
+
+def make_record(
+    *,
+    target: float,
+    params: Mapping[str, int],
+    before: Shape,
+    after: Shape,
+    **rest: Any,
+) -> dict[str, Any]:
+    """Return the record of a pruned checkpoint.
+
+    Args:
+        target: sparsity asked for.
+        params: `before`, `after` (all, tied once), `blocks_before`, `blocks_after`, counted.
+        before: dimensions of the intact model.
+        after: dimensions of the pruned one.
+        **rest: further keys: shapes, teachers, perplexity, seconds, seed, config and so on.
+    """
+    return {
+        "schema": SCHEMA,
+        "target": target,
+        "sparsity": 1 - params["blocks_after"] / params["blocks_before"],
+        "total_sparsity": 1 - params["after"] / params["before"],
+        "params": dict(params),
+        "layers": [
+            {
+                "heads": layer.heads,
+                "kv_heads": layer.kv_heads,
+                "neurons": layer.neurons,
+                "attention": layer.attention,
+                "mlp": layer.mlp,
+            }
+            for layer in after.layers
+        ],
+        "hidden": {"before": before.hidden, "after": after.hidden},
+        "layers_before": before.to_dict()["layers"],
+        **rest,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
+        },
+    }
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Return the record as the text of nuteprune.json."""
+    return json.dumps(record, indent=2, default=str) + "\n"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a pruned checkpoint.
+
+    Raises:
+        UserError: if the folder has none, or one that is damaged.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} has no {FILE_NAME}: it is no checkpoint that nuteprune wrote")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise UserError(f"{path} is not of schema {SCHEMA}; it needs another nuteprune version")
+    return record

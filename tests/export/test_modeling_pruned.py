@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nuteprune.export import modeling_pruned
+from nuteprune.export.checkpoint import save
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import FAMILIES
+
+MAX_ERROR = 1e-5
+all_families = pytest.mark.parametrize("model_type", FAMILIES)
+
+# Runs where nuteprune cannot be imported: loads each folder as a user would and says what came out.
+CLIENT = """
+import sys, warnings
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+print("transformers", transformers.__version__)
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    saved = load_file(folder / "expected.st")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        error = (model(saved["tokens"]).logits - saved["logits"]).abs().max()
+        hidden = base(saved["tokens"])[0] - model.base_model(saved["tokens"])[0]
+    print(folder.name, "logits", float(error), "hidden", float(hidden.abs().max()))
+    mask = torch.ones_like(saved["tokens"])
+    greedy = dict(attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    for cache in (None, "static"):
+        made = model.generate(saved["tokens"], cache_implementation=cache, **greedy)
+        print(folder.name, "generated", bool((made == saved["generated"]).all()))
+    if len(sys.argv) > 2:
+        model.save_pretrained(Path(sys.argv[2]) / folder.name)
+assert not any(name.startswith("nuteprune") for name in sys.modules)
+"""
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
+    return model(tokens, **kwargs).logits
+
+
+def greedy(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
+    kwargs.setdefault("attention_mask", torch.ones_like(tokens))
+    made = model.generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False, **kwargs)
+    return made[:, tokens.shape[1] :]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@all_families
+def test_logits_are_those_of_the_zero_padded_stock_model(
+    case: Callable, tokens: Tensor, model_type: str, implementation: str
+) -> None:
+    x = case(model_type)
+    with attention(x.pruned, implementation), attention(x.reference, implementation):
+        ours, theirs = logits(x.pruned, tokens), logits(x.reference, tokens)
+    assert theirs.std() > 0.1  # else the comparison says nothing
+    torch.testing.assert_close(ours, theirs, atol=MAX_ERROR, rtol=MAX_ERROR)
+
+
+@all_families
+def test_nothing_is_left_of_removed_blocks(case: Callable, model_type: str) -> None:
+    x = case(model_type)
+    assert Anatomy(x.pruned).shape == x.shape
+    names = [name for name, _ in x.pruned.named_parameters()]
+    no_attention, no_mlp = f"{x.family.layers}.1.", f"{x.family.layers}.2."
+    for path in (x.family.attention_module, *x.family.attention_norms):
+        assert not [name for name in names if name.startswith(f"{no_attention}{path}.")]
+    for path in (*x.family.mlp_modules, *x.family.mlp_norms):
+        assert not [name for name in names if name.startswith(f"{no_mlp}{path}.")]
+
+
+@all_families
+def test_caches_beams_and_padding_generate_what_no_cache_does(
+    case: Callable, tokens: Tensor, model_type: str
+) -> None:
+    x = case(model_type)
+    expected = greedy(x.reference, tokens, use_cache=False)
+    assert torch.equal(greedy(x.pruned, tokens, use_cache=False), expected)
+    assert torch.equal(greedy(x.pruned, tokens), expected)
+    assert torch.equal(greedy(x.pruned, tokens, cache_implementation="static"), expected)
+    beams = greedy(x.reference, tokens, num_beams=3, use_cache=False)
+    assert torch.equal(greedy(x.pruned, tokens, num_beams=3), beams)
+    assert torch.equal(greedy(x.pruned, tokens, num_beams=3, cache_implementation="static"), beams)
+    padding = torch.zeros(2, 3, dtype=torch.long)
+    left, mask = torch.cat([padding, tokens], 1), torch.cat([padding, torch.ones_like(tokens)], 1)
+    assert torch.equal(greedy(x.pruned, left, attention_mask=mask), expected)
+    static = {"attention_mask": mask, "cache_implementation": "static"}
+    assert torch.equal(greedy(x.pruned, left, **static), expected)
+
+
+@all_families
+def test_checkpointed_gradients_are_the_same(
+    case: Callable, tokens: Tensor, model_type: str
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(case(model_type).pruned).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if hasattr(model.base_model, "decoder"):
+            model.base_model.decoder.dropout = 0.0
+            for layer in model.base_model.decoder.layers:
+                layer.dropout = layer.self_attn.dropout = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_copy_switches_its_attention_by_itself(case: Callable, tokens: Tensor) -> None:
+    original = case("phi3").pruned
+    twin = copy.deepcopy(original)
+    twin.set_attn_implementation("eager")
+    seen = [m.config._attn_implementation for m in twin.modules() if hasattr(m, "config")]
+    assert set(seen) == {"eager"}
+    assert original.model.layers[0].self_attn.config._attn_implementation == "sdpa"
+    assert original.model.layers[0].self_attn.config.num_attention_heads == 2
+    torch.testing.assert_close(logits(twin, tokens), logits(original, tokens))
+
+
+def test_classes_are_made_once_and_only_from_transformers() -> None:
+    made = modeling_pruned.PrunedLlamaForCausalLM
+    assert made is modeling_pruned.PrunedLlamaForCausalLM
+    assert pickle.loads(pickle.dumps(made)) is made
+    for name in ("LlamaConfig", "PrunedNothing", "Pruned", "__path__"):
+        with pytest.raises(AttributeError):
+            getattr(modeling_pruned, name)
+
+
+def test_the_file_needs_only_torch_and_transformers() -> None:
+    text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
+    assert imports == ["import torch", "import transformers", "from torch import nn"]
+    assert len(text.splitlines()) < 200
+    assert not [x for x in FAMILIES if x in text]
+
+
+@pytest.fixture(scope="module")
+def folders(case: Callable, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One checkpoint per family, with what a client should compute from it."""
+    root = tmp_path_factory.mktemp("families")
+    for model_type in FAMILIES:
+        x = case(model_type)
+        save(x.pruned, root / model_type)
+        expected = {
+            "tokens": tokens,
+            "logits": logits(x.reference, tokens),
+            "generated": torch.cat([tokens, greedy(x.reference, tokens)], 1),
+        }
+        save_file(expected, root / model_type / "expected.st")
+    return root
+
+
+def run_client(folders: Path, tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
+    """Run the client in a fresh interpreter and return its lines; it must not warn of anything."""
+    script = tmp_path / "client.py"
+    script.write_text(CLIENT, encoding="utf-8")
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), str(folders), *arguments],
+        env=kept | modules | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Reading global config value" not in done.stderr
+    assert "newly initialized" not in done.stderr
+    return done.stdout.splitlines()
+
+
+def check_client(lines: list[str]) -> None:
+    assert len(lines) == 1 + 3 * len(FAMILIES)
+    for line in lines[1:]:
+        name, what, *values = line.split()
+        if what == "logits":
+            assert max(float(values[0]), float(values[2])) < 3 * MAX_ERROR, line
+        else:
+            assert values == ["True"], line
+
+
+def test_a_fresh_process_needs_nothing_but_the_folder(folders: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    check_client(run_client(folders, tmp_path, str(again)))
+    shipped = Path(modeling_pruned.__file__).read_bytes()
+    for model_type in FAMILIES:
+        first, second = folders / model_type, again / model_type
+        assert (first / "modeling_pruned.py").read_bytes() == shipped
+        assert (second / "modeling_pruned.py").read_bytes() == shipped
+        before, after = (json.loads((x / "config.json").read_text()) for x in (first, second))
+        assert before["per_layer_config"] == after["per_layer_config"]
+        assert before["auto_map"] == after["auto_map"]
+
+
+@pytest.mark.clients
+def test_transformers_4_57_computes_the_same(
+    folders: Path, tmp_path: Path, transformers_4: Path
+) -> None:
+    lines = run_client(folders, tmp_path, PYTHONPATH=str(transformers_4))
+    assert lines[0] == "transformers 4.57.6"
+    check_client(lines)
