@@ -40,7 +40,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "granite": {"attention_bias": True, "mlp_bias": True, "residual_multiplier": 0.5},
     "gpt_neox": {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.5}},
-    "opt": {"word_embed_proj_dim": HIDDEN},
+    "opt": {"word_embed_proj_dim": HIDDEN, "dropout": 0.0},
 }
 
 

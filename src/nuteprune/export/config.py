@@ -143,7 +143,7 @@ def _layout(family: Family) -> dict[str, Any]:
         return {x.path: f"{x.columns} -> {' '.join(x.rows)}" for x in projections}
 
     return {
-        "layers": family.layers.partition(".")[2],
+        "layers": family.layers,
         "counts": _count_names(family),
         "blocks": {
             "attention": {

@@ -19,7 +19,7 @@ what stands here: it builds the stock model and gives each decoder layer the dim
 config.json states. `PrunedXyz` is made from transformers' `Xyz` when it is asked for, so one file
 serves every model type. What a layer consists of is data, under "pruned" in config.json:
 
-    layers  path of the decoder layers in the base model
+    layers  path of the decoder layers in the causal LM
     counts  our word ("heads", "neurons", perhaps "kv_heads") -> the config's attribute
     blocks  for "attention" and "mlp": the modules that make up the block, the norms that serve it
             alone, and its projections with their axes, "inputs -> outputs"
@@ -36,16 +36,27 @@ from torch import nn
 
 
 class Zeros(nn.Module):
-    """Stands where a removed block wrote to the residual stream: adds nothing to it."""
+    """Stands where a removed MLP wrote to the residual stream: adds nothing to it."""
 
-    def __init__(self, pair=False):
+    def __init__(self, removed):
         super().__init__()
-        self.pair = pair  # attention modules return their output and the attention weights
+
+    def forward(self, hidden_states):
+        """Return zeros of the block's output shape."""
+        return torch.zeros_like(hidden_states)
+
+
+class NoAttention(nn.Module):
+    """Stands where a removed attention module was, and keeps its plain attributes."""
+
+    def __init__(self, removed):
+        super().__init__()
+        # Some decoder layers read them, such as `is_sliding`.
+        self.__dict__.update({k: v for k, v in vars(removed).items() if not k.startswith("_")})
 
     def forward(self, hidden_states, *args, **kwargs):
-        """Return zeros of the block's output shape."""
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self.pair else zeros
+        """Return zeros of the block's output shape, and no attention weights."""
+        return torch.zeros_like(hidden_states), None
 
 
 class LayerConfig:
@@ -72,23 +83,25 @@ def counts_by_layer(config):
 
 
 def resize_layers(model, config):
-    """Give every decoder layer of a stock base model the dimensions that its config states."""
-    layers = model.get_submodule(config.pruned["layers"])
+    """Give every decoder layer of a stock model the dimensions that its config states."""
+    # The path's first name leads from the causal LM to its base model, which may be the model.
+    name, _, path = config.pruned["layers"].partition(".")
+    layers = getattr(model, name, model).get_submodule(path)
     for layer, counts in zip(layers, counts_by_layer(config), strict=True):
         skip = counts.pop("skip", ())
         for name, block in config.pruned["blocks"].items():
             if name in skip:
-                remove_block(layer, block, pair=name == "attention")
+                remove_block(layer, block, NoAttention if name == "attention" else Zeros)
             else:
                 resize_block(layer, block, config, counts)
 
 
-def remove_block(layer, block, pair):
+def remove_block(layer, block, nothing):
     """Take a block out of a layer, and the norms that served it alone."""
     *inner, last = block["modules"]
     for path in (*inner, *block["norms"]):
         put(layer, path, nn.Identity())
-    put(layer, last, Zeros(pair))
+    put(layer, last, nothing(layer.get_submodule(last)))
 
 
 def resize_block(layer, block, config, counts):
@@ -146,7 +159,7 @@ class PrunedModel:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        resize_layers(self.base_model, config)
+        resize_layers(self, config)
 
 
 def __getattr__(name):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import resource
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from nuteprune.errors import UserError
+from nuteprune.export.card import model_card
+from nuteprune.export.checkpoint import recount, save
 from nuteprune.model.families import family_named
 from nuteprune.model.shape import Shape
 
@@ -72,6 +79,57 @@ def make_record(
             **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
         },
     }
+
+
+def write_pruned(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    params: Mapping[str, int],
+    **record: Any,
+) -> dict[str, Any]:
+    """Write a pruned checkpoint with its record and its card; counts come from what was written.
+
+    Args:
+        folder: where to; see `checkpoint.save`.
+        model: the pruned model, in the dtype that it is to be stored in.
+        tokenizer: its tokenizer, if it has one.
+        params: `before` and `blocks_before`, counted on the intact model.
+        **record: what else `make_record` takes; `base_model` among it.
+
+    Returns:
+        The record as it was written.
+    """
+    save(model, folder, tokenizer)
+    counted = recount(folder)
+    full = make_record(
+        params={
+            **params,
+            "after": counted["total"],
+            "blocks_after": blocks_recount(counted["tensors"], model.config.model_type),
+        },
+        **record,
+        bytes_on_disk=weights_size(folder),
+        peak_memory_bytes=peak_memory(),
+    )
+    card = model_card(full, remote_code=hasattr(model.config, "auto_map"))
+    for name, text in (("README.md", card), (FILE_NAME, to_json(full))):
+        partial = folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / name)
+    return json.loads(to_json(full))  # type: ignore[no-any-return]
+
+
+def weights_size(folder: Path) -> int:
+    """Return the bytes of a checkpoint's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes; the accelerator's where one is used."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def to_json(record: Mapping[str, Any]) -> str:

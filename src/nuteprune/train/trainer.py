@@ -25,7 +25,8 @@ from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import LAYER_TERMS, Head, token_kl
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import build, pruned_config
+from nuteprune.export.checkpoint import assemble
+from nuteprune.export.record import write_pruned
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.gates import Gates, HardConcreteGates, RankedGates
@@ -36,8 +37,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
-from nuteprune.shrink.finalize import fold_masks, merge_lora
-from nuteprune.shrink.slicing import slice_state
+from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.state import RunState, restore
 
@@ -75,6 +75,8 @@ class NutePruneTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         intact = Anatomy(model)
+        self._total_before = intact.parameters()
+        self.stored_dtype: torch.dtype = model.dtype
         self.allocator = make_allocator(intact, args)
         # Fails early, before the model is touched, if the target is out of reach.
         ones = {k: torch.ones(self.allocator.layout.units(k)) for k in self.kinds}
@@ -95,6 +97,7 @@ class NutePruneTrainer(Trainer):
         self.gates: Gates = make_gates(self.allocator, ones, args)
         peft_model.add_module("nuteprune_gates", self.gates)
         self._warm = False
+        self.first_scores: dict[str, Tensor] = {}
         self._checkpoint_dir: Path | None = None
         self._step = -1
         self._teacher: Role | None = INTACT
@@ -146,6 +149,7 @@ class NutePruneTrainer(Trainer):
                 )
             fresh = make_gates(self.allocator, scores, self.args)
             self.gates.load_state_dict(fresh.state_dict())
+        self.first_scores = {k: v.cpu().clone() for k, v in self.gates.scores.items()}
         self._warm = True
 
     def _calibration(self, count: int) -> list[Tensor]:
@@ -418,10 +422,35 @@ class NutePruneTrainer(Trainer):
             masks = self.masks.to(self.args.device)
             self._refit(anatomy, hooks, masks, install_weight(anatomy))
             hooks.remove()
-        fold_masks(anatomy, self.masks)
-        state, self.shape, epsilon = slice_state(anatomy, self.masks)
-        config = pruned_config(stock.config, anatomy.family, self.shape, epsilon=epsilon)
-        return build(config, state)
+        self.small, self.shape = assemble(anatomy, self.masks)
+        return self.small
+
+    def save_pruned(self, folder: str | os.PathLike[str], **record: Any) -> dict[str, Any]:
+        """Write the finalized model, its tokenizer, record and card.
+
+        Args:
+            folder: absent, empty, or with nothing but `run/` in it.
+            **record: what else the record is to hold, such as `perplexity` and `base_model`.
+
+        Returns:
+            The record as it was written; parameter counts are those of the written files.
+        """
+        tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
+        budget = self.allocator.budget
+        return write_pruned(
+            Path(folder),
+            self.small.to(self.stored_dtype),
+            tokenizer,
+            params={"before": self._total_before, "blocks_before": budget.before},
+            target=self.args.target_sparsity,
+            before=budget.shape,
+            after=self.shape,
+            shapes=self.args.shapes,
+            teachers={"count": len(self.teachers), "sparsities": self.teachers.sparsities},
+            bad_steps=self.bad_steps,
+            seed=self.args.seed,
+            **record,
+        )
 
 
 class _EndOfStep(TrainerCallback):
