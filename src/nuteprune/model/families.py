@@ -98,12 +98,24 @@ class Family:
         """All projections of a decoder layer, attention first."""
         return self.attention + self.mlp
 
-    def refusal(self, kind: str) -> str | None:
-        """Return why gates of `kind` cannot be used on this family, or None if they can."""
+    def refusal(self, kind: str, uniform: bool = False) -> str | None:
+        """Return why gates of `kind` cannot be used on this family, or None if they can.
+
+        Args:
+            kind: one of `GATE_KINDS`.
+            uniform: whether the result must be a model of the stock class.
+        """
         if kind == "hidden" and self.norm == "layer":
             return (
                 f"{self.model_type} normalises with LayerNorm, whose mean runs over the whole "
                 "width, so cutting hidden dimensions would change the model"
+            )
+        if uniform and kind in ("attn_block", "mlp_block"):
+            return "uniform shapes are alike in all layers, and a stock class has no missing blocks"
+        if uniform and kind in ("heads", "kv_groups") and self.head_dim_from_hidden:
+            return (
+                f"the stock {self.model_type} class computes head_dim from width and head count, "
+                "so it cannot have fewer heads; use --shapes free"
             )
         return None
 

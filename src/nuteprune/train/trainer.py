@@ -473,7 +473,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     if not grouped:
         kinds = tuple(dict.fromkeys("heads" if k == "kv_groups" else k for k in kinds))
     for kind in kinds:
-        reason = anatomy.family.refusal(kind)
+        reason = anatomy.family.refusal(kind, uniform=args.shapes == "uniform")
         if reason:
             raise UserError(f"gates on {kind} cannot be used here: {reason}")
     constraints = Constraints(

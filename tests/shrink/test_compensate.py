@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import torch
+
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.shrink import compensate
+from nuteprune.shrink.compensate import Fit, install_weight, low_rank, refit, ridge_fit
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.trainer import make_allocator
+
+
+def correlated(rows: int = 400, columns: int = 12) -> torch.Tensor:
+    random = torch.Generator().manual_seed(0)
+    mix = torch.randn(columns, columns, generator=random)
+    return torch.randn(rows, columns, generator=random) @ mix
+
+
+def test_ridge_fit_is_least_squares_as_the_ridge_vanishes(monkeypatch) -> None:
+    monkeypatch.setattr(compensate, "RIDGE", 0.0)
+    x, weight = correlated(), torch.randn(5, 12)
+    mask = torch.ones(12)
+    mask[[1, 4, 7]] = 0
+    kept = mask > 0
+    fitted = ridge_fit(weight, x.T @ x, mask)
+    best = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
+    assert torch.allclose(fitted[:, kept], best, atol=1e-3)
+    assert (fitted[:, ~kept] == 0).all()
+
+
+def test_ridge_fit_undoes_soft_masks() -> None:
+    x, weight = correlated(), torch.randn(5, 12)
+    mask = torch.ones(12)
+    mask[2], mask[3] = 0.0, 0.5
+    fitted = ridge_fit(weight, x.T @ x, mask)
+    plain = ridge_fit(weight, x.T @ x, (mask > 0).float())
+    assert torch.allclose((x * mask) @ fitted.T, x @ plain.T, atol=1e-3)
+
+
+def test_low_rank_is_the_best_of_its_rank_in_outputs() -> None:
+    x, base = correlated(), torch.randn(6, 12)
+    target = base + torch.randn(6, 12) * 0.1
+    fit = Fit(target, x.T @ x)
+    whole = torch.linalg.svdvals(x @ (target - base).T)
+    for rank in (1, 3, 6):
+        out_OR, in_RI = low_rank(fit, base, rank)
+        error = (x @ (target - base - out_OR @ in_RI).T).norm()
+        assert error <= whole[rank:].norm() * 1.05 + 1e-2
+
+
+def pruned(tiny_model) -> tuple[Anatomy, MaskHooks, Masks]:
+    anatomy = Anatomy(tiny_model("llama"))
+    args = NutePruneConfig(output_dir="unused", neuron_multiple=8)
+    allocator = make_allocator(anatomy, args)
+    random = torch.Generator().manual_seed(3)
+    scores = {
+        k: torch.rand(allocator.layout.units(k), generator=random)
+        for k in allocator.constraints.kinds
+    }
+    masks = allocator.masks(allocator.shape(scores, 0.3), scores)
+    return anatomy, MaskHooks(anatomy), masks
+
+
+def test_refit_lowers_the_distance_to_the_intact_model(tiny_model) -> None:
+    anatomy, hooks, masks = pruned(tiny_model)
+    random = torch.Generator().manual_seed(5)
+    batches = list(torch.randint(3, 90, (64, 24), generator=random).split(8))
+    unseen = torch.randint(3, 90, (16, 24), generator=random)
+    with torch.no_grad():
+        intact = anatomy.model(unseen).logits
+        with hooks.using(masks):
+            plain = anatomy.model(unseen).logits
+        refit(anatomy, hooks, masks, batches, install_weight(anatomy))
+        with hooks.using(masks):
+            fitted = anatomy.model(unseen).logits
+    assert (fitted - intact).norm() < (plain - intact).norm()

@@ -1,0 +1,148 @@
+"""For every family, kind of gate and kind of shape: masked = folded = sliced = saved and loaded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import assemble, load_pruned, recount, save
+from nuteprune.export.record import blocks_recount
+from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.trainer import make_allocator
+
+KINDS = (
+    "heads",
+    "kv_groups",
+    "kv_groups,heads",
+    "neurons",
+    "hidden",
+    "attn_block",
+    "mlp_block",
+    "heads,neurons,hidden",
+    "kv_groups,heads,neurons,hidden,attn_block,mlp_block",
+)
+
+
+def settings(kinds: str, shapes: str) -> NutePruneConfig:
+    return NutePruneConfig(
+        output_dir="unused", gates=kinds, shapes=shapes, neuron_multiple=8, hidden_multiple=8
+    )
+
+
+def soft_masks(allocator: Allocator, share: float) -> tuple[Masks, float]:
+    """Exportable masks that remove a share of what can be removed, with soft values where open."""
+    random = torch.Generator().manual_seed(0)
+    kinds = allocator.constraints.kinds
+    scores = {k: torch.rand(allocator.layout.units(k), generator=random) for k in kinds}
+    shape = allocator.shape(scores, share * allocator.maximum())
+    hard = allocator.masks(shape, scores)
+    values = {
+        k: v * (0.5 + torch.rand(v.shape, generator=random)) for k, v in hard.values.items()
+    }
+    return Masks(allocator.layout, values), allocator.budget.sparsity(shape)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    return model.eval()(input_ids=tokens, use_cache=False).logits
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_masked_folded_sliced_and_saved_models_agree(
+    model_type: str, kinds: str, shapes: str, tiny_model, tmp_path: Path
+) -> None:
+    family = FAMILIES[model_type]
+    model = tiny_model(model_type)
+    anatomy = Anatomy(model)
+    asked = kinds.split(",")
+    refused = [k for k in asked if family.refusal(k, uniform=shapes == "uniform")]
+    if refused:
+        with pytest.raises(UserError, match="cannot be used here"):
+            make_allocator(anatomy, settings(kinds, shapes))
+        return
+    allocator = make_allocator(anatomy, settings(kinds, shapes))
+    masks, sparsity = soft_masks(allocator, 0.5)
+    assert sparsity > 0
+    tokens = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    hooks = MaskHooks(anatomy)
+    with hooks.using(masks):
+        masked = logits(model, tokens)
+    hooks.remove()
+    assert not torch.allclose(masked, logits(model, tokens))
+
+    small, shape = assemble(anatomy, masks)
+    assert_same(logits(small, tokens), masked)
+    save(small, tmp_path / "out")
+    loaded = load_pruned(tmp_path / "out", dtype=torch.float32)
+    assert_same(logits(loaded, tokens), masked)
+    assert Anatomy(loaded).shape == shape
+
+    counted = blocks_recount(recount(tmp_path / "out")["tensors"], loaded.config.model_type)
+    assert counted == allocator.budget.parameters(shape)
+    assert 1 - counted / allocator.budget.before == pytest.approx(sparsity, abs=1e-12)
+    assert recount(tmp_path / "out")["total"] == sum(p.numel() for p in loaded.parameters())
+    if shapes == "uniform":
+        assert type(loaded).__module__.startswith("transformers.models.")
+
+    greedy = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens)
+    with_cache = loaded.generate(tokens, attention_mask=mask, **greedy)
+    without = loaded.generate(tokens, attention_mask=mask, use_cache=False, **greedy)
+    assert torch.equal(with_cache, without)
+
+
+def test_folding_alone_gives_the_masked_model(tiny_model) -> None:
+    from nuteprune.shrink.finalize import fold_masks
+
+    model = tiny_model("llama")
+    anatomy = Anatomy(model)
+    allocator = make_allocator(anatomy, settings("kv_groups,neurons,hidden", "free"))
+    masks, _ = soft_masks(allocator, 0.5)
+    tokens = torch.arange(3, 12)[None]
+    with (hooks := MaskHooks(anatomy)).using(masks):
+        masked = logits(model, tokens)
+    hooks.remove()
+    fold_masks(anatomy, masks)
+    assert_same(logits(model, tokens), masked)
+
+
+def test_narrower_norm_is_exact_by_its_formula() -> None:
+    """x / sqrt(mean_d + eps) over zero-padded x equals the rescaled norm over k dimensions."""
+    d, k, eps = 12, 8, 0.3
+    x = torch.randn(5, k)
+    padded = torch.cat([x, torch.zeros(5, d - k)], 1)
+    whole = padded / (padded.square().mean(1, keepdim=True) + eps).sqrt()
+    narrow = math.sqrt(d / k) * x / (x.square().mean(1, keepdim=True) + eps * d / k).sqrt()
+    assert torch.allclose(whole[:, :k], narrow, atol=1e-6)
+
+
+def test_a_pruned_model_can_be_pruned_again(tiny_model, tmp_path: Path) -> None:
+    first = Anatomy(tiny_model("llama"))
+    masks, _ = soft_masks(make_allocator(first, settings("kv_groups,neurons", "free")), 0.3)
+    small, _ = assemble(first, masks)
+    again = Anatomy(small)
+    allocator = make_allocator(again, settings("kv_groups,neurons", "free"))
+    masks, _ = soft_masks(allocator, 0.5)
+    tokens = torch.arange(3, 12)[None]
+    with (hooks := MaskHooks(again)).using(masks):
+        masked = logits(small, tokens)
+    hooks.remove()
+    smaller, shape = assemble(again, masks)
+    assert_same(logits(smaller, tokens), masked)
+    assert allocator.budget.parameters(shape) < allocator.budget.before
