@@ -1,14 +1,15 @@
-"""Shared set-up: offline, two threads, one small tokenizer."""
+"""Shared set-up: offline, two threads, one small tokenizer, one tiny model per family."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Read when the libraries are imported, so set here first; commands that tests start inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,3 +40,69 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+# What sets a family's tiny model apart; without it each would have the sizes in `tiny_model` alone.
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_mha": {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "phi3": {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.5}},
+    "gemma2": {"sliding_window": 6, "final_logit_softcapping": 5.0},
+    "gemma3_text": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
+    "gpt_neox": {},
+    "opt": {"word_embed_proj_dim": 32, "dropout": 0.0},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Makes a new model: `tiny_model(name, **config)`, name being a model type or `llama_mha`.
+
+    Hidden 32, 3 layers, 4 heads of 8 (2 KV heads where the family groups), 48 neurons, 96 tokens;
+    all parameters random, norms and biases too, so that each of them matters to the output.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from nuteprune.model.families import FAMILIES
+
+    def make(name: str, **overrides: Any) -> PreTrainedModel:
+        settings = {"model_type": name} | TINY[name] | overrides
+        family = FAMILIES[settings.pop("model_type")]
+        names = family.config_names
+        sizes = {names["hidden"]: 32, names["heads"]: 4, names["neurons"]: 48}
+        grouped = {"num_key_value_heads": 2, "head_dim": 8} if "kv_heads" in names else {}
+        common = {"vocab_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 64}
+        tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = CONFIG_MAPPING[family.model_type](
+            **sizes | grouped | common | tokens | {"tie_word_embeddings": False} | settings
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        random = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                is_scale = "norm" in path and path.endswith("weight") and family.norm != "rms_1p"
+                noise = 0.25 * torch.randn(parameter.shape, generator=random)
+                parameter.copy_(is_scale + noise)
+        return model
+
+    return make
+
+
+@pytest.fixture(params=TINY)
+def tiny_name(request: pytest.FixtureRequest) -> str:
+    """Each name that `tiny_model` takes in turn."""
+    return request.param

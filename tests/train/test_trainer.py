@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError, load_pruned
+from nuteprune.gates.allocate import Allocator
+from nuteprune.train.data import BlockDataset
+
+LENGTH = 16
+
+
+def blocks(count: int = 64) -> BlockDataset:
+    random = torch.Generator().manual_seed(0)
+    return BlockDataset(torch.randint(3, 90, (count, LENGTH), generator=random))
+
+
+def make(model: Any, out: Path, callbacks: list[Any] | None = None, **settings: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "target_sparsity": 0.3,
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "neuron_multiple": 4,
+        "calibration_blocks": 8,
+        "compensation_blocks": 8,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
+    trainer = NutePruneTrainer(model, args, blocks(), callbacks=callbacks or [])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gate_type": "hard_concrete"},
+        {"gate_type": "hard_concrete", "solved_schedule": False, "warm_start": False},
+        {"shapes": "uniform"},
+        {"compensation": "finalize", "teachers": "intact", "layer_term": "mse"},
+        {"teachers": "none", "lm_weight": 1.0, "compensation": "none"},
+    ],
+    ids=["default", "hard-concrete", "lagrangian", "uniform", "intact-finalize", "no-teacher"],
+)
+def test_any_number_of_steps_ends_at_the_target(
+    settings: dict[str, Any], steps: int, tiny_model, tmp_path: Path
+) -> None:
+    trainer = make(tiny_model("llama"), tmp_path / "run", max_steps=steps, **settings)
+    if steps:
+        trainer.train()
+    small = trainer.finalize()
+    record = trainer.save_pruned(tmp_path / "out")
+    projections = sum(
+        p.numel() for n, p in small.named_parameters() if "_proj" in n
+    )
+    assert record["params"]["blocks_after"] == projections
+    assert record["params"]["after"] == sum(p.numel() for p in small.parameters())
+    unit = unit_share(trainer.allocator)
+    assert 0.3 <= record["sparsity"] <= 0.3 + unit + 1e-9
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        loaded = load_pruned(tmp_path / "out", dtype=torch.float32)
+        assert torch.allclose(loaded(tokens).logits, small(tokens).logits, atol=1e-5)
+
+
+def unit_share(allocator: Allocator) -> float:
+    """The smallest step that shapes can take, as a share of the parameters."""
+    layer = allocator.budget.shape.layers[0]
+    width = allocator.budget.shape.hidden
+    unit = allocator.constraints.neuron_multiple * 3 * width
+    if allocator.constraints.uniform:
+        unit *= len(allocator.budget.shape.layers)
+    assert layer.neurons % allocator.constraints.neuron_multiple == 0
+    return max(0.001, unit / allocator.budget.before)
+
+
+def test_training_lowers_the_loss_that_pruning_caused(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=60, compensation="none")
+    trainer.train()
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    frozen = losses[trainer.freeze_step :]
+    assert sum(frozen[-5:]) < 0.8 * sum(frozen[:5])
+
+
+def test_teachers_grow_and_lead_back_to_the_intact_model(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=40, target_sparsity=0.4)
+    trainer.train()
+    lines = metrics(tmp_path)
+    sparsities = trainer.teachers.sparsities
+    assert sparsities == sorted(sparsities)
+    assert len(sparsities) >= 5
+    assert lines[0]["teacher"] == -1
+    assert lines[-1]["teacher"] == -1
+    in_use = [line["teacher"] for line in lines]
+    top = in_use.index(max(in_use))
+    assert max(in_use) >= 0
+    assert in_use[top:] == sorted(in_use[top:], reverse=True)
+    taught = [(x["sparsity"], sparsities[x["teacher"]]) for x in lines if x["teacher"] >= 0]
+    assert all(theirs <= ours for ours, theirs in taught)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete"])
+@pytest.mark.parametrize("killed_at", [4, 9])
+def test_killed_and_resumed_is_never_interrupted(
+    gate_type: str, killed_at: int, tiny_model, tmp_path: Path
+) -> None:
+    settings = {
+        "gate_type": gate_type,
+        "max_steps": 12,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "compensation": "start",
+    }
+    whole = make(tiny_model("llama"), tmp_path / "whole", **settings)
+    whole.train()
+    broken = make(
+        tiny_model("llama"), tmp_path / "broken", callbacks=[KillAt(killed_at)], **settings
+    )
+    with pytest.raises(Killed):
+        broken.train()
+    resumed = make(tiny_model("llama"), tmp_path / "broken", **settings)
+    last = tmp_path / "broken" / f"checkpoint-{killed_at // 3 * 3}"
+    resumed.train(resume_from_checkpoint=str(last))
+
+    keys = ("step", "loss", "token_kl", "layer", "sparsity", "teacher", "grad_norm")
+    ours = [{k: line[k] for k in keys} for line in metrics(tmp_path / "broken")]
+    theirs = [{k: line[k] for k in keys} for line in metrics(tmp_path / "whole")]
+    assert ours == theirs
+    assert resumed.teachers.sparsities == whole.teachers.sparsities
+    state, other = resumed.finalize().state_dict(), whole.finalize().state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+
+
+def test_eight_micro_batches_of_one_equal_one_of_eight(tiny_model, tmp_path: Path) -> None:
+    settings = {"max_steps": 6, "compensation": "none", "calibration_blocks": 8}
+    one = make(
+        tiny_model("llama"), tmp_path / "a", per_device_train_batch_size=8, **settings
+    )
+    one.train()
+    many = make(
+        tiny_model("llama"),
+        tmp_path / "b",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        **settings,
+    )
+    many.train()
+    ours = [line["loss"] for line in metrics(tmp_path / "b")]
+    theirs = [line["loss"] for line in metrics(tmp_path / "a")]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    for kind, value in one.gates.snapshot().values.items():
+        assert torch.equal(value, many.gates.snapshot().values[kind])
+
+
+def test_losses_that_are_not_finite_stop_the_run(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    trainer = make(model, tmp_path, warm_start=False, max_bad_steps=3, compensation="none")
+
+    original = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **k: original(*a, **k) * float("nan")
+    with pytest.raises(RunFailed, match="not finite in 3 steps"):
+        trainer.train()
+    weights = trainer.coforward.bank.state().values()
+    assert all(torch.isfinite(w).all() for w in weights)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_sparsity": 1.2}, "between 0 and 1"),
+        ({"target_sparsity": 0.99}, "at most"),
+        ({"gates": "headz"}, "known kinds"),
+        ({"gates": "kv_groups", "target_sparsity": 0.5}, "out of reach"),
+        ({"teachers": "none"}, "lm_weight"),
+        ({"gate_type": "soft"}, "must be one of"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    settings: dict[str, Any], message: str, tiny_model, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(tiny_model("llama"), tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50))
+    with pytest.raises(UserError, match=r"gpt2.*supported: llama"):
+        make(model, tmp_path)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model, tmp_path: Path) -> None:
+    plain = make(tiny_model("llama"), tmp_path / "a", max_steps=5)
+    plain.train()
+    saving = make(tiny_model("llama"), tmp_path / "b", max_steps=5, gradient_checkpointing=True)
+    saving.train()
+    ours = [line["loss"] for line in metrics(tmp_path / "b")]
+    assert ours == pytest.approx([line["loss"] for line in metrics(tmp_path / "a")], rel=1e-5)
