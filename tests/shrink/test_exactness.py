@@ -46,9 +46,7 @@ def soft_masks(allocator: Allocator, share: float) -> tuple[Masks, float]:
     scores = {k: torch.rand(allocator.layout.units(k), generator=random) for k in kinds}
     shape = allocator.shape(scores, share * allocator.maximum())
     hard = allocator.masks(shape, scores)
-    values = {
-        k: v * (0.5 + torch.rand(v.shape, generator=random)) for k, v in hard.values.items()
-    }
+    values = {k: v * (0.5 + torch.rand(v.shape, generator=random)) for k, v in hard.values.items()}
     return Masks(allocator.layout, values), allocator.budget.sparsity(shape)
 
 

@@ -63,9 +63,7 @@ def test_any_number_of_steps_ends_at_the_target(
         trainer.train()
     small = trainer.finalize()
     record = trainer.save_pruned(tmp_path / "out")
-    projections = sum(
-        p.numel() for n, p in small.named_parameters() if "_proj" in n
-    )
+    projections = sum(p.numel() for n, p in small.named_parameters() if "_proj" in n)
     assert record["params"]["blocks_after"] == projections
     assert record["params"]["after"] == sum(p.numel() for p in small.parameters())
     unit = unit_share(trainer.allocator)
@@ -160,9 +158,7 @@ def test_killed_and_resumed_is_never_interrupted(
 
 def test_eight_micro_batches_of_one_equal_one_of_eight(tiny_model, tmp_path: Path) -> None:
     settings = {"max_steps": 6, "compensation": "none", "calibration_blocks": 8}
-    one = make(
-        tiny_model("llama"), tmp_path / "a", per_device_train_batch_size=8, **settings
-    )
+    one = make(tiny_model("llama"), tmp_path / "a", per_device_train_batch_size=8, **settings)
     one.train()
     many = make(
         tiny_model("llama"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ def continuations(
     ids_BT: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
     texts = {}
     for name, model in models.items():
-        made = model.generate(
+        made = cast(Any, model).generate(
             ids_BT.to(model.device),
             attention_mask=torch.ones_like(ids_BT),
             max_new_tokens=new_tokens,

@@ -32,9 +32,7 @@ def evaluate(
     names = [model] if against is None else [model, against]
     kind = pick_device(device or "auto")
     tokenizer = load_tokenizer(model)
-    sources = held_out_blocks(
-        data, tokenizer, length=length, count=blocks, text_column=text_column
-    )
+    sources = held_out_blocks(data, tokenizer, length=length, count=blocks, text_column=text_column)
     results = {}
     with output.bars() as bars:
         for i, name in enumerate(names):
@@ -43,7 +41,9 @@ def evaluate(
             results[name] = perplexities(loaded, sources, batch_size=batch_size)
             del loaded
         bars.update("measuring", len(names), len(names))
-    rows = [[name, *(f"{v:.2f}" for v in r.values()), f"{mean(r):.2f}"] for name, r in results.items()]
+    rows = [
+        [name, *(f"{v:.2f}" for v in r.values()), f"{mean(r):.2f}"] for name, r in results.items()
+    ]
     if against is not None:
         ours, theirs = results[model], results[against]
         ratios = [ours[s] / theirs[s] for s in sources]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from nuteprune.cli.output import Bars, Output, megabytes, millions
 from nuteprune.cli.progress import StepProgress
-from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
+from nuteprune.cli.sources import STORED_DTYPE, load_model, load_tokenizer, pick_device, pick_dtype
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
@@ -108,7 +108,7 @@ def run(job: Job, output: Output) -> Result | None:
     config = NutePruneConfig(output_dir=str(job.out / RUN), **trainer_settings(job))
     tokenizer = load_tokenizer(job.model)
     model = load_model(job.model, pick_dtype(job.dtype, job.device))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = Anatomy(model).embedding.weight.shape[0]
     blocks = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps
     data: dict[str, Any] = {"length": job.length, "text_column": job.text_column}
     training = training_blocks(
@@ -172,7 +172,7 @@ def make_trainer(
 
 def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
     """Print what is going to be done, in a few lines."""
-    args, budget = trainer.args, trainer.allocator.budget
+    args, budget, model = trainer.args, trainer.allocator.budget, trainer.anatomy.model
     shape = budget.shape
     total = trainer.anatomy.parameters()
     first = shape.layers[0]
@@ -189,8 +189,8 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
     )
     output.line(
         f"Run     {args.max_steps} steps of {args.train_batch_size} x {job.length} tokens on "
-        f"{args.device}, {str(trainer.anatomy.model.dtype).removeprefix('torch.')}; masks freeze at "
-        f"step {trainer.freeze_step}; {args.teachers} teachers; LoRA rank {args.lora_rank} at "
+        f"{args.device}, {str(model.dtype).removeprefix('torch.')}; masks freeze at step"
+        f" {trainer.freeze_step}; {args.teachers} teachers; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {job.data}"
     )
     if job.dry_run:
@@ -229,8 +229,10 @@ def _prune(
     )
 
 
-def one_shot(job: Job, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path) -> dict[str, Any]:
-    """Write what the ranking alone gives at the job's sparsity: nothing trained, nothing re-fitted."""
+def one_shot(
+    job: Job, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path
+) -> dict[str, Any]:
+    """Write what the first ranking alone gives: nothing trained, nothing re-fitted."""
     model = load_model(job.model, pick_dtype(job.dtype, job.device))
     stored = stored_dtype(model)
     anatomy = Anatomy(model)
@@ -241,7 +243,7 @@ def one_shot(job: Job, scores: Mapping[str, Tensor], held_out: Mapping[str, Tens
     after = perplexities(small, held_out, batch_size=4)
     return write_pruned(
         out,
-        small.to(stored),
+        cast(Any, small).to(stored),
         None,
         params,
         target=job.settings["target_sparsity"],
@@ -258,7 +260,7 @@ def _resume_from(job: Job) -> str | None:
 
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:
     """Return the dtype that the checkpoint was stored in, which the result keeps."""
-    stored = getattr(model, "nuteprune_stored_dtype", None)
+    stored = getattr(model, STORED_DTYPE, None)
     return stored if isinstance(stored, torch.dtype) else model.dtype
 
 
@@ -268,7 +270,9 @@ def run_config(job: Job, args: NutePruneConfig) -> dict[str, Any]:
     changed = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.init and f.name in NUTEPRUNE_KEYS and getattr(args, f.name) != getattr(defaults, f.name)
+        if f.init
+        and f.name in NUTEPRUNE_KEYS
+        and getattr(args, f.name) != getattr(defaults, f.name)
     }
     own = {k: str(v) for k, v in vars(job).items() if k in ("model", "data", "dtype", "device")}
     return {**own, "length": job.length, "target_sparsity": args.target_sparsity, **changed}
@@ -289,7 +293,11 @@ def print_result(result: Result, output: Output) -> None:
     ppl, params = record["perplexity"], record["params"]
     rows = [
         ["parameters", millions(params["before"]), millions(params["after"])],
-        ["  in decoder layers", millions(params["blocks_before"]), millions(params["blocks_after"])],
+        [
+            "  in decoder layers",
+            millions(params["blocks_before"]),
+            millions(params["blocks_after"]),
+        ],
         *(
             [f"perplexity, {name}", f"{ppl['before'][name]:.2f}", f"{ppl['after'][name]:.2f}"]
             for name in ppl["before"]

@@ -15,6 +15,8 @@ from nuteprune.export.checkpoint import load_pruned
 from nuteprune.model.families import FAMILIES, family_named
 
 DEMO = "demo"
+STORED_DTYPE = "nuteprune_stored_dtype"
+"""Attribute of a loaded model: the dtype of its files, which the result keeps."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,7 +75,7 @@ def load_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
     values = read_config(model)
     loaded = load_pruned(locate(model), dtype=dtype)
     stored = values.get("dtype") or values.get("torch_dtype") or "float32"
-    loaded.nuteprune_stored_dtype = getattr(torch, str(stored), torch.float32)  # type: ignore[assignment]
+    setattr(loaded, STORED_DTYPE, getattr(torch, str(stored), torch.float32))
     return loaded
 
 
@@ -103,9 +105,10 @@ def pick_device(device: str) -> str:
     kind = device.split(":")[0]
     if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
         return kind
-    raise UserError(f"device {device} is not here; this machine has cpu" + (
-        " and cuda" if torch.cuda.is_available() else ""
-    ))
+    raise UserError(
+        f"device {device} is not here; this machine has cpu"
+        + (" and cuda" if torch.cuda.is_available() else "")
+    )
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
@@ -124,7 +127,5 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 
 def _cpu_multiplies_bfloat16() -> bool:
     # Without these instructions bfloat16 products are emulated, several times slower than fp32.
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("amx_tile"))
-
-

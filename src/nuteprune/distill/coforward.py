@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -46,21 +46,20 @@ class LoraBank:
     def state(self) -> dict[str, Tensor]:
         """Return the LoRA weights of now (not copies), by layer, projection and side."""
         return {
-            f"{name}.{side}": parts[ADAPTER].weight
+            f"{name}.{side}": cast(Tensor, parts[ADAPTER].weight)
             for layer in self._layers
             for name, module in layer
             for side, parts in (("A", module.lora_A), ("B", module.lora_B))
         }
 
     @torch.no_grad()
-    def set_delta(
-        self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor
-    ) -> None:
+    def set_delta(self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor) -> None:
         """Overwrite a projection's LoRA weights so that they add out @ in to its weight."""
         module = self._anatomy.projection(layer, projection)
         assert isinstance(module, LoraLayer)
         scale = module.scaling[ADAPTER]
-        side_a, side_b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        side_a = cast(Tensor, module.lora_A[ADAPTER].weight)
+        side_b = cast(Tensor, module.lora_B[ADAPTER].weight)
         rank = len(in_RI)
         side_a[:rank].copy_(in_RI)
         side_b[:, :rank].copy_(out_OR / scale)
@@ -194,4 +193,4 @@ def _take_flow(passage: Passage) -> Any:
 
 def _hidden(output: Any) -> Tensor:
     """Return a decoder layer's hidden states, whether it returns them alone or in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -107,7 +107,7 @@ def token_kl(
     weight_N = weight_BT.reshape(-1).float()
     weight_N = weight_N / weight_N.sum().clamp(min=1e-9)
     width = student_BTD.shape[-1]
-    kl: Tensor = _TokenKL.apply(  # type: ignore[no-untyped-call]
+    kl: Tensor = _TokenKL.apply(
         student_BTD.reshape(-1, width), teacher_BTD.reshape(-1, width), weight_N, head, temperature
     )
     return kl

@@ -121,7 +121,8 @@ class Teachers:
         return self._loaded[index]
 
     def _read(self, index: int, device: str) -> Role:
-        masks, lora = {}, {}
+        masks: dict[str, Tensor] = {}
+        lora: dict[str, Tensor] = {}
         with safe_open(self._path(index), framework="pt", device=device) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part, key = name.split(".", 1)

@@ -10,6 +10,7 @@ Shape suffixes: B batch, N units of one kind in the whole model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +228,7 @@ class HardConcreteGates(Gates):
         """Return the Lagrangian term at the step's expected sparsity."""
         if self.lagrangian is None or self.frozen:
             return None
-        return self.lagrangian(self._expected(), self._target)
+        return cast(Tensor, self.lagrangian(self._expected(), self._target))
 
     def sparsity(self) -> float:
         """Return the expected sparsity, that of the final masks once frozen."""

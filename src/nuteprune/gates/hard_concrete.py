@@ -41,6 +41,6 @@ def test_value(log_alpha: Tensor) -> Tensor:
 
 
 def log_alpha_of(probability: Tensor) -> Tensor:
-    """Return the log-alpha at which gates are kept with a probability: inverts `keep_probability`."""
+    """Return the log-alpha at which gates are kept with a probability (`keep_probability`)."""
     value = torch.logit(probability, eps=1e-6) + TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH)
     return value.clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX)

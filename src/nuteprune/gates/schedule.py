@@ -32,7 +32,7 @@ class Schedule:
     def sparsity(self, step: int) -> float:
         """Return what is asked for at a step, counted from 0."""
         left = 1 - min(1.0, (step + 1) / self.ramp_steps)
-        return self.target * (1 - left**self.power)
+        return self.target * float(1 - left**self.power)
 
     def done(self, step: int) -> bool:
         """Return whether the ramp is over at a step."""

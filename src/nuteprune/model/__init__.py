@@ -1,1 +1,1 @@
-"""What a model is made of: families as data, live views of modules, the hooks where masks multiply."""
+"""What a model is made of: families as data, views of modules, hooks where masks multiply."""

@@ -6,6 +6,7 @@ Works on a stock causal LM, on one wrapped by PEFT, and on a checkpoint that is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -29,9 +30,8 @@ class Anatomy:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        self.model: PreTrainedModel = (
-            model.get_base_model() if isinstance(model, PeftModel) else model
-        )
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model = cast(PreTrainedModel, base)
         self.config = self.model.config
         self.family: Family = family_named(self.config.model_type)
         for name, value in self.family.requires.items():
@@ -40,10 +40,12 @@ class Anatomy:
                     f"{self.family.model_type} checkpoints with {name}="
                     f"{getattr(self.config, name)} are not supported, only {name}={value}"
                 )
-        self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.layers))
-        self.embedding = self.model.get_submodule(self.family.embedding)
+        self.layers: list[nn.Module] = list(
+            cast(nn.ModuleList, self.model.get_submodule(self.family.layers))
+        )
+        self.embedding: Any = self.model.get_submodule(self.family.embedding)
         self.final_norm = self.model.get_submodule(self.family.final_norm)
-        self.head = self.model.get_output_embeddings()
+        self.head: Any = self.model.get_output_embeddings()
         self.head_dim: int = (
             getattr(self.config, "head_dim", None)
             or self.config.hidden_size // self.config.num_attention_heads
@@ -54,7 +56,7 @@ class Anatomy:
         """Whether the language head is the embedding matrix."""
         return self.head.weight is self.embedding.weight
 
-    def projection(self, layer: int, projection: Projection) -> nn.Module | None:
+    def projection(self, layer: int, projection: Projection) -> Any:
         """Return a layer's projection (the LoRA layer where PEFT wraps it), None if it is gone."""
         module: nn.Module = self.layers[layer]
         for name in projection.path.split("."):
@@ -130,8 +132,5 @@ class Anatomy:
 
     def parameters(self) -> int:
         """Count all parameters of the model, tied ones once, adapters not counted."""
-        own = {
-            id(p): p.numel() for n, p in self.model.named_parameters() if ".lora_" not in n
-        }
+        own = {id(p): p.numel() for n, p in self.model.named_parameters() if ".lora_" not in n}
         return sum(own.values())
-

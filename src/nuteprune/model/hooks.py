@@ -19,11 +19,18 @@ from nuteprune.model.anatomy import Anatomy
 class MaskSource(Protocol):
     """What the hooks ask of masks; see `nuteprune.gates.masks.Masks`."""
 
-    hidden: Tensor | None
+    @property
+    def hidden(self) -> Tensor | None:
+        """Multipliers of the residual stream."""
 
-    def attention_input(self, layer: int) -> Tensor | None: ...
-    def mlp_input(self, layer: int) -> Tensor | None: ...
-    def write(self, block: str, layer: int) -> Tensor | None: ...
+    def attention_input(self, layer: int) -> Tensor | None:
+        """Return multipliers of the attention output projection's input."""
+
+    def mlp_input(self, layer: int) -> Tensor | None:
+        """Return multipliers of the down projection's input."""
+
+    def write(self, block: str, layer: int) -> Tensor | None:
+        """Return multipliers of what a block writes to the residual stream."""
 
 
 def scale(x: Tensor, mask: Tensor | None) -> Tensor:

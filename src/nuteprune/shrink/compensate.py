@@ -169,8 +169,9 @@ def _enter(
 
 
 def _run(layer: nn.Module, flow_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    output = layer.forward(flow_BTD, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    output: Any = layer.forward(flow_BTD, **kwargs)
+    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_BTD
 
 
 def _covariance(
@@ -200,7 +201,7 @@ def _covariance(
     return total[0]
 
 
-def _effective_weight(module: nn.Module) -> Tensor:
+def _effective_weight(module: Any) -> Tensor:
     """Return a projection's weight (O, I) in fp32, its LoRA added."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight_OI: Tensor = base.weight.float()

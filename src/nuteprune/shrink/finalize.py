@@ -1,12 +1,14 @@
-"""Merge LoRA and fold masks into the weights, in fp32: the stock model at full size, rows and
-columns of what is pruned set to zero. Slicing it changes no output.
+"""Merge LoRA and fold masks into the weights, in fp32.
+
+What comes out is the stock model at full size, with rows and columns of what is pruned set to
+zero. Slicing it changes no output.
 
 Shape suffixes: O rows (output features), I columns (input features), D hidden width.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -31,7 +33,9 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             weight = cast(nn.Linear, module.get_base_layer()).weight
-            delta_OI = sum(module.get_delta_weight(name).float() for name in module.lora_A)
+            delta_OI = sum(
+                cast(Any, module).get_delta_weight(name).float() for name in module.lora_A
+            )
             weight.copy_((weight.float() + delta_OI).to(weight.dtype))
     return cast(PreTrainedModel, model.unload())
 

@@ -203,4 +203,3 @@ def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> Non
             for parameter in (linear.weight, linear.bias):
                 if parameter is not None:
                     parameter.copy_((parameter.float() * ratio).to(parameter.dtype))
-

@@ -91,7 +91,7 @@ class NutePruneConfig(TrainingArguments):
     lm_weight: float = field(default=0.0, metadata={"help": "Weight of the LM loss."})
 
     lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: float = field(default=8.0, metadata={"help": "Scale is alpha / rank."})
+    lora_alpha: int = field(default=8, metadata={"help": "Scale is alpha / rank."})
     lora_targets: str = field(default="all", metadata={"help": "all or qv."})
     compensation: str = field(default="start", metadata={"help": "none, start or finalize."})
     compensation_blocks: int = field(default=96, metadata={"help": "Blocks for the re-fit."})
@@ -104,7 +104,7 @@ class NutePruneConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,6 +64,7 @@ class NutePruneTrainer(Trainer):
     """
 
     args: NutePruneConfig
+    model: PeftModel
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class NutePruneTrainer(Trainer):
             args.target_sparsity, args.max_steps, args.ramp_share, args.ramp_power
         )
         self.plan = Plan.for_target(args.target_sparsity)
-        run = Path(args.output_dir)
+        run = Path(cast(str, args.output_dir))
         self.teachers = Teachers(run / "teachers", self.allocator.layout)
         self.gates: Gates = make_gates(self.allocator, ones, args)
         peft_model.add_module("nuteprune_gates", self.gates)
@@ -195,7 +196,7 @@ class NutePruneTrainer(Trainer):
                 {"params": [p for n, p in named if "log_alpha" in n], "lr": rate},
                 {"params": [p for n, p in named if "lambda" in n], "lr": rate, "maximize": True},
             ]
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
             self.optimizer = kind([g for g in groups if g["params"]], **settings)
         return self.optimizer
 
@@ -333,7 +334,7 @@ class NutePruneTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and move it there when it is complete."""
-        run = Path(self.args.output_dir)
+        run = Path(cast(str, self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         partial = run / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -353,7 +354,7 @@ class NutePruneTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save what the run has learned; the base model is where it came from."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(cast(str, output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         masks = self.gates.snapshot().values if self.gates.frozen else {}
         state = RunState(
@@ -394,9 +395,7 @@ class NutePruneTrainer(Trainer):
 
         self._refit(self.anatomy, self.hooks, masks, install)
 
-    def _refit(
-        self, anatomy: Anatomy, hooks: MaskHooks, masks: Masks, install: Install
-    ) -> None:
+    def _refit(self, anatomy: Anatomy, hooks: MaskHooks, masks: Masks, install: Install) -> None:
         batches = self._calibration(self.args.compensation_blocks)
         tick = self._counted("re-fitting projections", len(anatomy.layers))
         refit(anatomy, hooks, masks, batches, install, tick)
@@ -415,7 +414,7 @@ class NutePruneTrainer(Trainer):
         self.bad_steps = int(self._bad_steps)
         self.hooks.remove()
         self.model.eval()
-        stock = merge_lora(cast(PeftModel, self.model))
+        stock = merge_lora(self.model)
         anatomy = Anatomy(stock)
         if self.args.compensation == "finalize":
             hooks = MaskHooks(anatomy)
@@ -439,7 +438,7 @@ class NutePruneTrainer(Trainer):
         budget = self.allocator.budget
         return write_pruned(
             Path(folder),
-            self.small.to(self.stored_dtype),
+            cast(Any, self.small).to(self.stored_dtype),
             tokenizer,
             params={"before": self._total_before, "blocks_before": budget.before},
             target=self.args.target_sparsity,
@@ -482,9 +481,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     return Allocator(Budget.of(anatomy), constraints)
 
 
-def make_gates(
-    allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig
-) -> Gates:
+def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:
     """Return gates of the run's type that start from scores."""
     if args.gate_type == "ranked":
         return RankedGates(allocator, scores, args.score_decay)

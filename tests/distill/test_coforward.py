@@ -1,0 +1,189 @@
+"""The co-forward pass against two plain passes of separate models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.losses import Head, layer_relative, token_kl
+from nuteprune.distill.teachers import INTACT, Role
+from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import GATE_KINDS
+from nuteprune.model.hooks import MaskHooks
+
+RANDOM = torch.Generator().manual_seed(0)
+TOKENS = torch.randint(3, 96, (2, 10), generator=RANDOM)
+PADDING = torch.ones_like(TOKENS)
+PADDING[1, 7:] = 0
+CALL: dict[str, Any] = {"input_ids": TOKENS, "attention_mask": PADDING, "use_cache": False}
+each_teacher = pytest.mark.parametrize("snapshot", [False, True], ids=["intact", "snapshot"])
+
+
+def adapted(model) -> PeftModel:
+    model.requires_grad_(False)
+    targets = Anatomy(model).lora_targets()
+    made = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    fill(made, seed=1)
+    return made
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int) -> None:
+    """Give LoRA weights that matter."""
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=random))
+
+
+def masks_of(anatomy: Anatomy, seed: int, *batch: int) -> Masks:
+    """Masks of all kinds: 0 or soft, one row per sequence if `batch` is given; leaves."""
+    layout, random = Layout(anatomy.shape, anatomy.head_dim), torch.Generator().manual_seed(seed)
+    values = {}
+    for kind in GATE_KINDS:
+        size = (*batch, layout.units(kind))
+        values[kind] = torch.rand(size, generator=random) + 0.3
+        values[kind] *= torch.rand(size, generator=random) > 0.2
+        values[kind].requires_grad_(bool(batch))
+    return Masks(layout, values)
+
+
+@dataclass
+class Student:
+    model: PeftModel
+    coforward: CoForward
+    masks: Masks
+    teacher: Role
+
+    @property
+    def lora(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.model.named_parameters() if "lora_" in n}
+
+    def loss(self) -> Tensor:
+        """What training minimises, by co-forward."""
+        anatomy = self.coforward.anatomy
+        weight_BT = PADDING.float()
+        with self.coforward.roles(self.masks, self.teacher, weight_BT) as passage:
+            self.model(**CALL, logits_to_keep=1)
+        assert passage.layer_loss is not None
+        assert passage.student_BTD is not None
+        assert passage.teacher_BTD is not None
+        head = Head(anatomy.head.weight, None, *anatomy.logit_scale())
+        kl = token_kl(passage.student_BTD, passage.teacher_BTD, head, weight_BT, 2.0)
+        return passage.layer_loss + kl
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        leaves = self.lora | self.masks.values
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def student(tiny_model, name: str, snapshot: bool) -> Student:
+    model = adapted(tiny_model(name))
+    anatomy = Anatomy(model)
+    coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
+    teacher = INTACT
+    if snapshot:
+        random = torch.Generator().manual_seed(5)
+        lora = {
+            key: 0.2 * torch.randn(value.shape, generator=random)
+            for key, value in coforward.bank.state().items()
+        }
+        teacher = Role(masks_of(anatomy, 6), lora)
+    return Student(model, coforward, masks_of(anatomy, 7, len(TOKENS)), teacher)
+
+
+@contextmanager
+def outputs_of_layers(anatomy: Anatomy) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+        for layer in anatomy.layers
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def run_alone(model, masks: Masks | None) -> tuple[list[Tensor], Tensor]:
+    """Outputs of all layers, and logits."""
+    anatomy = Anatomy(model)
+    hooks = MaskHooks(anatomy)
+    with hooks.using(masks), outputs_of_layers(anatomy) as layers:
+        logits = model(**CALL).logits
+    hooks.remove()
+    return layers, logits
+
+
+def install(model: PeftModel, lora: Mapping[str, Tensor]) -> None:
+    """Copy a snapshot's weights, whose keys are layer.place.side, into a model."""
+    anatomy = Anatomy(model)
+    for key, value in lora.items():
+        layer, place, side = key.split(".")
+        projection = anatomy.family.projections[int(place)]
+        module = anatomy.projection(int(layer), projection)
+        getattr(module, f"lora_{side}")["default"].weight.data.copy_(value)
+
+
+def plain_loss(tiny_model, name: str, x: Student) -> Tensor:
+    """The same loss by a pass of the student and a pass of another model, the teacher."""
+    teacher = tiny_model(name)
+    if x.teacher.lora is not None:
+        teacher = adapted(teacher)
+        install(teacher, x.teacher.lora)
+    with torch.no_grad():
+        theirs, their_logits = run_alone(teacher, x.teacher.masks)
+    ours, our_logits = run_alone(x.model, x.masks)
+    real = PADDING.bool()
+    layers = sum(
+        ((a - b)[real].square().sum(-1) / b[real].square().sum(-1)).mean()
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    p, q = ((z[real] / 2.0).log_softmax(-1) for z in (their_logits, our_logits))
+    return layers + 4 * (p.exp() * (p - q)).sum(-1).mean()
+
+
+@each_teacher
+def test_loss_and_gradients_are_those_of_two_passes(
+    tiny_model, tiny_name: str, snapshot: bool
+) -> None:
+    x = student(tiny_model, tiny_name, snapshot)
+    loss = x.loss()
+    loss.backward()
+    ours = x.gradients()
+    for leaf in (*x.lora.values(), *x.masks.values.values()):
+        leaf.grad = None
+    expected = plain_loss(tiny_model, tiny_name, x)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, gradient in x.gradients().items():
+        assert gradient is not None
+        assert gradient.abs().max() > 0
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * max(1, scale))
+
+
+@each_teacher
+def test_gradients_are_the_same_with_activation_checkpointing(
+    tiny_model, tiny_name: str, snapshot: bool
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        x = student(tiny_model, tiny_name, snapshot)
+        x.model.train()
+        if checkpointing:
+            x.model.gradient_checkpointing_enable()  # TRY
+            x.model.enable_input_require_grads()
+        x.loss().backward()
+        gradients.append(x.gradients())
+    torch.testing.assert_close(gradients[0], gradients[1])

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from nuteprune.errors import UserError
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.shape import LayerShape, Shape
+
+UNGROUPED = ("llama_mha", "gpt_neox", "opt")
+QUERIES_AND_VALUES = {
+    "phi3": {"self_attn.qkv_proj"},
+    "gpt_neox": {"attention.query_key_value"},
+}
+
+
+def adapted(model, queries_and_values: bool = False):
+    targets = Anatomy(model).lora_targets(queries_and_values)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def test_dimensions_and_counts_are_the_models_own_with_and_without_lora(
+    tiny_model, tiny_name: str
+) -> None:
+    model = tiny_model(tiny_name)
+    expected = Shape(32, (LayerShape(4, 4 if tiny_name in UNGROUPED else 2, 48),) * 3)
+    parameters = sum(p.numel() for p in model.parameters())
+    biases = {n.partition("layers.0.")[2] for n, _ in model.named_parameters() if "bias" in n}
+
+    def check(anatomy: Anatomy) -> None:
+        assert anatomy.shape == expected
+        assert anatomy.head_dim == 8
+        assert anatomy.parameters() == parameters
+        assert anatomy.tied == model.config.tie_word_embeddings
+        assert anatomy.biases == {path: f"{path}.bias" in biases for path in anatomy.biases}
+        assert len(anatomy.biases) == len(anatomy.family.projections)
+
+    check(Anatomy(model))
+    anatomy = Anatomy(adapted(model))
+    check(anatomy)
+    for layer in range(3):
+        assert len(anatomy.lora_layers(layer)) == len(anatomy.family.projections)
+
+
+def test_lora_on_queries_and_values_alone(tiny_model, tiny_name: str) -> None:
+    model = adapted(tiny_model(tiny_name), queries_and_values=True)
+    found = {n.partition(".lora_A.")[0] for n, _ in model.named_parameters() if ".lora_A." in n}
+    expected = QUERIES_AND_VALUES.get(tiny_name, {"self_attn.q_proj", "self_attn.v_proj"})
+    assert {n.partition("layers.")[2] for n in found} == {
+        f"{layer}.{path}" for layer in range(3) for path in expected
+    }
+
+
+def test_norms_are_all_of_those_over_the_width(tiny_model, tiny_name: str) -> None:
+    anatomy = Anatomy(tiny_model(tiny_name))
+    for layer in range(3):
+        every = {m for n, m in anatomy.layers[layer].named_modules() if "norm" in n}
+        wide = {m for m in every if m.weight.shape == (32,)}
+        assert set(anatomy.norms(layer)) == wide
+    assert anatomy.final_norm.weight.shape == (32,)
+
+
+def test_a_variant_that_the_entry_does_not_describe_is_refused(tiny_model) -> None:
+    with pytest.raises(UserError, match="do_layer_norm_before=False are not supported"):
+        Anatomy(tiny_model("opt", do_layer_norm_before=False))
