@@ -47,7 +47,7 @@ def test_heads_need_to_divide_the_width_where_the_stock_config_says_so(model_typ
         AutoModelForCausalLM.from_config(config)
 
     if family.heads_divide_hidden:
-        with pytest.raises(Exception, match="multiple of|divisible"):
+        with pytest.raises(Exception, match=r"multiple of|divisible"):
             build()
     else:
         build()

@@ -142,9 +142,11 @@ class CoForward:
             handles.append(first.register_forward_pre_hook(_take_flow(passage), prepend=True))
             for i, layer in enumerate(self.anatomy.layers):
                 handles.append(self._on_layer(passage, layer, i, teacher, weight_BT))
+        # The student's masks stay in use afterwards: under activation checkpointing, the backward
+        # pass runs the layers again. `MaskHooks.masks = None` ends that.
+        self.hooks.masks = student
         try:
-            with self.hooks.using(student):
-                yield passage
+            yield passage
         finally:
             for handle in handles:
                 handle.remove()

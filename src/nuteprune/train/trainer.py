@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, set_seed
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import LAYER_TERMS, Head, token_kl
@@ -84,6 +84,7 @@ class NutePruneTrainer(Trainer):
         self.allocator.shape(ones, args.target_sparsity)
         self.progress = progress
         model.requires_grad_(False)
+        set_seed(args.seed)  # LoRA starts from random values
         peft_model = get_peft_model(model, lora_config(intact, args))
         self.anatomy = Anatomy(peft_model)
         self.hooks = MaskHooks(self.anatomy)
@@ -208,6 +209,7 @@ class NutePruneTrainer(Trainer):
             self._step = self.state.global_step
             self._begin_step(self._step)
         loss = super().training_step(model, inputs, *args)
+        self.hooks.masks = None
         self.gates.observe()
         return loss
 

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nuteprune.distill import losses
+from nuteprune.distill.losses import Head, layer_mse, layer_relative, token_kl
+from nuteprune.model.anatomy import Anatomy
+
+B, T, D, V = 2, 5, 8, 32
+WEIGHT_BT = torch.tensor([[1.0, 1, 1, 1, 1], [1, 2, 1, 0, 0]])
+
+
+def normal(*size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_kl(student: Tensor, teacher: Tensor, head: Head, weight: Tensor, t: float) -> Tensor:
+    """Hinton's formula, all logits at once."""
+
+    def log_p(hidden_BTD: Tensor) -> Tensor:
+        z = hidden_BTD @ head.weight.T
+        z = z if head.bias is None else z + head.bias
+        z = z / head.divisor
+        z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        return torch.log_softmax(z / t, -1)
+
+    p, q = log_p(teacher), log_p(student)
+    kl_BT = (p.exp() * (p - q)).sum(-1)
+    return t * t * (kl_BT * weight).sum() / weight.sum()
+
+
+@pytest.mark.parametrize("chunk_elements", [2**24, 3 * V, 1], ids=["whole", "uneven", "by token"])
+@pytest.mark.parametrize("temperature", [1.0, 2 / 3, 2.0])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bias": normal(V, seed=3)}, {"divisor": 4.0}, {"softcap": 2.0, "divisor": 0.5}],
+    ids=["plain", "bias", "divisor", "softcap"],
+)
+def test_token_kl_is_the_plain_formula(
+    settings: dict, temperature: float, chunk_elements: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
+    head = Head(normal(V, D, seed=0), **settings)
+    student = normal(B, T, D, seed=1).requires_grad_()
+    teacher = normal(B, T, D, seed=2)
+    results = []
+    for kl in (token_kl, plain_kl):
+        value = kl(student, teacher, head, WEIGHT_BT, temperature)
+        (3 * value).backward()
+        results.append((value.detach(), student.grad))
+        student.grad = None
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert (results[0][1][1, 3:] == 0).all()
+
+
+def test_token_kl_of_a_model_with_itself_is_nothing() -> None:
+    hidden_BTD = normal(B, T, D, seed=1).requires_grad_()
+    kl = token_kl(hidden_BTD, hidden_BTD.detach(), Head(normal(V, D, seed=0)), WEIGHT_BT)
+    kl.backward()
+    assert kl == 0
+    assert (hidden_BTD.grad == 0).all()
+
+
+def test_token_kl_in_half_precision_has_gradients_of_its_input_type() -> None:
+    head = Head(normal(V, D, seed=0).bfloat16())
+    student = normal(B, T, D, seed=1).bfloat16().requires_grad_()
+    teacher = normal(B, T, D, seed=2).bfloat16()
+    token_kl(student, teacher, head, WEIGHT_BT).backward()
+    exact = student.detach().float().requires_grad_()
+    plain_kl(exact, teacher.float(), Head(head.weight.float()), WEIGHT_BT, 1.0).backward()
+    assert student.grad.dtype == torch.bfloat16
+    error = (student.grad.float() - exact.grad).norm() / exact.grad.norm()
+    assert error < 0.02
+
+
+def test_a_models_logits_are_its_heads(tiny_model, tiny_name: str) -> None:
+    model = tiny_model(tiny_name)
+    anatomy = Anatomy(model)
+    seen = []
+    anatomy.final_norm.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        logits = model(torch.arange(3, 12)[None]).logits
+    head = Head(anatomy.head.weight, anatomy.head.bias, *anatomy.logit_scale())
+    torch.testing.assert_close(head.logits(seen[0]), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_terms_by_hand() -> None:
+    student = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [9.0, 9.0]]])
+    teacher = torch.tensor([[[1.0, 4.0], [3.0, 4.0], [0.0, 1.0]]])
+    weight = torch.tensor([[1.0, 3.0, 0.0]])
+    # squared differences 4 and 25, squared norms of the teacher 17 and 25
+    assert layer_mse(student, teacher, weight) == pytest.approx((1 * 2 + 3 * 12.5) / 4)
+    assert layer_relative(student, teacher, weight) == pytest.approx((4 / 17 + 3 * 1) / 4)
+    assert set(losses.LAYER_TERMS.values()) == {layer_mse, layer_relative}
+
+
+def test_padding_alone_is_not_a_division_by_zero() -> None:
+    student, teacher, none = normal(B, T, D, seed=1), normal(B, T, D, seed=2), torch.zeros(B, T)
+    assert layer_mse(student, teacher, none) == 0
+    assert layer_relative(student, teacher, none) == 0
+    assert token_kl(student, teacher, Head(normal(V, D, seed=0)), none) == 0

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nuteprune.distill.teachers import INTACT, Plan, Teachers
+from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model.shape import LayerShape, Shape
+
+LAYOUT = Layout(Shape(16, (LayerShape(4, 2, 6), LayerShape(4, 2, 6))), 4)
+
+
+def snapshot(seed: int) -> tuple[Masks, dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(seed)
+    masks = {k: torch.rand(LAYOUT.units(k), generator=random) for k in ("heads", "neurons")}
+    lora = {f"0.{i}.A": torch.randn(2, 16, generator=random).T for i in range(2)}
+    return Masks(LAYOUT, masks), lora
+
+
+def filled(folder: Path, count: int) -> Teachers:
+    teachers = Teachers(folder, LAYOUT)
+    for i in range(count):
+        teachers.record((i + 1) / 100, *snapshot(i))
+    return teachers
+
+
+def assert_plays(teachers: Teachers, index: int, seed: int) -> None:
+    masks, lora = snapshot(seed)
+    role = teachers.role(index)
+    assert role.masks is not None
+    assert role.lora is not None
+    for ours, theirs in ((role.masks.values, masks.values), (role.lora, lora)):
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_what_is_recorded_comes_back(tmp_path: Path) -> None:
+    teachers = filled(tmp_path / "teachers", 3)
+    assert len(teachers) == 3
+    assert teachers.newest == 0.03
+    for i in (2, 0, 1, 2):
+        assert_plays(teachers, i, seed=i)
+    assert teachers.role(-1) is INTACT
+    assert not list((tmp_path / "teachers").glob("*.partial"))
+
+
+def test_a_snapshot_does_not_follow_its_source(tmp_path: Path) -> None:
+    teachers = Teachers(tmp_path, LAYOUT)
+    masks, lora = snapshot(0)
+    teachers.record(0.01, masks, lora)
+    for tensor in (*masks.values.values(), *lora.values()):
+        tensor.zero_()
+    assert_plays(teachers, 0, seed=0)
+
+
+def test_at_most_two_are_in_memory(tmp_path: Path) -> None:
+    teachers = filled(tmp_path, 5)
+    first = teachers.role(0)
+    assert teachers.role(0) is first  # no file is read at every step
+    for i in (0, 1, 2, 1, 4, 3):
+        teachers.role(i)
+        assert len(teachers._loaded) <= 2
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    killed = filled(tmp_path, 4)
+    assert_plays(killed, 3, seed=3)
+    resumed = Teachers(tmp_path, LAYOUT)
+    for teachers in (resumed, killed):
+        teachers.restore([0.01, 0.02])
+        assert teachers.newest == 0.02
+        teachers.record(0.05, *snapshot(9))
+        assert teachers.sparsities == [0.01, 0.02, 0.05]
+        assert_plays(teachers, 1, seed=1)
+        assert_plays(teachers, 2, seed=9)
+
+
+def test_a_snapshot_cut_off_while_written_is_not_there(tmp_path: Path, monkeypatch) -> None:
+    teachers = filled(tmp_path, 1)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        teachers.record(0.02, *snapshot(1))
+    assert len(teachers) == 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "spacing", "lag"), [(0.05, 0.005, 5), (0.2, 0.01, 10), (0.5, 0.01, 10)]
+)
+def test_a_run_climbs_behind_its_teachers_and_walks_back_to_the_intact_model(
+    target: float, spacing: float, lag: int
+) -> None:
+    plan = Plan.for_target(target)
+    assert (plan.target, plan.spacing, plan.lag) == (target, pytest.approx(spacing), lag)
+    assert plan.lag * plan.spacing <= target / 2 + 1e-9  # so that even small targets get teachers
+
+    taken: list[float] = []
+    served = []
+    for sparsity in torch.linspace(0, target, 1001, dtype=torch.float64).tolist():
+        served.append(plan.growing(len(taken)))
+        if plan.due(sparsity, taken[-1] if taken else 0.0):
+            taken.append(sparsity)
+    assert len(taken) == round(target / spacing)
+    assert taken == pytest.approx([spacing * (i + 1) for i in range(len(taken))], abs=target / 900)
+    assert set(served[: served.index(0)]) == {-1}  # the intact model until there are enough
+    assert served[served.index(0) :] == sorted(served[served.index(0) :])
+
+    last = plan.growing(len(taken))
+    assert last == len(taken) - 1 - lag
+    back = [plan.returning(len(taken), i / 1000) for i in range(1000)]
+    assert (back[0], back[-1]) == (last, -1)
+    steps = [back.count(i) for i in range(last, -2, -1)]  # each serves as long as any other
+    assert sum(steps) == 1000
+    assert max(steps) - min(steps) <= 1
+
+
+def test_a_run_too_short_for_teachers_learns_from_the_intact_model() -> None:
+    plan = Plan.for_target(0.2)
+    for count in (0, 1, 10):
+        assert plan.growing(count) == -1
+        assert {plan.returning(count, progress) for progress in (0.0, 0.5, 0.999)} == {-1}
