@@ -16,15 +16,6 @@ import typer
 
 from nuteprune.errors import RunFailed, UserError
 
-app = typer.Typer(
-    name="nuteprune",
-    help="Make a language model physically smaller and faster, with its quality kept.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -32,7 +23,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     show_version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
@@ -41,13 +31,25 @@ def _root(
     """Make a language model physically smaller and faster, with its quality kept."""
 
 
-def _register() -> None:
+def make_app() -> typer.Typer:
+    """Return the command line with all its commands."""
+    # Imported here, so that libraries are quiet by the time they are loaded.
     from nuteprune.cli import demo, evaluate, inspect, prune
 
+    app = typer.Typer(
+        name="nuteprune",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
     app.command("demo")(demo.demo)
     app.command("prune")(prune.prune)
     app.command("eval")(evaluate.evaluate)
     app.command("inspect")(inspect.inspect)
+    return app
 
 
 def main() -> None:
@@ -55,9 +57,8 @@ def main() -> None:
     debug = bool(os.environ.get("NUTEPRUNE_DEBUG"))
     if not debug:
         quiet_libraries()
-    _register()
     try:
-        code = app(standalone_mode=False)
+        code = make_app()(standalone_mode=False, prog_name="nuteprune")
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except (UserError, RunFailed) as error:
@@ -90,6 +91,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,7 +106,14 @@ def run(job: Job, output: Output) -> Result | None:
     """
     started = time.monotonic()
     check_out(job)
-    config = NutePruneConfig(output_dir=str(job.out / RUN), **trainer_settings(job))
+    # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if job.dry_run else job.out
+        config = NutePruneConfig(output_dir=str(folder / RUN), **trainer_settings(job))
+        return _run(job, config, output, started)
+
+
+def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> Result | None:
     tokenizer = load_tokenizer(job.model)
     model = load_model(job.model, pick_dtype(job.dtype, job.device))
     vocabulary = Anatomy(model).embedding.weight.shape[0]
@@ -217,6 +225,8 @@ def _prune(
     bars.update("measuring the intact model", 1, 1, f"perplexity {mean(before):.2f}")
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=_resume_from(job))
+    if job.resume:
+        clear_result(job.out)
     bars.update("measuring the pruned model", 0, 1)
     after = perplexities(trainer.finalize(), held_out, batch_size=4)
     bars.update("measuring the pruned model", 1, 1, f"perplexity {mean(after):.2f}")
@@ -251,6 +261,15 @@ def one_shot(
         after=shape,
         perplexity={"before": {}, "after": after},
     )
+
+
+def clear_result(out: Path) -> None:
+    """Remove what an earlier end of a run wrote, and keep the run itself."""
+    for path in out.iterdir():
+        if path.is_dir() and path.name != RUN:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
 
 
 def _resume_from(job: Job) -> str | None:

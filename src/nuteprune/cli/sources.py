@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from nuteprune.demo import assets
 from nuteprune.errors import UserError
@@ -30,7 +35,7 @@ def locate(model: str, progress: Callable[[str], None] = lambda message: None) -
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
 
 
-def read_config(model: str) -> Any:
+def read_config(model: str) -> dict[str, Any]:
     """Return a model's config, checked to be a causal LM of a supported family.
 
     Raises:
@@ -58,8 +63,6 @@ def read_config(model: str) -> Any:
 
 
 def _config_values(where: str) -> dict[str, Any]:
-    from transformers import PreTrainedConfig
-
     values, _ = PreTrainedConfig.get_config_dict(where)
     if not values:
         raise OSError("there is no such checkpoint, here or in the cache")
@@ -85,9 +88,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: if it has none that can be loaded.
     """
-    read_config(model)
+    # Named by its config alone, so that a pruned checkpoint's own config class is not asked for.
+    config = PreTrainedConfig(model_type=family_named(read_config(model)["model_type"]).model_type)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(locate(model))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            locate(model), config=config
+        )
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load the tokenizer of {model}: {first}") from error

@@ -30,7 +30,7 @@ Perplexity is on held-out text: {protocol}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{remote})
 model = AutoModelForCausalLM.from_pretrained(folder{remote})
 ```
 

@@ -53,7 +53,8 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
 
     Args:
         config: what `pruned_config` returned.
-        state_dict: all parameters by name, of one dtype; tied weights need be there only once.
+        state_dict: all parameters by name, of one dtype and on one device; tied weights need be
+            there only once.
 
     Returns:
         The model, in eval mode.
@@ -61,12 +62,14 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
     Raises:
         UserError: if the tensors are not those that the config asks for.
     """
+    first = next(iter(state_dict.values()))
     return _load(
         _causal_lm(config.model_type),
         None,
         config=config,
         state_dict=dict(state_dict),
-        dtype=next(iter(state_dict.values())).dtype,
+        dtype=first.dtype,
+        device_map={"": first.device},
     )
 
 
@@ -245,13 +248,11 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
     keys = {name: full[key] for key, name in names.items() if key in full}
     if sliding:
         keys["rope_local_base_freq"] = sliding["rope_theta"]
-    if full["rope_type"] == "default":
-        scaling = None
-    elif full["rope_type"] == "longrope":  # Phi-3, which 4.57 wants with exactly these three
+    if full["rope_type"] == "longrope":  # Phi-3; 4.57 demands exactly these three
         scaling = {"type": "longrope"} | {k: full[k] for k in ("short_factor", "long_factor")}
     else:
         scaling = {k: v for k, v in full.items() if k not in names}
-    return keys | {"rope_scaling": scaling}
+    return keys if full["rope_type"] == "default" else keys | {"rope_scaling": scaling}
 
 
 def _tokenizer_keys_of_4(config: dict[str, Any]) -> dict[str, Any]:

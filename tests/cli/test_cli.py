@@ -1,0 +1,249 @@
+"""The commands as users call them, on a tiny model and text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nuteprune.cli.app import main
+from nuteprune.export.checkpoint import load_pruned
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls the command line; returns exit code, stdout and stderr."""
+
+    def call(*args: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nuteprune", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", vocab_size=300, tie_word_embeddings=True).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    documents = (f"Teacher {i} is less pruned than student {i + 1}. " * 6 for i in range(80))
+    path.write_text("\n\n\n".join(documents))
+    return path
+
+
+def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
+    values = {
+        "sparsity": 0.3,
+        "data": text,
+        "out": out,
+        "steps": 3,
+        "batch-size": 2,
+        "length": 24,
+        "device": "cpu",
+        **changes,
+    }
+    flags = [str(x) for k, v in values.items() if v is not None for x in (f"--{k}", v)]
+    return ["prune", str(model), *flags, "--set", "neuron_multiple=4"]
+
+
+@pytest.mark.parametrize("command", [[], ["prune"], ["demo"], ["eval"], ["inspect"]])
+def test_help_of_every_command(command: list[str], run: Run) -> None:
+    code, out, err = run(*command, "--help")
+    assert code == 0
+    assert "Usage: nuteprune" in out
+    assert not err
+
+
+def test_version(run: Run) -> None:
+    assert run("--version")[1].startswith("nuteprune ")
+
+
+def test_prune_eval_and_inspect(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    code, stdout, stderr = run(*options(model, text, out), "--json")
+    assert (code, "Traceback" in stderr) == (0, False)
+    record = json.loads(stdout.splitlines()[-1])
+    assert json.loads((out / "nuteprune.json").read_text()).items() <= record.items()
+    assert 0.3 <= record["sparsity"] <= 0.3 + 4 * 3 * 32 / record["params"]["blocks_before"]
+    loaded = load_pruned(out)
+    assert record["params"]["after"] == sum(p.numel() for p in loaded.parameters())
+    assert record["bytes_on_disk"] == (out / "model.safetensors").stat().st_size
+    names = {"config.json", "modeling_pruned.py", "README.md", "tokenizer.json"}
+    assert names <= {path.name for path in out.iterdir()}
+    steps = [json.loads(x)["step"] for x in (out / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+    code, stdout, _ = run("inspect", out, "--json")
+    assert code == 0
+    assert json.loads(stdout.splitlines()[-1])["counted"] == record["params"]["after"]
+
+    asked = ["--data", text, "--length", 24, "--device", "cpu", "--json"]
+    code, stdout, _ = run("eval", out, "--against", model, *asked)
+    assert code == 0
+    judged = json.loads(stdout.splitlines()[-1])["perplexity"]
+    assert judged[str(out)] == pytest.approx(record["perplexity"]["after"], rel=1e-3)
+    assert judged[str(model)] == pytest.approx(record["perplexity"]["before"], rel=1e-3)
+
+
+def test_the_dtype_of_the_input_is_kept(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    half = load_pruned(model, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "half" / name).write_bytes((model / name).read_bytes())
+    settings = options(tmp_path / "half", text, tmp_path / "out", dtype="float32")
+    assert run(*settings)[0] == 0
+    assert load_pruned(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    code, stdout, _ = run(*options(model, text, tmp_path / "out"), "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(stdout.splitlines()[-1])["sparsity"] >= 0.3
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_and_overwrite(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    saving = [*options(model, text, out), "--set", "save_steps=2"]
+    assert run(*saving, "--resume")[0] == 2
+    assert not out.exists()
+    assert run(*saving)[0] == 0
+    first = (out / "model.safetensors").read_bytes()
+    code, _, err = run(*saving)
+    assert code == 2
+    assert "--overwrite" in err
+    assert run(*saving, "--overwrite")[0] == 0
+    assert (out / "model.safetensors").read_bytes() == first
+    for path in (out / "run/checkpoint-3").iterdir():
+        path.unlink()
+    (out / "run/checkpoint-3").rmdir()
+    assert run(*saving, "--resume")[0] == 0
+    assert (out / "model.safetensors").read_bytes() == first
+
+
+def test_a_yaml_file_and_set_give_settings(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparsity: 0.25\nsteps: 2\nlearning_rate: 1e-3\nneuron_multiple: 4\n")
+    settings = options(model, text, tmp_path / "out", sparsity=None, steps=None)
+    code, stdout, _ = run(*settings, "--config", recipe, "--set", "lora_rank=4", "--json")
+    assert code == 0
+    record = json.loads(stdout.splitlines()[-1])
+    assert record["target"] == 0.25
+    assert record["config"]["learning_rate"] == 1e-3
+    assert record["config"]["lora_rank"] == 4
+
+
+BAD = {
+    "no model": (["prune", "--sparsity", "0.2", "--out", "OUT"], "argument"),
+    "missing folder": (["prune", "./nope", "--sparsity", "0.2", "--out", "OUT"], "nope"),
+    "no sparsity": (["prune", "MODEL", "--out", "OUT"], "--sparsity"),
+    "sparsity 0": (
+        ["prune", "MODEL", "--sparsity", "0", "--out", "OUT", "--data", "TEXT"],
+        "between",
+    ),
+    "sparsity 1.5": (
+        ["prune", "MODEL", "--sparsity", "1.5", "--out", "OUT", "--data", "TEXT"],
+        "between",
+    ),
+    "out of reach": (
+        "prune MODEL --sparsity 0.9 --out OUT --data TEXT --length 24 --set gates=kv_groups".split(),
+        "at most",
+    ),
+    "no such data": (
+        ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--data", "no.txt"],
+        "no.txt",
+    ),
+    "empty data": (
+        ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--data", "EMPTY"],
+        "EMPTY",
+    ),
+    "unknown option": (["prune", "MODEL", "--sparsty", "0.2", "--out", "OUT"], "--sparsity"),
+    "unknown key": (
+        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --set lerning_rate=1".split(),
+        "learning_rate",
+    ),
+    "wrong type": (
+        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --set max_steps=many".split(),
+        "type int",
+    ),
+    "unknown gate": (
+        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --length 24 --gates headz".split(),
+        "known kinds",
+    ),
+    "unknown device": (
+        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --device abacus".split(),
+        "abacus",
+    ),
+    "unknown dtype": (
+        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --dtype float99".split(),
+        "float99",
+    ),
+    "unknown command": (["prun"], "prun"),
+    "inspect what is no checkpoint": (["inspect", "."], "nuteprune.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    empty = tmp_path / "EMPTY"
+    empty.mkdir()
+    (empty / "empty.txt").write_text("")
+    places = {"MODEL": str(model), "TEXT": str(text), "OUT": "out", "EMPTY": "EMPTY"}
+    args, expected = BAD[case]
+    code, stdout, stderr = run(*[places.get(x, x) for x in args])
+    assert code == 2
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    assert expected in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_unsupported_and_non_causal_models_are_refused(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    for change, expected in (
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "supported: llama"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal"),
+    ):
+        folder = tmp_path / str(change["architectures"])
+        folder.mkdir()
+        values = json.loads((model / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(values))
+        code, _, err = run(*options(folder, text, tmp_path / "out"))
+        assert code == 2
+        assert expected in err
+
+
+def test_interrupt_is_exit_code_130(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nuteprune.train.trainer import NutePruneTrainer
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NutePruneTrainer, "train", interrupt)
+    code, _, err = run(*options(model, text, tmp_path / "out"))
+    assert code == 130
+    assert "Traceback" not in err

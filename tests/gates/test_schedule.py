@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nuteprune.gates.schedule import Lagrangian, Schedule
+
+
+@given(
+    target=st.floats(0.01, 0.9),
+    steps=st.integers(1, 200),
+    ramp_share=st.floats(0, 1),
+    power=st.sampled_from([1.0, 3.0]),
+)
+def test_any_number_of_steps_climbs_to_the_target_and_stays(
+    target: float, steps: int, ramp_share: float, power: float
+) -> None:
+    schedule = Schedule(target, steps, ramp_share, power)
+    asked = [schedule.sparsity(i) for i in range(steps)]
+    assert asked == sorted(asked)
+    assert asked[0] > 0
+    assert asked[-1] == pytest.approx(target)
+    reached = [value == pytest.approx(target, abs=1e-12) for value in asked]
+    assert reached == [schedule.done(i) for i in range(steps)]
+    assert reached.index(True) + 1 == pytest.approx(max(1, steps * ramp_share), abs=0.5001)
+
+
+def test_linear_and_cubic_by_hand() -> None:
+    linear, cubic = Schedule(0.4, 8, 0.5), Schedule(0.4, 8, 0.5, power=3)
+    assert [linear.sparsity(i) for i in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    left = [27 / 64, 8 / 64, 1 / 64, 0]
+    assert [cubic.sparsity(i) for i in range(4)] == pytest.approx([0.4 * (1 - x) for x in left])
+
+
+def test_penalty_and_its_slopes_by_hand() -> None:
+    lagrangian = Lagrangian()
+    with torch.no_grad():
+        lagrangian.lambda1.fill_(-2.0)
+        lagrangian.lambda2.fill_(10.0)
+    sparsity = torch.tensor(0.2, requires_grad=True)
+    penalty = lagrangian(sparsity, 0.3)
+    penalty.backward()
+    assert penalty.item() == pytest.approx(-2 * -0.1 + 10 * 0.01)
+    assert sparsity.grad == pytest.approx(-2 + 2 * 10 * -0.1)
+    # Ascent on these makes a model that is too dense pay more and more for it.
+    assert lagrangian.lambda1.grad == pytest.approx(-0.1)
+    assert lagrangian.lambda2.grad == pytest.approx(0.01)
