@@ -151,6 +151,7 @@ def test_a_yaml_file_and_set_give_settings(
     assert record["config"]["lora_rank"] == 4
 
 
+PRUNE = "prune MODEL --sparsity 0.2 --out OUT --data TEXT --length 24".split()  # noqa: SIM905
 BAD = {
     "no model": (["prune", "--sparsity", "0.2", "--out", "OUT"], "argument"),
     "missing folder": (["prune", "./nope", "--sparsity", "0.2", "--out", "OUT"], "nope"),
@@ -164,7 +165,7 @@ BAD = {
         "between",
     ),
     "out of reach": (
-        "prune MODEL --sparsity 0.9 --out OUT --data TEXT --length 24 --set gates=kv_groups".split(),
+        [*PRUNE, "--sparsity", "0.9", "--set", "gates=kv_groups"],
         "at most",
     ),
     "no such data": (
@@ -177,23 +178,23 @@ BAD = {
     ),
     "unknown option": (["prune", "MODEL", "--sparsty", "0.2", "--out", "OUT"], "--sparsity"),
     "unknown key": (
-        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --set lerning_rate=1".split(),
+        [*PRUNE, "--set", "lerning_rate=1"],
         "learning_rate",
     ),
     "wrong type": (
-        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --set max_steps=many".split(),
+        [*PRUNE, "--set", "max_steps=many"],
         "type int",
     ),
     "unknown gate": (
-        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --length 24 --gates headz".split(),
+        [*PRUNE, "--gates", "headz"],
         "known kinds",
     ),
     "unknown device": (
-        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --device abacus".split(),
+        [*PRUNE, "--device", "abacus"],
         "abacus",
     ),
     "unknown dtype": (
-        "prune MODEL --sparsity 0.2 --out OUT --data TEXT --dtype float99".split(),
+        [*PRUNE, "--dtype", "float99"],
         "float99",
     ),
     "unknown command": (["prun"], "prun"),
@@ -211,7 +212,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (empty / "empty.txt").write_text("")
     places = {"MODEL": str(model), "TEXT": str(text), "OUT": "out", "EMPTY": "EMPTY"}
     args, expected = BAD[case]
-    code, stdout, stderr = run(*[places.get(x, x) for x in args])
+    code, _, stderr = run(*[places.get(x, x) for x in args])
     assert code == 2
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert len(lines) == 1, stderr

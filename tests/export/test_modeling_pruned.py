@@ -64,6 +64,7 @@ assert not any(name.startswith("nuteprune") for name in sys.modules)
 def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
     try:
         yield
     finally:

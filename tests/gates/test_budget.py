@@ -126,7 +126,7 @@ def test_gradients_of_expected_sparsity_are_finite_differences(name: str) -> Non
 
 
 def test_hard_masks_have_the_sparsity_of_their_shape(tiny_model, tiny_name: str) -> None:
-    """Layer 0 keeps a group with half its heads, layer 1 no attention, layer 2 no MLP."""
+    """Layer 0 keeps one head and 13 neurons, layer 1 no attention, layer 2 no MLP."""
     anatomy = Anatomy(tiny_model(tiny_name))
     budget, layout = Budget.of(anatomy), Layout(anatomy.shape, anatomy.head_dim)
     keep = {kind: torch.ones(layout.units(kind)) for kind in GATE_KINDS}
@@ -136,12 +136,13 @@ def test_hard_masks_have_the_sparsity_of_their_shape(tiny_model, tiny_name: str)
     whole = anatomy.shape.layers[0]
     if whole.heads_per_group > 1:
         keep["kv_groups"][0] = 0
-        keep["heads"][[0, 1, 2]] = 0
-        first = LayerShape(1, 1, 13)
     else:
         del keep["kv_groups"]
-        keep["heads"][[0, 1, 2]] = 0
-        first = LayerShape(1, 1, 13)
-    layers = (first, LayerShape(0, 0, 48), LayerShape(whole.heads, whole.kv_heads, 0))
+    keep["heads"][[0, 1, 2]] = 0
+    layers = (
+        LayerShape(1, 1, 13),
+        LayerShape(0, 0, 48),
+        LayerShape(whole.heads, whole.kv_heads, 0),
+    )
     expected = budget.sparsity(Shape(10, layers))
     assert budget.expected_sparsity(Masks(layout, keep)) == pytest.approx(expected, abs=1e-6)

@@ -248,11 +248,12 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
     keys = {name: full[key] for key, name in names.items() if key in full}
     if sliding:
         keys["rope_local_base_freq"] = sliding["rope_theta"]
-    if full["rope_type"] == "longrope":  # Phi-3; 4.57 demands exactly these three
-        scaling = {"type": "longrope"} | {k: full[k] for k in ("short_factor", "long_factor")}
-    else:
-        scaling = {k: v for k, v in full.items() if k not in names}
-    return keys if full["rope_type"] == "default" else keys | {"rope_scaling": scaling}
+    if full["rope_type"] == "default":
+        return keys
+    if full["rope_type"] == "longrope":  # 4.57 demands exactly these three
+        factors = {key: full[key] for key in ("short_factor", "long_factor")}
+        return keys | {"rope_scaling": {"type": "longrope", **factors}}
+    return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}
 
 
 def _tokenizer_keys_of_4(config: dict[str, Any]) -> dict[str, Any]:

@@ -46,12 +46,16 @@ class Zeros(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class NoAttention(nn.Module):
-    """Stands where a removed attention module was, and keeps its plain attributes."""
+class ZerosAndNone(nn.Module):
+    """Stands where a removed attention module was: no output, no weights.
+
+    Its name must not contain "Attention": transformers reads this file's text for classes that do,
+    and would take the model for one whose attention implementation cannot be changed.
+    """
 
     def __init__(self, removed):
         super().__init__()
-        # Some decoder layers read them, such as `is_sliding`.
+        # Some decoder layers read plain attributes of the module, such as `is_sliding`.
         self.__dict__.update({k: v for k, v in vars(removed).items() if not k.startswith("_")})
 
     def forward(self, hidden_states, *args, **kwargs):
@@ -91,7 +95,7 @@ def resize_layers(model, config):
         skip = counts.pop("skip", ())
         for name, block in config.pruned["blocks"].items():
             if name in skip:
-                remove_block(layer, block, NoAttention if name == "attention" else Zeros)
+                remove_block(layer, block, ZerosAndNone if name == "attention" else Zeros)
             else:
                 resize_block(layer, block, config, counts)
 
@@ -148,9 +152,9 @@ class PrunedConfig:
     def __getattribute__(self, name):
         # The stock constructor and validators read the top level's counts, which is right here.
         # transformers >= 5.14 would warn each user of it, so read them past its check.
-        own = object.__getattribute__(self, "__dict__")
-        if name in own.get("pruned", {}).get("counts", {}).values():
-            return object.__getattribute__(self, name)
+        own = super().__getattribute__("__dict__")
+        if name in own and name in own.get("pruned", {}).get("counts", {}).values():
+            return own[name]
         return super().__getattribute__(name)
 
 

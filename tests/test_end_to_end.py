@@ -1,0 +1,131 @@
+"""The main job on the real model, from a package index to a smaller checkpoint: few steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nuteprune.cli import demo as demo_command
+from nuteprune.cli.app import main
+from nuteprune.cli.sources import load_model
+from nuteprune.demo import assets
+from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.teachers import Role
+from nuteprune.export.checkpoint import assemble, load_pruned, recount, save
+from nuteprune.export.record import blocks_recount
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.trainer import make_allocator
+
+pytestmark = pytest.mark.network
+
+SMALL = {
+    "calibration_blocks": 4,
+    "compensation_blocks": 4,
+    "eval_blocks": 2,
+}
+
+STRANGER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert not any(name.startswith("nuteprune") for name in sys.modules)
+tied = model.lm_head.weight is model.get_input_embeddings().weight
+ids = tokenizer("The history of bread begins", return_tensors="pt").input_ids
+args = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+same = torch.equal(model.generate(ids, **args), model.generate(ids, use_cache=False, **args))
+print("tied", tied, "cache", same, "parameters", sum(p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Download once; a cache that is there already is used."""
+    try:
+        assets.model_folder()
+        assets.documents()
+    except Exception as error:
+        pytest.fail(f"the embedded default cannot be fetched: {error}")
+
+
+def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [x for k, v in SMALL.items() for x in ("--set", f"{k}={v}")]
+    args = ["demo", "--steps", "4", "--batch-size", "1", "--length", "128", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["nuteprune", *args, *settings, "--json"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capsys.readouterr()
+    assert not stopped.value.code, err
+    record = json.loads(out.splitlines()[-1])
+    folder = tmp_path / demo_command.FOLDER
+    assert record["out"] == demo_command.FOLDER
+    assert 0.2 <= record["sparsity"] <= 0.201
+
+    dense = recount(assets.model_folder())["total"]
+    counted = recount(folder)
+    blocks = blocks_recount(counted["tensors"], "llama")
+    assert record["params"]["before"] == dense == 134_515_008
+    assert record["params"]["blocks_before"] == 106_168_320
+    assert record["params"]["blocks_after"] == blocks
+    assert dense - counted["total"] == 106_168_320 - blocks
+    saved_bytes = (assets.model_folder() / "model.safetensors").stat().st_size
+    smaller = saved_bytes - (folder / "model.safetensors").stat().st_size
+    assert smaller == pytest.approx(2 * (106_168_320 - blocks), abs=50_000)
+
+    stranger = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    expected = f"tied True cache True parameters {counted['total']}"
+    assert expected in stranger.stdout, stranger.stderr
+
+
+def test_exactness_on_the_real_model(tmp_path: Path) -> None:
+    model = load_model("demo", torch.float32)
+    anatomy = Anatomy(model)
+    allocator = make_allocator(anatomy, NutePruneConfig(output_dir="unused"))
+    random = torch.Generator().manual_seed(0)
+    kinds = allocator.constraints.kinds
+    scores = {k: torch.rand(allocator.layout.units(k), generator=random) for k in kinds}
+    shape = allocator.shape(scores, 0.2)
+    hard = allocator.masks(shape, scores).values
+    soft = {k: v * (0.7 + 0.3 * torch.rand(v.shape, generator=random)) for k, v in hard.items()}
+    masks = Masks(allocator.layout, soft)
+    tokens = torch.randint(0, 49_000, (1, 24), generator=random)
+    hooks = MaskHooks(anatomy)
+    with torch.no_grad():
+        stock = load_model("demo", torch.float32)(tokens).logits
+        with hooks.using(Masks.open(allocator.layout, kinds)):
+            assert torch.equal(model(tokens).logits, stock)  # rule 1
+        with hooks.using(masks):
+            masked = model(tokens).logits
+        with CoForward(anatomy, hooks).roles(masks, Role(), torch.ones(1, 24)) as passage:
+            assert torch.equal(model(tokens).logits, masked)  # rule 4
+        hooks.masks = None
+        assert passage.teacher_BTD is not None
+        assert torch.equal(model.lm_head(passage.teacher_BTD), stock)
+        hooks.remove()
+        small, cut = assemble(anatomy, masks)
+        save(small, tmp_path / "out")
+        loaded = load_pruned(tmp_path / "out", dtype=torch.float32)
+        for ours in (small, loaded):
+            error = (ours(tokens).logits - masked).abs().max()
+            assert error <= 1e-4 * masked.abs().max()  # rule 2
+    assert cut == shape
+    counted = blocks_recount(recount(tmp_path / "out")["tensors"], "llama")
+    assert counted == allocator.budget.parameters(shape)  # rule 3
