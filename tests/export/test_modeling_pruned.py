@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from nuteprune.export import modeling_pruned
 from nuteprune.export.checkpoint import save
@@ -151,6 +151,20 @@ def test_a_copy_switches_its_attention_by_itself(case: Callable, tokens: Tensor)
     assert original.model.layers[0].self_attn.config._attn_implementation == "sdpa"
     assert original.model.layers[0].self_attn.config.num_attention_heads == 2
     torch.testing.assert_close(logits(twin, tokens), logits(original, tokens))
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "gpt_neox"])
+def test_decoding_compiles_into_one_graph(case: Callable, tokens: Tensor, model_type: str) -> None:
+    model = case(model_type).pruned
+    expected = logits(model, tokens)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    for start, end in ((0, 11), (11, 12)):
+        positions = torch.arange(start, end)
+        made = logits(
+            compiled, tokens[:, start:end], past_key_values=cache, position_ids=positions[None]
+        )
+        torch.testing.assert_close(made, expected[:, start:end], atol=MAX_ERROR, rtol=MAX_ERROR)
 
 
 def test_classes_are_made_once_and_only_from_transformers() -> None:

@@ -9,6 +9,7 @@ Shape suffixes: B batch, N units of one kind in the whole model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -133,7 +134,7 @@ class RankedGates(Gates):
         if self._seen and not self.frozen:
             seen = sum(float(v.sum()) for v in self._seen.values())
             have = sum(float(v.sum()) for v in self.scores.values())
-            if seen > 0:
+            if 0 < seen < math.inf:  # squares overflow where gradients do not yet
                 for kind, value in self.scores.items():
                     value.lerp_(self._seen[kind] * (have / seen), 1 - self.decay)
         self._seen = {}
