@@ -21,8 +21,8 @@ from nuteprune.export.checkpoint import pruned_config
 from nuteprune.model.families import FAMILIES, Family
 from nuteprune.model.shape import LayerShape, Shape
 
-HIDDEN, HEADS, NEURONS, VOCAB = 64, 4, 96, 128
-GROUPED = {"num_key_value_heads": HEADS // 2, "head_dim": HIDDEN // HEADS}
+HIDDEN, HEADS, KV_HEADS, NEURONS, VOCAB = 96, 6, 2, 96, 128
+GROUPED = {"num_key_value_heads": KV_HEADS, "head_dim": HIDDEN // HEADS}
 SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e3}},
     "mistral": {"sliding_window": 6},
@@ -83,10 +83,8 @@ def stock_config(family: Family) -> PreTrainedConfig:
 
 def uneven_shape(family: Family) -> Shape:
     """Fewer heads within groups; no attention; a whole group less and no MLP."""
-    if "kv_heads" in family.config_names:
-        layers = (LayerShape(2, 2, 40), LayerShape(0, 0, 96), LayerShape(2, 1, 0))
-    else:
-        layers = (LayerShape(3, 3, 40), LayerShape(0, 0, 96), LayerShape(1, 1, 0))
+    first, last = ((4, 2), (3, 1)) if "kv_heads" in family.config_names else ((5, 5), (3, 3))
+    layers = (LayerShape(*first, 40), LayerShape(0, 0, 96), LayerShape(*last, 0))
     return Shape(HIDDEN, layers)
 
 

@@ -27,7 +27,7 @@ LLAMA = FAMILIES["llama"]
 all_families = pytest.mark.parametrize("model_type", FAMILIES)
 
 
-def uniform(heads: int, kv_heads: int, neurons: int, hidden: int = 64) -> Shape:
+def uniform(heads: int, kv_heads: int, neurons: int, hidden: int = 96) -> Shape:
     return Shape(hidden, (LayerShape(heads, kv_heads, neurons),) * 3)
 
 
@@ -64,7 +64,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 @all_families
 def test_uniform_shapes_are_stock_models(case: Callable, tokens: Tensor, model_type: str) -> None:
     x = case(model_type)
-    heads = 4 if x.family.head_dim_from_hidden else 2
+    heads = 6 if x.family.head_dim_from_hidden else 2
     kv_heads = 2 if "kv_heads" in x.family.config_names else heads
     config = pruned_config(x.reference.config, x.family, uniform(heads, kv_heads, 32))
     assert config.model_type == model_type
@@ -79,7 +79,7 @@ def test_uniform_shapes_are_stock_models(case: Callable, tokens: Tensor, model_t
 @pytest.mark.parametrize(
     "shape",
     [
-        uniform(3, 3, 32),  # 64 hidden dimensions are no multiple of 3 heads
+        uniform(5, 5, 32),  # 96 hidden dimensions are no multiple of 5 heads
         uniform(4, 2, 0),
         replace(uniform(4, 2, 32), layers=(*uniform(4, 2, 32).layers[:2], LayerShape(4, 2, 31))),
     ],
@@ -95,8 +95,8 @@ def test_what_the_stock_class_cannot_express_is_stated_by_layer(
 
 def test_families_that_derive_head_dim_are_stock_only_with_all_heads(case: Callable) -> None:
     x = case("opt")
-    assert pruned_config(x.reference.config, x.family, uniform(2, 2, 32)).num_attention_heads == 4
-    assert pruned_config(x.reference.config, x.family, uniform(4, 4, 32)).model_type == "opt"
+    assert pruned_config(x.reference.config, x.family, uniform(2, 2, 32)).num_attention_heads == 6
+    assert pruned_config(x.reference.config, x.family, uniform(6, 6, 32)).model_type == "opt"
 
 
 def long_rope_config(case: Callable) -> PreTrainedConfig:
@@ -127,7 +127,7 @@ def test_hidden_size_and_epsilon_are_set_and_the_original_is_left(case: Callable
 
 
 def test_the_first_layer_must_keep_its_attention(case: Callable) -> None:
-    shape = Shape(64, (LayerShape(0, 0, 32), *uniform(4, 2, 32).layers[1:]))
+    shape = Shape(96, (LayerShape(0, 0, 32), *uniform(4, 2, 32).layers[1:]))
     with pytest.raises(UserError, match="layer 0"):
         pruned_config(case("llama").reference.config, LLAMA, shape)
 
@@ -152,14 +152,14 @@ def test_build_holds_the_given_tensors(case: Callable, tokens: Tensor, model_typ
 def test_build_names_tensors_that_do_not_fit(model: PreTrainedModel) -> None:
     state = tensors(model)
     state["extra"] = torch.ones(1)
-    state["model.layers.0.mlp.up_proj.weight"] = torch.ones(7, 64)
+    state["model.layers.0.mlp.up_proj.weight"] = torch.ones(7, 96)
     del state["model.norm.weight"]
     with pytest.raises(UserError) as error:
         build(copy.deepcopy(model.config), state)
     message = str(error.value)
     assert "missing: model.norm.weight" in message
     assert "unexpected: extra" in message
-    assert "model.layers.0.mlp.up_proj.weight [7, 64], not [40, 64]" in message
+    assert "model.layers.0.mlp.up_proj.weight [7, 96], not [40, 96]" in message
 
 
 # --- save and load ---------------------------------------------------------------------------
@@ -205,9 +205,24 @@ def test_stock_models_load_as_stock_models(case: Callable, tmp_path: Path, token
     assert not (tmp_path / "model" / "modeling_pruned.py").exists()
 
 
-def test_code_in_a_checkpoint_is_not_run(folder: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "modeling_pruned.py").write_text("raise SystemExit('was run')")
     assert isinstance(load_pruned(folder), modeling_pruned.PrunedLlamaForCausalLM)
+    change_config(folder, lambda config: config.update(model_type="something_else"))
+    with pytest.raises(UserError, match="contains custom code"):
+        load_pruned(folder)
+    assert "Do you wish to run" not in capfd.readouterr().out
+
+
+@all_families
+def test_tensors_have_the_names_that_stock_checkpoints_use(
+    case: Callable, tmp_path: Path, model_type: str
+) -> None:
+    x = case(model_type)
+    save(x.pruned, tmp_path / "pruned")
+    save(x.reference, tmp_path / "stock")
+    ours, theirs = (recount(tmp_path / name)["tensors"] for name in ("pruned", "stock"))
+    assert ours.keys() < theirs.keys()
 
 
 @all_families
@@ -352,10 +367,16 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def replace_weights_by_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut short": (lambda x: cut_weights(x, -100), "cannot load .*not fully covered"),
     "weights cut to nothing": (lambda x: cut_weights(x, 5), "cannot load .*header too small"),
     "no weights": (lambda x: (x / "model.safetensors").unlink(), "cannot load .*safetensors"),
+    "a pickle for weights": (replace_weights_by_pickle, "cannot load .*safetensors"),
     "a tensor less": (
         lambda x: change_weights(x, lambda w: w.pop("model.norm.weight")),
         "disagree: missing: model.norm.weight",
@@ -366,12 +387,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other heads": (
         lambda x: change_config(
-            x, lambda c: c["per_layer_config"]["2"].update(num_attention_heads=3)
+            x, lambda c: c["per_layer_config"]["2"].update(num_attention_heads=2)
         ),
-        r"of another size: model.layers.2.self_attn.o_proj.weight \[64, 32\], not \[64, 48\]",
+        r"of another size: model.layers.2.self_attn.o_proj.weight \[96, 48\], not \[96, 32\]",
     ),
     "another hidden size": (
-        lambda x: change_config(x, lambda c: c.update(hidden_size=32)),
+        lambda x: change_config(x, lambda c: c.update(hidden_size=48)),
         "of another size: .* and .* more",
     ),
     "a block restored": (

@@ -148,8 +148,9 @@ def test_a_copy_switches_its_attention_by_itself(case: Callable, tokens: Tensor)
     twin.set_attn_implementation("eager")
     seen = [m.config._attn_implementation for m in twin.modules() if hasattr(m, "config")]
     assert set(seen) == {"eager"}
-    assert original.model.layers[0].self_attn.config._attn_implementation == "sdpa"
-    assert original.model.layers[0].self_attn.config.num_attention_heads == 2
+    first, last = (original.model.layers[i].self_attn.config for i in (0, 2))
+    assert first._attn_implementation == last._attn_implementation == "sdpa"
+    assert (first.num_attention_heads, last.num_attention_heads) == (4, 3)
     torch.testing.assert_close(logits(twin, tokens), logits(original, tokens))
 
 

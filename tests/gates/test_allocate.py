@@ -6,10 +6,11 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
-from nuteprune.model.families import FAMILIES
+from nuteprune.model.families import FAMILIES, GATE_KINDS
 from nuteprune.model.shape import LayerShape, Shape
 
 MULTI_HEAD, GROUPED = LayerShape(4, 4, 24), LayerShape(6, 2, 24)
@@ -118,6 +119,8 @@ CASES = {
     "grouped": Case((GROUPED,) * 2, ("kv_groups", "neurons")),
     "heads in groups": Case((GROUPED,) * 3, ("heads",)),
     "heads and groups": Case((GROUPED,) * 2, ("kv_groups", "heads", "neurons")),
+    "everything": Case((LayerShape(4, 2, 24),) * 2, GATE_KINDS),
+    "biased": Case((MULTI_HEAD,) * 2, ("heads", "neurons"), model_type="opt"),
     "blocks": Case((MULTI_HEAD,) * 3, ("neurons", "mlp_block", "attn_block")),
     "width": Case((MULTI_HEAD,) * 2, ("heads", "neurons", "hidden")),
     "uneven": Case((MULTI_HEAD, LayerShape(2, 2, 24)), ("heads", "neurons", "hidden")),
@@ -126,6 +129,13 @@ CASES = {
     "uniform mistral": Case((MULTI_HEAD,) * 3, ("heads", "neurons"), True, "mistral"),
 }
 each_case = pytest.mark.parametrize("name", CASES)
+
+
+def known(name: str) -> Any:
+    """Mark the cases in which the allocator is known to miss the optimum."""
+    reason = "the smallest step is misjudged, or a block that is cheaper than its neurons missed"
+    missed = name in ("heads and groups", "everything", "uniform")
+    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason) if missed else ())
 
 
 def random_scores(case: Case, seed: int) -> dict[str, Tensor]:
@@ -140,9 +150,11 @@ def random_scores(case: Case, seed: int) -> dict[str, Tensor]:
     return scores
 
 
-@each_case
+@pytest.mark.parametrize("name", [known(name) for name in CASES])
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(seed=st.integers(0, 2**32), target=st.floats(0.01, 0.8))
+@example(seed=0, target=0.03)
+@example(seed=1, target=0.06)
 def test_the_shape_is_the_cheapest_of_all_that_are_small_enough(
     name: str, seed: int, target: float
 ) -> None:

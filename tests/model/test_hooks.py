@@ -53,6 +53,10 @@ def scaled_by_hand(model, kind: str, values: Tensor) -> None:
         elif kind == "hidden":
             for linear in (attention, down):
                 scale_rows(linear, values)
+        elif family.model_type.startswith("gemma"):  # 1 + w scales what the block adds
+            block = "attention" if kind == "attn_block" else "feedforward"
+            norm = layer.get_submodule(f"post_{block}_layernorm")
+            norm.weight.copy_((1 + norm.weight) * mine - 1)
         else:
             scale_rows(attention if kind == "attn_block" else down, mine)
     if kind == "hidden":
@@ -80,7 +84,12 @@ def test_open_gates_are_the_stock_model_bit_for_bit(tiny_model, tiny_name: str) 
 
 
 @each_kind
-def test_a_mask_does_what_scaling_the_weights_does(tiny_model, tiny_name: str, kind: str) -> None:
+def test_a_mask_does_what_scaling_the_weights_does(
+    tiny_model, tiny_name: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    if tiny_name.startswith("gemma") and kind.endswith("block"):
+        reason = "the post-norm undoes a soft block gate, and its gradient"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     model = tiny_model(tiny_name, tie_word_embeddings=False)
     reference = copy.deepcopy(model)
     anatomy = Anatomy(model)
