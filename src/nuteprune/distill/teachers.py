@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -98,7 +99,7 @@ class Teachers:
         """Write a snapshot: complete on disk, or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"mask.{k}": v.detach().cpu().contiguous() for k, v in masks.values.items()}
-        tensors |= {f"lora.{k}": v.detach().cpu().contiguous() for k, v in lora.items()}
+        tensors |= {f"lora.{k}": v.detach().to("cpu", torch.bfloat16) for k, v in lora.items()}
         path = self._path(len(self))
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"sparsity": repr(sparsity)})
@@ -126,5 +127,6 @@ class Teachers:
         with safe_open(self._path(index), framework="pt", device=device) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part, key = name.split(".", 1)
-                (masks if part == "mask" else lora)[key] = file.get_tensor(name)
+                # LoRA is kept in half the space; it multiplies as it was trained, in fp32.
+                (masks if part == "mask" else lora)[key] = file.get_tensor(name).float()
         return Role(Masks(self.layout, masks), lora)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from nuteprune.errors import UserError
 from nuteprune.model.families import GATE_KINDS
@@ -76,7 +77,7 @@ class NutePruneConfig(TrainingArguments):
     gate_type: str = field(default="ranked", metadata={"help": "ranked or hard_concrete."})
     warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
     solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
-    calibration_blocks: int = field(default=64, metadata={"help": "Blocks for importance."})
+    calibration_blocks: int = field(default=32, metadata={"help": "Blocks for importance."})
     ramp_share: float = field(default=0.5, metadata={"help": "Steps until the target, as a share."})
     freeze_share: float = field(default=0.5, metadata={"help": "Steps until masks freeze."})
     ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
@@ -90,15 +91,22 @@ class NutePruneConfig(TrainingArguments):
     kd_temperature: float = field(default=1.0, metadata={"help": "Softening of distributions."})
     lm_weight: float = field(default=0.0, metadata={"help": "Weight of the LM loss."})
 
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=8, metadata={"help": "Scale is alpha / rank."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale is alpha / rank."})
     lora_targets: str = field(default="all", metadata={"help": "all or qv."})
     compensation: str = field(default="start", metadata={"help": "none, start or finalize."})
-    compensation_blocks: int = field(default=96, metadata={"help": "Blocks for the re-fit."})
+    compensation_blocks: int = field(default=48, metadata={"help": "Blocks for the re-fit."})
     max_bad_steps: int = field(default=3, metadata={"help": "Non-finite steps in a row allowed."})
 
     # Defaults of TrainingArguments that differ here.
     learning_rate: float = field(default=3e-3, metadata={"help": "Rate of LoRA."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="polynomial", metadata={"help": "How the rate falls."}
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default_factory=lambda: {"power": 0.5, "lr_end": 0.0},
+        metadata={"help": "Settings of the schedule; the square root falls late."},
+    )
     max_steps: int = field(default=80, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Sequences per step."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
