@@ -16,7 +16,8 @@ LAYOUT = Layout(Shape(16, (LayerShape(4, 2, 6), LayerShape(4, 2, 6))), 4)
 def snapshot(seed: int) -> tuple[Masks, dict[str, Tensor]]:
     random = torch.Generator().manual_seed(seed)
     masks = {k: torch.rand(LAYOUT.units(k), generator=random) for k in ("heads", "neurons")}
-    lora = {f"0.{i}.A": torch.randn(2, 16, generator=random).T for i in range(2)}
+    # Of bfloat16 precision, which is what snapshots keep of LoRA.
+    lora = {f"0.{i}.A": torch.randn(2, 16, generator=random).bfloat16().float().T for i in range(2)}
     return Masks(LAYOUT, masks), lora
 
 

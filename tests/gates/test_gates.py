@@ -102,6 +102,22 @@ def test_scores_are_a_moving_average_of_squared_gradients_per_sequence() -> None
     torch.testing.assert_close(gates.scores, before, rtol=0, atol=0)
 
 
+def test_scores_follow_the_sequences_of_all_ranks(monkeypatch) -> None:
+    x = allocator()
+    alone, rank = RankedGates(x, scores_of(x)), RankedGates(x, scores_of(x))
+    mine, other = random_gradients(x, 2, 1), random_gradients(x, 2, 2)
+    for gates, batches in ((alone, (mine, other)), (rank, (mine,))):
+        gates.begin_step(0.2, seed=0)
+        for gradients in batches:
+            observe(gates, gradients)
+    alone.end_step()
+    sent = [other[kind].square().sum(0) for kind in KINDS]
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda seen: seen.add_(sent.pop(0)))
+    rank.end_step()
+    torch.testing.assert_close(rank.scores, alone.scores)
+
+
 def test_removed_units_can_return() -> None:
     x = allocator(("neurons",))
     gates = RankedGates(x, scores_of(x), decay=0.5)

@@ -99,9 +99,10 @@ class Teachers:
         """Write a snapshot: complete on disk, or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"mask.{k}": v.detach().cpu().contiguous() for k, v in masks.values.items()}
-        tensors |= {f"lora.{k}": v.detach().to("cpu", torch.bfloat16) for k, v in lora.items()}
+        for key, value in lora.items():
+            tensors[f"lora.{key}"] = value.detach().to("cpu", torch.bfloat16).contiguous()
         path = self._path(len(self))
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # each rank writes one of its own
         save_file(tensors, partial, metadata={"sparsity": repr(sparsity)})
         os.replace(partial, path)
         self.sparsities.append(sparsity)

@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from nuteprune.gates import hard_concrete
 from nuteprune.gates.allocate import Allocator
@@ -132,6 +133,9 @@ class RankedGates(Gates):
     def end_step(self) -> None:
         """Move the scores towards what the step has seen, on the scores' own scale."""
         if self._seen and not self.frozen:
+            if dist.is_available() and dist.is_initialized():
+                for kind in self.kinds:
+                    dist.all_reduce(self._seen[kind])
             seen = sum(float(v.sum()) for v in self._seen.values())
             have = sum(float(v.sum()) for v in self.scores.values())
             if 0 < seen < math.inf:  # squares overflow where gradients do not yet
