@@ -70,7 +70,6 @@ def test_the_wheel_holds_every_file_of_the_package(installed: Installed) -> None
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert {"nuteprune/py.typed", "nuteprune/export/modeling_pruned.py"} <= names
-    assert any(name.startswith("nuteprune/judge/templates/") for name in names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

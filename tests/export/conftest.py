@@ -112,14 +112,15 @@ def padded(
             path = f"{family.layers}.{i}.{projection.path}"
             full = reference.get_submodule(path)
             full.weight.zero_()
-            rows = places(projection.rows, layer, original)
-            columns = places((projection.columns,), layer, original)
-            if len(rows) and len(columns):
-                full.weight[rows[:, None], columns] = ours[f"{path}.weight"]
             if full.bias is not None:
                 full.bias.zero_()
-                if f"{path}.bias" in ours:
-                    full.bias[rows] = ours[f"{path}.bias"]
+            if f"{path}.weight" not in ours:
+                continue
+            rows = places(projection.rows, layer, original)
+            columns = places((projection.columns,), layer, original)
+            full.weight[rows[:, None], columns] = ours[f"{path}.weight"]
+            if full.bias is not None:
+                full.bias[rows] = ours[f"{path}.bias"]
     return reference
 
 
