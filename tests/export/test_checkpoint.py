@@ -311,7 +311,16 @@ def test_only_free_folders_are_written_to(model: PreTrainedModel, tmp_path: Path
     assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("step", ["model", "file", *range(4)])
+def test_the_working_folder_can_be_written_to(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save(model, ".")
+    assert (tmp_path / "here" / "config.json").exists()
+
+
+@pytest.mark.parametrize("step", ["model", "file", *range(5)])
 def test_a_save_cut_short_leaves_no_checkpoint(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str | int
 ) -> None:

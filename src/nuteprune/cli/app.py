@@ -55,6 +55,8 @@ def make_app() -> typer.Typer:
 def main() -> None:
     """Run the command line and exit with its code."""
     debug = bool(os.environ.get("NUTEPRUNE_DEBUG"))
+    # Read when torch is loaded: waiting threads that spin make a run on a shared machine crawl.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debug:
         quiet_libraries()
     try:

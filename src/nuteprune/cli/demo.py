@@ -127,8 +127,8 @@ def print_table(
 
     output.line()
     output.table(
-        f"Sparsity {record['sparsity']:.2%} of the decoder, perplexity on held-out text",
-        ["", "parameters", "on disk", *sources, "mean", "decode tok/s"],
+        f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; decoded tokens per second",
+        ["", "params", "on disk", *sources, "mean", "tok/s"],
         [
             row("intact", record["params"]["before"], dense_size, record["perplexity"]["before"]),
             written("one-shot", plain),

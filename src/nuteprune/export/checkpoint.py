@@ -187,7 +187,7 @@ def save(
     Raises:
         UserError: if the folder holds other files or cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # "." has no name, and so no sibling
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         present = sorted({x.name for x in folder.iterdir()} - {"run"}) if folder.exists() else []
@@ -214,9 +214,11 @@ def _move(source: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for path in source.rglob("*"):
         _sync(path)
-    for item in sorted(source.iterdir(), key=lambda x: x.name == "config.json"):
-        _sync(folder)
-        item.replace(folder / item.name)
+    for item in list(source.iterdir()):
+        if item.name != "config.json":
+            item.replace(folder / item.name)
+    _sync(folder)
+    (source / "config.json").replace(folder / "config.json")
     _sync(folder)
 
 
@@ -224,7 +226,7 @@ def _sync(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":  # folders cannot be opened there
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
