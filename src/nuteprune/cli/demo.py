@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +85,7 @@ def free_folder(wanted: Path) -> Path:
 def compare(job: Job, result: Result, output: Output) -> None:
     """Print dense, one-shot and pruned model side by side, and let two of them write."""
     dtype = pick_dtype(job.dtype, job.device)
+    gc.collect()  # a trainer and its callbacks point at each other: make room for three models
     with tempfile.TemporaryDirectory() as folder:
         plain = one_shot(job, result.scores, result.held_out, Path(folder))
         models = {
