@@ -129,7 +129,7 @@ def print_table(
 
     output.line()
     output.table(
-        f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; decoded tokens per second",
+        f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; decoded tokens/s",
         ["", "params", "on disk", *sources, "mean", "tok/s"],
         [
             row("intact", record["params"]["before"], dense_size, record["perplexity"]["before"]),
