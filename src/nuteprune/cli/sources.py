@@ -89,7 +89,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         UserError: if it has none that can be loaded.
     """
     # Named by its config alone, so that a pruned checkpoint's own config class is not asked for.
-    config = PreTrainedConfig(model_type=family_named(read_config(model)["model_type"]).model_type)
+    model_type = family_named(read_config(model)["model_type"]).model_type
+    config = PreTrainedConfig.from_dict({"model_type": model_type})
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             locate(model), config=config
