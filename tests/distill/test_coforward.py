@@ -99,7 +99,7 @@ def student(tiny_model, name: str, snapshot: bool) -> Student:
     if snapshot:
         random = torch.Generator().manual_seed(5)
         lora = {
-            key: 0.2 * torch.randn(value.shape, generator=random)
+            key: (0.2 * torch.randn(value.shape, generator=random)).requires_grad_()
             for key, value in coforward.bank.state().items()
         }
         teacher = Role(masks_of(anatomy, 6), lora)
@@ -166,6 +166,7 @@ def test_loss_and_gradients_are_those_of_two_passes(
     loss = x.loss()
     loss.backward()
     ours = x.gradients()
+    assert all(value.grad is None for value in (x.teacher.lora or {}).values())
     x.coforward.hooks.masks = None
     for leaf in (*x.lora.values(), *x.masks.values.values()):
         leaf.grad = None

@@ -127,7 +127,8 @@ class CoForward:
     ) -> Iterator[Passage]:
         """Within this context, a call of the model plays both roles.
 
-        The model is called as usual (through PEFT, DDP or FSDP wrappers too), best with
+        The model is called as usual (through PEFT, DDP or FSDP wrappers too), with
+        `use_cache=False`, since both roles would write to one cache, and best with
         `logits_to_keep=1`, since logits are not needed.
 
         Args:

@@ -58,8 +58,8 @@ def make_record(
     return {
         "schema": SCHEMA,
         "target": target,
-        "sparsity": 1 - params["blocks_after"] / params["blocks_before"],
-        "total_sparsity": 1 - params["after"] / params["before"],
+        "sparsity": _gone(params["blocks_before"], params["blocks_after"]),
+        "total_sparsity": _gone(params["before"], params["after"]),
         "params": dict(params),
         "layers": [
             {
@@ -79,6 +79,11 @@ def make_record(
             **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
         },
     }
+
+
+def _gone(before: int, after: int) -> float:
+    """Return the share that is gone; unlike 1 - after / before, 20 % comes out as 0.2."""
+    return (before - after) / before
 
 
 def write_pruned(

@@ -78,7 +78,7 @@ class Budget:
 
     def sparsity(self, shape: Shape) -> float:
         """Return the share of projection parameters that cutting to a shape removes."""
-        return 1 - self.parameters(shape) / self.before
+        return (self.before - self.parameters(shape)) / self.before
 
     def expected_sparsity(self, keep: Masks) -> Tensor:
         """Return the expected sparsity, differentiable in the units' keep probabilities.
