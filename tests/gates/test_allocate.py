@@ -6,7 +6,6 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import pytest
 import torch
@@ -131,13 +130,6 @@ CASES = {
 each_case = pytest.mark.parametrize("name", CASES)
 
 
-def known(name: str) -> Any:
-    """Mark the cases in which the allocator is known to miss the optimum."""
-    reason = "the smallest step is misjudged, or a block that is cheaper than its neurons missed"
-    missed = name in ("heads and groups", "everything", "uniform")
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason) if missed else ())
-
-
 def random_scores(case: Case, seed: int) -> dict[str, Tensor]:
     """Small whole numbers, so that there are ties; kinds and layers on scales of their own."""
     random = torch.Generator().manual_seed(seed)
@@ -150,7 +142,7 @@ def random_scores(case: Case, seed: int) -> dict[str, Tensor]:
     return scores
 
 
-@pytest.mark.parametrize("name", [known(name) for name in CASES])
+@each_case
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(seed=st.integers(0, 2**32), target=st.floats(0.01, 0.8))
 @example(seed=0, target=0.03)

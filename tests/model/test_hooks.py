@@ -87,11 +87,8 @@ def test_open_gates_are_the_stock_model_bit_for_bit(tiny_model, tiny_name: str) 
 
 @each_kind_and_all
 def test_a_mask_does_what_scaling_the_weights_does(
-    tiny_model, tiny_name: str, kinds: tuple[str, ...], request: pytest.FixtureRequest
+    tiny_model, tiny_name: str, kinds: tuple[str, ...]
 ) -> None:
-    if tiny_name.startswith("gemma") and any("block" in kind for kind in kinds):
-        reason = "the post-norm undoes a soft block gate, and its gradient"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     model = tiny_model(tiny_name, tie_word_embeddings=False)
     reference = copy.deepcopy(model)
     anatomy = Anatomy(model)

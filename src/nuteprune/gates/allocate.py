@@ -152,17 +152,20 @@ class Allocator:
         best: tuple[float, float] | None = None
         shape = self.budget.shape
         least = np.inf
-        for width, width_loss, attention, mlp in self._frontiers(scores):
-            after_a = _after(attention, width)
-            after_m = np.minimum.accumulate(_after(mlp, width))
+        frontiers = self._frontiers(scores)
+        slack = self._slack(*frontiers[0][2:])
+        for width, width_loss, attention, mlp in frontiers:
+            after_a, exact_m = _after(attention, width), _after(mlp, width)
+            after_m = np.minimum.accumulate(exact_m)
             least = min(least, after_a.min() + after_m[-1])
             # The first number of MLP steps that is enough, for each number of attention steps.
             enough = np.searchsorted(-after_m, -(limit - after_a), side="left")
             a = np.flatnonzero(enough < len(after_m))
             if not len(a):
                 continue
-            m = enough[a]
-            excess = np.maximum(0.0, limit - after_a[a] - after_m[m] - self._slack)
+            loss_m = np.where(exact_m <= after_m, mlp.loss_S, np.inf)
+            m = _cheapest(loss_m, enough[a], after_m, limit - after_a[a] - slack)
+            excess = np.maximum(0.0, limit - after_a[a] - after_m[m] - slack)
             loss = attention.loss_S[a] + mlp.loss_S[m] + width_loss
             i = np.lexsort((loss, excess))[0]
             if best is None or (excess[i], loss[i]) < best:
@@ -202,26 +205,19 @@ class Allocator:
             values["hidden"].append(_top(scores["hidden"], shape.hidden))
         return Masks(self.layout, {kind: torch.cat(parts) for kind, parts in values.items()})
 
-    @property
-    def _slack(self) -> float:
+    def _slack(self, attention: Frontier, mlp: Frontier) -> float:
         """How much more than the target may go: 0.1 point, or the smallest step."""
-        whole, kinds = self.budget.shape, self.constraints.kinds
-        layer = next(x for x in whole.layers if x.attention or not whole.layers[0].attention)
-        repeat = len(whole.layers) if self.constraints.uniform else 1
-        steps = []
-        if "neurons" in kinds:
-            per_neuron = self.budget.mlp(LayerShape(0, 0, 1))[0] * whole.hidden
-            steps.append(per_neuron * self.constraints.neuron_multiple * repeat)
-        if "kv_groups" in kinds or "heads" in kinds:
-            per_group = layer.heads_per_group if "kv_groups" in kinds else 1
-            per_group = max(1, per_group)
-            steps.append(self.budget.attention(LayerShape(per_group, 1, 0))[0] * whole.hidden)
-            steps[-1] *= repeat
-        if "hidden" in kinds:
-            steps.append(self.budget.before * self.constraints.hidden_multiple // whole.hidden)
-        if not steps:
-            steps = [max(self.budget.attention(layer)[0], self.budget.mlp(layer)[0]) * whole.hidden]
-        return max(0.001 * self.budget.before, min(steps))
+        width = self.budget.shape.hidden
+        steps = [
+            (options[0].coefficient - option.coefficient) * width
+            + options[0].constant
+            - option.constant
+            for options in (*attention.options, *mlp.options)
+            for option in options[1:]
+        ]
+        if "hidden" in self.constraints.kinds:
+            steps.append(self.budget.before * self.constraints.hidden_multiple // width)
+        return max(0.001 * self.budget.before, min(steps, default=0))
 
     def _frontiers(self, scores: Scores) -> list[tuple[int, float, Frontier, Frontier]]:
         """Return (width, loss of the width, attention frontier, MLP frontier) for each width."""
@@ -325,6 +321,22 @@ def _after(part: Frontier, width: int) -> Array:
     """Return the parameters (S,) that stay at a width, inf where no choice has that many steps."""
     after_S = part.coefficient_S * width + part.constant_S
     return np.where(np.isfinite(part.loss_S), after_S, np.inf)
+
+
+def _cheapest(
+    loss_S: Array, first: NDArray[np.int64], after_S: Array, floor: Array
+) -> NDArray[np.int64]:
+    """Return the steps of least loss, from `first` on, that leave no less than `floor`.
+
+    More steps can cost less where a whole block is cheaper than most of its neurons.
+    """
+    last = np.maximum(first, np.searchsorted(-after_S, -floor, side="right") - 1)
+    best = first.copy()
+    for more in range(1, int((last - first).max()) + 1):
+        steps = np.minimum(first + more, last)
+        better = loss_S[steps] < loss_S[best]
+        best[better] = steps[better]
+    return best
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

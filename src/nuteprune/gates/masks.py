@@ -89,13 +89,6 @@ class Masks:
         """Return multipliers (..., F) of the down projection's input."""
         return self.part("neurons", layer)
 
-    def write(self, block: str, layer: int) -> Tensor | None:
-        """Return multipliers (..., D or 1) of what a block (`attn_block`, `mlp_block`) writes."""
-        gate, hidden = self.part(block, layer), self.part("hidden", 0)
-        if gate is None or hidden is None:
-            return hidden if gate is None else gate
-        return gate * hidden
-
     @property
     def hidden(self) -> Tensor | None:
         """Return multipliers (..., D) of the residual stream, None if open."""

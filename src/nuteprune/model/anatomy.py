@@ -71,6 +71,12 @@ class Anatomy:
         module = self.projection(layer, projection)
         return module.get_base_layer() if isinstance(module, LoraLayer) else module  # type: ignore[return-value]
 
+    def post_norm(self, layer: int, block: str) -> nn.Module | None:
+        """Return the norm of what a block (`attn_block`, `mlp_block`) writes, None without one."""
+        if self.family.post_norms is None:
+            return None
+        return self.layers[layer].get_submodule(self.family.post_norms[block == "mlp_block"])
+
     def norms(self, layer: int) -> Iterator[nn.Module]:
         """Yield a layer's norms over the hidden width that are still there."""
         for path in self.family.attention_norms + self.family.mlp_norms:

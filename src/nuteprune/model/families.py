@@ -54,6 +54,8 @@ class Family:
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     """Norms over the hidden width that serve the attention block alone."""
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    post_norms: tuple[str, str] | None = None
+    """Norms of what the attention and the MLP add to the residual stream, if there are any."""
     attention_module: str = "self_attn"
     mlp_modules: tuple[str, ...] = ("mlp",)
     """Modules that make up the MLP; when it is removed, the last one yields zeros."""
@@ -146,6 +148,7 @@ _GEMMA2 = replace(
     norm="rms_1p",
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     scaled_embedding=True,
     logit_softcap="final_logit_softcapping",
 )

@@ -1,8 +1,10 @@
 """Where masks multiply: forward hooks on stock modules, never copies of modelling code.
 
 Heads act on the input of the attention output projection, neurons on the input of the down
-projection, block gates on what a block writes, hidden gates on the first layer's input and on
-every write. Attach after PEFT has wrapped the model, so that masks cover the LoRA branch too.
+projection, hidden gates on the first layer's input and on the output of both projections, block
+gates on what a block adds to the residual stream: after its post-norm where a family has one,
+since a norm would undo any factor but 0. Attach after PEFT has wrapped the model, so that masks
+cover the LoRA branch too.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ class MaskSource(Protocol):
     def mlp_input(self, layer: int) -> Tensor | None:
         """Return multipliers of the down projection's input."""
 
-    def write(self, block: str, layer: int) -> Tensor | None:
-        """Return multipliers of what a block writes to the residual stream."""
+    def part(self, kind: str, layer: int) -> Tensor | None:
+        """Return a layer's multipliers of a kind."""
 
 
 def scale(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -60,16 +62,16 @@ class MaskHooks:
             attention = anatomy.projection(layer, family.attention[-1])
             down = anatomy.projection(layer, family.mlp[-1])
             if attention is not None:
-                self._gate(attention, layer, "attn_block")
+                self._gate(attention, layer, "attn_block", anatomy.post_norm(layer, "attn_block"))
             if down is not None:
-                self._gate(down, layer, "mlp_block")
+                self._gate(down, layer, "mlp_block", anatomy.post_norm(layer, "mlp_block"))
 
     def _on_embedding(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.masks is None or self.masks.hidden is None:
             return None
         return (scale(args[0], self.masks.hidden), *args[1:])
 
-    def _gate(self, module: nn.Module, layer: int, block: str) -> None:
+    def _gate(self, module: nn.Module, layer: int, block: str, post_norm: nn.Module | None) -> None:
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self.masks is None:
                 return None
@@ -77,11 +79,15 @@ class MaskHooks:
             read = source.attention_input if block == "attn_block" else source.mlp_input
             return (scale(args[0], read(layer)), *args[1:])
 
-        def after(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            return None if self.masks is None else scale(output, self.masks.write(block, layer))
+        def narrow(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            return None if self.masks is None else scale(output, self.masks.hidden)
+
+        def switch(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            return None if self.masks is None else scale(output, self.masks.part(block, layer))
 
         self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(after))
+        self._handles.append(module.register_forward_hook(narrow))
+        self._handles.append((post_norm or module).register_forward_hook(switch))
 
     @contextmanager
     def using(self, masks: MaskSource | None) -> Iterator[None]:

@@ -45,8 +45,8 @@ def fold_masks(anatomy: Anatomy, masks: Masks) -> None:
     """Multiply masks into the weights, in place: masked activations become plain ones.
 
     Heads and neurons scale columns of the output and down projections, block and hidden gates
-    scale their rows, hidden gates also the embedding. Where the head is tied to the embedding,
-    the final norm divides the hidden gates out again.
+    scale their rows (block gates a post-norm where there is one), hidden gates also the embedding.
+    Where the head is tied to the embedding, the final norm divides the hidden gates out again.
     """
     family = anatomy.family
     for i in range(len(anatomy.layers)):
@@ -55,9 +55,15 @@ def fold_masks(anatomy: Anatomy, masks: Masks) -> None:
             (family.mlp[-1], masks.mlp_input(i), "mlp_block"),
         ):
             linear = anatomy.linear(i, projection)
-            if linear is not None:
-                fold_columns(linear, columns)
-                fold_rows(linear, masks.write(block, i))
+            if linear is None:
+                continue
+            fold_columns(linear, columns)
+            fold_rows(linear, masks.hidden)
+            gate, post_norm = masks.part(block, i), anatomy.post_norm(i, block)
+            if post_norm is None:
+                fold_rows(linear, gate)
+            elif gate is not None:
+                scale_norm(anatomy, post_norm, gate.to(cast(Tensor, post_norm.weight).device))
     if masks.hidden is not None:
         _fold_hidden(anatomy, masks.hidden)
 
