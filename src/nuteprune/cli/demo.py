@@ -46,7 +46,7 @@ def demo(
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
 ) -> None:
-    """Prune SmolLM2-135M-Instruct on real text: about ten minutes on two cores, no arguments."""
+    """Prune SmolLM2-135M-Instruct on real text; no arguments needed."""
     output = Output(as_json)
     assets.model_folder(output.line)
     assets.documents(output.line)
