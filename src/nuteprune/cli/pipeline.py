@@ -25,8 +25,9 @@ from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.train.setup import make_allocator
 from nuteprune.train.state import last_checkpoint
-from nuteprune.train.trainer import NutePruneTrainer, make_allocator
+from nuteprune.train.trainer import NutePruneTrainer
 
 RUN = "run"
 """Folder inside the output folder for checkpoints, teachers and metrics."""

@@ -6,30 +6,26 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import LAYER_TERMS, Head, token_kl
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import RunFailed
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
-from nuteprune.gates.allocate import Allocator, Constraints
-from nuteprune.gates.budget import Budget
-from nuteprune.gates.gates import Gates, HardConcreteGates, RankedGates
+from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import fisher
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
@@ -38,14 +34,16 @@ from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
 from nuteprune.shrink.finalize import merge_lora
+from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import lora_config, make_allocator, make_gates
 from nuteprune.train.state import RunState, restore
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
 
 
-class NutePruneTrainer(Trainer):
+class NutePruneTrainer(AtomicTrainer):
     """Prunes a causal language model while it learns from less pruned versions of itself.
 
     Args:
@@ -100,12 +98,10 @@ class NutePruneTrainer(Trainer):
         peft_model.add_module("nuteprune_gates", self.gates)
         self._warm = False
         self.first_scores: dict[str, Tensor] = {}
-        self._checkpoint_dir: Path | None = None
         self._step = -1
         self._teacher: Role | None = INTACT
         self.teacher_index = -1
         self.parts: dict[str, Tensor | float] = {}
-        self.metrics_file = run / "metrics.jsonl"
         super().__init__(
             model=peft_model,
             args=args,
@@ -317,8 +313,7 @@ class NutePruneTrainer(Trainer):
                 "teachers": len(self.teachers),
                 "bad_steps": int(self._bad_steps),
             }
-            if self.args.should_save:
-                self._write_metrics({"step": self.state.global_step, **logs})
+            self.write_metrics(logs)
         super().log(logs, start_time)
         if int(self._bad_in_row) >= self.args.max_bad_steps:
             raise RunFailed(
@@ -327,32 +322,7 @@ class NutePruneTrainer(Trainer):
                 f"{self.args.learning_rate}), or use --dtype float32"
             )
 
-    def _write_metrics(self, line: dict[str, Any]) -> None:
-        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
     # -- checkpoints of a run
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, and move it there when it is complete."""
-        run = Path(cast(str, self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
-        partial = run / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self._checkpoint_dir = partial
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._checkpoint_dir = None
-        if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(partial / name, run / name)
-            shutil.rmtree(partial, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._checkpoint_dir or super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save what the run has learned; the base model is where it came from."""
@@ -374,15 +344,7 @@ class NutePruneTrainer(Trainer):
             self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
         self.teachers.restore(state.teachers)
         self._warm = True
-        self._cut_metrics(int(folder.name.rpartition("-")[2]))
-
-    def _cut_metrics(self, step: int) -> None:
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            partial = self.metrics_file.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            os.replace(partial, self.metrics_file)
+        self.cut_metrics(int(folder.name.rpartition("-")[2]))
 
     # -- after the last step
 
@@ -460,41 +422,3 @@ class _EndOfStep(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer.end_step()
-
-
-def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
-    """Return the allocator for a model under a run's constraints.
-
-    Raises:
-        UserError: for gates that the model's family cannot take.
-    """
-    shape = anatomy.shape
-    grouped = any(x.heads_per_group > 1 for x in shape.layers)
-    kinds = args.gate_kinds or ("kv_groups" if grouped else "heads", "neurons")
-    if not grouped:
-        kinds = tuple(dict.fromkeys("heads" if k == "kv_groups" else k for k in kinds))
-    for kind in kinds:
-        reason = anatomy.family.refusal(kind, uniform=args.shapes == "uniform")
-        if reason:
-            raise UserError(f"gates on {kind} cannot be used here: {reason}")
-    constraints = Constraints(
-        kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple
-    )
-    return Allocator(Budget.of(anatomy), constraints)
-
-
-def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:
-    """Return gates of the run's type that start from scores."""
-    if args.gate_type == "ranked":
-        return RankedGates(allocator, scores, args.score_decay)
-    return HardConcreteGates(allocator, scores, args.warm_start, args.solved_schedule)
-
-
-def lora_config(anatomy: Anatomy, args: NutePruneConfig) -> LoraConfig:
-    """Return PEFT's settings: adapters on all projections, or on those that make Q and V."""
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=anatomy.lora_targets(args.lora_targets == "qv"),
-        task_type="CAUSAL_LM",
-    )
