@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.cli import options as o
+from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output, megabytes, millions
-from nuteprune.cli.pipeline import Job, Result, one_shot, run
+from nuteprune.cli.pipeline import Result, one_shot, run
 from nuteprune.cli.sources import DEMO, load_model, load_tokenizer, pick_dtype
 from nuteprune.demo import assets
 from nuteprune.export.checkpoint import load_pruned
@@ -23,7 +24,7 @@ from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean
 
 STEPS = 60
-SPARSITY = 0.2
+SPARSITY = "0.2"
 PROMPT = "The history of bread begins"
 FOLDER = "nuteprune-demo"
 
@@ -31,6 +32,7 @@ FOLDER = "nuteprune-demo"
 def demo(
     out: o.OptionalOut = None,
     sparsity: o.Sparsity = None,
+    shape: o.ShapeFile = None,
     steps: o.Steps = None,
     batch_size: o.BatchSize = None,
     length: o.Length = None,
@@ -55,7 +57,8 @@ def demo(
         out or free_folder(Path(FOLDER)),
         config,
         assignments,
-        target_sparsity=sparsity if sparsity is not None else SPARSITY,
+        SPARSITY if sparsity is None and shape is None else sparsity,
+        shape,
         max_steps=steps if steps is not None else STEPS,
         per_device_train_batch_size=batch_size,
         length=length,
@@ -85,26 +88,27 @@ def free_folder(wanted: Path) -> Path:
 def compare(job: Job, result: Result, output: Output) -> None:
     """Print dense, one-shot and pruned model side by side, and let two of them write."""
     dtype = pick_dtype(job.dtype, job.device)
+    out, record = list(result.records.items())[-1]
     gc.collect()  # a trainer and its callbacks point at each other: make room for three models
     with tempfile.TemporaryDirectory() as folder:
         plain = one_shot(job, result.scores, result.held_out, Path(folder))
         models = {
             "intact": load_model(DEMO, dtype),
             "one-shot": load_pruned(folder, dtype=dtype),
-            "NutePrune": load_pruned(result.out, dtype=dtype),
+            "NutePrune": load_pruned(out, dtype=dtype),
         }
         prompt_BT = next(iter(result.held_out.values()))[:1, :64]
         rates = decode_rates(models, prompt_BT)
-        print_table(result, plain, rates, output)
+        print_table(record, plain, rates, output)
         texts = continuations(models, load_tokenizer(DEMO), PROMPT)
     for name in ("intact", "NutePrune"):
         output.line(f"{name}: {PROMPT}{texts[name]}")
     output.line()
-    output.line(f"Checkpoint in {result.out} (nuteprune inspect {result.out} shows its layers)")
+    output.line(f"Checkpoint in {out} (nuteprune inspect {out} shows its layers)")
     output.result(
         {
-            "out": str(result.out),
-            **result.record,
+            "out": str(out),
+            **record,
             "one_shot": plain["perplexity"]["after"],
             "decode_tokens_per_second": rates,
         }
@@ -112,10 +116,9 @@ def compare(job: Job, result: Result, output: Output) -> None:
 
 
 def print_table(
-    result: Result, plain: dict[str, Any], rates: Mapping[str, float], output: Output
+    record: dict[str, Any], plain: dict[str, Any], rates: Mapping[str, float], output: Output
 ) -> None:
     """Print parameters, size, held-out perplexity and speed of the three models."""
-    record = result.record
     sources = list(record["perplexity"]["before"])
     dense_size = weights_size(assets.model_folder())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nuteprune.cli import options as o
 from nuteprune.cli.output import Output
-from nuteprune.cli.pipeline import print_result, run
+from nuteprune.cli.pipeline import run
+from nuteprune.cli.show import print_results
 from nuteprune.errors import UserError
 
 
@@ -12,6 +13,7 @@ def prune(
     model: o.Model,
     out: o.Out,
     sparsity: o.Sparsity = None,
+    shape: o.ShapeFile = None,
     data: o.Data = None,
     eval_data: o.EvalData = None,
     steps: o.Steps = None,
@@ -38,7 +40,8 @@ def prune(
         out,
         config,
         assignments,
-        target_sparsity=sparsity,
+        sparsity,
+        shape,
         data=data,
         eval_data=eval_data,
         max_steps=steps,
@@ -55,8 +58,8 @@ def prune(
         resume=resume,
         overwrite=overwrite,
     )
-    if "target_sparsity" not in job.settings:
-        raise UserError("how much is to go? pass --sparsity, such as --sparsity 0.2")
+    if not {"target_sparsity", "shape"} & set(job.settings):
+        raise UserError("how much is to go? pass --sparsity, such as --sparsity 0.2, or --shape")
     result = run(job, output)
     if result is not None:
-        print_result(result, output)
+        print_results(result.records, output)

@@ -64,10 +64,10 @@ class Plan:
 
         Args:
             count: teachers there are.
-            progress: share of the remaining steps that is over, in [0, 1).
+            progress: share of the remaining steps that is over, in [0, 1].
         """
         useful = self.growing(count) + 1
-        return useful - 1 - int(progress * (useful + 1))
+        return max(-1, useful - 1 - int(progress * (useful + 1)))
 
 
 class Teachers:
@@ -95,12 +95,18 @@ class Teachers:
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:04d}.safetensors"
 
-    def record(self, sparsity: float, masks: Masks, lora: Mapping[str, Tensor]) -> None:
-        """Write a snapshot: complete on disk, or not at all."""
+    def record(
+        self,
+        sparsity: float,
+        masks: Masks,
+        lora: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """Write a snapshot, its LoRA weights in `dtype`: complete on disk, or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"mask.{k}": v.detach().cpu().contiguous() for k, v in masks.values.items()}
         for key, value in lora.items():
-            tensors[f"lora.{key}"] = value.detach().to("cpu", torch.bfloat16).contiguous()
+            tensors[f"lora.{key}"] = value.detach().to("cpu", dtype).contiguous()
         path = self._path(len(self))
         partial = path.with_suffix(f".{os.getpid()}.partial")  # each rank writes one of its own
         save_file(tensors, partial, metadata={"sparsity": repr(sparsity)})
@@ -128,6 +134,6 @@ class Teachers:
         with safe_open(self._path(index), framework="pt", device=device) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part, key = name.split(".", 1)
-                # LoRA is kept in half the space; it multiplies as it was trained, in fp32.
+                # LoRA may be kept in half the space; it multiplies as it was trained, in fp32.
                 (masks if part == "mask" else lora)[key] = file.get_tensor(name).float()
         return Role(Masks(self.layout, masks), lora)

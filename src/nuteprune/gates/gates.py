@@ -71,8 +71,12 @@ class Gates(nn.Module):
         raise NotImplementedError
 
     def freeze(self, sparsity: float) -> Masks:
-        """Fix the masks for good, in an exportable shape at a sparsity."""
+        """Fix the masks, in an exportable shape at a sparsity."""
         raise NotImplementedError
+
+    def thaw(self) -> None:
+        """Let masks move again, towards the next target."""
+        self.frozen = False
 
     def restore_masks(self, masks: Masks) -> None:
         """Take over masks that were frozen before a run was interrupted."""
@@ -254,6 +258,11 @@ class HardConcreteGates(Gates):
             soft[torch.argsort(soft, stable=True)[:gone]] = 0
             values[kind] = soft
         return Masks(self.allocator.layout, values)
+
+    def thaw(self) -> None:
+        """Let masks move again, towards the next target."""
+        super().thaw()
+        self._final = None
 
     @torch.no_grad()
     def freeze(self, sparsity: float) -> Masks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
@@ -26,6 +27,9 @@ class NutePruneConfig(TrainingArguments):
 
     Args:
         target_sparsity: share of the decoder layers' projection parameters to remove, in (0, 1).
+        stops: smaller targets on the way, growing, comma separated or a list; the run rests at
+            each, and each gives a checkpoint of its own.
+        shape: dimensions to cut to, instead of a target: see `model.shape.Shape.cut_to`.
         gates: kinds of gates, comma separated (`heads`, `kv_groups`, `neurons`, `hidden`,
             `attn_block`, `mlp_block`); None: heads (KV groups under grouped-query attention) and
             neurons.
@@ -69,6 +73,12 @@ class NutePruneConfig(TrainingArguments):
     """
 
     target_sparsity: float = field(default=0.2, metadata={"help": "Share to remove, in (0, 1)."})
+    stops: list[float] | str | None = field(
+        default=None, metadata={"help": "Smaller targets on the way."}
+    )
+    shape: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Dimensions to cut to, instead of a target."}
+    )
     gates: str | None = field(default=None, metadata={"help": "Kinds of gates, comma separated."})
     shapes: str = field(default="free", metadata={"help": "free or uniform."})
     neuron_multiple: int = field(default=32, metadata={"help": "Multiple of neurons kept."})
@@ -132,6 +142,17 @@ class NutePruneConfig(TrainingArguments):
                 f"sparsity is {self.target_sparsity}; it is a share, so it must lie between 0 "
                 "and 1, both excluded (0.2 removes 20 %)"
             )
+        targets = self.targets
+        if any(not 0 < a < b for a, b in pairwise(targets)):
+            raise UserError(
+                f"targets are {', '.join(f'{t:g}' for t in targets)}; they must grow, between 0 "
+                "and 1"
+            )
+        if len(targets) > 1 and self.max_steps < len(targets):
+            raise UserError(
+                f"{len(targets)} targets need at least {len(targets)} steps, one for each; "
+                f"max_steps is {self.max_steps}"
+            )
         for kind in self.gate_kinds or ():
             if kind not in GATE_KINDS:
                 raise UserError(
@@ -139,6 +160,14 @@ class NutePruneConfig(TrainingArguments):
                 )
         if self.teachers == "none" and self.lm_weight <= 0:
             raise UserError("without teachers there is no loss left: set lm_weight above 0")
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The stops, then the target."""
+        stops = self.stops or ()
+        if isinstance(stops, str):
+            stops = [float(stop) for stop in stops.split(",")]
+        return (*(float(stop) for stop in stops), self.target_sparsity)
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:

@@ -7,6 +7,7 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.coforward import CoForward, LoraBank
 from nuteprune.distill.losses import LAYER_TERMS, Head, token_kl
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed
@@ -36,7 +37,7 @@ from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, 
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import lora_config, make_allocator, make_gates
+from nuteprune.train.setup import lora_config, make_allocator, make_gates, run_targets
 from nuteprune.train.state import RunState, restore
 
 Progress = Callable[[str, int, int], None]
@@ -77,9 +78,8 @@ class NutePruneTrainer(AtomicTrainer):
         self._total_before = intact.parameters()
         self.stored_dtype: torch.dtype = model.dtype
         self.allocator = make_allocator(intact, args)
-        # Fails early, before the model is touched, if the target is out of reach.
-        ones = {k: torch.ones(self.allocator.layout.units(k)) for k in self.kinds}
-        self.allocator.shape(ones, args.target_sparsity)
+        # Fails early, before the model is touched, if a target is out of reach.
+        self.targets = run_targets(self.allocator, args)
         self.progress = progress
         model.requires_grad_(False)
         set_seed(args.seed)  # LoRA starts from random values
@@ -89,11 +89,13 @@ class NutePruneTrainer(AtomicTrainer):
         term = LAYER_TERMS[args.layer_term] if args.layer_weight else None
         self.coforward = CoForward(self.anatomy, self.hooks, term)
         self.schedule = Schedule(
-            args.target_sparsity, args.max_steps, args.ramp_share, args.ramp_power
+            self.targets, args.max_steps, args.ramp_share, args.ramp_power, args.freeze_share
         )
-        self.plan = Plan.for_target(args.target_sparsity)
+        self.plan = Plan.for_target(self.targets[-1])
         run = Path(cast(str, args.output_dir))
         self.teachers = Teachers(run / "teachers", self.allocator.layout)
+        self.stops: list[int] = []
+        ones = {k: torch.ones(self.allocator.layout.units(k)) for k in self.kinds}
         self.gates: Gates = make_gates(self.allocator, ones, args)
         peft_model.add_module("nuteprune_gates", self.gates)
         self._warm = False
@@ -118,11 +120,6 @@ class NutePruneTrainer(AtomicTrainer):
     def kinds(self) -> tuple[str, ...]:
         """Kinds of gates in use."""
         return self.allocator.constraints.kinds
-
-    @property
-    def freeze_step(self) -> int:
-        """Step before which masks are frozen, counted from 0."""
-        return max(self.schedule.ramp_steps, round(self.args.freeze_share * self.args.max_steps))
 
     # -- before the first step
 
@@ -197,6 +194,21 @@ class NutePruneTrainer(AtomicTrainer):
             self.optimizer = kind([g for g in groups if g["params"]], **settings)
         return self.optimizer
 
+    def rehearse(self) -> float:
+        """Return the seconds of one optimizer step, timed on training text; nothing is learned."""
+        dataset = cast(Any, self.train_dataset)
+        batch = [dataset[i % len(dataset)] for i in range(self.args.train_batch_size)]
+        inputs = self._prepare_inputs(self.data_collator(batch))
+        seconds = 0.0
+        for _ in range(2):  # the first one warms up
+            started = time.monotonic()
+            self.gates.begin_step(self.targets[-1], self.args.seed)
+            self.compute_loss(self.model, inputs).backward()
+            self.model.zero_grad()
+            self.hooks.masks = None
+            seconds = time.monotonic() - started
+        return seconds * self.args.gradient_accumulation_steps
+
     # -- a step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
@@ -210,8 +222,11 @@ class NutePruneTrainer(AtomicTrainer):
         return loss
 
     def _begin_step(self, step: int) -> None:
-        if step >= self.freeze_step and not self.gates.frozen:
-            self.freeze()
+        stage = self.schedule.stage(step)
+        if step < stage.freeze_step:
+            self.gates.thaw()
+        elif not self.gates.frozen:
+            self.freeze(stage.target)
         seed = (self.args.seed << 32) + step
         self.gates.begin_step(self.schedule.sparsity(step), seed)
         self.teacher_index = self._teacher_for(step)
@@ -222,24 +237,30 @@ class NutePruneTrainer(AtomicTrainer):
     def _teacher_for(self, step: int) -> int:
         if self.args.teachers != "numerous":
             return -1
-        count = len(self.teachers)
-        if not self.schedule.done(step):
-            return self.plan.growing(count)
-        ramp = self.schedule.ramp_steps
-        left = max(1, self.args.max_steps - ramp)
-        return max(-1, self.plan.returning(count, min(0.999999, (step - ramp + 1) / left)))
+        stage = self.schedule.stage(step)
+        if not stage.resting(step):
+            return self.plan.growing(len(self.teachers))
+        return self.plan.returning(len(self.teachers), stage.rested(step))
 
     def end_step(self) -> None:
         """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
         self.gates.end_step()
         sparsity = self.gates.sparsity()
-        numerous = self.args.teachers == "numerous"
-        if numerous and not self.gates.frozen and self.plan.due(sparsity, self.teachers.newest):
-            self.teachers.record(sparsity, self.gates.snapshot(), self.coforward.bank.state())
+        stage = self.schedule.stage(self._step)
+        stop = self._step + 1 == stage.end and stage.target < self.targets[-1]
+        numerous = self.args.teachers == "numerous" and not self.gates.frozen
+        if stop or (numerous and self.plan.due(sparsity, self.teachers.newest)):
+            if stop:
+                self.stops.append(len(self.teachers))
+            # A stop becomes a checkpoint of its own, so nothing of it is rounded.
+            dtype = torch.float32 if stop else torch.bfloat16
+            self.teachers.record(
+                sparsity, self.gates.snapshot(), self.coforward.bank.state(), dtype
+            )
 
-    def freeze(self) -> None:
+    def freeze(self, target: float) -> None:
         """Fix the masks, and start LoRA from the closed-form re-fit where that is asked for."""
-        masks = self.gates.freeze(self.args.target_sparsity)
+        masks = self.gates.freeze(target)
         if self.args.compensation == "start":
             self._start_from_refit(masks)
 
@@ -330,7 +351,11 @@ class NutePruneTrainer(AtomicTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         masks = self.gates.snapshot().values if self.gates.frozen else {}
         state = RunState(
-            self.coforward.bank.state(), self.gates.state_dict(), masks, self.teachers.sparsities
+            self.coforward.bank.state(),
+            self.gates.state_dict(),
+            masks,
+            self.teachers.sparsities,
+            self.stops,
         )
         state.save(folder)
 
@@ -343,6 +368,7 @@ class NutePruneTrainer(AtomicTrainer):
         if state.masks:
             self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
         self.teachers.restore(state.teachers)
+        self.stops = state.stops
         self._warm = True
         self.cut_metrics(int(folder.name.rpartition("-")[2]))
 
@@ -373,19 +399,37 @@ class NutePruneTrainer(AtomicTrainer):
         if not self._warm:
             self.warm_start()
         if not self.gates.frozen:
-            self.freeze()
-        self.masks = self.gates.snapshot().to("cpu")
-        self.bad_steps = int(self._bad_steps)
+            self.freeze(self.targets[-1])
         self.hooks.remove()
-        self.model.eval()
-        stock = merge_lora(self.model)
-        anatomy = Anatomy(stock)
+        return self._shrink(self.model, self.gates.snapshot(), self.targets[-1])
+
+    def finalize_stop(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the smaller model of an earlier target; `save_pruned` writes it from then on.
+
+        Args:
+            index: which of the targets, counted from 0.
+            model: the intact model, loaded anew; it is used up.
+        """
+        role = self.teachers.role(self.stops[index])
+        assert role.masks is not None
+        assert role.lora is not None
+        peft_model = get_peft_model(
+            model.requires_grad_(False), lora_config(Anatomy(model), self.args)
+        )
+        restore(LoraBank(Anatomy(peft_model)).state(), dict(role.lora), "LoRA weights")
+        return self._shrink(peft_model, role.masks, self.targets[index])
+
+    def _shrink(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
+        model.eval()
+        anatomy = Anatomy(merge_lora(model))
         if self.args.compensation == "finalize":
             hooks = MaskHooks(anatomy)
-            masks = self.masks.to(self.args.device)
-            self._refit(anatomy, hooks, masks, install_weight(anatomy))
+            masks_here = masks.to(str(self.args.device))
+            self._refit(anatomy, hooks, masks_here, install_weight(anatomy))
             hooks.remove()
+        self.masks = masks.to("cpu")
         self.small, self.shape = assemble(anatomy, self.masks)
+        self._target = target
         return self.small
 
     def save_pruned(self, folder: str | os.PathLike[str], **record: Any) -> dict[str, Any]:
@@ -405,12 +449,12 @@ class NutePruneTrainer(AtomicTrainer):
             cast(Any, self.small).to(self.stored_dtype),
             tokenizer,
             params={"before": self._total_before, "blocks_before": budget.before},
-            target=self.args.target_sparsity,
+            target=self._target,
             before=budget.shape,
             after=self.shape,
             shapes=self.args.shapes,
             teachers={"count": len(self.teachers), "sparsities": self.teachers.sparsities},
-            bad_steps=self.bad_steps,
+            bad_steps=int(self._bad_steps),
             seed=self.args.seed,
             **record,
         )
