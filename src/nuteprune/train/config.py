@@ -165,9 +165,11 @@ class NutePruneConfig(TrainingArguments):
     def targets(self) -> tuple[float, ...]:
         """The stops, then the target."""
         stops = self.stops or ()
-        if isinstance(stops, str):
-            stops = [float(stop) for stop in stops.split(",")]
-        return (*(float(stop) for stop in stops), self.target_sparsity)
+        parts = stops.split(",") if isinstance(stops, str) else stops
+        try:
+            return (*(float(part) for part in parts), self.target_sparsity)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"stops are {stops!r}; write shares such as 0.2,0.3") from error
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:

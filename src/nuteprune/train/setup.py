@@ -13,7 +13,7 @@ from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.gates import Gates, HardConcreteGates, RankedGates
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.shape import kinds_of_cut
+from nuteprune.model.shape import Shape, kinds_of_cut
 from nuteprune.train.config import NutePruneConfig
 
 
@@ -21,19 +21,16 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     """Return the allocator for a model under a run's constraints.
 
     Raises:
-        UserError: for gates that the model's family cannot take.
+        UserError: for gates that the model's family cannot take, and for dimensions chosen that
+            the model or the gates cannot be cut to.
     """
-    shape = anatomy.shape
-    grouped = any(x.heads_per_group > 1 for x in shape.layers)
-    floor = None
-    if args.shape is not None:
-        if not isinstance(args.shape, Mapping):
-            raise UserError(f"shape is {args.shape!r}; it must map names to counts")
-        floor = shape.cut_to(args.shape)
-    default = kinds_of_cut(shape, floor) if floor else ("kv_groups", "neurons")
-    kinds = args.gate_kinds or default
-    if not grouped:
-        kinds = tuple(dict.fromkeys("heads" if k == "kv_groups" else k for k in kinds))
+    floor = _chosen_shape(anatomy.shape, args)
+    needed = _kinds_here(anatomy.shape, kinds_of_cut(anatomy.shape, floor)) if floor else ()
+    kinds = _kinds_here(anatomy.shape, args.gate_kinds or needed or ("kv_groups", "neurons"))
+    if set(needed) - set(kinds):
+        raise UserError(
+            f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"
+        )
     for kind in kinds:
         reason = anatomy.family.refusal(kind, uniform=args.shapes == "uniform")
         if reason:
@@ -44,26 +41,37 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     return Allocator(Budget.of(anatomy), constraints)
 
 
+def _chosen_shape(whole: Shape, args: NutePruneConfig) -> Shape | None:
+    """Return the dimensions that the user chose, checked; None if it is by a target."""
+    if args.shape is None:
+        return None
+    if not isinstance(args.shape, Mapping):
+        raise UserError(f"shape is {args.shape!r}; it must map names to counts")
+    floor = whole.cut_to(args.shape)
+    if floor == whole:
+        raise UserError("the shape keeps everything: name fewer heads, neurons or width")
+    if args.shapes == "uniform" and not floor.uniform:
+        raise UserError("shapes are to be uniform, and the one chosen is not; use --shapes free")
+    return floor
+
+
+def _kinds_here(whole: Shape, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Return kinds under the names that they have in a model: a group of one head is a head."""
+    if any(layer.heads_per_group > 1 for layer in whole.layers):
+        return kinds
+    return tuple(dict.fromkeys("heads" if kind == "kv_groups" else kind for kind in kinds))
+
+
 def run_targets(allocator: Allocator, args: NutePruneConfig) -> tuple[float, ...]:
     """Return the sparsities that a run is to reach, growing.
 
     Raises:
-        UserError: if one is out of the gates' reach, or the dimensions chosen remove nothing.
+        UserError: if one is out of the gates' reach.
     """
     floor = allocator.constraints.floor
-    if floor is None:
-        targets = args.targets
-    else:
-        targets = (allocator.budget.sparsity(floor),)
-        if not targets[0] > 0:
-            raise UserError("the shape keeps all that counts: name fewer heads, neurons or width")
+    targets = (allocator.budget.sparsity(floor),) if floor else args.targets
     ones = {k: torch.ones(allocator.layout.units(k)) for k in allocator.constraints.kinds}
-    reached = allocator.shape(ones, targets[-1])
-    if floor is not None and reached != floor:
-        raise UserError(
-            f"gates on {', '.join(allocator.constraints.kinds)} cannot cut to that shape; it needs "
-            f"{', '.join(kinds_of_cut(allocator.budget.shape, floor))}"
-        )
+    allocator.shape(ones, targets[-1])
     return targets
 
 
