@@ -231,3 +231,14 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, tmp_path: Path) -> N
     saving.train()
     ours = [line["loss"] for line in metrics(tmp_path / "b")]
     assert ours == pytest.approx([line["loss"] for line in metrics(tmp_path / "a")], rel=1e-5)
+
+
+def test_dropout_makes_no_noise_and_stays_in_the_config(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("opt", dropout=0.5, attention_dropout=0.5)
+    trainer = make(model, tmp_path, max_steps=2, gates="neurons")
+    trainer.model.train()
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        first, second = (trainer.anatomy.model(tokens).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert trainer.finalize().config.dropout == 0.5

@@ -70,13 +70,15 @@ class LoraBank:
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Run a decoder layer with other LoRA weights, or with none, for a while."""
         if lora is None:
-            for _, module in self._layers[layer]:
+            modules = [module for _, module in self._layers[layer]]
+            before = [module._disable_adapters for module in modules]
+            for module in modules:
                 module._disable_adapters = True
             try:
                 yield
             finally:
-                for _, module in self._layers[layer]:
-                    module._disable_adapters = False
+                for module, disabled in zip(modules, before, strict=True):
+                    module._disable_adapters = disabled
             return
         sides = [
             (parts[ADAPTER], f"{name}.{side}")

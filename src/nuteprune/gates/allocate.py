@@ -11,6 +11,7 @@ combination is found by enumeration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -174,10 +175,11 @@ class Allocator:
                 best = (float(excess[i]), float(loss[i]))
                 shape = self._assemble(width, attention.kept(int(a[i])), mlp.kept(int(m[i])))
         if best is None:
+            most = math.floor(1000 * (1 - least / self.budget.before)) / 10  # it can be reached
             raise UserError(
                 f"sparsity {sparsity:.1%} is out of reach: gates on "
                 f"{', '.join(self.constraints.kinds)} can remove at most "
-                f"{1 - least / self.budget.before:.1%} here, since every layer keeps at least "
+                f"{most:.1f}% here, since every layer keeps at least "
                 "one KV head and one multiple of neurons; ask for less, or add kinds to --gates"
             )
         return shape

@@ -140,3 +140,16 @@ class Anatomy:
         """Count all parameters of the model, tied ones once, adapters not counted."""
         own = {id(p): p.numel() for n, p in self.model.named_parameters() if ".lora_" not in n}
         return sum(own.values())
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: one backbone in two roles must be one function.
+
+    Modules alone are changed, not the config, which goes into the pruned checkpoint as it was.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

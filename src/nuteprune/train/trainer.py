@@ -30,7 +30,7 @@ from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import fisher
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
@@ -82,6 +82,7 @@ class NutePruneTrainer(AtomicTrainer):
         self.targets = run_targets(self.allocator, args)
         self.progress = progress
         model.requires_grad_(False)
+        silence_dropout(model)
         set_seed(args.seed)  # LoRA starts from random values
         peft_model = get_peft_model(model, lora_config(intact, args))
         self.anatomy = Anatomy(peft_model)
