@@ -43,17 +43,21 @@ class AtomicTrainer(Trainer):
         run = Path(cast(str, self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         partial = run / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # each process adds its own random state
         self._checkpoint_dir = partial
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._checkpoint_dir = None
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(run / name, ignore_errors=True)
             os.replace(partial / name, run / name)
             shutil.rmtree(partial, ignore_errors=True)
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoint_dir or super()._get_output_dir(trial))
