@@ -1,7 +1,7 @@
 """The plots of a report: drawn once, written as SVG that follows the page and as PNG.
 
 Colours are those of the light page. In SVG each becomes the CSS variable of its name, so that the
-page decides; text takes the page's font. User's words in plots go through `plain`.
+page decides; it also gives text its font. User's words in plots go through `plain`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ LOSS_PARTS: Final[Mapping[str, tuple[str, str]]] = {
 }
 """Key in metrics.jsonl -> (label, colour)."""
 
-_POINTS = 500  # a line of more is averaged: a plot has no room for them
+POINTS: Final = 500
+"""Steps that a line has room for; of more, neighbours are averaged."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def sparsity_plot(metrics: Sequence[Mapping[str, Any]], teachers: Sequence[float
     teacher = np.where(usable, known[np.where(usable, index, -1).astype(int)], np.nan)
     title = "Sparsity by step"
     with _figure(title, 235) as (figure, axes):
-        axes.plot(*_thinned(step, target), "--", color=COLOURS["muted"], lw=1.2, label="target")
         axes.plot(*_thinned(step, student), color=COLOURS["blue"], label="student", **_dots(step))
+        axes.plot(*_thinned(step, target), ":", color=COLOURS["ink"], lw=1.3, label="target")
         axes.step(
             *_thinned(step, teacher),
             where="mid",
@@ -148,7 +149,8 @@ def sparsity_plot(metrics: Sequence[Mapping[str, Any]], teachers: Sequence[float
             **_dots(step),
         )
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: percent(y, int(y < 0.095) * 0)))
+        digits = 0 if axes.get_ylim()[1] > 0.04 else 1
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: percent(y, digits)))
         _steps_axis(axes)
         _legend(figure, axes)
     alt = (
@@ -234,6 +236,8 @@ def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike | None, probability
             low, high = (score_N.min(), score_N.max()) if len(score_N) else (0.1, 1.0)
             edges = np.geomspace(low, high if high > low else low * 2, bins + 1)
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _power(x)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         groups = [(kept_N, "blue", "kept" if kept is not None else "units")]
         if kept is not None:
             groups.insert(0, (~kept_N, "orange", "removed"))
@@ -284,6 +288,8 @@ def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> 
         top = max([*old, *new], default=1.0)
         if top > 30 * min([*old, *new], default=1.0):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.margins(x=0.2)
         else:
             axes.set_xlim(0, top * 1.15)
@@ -303,7 +309,7 @@ def _thinned(
     x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return a line's points, averaged over neighbours where there are too many."""
-    size = -(-len(x) // _POINTS)
+    size = -(-len(x) // POINTS)
     if size == 1:
         return x, y
     parts = range(0, len(x), size)
@@ -318,11 +324,16 @@ def _dots(step: NDArray[np.float64]) -> dict[str, Any]:
     return {"marker": "o", "ms": 3.5} if len(step) < 4 else {}
 
 
+def _power(x: float) -> str:
+    """Return a power of ten as text, which takes the page's font."""
+    return "10" + f"{round(np.log10(x))}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
 def _cell(axes: Axes, x: float, y: float, share: float) -> None:
     box = (x - 0.46, y - 0.4), 0.92, 0.8
     axes.add_patch(Rectangle(*box, fc="none", ec=COLOURS["rule"], lw=0.6))
     if share:
-        axes.add_patch(Rectangle(*box, fc=COLOURS["blue"], alpha=0.08 + 0.92 * share, lw=0))
+        axes.add_patch(Rectangle(*box, fc=COLOURS["blue"], alpha=0.05 + 0.95 * share**1.5, lw=0))
     else:
         axes.plot(x, y, "x", color=COLOURS["muted"], ms=4)
 
@@ -401,7 +412,8 @@ def _for_page(svg: str, name: str) -> str:
     # Ids are unique within a drawing only, and a page holds several.
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", svg)
+    svg = re.sub(r"<style.*?</style>|<defs>\s*</defs>", "", svg, flags=re.S)
+    svg = re.sub(r"\s*\n\s*", " ", svg)
     for variable, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg.strip()
