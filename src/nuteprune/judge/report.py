@@ -15,8 +15,9 @@ from nuteprune.errors import UserError
 from nuteprune.export.card import FILE_NAME as CARD
 from nuteprune.export.card import with_plots
 from nuteprune.judge import plots, reproduce
+from nuteprune.judge.drawing import POINTS, Plot, percent
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.plots import Plot, Row, percent
+from nuteprune.judge.plots import Row
 from nuteprune.judge.runfiles import RunFiles, read_run, teacher_sparsities
 
 FILE_NAME = "report.html"
@@ -118,7 +119,7 @@ def render(files: RunFiles, drawn: Mapping[str, Plot]) -> str:
         last=files.metrics[-1] if files.metrics else None,
         teachers=teacher_sparsities(files),
         plots=drawn,
-        points=plots.POINTS,
+        points=POINTS,
         gates=[plot for name, plot in drawn.items() if name.startswith("gates_")],
         command=reproduce.command(record or {}, files.folder.name),
         recipe=reproduce.recipe(record) if record else "",

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME, read_record
+from nuteprune.model.families import GATE_KINDS
 from nuteprune.train.state import RunState, last_checkpoint
 
 RUN = "run"
@@ -104,8 +105,13 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(root, run, record, metrics, samples or [], speed, _gates(run))
 
 
-def teacher_sparsities(files: RunFiles) -> list[float]:
-    """Return the sparsity of each teacher, from the record, else from the steps that made them."""
+def teacher_sparsities(files: RunFiles) -> list[float] | None:
+    """Return the sparsity of each teacher, from the record, else from the steps that made them.
+
+    None if the student learned from no teacher at all, not even the intact model.
+    """
+    if not any("token_kl" in line for line in files.metrics):
+        return None
     if files.record is not None and "teachers" in files.record:
         return [float(s) for s in files.record["teachers"]["sparsities"]]
     found: list[float] = []
@@ -181,12 +187,11 @@ def _gates(run: Path) -> dict[str, GateScores]:
 
 
 def _gate_scores(gates: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, GateScores]:
-    prefix = "scores_"
     probability = any(name.startswith("log_alpha") for name in gates)
     found = {}
-    for name, scores in gates.items():
-        if name.startswith(prefix):
-            kind = name.removeprefix(prefix)
+    for kind in GATE_KINDS:
+        scores = gates.get(f"scores_{kind}")
+        if scores is not None:
             kept = (masks[kind] > 0).numpy() if kind in masks else None
             values = cast(NDArray[np.float64], scores.double().numpy())
             found[kind] = GateScores(values, kept, probability)
