@@ -30,7 +30,7 @@ COLOURS: Final[Mapping[str, str]] = {
     "muted": "#5c646d",
     "rule": "#d5d3cc",
     "blue": "#1f5c99",
-    "orange": "#b4540a",
+    "orange": "#a84c08",
     "green": "#2f7350",
     "violet": "#7b4a94",
     "paper": "#fdfcf9",

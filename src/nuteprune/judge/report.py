@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from nuteprune.judge.runfiles import RunFiles, read_run, teacher_sparsities
 FILE_NAME = "report.html"
 PLOTS = "plots"
 """Folder of the PNG files, beside the report."""
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # no part of an HTML page
 
 _THIN = "\u202f"  # between a number and its unit
 
@@ -47,7 +50,7 @@ def write_report(folder: Path) -> Path:
         (files.run / PLOTS).mkdir(parents=True, exist_ok=True)
         for plot in drawn.values():
             _write(files.run / PLOTS / f"{plot.name}.png", plot.png)
-        _write(target, page.encode("utf-8", "replace"))
+        _write(target, _UNPRINTABLE.sub("\ufffd", page).encode("utf-8", "replace"))
         _complete_card(files, drawn)
     except OSError as error:
         raise UserError(f"cannot write the report to {files.run}: {error.strerror}") from error

@@ -66,5 +66,6 @@ def recipe(record: Mapping[str, Any]) -> str:
 
 def _inline(value: Any) -> str:
     """Return a value as `--set` reads it: YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    style = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
+    text = yaml.safe_dump(value, width=float("inf"), **style)
     return text.strip().removesuffix("...").strip()
