@@ -66,6 +66,7 @@ def recipe(record: Mapping[str, Any]) -> str:
 
 def _inline(value: Any) -> str:
     """Return a value as `--set` reads it: YAML on one line."""
-    style = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
-    text = yaml.safe_dump(value, width=float("inf"), **style)
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
     return text.strip().removesuffix("...").strip()
