@@ -260,6 +260,8 @@ def test_html_and_dollars_are_drawn_as_they_are() -> None:
     assert "<script" not in plot.svg
     assert "&lt;script&gt;" in plot.svg
     assert "$\\frac{1}{$" in plot.svg
+    words = '#1f5c99 url(#x) id="x"'
+    assert words in plots.perplexity_plot({words: 2.0}, {words: 3.0}).svg
 
 
 # --- runs of every kind ----------------------------------------------------------------------
@@ -308,6 +310,7 @@ def test_removed_blocks_width_and_figures_that_are_no_numbers(tmp_path: Path) ->
         perplexity={"before": {"a": 2.0, "b": 3.0}, "after": {"a": math.inf, "b": 3.0}},
     )
     steps = some_steps()
+    steps = [m | {"lm": 2.0, "penalty": 0.1} for m in steps]
     steps[2] |= {"loss": math.nan, "token_kl": math.inf, "penalty": -0.2, "bad_steps": 1}
     steps[-1] |= {"bad_steps": 1}
     page = page_of(a_run(tmp_path / "out", record, steps))

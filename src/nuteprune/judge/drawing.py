@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 Line = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -139,13 +139,17 @@ def _for_page(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<svg\b.*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg)
-    # Ids are unique within a drawing only, and a page holds several.
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"<style.*?</style>|<defs>\s*</defs>", "", svg, flags=re.S)
     svg = re.sub(r"\s*\n\s*", " ", svg)
-    for variable, colour in COLOURS.items():
-        svg = svg.replace(colour, f"var(--{variable})")
+
+    def adapt(match: re.Match[str]) -> str:
+        # Ids are unique within a drawing only, and a page holds several.
+        tag = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", match[0])
+        for variable, colour in COLOURS.items():
+            tag = tag.replace(colour, f"var(--{variable})")
+        return tag.replace("xlink:href", "href")
+
+    svg = re.sub(r"<[^<>]+>", adapt, svg)  # tags alone: words in between are as they are
     return svg.strip()
 
 
@@ -183,21 +187,25 @@ def steps_axis(axes: Axes) -> None:
     """Label an axis of steps, which are whole."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 
 def legend(axes: Axes) -> None:
-    """Put the legend in one row between title and plot."""
+    """Put the legend between title and plot, three to a row."""
     handles, labels = axes.get_legend_handles_labels()
-    axes.set_title(axes.get_title(loc="left"), pad=24)
-    axes.legend(
+    columns = 3
+    axes.set_title(axes.get_title(loc="left"), pad=10 + 14 * -(-len(labels) // columns))
+    made = axes.legend(
         handles,
         labels,
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
-        ncols=len(labels),
+        ncols=columns,
         borderpad=0.2,
         borderaxespad=0.2,
         handlelength=1.3,
         handletextpad=0.5,
+        labelspacing=0.25,
         columnspacing=1.2,
     )
+    made.set_in_layout(False)  # the title's pad makes room for it

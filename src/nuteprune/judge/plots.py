@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from nuteprune.judge.drawing import (
@@ -97,14 +97,7 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot:
             label, colour = LOSS_PARTS[key]
             x, y = thinned(step, values)
             axes.plot(x, y, color=COLOURS[colour], label=label, **dots(step))
-        finite = np.concatenate([x[np.isfinite(x)] for x in drawn])
-        if len(finite) and finite.max() > 0:
-            if finite.min() > 0:
-                axes.set_yscale("log")
-            else:
-                axes.set_yscale("symlog", linthresh=max(1e-4, float(finite.max()) / 100))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _loss_scale(axes, np.concatenate(drawn))
         steps_axis(axes)
         legend(axes)
     ends = "; ".join(
@@ -222,8 +215,28 @@ def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> 
 def _by_index(teachers: Sequence[float], index: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the sparsity of the teacher at each step, nan where it is not known."""
     known = np.array([*teachers, 0.0])  # the last is found at index -1, the intact model's
-    usable = np.isfinite(index) & (index < len(teachers))
+    usable = np.isfinite(index) & (index >= -1) & (index < len(teachers))
     return np.where(usable, known[np.where(usable, index, -1).astype(int)], np.nan)
+
+
+def _loss_scale(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Make the scale logarithmic, linear around 0 where parts of the loss go below."""
+    values = values[np.isfinite(values)]
+    if not len(values) or values.max() <= 0:
+        return
+    linear = 0.0 if values.min() > 0 else float(values.max()) / 30
+    if linear:
+        axes.set_yscale("symlog", linthresh=linear)
+    else:
+        axes.set_yscale("log")
+        if values.max() < 30 * values.min():  # powers of ten alone would be too few
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+    def label(y: float) -> str:
+        return f"{y:g}" if y == 0 or abs(y) >= linear else ""
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: label(y)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _cell(axes: Axes, x: float, y: float, share: float) -> None:

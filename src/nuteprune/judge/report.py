@@ -178,7 +178,7 @@ def headline(
         cells.append((what, f"≈{_THIN}{old}", new, change))
     hidden = record.get("hidden", {})
     if hidden.get("before") != hidden.get("after"):
-        cells.append(_counted("width", hidden["before"], hidden["after"], str))
+        cells.append(_counted("width", hidden["before"], hidden["after"], "{:,}".format))
     groups = [("Size", cells)]
     before, after = _perplexities(record)
     if before:
