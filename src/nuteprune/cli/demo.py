@@ -13,15 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.cli import options as o
-from nuteprune.cli.job import Job
+from nuteprune.cli.job import RUN, Job
 from nuteprune.cli.output import Output, megabytes, millions
 from nuteprune.cli.pipeline import Result, one_shot, run
+from nuteprune.cli.show import print_report
 from nuteprune.cli.sources import DEMO, load_model, load_tokenizer, pick_dtype
 from nuteprune.demo import assets
 from nuteprune.export.checkpoint import load_pruned
 from nuteprune.export.record import weights_size
 from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean
+from nuteprune.judge.runfiles import SAMPLES, SPEED, write_extra
 
 STEPS = 60
 SPARSITY = "0.2"
@@ -104,7 +106,9 @@ def compare(job: Job, result: Result, output: Output) -> None:
     for name in ("intact", "NutePrune"):
         output.line(f"{name}: {PROMPT}{texts[name]}")
     output.line()
-    output.line(f"Checkpoint in {out} (nuteprune inspect {out} shows its layers)")
+    keep_for_report(job.out / RUN, rates, texts)
+    output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
+    print_report(job, output)
     output.result(
         {
             "out": str(out),
@@ -113,6 +117,21 @@ def compare(job: Job, result: Result, output: Output) -> None:
             "decode_tokens_per_second": rates,
         }
     )
+
+
+def keep_for_report(run: Path, rates: Mapping[str, float], texts: Mapping[str, str]) -> None:
+    """Write down what the report shows beside the record: speed and samples."""
+    speed = {
+        "name": "decode, batch 1",
+        "unit": "tokens/s",
+        "dense": rates["intact"],
+        "pruned": rates["NutePrune"],
+        "better": "higher",
+    }
+    conditions = f"cpu, {torch.get_num_threads()} threads"
+    write_extra(run, SPEED, {"conditions": conditions, "rows": [speed]})
+    sample = {"prompt": PROMPT, "dense": texts["intact"], "pruned": texts["NutePrune"]}
+    write_extra(run, SAMPLES, [sample])
 
 
 def print_table(

@@ -120,8 +120,23 @@ def run_config(job: Job, args: NutePruneConfig) -> dict[str, Any]:
         and f.name in NUTEPRUNE_KEYS
         and getattr(args, f.name) != getattr(defaults, f.name)
     }
-    own = {k: str(v) for k, v in vars(job).items() if k in ("model", "data", "dtype", "device")}
-    return {**own, "length": job.length, "target_sparsity": args.target_sparsity, **changed}
+    own = {key: value for key, value in vars(job).items() if key in JOB_KEYS and value is not None}
+    if args.shape is None:
+        own["target_sparsity"] = args.target_sparsity
+    return {**own, **changed}
+
+
+JOB_KEYS = (
+    "model",
+    "data",
+    "eval_data",
+    "text_column",
+    "length",
+    "eval_blocks",
+    "device",
+    "dtype",
+)
+"""Fields of a job that a run is reproduced by, beside its settings."""
 
 
 NUTEPRUNE_KEYS = frozenset(f.name for f in dataclasses.fields(NutePruneConfig)) - {

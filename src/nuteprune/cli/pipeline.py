@@ -27,7 +27,13 @@ from nuteprune.cli.job import (
 from nuteprune.cli.output import Bars, Output
 from nuteprune.cli.progress import StepProgress
 from nuteprune.cli.show import print_dry_run, print_plan
-from nuteprune.cli.sources import STORED_DTYPE, load_model, load_tokenizer, pick_dtype
+from nuteprune.cli.sources import (
+    STORED_DTYPE,
+    load_model,
+    load_tokenizer,
+    origin,
+    pick_dtype,
+)
 from nuteprune.errors import RunFailed
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
@@ -155,7 +161,7 @@ def _prune(
         records[folder] = trainer.save_pruned(
             folder,
             perplexity={"before": before, "after": after, "protocol": protocol(held_out)},
-            base_model=job.model,
+            **origin(job.model),
             config=run_config(job, trainer.args),
             seconds=round(time.monotonic() - started, 1),
         )

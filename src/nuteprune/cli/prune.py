@@ -5,7 +5,7 @@ from __future__ import annotations
 from nuteprune.cli import options as o
 from nuteprune.cli.output import Output
 from nuteprune.cli.pipeline import run
-from nuteprune.cli.show import print_results
+from nuteprune.cli.show import print_report, print_results
 from nuteprune.errors import UserError
 
 
@@ -63,3 +63,4 @@ def prune(
     result = run(job, output)
     if result is not None:
         print_results(result.records, output)
+        print_report(job, output)

@@ -10,7 +10,9 @@ import torch
 
 from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output, duration, megabytes, millions
+from nuteprune.errors import UserError
 from nuteprune.export.record import peak_memory
+from nuteprune.judge.report import write_report
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -85,6 +87,14 @@ BYTES_OF_ADAM = 8
 """Per trained parameter: two moments in fp32, which a single trial step does not make."""
 
 
+def print_report(job: Job, output: Output) -> None:
+    """Write the report of a finished run and say where it is; the checkpoint stands without it."""
+    try:
+        output.line(f"Report  {write_report(job.out)}")
+    except UserError as error:
+        output.line(f"Report  none: {error}")
+
+
 def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> None:
     """Print what came out, for each target a table and two lines."""
     for folder, record in records.items():
@@ -114,4 +124,4 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
         f"{record['total_sparsity']:.2%} of all parameters are gone; "
         f"{megabytes(record['bytes_on_disk'])} on disk; {record['seconds']:.0f} s"
     )
-    output.line(f"Checkpoint in {folder}")
+    output.line(f"Saved   {folder}")

@@ -11,6 +11,7 @@ if something wrote them, two small files that the report shows as they are:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,14 @@ def read_run(folder: Path) -> RunFiles:
     if samples is not None:
         _check_rows(run / SAMPLES, samples, _SAMPLE_KEYS)
     return RunFiles(root, run, record, metrics, samples or [], speed, _gates(run))
+
+
+def write_extra(run: Path, name: str, content: Any) -> None:
+    """Write SAMPLES or SPEED into a run's folder: complete, or not at all."""
+    run.mkdir(parents=True, exist_ok=True)
+    partial = run / f".{name}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, run / name)
 
 
 def teacher_sparsities(files: RunFiles) -> list[float] | None:
