@@ -67,7 +67,9 @@ def main() -> None:
     except (UserError, RunFailed) as error:
         if debug:
             raise
-        _fail(str(error), 2 if isinstance(error, UserError) else 1)
+        # All processes of a run meet the same error, and one line is enough.
+        main_process = os.environ.get("RANK", "0") == "0"
+        _fail(str(error) if main_process else "", 2 if isinstance(error, UserError) else 1)
     except typer.Abort:
         _fail("interrupted", 130)
     except Exception as error:
@@ -81,8 +83,9 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    line = " ".join(message.split())
-    print(f"nuteprune: {line}", file=sys.stderr)
+    if message:
+        line = " ".join(message.split())
+        print(f"nuteprune: {line}", file=sys.stderr)
     sys.exit(code)
 
 

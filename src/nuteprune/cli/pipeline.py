@@ -24,7 +24,7 @@ from nuteprune.cli.job import (
     target_folder,
     trainer_settings,
 )
-from nuteprune.cli.output import Bars, Output
+from nuteprune.cli.output import Bars, Output, is_main_process
 from nuteprune.cli.progress import StepProgress
 from nuteprune.cli.show import print_dry_run, print_plan
 from nuteprune.cli.sources import (
@@ -61,14 +61,15 @@ class Result:
 
 
 def run(job: Job, output: Output) -> Result | None:
-    """Do the job; returns None for a dry run.
+    """Do the job; returns None for a dry run, and in all processes of a run but the main one.
 
     Raises:
         UserError: for anything in the job that cannot work; nothing is written then.
         RunFailed: if training breaks down or a target is missed.
     """
     started = time.monotonic()
-    check_out(job)
+    if is_main_process():  # the others may come when it has begun to write
+        check_out(job)
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if job.dry_run else job.out
@@ -86,9 +87,12 @@ def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> R
         if job.dry_run:
             print_dry_run(trainer, output)
             return None
-        if not job.resume:
+        if not job.resume and is_main_process():
             shutil.rmtree(job.out, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
         records = _prune(job, trainer, held_out, bars, started)
+    if not is_main_process():
+        return None
     for record in records.values():
         if record["sparsity"] < record["target"] - 1e-9:  # the division rounds
             raise RunFailed(
@@ -101,13 +105,14 @@ def _texts(
     job: Job, config: NutePruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> tuple[BlockDataset, dict[str, Tensor]]:
     """Return the blocks to train on, and those to judge by, per source."""
-    steps = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps
+    blocks = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps
+    blocks *= config.world_size
     shared: dict[str, Any] = {
         "length": job.length,
         "text_column": job.text_column,
         "vocab_size": Anatomy(model).embedding.weight.shape[0],
     }
-    count = max(steps, config.calibration_blocks, config.compensation_blocks)
+    count = max(blocks, config.calibration_blocks, config.compensation_blocks)
     training = training_blocks(job.data, tokenizer, count=count, seed=config.seed, **shared)
     judged = job.eval_data or job.data
     return training, held_out_blocks(judged, tokenizer, count=job.eval_blocks, **shared)
@@ -143,9 +148,13 @@ def _prune(
         bars.update(f"measuring {what}", 1, 1, f"perplexity {mean(found):.2f}")
         return found
 
-    before = measure("the intact model", trainer.anatomy.model)
+    before = {}
+    if is_main_process():
+        before = measure("the intact model", trainer.anatomy.model)
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=resume_from(job))
+    if not is_main_process():
+        return {}
     if job.resume:
         clear_result(job.out)
     records = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import set_seed
@@ -145,6 +146,7 @@ class NutePruneTrainer(AtomicTrainer):
                 )
             fresh = make_gates(self.allocator, scores, self.args)
             self.gates.load_state_dict(fresh.state_dict())
+            _agree(self.gates.state_dict().values())
         self.first_scores = {k: v.cpu().clone() for k, v in self.gates.scores.items()}
         self._warm = True
 
@@ -385,6 +387,7 @@ class NutePruneTrainer(AtomicTrainer):
             bank.set_delta(layer, projection, *low_rank(fit, base.weight, self.args.lora_rank))
 
         self._refit(self.anatomy, self.hooks, masks, install)
+        _agree(bank.state().values())
 
     def _refit(self, anatomy: Anatomy, hooks: MaskHooks, masks: Masks, install: Install) -> None:
         batches = self._calibration(self.args.compensation_blocks)
@@ -459,6 +462,13 @@ class NutePruneTrainer(AtomicTrainer):
             seed=self.args.seed,
             **record,
         )
+
+
+def _agree(tensors: Iterable[Tensor]) -> None:
+    """Give all processes of a run the main one's values: computed alike is not equal to the bit."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 class _EndOfStep(TrainerCallback):
