@@ -205,12 +205,26 @@ class NutePruneTrainer(AtomicTrainer):
         seconds = 0.0
         for _ in range(2):  # the first one warms up
             started = time.monotonic()
-            self.gates.begin_step(self.targets[-1], self.args.seed)
-            self.compute_loss(self.model, inputs).backward()
+            self.trial_step(inputs)
             self.model.zero_grad()
-            self.hooks.masks = None
             seconds = time.monotonic() - started
         return seconds * self.args.gradient_accumulation_steps
+
+    def trial_step(self, inputs: dict[str, Any]) -> Tensor:
+        """Run a micro-batch at the target, taught by the intact model; leaves its gradients.
+
+        Args:
+            inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T), on the run's device.
+
+        Returns:
+            The loss.
+        """
+        self.gates.begin_step(self.targets[-1], self.args.seed)
+        self._teacher = INTACT
+        loss = self.compute_loss(self.model, inputs)
+        loss.backward()
+        self.hooks.masks = None
+        return loss.detach()
 
     # -- a step
 
