@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -106,3 +108,18 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 def tiny_name(request: pytest.FixtureRequest) -> str:
     """Each name that `tiny_model` takes in turn."""
     return request.param
+
+
+@pytest.fixture
+def tiny_inputs(tiny_model, tiny_tokenizer, tmp_path: Path) -> tuple[Path, Path]:
+    """A tiny Llama with its tokenizer, and a file of text: what the command line takes."""
+    import torch
+
+    model, text = tmp_path / "model", tmp_path / "text.jsonl"
+    tiny_model("llama", vocab_size=512).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    random = torch.Generator().manual_seed(0)
+    letters = [chr(97 + int(i)) for i in torch.randint(0, 26, (6000,), generator=random)]
+    documents = ["".join(letters[i : i + 60]) for i in range(0, 6000, 60)]
+    text.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return model, text

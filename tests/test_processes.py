@@ -1,12 +1,15 @@
-"""Two processes through the real command line do the work of one."""
+"""Real processes through the command line: two do the work of one; signals stop in good order."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,31 +27,31 @@ SETTINGS = {
 }
 
 
-def prune(launcher: list[str], model: Path, text: Path, out: Path, batch: int, **more: str) -> str:
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(launcher: list[str], inputs: tuple[Path, Path], out: Path, **more: Any) -> list[str]:
     settings = [f"--set={k}={v}" for k, v in {**SETTINGS, **more}.items()]
-    command = [*launcher, "-m", "nuteprune.cli", "prune", str(model), "--data", str(text)]
-    command += [*OPTIONS, "--batch-size", str(batch), *settings, "--out", str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    model, text = inputs
+    parts = [*launcher, "-m", "nuteprune.cli", "prune", str(model), "--data", str(text)]
+    return [*parts, *OPTIONS, *settings, "--out", str(out)]
+
+
+def run(parts: list[str]) -> str:
+    done = subprocess.run(parts, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete"])
 def test_two_processes_of_batch_4_are_one_of_batch_8(
-    gate_type: str, tiny_model, tiny_tokenizer, tmp_path: Path
+    gate_type: str, tiny_inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    folder, text = tmp_path / "model", tmp_path / "text.jsonl"
-    tiny_model("llama", vocab_size=512).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    random = torch.Generator().manual_seed(0)
-    words = [chr(97 + int(i)) for i in torch.randint(0, 26, (6000,), generator=random)]
-    documents = ["".join(words[i : i + 60]) for i in range(0, 6000, 60)]
-    text.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     python = [sys.executable]
     torchrun = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    prune(python, folder, text, tmp_path / "one", 8, gate_type=gate_type)
-    said = prune(torchrun, folder, text, tmp_path / "two", 4, gate_type=gate_type)
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(command(python, tiny_inputs, one, batch_size=8, gate_type=gate_type))
+    said = run(command(torchrun, tiny_inputs, two, batch_size=4, gate_type=gate_type))
     assert said.count("Saved") == 1
     records = [json.loads((tmp_path / x / "nuteprune.json").read_text()) for x in ("one", "two")]
     assert records[0]["layers"] == records[1]["layers"]
@@ -59,5 +62,34 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     tokens = torch.arange(3, 15)[None]
     with torch.no_grad():
-        one, two = (load_pruned(tmp_path / x)(tokens).logits for x in ("one", "two"))
-    assert torch.allclose(one, two, atol=1e-3 * float(one.abs().max()))
+        ours, theirs = (load_pruned(x)(tokens).logits for x in (one, two))
+    assert torch.allclose(ours, theirs, atol=1e-3 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(
+    number: int, tiny_inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    python = [sys.executable]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    long = {"batch_size": 2, "max_steps": 40, "save_steps": 1000}
+    run(command(python, tiny_inputs, whole, **long))
+    parts = command(python, tiny_inputs, cut, **long)
+    with subprocess.Popen(parts, env=ENV, stderr=subprocess.PIPE, text=True) as process:
+        metrics = cut / "run" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 5:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        errors = process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert "which is saved; go on with the same command and --resume" in errors
+    assert not (cut / "config.json").exists()
+    run([*parts, "--resume"])
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    losses = [
+        [json.loads(line)["loss"] for line in (x / "run/metrics.jsonl").read_text().splitlines()]
+        for x in (whole, cut)
+    ]
+    assert len(losses[0]) == 40
+    assert losses[0] == losses[1]

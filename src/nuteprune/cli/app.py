@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 import typer
 
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import Interrupted, RunFailed, UserError
 
 
 def _show_version(wanted: bool) -> None:
@@ -62,6 +62,8 @@ def main() -> None:
         quiet_libraries()
     try:
         code = make_app()(standalone_mode=False, prog_name="nuteprune")
+    except Interrupted as stop:
+        _fail(str(stop), 128 + stop.signal)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except (UserError, RunFailed) as error:

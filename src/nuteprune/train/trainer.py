@@ -24,7 +24,7 @@ from transformers.trainer_utils import set_seed
 from nuteprune.distill.coforward import CoForward, LoraBank
 from nuteprune.distill.losses import LAYER_TERMS, Head, token_kl
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
-from nuteprune.errors import RunFailed
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.gates import Gates
@@ -75,6 +75,11 @@ class NutePruneTrainer(AtomicTrainer):
         progress: Progress = lambda what, done, total: None,
         **kwargs: Any,
     ) -> None:
+        if args.fsdp or args.deepspeed:
+            raise UserError(
+                "sharding the model over processes is not supported: leave fsdp and deepspeed out "
+                "(several processes with whole copies work; see gradient_checkpointing for memory)"
+            )
         intact = Anatomy(model)
         self._total_before = intact.parameters()
         self.stored_dtype: torch.dtype = model.dtype
