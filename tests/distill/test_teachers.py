@@ -95,7 +95,7 @@ def test_a_snapshot_cut_off_while_written_is_not_there(tmp_path: Path, monkeypat
 def test_a_run_climbs_behind_its_teachers_and_walks_back_to_the_intact_model(
     target: float, spacing: float, lag: int
 ) -> None:
-    plan = Plan.for_target(target)
+    plan = Plan.for_target(target, 1000)
     assert (plan.target, plan.spacing, plan.lag) == (target, pytest.approx(spacing), lag)
     assert plan.lag * plan.spacing <= target / 2 + 1e-9  # so that even small targets get teachers
 
@@ -120,7 +120,7 @@ def test_a_run_climbs_behind_its_teachers_and_walks_back_to_the_intact_model(
 
 
 def test_a_run_too_short_for_teachers_learns_from_the_intact_model() -> None:
-    plan = Plan.for_target(0.2)
+    plan = Plan.for_target(0.2, 40)
     for count in (0, 1, 10):
         assert plan.growing(count) == -1
         assert {plan.returning(count, progress) for progress in (0.0, 0.5, 0.999)} == {-1}

@@ -7,8 +7,9 @@ from torch import Tensor
 from nuteprune.gates import hard_concrete
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.gates import Gates, HardConcreteGates, RankedGates
+from nuteprune.gates.gates import Gates, RankedGates
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.soft import HardConcreteGates
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -170,7 +171,7 @@ def test_solved_gates_have_the_asked_sparsity_in_expectation() -> None:
     for step, sparsity in enumerate((0.02, 0.1, 0.3, 0.6)):
         gates.begin_step(sparsity, seed=step)
         assert gates.sparsity() == pytest.approx(sparsity, abs=1e-3)
-        for value in gates.log_alpha.values():  # as training would
+        for value in gates.trained.values():  # as training would
             value.data += torch.randn(value.shape, generator=random)
     # The mean over draws of what each draw would remove, recounted by hand.
     kept = []
@@ -197,19 +198,19 @@ def test_noise_depends_on_the_seed_alone() -> None:
 
 def test_log_alpha_stays_within_its_limits() -> None:
     gates = hard()
-    gates.log_alpha["neurons"].data[:2] = torch.tensor([50.0, -50.0])
+    gates.trained["neurons"].data[:2] = torch.tensor([50.0, -50.0])
     gates.begin_step(0.2, seed=0)
     limits = torch.tensor([100.0, 0.01]).log()
-    torch.testing.assert_close(gates.log_alpha["neurons"].data[:2], limits)
+    torch.testing.assert_close(gates.trained["neurons"].data[:2], limits)
 
 
 def test_warm_gates_start_in_the_order_of_the_scores_and_cold_ones_open() -> None:
     x = allocator()
     warm, cold = hard(), hard(warm_start=False)
     for kind, scores in scores_of(x).items():
-        assert torch.equal(warm.log_alpha[kind].argsort(), scores.argsort())
-        assert (hard_concrete.keep_probability(cold.log_alpha[kind]) > 0.95).all()
-    assert cold.log_alpha["neurons"].data.sigmoid() == pytest.approx(0.99)
+        assert torch.equal(warm.trained[kind].argsort(), scores.argsort())
+        assert (hard_concrete.keep_probability(cold.trained[kind]) > 0.95).all()
+    assert cold.trained["neurons"].data.sigmoid() == pytest.approx(0.99)
 
 
 def test_a_snapshot_drops_as_many_as_are_expected_to_be_gone() -> None:
@@ -251,7 +252,7 @@ def train_gates(maximize: bool, target: float) -> float:
     gates = hard(solved=False, warm_start=False)
     assert gates.lagrangian is not None
     groups = [
-        {"params": list(gates.log_alpha.parameters())},
+        {"params": list(gates.trained.parameters())},
         {"params": list(gates.lagrangian.parameters()), "maximize": maximize},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
@@ -308,7 +309,7 @@ def test_gates_resume_where_they_were(make) -> None:
         if isinstance(gates, RankedGates):
             observe(gates, random_gradients(gates.allocator, 2, step))
         else:
-            gates.log_alpha["neurons"].data += torch.rand(LAYERS * NEURONS)
+            gates.trained["neurons"].data += torch.rand(LAYERS * NEURONS)
         gates.end_step()
     fresh.load_state_dict(gates.state_dict())
     for each in (gates, fresh):

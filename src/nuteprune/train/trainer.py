@@ -29,10 +29,11 @@ from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.gates import Gates, HardConcreteGates, RankedGates
-from nuteprune.gates.importance import fisher
+from nuteprune.gates.gates import Gates, RankedGates
+from nuteprune.gates.importance import METHODS, Probe, check_kinds
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
+from nuteprune.gates.soft import DeterministicGates, HardConcreteGates
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
@@ -90,10 +91,9 @@ class NutePruneTrainer(Trainer):
         self.hooks = MaskHooks(self.anatomy)
         term = LAYER_TERMS[args.layer_term] if args.layer_weight else None
         self.coforward = CoForward(self.anatomy, self.hooks, term)
-        self.schedule = Schedule(
-            args.target_sparsity, args.max_steps, args.ramp_share, args.ramp_power
-        )
-        self.plan = Plan.for_target(args.target_sparsity)
+        ramp_share = 0.0 if args.one_shot else args.ramp_share
+        self.schedule = Schedule(args.target_sparsity, args.max_steps, ramp_share, args.ramp_power)
+        self.plan = Plan.for_target(args.target_sparsity, self.schedule.ramp_steps)
         run = Path(cast(str, args.output_dir))
         self.teachers = Teachers(run / "teachers", self.allocator.layout)
         self.gates: Gates = make_gates(self.allocator, ones, args)
@@ -126,6 +126,8 @@ class NutePruneTrainer(Trainer):
     @property
     def freeze_step(self) -> int:
         """Step before which masks are frozen, counted from 0."""
+        if self.args.one_shot:
+            return 0
         return max(self.schedule.ramp_steps, round(self.args.freeze_share * self.args.max_steps))
 
     # -- before the first step
@@ -138,17 +140,21 @@ class NutePruneTrainer(Trainer):
 
     def warm_start(self) -> None:
         """Score all units on calibration text and start the gates from the scores."""
-        if self.args.warm_start:
-            batches = self._calibration(self.args.calibration_blocks)
+        if self.args.warm_start or self.args.one_shot:
+            method = METHODS[self.args.scoring]
+            batches = self._calibration(self.args.calibration_blocks) if method.reads else []
+            tick = self._counted(f"scoring {' and '.join(self.kinds)}", len(batches))
+            probe = Probe(
+                self.anatomy,
+                self.hooks,
+                self.allocator.budget,
+                self.kinds,
+                batches,
+                self.args.seed,
+                tick,
+            )
             with self._frozen_parameters():
-                scores = fisher(
-                    self.anatomy.model,
-                    self.hooks,
-                    self.allocator.layout,
-                    self.kinds,
-                    batches,
-                    self._counted("scoring heads and neurons", len(batches)),
-                )
+                scores = method.score(probe)
             fresh = make_gates(self.allocator, scores, self.args)
             self.gates.load_state_dict(fresh.state_dict())
         self.first_scores = {k: v.cpu().clone() for k, v in self.gates.scores.items()}
@@ -188,17 +194,12 @@ class NutePruneTrainer(Trainer):
         return tick
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with a group for LoRA and, if trained, for log-alpha and the multipliers."""
+        """Make AdamW with a group for LoRA and, where gates are trained, theirs."""
         if self.optimizer is None:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            rate = self.args.gate_learning_rate
-            groups: list[dict[str, Any]] = [
-                {"params": [p for n, p in named if "lora_" in n]},
-                {"params": [p for n, p in named if "log_alpha" in n], "lr": rate},
-                {"params": [p for n, p in named if "lambda" in n], "lr": rate, "maximize": True},
-            ]
+            lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
+            groups = self.gates.parameter_groups(self.args.gate_learning_rate)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
-            self.optimizer = kind([g for g in groups if g["params"]], **settings)
+            self.optimizer = kind([{"params": lora}, *groups], **settings)
         return self.optimizer
 
     # -- a step
@@ -473,6 +474,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     kinds = args.gate_kinds or ("kv_groups" if grouped else "heads", "neurons")
     if not grouped:
         kinds = tuple(dict.fromkeys("heads" if k == "kv_groups" else k for k in kinds))
+    check_kinds(args.scoring, kinds)
     for kind in kinds:
         reason = anatomy.family.refusal(kind, uniform=args.shapes == "uniform")
         if reason:
@@ -486,8 +488,12 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
 def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:
     """Return gates of the run's type that start from scores."""
     if args.gate_type == "ranked":
-        return RankedGates(allocator, scores, args.score_decay)
-    return HardConcreteGates(allocator, scores, args.warm_start, args.solved_schedule)
+        return RankedGates(allocator, scores, 1.0 if args.one_shot else args.score_decay)
+    if args.gate_type == "hard_concrete":
+        return HardConcreteGates(allocator, scores, args.warm_start, args.solved_schedule)
+    return DeterministicGates(
+        allocator, scores, args.target_sparsity, args.warm_start, args.solved_schedule
+    )
 
 
 def lora_config(anatomy: Anatomy, args: NutePruneConfig) -> LoraConfig:
