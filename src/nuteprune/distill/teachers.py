@@ -71,11 +71,14 @@ class Plan:
     def returning(self, count: int, progress: float) -> int:
         """Return the index of the teacher after the target is reached, -1 for the intact model.
 
+        Where fewer snapshots were taken than planned (steps of sparsity can be coarse), the newest
+        half of them is too close to the student, not more.
+
         Args:
             count: teachers there are.
             progress: share of the remaining steps that is over, in [0, 1).
         """
-        useful = self.growing(count) + 1
+        useful = count - min(self.lag, max(1, count // 2)) if count else 0
         return useful - 1 - int(progress * (useful + 1))
 
 

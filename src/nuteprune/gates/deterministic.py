@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HOT, COLD = 0.5, 0.05
+HOT, COLD = 0.25, 0.05
 """Temperature at the start and at the target."""
 LOWEST_START = 0.5
 """Multiplier that the least important unit starts from; the most important starts at 1."""
@@ -23,7 +23,7 @@ def temperature(progress: float) -> float:
     """Return the temperature when a share of the way to the target is gone, falling geometrically.
 
     Args:
-        progress: asked-for sparsity / target; beyond 1 counts as 1.
+        progress: sparsity there is / target; beyond 1 counts as 1.
     """
     return HOT * float((COLD / HOT) ** min(1.0, max(0.0, progress)))
 
@@ -49,7 +49,8 @@ def push(multiplier: Tensor, amount: float, temperature: float) -> Tensor:
         amount: the step, at least 0.
         temperature: of the scores.
     """
-    slope = 1 - torch.tanh(multiplier / temperature).square()
+    # 1 / cosh^2 and not 1 - tanh^2, which in fp32 is 0 for all that are well kept.
+    slope = torch.cosh((multiplier / temperature).clamp(max=40)).reciprocal().square()
     return (multiplier - amount * slope).clamp(min=0)
 
 

@@ -167,6 +167,8 @@ class RankedGates(Gates):
 
 
 def sparsity_of(allocator: Allocator, masks: Masks) -> float:
-    """Return the sparsity of masks once everything at 0 is cut."""
-    hard = {kind: (value > 0).float() for kind, value in masks.values.items()}
-    return float(allocator.budget.expected_sparsity(Masks(allocator.layout, hard)))
+    """Return the exact sparsity of masks once everything at 0 is cut, as `Budget.sparsity` does."""
+    budget = allocator.budget
+    hard = {kind: (value > 0).cpu().double() for kind, value in masks.values.items()}
+    kept = 1 - float(budget.expected_sparsity(Masks(allocator.layout, hard)))
+    return (budget.before - round(kept * budget.before)) / budget.before

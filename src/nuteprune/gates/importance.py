@@ -3,8 +3,8 @@
 Every method answers with scores in the form that the allocator takes: additive losses, of which
 the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`)
 are taken as they are. Those that only rank come through `units.losses_of`, so that the allocator
-follows their ranking, made as each paper makes it: `magnitude`, `wanda` and `taylor` rank within a
-layer, so that all layers lose the same share; `flap` and `similarity` across the model.
+follows their ranking, made as each paper makes it: `magnitude` and `wanda` rank within a layer, so
+that all layers lose the same share; `taylor` within a kind; `flap` and `similarity` across all.
 
 Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
 one kind in the whole model.
@@ -85,7 +85,7 @@ def magnitude(probe: Probe) -> Scores:
     Fang and Wang 2023, arXiv 2305.11627).
     """
     squares = squared_weights(probe.anatomy, probe.kinds)
-    return _by_layer(probe, {kind: value.sqrt() for kind, value in squares.items()})
+    return _ranked(probe, {kind: value.sqrt() for kind, value in squares.items()})
 
 
 def wanda(probe: Probe) -> Scores:
@@ -100,7 +100,7 @@ def wanda(probe: Probe) -> Scores:
         size_I = watched.weight_OI.float().abs().sum(0).cpu()
         columns[watched.units].append(size_I * watched.moments.norm)
     scores = {kind: over_columns(probe.layout, kind, columns) for kind in probe.kinds}
-    return _by_layer(probe, scores)
+    return _ranked(probe, scores)
 
 
 def flap(probe: Probe) -> Scores:
@@ -122,14 +122,16 @@ def flap(probe: Probe) -> Scores:
 
 
 def taylor(probe: Probe) -> Scores:
-    """First-order change of the loss: mean over sequences of |d loss / d mask|, ranked in a layer.
+    """First-order change of the loss: mean over sequences of |d loss / d mask|, ranked by kind.
 
     The gradient of a unit's mask at 1 is the sum of w d loss / d w over the unit's weights in the
     output or down projection: LLM-Pruner's vector-wise importance without gradients of weights.
-    Source: Molchanov et al. 2017 (arXiv 1611.06440); Ma, Fang and Wang 2023 (arXiv 2305.11627), who
-    also take the same share from each layer they prune.
+    Ranks run over all units of a kind in the model (its global option, the better one by far where
+    tried), so that attention and MLPs lose the same share, but not each layer. As losses the values
+    would mislead: gradients of many small units cancel, their sizes add up.
+    Source: Molchanov et al. 2017 (arXiv 1611.06440); Ma, Fang and Wang 2023 (arXiv 2305.11627).
     """
-    return _by_layer(probe, _mask_gradients(probe, torch.abs))
+    return _ranked(probe, _mask_gradients(probe, torch.abs), by_layer=False)
 
 
 def fisher(probe: Probe) -> Scores:
@@ -229,8 +231,8 @@ def _read_inputs(probe: Probe) -> list[Watched]:
     return watched
 
 
-def _by_layer(probe: Probe, scores: Scores) -> Scores:
-    placed = {kind: ranks(probe.layout, kind, value) for kind, value in scores.items()}
+def _ranked(probe: Probe, scores: Scores, by_layer: bool = True) -> Scores:
+    placed = {kind: ranks(probe.layout, kind, value, by_layer) for kind, value in scores.items()}
     return losses_of(probe.budget, placed)
 
 

@@ -9,6 +9,7 @@ Shape suffix: N units of one kind in the whole model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -230,6 +231,7 @@ class DeterministicGates(SoftGates):
         super().__init__(allocator, scores, first, solved)
         self.target = target
         self._temperature = deterministic.HOT
+        self._progress = 0.0
         parameters = {kind: unit_parameters(allocator.budget, kind) for kind in scores}
         total = sum(float(value.sum()) for value in parameters.values())
         for kind, value in parameters.items():
@@ -241,9 +243,12 @@ class DeterministicGates(SoftGates):
         if self.frozen:
             return
         self._asked = sparsity
-        self._temperature = deterministic.temperature(sparsity / self.target)
         for value in self.trained.values():
             value.clamp_(min=0)
+        # Cooled by what is really gone: saturated scores have no slope left to be pushed down.
+        self._temperature = deterministic.COLD
+        self._progress = min(1.0, float(self._expected()) / self.target)
+        self._temperature = deterministic.temperature(self._progress)
         if self.lagrangian is None:
             self._move(sparsity)
 
@@ -259,11 +264,11 @@ class DeterministicGates(SoftGates):
 
         if enough(0.0):
             return
-        low, high = 0.0, 1e-3
-        while not enough(high) and high < 1e12:
-            low, high = high, 4 * high
-        for _ in range(30):
-            middle = (low + high) / 2
+        low, high = 1e-6, 1e-3
+        while not enough(high) and high < 1e34:
+            low, high = high, 16 * high
+        for _ in range(40):
+            middle = math.sqrt(low * high)
             low, high = (low, middle) if enough(middle) else (middle, high)
         enough(high)
 
@@ -288,7 +293,7 @@ class DeterministicGates(SoftGates):
             (self.get_buffer(f"share_{kind}") * deterministic.undecided(score)).sum()
             for kind, score in self._keep().items()
         ]
-        term = min(1.0, self._asked / self.target) * torch.stack(parts).sum()
+        term = self._progress * torch.stack(parts).sum()
         lagrangian = super().penalty()
         return term if lagrangian is None else term + lagrangian
 

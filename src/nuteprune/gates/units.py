@@ -125,12 +125,14 @@ def over_columns(
     return torch.cat(parts)
 
 
-def ranks(layout: Layout, kind: str, scores: Tensor) -> Tensor:
+def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> Tensor:
     """Return the place (N,) of each unit among those of its layer, in (0, 1), the best highest.
 
-    A block's place is among the blocks of its kind in the model.
+    A block's place is among the blocks of its kind in the model, and so is that of any unit without
+    `by_layer`.
     """
-    sizes = [len(scores)] if kind in BLOCKS else list(layout.sizes[kind])
+    whole = kind in BLOCKS or not by_layer
+    sizes = [len(scores)] if whole else list(layout.sizes[kind])
     parts = []
     for part in scores.split(sizes):
         place = part.argsort(stable=True).argsort(stable=True)
