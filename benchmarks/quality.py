@@ -121,7 +121,7 @@ QUICK = Plan(
     long_steps=0,
     ablation={"deterministic, solved": ABLATION["deterministic, solved"]},
 )
-QUICK_SETTINGS = {"calibration_blocks": 12, "compensation_blocks": 12}
+QUICK_SETTINGS = {"calibration_blocks": 12, "compensation_blocks": 32}
 QUICK_EVAL_BLOCKS = 4
 PARTS = ("untrained", "trained", "ablation")
 
