@@ -11,7 +11,8 @@ from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.gates import Gates, RankedGates
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.soft import DeterministicGates, HardConcreteGates, SoftGates, survival
+from nuteprune.gates.multipliers import DeterministicGates, survival
+from nuteprune.gates.soft import HardConcreteGates, SoftGates
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 

@@ -2,7 +2,7 @@
 
 All kinds share one interface. `RankedGates` hold hard, exportable masks at the scheduled sparsity
 at every step and keep re-estimating each unit's score from the gradients of its mask. Those whose
-masks are soft and trained themselves are in `soft.py`.
+masks are soft and trained themselves are in `soft.py` and `multipliers.py`.
 
 Shape suffixes: B batch, N units of one kind in the whole model.
 """

@@ -32,8 +32,9 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.gates import Gates, RankedGates
 from nuteprune.gates.importance import METHODS, Probe, check_kinds
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.multipliers import DeterministicGates
 from nuteprune.gates.schedule import Schedule
-from nuteprune.gates.soft import DeterministicGates, HardConcreteGates
+from nuteprune.gates.soft import HardConcreteGates
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
