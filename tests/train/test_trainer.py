@@ -156,6 +156,7 @@ def test_one_shot_masks_are_final_from_the_first_step(
     compute = trainer.compute_loss
 
     def watched(*args: Any, **kwargs: Any) -> Any:
+        assert trainer.gates.frozen
         seen.append({k: v.clone() for k, v in trainer.gates.masks(2).values.items()})
         return compute(*args, **kwargs)
 
