@@ -46,10 +46,19 @@ class Plan:
     lag: int
 
     @classmethod
-    def for_target(cls, target: float) -> Plan:
-        """Return the published spacing (1 point, 10 behind), finer where the target is small."""
+    def for_target(cls, target: float, ramp_steps: int) -> Plan:
+        """Return the published plan (every point, 10 behind), scaled down where a run is small.
+
+        The spacing is finer where the target is small, and the lag is at most half of the snapshots
+        that a ramp can leave, one a step, so that a small target or a short run has teachers too.
+
+        Args:
+            target: sparsity that the run ends at.
+            ramp_steps: optimizer steps on the way there.
+        """
         spacing = min(0.01, target / 10)
-        return cls(target, spacing, min(10, max(1, round(target / spacing / 2))))
+        snapshots = min(target / spacing, ramp_steps)
+        return cls(target, spacing, min(10, max(1, round(snapshots / 2))))
 
     def due(self, sparsity: float, newest: float) -> bool:
         """Return whether a snapshot is to be taken at a sparsity."""
@@ -62,11 +71,14 @@ class Plan:
     def returning(self, count: int, progress: float) -> int:
         """Return the index of the teacher after the target is reached, -1 for the intact model.
 
+        Where fewer snapshots were taken than planned (steps of sparsity can be coarse), the newest
+        half of them is too close to the student, not more.
+
         Args:
             count: teachers there are.
             progress: share of the remaining steps that is over, in [0, 1].
         """
-        useful = self.growing(count) + 1
+        useful = count - min(self.lag, max(1, count // 2)) if count else 0
         return max(-1, useful - 1 - int(progress * (useful + 1)))
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.gates import Gates, HardConcreteGates, RankedGates
+from nuteprune.gates.gates import Gates, RankedGates
+from nuteprune.gates.importance import check_kinds
+from nuteprune.gates.multipliers import DeterministicGates
+from nuteprune.gates.soft import HardConcreteGates
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape, kinds_of_cut
 from nuteprune.train.config import NutePruneConfig
@@ -26,11 +29,13 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     """
     floor = _chosen_shape(anatomy.shape, args)
     needed = _kinds_here(anatomy.shape, kinds_of_cut(anatomy.shape, floor)) if floor else ()
-    kinds = _kinds_here(anatomy.shape, args.gate_kinds or needed or ("kv_groups", "neurons"))
+    asked = needed if needed and not args.gates else args.gate_kinds
+    kinds = _kinds_here(anatomy.shape, asked or ("kv_groups", "neurons"))
     if set(needed) - set(kinds):
         raise UserError(
             f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"
         )
+    check_kinds(args.scoring, kinds)
     for kind in kinds:
         reason = anatomy.family.refusal(kind, uniform=args.shapes == "uniform")
         if reason:
@@ -78,8 +83,11 @@ def run_targets(allocator: Allocator, args: NutePruneConfig) -> tuple[float, ...
 def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:
     """Return gates of the run's type that start from scores."""
     if args.gate_type == "ranked":
-        return RankedGates(allocator, scores, args.score_decay)
-    return HardConcreteGates(allocator, scores, args.warm_start, args.solved_schedule)
+        return RankedGates(allocator, scores, 1.0 if args.one_shot else args.score_decay)
+    if args.gate_type == "hard_concrete":
+        return HardConcreteGates(allocator, scores, args.warm_start, args.solved_schedule)
+    target = run_targets(allocator, args)[-1]
+    return DeterministicGates(allocator, scores, target, args.warm_start, args.solved_schedule)
 
 
 def lora_config(anatomy: Anatomy, args: NutePruneConfig) -> LoraConfig:

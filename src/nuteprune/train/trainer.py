@@ -28,7 +28,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.gates import Gates
-from nuteprune.gates.importance import fisher
+from nuteprune.gates.importance import METHODS, Probe
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy, silence_dropout
@@ -96,9 +96,15 @@ class NutePruneTrainer(AtomicTrainer):
         term = LAYER_TERMS[args.layer_term] if args.layer_weight else None
         self.coforward = CoForward(self.anatomy, self.hooks, term)
         self.schedule = Schedule(
-            self.targets, args.max_steps, args.ramp_share, args.ramp_power, args.freeze_share
+            self.targets,
+            args.max_steps,
+            args.ramp_share,
+            args.ramp_power,
+            args.freeze_share,
+            at_once=args.one_shot,
         )
-        self.plan = Plan.for_target(self.targets[-1])
+        ramps = self.schedule.stage(0).ramp_steps * len(self.targets)
+        self.plan = Plan.for_target(self.targets[-1], ramps)
         run = Path(cast(str, args.output_dir))
         self.teachers = Teachers(run / "teachers", self.allocator.layout)
         self.stops: list[int] = []
@@ -138,17 +144,21 @@ class NutePruneTrainer(AtomicTrainer):
 
     def warm_start(self) -> None:
         """Score all units on calibration text and start the gates from the scores."""
-        if self.args.warm_start:
-            batches = self._calibration(self.args.calibration_blocks)
+        if self.args.warm_start or self.args.one_shot:
+            method = METHODS[self.args.scoring]
+            batches = self._calibration(self.args.calibration_blocks) if method.reads else []
+            tick = self._counted(f"scoring {' and '.join(self.kinds)}", len(batches))
+            probe = Probe(
+                self.anatomy,
+                self.hooks,
+                self.allocator.budget,
+                self.kinds,
+                batches,
+                self.args.seed,
+                tick,
+            )
             with self._frozen_parameters():
-                scores = fisher(
-                    self.anatomy.model,
-                    self.hooks,
-                    self.allocator.layout,
-                    self.kinds,
-                    batches,
-                    self._counted("scoring heads and neurons", len(batches)),
-                )
+                scores = method.score(probe)
             fresh = make_gates(self.allocator, scores, self.args)
             self.gates.load_state_dict(fresh.state_dict())
             _agree(self.gates.state_dict().values())
@@ -189,17 +199,12 @@ class NutePruneTrainer(AtomicTrainer):
         return tick
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with a group for LoRA and, if trained, for log-alpha and the multipliers."""
+        """Make AdamW with a group for LoRA and, where gates are trained, theirs."""
         if self.optimizer is None:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            rate = self.args.gate_learning_rate
-            groups: list[dict[str, Any]] = [
-                {"params": [p for n, p in named if "lora_" in n]},
-                {"params": [p for n, p in named if "log_alpha" in n], "lr": rate},
-                {"params": [p for n, p in named if "lambda" in n], "lr": rate, "maximize": True},
-            ]
+            lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
+            groups = self.gates.parameter_groups(self.args.gate_learning_rate)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
-            self.optimizer = kind([g for g in groups if g["params"]], **settings)
+            self.optimizer = kind([{"params": lora}, *groups], **settings)
         return self.optimizer
 
     def rehearse(self) -> float:
