@@ -1,4 +1,4 @@
-"""Other programs, each in an environment of its own, and tiny checkpoints for them to load.
+"""Other programs, each in an environment of its own.
 
 Environments are made on first use, below the user's cache folder, or in the folder that
 NUTEPRUNE_CLIENT_VENVS names: `NAME/bin/python` there is used as it is.
@@ -12,21 +12,13 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from platformdirs import user_cache_path
-from transformers import PreTrainedModel
-
-from nuteprune.export.checkpoint import assemble
-from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.trainer import make_allocator
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -137,32 +129,3 @@ def start(tmp_path: Path, python_of: Callable[[str], Path]) -> Iterator[Callable
     yield make
     for client in clients:
         client.close()
-
-
-def pruned(
-    model: PreTrainedModel, kinds: Iterable[str], shapes: str, share: float = 0.5, multiple: int = 8
-) -> PreTrainedModel:
-    """The model with a share of what these gates can remove cut out, at random."""
-    anatomy = Anatomy(model)
-    settings = NutePruneConfig(
-        output_dir="unused",
-        gates=",".join(kinds),
-        shapes=shapes,
-        neuron_multiple=multiple,
-        hidden_multiple=multiple,
-    )
-    allocator = make_allocator(anatomy, settings)
-    random = torch.Generator().manual_seed(0)
-    scores = {
-        k: torch.rand(allocator.layout.units(k), generator=random)
-        for k in allocator.constraints.kinds
-    }
-    shape = allocator.shape(scores, share * allocator.maximum())
-    masks: Masks = allocator.masks(shape, scores)
-    return assemble(anatomy, masks)[0]
-
-
-@pytest.fixture(scope="session")
-def prune_at_random() -> Callable[..., PreTrainedModel]:
-    """`prune_at_random(model, kinds, shapes, share)` returns the smaller model."""
-    return pruned

@@ -39,7 +39,9 @@ def export(
     if type_name not in FILE_TYPES:
         raise UserError(f"--type {type_name} is unknown; pass one of {', '.join(FILE_TYPES)}")
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; name the file to write, such as {out}/model.gguf")
+        raise UserError(
+            f"--out {out} is a folder; name the file to write, such as {out}/model.gguf"
+        )
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
     read_config(model)
@@ -53,7 +55,7 @@ def export(
             type_name=type_name,
             name=Path(model).resolve().name if Path(model).exists() else model,
             pre_tokenizer=pre_tokenizer,
-            progress=lambda done, total: bars.update("writing layers", done, total),
+            progress=lambda done, total: bars.update("writing tensors", done, total),
         )
     for note in written.notes:
         output.line(f"Note: {note}")

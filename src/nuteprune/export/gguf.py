@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ def write_gguf(
         type_name: one of `FILE_TYPES`.
         name: what the file calls the model.
         pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None finds it.
-        progress: told how many layers of how many are done.
+        progress: told how many tensors of how many are written.
 
     Returns:
         What was written.
@@ -112,20 +114,15 @@ def write_gguf(
             f"the context length is {_context(arch, source)}, the model's attention window: "
             "llama.cpp lets this architecture attend to everything"
         )
+    infos = list(_tensor_infos(anatomy, arch, source, shape, type_name))
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(partial, arch.name, use_temp_file=True)
-        try:
-            _write_general(writer, name or path.stem, kind)
-            _write_dimensions(writer, anatomy, arch, source, shape)
-            _write_vocabulary(writer, vocabulary)
-            count, parameters = _add_tensors(writer, anatomy, arch, source, shape, kind, progress)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+        writer = GGUFWriter(partial, arch.name)
+        _write_general(writer, name or path.stem, kind)
+        _write_dimensions(writer, anatomy, arch, source, shape)
+        _write_vocabulary(writer, vocabulary)
+        _write_tensors(writer, infos, tensors(anatomy, arch, source, shape), progress)
         compared = check_vocabulary(read_back(partial), tokenizer)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -134,21 +131,24 @@ def write_gguf(
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
-    return Written(arch.name, count, parameters, size, compared, notes)
+        with suppress(OSError):
+            partial.unlink()
+    parameters = sum(prod(info.shape) for info in infos)
+    return Written(arch.name, len(infos), parameters, size, compared, notes)
 
 
-def _add_tensors(
-    writer: GGUFWriter,
-    anatomy: Anatomy,
-    arch: Arch,
-    source: Source,
-    shape: Shape,
-    kind: FileType,
-    progress: Callable[[int, int], None],
-) -> tuple[int, int]:
-    """Add all tensors, converted; return how many, and of how many parameters."""
-    count = parameters = layers = 0
+@dataclass(frozen=True)
+class _TensorInfo:
+    name: str
+    shape: tuple[int, ...]
+    stored: GGMLQuantizationType
+
+
+def _tensor_infos(
+    anatomy: Anatomy, arch: Arch, source: Source, shape: Shape, type_name: str
+) -> Iterator[_TensorInfo]:
+    """Yield what the file's index says of the tensors, which goes before all their values."""
+    kind = FILE_TYPES[type_name]
     for name, values in tensors(anatomy, arch, source, shape):
         stored = Q.F32
         if values.ndim > 1:
@@ -157,12 +157,29 @@ def _add_tensors(
             raise UserError(
                 f"{name} has values beyond {_F16_MAX:.0f}, the largest of --type f16: pass bf16"
             )
-        writer.add_tensor(name, quants.quantize(values, stored), raw_dtype=stored)
-        count, parameters = count + 1, parameters + values.size
-        if name.startswith(f"blk.{layers}."):
-            layers += 1
-            progress(layers, len(shape.layers))
-    return count, parameters
+        yield _TensorInfo(name, values.shape, stored)
+
+
+def _write_tensors(
+    writer: GGUFWriter,
+    infos: list[_TensorInfo],
+    values: Iterable[tuple[str, NDArray[np.float32]]],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the file: keys, the index of tensors, then one tensor after another."""
+    for info in infos:
+        size = prod(quants.quant_shape_to_byte_shape(info.shape, info.stored))
+        dtype = np.dtype(np.float32)  # only said of it; `raw_dtype` is what counts
+        writer.add_tensor_info(info.name, info.shape, dtype, size, raw_dtype=info.stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for i, (info, (_, array)) in enumerate(zip(infos, values, strict=True)):
+            writer.write_tensor_data(quants.quantize(array, info.stored))
+            progress(i + 1, len(infos))
+    finally:
+        writer.close()
 
 
 def _write_general(writer: GGUFWriter, name: str, kind: FileType) -> None:

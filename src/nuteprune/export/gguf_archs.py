@@ -297,9 +297,7 @@ def mended(shape: Shape, arch: Arch, quantized: bool) -> tuple[Shape, list[str]]
         neurons = layer.neurons or BLOCK
         if quantized:
             neurons = -(-neurons // BLOCK) * BLOCK
-        layers[i] = LayerShape(
-            layer.heads if heads else 1, layer.kv_heads if heads else 1, neurons
-        )
+        layers[i] = LayerShape(layer.heads if heads else 1, layer.kv_heads if heads else 1, neurons)
     for what, count in (
         ("without an MLP got one of zeros", sum(not x.mlp for x in shape.layers)),
         (
@@ -309,8 +307,7 @@ def mended(shape: Shape, arch: Arch, quantized: bool) -> tuple[Shape, list[str]]
         (
             f"got zeros to make neurons a multiple of {BLOCK}",
             sum(
-                x.mlp and x.neurons != y.neurons
-                for x, y in zip(shape.layers, layers, strict=True)
+                x.mlp and x.neurons != y.neurons for x, y in zip(shape.layers, layers, strict=True)
             ),
         ),
     ):

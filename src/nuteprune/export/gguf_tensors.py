@@ -198,9 +198,7 @@ def _unstacked(
     """Return the maps that a module stacks, in the order of its axes."""
     linear = anatomy.linear(layer, projection)
     assert linear is not None
-    whole = Part(
-        _array(linear.weight), None if linear.bias is None else _array(linear.bias)
-    )
+    whole = Part(_array(linear.weight), None if linear.bias is None else _array(linear.bias))
     if projection.rows == ("qkv",):
         rows = np.arange(linear.out_features).reshape(shape.heads, 3, anatomy.head_dim)
         return [whole.rows(rows[:, j].reshape(-1)) for j in range(3)]
