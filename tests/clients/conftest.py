@@ -44,7 +44,7 @@ ENVIRONMENTS = {
             shares_ours=True,
             dependencies=False,
         ),
-        Environment("lm-eval-0.4.9.1", ("lm_eval==0.4.9.1",), shares_ours=True),
+        Environment("lm-eval-0.4.13", ("lm_eval==0.4.13",), shares_ours=True),
     )
 }
 
@@ -102,7 +102,8 @@ class Client:
 
     def ask(self, **job: Any) -> dict[str, Any]:
         """Return the answer to a job; fails with the end of the log if the client died."""
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:

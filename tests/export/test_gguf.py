@@ -1,4 +1,4 @@
-"""GGUF files read back: by transformers' own GGUF loader, and value by value by the gguf package."""
+"""GGUF files read back: by transformers' own GGUF loader, and by value with the gguf package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from nuteprune.cli.app import main
 from nuteprune.errors import UserError
 from nuteprune.export import gguf as export
 from nuteprune.export.gguf import dequantized, metadata, read_back, write_gguf
-from nuteprune.export.gguf_archs import ARCHS, BLOCK, mended
+from nuteprune.export.gguf_archs import ARCHS, BLOCK
+from nuteprune.export.gguf_fit import mended
 from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
 from nuteprune.export.gguf_vocab import read_vocabulary as read
 from nuteprune.model.anatomy import Anatomy

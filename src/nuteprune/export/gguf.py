@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from gguf import (
@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_archs import Arch, Source, check_rows, choose, mended
+from nuteprune.export.gguf_archs import Arch
+from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
 from nuteprune.export.gguf_tensors import tensors
 from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
 from nuteprune.model.anatomy import Anatomy
@@ -209,7 +210,7 @@ def _write_dimensions(
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     if family.norm == "layer":
-        writer.add_layer_norm_eps(anatomy.final_norm.eps)
+        writer.add_layer_norm_eps(cast(float, anatomy.final_norm.eps))
         writer.add_parallel_residual(config.use_parallel_residual)
     else:
         writer.add_layer_norm_rms_eps(getattr(config, family.config_names["epsilon"]))

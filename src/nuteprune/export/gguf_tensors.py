@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nuteprune.export.gguf_archs import Arch, Source
+from nuteprune.export.gguf_archs import Arch
+from nuteprune.export.gguf_fit import Source
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
@@ -112,7 +113,7 @@ def _factors(anatomy: Anatomy, arch: Arch) -> tuple[float, float, dict[str, floa
 
 
 def _array(tensor: Tensor) -> Array:
-    return tensor.detach().to("cpu", torch.float32).numpy()  # type: ignore[no-any-return]
+    return tensor.detach().to("cpu", torch.float32).numpy()
 
 
 def _name(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from gguf import TokenType
@@ -111,7 +112,7 @@ def read_vocabulary(
     Raises:
         UserError: if llama.cpp has no such tokenizer, or is not known to.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
     kind = content.get("model", {}).get("type")
     if kind != "BPE":
@@ -252,7 +253,7 @@ def _user_defined(vocabulary: Vocabulary) -> list[str]:
 def _byte_level(vocabulary: Vocabulary) -> Any:
     """Return an encoder that does what llama.cpp's `gpt2` does with the file's keys."""
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
-    merges = [tuple(merge.split(" ")) for merge in vocabulary.merges or ()]
+    merges = [(a, b) for a, _, b in (x.partition(" ") for x in vocabulary.merges or ())]
     split = SPLITS[vocabulary.pre]
     backend = Tokenizer(models.BPE(ids, merges, ignore_merges=split.ignores_merges))
     backend.pre_tokenizer = _pre_tokenizer(vocabulary.pre)
@@ -271,7 +272,7 @@ def _best_first(vocabulary: Vocabulary) -> Any:
         while True:
             pairs = [
                 (-scores[ids[a + b]], i)
-                for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False))
+                for i, (a, b) in enumerate(pairwise(pieces))
                 if a + b in ids
             ]
             if not pairs:
