@@ -85,6 +85,12 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | extra
 
 
+@pytest.fixture
+def client_environment() -> Callable[..., dict[str, str]]:
+    """Returns environment variables for a client: `client_environment(NAME=value)`."""
+    return clean_environment
+
+
 class Client:
     """A script in another Python that answers one JSON line per JSON line."""
 

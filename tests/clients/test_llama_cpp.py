@@ -159,7 +159,7 @@ def test_logits_and_greedy_tokens(
     written = write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
     assert written.arch == arch
     logits, made = expected(model)
-    answer = start("llama-cpp", "llama_cpp.py").ask(
+    answer = start("llama-cpp", "llama_cpp_client.py").ask(
         file=str(tmp_path / "m.gguf"), prompt=PROMPT, steps=STEPS, texts=PROBES
     )
     error = np.abs(np.array(answer["logits"]) - logits).max()
