@@ -152,7 +152,7 @@ def tiny_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def prune_at_random() -> Callable[..., PreTrainedModel]:
-    """`prune_at_random(model, kinds, shapes)`: the model with half of what may go cut out.
+    """`prune_at_random(model, kinds, shapes, share=0.5)`: without that share of what may go.
 
     Counts left are multiples of 8; the model that is passed in is used up.
     """
@@ -163,7 +163,9 @@ def prune_at_random() -> Callable[..., PreTrainedModel]:
     from nuteprune.train.config import NutePruneConfig
     from nuteprune.train.trainer import make_allocator
 
-    def prune(model: PreTrainedModel, kinds: Iterable[str], shapes: str) -> PreTrainedModel:
+    def prune(
+        model: PreTrainedModel, kinds: Iterable[str], shapes: str, share: float = 0.5
+    ) -> PreTrainedModel:
         anatomy = Anatomy(model)
         settings = {"gates": ",".join(kinds), "shapes": shapes}
         multiples = {"neuron_multiple": 8, "hidden_multiple": 8}
@@ -173,7 +175,7 @@ def prune_at_random() -> Callable[..., PreTrainedModel]:
         random = torch.Generator().manual_seed(0)
         units = {k: allocator.layout.units(k) for k in allocator.constraints.kinds}
         scores = {k: torch.rand(n, generator=random) for k, n in units.items()}
-        shape = allocator.shape(scores, 0.5 * allocator.maximum())
+        shape = allocator.shape(scores, share * allocator.maximum())
         return assemble(anatomy, allocator.masks(shape, scores))[0]
 
     return prune

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from nuteprune.demo import assets
+from nuteprune.export.checkpoint import load_pruned
 from nuteprune.export.gguf import write_gguf
 from nuteprune.export.gguf_vocab import PROBES
 
@@ -168,4 +170,66 @@ def test_logits_and_greedy_tokens(
     assert answer["made"] == made
     assert answer["texts"] == [
         tiny_tokenizer(text, add_special_tokens=False).input_ids for text in PROBES
+    ]
+
+
+# error of the last logits, relative to the largest; llama.cpp rounds activations too
+TYPES = {"f16": 5e-3, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 0.6}
+
+
+def test_stored_types(
+    tiny_model: Callable,
+    tiny_tokenizer: Any,
+    prune_at_random: Callable,
+    start: Callable,
+    tmp_path: Path,
+) -> None:
+    model = prune_at_random(tiny_model("llama", vocab_size=300), ("neurons",), "free")
+    logits, _ = expected(model)
+    client = start("llama-cpp", "llama_cpp_client.py")
+    errors = {}
+    for type_name in TYPES:
+        path = tmp_path / f"{type_name}.gguf"
+        write_gguf(model, tiny_tokenizer, path, type_name=type_name)
+        answer = client.ask(file=str(path), prompt=PROMPT, steps=1)
+        error = np.abs(np.array(answer["logits"]) - logits).max()
+        errors[type_name] = error / np.abs(logits).max()
+    assert all(errors[x] <= TYPES[x] for x in TYPES), errors
+
+
+def test_sentencepiece_tokens(
+    tiny_model: Callable, sentencepiece_tokenizer: Any, start: Callable, tmp_path: Path
+) -> None:
+    texts = [*PROBES, "the student learns from a teacher that is a little less pruned"]
+    path = tmp_path / "m.gguf"
+    write_gguf(tiny_model("llama", vocab_size=300), sentencepiece_tokenizer, path)
+    answer = start("llama-cpp", "llama_cpp_client.py").ask(
+        file=str(path), prompt=PROMPT, steps=1, texts=texts
+    )
+    assert answer["texts"] == [
+        sentencepiece_tokenizer(text, add_special_tokens=False).input_ids for text in texts
+    ]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+def test_a_real_model(
+    shapes: str, prune_at_random: Callable, start: Callable, tmp_path: Path
+) -> None:
+    folder = assets.model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    whole = load_pruned(folder, dtype=torch.float32)
+    model = prune_at_random(whole, ("kv_groups", "neurons"), shapes, share=0.1)
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", type_name="f16")
+    texts = [x[0][:2000] for x in assets.documents().values()]
+    prompt = tokenizer("The history of bread begins").input_ids
+    tokens = torch.tensor([prompt])
+    how = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 16, "min_new_tokens": 16}
+    made = model.generate(tokens, do_sample=False, **how)[0, len(prompt) :]
+    answer = start("llama-cpp", "llama_cpp_client.py").ask(
+        file=str(tmp_path / "m.gguf"), prompt=prompt, steps=16, texts=[*texts, *PROBES]
+    )
+    assert answer["made"] == made.tolist()
+    assert answer["texts"] == [
+        tokenizer(x, add_special_tokens=False).input_ids for x in [*texts, *PROBES]
     ]

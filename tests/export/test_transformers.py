@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from nuteprune.export.checkpoint import save
+from nuteprune.export.checkpoint import recount, save
+from nuteprune.model.families import FAMILIES
 
 TOKENS = torch.tensor([[40, 5, 77, 12, 9, 33, 25, 61, 14, 8]])
 
@@ -38,6 +39,17 @@ def load(folder: Path, **how: Any) -> PreTrainedModel:
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> Tensor:
     return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pruned_models_are_saved_under_the_names_of_stock_checkpoints(
+    name: str, tiny_model: Callable, prune_at_random: Callable, tmp_path: Path
+) -> None:
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "stock")
+    save(prune_at_random(model, ("neurons",), "free"), tmp_path / "pruned")
+    ours, theirs = (recount(tmp_path / x)["tensors"].keys() for x in ("pruned", "stock"))
+    assert ours == theirs
 
 
 def test_bfloat16(folder: Path) -> None:

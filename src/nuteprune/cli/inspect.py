@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from math import gcd, prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,7 @@ def inspect(
     family = family_named(config.model_type)
     before, after = shapes_of(record)
     source = Source(family, config, after, biases_of(family, counted["tensors"]))
-    parts = parts_of(source, before, counted["tensors"], record["params"]["before"])
+    parts = parts_of(source, before, counted["tensors"], record["params"])
     multiples = multiples_of(source)
     found = warnings(source)
     if counted["total"] != record["params"]["after"]:
@@ -42,7 +43,7 @@ def inspect(
     _print_parts(parts, record, output)
     output.line(
         f"Multiples   width {multiples['hidden']}, neurons {multiples['neurons']}, "
-        f"heads x head_dim {multiples['heads']}; all layers can be split among "
+        f"heads x head_dim {multiples['heads']}; tensor-parallel sizes "
         f"{', '.join(map(str, multiples['tensor_parallel']))}"
     )
     for name, value in record["perplexity"]["after"].items():
@@ -85,7 +86,7 @@ def biases_of(family: Family, tensors: Tensors) -> dict[str, bool]:
 
 
 def parts_of(
-    source: Source, before: Shape, tensors: Tensors, total: int
+    source: Source, before: Shape, tensors: Tensors, params: Mapping[str, int]
 ) -> dict[str, tuple[int, int]]:
     """Return the parameters of each part: before (by its dimensions), after (in the files).
 
@@ -93,14 +94,14 @@ def parts_of(
         source: the pruned model.
         before: dimensions of the intact one.
         tensors: what the files hold, name -> shape.
-        total: all parameters of the intact model, tied ones once.
+        params: the record's counts of the intact model.
     """
     family, after = source.family, source.shape
     budget = Budget(family, before, source.head_dim, source.biases)
-    old = {
-        name: sum(c * before.hidden + constant for c, constant in map(count, before.layers))
-        for name, count in (("attention", budget.attention), ("MLP", budget.mlp))
-    }
+    forms = map(budget.attention, before.layers)
+    old = {"attention": sum(c * before.hidden + constant for c, constant in forms)}
+    # By subtraction: where all MLPs are gone, no file tells whether they had biases.
+    old["MLP"] = params["blocks_before"] - old["attention"]
     prefix = f"{family.layers}."
     paths = {"attention": family.attention, "MLP": family.mlp}
     new = {
@@ -114,7 +115,7 @@ def parts_of(
     new["embedding and head"] = _count(tensors, outside)
     old["embedding and head"] = new["embedding and head"] * before.hidden // after.hidden
     new["norms"] = _count(tensors, tensors) - sum(new.values())
-    old["norms"] = total - sum(old.values())
+    old["norms"] = params["before"] - sum(old.values())
     return {name: (old[name], new[name]) for name in old}
 
 
@@ -141,10 +142,16 @@ def _largest_power_of_two(number: int) -> int:
 
 
 def _print_layers(folder: Path, record: Mapping[str, Any], output: Output) -> None:
-    rows = [
-        [str(i), *(_change(old[k], new[k]) for k in ("heads", "kv_heads", "neurons"))]
-        for i, (old, new) in enumerate(zip(record["layers_before"], record["layers"], strict=True))
+    """Print the counts of each layer, of neighbours with the same ones once."""
+    changes = [
+        [_change(old[k], new[k]) for k in ("heads", "kv_heads", "neurons")]
+        for old, new in zip(record["layers_before"], record["layers"], strict=True)
     ]
+    rows, first = [], 0
+    for cells, same in groupby(changes):
+        last = first + len(list(same)) - 1
+        rows.append([str(first) if first == last else f"{first}-{last}", *cells])
+        first = last + 1
     output.table(
         f"{folder}: {record['base_model']}, {record['shapes']} shapes",
         ["layer", "heads", "KV heads", "neurons"],

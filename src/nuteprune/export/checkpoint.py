@@ -63,7 +63,7 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
         UserError: if the tensors are not those that the config asks for.
     """
     first = next(iter(state_dict.values()))
-    return _load(
+    model = _load(
         _causal_lm(config.model_type),
         None,
         config=config,
@@ -71,6 +71,10 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
         dtype=first.dtype,
         device_map={"": first.device},
     )
+    # It notes that no tensor was renamed on the way in, and would then rename none in files, whose
+    # names are those of older versions (GPT-NeoX: embed_out, not lm_head).
+    vars(model).pop("_weight_conversions", None)
+    return model
 
 
 def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:

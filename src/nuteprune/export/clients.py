@@ -71,10 +71,8 @@ _STOCK = "as the stock class"
 _REMOTE = "`trust_remote_code=True`, or `load_pruned`"
 
 CLIENTS = (
-    Client(
-        "transformers 5", _STOCK, _REMOTE, "tests/export, tests/clients/test_transformers.py", _none
-    ),
-    Client("transformers 4.57", _STOCK, _REMOTE, "tests/export/test_modeling_pruned.py", _none),
+    Client("transformers 5", _STOCK, _REMOTE, "tests/export", _none),
+    Client("transformers 4.57", _STOCK, _REMOTE, "tests/clients/test_transformers_4.py", _none),
     Client(
         "transformers `generate_batch`", _STOCK, "equal KV heads only", "not run here", _batching
     ),
