@@ -54,11 +54,12 @@ def ready(environment: Environment) -> Path:
     chosen = os.environ.get("NUTEPRUNE_CLIENT_VENVS")
     folder = Path(chosen) if chosen else user_cache_path("nuteprune") / "clients"
     home = folder / environment.name
-    python, unfinished = home / "bin" / "python", home / ".unfinished"
+    python, unfinished = home / "bin" / "python", folder / f".{environment.name}.unfinished"
     if python.exists() and not unfinished.exists():
         return python
-    venv.create(home, clear=True, with_pip=True)
+    folder.mkdir(parents=True, exist_ok=True)
     unfinished.touch()
+    venv.create(home, clear=True, with_pip=True)
     if environment.shares_ours:
         at = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
         (home / at / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -40,8 +40,9 @@ def _batching(source: Source) -> Iterator[str]:
 
 
 def _one_size(source: Source) -> Iterator[str]:
-    if not source.shape.uniform:
-        yield "it has one size for all layers; prune with --shapes uniform"
+    first = source.shape.layers[0]
+    if not (source.shape.uniform and first.attention and first.mlp):
+        yield "it wants all layers whole and of one size; prune with --shapes uniform"
 
 
 def _llama_cpp(source: Source) -> Iterator[str]:
