@@ -251,6 +251,10 @@ def test_values_of_every_type(
             blocks = largest.reshape(len(exact), -1, BLOCK)
             largest = np.broadcast_to(blocks.max(-1, keepdims=True), blocks.shape)
             largest = largest.reshape(exact.shape)
+        up, kept = found[f"blk.{i}.ffn_up.weight"], neurons[i]
+        assert up.shape == stored.T.shape
+        assert not up[kept:].any()
+        np.testing.assert_allclose(up[:kept], layer.mlp.up_proj.weight.detach(), atol=0.2)
         error = np.abs(stored - exact)
         assert (error <= ERRORS[type_name] * largest + 1e-7).all()
         assert error.any()
