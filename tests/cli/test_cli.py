@@ -62,7 +62,7 @@ def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
     return ["prune", str(model), *flags, "--set", "neuron_multiple=4"]
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["demo"], ["eval"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["prune"], ["demo"], ["eval"], ["export"], ["inspect"]])
 def test_help_of_every_command(command: list[str], run: Run) -> None:
     code, out, err = run(*command, "--help")
     assert code == 0

@@ -34,7 +34,7 @@ def _root(
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
     # Imported here, so that libraries are quiet by the time they are loaded.
-    from nuteprune.cli import demo, evaluate, inspect, prune, report
+    from nuteprune.cli import demo, evaluate, export, inspect, prune, report
 
     app = typer.Typer(
         name="nuteprune",
@@ -48,6 +48,7 @@ def make_app() -> typer.Typer:
     app.command("demo")(demo.demo)
     app.command("prune")(prune.prune)
     app.command("eval")(evaluate.evaluate)
+    app.command("export")(export.export)
     app.command("inspect")(inspect.inspect)
     app.command("report")(report.report)
     return app
