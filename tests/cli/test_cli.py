@@ -114,7 +114,7 @@ def test_the_dtype_of_the_input_is_kept(model: Path, text: Path, tmp_path: Path,
 def test_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     code, stdout, _ = run(*options(model, text, tmp_path / "out"), "--dry-run", "--json")
     assert code == 0
-    assert json.loads(stdout.splitlines()[-1])["sparsity"] >= 0.3
+    assert json.loads(stdout.splitlines()[-1])["sparsity"][0] >= 0.3
     assert not (tmp_path / "out").exists()
 
 
@@ -169,11 +169,11 @@ BAD = {
         "at most",
     ),
     "no such data": (
-        ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--data", "no.txt"],
+        [*PRUNE, "--data", "no.txt"],
         "no.txt",
     ),
     "empty data": (
-        ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--data", "EMPTY"],
+        [*PRUNE, "--data", "EMPTY"],
         "EMPTY",
     ),
     "unknown option": (["prune", "MODEL", "--sparsty", "0.2", "--out", "OUT"], "--sparsity"),

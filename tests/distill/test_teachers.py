@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.distill.teachers import INTACT, Plan, Teachers
+from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -72,7 +73,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
     assert_plays(killed, 2, seed=2)
     resumed = Teachers(tmp_path, LAYOUT)
     for teachers in (resumed, killed):
-        teachers.restore([0.01, 0.02])
+        teachers.restore([0.01, 0.02], killed.sums[:2])
         assert teachers.newest == 0.02
         teachers.record(0.05, *snapshot(9))
         assert teachers.sparsities == [0.01, 0.02, 0.05]
@@ -83,7 +84,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
 def test_a_snapshot_cut_off_while_written_is_not_there(tmp_path: Path, monkeypatch) -> None:
     teachers = filled(tmp_path, 1)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunFailed, match=r"cannot write the teacher .*disk full; make room"):
         teachers.record(0.02, *snapshot(1))
     assert len(teachers) == 1
     assert len(list(tmp_path.glob("*.safetensors"))) == 1

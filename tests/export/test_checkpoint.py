@@ -301,7 +301,7 @@ def test_only_free_folders_are_written_to(model: PreTrainedModel, tmp_path: Path
     names = {x.name for x in (tmp_path / "model").iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "modeling_pruned.py"),
-        *("README.md", "nuteprune.json", "run"),
+        *("README.md", "nuteprune.json", "run", "SHA256SUMS"),
     }
     assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == "# Größe\n"
     assert [x.name for x in tmp_path.iterdir()] == ["model"]

@@ -18,6 +18,7 @@ import torch
 
 from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
+from nuteprune.files import write_sums
 from nuteprune.judge import plots, reproduce
 from nuteprune.judge.drawing import COLOURS, POINTS
 from nuteprune.judge.report import kept_rows, verdict, write_report
@@ -357,6 +358,7 @@ def test_gates_come_from_the_last_trainer_checkpoint(
         gates["log_alpha.neurons"] = torch.zeros(40)
     masks = {"neurons": (torch.arange(40) < 30).float(), "kv_groups": torch.ones(3)}
     RunState({}, gates, masks if frozen else {}, []).save(checkpoint)
+    write_sums(checkpoint)
     page = page_of(folder)
     assert "gates" in page.sections
     labels = " ".join(a.get("aria-label", "") for _, a in page.elements)

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from importlib.metadata import version
+from io import TextIOWrapper
 
 import typer
 
@@ -57,6 +58,9 @@ def make_app() -> typer.Typer:
 def main() -> None:
     """Run the command line and exit with its code."""
     debug = bool(os.environ.get("NUTEPRUNE_DEBUG"))
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what no terminal shows
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Read when torch is loaded: waiting threads that spin make a run on a shared machine crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debug:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Sequence
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nuteprune.cli.sources import pick_device
-from nuteprune.errors import UserError
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.files import remove, writing
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.state import last_checkpoint
 
@@ -81,13 +84,32 @@ def check_out(job: Job) -> None:
         raise UserError(f"--out {out} is a file; name a folder")
     if job.resume:
         if last_checkpoint(out / RUN) is None:
-            raise UserError(f"nothing to resume in {out}: there is no checkpoint in {out / RUN}")
+            raise UserError(
+                f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
+                "anew without --resume, with --overwrite if the folder is not empty"
+            )
         return
     if out.exists() and any(out.iterdir()) and not job.overwrite:
         raise UserError(
             f"--out {out} is not empty; name another folder, or pass --overwrite to replace it or "
             "--resume to go on with it"
         )
+    if not job.dry_run:
+        check_writable(out)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written to, before hours are spent; writes nothing.
+
+    Raises:
+        UserError: if neither it nor the nearest folder above it that is there takes a file.
+    """
+    there = next(x for x in (folder.absolute(), *folder.absolute().parents) if x.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {there}: {error.strerror}; name another --out") from error
 
 
 def resume_from(job: Job) -> str | None:
@@ -103,11 +125,49 @@ def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
 
 def clear_result(out: Path) -> None:
     """Remove what an earlier end of a run wrote, and keep the run itself."""
-    for path in out.iterdir():
-        if path.is_dir() and path.name != RUN:
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
+    with writing(out):
+        # First what makes a folder a checkpoint, lest one that is gone in part look whole.
+        for path in sorted(out.iterdir(), key=lambda path: path.name != "config.json"):
+            if path.name != RUN:
+                remove(path)
+
+
+def clear(out: Path) -> None:
+    """Remove all that is in a folder; if this is cut short, what is left cannot be resumed."""
+    if not out.exists():
+        return
+    with writing(out):
+        doomed = out / f".{RUN}.removed"
+        remove(doomed)
+        if (out / RUN).exists():
+            (out / RUN).replace(doomed)
+    clear_result(out)
+
+
+def make_config(job: Job, folder: Path) -> NutePruneConfig:
+    """Return the settings of a job's run in a folder.
+
+    Raises:
+        UserError: if they cannot work.
+    """
+    with settings_of_user():
+        return NutePruneConfig(output_dir=str(folder), **trainer_settings(job))
+
+
+@contextmanager
+def settings_of_user() -> Iterator[None]:
+    """Tell in one line what libraries say of settings, which they check in many places.
+
+    Raises:
+        UserError: in place of any other error.
+    """
+    try:
+        yield
+    except (UserError, RunFailed):
+        raise
+    except Exception as error:
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise UserError(f"these settings cannot work ({said}); check --config and --set") from error
 
 
 def run_config(job: Job, args: NutePruneConfig) -> dict[str, Any]:
@@ -145,4 +205,5 @@ NUTEPRUNE_KEYS = frozenset(f.name for f in dataclasses.fields(NutePruneConfig)) 
     "use_cpu",
     "logging_dir",
     "report_to",
+    "hub_token",  # a secret
 }

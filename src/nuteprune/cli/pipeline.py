@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +19,15 @@ from nuteprune.cli.job import (
     RUN,
     Job,
     check_out,
+    clear,
     clear_result,
+    make_config,
     resume_from,
     run_config,
+    settings_of_user,
     target_folder,
-    trainer_settings,
 )
-from nuteprune.cli.output import Bars, Output, is_main_process
+from nuteprune.cli.output import Bars, Output, is_main_process, megabytes
 from nuteprune.cli.progress import StepProgress
 from nuteprune.cli.show import print_dry_run, print_plan
 from nuteprune.cli.sources import (
@@ -34,7 +37,7 @@ from nuteprune.cli.sources import (
     origin,
     pick_dtype,
 )
-from nuteprune.errors import RunFailed
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
 from nuteprune.judge.perplexity import mean, perplexities, protocol
@@ -73,8 +76,20 @@ def run(job: Job, output: Output) -> Result | None:
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if job.dry_run else job.out
-        config = NutePruneConfig(output_dir=str(folder / RUN), **trainer_settings(job))
-        return _run(job, config, output, started)
+        was_there = folder.exists()
+        try:
+            return _run(job, make_config(job, folder / RUN), output, started)
+        except UserError:
+            _take_back(folder, was_there)
+            raise
+
+
+def _take_back(folder: Path, was_there: bool) -> None:
+    """Remove the empty folders that a trainer made for a run that cannot begin."""
+    with suppress(OSError):  # not empty, or not there
+        (folder / RUN).rmdir()
+        if not was_there:
+            folder.rmdir()
 
 
 def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> Result | None:
@@ -88,7 +103,7 @@ def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> R
             print_dry_run(trainer, output)
             return None
         if not job.resume and is_main_process():
-            shutil.rmtree(job.out, ignore_errors=True)
+            clear(job.out)
         trainer.accelerator.wait_for_everyone()
         records = _prune(job, trainer, held_out, bars, started)
     if not is_main_process():
@@ -105,6 +120,11 @@ def _texts(
     job: Job, config: NutePruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> tuple[BlockDataset, dict[str, Tensor]]:
     """Return the blocks to train on, and those to judge by, per source."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and job.length > positions:
+        raise UserError(
+            f"length is {job.length}, and the model knows {positions} positions; pass a shorter one"
+        )
     blocks = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps
     blocks *= config.world_size
     shared: dict[str, Any] = {
@@ -113,9 +133,20 @@ def _texts(
         "vocab_size": Anatomy(model).embedding.weight.shape[0],
     }
     count = max(blocks, config.calibration_blocks, config.compensation_blocks)
+    _check_room(count, job.length)
     training = training_blocks(job.data, tokenizer, count=count, seed=config.seed, **shared)
     judged = job.eval_data or job.data
     return training, held_out_blocks(judged, tokenizer, count=job.eval_blocks, **shared)
+
+
+def _check_room(count: int, length: int) -> None:
+    needed = 4 * count * length
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise UserError(
+            f"{count} blocks of {length} tokens take {megabytes(needed)} of memory, and this "
+            f"machine has {megabytes(memory)}; pass fewer steps, a smaller batch or length"
+        )
 
 
 def make_trainer(
@@ -126,7 +157,11 @@ def make_trainer(
     bars: Bars,
 ) -> NutePruneTrainer:
     """Return a trainer that shows its progress."""
-    trainer = NutePruneTrainer(model, config, training, tokenizer, progress=bars.update)
+    with settings_of_user():
+        trainer = NutePruneTrainer(model, config, training, tokenizer, progress=bars.update)
+        # Made for trial, since a run makes them when it has begun to write.
+        trainer.create_optimizer_and_scheduler(max(1, config.max_steps))
+        trainer.optimizer = trainer.lr_scheduler = None
     trainer.stored_dtype = stored_dtype(model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepProgress(trainer, bars))
@@ -184,7 +219,7 @@ def one_shot(
     model = load_model(job.model, pick_dtype(job.dtype, job.device))
     stored = stored_dtype(model)
     anatomy = Anatomy(model)
-    config = NutePruneConfig(**trainer_settings(job))
+    config = make_config(job, out)
     allocator = make_allocator(anatomy, config)
     target = run_targets(allocator, config)[-1]
     masks = allocator.masks(allocator.shape(scores, target), scores)

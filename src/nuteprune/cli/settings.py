@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import reprlib
+import textwrap
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -31,12 +37,30 @@ SHORT = {
 }
 """The command line's words for some of the trainer's settings."""
 
-_HIDDEN = {"output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "use_cpu"}
+_REFUSED = (
+    *("output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "use_cpu"),
+    *("eval_strategy", "eval_on_start", "load_best_model_at_end", "save_only_model"),
+    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"),
+    *("auto_find_batch_size", "enable_jit_checkpoint", "hub_token", "push_to_hub"),
+)
+"""Settings of transformers that the command line has another way for, or that have no place in a
+run that must be resumed to the last bit."""
 
 
-def _defaults() -> dict[str, Any]:
-    fields = (f for f in dataclasses.fields(NutePruneConfig) if f.init and f.name not in _HIDDEN)
-    return {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-3 is a number, which YAML 1.1 wants with a dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def _hints() -> dict[str, Any]:
+    """Return the type of each setting."""
+    hints = get_type_hints(NutePruneConfig)
+    names = {f.name for f in dataclasses.fields(NutePruneConfig) if f.init}
+    return {**{k: hints[k] for k in sorted(names) if k not in _REFUSED}, **RUN_KEYS}
 
 
 def read_settings(config: Path | None, assignments: Iterable[str]) -> dict[str, Any]:
@@ -67,7 +91,7 @@ def read_mapping(path: Path, option: str) -> dict[str, Any]:
     """
     try:
         content = _parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {option} {path}: {error}") from error
     if content is None:
         return {}
@@ -78,40 +102,56 @@ def read_mapping(path: Path, option: str) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is no valid YAML: {error}") from error
+        return yaml.load(text, _Loader)  # made of SafeLoader: it builds plain values only
+    # ValueError: a date that is none, or a number of too many digits.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no valid YAML: {_short(error)}") from error
 
 
 def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by full name, with their types checked."""
-    defaults = _defaults()
+    hints = _hints()
     checked = {}
     for given, value in settings.items():
         key = SHORT.get(given, given)
-        if key not in defaults and key not in RUN_KEYS:
-            near = get_close_matches(given, [*defaults, *RUN_KEYS, *SHORT], n=1)
+        if key in _REFUSED:
+            raise UserError(f"setting {given} cannot be used here: a run has no place for it")
+        if key not in hints:
+            near = get_close_matches(given, [*hints, *SHORT], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown setting {given!r}{hint}")
-        expected = RUN_KEYS.get(key) or type(defaults[key])
-        checked[key] = _coerce(given, value, expected)
+            raise UserError(f"unknown setting {_short(repr(given))}{hint}")
+        checked[key] = _coerce(given, value, hints[key])
     return checked
 
 
-def _coerce(key: str, value: Any, expected: type) -> Any:
-    if expected is type(None) or value is None or not isinstance(expected, type):
-        return value
-    try:
-        if expected is float and not isinstance(value, bool):
-            return float(value)
-        if expected is int and not isinstance(value, bool) and float(value) == int(value):
-            return int(value)
-        if expected is bool and isinstance(value, bool):
-            return value
-        if expected is str and isinstance(value, (str, int, float)):
-            return str(value)
-        if expected not in (float, int, bool, str):
-            return value
-    except (TypeError, ValueError):
-        pass
-    raise UserError(f"setting {key} is {value!r}; it must be of type {expected.__name__}")
+def _coerce(key: str, value: Any, hint: Any) -> Any:
+    """Return a value as one of the types that a setting may have, as it is where it can be."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    plain = tuple(get_origin(kind) or kind for kind in kinds)
+    if type(value) in plain:
+        return _finite(key, value)
+    for kind in plain:
+        with suppress(TypeError, ValueError, OverflowError):
+            if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+                return _finite(key, float(value))
+            if kind is int and isinstance(value, (float, str)) and float(value) == int(value):
+                return int(value)
+            if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+                return str(value)
+    names = [kind.__name__ for kind in plain if kind in _PLAIN] or ["text"]
+    raise UserError(
+        f"setting {key} is {_short(reprlib.repr(value))}; it must be of type {' or '.join(names)}"
+    )
+
+
+_PLAIN = (bool, int, float, str, list, dict)
+
+
+def _finite(key: str, value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"setting {key} is {value}; it must be a finite number")
+    return value
+
+
+def _short(text: object) -> str:
+    return textwrap.shorten(str(text), 200, placeholder=" ...")

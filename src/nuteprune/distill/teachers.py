@@ -7,16 +7,17 @@ that are left. Source: the paper's progressive distillation.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.files import atomic, file_sum, writing
 from nuteprune.gates.masks import Layout, Masks
 
 
@@ -94,6 +95,7 @@ class Teachers:
         self.folder = folder
         self.layout = layout
         self.sparsities: list[float] = []
+        self.sums: list[str] = []
         self._loaded: dict[int, Role] = {}
 
     def __len__(self) -> int:
@@ -114,20 +116,42 @@ class Teachers:
         lora: Mapping[str, Tensor],
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Write a snapshot, its LoRA weights in `dtype`: complete on disk, or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write a snapshot, its LoRA weights in `dtype`: complete on disk, or not at all.
+
+        Raises:
+            RunFailed: if it cannot be written.
+        """
         tensors = {f"mask.{k}": v.detach().cpu().contiguous() for k, v in masks.values.items()}
         for key, value in lora.items():
             tensors[f"lora.{key}"] = value.detach().to("cpu", dtype).contiguous()
         path = self._path(len(self))
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # each rank writes one of its own
-        save_file(tensors, partial, metadata={"sparsity": repr(sparsity)})
-        os.replace(partial, path)
+        with writing(f"the teacher {path}", "make room, then go on with --resume"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as partial:
+                save_file(tensors, partial, metadata={"sparsity": repr(sparsity)})
+            self.sums.append(file_sum(path))
         self.sparsities.append(sparsity)
 
-    def restore(self, sparsities: list[float]) -> None:
-        """Go back to the teachers that a checkpoint knew; later snapshots are forgotten."""
-        self.sparsities = list(sparsities)
+    def restore(self, sparsities: Sequence[float], sums: Sequence[str]) -> None:
+        """Go back to the teachers that a checkpoint knew; later snapshots are forgotten.
+
+        Args:
+            sparsities: of each teacher.
+            sums: SHA-256 of each teacher's file.
+
+        Raises:
+            UserError: if one is gone, or is not what was written.
+        """
+        for index, expected in enumerate(sums):
+            path = self._path(index)
+            if not path.is_file():
+                raise UserError(f"cannot resume: the teacher {path} is gone")
+            if file_sum(path) != expected:
+                raise UserError(
+                    f"cannot resume: the teacher {path} is damaged; it has not the SHA-256 that it "
+                    "was written with"
+                )
+        self.sparsities, self.sums = list(sparsities), list(sums)
         self._loaded.clear()
 
     def role(self, index: int, device: str = "cpu") -> Role:
@@ -143,9 +167,13 @@ class Teachers:
     def _read(self, index: int, device: str) -> Role:
         masks: dict[str, Tensor] = {}
         lora: dict[str, Tensor] = {}
-        with safe_open(self._path(index), framework="pt", device=device) as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                part, key = name.split(".", 1)
-                # LoRA may be kept in half the space; it multiplies as it was trained, in fp32.
-                (masks if part == "mask" else lora)[key] = file.get_tensor(name).float()
+        path = self._path(index)
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    part, key = name.split(".", 1)
+                    # LoRA may be kept in half the space; it multiplies as it was trained, in fp32.
+                    (masks if part == "mask" else lora)[key] = file.get_tensor(name).float()
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(f"the teacher {path} cannot be read any more: {error}") from error
         return Role(Masks(self.layout, masks), lora)

@@ -27,6 +27,7 @@ from transformers import (
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import PREFIX, pruned_config
+from nuteprune.files import SUMS, damage, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import family_named
@@ -111,8 +112,25 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
         config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
     model_type = config.get("model_type", "")
     if not model_type.startswith(PREFIX):
-        return _load(AutoModelForCausalLM, source, trust_remote_code=False, **kwargs)
-    return _load(_causal_lm(model_type), source, use_safetensors=True, **kwargs)
+        model = _load(AutoModelForCausalLM, source, trust_remote_code=False, **kwargs)
+    else:
+        model = _load(_causal_lm(model_type), source, use_safetensors=True, **kwargs)
+    # Last, since what does not fit can be told more clearly.
+    check_pruned(Path(source))
+    return model
+
+
+def check_pruned(folder: Path) -> None:
+    """Refuse a checkpoint whose config or weights are not what `save` wrote.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if found := damage(folder, lambda name: name == "config.json" or ".safetensors" in name):
+        raise UserError(
+            f"{found}; take the file from where it came, or, if you changed it on purpose, remove "
+            f"its line from {folder / SUMS}"
+        )
 
 
 def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
@@ -203,10 +221,23 @@ def save(
         max_shard_size: size at which the weights are split into several files.
 
     Raises:
-        UserError: if the folder holds other files or cannot be written.
+        UserError: if the folder holds other files or nothing can be written there.
+        RunFailed: if writing went wrong on the way, as where the disk is full.
     """
     folder = Path(folder).resolve()  # "." has no name, and so no sibling
     partial = folder.with_name(f".{folder.name}.partial")
+    with writing(folder, "make room and do the same again; for a run, with --resume"):
+        _write_beside(partial, folder, model, tokenizer, files, max_shard_size)
+
+
+def _write_beside(
+    partial: Path,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    files: Mapping[str, str],
+    max_shard_size: str,
+) -> None:
     try:
         present = sorted({x.name for x in folder.iterdir()} - {"run"}) if folder.exists() else []
         if present:
@@ -218,11 +249,10 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             _edit(partial / "tokenizer_config.json", _tokenizer_keys_of_4)
+        write_sums(partial)
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
         _move(partial, folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -230,25 +260,13 @@ def save(
 def _move(source: Path, folder: Path) -> None:
     """Move a folder's items into another, config.json last and only when the rest is on disk."""
     folder.mkdir(exist_ok=True)
-    for path in source.rglob("*"):
-        _sync(path)
+    sync_tree(source)
     for item in list(source.iterdir()):
         if item.name != "config.json":
             item.replace(folder / item.name)
-    _sync(folder)
+    sync(folder)
     (source / "config.json").replace(folder / "config.json")
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,6 +29,7 @@ from nuteprune.export.gguf_archs import Arch
 from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
 from nuteprune.export.gguf_tensors import tensors
 from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
+from nuteprune.files import atomic, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape
 
@@ -101,6 +101,7 @@ def write_gguf(
     Raises:
         UserError: if llama.cpp cannot express the model, or would compute something else; says
             which shape or property, and what would make it fit. Nothing is written then.
+        RunFailed: if writing went wrong on the way, as where the disk is full.
     """
     path, kind = Path(path), FILE_TYPES[type_name]
     anatomy = Anatomy(model)
@@ -116,24 +117,16 @@ def write_gguf(
             "llama.cpp lets this architecture attend to everything"
         )
     infos = list(_tensor_infos(anatomy, arch, source, shape, type_name))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with writing(path, "make room and do the same again"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(partial, arch.name)
-        _write_general(writer, name or path.stem, kind)
-        _write_dimensions(writer, anatomy, arch, source, shape)
-        _write_vocabulary(writer, vocabulary)
-        _write_tensors(writer, infos, tensors(anatomy, arch, source, shape), progress)
-        compared = check_vocabulary(read_back(partial), tokenizer)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        size = partial.stat().st_size
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        with atomic(path) as partial:
+            writer = GGUFWriter(partial, arch.name)
+            _write_general(writer, name or path.stem, kind)
+            _write_dimensions(writer, anatomy, arch, source, shape)
+            _write_vocabulary(writer, vocabulary)
+            _write_tensors(writer, infos, tensors(anatomy, arch, source, shape), progress)
+            compared = check_vocabulary(read_back(partial), tokenizer)
+            size = partial.stat().st_size
     parameters = sum(prod(info.shape) for info in infos)
     return Written(arch.name, len(infos), parameters, size, compared, notes)
 

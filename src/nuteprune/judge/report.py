@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from nuteprune.errors import UserError
 from nuteprune.export.card import FILE_NAME as CARD
 from nuteprune.export.card import with_plots
+from nuteprune.files import atomic, write_text
 from nuteprune.judge import plots, reproduce
 from nuteprune.judge.drawing import POINTS, Plot, percent
 from nuteprune.judge.perplexity import mean
@@ -49,8 +49,10 @@ def write_report(folder: Path) -> Path:
     try:
         (files.run / PLOTS).mkdir(parents=True, exist_ok=True)
         for plot in drawn.values():
-            _write(files.run / PLOTS / f"{plot.name}.png", plot.png)
-        _write(target, _UNPRINTABLE.sub("\ufffd", page).encode("utf-8", "replace"))
+            with atomic(files.run / PLOTS / f"{plot.name}.png") as partial:
+                partial.write_bytes(plot.png)
+        with atomic(target) as partial:
+            partial.write_bytes(_UNPRINTABLE.sub("\ufffd", page).encode("utf-8", "replace"))
         _complete_card(files, drawn)
     except OSError as error:
         raise UserError(f"cannot write the report to {files.run}: {error.strerror}") from error
@@ -263,11 +265,4 @@ def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:
     card = path.read_text(encoding="utf-8")
     complete = with_plots(card, given)
     if complete != card:
-        _write(path, complete.encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that appears complete, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+        write_text(path, complete)

@@ -11,7 +11,6 @@ if something wrote them, two small files that the report shows as they are:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME, read_record
+from nuteprune.files import write_text
 from nuteprune.model.families import GATE_KINDS
 from nuteprune.train.state import RunState, last_checkpoint
 
@@ -109,9 +109,7 @@ def read_run(folder: Path) -> RunFiles:
 def write_extra(run: Path, name: str, content: Any) -> None:
     """Write SAMPLES or SPEED into a run's folder: complete, or not at all."""
     run.mkdir(parents=True, exist_ok=True)
-    partial = run / f".{name}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, run / name)
+    write_text(run / name, json.dumps(content, indent=2) + "\n")
 
 
 def teacher_sparsities(files: RunFiles) -> list[float] | None:

@@ -15,9 +15,11 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from nuteprune.errors import Interrupted
+from nuteprune.errors import Interrupted, UserError
+from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
+from nuteprune.train.state import last_checkpoint
 
 
 class StopSignals(TrainerCallback):
@@ -71,7 +73,11 @@ class AtomicTrainer(Trainer):
 
         Raises:
             Interrupted: if a signal asked to stop; a checkpoint is written before.
+            UserError: if the checkpoint to resume from is damaged.
+            RunFailed: if a checkpoint cannot be written.
         """
+        if checkpoint := kwargs.get("resume_from_checkpoint"):
+            check_checkpoint(Path(checkpoint))
         signals = StopSignals()
         self.add_callback(signals)
         try:
@@ -97,14 +103,25 @@ class AtomicTrainer(Trainer):
         if not self.args.should_save:
             return
         line = {"step": self.state.global_step, **logs}
-        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(self.metrics_file, self._how_to_go_on()):
+            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _how_to_go_on(self) -> str:
+        last = last_checkpoint(self.metrics_file.parent)
+        if last is None:
+            return "make room, then start anew with --overwrite: no checkpoint was written yet"
+        return f"make room, then go on from {last.name} with the same command and --resume"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and move it there when it is complete."""
         run = Path(cast(str, self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with writing(run / name, self._how_to_go_on()):
+            self._write_checkpoint(run, name, model, trial)
+
+    def _write_checkpoint(self, run: Path, name: str, model: nn.Module, trial: Any) -> None:
         partial = run / ".partial"
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
@@ -116,8 +133,13 @@ class AtomicTrainer(Trainer):
             self._checkpoint_dir = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            write_sums(partial / name)
+            sync_tree(partial)
+            if self.metrics_file.exists():  # its lines up to this step as well
+                sync(self.metrics_file)
             shutil.rmtree(run / name, ignore_errors=True)
             os.replace(partial / name, run / name)
+            sync(run)
             shutil.rmtree(partial, ignore_errors=True)
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -126,10 +148,37 @@ class AtomicTrainer(Trainer):
         return str(self._checkpoint_dir or super()._get_output_dir(trial))
 
     def cut_metrics(self, step: int) -> None:
-        """Forget what was logged after a step, since a resumed run logs it again."""
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            partial = self.metrics_file.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            os.replace(partial, self.metrics_file)
+        """Forget what was logged after a step, since a resumed run logs it again.
+
+        Raises:
+            UserError: if the file is damaged before that step.
+        """
+        if not (self.args.should_save and self.metrics_file.exists()):
+            return
+        kept = []
+        # Nothing but what is between complete lines is looked at: the last may be cut off.
+        for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                logged = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.metrics_file} is damaged in line {number}: no step can be read; remove "
+                    "the line to resume without it"
+                ) from error
+            if logged > step:
+                break
+            kept.append(line.decode() + "\n")
+        write_text(self.metrics_file, "".join(kept))
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a trainer checkpoint that is not what was written.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    if found := damage(folder):
+        raise UserError(
+            f"cannot resume: {found}; remove {folder} to go on from the checkpoint before it, or "
+            "start anew with --overwrite"
+        )

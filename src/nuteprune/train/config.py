@@ -20,6 +20,39 @@ TEACHERS = ("numerous", "intact", "none")
 LAYER_TERMS = ("relative", "mse")
 LORA_TARGETS = ("all", "qv")
 COMPENSATION = ("none", "start", "finalize")
+BOUNDS: dict[str, tuple[float, float]] = {
+    "max_steps": (0, 1e9),
+    "per_device_train_batch_size": (1, 1e6),
+    "gradient_accumulation_steps": (1, 1e6),
+    "save_steps": (1e-6, 1e9),
+    "logging_steps": (1e-6, 1e9),
+    "warmup_steps": (0, 1e9),
+    "dataloader_num_workers": (0, 1024),
+    "seed": (0, 2**31 - 1),
+    "learning_rate": (1e-12, 1e3),
+    "weight_decay": (0, 1e3),
+    "max_grad_norm": (1e-12, 1e12),
+    "adam_beta1": (0, 1 - 1e-9),
+    "adam_beta2": (0, 1 - 1e-9),
+    "adam_epsilon": (0, 1),
+    "neuron_multiple": (1, 1e6),
+    "hidden_multiple": (1, 1e6),
+    "calibration_blocks": (1, 1e6),
+    "compensation_blocks": (1, 1e6),
+    "ramp_share": (0, 1),
+    "freeze_share": (0, 1),
+    "ramp_power": (1e-3, 1e3),
+    "score_decay": (0, 1),
+    "gate_learning_rate": (0, 1e3),
+    "token_weight": (0, 1e6),
+    "layer_weight": (0, 1e6),
+    "kd_temperature": (1e-3, 1e3),
+    "lm_weight": (0, 1e6),
+    "lora_rank": (1, 1e5),
+    "lora_alpha": (1, 1e6),
+    "max_bad_steps": (1, 1e9),
+}
+"""Smallest and largest value of numbers."""
 
 
 @dataclass
@@ -153,6 +186,10 @@ class NutePruneConfig(TrainingArguments):
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # nor is it a number if it compares with none
+                raise UserError(f"{name} is {value}; it must lie between {low:g} and {high:g}")
         if not 0 < self.target_sparsity < 1:
             raise UserError(
                 f"sparsity is {self.target_sparsity}; it is a share, so it must lie between 0 "

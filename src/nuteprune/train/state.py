@@ -7,20 +7,22 @@ whether masks are frozen. Files appear complete or not at all.
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nuteprune.errors import UserError
+from nuteprune.files import atomic, read_sums
 
 FILE_NAME = "nuteprune_state.safetensors"
-NOTES = ("teachers", "stops")
+GROUPS = ("lora", "gates", "masks", "first_scores")
+NOTES = ("teachers", "stops", "sums", "bad_steps")
 
 
 @dataclass(frozen=True)
@@ -33,45 +35,53 @@ class RunState:
         masks: the final masks by kind, empty until they are frozen.
         teachers: sparsity of each teacher on disk.
         stops: which teachers are the models of earlier targets.
+        first_scores: the units' scores before training, by kind.
+        sums: SHA-256 of each teacher's file.
+        bad_steps: steps that were not finite: in all, and in a row up to now.
     """
 
     lora: dict[str, Tensor]
     gates: dict[str, Tensor]
     masks: dict[str, Tensor]
     teachers: list[float]
-    stops: list[int]
+    stops: list[int] = field(default_factory=list)
+    first_scores: dict[str, Tensor] = field(default_factory=dict)
+    sums: list[str] = field(default_factory=list)
+    bad_steps: list[int] = field(default_factory=lambda: [0, 0])
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
-        groups = {"lora": self.lora, "gates": self.gates, "masks": self.masks}
+        groups = {name: getattr(self, name) for name in GROUPS}
         tensors = {
             f"{group}/{name}": value.detach().cpu().contiguous()
             for group, values in groups.items()
             for name, value in values.items()
         }
-        notes = {name: json.dumps(getattr(self, name)) for name in NOTES}
-        path = folder / FILE_NAME
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata=notes)
-        os.replace(partial, path)
+        # One entry: safetensors writes several in an order that changes from run to run.
+        notes = {"notes": json.dumps({name: getattr(self, name) for name in NOTES})}
+        with atomic(folder / FILE_NAME) as partial:
+            save_file(tensors, partial, metadata=notes)
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
         """Read the state of a checkpoint folder.
 
         Raises:
-            UserError: if the folder has none.
+            UserError: if the folder has none, or one that is damaged.
         """
         path = folder / FILE_NAME
         if not path.is_file():
             raise UserError(f"cannot resume from {folder}: it has no {FILE_NAME}")
-        groups: dict[str, dict[str, Tensor]] = {"lora": {}, "gates": {}, "masks": {}}
-        with safe_open(path, framework="pt") as file:
-            notes = {k: json.loads(v) for k, v in file.metadata().items() if k in NOTES}
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                group, name = key.split("/", 1)
-                groups[group][name] = file.get_tensor(key)
-        return cls(groups["lora"], groups["gates"], groups["masks"], **notes)
+        groups: dict[str, dict[str, Tensor]] = {name: {} for name in GROUPS}
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads(file.metadata()["notes"])
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    group, name = key.split("/", 1)
+                    groups[group][name] = file.get_tensor(key)
+            return cls(**cast(dict[str, Any], groups | notes))
+        except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
 
 
 @torch.no_grad()
@@ -91,6 +101,17 @@ def restore(current: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> 
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """Return the newest trainer checkpoint of a run, None if there is none to resume from."""
-    found = get_last_checkpoint(str(run)) if run.is_dir() else None
-    return Path(found) if found else None
+    """Return the newest trainer checkpoint of a run, None if there is none to resume from.
+
+    One that is there in part, since it was being removed or copied when something stopped that,
+    does not count.
+    """
+    found = run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if run.is_dir() else ()
+    numbered = [(int(number), x) for x in found if (number := x.name.rpartition("-")[2]).isdigit()]
+    whole = [(number, x) for number, x in numbered if _is_whole(x)]
+    return max(whole)[1] if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    names = read_sums(checkpoint)
+    return bool(names) and all((checkpoint / name).is_file() for name in names)

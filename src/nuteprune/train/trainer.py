@@ -383,6 +383,9 @@ class NutePruneTrainer(AtomicTrainer):
             masks,
             self.teachers.sparsities,
             self.stops,
+            self.first_scores,
+            self.teachers.sums,
+            [int(self._bad_steps), int(self._bad_in_row)],
         )
         state.save(folder)
 
@@ -394,8 +397,10 @@ class NutePruneTrainer(AtomicTrainer):
         restore(self.gates.state_dict(), state.gates, "gates")
         if state.masks:
             self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
-        self.teachers.restore(state.teachers)
-        self.stops = state.stops
+        self.teachers.restore(state.teachers, state.sums)
+        self.stops, self.first_scores = state.stops, state.first_scores
+        for count, value in zip((self._bad_steps, self._bad_in_row), state.bad_steps, strict=True):
+            count.fill_(value)
         self._warm = True
         self.cut_metrics(int(folder.name.rpartition("-")[2]))
 

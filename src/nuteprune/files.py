@@ -1,0 +1,151 @@
+"""Files that appear complete or not at all, and the sums that tell whether they stayed so.
+
+Sums are kept as `sha256sum` writes and checks them: `cd FOLDER && sha256sum -c SHA256SUMS`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from nuteprune.errors import RunFailed, UserError
+
+SUMS = "SHA256SUMS"
+"""Name of the file with the sums of a folder's files."""
+
+_WRONG_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.EINVAL),
+}
+"""What no second try mends: another place has to be named."""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a path to write a file to, which gets its name when it is complete and on the disk.
+
+    Processes of one run may write the same file at once; what a killed one left is overwritten by
+    the next try.
+
+    Args:
+        path: the file; one that is there is replaced.
+    """
+    partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.partial")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8: complete, or not at all."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until all that is in a folder is on the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+@contextmanager
+def writing(what: str | Path, remedy: str = "") -> Iterator[None]:
+    """Tell in one line what keeps something from being written.
+
+    Args:
+        what: what is being written, as the line is to call it.
+        remedy: how to go on after room was made.
+
+    Raises:
+        UserError: if nothing can be written at that place.
+        RunFailed: if writing went wrong on the way: the disk is full, or the folder is gone.
+    """
+    try:
+        yield
+    # torch raises RuntimeError where its file could not be written.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in _WRONG_PLACE:
+            raise UserError(f"cannot write {what}: {reason}") from error
+        hint = f"; {remedy}" if remedy else ""
+        raise RunFailed(f"cannot write {what}: {reason[:200]}{hint}") from error
+
+
+def file_sum(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Write the sums of a folder's files into it; files in folders below it are left out."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    lines = [f"{file_sum(folder / name)}  {name}\n" for name in names]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of the files that a folder says it holds; empty if it says nothing.
+
+    Raises:
+        UserError: if the file of sums cannot be read as such.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        return {}
+    try:
+        pairs = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {name: value for value, name in pairs}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: its lines are not sums and names") from error
+
+
+def damage(folder: Path, read: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Compare files with their sums, where a folder has any.
+
+    Args:
+        folder: the folder.
+        read: name -> whether that file matters.
+
+    Returns:
+        What is wrong with the first file that is not as it was written; None if nothing is.
+    """
+    for name, expected in read_sums(folder).items():
+        path = folder / name
+        if read(name) and not path.is_file():
+            return f"{path} is gone"
+        if read(name) and file_sum(path) != expected:
+            return f"{path} is damaged or was changed: it has not the SHA-256 in {SUMS}"
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""A run is killed, or finds the disk full, in the middle of everything it does; it goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from .conftest import Ended, Server
+
+pytestmark = pytest.mark.hard
+
+SETTINGS = {
+    "max_steps": 12,
+    "neuron_multiple": 4,
+    "calibration_blocks": 4,
+    "compensation_blocks": 4,
+    "save_steps": 3,
+    "lora_rank": 4,
+}
+OPTIONS = ["--length", "16", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"]
+RUNS = {
+    "two targets": (["--sparsity", "0.2,0.4"], {}),
+    "stochastic gates": (["--sparsity", "0.4"], {"gate_type": "hard_concrete", "save_steps": 4}),
+}
+
+
+def command(inputs: tuple[Path, Path], out: Path, kind: str) -> list[str]:
+    model, text = inputs
+    asked, changes = RUNS[kind]
+    settings = [f"--set={k}={v}" for k, v in {**SETTINGS, **changes}.items()]
+    return [
+        "prune",
+        str(model),
+        "--data",
+        str(text),
+        *asked,
+        *OPTIONS,
+        *settings,
+        "--out",
+        str(out),
+    ]
+
+
+def facts(out: Path) -> dict[str, Any]:
+    """Return what must not depend on whether a run was interrupted, byte for byte."""
+    run = out / "run"
+    exact = [*out.rglob("model.safetensors"), *out.rglob("config.json"), *out.rglob("SHA256SUMS")]
+    exact += [run / "metrics.jsonl", *(run / "teachers").iterdir()]
+    exact += run.glob("checkpoint-*/nuteprune_state.safetensors")
+    kept = {str(x.relative_to(out)): x.read_bytes() for x in exact if "checkpoint-" not in x.name}
+    return {k: v for k, v in kept.items() if not ("run/checkpoint" in k and "SHA256" in k)}
+
+
+def check_whole(out: Path) -> None:
+    """Every file under its own name can be read to the end, and a checkpoint has all its files."""
+    for path in out.rglob("*"):
+        if not path.is_file() or any(x.startswith(".") for x in path.relative_to(out).parts):
+            continue
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    file.get_tensor(name)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix in (".pt", ".pth"):
+            assert zipfile.ZipFile(path).testzip() is None
+
+
+def points(events: list[tuple[str, str]], count: int, seed: int) -> list[int]:
+    """Draw events to be killed at: some of each phase, the rest anywhere."""
+    draw = random.Random(seed)
+    by_phase: dict[str, list[int]] = {}
+    for index, (phase, _) in enumerate(events):
+        by_phase.setdefault(phase, []).append(index)
+    chosen = {draw.choice(found) for found in by_phase.values()}
+    while len(chosen) < count:
+        chosen.add(draw.choice(by_phase[draw.choice(sorted(by_phase))]))
+    return sorted(chosen)
+
+
+def go_on(server: Server, args: list[str], out: Path) -> Ended:
+    """Resume a run as its messages say, until it ends."""
+    ended = server.run([*args, "--resume"])
+    if ended.code == 2:
+        assert "start anew" in ended.last_line, ended.said
+        ended = server.run([*args, "--overwrite"])
+    return ended
+
+
+@pytest.mark.parametrize(("kind", "count"), [("two targets", 40), ("stochastic gates", 20)])
+def test_a_killed_run_ends_as_if_never_interrupted(
+    kind: str, count: int, server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    reference = server.run(command(tiny_inputs, whole, kind), tmp_path / "whole")
+    assert reference.code == 0, reference.said
+    expected = facts(whole)
+    assert len([x for x in expected if "teachers" in x]) >= 3
+    args = command(tiny_inputs, out, kind)
+    killed: Counter[str] = Counter()
+    draw = random.Random(0)
+    for at in points(reference.events, count, seed=1):
+        ended = server.run(args, out, {"at": at, "how": "kill"})
+        assert ended.code == -9, ended.said
+        where = ended.events[-1]
+        killed[where[0]] += 1
+        check_whole(out)
+        if draw.random() < 0.5:  # the second try dies as well
+            again = server.run([*args, "--resume"], out, {"at": draw.randrange(200), "how": "kill"})
+            if again.code == -9:
+                killed[again.events[-1][0]] += 1
+                check_whole(out)
+        ended = go_on(server, args, out)
+        assert ended.code == 0, (where, ended.said)
+        found = facts(out)
+        assert found.keys() == expected.keys(), where
+        assert [k for k in found if found[k] != expected[k]] == [], where
+        left = [x for x in tmp_path.rglob("*") if ".partial" in x.name or ".removed" in x.name]
+        assert left == [], where
+        shutil.rmtree(out)
+    print(f"{kind}: killed {sum(killed.values())} times: {dict(killed)}")
+    assert {"stepping", "recording a teacher", "writing a checkpoint", "slicing"} <= killed.keys()
+    assert {"finalizing", "exporting", "writing the record", "reporting"} <= killed.keys()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    reference = server.run(command(tiny_inputs, whole, "two targets"), whole)
+    expected = facts(whole)
+    args = command(tiny_inputs, out, "two targets")
+    writes = [
+        (phase, index)
+        for index, (phase, name) in enumerate(reference.events)
+        if name.startswith(("half", "open"))
+    ]
+    draw, filled = random.Random(2), Counter[str]()
+    picks = [draw.choice([i for p, i in writes if p == phase]) for phase, _ in dict(writes).items()]
+    for at in sorted({*picks, *(draw.choice(writes)[1] for _ in range(16))}):
+        ended = server.run(args, out, {"at": at, "how": "full"})
+        where = ended.events[at]
+        filled[where[0]] += 1
+        if where[0] == "reporting":  # the checkpoint is written, and stands without a report
+            assert ended.code == 0
+            assert "Report  none" in ended.said
+        else:
+            assert ended.code == 1, (where, ended.said)
+            assert "Traceback" not in ended.said
+            assert ended.last_line.startswith("nuteprune: cannot write "), (where, ended.last_line)
+        check_whole(out)
+        ended = go_on(server, args, out)
+        assert ended.code == 0, (where, ended.said)
+        found = facts(out)
+        assert [k for k in found if found[k] != expected[k]] == [], where
+        shutil.rmtree(out)
+    print(f"full disk in {dict(filled)}")
