@@ -20,7 +20,7 @@ from nuteprune.errors import RunFailed, UserError
 SUMS = "SHA256SUMS"
 """Name of the file with the sums of a folder's files."""
 
-_WRONG_PLACE = {
+WRONG_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.EINVAL),
 }
@@ -89,7 +89,7 @@ def writing(what: str | Path, remedy: str = "") -> Iterator[None]:
     # torch raises RuntimeError where its file could not be written.
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and error.errno in _WRONG_PLACE:
+        if isinstance(error, OSError) and error.errno in WRONG_PLACE:
             raise UserError(f"cannot write {what}: {reason}") from error
         hint = f"; {remedy}" if remedy else ""
         raise RunFailed(f"cannot write {what}: {reason[:200]}{hint}") from error

@@ -146,7 +146,6 @@ class Faults:
         """Make saving of tensors events; files may be cut in the middle."""
         import safetensors.torch
         import torch
-        import transformers.modeling_utils
         from safetensors import SafetensorError
 
         def half_written(

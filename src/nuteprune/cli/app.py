@@ -16,6 +16,11 @@ from io import TextIOWrapper
 import typer
 
 from nuteprune.errors import Interrupted, RunFailed, UserError
+from nuteprune.files import WRONG_PLACE
+
+
+LONGEST = 1000
+"""Characters of an error's line: what the user passed may be in it, and of any length."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -79,6 +84,10 @@ def main() -> None:
         _fail(str(error) if main_process else "", 2 if isinstance(error, UserError) else 1)
     except typer.Abort:
         _fail("interrupted", 130)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(str(error), 2 if error.errno in WRONG_PLACE else 1)
     except Exception as error:
         # Usage errors of the parsing library that typer carries with it know their message.
         if debug:
@@ -92,7 +101,8 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if message:
         line = " ".join(message.split())
-        print(f"nuteprune: {line}", file=sys.stderr)
+        cut = f"{line[:LONGEST]} ..." if len(line) > LONGEST else line
+        print(f"nuteprune: {cut}", file=sys.stderr)
     sys.exit(code)
 
 

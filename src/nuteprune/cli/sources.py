@@ -61,9 +61,10 @@ def read_config(model: str) -> dict[str, Any]:
     model_type = str(values.get("model_type", ""))
     family = family_named(model_type)
     named = values.get("architectures") or [family.causal_lm]
+    named = named if isinstance(named, list) else [named]
     if not any(str(name).removeprefix("Pruned") == family.causal_lm for name in named):
         raise UserError(
-            f"{model} is a {', '.join(named)}, not a causal language model; "
+            f"{model} is a {', '.join(map(str, named))}, not a causal language model; "
             f"supported: {', '.join(f.causal_lm for f in FAMILIES.values())}"
         )
     return values

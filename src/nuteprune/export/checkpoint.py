@@ -38,8 +38,9 @@ from nuteprune.shrink.slicing import slice_state
 __all__ = ["assemble", "build", "load_config", "load_pruned", "pruned_config", "recount", "save"]
 
 _UNREADABLE = (
+    ArithmeticError,
     AttributeError,
-    KeyError,
+    LookupError,
     OSError,
     RuntimeError,
     TypeError,

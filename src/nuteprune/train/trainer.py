@@ -18,7 +18,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward, LoraBank
@@ -123,6 +128,8 @@ class NutePruneTrainer(AtomicTrainer):
             train_dataset=train_dataset,
             processing_class=processing_class,
             callbacks=[_EndOfStep(self), *kwargs.pop("callbacks", [])],
+            # Items are of equal length; the default would ask the tokenizer for a padding token.
+            data_collator=kwargs.pop("data_collator", default_data_collator),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
