@@ -87,7 +87,8 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
-        _fail(str(error), 2 if error.errno in WRONG_PLACE else 1)
+        what = f"{error.filename}: " if error.filename else ""
+        _fail(f"{what}{error.strerror or error}", 2 if error.errno in WRONG_PLACE else 1)
     except Exception as error:
         # Usage errors of the parsing library that typer carries with it know their message.
         if debug:
