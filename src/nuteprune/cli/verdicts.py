@@ -13,6 +13,8 @@ from nuteprune.judge.tasks import Score, Tasks
 from nuteprune.judge.texts import HELD_OUT, Blocks
 
 Kept = dict[str, float | None]
+LABELS = ("model", "dense")
+"""What tables call MODEL and the one after --against."""
 
 
 @dataclasses.dataclass
@@ -68,46 +70,52 @@ class Verdicts:
 
     def print(self, output: Output) -> None:
         """Print tables, each with how its figures came about."""
-        for name, sparsity in self.midway.items():
-            output.line(f"{name}: in the middle of its run, masks at a sparsity of {sparsity:.2%}")
+        names = list(self.perplexity or self.tasks)
+        for label, name in zip(LABELS, names, strict=False):
+            step = f", midway: masks at {self.midway[name]:.2%}" if name in self.midway else ""
+            output.line(f"{label}: {name}{step}")
         if self.perplexity:
             self._print_perplexity(output)
         if self.tasks:
             self._print_tasks(output)
 
     def _print_perplexity(self, output: Output) -> None:
-        rows = [
-            [name, *(f"{x:.2f}" for x in found.values()), f"{mean(found):.2f}"]
-            for name, found in self.perplexity.items()
-        ]
-        rows += _percent_row(self.retention.get("perplexity"))
-        output.table("Perplexity (lower is better)", ["", *self.blocks, "mean"], rows)
+        found = list(self.perplexity.values())
+        rows = [[text, *(f"{x[text]:.2f}" for x in found)] for text in self.blocks]
+        rows.append(["mean", *(f"{mean(x):.2f}" for x in found)])
+        columns = ["text", *LABELS[: len(found)]]
+        output.line()
+        self._table(output, "Perplexity, lower is better", "perplexity", columns, rows)
         for name, blocks in self.blocks.items():
             output.line(f"{name}: {_stated(blocks.described)}")
 
     def _print_tasks(self, output: Output) -> None:
-        scores = next(iter(self.tasks.values()))
-        rows = [
-            [name, *(f"{x.value:.4f}" for x in found.values()), f"{_average(found):.4f}"]
-            for name, found in self.tasks.items()
-        ]
-        rows += _percent_row(self.retention.get("tasks"))
-        columns = [f"{task} ({score.metric})" for task, score in scores.items()]
-        output.table("Tasks", ["", *columns, "mean"], rows)
-        for task, score in scores.items():
-            error = "" if score.stderr is None else f", standard error {score.stderr:.4f}"
-            count = "" if score.samples is None else f" of {score.samples} questions"
-            output.line(f"{task}: {score.metric}{count}{error}")
+        found = list(self.tasks.values())
+        rows = []
+        for task, score in found[0].items():
+            error = "-" if score.stderr is None else f"±{score.stderr:.4f}"
+            count = "-" if score.samples is None else str(score.samples)
+            values = [f"{x[task].value:.4f}" for x in found]
+            rows.append([task, score.metric, count, error, *values])
+        means = (mean({task: x.value for task, x in scores.items()}) for scores in found)
+        rows.append(["mean", "", "", "", *(f"{x:.4f}" for x in means)])
+        columns = ["task", "metric", "questions", "std error", *LABELS[: len(found)]]
+        output.line()
+        self._table(output, "Zero-shot tasks", "tasks", columns, rows)
+
+    def _table(
+        self, output: Output, title: str, what: str, columns: list[str], rows: list[list[str]]
+    ) -> None:
+        """Print a table, with what is retained as its last column if that is known."""
+        kept = self.retention.get(what)
+        if kept is not None:
+            columns = [*columns, "retained"]
+            rows = [[*row, _percent(kept.get(row[0]))] for row in rows]
+        output.table(title, columns, rows)
 
 
-def _percent_row(kept: Kept | None) -> list[list[str]]:
-    if kept is None:
-        return []
-    return [["retained", *("-" if x is None else f"{x:.1f} %" for x in kept.values())]]
-
-
-def _average(scores: Mapping[str, Score]) -> float:
-    return mean({task: score.value for task, score in scores.items()})
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"
 
 
 def _stated(how: Mapping[str, Any]) -> str:
