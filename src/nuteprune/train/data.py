@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -165,27 +165,35 @@ def _sources(
             readers.Documents(name, partial(iter, texts))
             for name, texts in assets.documents().items()
         ]
+    options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
+    if (files := local_files(spec)) is not None:
+        read = partial(readers.file_documents, **options)
+        name = Path(os.path.expanduser(spec)).absolute().name or spec
+        return [readers.Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
+    return [readers.Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
+
+
+def local_files(spec: str) -> list[Path] | None:
+    """Return the files of a DATA spec, None if it is no path.
+
+    Raises:
+        UserError: it looks like a path, and nothing is there.
+    """
     path = Path(os.path.expanduser(spec))
     if spec and os.path.exists(path):
-        read = partial(readers.file_documents, text_column=text_column, tokenizer=tokenizer)
-        files = readers.text_files(path)
-        name = path.absolute().name or spec
-        return [readers.Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
+        return readers.text_files(path)
     if path.suffix.lower() in readers.SUFFIXES or not _HUB_SPEC.fullmatch(spec):
         raise UserError(
             f"{spec!r}: no such file or folder; pass {DEMO}, a path, or a hub dataset as "
             "id[:config[:split]]"
         )
+    return None
+
+
+def hub_parts(spec: str) -> tuple[str, str | None, str]:
+    """Return dataset, configuration and split that a DATA spec names on the hub."""
     dataset, config, split = (*spec.split(":"), "", "")[:3]
-    read_hub = partial(
-        readers.hub_documents,
-        dataset,
-        config or None,
-        split or "train",
-        text_column=text_column,
-        tokenizer=tokenizer,
-    )
-    return [readers.Documents(spec, read_hub)]
+    return dataset, config or None, split or "train"
 
 
 def _training_tokens(
