@@ -19,7 +19,16 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
     code, stdout, stderr = run("bench", out, "--against", model, *SHORT, "--save", "--json")
     assert (code, "Traceback" in stderr) == (0, False), stderr
     found = json.loads(stdout.splitlines()[-1])
-    assert json.loads((out / "run/speed.json").read_text()) == found
+    saved = json.loads((out / "run/speed.json").read_text())
+    assert saved.items() >= found.items()
+    assert len(saved["rows"]) == 2 * 3
+    row = saved["rows"][1]
+    assert row["name"] == "decode, batch 1, 4 tokens"
+    first = found["settings"][0]["models"]
+    for key, name in (("pruned", out), ("dense", model)):
+        assert row[key] == first[str(name)]["decode_tokens_per_second"]["median"]
+    assert (row["unit"], row["better"]) == ("tokens/s", "higher")
+    assert "1 threads" in saved["conditions"]
     assert [x.name for x in (out / "run").iterdir()] == ["speed.json"]
     about = found["models"][str(out)]
     assert about == found["models"][str(model)]
@@ -48,7 +57,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no new tokens": (["--new-tokens", "0"], "at least 1"),
     "no repeats": (["--repeats", "0"], "at least 1"),
     "no threads": (["--threads", "0"], "at least 1"),
-    "nowhere to save": (["--save"], "none; pass the output folder"),
+    "nothing to compare in a report": (["--save"], "--against"),
+    "nowhere to save": (["--save", "--against", "demo"], "none; pass the output folder"),
     "no such dense model": (["--against", "./nope"], "nope"),
     "beyond the positions": (["--lengths", "63", "--new-tokens", "2"], "64 positions"),
     "unknown dtype": (["--dtype", "float99"], "float99"),

@@ -33,7 +33,7 @@ def _root(
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
     # Imported here, so that libraries are quiet by the time they are loaded.
-    from nuteprune.cli import bench, demo, evaluate, inspect, prune
+    from nuteprune.cli import bench, demo, evaluate, inspect, prune, recover
 
     app = typer.Typer(
         name="nuteprune",
@@ -48,6 +48,7 @@ def make_app() -> typer.Typer:
     app.command("prune")(prune.prune)
     app.command("eval")(evaluate.evaluate)
     app.command("bench")(bench.bench)
+    app.command("recover")(recover.recover)
     app.command("inspect")(inspect.inspect)
     return app
 

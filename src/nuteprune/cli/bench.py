@@ -27,6 +27,12 @@ from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize
 from nuteprune.judge.worker import Worker
 
 SPEED = "speed.json"
+REPORTED = (
+    ("prefill", "tokens/s", "prefill_tokens_per_second", "higher"),
+    ("decode", "tokens/s", "decode_tokens_per_second", "higher"),
+    ("first token", "s", "first_token_seconds", "lower"),
+)
+"""Rows of the report: name, unit, key of the figure, which way is better."""
 
 
 def bench(
@@ -58,8 +64,8 @@ def bench(
     _positive(repeats, "--repeats")
     if threads is not None:
         _positive(threads, "--threads")
-    target = _target(model) if save else None
     names = [model] if against in (None, model) else [model, str(against)]
+    target = _target(names) if save else None
     kind = pick_device(device or "auto")
     computed = pick_dtype(dtype or "auto", kind)
     for name in names:
@@ -75,7 +81,7 @@ def bench(
     found |= {"device": kind, "dtype": str(computed).removeprefix("torch."), "repeats": repeats}
     _print(found, workers, output)
     if target is not None:
-        _write(target, found)
+        _write(target, {**found, **_for_report(found)})
         output.line(f"Written to {target}")
     output.result(found)
 
@@ -94,8 +100,10 @@ def _numbers(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(_positive(x, option) for x in numbers))
 
 
-def _target(model: str) -> Path:
-    run = Path(model).expanduser() / RUN
+def _target(names: list[str]) -> Path:
+    run = Path(names[0]).expanduser() / RUN
+    if len(names) == 1:
+        raise UserError("--save is for comparisons; pass the dense model as --against")
     if not run.is_dir():
         raise UserError(
             f"--save writes {SPEED} to the folder of a run, and {run} is none; "
@@ -185,11 +193,7 @@ def _on_disk(name: str) -> int | None:
 
 def _print(found: dict[str, Any], workers: dict[str, Worker], output: Output) -> None:
     on_cpu = found["device"] == "cpu"
-    threads = f", {found['threads']} threads" if on_cpu else ""
-    output.line(
-        f"{found['hardware']}{threads}, {found['dtype']}, {found['attention']} attention, KV "
-        f"cache; medians of {found['repeats']} passes ± half their range"
-    )
+    output.line(f"{_conditions(found)} ± half their range")
     for label, (name, about) in zip(LABELS, found["models"].items(), strict=False):
         disk = "-" if about["bytes_on_disk"] is None else megabytes(about["bytes_on_disk"])
         output.line(
@@ -240,6 +244,27 @@ def _spread(spread: dict[str, float], form: str, scale: float = 1) -> str:
     """Return a median with half the range that it comes from, in percent of it."""
     half = (spread["high"] - spread["low"]) / 2 / spread["median"]
     return f"{form.format(scale * spread['median'])} ±{half:.0%}"
+
+
+def _conditions(found: dict[str, Any]) -> str:
+    threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+    return (
+        f"{found['hardware']}{threads}, {found['dtype']}, {found['attention']} attention, KV "
+        f"cache; medians of {found['repeats']} passes"
+    )
+
+
+def _for_report(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the medians as the report reads them: rows of dense next to pruned."""
+    rows = []
+    for setting in found["settings"]:
+        ours, dense = setting["models"].values()
+        size = f"batch {setting['batch_size']}, {setting['length']} tokens"
+        for name, unit, key, better in REPORTED:
+            old, new = (x[key]["median"] for x in (dense, ours))
+            row = {"name": f"{name}, {size}", "unit": unit, "dense": old, "pruned": new}
+            rows.append({**row, "better": better})
+    return {"conditions": _conditions(found), "rows": rows}
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

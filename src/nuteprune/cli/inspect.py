@@ -44,9 +44,13 @@ def inspect(
         f"{record['sparsity']:.3%} gone (target {record['target']:.1%})"
     )
     for source, value in record["perplexity"]["after"].items():
-        before = record["perplexity"]["before"][source]
-        output.line(f"Perplexity  {source}: {before:.2f} -> {value:.2f}")
+        before = record["perplexity"]["before"].get(source)
+        change = f"{value:.2f}" if before is None else f"{before:.2f} -> {value:.2f}"
+        output.line(f"Perplexity  {source}: {change}")
     output.line(f"Teachers    {record['teachers']['count']}")
+    if "recover" in record:
+        tuned = record["recover"]
+        output.line(f"Recovered   {tuned['steps']} steps on {tuned['data']} ({tuned['kind']})")
     if counted != params["after"]:
         output.line(f"WARNING     the files hold {counted:,} parameters, the record says otherwise")
     output.result({**record, "counted": counted})

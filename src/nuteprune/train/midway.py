@@ -32,8 +32,8 @@ def is_midway(folder: Path) -> bool:
 
 def load_midway(
     model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]
-) -> tuple[PreTrainedModel, float]:
-    """Give an intact model the LoRA weights and the masks that a run has reached.
+) -> tuple[PreTrainedModel, float | None]:
+    """Give a run's model the LoRA weights and the masks that the run has reached.
 
     Args:
         model: the model that the run prunes; it is changed, and masks are hooked into it.
@@ -42,26 +42,30 @@ def load_midway(
             tell themselves are not needed.
 
     Returns:
-        The model as it was at that step, and the sparsity of its masks.
+        The model as it was at that step, and the sparsity of its masks, None of `recover`, which
+        has none.
 
     Raises:
         UserError: if the checkpoint is not of this model and these settings.
     """
     state = RunState.load(folder)
     kinds = [name.removeprefix(_SCORES) for name in state.gates if name.startswith(_SCORES)]
+    soft = any(not name.startswith(_SCORES) for name in state.gates)  # something is trained
     rank = next(len(value) for name, value in state.lora.items() if name.endswith(".A"))
     known = {
         "gates": ",".join(kinds),
-        "gate_type": "hard_concrete" if any("log_alpha" in x for x in state.gates) else "ranked",
+        "gate_type": settings.get("gate_type", "hard_concrete") if soft else "ranked",
         "solved_schedule": not any("lagrangian" in x for x in state.gates),
         "lora_rank": rank,
         "use_cpu": True,
     }
     args = NutePruneConfig(**{"lora_alpha": rank, **settings, **known})
     intact = Anatomy(model)
-    allocator = make_allocator(intact, args)
+    allocator = make_allocator(intact, args) if kinds else None
     anatomy = Anatomy(get_peft_model(model, lora_config(intact, args)))
     _take(LoraBank(anatomy).state(), state.lora, folder, "LoRA weights")
+    if allocator is None:
+        return anatomy.model.eval(), None
     masks = state.masks
     if not masks:
         scores = {k: torch.ones(allocator.layout.units(k)) for k in kinds}
