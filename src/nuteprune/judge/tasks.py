@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -114,15 +115,16 @@ class Tasks:
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
         )
         try:
-            results = simple_evaluate(
-                model=harness,
-                tasks=list(self.names),
-                num_fewshot=self.fewshot,
-                limit=self.limit,
-                task_manager=self._manager,
-                log_samples=False,
-                bootstrap_iters=100,  # of no use to accuracies, whose error has a closed form
-            )
+            with _asking_nobody_else():
+                results = simple_evaluate(
+                    model=harness,
+                    tasks=list(self.names),
+                    num_fewshot=self.fewshot,
+                    limit=self.limit,
+                    task_manager=self._manager,
+                    log_samples=False,
+                    bootstrap_iters=100,  # of no use to accuracies, whose error has a closed form
+                )
         except (OSError, DatasetsError) as error:
             raise UserError(
                 f"the data of a task cannot be had ({one_line(error)}); tasks whose data is local "
@@ -137,6 +139,22 @@ class Tasks:
             "limit": self.limit,
             "fewshot": self.fewshot,
         }
+
+
+@contextmanager
+def _asking_nobody_else() -> Iterator[None]:
+    """Keep the harness from asking git and the system for a log of its own; git complains."""
+    from lm_eval import evaluator
+
+    inquiries = [x for x in ("get_git_commit_hash", "add_env_info") if hasattr(evaluator, x)]
+    own = {name: getattr(evaluator, name) for name in inquiries}
+    for name in inquiries:
+        setattr(evaluator, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(evaluator, name, function)
 
 
 def _manager(names: list[str], include_path: Path | None) -> Any:
