@@ -215,6 +215,10 @@ def _train(
     checkpoint = last_checkpoint(job.out / RUN) if job.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     small = trainer.merge()
+    # Judged is what will be in the file, rounded to its dtype. Parameters alone: buffers, such as
+    # rotary frequencies, are made anew when a file is loaded.
+    for parameter in small.parameters():
+        parameter.data = parameter.data.to(stored_dtype(small)).to(parameter.dtype)
     after = measure("measuring the result", small)
     if not all(map(math.isfinite, after.values())):
         raise RunFailed("the result's perplexity is not finite; lower --learning-rate")
