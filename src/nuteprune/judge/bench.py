@@ -241,7 +241,7 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, float]]], work: Work)
             )
     if lines and work.neurons % _EASY_MULTIPLE:
         lines.append(
-            f"neuron counts are multiples of {work.neurons}: pruning with --set "
-            f"neuron_multiple={_EASY_MULTIPLE} gives matrices of sizes that kernels are fastest at"
+            f"neuron counts are multiples of {work.neurons}; pruning with --set "
+            f"neuron_multiple={_EASY_MULTIPLE} may help: kernels tile such matrices without a rest"
         )
     return lines
