@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,6 +41,47 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer in SentencePiece's manner, as Llama 2 and Gemma have, of 300 tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = "the student learns from a teacher that is a little less pruned than the student"
+    learner = Tokenizer(models.BPE())
+    learner.train_from_iterator(
+        ["▁" + text.replace(" ", "▁")], trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    )
+    learned = json.loads(learner.to_str())["model"]
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = special + [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens += [x for x in learned["vocab"] if x not in tokens][: 300 - len(tokens)]
+    merges = [tuple(x) for x in learned["merges"] if "".join(x) in tokens]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {x: i for i, x in enumerate(tokens)},
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
 
@@ -106,3 +149,49 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 def tiny_name(request: pytest.FixtureRequest) -> str:
     """Each name that `tiny_model` takes in turn."""
     return request.param
+
+
+@pytest.fixture
+def tiny_inputs(tiny_model, tiny_tokenizer, tmp_path: Path) -> tuple[Path, Path]:
+    """A tiny Llama with its tokenizer, and a file of text: what the command line takes."""
+    import torch
+
+    model, text = tmp_path / "model", tmp_path / "text.jsonl"
+    tiny_model("llama", vocab_size=512).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    random = torch.Generator().manual_seed(0)
+    letters = [chr(97 + int(i)) for i in torch.randint(0, 26, (6000,), generator=random)]
+    documents = ["".join(letters[i : i + 60]) for i in range(0, 6000, 60)]
+    text.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return model, text
+
+
+@pytest.fixture(scope="session")
+def prune_at_random() -> Callable[..., PreTrainedModel]:
+    """`prune_at_random(model, kinds, shapes, share=0.5)`: without that share of what may go.
+
+    Counts left are multiples of 8; the model that is passed in is used up.
+    """
+    import torch
+
+    from nuteprune.export.checkpoint import assemble
+    from nuteprune.model.anatomy import Anatomy
+    from nuteprune.train.config import NutePruneConfig
+    from nuteprune.train.setup import make_allocator
+
+    def prune(
+        model: PreTrainedModel, kinds: Iterable[str], shapes: str, share: float = 0.5
+    ) -> PreTrainedModel:
+        anatomy = Anatomy(model)
+        settings = {"gates": ",".join(kinds), "shapes": shapes}
+        multiples = {"neuron_multiple": 8, "hidden_multiple": 8}
+        allocator = make_allocator(
+            anatomy, NutePruneConfig(output_dir="unused", **settings, **multiples)
+        )
+        random = torch.Generator().manual_seed(0)
+        units = {k: allocator.layout.units(k) for k in allocator.constraints.kinds}
+        scores = {k: torch.rand(n, generator=random) for k, n in units.items()}
+        shape = allocator.shape(scores, share * allocator.maximum())
+        return assemble(anatomy, allocator.masks(shape, scores))[0]
+
+    return prune

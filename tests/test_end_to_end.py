@@ -23,7 +23,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.trainer import make_allocator
+from nuteprune.train.setup import make_allocator
 
 pytestmark = pytest.mark.network
 

@@ -7,3 +7,16 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run that began well and could not reach its end: printed as one line, exit code 1."""
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop, and has saved where it is.
+
+    Args:
+        message: what was saved, and how to go on.
+        signal: number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

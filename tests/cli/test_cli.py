@@ -30,9 +30,10 @@ def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
     return ["prune", str(model), *flags, "--set", "neuron_multiple=4"]
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["prune"], ["demo"], ["eval"], ["bench"], ["recover"], ["inspect"]]
-)
+COMMANDS = ("prune", "demo", "eval", "bench", "recover", "export", "inspect", "report")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_of_every_command(command: list[str], run: Run) -> None:
     code, out, err = run(*command, "--help")
     assert code == 0

@@ -63,7 +63,7 @@ def test_a_published_protocol_is_the_models_own_loss_on_joined_rows(
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-@pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete"])
+@pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete", "deterministic"])
 def test_a_checkpoint_midway_is_the_model_of_its_step(
     model: Path, text: Path, tmp_path: Path, run: Run, gate_type: str, steps: int
 ) -> None:
@@ -87,8 +87,9 @@ def test_a_checkpoint_midway_is_the_model_of_its_step(
     code, _, stderr = run("eval", checkpoint, *asked)
     assert code == 2
     assert "--base" in stderr
-    settings = ["--base", model, "--set", "lora_alpha=8", "--set", "neuron_multiple=4"]
-    code, stdout, _ = run("eval", checkpoint, *asked, *settings)
+    known = ("lora_alpha=8", "neuron_multiple=4", f"gate_type={gate_type}", "sparsity=0.3")
+    settings = [x for s in known for x in ("--set", s)]
+    code, stdout, _ = run("eval", checkpoint, *asked, "--base", model, *settings)
     assert code == 0
     assert last(stdout)["perplexity"][str(checkpoint)]["text.txt"] == pytest.approx(ours, rel=1e-6)
 

@@ -158,12 +158,14 @@ def test_resumed_is_never_interrupted(
     assert code == 0, stderr
     midway = last(stdout)["perplexity"][str(checkpoint)]["text.txt"]
     record = json.loads((tmp_path / "a/nuteprune.json").read_text())
-    assert midway == pytest.approx(record["perplexity"]["after"]["text.txt"], rel=1e-4)
+    # That of the result is measured after rounding to bfloat16.
+    assert midway == pytest.approx(record["perplexity"]["after"]["text.txt"], rel=1e-2)
+    assert midway < 0.9 * record["recover"]["perplexity"]["before"]["text.txt"]
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "into the model": (["--out", "PRUNED", "--overwrite"], "holds the model itself"),
-    "above the model": (["--out", "ABOVE", "--overwrite"], "holds the model itself"),
+    "into the model": (["--out", "PRUNED", "--overwrite"], "holds the model"),
+    "above the model": (["--out", "ABOVE", "--overwrite"], "holds the model"),
     "steps and epochs": (["--steps", "2", "--epochs", "1"], "pass one of them"),
     "epochs of text": (["--epochs", "1"], "--steps"),
     "no steps": (["--steps", "0"], "more than 0"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,6 +55,19 @@ def test_token_kl_is_the_plain_formula(
         student.grad = None
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert (results[0][1][1, 3:] == 0).all()
+
+
+def test_token_kl_by_hand() -> None:
+    """Logits ln 3, 0 against 0, 0: KL((3/4, 1/4) || (1/2, 1/2)) = ln 2 - H(1/4) = 0.130812."""
+    head = Head(torch.eye(2))
+    teacher, student = torch.tensor([[[3.0, 1.0]]]).log(), torch.zeros(1, 1, 2)
+    one = token_kl(student, teacher, head, torch.ones(1, 1))
+    assert float(one) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert float(one) == pytest.approx(0.130812, abs=1e-6)
+    # At T = 1/2 the teacher's odds are 9 : 1, and KL counts T^2 times.
+    half = token_kl(student, teacher, head, torch.ones(1, 1), temperature=0.5)
+    expected = 0.25 * (0.9 * math.log(1.8) + 0.1 * math.log(0.2))
+    assert float(half) == pytest.approx(expected, rel=1e-6)
 
 
 def test_token_kl_of_a_model_with_itself_is_nothing() -> None:

@@ -95,7 +95,7 @@ def test_a_snapshot_cut_off_while_written_is_not_there(tmp_path: Path, monkeypat
 def test_a_run_climbs_behind_its_teachers_and_walks_back_to_the_intact_model(
     target: float, spacing: float, lag: int
 ) -> None:
-    plan = Plan.for_target(target)
+    plan = Plan.for_target(target, 1000)
     assert (plan.target, plan.spacing, plan.lag) == (target, pytest.approx(spacing), lag)
     assert plan.lag * plan.spacing <= target / 2 + 1e-9  # so that even small targets get teachers
 
@@ -119,8 +119,34 @@ def test_a_run_climbs_behind_its_teachers_and_walks_back_to_the_intact_model(
     assert max(steps) - min(steps) <= 1
 
 
+@pytest.mark.parametrize(
+    ("target", "ramp_steps", "lag"),
+    [(0.2, 40, 10), (0.2, 10, 5), (0.5, 4, 2), (0.05, 40, 5), (0.05, 6, 3), (0.3, 1, 1)],
+)
+def test_the_lag_is_at_most_half_of_the_snapshots_that_a_ramp_leaves(
+    target: float, ramp_steps: int, lag: int
+) -> None:
+    plan = Plan.for_target(target, ramp_steps)
+    assert plan.lag == lag
+    taken: list[float] = []
+    for step in range(ramp_steps):
+        sparsity = target * (step + 1) / ramp_steps
+        if plan.due(sparsity, taken[-1] if taken else 0.0):
+            taken.append(sparsity)
+    assert len(taken) >= 2 * lag or ramp_steps == 1
+    served = {plan.returning(len(taken), i / 100) for i in range(100)}
+    assert served == set(range(-1, len(taken) - lag))
+
+
 def test_a_run_too_short_for_teachers_learns_from_the_intact_model() -> None:
-    plan = Plan.for_target(0.2)
-    for count in (0, 1, 10):
+    plan = Plan.for_target(0.2, 40)
+    for count in (0, 1):
         assert plan.growing(count) == -1
         assert {plan.returning(count, progress) for progress in (0.0, 0.5, 0.999)} == {-1}
+
+
+def test_a_run_with_fewer_snapshots_than_planned_walks_back_from_the_middle_one() -> None:
+    plan = Plan.for_target(0.2, 40)
+    assert plan.lag == 10
+    assert plan.growing(7) == -1
+    assert [plan.returning(7, i / 5) for i in range(5)] == [3, 2, 1, 0, -1]

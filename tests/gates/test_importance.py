@@ -1,35 +1,317 @@
+"""Each method beside a second, naive implementation: weights and activations unit by unit."""
+
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-from nuteprune.gates.importance import fisher
-from nuteprune.gates.masks import Layout, Masks
+import pytest
+import torch
+from torch import Tensor
+
+from nuteprune.errors import UserError
+from nuteprune.gates.allocate import Allocator, Constraints
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.importance import METHODS, Probe, check_kinds
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.shape import LayerShape, Shape
+
+TOKENS = torch.randint(3, 96, (3, 8), generator=torch.Generator().manual_seed(0))
+BATCHES = [TOKENS[:2], TOKENS[2:]]
+INPUTS = ("kv_groups", "heads", "neurons")
+ALL = (*INPUTS, "hidden", "attn_block", "mlp_block")
 
 
-def test_fisher_is_the_mean_of_squared_gradients_one_sequence_at_a_time(
+def probe(model: Any, kinds: tuple[str, ...], **settings: Any) -> Probe:
+    anatomy = Anatomy(model.requires_grad_(False))
+    return Probe(anatomy, MaskHooks(anatomy), Budget.of(anatomy), kinds, BATCHES, **settings)
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert set(ours) == set(theirs)
+    for kind, expected in theirs.items():
+        assert expected.max() > 0, kind
+        limit = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(ours[kind], expected.float(), rtol=1e-4, atol=limit)
+
+
+def llama_inputs(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """(input of o_proj, input of down_proj) of each layer, for all tokens, batch after batch."""
+    seen: dict[tuple[int, str], list[Tensor]] = {}
+    handles = []
+    for i, layer in enumerate(model.model.layers):
+        for name, module in (("o", layer.self_attn.o_proj), ("down", layer.mlp.down_proj)):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, key=(i, name): seen.setdefault(key, []).append(args[0])
+                )
+            )
+    with torch.no_grad():
+        for row in TOKENS:
+            model(row[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    flat = {key: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]) for key, xs in seen.items()}
+    return [(flat[i, "o"], flat[i, "down"]) for i in range(len(model.model.layers))]
+
+
+def by_rank(rows: list[list[float]]) -> Tensor:
+    """(place + 1/2) / count of each entry among those of its row; ties in their order."""
+    places = []
+    for row in rows:
+        pairs = sorted((x, i) for i, x in enumerate(row))
+        places += [(pairs.index((x, i)) + 0.5) / len(row) for i, x in enumerate(row)]
+    return torch.tensor(places)
+
+
+def units_of(values: Tensor, kind: str) -> list[Tensor]:
+    """The columns of the tiny llama's projection that each unit feeds: 4 heads of 8, 2 groups."""
+    width = {"heads": 8, "kv_groups": 16, "neurons": 1}[kind]
+    return [values[i : i + width] for i in range(0, len(values), width)]
+
+
+def expected_losses(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(score - lowest of all) x parameters, counted by hand for the tiny llama."""
+    # q and o rows of 8 per head, k and v of 8 per group, gate, up and down per neuron; width 32
+    size = {"heads": 2 * 8 * 32, "kv_groups": (4 + 2) * 8 * 32, "neurons": 3 * 32}
+    size |= {"attn_block": 12 * 8 * 32, "mlp_block": 3 * 48 * 32}
+    size |= {"hidden": 3 * (12 * 8 + 3 * 48)}
+    lowest = min(float(x.min()) for x in scores.values())
+    return {kind: (x - lowest) * size[kind] for kind, x in scores.items()}
+
+
+def test_fisher_and_taylor_are_means_over_gradients_of_one_sequence_at_a_time(
     tiny_model, tiny_name: str
 ) -> None:
-    model = tiny_model(tiny_name).requires_grad_(False)
-    anatomy = Anatomy(model)
-    hooks, layout = MaskHooks(anatomy), Layout(anatomy.shape, anatomy.head_dim)
+    model = tiny_model(tiny_name)
     kinds = ("kv_groups", "heads", "neurons", "hidden")
-    tokens = torch.randint(3, 96, (3, 8), generator=torch.Generator().manual_seed(0))
-    ticks = []
-    scores = fisher(model, hooks, layout, kinds, [tokens[:2], tokens[2:]], lambda: ticks.append(1))
+    ticks: list[int] = []
+    it = probe(model, kinds, progress=lambda: ticks.append(1))
+    fisher = METHODS["fisher"].score(it)
     assert len(ticks) == 2
 
-    expected = {kind: torch.zeros(layout.units(kind)) for kind in kinds}
-    for row in tokens:
-        ones = {kind: torch.ones(layout.units(kind), requires_grad=True) for kind in kinds}
-        with hooks.using(Masks(layout, ones)):
+    squares, sizes = ({k: torch.zeros(it.layout.units(k)) for k in kinds} for _ in range(2))
+    for row in TOKENS:
+        ones = {kind: torch.ones(it.layout.units(kind), requires_grad=True) for kind in kinds}
+        with it.hooks.using(Masks(it.layout, ones)):
             logits = model(input_ids=row[None], use_cache=False).logits[0]
         torch.nn.functional.cross_entropy(logits[:-1], row[1:]).backward()
         for kind, leaf in ones.items():
-            expected[kind] += leaf.grad.square() / len(tokens)
+            squares[kind] += leaf.grad.square() / len(TOKENS)
+            sizes[kind] += leaf.grad.abs() / len(TOKENS)
+    close(fisher, squares)
+    assert it.hooks.masks is None
+
+    taylor = METHODS["taylor"].score(it)
+    placed = {}
+    for kind, value in sizes.items():
+        placed[kind] = by_rank([value.tolist()])
+    lowest = min(float(x.min()) for x in placed.values())
+    close(taylor, {k: (v - lowest) * unit_parameters(it.budget, k) for k, v in placed.items()})
+
+
+def test_wanda_is_weights_times_norms_of_inputs(tiny_model) -> None:
+    model = tiny_model("llama")
+    ours = METHODS["wanda"].score(probe(model, INPUTS))
+    scores: dict[str, list[list[float]]] = {kind: [] for kind in INPUTS}
+    for layer, inputs in zip(model.model.layers, llama_inputs(model), strict=True):
+        for kind in INPUTS:
+            x, weight = inputs[kind == "neurons"], layer.self_attn.o_proj.weight
+            weight = layer.mlp.down_proj.weight if kind == "neurons" else weight
+            metric = torch.zeros(weight.shape[1])
+            for j in range(weight.shape[1]):
+                for i in range(weight.shape[0]):
+                    metric[j] += abs(float(weight[i, j])) * float(x[:, j].norm())
+            scores[kind].append([float(unit.sum()) for unit in units_of(metric, kind)])
+    close(ours, expected_losses({kind: by_rank(rows) for kind, rows in scores.items()}))
+
+
+def test_flap_is_standardised_variance_times_weights(tiny_model) -> None:
+    model = tiny_model("llama")
+    ours = METHODS["flap"].score(probe(model, INPUTS))
+    scores: dict[str, list[Tensor]] = {kind: [] for kind in INPUTS}
+    for layer, inputs in zip(model.model.layers, llama_inputs(model), strict=True):
+        for kind in INPUTS:
+            linear = layer.mlp.down_proj if kind == "neurons" else layer.self_attn.o_proj
+            x = inputs[kind == "neurons"]
+            metric = x.var(0, unbiased=False) * linear.weight.norm(dim=0) ** 2
+            metric = (metric - metric.mean()) / metric.std()
+            scores[kind] += [unit.mean() for unit in units_of(metric, kind)]
+    close(ours, expected_losses({kind: torch.stack(x) for kind, x in scores.items()}))
+
+
+def test_magnitude_is_the_norm_of_all_that_goes_with_a_unit(tiny_model) -> None:
+    model = tiny_model("llama", attention_bias=True)
+    ours = METHODS["magnitude"].score(probe(model, ALL))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "_proj" in name}
+
+    def gone(names: dict[str, tuple[int, slice | int]]) -> float:
+        """Norm of the rows (0) or columns (1) that are named by projection."""
+        total = 0.0
+        for name, value in before.items():
+            for part, (axis, index) in names.items():
+                if part in name and (axis == 0 or value.dim() == 2):
+                    picked = value[index] if axis == 0 else value[:, index]
+                    total += float(picked.square().sum())
+        return total**0.5
+
+    found: dict[str, list[list[float]]] = {kind: [] for kind in ALL}
+    for i in range(3):
+        at = f"layers.{i}."
+        rows: dict[str, list[float]] = {kind: [] for kind in ALL}
+        for h in range(4):
+            head = slice(8 * h, 8 * h + 8)
+            rows["heads"].append(
+                gone({f"{at}self_attn.q": (0, head), f"{at}self_attn.o": (1, head)})
+            )
+        for g in range(2):
+            q, kv = slice(16 * g, 16 * g + 16), slice(8 * g, 8 * g + 8)
+            parts = {"q": (0, q), "o": (1, q), "k": (0, kv), "v": (0, kv)}
+            rows["kv_groups"].append(gone({f"{at}self_attn.{x}": y for x, y in parts.items()}))
+        for n in range(48):
+            parts = {"gate": (0, n), "up": (0, n), "down": (1, n)}
+            rows["neurons"].append(gone({f"{at}mlp.{x}": y for x, y in parts.items()}))
+        every = slice(None)
+        parts = {"q": (0, every), "k": (0, every), "v": (0, every), "o": (1, every)}
+        found["attn_block"].append([gone({f"{at}self_attn.{x}": y for x, y in parts.items()})])
+        found["mlp_block"].append([gone({f"{at}mlp": (0, every)})])
+        for kind in ("heads", "kv_groups", "neurons"):
+            found[kind].append(rows[kind])
+    reads = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    for d in range(32):
+        parts = {f"{x}.weight": (1, d) for x in reads}
+        parts |= {f"{x}.weight": (0, d) for x in ("o_proj", "down_proj")}
+        found["hidden"].append([gone(parts)])
+    for kind in ("hidden", "attn_block", "mlp_block"):  # one row: ranked across the model
+        found[kind] = [[x for row in found[kind] for x in row]]
+    scores = {kind: by_rank(rows) for kind, rows in found.items()}
+    lowest = min(float(x.min()) for x in scores.values())
+    budget = Budget.of(Anatomy(model))
+    close(ours, {k: (v - lowest) * unit_parameters(budget, k) for k, v in scores.items()})
+
+
+def test_similarity_is_the_turn_of_the_residual_stream(tiny_model, tiny_name: str) -> None:
+    model = tiny_model(tiny_name)  # granite scales what its blocks add
+    blocks = ("attn_block", "mlp_block")
+    it = probe(model, blocks)
+    ours = METHODS["similarity"].score(it)
+
+    scores = {kind: torch.zeros(3) for kind in blocks}
+    for i, layer in enumerate(it.anatomy.layers):
+        seen: list[Any] = []
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, seen=seen: seen.append((args, kwargs)), with_kwargs=True
+            )
+        ]
+        with torch.no_grad():
+            model(TOKENS, use_cache=False)
+            handles[0].remove()
+            (args, kwargs) = seen[0]
+
+            def stream(
+                attention: float, mlp: float, i: int = i, args: Any = args, kwargs: Any = kwargs
+            ) -> Tensor:
+                gates = {"attn_block": torch.ones(3), "mlp_block": torch.ones(3)}
+                gates["attn_block"][i], gates["mlp_block"][i] = attention, mlp
+                with it.hooks.using(Masks(it.layout, gates)):
+                    out = it.anatomy.layers[i](*args, **kwargs)
+                return (out[0] if isinstance(out, tuple) else out).double()
+
+            before, between, after = stream(0, 0), stream(1, 0), stream(1, 1)
+            torch.testing.assert_close(before, args[0].double())
+        for kind, a, b in (("attn_block", before, between), ("mlp_block", between, after)):
+            cosine = (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
+            scores[kind][i] = float((1 - cosine).mean())
+    lowest = min(float(x.min()) for x in scores.values())
+    close(ours, {k: (v - lowest) * unit_parameters(it.budget, k) for k, v in scores.items()})
+
+
+def test_random_depends_on_the_seed_alone_and_spares_no_part(tiny_model) -> None:
+    model = tiny_model("llama")
+    score = METHODS["random"].score
+    first, again, other = (score(probe(model, INPUTS, seed=s)) for s in (1, 1, 2))
+    assert all(torch.equal(first[k], again[k]) for k in INPUTS)
+    assert not torch.equal(first["neurons"], other["neurons"])
+    means = [first[k].mean() / unit_parameters(probe(model, INPUTS).budget, k)[0] for k in INPUTS]
+    assert all(0.25 < mean < 0.75 for mean in means)
+
+
+def test_unit_parameters_are_what_cutting_one_unit_saves(tiny_model, tiny_name: str) -> None:
+    anatomy = Anatomy(tiny_model(tiny_name))
+    budget, shape = Budget.of(anatomy), anatomy.shape
+    old = shape.layers[1]
+    inner = old.heads_per_group
+    fewer = {
+        "neurons": LayerShape(old.heads, old.kv_heads, old.neurons - 1),
+        "kv_groups": LayerShape(old.heads - inner, old.kv_heads - 1, old.neurons),
+        "attn_block": LayerShape(0, 0, old.neurons),
+        "mlp_block": LayerShape(old.heads, old.kv_heads, 0),
+    }
+    # One head of every group goes, or under plain attention a head with its keys and values.
+    cut = (old.kv_heads, old.kv_heads) if inner > 1 else (1, old.kv_heads - 1)
+    fewer["heads"] = LayerShape(old.heads - cut[0], cut[1], old.neurons)
+    for kind, layer in fewer.items():
+        saved = budget.before - budget.parameters(
+            Shape(shape.hidden, (shape.layers[0], layer, shape.layers[2]))
+        )
+        sizes = unit_parameters(budget, kind)
+        count = old.kv_heads if kind == "heads" and inner > 1 else 1
+        assert float(sizes[len(sizes) // 2]) * count == saved, kind
+    assert unit_parameters(budget, "hidden")[0] == budget.before - budget.parameters(
+        Shape(shape.hidden - 1, shape.layers)
+    )
+
+
+def test_the_allocator_follows_a_ranking_whatever_the_size_of_units(tiny_model) -> None:
+    """All neurons of low rank go before any group of higher rank, though a group is much larger."""
+    budget = Budget.of(Anatomy(tiny_model("llama")))
+    allocator = Allocator(budget, Constraints(("kv_groups", "neurons"), neuron_multiple=4))
+    groups = torch.tensor([0.9, 0.8] * 3)
+    neurons = torch.linspace(0, 0.7, 3 * 48)
+    scores = losses_of(budget, {"kv_groups": groups, "neurons": neurons})
+    shape = allocator.shape(scores, 0.4)
+    assert all(layer.kv_heads == 2 for layer in shape.layers)
+    lowest = losses_of(budget, {"kv_groups": groups - 0.8, "neurons": neurons + 0.05})
+    assert any(layer.kv_heads == 1 for layer in allocator.shape(lowest, 0.4).layers)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_methods_that_rank_in_a_layer_take_the_same_share_from_each(method, tiny_model) -> None:
+    it = probe(tiny_model("llama"), ("neurons",))
+    allocator = Allocator(it.budget, Constraints(("neurons",), neuron_multiple=4))
+    shape = allocator.shape(METHODS[method].score(it), 0.3)
+    shares = [layer.neurons for layer in shape.layers]
+    assert max(shares) - min(shares) <= 4
+    assert min(shares) < 48
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("similarity", "neurons", "whole blocks; use --gates attn_block,mlp_block"),
+        ("wanda", "hidden", "inputs of the output and down projections; use --gates heads"),
+        ("flap", "attn_block", "use --gates heads,kv_groups,neurons"),
+    ],
+)
+def test_kinds_that_a_method_cannot_score_are_refused(name: str, kind: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_kinds(name, (kind,))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_are_losses_that_the_allocator_takes(
+    name: str, tiny_model: Callable[..., Any], tiny_name: str
+) -> None:
+    kinds = METHODS[name].default_kinds or ("heads", "neurons")
+    it = probe(tiny_model(tiny_name), kinds)
+    scores = METHODS[name].score(it)
     for kind in kinds:
-        assert expected[kind].max() > 0
-        limit = 1e-4 * float(expected[kind].max())
-        torch.testing.assert_close(scores[kind], expected[kind], rtol=1e-4, atol=limit)
-    assert hooks.masks is None
+        assert scores[kind].shape == (it.layout.units(kind),)
+        assert (scores[kind] >= 0).all()
+        assert torch.isfinite(scores[kind]).all()
+    allocator = Allocator(it.budget, Constraints(kinds, neuron_multiple=4))
+    assert it.budget.sparsity(allocator.shape(scores, 0.2)) >= 0.2

@@ -17,21 +17,44 @@ from nuteprune.gates.schedule import Lagrangian, Schedule
 def test_any_number_of_steps_climbs_to_the_target_and_stays(
     target: float, steps: int, ramp_share: float, power: float
 ) -> None:
-    schedule = Schedule(target, steps, ramp_share, power)
+    schedule = Schedule((target,), steps, ramp_share, power)
     asked = [schedule.sparsity(i) for i in range(steps)]
     assert asked == sorted(asked)
     assert asked[0] > 0
     assert asked[-1] == pytest.approx(target)
     reached = [value == pytest.approx(target, abs=1e-12) for value in asked]
-    assert reached == [schedule.done(i) for i in range(steps)]
+    assert reached == [schedule.stage(i).resting(i) for i in range(steps)]
     assert reached.index(True) + 1 == pytest.approx(max(1, steps * ramp_share), abs=0.5001)
 
 
 def test_linear_and_cubic_by_hand() -> None:
-    linear, cubic = Schedule(0.4, 8, 0.5), Schedule(0.4, 8, 0.5, power=3)
+    linear, cubic = Schedule((0.4,), 8, 0.5), Schedule((0.4,), 8, 0.5, power=3)
     assert [linear.sparsity(i) for i in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
     left = [27 / 64, 8 / 64, 1 / 64, 0]
     assert [cubic.sparsity(i) for i in range(4)] == pytest.approx([0.4 * (1 - x) for x in left])
+
+
+def test_several_targets_share_the_steps_each_with_a_ramp_and_a_rest() -> None:
+    schedule = Schedule((0.2, 0.6), 10, 0.4, freeze_share=0.6)
+    assert [schedule.sparsity(i) for i in range(10)] == pytest.approx(
+        [0.1, 0.2, 0.2, 0.2, 0.2, 0.4, 0.6, 0.6, 0.6, 0.6]
+    )
+    stages = [schedule.stage(i) for i in range(10)]
+    assert [stage.freeze_step for stage in stages] == [3] * 5 + [8] * 5
+    assert [stage.end for stage in stages] == [5] * 5 + [10] * 5
+    assert [stages[i].rested(i) for i in (2, 4, 9)] == pytest.approx([1 / 3, 1, 1])
+
+
+@given(count=st.integers(1, 5), more=st.integers(0, 40), ramp_share=st.floats(0, 1))
+def test_every_target_is_rested_at(count: int, more: int, ramp_share: float) -> None:
+    targets = tuple((i + 1) / 10 for i in range(count))
+    schedule = Schedule(targets, count + more, ramp_share)
+    asked = [schedule.sparsity(i) for i in range(schedule.steps)]
+    assert asked == sorted(asked)
+    ends = sorted({schedule.stage(i).end for i in range(schedule.steps)})
+    assert len(ends) == count
+    assert ends[-1] == schedule.steps
+    assert [asked[end - 1] for end in ends] == pytest.approx(targets)
 
 
 def test_penalty_and_its_slopes_by_hand() -> None:

@@ -8,7 +8,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink import compensate
 from nuteprune.shrink.compensate import Fit, install_weight, low_rank, refit, ridge_fit
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.trainer import make_allocator
+from nuteprune.train.setup import make_allocator
 
 
 def correlated(rows: int = 400, columns: int = 12) -> torch.Tensor:

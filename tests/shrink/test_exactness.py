@@ -18,7 +18,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.trainer import make_allocator
+from nuteprune.train.setup import make_allocator
 
 KINDS = (
     "heads",

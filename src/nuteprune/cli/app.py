@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 import typer
 
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import Interrupted, RunFailed, UserError
 
 
 def _show_version(wanted: bool) -> None:
@@ -33,7 +33,7 @@ def _root(
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
     # Imported here, so that libraries are quiet by the time they are loaded.
-    from nuteprune.cli import bench, demo, evaluate, inspect, prune, recover
+    from nuteprune.cli import bench, demo, evaluate, export, inspect, prune, recover, report
 
     app = typer.Typer(
         name="nuteprune",
@@ -49,7 +49,9 @@ def make_app() -> typer.Typer:
     app.command("eval")(evaluate.evaluate)
     app.command("bench")(bench.bench)
     app.command("recover")(recover.recover)
+    app.command("export")(export.export)
     app.command("inspect")(inspect.inspect)
+    app.command("report")(report.report)
     return app
 
 
@@ -62,12 +64,16 @@ def main() -> None:
         quiet_libraries()
     try:
         code = make_app()(standalone_mode=False, prog_name="nuteprune")
+    except Interrupted as stop:
+        _fail(str(stop), 128 + stop.signal)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except (UserError, RunFailed) as error:
         if debug:
             raise
-        _fail(str(error), 2 if isinstance(error, UserError) else 1)
+        # All processes of a run meet the same error, and one line is enough.
+        main_process = os.environ.get("RANK", "0") == "0"
+        _fail(str(error) if main_process else "", 2 if isinstance(error, UserError) else 1)
     except typer.Abort:
         _fail("interrupted", 130)
     except Exception as error:
@@ -81,8 +87,9 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    line = " ".join(message.split())
-    print(f"nuteprune: {line}", file=sys.stderr)
+    if message:
+        line = " ".join(message.split())
+        print(f"nuteprune: {line}", file=sys.stderr)
     sys.exit(code)
 
 

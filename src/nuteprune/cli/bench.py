@@ -17,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from nuteprune.cli import options as o
+from nuteprune.cli.job import RUN
 from nuteprune.cli.output import Bars, Output, megabytes, millions
-from nuteprune.cli.pipeline import RUN
 from nuteprune.cli.sources import load_model, locate, pick_device, pick_dtype, read_config
 from nuteprune.cli.verdicts import LABELS
 from nuteprune.errors import UserError

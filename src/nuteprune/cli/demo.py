@@ -13,17 +13,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.cli import options as o
+from nuteprune.cli.job import RUN, Job
 from nuteprune.cli.output import Output, megabytes, millions
-from nuteprune.cli.pipeline import Job, Result, one_shot, run
+from nuteprune.cli.pipeline import Result, one_shot, run
+from nuteprune.cli.show import print_report
 from nuteprune.cli.sources import DEMO, load_model, load_tokenizer, pick_dtype
 from nuteprune.demo import assets
 from nuteprune.export.checkpoint import load_pruned
 from nuteprune.export.record import weights_size
 from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean
+from nuteprune.judge.runfiles import SAMPLES, SPEED, write_extra
 
 STEPS = 60
-SPARSITY = 0.2
+SPARSITY = "0.2"
 PROMPT = "The history of bread begins"
 FOLDER = "nuteprune-demo"
 
@@ -31,9 +34,11 @@ FOLDER = "nuteprune-demo"
 def demo(
     out: o.OptionalOut = None,
     sparsity: o.Sparsity = None,
+    shape: o.ShapeFile = None,
     steps: o.Steps = None,
     batch_size: o.BatchSize = None,
     length: o.Length = None,
+    method: o.Method = None,
     gates: o.Gates = None,
     shapes: o.Shapes = None,
     device: o.Device = None,
@@ -55,10 +60,12 @@ def demo(
         out or free_folder(Path(FOLDER)),
         config,
         assignments,
-        target_sparsity=sparsity if sparsity is not None else SPARSITY,
+        SPARSITY if sparsity is None and shape is None else sparsity,
+        shape,
         max_steps=steps if steps is not None else STEPS,
         per_device_train_batch_size=batch_size,
         length=length,
+        method=method,
         gates=gates,
         shapes=shapes,
         device=device,
@@ -85,37 +92,54 @@ def free_folder(wanted: Path) -> Path:
 def compare(job: Job, result: Result, output: Output) -> None:
     """Print dense, one-shot and pruned model side by side, and let two of them write."""
     dtype = pick_dtype(job.dtype, job.device)
+    out, record = list(result.records.items())[-1]
     gc.collect()  # a trainer and its callbacks point at each other: make room for three models
     with tempfile.TemporaryDirectory() as folder:
         plain = one_shot(job, result.scores, result.held_out, Path(folder))
         models = {
             "intact": load_model(DEMO, dtype),
             "one-shot": load_pruned(folder, dtype=dtype),
-            "NutePrune": load_pruned(result.out, dtype=dtype),
+            "NutePrune": load_pruned(out, dtype=dtype),
         }
         prompt_BT = next(iter(result.held_out.values()))[:1, :64]
         rates = decode_rates(models, prompt_BT)
-        print_table(result, plain, rates, output)
+        print_table(record, plain, rates, output)
         texts = continuations(models, load_tokenizer(DEMO), PROMPT)
     for name in ("intact", "NutePrune"):
         output.line(f"{name}: {PROMPT}{texts[name]}")
     output.line()
-    output.line(f"Checkpoint in {result.out} (nuteprune inspect {result.out} shows its layers)")
+    keep_for_report(job.out / RUN, rates, texts)
+    output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
+    print_report(job, output)
     output.result(
         {
-            "out": str(result.out),
-            **result.record,
+            "out": str(out),
+            **record,
             "one_shot": plain["perplexity"]["after"],
             "decode_tokens_per_second": rates,
         }
     )
 
 
+def keep_for_report(run: Path, rates: Mapping[str, float], texts: Mapping[str, str]) -> None:
+    """Write down what the report shows beside the record: speed and samples."""
+    speed = {
+        "name": "decode, batch 1",
+        "unit": "tokens/s",
+        "dense": rates["intact"],
+        "pruned": rates["NutePrune"],
+        "better": "higher",
+    }
+    conditions = f"cpu, {torch.get_num_threads()} threads"
+    write_extra(run, SPEED, {"conditions": conditions, "rows": [speed]})
+    sample = {"prompt": PROMPT, "dense": texts["intact"], "pruned": texts["NutePrune"]}
+    write_extra(run, SAMPLES, [sample])
+
+
 def print_table(
-    result: Result, plain: dict[str, Any], rates: Mapping[str, float], output: Output
+    record: dict[str, Any], plain: dict[str, Any], rates: Mapping[str, float], output: Output
 ) -> None:
     """Print parameters, size, held-out perplexity and speed of the three models."""
-    record = result.record
     sources = list(record["perplexity"]["before"])
     dense_size = weights_size(assets.model_folder())
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from nuteprune.cli.job import JOB_KEYS
 from nuteprune.cli.sources import load_model
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME, read_record
@@ -65,8 +66,5 @@ def judged(name: str, base: str | None, dense: str | None, settings: Mapping[str
             f"{name} is a checkpoint in the middle of a run, and holds only what the run has "
             "learned; pass the model that it prunes as --base"
         )
-    own = {k: v for k, v in recorded.items() if k not in _JOB_KEYS}
+    own = {k: v for k, v in recorded.items() if k not in JOB_KEYS}
     return Judged(name, str(source), folder, {**own, **settings})
-
-
-_JOB_KEYS = ("model", "data", "eval_data", "dtype", "device", "length", "text_column")

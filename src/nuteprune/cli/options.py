@@ -7,13 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from nuteprune.cli.pipeline import Job
-from nuteprune.cli.settings import RUN_KEYS, read_settings
+from nuteprune.cli.job import Job
+from nuteprune.cli.settings import RUN_KEYS, read_mapping, read_settings
+from nuteprune.errors import UserError
 
 Model = Annotated[str, typer.Argument(help="Hub id, checkpoint folder, or 'demo'.")]
 Sparsity = Annotated[
-    float | None,
-    typer.Option(help="Share of the decoder layers' parameters to remove, such as 0.2."),
+    str | None,
+    typer.Option(
+        help="Share of the decoder layers' parameters to remove, such as 0.2; several "
+        "(0.2,0.3,0.5) give several checkpoints from one run."
+    ),
+]
+ShapeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--shape",
+        help="YAML or JSON file with the dimensions to cut to, instead of --sparsity; another "
+        "checkpoint's nuteprune.json serves too.",
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -34,6 +46,13 @@ Set = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps; 0: one-shot.")]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences per step.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="nuteprune, or a one-shot method: random, magnitude, wanda, flap, taylor, fisher, "
+        "similarity; with the same distillation after it."
+    ),
+]
 Gates = Annotated[
     str | None,
     typer.Option(help="heads, kv_groups, neurons, hidden, attn_block, mlp_block; comma separated."),
@@ -53,7 +72,13 @@ Json = Annotated[bool, typer.Option("--json", help="End with one machine-readabl
 
 
 def make_job(
-    model: str, out: Path, config: Path | None, assignments: list[str] | None, **given: Any
+    model: str,
+    out: Path,
+    config: Path | None,
+    assignments: list[str] | None,
+    sparsity: str | None,
+    shape: Path | None,
+    **given: Any,
 ) -> Job:
     """Return a job from a settings file, `--set`, and options, the later winning.
 
@@ -62,12 +87,30 @@ def make_job(
         out: the output folder.
         config: settings file or None.
         assignments: `--set` values.
+        sparsity: one target or several, comma separated; None where not given.
+        shape: file with dimensions to cut to, None where not given.
         **given: options under their settings' full names; None where not given. Those of `Job`
             itself (`dry_run`, `resume`, `overwrite`) are flags.
     """
     flags = {k: given.pop(k) for k in ("dry_run", "resume", "overwrite")}
     settings = read_settings(config, assignments or ())
+    if sparsity is not None and shape is not None:
+        raise UserError("--sparsity and --shape both say how much is to go; pass one of them")
+    if sparsity is not None:
+        *stops, given["target_sparsity"] = _shares(sparsity)
+        given["stops"] = stops or None
+    if shape is not None:
+        given["shape"] = read_mapping(shape, "--shape")
     settings |= {key: value for key, value in given.items() if value is not None}
     own = {key: settings.pop(key) for key in list(settings) if key in RUN_KEYS}
     own.setdefault("data", "demo")
     return Job(model=model, out=out, settings=settings, **own, **flags)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return sorted(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"--sparsity {text} is no share, nor several: write 0.2, or 0.2,0.3,0.5"
+        ) from error

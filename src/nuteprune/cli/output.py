@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 
+def is_main_process() -> bool:
+    """Return whether this process speaks for the run: the first that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class Output:
     """Prints for a person, and with `as_json` one machine-readable line as the last on stdout.
+
+    Where several processes share a run, the main one alone prints.
 
     Args:
         as_json: print results as JSON; what is for people goes to stderr then.
@@ -23,8 +31,9 @@ class Output:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=as_json, highlight=False, soft_wrap=False)
-        self.progress_console = Console(stderr=True, highlight=False)
+        quiet = not is_main_process()
+        self.console = Console(stderr=as_json, highlight=False, soft_wrap=False, quiet=quiet)
+        self.progress_console = Console(stderr=True, highlight=False, quiet=quiet)
 
     def line(self, text: str = "") -> None:
         """Print a line for people."""
@@ -47,7 +56,7 @@ class Output:
 
     def result(self, data: Mapping[str, Any]) -> None:
         """Print the JSON line, if it was asked for."""
-        if self.as_json:
+        if self.as_json and is_main_process():
             sys.stdout.write(json.dumps(data) + "\n")
 
     @contextmanager
@@ -100,3 +109,10 @@ def millions(count: float) -> str:
 def megabytes(size: float) -> str:
     """Return a size for people."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nuteprune.cli import options as o
 from nuteprune.cli.output import Output
-from nuteprune.cli.pipeline import print_result, run
+from nuteprune.cli.pipeline import run
+from nuteprune.cli.show import print_report, print_results
 from nuteprune.errors import UserError
 
 
@@ -12,11 +13,13 @@ def prune(
     model: o.Model,
     out: o.Out,
     sparsity: o.Sparsity = None,
+    shape: o.ShapeFile = None,
     data: o.Data = None,
     eval_data: o.EvalData = None,
     steps: o.Steps = None,
     batch_size: o.BatchSize = None,
     length: o.Length = None,
+    method: o.Method = None,
     gates: o.Gates = None,
     shapes: o.Shapes = None,
     device: o.Device = None,
@@ -38,12 +41,14 @@ def prune(
         out,
         config,
         assignments,
-        target_sparsity=sparsity,
+        sparsity,
+        shape,
         data=data,
         eval_data=eval_data,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         length=length,
+        method=method,
         gates=gates,
         shapes=shapes,
         device=device,
@@ -55,8 +60,9 @@ def prune(
         resume=resume,
         overwrite=overwrite,
     )
-    if "target_sparsity" not in job.settings:
-        raise UserError("how much is to go? pass --sparsity, such as --sparsity 0.2")
+    if not {"target_sparsity", "shape"} & set(job.settings):
+        raise UserError("how much is to go? pass --sparsity, such as --sparsity 0.2, or --shape")
     result = run(job, output)
     if result is not None:
-        print_result(result, output)
+        print_results(result.records, output)
+        print_report(job, output)

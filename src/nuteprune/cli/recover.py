@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from nuteprune.cli import options as o
+from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output, megabytes
-from nuteprune.cli.pipeline import Job
 from nuteprune.cli.recovery import Recovery, run
 from nuteprune.export.record import FILE_NAME
 from nuteprune.judge.perplexity import mean
@@ -84,7 +84,8 @@ def recover(
         overwrite=overwrite,
     )
     result = run(Recovery(job, steps, epochs, learning_rate, template), output)
-    print_result(result, output)
+    if result is not None:
+        print_result(result, output)
 
 
 def print_result(result: Mapping[str, Any], output: Output) -> None:

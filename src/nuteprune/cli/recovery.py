@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,11 +19,12 @@ from transformers import (
     PrinterCallback,
 )
 
-from nuteprune.cli.output import Bars, Output, millions
-from nuteprune.cli.pipeline import RUN, Job, check_out, clear_result, stored_dtype
+from nuteprune.cli.job import RUN, Job, check_out, clear_result, resume_from
+from nuteprune.cli.output import Bars, Output, is_main_process, millions
+from nuteprune.cli.pipeline import stored_dtype
 from nuteprune.cli.progress import RecoveryProgress
 from nuteprune.cli.rejudged import judged_again, judged_text, record_of
-from nuteprune.cli.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
+from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import save
 from nuteprune.export.record import peak_memory, weights_size, write_again
@@ -33,7 +33,6 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.data import training_blocks
 from nuteprune.train.instructions import Examples, check_template, holds_instructions, read_examples
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
-from nuteprune.train.state import last_checkpoint
 
 INSTRUCTIONS, TEXT = "instructions", "text"
 RATES = {INSTRUCTIONS: 1e-4, TEXT: 1e-3}
@@ -61,8 +60,8 @@ class Recovery:
     template: str
 
 
-def run(asked: Recovery, output: Output) -> dict[str, Any]:
-    """Do it.
+def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
+    """Do it; returns None in all processes of a run but the main one.
 
     Returns:
         What `print_result` shows: `out`, `recover`, and the record where there is one.
@@ -81,15 +80,17 @@ def run(asked: Recovery, output: Output) -> dict[str, Any]:
     config = _config(asked, kind, **autocast)
     training = _training_data(asked, kind, config, tokenizer, model)
     judged = judged_text(job, record, tokenizer, model, output)
-    if not job.resume:
-        shutil.rmtree(job.out, ignore_errors=True)
     with output.bars() as bars:
+        if not job.resume and is_main_process():
+            shutil.rmtree(job.out, ignore_errors=True)
         trainer = RecoverTrainer(model, config, training, tokenizer)
         trainer.remove_callback(PrinterCallback)
         progress = RecoveryProgress(bars)
         trainer.add_callback(progress)
         _print_plan(asked, kind, trainer, training, record, output)
         before, after, small = _train(job, trainer, judged, bars)
+    if not is_main_process():
+        return None
     entry = {
         **_settings(asked, kind, trainer, training),
         "seconds_per_step": statistics.median(progress.seconds) if progress.seconds else None,
@@ -100,11 +101,9 @@ def run(asked: Recovery, output: Output) -> dict[str, Any]:
 
 def _check(asked: Recovery) -> None:
     job = asked.job
-    check_out(job)
+    if is_main_process():  # the others may come when it has begun to write
+        check_out(job)
     check_template(asked.template)
-    out, source = job.out.resolve(), Path(locate(job.model))
-    if source.is_dir() and (out == source.resolve() or out in source.resolve().parents):
-        raise UserError(f"--out {job.out} holds the model itself; name another folder")
     if asked.steps is not None and asked.epochs is not None:
         raise UserError("--steps and --epochs both say how long; pass one of them")
     for option, value in (
@@ -148,6 +147,11 @@ def _config(asked: Recovery, kind: str, **more: Any) -> RecoverConfig:
     )
 
 
+def _sequences_per_step(config: RecoverConfig) -> int:
+    """Return how many sequences all processes together learn from in a step."""
+    return int(config.train_batch_size * config.gradient_accumulation_steps * config.world_size)
+
+
 def _training_data(
     asked: Recovery,
     kind: str,
@@ -157,7 +161,7 @@ def _training_data(
 ) -> Dataset[Any]:
     job = asked.job
     vocabulary = Anatomy(model).embedding.weight.shape[0]
-    each = config.train_batch_size * config.gradient_accumulation_steps
+    each = _sequences_per_step(config)
     count = config.max_steps * each if config.max_steps > 0 else None
     given: dict[str, Any] = {
         "length": job.length,
@@ -187,7 +191,7 @@ def _print_plan(
     what = f"{count} examples, answers learned" if kind == INSTRUCTIONS else "plain text"
     without = f" ({skipped} rows without an answer left out)" if skipped else ""
     output.line(f"Data    {job.data}: {what}{without}")
-    each = args.train_batch_size * args.gradient_accumulation_steps
+    each = _sequences_per_step(args)
     steps = (
         args.max_steps if args.max_steps > 0 else math.ceil(count / each * args.num_train_epochs)
     )
@@ -212,8 +216,7 @@ def _train(
 
     # The adapters add nothing before the first step.
     before = measure("measuring the model", Anatomy(trainer.model).model)
-    checkpoint = last_checkpoint(job.out / RUN) if job.resume else None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=resume_from(job))
     small = trainer.merge()
     # Judged is what will be in the file, rounded to its dtype. Parameters alone: buffers, such as
     # rotary frequencies, are made anew when a file is loaded.
@@ -237,7 +240,7 @@ def _settings(
         "sequences": len(cast(Any, training)),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch if kind == INSTRUCTIONS else None,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
+        "batch_size": _sequences_per_step(args),
         "length": job.length,
         "learning_rate": args.learning_rate,
         "lora_rank": args.lora_rank,

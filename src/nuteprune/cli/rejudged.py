@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output
-from nuteprune.cli.pipeline import Job
 from nuteprune.cli.sources import locate
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME, read_record
@@ -45,12 +45,14 @@ def judged_text(
         "vocab_size": Anatomy(model).embedding.weight.shape[0],
     }
     if job.eval_data is None and record is not None:
-        how, config = record["perplexity"].get("protocol", {}), record.get("config", {})
-        counts = how.get("block_count", {})
-        if counts and "data" in config:
-            size |= {"length": max(how["block_length"].values()), "count": max(counts.values())}
+        config = record.get("config", {})
+        if "data" in config:
+            size |= {"length": config["length"], "count": config.get("eval_blocks", size["count"])}
+            text = config.get("eval_data") or config["data"]
             try:
-                return held_out_blocks(config["data"], tokenizer, **size)
+                return held_out_blocks(
+                    text, tokenizer, text_column=config.get("text_column"), **size
+                )
             except UserError as error:
                 output.line(f"Note    judged by {job.data}, since the text of the record: {error}")
     spec = job.eval_data or job.data

@@ -50,7 +50,7 @@ def read_settings(config: Path | None, assignments: Iterable[str]) -> dict[str, 
         UserError: for an unreadable file, an unknown key (names the nearest), or a value of the
             wrong type.
     """
-    settings = {} if config is None else _read_file(config)
+    settings = {} if config is None else read_mapping(config, "--config")
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
@@ -59,15 +59,20 @@ def read_settings(config: Path | None, assignments: Iterable[str]) -> dict[str, 
     return check(settings)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, option: str) -> dict[str, Any]:
+    """Return the mapping that a YAML or JSON file holds.
+
+    Raises:
+        UserError: if it cannot be read, or holds something else.
+    """
     try:
         content = _parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --config {path}: {error}") from error
+        raise UserError(f"cannot read {option} {path}: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} must be a mapping of keys to values")
+        raise UserError(f"{option} {path} must be a mapping of keys to values")
     return {str(key): value for key, value in content.items()}
 
 

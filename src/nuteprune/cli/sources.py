@@ -20,6 +20,8 @@ from nuteprune.export.checkpoint import load_pruned
 from nuteprune.model.families import FAMILIES, family_named
 
 DEMO = "demo"
+ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+"""What the demo's model is; the package that carries it has no model card."""
 STORED_DTYPE = "nuteprune_stored_dtype"
 """Attribute of a loaded model: the dtype of its files, which the result keeps."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,6 +35,11 @@ def locate(model: str, progress: Callable[[str], None] = lambda message: None) -
     if looks_local and not Path(model).expanduser().is_dir():
         raise UserError(f"model {model} is no folder, and no hub id; check the path")
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+
+
+def origin(model: str) -> dict[str, str]:
+    """Return what a record is to say of where a model comes from."""
+    return ORIGIN if model == DEMO else {"base_model": model}
 
 
 def read_config(model: str) -> dict[str, Any]:

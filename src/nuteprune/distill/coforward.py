@@ -70,13 +70,15 @@ class LoraBank:
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Run a decoder layer with other LoRA weights, or with none, for a while."""
         if lora is None:
-            for _, module in self._layers[layer]:
+            modules = [module for _, module in self._layers[layer]]
+            before = [module._disable_adapters for module in modules]
+            for module in modules:
                 module._disable_adapters = True
             try:
                 yield
             finally:
-                for _, module in self._layers[layer]:
-                    module._disable_adapters = False
+                for module, disabled in zip(modules, before, strict=True):
+                    module._disable_adapters = disabled
             return
         sides = [
             (parts[ADAPTER], f"{name}.{side}")
@@ -95,9 +97,10 @@ class LoraBank:
 
 @dataclass
 class Passage:
-    """What one co-forward pass leaves: the sum of layer terms and what both heads would read."""
+    """What one co-forward pass leaves: the sum of layer terms, and what both heads would read."""
 
     layer_loss: Tensor | None = None
+    layers: int = 0
     student_BTD: Tensor | None = None
     teacher_BTD: Tensor | None = None
     _flow_BTD: Tensor | None = field(default=None, repr=False)
@@ -170,6 +173,7 @@ class CoForward:
             passage._flow_BTD = flow_BTD
             if self.layer_term is not None:
                 term = self.layer_term(_hidden(output), flow_BTD, weight_BT)
+                passage.layers += 1
                 passage.layer_loss = (
                     term if passage.layer_loss is None else passage.layer_loss + term
                 )

@@ -46,10 +46,19 @@ class Plan:
     lag: int
 
     @classmethod
-    def for_target(cls, target: float) -> Plan:
-        """Return the published spacing (1 point, 10 behind), finer where the target is small."""
+    def for_target(cls, target: float, ramp_steps: int) -> Plan:
+        """Return the published plan (every point, 10 behind), scaled down where a run is small.
+
+        The spacing is finer where the target is small, and the lag is at most half of the snapshots
+        that a ramp can leave, one a step, so that a small target or a short run has teachers too.
+
+        Args:
+            target: sparsity that the run ends at.
+            ramp_steps: optimizer steps on the way there.
+        """
         spacing = min(0.01, target / 10)
-        return cls(target, spacing, min(10, max(1, round(target / spacing / 2))))
+        snapshots = min(target / spacing, ramp_steps)
+        return cls(target, spacing, min(10, max(1, round(snapshots / 2))))
 
     def due(self, sparsity: float, newest: float) -> bool:
         """Return whether a snapshot is to be taken at a sparsity."""
@@ -62,12 +71,15 @@ class Plan:
     def returning(self, count: int, progress: float) -> int:
         """Return the index of the teacher after the target is reached, -1 for the intact model.
 
+        Where fewer snapshots were taken than planned (steps of sparsity can be coarse), the newest
+        half of them is too close to the student, not more.
+
         Args:
             count: teachers there are.
-            progress: share of the remaining steps that is over, in [0, 1).
+            progress: share of the remaining steps that is over, in [0, 1].
         """
-        useful = self.growing(count) + 1
-        return useful - 1 - int(progress * (useful + 1))
+        useful = count - min(self.lag, max(1, count // 2)) if count else 0
+        return max(-1, useful - 1 - int(progress * (useful + 1)))
 
 
 class Teachers:
@@ -95,12 +107,18 @@ class Teachers:
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:04d}.safetensors"
 
-    def record(self, sparsity: float, masks: Masks, lora: Mapping[str, Tensor]) -> None:
-        """Write a snapshot: complete on disk, or not at all."""
+    def record(
+        self,
+        sparsity: float,
+        masks: Masks,
+        lora: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """Write a snapshot, its LoRA weights in `dtype`: complete on disk, or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"mask.{k}": v.detach().cpu().contiguous() for k, v in masks.values.items()}
         for key, value in lora.items():
-            tensors[f"lora.{key}"] = value.detach().to("cpu", torch.bfloat16).contiguous()
+            tensors[f"lora.{key}"] = value.detach().to("cpu", dtype).contiguous()
         path = self._path(len(self))
         partial = path.with_suffix(f".{os.getpid()}.partial")  # each rank writes one of its own
         save_file(tensors, partial, metadata={"sparsity": repr(sparsity)})
@@ -128,6 +146,6 @@ class Teachers:
         with safe_open(self._path(index), framework="pt", device=device) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part, key = name.split(".", 1)
-                # LoRA is kept in half the space; it multiplies as it was trained, in fp32.
+                # LoRA may be kept in half the space; it multiplies as it was trained, in fp32.
                 (masks if part == "mask" else lora)[key] = file.get_tensor(name).float()
         return Role(Masks(self.layout, masks), lora)

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+FILE_NAME = "README.md"
+
+_PLOTS = "<!-- plots of the run -->", "<!-- end of plots -->"
+"""What encloses the plots in a card, so that they can be put in later."""
 
 _CARD = """\
 ---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nuteprune, pruned, structured-pruning]
-base_model: {base_model}
+{metadata}
 ---
 
-# {name}, {sparsity:.1%} of its decoder pruned
+# {name}, {sparsity:.1%} of its decoder removed
 
 {base_model} with {sparsity:.1%} of the parameters of its decoder layers' projections physically
 removed ({total:.1%} of all parameters) by structured pruning with numerous teachers
-([arXiv 2402.09773](https://arxiv.org/abs/2402.09773)). Licence: that of {base_model}.
+([arXiv 2402.09773](https://arxiv.org/abs/2402.09773)), made with `nuteprune` {version}.
 
-| | before | after |
-|---|---|---|
-| parameters | {before:,} | {after:,} |
-{perplexity}
-Perplexity is on held-out text: {protocol}
+| | dense | pruned | |
+|---|---:|---:|---:|
+{table}
+{protocol}
+
+{plots}
 
 ## How to load
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "."  # this checkpoint: a folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder{remote})
 model = AutoModelForCausalLM.from_pretrained(folder{remote})
 ```
 
 {how}
+
+## What it is made from
+
+- Base model: {base_model}. Intended uses, limits and biases are those of the base model; pruning
+  may add to the latter, and has been judged by the figures above alone.
+- Licence: {licence}.
+- Layers: {layers}
+- Text: {text}. `nuteprune.json` has all settings, versions and counts.
 """
 
 _FREE = """\
@@ -48,27 +65,140 @@ _STOCK = (
 
 
 def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
-    """Return the card's text.
+    """Return the card's text, with a place for plots (`with_plots`).
 
     Args:
         record: as `record.make_record` gives it.
         remote_code: whether the checkpoint brings its modeling file.
     """
-    ppl, base_model = record.get("perplexity", {}), record.get("base_model", "the intact model")
-    before, after = ppl.get("before", {}), ppl.get("after", {})
-    rows = "".join(
-        f"| perplexity, {source} | {before[source]:.2f} | {after[source]:.2f} |\n"
-        for source in before
-    )
+    base_model = _public(record.get("base_model") or "the intact model")
+    licence = record.get("license")
+    protocol = record.get("perplexity", {}).get("protocol", {}).get("measure")
     return _CARD.format(
-        base_model=base_model,
-        name=base_model.rstrip("/").rpartition("/")[2],
+        metadata=_metadata(record).to_yaml().strip(),
+        name=_plain(_short(base_model)),
+        base_model=_plain(base_model),
         sparsity=record["sparsity"],
         total=record["total_sparsity"],
-        before=record["params"]["before"],
-        after=record["params"]["after"],
-        perplexity=rows,
-        protocol=ppl.get("protocol", {}).get("measure", "not measured."),
+        version=record["versions"]["nuteprune"],
+        table=_table(record),
+        protocol=f"Perplexity, on held-out text: {protocol}." if protocol else "",
+        plots="\n".join(_PLOTS),
         remote=", trust_remote_code=True" if remote_code else "",
         how=_FREE if remote_code else _STOCK,
+        licence=f"{_plain(licence)}, that of the base model" if licence else "the base model's",
+        layers=_layers(record),
+        text=_plain(_public(str(record.get("config", {}).get("data", "not on record")))),
     )
+
+
+def with_plots(card: str, plots: Mapping[str, str]) -> str:
+    """Return a card with plots in the place that it keeps for them; other cards stay as they are.
+
+    Args:
+        card: text that `model_card` made, perhaps edited since.
+        plots: what can be seen on a plot -> its file, relative to the card.
+    """
+    start, end = _PLOTS
+    head, found, rest = card.partition(start)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        return card
+    images = "\n\n".join(f"![{_plain(alt)}]({file})" for alt, file in plots.items())
+    return f"{head}{start}\n{images}\n{end}{tail}"
+
+
+def inherited_licence(base_model: str | None) -> str | None:
+    """Return the licence that the base model's card states, None if none can be read.
+
+    Args:
+        base_model: a checkpoint folder or a hub id; anything else has no card.
+    """
+    if not base_model:
+        return None
+    local = Path(base_model).expanduser() / FILE_NAME
+    if not local.is_file() and not _is_hub_id(base_model):
+        return None
+    try:
+        source = local if local.is_file() else base_model
+        licence = ModelCard.load(source, ignore_metadata_errors=True).data.get("license")
+    except Exception:  # no network, no card, a damaged one: the licence is the base model's anyway
+        return None
+    return licence if isinstance(licence, str) else None
+
+
+def _metadata(record: Mapping[str, Any]) -> ModelCardData:
+    """Return what the hub reads: base model, licence, and the metrics as a model index."""
+    base_model = record.get("base_model")
+    after = record.get("perplexity", {}).get("after", {})
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=source,
+            dataset_name=f"{source} (held-out part)",
+            metric_type="perplexity",
+            metric_name="perplexity",
+            metric_value=value,
+        )
+        for source, value in after.items()
+    ]
+    name = f"{_short(base_model or 'model')}-pruned-{round(100 * record['sparsity'])}"
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["nuteprune", "pruned", "structured-pruning"],
+        base_model=base_model if base_model and _is_hub_id(base_model) else None,
+        license=record.get("license"),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _table(record: Mapping[str, Any]) -> str:
+    params, ppl = record["params"], record.get("perplexity", {})
+    rows = [
+        f"| {what} | {params[before]:,} | {params[after]:,} | "
+        f"{(params[after] - params[before]) / params[before]:+.1%} |"
+        for what, before, after in (
+            ("parameters", "before", "after"),
+            ("in decoder layers", "blocks_before", "blocks_after"),
+        )
+    ]
+    rows += [
+        f"| perplexity, {_plain(source)} | {old:.2f} | {ppl['after'][source]:.2f} | "
+        f"× {ppl['after'][source] / old:.2f} |"
+        for source, old in ppl.get("before", {}).items()
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _layers(record: Mapping[str, Any]) -> str:
+    """Say what the layers kept, in one line."""
+    before, after = record["layers_before"], record["layers"]
+    parts = []
+    for key, what in (("heads", "query heads"), ("kv_heads", "KV heads"), ("neurons", "neurons")):
+        low, high = (pick(layer[key] for layer in after) for pick in (min, max))
+        had = max(layer[key] for layer in before)
+        parts.append(f"{low if low == high else f'{low} to {high}'} of {had} {what}")
+    hidden = record["hidden"]
+    return f"{len(after)}, with {', '.join(parts)}; width {hidden['after']} of {hidden['before']}."
+
+
+def _public(name: str) -> str:
+    """Return a name to be shown to anybody: of a path of this machine only its last part."""
+    return _short(name) if name.startswith(("/", ".", "~")) or Path(name).exists() else name
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def _is_hub_id(model: str) -> bool:
+    """Return whether a name has the form owner/model and is no folder here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
+
+
+def _plain(text: str) -> str:
+    """Return text that Markdown shows as it is: one line, nothing marked up."""
+    line = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)

@@ -34,7 +34,7 @@ from nuteprune.model.shape import Shape
 from nuteprune.shrink.finalize import fold_masks
 from nuteprune.shrink.slicing import slice_state
 
-__all__ = ["assemble", "build", "load_pruned", "pruned_config", "recount", "save"]
+__all__ = ["assemble", "build", "load_config", "load_pruned", "pruned_config", "recount", "save"]
 
 _UNREADABLE = (
     AttributeError,
@@ -63,7 +63,7 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
         UserError: if the tensors are not those that the config asks for.
     """
     first = next(iter(state_dict.values()))
-    return _load(
+    model = _load(
         _causal_lm(config.model_type),
         None,
         config=config,
@@ -71,6 +71,10 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
         dtype=first.dtype,
         device_map={"": first.device},
     )
+    # It notes that no tensor was renamed on the way in, and would then rename none in files, whose
+    # names are those of older versions (GPT-NeoX: embed_out, not lm_head).
+    vars(model).pop("_weight_conversions", None)
+    return model
 
 
 def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
@@ -109,6 +113,20 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     if not model_type.startswith(PREFIX):
         return _load(AutoModelForCausalLM, source, trust_remote_code=False, **kwargs)
     return _load(_causal_lm(model_type), source, use_safetensors=True, **kwargs)
+
+
+def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
+    """Load the config of a causal LM, pruned or stock, without running code that comes with it.
+
+    Raises:
+        UserError: if it is missing or damaged, or its model type is not supported.
+    """
+    source = str(source)
+    with _one_line(source):
+        values, _ = PreTrainedConfig.get_config_dict(source)
+    config_class: Any = _causal_lm(values.get("model_type", "")).config_class
+    with _one_line(source):
+        return config_class.from_dict(values)  # type: ignore[no-any-return]
 
 
 def _causal_lm(model_type: str) -> type[PreTrainedModel]:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-from nuteprune.export.card import model_card
+from nuteprune.export.card import inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.model.families import family_named
 from nuteprune.model.shape import Shape
@@ -100,13 +100,16 @@ def write_pruned(
         model: the pruned model, in the dtype that it is to be stored in.
         tokenizer: its tokenizer, if it has one.
         params: `before` and `blocks_before`, counted on the intact model.
-        **record: what else `make_record` takes; `base_model` among it.
+        **record: what else `make_record` takes; `base_model` among it. Its `license` is read
+            from the base model's card where it is not given; None where that is unknown.
 
     Returns:
         The record as it was written.
     """
     save(model, folder, tokenizer)
     counted = recount(folder)
+    if "license" not in record:
+        record["license"] = inherited_licence(record.get("base_model"))
     full = make_record(
         params={
             **params,

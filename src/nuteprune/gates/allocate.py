@@ -11,6 +11,7 @@ combination is found by enumeration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,12 +39,14 @@ class Constraints:
         uniform: the same counts in every layer.
         neuron_multiple: neurons kept per layer are a multiple of it (or all of them).
         hidden_multiple: the width kept is a multiple of it (or all of it).
+        floor: dimensions to keep at least, those that the user chose; None: no such wish.
     """
 
     kinds: tuple[str, ...]
     uniform: bool = False
     neuron_multiple: int = 32
     hidden_multiple: int = 64
+    floor: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,11 @@ class Allocator:
                 best = (float(excess[i]), float(loss[i]))
                 shape = self._assemble(width, attention.kept(int(a[i])), mlp.kept(int(m[i])))
         if best is None:
+            most = math.floor(1000 * (1 - least / self.budget.before)) / 10  # it can be reached
             raise UserError(
                 f"sparsity {sparsity:.1%} is out of reach: gates on "
                 f"{', '.join(self.constraints.kinds)} can remove at most "
-                f"{1 - least / self.budget.before:.1%} here, since every layer keeps at least "
+                f"{most:.1f}% here, since every layer keeps at least "
                 "one KV head and one multiple of neurons; ask for less, or add kinds to --gates"
             )
         return shape
@@ -248,7 +252,8 @@ class Allocator:
         if "hidden" not in parts:
             return [(width, 0.0)]
         gone = np.concatenate([[0.0], np.cumsum(np.sort(parts["hidden"][0]))])
-        kept = [width, *range((width - 1) // multiple * multiple, 0, -multiple)]
+        floor = self.constraints.floor
+        kept = _counts(width, multiple, floor.hidden if floor else 0)
         return [(k, float(gone[width - k])) for k in kept]
 
     def _attention_options(self, parts: Mapping[str, list[Array]], layer: int) -> list[Option]:
@@ -282,17 +287,23 @@ class Allocator:
                 )
         if "attn_block" in parts and layer > 0:
             options.append(Option(all_steps, float(parts["attn_block"][layer][0]), 0, 0, (0, 0)))
-        return options
+        floor = self._floor(layer)
+        return [o for o in options if o.kept[0] >= floor.heads and o.kept[1] >= floor.kv_heads]
+
+    def _floor(self, layer: int) -> LayerShape:
+        floor = self.constraints.floor
+        return floor.layers[layer] if floor else LayerShape(0, 0, 0)
 
     def _mlp_options(self, parts: Mapping[str, list[Array]], layer: int) -> list[Option]:
         total, multiple = self.budget.shape.layers[layer].neurons, self.constraints.neuron_multiple
         if not total:
             return [Option(0, 0.0, 0, 0, (0,))]
+        floor = self._floor(layer).neurons
         kept = [total]
         gone = np.zeros(total + 1)
         if "neurons" in parts:
             gone[1:] = np.cumsum(np.sort(parts["neurons"][layer]))
-            kept += range((total - 1) // multiple * multiple, 0, -multiple)
+            kept = _counts(total, multiple, floor)
         options = [
             Option(
                 -(-(total - n) // multiple),
@@ -302,7 +313,7 @@ class Allocator:
             )
             for n in kept
         ]
-        if "mlp_block" in parts:
+        if "mlp_block" in parts and not floor:
             steps = -(-total // multiple)
             options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, (0,)))
         return options
@@ -315,6 +326,12 @@ class Allocator:
             attention, mlp = attention * count, mlp * count
         pairs = zip(attention, mlp, strict=True)
         return Shape(width, tuple(LayerShape(a[0], a[1], m[0]) for a, m in pairs))
+
+
+def _counts(total: int, multiple: int, floor: int) -> list[int]:
+    """Return what may be kept of `total`: all, the multiples, and the floor where there is one."""
+    multiples = range((total - 1) // multiple * multiple, floor, -multiple)
+    return [total, *multiples, *([floor] if 0 < floor < total else [])]
 
 
 def _after(part: Frontier, width: int) -> Array:

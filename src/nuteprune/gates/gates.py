@@ -1,8 +1,8 @@
 """Gates in training: from learned state to the masks of a step, and to the final ones.
 
-Two kinds of dynamics share one interface. `RankedGates` hold hard, exportable masks at the
-scheduled sparsity at every step and keep re-estimating each unit's score from the gradients of
-its mask. `HardConcreteGates` are the paper's: stochastic soft masks whose log-alpha is trained.
+All kinds share one interface. `RankedGates` hold hard, exportable masks at the scheduled sparsity
+at every step and keep re-estimating each unit's score from the gradients of its mask. Those whose
+masks are soft and trained themselves are in `soft.py` and `multipliers.py`.
 
 Shape suffixes: B batch, N units of one kind in the whole model.
 """
@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from nuteprune.gates import hard_concrete
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.schedule import Lagrangian
 
 
 class Gates(nn.Module):
@@ -44,6 +42,10 @@ class Gates(nn.Module):
         """Loss that removing each unit is expected to cost, kind -> (N,)."""
         return {kind: self.get_buffer(f"scores_{kind}") for kind in self.kinds}
 
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return the optimizer's groups for what is trained of the gates, at a given rate."""
+        return []
+
     def begin_step(self, sparsity: float, seed: int) -> None:
         """Prepare the masks of one optimizer step; the same on all ranks and micro-batches."""
         raise NotImplementedError
@@ -62,6 +64,10 @@ class Gates(nn.Module):
         """Return the sparsity term of the loss, None if there is none."""
         return None
 
+    def figures(self) -> dict[str, float]:
+        """Return what else is worth a line in the logs."""
+        return {}
+
     def sparsity(self) -> float:
         """Return the expected sparsity of the step's masks."""
         raise NotImplementedError
@@ -71,8 +77,12 @@ class Gates(nn.Module):
         raise NotImplementedError
 
     def freeze(self, sparsity: float) -> Masks:
-        """Fix the masks for good, in an exportable shape at a sparsity."""
+        """Fix the masks, in an exportable shape at a sparsity."""
         raise NotImplementedError
+
+    def thaw(self) -> None:
+        """Let masks move again, towards the next target."""
+        self.frozen = False
 
     def restore_masks(self, masks: Masks) -> None:
         """Take over masks that were frozen before a run was interrupted."""
@@ -160,132 +170,13 @@ class RankedGates(Gates):
     def restore_masks(self, masks: Masks) -> None:
         """Take over frozen masks."""
         self._hard = masks.to(next(iter(self.scores.values())).device)
-        self._sparsity = _sparsity_of(self.allocator, masks)
+        self._sparsity = sparsity_of(self.allocator, masks)
         self.frozen = True
 
 
-class HardConcreteGates(Gates):
-    """The paper's gates: stochastic, with a trained log-alpha per unit.
-
-    Args:
-        warm_start: start log-alpha from the ranking of the scores; else open, as published.
-        solved: shift log-alpha at each step so that expected sparsity is exactly the schedule's,
-            which holds at any number of steps; else the Lagrangian drives it, as published.
-    """
-
-    def __init__(
-        self,
-        allocator: Allocator,
-        scores: Mapping[str, Tensor],
-        warm_start: bool = True,
-        solved: bool = True,
-    ) -> None:
-        super().__init__(allocator, scores)
-        self.log_alpha = nn.ParameterDict(
-            {kind: nn.Parameter(_start(kind, value, warm_start)) for kind, value in scores.items()}
-        )
-        self.lagrangian = None if solved else Lagrangian()
-        self._shift = 0.0
-        self._target = 0.0
-        self._noise: dict[str, Tensor] = {}
-        self._final: Masks | None = None
-
-    def begin_step(self, sparsity: float, seed: int) -> None:
-        """Draw the step's noise and, where the schedule is solved, find the shift."""
-        if self.frozen:
-            return
-        self._target = sparsity
-        generator = torch.Generator().manual_seed(seed)
-        for kind, value in self.log_alpha.items():
-            value.data.clamp_(hard_concrete.LOG_ALPHA_MIN, hard_concrete.LOG_ALPHA_MAX)
-            noise = torch.rand(value.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-            self._noise[kind] = noise.to(value.device)
-        if self.lagrangian is None:
-            self._shift = self._solve(sparsity)
-
-    @torch.no_grad()
-    def _solve(self, sparsity: float) -> float:
-        low, high = -20.0, 20.0
-        for _ in range(40):
-            self._shift = (low + high) / 2
-            if float(self._expected()) > sparsity:
-                low = self._shift
-            else:
-                high = self._shift
-        return (low + high) / 2
-
-    def _shifted(self) -> dict[str, Tensor]:
-        return {kind: value + self._shift for kind, value in self.log_alpha.items()}
-
-    def _expected(self) -> Tensor:
-        keep = {k: hard_concrete.keep_probability(v) for k, v in self._shifted().items()}
-        budget = self.allocator.budget
-        return budget.expected_sparsity(Masks(self.allocator.layout, keep))
-
-    def masks(self, batch_size: int) -> Masks:
-        """Return one draw (N,) for the whole batch."""
-        if self._final is not None:
-            return self._final
-        drawn = {k: hard_concrete.sample(v, self._noise[k]) for k, v in self._shifted().items()}
-        return Masks(self.allocator.layout, drawn)
-
-    def penalty(self) -> Tensor | None:
-        """Return the Lagrangian term at the step's expected sparsity."""
-        if self.lagrangian is None or self.frozen:
-            return None
-        return cast(Tensor, self.lagrangian(self._expected(), self._target))
-
-    def sparsity(self) -> float:
-        """Return the expected sparsity, that of the final masks once frozen."""
-        if self._final is not None:
-            return _sparsity_of(self.allocator, self._final)
-        with torch.no_grad():
-            return float(self._expected())
-
-    @torch.no_grad()
-    def snapshot(self) -> Masks:
-        """Return noiseless soft masks: the lowest round(size - E[kept]) of each kind are 0."""
-        if self._final is not None:
-            return self._final
-        values = {}
-        for kind, value in self._shifted().items():
-            soft = hard_concrete.test_value(value)
-            gone = round(len(value) - float(hard_concrete.keep_probability(value).sum()))
-            soft[torch.argsort(soft, stable=True)[:gone]] = 0
-            values[kind] = soft
-        return Masks(self.allocator.layout, values)
-
-    @torch.no_grad()
-    def freeze(self, sparsity: float) -> Masks:
-        """Keep the units of highest probability in an exportable shape, with their soft values."""
-        self._shift = self._solve(sparsity)
-        shifted = self._shifted()
-        for kind, value in shifted.items():
-            self.scores[kind].copy_(hard_concrete.keep_probability(value))
-        shape = self.allocator.shape(self.scores, sparsity)
-        hard = self.allocator.masks(shape, self.scores)
-        soft = {k: hard.values[k].to(v) * hard_concrete.test_value(v) for k, v in shifted.items()}
-        self._final = Masks(self.allocator.layout, soft)
-        self.frozen = True
-        return self._final
-
-    def restore_masks(self, masks: Masks) -> None:
-        """Take over frozen masks."""
-        self._final = masks.to(next(iter(self.scores.values())).device)
-        self.frozen = True
-
-
-def _sparsity_of(allocator: Allocator, masks: Masks) -> float:
-    """Return the sparsity of masks once everything at 0 is cut."""
-    hard = {kind: (value > 0).float() for kind, value in masks.values.items()}
-    return float(allocator.budget.expected_sparsity(Masks(allocator.layout, hard)))
-
-
-def _start(kind: str, scores: Tensor, warm: bool) -> Tensor:
-    """Return the first log-alpha (N,) of a kind."""
-    if not warm:
-        top = hard_concrete.LOG_ALPHA_MAX
-        start = top if kind != "neurons" else float(torch.logit(torch.tensor(0.99)))
-        return torch.full(scores.shape, min(10.0, start))
-    ranks = scores.argsort(stable=True).argsort(stable=True).float() / max(1, len(scores) - 1)
-    return hard_concrete.LOG_ALPHA_MAX * (0.25 + 0.75 * ranks)
+def sparsity_of(allocator: Allocator, masks: Masks) -> float:
+    """Return the exact sparsity of masks once everything at 0 is cut, as `Budget.sparsity` does."""
+    budget = allocator.budget
+    hard = {kind: (value > 0).cpu().double() for kind, value in masks.values.items()}
+    kept = 1 - float(budget.expected_sparsity(Masks(allocator.layout, hard)))
+    return (budget.before - round(kept * budget.before)) / budget.before

@@ -1,60 +1,259 @@
-"""One-shot importance: the loss that removing each unit is expected to cost.
+"""One-shot importance: the loss that removing each unit is expected to cost, by several methods.
 
-Shape suffixes: B batch, T tokens, N units of one kind in the whole model.
+Every method answers with scores in the form that the allocator takes: additive losses, of which
+the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`)
+are taken as they are. Those that only rank come through `units.losses_of`, so that the allocator
+follows their ranking, made as each paper makes it: `magnitude` and `wanda` rank within a layer, so
+that all layers lose the same share; `taylor` within a kind; `flap` and `similarity` across all.
+
+Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
+one kind in the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nuteprune.errors import UserError
+from nuteprune.gates.activations import Watched, watching_inputs, watching_streams
+from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.units import losses_of, over_columns, ranks, squared_weights
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 
+Scores = dict[str, Tensor]
+"""Kind -> (N,) losses in fp32 on the CPU."""
 
-def fisher(
-    model: nn.Module,
-    hooks: MaskHooks,
-    layout: Layout,
-    kinds: Iterable[str],
-    batches: Iterable[Tensor],
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """Diagonal Fisher information of the masks: mean over sequences of (d loss / d mask)^2.
 
-    Half of it is the second-order estimate of the loss that setting a mask to 0 costs. Gradients
-    are taken per sequence, at no extra cost, by giving each sequence of a batch its own masks.
-    Source: Theis et al. 2018 (arXiv 1801.05787); Kwon et al. 2022 (arXiv 2204.09656).
+@dataclass(frozen=True)
+class Probe:
+    """What a model is scored with.
 
     Args:
-        model: a causal LM whose parameters are frozen (or whose gradients are not wanted).
+        anatomy: the intact model; its parameters are frozen, or their gradients are not wanted.
         hooks: where masks multiply in it.
-        layout: the model's units.
+        budget: its parameter count.
         kinds: which kinds of gates to score.
         batches: token ids (B, T) of calibration text.
+        seed: draws the random scores.
         progress: called after each batch.
-
-    Returns:
-        Kind -> (N,) scores in fp32 on the CPU.
     """
+
+    anatomy: Anatomy
+    hooks: MaskHooks
+    budget: Budget
+    kinds: tuple[str, ...]
+    batches: Sequence[Tensor] = ()
+    seed: int = 0
+    progress: Callable[[], None] = lambda: None
+
+    @property
+    def layout(self) -> Layout:
+        """The model's units."""
+        return Layout(self.budget.shape, self.budget.head_dim)
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Run the text through the model, for the hooks that watch."""
+        device = next(self.anatomy.model.parameters()).device
+        for ids_BT in self.batches:
+            self.anatomy.model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
+            self.progress()
+
+
+def random(probe: Probe) -> Scores:
+    """Chance: u x parameters of the unit, u uniform in (0, 1); every part loses about its share.
+
+    The floor that any method has to be above.
+    """
+    generator = torch.Generator().manual_seed(probe.seed)
+    drawn = {k: torch.rand(probe.layout.units(k), generator=generator) for k in probe.kinds}
+    return losses_of(probe.budget, drawn)
+
+
+def magnitude(probe: Probe) -> Scores:
+    """L2 norm of all weights that go with the unit, ranked within its layer.
+
+    |u|_2 = sqrt(sum of w^2 over the rows and columns of every projection that belong to u).
+    Source: Han et al. 2015 (arXiv 1506.02626), by groups as the L2 baseline of LLM-Pruner (Ma,
+    Fang and Wang 2023, arXiv 2305.11627).
+    """
+    squares = squared_weights(probe.anatomy, probe.kinds)
+    return _ranked(probe, {kind: value.sqrt() for kind, value in squares.items()})
+
+
+def wanda(probe: Probe) -> Scores:
+    """Weights times the norm of what they multiply, summed over a unit, ranked within its layer.
+
+    S_u = sum over columns j of u, rows i: |W_ij| |X_j|_2, W the output or down projection and X its
+    inputs on calibration text. Source: Sun et al. 2023 (arXiv 2306.11695); its structured form,
+    with the same share from every layer, is Wanda-sp of An et al. 2023 (arXiv 2312.11983).
+    """
+    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
+    for watched in _read_inputs(probe):
+        size_I = watched.weight_OI.float().abs().sum(0).cpu()
+        columns[watched.units].append(size_I * watched.moments.norm)
+    scores = {kind: over_columns(probe.layout, kind, columns) for kind in probe.kinds}
+    return _ranked(probe, scores)
+
+
+def flap(probe: Probe) -> Scores:
+    """How much a unit's outputs fluctuate, standardised in each layer, ranked across the model.
+
+    S_j = Var(X_j) |W_:j|_2^2 for each input j of the output and down projections; z-scores of S
+    within the projection; the mean of them over a unit. Source: FLAP's WIFV metric and adaptive
+    structure, An et al. 2023 (arXiv 2312.11983). In place of its bias compensation there is the
+    re-fit that all methods share.
+    """
+    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
+    for watched in _read_inputs(probe):
+        norm_I = watched.weight_OI.float().square().sum(0).cpu()
+        metric_I = watched.moments.variance * norm_I
+        scaled_I = (metric_I - metric_I.mean()) / metric_I.std().clamp(min=1e-30)
+        columns[watched.units].append(scaled_I)
+    means = {kind: over_columns(probe.layout, kind, columns, mean=True) for kind in probe.kinds}
+    return losses_of(probe.budget, means)
+
+
+def taylor(probe: Probe) -> Scores:
+    """First-order change of the loss: mean over sequences of |d loss / d mask|, ranked by kind.
+
+    The gradient of a unit's mask at 1 is the sum of w d loss / d w over the unit's weights in the
+    output or down projection: LLM-Pruner's vector-wise importance without gradients of weights.
+    Ranks run over all units of a kind in the model (its global option, the better one by far where
+    tried), so that attention and MLPs lose the same share, but not each layer. As losses the values
+    would mislead: gradients of many small units cancel, their sizes add up.
+    Source: Molchanov et al. 2017 (arXiv 1611.06440); Ma, Fang and Wang 2023 (arXiv 2305.11627).
+    """
+    return _ranked(probe, _mask_gradients(probe, torch.abs), by_layer=False)
+
+
+def fisher(probe: Probe) -> Scores:
+    """Diagonal Fisher information of the masks: mean over sequences of (d loss / d mask)^2.
+
+    Half of it is the second-order estimate of the loss that setting a mask to 0 costs, so scores
+    compare across layers and kinds as they are. Gradients are taken per sequence, at no extra cost,
+    by giving each sequence of a batch its own masks.
+    Source: Theis et al. 2018 (arXiv 1801.05787); Kwon et al. 2022 (arXiv 2204.09656).
+    """
+    return _mask_gradients(probe, torch.square)
+
+
+def similarity(probe: Probe) -> Scores:
+    """How much a block turns the residual stream: 1 - mean over tokens of cos(before, after).
+
+    The block influence of ShortGPT (Men et al. 2024, arXiv 2403.03853), of attention and MLP blocks
+    on their own as in He et al. 2024 (arXiv 2406.15786); ranked across the model, whatever the
+    block's size. It says nothing about parts of a block, so other kinds of gates are refused.
+    """
+    count = len(probe.anatomy.layers)
+    total = {kind: torch.zeros(count) for kind in ("attn_block", "mlp_block")}
+    tokens = [0] * count
+
+    def take(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
+        tokens[layer] += len(before_MD)
+        for kind, pair in (
+            ("attn_block", (before_MD, between_MD)),
+            ("mlp_block", (between_MD, after_MD)),
+        ):
+            total[kind][layer] += float((1 - torch.cosine_similarity(*pair)).sum())
+
+    with watching_streams(probe.anatomy, take):
+        probe.read()
+    found = {}
+    for kind in probe.kinds:
+        present = torch.tensor(probe.layout.sizes[kind], dtype=torch.bool)
+        found[kind] = (total[kind] / torch.tensor(tokens).clamp(min=1))[present]
+    return losses_of(probe.budget, found)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An entry of the list of methods.
+
+    Args:
+        score: from a probe to losses.
+        kinds: the kinds of gates that it can score.
+        reason: why not the others.
+        default_kinds: the kinds that it takes where none are named; None: what the model has.
+        reads: whether it needs calibration text.
+    """
+
+    score: Callable[[Probe], Scores]
+    kinds: tuple[str, ...] = GATE_KINDS
+    reason: str = ""
+    default_kinds: tuple[str, ...] | None = None
+    reads: bool = True
+
+
+_INPUTS = ("heads", "kv_groups", "neurons")
+_ONLY_INPUTS = "it judges the inputs of the output and down projections"
+METHODS: dict[str, Method] = {
+    "random": Method(random, reads=False),
+    "magnitude": Method(magnitude, reads=False),
+    "wanda": Method(wanda, _INPUTS, _ONLY_INPUTS),
+    "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
+    "taylor": Method(taylor),
+    "fisher": Method(fisher),
+    "similarity": Method(
+        similarity,
+        ("attn_block", "mlp_block"),
+        "it compares the residual stream before and after whole blocks",
+        default_kinds=("attn_block", "mlp_block"),
+    ),
+}
+
+
+def check_kinds(name: str, kinds: Sequence[str]) -> None:
+    """Refuse kinds of gates that a method cannot score.
+
+    Raises:
+        UserError: naming the kinds that it can.
+    """
+    method = METHODS[name]
+    for kind in kinds:
+        if kind not in method.kinds:
+            raise UserError(
+                f"{name} cannot score gates on {kind}: {method.reason}; use --gates "
+                f"{','.join(method.kinds)}, or another method"
+            )
+
+
+def _read_inputs(probe: Probe) -> list[Watched]:
+    with watching_inputs(probe.anatomy) as watched:
+        probe.read()
+    return watched
+
+
+def _ranked(probe: Probe, scores: Scores, by_layer: bool = True) -> Scores:
+    placed = {kind: ranks(probe.layout, kind, value, by_layer) for kind, value in scores.items()}
+    return losses_of(probe.budget, placed)
+
+
+def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores:
+    """Return the mean over sequences of a measure of the gradients of their masks."""
+    model, layout, kinds = probe.anatomy.model, probe.layout, probe.kinds
     device = next(model.parameters()).device
-    kinds = list(kinds)
     total = {kind: torch.zeros(layout.units(kind)) for kind in kinds}
     sequences = 0
-    for ids_BT in batches:
+    for ids_BT in probe.batches:
         ids_BT = ids_BT.to(device)
         leaves = {
             kind: torch.ones(len(ids_BT), layout.units(kind), device=device, requires_grad=True)
             for kind in kinds
         }
-        with hooks.using(Masks(layout, leaves)):
+        with probe.hooks.using(Masks(layout, leaves)):
             loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        # The model's loss is a mean over sequences; Fisher wants the gradients of their sum.
+        # The model's loss is a mean over sequences; what is wanted are gradients of their sum.
         grads = torch.autograd.grad(loss * len(ids_BT), list(leaves.values()))
         for kind, grad in zip(kinds, grads, strict=True):
-            total[kind] += grad.float().square().sum(0).cpu()
+            total[kind] += measure(grad.float()).sum(0).cpu()
         sequences += len(ids_BT)
-        progress()
+        probe.progress()
     return {kind: value / max(1, sequences) for kind, value in total.items()}

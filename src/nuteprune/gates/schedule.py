@@ -9,34 +9,87 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Sparsity over the steps of a run: a ramp to the target, then the target.
+class Stage:
+    """One target's share of a run: a ramp to it, then rest.
 
     Args:
-        target: sparsity to end at.
-        steps: optimizer steps of the whole run.
-        ramp_share: share of the steps by which the target is reached.
-        power: 1 rises linearly; 3 rises fast at first and slowly near the target (cubic).
+        start: sparsity that the ramp sets out from.
+        target: sparsity that it leads to.
+        first: the stage's first step, counted from 0 over the whole run.
+        steps: the stage's steps.
+        ramp_steps: steps by the last of which the target is asked for.
+        freeze_step: step before which masks are fixed, counted over the whole run.
     """
 
+    start: float
     target: float
+    first: int
+    steps: int
+    ramp_steps: int
+    freeze_step: int
+
+    @property
+    def end(self) -> int:
+        """The first step after the stage."""
+        return self.first + self.steps
+
+    def resting(self, step: int) -> bool:
+        """Return whether the ramp is over at a step."""
+        return step - self.first + 1 >= self.ramp_steps
+
+    def rested(self, step: int) -> float:
+        """Return the share of the rest that will be over after a step, below 1 until the last."""
+        left = max(1, self.steps - self.ramp_steps)
+        return (step - self.first - self.ramp_steps + 1) / left
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sparsity over the steps of a run: for each target in turn, a ramp to it, then rest.
+
+    Args:
+        targets: sparsities to reach, growing; each gets an equal share of the steps.
+        steps: optimizer steps of the whole run, at least one for each target.
+        ramp_share: share of a stage's steps by which its target is reached.
+        power: 1 rises linearly; 3 rises fast at first and slowly near the target (cubic).
+        freeze_share: share of a stage's steps by which masks are fixed, if later than the ramp.
+        at_once: ask for each target, and fix masks, from the stage's first step on.
+    """
+
+    targets: tuple[float, ...]
     steps: int
     ramp_share: float = 0.5
     power: float = 1.0
+    freeze_share: float = 0.0
+    at_once: bool = False
 
-    @property
-    def ramp_steps(self) -> int:
-        """Steps until the target is asked for, at least one."""
-        return max(1, min(self.steps, round(self.steps * self.ramp_share)))
+    def stage(self, step: int) -> Stage:
+        """Return the stage that a step, counted from 0, belongs to."""
+        index = self._index(step)
+        first, end = self._first(index), self._first(index + 1)
+        share = 0.0 if self.at_once else self.ramp_share
+        ramp = max(1, min(end - first, round((end - first) * share)))
+        freeze = max(ramp, round((end - first) * self.freeze_share))
+        return Stage(
+            self.targets[index - 1] if index else 0.0,
+            self.targets[index],
+            first,
+            end - first,
+            ramp,
+            first if self.at_once else first + freeze,
+        )
+
+    def _first(self, index: int) -> int:
+        return self.steps * index // len(self.targets)
+
+    def _index(self, step: int) -> int:
+        return max(i for i in range(len(self.targets)) if self._first(i) <= max(0, step))
 
     def sparsity(self, step: int) -> float:
         """Return what is asked for at a step, counted from 0."""
-        left = 1 - min(1.0, (step + 1) / self.ramp_steps)
-        return self.target * float(1 - left**self.power)
-
-    def done(self, step: int) -> bool:
-        """Return whether the ramp is over at a step."""
-        return step + 1 >= self.ramp_steps
+        stage = self.stage(step)
+        left = 1 - min(1.0, (step - stage.first + 1) / stage.ramp_steps)
+        return stage.start + (stage.target - stage.start) * float(1 - left**self.power)
 
 
 class Lagrangian(nn.Module):

@@ -84,6 +84,22 @@ class Anatomy:
             if not isinstance(module, nn.Identity):
                 yield module
 
+    def pre_norm(self, layer: int, block: str) -> nn.Module | None:
+        """Return the norm of what a block (`attn_block`, `mlp_block`) reads, None if it is gone."""
+        paths = self.family.mlp_norms if block == "mlp_block" else self.family.attention_norms
+        module = self.layers[layer].get_submodule(paths[0])
+        return None if isinstance(module, nn.Identity) else module
+
+    def qk_norms(self, layer: int) -> tuple[nn.Module, ...]:
+        """Return the norms of a layer's queries and keys, in this order, () without any."""
+        if self.projection(layer, self.family.attention[-1]) is None:
+            return ()
+        return tuple(self.layers[layer].get_submodule(path) for path in self.family.qk_norms)
+
+    def attention_scale(self, layer: int) -> float:
+        """Return the factor on a layer's products of queries and keys."""
+        return float(self.layers[layer].get_submodule(self.family.attention_module).scaling)  # type: ignore[arg-type]
+
     def lora_layers(self, layer: int) -> list[LoraLayer]:
         """Return the LoRA layers of a decoder layer, in the order of the family's projections."""
         modules = (self.projection(layer, p) for p in self.family.projections)
@@ -140,3 +156,16 @@ class Anatomy:
         """Count all parameters of the model, tied ones once, adapters not counted."""
         own = {id(p): p.numel() for n, p in self.model.named_parameters() if ".lora_" not in n}
         return sum(own.values())
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: one backbone in two roles must be one function.
+
+    Modules alone are changed, not the config, which goes into the pruned checkpoint as it was.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

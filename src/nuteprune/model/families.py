@@ -59,8 +59,8 @@ class Family:
     attention_module: str = "self_attn"
     mlp_modules: tuple[str, ...] = ("mlp",)
     """Modules that make up the MLP; when it is removed, the last one yields zeros."""
-    qk_norms: bool = False
-    """Per-head norms on queries and keys that share the block norms' epsilon."""
+    qk_norms: tuple[str, ...] = ()
+    """Per-head norms on queries and keys, in this order, that share the block norms' epsilon."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by the square root of the config's hidden size."""
     head_dim_from_hidden: bool = False
@@ -92,6 +92,14 @@ class Family:
     """Config attribute by which logits are divided."""
     logit_softcap: str | None = None
     """Config attribute of the tanh bound on logits."""
+    attention_softcap: str | None = None
+    """Config attribute of the tanh bound on attention logits."""
+    multipliers: tuple[str, str] | None = None
+    """Config attributes by which embeddings, and what blocks write, are multiplied."""
+    activation: str = "hidden_act"
+    """Config attribute that names the MLP's activation function."""
+    gguf: tuple[str, ...] = ()
+    """llama.cpp's architectures that compute the same (`export.gguf_archs`), best first."""
     requires: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
     """Config values that this entry describes; other checkpoints of the type are refused."""
 
@@ -128,6 +136,8 @@ _GATED_MLP = (
     Projection("mlp.down_proj", ("hidden",), "neurons"),
 )
 
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
 _LLAMA = Family(
     model_type="llama",
     causal_lm="LlamaForCausalLM",
@@ -139,6 +149,7 @@ _LLAMA = Family(
     ),
     mlp=_GATED_MLP,
     heads_divide_hidden=True,
+    gguf=("llama", "deci"),
 )
 
 _GEMMA2 = replace(
@@ -151,6 +162,9 @@ _GEMMA2 = replace(
     post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     scaled_embedding=True,
     logit_softcap="final_logit_softcapping",
+    attention_softcap="attn_logit_softcapping",
+    activation="hidden_activation",
+    gguf=("gemma2",),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -164,14 +178,19 @@ FAMILIES: dict[str, Family] = {
             heads_divide_hidden=False,
         ),
         replace(
-            _LLAMA, model_type="qwen2", causal_lm="Qwen2ForCausalLM", heads_divide_hidden=False
+            _LLAMA,
+            model_type="qwen2",
+            causal_lm="Qwen2ForCausalLM",
+            heads_divide_hidden=False,
+            gguf=("qwen2", "llama", "deci"),
         ),
         replace(
             _LLAMA,
             model_type="qwen3",
             causal_lm="Qwen3ForCausalLM",
             heads_divide_hidden=False,
-            qk_norms=True,
+            qk_norms=_QK_NORMS,
+            gguf=("qwen3", "openelm"),
         ),
         replace(
             _LLAMA,
@@ -186,13 +205,15 @@ FAMILIES: dict[str, Family] = {
                 Projection("mlp.gate_up_proj", ("neurons", "neurons"), "hidden"),
                 Projection("mlp.down_proj", ("hidden",), "neurons"),
             ),
+            gguf=("phi3", "llama", "deci"),
         ),
         _GEMMA2,
         replace(
             _GEMMA2,
             model_type="gemma3_text",
             causal_lm="Gemma3ForCausalLM",
-            qk_norms=True,
+            qk_norms=_QK_NORMS,
+            gguf=("gemma3",),
         ),
         replace(
             _LLAMA,
@@ -200,6 +221,8 @@ FAMILIES: dict[str, Family] = {
             causal_lm="GraniteForCausalLM",
             heads_divide_hidden=False,
             logit_divisor="logits_scaling",
+            multipliers=("embedding_multiplier", "residual_multiplier"),
+            gguf=("granite", "deci"),
         ),
         Family(
             model_type="gpt_neox",
@@ -229,6 +252,7 @@ FAMILIES: dict[str, Family] = {
             rope_names=MappingProxyType(
                 {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
             ),
+            gguf=("gptneox",),
         ),
         Family(
             model_type="opt",
@@ -256,6 +280,7 @@ FAMILIES: dict[str, Family] = {
                 {"heads": "num_attention_heads", "neurons": "ffn_dim", "hidden": "hidden_size"}
             ),
             requires=MappingProxyType({"do_layer_norm_before": True}),
+            activation="activation_function",
         ),
     )
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
+
+from nuteprune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,97 @@ class Shape:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Rebuild a shape from `to_dict`'s structure."""
         return cls(data["hidden"], tuple(LayerShape(**layer) for layer in data["layers"]))
+
+    def cut_to(self, wanted: Mapping[str, Any]) -> Shape:
+        """Return the shape that a user asks for, checked to be a part of this one.
+
+        Args:
+            wanted: what to keep: `hidden`, and `layers`, one mapping per layer with `heads`,
+                `kv_heads`, `neurons`; counts beside `layers` hold for every layer; what is not
+                named stays. The record of a pruned checkpoint serves too.
+
+        Raises:
+            UserError: for keys or counts that do not fit this model.
+        """
+        rows = wanted.get("layers", [{}] * len(self.layers))
+        if not isinstance(rows, Sequence) or len(rows) != len(self.layers):
+            count = len(rows) if isinstance(rows, Sequence) else 0
+            raise UserError(f"the shape names {count} layers; the model has {len(self.layers)}")
+        common = {key: wanted[key] for key in COUNTS if key in wanted}
+        known = {*COUNTS, "hidden", "layers"}
+        unknown = set() if "schema" in wanted else set(wanted) - known
+        if unknown:
+            raise UserError(
+                f"the shape has an unknown key {min(unknown)!r}; known: {', '.join(sorted(known))}"
+            )
+        hidden = wanted.get("hidden", self.hidden)
+        if isinstance(hidden, Mapping):  # a record holds before and after
+            hidden = hidden.get("after")
+        _check_count("hidden", hidden, self.hidden, 1)
+        return Shape(
+            hidden,
+            tuple(
+                _cut_layer(i, whole, row, common)
+                for i, (whole, row) in enumerate(zip(self.layers, rows, strict=True))
+            ),
+        )
+
+
+COUNTS = ("heads", "kv_heads", "neurons")
+
+
+def _check_count(what: str, count: Any, most: int, least: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= most:
+        raise UserError(f"{what} is {count!r}; it must be a whole number from {least} to {most}")
+
+
+def _cut_layer(index: int, whole: LayerShape, row: Any, common: Mapping[str, Any]) -> LayerShape:
+    if not isinstance(row, Mapping):
+        raise UserError(f"layer {index} of the shape is {row!r}; it must map names to counts")
+    unknown = set(row) - {*COUNTS, "attention", "mlp"}
+    if unknown:
+        raise UserError(
+            f"layer {index} of the shape has an unknown key {min(unknown)!r}; known: "
+            f"{', '.join(COUNTS)}"
+        )
+    given = {**common, **row}
+    for name in COUNTS:
+        if name in given:
+            _check_count(f"layer {index}: {name}", given[name], getattr(whole, name), 0)
+    # One of the two head counts is enough: the other follows from the heads per group.
+    per_group = whole.heads_per_group or 1
+    kv_heads = given.get("kv_heads")
+    if kv_heads is None:
+        heads = given.get("heads", whole.heads)
+        kv_heads = heads // per_group if heads < whole.heads and heads % per_group == 0 else None
+    kv_heads = whole.kv_heads if kv_heads is None else kv_heads
+    heads = given.get("heads", kv_heads * per_group)
+    layer = LayerShape(heads, kv_heads, given.get("neurons", whole.neurons))
+    if bool(layer.heads) != bool(layer.kv_heads) or (kv_heads and heads % kv_heads):
+        raise UserError(f"layer {index}: {heads} heads cannot share {kv_heads} KV heads evenly")
+    if layer.heads_per_group > per_group:
+        raise UserError(
+            f"layer {index}: {heads} heads on {kv_heads} KV heads are more for each than the "
+            f"model's {per_group}"
+        )
+    if index == 0 and whole.attention and not layer.attention:
+        raise UserError("layer 0 must keep an attention block: give it at least one head")
+    return layer
+
+
+def kinds_of_cut(whole: Shape, kept: Shape) -> tuple[str, ...]:
+    """Return the kinds of gates that can cut one shape to another."""
+    pairs = list(zip(whole.layers, kept.layers, strict=True))
+    alive = [(a, b) for a, b in pairs if b.attention]
+    found = {
+        "heads": any(b.heads_per_group < a.heads_per_group for a, b in alive),
+        "kv_groups": any(b.kv_heads < a.kv_heads for a, b in alive),
+        "neurons": any(0 < b.neurons < a.neurons for a, b in pairs),
+        "hidden": kept.hidden < whole.hidden,
+        "attn_block": any(a.attention and not b.attention for a, b in pairs),
+        "mlp_block": any(a.mlp and not b.mlp for a, b in pairs),
+    }
+    return tuple(kind for kind, wanted in found.items() if wanted)
 
 
 def axis_sizes(layer: LayerShape, head_dim: int) -> dict[str, int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
 from nuteprune.errors import UserError
+from nuteprune.gates.importance import METHODS
 from nuteprune.model.families import GATE_KINDS
 
-GATE_TYPES = ("ranked", "hard_concrete")
+NUTEPRUNE = "nuteprune"
+"""The method that learns its masks; the others of `METHODS` score once."""
+GATE_TYPES = ("ranked", "hard_concrete", "deterministic")
 SHAPES = ("free", "uniform")
 TEACHERS = ("numerous", "intact", "none")
 LAYER_TERMS = ("relative", "mse")
@@ -26,26 +30,36 @@ class NutePruneConfig(TrainingArguments):
 
     Args:
         target_sparsity: share of the decoder layers' projection parameters to remove, in (0, 1).
+        stops: smaller targets on the way, growing, comma separated or a list; the run rests at
+            each, and each gives a checkpoint of its own.
+        shape: dimensions to cut to, instead of a target: see `model.shape.Shape.cut_to`.
         gates: kinds of gates, comma separated (`heads`, `kv_groups`, `neurons`, `hidden`,
             `attn_block`, `mlp_block`); None: heads (KV groups under grouped-query attention) and
-            neurons.
+            neurons, or what the scoring is made for (`similarity`: both blocks).
         shapes: `free` (each layer its own counts) or `uniform` (the same in all).
         neuron_multiple: neurons kept per layer are a multiple of it.
         hidden_multiple: the width kept is a multiple of it.
 
     Parameters that control how gates are learned:
 
-        gate_type: `ranked` (hard masks by a Fisher score that training keeps re-estimating) or
-            `hard_concrete` (the paper's stochastic gates).
+        method: `nuteprune` (masks are learned), or a one-shot scoring of `gates.importance.METHODS`
+            (`random`, `magnitude`, `wanda`, `flap`, `taylor`, `fisher`, `similarity`) whose masks
+            are frozen at the target from the first step; the steps then train LoRA alone, by the
+            same distillation.
+        importance: `nuteprune` only: the one-shot scoring that gates start from.
+        gate_type: `ranked` (hard masks by a Fisher score that training keeps re-estimating),
+            `hard_concrete` (the paper's stochastic gates) or `deterministic` (rectified multipliers
+            without noise).
         warm_start: start gates from the one-shot importance.
-        solved_schedule: `hard_concrete` only: solve each step for expected sparsity equal to the
+        solved_schedule: soft gates only: solve each step for expected sparsity equal to the
             schedule's; False: the Lagrangian, as published.
         calibration_blocks: blocks of text for the one-shot importance.
         ramp_share: share of the steps by which the target is reached; masks are frozen there.
         freeze_share: share of the steps by which masks are frozen, if later than the ramp's end.
         ramp_power: 1: the schedule rises linearly; 3: cubically, slower towards the target.
         score_decay: `ranked` only: weight of the past in the moving average of scores.
-        gate_learning_rate: `hard_concrete` only: rate of log-alpha and of the multipliers.
+        gate_learning_rate: soft gates only: rate of log-alpha and of the Lagrangian's multipliers;
+            deterministic gates move at a quarter of it.
 
     Parameters that control distillation:
 
@@ -69,12 +83,22 @@ class NutePruneConfig(TrainingArguments):
     """
 
     target_sparsity: float = field(default=0.2, metadata={"help": "Share to remove, in (0, 1)."})
+    stops: list[float] | str | None = field(
+        default=None, metadata={"help": "Smaller targets on the way."}
+    )
+    shape: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Dimensions to cut to, instead of a target."}
+    )
     gates: str | None = field(default=None, metadata={"help": "Kinds of gates, comma separated."})
     shapes: str = field(default="free", metadata={"help": "free or uniform."})
     neuron_multiple: int = field(default=32, metadata={"help": "Multiple of neurons kept."})
     hidden_multiple: int = field(default=64, metadata={"help": "Multiple of the width kept."})
 
-    gate_type: str = field(default="ranked", metadata={"help": "ranked or hard_concrete."})
+    method: str = field(default=NUTEPRUNE, metadata={"help": "nuteprune, or a one-shot scoring."})
+    importance: str = field(default="fisher", metadata={"help": "Scoring that gates start from."})
+    gate_type: str = field(
+        default="ranked", metadata={"help": "ranked, hard_concrete or deterministic."}
+    )
     warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
     solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
     calibration_blocks: int = field(default=32, metadata={"help": "Blocks for importance."})
@@ -117,6 +141,8 @@ class NutePruneConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, known in (
+            ("method", (NUTEPRUNE, *METHODS)),
+            ("importance", tuple(METHODS)),
             ("gate_type", GATE_TYPES),
             ("shapes", SHAPES),
             ("teachers", TEACHERS),
@@ -132,15 +158,54 @@ class NutePruneConfig(TrainingArguments):
                 f"sparsity is {self.target_sparsity}; it is a share, so it must lie between 0 "
                 "and 1, both excluded (0.2 removes 20 %)"
             )
+        targets = self.targets
+        if any(not 0 < a < b for a, b in pairwise(targets)):
+            raise UserError(
+                f"targets are {', '.join(f'{t:g}' for t in targets)}; they must grow, between 0 "
+                "and 1"
+            )
+        if len(targets) > 1 and self.max_steps < len(targets):
+            raise UserError(
+                f"{len(targets)} targets need at least {len(targets)} steps, one for each; "
+                f"max_steps is {self.max_steps}"
+            )
         for kind in self.gate_kinds or ():
             if kind not in GATE_KINDS:
                 raise UserError(
                     f"{kind!r} is no kind of gate; known kinds: {', '.join(GATE_KINDS)}"
                 )
+        if self.one_shot and self.gate_type != "ranked":
+            raise UserError(
+                f"method {self.method} keeps its one-shot masks, so gate_type {self.gate_type} has "
+                f"nothing to learn: leave it out, or use method {NUTEPRUNE} with "
+                f"importance={self.method}"
+            )
         if self.teachers == "none" and self.lm_weight <= 0:
             raise UserError("without teachers there is no loss left: set lm_weight above 0")
 
     @property
+    def targets(self) -> tuple[float, ...]:
+        """The stops, then the target."""
+        stops = self.stops or ()
+        parts = stops.split(",") if isinstance(stops, str) else stops
+        try:
+            return (*(float(part) for part in parts), self.target_sparsity)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"stops are {stops!r}; write shares such as 0.2,0.3") from error
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether masks are those of a one-shot scoring from the first step on."""
+        return self.method != NUTEPRUNE
+
+    @property
+    def scoring(self) -> str:
+        """The one-shot scoring: a key of `METHODS`."""
+        return self.method if self.one_shot else self.importance
+
+    @property
     def gate_kinds(self) -> tuple[str, ...] | None:
         """Kinds of gates asked for, None to let the model decide."""
-        return tuple(k.strip() for k in self.gates.split(",")) if self.gates else None
+        if not self.gates:
+            return METHODS[self.scoring].default_kinds
+        return tuple(k.strip() for k in self.gates.split(","))

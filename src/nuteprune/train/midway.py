@@ -18,8 +18,8 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import lora_config, make_allocator, make_gates
 from nuteprune.train.state import FILE_NAME, RunState, restore
-from nuteprune.train.trainer import lora_config, make_allocator, make_gates
 
 _SCORES = "scores_"  # how `gates.Gates` names the buffer of a kind
 _STATE = "trainer_state.json"

@@ -21,8 +21,8 @@ from nuteprune.distill.coforward import LoraBank
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.finalize import merge_lora
+from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.instructions import pad
-from nuteprune.train.run_files import RunFiles
 from nuteprune.train.state import RunState, restore
 
 
@@ -62,7 +62,7 @@ class RecoverConfig(TrainingArguments):
             raise UserError(f"learning rate {self.learning_rate}: pass one above 0, such as 1e-4")
 
 
-class RecoverTrainer(RunFiles):
+class RecoverTrainer(AtomicTrainer):
     """Trains LoRA on all projections of a pruned (or intact) model on the language-model loss.
 
     Args:
@@ -115,7 +115,7 @@ class RecoverTrainer(RunFiles):
             RunFailed: if the loss or its gradients are not finite.
         """
         if "loss" in logs:
-            self.write_metrics({"step": self.state.global_step, **logs})
+            self.write_metrics(logs)
         super().log(logs, start_time)
         # Under float16 the scale is found by letting gradients overflow now and then.
         names = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
@@ -135,7 +135,7 @@ class RecoverTrainer(RunFiles):
         """Save the LoRA weights; the model is where it came from."""
         folder = Path(cast(str, output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        RunState(self.bank.state(), {}, {}, []).save(folder)
+        RunState(self.bank.state(), {}, {}, [], []).save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Go back to a checkpoint: LoRA, and the metrics up to it."""

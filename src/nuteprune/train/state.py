@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from nuteprune.errors import UserError
 
 FILE_NAME = "nuteprune_state.safetensors"
+NOTES = ("teachers", "stops")
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class RunState:
         gates: the gates' parameters and buffers.
         masks: the final masks by kind, empty until they are frozen.
         teachers: sparsity of each teacher on disk.
+        stops: which teachers are the models of earlier targets.
     """
 
     lora: dict[str, Tensor]
     gates: dict[str, Tensor]
     masks: dict[str, Tensor]
     teachers: list[float]
+    stops: list[int]
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
@@ -46,9 +49,10 @@ class RunState:
             for group, values in groups.items()
             for name, value in values.items()
         }
+        notes = {name: json.dumps(getattr(self, name)) for name in NOTES}
         path = folder / FILE_NAME
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"teachers": json.dumps(self.teachers)})
+        save_file(tensors, partial, metadata=notes)
         os.replace(partial, path)
 
     @classmethod
@@ -63,11 +67,11 @@ class RunState:
             raise UserError(f"cannot resume from {folder}: it has no {FILE_NAME}")
         groups: dict[str, dict[str, Tensor]] = {"lora": {}, "gates": {}, "masks": {}}
         with safe_open(path, framework="pt") as file:
-            teachers = json.loads(file.metadata()["teachers"])
+            notes = {k: json.loads(v) for k, v in file.metadata().items() if k in NOTES}
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 group, name = key.split("/", 1)
                 groups[group][name] = file.get_tensor(key)
-        return cls(groups["lora"], groups["gates"], groups["masks"], teachers)
+        return cls(groups["lora"], groups["gates"], groups["masks"], **notes)
 
 
 @torch.no_grad()

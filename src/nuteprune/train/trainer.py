@@ -6,46 +6,45 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import set_seed
 
-from nuteprune.distill.coforward import CoForward
-from nuteprune.distill.losses import LAYER_TERMS, Head, token_kl
+from nuteprune.distill.coforward import CoForward, LoraBank
+from nuteprune.distill.losses import Head
+from nuteprune.distill.objective import Objective
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
-from nuteprune.gates.allocate import Allocator, Constraints
-from nuteprune.gates.budget import Budget
-from nuteprune.gates.gates import Gates, HardConcreteGates, RankedGates
-from nuteprune.gates.importance import fisher
+from nuteprune.gates.gates import Gates
+from nuteprune.gates.importance import METHODS, Probe
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
 from nuteprune.shrink.finalize import merge_lora
+from nuteprune.train.bad_steps import BadSteps
+from nuteprune.train.calibration import Progress, calibration_batches, counted, frozen_parameters
+from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import lora_config, make_allocator, make_gates, run_targets
 from nuteprune.train.state import RunState, restore
 
-Progress = Callable[[str, int, int], None]
-"""Told (what is being done, units done, units in all) during long work outside of training."""
 
-
-class NutePruneTrainer(Trainer):
+class NutePruneTrainer(AtomicTrainer):
     """Prunes a causal language model while it learns from less pruned versions of itself.
 
     Args:
@@ -75,37 +74,50 @@ class NutePruneTrainer(Trainer):
         progress: Progress = lambda what, done, total: None,
         **kwargs: Any,
     ) -> None:
+        if args.fsdp or args.deepspeed:
+            raise UserError(
+                "sharding the model over processes is not supported: leave fsdp and deepspeed out "
+                "(several processes with whole copies work; see gradient_checkpointing for memory)"
+            )
         intact = Anatomy(model)
         self._total_before = intact.parameters()
         self.stored_dtype: torch.dtype = model.dtype
         self.allocator = make_allocator(intact, args)
-        # Fails early, before the model is touched, if the target is out of reach.
-        ones = {k: torch.ones(self.allocator.layout.units(k)) for k in self.kinds}
-        self.allocator.shape(ones, args.target_sparsity)
+        # Fails early, before the model is touched, if a target is out of reach.
+        self.targets = run_targets(self.allocator, args)
         self.progress = progress
         model.requires_grad_(False)
+        silence_dropout(model)
         set_seed(args.seed)  # LoRA starts from random values
         peft_model = get_peft_model(model, lora_config(intact, args))
         self.anatomy = Anatomy(peft_model)
         self.hooks = MaskHooks(self.anatomy)
-        term = LAYER_TERMS[args.layer_term] if args.layer_weight else None
-        self.coforward = CoForward(self.anatomy, self.hooks, term)
-        self.schedule = Schedule(
-            args.target_sparsity, args.max_steps, args.ramp_share, args.ramp_power
+        self.objective: Objective = Objective(
+            args.token_weight, args.layer_weight, args.layer_term, args.kd_temperature
         )
-        self.plan = Plan.for_target(args.target_sparsity)
+        self.coforward = CoForward(self.anatomy, self.hooks, self.objective.layer_distance)
+        self.schedule = Schedule(
+            self.targets,
+            args.max_steps,
+            args.ramp_share,
+            args.ramp_power,
+            args.freeze_share,
+            at_once=args.one_shot,
+        )
+        ramps = self.schedule.stage(0).ramp_steps * len(self.targets)
+        self.plan = Plan.for_target(self.targets[-1], ramps)
         run = Path(cast(str, args.output_dir))
         self.teachers = Teachers(run / "teachers", self.allocator.layout)
+        self.stops: list[int] = []
+        ones = {k: torch.ones(self.allocator.layout.units(k)) for k in self.kinds}
         self.gates: Gates = make_gates(self.allocator, ones, args)
         peft_model.add_module("nuteprune_gates", self.gates)
         self._warm = False
         self.first_scores: dict[str, Tensor] = {}
-        self._checkpoint_dir: Path | None = None
         self._step = -1
         self._teacher: Role | None = INTACT
         self.teacher_index = -1
         self.parts: dict[str, Tensor | float] = {}
-        self.metrics_file = run / "metrics.jsonl"
         super().__init__(
             model=peft_model,
             args=args,
@@ -115,18 +127,12 @@ class NutePruneTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-        self._bad_in_row = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self._bad_steps = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.bad_steps = BadSteps(self.args.device)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of gates in use."""
         return self.allocator.constraints.kinds
-
-    @property
-    def freeze_step(self) -> int:
-        """Step before which masks are frozen, counted from 0."""
-        return max(self.schedule.ramp_steps, round(self.args.freeze_share * self.args.max_steps))
 
     # -- before the first step
 
@@ -138,68 +144,66 @@ class NutePruneTrainer(Trainer):
 
     def warm_start(self) -> None:
         """Score all units on calibration text and start the gates from the scores."""
-        if self.args.warm_start:
-            batches = self._calibration(self.args.calibration_blocks)
-            with self._frozen_parameters():
-                scores = fisher(
-                    self.anatomy.model,
-                    self.hooks,
-                    self.allocator.layout,
-                    self.kinds,
-                    batches,
-                    self._counted("scoring heads and neurons", len(batches)),
-                )
+        if self.args.warm_start or self.args.one_shot:
+            method = METHODS[self.args.scoring]
+            # One block at a time: a scoring may need all logits of a batch.
+            blocks = self.args.calibration_blocks if method.reads else 0
+            batches = calibration_batches(self.train_dataset, blocks, 1) if blocks else []
+            tick = counted(self.progress, f"scoring {' and '.join(self.kinds)}", len(batches))
+            probe = Probe(
+                self.anatomy,
+                self.hooks,
+                self.allocator.budget,
+                self.kinds,
+                batches,
+                self.args.seed,
+                tick,
+            )
+            with frozen_parameters(self.model):
+                scores = method.score(probe)
             fresh = make_gates(self.allocator, scores, self.args)
             self.gates.load_state_dict(fresh.state_dict())
+            _agree(self.gates.state_dict().values())
         self.first_scores = {k: v.cpu().clone() for k, v in self.gates.scores.items()}
         self._warm = True
 
-    def _calibration(self, count: int) -> list[Tensor]:
-        """Return token ids (B, T) of `count` blocks from the end of the training text.
-
-        The end is what training itself comes to last, if at all.
-        """
-        dataset = cast(Any, self.train_dataset)
-        size = len(dataset)
-        picks = [size - 1 - i % size for i in range(count)]
-        ids = torch.stack([torch.as_tensor(dataset[i]["input_ids"]) for i in picks])
-        return list(ids.split(self.args.per_device_train_batch_size))
-
-    @contextmanager
-    def _frozen_parameters(self) -> Iterator[None]:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
-    def _counted(self, what: str, total: int) -> Callable[[], None]:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            self.progress(what, done, total)
-
-        self.progress(what, 0, total)
-        return tick
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with a group for LoRA and, if trained, for log-alpha and the multipliers."""
+        """Make AdamW with a group for LoRA and, where gates are trained, theirs."""
         if self.optimizer is None:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            rate = self.args.gate_learning_rate
-            groups: list[dict[str, Any]] = [
-                {"params": [p for n, p in named if "lora_" in n]},
-                {"params": [p for n, p in named if "log_alpha" in n], "lr": rate},
-                {"params": [p for n, p in named if "lambda" in n], "lr": rate, "maximize": True},
-            ]
+            lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
+            groups = self.gates.parameter_groups(self.args.gate_learning_rate)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
-            self.optimizer = kind([g for g in groups if g["params"]], **settings)
+            self.optimizer = kind([{"params": lora}, *groups], **settings)
         return self.optimizer
+
+    def rehearse(self) -> float:
+        """Return the seconds of one optimizer step, timed on training text; nothing is learned."""
+        dataset = cast(Any, self.train_dataset)
+        batch = [dataset[i % len(dataset)] for i in range(self.args.train_batch_size)]
+        inputs = self._prepare_inputs(self.data_collator(batch))
+        seconds = 0.0
+        for _ in range(2):  # the first one warms up
+            started = time.monotonic()
+            self.trial_step(inputs)
+            self.model.zero_grad()
+            seconds = time.monotonic() - started
+        return seconds * self.args.gradient_accumulation_steps
+
+    def trial_step(self, inputs: dict[str, Any]) -> Tensor:
+        """Run a micro-batch at the target, taught by the intact model; leaves its gradients.
+
+        Args:
+            inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T), on the run's device.
+
+        Returns:
+            The loss.
+        """
+        self.gates.begin_step(self.targets[-1], self.args.seed)
+        self._teacher = INTACT
+        loss = self.compute_loss(self.model, inputs)
+        loss.backward()
+        self.hooks.masks = None
+        return loss.detach()
 
     # -- a step
 
@@ -214,8 +218,11 @@ class NutePruneTrainer(Trainer):
         return loss
 
     def _begin_step(self, step: int) -> None:
-        if step >= self.freeze_step and not self.gates.frozen:
-            self.freeze()
+        stage = self.schedule.stage(step)
+        if step < stage.freeze_step:
+            self.gates.thaw()
+        elif not self.gates.frozen:
+            self.freeze(stage.target)
         seed = (self.args.seed << 32) + step
         self.gates.begin_step(self.schedule.sparsity(step), seed)
         self.teacher_index = self._teacher_for(step)
@@ -226,24 +233,30 @@ class NutePruneTrainer(Trainer):
     def _teacher_for(self, step: int) -> int:
         if self.args.teachers != "numerous":
             return -1
-        count = len(self.teachers)
-        if not self.schedule.done(step):
-            return self.plan.growing(count)
-        ramp = self.schedule.ramp_steps
-        left = max(1, self.args.max_steps - ramp)
-        return max(-1, self.plan.returning(count, min(0.999999, (step - ramp + 1) / left)))
+        stage = self.schedule.stage(step)
+        if not stage.resting(step):
+            return self.plan.growing(len(self.teachers))
+        return self.plan.returning(len(self.teachers), stage.rested(step))
 
     def end_step(self) -> None:
         """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
         self.gates.end_step()
         sparsity = self.gates.sparsity()
-        numerous = self.args.teachers == "numerous"
-        if numerous and not self.gates.frozen and self.plan.due(sparsity, self.teachers.newest):
-            self.teachers.record(sparsity, self.gates.snapshot(), self.coforward.bank.state())
+        stage = self.schedule.stage(self._step)
+        stop = self._step + 1 == stage.end and stage.target < self.targets[-1]
+        numerous = self.args.teachers == "numerous" and not self.gates.frozen
+        if stop or (numerous and self.plan.due(sparsity, self.teachers.newest)):
+            if stop:
+                self.stops.append(len(self.teachers))
+            # A stop becomes a checkpoint of its own, so nothing of it is rounded.
+            dtype = torch.float32 if stop else torch.bfloat16
+            self.teachers.record(
+                sparsity, self.gates.snapshot(), self.coforward.bank.state(), dtype
+            )
 
-    def freeze(self) -> None:
+    def freeze(self, target: float) -> None:
         """Fix the masks, and start LoRA from the closed-form re-fit where that is asked for."""
-        masks = self.gates.freeze(self.args.target_sparsity)
+        masks = self.gates.freeze(target)
         if self.args.compensation == "start":
             self._start_from_refit(masks)
 
@@ -263,19 +276,7 @@ class NutePruneTrainer(Trainer):
         masks = self.gates.masks(len(ids_BT))
         with self.coforward.roles(masks, self._teacher, weight_BT) as passage:
             output = model(**call)
-        parts: dict[str, Tensor] = {}
-        if passage.teacher_BTD is not None:
-            assert passage.student_BTD is not None
-            parts["token_kl"] = self.args.token_weight * token_kl(
-                passage.student_BTD,
-                passage.teacher_BTD,
-                self._head(),
-                weight_BT,
-                self.args.kd_temperature,
-            )
-        if passage.layer_loss is not None:
-            scale = 1 if self.args.layer_term == "mse" else len(self.anatomy.layers)
-            parts["layer"] = self.args.layer_weight * passage.layer_loss / scale
+        parts = self.objective.parts(passage, self._head(), weight_BT)
         if self.args.lm_weight:
             parts["lm"] = self.args.lm_weight * output.loss
         penalty = self.gates.penalty()
@@ -294,12 +295,7 @@ class NutePruneTrainer(Trainer):
         lora = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(lora, self.args.max_grad_norm, norm)
-        bad = ~torch.isfinite(norm)
-        self._bad_steps += bad
-        self._bad_in_row = (self._bad_in_row + 1) * bad
-        for parameter in trained:
-            assert parameter.grad is not None
-            parameter.grad = torch.where(bad, torch.zeros_like(parameter.grad), parameter.grad)
+        self.bad_steps.drop(norm, trained)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -310,49 +306,24 @@ class NutePruneTrainer(Trainer):
         """
         if "loss" in logs:
             logs |= {name: float(value) for name, value in self.parts.items()}
+            logs |= self.gates.figures()
             logs |= {
                 "sparsity": self.gates.sparsity(),
                 "target": self.schedule.sparsity(self._step),
                 "teacher": self.teacher_index,
                 "teachers": len(self.teachers),
-                "bad_steps": int(self._bad_steps),
+                "bad_steps": self.bad_steps.total,
             }
-            if self.args.should_save:
-                self._write_metrics({"step": self.state.global_step, **logs})
+            self.write_metrics(logs)
         super().log(logs, start_time)
-        if int(self._bad_in_row) >= self.args.max_bad_steps:
+        if self.bad_steps.in_row >= self.args.max_bad_steps:
             raise RunFailed(
-                f"the loss or its gradients were not finite in {int(self._bad_in_row)} steps in a "
+                f"the loss or its gradients were not finite in {self.bad_steps.in_row} steps in a "
                 f"row, up to step {self.state.global_step}; lower learning_rate (now "
                 f"{self.args.learning_rate}), or use --dtype float32"
             )
 
-    def _write_metrics(self, line: dict[str, Any]) -> None:
-        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
     # -- checkpoints of a run
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, and move it there when it is complete."""
-        run = Path(cast(str, self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
-        partial = run / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self._checkpoint_dir = partial
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._checkpoint_dir = None
-        if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(partial / name, run / name)
-            shutil.rmtree(partial, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._checkpoint_dir or super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save what the run has learned; the base model is where it came from."""
@@ -360,7 +331,11 @@ class NutePruneTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         masks = self.gates.snapshot().values if self.gates.frozen else {}
         state = RunState(
-            self.coforward.bank.state(), self.gates.state_dict(), masks, self.teachers.sparsities
+            self.coforward.bank.state(),
+            self.gates.state_dict(),
+            masks,
+            self.teachers.sparsities,
+            self.stops,
         )
         state.save(folder)
 
@@ -373,16 +348,9 @@ class NutePruneTrainer(Trainer):
         if state.masks:
             self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
         self.teachers.restore(state.teachers)
+        self.stops = state.stops
         self._warm = True
-        self._cut_metrics(int(folder.name.rpartition("-")[2]))
-
-    def _cut_metrics(self, step: int) -> None:
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            partial = self.metrics_file.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            os.replace(partial, self.metrics_file)
+        self.cut_metrics(int(folder.name.rpartition("-")[2]))
 
     # -- after the last step
 
@@ -396,10 +364,12 @@ class NutePruneTrainer(Trainer):
             bank.set_delta(layer, projection, *low_rank(fit, base.weight, self.args.lora_rank))
 
         self._refit(self.anatomy, self.hooks, masks, install)
+        _agree(bank.state().values())
 
     def _refit(self, anatomy: Anatomy, hooks: MaskHooks, masks: Masks, install: Install) -> None:
-        batches = self._calibration(self.args.compensation_blocks)
-        tick = self._counted("re-fitting projections", len(anatomy.layers))
+        blocks, size = self.args.compensation_blocks, self.args.per_device_train_batch_size
+        batches = calibration_batches(self.train_dataset, blocks, size)
+        tick = counted(self.progress, "re-fitting projections", len(anatomy.layers))
         refit(anatomy, hooks, masks, batches, install, tick)
 
     def finalize(self) -> PreTrainedModel:
@@ -411,19 +381,37 @@ class NutePruneTrainer(Trainer):
         if not self._warm:
             self.warm_start()
         if not self.gates.frozen:
-            self.freeze()
-        self.masks = self.gates.snapshot().to("cpu")
-        self.bad_steps = int(self._bad_steps)
+            self.freeze(self.targets[-1])
         self.hooks.remove()
-        self.model.eval()
-        stock = merge_lora(self.model)
-        anatomy = Anatomy(stock)
+        return self._shrink(self.model, self.gates.snapshot(), self.targets[-1])
+
+    def finalize_stop(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the smaller model of an earlier target; `save_pruned` writes it from then on.
+
+        Args:
+            index: which of the targets, counted from 0.
+            model: the intact model, loaded anew; it is used up.
+        """
+        role = self.teachers.role(self.stops[index])
+        assert role.masks is not None
+        assert role.lora is not None
+        peft_model = get_peft_model(
+            model.requires_grad_(False), lora_config(Anatomy(model), self.args)
+        )
+        restore(LoraBank(Anatomy(peft_model)).state(), dict(role.lora), "LoRA weights")
+        return self._shrink(peft_model, role.masks, self.targets[index])
+
+    def _shrink(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
+        model.eval()
+        anatomy = Anatomy(merge_lora(model))
         if self.args.compensation == "finalize":
             hooks = MaskHooks(anatomy)
-            masks = self.masks.to(self.args.device)
-            self._refit(anatomy, hooks, masks, install_weight(anatomy))
+            masks_here = masks.to(str(self.args.device))
+            self._refit(anatomy, hooks, masks_here, install_weight(anatomy))
             hooks.remove()
+        self.masks = masks.to("cpu")
         self.small, self.shape = assemble(anatomy, self.masks)
+        self._target = target
         return self.small
 
     def save_pruned(self, folder: str | os.PathLike[str], **record: Any) -> dict[str, Any]:
@@ -443,15 +431,22 @@ class NutePruneTrainer(Trainer):
             cast(Any, self.small).to(self.stored_dtype),
             tokenizer,
             params={"before": self._total_before, "blocks_before": budget.before},
-            target=self.args.target_sparsity,
+            target=self._target,
             before=budget.shape,
             after=self.shape,
             shapes=self.args.shapes,
             teachers={"count": len(self.teachers), "sparsities": self.teachers.sparsities},
-            bad_steps=self.bad_steps,
+            bad_steps=self.bad_steps.total,
             seed=self.args.seed,
             **record,
         )
+
+
+def _agree(tensors: Iterable[Tensor]) -> None:
+    """Give all processes of a run the main one's values: computed alike is not equal to the bit."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 class _EndOfStep(TrainerCallback):
@@ -460,41 +455,3 @@ class _EndOfStep(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer.end_step()
-
-
-def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
-    """Return the allocator for a model under a run's constraints.
-
-    Raises:
-        UserError: for gates that the model's family cannot take.
-    """
-    shape = anatomy.shape
-    grouped = any(x.heads_per_group > 1 for x in shape.layers)
-    kinds = args.gate_kinds or ("kv_groups" if grouped else "heads", "neurons")
-    if not grouped:
-        kinds = tuple(dict.fromkeys("heads" if k == "kv_groups" else k for k in kinds))
-    for kind in kinds:
-        reason = anatomy.family.refusal(kind, uniform=args.shapes == "uniform")
-        if reason:
-            raise UserError(f"gates on {kind} cannot be used here: {reason}")
-    constraints = Constraints(
-        kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple
-    )
-    return Allocator(Budget.of(anatomy), constraints)
-
-
-def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:
-    """Return gates of the run's type that start from scores."""
-    if args.gate_type == "ranked":
-        return RankedGates(allocator, scores, args.score_decay)
-    return HardConcreteGates(allocator, scores, args.warm_start, args.solved_schedule)
-
-
-def lora_config(anatomy: Anatomy, args: NutePruneConfig) -> LoraConfig:
-    """Return PEFT's settings: adapters on all projections, or on those that make Q and V."""
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=anatomy.lora_targets(args.lora_targets == "qv"),
-        task_type="CAUSAL_LM",
-    )

@@ -1,0 +1,138 @@
+"""Pareto plots of the quality table: perplexity against parameters and against seconds."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+CEILING = 20
+"""Points beyond so many times the dense perplexity are off the plot: broken, not pruned."""
+
+STYLES = {"untrained": "o:", "re-fitted": "s--", "trained": "D-"}
+"""Stage -> marker and line."""
+
+FIRST = ("nuteprune", "fisher")
+"""Methods that get the first colours."""
+
+FRONT = {"color": "0.85", "linewidth": 6, "zorder": 0}
+"""How the Pareto front is drawn."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Means over the seeds of one method, stage, target and number of steps."""
+
+    method: str
+    stage: str
+    target: float
+    steps: int
+    params: float
+    seconds: float
+    mean: float
+
+    @property
+    def label(self) -> str:
+        """What the legend calls it."""
+        return f"{self.method}, {f'{self.steps} steps' if self.steps else self.stage}"
+
+
+def points_of(records: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return the points of a table, those of one label together, by growing target."""
+    groups: dict[tuple[str, str, float, int], list[Mapping[str, Any]]] = defaultdict(list)
+    for record in records:
+        if "refused" in record:
+            continue
+        where = (record["target"], record["steps"])
+        stage = "trained" if record["steps"] else "untrained"
+        groups[record["label"], stage, *where].append(record)
+        if "refitted" in record:
+            again = {**record, **record["refitted"]}
+            groups[record["label"], "re-fitted", *where].append(again)
+    points = [
+        Point(*key, *(statistics.fmean(r[x] for r in rows) for x in ("params", "seconds", "mean")))
+        for key, rows in groups.items()
+    ]
+    return sorted(points, key=lambda p: (tuple(STYLES).index(p.stage), p.label, p.target))
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other beats in both coordinates, by growing first coordinate."""
+    best, kept = float("inf"), []
+    for x, y in sorted(points):
+        if y < best:
+            best = y
+            kept.append((x, y))
+    return kept
+
+
+def draw(
+    records: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], folder: Path
+) -> list[Path]:
+    """Draw both plots; returns their files."""
+    points = points_of(records)
+    names = sorted({p.method for p in points}, key=lambda name: (name not in FIRST, name))
+    colors = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
+    shown = [p for p in points if p.mean < CEILING * dense["mean"]]
+
+    figure, axes = _canvas("parameters after pruning (millions)")
+    axes.plot(*zip(*front([(p.params / 1e6, p.mean) for p in shown]), strict=True), **FRONT)
+    for label in dict.fromkeys(p.label for p in shown):
+        line = [p for p in shown if p.label == label]
+        axes.plot(
+            [p.params / 1e6 for p in line],
+            [p.mean for p in line],
+            STYLES[line[0].stage],
+            color=colors[line[0].method],
+            label=label,
+        )
+    axes.plot(dense["params"] / 1e6, dense["mean"], "k*", markersize=12, label="dense")
+    files = [_save(figure, folder / "perplexity-by-params.png")]
+
+    figure, axes = _canvas("seconds from the intact model to the pruned one, judging excluded")
+    for target in sorted({p.target for p in shown}):
+        best = front([(max(p.seconds, 0.1), p.mean) for p in shown if p.target == target])
+        axes.plot(*zip(*best, strict=True), drawstyle="steps-post", **FRONT)
+        axes.annotate(f"{target:.0%}", best[-1], (10, 0), textcoords="offset points", va="center")
+    for label in dict.fromkeys(p.label for p in shown):
+        dots = [p for p in shown if p.label == label]
+        marker = STYLES[dots[0].stage][0]
+        axes.scatter(
+            [max(p.seconds, 0.1) for p in dots],
+            [p.mean for p in dots],
+            marker=marker,
+            color=colors[dots[0].method],
+            label=label,
+        )
+    axes.axhline(dense["mean"], color="k", linewidth=0.8, label="dense")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    return [*files, _save(figure, folder / "perplexity-by-seconds.png")]
+
+
+def _canvas(label: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    axes.set_xlabel(label)
+    axes.set_ylabel("held-out perplexity, mean of the sources")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -1,0 +1,310 @@
+"""The runs of the quality table: each is a cell, and each cell a JSON file written as it ends."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError
+from nuteprune.cli.sources import load_model, load_tokenizer, pick_dtype
+from nuteprune.gates.importance import METHODS, Probe
+from nuteprune.gates.masks import Masks
+from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.shrink.compensate import install_weight, refit
+from nuteprune.train.calibration import calibration_batches
+from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.train.setup import make_allocator
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a table share; a folder holds the table of one setting.
+
+    Args:
+        model: hub id, checkpoint folder, or `demo`.
+        data: text whose training part is trained on and whose held-out part is judged.
+        length: tokens per block.
+        eval_blocks: held-out blocks per source.
+        device: `cpu`, `cuda`.
+        dtype: what is computed in.
+        settings: of `NutePruneConfig`, for all cells.
+    """
+
+    model: str = "demo"
+    data: str = "demo"
+    length: int = 256
+    eval_blocks: int = 24
+    device: str = "cpu"
+    dtype: str = "float32"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Args:
+        label: what the table calls it.
+        settings: of `NutePruneConfig`, on top of the table's.
+        target: sparsity.
+        steps: optimizer steps; 0: nothing is trained, and the cell has a re-fitted column too.
+        seed: draws the text, its order and what is random in the method.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    target: float
+    steps: int
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        """Name of the cell's file."""
+        label = self.label.replace(" ", "-").replace("+", "and-")
+        return f"{label}_{100 * self.target:g}_{self.steps}-steps_seed-{self.seed}.json"
+
+
+class Bench:
+    """Runs cells, or takes what an earlier run of the same table has left of them.
+
+    Args:
+        setting: what cells share.
+        folder: where their files are.
+        say: told about each cell in one line.
+
+    Raises:
+        UserError: if the folder holds a table of another setting.
+    """
+
+    def __init__(
+        self, setting: Setting, folder: Path, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.setting, self.folder, self.say = setting, folder, say
+        self._scores: dict[tuple[str, int], tuple[dict[str, Tensor], float]] = {}
+        path = folder / "setting.json"
+        if path.exists() and json.loads(path.read_text()) != asdict(setting):
+            raise UserError(
+                f"{folder} holds a table of other settings ({path.name}); name another --out"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(setting))
+
+    # -- what cells need, made once
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return load_tokenizer(self.setting.model)
+
+    @cached_property
+    def held_out(self) -> dict[str, Tensor]:
+        """Blocks to judge by."""
+        s = self.setting
+        return held_out_blocks(s.data, self.tokenizer, length=s.length, count=s.eval_blocks)
+
+    @cached_property
+    def intact(self) -> Anatomy:
+        """The intact model of the untrained cells."""
+        return Anatomy(self._load())
+
+    @cached_property
+    def _hooks(self) -> MaskHooks:
+        return MaskHooks(self.intact)
+
+    def _load(self) -> PreTrainedModel:
+        model = load_model(self.setting.model, pick_dtype(self.setting.dtype, self.setting.device))
+        return model.to(self.setting.device).requires_grad_(False)  # type: ignore[arg-type]
+
+    def _config(self, cell: Cell, folder: str) -> NutePruneConfig:
+        return NutePruneConfig(
+            output_dir=folder,
+            **{
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "use_cpu": self.setting.device == "cpu",
+                "target_sparsity": cell.target,
+                "max_steps": cell.steps,
+                "seed": cell.seed,
+                **self.setting.settings,
+                **cell.settings,
+            },
+        )
+
+    def _text(self, config: NutePruneConfig) -> BlockDataset:
+        needed = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps
+        count = max(needed, config.calibration_blocks, config.compensation_blocks)
+        s = self.setting
+        return training_blocks(
+            s.data, self.tokenizer, length=s.length, count=count, seed=config.seed
+        )
+
+    # -- cells
+
+    def dense(self) -> dict[str, Any]:
+        """Return the record of the intact model."""
+        return self._kept("dense.json", "the intact model", self._judge_intact)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Return a cell's record: from its file, or else by running it."""
+        kind = self._train if cell.steps else self._score_only
+        return self._kept(cell.file_name, cell.file_name, lambda: self._attempt(kind, cell))
+
+    def _kept(self, name: str, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.exists():
+            self.say(f"running {what}")
+            write_json(path, {**make(), "machine": machine()})
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
+
+    def _attempt(self, kind: Callable[[Cell], dict[str, Any]], cell: Cell) -> dict[str, Any]:
+        """Run a cell; what cannot be done is a result too, and the table goes on."""
+        try:
+            return {**asdict(cell), **kind(cell)}
+        except (RunFailed, UserError) as error:
+            return {**asdict(cell), "refused": str(error)}
+
+    def _judge_intact(self) -> dict[str, Any]:
+        started = time.monotonic()
+        found = perplexities(self.intact.model, self.held_out, batch_size=4)
+        return {
+            "perplexity": found,
+            "mean": mean(found),
+            "params": self.intact.parameters(),
+            "protocol": protocol(self.held_out),
+            "seconds_to_judge": round(time.monotonic() - started, 1),
+        }
+
+    def _score_only(self, cell: Cell) -> dict[str, Any]:
+        """Mask the intact model by one-shot scores, judge it, re-fit it, and judge it again."""
+        with tempfile.TemporaryDirectory() as folder:
+            config = self._config(cell, folder)
+        allocator = make_allocator(self.intact, config)
+        scores, scoring_seconds = self._score(config, allocator.constraints.kinds)
+        started = time.monotonic()
+        shape = allocator.shape(scores, cell.target)
+        masks = allocator.masks(shape, scores).to(self.setting.device)
+        seconds = scoring_seconds + time.monotonic() - started
+        plain = self._judge_masked(masks)
+        started = time.monotonic()
+        with self._weights_put_back():
+            batches = calibration_batches(self._text(config), config.compensation_blocks, 4)
+            refit(self.intact, self._hooks, masks, batches, install_weight(self.intact))
+            refit_seconds = time.monotonic() - started
+            refitted = self._judge_masked(masks)
+        budget = allocator.budget
+        removed = budget.before - budget.parameters(shape)
+        return {
+            "sparsity": removed / budget.before,
+            "params": self.intact.parameters() - removed,
+            "perplexity": plain,
+            "mean": mean(plain),
+            "seconds": round(seconds, 3),
+            "refitted": {
+                "perplexity": refitted,
+                "mean": mean(refitted),
+                "seconds": round(seconds + refit_seconds, 3),
+            },
+        }
+
+    def _score(
+        self, config: NutePruneConfig, kinds: tuple[str, ...]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return a method's scores and the seconds they took; once per method and seed."""
+        key = (config.scoring, config.seed)
+        if key not in self._scores:
+            method = METHODS[config.scoring]
+            text = calibration_batches(self._text(config), config.calibration_blocks, 1)
+            budget = make_allocator(self.intact, config).budget
+            started = time.monotonic()
+            probe = Probe(self.intact, self._hooks, budget, kinds, text, config.seed)
+            self._scores[key] = (method.score(probe), time.monotonic() - started)
+        return self._scores[key]
+
+    def _judge_masked(self, masks: Masks) -> dict[str, float]:
+        """Judge by masks: the same function as the sliced model's, without cutting anything."""
+        with self._hooks.using(masks):
+            return perplexities(self.intact.model, self.held_out, batch_size=4)
+
+    @contextmanager
+    def _weights_put_back(self) -> Iterator[None]:
+        """Undo what a re-fit has done to output and down projections."""
+        family = self.intact.family
+        last = (family.attention[-1], family.mlp[-1])
+        layers = range(len(self.intact.layers))
+        linears = [x for i in layers for p in last if (x := self.intact.linear(i, p)) is not None]
+        weights = [linear.weight.detach().clone() for linear in linears]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for linear, weight in zip(linears, weights, strict=True):
+                    linear.weight.copy_(weight)
+
+    def _train(self, cell: Cell) -> dict[str, Any]:
+        """Train, finalize and judge."""
+        for name in ("_hooks", "intact"):  # one model in memory
+            self.__dict__.pop(name, None)
+        with tempfile.TemporaryDirectory() as folder:
+            config = self._config(cell, folder)
+            text = self._text(config)
+            model = self._load()
+            started = time.monotonic()
+            trainer = NutePruneTrainer(model, config, text, self.tokenizer)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            small = trainer.finalize()
+            seconds = time.monotonic() - started
+        found = perplexities(small, self.held_out, batch_size=4)
+        after = sum(p.numel() for p in small.parameters())
+        sparsity = trainer.allocator.budget.sparsity(trainer.shape)
+        teachers = len(trainer.teachers)
+        del trainer, model, small
+        gc.collect()  # a trainer and its callbacks hold each other
+        return {
+            "sparsity": sparsity,
+            "params": after,
+            "perplexity": found,
+            "mean": mean(found),
+            "seconds": round(seconds, 3),
+            "teachers": teachers,
+        }
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file: complete, or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def machine() -> dict[str, Any]:
+    """Return what figures depend on beside the code's settings."""
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
+    }

@@ -1,0 +1,127 @@
+"""What a run prints: the plan before, the result after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nuteprune.cli.job import Job
+from nuteprune.cli.output import Output, duration, megabytes, millions
+from nuteprune.errors import UserError
+from nuteprune.export.record import peak_memory
+from nuteprune.judge.report import write_report
+from nuteprune.train.trainer import NutePruneTrainer
+
+
+def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
+    """Print what is going to be done, in a few lines."""
+    args, budget, model = trainer.args, trainer.allocator.budget, trainer.anatomy.model
+    shape = budget.shape
+    total = trainer.anatomy.parameters()
+    first = shape.layers[0]
+    targets = ", ".join(f"{target:.1%}" for target in trainer.targets)
+    goal = budget.before * trainer.targets[-1]
+    output.line(
+        f"Model   {job.model}: {trainer.anatomy.family.model_type}, {len(shape.layers)} layers, "
+        f"{first.heads} heads on {first.kv_heads} KV heads, {first.neurons} neurons, "
+        f"width {shape.hidden}, {millions(total)} parameters"
+    )
+    output.line(
+        f"Target  {targets} of {millions(budget.before)} decoder parameters = "
+        f"{millions(goal)} ({goal / total:.1%} of all), {args.shapes} shapes, gates on "
+        f"{', '.join(trainer.kinds)} (at most {trainer.allocator.maximum():.1%})"
+    )
+    freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
+    output.line(
+        f"Run     {args.max_steps} steps of {args.train_batch_size} x {job.length} tokens on "
+        f"{args.device}, {str(model.dtype).removeprefix('torch.')}; masks freeze at step "
+        f"{', '.join(freezes)}; {args.teachers} teachers; LoRA rank {args.lora_rank} at "
+        f"{args.learning_rate:g}; text {job.data}"
+    )
+
+
+def stage_starts(trainer: NutePruneTrainer) -> list[int]:
+    """Return the first step of each target's share of the run."""
+    schedule = trainer.schedule
+    return sorted({schedule.stage(step).first for step in range(max(1, schedule.steps))})
+
+
+def print_dry_run(trainer: NutePruneTrainer, output: Output) -> None:
+    """Print which shapes can be had, and what the run will take, by a step done for trial."""
+    args, budget = trainer.args, trainer.allocator.budget
+    total = trainer.anatomy.parameters()
+    ones = {k: torch.ones(trainer.allocator.layout.units(k)) for k in trainer.kinds}
+    shapes = [trainer.allocator.shape(ones, target) for target in trainer.targets]
+    for target, shape in zip(trainer.targets, shapes, strict=True):
+        after = total - budget.before + budget.parameters(shape)
+        output.line(
+            f"Reach   {budget.sparsity(shape):.3%} for {target:.1%}, {millions(after)} parameters"
+        )
+    step = trainer.rehearse()
+    # A scored or re-fitted block costs most of a step's share of one.
+    blocks = args.calibration_blocks + args.compensation_blocks * len(trainer.targets)
+    seconds = step * (args.max_steps + blocks / args.train_batch_size)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    memory = peak_memory() + trained * BYTES_OF_ADAM
+    output.line(
+        f"Cost    {step:.1f} s a step, {duration(seconds)} in all, {megabytes(memory)} of memory, "
+        "by one step done for trial"
+    )
+    output.line("Dry run nothing was written.")
+    output.result(
+        {
+            "targets": list(trainer.targets),
+            "sparsity": [budget.sparsity(shape) for shape in shapes],
+            "shape": [shape.to_dict() for shape in shapes],
+            "seconds_per_step": step,
+            "seconds": seconds,
+            "memory_bytes": memory,
+        }
+    )
+
+
+BYTES_OF_ADAM = 8
+"""Per trained parameter: two moments in fp32, which a single trial step does not make."""
+
+
+def print_report(job: Job, output: Output) -> None:
+    """Write the report of a finished run and say where it is; the checkpoint stands without it."""
+    try:
+        output.line(f"Report  {write_report(job.out)}")
+    except UserError as error:
+        output.line(f"Report  none: {error}")
+
+
+def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> None:
+    """Print what came out, for each target a table and two lines."""
+    for folder, record in records.items():
+        print_result(folder, record, output)
+    lines = [{"out": str(folder), **record} for folder, record in records.items()]
+    output.result(lines[0] if len(lines) == 1 else {"targets": lines})
+
+
+def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> None:
+    """Print one checkpoint's record as a table and two lines."""
+    ppl, params = record["perplexity"], record["params"]
+    rows = [
+        ["parameters", millions(params["before"]), millions(params["after"])],
+        [
+            "  in decoder layers",
+            millions(params["blocks_before"]),
+            millions(params["blocks_after"]),
+        ],
+        *(
+            [f"perplexity, {name}", f"{ppl['before'][name]:.2f}", f"{ppl['after'][name]:.2f}"]
+            for name in ppl["before"]
+        ),
+    ]
+    output.table("Held-out text, before and after", ["", "intact", "pruned"], rows)
+    output.line(
+        f"Sparsity {record['sparsity']:.3%} (target {record['target']:.1%}); "
+        f"{record['total_sparsity']:.2%} of all parameters are gone; "
+        f"{megabytes(record['bytes_on_disk'])} on disk; {record['seconds']:.0f} s"
+    )
+    output.line(f"Saved   {folder}")

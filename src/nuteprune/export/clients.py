@@ -1,0 +1,103 @@
+"""Programs that load pruned checkpoints: what each takes, and what it would object to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from nuteprune.errors import UserError
+from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
+
+SUPER_BLOCK = 256
+"""Weights of a row that llama.cpp's K-quants store together."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program, and how it loads the two kinds of shapes."""
+
+    name: str
+    uniform: str
+    free: str
+    run_by: str
+    """The test that runs it, or that it was not run here."""
+    objections: Callable[[Source], Iterator[str]]
+
+
+def _none(_: Source) -> Iterator[str]:
+    yield from ()
+
+
+def _vllm(source: Source) -> Iterator[str]:
+    bare = [i for i, x in enumerate(source.shape.layers) if not x.attention]
+    if bare:
+        yield f"it refuses layers without attention ({_listed(bare)}); prune without attn_block"
+
+
+def _batching(source: Source) -> Iterator[str]:
+    if len({x.kv_heads for x in source.shape.layers}) > 1:
+        yield "its paged cache wants the same number of KV heads in all layers"
+
+
+def _one_size(source: Source) -> Iterator[str]:
+    first = source.shape.layers[0]
+    if not (source.shape.uniform and first.attention and first.mlp):
+        yield "it wants all layers whole and of one size; prune with --shapes uniform"
+
+
+def _llama_cpp(source: Source) -> Iterator[str]:
+    try:
+        shape, notes = mended(source.shape, choose(source), quantized=True)
+        yield from notes
+        check_rows(shape, source.head_dim, "q8_0")
+    except UserError as error:
+        yield str(error)
+        return
+    rows = {shape.hidden} | {x.neurons for x in shape.layers}
+    rows |= {x.heads * source.head_dim for x in shape.layers}
+    odd = sorted(x for x in rows if x % SUPER_BLOCK)
+    if odd:
+        yield (
+            f"K-quants store blocks of {SUPER_BLOCK}, so rows of {_listed(odd)} would be stored "
+            "in other types, larger or coarser"
+        )
+
+
+def _listed(numbers: list[int]) -> str:
+    few = ", ".join(map(str, numbers[:6]))
+    return few + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")
+
+
+_STOCK = "as the stock class"
+_REMOTE = "`trust_remote_code=True`, or `load_pruned`"
+
+CLIENTS = (
+    Client("transformers 5", _STOCK, _REMOTE, "tests/export", _none),
+    Client("transformers 4.57", _STOCK, _REMOTE, "tests/clients/test_transformers_4.py", _none),
+    Client(
+        "transformers `generate_batch`", _STOCK, "equal KV heads only", "not run here", _batching
+    ),
+    Client("lm-evaluation-harness", _STOCK, _REMOTE, "tests/clients/test_lm_eval.py", _none),
+    Client(
+        "vLLM",
+        _STOCK,
+        "its Transformers backend, `--trust-remote-code`",
+        "tests/clients/test_vllm.py",
+        _vllm,
+    ),
+    Client(
+        "llama.cpp",
+        "`nuteprune export --to gguf`",
+        "`nuteprune export --to gguf`, by family (below)",
+        "tests/clients/test_llama_cpp.py",
+        _llama_cpp,
+    ),
+    Client("SGLang", _STOCK, "no", "not run here", _one_size),
+    Client("TGI", _STOCK, "no", "not run here", _one_size),
+    Client("TensorRT-LLM", _STOCK, "no", "not run here", _one_size),
+)
+
+
+def warnings(source: Source) -> list[str]:
+    """Return what programs would object to in a model's shapes, each line with its name."""
+    return [f"{x.name}: {line}" for x in CLIENTS for line in x.objections(source)]

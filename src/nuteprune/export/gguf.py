@@ -1,0 +1,302 @@
+"""GGUF files, which llama.cpp and all that is built on it load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from gguf import (
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+    TokenType,
+    quants,
+)
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nuteprune.errors import UserError
+from nuteprune.export.gguf_archs import Arch
+from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
+from nuteprune.export.gguf_tensors import tensors
+from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.shape import Shape
+
+Q = GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class FileType:
+    """How weights are stored: the type of matrices, that of embedding and head, and the label."""
+
+    matrices: GGMLQuantizationType
+    ends: GGMLQuantizationType
+    label: LlamaFileType
+    quantized: bool = False
+
+
+FILE_TYPES: dict[str, FileType] = {
+    "f16": FileType(Q.F16, Q.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": FileType(Q.BF16, Q.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": FileType(Q.Q8_0, Q.Q8_0, LlamaFileType.MOSTLY_Q8_0, quantized=True),
+    # Four bits cost the most in the embedding and the head: those get eight.
+    "q4_0": FileType(Q.Q4_0, Q.Q8_0, LlamaFileType.MOSTLY_Q4_0, quantized=True),
+    "f32": FileType(Q.F32, Q.F32, LlamaFileType.ALL_F32),
+}
+"""What `--type` takes. Vectors and norms are always float32, as llama.cpp wants them."""
+
+_ROPE_SCALING = {"linear": RopeScalingType.LINEAR, "longrope": RopeScalingType.LONGROPE}
+_F16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of an export."""
+
+    arch: str
+    tensors: int
+    parameters: int
+    bytes: int
+    texts_compared: int
+    notes: list[str]
+
+
+def write_gguf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike[str],
+    *,
+    type_name: str = "f16",
+    name: str = "",
+    pre_tokenizer: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Written:
+    """Write a model and its tokenizer as a GGUF file.
+
+    The file appears when it is complete and its tokenizer has been compared with the original.
+
+    Args:
+        model: a model of a supported family, pruned or not.
+        tokenizer: its tokenizer.
+        path: the file; one that is there is replaced.
+        type_name: one of `FILE_TYPES`.
+        name: what the file calls the model.
+        pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None finds it.
+        progress: told how many tensors of how many are written.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: if llama.cpp cannot express the model, or would compute something else; says
+            which shape or property, and what would make it fit. Nothing is written then.
+    """
+    path, kind = Path(path), FILE_TYPES[type_name]
+    anatomy = Anatomy(model)
+    source = Source(anatomy.family, anatomy.config, anatomy.shape, anatomy.biases)
+    arch = choose(source)
+    shape, notes = mended(source.shape, arch, kind.quantized)
+    if kind.quantized:
+        check_rows(shape, source.head_dim, type_name)
+    vocabulary = read_vocabulary(tokenizer, len(anatomy.embedding.weight), pre_tokenizer)
+    if source.window and arch.window_period is None:
+        notes.append(
+            f"the context length is {_context(arch, source)}, the model's attention window: "
+            "llama.cpp lets this architecture attend to everything"
+        )
+    infos = list(_tensor_infos(anatomy, arch, source, shape, type_name))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = GGUFWriter(partial, arch.name)
+        _write_general(writer, name or path.stem, kind)
+        _write_dimensions(writer, anatomy, arch, source, shape)
+        _write_vocabulary(writer, vocabulary)
+        _write_tensors(writer, infos, tensors(anatomy, arch, source, shape), progress)
+        compared = check_vocabulary(read_back(partial), tokenizer)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        size = partial.stat().st_size
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    parameters = sum(prod(info.shape) for info in infos)
+    return Written(arch.name, len(infos), parameters, size, compared, notes)
+
+
+@dataclass(frozen=True)
+class _TensorInfo:
+    name: str
+    shape: tuple[int, ...]
+    stored: GGMLQuantizationType
+
+
+def _tensor_infos(
+    anatomy: Anatomy, arch: Arch, source: Source, shape: Shape, type_name: str
+) -> Iterator[_TensorInfo]:
+    """Yield what the file's index says of the tensors, which goes before all their values."""
+    kind = FILE_TYPES[type_name]
+    for name, values in tensors(anatomy, arch, source, shape):
+        stored = Q.F32
+        if values.ndim > 1:
+            stored = kind.matrices if name.startswith("blk.") else kind.ends
+        if stored == Q.F16 and np.abs(values).max() > _F16_MAX:
+            raise UserError(
+                f"{name} has values beyond {_F16_MAX:.0f}, the largest of --type f16: pass bf16"
+            )
+        yield _TensorInfo(name, values.shape, stored)
+
+
+def _write_tensors(
+    writer: GGUFWriter,
+    infos: list[_TensorInfo],
+    values: Iterable[tuple[str, NDArray[np.float32]]],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the file: keys, the index of tensors, then one tensor after another."""
+    for info in infos:
+        size = prod(quants.quant_shape_to_byte_shape(info.shape, info.stored))
+        dtype = np.dtype(np.float32)  # only said of it; `raw_dtype` is what counts
+        writer.add_tensor_info(info.name, info.shape, dtype, size, raw_dtype=info.stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for i, (info, (_, array)) in enumerate(zip(infos, values, strict=True)):
+            writer.write_tensor_data(quants.quantize(array, info.stored))
+            progress(i + 1, len(infos))
+    finally:
+        writer.close()
+
+
+def _write_general(writer: GGUFWriter, name: str, kind: FileType) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(kind.label)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _write_dimensions(
+    writer: GGUFWriter, anatomy: Anatomy, arch: Arch, source: Source, shape: Shape
+) -> None:
+    """Write the keys from which llama.cpp builds the model."""
+    config, family, head_dim = source.config, source.family, source.head_dim
+    counts = [[x.heads, x.kv_heads, x.neurons] for x in shape.layers]
+    heads, kv_heads, neurons = (list(x) for x in zip(*counts, strict=True))
+    for add, values in (
+        (writer.add_head_count, heads),
+        (writer.add_head_count_kv, kv_heads),
+        (writer.add_feed_forward_length, neurons),
+    ):
+        add(values if arch.per_layer else values[0])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(_context(arch, source))
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(len(shape.layers))
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    if family.norm == "layer":
+        writer.add_layer_norm_eps(cast(float, anatomy.final_norm.eps))
+        writer.add_parallel_residual(config.use_parallel_residual)
+    else:
+        writer.add_layer_norm_rms_eps(getattr(config, family.config_names["epsilon"]))
+    _write_rope(writer, source)
+    if arch.window_period is not None:
+        writer.add_sliding_window(source.window or 0)
+    if arch.softcaps:
+        writer.add_final_logit_softcapping(getattr(config, family.logit_softcap or ""))
+        writer.add_attn_logit_softcapping(getattr(config, family.attention_softcap or ""))
+    if arch.multipliers:
+        embedding, residual = family.multipliers or ("", "")
+        writer.add_embedding_scale(getattr(config, embedding))
+        writer.add_residual_scale(getattr(config, residual))
+        writer.add_attention_scale(anatomy.attention_scale(0))
+        writer.add_logit_scale(getattr(config, family.logit_divisor or ""))
+
+
+def _context(arch: Arch, source: Source) -> int:
+    """Return the context length; with windows that llama.cpp ignores, what all layers see."""
+    longest = int(source.config.max_position_embeddings)
+    return longest if arch.window_period is not None else min(longest, source.window or longest)
+
+
+def _write_rope(writer: GGUFWriter, source: Source) -> None:
+    rope, kind = source.rope, source.rope.get("rope_type", "default")
+    writer.add_rope_dimension_count(source.rotary_dimensions)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind in _ROPE_SCALING:
+        writer.add_rope_scaling_type(_ROPE_SCALING[kind])
+    if kind == "linear":
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "longrope":
+        factor = ROPE_INIT_FUNCTIONS[kind](source.config, "cpu")[1]
+        writer.add_rope_scaling_attn_factors(factor)
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    for name, token in vocabulary.special.items():
+        getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    writer.add_add_space_prefix(vocabulary.adds_space)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def read_back(path: str | os.PathLike[str]) -> Vocabulary:
+    """Return the tokenizer that a GGUF file describes."""
+    values = metadata(path)
+    prefix = "tokenizer.ggml."
+    ids = {name: values.get(f"{prefix}{key}_token_id") for name, key in _SPECIAL_KEYS.items()}
+    return Vocabulary(
+        model=values[f"{prefix}model"],
+        pre=values[f"{prefix}pre"],
+        tokens=values[f"{prefix}tokens"],
+        types=[TokenType(x) for x in values[f"{prefix}token_type"]],
+        special={name: x for name, x in ids.items() if x is not None},
+        adds_bos=values[f"{prefix}add_bos_token"],
+        adds_eos=values[f"{prefix}add_eos_token"],
+        merges=values.get(f"{prefix}merges"),
+        scores=values.get(f"{prefix}scores"),
+        adds_space=values[f"{prefix}add_space_prefix"],
+        chat_template=values.get("tokenizer.chat_template"),
+    )
+
+
+_SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the keys and values of a GGUF file."""
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+def dequantized(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]:
+    """Return the tensors of a GGUF file by name, in float32, as rows of outputs."""
+    return {
+        x.name: np.asarray(quants.dequantize(x.data, x.tensor_type), np.float32)
+        for x in GGUFReader(path).tensors
+    }

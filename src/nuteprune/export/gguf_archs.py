@@ -1,0 +1,124 @@
+"""What llama.cpp's architectures can express: data alone.
+
+llama.cpp reads most shapes from metadata and checks tensors against them, but some it takes
+without a word and computes something else: those are what the flags below are about. Found by
+running models through it (docs/gguf.md); source: its `src/models/*.cpp`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nuteprune.model.shape import Shape
+
+BLOCK = 32
+"""Weights of a row that Q8_0 and Q4_0 quantize together."""
+
+_SILU = frozenset({"silu", "swish"})
+_GELU_TANH = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One of llama.cpp's architectures."""
+
+    name: str
+    per_layer: bool = False
+    """Head counts and widths may differ between layers."""
+    optional_attention: bool = False
+    """A layer without attention can be stated; elsewhere a head of zeros stands in."""
+    interleaved_rope: bool = False
+    """Rotary pairs are neighbours, so the rows of queries and keys are reordered."""
+    fused_qkv: bool = False
+    fused_gate: bool = False
+    """Gate and up projection are one tensor."""
+    square_attention: bool = False
+    """Heads x head_dim must be the width."""
+    partial_rotary: bool = False
+    """Part of each head may be left unrotated."""
+    rope_types: frozenset[str] = frozenset({"default"})
+    activations: frozenset[str] = _SILU
+    head: str = "optional"
+    """Tensor of the language head: `optional`, `always` there, or `never` (the embedding's)."""
+    biases: frozenset[str] = frozenset()
+    """Which biases it adds: those of `qkv`, `o`, `mlp`."""
+    needs_biases: bool = False
+    """All of these must be there."""
+    softcaps: bool = False
+    """Logits and attention logits are always bounded; elsewhere they never are."""
+    window_period: int | None = None
+    """Every so-manieth layer has full attention, the others a window; None: no windows."""
+    multipliers: bool = False
+    """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
+    wide_scale_at: int | None = None
+    """With that many layers, attention is scaled by sqrt(heads / hidden), not by head_dim."""
+
+    def attention_scale(self, shape: Shape, head_dim: int) -> float:
+        """Return the factor that it puts on products of queries and keys."""
+        if len(shape.layers) == self.wide_scale_at:
+            return float((shape.hidden // shape.layers[0].heads) ** -0.5)
+        return float(head_dim**-0.5)
+
+
+_ALL_BIASES = frozenset({"qkv", "o", "mlp"})
+_LLAMA = Arch(
+    "llama",
+    interleaved_rope=True,
+    rope_types=frozenset({"default", "linear", "llama3"}),
+    biases=_ALL_BIASES,
+)
+_QWEN3 = Arch("qwen3", rope_types=frozenset({"default", "linear"}))
+_GEMMA2 = Arch(
+    "gemma2", activations=_GELU_TANH, head="never", softcaps=True, window_period=2, wide_scale_at=46
+)
+
+ARCHS: dict[str, Arch] = {
+    arch.name: arch
+    for arch in (
+        _LLAMA,
+        replace(
+            _LLAMA,
+            name="deci",
+            per_layer=True,
+            optional_attention=True,
+            biases=frozenset({"qkv", "o"}),
+        ),
+        replace(
+            _QWEN3,
+            name="qwen2",
+            square_attention=True,
+            biases=frozenset({"qkv"}),
+            needs_biases=True,
+        ),
+        _QWEN3,
+        replace(_QWEN3, name="openelm", per_layer=True, fused_qkv=True, head="never"),
+        Arch(
+            "phi3",
+            fused_qkv=True,
+            fused_gate=True,
+            square_attention=True,
+            partial_rotary=True,
+            rope_types=frozenset({"default", "longrope"}),
+        ),
+        _GEMMA2,
+        replace(
+            _GEMMA2,
+            name="gemma3",
+            rope_types=frozenset({"default", "linear"}),
+            softcaps=False,
+            window_period=6,
+            wide_scale_at=62,
+        ),
+        replace(_LLAMA, name="granite", multipliers=True),
+        Arch(
+            "gptneox",
+            fused_qkv=True,
+            square_attention=True,
+            partial_rotary=True,
+            activations=_GELU_TANH | {"gelu"},
+            head="always",
+            biases=_ALL_BIASES,
+            needs_biases=True,
+        ),
+    )
+}

@@ -1,0 +1,225 @@
+"""Whether llama.cpp can express a model: the architecture to write it as, or the reason why not.
+
+A family names the architectures that compute what it does (`Family.gguf`); the first without a
+reason against it is taken. What would be taken and computed wrong is refused or mended here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from nuteprune.errors import UserError
+from nuteprune.export.gguf_archs import ARCHS, BLOCK, Arch
+from nuteprune.model.families import Family
+from nuteprune.model.shape import LayerShape, Shape
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a fit is judged by.
+
+    Args:
+        family: the checkpoint's family.
+        config: its config.
+        shape: its dimensions.
+        biases: projection path -> whether it has a bias, where that is known.
+    """
+
+    family: Family
+    config: Any
+    shape: Shape
+    biases: Mapping[str, bool]
+
+    @property
+    def head_dim(self) -> int:
+        """Features per head."""
+        config = self.config
+        own = getattr(config, "head_dim", None)
+        return int(own or config.hidden_size // config.num_attention_heads)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the language head is the embedding matrix."""
+        return bool(self.config.tie_word_embeddings)
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """Rotary parameters; of full attention, where kinds of attention have their own."""
+        rope = dict(getattr(self.config, "rope_parameters", None) or {})
+        return dict(rope.get(_FULL, rope))
+
+    @property
+    def rotary_dimensions(self) -> int:
+        """Features per head that are rotated."""
+        return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that some layer looks back, itself included; None if all see everything."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        return window if window and (kinds is None or _SLIDING in kinds) else None
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """Which parts have biases, in `Arch.biases`' words."""
+        family = self.family
+        parts = {"qkv": family.attention[:-1], "o": family.attention[-1:], "mlp": family.mlp}
+        return frozenset(
+            part for part, paths in parts.items() if any(self.biases.get(p.path) for p in paths)
+        )
+
+
+def choose(source: Source) -> Arch:
+    """Return the architecture that a model is written as.
+
+    Raises:
+        UserError: if none can express it: which shape or property, and what would make it fit.
+    """
+    reasons = []
+    for name in source.family.gguf:
+        reason = next(_misfits(ARCHS[name], source), None)
+        if reason is None:
+            return ARCHS[name]
+        reasons.append(f"{name}: {reason}")
+    why = "; ".join(reasons) or "llama.cpp has no architecture that computes it"
+    raise UserError(f"{source.family.model_type} cannot be written as GGUF: {why}")
+
+
+def _misfits(arch: Arch, source: Source) -> Iterator[str]:
+    """Yield why an architecture cannot express a model."""
+    yield from _shape_misfits(arch, source)
+    family, config, rope = source.family, source.config, source.rope
+    if source.rotary_dimensions != source.head_dim and not arch.partial_rotary:
+        yield (
+            f"it rotates whole heads, not {source.rotary_dimensions} of {source.head_dim} features"
+        )
+    kind = rope.get("rope_type", "default")
+    if kind not in arch.rope_types:
+        known = ", ".join(sorted(arch.rope_types))
+        yield f"rope_type {kind} is not among those that it is known to compute alike ({known})"
+    activation = getattr(config, family.activation)
+    if activation not in arch.activations:
+        yield f"its activation is {min(arch.activations)}, not {activation}"
+    if extra := source.biased - arch.biases:
+        yield f"it has no biases on {', '.join(sorted(extra))}"
+    if arch.needs_biases and (missing := arch.biases - source.biased):
+        yield f"it needs biases on {', '.join(sorted(missing))}"
+    yield from _special_misfits(arch, source)
+
+
+def _shape_misfits(arch: Arch, source: Source) -> Iterator[str]:
+    shape, first = source.shape, source.shape.layers[0]
+    if not arch.per_layer:
+        for i, layer in enumerate(shape.layers):
+            if layer != first:
+                yield (
+                    f"it has one size for all layers, but layer {i} has {_counts(layer)} and "
+                    f"layer 0 {_counts(first)}; prune with --shapes uniform"
+                )
+                break
+    if not first.attention:
+        yield "layer 0 has no attention"
+    if arch.square_attention and first.heads * source.head_dim != shape.hidden:
+        yield (
+            f"its heads must make up the width: {first.heads} x {source.head_dim} is not "
+            f"{shape.hidden}; leave heads and hidden as they are (--gates neurons)"
+        )
+    if arch.head == "never" and not source.tied:
+        yield "its language head is the embedding, and this model's is not" + (
+            "; prune with --shapes uniform" if arch.per_layer else ""
+        )
+
+
+def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
+    config, family = source.config, source.family
+    caps = [
+        getattr(config, name, None)
+        for name in (family.logit_softcap, family.attention_softcap)
+        if name
+    ]
+    if arch.softcaps and not all(caps):
+        yield "it always bounds logits, and this config does not"
+    if not arch.softcaps and any(caps):
+        yield "it does not bound logits, and this config does"
+    if arch.window_period is not None:
+        kinds = getattr(config, "layer_types", None) or []
+        full_at = arch.window_period - 1
+        expected = [
+            _FULL if i % arch.window_period == full_at else _SLIDING for i in range(len(kinds))
+        ]
+        if list(kinds) != expected:
+            yield f"every {arch.window_period}th of its layers has full attention, not {kinds}"
+        sliding = dict(config.rope_parameters or {}).get(_SLIDING)
+        if sliding and (sliding["rope_theta"], sliding["rope_type"]) != (10000.0, "default"):
+            yield "its sliding layers rotate by theta 10000, unscaled"
+
+
+def _counts(layer: LayerShape) -> str:
+    return f"{layer.heads}/{layer.kv_heads} heads and {layer.neurons} neurons"
+
+
+def mended(shape: Shape, arch: Arch, quantized: bool) -> tuple[Shape, list[str]]:
+    """Return the shape to write: with zeros where llama.cpp would go wrong on nothing.
+
+    A layer with attention and no MLP would lose its attention, and no MLP in the last layer ends
+    the process, so a missing MLP becomes `BLOCK` neurons of zeros, and a missing attention, where
+    it cannot be stated, one head. Where rows are quantized, neurons are filled up to whole blocks.
+
+    Args:
+        shape: the model's dimensions.
+        arch: what it is written as.
+        quantized: whether rows must be whole blocks.
+
+    Returns:
+        The shape, and a line about each kind of zeros.
+    """
+    layers, notes = list(shape.layers), []
+    for i, layer in enumerate(layers):
+        heads = layer.attention or arch.optional_attention
+        neurons = layer.neurons or BLOCK
+        if quantized:
+            neurons = -(-neurons // BLOCK) * BLOCK
+        layers[i] = LayerShape(layer.heads if heads else 1, layer.kv_heads if heads else 1, neurons)
+    for what, count in (
+        ("without an MLP got one of zeros", sum(not x.mlp for x in shape.layers)),
+        (
+            "without attention got one head of zeros",
+            sum(x.heads != y.heads for x, y in zip(layers, shape.layers, strict=True)),
+        ),
+        (
+            f"got zeros to make neurons a multiple of {BLOCK}",
+            sum(
+                x.mlp and x.neurons != y.neurons for x, y in zip(shape.layers, layers, strict=True)
+            ),
+        ),
+    ):
+        if count:
+            notes.append(f"{count} layer{'s' if count > 1 else ''} {what}")
+    return Shape(shape.hidden, tuple(layers)), notes
+
+
+def check_rows(shape: Shape, head_dim: int, type_name: str) -> None:
+    """Refuse rows that a quantized type cannot hold: it stores blocks of `BLOCK` weights.
+
+    Raises:
+        UserError: naming the rows and what would make them fit.
+    """
+    instead = "pass --type f16 or bf16"
+    if shape.hidden % BLOCK:
+        raise UserError(
+            f"--type {type_name} stores rows in blocks of {BLOCK}, and the width is "
+            f"{shape.hidden}: {instead}, or prune with --set hidden_multiple={BLOCK}"
+        )
+    for i, layer in enumerate(shape.layers):
+        if layer.heads * head_dim % BLOCK:
+            raise UserError(
+                f"--type {type_name} stores rows in blocks of {BLOCK}, and layer {i} has "
+                f"{layer.heads} heads of {head_dim}, {layer.heads * head_dim} features: {instead}, "
+                f"or keep heads in multiples of {BLOCK // gcd(BLOCK, head_dim)} (--shape)"
+            )

@@ -1,0 +1,261 @@
+"""A model's tensors as llama.cpp's architectures want them: split, fused, reordered, filled up.
+
+Shape suffixes: O rows (outputs), I columns (inputs). Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gguf import MODEL_TENSOR, TENSOR_NAMES
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nuteprune.export.gguf_archs import Arch
+from nuteprune.export.gguf_fit import Source
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import Projection
+from nuteprune.model.shape import LayerShape, Shape, axis_sizes
+
+Array = NDArray[np.float32]
+Parts = dict[str, "Part"]
+_LAYER_NORMS = (
+    ("pre_norm", "attn_block", MODEL_TENSOR.ATTN_NORM),
+    ("pre_norm", "mlp_block", MODEL_TENSOR.FFN_NORM),
+    ("post_norm", "attn_block", MODEL_TENSOR.ATTN_POST_NORM),
+    ("post_norm", "mlp_block", MODEL_TENSOR.FFN_POST_NORM),
+)
+_PROJECTIONS = {
+    "q": MODEL_TENSOR.ATTN_Q,
+    "k": MODEL_TENSOR.ATTN_K,
+    "v": MODEL_TENSOR.ATTN_V,
+    "qkv": MODEL_TENSOR.ATTN_QKV,
+    "o": MODEL_TENSOR.ATTN_OUT,
+    "gate": MODEL_TENSOR.FFN_GATE,
+    "up": MODEL_TENSOR.FFN_UP,
+    "down": MODEL_TENSOR.FFN_DOWN,
+}
+
+
+@dataclass
+class Part:
+    """A linear map, such as the queries of a layer, whatever module it came from."""
+
+    weight_OI: Array
+    bias_O: Array | None = None
+
+    def scaled(self, factor: float) -> Part:
+        """Return the map with its output multiplied."""
+        if factor == 1.0:
+            return self
+        bias_O = None if self.bias_O is None else self.bias_O * np.float32(factor)
+        return Part(self.weight_OI * np.float32(factor), bias_O)
+
+    def rows(self, order_O: NDArray[np.int64]) -> Part:
+        """Return the map with its outputs reordered."""
+        return Part(self.weight_OI[order_O], None if self.bias_O is None else self.bias_O[order_O])
+
+    def filled(self, outputs: int, inputs: int) -> Part:
+        """Return the map with zero rows and columns added at the end."""
+        rows, columns = outputs - len(self.weight_OI), inputs - self.weight_OI.shape[1]
+        if not rows and not columns:
+            return self
+        bias_O = None if self.bias_O is None else np.pad(self.bias_O, (0, rows))
+        return Part(np.pad(self.weight_OI, ((0, rows), (0, columns))), bias_O)
+
+
+def tensors(
+    anatomy: Anatomy, arch: Arch, source: Source, target: Shape
+) -> Iterator[tuple[str, Array]]:
+    """Yield every tensor of a GGUF file, name and float32 values, in the file's order.
+
+    Args:
+        anatomy: the model.
+        arch: what it is written as.
+        source: what was said of it when the architecture was chosen.
+        target: `gguf_archs.mended`'s shape.
+    """
+    embedding, divisor, factors = _factors(anatomy, arch)
+    embedding_VD = _array(anatomy.embedding.weight)
+    yield _name(MODEL_TENSOR.TOKEN_EMBD), embedding_VD * np.float32(embedding)
+    if arch.head == "always" or (arch.head == "optional" and not (anatomy.tied and divisor == 1)):
+        yield _name(MODEL_TENSOR.OUTPUT), _array(anatomy.head.weight) / np.float32(divisor)
+    yield from _norm(anatomy, MODEL_TENSOR.OUTPUT_NORM, anatomy.final_norm)
+    yield from _rope(source)
+    for i, (have, want) in enumerate(zip(anatomy.shape.layers, target.layers, strict=True)):
+        yield from _norms(anatomy, i, want)
+        parts = _attention(anatomy, i, have) | _mlp(anatomy, i, have)
+        if have.attention:
+            factors["q"] = 1.0
+            if not arch.multipliers:
+                factors["q"] = anatomy.attention_scale(i) / arch.attention_scale(
+                    source.shape, anatomy.head_dim
+                )
+            yield from _qk_norms(anatomy, i, factors)
+        elif want.attention:
+            yield from _unit_qk_norms(anatomy, i)
+        parts = {role: part.scaled(factors.get(role, 1.0)) for role, part in parts.items()}
+        parts = _filled(parts, want, target.hidden, anatomy)
+        yield from _layer(i, _fused(parts, arch, want, anatomy.head_dim))
+
+
+def _factors(anatomy: Anatomy, arch: Arch) -> tuple[float, float, dict[str, float]]:
+    """Return what is folded in: (embedding factor, logit divisor, factor by role)."""
+    if arch.multipliers or anatomy.family.multipliers is None:
+        return 1.0, 1.0, {}
+    embedding, residual = (float(getattr(anatomy.config, x)) for x in anatomy.family.multipliers)
+    return embedding, anatomy.logit_scale()[0], {"o": residual, "down": residual}
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().to("cpu", torch.float32).numpy()
+
+
+def _name(
+    tensor: MODEL_TENSOR,
+    layer: int | None = None,
+    kind: Literal["weight", "bias"] = "weight",
+) -> str:
+    return f"{TENSOR_NAMES[tensor].format(bid=layer)}.{kind}"
+
+
+def _norm(
+    anatomy: Anatomy, tensor: MODEL_TENSOR, norm: Any, layer: int | None = None, factor: float = 1.0
+) -> Iterator[tuple[str, Array]]:
+    """Yield a norm's tensors; llama.cpp multiplies by w where some classes do by 1 + w."""
+    offset = np.float32(anatomy.family.norm == "rms_1p")
+    yield _name(tensor, layer), (_array(norm.weight) + offset) * np.float32(factor)
+    if getattr(norm, "bias", None) is not None:
+        yield _name(tensor, layer, "bias"), _array(norm.bias) * np.float32(factor)
+
+
+def _norms(anatomy: Anatomy, layer: int, want: LayerShape) -> Iterator[tuple[str, Array]]:
+    written = {"attn_block": want.attention, "mlp_block": want.mlp}
+    for kind, block, tensor in _LAYER_NORMS:
+        norm: nn.Module | None = getattr(anatomy, kind)(layer, block)
+        if norm is not None:
+            yield from _norm(anatomy, tensor, norm, layer)
+        elif kind == "pre_norm" and written[block]:  # what it feeds is zero
+            yield _name(tensor, layer), np.ones(anatomy.shape.hidden, np.float32)
+
+
+def _qk_norms(
+    anatomy: Anatomy, layer: int, factors: dict[str, float]
+) -> Iterator[tuple[str, Array]]:
+    """Yield the norms of queries and keys; a factor on queries belongs behind their norm."""
+    names = (MODEL_TENSOR.ATTN_Q_NORM, MODEL_TENSOR.ATTN_K_NORM)
+    for tensor, norm in zip(names, anatomy.qk_norms(layer), strict=False):
+        factor = factors.pop("q") if tensor == MODEL_TENSOR.ATTN_Q_NORM else 1.0
+        yield from _norm(anatomy, tensor, norm, layer, factor)
+
+
+def _unit_qk_norms(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
+    if anatomy.family.qk_norms:
+        for tensor in (MODEL_TENSOR.ATTN_Q_NORM, MODEL_TENSOR.ATTN_K_NORM):
+            yield _name(tensor, layer), np.ones(anatomy.head_dim, np.float32)
+
+
+def _rope(source: Source) -> Iterator[tuple[str, Array]]:
+    """Yield divisors of the rotary frequencies, for the kinds that llama.cpp reads as tensors."""
+    rope = source.rope
+    if rope.get("rope_type") == "llama3":
+        scaled = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))[0]
+        steps = torch.arange(0, source.head_dim, 2, dtype=torch.float64) / source.head_dim
+        yield _name(MODEL_TENSOR.ROPE_FREQS), _array(rope["rope_theta"] ** -steps / scaled)
+    if rope.get("rope_type") == "longrope":
+        for tensor, key in (
+            (MODEL_TENSOR.ROPE_FACTORS_LONG, "long_factor"),
+            (MODEL_TENSOR.ROPE_FACTORS_SHORT, "short_factor"),
+        ):
+            yield _name(tensor), np.array(rope[key], np.float32)
+
+
+def _attention(anatomy: Anatomy, layer: int, shape: LayerShape) -> Parts:
+    """Return a layer's queries, keys, values and output; nothing if it has no attention."""
+    if not shape.attention:
+        return {}
+    *reads, writes = anatomy.family.attention
+    parts = [x for p in reads for x in _unstacked(anatomy, layer, p, shape)]
+    parts += _unstacked(anatomy, layer, writes, shape)
+    return dict(zip(("q", "k", "v", "o"), parts, strict=True))
+
+
+def _mlp(anatomy: Anatomy, layer: int, shape: LayerShape) -> Parts:
+    """Return a layer's gate (where it has one), up and down; nothing if it has no MLP."""
+    if not shape.mlp:
+        return {}
+    parts = [x for p in anatomy.family.mlp for x in _unstacked(anatomy, layer, p, shape)]
+    return dict(zip(("gate", "up", "down")[-len(parts) :], parts, strict=True))
+
+
+def _unstacked(
+    anatomy: Anatomy, layer: int, projection: Projection, shape: LayerShape
+) -> list[Part]:
+    """Return the maps that a module stacks, in the order of its axes."""
+    linear = anatomy.linear(layer, projection)
+    assert linear is not None
+    whole = Part(_array(linear.weight), None if linear.bias is None else _array(linear.bias))
+    if projection.rows == ("qkv",):
+        rows = np.arange(linear.out_features).reshape(shape.heads, 3, anatomy.head_dim)
+        return [whole.rows(rows[:, j].reshape(-1)) for j in range(3)]
+    if projection.rows == ("hidden",):
+        return [whole]
+    sizes = axis_sizes(shape, anatomy.head_dim)
+    found, start = [], 0
+    for axis in projection.rows:
+        found.append(whole.rows(np.arange(start, start + sizes[axis])))
+        start += sizes[axis]
+    return found
+
+
+def _filled(parts: Parts, want: LayerShape, hidden: int, anatomy: Anatomy) -> Parts:
+    """Return the parts at the size that is written, zero where the model has nothing."""
+    head_dim = anatomy.head_dim
+    sizes: dict[str, tuple[int, int]] = {}
+    if want.attention:
+        q, kv = want.heads * head_dim, want.kv_heads * head_dim
+        sizes |= {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    gated = sum(len(p.rows) for p in anatomy.family.mlp[:-1]) > 1
+    sizes |= {"gate": (want.neurons, hidden)} if gated else {}
+    sizes |= {"up": (want.neurons, hidden), "down": (hidden, want.neurons)}
+    empty = Part(np.zeros((0, 0), np.float32))
+    return {role: parts.get(role, empty).filled(*size) for role, size in sizes.items()}
+
+
+def _fused(parts: Parts, arch: Arch, shape: LayerShape, head_dim: int) -> Parts:
+    """Return the parts as the architecture stacks and orders them."""
+    parts = dict(parts)
+    if arch.interleaved_rope and "q" in parts:
+        parts["q"] = parts["q"].rows(_interleaved(shape.heads, head_dim))
+        parts["k"] = parts["k"].rows(_interleaved(shape.kv_heads, head_dim))
+    if arch.fused_qkv and "q" in parts:
+        parts["qkv"] = _stacked([parts.pop(role) for role in ("q", "k", "v")])
+    if arch.fused_gate:
+        parts["up"] = _stacked([parts.pop("gate"), parts["up"]])
+    return parts
+
+
+def _stacked(parts: list[Part]) -> Part:
+    biases = [part.bias_O for part in parts if part.bias_O is not None]
+    return Part(
+        np.concatenate([part.weight_OI for part in parts]),
+        np.concatenate(biases) if biases else None,
+    )
+
+
+def _interleaved(heads: int, head_dim: int) -> NDArray[np.int64]:
+    """Return the order of rows in which the halves that rotate together are neighbours."""
+    rows = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2)
+    return rows.transpose(0, 2, 1).reshape(-1)
+
+
+def _layer(layer: int, parts: Parts) -> Iterator[tuple[str, Array]]:
+    for role, part in parts.items():
+        yield _name(_PROJECTIONS[role], layer), part.weight_OI
+        if part.bias_O is not None:
+            yield _name(_PROJECTIONS[role], layer, "bias"), part.bias_O

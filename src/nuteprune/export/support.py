@@ -1,0 +1,101 @@
+"""docs/support.md, made from the code: `python -m nuteprune.export.support > docs/support.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from nuteprune.export.clients import CLIENTS
+from nuteprune.export.gguf_archs import ARCHS, Arch
+from nuteprune.model.families import FAMILIES, GATE_KINDS, Family
+
+_INTRO = """\
+# What is supported
+
+This page is generated from the code (`python -m nuteprune.export.support`), and a test holds it
+to that. Every cell of the first table is run by `tests/shrink/test_exactness.py`: masked, sliced,
+saved and reloaded models give the same logits, or the combination is refused for the reason given.
+
+## Families and gates
+
+`free`: each layer keeps its own counts. `uniform`: the same counts in every layer, a model of the
+stock class. Kinds of gates combine freely; a combination is refused where one of its kinds is.
+"""
+
+_ALWAYS = """\
+Always: layer 0 keeps its attention, and each layer one KV group and one multiple of neurons unless
+a block gate removes the block. `kv_groups` is the same as `heads` where each head has its own keys
+and values. Where the stock config demands that the head count divides the width (llama, gemma2),
+uniform shapes keep head counts that do.
+"""
+
+_GGUF = """\
+## GGUF
+
+The architecture of llama.cpp that `nuteprune export --to gguf` writes, the first that fits;
+[gguf.md](gguf.md) has the details.
+"""
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _gates() -> Iterator[str]:
+    reasons: list[str] = []
+
+    def cell(family: Family, kind: str) -> str:
+        taken, notes = [], []
+        for shapes in ("free", "uniform"):
+            reason = family.refusal(kind, uniform=shapes == "uniform")
+            if reason is None:
+                taken.append(shapes)
+                continue
+            if reason not in reasons:
+                reasons.append(reason)
+            if (number := f"[{reasons.index(reason) + 1}]") not in notes:
+                notes.append(number)
+        return " ".join([", ".join(taken) or "no", *notes])
+
+    rows = [[name, *(cell(x, kind) for kind in GATE_KINDS)] for name, x in FAMILIES.items()]
+    yield _table(["family", *(f"`{kind}`" for kind in GATE_KINDS)], rows)
+    yield "".join(f"{i}. {reason}.\n" for i, reason in enumerate(reasons, 1))
+
+
+def _conditions(arch: Arch, family: Family) -> str:
+    said = [
+        (arch.square_attention and not family.head_dim_from_hidden, "heads and width whole"),
+        (arch.head == "never", "tied embeddings"),
+        (not arch.partial_rotary and "phi3" in family.gguf, "fully rotary heads"),
+        (family.multipliers and not arch.multipliers, "multipliers folded into the weights"),
+    ]
+    found = ", ".join(text for holds, text in said if holds)
+    return f"`{arch.name}`" + (f" ({found})" if found else "")
+
+
+def _gguf() -> str:
+    rows = []
+    for name, family in FAMILIES.items():
+        archs = [ARCHS[x] for x in family.gguf]
+        uniform, free = (
+            ", else ".join(_conditions(x, family) for x in archs if x.per_layer == per_layer)
+            for per_layer in (False, True)
+        )
+        rows.append([name, uniform or "no architecture", free or "no: `--shapes uniform`"])
+        if not archs:
+            rows[-1][2] = "no architecture"
+    return _table(["family", "uniform", "free"], rows)
+
+
+def support_page() -> str:
+    """Return the text of docs/support.md."""
+    clients = _table(
+        ["program", "uniform", "free", "run by"],
+        [[x.name, x.uniform, x.free, x.run_by] for x in CLIENTS],
+    )
+    parts = [_INTRO, *_gates(), _ALWAYS, "## Programs\n", clients, _GGUF, _gguf()]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(support_page(), end="")

@@ -1,0 +1,138 @@
+"""What passes through an intact model: moments of projections' inputs, the residual stream.
+
+Shape suffixes: B batch, T tokens, D hidden width, M = B x T, I inputs of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.model.anatomy import Anatomy
+
+
+class Moments:
+    """Running sums of a projection's inputs X (rows, I), in fp64 on the CPU."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.sum_I = torch.zeros(size, dtype=torch.float64)
+        self.square_I = torch.zeros(size, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in more rows."""
+        self.count += len(rows)
+        self.sum_I += rows.sum(0).cpu().double()
+        self.square_I += rows.square().sum(0).cpu().double()
+
+    @property
+    def norm(self) -> Tensor:
+        """L2 norm (I,) of each input over all rows, in fp32."""
+        return self.square_I.sqrt().float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance (I,) of each input over all rows, in fp32."""
+        mean_I = self.sum_I / max(1, self.count)
+        return (self.square_I / max(1, self.count) - mean_I.square()).clamp(min=0).float()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An output (`heads`) or down (`neurons`) projection, and the moments of its inputs."""
+
+    units: str
+    weight_OI: Tensor
+    moments: Moments
+
+
+@contextmanager
+def watching_inputs(anatomy: Anatomy) -> Iterator[list[Watched]]:
+    """Gather moments of what every output and down projection reads, layer after layer.
+
+    Yields:
+        The projections; their moments are complete when the model has read the text.
+    """
+    watched, handles = [], []
+    last = {"heads": anatomy.family.attention[-1], "neurons": anatomy.family.mlp[-1]}
+    for layer in range(len(anatomy.layers)):
+        for units, projection in last.items():
+            linear = anatomy.linear(layer, projection)
+            if linear is None:
+                continue
+            watch = Watched(units, linear.weight.detach(), Moments(linear.in_features))
+            watched.append(watch)
+            handles.append(linear.register_forward_pre_hook(_adding(watch.moments)))
+    try:
+        yield watched
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(moments: Moments) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        moments.add(_rows(args[0]))
+
+    return hook
+
+
+Take = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Told (layer, stream before it, between attention and MLP, after it), each (M, D)."""
+
+
+@contextmanager
+def watching_streams(anatomy: Anatomy, take: Take) -> Iterator[None]:
+    """Tell the residual stream before, within and after each layer as the model reads text.
+
+    A layer adds scale x (attention + MLP) to the stream, whatever the family; the scale (1 in
+    most) is read off the stream itself, and what attention adds alone gives the stream in between.
+    """
+    handles: list[Any] = []
+    for i, layer in enumerate(anatomy.layers):
+        handles += _watch_layer(anatomy, i, layer, take)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, take: Take) -> list[Any]:
+    seen: dict[str, Tensor] = {}
+
+    def on_entry(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen["before"] = _rows(args[0])
+
+    def on_write(block: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, __, output: seen.__setitem__(block, _rows(output))
+
+    def on_exit(_: nn.Module, __: Any, output: Any) -> None:
+        before_MD = seen.pop("before")
+        after_MD = _rows(output[0] if isinstance(output, tuple) else output)
+        nothing_MD = torch.zeros_like(before_MD)
+        attention_MD = seen.pop("attn_block", nothing_MD)
+        written_MD = attention_MD + seen.pop("mlp_block", nothing_MD)
+        size = written_MD.square().sum().clamp(min=1e-30)
+        scale = ((after_MD - before_MD) * written_MD).sum() / size
+        take(index, before_MD, before_MD + scale * attention_MD, after_MD)
+
+    handles = [layer.register_forward_pre_hook(on_entry), layer.register_forward_hook(on_exit)]
+    for block, projections in (
+        ("attn_block", anatomy.family.attention),
+        ("mlp_block", anatomy.family.mlp),
+    ):
+        writer = anatomy.projection(index, projections[-1])
+        if writer is not None:
+            module = anatomy.post_norm(index, block) or writer
+            handles.append(module.register_forward_hook(on_write(block)))
+    return handles
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).float()

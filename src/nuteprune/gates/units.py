@@ -1,0 +1,157 @@
+"""What belongs to a unit: its parameters, its weights, and its place among the units of its layer.
+
+Shape suffixes: O rows, I columns of a projection, N units of one kind in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.masks import Layout
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.shape import LayerShape, axis_sizes
+
+BLOCKS = {"attn_block": "heads", "mlp_block": "neurons"}
+"""Kind of block gate -> kind of the units that a block consists of."""
+
+
+def unit_parameters(budget: Budget, kind: str) -> Tensor:
+    """Return how many parameters (N,) go when each unit of a kind is cut out of the whole model."""
+    shape = budget.shape
+    if kind == "hidden":
+        narrow = type(shape)(shape.hidden - 1, shape.layers)
+        return torch.full((shape.hidden,), float(budget.before - budget.parameters(narrow)))
+    counts: list[float] = []
+    for layer in shape.layers:
+        if kind in BLOCKS:
+            block = budget.attention if kind == "attn_block" else budget.mlp
+            present = layer.attention if kind == "attn_block" else layer.mlp
+            counts += [_count(block(layer), shape.hidden)] * present
+        elif kind == "neurons":
+            two, one = (budget.mlp(LayerShape(0, 0, n)) for n in (2, 1))
+            counts += [_count(two, shape.hidden) - _count(one, shape.hidden)] * layer.neurons
+        elif layer.attention:
+            inner = layer.heads_per_group
+            # A second head: of a group of its own, or beside the first.
+            group = LayerShape(inner, 1, 0) if kind == "kv_groups" else LayerShape(1, 1, 0)
+            alone = kind == "heads" and inner > 1
+            pair = LayerShape(2 * group.heads, 1 if alone else 2, 0)
+            size = _count(budget.attention(pair), shape.hidden)
+            size -= _count(budget.attention(group), shape.hidden)
+            counts += [size] * (layer.kv_heads if kind == "kv_groups" else layer.heads)
+    return torch.tensor(counts)
+
+
+def _count(form: tuple[int, int], hidden: int) -> float:
+    coefficient, constant = form
+    return float(coefficient * hidden + constant)
+
+
+def squared_weights(anatomy: Anatomy, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the sum of squares (N,) of all weights and biases that each unit would take along."""
+    layers: dict[str, list[Tensor]] = {kind: [] for kind in kinds if kind != "hidden"}
+    hidden_D = torch.zeros(anatomy.shape.hidden)
+    for i, layer in enumerate(anatomy.shape.layers):
+        parts, width_D = _layer_squares(anatomy, i, layer)
+        hidden_D += width_D
+        for kind, values in layers.items():
+            values.append(parts[kind])
+    found = {kind: torch.cat(values) for kind, values in layers.items()}
+    return {kind: hidden_D if kind == "hidden" else found[kind] for kind in kinds}
+
+
+def _layer_squares(
+    anatomy: Anatomy, index: int, layer: LayerShape
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the sums of squares of a layer's units, by kind, and of each hidden feature (D,)."""
+    head_dim, sizes = anatomy.head_dim, axis_sizes(layer, anatomy.head_dim)
+    axes = {axis: torch.zeros(size) for axis, size in sizes.items()}
+    hidden_D = torch.zeros(anatomy.shape.hidden)
+    for projection in anatomy.family.projections:
+        linear = anatomy.linear(index, projection)
+        if linear is None:
+            continue
+        square_OI = linear.weight.detach().float().cpu().square()
+        if projection.columns != "hidden":
+            axes[projection.columns] += square_OI.sum(0)
+            hidden_D += square_OI.sum(1)
+            continue
+        hidden_D += square_OI.sum(0)
+        rows_O = square_OI.sum(1)
+        if linear.bias is not None:
+            rows_O = rows_O + linear.bias.detach().float().cpu().square()
+        for axis, part in zip(
+            projection.rows, rows_O.split([sizes[a] for a in projection.rows]), strict=True
+        ):
+            axes[axis] += part
+    heads_H = axes["q"].view(-1, head_dim).sum(1) + axes["qkv"].view(-1, 3 * head_dim).sum(1)
+    keys_G = axes["kv"].view(-1, head_dim).sum(1)
+    groups_G = keys_G
+    if layer.attention:
+        groups_G = keys_G + heads_H.view(layer.kv_heads, -1).sum(1)
+    if layer.heads_per_group == 1:
+        heads_H = groups_G
+    return {
+        "heads": heads_H,
+        "kv_groups": groups_G,
+        "neurons": axes["neurons"],
+        "attn_block": groups_G.sum()[None][: layer.attention],
+        "mlp_block": axes["neurons"].sum()[None][: layer.mlp],
+    }, hidden_D
+
+
+def over_columns(
+    layout: Layout, kind: str, columns: Mapping[str, list[Tensor]], mean: bool = False
+) -> Tensor:
+    """Return the sums (N,) over the columns of the output or down projection that a unit feeds.
+
+    Args:
+        layout: the model's units.
+        kind: `heads`, `kv_groups` or `neurons`.
+        columns: `heads` and `neurons` -> a value (I,) for each input of every layer's projection.
+        mean: take means in place of sums.
+    """
+    parts = []
+    for values_I, count in zip(
+        columns["neurons" if kind == "neurons" else "heads"], layout.sizes[kind], strict=True
+    ):
+        if count:
+            rows = values_I.view(count, -1)
+            parts.append(rows.mean(1) if mean else rows.sum(1))
+    return torch.cat(parts)
+
+
+def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> Tensor:
+    """Return the place (N,) of each unit among those of its layer, in (0, 1), the best highest.
+
+    A block's place is among the blocks of its kind in the model, and so is that of any unit without
+    `by_layer`.
+    """
+    whole = kind in BLOCKS or not by_layer
+    sizes = [len(scores)] if whole else list(layout.sizes[kind])
+    parts = []
+    for part in scores.split(sizes):
+        place = part.argsort(stable=True).argsort(stable=True)
+        parts.append((place.float() + 0.5) / max(1, len(part)))
+    return torch.cat(parts)
+
+
+def losses_of(budget: Budget, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the losses with which the allocator removes the lowest scores first, whatever a unit.
+
+    The allocator removes what costs least per parameter; so a score that is to be compared as it
+    is, between a neuron and a head too, becomes (score - lowest) x parameters.
+
+    Args:
+        budget: counts the parameters of each unit.
+        scores: kind -> (N,), comparable across layers and kinds.
+    """
+    lowest = min(float(value.min()) for value in scores.values())
+    return {
+        kind: (value - lowest) * unit_parameters(budget, kind).to(value)
+        for kind, value in scores.items()
+    }

@@ -1,0 +1,211 @@
+"""How plots look, and how a drawing becomes an `<svg>` that follows its page and a PNG.
+
+Colours are those of the light page. In SVG each becomes the CSS variable of its name, so that the
+page decides; it also gives text its font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+Line = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Points of a line: x and y."""
+
+COLOURS: Final[Mapping[str, str]] = {
+    "ink": "#1d2125",
+    "muted": "#5c646d",
+    "rule": "#d5d3cc",
+    "blue": "#1f5c99",
+    "orange": "#a84c08",
+    "green": "#2f7350",
+    "violet": "#7b4a94",
+    "paper": "#fdfcf9",
+}
+"""Name of a CSS variable -> its colour on the light page."""
+
+# Sizes are points, and CSS pixels on a page where a plot is 340 wide: a phone.
+_WIDTH = 340
+_STYLE: Final[dict[Any, Any]] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nuteprune",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.8,
+    "text.color": COLOURS["ink"],
+    "text.parse_math": False,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.titlesize": 10.8,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.major.width": 0.7,
+    "xtick.minor.width": 0.5,
+    "ytick.left": False,
+    "ytick.minor.left": False,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 9.8,
+    "figure.facecolor": COLOURS["paper"],
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 220,
+}
+
+POINTS: Final = 500
+"""Steps that a line has room for; of more, neighbours are averaged."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing in both of its forms.
+
+    Args:
+        name: file name without suffix.
+        alt: what can be read from it, for those who do not see it.
+        svg: an `<svg>` element to stand in a page.
+        png: the same as a picture on the light page's ground.
+    """
+
+    name: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+def plain(text: str, limit: int = 24) -> str:
+    """Return text that any font can try to draw on one line: no control characters, not long."""
+    shown = "".join("\ufffd" if unicodedata.category(c) in "CcCfCsCoCn" else c for c in text)
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * share:.{digits}f}\u202f%"
+
+
+@contextmanager
+def new_figure(title: str, height: int) -> Iterator[tuple[Figure, Axes]]:
+    """Give a figure of the common width and its axes, to be drawn on in the common style.
+
+    Args:
+        title: what it shows.
+        height: in points.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH / 72, height / 72))
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        yield figure, axes
+
+
+def finish(name: str, alt: str, figure: Figure) -> Plot:
+    """Write a drawing in both forms; see `Plot`."""
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # The page's fonts may have what the plot's own lacks, and the PNG shows a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        picture, drawing = io.BytesIO(), io.StringIO()
+        figure.savefig(picture, format="png", metadata={"Software": None})
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(drawing, format="svg", transparent=True, metadata=metadata)
+    return Plot(name, alt, _for_page(drawing.getvalue(), name), picture.getvalue())
+
+
+def _for_page(svg: str, name: str) -> str:
+    """Return a drawing as an element that takes colours and fonts from the page around it."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'<svg\b.*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg)
+    svg = re.sub(r"<style.*?</style>|<defs>\s*</defs>", "", svg, flags=re.S)
+    svg = re.sub(r"\s*\n\s*", " ", svg)
+
+    def adapt(match: re.Match[str]) -> str:
+        # Ids are unique within a drawing only, and a page holds several.
+        tag = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", match[0])
+        for variable, colour in COLOURS.items():
+            tag = tag.replace(colour, f"var(--{variable})")
+        return tag.replace("xlink:href", "href")
+
+    svg = re.sub(r"<[^<>]+>", adapt, svg)  # tags alone: words in between are as they are
+    return svg.strip()
+
+
+# -- parts of drawings
+
+
+def column(metrics: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
+    """Return a figure of each logged step, nan where a step lacks it."""
+    return np.array([float(line.get(key, "nan")) for line in metrics])
+
+
+def thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Line:
+    """Return a line's points, averaged over neighbours where there are too many."""
+    size = -(-len(x) // POINTS)
+    if size == 1:
+        return x, y
+    parts = range(0, len(x), size)
+    return (
+        np.array([x[i : i + size].mean() for i in parts]),
+        np.array([y[i : i + size].mean() for i in parts]),
+    )
+
+
+def dots(step: NDArray[np.float64]) -> dict[str, Any]:
+    """Return how to mark the points of a line so short that it may hardly be seen."""
+    return {"marker": "o", "ms": 3.5} if len(step) < 4 else {}
+
+
+def power(x: float) -> str:
+    """Return a power of ten as text, which takes the page's font."""
+    return "10" + f"{round(np.log10(x))}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def steps_axis(axes: Axes) -> None:
+    """Label an axis of steps, which are whole."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+
+
+def legend(axes: Axes) -> None:
+    """Put the legend between title and plot, three to a row."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3
+    axes.set_title(axes.get_title(loc="left"), pad=10 + 14 * -(-len(labels) // columns))
+    made = axes.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=columns,
+        borderpad=0.2,
+        borderaxespad=0.2,
+        handlelength=1.3,
+        handletextpad=0.5,
+        labelspacing=0.25,
+        columnspacing=1.2,
+    )
+    made.set_in_layout(False)  # the title's pad makes room for it

@@ -1,0 +1,268 @@
+"""The plots of a report: sparsity, loss, layers, gates and perplexity.
+
+User's words in plots go through `plain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike, NDArray
+
+from nuteprune.judge.drawing import (
+    COLOURS,
+    Plot,
+    column,
+    dots,
+    finish,
+    legend,
+    new_figure,
+    percent,
+    plain,
+    power,
+    steps_axis,
+    thinned,
+)
+
+LOSS_PARTS: Final[Mapping[str, tuple[str, str]]] = {
+    "token_kl": ("tokens (KL)", "blue"),
+    "layer": ("layers", "orange"),
+    "lm": ("language model", "green"),
+    "penalty": ("sparsity term", "violet"),
+}
+"""Key in metrics.jsonl -> (label, colour)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the heat map: what each layer kept of one kind, and had before."""
+
+    name: str
+    kept: Sequence[int]
+    before: Sequence[int]
+
+
+def sparsity_plot(metrics: Sequence[Mapping[str, Any]], teachers: Sequence[float] | None) -> Plot:
+    """Draw the sparsity of student and teacher, and the target, over the steps.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        teachers: sparsity of each teacher by index, the intact model (-1) having 0; None if the
+            student had no teacher at all.
+    """
+    step = column(metrics, "step")
+    student, target = column(metrics, "sparsity"), column(metrics, "target")
+    alt = (
+        f"Line chart over {step[-1]:.0f} steps. The student's sparsity goes from "
+        f"{percent(student[0], 1)} to {percent(student[-1], 1)}, the target is "
+        f"{percent(target[-1], 1)}"
+    )
+    with new_figure("Sparsity by step", 235) as (figure, axes):
+        blue, orange = COLOURS["blue"], COLOURS["orange"]
+        axes.plot(*thinned(step, student), color=blue, lw=2.4, label="student", **dots(step))
+        axes.plot(*thinned(step, target), ":", color=COLOURS["ink"], lw=1.2, label="target")
+        if teachers is not None:
+            teacher = _by_index(teachers, column(metrics, "teacher"))
+            line = thinned(step, teacher)
+            axes.step(*line, where="mid", color=orange, label="its teacher", **dots(step))
+            alt += (
+                f"; its teacher's is {percent(np.nanmax(teacher, initial=0), 1)} at most and "
+                f"{percent(teacher[-1], 1)} at the end"
+            )
+        axes.set_ylim(bottom=0)
+        digits = 0 if axes.get_ylim()[1] > 0.04 else 1
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: percent(y, digits)))
+        steps_axis(axes)
+        legend(axes)
+    return finish("sparsity", f"{alt}.", figure)
+
+
+def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot:
+    """Draw the parts of the loss over the steps."""
+    step = column(metrics, "step")
+    parts = {key: column(metrics, key) for key in LOSS_PARTS if any(key in m for m in metrics)}
+    with new_figure("Loss by step", 235) as (figure, axes):
+        total = column(metrics, "loss")
+        drawn = [total, *parts.values()]
+        if len(parts) > 1:
+            axes.plot(*thinned(step, total), color=COLOURS["ink"], lw=1, label="sum", alpha=0.75)
+        for key, values in parts.items():
+            label, colour = LOSS_PARTS[key]
+            x, y = thinned(step, values)
+            axes.plot(x, y, color=COLOURS[colour], label=label, **dots(step))
+        _loss_scale(axes, np.concatenate(drawn))
+        steps_axis(axes)
+        legend(axes)
+    ends = "; ".join(
+        f"{LOSS_PARTS[key][0]} from {values[0]:.3g} to {values[-1]:.3g}"
+        for key, values in parts.items()
+    )
+    return finish("loss", f"Line chart over {step[-1]:.0f} steps: {ends}.", figure)
+
+
+def layers_plot(rows: Sequence[Row]) -> Plot:
+    """Draw a heat map: layers from first to last, and the share that each kept of each kind."""
+    count = len(rows[0].kept)
+    with new_figure("Kept in each layer", 62 + 40 * len(rows)) as (figure, axes):
+        for i, row in enumerate(rows):
+            for layer, (kept, before) in enumerate(zip(row.kept, row.before, strict=True)):
+                _cell(axes, layer, i, kept / before if before else 0.0)
+        axes.set_xlim(-0.5, count - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows], color=COLOURS["ink"])
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        axes.set_xlabel("layer")
+        axes.grid(False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        _scale(figure)
+    alt = "Heat map. " + " ".join(_row_in_words(row) for row in rows)
+    return finish("layers", alt, figure)
+
+
+def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike | None, probability: bool) -> Plot:
+    """Draw how the scores of one kind of gate are distributed, and where the cut came to lie.
+
+    Args:
+        kind: kind of gate.
+        scores: (N,), one per unit.
+        kept: (N,), whether a unit stays; None if that is not decided.
+        probability: whether scores are probabilities of being kept.
+    """
+    score_N = np.asarray(scores, dtype=float)
+    kept_N = np.ones(len(score_N), bool) if kept is None else np.asarray(kept, bool)
+    fine = np.isfinite(score_N) & (probability | (score_N > 0))
+    score_N, kept_N = score_N[fine], kept_N[fine]
+    words = kind.replace("kv_groups", "KV groups").replace("_", " ")
+    with new_figure(f"Scores of {words}", 200) as (figure, axes):
+        bins = max(8, min(48, int(np.sqrt(max(1, len(score_N))) * 2)))
+        edges: Any = np.linspace(0, 1, bins + 1)
+        if not probability:
+            low, high = (score_N.min(), score_N.max()) if len(score_N) else (0.1, 1.0)
+            edges = np.geomspace(low, high if high > low else low * 2, bins + 1)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: power(x)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        groups = [(kept_N, "blue", "kept" if kept is not None else "units")]
+        if kept is not None:
+            groups.insert(0, (~kept_N, "orange", "removed"))
+        axes.hist(
+            [score_N[group] for group, *_ in groups],
+            edges,
+            stacked=True,
+            color=[COLOURS[colour] for _, colour, _ in groups],
+            label=[label for *_, label in groups],
+            edgecolor=COLOURS["paper"],
+            linewidth=0.4,
+        )
+        axes.set_xlabel("probability of staying" if probability else "score (loss if removed)")
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+        legend(axes)
+    alt = f"Histogram of the scores of {len(score_N):,} {words}"
+    alt += "." if kept is None else f": {int(kept_N.sum()):,} kept, {int((~kept_N).sum()):,} not."
+    return finish(f"gates_{kind}", alt, figure)
+
+
+def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> Plot:
+    """Draw the perplexity on each source, dense and pruned; sources without both are left out."""
+    names = [x for x in before if np.isfinite([before[x], after.get(x, np.nan)]).all()]
+    with new_figure("Perplexity on held-out text", 76 + 34 * max(1, len(names))) as (figure, axes):
+        rows = np.arange(len(names))
+        old, new = ([float(values[x]) for x in names] for values in (before, after))
+        axes.hlines(rows, old, new, color=COLOURS["rule"], lw=3)
+        for values, colour, label in ((old, "muted", "dense"), (new, "blue", "pruned")):
+            axes.plot(values, rows, "o", color=COLOURS[colour], ms=6.5, label=label)
+        for y, a, b in zip(rows, old, new, strict=True):
+            for value, other, colour in ((a, b, "muted"), (b, a, "blue")):
+                right = value > other or (value == other and colour == "blue")
+                axes.annotate(
+                    f"{value:.1f}",
+                    (value, y),
+                    (7 if right else -7, 0),
+                    textcoords="offset points",
+                    ha="left" if right else "right",
+                    va="center",
+                    color=COLOURS[colour],
+                )
+        axes.set_yticks(rows, [plain(x) for x in names], color=COLOURS["ink"])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", visible=True)
+        top = max([*old, *new], default=1.0)
+        if top > 30 * min([*old, *new], default=1.0):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.margins(x=0.2)
+        else:
+            axes.set_xlim(0, top * 1.15)
+        legend(axes)
+    pairs = "; ".join(f"{plain(x)}: {before[x]:.2f} dense, {after[x]:.2f} pruned" for x in names)
+    return finish("perplexity", f"Dot chart of perplexity. {pairs}.", figure)
+
+
+# -- parts of drawings
+
+
+def _by_index(teachers: Sequence[float], index: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sparsity of the teacher at each step, nan where it is not known."""
+    known = np.array([*teachers, 0.0])  # the last is found at index -1, the intact model's
+    usable = np.isfinite(index) & (index >= -1) & (index < len(teachers))
+    return np.where(usable, known[np.where(usable, index, -1).astype(int)], np.nan)
+
+
+def _loss_scale(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Make the scale logarithmic, linear around 0 where parts of the loss go below."""
+    values = values[np.isfinite(values)]
+    if not len(values) or values.max() <= 0:
+        return
+    linear = 0.0 if values.min() > 0 else float(values.max()) / 30
+    if linear:
+        axes.set_yscale("symlog", linthresh=linear)
+    else:
+        axes.set_yscale("log")
+        if values.max() < 30 * values.min():  # powers of ten alone would be too few
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+    def label(y: float) -> str:
+        return f"{y:g}" if y == 0 or abs(y) >= linear else ""
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: label(y)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _cell(axes: Axes, x: float, y: float, share: float) -> None:
+    box = (x - 0.46, y - 0.4), 0.92, 0.8
+    axes.add_patch(Rectangle(*box, fc="none", ec=COLOURS["rule"], lw=0.6))
+    if share:
+        axes.add_patch(Rectangle(*box, fc=COLOURS["blue"], alpha=0.05 + 0.95 * share**1.5, lw=0))
+    else:
+        axes.plot(x, y, "x", color=COLOURS["muted"], ms=4)
+
+
+def _scale(figure: Figure) -> None:
+    """Draw the heat map's scale at the upper right."""
+    axes = figure.add_axes((0.62, 0.9, 0.36, 0.07))
+    axes.set_axis_off()
+    axes.set(xlim=(-3, 8.5), ylim=(-0.5, 0.5))
+    for i in range(5):
+        _cell(axes, i, 0, 0.1 + i / 4 * 0.9)
+    for x, text, side in ((-0.8, "few", "right"), (4.8, "all", "left")):
+        axes.text(x, 0, text, ha=side, va="center", color=COLOURS["muted"])
+
+
+def _row_in_words(row: Row) -> str:
+    shares = [k / b if b else 0.0 for k, b in zip(row.kept, row.before, strict=True)]
+    least = int(np.argmin(shares))
+    return (
+        f"{row.name}: {sum(row.kept):,} of {sum(row.before):,} kept, least in layer {least} "
+        f"({row.kept[least]:,} of {row.before[least]:,})."
+    )

@@ -1,0 +1,273 @@
+"""The report of a run: one self-contained HTML page, and its plots as PNG for the model card."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from nuteprune.errors import UserError
+from nuteprune.export.card import FILE_NAME as CARD
+from nuteprune.export.card import with_plots
+from nuteprune.judge import plots, reproduce
+from nuteprune.judge.drawing import POINTS, Plot, percent
+from nuteprune.judge.perplexity import mean
+from nuteprune.judge.plots import Row
+from nuteprune.judge.runfiles import RunFiles, read_run, teacher_sparsities
+
+FILE_NAME = "report.html"
+PLOTS = "plots"
+"""Folder of the PNG files, beside the report."""
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # no part of an HTML page
+
+_THIN = "\u202f"  # between a number and its unit
+
+
+def write_report(folder: Path) -> Path:
+    """Write the report of a run, its plots, and these into the model card if there is one.
+
+    Args:
+        folder: the output folder of `prune`, or its run/ folder; see `runfiles` for what is read.
+
+    Returns:
+        The HTML file, run/report.html.
+
+    Raises:
+        UserError: if there is no run, a file of it is damaged, or nothing can be written there.
+    """
+    files = read_run(Path(folder))
+    drawn = draw(files)
+    page = render(files, drawn)
+    target = files.run / FILE_NAME
+    try:
+        (files.run / PLOTS).mkdir(parents=True, exist_ok=True)
+        for plot in drawn.values():
+            _write(files.run / PLOTS / f"{plot.name}.png", plot.png)
+        _write(target, _UNPRINTABLE.sub("\ufffd", page).encode("utf-8", "replace"))
+        _complete_card(files, drawn)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {files.run}: {error.strerror}") from error
+    return target
+
+
+def draw(files: RunFiles) -> dict[str, Plot]:
+    """Return the plots that a run has data for, by name."""
+    return {plot.name: plot for plot in _drawn(files)}
+
+
+def _drawn(files: RunFiles) -> Iterator[Plot]:
+    if files.record is not None:
+        ppl = files.record.get("perplexity", {})
+        if ppl.get("before"):
+            yield plots.perplexity_plot(ppl["before"], ppl["after"])
+        yield plots.layers_plot(kept_rows(files.record))
+    if files.metrics:
+        yield plots.sparsity_plot(files.metrics, teacher_sparsities(files))
+        yield plots.loss_plot(files.metrics)
+    for kind, gate in files.gates.items():
+        yield plots.gates_plot(kind, gate.scores, gate.kept, gate.probability)
+
+
+def kept_rows(record: Mapping[str, Any]) -> list[Row]:
+    """Return the counts of each layer, a row per kind; KV heads where they tell more than heads."""
+    before, after = record["layers_before"], record["layers"]
+
+    def row(name: str, key: str) -> Row:
+        return Row(name, [x[key] for x in after], [x[key] for x in before])
+
+    heads, groups = row("heads", "heads"), row("KV heads", "kv_heads")
+    alike = all(
+        h * gb == g * hb
+        for h, hb, g, gb in zip(heads.kept, heads.before, groups.kept, groups.before, strict=True)
+    )
+    return [heads, *([] if alike else [groups]), row("neurons", "neurons")]
+
+
+def render(files: RunFiles, drawn: Mapping[str, Plot]) -> str:
+    """Return the page of a run.
+
+    Args:
+        files: the run.
+        drawn: its plots by name.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nuteprune.judge"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "count": count,
+        "size": size,
+        "duration": duration,
+        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
+    }
+    record = files.record
+    return environment.get_template("report.html").render(
+        name=model_name(files),
+        record=record,
+        verdict=verdict(files),
+        table=headline(record, files.speed) if record else [],
+        rows=kept_rows(record) if record else [],
+        files=files,
+        last=files.metrics[-1] if files.metrics else None,
+        teachers=teacher_sparsities(files),
+        plots=drawn,
+        points=POINTS,
+        gates=[plot for name, plot in drawn.items() if name.startswith("gates_")],
+        command=reproduce.command(record or {}, files.folder.name),
+        recipe=reproduce.recipe(record) if record else "",
+    )
+
+
+def model_name(files: RunFiles) -> str:
+    """Return what a run is called: its model, else its folder."""
+    return str((files.record or {}).get("base_model") or files.folder.name)
+
+
+def verdict(files: RunFiles) -> str:
+    """Return a sentence that says how a run came out."""
+    record = files.record
+    if record is None:
+        last = files.metrics[-1]
+        return (
+            f"This run has not been finished: its last step on record is {last['step']}, at a "
+            f"sparsity of {percent(last['sparsity'], 1)}."
+        )
+    parts = [
+        f"{percent(record['sparsity'], 1)} of the decoder is gone, "
+        f"{percent(record['total_sparsity'], 1)} of all parameters"
+    ]
+    before, after = _perplexities(record)
+    if before:
+        ratio = mean(after) / mean(before)
+        parts.append(f"perplexity on held-out text is {number(ratio)}{_THIN}× the dense model's")
+    rates = (files.speed or {}).get("rows", [])
+    gains = sorted({number(_gain(row)) for row in rates if row["better"] == "higher"})
+    if gains:
+        parts.append(f"it runs {' to '.join(dict.fromkeys((gains[0], gains[-1])))}{_THIN}× as fast")
+    # A run stores what it reached; rounding errors of its division are none of the reader's.
+    missed = record["sparsity"] < record["target"] - 1e-9
+    ending = f" The target of {percent(record['target'], 1)} was missed." if missed else ""
+    *most, final = parts
+    return (f"{'; '.join(most)}; and {final}" if most else final) + "." + ending
+
+
+def headline(
+    record: Mapping[str, Any], speed: Mapping[str, Any] | None
+) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
+    """Return the headline table: groups of rows (what, dense, pruned, change)."""
+    params = record["params"]
+    cells = [
+        _counted("all parameters", params["before"], params["after"], count),
+        _counted("in the decoder layers", params["blocks_before"], params["blocks_after"], count),
+    ]
+    if "bytes_on_disk" in record:
+        # The dtype is kept, so the dense file has the same bytes per parameter.
+        dense = record["bytes_on_disk"] / params["after"] * params["before"]
+        what, old, new, change = _counted("on disk", dense, record["bytes_on_disk"], size)
+        cells.append((what, f"≈{_THIN}{old}", new, change))
+    hidden = record.get("hidden", {})
+    if hidden.get("before") != hidden.get("after"):
+        cells.append(_counted("width", hidden["before"], hidden["after"], "{:,}".format))
+    groups = [("Size", cells)]
+    before, after = _perplexities(record)
+    if before:
+        rows = [_compared(x, before[x], after[x], after[x] / before[x]) for x in before]
+        if len(before) > 1:
+            old_mean, new_mean = mean(before), mean(after)
+            rows.append(_compared("mean", old_mean, new_mean, new_mean / old_mean))
+        groups.append(("Perplexity, lower is better", rows))
+    if speed is not None and speed["rows"]:
+        groups.append(
+            (
+                "Speed",
+                [
+                    _compared(f"{x['name']}, {x['unit']}", x["dense"], x["pruned"], _gain(x))
+                    for x in speed["rows"]
+                ],
+            )
+        )
+    return groups
+
+
+def _perplexities(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return perplexities by source, of those that were measured on both models."""
+    ppl = record.get("perplexity", {})
+    before, after = ppl.get("before", {}), ppl.get("after", {})
+    both = [source for source in before if source in after and before[source]]
+    return {x: before[x] for x in both}, {x: after[x] for x in both}
+
+
+def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, str, str, str]:
+    return what, show(before), show(after), f"−{percent((before - after) / before, 1)}"
+
+
+def _compared(what: str, before: float, after: float, ratio: float) -> tuple[str, str, str, str]:
+    return what, number(before), number(after), f"×{_THIN}{number(ratio)}"
+
+
+def _gain(row: Mapping[str, Any]) -> float:
+    """Return how many times faster, or smaller, the pruned model is."""
+    better, worse = row["pruned"], row["dense"]
+    if row["better"] == "lower":
+        better, worse = worse, better
+    return float(better / worse) if worse else math.nan
+
+
+def number(value: float) -> str:
+    """Return a number for people: grouped in thousands, fewer digits where it is large."""
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
+    return f"{value:,.{digits}f}"
+
+
+def count(value: float) -> str:
+    """Return a count of parameters for people."""
+    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.{2 if unit == 'B' else 1}f}{_THIN}{unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """Return a number of bytes for people."""
+    return count(value).replace("B", "G") + ("B" if value >= 1e3 else f"{_THIN}B")
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 120:
+        return f"{seconds:.0f}{_THIN}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}{_THIN}min" if minutes < 120 else f"{seconds / 3600:.1f}{_THIN}h"
+
+
+def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:
+    """Put the plots into the model card, where it keeps a place for them."""
+    path = files.folder / CARD
+    if files.record is None or not path.is_file():
+        return
+    given = {
+        plot.alt: (files.run / PLOTS / f"{plot.name}.png").relative_to(files.folder).as_posix()
+        for plot in drawn.values()
+    }
+    card = path.read_text(encoding="utf-8")
+    complete = with_plots(card, given)
+    if complete != card:
+        _write(path, complete.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that appears complete, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

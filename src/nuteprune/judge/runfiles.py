@@ -1,0 +1,207 @@
+"""What a run leaves in its folder, read for the report.
+
+An output folder of `prune` has nuteprune.json and, in run/, metrics.jsonl, trainer checkpoints and,
+if something wrote them, two small files that the report shows as they are:
+
+    samples.json  [{"prompt": text, "dense": text, "pruned": text}, ...]: continuations
+    speed.json    {"conditions": text, "rows": [{"name": text, "unit": text, "dense": number,
+                  "pruned": number, "better": "higher" or "lower"}, ...]}: medians of a benchmark
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from nuteprune.errors import UserError
+from nuteprune.export.record import FILE_NAME, read_record
+from nuteprune.model.families import GATE_KINDS
+from nuteprune.train.state import RunState, last_checkpoint
+
+RUN = "run"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.json"
+SPEED = "speed.json"
+
+_RECORD_KEYS = ("sparsity", "target", "total_sparsity", "params", "layers", "layers_before")
+_SAMPLE_KEYS = ("prompt", "dense", "pruned")
+_SPEED_KEYS = ("name", "unit", "dense", "pruned", "better")
+
+
+@dataclass(frozen=True)
+class GateScores:
+    """What the gates of one kind have come to.
+
+    Args:
+        scores: (N,), one per unit.
+        kept: (N,), whether the unit stays; None while masks are not frozen.
+        probability: whether a score is the probability of being kept (hard-concrete gates), or
+            the loss that removal is expected to cost (ranked gates).
+    """
+
+    scores: NDArray[np.float64]
+    kept: NDArray[np.bool_] | None
+    probability: bool
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run as its files tell it.
+
+    Args:
+        folder: the output folder.
+        run: its folder of metrics and checkpoints, where the report goes.
+        record: nuteprune.json, None while the run is unfinished.
+        metrics: one mapping per logged step, in order.
+        samples: rows of samples.json.
+        speed: content of speed.json, None if there is none.
+        gates: kind of gate -> its scores, empty if no trainer checkpoint is left.
+    """
+
+    folder: Path
+    run: Path
+    record: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    speed: dict[str, Any] | None
+    gates: dict[str, GateScores]
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run, finished or not.
+
+    Args:
+        folder: the output folder of `prune`, or the folder of metrics in it.
+
+    Raises:
+        UserError: if there is no run, or one of its files is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; pass the --out folder of a nuteprune prune")
+    folder = folder.resolve()
+    run = folder if (folder / METRICS).is_file() or folder.name == RUN else folder / RUN
+    root = folder.parent if run == folder and folder.name == RUN else folder
+    record = _record(root) if (root / FILE_NAME).is_file() else None
+    metrics = _metrics(run / METRICS)
+    if record is None and not metrics:
+        raise UserError(
+            f"{root} has neither {FILE_NAME} nor a step in {RUN}/{METRICS}; pass the --out folder "
+            "of a nuteprune prune"
+        )
+    speed = _json(run / SPEED)
+    if speed is not None:
+        rows = speed.get("rows") if isinstance(speed, dict) else None
+        _check_rows(run / SPEED, rows, _SPEED_KEYS, numbers=("dense", "pruned"))
+    samples = _json(run / SAMPLES)
+    if samples is not None:
+        _check_rows(run / SAMPLES, samples, _SAMPLE_KEYS)
+    return RunFiles(root, run, record, metrics, samples or [], speed, _gates(run))
+
+
+def write_extra(run: Path, name: str, content: Any) -> None:
+    """Write SAMPLES or SPEED into a run's folder: complete, or not at all."""
+    run.mkdir(parents=True, exist_ok=True)
+    partial = run / f".{name}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, run / name)
+
+
+def teacher_sparsities(files: RunFiles) -> list[float] | None:
+    """Return the sparsity of each teacher, from the record, else from the steps that made them.
+
+    None if the student learned from no teacher at all, not even the intact model.
+    """
+    if not any("token_kl" in line for line in files.metrics):
+        return None
+    if files.record is not None and "teachers" in files.record:
+        return [float(s) for s in files.record["teachers"]["sparsities"]]
+    found: list[float] = []
+    for line in files.metrics:
+        missing = int(line.get("teachers", 0)) - len(found)
+        # Where several came between two logged steps, only the last one's sparsity is known.
+        found += [float("nan")] * (missing - 1) + [float(line["sparsity"])] * (missing > 0)
+    return found
+
+
+def _record(root: Path) -> dict[str, Any]:
+    record = read_record(root)
+    missing = [key for key in _RECORD_KEYS if key not in record]
+    if missing:
+        raise UserError(f"{root / FILE_NAME} is damaged: it lacks {', '.join(missing)}")
+    return record
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the logged steps; a last line that was cut off in writing is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    steps = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            step = json.loads(line)
+            step["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} is damaged in line {number}: no step can be read") from error
+        steps.append(step)
+    return steps
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _check_rows(path: Path, rows: Any, keys: Sequence[str], numbers: Sequence[str] = ()) -> None:
+    def fits(row: Any) -> bool:
+        return (
+            isinstance(row, dict)
+            and all(key in row for key in keys)
+            and all(isinstance(row[key], (int, float)) for key in numbers)
+        )
+
+    if not isinstance(rows, list) or not all(map(fits, rows)):
+        raise UserError(
+            f"{path} cannot be shown: each of its rows must have {', '.join(keys)}"
+            + (f" ({' and '.join(numbers)} as numbers)" if numbers else "")
+        )
+
+
+def _gates(run: Path) -> dict[str, GateScores]:
+    """Read what the newest trainer checkpoint knows of the gates; nothing if that is gone."""
+    checkpoint = last_checkpoint(run)
+    if checkpoint is None:
+        return {}
+    try:
+        state = RunState.load(checkpoint)
+    except (UserError, SafetensorError, KeyError, TypeError, ValueError):
+        return {}  # cut off or from elsewhere: the report does without
+    return _gate_scores(state.gates, state.masks)
+
+
+def _gate_scores(gates: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, GateScores]:
+    probability = any(name.startswith("log_alpha") for name in gates)
+    found = {}
+    for kind in GATE_KINDS:
+        scores = gates.get(f"scores_{kind}")
+        if scores is not None:
+            kept = (masks[kind] > 0).numpy() if kind in masks else None
+            values = cast(NDArray[np.float64], scores.double().numpy())
+            found[kind] = GateScores(values, kept, probability)
+    return found

@@ -1,0 +1,135 @@
+"""A Trainer that may be stopped or killed at any moment, and goes on from where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_utils import rotate_checkpoints
+
+from nuteprune.errors import Interrupted
+
+
+class StopSignals(TrainerCallback):
+    """On Ctrl-C or SIGTERM: let the step end, save, stop. A second signal stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Listen, where Python lets us: in the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in self.SIGNALS}
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        """Save and stop, in all processes alike."""
+        if dist.is_available() and dist.is_initialized():
+            flag = torch.tensor(self.received, device=args.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.received = int(flag)
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Give the signals back to whom they were before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class AtomicTrainer(Trainer):
+    """`transformers.Trainer` for runs that may be stopped or killed at any moment.
+
+    Trainer writes into `checkpoint-N` directly, and would resume from a half-written one; here a
+    checkpoint is written beside its place and moved there when it is complete. Each step's line is
+    in `metrics.jsonl`, cut back to the checkpoint on resume. Signals that ask to stop are obeyed at
+    the end of the step.
+    """
+
+    _checkpoint_dir: Path | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the steps; see `transformers.Trainer.train`.
+
+        Raises:
+            Interrupted: if a signal asked to stop; a checkpoint is written before.
+        """
+        signals = StopSignals()
+        self.add_callback(signals)
+        try:
+            result = super().train(*args, **kwargs)
+        finally:
+            signals.restore()
+            self.remove_callback(signals)
+        if signals.received and self.state.global_step < self.state.max_steps:
+            raise Interrupted(
+                f"stopped after step {self.state.global_step} of {self.state.max_steps}, which is "
+                "saved; go on with the same command and --resume",
+                signals.received,
+            )
+        return result
+
+    @property
+    def metrics_file(self) -> Path:
+        """Where each step's line goes."""
+        return Path(cast(str, self.args.output_dir)) / "metrics.jsonl"
+
+    def write_metrics(self, logs: Mapping[str, Any]) -> None:
+        """Add a line for the step that has ended; the main process alone does."""
+        if not self.args.should_save:
+            return
+        line = {"step": self.state.global_step, **logs}
+        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, and move it there when it is complete."""
+        run = Path(cast(str, self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
+        partial = run / ".partial"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # each process adds its own random state
+        self._checkpoint_dir = partial
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._checkpoint_dir = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(partial / name, run / name)
+            shutil.rmtree(partial, ignore_errors=True)
+            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._checkpoint_dir or super()._get_output_dir(trial))
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget what was logged after a step, since a resumed run logs it again."""
+        if self.metrics_file.exists():
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+            partial = self.metrics_file.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            os.replace(partial, self.metrics_file)

@@ -1,0 +1,95 @@
+"""`nuteprune report` as users call it, and the command in it as they would copy it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nuteprune.cli.app import main
+from nuteprune.cli.settings import read_settings
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls the command line; returns exit code, stdout and stderr."""
+
+    def call(*args: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nuteprune", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def test_help(run: Run) -> None:
+    code, out, _ = run("report", "--help")
+    assert code == 0
+    assert "Usage: nuteprune report" in out
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, run: Run) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        code, out, err = run("report", folder)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "pass the --out folder" in err
+
+
+def test_a_run_its_report_and_the_same_run_by_the_reports_command(
+    tiny_model, tiny_tokenizer, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", vocab_size=300, tie_word_embeddings=True).save_pretrained("dense")
+    tiny_tokenizer.save_pretrained("dense")
+    Path("dense/README.md").write_text("---\nlicense: mit\n---\n")
+    documents = (f"Teacher {i} is less pruned than student {i + 1}. " * 6 for i in range(80))
+    Path("my text.txt").write_text("\n\n\n".join(documents))
+    small = ("--steps", 3, "--batch-size", 2, "--length", 24, "--device", "cpu", "--seed", 5)
+    more = ("--set", "neuron_multiple=4", "--set", "lr_scheduler_kwargs={power: 2, lr_end: 1.0e-9}")
+    asked = ("prune", "dense", "--sparsity", 0.3, "--data", "my text.txt", "--out", "out")
+    code, _, err = run(*asked, *small, *more)
+    assert code == 0, err
+
+    code, out, _ = run("report", "out", "--json")
+    assert code == 0
+    written = json.loads(out.splitlines()[-1])
+    assert written["report"] == str(tmp_path / "out/run/report.html")
+    names = {"gates_kv_groups", "gates_neurons", "layers", "loss", "perplexity", "sparsity"}
+    assert {Path(path).stem for path in written["plots"]} == names
+    card = Path("out/README.md").read_text()
+    assert "license: mit" in card
+    assert re.findall(r"\((run/plots/\w+\.png)\)", card)
+
+    html = Path(written["report"]).read_text()
+    command, recipe = map(unescape, re.findall(r"<code>(nuteprune.*?|data:.*?)</code>", html, re.S))
+    first = json.loads(Path("out/nuteprune.json").read_text())
+    copied = command.replace("nuteprune", f"{shlex.quote(sys.executable)} -m nuteprune.cli.app", 1)
+    again = copied.replace("--out out", "--out again")
+    done = subprocess.run(
+        ["sh", "-c", again],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    second = json.loads(Path("again/nuteprune.json").read_text())
+    for key in ("config", "seed", "layers", "perplexity", "sparsity", "teachers", "license"):
+        assert second[key] == first[key]
+    Path("recipe.yaml").write_text(recipe)
+    settings = read_settings(Path("recipe.yaml"), ())
+    assert settings["seed"] == 5
+    assert settings["neuron_multiple"] == 4
+    assert first["config"].items() >= {k: v for k, v in settings.items() if k != "seed"}.items()

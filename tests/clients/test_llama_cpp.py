@@ -1,0 +1,235 @@
+"""GGUF exports in a real llama.cpp: tokens, logits and greedy continuations as in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from nuteprune.demo import assets
+from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.gguf import write_gguf
+from nuteprune.export.gguf_vocab import PROBES
+
+pytestmark = pytest.mark.clients
+
+BLOCKS = ("attn_block", "mlp_block")
+FREE = ("kv_groups", "heads", "neurons", "hidden")
+GEMMA3_LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e3,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 5e3,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 3.0],
+    "original_max_position_embeddings": 64,
+}
+# what is pruned: (model, config, gates, shapes) -> architecture
+CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
+    "llama, uniform": ("llama", {}, ("kv_groups", "neurons", "hidden"), "uniform", "llama"),
+    "llama, free": ("llama", {}, FREE, "free", "deci"),
+    "llama, free, llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}, FREE, "free", "deci"),
+    "llama, uniform, llama3 rope": (
+        "llama",
+        {"rope_parameters": LLAMA3_ROPE},
+        ("neurons",),
+        "uniform",
+        "llama",
+    ),
+    "llama, linear rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}},
+        ("neurons",),
+        "uniform",
+        "llama",
+    ),
+    "llama, biases": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True},
+        ("neurons",),
+        "uniform",
+        "llama",
+    ),
+    "llama, attention biases, free": ("llama", {"attention_bias": True}, FREE, "free", "deci"),
+    "llama, blocks": ("llama", {"num_hidden_layers": 8}, BLOCKS, "free", "deci"),
+    "llama, everything": ("llama", {"num_hidden_layers": 8}, (*BLOCKS, *FREE), "free", "deci"),
+    "llama_mha, free": ("llama_mha", {}, ("heads", "neurons"), "free", "deci"),
+    "mistral, free": ("mistral", {"sliding_window": None}, FREE, "free", "deci"),
+    "mistral, uniform, window": (
+        "mistral",
+        {"sliding_window": 24},
+        ("neurons",),
+        "uniform",
+        "llama",
+    ),
+    "qwen2, uniform neurons": ("qwen2", {}, ("neurons",), "uniform", "qwen2"),
+    "qwen2, uniform heads": ("qwen2", {}, ("kv_groups", "neurons", "hidden"), "uniform", "llama"),
+    "qwen2, free": ("qwen2", {}, FREE, "free", "deci"),
+    "qwen3, uniform": ("qwen3", {}, ("kv_groups", "neurons", "hidden"), "uniform", "qwen3"),
+    "qwen3, free": ("qwen3", {"tie_word_embeddings": True}, FREE, "free", "openelm"),
+    "qwen3, blocks": (
+        "qwen3",
+        {"tie_word_embeddings": True, "num_hidden_layers": 8},
+        BLOCKS,
+        "free",
+        "openelm",
+    ),
+    "phi3, uniform neurons": ("phi3", {}, ("neurons",), "uniform", "phi3"),
+    "phi3, long rope": ("phi3", {"rope_parameters": LONG_ROPE}, ("neurons",), "uniform", "phi3"),
+    "phi3, uniform heads": (
+        "phi3",
+        {"rope_parameters": {"rope_theta": 5e3}},
+        ("kv_groups", "neurons"),
+        "uniform",
+        "llama",
+    ),
+    "phi3, free": ("phi3", {"rope_parameters": {"rope_theta": 5e3}}, FREE, "free", "deci"),
+    "gemma2, uniform": (
+        "gemma2",
+        {"tie_word_embeddings": True, "query_pre_attn_scalar": 12},
+        ("kv_groups", "neurons", "hidden"),
+        "uniform",
+        "gemma2",
+    ),
+    "gemma3, uniform": (
+        "gemma3_text",
+        {
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 6,
+            "layer_types": GEMMA3_LAYERS,
+            "query_pre_attn_scalar": 12,
+        },
+        ("kv_groups", "neurons", "hidden"),
+        "uniform",
+        "gemma3",
+    ),
+    "granite, uniform": ("granite", {}, ("kv_groups", "neurons", "hidden"), "uniform", "granite"),
+    "granite, free": (
+        "granite",
+        {"mlp_bias": False, "tie_word_embeddings": True},
+        FREE,
+        "free",
+        "deci",
+    ),
+    "gpt_neox, uniform": ("gpt_neox", {}, ("neurons",), "uniform", "gptneox"),
+}
+PROMPT = [40, 5, 77, 120, 9, 33, 250, 61, 14, 208, 99, 3]
+STEPS = 8
+
+
+@torch.no_grad()
+def expected(model: PreTrainedModel) -> tuple[np.ndarray, list[int]]:
+    """The last logits of the prompt, and its greedy continuation."""
+    tokens = torch.tensor([PROMPT])
+    logits = model(tokens).logits[0, -1]
+    made = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return logits.numpy(), made[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_greedy_tokens(
+    name: str,
+    tiny_model: Callable,
+    tiny_tokenizer: Any,
+    prune_at_random: Callable,
+    start: Callable,
+    tmp_path: Path,
+) -> None:
+    model_name, config, kinds, shapes, arch = CASES[name]
+    model = prune_at_random(tiny_model(model_name, vocab_size=300, **config), kinds, shapes)
+    written = write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
+    assert written.arch == arch
+    logits, made = expected(model)
+    answer = start("llama-cpp", "llama_cpp_client.py").ask(
+        file=str(tmp_path / "m.gguf"), prompt=PROMPT, steps=STEPS, texts=PROBES
+    )
+    error = np.abs(np.array(answer["logits"]) - logits).max()
+    # gpt_neox: llama.cpp approximates its GELU by tanh
+    assert error <= (1e-2 if model_name == "gpt_neox" else 2e-3) * np.abs(logits).max()
+    assert answer["made"] == made
+    assert answer["texts"] == [
+        tiny_tokenizer(text, add_special_tokens=False).input_ids for text in PROBES
+    ]
+
+
+# error of the last logits, relative to the largest; llama.cpp rounds activations too
+TYPES = {"f16": 5e-3, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 0.6}
+
+
+def test_stored_types(
+    tiny_model: Callable,
+    tiny_tokenizer: Any,
+    prune_at_random: Callable,
+    start: Callable,
+    tmp_path: Path,
+) -> None:
+    model = prune_at_random(tiny_model("llama", vocab_size=300), ("neurons",), "free")
+    logits, _ = expected(model)
+    client = start("llama-cpp", "llama_cpp_client.py")
+    errors = {}
+    for type_name in TYPES:
+        path = tmp_path / f"{type_name}.gguf"
+        write_gguf(model, tiny_tokenizer, path, type_name=type_name)
+        answer = client.ask(file=str(path), prompt=PROMPT, steps=1)
+        error = np.abs(np.array(answer["logits"]) - logits).max()
+        errors[type_name] = error / np.abs(logits).max()
+    assert all(errors[x] <= TYPES[x] for x in TYPES), errors
+
+
+def test_sentencepiece_tokens(
+    tiny_model: Callable, sentencepiece_tokenizer: Any, start: Callable, tmp_path: Path
+) -> None:
+    texts = [*PROBES, "the student learns from a teacher that is a little less pruned"]
+    path = tmp_path / "m.gguf"
+    write_gguf(tiny_model("llama", vocab_size=300), sentencepiece_tokenizer, path)
+    answer = start("llama-cpp", "llama_cpp_client.py").ask(
+        file=str(path), prompt=PROMPT, steps=1, texts=texts
+    )
+    assert answer["texts"] == [
+        sentencepiece_tokenizer(text, add_special_tokens=False).input_ids for text in texts
+    ]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+def test_a_real_model(
+    shapes: str, prune_at_random: Callable, start: Callable, tmp_path: Path
+) -> None:
+    folder = assets.model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    whole = load_pruned(folder, dtype=torch.float32)
+    model = prune_at_random(whole, ("kv_groups", "neurons"), shapes, share=0.1)
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", type_name="f16")
+    texts = [x[0][:2000] for x in assets.documents().values()]
+    prompt = tokenizer("The history of bread begins").input_ids
+    tokens = torch.tensor([prompt])
+    how = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 16, "min_new_tokens": 16}
+    made = model.generate(tokens, do_sample=False, **how)[0, len(prompt) :]
+    answer = start("llama-cpp", "llama_cpp_client.py").ask(
+        file=str(tmp_path / "m.gguf"), prompt=prompt, steps=16, texts=[*texts, *PROBES]
+    )
+    assert answer["made"] == made.tolist()
+    assert answer["texts"] == [
+        tokenizer(x, add_special_tokens=False).input_ids for x in [*texts, *PROBES]
+    ]

@@ -1,0 +1,144 @@
+"""The model card: what the hub reads, what a person reads, and other people's words in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from nuteprune.export import card as card_module
+from nuteprune.export.card import inherited_licence, model_card, with_plots
+
+
+def a_record(**changes: Any) -> dict[str, Any]:
+    return {
+        "sparsity": 0.25,
+        "total_sparsity": 0.15,
+        "params": {"before": 2000, "after": 1700, "blocks_before": 1200, "blocks_after": 900},
+        "layers": [
+            {"heads": 4, "kv_heads": 2, "neurons": 96},
+            {"heads": 4, "kv_heads": 2, "neurons": 64},
+        ],
+        "layers_before": [{"heads": 4, "kv_heads": 2, "neurons": 128}] * 2,
+        "hidden": {"before": 64, "after": 64},
+        "perplexity": {
+            "before": {"news": 20.0},
+            "after": {"news": 25.0},
+            "protocol": {"measure": "how"},
+        },
+        "base_model": "owner/model",
+        "license": "apache-2.0",
+        "config": {"data": "owner/text:en"},
+        "versions": {"nuteprune": "1.2.3"},
+        **changes,
+    }
+
+
+def test_the_hub_reads_base_model_licence_and_metrics() -> None:
+    data = ModelCard(model_card(a_record(), remote_code=False)).data
+    assert (data.base_model, data.license) == ("owner/model", "apache-2.0")
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert data.model_name == "model-pruned-25"
+    assert data.eval_results is not None
+    [result] = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("perplexity", 25.0)
+    assert (result.task_type, result.dataset_type) == ("text-generation", "news")
+
+
+def test_a_person_reads_what_changed_and_how_to_load_it() -> None:
+    text = model_card(a_record(), remote_code=True)
+    for expected in (
+        "# model, 25.0% of its decoder removed",
+        "| parameters | 2,000 | 1,700 | -15.0% |",
+        "| perplexity, news | 20.00 | 25.00 | × 1.25 |",
+        "2, with 4 of 4 query heads, 2 of 2 KV heads, 64 to 96 of 128 neurons; width 64 of 64.",
+        "from_pretrained(folder, trust_remote_code=True)",
+        "modeling_pruned.py",
+        "Text: owner/text:en.",
+    ):
+        assert expected in text
+    assert "trust_remote_code" not in model_card(a_record(), remote_code=False)
+
+
+def test_a_card_of_little() -> None:
+    record = a_record()
+    for key in ("perplexity", "base_model", "license", "config"):
+        del record[key]
+    text = model_card(record, remote_code=False)
+    data = ModelCard(text).data
+    assert (data.base_model, data.license, data.eval_results) == (None, None, None)
+    assert "the intact model" in text
+    assert "None" not in text
+
+
+def test_paths_of_this_machine_stay_here(tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    changes = {"base_model": str(tmp_path / "secret/model"), "config": {"data": str(tmp_path)}}
+    text = model_card(a_record(**changes), remote_code=False)
+    assert str(tmp_path.parent) not in text
+    assert ModelCard(text).data.base_model is None
+
+
+@pytest.mark.parametrize(
+    "nasty", ["<script>alert(1)</script>", "a|b\n# c", "![x](y)", "*a* `b` [c](d)", "q\"'{x}\\"]
+)
+def test_words_of_others_stay_words(nasty: str) -> None:
+    perplexity = {"before": {nasty: 2.0}, "after": {nasty: 3.0}, "protocol": {"measure": "how"}}
+    text = model_card(
+        a_record(base_model=nasty, perplexity=perplexity, config={"data": nasty}, license=nasty),
+        remote_code=False,
+    )
+    loaded = ModelCard(text)
+    assert loaded.data.license == nasty
+    assert loaded.data.eval_results is not None
+    assert loaded.data.eval_results[0].dataset_type == nasty
+    body = loaded.text
+    assert "<script" not in body
+    assert "![x]" not in body
+    assert "`b`" not in body
+    assert [line for line in body.splitlines() if line.startswith("# ")] == [
+        line for line in body.splitlines() if "of its decoder removed" in line
+    ]
+    rows = [line for line in body.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {5}
+
+
+def test_plots_have_one_place() -> None:
+    text = model_card(a_record(), remote_code=False)
+    once = with_plots(text, {"a line [1]": "run/plots/a.png"})
+    assert "![a line \\[1\\]](run/plots/a.png)" in once
+    twice = with_plots(once, {"another": "run/plots/b.png"})
+    assert "a.png" not in twice
+    assert with_plots(twice, {"a line [1]": "run/plots/a.png"}) == once
+    assert ModelCard(once).data.to_dict() == ModelCard(text).data.to_dict()
+    assert with_plots("# another card", {"a": "b"}) == "# another card"
+
+
+def test_the_licence_is_that_of_the_base_models_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Model\n")
+    assert inherited_licence(str(tmp_path)) == "mit"
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert inherited_licence(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("# No metadata\n")
+    assert inherited_licence(str(tmp_path)) is None
+
+    asked = []
+
+    def load(source: object, **_: object) -> ModelCard:
+        asked.append(source)
+        return ModelCard("---\nlicense: gemma\n---\n")
+
+    monkeypatch.setattr(card_module.ModelCard, "load", load)
+    assert inherited_licence("owner/model") == "gemma"
+    assert inherited_licence(None) is None
+    assert inherited_licence("demo") is None
+    assert inherited_licence(str(tmp_path / "nowhere")) is None
+    assert asked == ["owner/model"]
+
+
+def test_without_the_hub_the_licence_is_unknown() -> None:
+    assert inherited_licence("owner/there-is-no-such-model") is None

@@ -1,0 +1,575 @@
+"""GGUF files read back: by transformers' own GGUF loader, and by value with the gguf package."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from nuteprune.cli.app import main
+from nuteprune.errors import UserError
+from nuteprune.export import gguf as export
+from nuteprune.export.gguf import dequantized, metadata, read_back, write_gguf
+from nuteprune.export.gguf_archs import ARCHS, BLOCK
+from nuteprune.export.gguf_fit import mended
+from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
+from nuteprune.export.gguf_vocab import read_vocabulary as read
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.shape import LayerShape, Shape
+
+VOCAB = 300
+TOKENS = torch.tensor([[40, 5, 77, 120, 9, 33, 250, 61, 14, 208, 99, 3]])
+UNIFORM = ("kv_groups", "neurons", "hidden")
+FREE = ("kv_groups", "heads", "neurons", "hidden")
+GEMMA3 = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    "tie_word_embeddings": True,
+}
+PLAIN_ROPE = {"rope_parameters": {"rope_theta": 5e3}}
+
+
+@pytest.fixture
+def make(tiny_model: Callable, prune_at_random: Callable) -> Callable[..., PreTrainedModel]:
+    """`make(name, gates, shapes, **config)`: a pruned tiny model; without gates a whole one."""
+
+    def model(
+        name: str, gates: tuple[str, ...] = (), shapes: str = "free", **config: Any
+    ) -> PreTrainedModel:
+        whole = tiny_model(name, **{"vocab_size": VOCAB} | config)
+        return prune_at_random(whole, gates, shapes) if gates else whole
+
+    return model
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+# --- what is in the file ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "gates", "arch", "config"),
+    [
+        ("llama", UNIFORM, "llama", {}),
+        ("llama_mha", ("neurons",), "llama", {}),
+        ("llama", (), "llama", {}),
+        ("mistral", UNIFORM, "llama", {"sliding_window": None}),
+        ("qwen2", ("neurons",), "qwen2", {}),
+        ("qwen3", UNIFORM, "qwen3", {}),
+        ("phi3", ("neurons",), "phi3", {}),
+        ("gemma2", UNIFORM, "gemma2", {"tie_word_embeddings": True}),
+        ("gemma3_text", UNIFORM, "gemma3", GEMMA3),
+    ],
+)
+def test_transformers_reads_the_tensors_of_stock_architectures(
+    name: str,
+    gates: tuple[str, ...],
+    arch: str,
+    config: dict[str, Any],
+    make: Callable,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    how = {}
+    if name.startswith("gemma"):  # what llama.cpp computes is scaled by head_dim
+        config = config | {"query_pre_attn_scalar": 8}
+    model = make(name, gates, "uniform", **config)
+    if name.startswith(("gemma", "phi3", "qwen3")):  # of which transformers reads not all keys
+        how = {"config": copy.deepcopy(model.config)}
+    assert write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32").arch == arch
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, **how
+    ).eval()
+    assert logits(model).std() > 0.1
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-4)
+
+
+def unshuffled(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's rows of queries or keys in the order that transformers has."""
+    head_dim = len(rows) // heads
+    found = np.empty_like(rows)
+    for head in range(heads):
+        for j in range(head_dim):
+            half, pair = divmod(j, head_dim // 2)
+            found[head * head_dim + j] = rows[head * head_dim + 2 * pair + half]
+    return found
+
+
+def assert_same(ours: np.ndarray, theirs: torch.Tensor) -> None:
+    np.testing.assert_array_equal(ours, theirs.detach().numpy())
+
+
+def test_deci_has_counts_and_tensors_by_layer(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("llama", FREE, attention_bias=True)
+    layers = Anatomy(model).shape.layers
+    assert len(set(layers)) > 1
+    written = write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
+    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    assert (written.arch, keys["general.architecture"]) == ("deci", "deci")
+    assert keys["deci.attention.head_count"] == [x.heads for x in layers]
+    assert keys["deci.attention.head_count_kv"] == [x.kv_heads for x in layers]
+    assert keys["deci.feed_forward_length"] == [x.neurons for x in layers]
+    assert keys["deci.embedding_length"] == model.config.hidden_size
+    assert keys["deci.attention.key_length"] == keys["deci.rope.dimension_count"] == 8
+    assert keys["deci.rope.freq_base"] == model.config.rope_parameters["rope_theta"]
+    epsilon = keys["deci.attention.layer_norm_rms_epsilon"]
+    assert epsilon == pytest.approx(model.config.rms_norm_eps, rel=1e-6)
+    for i, (layer, shape) in enumerate(zip(model.model.layers, layers, strict=True)):
+        attention, mlp, blk = layer.self_attn, layer.mlp, f"blk.{i}"
+        for kind in ("weight", "bias"):
+            q, k = found[f"{blk}.attn_q.{kind}"], found[f"{blk}.attn_k.{kind}"]
+            assert_same(unshuffled(q, shape.heads), getattr(attention.q_proj, kind))
+            assert_same(unshuffled(k, shape.kv_heads), getattr(attention.k_proj, kind))
+            assert_same(found[f"{blk}.attn_v.{kind}"], getattr(attention.v_proj, kind))
+            assert_same(found[f"{blk}.attn_output.{kind}"], getattr(attention.o_proj, kind))
+        assert_same(found[f"{blk}.ffn_gate.weight"], mlp.gate_proj.weight)
+        assert_same(found[f"{blk}.ffn_up.weight"], mlp.up_proj.weight)
+        assert_same(found[f"{blk}.ffn_down.weight"], mlp.down_proj.weight)
+        assert_same(found[f"{blk}.ffn_norm.weight"], layer.post_attention_layernorm.weight)
+    assert_same(found["token_embd.weight"], model.model.embed_tokens.weight)
+    assert_same(found["output.weight"], model.lm_head.weight)
+    assert len(found) == written.tensors == 3 + 3 * (2 * 4 + 3 + 2)
+    assert written.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_openelm_stacks_queries_keys_and_values(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("qwen3", FREE, tie_word_embeddings=True)
+    assert write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32").arch == "openelm"
+    found = dequantized(tmp_path / "m.gguf")
+    assert "output.weight" not in found
+    for i, layer in enumerate(model.model.layers):
+        x = layer.self_attn
+        stacked = torch.cat([x.q_proj.weight, x.k_proj.weight, x.v_proj.weight])
+        assert_same(found[f"blk.{i}.attn_qkv.weight"], stacked)
+        assert_same(found[f"blk.{i}.attn_q_norm.weight"], x.q_norm.weight)
+
+
+def test_gptneox_stacks_what_lies_interleaved(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("gpt_neox", ("neurons",), "uniform")
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
+    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    fused = model.gpt_neox.layers[1].attention.query_key_value
+    for kind in ("weight", "bias"):
+        parts = getattr(fused, kind).unflatten(0, (4, 3, 8))  # heads; q, k, v; head_dim
+        assert_same(found[f"blk.1.attn_qkv.{kind}"], parts.transpose(0, 1).flatten(0, 2))
+    assert keys["gptneox.use_parallel_residual"] is True
+    assert keys["gptneox.rope.dimension_count"] == 2
+
+
+def test_granite_states_its_multipliers_or_has_them_folded_in(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    free = {"mlp_bias": False, "attention_bias": False, "tie_word_embeddings": True}
+    uniform = make("granite", UNIFORM, "uniform")
+    write_gguf(uniform, tiny_tokenizer, tmp_path / "u.gguf", type_name="f32")
+    keys = metadata(tmp_path / "u.gguf")
+    assert [keys[f"granite.{x}_scale"] for x in ("embedding", "residual", "logit")] == [2, 0.5, 4]
+    model = make("granite", FREE, **free)
+    write_gguf(model, tiny_tokenizer, tmp_path / "f.gguf", type_name="f32")
+    found = dequantized(tmp_path / "f.gguf")
+    embedding = model.model.embed_tokens.weight
+    assert_same(found["token_embd.weight"], 2 * embedding)
+    assert_same(found["output.weight"], embedding / 4)
+    assert_same(found["blk.0.ffn_down.weight"], 0.5 * model.model.layers[0].mlp.down_proj.weight)
+
+
+def test_what_is_missing_is_zero_where_llama_cpp_would_go_wrong(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make(
+        "qwen3", ("attn_block", "mlp_block"), num_hidden_layers=6, tie_word_embeddings=True
+    )
+    layers = Anatomy(model).shape.layers
+    without_mlp = [i for i, x in enumerate(layers) if not x.mlp]
+    without_attention = [i for i, x in enumerate(layers) if not x.attention]
+    assert without_mlp
+    assert without_attention
+    written = write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
+    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    assert [keys["openelm.feed_forward_length"][i] for i in without_mlp] == [BLOCK] * len(
+        without_mlp
+    )
+    assert all(keys["openelm.attention.head_count"])
+    assert not any(found[f"blk.{i}.ffn_down.weight"].any() for i in without_mlp)
+    assert not any(found[f"blk.{i}.attn_output.weight"].any() for i in without_attention)
+    assert [note.split()[2:] for note in written.notes] == [
+        ["without", "an", "MLP", "got", "one", "of", "zeros"],
+        ["without", "attention", "got", "one", "head", "of", "zeros"],
+    ]
+
+
+def test_deci_states_that_there_is_no_attention() -> None:
+    shape = Shape(32, (LayerShape(2, 1, 40), LayerShape(0, 0, 0), LayerShape(2, 1, 0)))
+    deci, notes = mended(shape, ARCHS["deci"], quantized=False)
+    assert [(x.heads, x.neurons) for x in deci.layers] == [(2, 40), (0, 32), (2, 32)]
+    assert len(notes) == 1
+    openelm, _ = mended(shape, ARCHS["openelm"], quantized=True)
+    assert [(x.heads, x.neurons) for x in openelm.layers] == [(2, 64), (1, 32), (2, 32)]
+
+
+# largest error of a stored weight, relative to the largest of its block of 32 (or to itself)
+ERRORS = {"f16": 2**-11, "bf16": 2**-8, "q8_0": 0.5 / 127 + 2**-11, "q4_0": 1.01 / 8}
+
+
+@pytest.mark.parametrize("type_name", ERRORS)
+def test_values_of_every_type(
+    type_name: str, make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("llama", ("neurons",))
+    neurons = [x.neurons for x in Anatomy(model).shape.layers]
+    assert any(x % BLOCK for x in neurons)
+    written = write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name=type_name)
+    found = dequantized(tmp_path / "m.gguf")
+    for i, layer in enumerate(model.model.layers):
+        exact = layer.mlp.down_proj.weight.detach().numpy()
+        stored = found[f"blk.{i}.ffn_down.weight"]
+        if type_name.startswith("q"):
+            exact = np.pad(exact, ((0, 0), (0, -exact.shape[1] % BLOCK)))
+        largest = np.abs(exact)
+        if type_name.startswith("q"):
+            blocks = largest.reshape(len(exact), -1, BLOCK)
+            largest = np.broadcast_to(blocks.max(-1, keepdims=True), blocks.shape)
+            largest = largest.reshape(exact.shape)
+        up, kept = found[f"blk.{i}.ffn_up.weight"], neurons[i]
+        assert up.shape == stored.T.shape
+        assert not up[kept:].any()
+        np.testing.assert_allclose(up[:kept], layer.mlp.up_proj.weight.detach(), atol=0.2)
+        error = np.abs(stored - exact)
+        assert (error <= ERRORS[type_name] * largest + 1e-7).all()
+        assert error.any()
+    types = {x.name: x.tensor_type.name for x in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert types["blk.0.attn_q.weight"] == type_name.upper()
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    ends = {"q4_0": "Q8_0"}.get(type_name, type_name.upper())
+    assert types["token_embd.weight"] == types["output.weight"] == ends
+    padded = [note for note in written.notes if "multiple of 32" in note]
+    assert bool(padded) == type_name.startswith("q")
+
+
+def test_windows_that_llama_cpp_ignores_bound_the_context(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    written = write_gguf(make("mistral"), tiny_tokenizer, tmp_path / "m.gguf")
+    assert metadata(tmp_path / "m.gguf")["llama.context_length"] == 6
+    assert "context length is 6" in written.notes[0]
+    write_gguf(make("gemma3_text", **GEMMA3), tiny_tokenizer, tmp_path / "g.gguf")
+    keys = metadata(tmp_path / "g.gguf")
+    assert keys["gemma3.context_length"] == 64
+    assert keys["gemma3.attention.sliding_window"] == 6
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+ROPE_OF = {"yarn": {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0}}
+REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] = {
+    "no architecture": ("opt", (), "free", {}, "f16", "no architecture that computes it"),
+    "free gemma2": (
+        "gemma2",
+        ("neurons",),
+        "free",
+        {"tie_word_embeddings": True},
+        "f16",
+        r"one size for all layers, but layer \d has .* neurons; prune with --shapes uniform",
+    ),
+    "untied qwen3": ("qwen3", FREE, "free", {}, "f16", "head is the embedding.*--shapes uniform"),
+    "untied gemma2": ("gemma2", (), "free", {}, "f16", "head is the embedding"),
+    "phi3 partial rotary": (
+        "phi3",
+        ("kv_groups", "neurons"),
+        "free",
+        {},
+        "f16",
+        "phi3: it has one size.*deci: it rotates whole heads, not 4 of 8",
+    ),
+    "phi3 fewer heads": (
+        "phi3",
+        ("kv_groups",),
+        "uniform",
+        {},
+        "f16",
+        "heads must make up the width: 2 x 8 is not 32",
+    ),
+    "rope": (
+        "llama",
+        (),
+        "free",
+        {"rope_parameters": ROPE_OF["yarn"]},
+        "f16",
+        "rope_type yarn is not among",
+    ),
+    "activation": ("llama", (), "free", {"hidden_act": "relu"}, "f16", "silu, not relu"),
+    "layer order": (
+        "gemma3_text",
+        (),
+        "free",
+        {"tie_word_embeddings": True},
+        "f16",
+        "every 6th of its layers has full attention",
+    ),
+    "local theta": (
+        "gemma3_text",
+        (),
+        "free",
+        GEMMA3
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+                "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+            }
+        },
+        "f16",
+        "rotate by theta 10000",
+    ),
+    "bounded logits": (
+        "gemma3_text",
+        (),
+        "free",
+        GEMMA3 | {"final_logit_softcapping": 5.0},
+        "f16",
+        "does not bound logits",
+    ),
+    "mlp biases": (
+        "llama",
+        ("neurons",),
+        "free",
+        {"mlp_bias": True},
+        "f16",
+        "deci: it has no biases on mlp",
+    ),
+    "narrow": (
+        "llama",
+        ("hidden",),
+        "free",
+        {},
+        "q8_0",
+        "blocks of 32, and the width is 16: pass --type f16 or bf16.*hidden_multiple=32",
+    ),
+    "heads": (
+        "llama_mha",
+        ("heads",),
+        "uniform",
+        {},
+        "q4_0",
+        "layer 0 has 2 heads of 8, 16 features.*multiples of 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_name_the_shape_and_what_would_fit(
+    case: str, make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    name, gates, shapes, config, type_name, message = REFUSALS[case]
+    model = make(name, gates, shapes, **config)
+    with pytest.raises(UserError, match=message):
+        write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name=type_name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_f16_refuses_what_it_would_make_infinite(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight .* pass bf16"):
+        write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf")
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="bf16")
+
+
+def test_every_family_names_known_architectures() -> None:
+    assert {name for x in FAMILIES.values() for name in x.gguf} == ARCHS.keys()
+
+
+# --- tokenizers ------------------------------------------------------------------------------
+
+
+def byte_level(name: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, merged far enough that every kind of split matters."""
+    from tokenizers import Regex, trainers
+
+    backend = Tokenizer(models.BPE(ignore_merges=SPLITS[name].ignores_merges))
+    split = [pre_tokenizers.Split(Regex(x), "isolated") for x in SPLITS[name].patterns]
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, byte])
+    backend.train_from_iterator(
+        [" ".join(PROBES), *PROBES],
+        trainers.BpeTrainer(
+            vocab_size=800,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits_are_found(name: str) -> None:
+    tokenizer = byte_level(name)
+    vocabulary = read(tokenizer, 1000)
+    assert vocabulary.pre == name
+    assert check_vocabulary(vocabulary, tokenizer) == len(PROBES)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("gpt-2", "smollm"), ("llama-bpe", "qwen2"), ("qwen2", "gpt-2"), ("gpt-4o", "tekken")],
+)
+def test_a_wrong_split_is_noticed(name: str, wrong: str) -> None:
+    tokenizer = byte_level(name)
+    with pytest.raises(UserError, match="differently from token"):
+        check_vocabulary(replace(read(tokenizer, 1000), pre=wrong), tokenizer)
+
+
+def test_stock_ways_to_say_it_are_recognised() -> None:
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend = Tokenizer(models.BPE())
+    for given, name in (
+        (byte, "gpt-2"),
+        (pre_tokenizers.Sequence([digits, byte]), "smollm"),
+    ):
+        backend.pre_tokenizer = given
+        assert find_split(backend) == name
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(UserError, match="--pre-tokenizer NAME"):
+        find_split(backend)
+
+
+def test_a_split_that_the_user_names_is_written_unchecked(make: Callable, tmp_path: Path) -> None:
+    tokenizer = byte_level("gpt-2")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    model = make("llama", vocab_size=1000)
+    written = write_gguf(model, tokenizer, tmp_path / "m.gguf", pre_tokenizer="my-own")
+    assert (read_back(tmp_path / "m.gguf").pre, written.texts_compared) == ("my-own", 0)
+    with pytest.raises(UserError, match="differently"):
+        write_gguf(model, tokenizer, tmp_path / "m.gguf", pre_tokenizer="gpt-2")
+
+
+def test_sentencepiece_merges_become_scores(
+    make: Callable, sentencepiece_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    written = write_gguf(make("llama"), sentencepiece_tokenizer, tmp_path / "m.gguf")
+    assert written.texts_compared == len(PROBES)
+    vocabulary = read_back(tmp_path / "m.gguf")
+    assert (vocabulary.model, vocabulary.adds_space) == ("llama", True)
+    assert vocabulary.types[0] == TokenType.UNKNOWN
+    assert vocabulary.types[3 + 65] == TokenType.BYTE
+    text = "the teacher learns"
+    assert len(sentencepiece_tokenizer(text).input_ids) < len(text)  # it merges
+    flat = replace(vocabulary, scores=[-1000.0] * len(vocabulary.tokens))
+    with pytest.raises(UserError, match="differently"):
+        check_vocabulary(flat, sentencepiece_tokenizer)
+
+
+def test_special_added_and_missing_tokens(make: Callable, tmp_path: Path) -> None:
+    tokenizer = byte_level("qwen2")
+    tokenizer.add_tokens([AddedToken("return"), AddedToken("<|turn|>", special=True)])
+    tokenizer.chat_template = "{{ messages }}"
+    size = len(tokenizer) + 5
+    write_gguf(make("qwen2", vocab_size=size), tokenizer, tmp_path / "m.gguf")
+    found = read_back(tmp_path / "m.gguf")
+    assert found == read(tokenizer, size)
+    assert found.special == {"bos": 1, "eos": 2}
+    assert (found.adds_bos, found.adds_eos) == (False, False)
+    assert found.chat_template == "{{ messages }}"
+    types = dict(zip(found.tokens, found.types, strict=True))
+    assert types["return"] == TokenType.USER_DEFINED
+    assert types["<|turn|>"] == types["<s>"] == TokenType.CONTROL
+    assert types[f"[PAD{size - 1}]"] == TokenType.UNUSED
+    with pytest.raises(UserError, match="embedding only 300 rows"):
+        write_gguf(make("qwen2"), tokenizer, tmp_path / "n.gguf")
+
+
+def test_other_kinds_of_tokenizer_are_refused(make: Callable, tmp_path: Path) -> None:
+    unigram = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)], 0))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=unigram)
+    with pytest.raises(UserError, match="of type Unigram"):
+        write_gguf(make("llama"), tokenizer, tmp_path / "m.gguf")
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    def call(*args: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nuteprune", "export", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def folder(make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    from nuteprune.export.checkpoint import save
+
+    save(make("llama", ("neurons",)), tmp_path / "model", tiny_tokenizer)
+    return tmp_path / "model"
+
+
+def test_the_command(folder: Path, tmp_path: Path, run: Callable) -> None:
+    out = tmp_path / "m.gguf"
+    code, stdout, _ = run(folder, "--to", "gguf", "--out", out, "--type", "q8_0", "--json")
+    assert code == 0
+    result = json.loads(stdout.splitlines()[-1])
+    assert (result["arch"], result["type"]) == ("deci", "q8_0")
+    assert result["bytes"] == out.stat().st_size
+    assert metadata(out)["general.name"] == "model"
+    for args, message in (
+        ((folder, "--to", "gguf", "--out", out), "exists; pass --overwrite"),
+        ((folder, "--to", "onnx", "--out", out), "--to onnx"),
+        ((folder, "--to", "gguf", "--out", out, "--type", "q4_k"), "--type q4_k"),
+        ((folder, "--to", "gguf", "--out", tmp_path), "is a folder"),
+        ((folder, "--to", "gguf", "--out", folder / "config.json" / "x"), "cannot write"),
+        ((tmp_path / "no", "--to", "gguf", "--out", tmp_path / "n.gguf"), "no folder"),
+    ):
+        code, _, err = run(*args)
+        assert code == 2
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+    assert run(folder, "--to", "gguf", "--out", out, "--overwrite")[0] == 0
+    assert metadata(out)["general.file_type"] == 1
+
+
+def test_a_failed_export_leaves_the_old_file(
+    folder: Path, tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "m.gguf"
+    out.write_text("old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "check_vocabulary", full)
+    code, _, err = run(folder, "--to", "gguf", "--out", out, "--overwrite")
+    assert (code, out.read_text()) == (2, "old")
+    assert "No space left" in err
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["m.gguf", "model"]

@@ -1,0 +1,67 @@
+"""What is said to be supported: the committed page, and the objections of programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from nuteprune.export.clients import warnings
+from nuteprune.export.gguf_fit import Source
+from nuteprune.export.support import support_page
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.shape import LayerShape, Shape
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    page = (REPOSITORY / "docs" / "support.md").read_text(encoding="utf-8")
+    assert page == support_page(), "python -m nuteprune.export.support > docs/support.md"
+
+
+def test_tests_that_the_page_names_exist() -> None:
+    named = [x for x in support_page().split() if x.startswith("tests/")]
+    assert named
+    assert not [x for x in named if not (REPOSITORY / x.strip("`:,.")).exists()]
+
+
+def objections(name: str, *layers: LayerShape, hidden: int = 256, **config: Any) -> str:
+    family = FAMILIES[name]
+    stock = CONFIG_MAPPING[name](hidden_size=hidden, num_attention_heads=4, **config)
+    return "\n".join(warnings(Source(family, stock, Shape(hidden, layers), {})))
+
+
+def test_nothing_is_said_of_shapes_that_all_take() -> None:
+    assert objections("llama", *[LayerShape(4, 2, 512)] * 2, head_dim=64) == ""
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (
+            (LayerShape(4, 2, 512), LayerShape(0, 0, 512)),
+            ["vLLM: it refuses layers without attention (1)", "SGLang", "`generate_batch`"],
+        ),
+        (
+            (LayerShape(4, 2, 512), LayerShape(4, 2, 500)),
+            ["llama.cpp: 1 layer got zeros to make neurons a multiple of 32", "TGI"],
+        ),
+        (
+            [LayerShape(2, 1, 544)] * 2,
+            ["llama.cpp: K-quants store blocks of 256, so rows of 128, 544"],
+        ),
+    ],
+)
+def test_objections_name_program_and_shape(layers: Any, expected: list[str]) -> None:
+    found = objections("llama", *layers, head_dim=64)
+    assert all(x in found for x in expected), found
+
+
+def test_what_gguf_cannot_express_is_said() -> None:
+    layers = LayerShape(4, 4, 512), LayerShape(4, 4, 256)
+    assert "llama.cpp: gemma2 cannot be written as GGUF" in objections("gemma2", *layers)
+    found = objections("llama", *[LayerShape(4, 2, 512)] * 2, hidden=100, head_dim=64)
+    assert "llama.cpp: --type q8_0 stores rows in blocks of 32, and the width is 100" in found

@@ -1,0 +1,486 @@
+"""The report of a run: its page, its plots, its command, and the place in the model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nuteprune.errors import UserError
+from nuteprune.export.card import model_card
+from nuteprune.judge import plots, reproduce
+from nuteprune.judge.drawing import COLOURS, POINTS
+from nuteprune.judge.report import kept_rows, verdict, write_report
+from nuteprune.judge.runfiles import read_run, teacher_sparsities
+from nuteprune.train.state import RunState
+
+EVIL = "<script>alert(1)</script>"
+NASTY = [
+    EVIL,
+    "\"quoted\" 'name' onload=alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "$\\frac{1}{$",
+    "#1f5c99 url(#x) ]]>&amp;",
+    "\u202eelpmaxe\u202c \U0001f9ea\u200d \u4e2d\u6587 \x07\x00 \ufffe",
+    "lone \udc80 surrogate",
+    "line\nbreak",
+]
+
+
+def layer(heads: int, kv_heads: int, neurons: int) -> dict[str, Any]:
+    blocks = {"attention": heads > 0, "mlp": neurons > 0}
+    return {"heads": heads, "kv_heads": kv_heads, "neurons": neurons, **blocks}
+
+
+def a_record(depth: int = 3, **changes: Any) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "target": 0.2,
+        "sparsity": 0.2,
+        "total_sparsity": 0.15,
+        "params": {"before": 2000, "after": 1700, "blocks_before": 1500, "blocks_after": 1200},
+        "layers": [layer(4, 2, 96 - 8 * i) for i in range(depth)],
+        "layers_before": [{"heads": 4, "kv_heads": 2, "neurons": 128}] * depth,
+        "hidden": {"before": 64, "after": 64},
+        "teachers": {"count": 2, "sparsities": [0.05, 0.1]},
+        "perplexity": {
+            "before": {"news": 20.0, "poems": 30.0},
+            "after": {"news": 25.0, "poems": 45.0},
+            "protocol": {"measure": "how it was measured"},
+        },
+        "base_model": "owner/model",
+        "config": {"model": "owner/model", "data": "text.txt", "target_sparsity": 0.2},
+        "seconds": 100.0,
+        "bytes_on_disk": 3400,
+        "seed": 7,
+        "versions": {"nuteprune": "0"},
+        **changes,
+    }
+
+
+def some_steps(count: int = 6) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": i + 1,
+            "loss": 0.5 + i,
+            "token_kl": 0.3 + i,
+            "layer": 0.2,
+            "sparsity": min(0.2, 0.1 * i),
+            "target": min(0.2, 0.1 * i),
+            "teacher": min(i, 1) - 1,
+            "teachers": min(i, 2),
+            "bad_steps": 0,
+        }
+        for i in range(count)
+    ]
+
+
+def a_run(
+    folder: Path,
+    record: Mapping[str, Any] | None,
+    metrics: list[dict[str, Any]] | None,
+    **files: Any,
+) -> Path:
+    """Write a run's folder; `files`: further JSON files of run/ by stem."""
+    run = folder / "run"
+    run.mkdir(parents=True)
+    if record is not None:
+        (folder / "nuteprune.json").write_text(json.dumps(record))
+    if metrics is not None:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    for stem, content in files.items():
+        (run / f"{stem}.json").write_text(json.dumps(content))
+    return folder
+
+
+class Page(HTMLParser):
+    """A page taken apart by the standard library: elements, ids, text."""
+
+    VOID = frozenset({"meta", "link", "br"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {k: v or "" for k, v in attrs}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {k: v or "" for k, v in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def sections(self) -> list[str]:
+        return [attributes["aria-labelledby"] for attributes in self.all("section")]
+
+
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder))
+
+
+SPEED = {
+    "conditions": "cpu, 2 threads",
+    "rows": [
+        {"name": "decode", "unit": "tokens/s", "dense": 10, "pruned": 12, "better": "higher"},
+        {"name": "first token", "unit": "ms", "dense": 90.0, "pruned": 60.0, "better": "lower"},
+    ],
+}
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_all_that_is_known_and_nothing_from_outside(tmp_path: Path) -> None:
+    samples = [{"prompt": "Once", "dense": "upon a time", "pruned": "there was"}]
+    folder = a_run(tmp_path / "out", a_record(), some_steps(), samples=samples, speed=SPEED)
+    page = page_of(folder)
+    assert page.sections == ["dense-and-pruned", "quality", "training", "samples", "reproduce"]
+    for expected in (
+        "owner/model",
+        "20.0 % of the decoder is gone",
+        "2.0 k 1.7 k −15.0 %",
+        "≈ 4.0 kB 3.4 kB −15.0 %",
+        "news 20.00 25.00 × 1.25",
+        "mean 25.00 35.00 × 1.40",
+        "decode, tokens/s 10.00 12.00 × 1.20",
+        "first token, ms 90.00 60.00 × 1.50",
+        "upon a time",
+        "--seed 7",
+    ):
+        assert expected in page.text
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "iframe", "img", "object", "form"}
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            target = attributes.get(name, "#")
+            assert target.startswith("#") or target == "data:,"
+            if target.startswith("#") and target != "#":
+                assert target[1:] in ids
+        assert "url(" not in attributes.get("style", "")
+    assert not re.search(r"@import|https?:", (folder / "run/report.html").read_text())
+
+
+def test_pictures_have_words_and_tables_have_headers(tmp_path: Path) -> None:
+    page = page_of(a_run(tmp_path / "out", a_record(), some_steps()))
+    pictures = [a for _, a in page.elements if a.get("role") == "img"]
+    assert len(pictures) == len(page.all("svg")) == 4
+    assert all(len(a["aria-label"]) > 30 for a in pictures)
+    assert "news: 20.00 dense, 25.00 pruned" in pictures[0]["aria-label"]
+    assert "least in layer 2 (80 of 128)" in pictures[1]["aria-label"]
+    assert all(a.get("scope") in {"col", "row", "rowgroup"} for a in page.all("th"))
+    assert page.all("html")[0]["lang"] == "en"
+    assert len(page.all("h1")) == 1
+
+
+def test_plots_take_every_colour_and_font_from_the_page(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "out", a_record(), some_steps())
+    html = write_report(folder).read_text()
+    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.S)
+    assert drawings
+    for drawing in drawings:
+        used = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", drawing))
+        assert used <= {f"var(--{name})" for name in COLOURS} | {"none"}
+    for scheme in (html[: html.index("@media")], html[html.index("@media screen") :]):
+        assert all(re.search(rf"--{name}: #[0-9a-f]{{6}};", scheme) for name in COLOURS)
+    light = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", html[: html.index("@media")]))
+    assert COLOURS.items() <= light.items()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(scheme: str, tmp_path: Path) -> None:
+    html = write_report(a_run(tmp_path / "out", a_record(), None)).read_text()
+    start = html.index("@media screen") if scheme == "dark" else 0
+    colours = dict(re.findall(r"--(\w+): #([0-9a-f]{6});", html[start : html.index("}", start)]))
+
+    def luminance(name: str) -> float:
+        parts = (int(colours[name][i : i + 2], 16) / 255 for i in (0, 2, 4))
+        r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    for ground in ("paper", "wash"):
+        for name in ("ink", "muted", "blue", "orange", "green", "violet"):
+            low, high = sorted((luminance(name), luminance(ground)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)  # WCAG 2, level AA
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_words_of_others_do_no_harm(nasty: str, tmp_path: Path) -> None:
+    perplexity = {"before": {nasty: 2.0}, "after": {nasty: 3.0}, "protocol": {"measure": nasty}}
+    config = {"model": nasty, "data": nasty, nasty: nasty}
+    folder = a_run(
+        tmp_path / "out",
+        a_record(base_model=nasty, perplexity=perplexity, config=config, versions={nasty: nasty}),
+        some_steps(),
+        samples=[{"prompt": nasty, "dense": nasty, "pruned": nasty}],
+        speed={
+            "conditions": nasty,
+            "rows": [{**SPEED["rows"][0], "name": nasty, "unit": nasty}],  # type: ignore[index]
+        },
+    )
+    page = page_of(folder)
+    assert not page.all("script")
+    assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
+    shown = re.sub("[\x00\x07]", "\ufffd", nasty).encode("utf-8", "replace").decode()
+    assert page.text.count(" ".join(shown.split())) >= 8
+
+
+def test_html_and_dollars_are_drawn_as_they_are() -> None:
+    plot = plots.perplexity_plot({EVIL: 2.0, "$\\frac{1}{$": 3.0}, {EVIL: 3.0, "$\\frac{1}{$": 4.0})
+    assert "<script" not in plot.svg
+    assert "&lt;script&gt;" in plot.svg
+    assert "$\\frac{1}{$" in plot.svg
+    words = '#1f5c99 url(#x) id="x"'
+    assert words in plots.perplexity_plot({words: 2.0}, {words: 3.0}).svg
+
+
+# --- runs of every kind ----------------------------------------------------------------------
+
+
+def test_an_unfinished_run_shows_its_training(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "half", None, some_steps(4))
+    with (folder / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # cut off while it was written
+    page = page_of(folder)
+    assert page.sections == ["training"]
+    assert "has not been finished: its last step on record is 4" in page.text
+    assert "half" in page.text
+    assert not (folder / "README.md").exists()
+
+
+def test_without_training_there_is_no_section_of_it(tmp_path: Path) -> None:
+    page = page_of(a_run(tmp_path / "out", a_record(), None))
+    assert page.sections == ["dense-and-pruned", "quality", "reproduce"]
+
+
+def test_a_record_of_the_python_api_may_know_little(tmp_path: Path) -> None:
+    record = a_record()
+    for key in ("perplexity", "base_model", "config", "seconds", "bytes_on_disk", "seed"):
+        del record[key]
+    page = page_of(a_run(tmp_path / "out", record, some_steps()))
+    assert page.sections == ["dense-and-pruned", "quality", "training"]
+    assert "Perplexity" not in page.text
+
+
+@pytest.mark.parametrize(("count", "layers"), [(1, 1), (2, 1), (POINTS, 80), (3 * POINTS + 1, 80)])
+def test_short_and_long_runs_of_small_and_large_models(
+    count: int, layers: int, tmp_path: Path
+) -> None:
+    record = a_record(layers, layers=[layer(4, 2, 64)] * layers)
+    page = page_of(a_run(tmp_path / "out", record, some_steps(count)))
+    assert len(page.all("svg")) == 4
+    assert ("mean of neighbouring steps" in page.text) == (count > POINTS)
+    assert (tmp_path / "out/run/report.html").stat().st_size < 400_000
+
+
+def test_removed_blocks_width_and_figures_that_are_no_numbers(tmp_path: Path) -> None:
+    record = a_record(
+        layers=[layer(4, 2, 96), layer(0, 0, 128), layer(2, 1, 0)],
+        hidden={"before": 64, "after": 48},
+        perplexity={"before": {"a": 2.0, "b": 3.0}, "after": {"a": math.inf, "b": 3.0}},
+    )
+    steps = some_steps()
+    steps = [m | {"lm": 2.0, "penalty": 0.1} for m in steps]
+    steps[2] |= {"loss": math.nan, "token_kl": math.inf, "penalty": -0.2, "bad_steps": 1}
+    steps[-1] |= {"bad_steps": 1}
+    page = page_of(a_run(tmp_path / "out", record, steps))
+    assert "width 64 48 −25.0 %" in page.text
+    assert "In 1 step the gradients were not finite" in page.text
+    assert "a 2.00 inf × inf" in page.text
+
+
+def test_a_missed_target_is_said(tmp_path: Path) -> None:
+    files = read_run(a_run(tmp_path / "out", a_record(target=0.25), None))
+    assert verdict(files).endswith("The target of 25.0\u202f% was missed.")
+    rounded = read_run(a_run(tmp_path / "other", a_record(sparsity=0.19999999999999996), None))
+    assert "missed" not in verdict(rounded)
+
+
+def test_kv_heads_are_shown_where_they_tell_more_than_heads() -> None:
+    record = a_record()
+    assert [row.name for row in kept_rows(record)] == ["heads", "neurons"]
+    record["layers"] = [layer(3, 2, 96)] * 3
+    assert [row.name for row in kept_rows(record)] == ["heads", "KV heads", "neurons"]
+
+
+def test_teachers_come_from_the_record_else_from_the_steps(tmp_path: Path) -> None:
+    finished = read_run(a_run(tmp_path / "a", a_record(), some_steps()))
+    assert teacher_sparsities(finished) == [0.05, 0.1]
+    unfinished = read_run(a_run(tmp_path / "b", None, some_steps()))
+    assert teacher_sparsities(unfinished) == [0.1, 0.2]
+    steps = [{k: v for k, v in m.items() if k != "token_kl"} for m in some_steps()]
+    untaught = a_run(tmp_path / "c", a_record(), steps)
+    assert teacher_sparsities(read_run(untaught)) is None
+    assert "teacher" not in page_of(untaught).text.lower().replace("numerous teachers", "")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("learned", [True, False])
+def test_gates_come_from_the_last_trainer_checkpoint(
+    frozen: bool, learned: bool, tmp_path: Path
+) -> None:
+    folder = a_run(tmp_path / "out", a_record(), some_steps())
+    checkpoint = folder / "run/checkpoint-6"
+    checkpoint.mkdir()
+    gates = {"scores_neurons": torch.rand(40), "scores_kv_groups": torch.tensor([0.5, 0.0, 0.5])}
+    if learned:
+        gates["log_alpha.neurons"] = torch.zeros(40)
+    masks = {"neurons": (torch.arange(40) < 30).float(), "kv_groups": torch.ones(3)}
+    RunState({}, gates, masks if frozen else {}, []).save(checkpoint)
+    page = page_of(folder)
+    assert "gates" in page.sections
+    labels = " ".join(a.get("aria-label", "") for _, a in page.elements)
+    assert ("40 neurons: 30 kept, 10 not." in labels) == frozen
+    assert ("probability of staying" in page.text) == learned
+    assert {"gates_neurons.png", "gates_kv_groups.png"} <= {
+        path.name for path in (folder / "run/plots").iterdir()
+    }
+    (checkpoint / "nuteprune_state.safetensors").write_bytes(b"cut off")
+    assert "gates" not in page_of(folder).sections
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_the_run_folder_will_do_and_writing_leaves_nothing_else(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "out", a_record(), some_steps())
+    page = write_report(folder)
+    first = page.read_bytes()
+    assert write_report(folder / "run") == page == folder.resolve() / "run/report.html"
+    assert page.read_bytes() == first
+    assert {path.name for path in (folder / "run").iterdir()} == {
+        *("metrics.jsonl", "report.html", "plots"),
+    }
+    pictures = {path.name: path.read_bytes() for path in (folder / "run/plots").iterdir()}
+    assert set(pictures) == {f"{x}.png" for x in ("layers", "loss", "perplexity", "sparsity")}
+    assert all(content.startswith(b"\x89PNG\r\n") for content in pictures.values())
+
+
+def test_a_trainers_own_folder_will_do(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/metrics.jsonl").write_text(json.dumps(some_steps(1)[0]) + "\n")
+    assert write_report(tmp_path / "mine") == (tmp_path / "mine/report.html").resolve()
+
+
+def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
+    def refusal(folder: Path) -> str:
+        with pytest.raises(UserError) as error:
+            write_report(folder)
+        return str(error.value)
+
+    assert "is no folder" in refusal(tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "neither nuteprune.json nor" in refusal(empty)
+    assert not list(empty.iterdir())
+    broken = a_run(tmp_path / "broken", a_record(), some_steps())
+    (broken / "run/metrics.jsonl").write_text('{"step": 1}\n[2]\n{"step": 3}\n')
+    assert "line 2" in refusal(broken)
+    record = a_record()
+    del record["params"]
+    assert "lacks params" in refusal(a_run(tmp_path / "partial", record, None))
+    assert "samples.json cannot be shown" in refusal(
+        a_run(tmp_path / "samples", a_record(), None, samples=[{"prompt": "x"}])
+    )
+    rows = [{**SPEED["rows"][0], "dense": "fast"}]  # type: ignore[index]
+    assert "speed.json cannot be shown" in refusal(
+        a_run(tmp_path / "speed", a_record(), None, speed={"rows": rows})
+    )
+    blocked = a_run(tmp_path / "blocked", a_record(), None)
+    (blocked / "run/report.html").mkdir()
+    assert "cannot write the report" in refusal(blocked)
+
+
+def test_plots_go_into_the_place_that_the_card_keeps(tmp_path: Path) -> None:
+    record = a_record(base_model=EVIL)
+    folder = a_run(tmp_path / "out", record, some_steps())
+    card = model_card(record, remote_code=True)
+    (folder / "README.md").write_text(card + "\nA sentence of mine.\n")
+    for _ in range(2):
+        write_report(folder)
+        written = (folder / "README.md").read_text()
+        images = re.findall(r"!\[.+\]\((.+)\)", written)
+        assert sorted(images) == [
+            f"run/plots/{x}.png" for x in ("layers", "loss", "perplexity", "sparsity")
+        ]
+        assert all((folder / image).is_file() for image in images)
+        assert written.endswith("\nA sentence of mine.\n")
+    (folder / "README.md").write_text("# My own card\n")
+    write_report(folder)
+    assert (folder / "README.md").read_text() == "# My own card\n"
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_the_command_says_what_was_set() -> None:
+    config = {
+        "model": "my model; rm -rf /",
+        "data": "it's.txt",
+        "device": "auto",
+        "length": 64,
+        "target_sparsity": 0.2,
+        "max_steps": 6,
+        "save_steps": 50,
+        "learning_rate": 1e-05,
+        "solved_schedule": False,
+        "lr_scheduler_kwargs": {"power": 1.0, "lr_end": 1e-07},
+        "eval_data": None,
+    }
+    record = a_record(config=config)
+    before = copy.deepcopy(record)
+    parts = shlex.split(" ".join(reproduce.command(record, "new folder")))
+    assert record == before
+    assert parts[:3] == ["nuteprune", "prune", "my model; rm -rf /"]
+    options = list(zip(parts[3::2], parts[4::2], strict=True))
+    assert options == [
+        ("--data", "it's.txt"),
+        ("--length", "64"),
+        ("--sparsity", "0.2"),
+        ("--steps", "6"),
+        ("--seed", "7"),
+        ("--set", "learning_rate=1.0e-05"),
+        ("--set", "solved_schedule=false"),
+        ("--set", "lr_scheduler_kwargs={power: 1.0, lr_end: 1.0e-07}"),
+        ("--out", "new folder"),
+    ]
+
+
+def test_reports_do_not_depend_on_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_run(tmp_path / "out", a_record(), some_steps())
+    monkeypatch.chdir(folder)
+    assert write_report(Path()) == folder.resolve() / "run/report.html"
+    assert "--out out" in Page(folder / "run/report.html").text
+    assert os.listdir(tmp_path) == ["out"]

@@ -1,0 +1,163 @@
+"""Runs with several targets, and runs to dimensions that the user chose."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
+from nuteprune.train.data import BlockDataset
+
+TOKENS = torch.arange(3, 15)[None]
+
+
+def make(model: Any, out: Path, **settings: Any) -> Any:
+    random = torch.Generator().manual_seed(0)
+    blocks = BlockDataset(torch.randint(3, 90, (32, 16), generator=random))
+    defaults: dict[str, Any] = {
+        "max_steps": 9,
+        "per_device_train_batch_size": 2,
+        "neuron_multiple": 4,
+        "hidden_multiple": 8,
+        "calibration_blocks": 4,
+        "compensation_blocks": 4,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
+    trainer = NutePruneTrainer(model, args, blocks)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class LogitsAt(TrainerCallback):
+    """Remembers what the masked, LoRA-carrying model says at the end of some steps."""
+
+    def __init__(self, trainer: Any, steps: list[int]) -> None:
+        self.trainer, self.steps, self.seen = trainer, steps, []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in self.steps:
+            trainer = self.trainer
+            with torch.no_grad(), trainer.hooks.using(trainer.gates.snapshot()):
+                self.seen.append(trainer.anatomy.model(TOKENS).logits.clone())
+
+
+SEVERAL: dict[str, Any] = {"target_sparsity": 0.45, "stops": "0.15,0.3"}
+
+
+@pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete"])
+@pytest.mark.parametrize("teachers", ["numerous", "intact"])
+def test_each_target_gives_the_model_of_its_own_moment(
+    gate_type: str, teachers: str, tiny_model, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    intact = copy.deepcopy(model)
+    trainer = make(model, tmp_path / "run", gate_type=gate_type, teachers=teachers, **SEVERAL)
+    trainer.add_callback(watch := LogitsAt(trainer, [3, 6, 9]))
+    trainer.train()
+    made = [trainer.finalize()]
+    records = [trainer.save_pruned(tmp_path / "last")]
+    for index in (0, 1):
+        made.append(trainer.finalize_stop(index, copy.deepcopy(intact)))
+        records.append(trainer.save_pruned(tmp_path / f"stop{index}"))
+    for small, logits in zip(made, [watch.seen[2], *watch.seen[:2]], strict=True):
+        with torch.no_grad():
+            assert torch.allclose(
+                small(TOKENS).logits, logits, atol=1e-4 * float(logits.abs().max())
+            )
+    for record, target in zip(records, (0.45, 0.15, 0.3), strict=True):
+        assert record["target"] == target
+        assert target <= record["sparsity"] <= target + 0.02
+    assert load_pruned(tmp_path / "stop0").config.num_hidden_layers == 3
+
+
+def test_a_run_with_several_targets_resumes_as_if_never_interrupted(
+    tiny_model, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    whole = make(tiny_model("llama"), tmp_path / "a", **SEVERAL)
+    whole.train()
+    cut = make(tiny_model("llama"), tmp_path / "b", **SEVERAL, **saving)
+    cut.train()
+    for step in (3, 5, 8):
+        again = make(tiny_model("llama"), tmp_path / "b", **SEVERAL)
+        again.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{step}"))
+        assert again.stops == whole.stops
+        for name, value in whole.coforward.bank.state().items():
+            assert torch.equal(again.coforward.bank.state()[name], value), name
+        lines = [(tmp_path / x / "metrics.jsonl").read_text().splitlines() for x in "ab"]
+        losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"neurons": 20, "kv_heads": 1},
+        {"neurons": 33},
+        {"hidden": 24, "heads": 2},
+        {"layers": [{}, {"kv_heads": 1, "neurons": 4}, {"heads": 0, "kv_heads": 0}]},
+        {"hidden": 16, "layers": [{"neurons": 12}, {"neurons": 0}, {"kv_heads": 1}]},
+    ],
+    ids=["uniform", "no-multiple", "width-and-heads", "free", "no-mlp"],
+)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_dimensions_chosen_by_the_user_come_out(
+    shape: dict[str, Any], steps: int, tiny_model, tmp_path: Path
+) -> None:
+    trainer = make(tiny_model("llama"), tmp_path / "run", max_steps=steps, shape=shape)
+    wanted = trainer.allocator.budget.shape.cut_to(shape)
+    if steps:
+        trainer.train()
+    trainer.finalize()
+    record = trainer.save_pruned(tmp_path / "out")
+    rows = [{k: row[k] for k in ("heads", "kv_heads", "neurons")} for row in record["layers"]]
+    assert rows == wanted.to_dict()["layers"]
+    assert record["hidden"]["after"] == wanted.hidden
+    # What one run gave, another can be asked for.
+    again = make(tiny_model("llama"), tmp_path / "again", shape=record)
+    assert again.allocator.constraints.floor == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shape": {"neurons": 49}}, "whole number from 0 to 48"),
+        ({"shape": {"neuron": 4}}, "unknown key 'neuron'"),
+        ({"shape": {"layers": [{}]}}, "names 1 layers; the model has 3"),
+        ({"shape": {"layers": [4, 4, 4]}}, "layer 0 of the shape is 4"),
+        ({"shape": {"layers": [{"head": 1}, {}, {}]}}, "unknown key 'head'"),
+        ({"shape": {"heads": 3, "kv_heads": 2}}, "cannot share"),
+        ({"shape": {"heads": 4, "kv_heads": 1}}, "more for each"),
+        ({"shape": {"layers": [{"kv_heads": 0, "heads": 0}, {}, {}]}}, "layer 0 must keep"),
+        ({"shape": {}}, "keeps everything"),
+        ({"shape": [1]}, "must map"),
+        ({"shape": {"hidden": 16}, "gates": "neurons"}, "it needs hidden"),
+        ({"shape": {"layers": [{"neurons": 8}, {}, {}]}, "shapes": "uniform"}, "uniform"),
+        ({"target_sparsity": 0.3, "stops": "0.4"}, "must grow"),
+        ({"target_sparsity": 0.3, "stops": [0.1, 0.2], "max_steps": 2}, "at least 3 steps"),
+        ({"target_sparsity": 0.3, "stops": "a"}, "stops"),
+    ],
+)
+def test_shapes_and_targets_that_cannot_be_are_refused(
+    settings: dict[str, Any], message: str, tiny_model, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(tiny_model("llama"), tmp_path / "run", **settings)
+
+
+def test_a_trial_step_learns_nothing(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    assert trainer.rehearse() > 0
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.grad is None for p in trainer.model.parameters())
