@@ -356,7 +356,7 @@ def test_gates_come_from_the_last_trainer_checkpoint(
     if learned:
         gates["log_alpha.neurons"] = torch.zeros(40)
     masks = {"neurons": (torch.arange(40) < 30).float(), "kv_groups": torch.ones(3)}
-    RunState({}, gates, masks if frozen else {}, []).save(checkpoint)
+    RunState({}, gates, masks if frozen else {}, [], []).save(checkpoint)
     page = page_of(folder)
     assert "gates" in page.sections
     labels = " ".join(a.get("aria-label", "") for _, a in page.elements)

@@ -26,7 +26,7 @@ from nuteprune.cli.progress import RecoveryProgress
 from nuteprune.cli.rejudged import judged_again, judged_text, record_of
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import save
+from nuteprune.export.checkpoint import round_as_stored, save
 from nuteprune.export.record import peak_memory, weights_size, write_again
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
@@ -218,10 +218,7 @@ def _train(
     before = measure("measuring the model", Anatomy(trainer.model).model)
     trainer.train(resume_from_checkpoint=resume_from(job))
     small = trainer.merge()
-    # Judged is what will be in the file, rounded to its dtype. Parameters alone: buffers, such as
-    # rotary frequencies, are made anew when a file is loaded.
-    for parameter in small.parameters():
-        parameter.data = parameter.data.to(stored_dtype(small)).to(parameter.dtype)
+    round_as_stored(small, stored_dtype(small))  # judged is what will be in the file
     after = measure("measuring the result", small)
     if not all(map(math.isfinite, after.values())):
         raise RunFailed("the result's perplexity is not finite; lower --learning-rate")

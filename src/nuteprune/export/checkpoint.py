@@ -93,6 +93,16 @@ def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
     return build(config, state), shape
 
 
+@torch.no_grad()
+def round_as_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a model's parameters the values that a file of a dtype will hold; it computes as before.
+
+    Buffers, such as rotary frequencies, are made anew when a file is loaded, and stay as they are.
+    """
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
 def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Load a causal LM, pruned or stock, without running code that comes with it.
 

@@ -25,7 +25,7 @@ from nuteprune.distill.losses import Head
 from nuteprune.distill.objective import Objective
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import assemble
+from nuteprune.export.checkpoint import assemble, round_as_stored
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import METHODS, Probe
@@ -411,6 +411,7 @@ class NutePruneTrainer(AtomicTrainer):
             hooks.remove()
         self.masks = masks.to("cpu")
         self.small, self.shape = assemble(anatomy, self.masks)
+        round_as_stored(self.small, self.stored_dtype)  # judged is what will be in the file
         self._target = target
         return self.small
 
