@@ -28,8 +28,9 @@ from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import install_weight, refit
+from nuteprune.train.calibration import calibration_batches
 from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
-from nuteprune.train.trainer import make_allocator
+from nuteprune.train.setup import make_allocator
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Bench:
         plain = self._judge_masked(masks)
         started = time.monotonic()
         with self._weights_put_back():
-            batches = _calibration(self._text(config), config.compensation_blocks)
+            batches = calibration_batches(self._text(config), config.compensation_blocks, 4)
             refit(self.intact, self._hooks, masks, batches, install_weight(self.intact))
             refit_seconds = time.monotonic() - started
             refitted = self._judge_masked(masks)
@@ -230,7 +231,7 @@ class Bench:
         key = (config.scoring, config.seed)
         if key not in self._scores:
             method = METHODS[config.scoring]
-            text = _calibration(self._text(config), config.calibration_blocks)
+            text = calibration_batches(self._text(config), config.calibration_blocks, 1)
             budget = make_allocator(self.intact, config).budget
             started = time.monotonic()
             probe = Probe(self.intact, self._hooks, budget, kinds, text, config.seed)
@@ -285,11 +286,6 @@ class Bench:
             "seconds": round(seconds, 3),
             "teachers": teachers,
         }
-
-
-def _calibration(text: BlockDataset, count: int) -> list[Tensor]:
-    """Return batches of `count` blocks from the end, as the trainer takes them."""
-    return list(text.blocks.long().flip(0)[:count].split(4))
 
 
 def write_json(path: Path, data: Any) -> None:

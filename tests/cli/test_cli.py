@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,40 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.cli.app import main
 from nuteprune.export.checkpoint import load_pruned
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls the command line; returns exit code, stdout and stderr."""
-
-    def call(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nuteprune", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", vocab_size=300, tie_word_embeddings=True).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    documents = (f"Teacher {i} is less pruned than student {i + 1}. " * 6 for i in range(80))
-    path.write_text("\n\n\n".join(documents))
-    return path
 
 
 def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
@@ -62,7 +30,10 @@ def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
     return ["prune", str(model), *flags, "--set", "neuron_multiple=4"]
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["demo"], ["eval"], ["export"], ["inspect"]])
+COMMANDS = ("prune", "demo", "eval", "bench", "recover", "export", "inspect", "report")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_of_every_command(command: list[str], run: Run) -> None:
     code, out, err = run(*command, "--help")
     assert code == 0

@@ -6,7 +6,6 @@ on stderr), 130 interrupted. NUTEPRUNE_DEBUG=1 shows tracebacks.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -17,7 +16,6 @@ import typer
 
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.files import WRONG_PLACE
-
 
 LONGEST = 1000
 """Characters of an error's line: what the user passed may be in it, and of any length."""
@@ -40,7 +38,7 @@ def _root(
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
     # Imported here, so that libraries are quiet by the time they are loaded.
-    from nuteprune.cli import demo, evaluate, export, inspect, prune, report
+    from nuteprune.cli import bench, demo, evaluate, export, inspect, prune, recover, report
 
     app = typer.Typer(
         name="nuteprune",
@@ -54,6 +52,8 @@ def make_app() -> typer.Typer:
     app.command("demo")(demo.demo)
     app.command("prune")(prune.prune)
     app.command("eval")(evaluate.evaluate)
+    app.command("bench")(bench.bench)
+    app.command("recover")(recover.recover)
     app.command("export")(export.export)
     app.command("inspect")(inspect.inspect)
     app.command("report")(report.report)
@@ -114,7 +114,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # a level set here, its import resets
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

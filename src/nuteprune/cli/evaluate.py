@@ -1,56 +1,166 @@
-"""`nuteprune eval`: perplexity of a checkpoint, dense or pruned, on held-out text."""
+"""`nuteprune eval`: perplexity and zero-shot tasks of a checkpoint, dense, pruned or midway."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli import options as o
+from nuteprune.cli.judged import Judged, judged
 from nuteprune.cli.output import Output
-from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
-from nuteprune.judge.perplexity import mean, perplexities, protocol
-from nuteprune.train.data import held_out_blocks
+from nuteprune.cli.settings import RUN_KEYS, read_settings
+from nuteprune.cli.sources import DEMO, load_tokenizer, pick_device, pick_dtype
+from nuteprune.cli.verdicts import Verdicts
+from nuteprune.errors import UserError
+from nuteprune.judge import texts
+from nuteprune.judge.perplexity import perplexity
+from nuteprune.judge.tasks import Tasks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.data import check_ids
 
 
 def evaluate(
     model: o.Model,
     against: Annotated[
-        str | None, typer.Option(help="The dense model, for the ratio of perplexities.")
+        str | None, typer.Option(help="The dense model: adds what is retained of it, in percent.")
     ] = None,
-    data: Annotated[str, typer.Option(help="Text; its held-out part is judged.")] = "demo",
-    length: Annotated[int, typer.Option(help="Tokens per block.")] = 256,
-    blocks: Annotated[int, typer.Option(help="Blocks per source.")] = 24,
-    batch_size: Annotated[int, typer.Option(help="Blocks per forward pass.")] = 4,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Text, may be repeated: {', '.join(texts.TEXTS)} (from the hub; NAME=FILE reads "
+            "a local copy), a file, a folder, a hub dataset id[:config[:split]], or 'demo'."
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help=f"How text is cut into blocks: {', '.join(texts.PROTOCOLS)}."),
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from block to block; less than the length: overlap.")
+    ] = None,
+    joining: Annotated[
+        str | None, typer.Option(help=f"Between documents: {', '.join(texts.JOININGS)}.")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(help="Most blocks per text; 0: all.")] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="All of the text, not only its held-out part.")
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, comma separated; commonsense7: seven at once."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most questions per task.")] = None,
+    fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks or questions per forward pass.")] = 4,
     device: o.Device = None,
     dtype: o.Dtype = None,
     text_column: o.TextColumn = None,
+    base: Annotated[
+        str | None, typer.Option(help="What the run prunes, if MODEL is OUT/run/checkpoint-N.")
+    ] = None,
+    config: o.Config = None,
+    assignments: o.Set = None,
     as_json: o.Json = False,
 ) -> None:
-    """Measure the perplexity of MODEL on held-out text."""
+    """Measure how good MODEL is: perplexity on text, accuracy in zero-shot tasks.
+
+    MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without --data and --tasks,
+    perplexity on the held-out part of the embedded texts is measured.
+    """
     output = Output(as_json)
-    names = [model] if against is None else [model, against]
+    _check(batch_size, tasks, {"include-path": include_path, "limit": limit, "fewshot": fewshot})
+    settings = read_settings(config, assignments or ())
+    own = {k: v for k, v in settings.items() if k not in RUN_KEYS}
+    models = [judged(name, base, against, own) for name in (model, against) if name is not None]
+    questions = None
+    if tasks is not None:
+        names = [x.strip() for x in tasks.split(",") if x.strip()]
+        questions = Tasks(names, include_path, limit, fewshot)
     kind = pick_device(device or "auto")
-    tokenizer = load_tokenizer(model)
-    sources = held_out_blocks(data, tokenizer, length=length, count=blocks, text_column=text_column)
-    results = {}
+    computed = pick_dtype(dtype or "auto", kind)
+    tokenizer = load_tokenizer(models[0].source)
+    cut: dict[str, texts.Blocks] = {}
+    if data or protocol or questions is None:
+        changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}
+        cut = _blocks(data, protocol, changes, tokenizer, whole, text_column)
+    verdicts = Verdicts(cut, questions)
     with output.bars() as bars:
-        for i, name in enumerate(names):
-            bars.update("measuring", i, len(names), name)
-            loaded = load_model(name, pick_dtype(dtype or "auto", kind)).to(kind)  # type: ignore[arg-type]
-            results[name] = perplexities(loaded, sources, batch_size=batch_size)
+        for i, one in enumerate(models):
+            bars.update("models", i, len(models), one.name)
+            loaded, sparsity = one.load(computed, kind)
+            verdicts.midway |= {one.name: sparsity} if sparsity is not None else {}
+            if cut:
+                verdicts.perplexity[one.name] = _measure(one, loaded, cut, batch_size, bars.update)
+            if questions is not None:
+                verdicts.tasks[one.name] = questions.ask(loaded, tokenizer, batch_size)
             del loaded
-        bars.update("measuring", len(names), len(names))
-    rows = [
-        [name, *(f"{v:.2f}" for v in r.values()), f"{mean(r):.2f}"] for name, r in results.items()
-    ]
+            gc.collect()
+        bars.update("models", len(models), len(models))
     if against is not None:
-        ours, theirs = results[model], results[against]
-        ratios = [ours[s] / theirs[s] for s in sources]
-        rows.append(["ratio", *(f"{x:.3f}" for x in ratios), f"{mean(ours) / mean(theirs):.3f}"])
-    output.table(
-        f"Perplexity on held-out text ({data}, up to {blocks} blocks of {length} tokens each)",
-        ["", *sources, "mean"],
-        rows,
-    )
-    output.result({"perplexity": results, "protocol": protocol(sources)})
+        verdicts.compare(model, against)
+    verdicts.print(output)
+    stated = {"device": kind, "dtype": str(computed).removeprefix("torch.")}
+    output.result({"model": model, "against": against, **stated, **verdicts.to_dict()})
+
+
+def _check(batch_size: int, tasks: str | None, for_tasks: Mapping[str, object]) -> None:
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: pass at least 1")
+    for name, value in for_tasks.items():
+        if value is not None and tasks is None:
+            raise UserError(f"--{name} is for tasks; name some with --tasks")
+
+
+def _blocks(
+    data: list[str] | None,
+    protocol: str | None,
+    changes: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    whole: bool,
+    text_column: str | None,
+) -> dict[str, texts.Blocks]:
+    """Cut each text by the protocol that was asked for, or by the one that suits it."""
+    named = texts.protocol_named(protocol) if protocol else None
+    specs = data or (list(named.texts) if named else [DEMO])
+    cut = {}
+    for spec in specs:
+        published = spec.partition("=")[0] in texts.TEXTS
+        name = protocol or ("nuteprune" if published else texts.HELD_OUT)
+        how = texts.changed(texts.protocol_named(name), **changes)
+        found = texts.rows_of(spec, whole=whole, text_column=text_column, tokenizer=tokenizer)
+        for source, read in found.items():
+            if source in cut:
+                raise UserError(f"two texts are called {source}; name each only once")
+            made = texts.make_blocks(source, read(), tokenizer, how)
+            part = "all" if whole or published else "held-out"
+            cut[source] = dataclasses.replace(
+                made, described={"protocol": name, "part": part, **made.described}
+            )
+    return cut
+
+
+def _measure(
+    one: Judged, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, update: Any
+) -> dict[str, float]:
+    vocabulary = Anatomy(loaded).embedding.weight.shape[0]
+    found = {}
+    for i, (source, blocks) in enumerate(cut.items()):
+        update(f"perplexity, {one.name}", i, len(cut), source)
+        check_ids(blocks.tokens_NT, vocabulary)
+        found[source] = perplexity(
+            loaded, blocks.tokens_NT, batch_size=batch_size, context=blocks.context_N
+        )
+    update(f"perplexity, {one.name}", len(cut), len(cut))
+    return found

@@ -47,9 +47,13 @@ def inspect(
         f"{', '.join(map(str, multiples['tensor_parallel']))}"
     )
     for name, value in record["perplexity"]["after"].items():
-        intact = record["perplexity"]["before"][name]
-        output.line(f"Perplexity  {name}: {intact:.2f} -> {value:.2f}")
+        intact = record["perplexity"]["before"].get(name)
+        change = f"{value:.2f}" if intact is None else f"{intact:.2f} -> {value:.2f}"
+        output.line(f"Perplexity  {name}: {change}")
     output.line(f"Teachers    {record['teachers']['count']}")
+    if "recover" in record:
+        tuned = record["recover"]
+        output.line(f"Recovered   {tuned['steps']} steps on {tuned['data']} ({tuned['kind']})")
     for line in found:
         output.line(f"WARNING     {line}")
     output.result(

@@ -46,6 +46,13 @@ Set = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps; 0: one-shot.")]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences per step.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="nuteprune, or a one-shot method: random, magnitude, wanda, flap, taylor, fisher, "
+        "similarity; with the same distillation after it."
+    ),
+]
 Gates = Annotated[
     str | None,
     typer.Option(help="heads, kv_groups, neurons, hidden, attn_block, mlp_block; comma separated."),

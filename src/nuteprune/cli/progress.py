@@ -1,7 +1,8 @@
-"""Shows a training run: a bar with loss, sparsity and the teacher of the moment."""
+"""Shows a training run: a bar with its loss, and what else is worth knowing of the moment."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
@@ -36,3 +37,32 @@ class StepProgress(TrainerCallback):
 
     def _teacher(self, index: int) -> str:
         return "intact" if index < 0 else f"{self.trainer.teachers.sparsities[index]:.1%}"
+
+
+class RecoveryProgress(TrainerCallback):
+    """Feeds a progress bar, and notes how long each step takes.
+
+    Args:
+        bars: where it is shown.
+    """
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
+    ) -> None:
+        """Show the newest loss."""
+        if logs and "loss" in logs:
+            note = f"loss {logs['loss']:.3f}"
+            self.bars.update("recovering", state.global_step, state.max_steps, note)

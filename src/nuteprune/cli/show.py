@@ -35,8 +35,9 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
         f"{', '.join(trainer.kinds)} (at most {trainer.allocator.maximum():.1%})"
     )
     freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
+    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     output.line(
-        f"Run     {args.max_steps} steps of {args.train_batch_size} x {job.length} tokens on "
+        f"Run     {args.max_steps} steps of {sequences} x {job.length} tokens on "
         f"{args.device}, {str(model.dtype).removeprefix('torch.')}; masks freeze at step "
         f"{', '.join(freezes)}; {args.teachers} teachers; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {job.data}"

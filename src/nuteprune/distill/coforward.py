@@ -97,9 +97,10 @@ class LoraBank:
 
 @dataclass
 class Passage:
-    """What one co-forward pass leaves: the sum of layer terms and what both heads would read."""
+    """What one co-forward pass leaves: the sum of layer terms, and what both heads would read."""
 
     layer_loss: Tensor | None = None
+    layers: int = 0
     student_BTD: Tensor | None = None
     teacher_BTD: Tensor | None = None
     _flow_BTD: Tensor | None = field(default=None, repr=False)
@@ -172,6 +173,7 @@ class CoForward:
             passage._flow_BTD = flow_BTD
             if self.layer_term is not None:
                 term = self.layer_term(_hidden(output), flow_BTD, weight_BT)
+                passage.layers += 1
                 passage.layer_loss = (
                     term if passage.layer_loss is None else passage.layer_loss + term
                 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -93,6 +94,16 @@ def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
     state, shape, epsilon = slice_state(anatomy, masks)
     config = pruned_config(anatomy.config, anatomy.family, shape, epsilon=epsilon)
     return build(config, state), shape
+
+
+@torch.no_grad()
+def round_as_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a model's parameters the values that a file of a dtype will hold; it computes as before.
+
+    Buffers, such as rotary frequencies, are made anew when a file is loaded, and stay as they are.
+    """
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

@@ -120,6 +120,31 @@ def write_pruned(
         bytes_on_disk=weights_size(folder),
         peak_memory_bytes=peak_memory(),
     )
+    return _write_texts(folder, model, full)
+
+
+def write_again(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a pruned checkpoint whose weights have changed and whose shape has not.
+
+    Args:
+        folder: where to; see `checkpoint.save`.
+        model: the model, in the dtype that it is to be stored in.
+        tokenizer: its tokenizer.
+        record: the record it had, with what has changed.
+
+    Returns:
+        The record as it was written; sizes are those of the written files.
+    """
+    save(model, folder, tokenizer)
+    return _write_texts(folder, model, {**record, "bytes_on_disk": weights_size(folder)})
+
+
+def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
     card = model_card(full, remote_code=hasattr(model.config, "auto_map"))
     for name, text in (("README.md", card), (FILE_NAME, to_json(full))):
         partial = folder / f".{name}.partial"

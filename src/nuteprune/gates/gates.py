@@ -64,6 +64,10 @@ class Gates(nn.Module):
         """Return the sparsity term of the loss, None if there is none."""
         return None
 
+    def figures(self) -> dict[str, float]:
+        """Return what else is worth a line in the logs."""
+        return {}
+
     def sparsity(self) -> float:
         """Return the expected sparsity of the step's masks."""
         raise NotImplementedError

@@ -72,6 +72,12 @@ class SoftGates(Gates):
             return None
         return cast(Tensor, self.lagrangian(self._expected(), self._asked))
 
+    def figures(self) -> dict[str, float]:
+        """Return the Lagrangian's multipliers, where it drives the gates."""
+        if self.lagrangian is None:
+            return {}
+        return {name: float(value.detach()) for name, value in self.lagrangian.named_parameters()}
+
     def sparsity(self) -> float:
         """Return the expected sparsity, that of the final masks once frozen."""
         if self._final is not None:

@@ -24,10 +24,13 @@ PROTOCOL: Final[Mapping[str, str]] = {
     "mean": "plain mean over the sources",
 }
 
+_IGNORED = -100  # target of a token that is only read
 _POSITIONS = 1024  # so many rows of logits are held in float32 at a time
 
 
-def perplexity(model: nn.Module, blocks: Tensor, *, batch_size: int = 8) -> float:
+def perplexity(
+    model: nn.Module, blocks: Tensor, *, batch_size: int = 8, context: Tensor | None = None
+) -> float:
     """Measure how well a causal language model predicts blocks of tokens.
 
     Args:
@@ -35,15 +38,25 @@ def perplexity(model: nn.Module, blocks: Tensor, *, batch_size: int = 8) -> floa
             into evaluation mode meanwhile, and computes where its parameters are.
         blocks: token ids (N, T), N >= 1 and T >= 2.
         batch_size: blocks per forward pass; makes no difference but to memory and time.
+        context: how many of each block's first tokens (N,) are only read, at least 1 and less than
+            T; None: 1, since the first token has nothing that it could be predicted from.
 
     Returns:
-        exp of the mean negative log-likelihood of the N·(T-1) predicted tokens, in nats.
+        exp of the mean negative log-likelihood of the predicted tokens, N·(T-1) of them without
+        `context`, in nats.
     """
     device = next(model.parameters()).device
+    count, length = blocks.shape
+    if context is None:
+        context = torch.ones(count, dtype=torch.long)
+    is_read_NT = torch.arange(length) < context[:, None]
+    targets = blocks.masked_fill(is_read_NT, _IGNORED)
+    batches = zip(blocks.split(batch_size), targets.split(batch_size), strict=True)
     with torch.inference_mode(), _evaluating(model):
-        total = sum(_negative_log_likelihood(model, x.to(device)) for x in blocks.split(batch_size))
+        total = sum(_negative_log_likelihood(model, x.to(device), y) for x, y in batches)
+    predicted = int((~is_read_NT).sum())
     # Unlike math.exp, a tensor's goes to infinity where a broken model takes it.
-    return torch.tensor(total / blocks[:, 1:].numel(), dtype=torch.float64).exp().item()
+    return torch.tensor(total / predicted, dtype=torch.float64).exp().item()
 
 
 def perplexities(
@@ -83,12 +96,12 @@ def protocol(sources: Mapping[str, Tensor]) -> dict[str, object]:
     }
 
 
-def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor) -> float:
+def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> float:
     """Sum over the predicted tokens of a batch, a few positions in float32 at a time."""
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
-    targets_BT = tokens_BT.to(logits_BTV.device)
+    targets_BT = targets_BT.to(logits_BTV.device)
     return sum(
-        F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="sum").item()
         for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT[:, 1:], strict=True)
         for logits, targets in zip(
             logits_TV.split(_POSITIONS), targets_T.split(_POSITIONS), strict=True

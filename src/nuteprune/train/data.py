@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def iter_documents(
     *,
     text_column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> dict[str, Iterable[str]]:
+) -> dict[str, readers.Documents]:
     """Find the sources of a DATA spec; files and the hub are read when iterated over.
 
     Args:
@@ -110,10 +110,10 @@ def training_blocks(
     for turn, source in enumerate(sources):
         share = len(range(turn, count, len(sources)))
         rng = random.Random(f"{seed} {source.name}")
-        tokens = _collect(_training_tokens(source, tokenizer, rng, length), share * length)
+        tokens = collect(_training_tokens(source, tokenizer, rng, length), share * length)
         order = rng.sample(range(share), share)
         blocks[turn :: len(sources)] = tokens.view(share, length)[order]
-    _check_ids(blocks, vocab_size)
+    check_ids(blocks, vocab_size)
     return BlockDataset(blocks)
 
 
@@ -147,12 +147,12 @@ def held_out_blocks(
     held_out = {}
     for source in _sources(spec, text_column, tokenizer):
         texts = (held for _, held in map(split_rule(source), source))
-        tokens = _collect(_tokens(texts, tokenizer), count * length)
+        tokens = collect(tokens_of(texts, tokenizer), count * length)
         whole = len(tokens) // length
         if not whole:
-            raise _too_short(f"{source.name} (its held-out part)", len(tokens), length)
+            raise too_short(f"{source.name} (its held-out part)", len(tokens), length)
         blocks = tokens[: whole * length].view(whole, length)
-        _check_ids(blocks, vocab_size)
+        check_ids(blocks, vocab_size)
         held_out[source.name] = blocks.long()
     return held_out
 
@@ -165,27 +165,35 @@ def _sources(
             readers.Documents(name, partial(iter, texts))
             for name, texts in assets.documents().items()
         ]
+    options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
+    if (files := local_files(spec)) is not None:
+        read = partial(readers.file_documents, **options)
+        name = Path(os.path.expanduser(spec)).absolute().name or spec
+        return [readers.Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
+    return [readers.Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
+
+
+def local_files(spec: str) -> list[Path] | None:
+    """Return the files of a DATA spec, None if it is no path.
+
+    Raises:
+        UserError: it looks like a path, and nothing is there.
+    """
     path = Path(os.path.expanduser(spec))
     if spec and os.path.exists(path):
-        read = partial(readers.file_documents, text_column=text_column, tokenizer=tokenizer)
-        files = readers.text_files(path)
-        name = path.absolute().name or spec
-        return [readers.Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
+        return readers.text_files(path)
     if path.suffix.lower() in readers.SUFFIXES or not _HUB_SPEC.fullmatch(spec):
         raise UserError(
             f"{spec!r}: no such file or folder; pass {DEMO}, a path, or a hub dataset as "
             "id[:config[:split]]"
         )
+    return None
+
+
+def hub_parts(spec: str) -> tuple[str, str | None, str]:
+    """Return dataset, configuration and split that a DATA spec names on the hub."""
     dataset, config, split = (*spec.split(":"), "", "")[:3]
-    read_hub = partial(
-        readers.hub_documents,
-        dataset,
-        config or None,
-        split or "train",
-        text_column=text_column,
-        tokenizer=tokenizer,
-    )
-    return [readers.Documents(spec, read_hub)]
+    return dataset, config or None, split or "train"
 
 
 def _training_tokens(
@@ -196,11 +204,11 @@ def _training_tokens(
     while True:
         texts = (trained for trained, _ in map(rule, source))
         seen = 0
-        for tokens in _tokens(_shuffled(texts, rng), tokenizer):
+        for tokens in tokens_of(_shuffled(texts, rng), tokenizer):
             seen += len(tokens)
             yield tokens
         if seen < length:
-            raise _too_short(f"{source.name} (its training part)", seen, length)
+            raise too_short(f"{source.name} (its training part)", seen, length)
 
 
 def _shuffled(texts: Iterable[str], rng: random.Random) -> Iterator[str]:
@@ -219,8 +227,13 @@ def _shuffled(texts: Iterable[str], rng: random.Random) -> Iterator[str]:
     yield from held
 
 
-def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield the tokens of each text, ended by the token that joins it to the next, if any."""
+def tokens_of(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yield the tokens of each text, ended by the token that joins it to the next, if any.
+
+    Args:
+        texts: documents; empty ones are left out.
+        tokenizer: the model's tokenizer; no special tokens are added but eos (else bos) at the end.
+    """
     ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
     end = [token for token in ends if token is not None][:1]
     for text in filter(None, texts):
@@ -228,8 +241,13 @@ def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
             yield [*tokens, *end]
 
 
-def _collect(pieces: Iterable[list[int]], most: int) -> Tensor:
-    """Join pieces to the first `most` tokens (n,), n <= most; reads no further."""
+def collect(pieces: Iterable[list[int]], most: int) -> Tensor:
+    """Join pieces to the first `most` tokens (n,), n <= most; reads no further.
+
+    Args:
+        pieces: token ids, piece by piece.
+        most: the number of tokens wanted.
+    """
     parts = [torch.empty(0, dtype=torch.int32)]
     for tokens in pieces:
         parts.append(torch.tensor(tokens[:most], dtype=torch.int32))
@@ -246,7 +264,12 @@ def _check_size(length: int, count: int) -> None:
         )
 
 
-def _check_ids(blocks: Tensor, vocab_size: int | None) -> None:
+def check_ids(blocks: Tensor, vocab_size: int | None) -> None:
+    """Refuse token ids that a model does not know; None does not check them.
+
+    Raises:
+        UserError: the tokenizer is of another model.
+    """
     if vocab_size is not None and (highest := int(blocks.max())) >= vocab_size:
         raise UserError(
             f"the tokenizer gives token id {highest}, but the model knows {vocab_size} ids; "
@@ -254,7 +277,8 @@ def _check_ids(blocks: Tensor, vocab_size: int | None) -> None:
         )
 
 
-def _too_short(name: str, seen: int, length: int) -> UserError:
+def too_short(name: str, seen: int, length: int) -> UserError:
+    """Return the error for a text of `seen` tokens that gives no block of `length`."""
     return UserError(
         f"{name}: {seen} tokens, and a block takes {length}; "
         "pass more text or a shorter block length"

@@ -124,11 +124,25 @@ def file_documents(
     Raises:
         UserError: the file cannot be read as what its suffix says, or holds no text column.
     """
+    rows = file_rows(path, text_column)
+    return _text_documents(path) if rows is None else row_documents(rows, text_column, tokenizer)
+
+
+def file_rows(path: Path, text_column: str | None) -> Iterator[tuple[str, object]] | None:
+    """Read the rows of a file.
+
+    Args:
+        path: a file whose suffix is one of `SUFFIXES`.
+        text_column: the column that holds the text; None finds it.
+
+    Returns:
+        (where the row comes from, the row), of Parquet with the columns of a document alone; None
+        for plain text, which has no rows.
+    """
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        return _text_documents(path)
-    rows = _parquet_rows(path, text_column) if suffix == ".parquet" else _json_rows(path)
-    return row_documents(rows, text_column, tokenizer)
+        return None
+    return _parquet_rows(path, text_column) if suffix == ".parquet" else _json_rows(path)
 
 
 def hub_documents(
@@ -154,7 +168,7 @@ def hub_documents(
     Raises:
         UserError: the dataset cannot be reached or read, or holds no text column.
     """
-    return row_documents(_hub_rows(dataset, config, split), text_column, tokenizer)
+    return row_documents(hub_rows(dataset, config, split), text_column, tokenizer)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -248,7 +262,8 @@ def _parquet_rows(path: Path, text_column: str | None) -> Iterator[tuple[str, ob
         raise _unreadable(path, error) from error
 
 
-def _hub_rows(dataset: str, config: str | None, split: str) -> Iterator[tuple[str, object]]:
+def hub_rows(dataset: str, config: str | None, split: str) -> Iterator[tuple[str, object]]:
+    """Stream the rows of a dataset on the hub, as (where the row comes from, the row)."""
     import datasets
 
     try:

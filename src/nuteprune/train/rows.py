@@ -47,6 +47,25 @@ def row_documents(
     Raises:
         UserError: a row has no text where it should.
     """
+    for where, row, layout in laid_out(rows, text_column):
+        yield row_document(row, layout, where, tokenizer)
+
+
+def laid_out(
+    rows: Iterable[tuple[str, object]], text_column: str | None
+) -> Iterator[tuple[str, Mapping[str, object], tuple[str, ...]]]:
+    """Find the columns that make up a document in the first row, and see that all rows have them.
+
+    Args:
+        rows: (where the row comes from, the row: column name -> cell).
+        text_column: the column that holds the text; None finds it.
+
+    Returns:
+        Where each row comes from, the row, and the columns.
+
+    Raises:
+        UserError: a row is no object, or lacks a column.
+    """
     layout: tuple[str, ...] | None = None
     for where, row in rows:
         if not isinstance(row, dict):
@@ -58,8 +77,18 @@ def row_documents(
         for name in (layout[0], layout[-1]):
             if name not in row:
                 raise _missing(name, row, where)
-        cells = (_cell_text(row, name, where, tokenizer) for name in layout)
-        yield "\n\n".join(cell for cell in cells if cell)
+        yield where, row, layout
+
+
+def row_document(
+    row: Mapping[str, object],
+    layout: tuple[str, ...],
+    where: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> str:
+    """Return a row as a document, which may be empty."""
+    cells = (cell_text(row, name, where, tokenizer) for name in layout)
+    return "\n\n".join(cell for cell in cells if cell)
 
 
 def choose_layout(names: Collection[str], text_column: str | None, where: str) -> tuple[str, ...]:
@@ -114,12 +143,17 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _cell_text(
+def cell_text(
     row: Mapping[str, object],
     name: str,
     where: str,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> str:
+    """Return a cell's text, chat messages rendered; a missing cell has none.
+
+    Raises:
+        UserError: the cell holds something else.
+    """
     cell = row.get(name)
     if cell is None:
         return ""
@@ -144,6 +178,15 @@ def _well_formed(text: str) -> str:
 def _chat_text(
     messages: list[object], where: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
+    return render(chat_turns(messages, where), where, tokenizer)
+
+
+def chat_turns(messages: list[object], where: str) -> list[dict[str, str]]:
+    """Return chat messages with nothing but their role and content.
+
+    Raises:
+        UserError: a list that is not chat messages.
+    """
     turns = [
         {"role": message["role"], "content": message["content"]}
         for message in messages
@@ -156,13 +199,34 @@ def _chat_text(
             f"{where}: a list that is not chat messages; "
             'pass messages such as {"role": "user", "content": "..."}, or another text column'
         )
+    return turns
+
+
+def render(
+    turns: list[dict[str, str]],
+    where: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    asks: bool = False,
+) -> str:
+    """Return chat messages as text, by the tokenizer's template.
+
+    Args:
+        turns: from `chat_turns`.
+        where: where they come from.
+        tokenizer: the model's tokenizer.
+        asks: end with what comes before an answer.
+
+    Raises:
+        UserError: there is no template, or it refuses the messages.
+    """
     if tokenizer is None or not tokenizer.chat_template:
         raise UserError(
             f"{where}: chat messages, but the model's tokenizer has no chat template; "
             "pass a model that has one, or a column of plain text as text column"
         )
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}: the model's chat template refuses the messages ({one_line(error)}); "

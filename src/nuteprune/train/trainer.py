@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,10 +26,11 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward, LoraBank
-from nuteprune.distill.losses import LAYER_TERMS, Head, token_kl
+from nuteprune.distill.losses import Head
+from nuteprune.distill.objective import Objective
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import assemble
+from nuteprune.export.checkpoint import assemble, round_as_stored
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import METHODS, Probe
@@ -41,13 +41,12 @@ from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
 from nuteprune.shrink.finalize import merge_lora
+from nuteprune.train.bad_steps import BadSteps
+from nuteprune.train.calibration import Progress, calibration_batches, counted, frozen_parameters
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import lora_config, make_allocator, make_gates, run_targets
 from nuteprune.train.state import RunState, restore
-
-Progress = Callable[[str, int, int], None]
-"""Told (what is being done, units done, units in all) during long work outside of training."""
 
 
 class NutePruneTrainer(AtomicTrainer):
@@ -98,8 +97,10 @@ class NutePruneTrainer(AtomicTrainer):
         peft_model = get_peft_model(model, lora_config(intact, args))
         self.anatomy = Anatomy(peft_model)
         self.hooks = MaskHooks(self.anatomy)
-        term = LAYER_TERMS[args.layer_term] if args.layer_weight else None
-        self.coforward = CoForward(self.anatomy, self.hooks, term)
+        self.objective: Objective = Objective(
+            args.token_weight, args.layer_weight, args.layer_term, args.kd_temperature
+        )
+        self.coforward = CoForward(self.anatomy, self.hooks, self.objective.layer_distance)
         self.schedule = Schedule(
             self.targets,
             args.max_steps,
@@ -133,8 +134,7 @@ class NutePruneTrainer(AtomicTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-        self._bad_in_row = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self._bad_steps = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.bad_steps = BadSteps(self.args.device)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -153,8 +153,10 @@ class NutePruneTrainer(AtomicTrainer):
         """Score all units on calibration text and start the gates from the scores."""
         if self.args.warm_start or self.args.one_shot:
             method = METHODS[self.args.scoring]
-            batches = self._calibration(self.args.calibration_blocks) if method.reads else []
-            tick = self._counted(f"scoring {' and '.join(self.kinds)}", len(batches))
+            # One block at a time: a scoring may need all logits of a batch.
+            blocks = self.args.calibration_blocks if method.reads else 0
+            batches = calibration_batches(self.train_dataset, blocks, 1) if blocks else []
+            tick = counted(self.progress, f"scoring {' and '.join(self.kinds)}", len(batches))
             probe = Probe(
                 self.anatomy,
                 self.hooks,
@@ -164,46 +166,13 @@ class NutePruneTrainer(AtomicTrainer):
                 self.args.seed,
                 tick,
             )
-            with self._frozen_parameters():
+            with frozen_parameters(self.model):
                 scores = method.score(probe)
             fresh = make_gates(self.allocator, scores, self.args)
             self.gates.load_state_dict(fresh.state_dict())
             _agree(self.gates.state_dict().values())
         self.first_scores = {k: v.cpu().clone() for k, v in self.gates.scores.items()}
         self._warm = True
-
-    def _calibration(self, count: int) -> list[Tensor]:
-        """Return token ids (B, T) of `count` blocks from the end of the training text.
-
-        The end is what training itself comes to last, if at all.
-        """
-        dataset = cast(Any, self.train_dataset)
-        size = len(dataset)
-        picks = [size - 1 - i % size for i in range(count)]
-        ids = torch.stack([torch.as_tensor(dataset[i]["input_ids"]) for i in picks])
-        return list(ids.split(self.args.per_device_train_batch_size))
-
-    @contextmanager
-    def _frozen_parameters(self) -> Iterator[None]:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
-    def _counted(self, what: str, total: int) -> Callable[[], None]:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            self.progress(what, done, total)
-
-        self.progress(what, 0, total)
-        return tick
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make AdamW with a group for LoRA and, where gates are trained, theirs."""
@@ -314,19 +283,7 @@ class NutePruneTrainer(AtomicTrainer):
         masks = self.gates.masks(len(ids_BT))
         with self.coforward.roles(masks, self._teacher, weight_BT) as passage:
             output = model(**call)
-        parts: dict[str, Tensor] = {}
-        if passage.teacher_BTD is not None:
-            assert passage.student_BTD is not None
-            parts["token_kl"] = self.args.token_weight * token_kl(
-                passage.student_BTD,
-                passage.teacher_BTD,
-                self._head(),
-                weight_BT,
-                self.args.kd_temperature,
-            )
-        if passage.layer_loss is not None:
-            scale = 1 if self.args.layer_term == "mse" else len(self.anatomy.layers)
-            parts["layer"] = self.args.layer_weight * passage.layer_loss / scale
+        parts = self.objective.parts(passage, self._head(), weight_BT)
         if self.args.lm_weight:
             parts["lm"] = self.args.lm_weight * output.loss
         penalty = self.gates.penalty()
@@ -345,12 +302,7 @@ class NutePruneTrainer(AtomicTrainer):
         lora = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(lora, self.args.max_grad_norm, norm)
-        bad = ~torch.isfinite(norm)
-        self._bad_steps += bad
-        self._bad_in_row = (self._bad_in_row + 1) * bad
-        for parameter in trained:
-            assert parameter.grad is not None
-            parameter.grad = torch.where(bad, torch.zeros_like(parameter.grad), parameter.grad)
+        self.bad_steps.drop(norm, trained)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -361,18 +313,19 @@ class NutePruneTrainer(AtomicTrainer):
         """
         if "loss" in logs:
             logs |= {name: float(value) for name, value in self.parts.items()}
+            logs |= self.gates.figures()
             logs |= {
                 "sparsity": self.gates.sparsity(),
                 "target": self.schedule.sparsity(self._step),
                 "teacher": self.teacher_index,
                 "teachers": len(self.teachers),
-                "bad_steps": int(self._bad_steps),
+                "bad_steps": self.bad_steps.total,
             }
             self.write_metrics(logs)
         super().log(logs, start_time)
-        if int(self._bad_in_row) >= self.args.max_bad_steps:
+        if self.bad_steps.in_row >= self.args.max_bad_steps:
             raise RunFailed(
-                f"the loss or its gradients were not finite in {int(self._bad_in_row)} steps in a "
+                f"the loss or its gradients were not finite in {self.bad_steps.in_row} steps in a "
                 f"row, up to step {self.state.global_step}; lower learning_rate (now "
                 f"{self.args.learning_rate}), or use --dtype float32"
             )
@@ -392,7 +345,7 @@ class NutePruneTrainer(AtomicTrainer):
             self.stops,
             self.first_scores,
             self.teachers.sums,
-            [int(self._bad_steps), int(self._bad_in_row)],
+            [self.bad_steps.total, self.bad_steps.in_row],
         )
         state.save(folder)
 
@@ -406,8 +359,7 @@ class NutePruneTrainer(AtomicTrainer):
             self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
         self.teachers.restore(state.teachers, state.sums)
         self.stops, self.first_scores = state.stops, state.first_scores
-        for count, value in zip((self._bad_steps, self._bad_in_row), state.bad_steps, strict=True):
-            count.fill_(value)
+        self.bad_steps.restore(*state.bad_steps)
         self._warm = True
         self.cut_metrics(int(folder.name.rpartition("-")[2]))
 
@@ -426,8 +378,9 @@ class NutePruneTrainer(AtomicTrainer):
         _agree(bank.state().values())
 
     def _refit(self, anatomy: Anatomy, hooks: MaskHooks, masks: Masks, install: Install) -> None:
-        batches = self._calibration(self.args.compensation_blocks)
-        tick = self._counted("re-fitting projections", len(anatomy.layers))
+        blocks, size = self.args.compensation_blocks, self.args.per_device_train_batch_size
+        batches = calibration_batches(self.train_dataset, blocks, size)
+        tick = counted(self.progress, "re-fitting projections", len(anatomy.layers))
         refit(anatomy, hooks, masks, batches, install, tick)
 
     def finalize(self) -> PreTrainedModel:
@@ -469,6 +422,7 @@ class NutePruneTrainer(AtomicTrainer):
             hooks.remove()
         self.masks = masks.to("cpu")
         self.small, self.shape = assemble(anatomy, self.masks)
+        round_as_stored(self.small, self.stored_dtype)  # judged is what will be in the file
         self._target = target
         return self.small
 
@@ -494,7 +448,7 @@ class NutePruneTrainer(AtomicTrainer):
             after=self.shape,
             shapes=self.args.shapes,
             teachers={"count": len(self.teachers), "sparsities": self.teachers.sparsities},
-            bad_steps=int(self._bad_steps),
+            bad_steps=self.bad_steps.total,
             seed=self.args.seed,
             **record,
         )

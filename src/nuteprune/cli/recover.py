@@ -1,0 +1,111 @@
+"""`nuteprune recover`: fine-tunes a pruned checkpoint, and merges what was learned into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nuteprune.cli import options as o
+from nuteprune.cli.job import Job
+from nuteprune.cli.output import Output, megabytes
+from nuteprune.cli.recovery import Recovery, run
+from nuteprune.export.record import FILE_NAME
+from nuteprune.judge.perplexity import mean
+
+
+def recover(
+    model: o.Model,
+    out: o.Out,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="What to learn: rows of chat `messages` or of instruction, input and output, "
+            "or plain text; a file, a folder, a hub dataset id[:config[:split]], or 'demo'."
+        ),
+    ] = "demo",
+    eval_data: Annotated[
+        str | None,
+        typer.Option(help="Text to judge by; default: what the pruned model was judged by."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; default for plain text: 200.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over instruction data; default: 2.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Rate of LoRA; default: 1e-4, for plain text 1e-3.")
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA, on all projections.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    accumulation: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per sequence, at most.")] = 256,
+    template: Annotated[
+        str,
+        typer.Option(help="Of instruction rows: chat, alpaca, or auto (chat if the model has it)."),
+    ] = "auto",
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    text_column: o.TextColumn = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 42,
+    gradient_checkpointing: o.Checkpointing = False,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 50,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+) -> None:
+    """Fine-tune MODEL, a pruned checkpoint, to win back quality.
+
+    LoRA on all projections is trained and merged. The result is a checkpoint of the same shape and
+    dtype, with its record kept.
+    """
+    output = Output(as_json)
+    job = Job(
+        model=model,
+        data=data,
+        out=Path(out).expanduser(),
+        eval_data=eval_data,
+        text_column=text_column,
+        length=length,
+        device=device or "auto",
+        dtype=dtype or "auto",
+        settings={
+            "lora_rank": lora_rank,
+            "per_device_train_batch_size": batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_checkpointing": gradient_checkpointing,
+            "save_steps": save_steps,
+            "seed": seed,
+        },
+        resume=resume,
+        overwrite=overwrite,
+    )
+    result = run(Recovery(job, steps, epochs, learning_rate, template), output)
+    if result is not None:
+        print_result(result, output)
+
+
+def print_result(result: Mapping[str, Any], output: Output) -> None:
+    """Print perplexities before and after, and where the checkpoint is."""
+    entry = result["recover"]
+    intact = result.get("perplexity", {}).get("before", {})
+    found = entry["perplexity"]
+    columns = {"intact": intact} if intact else {}
+    columns |= {"before": found["before"], "after": found["after"]}
+    rows = [
+        [source, *(f"{column[source]:.2f}" for column in columns.values())]
+        for source in found["after"]
+    ]
+    rows.append(["mean", *(f"{mean(column):.2f}" for column in columns.values())])
+    output.line()
+    output.table("Perplexity on held-out text", ["", *columns], rows)
+    pace = entry["seconds_per_step"]
+    took = f", {pace:.2f} s each (median)" if pace is not None else ""
+    output.line(f"{entry['steps']} steps{took}; {megabytes(result['bytes_on_disk'])} on disk")
+    if "sparsity" not in result:
+        output.line(f"{result['out']} has no {FILE_NAME}: the model was not pruned by nuteprune")
+    output.line(f"Checkpoint in {result['out']}")
+    output.result(result)

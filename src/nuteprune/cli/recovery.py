@@ -1,0 +1,269 @@
+"""The work of `recover`: a pruned checkpoint in, the same one fine-tuned out."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
+
+from nuteprune.cli.job import RUN, Job, check_out, clear_result, resume_from
+from nuteprune.cli.output import Bars, Output, is_main_process, millions
+from nuteprune.cli.pipeline import stored_dtype
+from nuteprune.cli.progress import RecoveryProgress
+from nuteprune.cli.rejudged import judged_again, judged_text, record_of
+from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.checkpoint import round_as_stored, save
+from nuteprune.export.record import peak_memory, weights_size, write_again
+from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.data import training_blocks
+from nuteprune.train.instructions import Examples, check_template, holds_instructions, read_examples
+from nuteprune.train.recover import RecoverConfig, RecoverTrainer
+
+INSTRUCTIONS, TEXT = "instructions", "text"
+RATES = {INSTRUCTIONS: 1e-4, TEXT: 1e-3}
+"""Kind of data -> rate of LoRA; the paper's for instructions, many of which take many steps."""
+EPOCHS = 2.0
+STEPS = 200
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What `recover` is asked to do.
+
+    Args:
+        job: models, data, folders and settings.
+        steps: optimizer steps; None: by epochs, for plain text `STEPS`.
+        epochs: passes over instruction data; None: `EPOCHS`.
+        learning_rate: None: by the kind of data.
+        template: see `instructions.TEMPLATES`.
+    """
+
+    job: Job
+    steps: int | None
+    epochs: float | None
+    learning_rate: float | None
+    template: str
+
+
+def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
+    """Do it; returns None in all processes of a run but the main one.
+
+    Returns:
+        What `print_result` shows: `out`, `recover`, and the record where there is one.
+
+    Raises:
+        UserError: for anything that cannot work; nothing is written then.
+        RunFailed: if training breaks down.
+    """
+    job = asked.job
+    _check(asked)
+    record = record_of(job.model)
+    kind = INSTRUCTIONS if holds_instructions(job.data, job.text_column) else TEXT
+    config = _config(asked, kind)
+    tokenizer = load_tokenizer(job.model)
+    model, autocast = _load(job)
+    config = _config(asked, kind, **autocast)
+    training = _training_data(asked, kind, config, tokenizer, model)
+    judged = judged_text(job, record, tokenizer, model, output)
+    with output.bars() as bars:
+        if not job.resume and is_main_process():
+            shutil.rmtree(job.out, ignore_errors=True)
+        trainer = RecoverTrainer(model, config, training, tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        progress = RecoveryProgress(bars)
+        trainer.add_callback(progress)
+        _print_plan(asked, kind, trainer, training, record, output)
+        before, after, small = _train(job, trainer, judged, bars)
+    if not is_main_process():
+        return None
+    entry = {
+        **_settings(asked, kind, trainer, training),
+        "seconds_per_step": statistics.median(progress.seconds) if progress.seconds else None,
+        "perplexity": {"before": before, "after": after, "protocol": protocol(judged)},
+    }
+    return _write(job, small, tokenizer, record, entry)
+
+
+def _check(asked: Recovery) -> None:
+    job = asked.job
+    if is_main_process():  # the others may come when it has begun to write
+        check_out(job)
+    check_template(asked.template)
+    if asked.steps is not None and asked.epochs is not None:
+        raise UserError("--steps and --epochs both say how long; pass one of them")
+    for option, value in (
+        ("--steps", asked.steps),
+        ("--epochs", asked.epochs),
+        ("--accumulation", job.settings["gradient_accumulation_steps"]),
+        ("--save-steps", job.settings["save_steps"]),
+    ):
+        if value is not None and value <= 0:
+            raise UserError(f"{option} {value}: pass more than 0")
+
+
+def _load(job: Job) -> tuple[PreTrainedModel, dict[str, bool]]:
+    """Load the weights no narrower than they are stored; computing in less is autocast's."""
+    computed = pick_dtype(job.dtype, pick_device(job.device))
+    model = load_model(job.model, computed)
+    stored = stored_dtype(model)
+    if computed == torch.float16 or stored.itemsize > computed.itemsize:
+        if stored != computed:
+            model = load_model(job.model, stored)
+        return model, {"fp16": computed == torch.float16, "bf16": computed == torch.bfloat16}
+    return model, {}
+
+
+def _config(asked: Recovery, kind: str, **more: Any) -> RecoverConfig:
+    job = asked.job
+    steps = asked.steps if asked.steps or kind == INSTRUCTIONS else STEPS
+    if kind == TEXT and asked.epochs is not None:
+        raise UserError(f"{job.data} is plain text, which has no epochs; pass --steps")
+    return RecoverConfig(
+        output_dir=str(job.out / RUN),
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_total_limit=2,
+        use_cpu=pick_device(job.device) == "cpu",
+        max_steps=steps or -1,
+        num_train_epochs=asked.epochs or EPOCHS,
+        learning_rate=RATES[kind] if asked.learning_rate is None else asked.learning_rate,
+        **job.settings,
+        **more,
+    )
+
+
+def _sequences_per_step(config: RecoverConfig) -> int:
+    """Return how many sequences all processes together learn from in a step."""
+    return int(config.train_batch_size * config.gradient_accumulation_steps * config.world_size)
+
+
+def _training_data(
+    asked: Recovery,
+    kind: str,
+    config: RecoverConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> Dataset[Any]:
+    job = asked.job
+    vocabulary = Anatomy(model).embedding.weight.shape[0]
+    each = _sequences_per_step(config)
+    count = config.max_steps * each if config.max_steps > 0 else None
+    given: dict[str, Any] = {
+        "length": job.length,
+        "text_column": job.text_column,
+        "vocab_size": vocabulary,
+    }
+    if kind == INSTRUCTIONS:
+        return read_examples(job.data, tokenizer, most=count, template=asked.template, **given)
+    assert count is not None
+    return training_blocks(job.data, tokenizer, count=count, seed=config.seed, **given)
+
+
+def _print_plan(
+    asked: Recovery,
+    kind: str,
+    trainer: RecoverTrainer,
+    training: Dataset[Any],
+    record: Mapping[str, Any] | None,
+    output: Output,
+) -> None:
+    job, args = asked.job, trainer.args
+    anatomy = Anatomy(trainer.model)
+    pruned = f", {record['sparsity']:.1%} of its decoder pruned" if record else ", not pruned"
+    output.line(f"Model   {job.model}: {millions(anatomy.parameters())} parameters{pruned}")
+    count = len(cast(Any, training))
+    skipped = training.skipped if isinstance(training, Examples) else 0
+    what = f"{count} examples, answers learned" if kind == INSTRUCTIONS else "plain text"
+    without = f" ({skipped} rows without an answer left out)" if skipped else ""
+    output.line(f"Data    {job.data}: {what}{without}")
+    each = _sequences_per_step(args)
+    steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(count / each * args.num_train_epochs)
+    )
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    output.line(
+        f"Run     {steps} steps of {each} x {job.length} tokens at most on {args.device}, "
+        f"{str(anatomy.model.dtype).removeprefix('torch.')}; LoRA rank {args.lora_rank} on all "
+        f"projections ({millions(trained)} parameters) at {args.learning_rate:g}"
+    )
+
+
+def _train(
+    job: Job, trainer: RecoverTrainer, judged: Mapping[str, Tensor], bars: Bars
+) -> tuple[dict[str, float], dict[str, float], PreTrainedModel]:
+    """Measure, train, merge and measure again."""
+
+    def measure(what: str, model: PreTrainedModel) -> dict[str, float]:
+        bars.update(what, 0, 1)
+        found = perplexities(model, judged, batch_size=4)
+        bars.update(what, 1, 1, f"perplexity {mean(found):.2f}")
+        return found
+
+    # The adapters add nothing before the first step.
+    before = measure("measuring the model", Anatomy(trainer.model).model)
+    trainer.train(resume_from_checkpoint=resume_from(job))
+    small = trainer.merge()
+    round_as_stored(small, stored_dtype(small))  # judged is what will be in the file
+    after = measure("measuring the result", small)
+    if not all(map(math.isfinite, after.values())):
+        raise RunFailed("the result's perplexity is not finite; lower --learning-rate")
+    return before, after, small
+
+
+def _settings(
+    asked: Recovery, kind: str, trainer: RecoverTrainer, training: Dataset[Any]
+) -> dict[str, Any]:
+    """Return what the record says of the recovery."""
+    job, args = asked.job, trainer.args
+    return {
+        "data": job.data,
+        "kind": kind,
+        "template": asked.template if kind == INSTRUCTIONS else None,
+        "sequences": len(cast(Any, training)),
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch if kind == INSTRUCTIONS else None,
+        "batch_size": _sequences_per_step(args),
+        "length": job.length,
+        "learning_rate": args.learning_rate,
+        "lora_rank": args.lora_rank,
+        "dtype": job.dtype,
+        "device": str(args.device),
+        "seed": args.seed,
+        "peak_memory_bytes": peak_memory(),
+        "versions": {x: version(x) for x in ("nuteprune", "torch", "transformers", "peft")},
+    }
+
+
+def _write(
+    job: Job,
+    small: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: Mapping[str, Any] | None,
+    entry: dict[str, Any],
+) -> dict[str, Any]:
+    if job.resume:
+        clear_result(job.out)
+    cast(Any, small).to(stored_dtype(small))
+    result = {"out": str(job.out), "recover": entry}
+    if record is None:
+        save(small, job.out, tokenizer)
+        return {**result, "bytes_on_disk": weights_size(job.out)}
+    if "recover" in record:
+        entry["earlier"] = record["recover"]
+    new = {**record, "recover": entry, "perplexity": judged_again(record["perplexity"], entry)}
+    return {**result, **write_again(job.out, small, tokenizer, new)}

@@ -1,0 +1,50 @@
+"""How much of the dense model's quality is left, in percent: pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+
+
+def retention(ours: float, dense: float, *, higher_is_better: bool) -> float | None:
+    """Return what a model keeps of the dense one's figure, in percent; more is better.
+
+    Args:
+        ours: its figure.
+        dense: the dense model's.
+        higher_is_better: False turns the ratio around, as for perplexity.
+
+    Returns:
+        100 where both are alike; None where the ratio says nothing (a zero or infinite figure).
+    """
+    over, under = (ours, dense) if higher_is_better else (dense, ours)
+    if under <= 0 or not math.isfinite(over) or not math.isfinite(under):
+        return None
+    return 100 * over / under
+
+
+def retentions(
+    ours: Mapping[str, float], dense: Mapping[str, float], higher_is_better: Mapping[str, bool]
+) -> dict[str, float | None]:
+    """Return the retention for each figure that both models have, and on average.
+
+    Args:
+        ours: name -> figure.
+        dense: the same of the dense model.
+        higher_is_better: name -> which way is better.
+
+    Returns:
+        Name -> percent, and `mean`: the retention of the mean figures, the way published averages
+        are compared; left out where the figures do not all point the same way.
+    """
+    names = [name for name in ours if name in dense]
+    kept = {
+        name: retention(ours[name], dense[name], higher_is_better=higher_is_better[name])
+        for name in names
+    }
+    ways = {higher_is_better[name] for name in names}
+    if len(ways) == 1:
+        means = (statistics.fmean(x[name] for name in names) for x in (ours, dense))
+        kept["mean"] = retention(*means, higher_is_better=ways.pop())
+    return kept

@@ -1,0 +1,218 @@
+"""Zero-shot tasks, through lm-evaluation-harness as a library (the extra `eval`)."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.errors import UserError
+from nuteprune.train.rows import one_line
+
+COMMONSENSE7: Final = (
+    "boolq",
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+)
+SUITES: Final[Mapping[str, tuple[str, ...]]] = {"commonsense7": COMMONSENSE7}
+"""Names for several tasks at once; `commonsense7` are the seven that the paper averages."""
+
+# Where options differ in length the accuracy is of length-normalised likelihoods; else the plain
+# one counts. Published tables do the same, though not all alike: the metric is stated.
+_NORMALIZED: Final = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model reaches in a task.
+
+    Args:
+        value: its figure.
+        metric: what it is, such as `acc_norm`.
+        stderr: its standard error, None if the harness gives none.
+        higher_is_better: which way is better.
+        samples: questions asked; None for a group of tasks.
+    """
+
+    value: float
+    metric: str
+    stderr: float | None
+    higher_is_better: bool
+    samples: int | None
+
+
+class Tasks:
+    """Tasks that have been found, to be asked of any number of models.
+
+    Args:
+        names: tasks, groups or suites of the harness, or of the folder.
+        include_path: folder with further task files (YAML), which go before those of the harness.
+        limit: questions per task; None: all.
+        fewshot: worked examples before each question; None: what the task says, mostly 0.
+
+    Raises:
+        UserError: if the harness is missing, or does not know a name.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        include_path: Path | None = None,
+        limit: int | None = None,
+        fewshot: int | None = None,
+    ) -> None:
+        if find_spec("lm_eval") is None:
+            raise UserError(
+                "--tasks needs lm-evaluation-harness, which is not installed; "
+                "run: pip install 'nuteprune[eval]'"
+            )
+        if include_path is not None and not include_path.is_dir():
+            raise UserError(f"--include-path {include_path} is no folder; pass one with task files")
+        if limit is not None and limit < 1:
+            raise UserError(f"--limit {limit}: pass at least 1 question per task")
+        self.names = [task for name in names for task in SUITES.get(name, (name,))]
+        if not self.names:
+            raise UserError("--tasks names no task; pass some, such as --tasks commonsense7")
+        self.limit = limit
+        self.fewshot = fewshot
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        self._manager = _manager(self.names, include_path)
+
+    def ask(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
+    ) -> dict[str, Score]:
+        """Ask a model all questions.
+
+        Args:
+            model: a causal LM, on its device.
+            tokenizer: its tokenizer.
+            batch_size: questions per forward pass.
+
+        Returns:
+            Task (group, where the harness aggregates one) -> score.
+
+        Raises:
+            UserError: if a task's data cannot be had.
+        """
+        from datasets.exceptions import DatasetsError
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        harness = HFLM(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
+        )
+        try:
+            with _asking_nobody_else():
+                results = simple_evaluate(
+                    model=harness,
+                    tasks=list(self.names),
+                    num_fewshot=self.fewshot,
+                    limit=self.limit,
+                    task_manager=self._manager,
+                    log_samples=False,
+                    bootstrap_iters=100,  # of no use to accuracies, whose error has a closed form
+                )
+        except (OSError, DatasetsError) as error:
+            raise UserError(
+                f"the data of a task cannot be had ({one_line(error)}); tasks whose data is local "
+                "go into a folder for --include-path"
+            ) from error
+        return read_scores(results or {})
+
+    def described(self) -> dict[str, Any]:
+        """Return how scores are made, fit for JSON."""
+        return {
+            "harness": f"lm_eval {version('lm_eval')}",
+            "limit": self.limit,
+            "fewshot": self.fewshot,
+        }
+
+
+@contextmanager
+def _asking_nobody_else() -> Iterator[None]:
+    """Keep the harness from asking git and the system for a log of its own; git complains."""
+    from lm_eval import evaluator
+
+    inquiries = [x for x in ("get_git_commit_hash", "add_env_info") if hasattr(evaluator, x)]
+    own = {name: getattr(evaluator, name) for name in inquiries}
+    for name in inquiries:
+        setattr(evaluator, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(evaluator, name, function)
+
+
+def _manager(names: list[str], include_path: Path | None) -> Any:
+    """Return the harness's task manager; its own tasks, thousands, are read only if needed."""
+    from lm_eval.tasks import TaskManager
+
+    manager = None
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=str(include_path) if include_path else None)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = get_close_matches(name, [*SUITES, *manager.all_tasks], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"the harness knows no task {name!r}{hint}")
+    return manager
+
+
+def read_scores(results: Mapping[str, Any]) -> dict[str, Score]:
+    """Pick one figure per task from what the harness returns.
+
+    Args:
+        results: what `lm_eval.simple_evaluate` returns.
+
+    Returns:
+        Task -> score; tasks of a group that has a figure of its own are left out.
+    """
+    rows: Mapping[str, Mapping[str, Any]] = results.get("results", {})
+    subtasks = results.get("group_subtasks", {})
+    averaged = [members for group, members in subtasks.items() if _metrics(rows.get(group))]
+    hidden = set(itertools.chain.from_iterable(averaged))
+    scores = {}
+    for task, row in rows.items():
+        metrics = _metrics(row)
+        if not metrics or (task in hidden and task not in subtasks):
+            continue
+        plain = [m for m in metrics if m.split(",")[0] != "acc_norm"]
+        normalized = [m for m in metrics if m.split(",")[0] == "acc_norm"]
+        key = next(iter(normalized if task in _NORMALIZED and normalized else plain or normalized))
+        name, _, kind = key.partition(",")
+        stderr = row.get(f"{name}_stderr,{kind}")
+        count = results.get("n-samples", {}).get(task, {}).get("effective")
+        higher = results.get("higher_is_better", {}).get(task, {}).get(name)
+        scores[task] = Score(
+            float(row[key]),
+            name,
+            float(stderr) if isinstance(stderr, (int, float)) else None,
+            higher is not False,
+            count,
+        )
+    return scores
+
+
+def _metrics(row: Mapping[str, Any] | None) -> list[str]:
+    """Return the keys of a task's figures, standard errors left out, in the task's order."""
+    return [
+        key
+        for key, value in (row or {}).items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    ]

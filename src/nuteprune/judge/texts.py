@@ -1,0 +1,309 @@
+"""What perplexity is measured on: texts by name, and the published ways to cut them into blocks.
+
+Published perplexities differ in the text's split, in what joins its rows, in the block length and
+in whether blocks overlap. Each of these is a field here, and stated with every result.
+
+Shape suffixes: N blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from nuteprune.errors import UserError
+from nuteprune.train.data import DEMO, collect, iter_documents, tokens_of, too_short
+from nuteprune.train.rows import one_line
+from nuteprune.train.split import split_rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "end-of-text"
+JOININGS: Final[Mapping[str, str]] = {
+    END_OF_TEXT: "",  # a token, not characters: rows are tokenized one by one
+    "blank-line": "\n\n",
+    "line": "\n",
+    "space": " ",
+    "nothing": "",
+}
+"""What stands between two rows: name -> characters."""
+
+_PARQUET = "refs/convert/parquet"  # where the hub keeps parquet copies of what needed a script
+
+
+@dataclass(frozen=True)
+class Text:
+    """A published text on the hub, as one file that no script has to read.
+
+    Args:
+        repo: the dataset's id.
+        file: the file in it.
+        column: the column that holds the text.
+        revision: the branch.
+        rows: how many of the first rows are in use; None: all.
+    """
+
+    repo: str
+    file: str
+    column: str = "text"
+    revision: str = "main"
+    rows: int | None = None
+
+
+_PTB = "ptb-text-only/ptb_text_only"
+TEXTS: Final[Mapping[str, Text]] = {
+    "wikitext2": Text("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+    "ptb": Text(_PTB, "penn_treebank/validation/0000.parquet", "sentence", _PARQUET),
+    "ptb-test": Text(_PTB, "penn_treebank/test/0000.parquet", "sentence", _PARQUET),
+    "c4": Text("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", rows=1100),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way to make blocks of a text.
+
+    Args:
+        length: tokens per block.
+        stride: tokens from one block's start to the next one's; None: the length, no overlap.
+        joining: what stands between rows, a key of `JOININGS`.
+        joinings: exceptions, text -> joining.
+        special_tokens: whether the tokenizer adds its own (a bos at the very start, mostly).
+        blocks: most blocks per text; None: all there are.
+        texts: the texts it is used with.
+        source: where it comes from.
+    """
+
+    length: int
+    joining: str
+    texts: tuple[str, ...]
+    source: str
+    stride: int | None = None
+    joinings: Mapping[str, str] = field(default_factory=dict)
+    special_tokens: bool = True
+    blocks: int | None = None
+
+
+HELD_OUT = "held-out"
+PROTOCOLS: Final[Mapping[str, Protocol]] = {
+    HELD_OUT: Protocol(
+        256,
+        END_OF_TEXT,
+        (DEMO,),
+        "this project's own, used by `prune` and `demo`",
+        special_tokens=False,
+        blocks=24,
+    ),
+    "nuteprune": Protocol(
+        2048, "blank-line", ("wikitext2", "ptb"), "the NutePrune authors' eval_ppl.py"
+    ),
+    "llm-pruner": Protocol(
+        128, "blank-line", ("wikitext2", "ptb"), "LLM-Pruner's PPLMetric, the tables of its line"
+    ),
+    "gptq": Protocol(
+        2048,
+        "blank-line",
+        ("wikitext2", "ptb-test", "c4"),
+        "GPTQ's datautils.py, also SparseGPT's and Wanda's",
+        joinings={"ptb-test": "space", "c4": "space"},
+        blocks=256,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A text, cut.
+
+    Args:
+        tokens_NT: token ids.
+        context_N: how many of each block's first tokens are only read.
+        described: how it was made, fit for JSON.
+    """
+
+    tokens_NT: Tensor
+    context_N: Tensor
+    described: Mapping[str, object]
+
+
+def protocol_named(name: str) -> Protocol:
+    """Return a published protocol.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol {name!r} is unknown; pass one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def changed(protocol: Protocol, **changes: object) -> Protocol:
+    """Return a protocol with those fields changed that are not None; the result is checked.
+
+    Args:
+        protocol: what to start from.
+        **changes: `length`, `stride`, `joining`, `blocks` (0: all there are).
+
+    Raises:
+        UserError: for values that give no blocks.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "joining" in given:
+        given["joinings"] = {}
+    if given.get("blocks") == 0:
+        given["blocks"] = None
+    made = replace(protocol, **given)  # type: ignore[arg-type]
+    if made.joining not in JOININGS:
+        raise UserError(f"joining {made.joining!r} is unknown; pass one of {', '.join(JOININGS)}")
+    stride = made.length if made.stride is None else made.stride
+    if made.length < 2 or not 1 <= stride <= made.length:
+        raise UserError(
+            f"blocks of {made.length} tokens, one every {stride}: pass a length of at least 2 and "
+            "a stride between 1 and the length"
+        )
+    if made.blocks is not None and made.blocks < 1:
+        raise UserError(f"{made.blocks} blocks: pass at least 1, or 0 for all there are")
+    return made
+
+
+def rows_of(
+    spec: str,
+    *,
+    whole: bool = False,
+    text_column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Callable[[], Iterable[str]]]:
+    """Find the rows of a text, the empty ones too.
+
+    Args:
+        spec: a name in `TEXTS`, `name=FILE` for a local copy of one, or a DATA spec.
+        whole: of a DATA spec, all of it, not only the held-out part.
+        text_column: the column that holds the text; None finds it.
+        tokenizer: renders rows of chat messages.
+
+    Returns:
+        Source name -> a function that reads its rows.
+
+    Raises:
+        UserError: if there is no such text, or (when read) it cannot be read.
+    """
+    name, is_copy, path = spec.partition("=")
+    if spec in TEXTS:
+        return {spec: partial(_hub_rows, spec)}
+    if is_copy and name in TEXTS:
+        text = TEXTS[name]
+        found = iter_documents(path, text_column=text_column or text.column, tokenizer=tokenizer)
+        (copy,) = found.values()
+        return {name: lambda: itertools.islice(copy.read(), text.rows)}
+    sources = iter_documents(spec, text_column=text_column, tokenizer=tokenizer)
+    if whole:
+        return {name: source.read for name, source in sources.items()}
+    return {name: partial(_held_out, source) for name, source in sources.items()}
+
+
+def _held_out(source: Iterable[str]) -> Iterable[str]:
+    return (held for _, held in map(split_rule(source), source))
+
+
+def _hub_rows(name: str) -> list[str]:
+    import datasets
+
+    text = TEXTS[name]
+    try:
+        rows = datasets.load_dataset(
+            text.repo, data_files={"test": text.file}, revision=text.revision, split="test"
+        )
+        return list(rows[text.column][: text.rows])
+    # Whatever the hub client and the format's reader below `datasets` raise.
+    except Exception as error:
+        raise UserError(
+            f"{name}: the hub does not give {text.file} of {text.repo} ({one_line(error)}); pass a "
+            f"local copy as --data {name}=FILE, or other text"
+        ) from error
+
+
+def make_blocks(
+    name: str,
+    rows: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+) -> Blocks:
+    """Cut the rows of a text into blocks.
+
+    Args:
+        name: what the text is called.
+        rows: its rows.
+        tokenizer: the model's tokenizer.
+        protocol: how it is done.
+
+    Returns:
+        The blocks. Without overlap, tokens that fill no block are left out; with overlap, each
+        token but the first is predicted once, the last block reaching back as far as it must.
+
+    Raises:
+        UserError: if the text is shorter than a block.
+    """
+    joining = protocol.joinings.get(name, protocol.joining)
+    stride = protocol.stride or protocol.length
+    needed = None if protocol.blocks is None else protocol.length + stride * (protocol.blocks - 1)
+    tokens = _tokenized(rows, tokenizer, joining, protocol.special_tokens, needed)
+    if len(tokens) < protocol.length:
+        raise too_short(name, len(tokens), protocol.length)
+    tokens_NT, context_N = cut(tokens, protocol.length, stride)
+    most = protocol.blocks
+    described = {
+        "joining": joining,
+        "special_tokens": protocol.special_tokens,
+        "block_length": protocol.length,
+        "stride": stride,
+        "block_count": len(tokens_NT[:most]),
+    }
+    return Blocks(tokens_NT[:most], context_N[:most], described)
+
+
+def _tokenized(
+    rows: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    joining: str,
+    special_tokens: bool,
+    most: int | None,
+) -> Tensor:
+    """Return the tokens (n,) of joined rows, as far as they are needed."""
+    if joining == END_OF_TEXT:
+        pieces: Iterable[list[int]] = tokens_of(rows, tokenizer)
+    else:
+        text = JOININGS[joining].join(rows)
+        encoded = tokenizer(text, add_special_tokens=special_tokens, verbose=False)
+        pieces = [encoded["input_ids"]]
+    if most is None:
+        return torch.tensor(list(itertools.chain.from_iterable(pieces)), dtype=torch.long)
+    return collect(pieces, most).long()
+
+
+def cut(tokens: Tensor, length: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Cut tokens into blocks of a length, one every `stride`.
+
+    Args:
+        tokens: token ids (n,), n >= length.
+        length: tokens per block.
+        stride: tokens from start to start, at most the length.
+
+    Returns:
+        Blocks (N, T), and how many of each one's first tokens (N,) an earlier block predicts, or
+        none can: the first of all, and without overlap the first of each.
+    """
+    starts = torch.arange(0, len(tokens) - length + 1, stride)
+    context_N = torch.full((len(starts),), max(1, length - stride))
+    context_N[0] = 1
+    left = len(tokens) - length - int(starts[-1])
+    if stride < length and left:
+        starts = torch.cat([starts, torch.tensor([len(tokens) - length])])
+        context_N = torch.cat([context_N, torch.tensor([length - left])])
+    return tokens[starts[:, None] + torch.arange(length)], context_N

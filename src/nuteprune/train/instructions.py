@@ -1,0 +1,300 @@
+"""Instruction data as examples: what is asked is read, what is answered is learned.
+
+Shape suffixes: B examples of a batch, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nuteprune.errors import UserError
+from nuteprune.train import readers
+from nuteprune.train.data import DEMO, check_ids, hub_parts, iter_documents, local_files
+from nuteprune.train.rows import cell_text, chat_turns, laid_out, render, row_document
+from nuteprune.train.split import split_rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED: Final = -100  # label of a token that is read, not learned
+TEMPLATES: Final = ("auto", "chat", "alpaca")
+"""How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
+
+# The wording that models tuned on Alpaca-like data have seen (Taori et al. 2023).
+_TASK = "Below is an instruction that describes a task"
+_MORE = ", paired with an input that provides further context"
+_WRITE = ". Write a response that appropriately completes the request.\n\n"
+_ALPACA = _TASK + _WRITE + "### Instruction:\n{0}\n\n### Response:\n"
+_ALPACA_INPUT = (
+    _TASK + _MORE + _WRITE + "### Instruction:\n{0}\n\n### Input:\n{1}\n\n### Response:\n"
+)
+
+_MULTIPLE = 8  # batches are padded to a multiple of so many tokens
+
+Row = tuple[str, Mapping[str, object], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text, and whether it is learned or only read."""
+
+    text: str
+    learned: bool
+
+
+class Examples(Dataset[dict[str, Tensor]]):
+    """Examples of different lengths.
+
+    Args:
+        ids: token ids of each example.
+        labels: the same, `IGNORED` where a token is only read.
+        skipped: rows that gave none: without an answer, or with one that is cut off.
+    """
+
+    def __init__(self, ids: Sequence[Tensor], labels: Sequence[Tensor], skipped: int) -> None:
+        self.ids = ids
+        self.labels = labels
+        self.skipped = skipped
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index].long(), "labels": self.labels[index].long()}
+
+
+def pad(examples: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Tensor]:
+    """Collate examples, each padded at its end to the length of the longest.
+
+    Args:
+        examples: `input_ids` and `labels` (length of each,).
+        padding: token id to fill up with; any will do, since nothing attends to it.
+
+    Returns:
+        `input_ids`, `labels` and `attention_mask`, all (B, T).
+    """
+    longest = max(len(x["input_ids"]) for x in examples)
+    # Blocks of text, all of one length, stay as they are.
+    uneven = any(len(x["input_ids"]) < longest for x in examples)
+    width = -(-longest // _MULTIPLE) * _MULTIPLE if uneven else longest
+    size = (len(examples), width)
+    batch = {
+        "input_ids": torch.full(size, padding),
+        "labels": torch.full(size, IGNORED),
+        "attention_mask": torch.zeros(size, dtype=torch.long),
+    }
+    for i, example in enumerate(examples):
+        length = len(example["input_ids"])
+        batch["input_ids"][i, :length] = example["input_ids"]
+        batch["labels"][i, :length] = example["labels"]
+        batch["attention_mask"][i, :length] = 1
+    return batch
+
+
+def holds_instructions(spec: str, text_column: str | None = None) -> bool:
+    """Return whether a DATA spec is instruction data, by its first row; else it is plain text.
+
+    Args:
+        spec: the DATA spec.
+        text_column: the column that holds the text; None finds it.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    rows = _rows(spec, text_column)
+    first = None if rows is None else next(iter(laid_out(rows, text_column)), None)
+    return first is not None and _is_instruction(first)
+
+
+def _is_instruction(found: Row) -> bool:
+    _, row, layout = found
+    return len(layout) > 1 or isinstance(row.get(layout[0]), list)
+
+
+def _rows(spec: str, text_column: str | None) -> Iterator[tuple[str, object]] | None:
+    """Return the rows of a DATA spec, None where it has none."""
+    if spec == DEMO:
+        return None
+    files = local_files(spec)
+    if files is None:
+        return readers.hub_rows(*hub_parts(spec))
+    if all(file.suffix.lower() == ".txt" for file in files):
+        return None
+    return itertools.chain.from_iterable(map(partial(_file_rows, text_column), files))
+
+
+def _file_rows(text_column: str | None, file: Path) -> Iterator[tuple[str, object]]:
+    rows = readers.file_rows(file, text_column)
+    if rows is None:
+        raise UserError(
+            f"{file}: plain text among files of rows; pass either of them as a folder of its own"
+        )
+    return rows
+
+
+def read_examples(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    most: int | None = None,
+    template: str = "auto",
+    text_column: str | None = None,
+    vocab_size: int | None = None,
+) -> Examples:
+    """Read instruction data: its training part, what is asked masked in the labels.
+
+    Args:
+        spec: the DATA spec; rows of chat `messages`, or of instruction, input and output.
+        tokenizer: the model's tokenizer.
+        length: most tokens per example; what is longer is cut off.
+        most: most examples; None: all.
+        template: one of `TEMPLATES`.
+        text_column: the column with the messages; None finds it.
+        vocab_size: the model's number of token ids; None does not check them.
+
+    Returns:
+        The examples, in the order of the rows.
+
+    Raises:
+        UserError: a row is not instruction data, or no row gives an example.
+    """
+    check_template(template)
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "alpaca"
+    source = iter_documents(spec, text_column=text_column, tokenizer=tokenizer)
+    (documents,) = source.values()
+    rule = split_rule(documents)
+    ids, labels, skipped = [], [], 0
+    for found in laid_out(_rows(spec, text_column) or (), text_column):
+        where, row, layout = found
+        if not _is_instruction(found):
+            raise UserError(f"{where}: not instruction data, as the first row is; mend the row")
+        _, held_out = rule(row_document(row, layout, where, tokenizer))
+        if held_out:
+            continue
+        encoded = encode(pieces(found, tokenizer, template), tokenizer, length)
+        if encoded is None:
+            skipped += 1
+            continue
+        ids.append(encoded[0])
+        labels.append(encoded[1])
+        if len(ids) == most:
+            break
+    if not ids:
+        raise UserError(
+            f"{spec}: none of {skipped} rows has an answer within {length} tokens; "
+            "pass a greater --length, or data with answers"
+        )
+    check_ids(torch.cat(ids), vocab_size)
+    return Examples(ids, labels, skipped)
+
+
+def check_template(template: str) -> None:
+    """Refuse a template that is none of `TEMPLATES`.
+
+    Raises:
+        UserError: names those that there are.
+    """
+    if template not in TEMPLATES:
+        raise UserError(f"template {template!r} is unknown; pass one of {', '.join(TEMPLATES)}")
+
+
+def pieces(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Piece]:
+    """Return a row as text to read and text to learn.
+
+    Args:
+        found: where the row comes from, the row, and its columns.
+        tokenizer: renders chats.
+        template: `chat` or `alpaca`, for rows of instruction, input and output.
+    """
+    where, row, layout = found
+    if len(layout) == 1:
+        messages = row[layout[0]]
+        assert isinstance(messages, list)
+        return _chat_pieces(chat_turns(messages, where), where, tokenizer)
+    instruction, more, answer = (cell_text(row, name, where, tokenizer) for name in layout)
+    if template == "alpaca":
+        asked = (_ALPACA_INPUT if more else _ALPACA).format(instruction, more)
+        ends = tokenizer.eos_token or ""
+        return [Piece(_start(tokenizer) + asked, False), Piece(answer + ends, bool(answer))]
+    asked = "\n\n".join(filter(None, (instruction, more)))
+    turns = [{"role": "user", "content": asked}]
+    if answer:
+        turns.append({"role": "assistant", "content": answer})
+    return _chat_pieces(turns, where, tokenizer)
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that the tokenizer puts before a text, if it does."""
+    bos = tokenizer.bos_token_id
+    starts = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    return str(tokenizer.bos_token) if starts else ""
+
+
+def _chat_pieces(
+    turns: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Piece]:
+    """Learn every answer, or the last one alone where the template rewrites earlier turns."""
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    found: list[Piece] = []
+    done = ""
+    for i in answers:
+        asked, told = _around(turns, i, where, tokenizer)
+        if not (asked.startswith(done) and told.startswith(asked)):
+            break
+        found += [Piece(asked[len(done) :], False), Piece(told[len(asked) :], True)]
+        done = told
+    else:
+        return found
+    asked, told = _around(turns, answers[-1], where, tokenizer)
+    if not told.startswith(asked):
+        raise UserError(
+            f"{where}: the model's chat template does not continue a question with its answer, so "
+            "the two cannot be told apart; pass --template alpaca with rows of instruction and "
+            "output, or plain text"
+        )
+    return [Piece(asked, False), Piece(told[len(asked) :], True)]
+
+
+def _around(
+    turns: list[dict[str, str]], answer: int, where: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """Return a chat up to an answer, and with it."""
+    asked = render(turns[:answer], where, tokenizer, asks=True) if answer else ""
+    return asked, render(turns[: answer + 1], where, tokenizer)
+
+
+def encode(
+    found: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[Tensor, Tensor] | None:
+    """Tokenize pieces one by one, as they come when a model answers.
+
+    Args:
+        found: text to read and text to learn; special tokens are part of it.
+        tokenizer: the model's tokenizer.
+        length: most tokens.
+
+    Returns:
+        Token ids and labels (T,), T <= length; None if nothing is learned within it.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in found:
+        tokens: Any = tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokens
+        labels += tokens if piece.learned else [IGNORED] * len(tokens)
+    ids, labels = ids[:length], labels[:length]
+    # The first token has nothing that it could be predicted from.
+    if all(label == IGNORED for label in labels[1:]):
+        return None
+    return torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)

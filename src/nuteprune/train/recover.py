@@ -1,0 +1,149 @@
+"""Fine-tuning of a sliced model: LoRA on all projections, merged at the end.
+
+Source: the paper's post fine-tuning (Alpaca, two epochs, rate 1e-4, LoRA on all projections).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from nuteprune.distill.coforward import LoraBank
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.shrink.finalize import merge_lora
+from nuteprune.train.checkpoints import AtomicTrainer
+from nuteprune.train.instructions import pad
+from nuteprune.train.state import RunState, restore
+
+
+@dataclass
+class RecoverConfig(TrainingArguments):
+    """Settings of a `RecoverTrainer`: those below, and all of `transformers.TrainingArguments`.
+
+    Args:
+        lora_rank: rank of the adapters.
+        lora_alpha: their scale is alpha / rank; None: 1.
+        lora_dropout: share of the adapters' input that is dropped in training.
+    """
+
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale is alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs dropped."})
+
+    # Defaults of TrainingArguments that differ here.
+    learning_rate: float = field(default=1e-4, metadata={"help": "Rate of LoRA."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="linear", metadata={"help": "How the rate falls."}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per step."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank < 1 or self.per_device_train_batch_size < 1:
+            raise UserError(
+                f"LoRA rank {self.lora_rank}, batch size {self.per_device_train_batch_size}: "
+                "pass at least 1 of each"
+            )
+        if not self.learning_rate > 0:
+            raise UserError(f"learning rate {self.learning_rate}: pass one above 0, such as 1e-4")
+
+
+class RecoverTrainer(AtomicTrainer):
+    """Trains LoRA on all projections of a pruned (or intact) model on the language-model loss.
+
+    Args:
+        model: a causal LM of a supported family; it is wrapped with LoRA, and `merge` uses it up.
+        args: the settings.
+        train_dataset: items with `input_ids` and `labels` (T,), of any lengths.
+        processing_class: the tokenizer, whose padding token fills up.
+        **kwargs: passed on to `transformers.Trainer`.
+
+    Raises:
+        UserError: for an unsupported model.
+    """
+
+    args: RecoverConfig
+    model: PeftModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: RecoverConfig,
+        train_dataset: Dataset[Any],
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ) -> None:
+        intact = Anatomy(model)
+        model.requires_grad_(False)
+        set_seed(args.seed)  # LoRA starts from random values
+        settings = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha or args.lora_rank,
+            lora_dropout=args.lora_dropout,
+            target_modules=intact.lora_targets(),
+            task_type="CAUSAL_LM",
+        )
+        wrapped = get_peft_model(model, settings)
+        self.bank = LoraBank(Anatomy(wrapped))
+        super().__init__(
+            model=wrapped,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            data_collator=partial(pad, padding=_padding(processing_class)),
+            **kwargs,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write each logged step to the run's metrics.
+
+        Raises:
+            RunFailed: if the loss or its gradients are not finite.
+        """
+        if "loss" in logs:
+            self.write_metrics(logs)
+        super().log(logs, start_time)
+        # Under float16 the scale is found by letting gradients overflow now and then.
+        names = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
+        figures = [float(logs[name]) for name in names if name in logs]
+        if not all(map(math.isfinite, figures)):
+            raise RunFailed(
+                f"the loss or its gradients are not finite at step {self.state.global_step}; lower "
+                f"--learning-rate (now {self.args.learning_rate:g}), or use --dtype float32"
+            )
+
+    def merge(self) -> PreTrainedModel:
+        """Add the LoRA weights to the model's, in fp32, and return it without adapters."""
+        self.model.eval()
+        return merge_lora(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the LoRA weights; the model is where it came from."""
+        folder = Path(cast(str, output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        RunState(self.bank.state(), {}, {}, [], []).save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Go back to a checkpoint: LoRA, and the metrics up to it."""
+        folder = Path(resume_from_checkpoint)
+        restore(self.bank.state(), RunState.load(folder).lora, "LoRA weights")
+        self.cut_metrics(int(folder.name.rpartition("-")[2]))
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    tokens: Sequence[int | None] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in tokens if token is not None), 0)

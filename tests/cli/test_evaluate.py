@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nuteprune.export.checkpoint import load_pruned
+
+Run = Callable[..., tuple[int, str, str]]
+ASKED = ["--device", "cpu", "--json"]
+
+
+def last(stdout: str) -> dict[str, Any]:
+    return json.loads(stdout.splitlines()[-1])
+
+
+def prune(run: Run, model: Path, text: Path, out: Path, *more: str) -> None:
+    options = {"sparsity": 0.3, "data": text, "out": out, "steps": 4, "batch-size": 2}
+    flags = [x for name, value in options.items() for x in (f"--{name}", value)]
+    fixed = ["--length", 24, "--device", "cpu", "--set", "neuron_multiple=4"]
+    assert run("prune", model, *flags, *fixed, *more)[0] == 0
+
+
+def test_retention_is_dense_over_pruned(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    prune(run, model, text, out)
+    held_out = ["--data", text, "--length", 24]
+    code, stdout, stderr = run("eval", out, "--against", model, *held_out, *ASKED)
+    assert (code, "Traceback" in stderr) == (0, False)
+    found = last(stdout)
+    ours, dense = (found["perplexity"][str(x)]["text.txt"] for x in (out, model))
+    kept = found["retention"]["perplexity"]
+    assert kept["text.txt"] == kept["mean"] == pytest.approx(100 * dense / ours)
+    assert found["protocol"]["texts"]["text.txt"]["block_length"] == 24
+    code, stdout, _ = run("eval", out, *held_out, "--device", "cpu")
+    assert code == 0
+    assert "held-out part" in stdout
+    assert "retained" not in stdout
+
+
+def test_a_published_protocol_is_the_models_own_loss_on_joined_rows(
+    model: Path, tiny_tokenizer, tmp_path: Path, run: Run
+) -> None:
+    rows = ["", "The student learns", "", "from a teacher that is a little less pruned"]
+    (tmp_path / "copy.jsonl").write_text("\n".join(json.dumps({"text": x}) for x in rows))
+    spec = f"wikitext2={tmp_path / 'copy.jsonl'}"
+    code, stdout, _ = run("eval", model, "--data", spec, "--length", 8, *ASKED)
+    assert code == 0
+    found = last(stdout)
+    assert found["protocol"]["texts"]["wikitext2"]["protocol"] == "nuteprune"
+    ids = torch.tensor(tiny_tokenizer("\n\n".join(rows))["input_ids"])
+    blocks = ids[: len(ids) // 8 * 8].view(-1, 8)
+    with torch.no_grad():
+        loss = load_pruned(model)(input_ids=blocks, labels=blocks).loss
+    assert found["perplexity"][str(model)]["wikitext2"] == pytest.approx(
+        float(loss.exp()), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete", "deterministic"])
+def test_a_checkpoint_midway_is_the_model_of_its_step(
+    model: Path, text: Path, tmp_path: Path, run: Run, gate_type: str, steps: int
+) -> None:
+    """The last step's checkpoint, masks frozen, judges as the result that was sliced from it."""
+    out = tmp_path / "out"
+    freeze = "freeze_share=0.75"  # at step 3 of 4
+    sets = ("save_steps=2", f"gate_type={gate_type}", freeze, "compensation=none", "lora_alpha=8")
+    prune(run, model, text, out, *(x for s in sets for x in ("--set", s)))
+    checkpoint = out / f"run/checkpoint-{steps}"
+    asked = ["--data", text, "--length", 24, *ASKED]
+    code, stdout, stderr = run("eval", checkpoint, "--against", out, *asked)
+    assert code == 0, stderr
+    found = last(stdout)
+    ours, final = (found["perplexity"][str(x)]["text.txt"] for x in (checkpoint, out))
+    if steps == 4:
+        assert ours == pytest.approx(final, rel=1e-4)
+        assert found["midway_sparsity"][str(checkpoint)] == pytest.approx(0.3, abs=0.05)
+    else:
+        assert ours != pytest.approx(final, rel=1e-4)
+    (out / "nuteprune.json").unlink()
+    code, _, stderr = run("eval", checkpoint, *asked)
+    assert code == 2
+    assert "--base" in stderr
+    known = ("lora_alpha=8", "neuron_multiple=4", f"gate_type={gate_type}", "sparsity=0.3")
+    settings = [x for s in known for x in ("--set", s)]
+    code, stdout, _ = run("eval", checkpoint, *asked, "--base", model, *settings)
+    assert code == 0
+    assert last(stdout)["perplexity"][str(checkpoint)]["text.txt"] == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
+@pytest.mark.filterwarnings("default")
+def test_local_tasks(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    questions = [{"q": f"Teacher {i}", "label": i % 2} for i in range(4)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "school.yaml").write_text(
+        f"task: school\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'q.jsonl'}}}}}\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: ["student", "pruned"]\ndoc_to_target: label\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    tasks = ["--tasks", "school", "--include-path", tmp_path]
+    code, stdout, stderr = run("eval", model, "--against", model, *tasks, *ASKED)
+    assert code == 0, stderr
+    found = last(stdout)
+    assert found["perplexity"] == {}
+    score = found["tasks"][str(model)]["school"]
+    assert (score["metric"], score["samples"]) == ("acc", 4)
+    assert found["retention"]["tasks"] == {"school": 100, "mean": 100}
+
+
+BAD = {
+    "unknown protocol": (["--protocol", "nutprune"], "held-out, nuteprune"),
+    "unknown joining": (["--joining", "comma"], "blank-line"),
+    "stride beyond the length": (["--length", "8", "--stride", "9"], "stride"),
+    "no such text": (["--data", "nope.txt"], "nope.txt"),
+    "the same text twice": (["--data", "TEXT", "--data", "TEXT"], "only once"),
+    "text too short": (["--data", "TEXT", "--length", "99999"], "a block takes 99999"),
+    "batch size 0": (["--batch-size", "0"], "at least 1"),
+    "limit without tasks": (["--limit", "3"], "--tasks"),
+    "unknown setting": (["--set", "lora_rang=3"], "lora_rank"),
+    "no number": (["--length", "many"], "--length"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, model: Path, text: Path, run: Run
+) -> None:
+    args, expected = BAD[case]
+    given = [str(text) if x == "TEXT" else x for x in args]
+    data = [] if "--data" in args else ["--data", str(text)]
+    code, _, stderr = run("eval", model, "--device", "cpu", *data, *given)
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert (code, len(lines)) == (2, 1), stderr
+    assert expected in lines[0]

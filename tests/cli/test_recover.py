@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from nuteprune.cli import recovery
+from nuteprune.export.checkpoint import load_pruned
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK: list[str] = ["--batch-size", "4", "--length", "24", "--learning-rate", "1e-2"]
+
+
+def last(stdout: str) -> dict[str, Any]:
+    return json.loads(stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def pruned(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned checkpoint that is stored in bfloat16."""
+    from typer.testing import CliRunner
+
+    from nuteprune.cli.app import make_app
+
+    half = tmp_path_factory.mktemp("half")
+    load_pruned(model, dtype=torch.bfloat16).save_pretrained(half)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, half / name)
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    size = ["--length", "24", "--steps", "2", "--batch-size", "2", "--sparsity", "0.3"]
+    where = ["--data", str(text), "--out", str(out), "--device", "cpu", "--dtype", "float32"]
+    done = CliRunner().invoke(make_app(), ["prune", str(half), *size, *where])
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def options(source: Path, out: Path, *more: Any) -> list[Any]:
+    return ["recover", source, "--out", out, "--device", "cpu", *QUICK, *more]
+
+
+def test_plain_text_lowers_perplexity_and_keeps_the_record(
+    pruned: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    asked = ["--data", text, "--steps", 12, "--dtype", "float32"]
+    code, stdout, stderr = run(*options(pruned, out, *asked), "--json")
+    assert (code, "Traceback" in stderr) == (0, False), stderr
+    result, old = last(stdout), json.loads((pruned / "nuteprune.json").read_text())
+    record = json.loads((out / "nuteprune.json").read_text())
+    assert record.items() <= result.items()
+    changed = {"perplexity", "recover", "bytes_on_disk"}
+    assert {k: v for k, v in record.items() if k not in changed} == {
+        k: v for k, v in old.items() if k not in changed
+    }
+    entry = record["recover"]
+    assert (entry["kind"], entry["steps"], entry["sequences"]) == ("text", 12, 48)
+    # Judged by the very blocks that the pruned model was judged by.
+    assert record["perplexity"]["before"] == old["perplexity"]["before"]
+    assert record["perplexity"]["protocol"] == old["perplexity"]["protocol"]
+    assert entry["perplexity"]["before"]["text.txt"] == pytest.approx(
+        old["perplexity"]["after"]["text.txt"],
+        rel=2e-2,  # that was before rounding to bfloat16
+    )
+    assert record["perplexity"]["after"]["text.txt"] < 0.9 * old["perplexity"]["after"]["text.txt"]
+    small = load_pruned(out)
+    assert small.dtype == torch.bfloat16
+    assert sum(p.numel() for p in small.parameters()) == record["params"]["after"]
+    assert small.config.to_dict() == load_pruned(pruned).config.to_dict() | {
+        "_name_or_path": str(out)
+    }
+    fp32 = ["--device", "cpu", "--dtype", "float32", "--json"]
+    code, stdout, _ = run("eval", out, "--data", text, "--length", 24, *fp32)
+    judged = last(stdout)["perplexity"][str(out)]["text.txt"]
+    # To the last digits: of the weights as they were rounded for the file.
+    assert judged == pytest.approx(record["perplexity"]["after"]["text.txt"], rel=1e-5)
+    assert "Recovered   12 steps" in run("inspect", out)[1]
+
+    code, stdout, stderr = run(*options(out, tmp_path / "more", *asked), "--json")
+    assert code == 0, stderr
+    assert last(stdout)["recover"]["earlier"] == entry
+
+
+def test_instructions_by_epochs(pruned: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    rows = [{"instruction": f"Say {i}", "output": "A teacher"} for i in range(300)]
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps([*rows, {"instruction": "Say", "output": ""}]))
+    out = tmp_path / "out"
+    asked = ["--data", path, "--epochs", 0.1, "--length", 128, "--eval-data", text]
+    code, stdout, stderr = run(*options(pruned, out, *asked), "--json")
+    assert code == 0, stderr
+    record = last(stdout)
+    entry = record["recover"]
+    assert (entry["kind"], entry["template"]) == ("instructions", "auto")
+    assert 270 <= entry["sequences"] <= 300
+    assert entry["steps"] == -(-entry["sequences"] // 4) // 10 + 1
+    assert "1 rows without an answer left out" in stderr or entry["sequences"] < 300
+    # Judged by other blocks than the pruned model was: nothing of the intact model to set beside.
+    assert record["perplexity"]["before"] == {}
+    assert run("inspect", out)[0] == 0
+
+
+def test_an_intact_model_can_be_tuned_for_comparison(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    code, stdout, stderr = run(*options(model, out, "--data", text, "--steps", 2), "--json")
+    assert code == 0, stderr
+    assert last(stdout)["recover"]["seconds_per_step"] > 0
+    assert not (out / "nuteprune.json").exists()
+    assert "not pruned" in stderr
+    assert load_pruned(out).dtype == load_pruned(model).dtype
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_resumed_is_never_interrupted(
+    pruned: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--data", text, "--steps", 5, "--save-steps", 2, "--dtype", "float32"]
+    assert run(*options(pruned, tmp_path / "a", *asked))[0] == 0
+    again = options(pruned, tmp_path / "b", *asked)
+    assert run(*again, "--resume")[0] == 2
+    assert not (tmp_path / "b").exists()
+
+    class Killed(recovery.RecoverTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(StopAt())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "RecoverTrainer", Killed)
+        code, _, stderr = run(*again)
+    assert (code, "Traceback" in stderr) == (130, False)
+    assert [x.name for x in (tmp_path / "b").iterdir()] == ["run"]
+    assert run(*again, "--resume")[0] == 0
+    first = (tmp_path / "a/model.safetensors").read_bytes()
+    assert (tmp_path / "b/model.safetensors").read_bytes() == first
+
+    code, _, stderr = run(*again)
+    assert code == 2
+    assert "--overwrite" in stderr
+    assert run(*again, "--overwrite")[0] == 0
+    assert (tmp_path / "b/model.safetensors").read_bytes() == first
+
+    checkpoint = tmp_path / "a/run/checkpoint-5"
+    text_asked = ["--data", text, "--length", 24, "--device", "cpu", "--json"]
+    code, stdout, stderr = run("eval", checkpoint, "--base", pruned, *text_asked)
+    assert code == 0, stderr
+    midway = last(stdout)["perplexity"][str(checkpoint)]["text.txt"]
+    record = json.loads((tmp_path / "a/nuteprune.json").read_text())
+    # That of the result is measured after rounding to bfloat16.
+    assert midway == pytest.approx(record["perplexity"]["after"]["text.txt"], rel=1e-2)
+    assert midway < 0.9 * record["recover"]["perplexity"]["before"]["text.txt"]
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "into the model": (["--out", "PRUNED", "--overwrite"], "holds the model"),
+    "above the model": (["--out", "ABOVE", "--overwrite"], "holds the model"),
+    "steps and epochs": (["--steps", "2", "--epochs", "1"], "pass one of them"),
+    "epochs of text": (["--epochs", "1"], "--steps"),
+    "no steps": (["--steps", "0"], "more than 0"),
+    "negative rate": (["--learning-rate", "-1"], "above 0"),
+    "rank 0": (["--lora-rank", "0"], "at least 1"),
+    "no batch": (["--batch-size", "0"], "at least 1"),
+    "no such data": (["--data", "nope.txt"], "nope.txt"),
+    "no such text to judge by": (["--eval-data", "nope.txt"], "nope.txt"),
+    "no such model": (["MODEL", "./nope"], "nope"),
+    "unknown dtype": (["--dtype", "float99"], "float99"),
+    "unknown template": (["--template", "vicuna"], "auto, chat, alpaca"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, pruned: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    args, expected = BAD[case]
+    places = {"PRUNED": pruned, "ABOVE": pruned.parent}
+    given = [places.get(x, x) for x in args]
+    source: Any = pruned
+    if given[0] == "MODEL":
+        source, given = given[1], []
+    given += [] if "--data" in given else ["--data", text]
+    given += [] if "--out" in given else ["--out", tmp_path / "out"]
+    code, _, stderr = run("recover", source, "--device", "cpu", "--length", 24, *given)
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert (code, len(lines)) == (2, 1), stderr
+    assert expected in lines[0]
+    assert not (tmp_path / "out").exists()
+    assert (pruned / "model.safetensors").exists()

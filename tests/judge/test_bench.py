@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.checkpoint import load_pruned
+from nuteprune.judge.bench import (
+    Setting,
+    Spread,
+    Timing,
+    Work,
+    advice,
+    compare,
+    decode_rates,
+    summarize,
+    time_once,
+)
+from nuteprune.judge.worker import Worker
+
+SETTING = Setting(batch_size=2, length=6, new_tokens=3)
+
+
+def kill_process() -> PreTrainedModel:
+    import os
+
+    os._exit(9)
+
+
+def refuse() -> PreTrainedModel:
+    raise UserError("no such model")
+
+
+@pytest.fixture
+def calls(tiny_model) -> tuple[PreTrainedModel, list[tuple[list[list[int]], int]]]:
+    """A model, and what it is called with: tokens, and how many a cache held before."""
+    model = tiny_model("llama")
+    seen: list[tuple[list[list[int]], int]] = []
+
+    def note(module: object, args: object, kwargs: dict) -> None:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        held = cache.get_seq_length() if cache is not None else 0
+        seen.append((kwargs["input_ids"].tolist(), held))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return model, seen
+
+
+def test_a_pass_decodes_what_generate_does(calls) -> None:
+    model, seen = calls
+    prompt = torch.randint(3, 96, (2, 6), generator=torch.Generator().manual_seed(0))
+    timing = time_once(model, prompt, 3)
+    assert timing.first_token > 0
+    assert timing.decode > 0
+    assert [held for _, held in seen] == [0, 6, 7, 8]
+    decoded = torch.tensor([tokens for tokens, _ in seen[1:]]).squeeze(-1).T
+    mask = torch.ones_like(prompt)
+    expected = model.generate(
+        prompt, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(decoded, expected[:, 6:])
+
+
+def test_models_take_turns(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"a": tiny_model("llama"), "b": tiny_model("qwen3")}
+    seconds = {"a": iter([9.0, 1.0, 2.0, 4.0]), "b": iter([9.0, 0.5, 0.5, 9.0])}
+    order: list[str] = []
+
+    def fake(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Timing:
+        (name,) = (n for n, m in models.items() if m is model)
+        order.append(name)
+        return Timing(0.1, next(seconds[name]))
+
+    monkeypatch.setattr("nuteprune.judge.bench.time_once", fake)
+    rates = decode_rates(models, torch.zeros(2, 4, dtype=torch.long), new_tokens=8)
+    assert order == ["a", "b"] * 4
+    assert rates == {"a": 16 / 2.0, "b": 16 / 0.5}  # the first pass only warms up
+
+
+def test_work_is_that_of_the_modules(tiny_name: str, tiny_model) -> None:
+    model = tiny_model(tiny_name)
+    work = Work.of(model)
+    linears = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+    head = model.get_output_embeddings().weight
+    table = model.get_input_embeddings().weight
+    assert work.blocks == sum(linears.values())
+    assert work.parameters == sum(p.numel() for p in model.parameters())
+    assert work.parameters - work.moved == (0 if head is table else table.numel())
+    assert work.prefill(SETTING) == 2 * (6 * work.blocks + head.numel())
+    assert work.decode(SETTING) == 4 * work.moved
+
+
+def test_figures_are_medians_of_rates() -> None:
+    timings = [Timing(0.5, 1.5, 10), Timing(2.0, 3.0, 30), Timing(1.0, 6.0, 20)]
+    found = summarize(SETTING, timings)
+    assert found["prefill_tokens_per_second"] == {"median": 12.0, "low": 6.0, "high": 24.0}
+    assert found["decode_tokens_per_second"] == {"median": 2.0, "low": 1.0, "high": 4.0}
+    assert found["first_token_seconds"]["median"] == 1.0
+    assert found["peak_memory_bytes"] == 30
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+
+
+def test_speed_is_compared_pass_by_pass_and_with_what_was_cut() -> None:
+    dense, ours = Work(200, 160, 40, 200, 4, 96), Work(120, 80, 40, 120, 4, 96)
+    old = [Timing(4.0, 2.0), Timing(40.0, 20.0)]  # the machine was busy in the second pass
+    new = [Timing(2.0, 1.0), Timing(20.0, 10.0)]
+    found = compare(SETTING, new, old, ours, dense)
+    assert found["prefill"]["median"] == found["decode"]["median"] == 2.0
+    assert found["prefill"]["bound"] == pytest.approx((6 * 160 + 40) / (6 * 80 + 40))
+    assert found["decode"]["bound"] == pytest.approx(200 / 120)
+    assert found["decode"]["reached"] == pytest.approx(2.0 * 120 / 200)
+
+
+def test_a_model_below_its_bound_is_told_why() -> None:
+    good = {"prefill": {"reached": 1.0}, "decode": {"reached": 0.95}}
+    bad = {"prefill": {"reached": 1.0}, "decode": {"reached": 0.5}}
+    odd, even = Work(1, 1, 1, 1, 4, 96), Work(1, 1, 1, 1, 4, 256)
+    assert advice([good], odd) == []
+    why, remedy = advice([good, bad], odd)
+    assert why.startswith("decode reaches 50%")
+    assert "multiples of 96" in remedy
+    assert len(advice([bad], even)) == 1
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
+    with Worker("tiny", partial(load_pruned, str(folder)), threads=1) as worker:
+        timing = worker.time(SETTING)
+        assert timing.first_token > 0
+        assert timing.decode > 0
+        assert 2**24 < timing.peak_memory < 2**34
+        assert worker.about.threads == 1
+        assert worker.about.work == Work.of(load_pruned(folder))
+        with pytest.raises(RunFailed, match="Error"):
+            worker.time(Setting(1, 0, 1))
+
+
+def test_a_worker_hands_errors_on() -> None:
+    with pytest.raises(UserError, match="no such model"):
+        Worker("tiny", refuse)
+    with pytest.raises(RunFailed, match="ended with code 9; perhaps memory"):
+        Worker("tiny", kill_process)

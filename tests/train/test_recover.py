@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.checkpoint import load_pruned
+from nuteprune.train.instructions import IGNORED, Examples
+from nuteprune.train.recover import RecoverConfig, RecoverTrainer
+from nuteprune.train.state import last_checkpoint
+
+
+def examples(count: int = 24) -> Examples:
+    """Of different lengths, the first two tokens only read."""
+    random = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, 96, (4 + i % 5,), generator=random) for i in range(count)]
+    labels = [torch.cat([torch.full((2,), IGNORED), x[2:]]) for x in ids]
+    return Examples(ids, labels, 0)
+
+
+def make(
+    model: PreTrainedModel, folder: Path, tokenizer: Any, data: Dataset[Any], **settings: Any
+) -> RecoverTrainer:
+    common = {"disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2, "max_steps": 4}
+    args = RecoverConfig(output_dir=str(folder), **{**common, **settings})
+    return RecoverTrainer(model, args, data, tokenizer)
+
+
+def weights(trainer: RecoverTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.bank.state().items()}
+
+
+def test_merged_is_what_was_trained(
+    tiny_name: str, tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    model = tiny_model(tiny_name)
+    tokens = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        untouched = model(tokens).logits
+    trainer = make(model, tmp_path, tiny_tokenizer, examples())
+    trainer.train()
+    trainer.model.eval()
+    with torch.no_grad():
+        trained = trainer.model(tokens).logits
+        merged = trainer.merge()(tokens).logits
+    assert (trained - untouched).abs().max() > 1e-2 * untouched.abs().max()
+    assert (merged - trained).abs().max() < 1e-4 * trained.abs().max()
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_loss_falls_on_every_projection(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(8), max_steps=12)
+    trainer.train()
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    changed = [v for name, v in weights(trainer).items() if name.endswith("B")]
+    assert len(changed) == 3 * 7
+    assert all(v.abs().max() > 0 for v in changed)
+
+
+def test_accumulation_of_uneven_examples_is_one_big_batch(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    found = []
+    for batch, times in ((8, 1), (1, 8)):
+        trainer = make(
+            tiny_model("llama"),
+            tmp_path / str(batch),
+            tiny_tokenizer,
+            examples(),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=times,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=1.0,
+        )
+        trainer.train()
+        found.append(weights(trainer))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_resumed_is_never_interrupted(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 7,
+        "lora_dropout": 0.2,
+    }
+    whole = make(tiny_model("llama"), tmp_path / "a", tiny_tokenizer, examples(), **settings)
+    whole.train()
+    killed = make(tiny_model("llama"), tmp_path / "b", tiny_tokenizer, examples(), **settings)
+    killed.add_callback(StopAt(5))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    checkpoint = last_checkpoint(tmp_path / "b")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-4"
+    again = make(tiny_model("llama"), tmp_path / "b", tiny_tokenizer, examples(), **settings)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[name])
+    lines = [
+        [(x["step"], x["loss"]) for x in map(json.loads, path.read_text().splitlines())]
+        for path in (tmp_path / "a/metrics.jsonl", tmp_path / "b/metrics.jsonl")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_checkpoint_cut_short_is_none(
+    tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    trainer = make(
+        tiny_model("llama"),
+        tmp_path,
+        tiny_tokenizer,
+        examples(),
+        save_strategy="steps",
+        save_steps=2,
+    )
+    monkeypatch.setattr(trainer, "_save_rng_state", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(float("nan"))
+    trainer = make(model, tmp_path, tiny_tokenizer, examples())
+    with pytest.raises(RunFailed, match="not finite at step 1; lower --learning-rate"):
+        trainer.train()
+
+
+def test_a_checkpoint_of_another_rank_is_refused(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(), **settings).train()
+    other = make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(), lora_rank=4, **settings)
+    with pytest.raises(UserError, match="run's own settings"):
+        other.train(resume_from_checkpoint=str(last_checkpoint(tmp_path)))
+
+
+def test_half_precision_weights_keep_their_dtype(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = load_pruned(tmp_path / "model", dtype=torch.bfloat16)
+    trainer = make(model, tmp_path / "run", tiny_tokenizer, examples())
+    trainer.train()
+    assert trainer.merge().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_rank": 0}, {"learning_rate": -1.0}, {"per_device_train_batch_size": 0}],
+)
+def test_senseless_settings_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pass"):
+        RecoverConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
