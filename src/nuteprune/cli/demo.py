@@ -26,6 +26,8 @@ from nuteprune.judge.perplexity import mean
 from nuteprune.judge.runfiles import SAMPLES, SPEED, write_extra
 
 STEPS = 60
+MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+"""The default batch in two parts, which need half of the memory for activations."""
 SPARSITY = "0.2"
 PROMPT = "The history of bread begins"
 FOLDER = "nuteprune-demo"
@@ -75,6 +77,8 @@ def demo(
         resume=resume,
         overwrite=overwrite,
     )
+    if not MEMORY.keys() & job.settings.keys():
+        job.settings |= MEMORY
     result = run(job, output)
     if result is not None:
         compare(job, result, output)
