@@ -143,7 +143,9 @@ class Teachers:
     def _read(self, index: int, device: str) -> Role:
         masks: dict[str, Tensor] = {}
         lora: dict[str, Tensor] = {}
-        with safe_open(self._path(index), framework="pt", device=device) as file:
+        # Under several processes torch says cpu:0, which safetensors does not know.
+        place = "cpu" if torch.device(device).type == "cpu" else device
+        with safe_open(self._path(index), framework="pt", device=place) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part, key = name.split(".", 1)
                 # LoRA may be kept in half the space; it multiplies as it was trained, in fp32.
