@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -219,3 +220,40 @@ def test_interrupt_is_exit_code_130(
     code, _, err = run(*options(model, text, tmp_path / "out"))
     assert code == 130
     assert "Traceback" not in err
+
+
+def test_a_pruned_checkpoint_is_pruned_again_and_its_record_says_so(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    once, twice, thrice = tmp_path / "once", tmp_path / "twice", tmp_path / "thrice"
+    assert run(*options(model, text, once))[0] == 0
+    assert run(*options(once, text, twice, sparsity=0.2))[0] == 0
+    assert run(*options(twice, text, thrice, sparsity=0.1, steps=0))[0] == 0
+    records = [json.loads((x / "nuteprune.json").read_text()) for x in (once, twice, thrice)]
+    for before, after in itertools.pairwise(records):
+        assert after["params"]["before"] == before["params"]["after"]
+        assert after["layers_before"] == [
+            {k: row[k] for k in ("heads", "kv_heads", "neurons")} for row in before["layers"]
+        ]
+    assert "history" not in records[0]
+    assert [step["target"] for step in records[2]["history"]] == [0.3, 0.2]
+    assert records[2]["base_model"] == str(model)
+
+
+def test_several_targets_and_chosen_dimensions_from_the_command_line(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    several = tmp_path / "several"
+    code, stdout, _ = run(*options(model, text, several, sparsity="0.2,0.4", steps=6), "--json")
+    assert code == 0
+    targets = json.loads(stdout.splitlines()[-1])["targets"]
+    assert [record["target"] for record in targets] == [0.2, 0.4]
+    for record in targets:
+        folder = several / f"sparsity-{record['target']:g}"
+        assert record["out"] == str(folder)
+        assert record["sparsity"] >= record["target"]
+        assert load_pruned(folder).config.num_hidden_layers == 3
+    wanted, again = several / "sparsity-0.2" / "nuteprune.json", tmp_path / "again"
+    assert run(*options(model, text, again, sparsity=None, shape=wanted))[0] == 0
+    assert json.loads((again / "nuteprune.json").read_text())["layers"] == targets[0]["layers"]
+    assert run(*options(model, text, tmp_path / "x", shape=wanted))[0] == 2

@@ -26,6 +26,8 @@ from nuteprune.judge.perplexity import mean
 from nuteprune.judge.runfiles import SAMPLES, SPEED, write_extra
 
 STEPS = 60
+MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+"""The default batch in two parts, which need half of the memory for activations."""
 SPARSITY = "0.2"
 PROMPT = "The history of bread begins"
 FOLDER = "nuteprune-demo"
@@ -41,6 +43,8 @@ def demo(
     method: o.Method = None,
     gates: o.Gates = None,
     shapes: o.Shapes = None,
+    neuron_multiple: o.NeuronMultiple = None,
+    hidden_multiple: o.HiddenMultiple = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     seed: o.Seed = None,
@@ -68,6 +72,8 @@ def demo(
         method=method,
         gates=gates,
         shapes=shapes,
+        neuron_multiple=neuron_multiple,
+        hidden_multiple=hidden_multiple,
         device=device,
         dtype=dtype,
         seed=seed,
@@ -75,6 +81,8 @@ def demo(
         resume=resume,
         overwrite=overwrite,
     )
+    if not MEMORY.keys() & job.settings.keys():
+        job.settings |= MEMORY
     result = run(job, output)
     if result is not None:
         compare(job, result, output)

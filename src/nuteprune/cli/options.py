@@ -58,6 +58,12 @@ Gates = Annotated[
     typer.Option(help="heads, kv_groups, neurons, hidden, attn_block, mlp_block; comma separated."),
 ]
 Shapes = Annotated[str | None, typer.Option(help="free or uniform.")]
+NeuronMultiple = Annotated[
+    int | None, typer.Option(help="Neurons kept per layer are a multiple of it; default 32.")
+]
+HiddenMultiple = Annotated[
+    int | None, typer.Option(help="The width kept is a multiple of it; default 64.")
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text in structured files.")]

@@ -17,6 +17,8 @@ from transformers import (
 from nuteprune.demo import assets
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.record import FILE_NAME as RECORD
+from nuteprune.export.record import read_record
 from nuteprune.model.families import FAMILIES, family_named
 
 DEMO = "demo"
@@ -37,9 +39,20 @@ def locate(model: str, progress: Callable[[str], None] = lambda message: None) -
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
 
 
-def origin(model: str) -> dict[str, str]:
-    """Return what a record is to say of where a model comes from."""
-    return ORIGIN if model == DEMO else {"base_model": model}
+def origin(model: str) -> dict[str, Any]:
+    """Return what a record is to say of where a model comes from.
+
+    A checkpoint that is pruned already passes on its own origin, and adds itself to the history.
+    """
+    if model == DEMO:
+        return dict(ORIGIN)
+    folder = Path(model).expanduser()
+    if not (folder / RECORD).is_file():
+        return {"base_model": model}
+    earlier = read_record(folder)
+    inherited: dict[str, Any] = {k: earlier.get(k) for k in ("base_model", "license")}
+    step = {key: value for key, value in earlier.items() if key != "history"}
+    return {**inherited, "history": [*earlier.get("history", []), step]}
 
 
 def read_config(model: str) -> dict[str, Any]:

@@ -168,8 +168,10 @@ class Teachers:
         masks: dict[str, Tensor] = {}
         lora: dict[str, Tensor] = {}
         path = self._path(index)
+        # Under several processes torch says cpu:0, which safetensors does not know.
+        place = "cpu" if torch.device(device).type == "cpu" else device
         try:
-            with safe_open(path, framework="pt", device=device) as file:
+            with safe_open(path, framework="pt", device=place) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     part, key = name.split(".", 1)
                     # LoRA may be kept in half the space; it multiplies as it was trained, in fp32.
