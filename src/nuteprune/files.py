@@ -22,7 +22,7 @@ SUMS = "SHA256SUMS"
 
 WRONG_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
-    *(errno.ELOOP, errno.EINVAL),
+    *(errno.ELOOP, errno.EINVAL, errno.EEXIST),
 }
 """What no second try mends: another place has to be named."""
 

@@ -138,7 +138,7 @@ def test_a_checkpoint_cut_short_is_none(
         save_steps=2,
     )
     monkeypatch.setattr(trainer, "_save_rng_state", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunFailed, match="disk full"):
         trainer.train()
     assert last_checkpoint(tmp_path) is None
 
