@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_dtype
-from nuteprune.gates.importance import METHODS, Probe
+from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.probe import Probe
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks

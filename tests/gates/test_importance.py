@@ -12,8 +12,9 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.importance import METHODS, Probe, check_kinds
+from nuteprune.gates.importance import METHODS, check_kinds
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.probe import Probe
 from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -315,3 +316,45 @@ def test_scores_are_losses_that_the_allocator_takes(
         assert torch.isfinite(scores[kind]).all()
     allocator = Allocator(it.budget, Constraints(kinds, neuron_multiple=4))
     assert it.budget.sparsity(allocator.shape(scores, 0.2)) >= 0.2
+
+
+def test_surgeon_is_the_least_rise_of_the_quadratic_loss(tiny_model, tiny_name: str) -> None:
+    """Against least squares: the other columns of the weight are moved by `lstsq`."""
+    model = tiny_model(tiny_name)
+    it = probe(model, INPUTS)
+    ours = METHODS["surgeon"].score(it)
+    lasts = {"heads": Anatomy(model).family.attention[-1], "neurons": Anatomy(model).family.mlp[-1]}
+    for kind in INPUTS:
+        costs = []
+        for i in range(len(Anatomy(model).layers)):
+            linear = Anatomy(model).linear(i, lasts["neurons" if kind == "neurons" else "heads"])
+            x, d = inputs_and_slopes(model, linear)
+            weight, g = linear.weight.double(), d.T @ d / len(TOKENS)
+            c = x.T @ x / len(x)
+            c += 0.01 * c.diagonal().mean() * torch.eye(len(c))
+            root = torch.linalg.cholesky(c)
+            for u in torch.arange(len(c)).view(it.layout.sizes[kind][i], -1):
+                kept = torch.ones(len(c), dtype=torch.bool)
+                kept[u] = False
+                moved = torch.linalg.lstsq(root[kept].T, (weight[:, u] @ root[u]).T).solution.T
+                change = torch.zeros_like(weight)
+                change[:, u], change[:, kept] = -weight[:, u], moved
+                costs.append(torch.trace(change.T @ g @ change @ c))
+        close({kind: ours[kind]}, {kind: torch.stack(costs)})
+
+
+def inputs_and_slopes(model: Any, linear: Any) -> tuple[Tensor, Tensor]:
+    """What a projection reads, and the gradients of each sequence's loss by what it writes."""
+    seen: dict[str, list[Tensor]] = {"x": [], "d": []}
+
+    def hook(_: Any, args: Any, output: Tensor) -> None:
+        seen["x"].append(args[0].detach().double().flatten(0, -2))
+        output.requires_grad_(True).register_hook(
+            lambda grad: seen["d"].append(grad.double().flatten(0, -2))
+        )
+
+    handle = linear.register_forward_hook(hook)
+    for row in TOKENS:
+        model(input_ids=row[None], labels=row[None], use_cache=False).loss.backward()
+    handle.remove()
+    return torch.cat(seen["x"]), torch.cat(seen["d"])

@@ -13,58 +13,18 @@ one kind in the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.activations import Watched, watching_inputs, watching_streams
-from nuteprune.gates.budget import Budget
-from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.surgeon import INPUTS, surgeon_scores
 from nuteprune.gates.units import losses_of, over_columns, ranks, squared_weights
-from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import GATE_KINDS
-from nuteprune.model.hooks import MaskHooks
-
-Scores = dict[str, Tensor]
-"""Kind -> (N,) losses in fp32 on the CPU."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a model is scored with.
-
-    Args:
-        anatomy: the intact model; its parameters are frozen, or their gradients are not wanted.
-        hooks: where masks multiply in it.
-        budget: its parameter count.
-        kinds: which kinds of gates to score.
-        batches: token ids (B, T) of calibration text.
-        seed: draws the random scores.
-        progress: called after each batch.
-    """
-
-    anatomy: Anatomy
-    hooks: MaskHooks
-    budget: Budget
-    kinds: tuple[str, ...]
-    batches: Sequence[Tensor] = ()
-    seed: int = 0
-    progress: Callable[[], None] = lambda: None
-
-    @property
-    def layout(self) -> Layout:
-        """The model's units."""
-        return Layout(self.budget.shape, self.budget.head_dim)
-
-    @torch.no_grad()
-    def read(self) -> None:
-        """Run the text through the model, for the hooks that watch."""
-        device = next(self.anatomy.model.parameters()).device
-        for ids_BT in self.batches:
-            self.anatomy.model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
-            self.progress()
 
 
 def random(probe: Probe) -> Scores:
@@ -145,6 +105,23 @@ def fisher(probe: Probe) -> Scores:
     return _mask_gradients(probe, torch.square)
 
 
+def surgeon(probe: Probe) -> Scores:
+    """Loss that removing the unit costs once the other inputs of its projection make up for it.
+
+    tr(S_u ([C^-1]_uu)^-1) with S_u the second moment of the loss's gradients by the unit's outputs
+    and C that of all inputs of the projection that reads them: a unit goes cheaply if the loss does
+    not mind, or if the others can tell what it says, since the re-fit then puts it back. Hidden
+    width and blocks, which nothing re-fits, keep their Fisher score, which estimates the same loss.
+    See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
+    """
+    read = tuple(kind for kind in probe.kinds if kind in INPUTS)
+    others = tuple(kind for kind in probe.kinds if kind not in INPUTS)
+    scores = surgeon_scores(replace(probe, kinds=read)) if read else {}
+    if others:
+        scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
+    return {kind: scores[kind] for kind in probe.kinds}
+
+
 def similarity(probe: Probe) -> Scores:
     """How much a block turns the residual stream: 1 - mean over tokens of cos(before, after).
 
@@ -183,6 +160,7 @@ class Method:
         reason: why not the others.
         default_kinds: the kinds that it takes where none are named; None: what the model has.
         reads: whether it needs calibration text.
+        by_layer: whether the text goes through the layers one by one once more, each told.
     """
 
     score: Callable[[Probe], Scores]
@@ -190,6 +168,7 @@ class Method:
     reason: str = ""
     default_kinds: tuple[str, ...] | None = None
     reads: bool = True
+    by_layer: bool = False
 
 
 _INPUTS = ("heads", "kv_groups", "neurons")
@@ -201,6 +180,7 @@ METHODS: dict[str, Method] = {
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
+    "surgeon": Method(surgeon, by_layer=True),
     "similarity": Method(
         similarity,
         ("attn_block", "mlp_block"),

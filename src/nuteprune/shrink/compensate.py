@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nuteprune.gates.flow import Flow
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
@@ -60,12 +61,12 @@ def refit(
         anatomy: the model, LoRA attached or merged; its weights have all their columns still.
         hooks: where masks multiply in it.
         masks: the final masks; only layers that lost inputs are fitted.
-        batches: token ids (B, T) of calibration text, all of the same shape.
+        batches: token ids (B, T) of calibration text, T the same in all.
         install: puts each fit into the model at once.
         progress: called after each layer.
     """
-    flows_BTD, kwargs = _enter(anatomy, hooks, masks, batches)
-    for i, layer in enumerate(anatomy.layers):
+    flow = Flow(anatomy, hooks, masks, batches)
+    for i in range(len(anatomy.layers)):
         for projection, mask in (
             (anatomy.family.attention[-1], masks.attention_input(i)),
             (anatomy.family.mlp[-1], masks.mlp_input(i)),
@@ -73,14 +74,12 @@ def refit(
             module = anatomy.projection(i, projection)
             if module is None or mask is None or bool((mask > 0).all()):
                 continue
-            with hooks.using(masks):
-                covariance_II = _covariance(module, layer, flows_BTD, kwargs)
+            covariance_II = flow.covariance(i, module)
             weight_OI = _effective_weight(module)
             mask_I = mask.to(weight_OI)
             fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I)
             install(i, projection, Fit(fitted_OI, covariance_II * mask_I * mask_I[:, None]))
-        with hooks.using(masks):
-            flows_BTD = [_run(layer, flow_BTD, kwargs) for flow_BTD in flows_BTD]
+        flow.advance(i)
         progress()
 
 
@@ -137,68 +136,6 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     inputs_RI = torch.zeros(len(size), base_OI.shape[1]).to(fit.weight_OI)
     inputs_RI[:, kept_K] = (right / size[:, None]).to(inputs_RI)
     return (left * size).to(fit.weight_OI), inputs_RI
-
-
-def _enter(
-    anatomy: Anatomy, hooks: MaskHooks, masks: Masks, batches: Sequence[Tensor]
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """Return what the first layer is called with: hidden states per batch, and the rest."""
-    flows_BTD: list[Tensor] = []
-    kwargs: dict[str, Any] = {}
-
-    class Entered(Exception):
-        pass
-
-    def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        flows_BTD.append(args[0])
-        kwargs.update(given)
-        raise Entered
-
-    handle = anatomy.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
-    device = next(anatomy.model.parameters()).device
-    try:
-        for batch_BT in batches:
-            try:
-                with hooks.using(masks):
-                    anatomy.model(input_ids=batch_BT.to(device), use_cache=False)
-            except Entered:
-                continue
-    finally:
-        handle.remove()
-    return flows_BTD, kwargs
-
-
-def _run(layer: nn.Module, flow_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    output: Any = layer.forward(flow_BTD, **kwargs)
-    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden_BTD
-
-
-def _covariance(
-    module: nn.Module, layer: nn.Module, flows_BTD: list[Tensor], kwargs: dict[str, Any]
-) -> Tensor:
-    """Return X^T X (I, I) of a projection's unmasked inputs, in fp32."""
-    total: list[Tensor] = []
-
-    class Seen(Exception):
-        pass
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].reshape(-1, args[0].shape[-1]).float()
-        total[:] = [rows.T @ rows if not total else total[0].addmm_(rows.T, rows)]
-        raise Seen
-
-    # Before the masks' own hook, so that inputs are seen unmasked.
-    handle = module.register_forward_pre_hook(hook, prepend=True)
-    try:
-        for flow_BTD in flows_BTD:
-            try:
-                _run(layer, flow_BTD, kwargs)
-            except Seen:
-                continue
-    finally:
-        handle.remove()
-    return total[0]
 
 
 def _effective_weight(module: Any) -> Tensor:

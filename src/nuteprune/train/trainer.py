@@ -33,8 +33,9 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import assemble, round_as_stored
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.gates import Gates
-from nuteprune.gates.importance import METHODS, Probe
+from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.probe import Probe
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.families import Projection
@@ -156,7 +157,8 @@ class NutePruneTrainer(AtomicTrainer):
             # One block at a time: a scoring may need all logits of a batch.
             blocks = self.args.calibration_blocks if method.reads else 0
             batches = calibration_batches(self.train_dataset, blocks, 1) if blocks else []
-            tick = counted(self.progress, f"scoring {' and '.join(self.kinds)}", len(batches))
+            turns = len(batches) + len(self.anatomy.layers) * method.by_layer
+            tick = counted(self.progress, f"scoring {' and '.join(self.kinds)}", turns)
             probe = Probe(
                 self.anatomy,
                 self.hooks,

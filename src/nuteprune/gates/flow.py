@@ -1,0 +1,115 @@
+"""Calibration text on its way through a model, one decoder layer at a time.
+
+So what is large, such as the covariance of a projection's inputs, is held for one layer alone, and
+a layer may be changed before the text goes on to the next.
+
+Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+
+
+class _Stop(Exception):
+    """Ends a forward pass where nothing that follows is wanted."""
+
+
+class Flow:
+    """Hidden states of some text in front of a decoder layer, at first the first one.
+
+    Args:
+        anatomy: the model; no gradients are taken.
+        hooks: where masks multiply in it.
+        masks: the masks that it runs under, None for open ones.
+        batches: token ids (B, T), T the same in all.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        hooks: MaskHooks,
+        masks: Masks | None,
+        batches: Sequence[Tensor],
+    ) -> None:
+        self._anatomy, self._hooks, self._masks = anatomy, hooks, masks
+        self._flows_BTD: list[Tensor] = []
+        # What else a layer is called with, by batch size: masks and rotary tables differ by layer.
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        device = next(anatomy.model.parameters()).device
+        for batch_BT in batches:
+            ids_BT = batch_BT.to(device)
+            if len(ids_BT) not in self._kwargs:
+                self._kwargs[len(ids_BT)] = self._calls(ids_BT)
+            with _hooked([anatomy.layers[0]], self._enter):
+                self._until_stopped(anatomy.model, input_ids=ids_BT, use_cache=False)
+
+    def _calls(self, ids_BT: Tensor) -> list[dict[str, Any]]:
+        """Return what each layer is called with beside hidden states."""
+        found: list[dict[str, Any]] = []
+
+        def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(kwargs)
+
+        with _hooked(self._anatomy.layers, note, with_kwargs=True), self._hooks.using(self._masks):
+            self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
+        return found
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._flows_BTD.append(args[0])
+        raise _Stop
+
+    def _until_stopped(self, run: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            with self._hooks.using(self._masks):
+                run(*args, **kwargs)
+        except _Stop:
+            pass
+
+    @torch.no_grad()
+    def covariance(self, layer: int, module: nn.Module) -> Tensor:
+        """Return X^T X (I, I) of the unmasked inputs of a layer's projection, in fp32."""
+        total: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1]).float()
+            total[:] = [rows.T @ rows if not total else total[0].addmm_(rows.T, rows)]
+            raise _Stop
+
+        # Before the masks' own hook, so that inputs are seen unmasked.
+        with _hooked([module], hook, prepend=True):
+            for flow_BTD in self._flows_BTD:
+                self._until_stopped(self._run, layer, flow_BTD)
+        return total[0]
+
+    @torch.no_grad()
+    def advance(self, layer: int) -> None:
+        """Take the text through a layer, to the next."""
+        with self._hooks.using(self._masks):
+            self._flows_BTD = [self._run(layer, flow_BTD) for flow_BTD in self._flows_BTD]
+
+    def _run(self, layer: int, flow_BTD: Tensor) -> Tensor:
+        kwargs = self._kwargs[len(flow_BTD)][layer]
+        output: Any = self._anatomy.layers[layer].forward(flow_BTD, **kwargs)
+        hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden_BTD
+
+
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Any, **kwargs: Any) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook, **kwargs) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

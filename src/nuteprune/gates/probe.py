@@ -1,0 +1,56 @@
+"""What a model is scored with: its live parts, its parameter count, and calibration text.
+
+Shape suffixes: B batch, T tokens, N units of one kind in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.masks import Layout
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+
+Scores = dict[str, Tensor]
+"""Kind -> (N,) losses in fp32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model is scored with.
+
+    Args:
+        anatomy: the intact model; its parameters are frozen, or their gradients are not wanted.
+        hooks: where masks multiply in it.
+        budget: its parameter count.
+        kinds: which kinds of gates to score.
+        batches: token ids (B, T) of calibration text.
+        seed: draws the random scores.
+        progress: called after each batch.
+    """
+
+    anatomy: Anatomy
+    hooks: MaskHooks
+    budget: Budget
+    kinds: tuple[str, ...]
+    batches: Sequence[Tensor] = ()
+    seed: int = 0
+    progress: Callable[[], None] = lambda: None
+
+    @property
+    def layout(self) -> Layout:
+        """The model's units."""
+        return Layout(self.budget.shape, self.budget.head_dim)
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Run the text through the model, for the hooks that watch."""
+        device = next(self.anatomy.model.parameters()).device
+        for ids_BT in self.batches:
+            self.anatomy.model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
+            self.progress()

@@ -1,0 +1,144 @@
+"""What removing a unit costs once all that stays has been re-fitted to make up for it.
+
+The loss is taken as quadratic in a projection's weight W (O, I), with the Kronecker-factored
+curvature G x C: C = X^T X / M of its inputs X, G = D^T D / M of the gradients D of its outputs.
+Cutting the columns u out of W and moving the others so that the loss rises least costs
+
+    tr(W_u^T G W_u  ([C^-1]_uu)^-1).
+
+The first factor is the second moment of the gradients of X_u themselves; the second is what of X_u
+cannot be told from the other inputs. Source: optimal brain surgeon (Hassibi and Stork 1993) with
+the curvature of K-FAC (Martens and Grosse 2015, arXiv 1503.05671), for structures of language
+models: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244). The move is the closed-form
+re-fit of `shrink.compensate`; the curvature here is that of the intact model.
+
+Shape suffixes: B batch, T tokens, M = B x T, I inputs of a projection, U units of a kind in a
+layer, W inputs of a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.gates.flow import Flow
+from nuteprune.gates.probe import Probe, Scores
+
+DAMPING = 1e-2
+"""What is added to C, as a share of its mean diagonal; the re-fit's ridge is as large."""
+INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
+"""Kind of gate -> the block whose last projection reads its units."""
+
+Key = tuple[str, int]
+"""A kind of gate, and a layer."""
+
+
+def surgeon_scores(probe: Probe) -> Scores:
+    """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence."""
+    slopes = _input_slopes(probe)
+    flow = Flow(probe.anatomy, probe.hooks, None, probe.batches)
+    tokens = sum(batch_BT.numel() for batch_BT in probe.batches)
+    found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
+    for layer in range(len(probe.anatomy.layers)):
+        inverses: dict[str, Tensor] = {}
+        for kind in probe.kinds:
+            if (kind, layer) not in slopes:
+                continue
+            block = INPUTS[kind]
+            if block not in inverses:
+                module = _reader(probe, block, layer)
+                assert module is not None
+                inverses[block] = damped_inverse(flow.covariance(layer, module) / tokens)
+            found[kind].append(removal_costs(slopes[kind, layer], inverses[block]))
+        flow.advance(layer)
+        probe.progress()
+    return {kind: torch.cat(parts) for kind, parts in found.items()}
+
+
+def damped_inverse(covariance_II: Tensor) -> Tensor:
+    """Return (C + damping)^-1 (I, I) in fp64."""
+    c_II = covariance_II.double()
+    c_II.diagonal().add_(DAMPING * c_II.diagonal().mean() + 1e-12)
+    return _inverse(c_II)
+
+
+def removal_costs(slope_UWW: Tensor, inverse_II: Tensor) -> Tensor:
+    """Return tr(S_u ([C^-1]_uu)^-1) (U,) in fp32 on the CPU, for S_u (W, W) of each unit."""
+    count, width = slope_UWW.shape[:2]
+    blocks = inverse_II.view(count, width, count, width)
+    own_UWW = torch.stack([blocks[u, :, u] for u in range(count)])
+    unexplained_UWW = _inverse(own_UWW)
+    return (slope_UWW.to(unexplained_UWW) * unexplained_UWW).sum((1, 2)).float().cpu()
+
+
+def _inverse(positive: Tensor) -> Tensor:
+    """Return the inverse of positive definite matrices (..., I, I)."""
+    inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(positive))
+    return inverse
+
+
+def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
+    """Return the second moments (U, W, W) of the loss's gradients by the inputs of each unit.
+
+    Summed over tokens, averaged over sequences; the loss is a sequence's mean.
+    """
+    total: dict[Key, Tensor] = {}
+    sequences = sum(len(batch_BT) for batch_BT in probe.batches)
+
+    def take(kind: str, layer: int, grad_MI: Tensor) -> None:
+        units = probe.layout.sizes[kind][layer]
+        grad_MUW = grad_MI.reshape(len(grad_MI), units, -1)
+        slope_UWW = torch.einsum("muv,muw->uvw", grad_MUW, grad_MUW) / sequences
+        key = kind, layer
+        total[key] = total[key] + slope_UWW if key in total else slope_UWW
+
+    device = next(probe.anatomy.model.parameters()).device
+    with _gradients_of_inputs(probe, take):
+        for batch_BT in probe.batches:
+            ids_BT = batch_BT.to(device)
+            loss = probe.anatomy.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            # The model's loss is a mean over sequences; what is wanted are gradients of their sum.
+            (loss * len(ids_BT)).backward()
+            probe.progress()
+    return total
+
+
+@contextmanager
+def _gradients_of_inputs(probe: Probe, take: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+    """Tell the gradients (M, I) by what reads each kind's units, as a backward pass forms them."""
+    handles = [probe.anatomy.embedding.register_forward_hook(_require_gradients)]
+    for kind in probe.kinds:
+        for layer in range(len(probe.anatomy.layers)):
+            module = _reader(probe, INPUTS[kind], layer)
+            if module is not None:
+                handles.append(module.register_forward_pre_hook(_watching(kind, layer, take)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watching(
+    kind: str, layer: int, take: Callable[[str, int, Tensor], None]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        args[0].register_hook(lambda grad: take(kind, layer, grad.flatten(0, -2).float()))
+
+    return hook
+
+
+def _require_gradients(_: nn.Module, __: Any, output: Tensor) -> None:
+    # Weights are frozen, so gradients reach the layers from what they read.
+    output.requires_grad_(True)
+
+
+def _reader(probe: Probe, block: str, layer: int) -> nn.Module | None:
+    family = probe.anatomy.family
+    projection = (family.attention if block == "attention" else family.mlp)[-1]
+    module: nn.Module | None = probe.anatomy.projection(layer, projection)
+    return module
