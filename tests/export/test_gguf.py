@@ -545,7 +545,7 @@ def test_the_command(folder: Path, tmp_path: Path, run: Callable) -> None:
     assert metadata(out)["general.name"] == "model"
     for args, message in (
         ((folder, "--to", "gguf", "--out", out), "exists; pass --overwrite"),
-        ((folder, "--to", "onnx", "--out", out), "--to onnx"),
+        ((folder, "--to", "mlx", "--out", out), "--to mlx"),
         ((folder, "--to", "gguf", "--out", out, "--type", "q4_k"), "--type q4_k"),
         ((folder, "--to", "gguf", "--out", tmp_path), "is a folder"),
         ((folder, "--to", "gguf", "--out", folder / "config.json" / "x"), "cannot write"),

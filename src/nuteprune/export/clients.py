@@ -92,6 +92,13 @@ CLIENTS = (
         "tests/clients/test_llama_cpp.py",
         _llama_cpp,
     ),
+    Client(
+        "ONNX Runtime",
+        "`nuteprune export --to onnx`",
+        "`nuteprune export --to onnx`",
+        "tests/clients/test_onnx.py",
+        _none,
+    ),
     Client("SGLang", _STOCK, "no", "not run here", _one_size),
     Client("TGI", _STOCK, "no", "not run here", _one_size),
     Client("TensorRT-LLM", _STOCK, "no", "not run here", _one_size),
