@@ -26,6 +26,9 @@ CASES: list[tuple[str, tuple[str, ...], str, int]] = [
     ("qwen3", BLOCKS, "free", 0),
     ("gemma3_text", ("kv_groups", "neurons"), "uniform", 10**9),  # with sliding windows
     ("gpt_neox", ("heads", "neurons"), "free", 10**9),
+    ("opt", ("heads", "neurons", *BLOCKS), "free", 10**9),
+    ("gemma2", (*FREE, "attn_block"), "free", 10**9),
+    *((name, FREE, "free", 10**9) for name in ("mistral", "qwen2", "phi3", "granite")),
 ]
 EXPORT = """
 import sys
