@@ -26,6 +26,12 @@ PROMPT, STEPS = [40, 5, 77, 120, 9, 33, 25, 61, 14, 108, 99, 3], 8
         ("qwen2", ("kv_groups", "heads", "neurons"), "free"),
         ("qwen3", ("kv_groups", "heads", "neurons"), "free"),
         ("phi3", ("kv_groups", "heads", "neurons"), "free"),
+        ("llama", ("kv_groups", "heads", "neurons", "hidden"), "free"),
+        ("gemma2", ("kv_groups", "heads", "neurons"), "free"),
+        ("gemma3_text", ("kv_groups", "heads", "neurons"), "free"),
+        ("granite", ("kv_groups", "heads", "neurons"), "free"),
+        ("gpt_neox", ("heads", "neurons"), "free"),
+        ("opt", ("heads", "neurons"), "free"),
     ],
 )
 def test_greedy_tokens(
