@@ -15,6 +15,7 @@ import torch
 import nuteprune
 from nuteprune.export.checkpoint import save
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import FAMILIES
 
 pytestmark = pytest.mark.clients
 
@@ -54,7 +55,10 @@ def test_prompts_and_greedy_tokens(
     start: Callable,
     tmp_path: Path,
 ) -> None:
-    model = prune_at_random(tiny_model(name), gates, shapes)
+    more_heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    whole = tiny_model(name, **(more_heads if "kv_heads" in FAMILIES[name].config_names else {}))
+    model = prune_at_random(whole, gates, shapes)
+    assert (len(set(Anatomy(model).shape.layers)) > 1) == (shapes == "free")
     save(model, tmp_path / "model")
     out = tmp_path / "m.onnx"
     command = [str(python_of("onnx")), "-c", EXPORT, "export", str(tmp_path / "model"), "--json"]

@@ -128,6 +128,18 @@ def test_hidden_size_and_epsilon_are_set_and_the_original_is_left(case: Callable
     assert (again.head_dim, again.rms_norm_eps) == (16, 2e-6)
 
 
+def test_the_divisor_of_logits_is_stated_as_vllm_reads_it(case: Callable) -> None:
+    x = case("granite")
+    config = type(x.reference.config).from_dict(
+        x.reference.config.to_dict() | {"logits_scaling": 4.0}
+    )
+    pruned = pruned_config(config, x.family, x.shape)
+    assert (pruned.logits_scaling, pruned.logit_scale) == (4.0, 0.25)
+    stock = pruned_config(pruned, x.family, uniform(4, 2, 32))
+    assert stock.model_type == "granite"
+    assert not hasattr(stock, "logit_scale")
+
+
 def test_the_first_layer_must_keep_its_attention(case: Callable) -> None:
     shape = Shape(96, (LayerShape(0, 0, 32), *uniform(4, 2, 32).layers[1:]))
     with pytest.raises(UserError, match="layer 0"):

@@ -29,7 +29,9 @@ def folder(
 ) -> Path:
     model = tiny_model(request.param)
     gates = ("heads", "neurons") if request.param == "gpt_neox" else ("kv_groups", "neurons")
-    save(prune_at_random(model, gates, "free"), tmp_path / "model")
+    small = prune_at_random(model, gates, "free")
+    assert small.config.model_type == f"pruned_{request.param}"  # by chance it could be uniform
+    save(small, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -95,6 +97,7 @@ def test_empty_init_then_weights(
 ) -> None:
     model = tiny_model("qwen2", tie_word_embeddings=tied)
     model = prune_at_random(model, ("kv_groups", "neurons"), "free")
+    assert model.config.model_type == "pruned_qwen2"
     save(model, tmp_path / "model")
     config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=True)
     with init_empty_weights():

@@ -177,6 +177,7 @@ def test_a_model_pushes_itself_as_transformers_models_do(
     small.push_to_hub("somebody/small")
     there = hub / "somebody" / "small"
     names = {x.name for x in there.iterdir()}
+    assert small.config.model_type == ("pruned_qwen2" if shapes == "free" else "qwen2")
     code = {"modeling_pruned.py"} if shapes == "free" else set()
     stock = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert names == stock | code
