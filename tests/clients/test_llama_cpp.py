@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from nuteprune.demo import assets
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.checkpoint import load_pruned, recount, save
 from nuteprune.export.gguf import write_gguf
 from nuteprune.export.gguf_vocab import PROBES
+from nuteprune.export.record import blocks_recount
 
 pytestmark = pytest.mark.clients
 
@@ -213,13 +219,22 @@ def test_sentencepiece_tokens(
 
 @pytest.mark.network
 @pytest.mark.parametrize("shapes", ["free", "uniform"])
-def test_a_real_model(
+def test_a_real_model_without_a_quarter_of_its_decoder(
     shapes: str, prune_at_random: Callable, start: Callable, tmp_path: Path
 ) -> None:
     folder = assets.model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     whole = load_pruned(folder, dtype=torch.float32)
-    model = prune_at_random(whole, ("kv_groups", "neurons"), shapes, share=0.1)
+    before = blocks_recount(recount(folder)["tensors"], "llama")
+    # 90 % may go at most, so 28 % of that is a quarter of all.
+    small = prune_at_random(whole, ("kv_groups", "neurons"), shapes, share=0.28)
+    save(small, tmp_path / "model", tokenizer)
+    after = blocks_recount(recount(tmp_path / "model")["tensors"], "llama")
+    assert 0.25 <= (before - after) / before < 0.26
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", trust_remote_code=shapes == "free"
+    )
+    assert (type(model) is LlamaForCausalLM) == (shapes == "uniform")
     write_gguf(model, tokenizer, tmp_path / "m.gguf", type_name="f16")
     texts = [x[0][:2000] for x in assets.documents().values()]
     prompt = tokenizer("The history of bread begins").input_ids

@@ -31,6 +31,7 @@ def test_it_generates_what_transformers_does(
     tmp_path: Path,
 ) -> None:
     model = prune_at_random(tiny_model("llama", vocab_size=300), ("kv_groups", "neurons"), shapes)
+    assert model.config.model_type == ("pruned_llama" if shapes == "free" else "llama")
     save(model, tmp_path / "model", tiny_tokenizer)
     with (tmp_path / "texts.jsonl").open("w") as file:
         for text in TEXTS:

@@ -9,23 +9,44 @@ import pytest
 import torch
 
 from nuteprune.export.checkpoint import save
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import FAMILIES
 
 pytestmark = pytest.mark.clients
 
-SIZES = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 192, "vocab_size": 128}
+SIZES = {
+    **{"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+    **{"intermediate_size": 192, "vocab_size": 128},
+}
+LESS = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+HEADS = ("kv_groups", "heads", "neurons")
 PROMPT, STEPS = [40, 5, 77, 120, 9, 33, 25, 61, 14, 108, 99, 3], 8
+
+
+def own_sizes(name: str) -> dict[str, int]:
+    """The sizes that a family's config knows of."""
+    if name == "opt":
+        return LESS | {"ffn_dim": 192, "word_embed_proj_dim": 256}
+    return SIZES if "kv_heads" in FAMILIES[name].config_names else LESS
 
 
 @pytest.mark.parametrize(
     ("name", "gates", "shapes"),
     [
-        ("llama", ("kv_groups", "heads", "neurons"), "free"),
+        ("llama", HEADS, "free"),
+        ("llama", ("kv_groups", "neurons"), "free"),
         ("llama", ("kv_groups", "neurons"), "uniform"),
         ("llama", ("mlp_block",), "free"),
-        ("mistral", ("kv_groups", "heads", "neurons"), "free"),
-        ("qwen2", ("kv_groups", "heads", "neurons"), "free"),
-        ("qwen3", ("kv_groups", "heads", "neurons"), "free"),
-        ("phi3", ("kv_groups", "heads", "neurons"), "free"),
+        ("llama", (*HEADS, "hidden"), "free"),
+        ("mistral", HEADS, "free"),
+        ("qwen2", HEADS, "free"),
+        ("qwen3", HEADS, "free"),
+        ("phi3", HEADS, "free"),
+        ("gemma2", HEADS, "free"),
+        ("gemma3_text", HEADS, "free"),
+        ("granite", HEADS, "free"),
+        ("gpt_neox", ("heads", "neurons"), "free"),
+        ("opt", ("heads", "neurons"), "free"),
     ],
 )
 def test_greedy_tokens(
@@ -37,7 +58,12 @@ def test_greedy_tokens(
     start: Callable,
     tmp_path: Path,
 ) -> None:
-    model = prune_at_random(tiny_model(name, **SIZES), gates, shapes)
+    whole = tiny_model(name, **own_sizes(name))
+    # So much that neither all groups nor all heads of a group are left alike.
+    model = prune_at_random(whole, gates, shapes, share=0.3 if gates == HEADS else 0.5)
+    shape = Anatomy(model).shape
+    assert (len(set(shape.layers)) > 1) == (shapes == "free")
+    assert (shape.hidden < SIZES["hidden_size"]) == ("hidden" in gates)
     save(model, tmp_path / "model")
     tokens = torch.tensor([PROMPT])
     made = model.generate(

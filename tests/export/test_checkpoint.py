@@ -128,6 +128,18 @@ def test_hidden_size_and_epsilon_are_set_and_the_original_is_left(case: Callable
     assert (again.head_dim, again.rms_norm_eps) == (16, 2e-6)
 
 
+def test_the_divisor_of_logits_is_stated_as_vllm_reads_it(case: Callable) -> None:
+    x = case("granite")
+    config = type(x.reference.config).from_dict(
+        x.reference.config.to_dict() | {"logits_scaling": 4.0}
+    )
+    pruned = pruned_config(config, x.family, x.shape)
+    assert (pruned.logits_scaling, pruned.logit_scale) == (4.0, 0.25)
+    stock = pruned_config(pruned, x.family, uniform(4, 2, 32))
+    assert stock.model_type == "granite"
+    assert not hasattr(stock, "logit_scale")
+
+
 def test_the_first_layer_must_keep_its_attention(case: Callable) -> None:
     shape = Shape(96, (LayerShape(0, 0, 32), *uniform(4, 2, 32).layers[1:]))
     with pytest.raises(UserError, match="layer 0"):
@@ -444,6 +456,67 @@ def test_damage_is_told_in_one_line(
     assert re.search(message, str(error.value))
     assert "\n" not in str(error.value)
     assert "REPORT" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("shapes", ["stock", "uniform"])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (
+            lambda x: change_config(x, lambda c: c.update(num_hidden_layers=2)),
+            r"disagree: unexpected: model.layers.2.mlp.down_proj.weight, .* and \d more",
+        ),
+        (
+            lambda x: change_weights(
+                x, lambda w: w.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(32)})
+            ),
+            "disagree: unexpected: model.layers.1.self_attn.q_proj.bias$",
+        ),
+        (
+            lambda x: change_config(x, lambda c: c.update(intermediate_size=24)),
+            r"of another size: model.layers.0.mlp.down_proj.weight \[32, \d\d\], not \[32, 24\]",
+        ),
+        (lambda x: cut_weights(x, -100), "cannot load .*not fully covered"),
+    ],
+    ids=["a layer less", "a bias more", "fewer neurons", "cut short"],
+)
+def test_stock_classes_are_not_given_what_they_would_drop_in_silence(
+    harm: Callable[[Path], object],
+    message: str,
+    shapes: str,
+    tiny_model: Callable,
+    prune_at_random: Callable,
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("llama")
+    if shapes == "uniform":
+        model = prune_at_random(model, ("kv_groups", "neurons"), "uniform")
+    model.save_pretrained(tmp_path / "model")
+    harm(tmp_path / "model")
+    with pytest.raises(UserError, match=message):
+        load_pruned(tmp_path / "model")
+
+
+def test_stock_files_may_hold_what_is_no_weight_of_a_layer(
+    tiny_model: Callable, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = tiny_model("gpt_neox", vocab_size=128)
+    model.save_pretrained(tmp_path / "model")
+    more = {
+        "gpt_neox.layers.0.attention.masked_bias": torch.ones(1),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
+        "value_head.weight": torch.ones(1, 32),
+    }
+    change_weights(tmp_path / "model", lambda w: w.update(more))
+    assert torch.equal(logits(load_pruned(tmp_path / "model"), tokens), logits(model, tokens))
+
+
+def test_a_missing_shard_is_named(model: PreTrainedModel, tmp_path: Path) -> None:
+    save(model, tmp_path / "split", max_shard_size="20KB")
+    gone = sorted((tmp_path / "split").glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=rf"cannot load .*{gone.name}"):
+        load_pruned(tmp_path / "split")
 
 
 def test_a_folder_without_weights_has_no_count(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -545,7 +547,7 @@ def test_the_command(folder: Path, tmp_path: Path, run: Callable) -> None:
     assert metadata(out)["general.name"] == "model"
     for args, message in (
         ((folder, "--to", "gguf", "--out", out), "exists; pass --overwrite"),
-        ((folder, "--to", "onnx", "--out", out), "--to onnx"),
+        ((folder, "--to", "mlx", "--out", out), "--to mlx"),
         ((folder, "--to", "gguf", "--out", out, "--type", "q4_k"), "--type q4_k"),
         ((folder, "--to", "gguf", "--out", tmp_path), "is a folder"),
         ((folder, "--to", "gguf", "--out", folder / "config.json" / "x"), "cannot write"),
@@ -572,4 +574,37 @@ def test_a_failed_export_leaves_the_old_file(
     code, _, err = run(folder, "--to", "gguf", "--out", out, "--overwrite")
     assert (code, out.read_text()) == (1, "old")
     assert "No space left" in err
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+# Ends like a process that the system kills: no handler runs, nothing is tidied up.
+KILLED = """
+import os, signal, sys
+from nuteprune.cli.app import main
+from nuteprune.export import gguf
+
+written = gguf.GGUFWriter.write_tensor_data
+
+def last_words(self, *arguments, **named):
+    written(self, *arguments, **named)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+gguf.GGUFWriter.write_tensor_data = last_words
+main()
+"""
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_killed_export_leaves_the_old_file_or_none(
+    folder: Path, tmp_path: Path, run: Callable, old: bytes | None
+) -> None:
+    out = tmp_path / "m.gguf"
+    if old:
+        out.write_bytes(old)
+    command = ["export", str(folder), "--to", "gguf", "--out", str(out), "--overwrite"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (out.read_bytes() if out.exists() else None) == old
+    assert run(*command[1:])[0] == 0  # the same again goes on as if nothing had been
+    assert metadata(out)["general.architecture"] == "deci"
     assert sorted(x.name for x in tmp_path.iterdir()) == ["m.gguf", "model"]

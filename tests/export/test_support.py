@@ -65,3 +65,9 @@ def test_what_gguf_cannot_express_is_said() -> None:
     assert "llama.cpp: gemma2 cannot be written as GGUF" in objections("gemma2", *layers)
     found = objections("llama", *[LayerShape(4, 2, 512)] * 2, hidden=100, head_dim=64)
     assert "llama.cpp: --type q8_0 stores rows in blocks of 32, and the width is 100" in found
+
+
+def test_frequencies_that_follow_the_length_are_said_to_be_no_graph() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 5e3, "factor": 2.0}
+    found = objections("llama", *[LayerShape(4, 2, 512)] * 2, head_dim=64, rope_parameters=rope)
+    assert "ONNX Runtime: rope_type dynamic changes its frequencies" in found

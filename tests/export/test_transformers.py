@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -28,7 +29,9 @@ def folder(
 ) -> Path:
     model = tiny_model(request.param)
     gates = ("heads", "neurons") if request.param == "gpt_neox" else ("kv_groups", "neurons")
-    save(prune_at_random(model, gates, "free"), tmp_path / "model")
+    small = prune_at_random(model, gates, "free")
+    assert small.config.model_type == f"pruned_{request.param}"  # by chance it could be uniform
+    save(small, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -69,6 +72,57 @@ def test_device_map_and_meta_init(folder: Path) -> None:
     assert all(p.is_meta for p in empty.parameters())
     shapes = {name: p.shape for name, p in empty.named_parameters()}
     assert shapes == {name: p.shape for name, p in placed.named_parameters()}
+
+
+def test_shards_are_spread_over_memory_and_disk(folder: Path, tmp_path: Path) -> None:
+    """As `device_map="auto"` does it where a model does not fit: by whole decoder layers."""
+    whole = load(folder, dtype=torch.float32)
+    save(whole, tmp_path / "split", max_shard_size="10KB")
+    assert len(list((tmp_path / "split").glob("model-*.safetensors"))) > 2
+    size = 4 * sum(p.numel() for p in whole.parameters())
+    spread = load(
+        tmp_path / "split",
+        dtype=torch.float32,
+        device_map="auto",
+        max_memory={"cpu": size * 2 // 3},
+        offload_folder=tmp_path / "offload",
+    )
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    torch.testing.assert_close(logits(spread), logits(whole))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_empty_init_then_weights(
+    tied: bool, tiny_model: Callable, prune_at_random: Callable, tmp_path: Path
+) -> None:
+    model = tiny_model("qwen2", tie_word_embeddings=tied)
+    model = prune_at_random(model, ("kv_groups", "neurons"), "free")
+    assert model.config.model_type == "pruned_qwen2"
+    save(model, tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    assert all(p.is_meta for p in empty.parameters())
+    empty.tie_weights()  # else a tied head stays empty
+    filled = load_checkpoint_and_dispatch(empty, tmp_path / "model", device_map={"": "cpu"})
+    assert torch.equal(logits(filled), logits(model))
+
+
+def test_generation(folder: Path) -> None:
+    """Padded, with a static cache, by beams, by guesses from the prompt: as without any of it."""
+    model = load(folder, dtype=torch.float32)
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+    def made(tokens: Tensor = TOKENS, **more: Any) -> list[int]:
+        mask = (tokens != 0).long()
+        return model.generate(tokens, attention_mask=mask, **how, **more)[0].tolist()
+
+    expected = made(use_cache=False)
+    assert made() == made(cache_implementation="static") == expected
+    assert made(prompt_lookup_num_tokens=2) == expected
+    padded = torch.nn.functional.pad(TOKENS, (3, 0))
+    assert made(padded) == made(padded, cache_implementation="static") == [0, 0, 0, *expected]
+    assert made(num_beams=3) == made(num_beams=3, use_cache=False)
 
 
 def test_lora_on_top_trains_merges_and_comes_back(folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from nuteprune.cli import options as o
@@ -14,37 +15,58 @@ from nuteprune.cli.sources import load_tokenizer, locate, read_config
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import load_pruned
 from nuteprune.export.gguf import FILE_TYPES, write_gguf
+from nuteprune.export.onnx import require_packages, write_onnx
 
-FORMATS = ("gguf",)
+TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
+"""Format -> how it stores weights, the default first."""
 
 
 def export(
     model: o.Model,
-    to: Annotated[str, typer.Option(help="Format: gguf (llama.cpp).")],
+    to: Annotated[str, typer.Option(help="Format: gguf (llama.cpp) or onnx (ONNX Runtime).")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
     type_name: Annotated[
-        str, typer.Option("--type", help=f"How weights are stored: {', '.join(FILE_TYPES)}.")
-    ] = "f16",
+        str | None,
+        typer.Option(
+            "--type",
+            help=f"How weights are stored. gguf: {', '.join(TYPES['gguf'])}; onnx: f32. "
+            "Default: the first.",
+        ),
+    ] = None,
     pre_tokenizer: Annotated[
         str | None,
-        typer.Option(help="llama.cpp's name for the tokenizer's split; default: found by trying."),
+        typer.Option(
+            help="gguf: llama.cpp's name for the tokenizer's split; default: found by trying."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: o.Json = False,
 ) -> None:
     """Write MODEL, pruned or not, in another program's format."""
     output = Output(as_json)
-    if to not in FORMATS:
-        raise UserError(f"--to {to} is no format known here; pass one of {', '.join(FORMATS)}")
-    if type_name not in FILE_TYPES:
-        raise UserError(f"--type {type_name} is unknown; pass one of {', '.join(FILE_TYPES)}")
+    if to not in TYPES:
+        raise UserError(f"--to {to} is no format known here; pass one of {', '.join(TYPES)}")
+    type_name = TYPES[to][0] if type_name is None else type_name
+    if type_name not in TYPES[to]:
+        raise UserError(
+            f"--type {type_name} is unknown to --to {to}; pass one of {', '.join(TYPES[to])}"
+        )
     if out.is_dir():
         raise UserError(
-            f"--out {out} is a folder; name the file to write, such as {out}/model.gguf"
+            f"--out {out} is a folder; name the file to write, such as {out}/model.{to}"
         )
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
     read_config(model)
+    if to == "onnx":
+        _export_onnx(model, out, output)
+    else:
+        _export_gguf(model, out, type_name, pre_tokenizer, output)
+
+
+def _export_gguf(
+    model: str, out: Path, type_name: str, pre_tokenizer: str | None, output: Output
+) -> None:
     tokenizer = load_tokenizer(model)
     loaded = load_pruned(locate(model), dtype="auto")
     with output.bars() as bars:
@@ -69,3 +91,21 @@ def export(
         else f"Tokenizer: the split {pre_tokenizer} is unknown here, so nothing was compared"
     )
     output.result({"out": str(out), "type": type_name, **asdict(written)})
+
+
+def _export_onnx(model: str, out: Path, output: Output) -> None:
+    require_packages()
+    loaded = load_pruned(locate(model), dtype=torch.float32)
+    with output.bars() as bars:
+        bars.update("tracing and comparing", 0, 1)
+        written = write_onnx(loaded, out)
+        bars.update("tracing and comparing", 1, 1)
+    output.line(
+        f"{' and '.join(written.files)}: f32, {millions(written.parameters)} parameters, "
+        f"{megabytes(written.bytes)}"
+    )
+    output.line(
+        f"ONNX Runtime: a prompt, and tokens after it with the cache, give torch's logits to "
+        f"{written.error:.1e} of the largest"
+    )
+    output.result({"out": str(out), "type": "f32", **asdict(written)})

@@ -31,7 +31,7 @@ from nuteprune.export.config import PREFIX, pruned_config
 from nuteprune.files import SUMS, damage, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import family_named
+from nuteprune.model.families import FAMILIES, family_named
 from nuteprune.model.shape import Shape
 from nuteprune.shrink.finalize import fold_masks
 from nuteprune.shrink.slicing import slice_state
@@ -172,12 +172,15 @@ def _load(model_class: Any, source: str | None, **kwargs: Any) -> PreTrainedMode
         model, info = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+    # Stock checkpoints may carry more than their class reads, and always have; but no projections.
+    stock = model_class is AutoModelForCausalLM
     wrong = {
         "missing": sorted(info["missing_keys"]),
-        # Stock checkpoints may carry more than their class reads, and always have.
-        "unexpected": sorted(info["unexpected_keys"])
-        if model_class is not AutoModelForCausalLM
-        else [],
+        "unexpected": [
+            name
+            for name in sorted(info["unexpected_keys"])
+            if not stock or _is_projection(name, model.config.model_type)
+        ],
         "of another size": [
             f"{name} {list(given)}, not {list(asked)}"
             for name, given, asked in sorted(info["mismatched_keys"])
@@ -187,6 +190,15 @@ def _load(model_class: Any, source: str | None, **kwargs: Any) -> PreTrainedMode
         found = "; ".join(f"{kind}: {_some(names)}" for kind, names in wrong.items() if names)
         raise UserError(f"weights and config of {source or 'the pruned model'} disagree: {found}")
     return model  # type: ignore[no-any-return]
+
+
+def _is_projection(name: str, model_type: str) -> bool:
+    """Return whether a tensor is of a decoder projection of a supported family."""
+    family = FAMILIES.get(model_type)
+    return family is not None and any(
+        f"{family.layers}." in name and name.endswith((f".{p.path}.weight", f".{p.path}.bias"))
+        for p in family.projections
+    )
 
 
 def _some(names: list[str]) -> str:

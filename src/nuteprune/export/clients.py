@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
+from nuteprune.export.onnx import check_rope
 
 SUPER_BLOCK = 256
 """Weights of a row that llama.cpp's K-quants store together."""
@@ -63,6 +64,13 @@ def _llama_cpp(source: Source) -> Iterator[str]:
         )
 
 
+def _onnx(source: Source) -> Iterator[str]:
+    try:
+        check_rope(source.config)
+    except UserError as error:
+        yield str(error)
+
+
 def _listed(numbers: list[int]) -> str:
     few = ", ".join(map(str, numbers[:6]))
     return few + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")
@@ -91,6 +99,13 @@ CLIENTS = (
         "`nuteprune export --to gguf`, by family (below)",
         "tests/clients/test_llama_cpp.py",
         _llama_cpp,
+    ),
+    Client(
+        "ONNX Runtime",
+        "`nuteprune export --to onnx`",
+        "`nuteprune export --to onnx`",
+        "tests/clients/test_onnx.py",
+        _onnx,
     ),
     Client("SGLang", _STOCK, "no", "not run here", _one_size),
     Client("TGI", _STOCK, "no", "not run here", _one_size),

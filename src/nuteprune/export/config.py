@@ -19,6 +19,7 @@ PREFIX = "pruned_"
 _FREE_SHAPE_KEYS = (
     "allow_global_per_layer_attribute_access",
     "auto_map",
+    "logit_scale",
     "per_layer_config",
     "pruned",
 )
@@ -89,6 +90,8 @@ def _free_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTra
         "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
         "allow_global_per_layer_attribute_access": True,
     }
+    if family.logit_divisor:  # vLLM's Transformers backend knows the inverse alone
+        values["logit_scale"] = 1 / values[family.logit_divisor]
     # At the top level, any head count will do that the stock class takes.
     heads, hidden = family.config_names["heads"], shape.hidden
     choices = [max(1, hidden // values["head_dim"])]

@@ -46,11 +46,12 @@ from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, calibration_batches, counted, frozen_parameters
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import lora_config, make_allocator, make_gates, run_targets
 from nuteprune.train.state import RunState, restore
 
 
-class NutePruneTrainer(AtomicTrainer):
+class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     """Prunes a causal language model while it learns from less pruned versions of itself.
 
     Args:
@@ -440,7 +441,7 @@ class NutePruneTrainer(AtomicTrainer):
         """
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
         budget = self.allocator.budget
-        return write_pruned(
+        written = write_pruned(
             Path(folder),
             cast(Any, self.small).to(self.stored_dtype),
             tokenizer,
@@ -454,6 +455,8 @@ class NutePruneTrainer(AtomicTrainer):
             seed=self.args.seed,
             **record,
         )
+        self.saved = Path(folder)
+        return written
 
 
 def _agree(tensors: Iterable[Tensor]) -> None:

@@ -1,0 +1,57 @@
+"""Pruned checkpoints on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from nuteprune.errors import UserError
+
+
+def upload(
+    folder: str | os.PathLike[str],
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    blocking: bool = True,
+) -> Any:
+    """Upload a pruned checkpoint as it lies in its folder, so that the hub has what was judged.
+
+    Of `run/`, the plots that the card shows go along; teachers, trainer checkpoints and metrics
+    stay here.
+
+    Args:
+        folder: what `save_pruned` or the command line wrote.
+        repo_id: where to, `OWNER/NAME`; None: the folder's name, under the token's owner.
+        private: whether a new repository is private; None: the owner's default.
+        token: with write permission; None: the one that `hf auth login` stored.
+        revision: branch to commit to.
+        message: the commit's.
+        blocking: return when all is there; False: at once, with a future.
+
+    Returns:
+        The commit's `CommitInfo`, or its future.
+
+    Raises:
+        UserError: if the folder is no checkpoint.
+    """
+    folder = Path(folder).resolve()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is no checkpoint to push")
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
+    of_the_run = (x for x in (folder / "run").rglob("*") if x.is_file() and x.suffix != ".png")
+    return api.upload_folder(  # type: ignore[call-overload]
+        repo_id=repo.repo_id,
+        folder_path=folder,
+        ignore_patterns=[x.relative_to(folder).as_posix() for x in of_the_run],
+        revision=revision,
+        commit_message=message,
+        run_as_future=not blocking,
+    )

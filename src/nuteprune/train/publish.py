@@ -1,0 +1,64 @@
+"""A Trainer that pushes the finished checkpoint to the hub, not the state of its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from nuteprune.errors import UserError
+from nuteprune.export.hub import upload
+
+
+class PushesCheckpoint(Trainer):
+    """`transformers.Trainer` whose result is a checkpoint that is written after training."""
+
+    saved: Path | None = None
+    """The folder that was written last."""
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "Add a pruned model",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> Any:
+        """Upload the checkpoint that `save_pruned` wrote last: weights, tokenizer, record, card.
+
+        Args:
+            commit_message: the commit's.
+            blocking: return when all is there; False: at once, with a future.
+            token: with write permission; None: `hub_token` of the settings, or the stored one.
+            revision: branch to commit to; None: `hub_revision`.
+            private: whether a new repository is private; None: `hub_private_repo`.
+
+        Returns:
+            The commit's `CommitInfo` or its future; None in all processes but the main one.
+
+        Raises:
+            UserError: if nothing was saved yet.
+        """
+        if not self.is_world_process_zero():
+            return None
+        if self.saved is None:
+            raise UserError(
+                "there is nothing to push yet: call finalize(), then save_pruned(FOLDER)"
+            )
+        args = self.args
+        return upload(
+            self.saved,
+            args.hub_model_id,
+            private=args.hub_private_repo if private is None else private,
+            token=token or args.hub_token,
+            revision=revision or args.hub_revision,
+            message=commit_message,
+            blocking=blocking,
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make no repository before there is something to push."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing in the middle of a run: its state is no model that anybody could load."""
