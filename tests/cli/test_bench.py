@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 Run = Callable[..., tuple[int, str, str]]
-SHORT = "--batch-sizes 1,2 --lengths 4 --new-tokens 2 --repeats 2 --device cpu --threads 1".split()  # noqa: SIM905
+SHORT = [
+    *("--batch-sizes", "1,2", "--lengths", "4", "--new-tokens", "2", "--repeats", "2"),
+    *("--device", "cpu", "--dtype", "float32", "--threads", "1"),
+]
 
 
 def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
@@ -29,6 +32,9 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
         assert row[key] == first[str(name)]["decode_tokens_per_second"]["median"]
     assert (row["unit"], row["better"]) == ("tokens/s", "higher")
     assert "1 threads" in saved["conditions"]
+    assert len(saved["notes"]) == 2 + len(found["advice"])
+    reached = found["settings"][0]["speedup"]["decode"]["reached"]
+    assert f"decode {reached:.2f} of 1.00 times ({reached:.0%})" in saved["notes"][0]
     assert [x.name for x in (out / "run").iterdir()] == ["speed.json"]
     about = found["models"][str(out)]
     assert about == found["models"][str(model)]
