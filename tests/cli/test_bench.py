@@ -31,10 +31,12 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
     for key, name in (("pruned", out), ("dense", model)):
         assert row[key] == first[str(name)]["decode_tokens_per_second"]["median"]
     assert (row["unit"], row["better"]) == ("tokens/s", "higher")
-    assert "1 threads" in saved["conditions"]
+    assert "1 thread," in saved["conditions"]
     assert len(saved["notes"]) == 2 + len(found["advice"])
-    reached = found["settings"][0]["speedup"]["decode"]["reached"]
-    assert f"decode {reached:.2f} of 1.00 times ({reached:.0%})" in saved["notes"][0]
+    decode = found["settings"][0]["speedup"]["decode"]
+    assert row["gain"] == decode["median"]
+    said = f"decode × {decode['median']:.2f} of the × 1.00 that the parameters moved allow"
+    assert f"{said} ({decode['reached']:.0%})" in saved["notes"][0]
     assert [x.name for x in (out / "run").iterdir()] == ["speed.json"]
     about = found["models"][str(out)]
     assert about == found["models"][str(model)]
@@ -46,7 +48,7 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
         spread = setting["models"][str(out)]["decode_tokens_per_second"]
         assert 0 < spread["low"] <= spread["median"] <= spread["high"]
     assert (found["threads"], found["dtype"], found["attention"]) == (1, "float32", "sdpa")
-    for text in ("1 threads, float32, sdpa attention", "times faster", "bound", "peak process"):
+    for text in ("1 thread, float32, sdpa attention", "times faster", "bound", "peak process"):
         assert text in stderr
 
 

@@ -28,11 +28,11 @@ from nuteprune.judge.worker import Worker
 
 SPEED = "speed.json"
 REPORTED = (
-    ("prefill", "tokens/s", "prefill_tokens_per_second", "higher"),
-    ("decode", "tokens/s", "decode_tokens_per_second", "higher"),
-    ("first token", "s", "first_token_seconds", "lower"),
+    ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),
+    ("decode", "tokens/s", "decode_tokens_per_second", 1, "higher", "decode"),
+    ("first token", "ms", "first_token_seconds", 1000, "lower", "prefill"),
 )
-"""Rows of the report: name, unit, key of the figure, which way is better."""
+"""Rows of the report: name, unit, key of the figure and its scale, which way is better, phase."""
 
 
 def bench(
@@ -248,7 +248,9 @@ def _spread(spread: dict[str, float], form: str, scale: float = 1) -> str:
 
 
 def _conditions(found: dict[str, Any]) -> str:
-    threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+    threads = ""
+    if found["device"] == "cpu":
+        threads = f", {found['threads']} thread{'s' if found['threads'] != 1 else ''}"
     return (
         f"{found['hardware']}{threads}, {found['dtype']}, {found['attention']} attention, KV "
         f"cache; medians of {found['repeats']} passes"
@@ -261,23 +263,21 @@ def _for_report(found: dict[str, Any]) -> dict[str, Any]:
     for setting in found["settings"]:
         ours, dense = setting["models"].values()
         size = f"batch {setting['batch_size']}, {setting['length']} tokens"
-        for name, unit, key, better in REPORTED:
-            old, new = (x[key]["median"] for x in (dense, ours))
+        for name, unit, key, scale, better, phase in REPORTED:
+            old, new = (scale * x[key]["median"] for x in (dense, ours))
             row = {"name": f"{name}, {size}", "unit": unit, "dense": old, "pruned": new}
-            rows.append({**row, "better": better})
+            rows.append({**row, "better": better, "gain": setting["speedup"][phase]["median"]})
     shares = [_against_bound(setting) for setting in found["settings"]]
     return {"conditions": _conditions(found), "rows": rows, "notes": [*shares, *found["advice"]]}
 
 
 def _against_bound(setting: dict[str, Any]) -> str:
     said = (
-        f"{phase} {ratio['median']:.2f} of {ratio['bound']:.2f} times ({ratio['reached']:.0%})"
+        f"{phase} × {ratio['median']:.2f} of the × {ratio['bound']:.2f} that the parameters moved "
+        f"allow ({ratio['reached']:.0%})"
         for phase, ratio in setting["speedup"].items()
     )
-    return (
-        f"batch {setting['batch_size']}, {setting['length']} tokens, against what the parameters "
-        f"moved allow: {', '.join(said)}"
-    )
+    return f"batch {setting['batch_size']}, {setting['length']} tokens: {', '.join(said)}"
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
