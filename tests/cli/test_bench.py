@@ -35,7 +35,9 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
     assert len(saved["notes"]) == 2 + len(found["advice"])
     decode = found["settings"][0]["speedup"]["decode"]
     assert row["gain"] == decode["median"]
-    said = f"decode × {decode['median']:.2f} of the × 1.00 that the parameters moved allow"
+    said = (
+        f"decode ×\u202f{decode['median']:.2f} of the ×\u202f1.00 that the parameters moved allow"
+    )
     assert f"{said} ({decode['reached']:.0%})" in saved["notes"][0]
     assert [x.name for x in (out / "run").iterdir()] == ["speed.json"]
     about = found["models"][str(out)]

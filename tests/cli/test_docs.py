@@ -1,7 +1,11 @@
-"""Every command that the README and the docs show works: executed on tiny stand-ins, or parsed."""
+"""Every command that the README and the docs show works: executed on tiny stand-ins, or parsed.
+
+And the site has all pages, and the API page names what is there.
+"""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Callable
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nuteprune.cli.app import make_app
 
@@ -44,6 +49,7 @@ HOW = {
     "--out small": PARSED,
     "accelerate launch --num_processes 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
+    "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --report-to tensorboard": PARSED,
     "nuteprune eval small --against meta-llama/Llama-3.2-1B --data my_text.jsonl": EXECUTED,
     "nuteprune eval small --against demo": EXECUTED,
     "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
@@ -147,3 +153,29 @@ def test_every_option_that_is_named_exists() -> None:
             r"(?<![\w-])--[a-z][a-z-]*", said.partition("nuteprune.cli")[2] or said
         )
         assert set(given) <= known[command] | {"--help"}, said
+
+
+def test_the_site_has_every_page() -> None:
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return [page for part in parts for page in pages(part)]
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(pages(nav)) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_api_page_names_what_is_there() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: (\S+)\n(?: +options:\n +members: \[(.*)\])?", text, re.M)
+    assert len(named) >= 8
+    for path, members in named:
+        module, _, last = path.rpartition(".")
+        try:
+            found = importlib.import_module(path)
+        except ModuleNotFoundError:
+            found = getattr(importlib.import_module(module), last)
+        assert found.__doc__
+        for member in filter(None, members.split(", ")):
+            assert hasattr(found, member), f"{path}.{member}"

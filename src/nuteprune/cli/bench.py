@@ -273,8 +273,8 @@ def _for_report(found: dict[str, Any]) -> dict[str, Any]:
 
 def _against_bound(setting: dict[str, Any]) -> str:
     said = (
-        f"{phase} × {ratio['median']:.2f} of the × {ratio['bound']:.2f} that the parameters moved "
-        f"allow ({ratio['reached']:.0%})"
+        f"{phase} ×\u202f{ratio['median']:.2f} of the ×\u202f{ratio['bound']:.2f} that the "
+        f"parameters moved allow ({ratio['reached']:.0%})"
         for phase, ratio in setting["speedup"].items()
     )
     return f"batch {setting['batch_size']}, {setting['length']} tokens: {', '.join(said)}"
