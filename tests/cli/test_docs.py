@@ -51,7 +51,7 @@ HOW = {
     "--out small": PARSED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --report-to tensorboard": PARSED,
     "nuteprune eval small --against meta-llama/Llama-3.2-1B --data my_text.jsonl": EXECUTED,
-    "nuteprune eval small --against demo": EXECUTED,
+    "nuteprune eval better --against demo": EXECUTED,
     "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
     "nuteprune eval out/run/checkpoint-200 --against meta-llama/Llama-3.2-1B "
     "--data my_text.jsonl": EXECUTED,

@@ -126,10 +126,11 @@ def _print_comparison(dense: Mapping[str, Any], output: Output) -> None:
     """Say how much of the change is recovery, and how much any model gains from such text."""
     before, after = (dense["retention"][when].get("mean") for when in ("before", "after"))
     if before is not None and after is not None:
-        won = "won back" if after > before else "lost, so it fitted both to the text"
+        won = round(after, 1) - round(before, 1)
+        said = f"{won:.1f} points won back" if won > 0 else "both were fitted to the text alike"
         output.line(
             f"Of {dense['model']}, {before:.1f} % is retained before and {after:.1f} % after the "
-            f"same tuning of both: {abs(after - before):.1f} points {won}"
+            f"same tuning of both: {said}"
         )
     if dense["time_ratio"] is not None:
         output.line(
