@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 Run = Callable[..., tuple[int, str, str]]
-SHORT = "--batch-sizes 1,2 --lengths 4 --new-tokens 2 --repeats 2 --device cpu --threads 1".split()  # noqa: SIM905
+SHORT = [
+    *("--batch-sizes", "1,2", "--lengths", "4", "--new-tokens", "2", "--repeats", "2"),
+    *("--device", "cpu", "--dtype", "float32", "--threads", "1"),
+]
 
 
 def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
@@ -28,7 +31,14 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
     for key, name in (("pruned", out), ("dense", model)):
         assert row[key] == first[str(name)]["decode_tokens_per_second"]["median"]
     assert (row["unit"], row["better"]) == ("tokens/s", "higher")
-    assert "1 threads" in saved["conditions"]
+    assert "1 thread," in saved["conditions"]
+    assert len(saved["notes"]) == 2 + len(found["advice"])
+    decode = found["settings"][0]["speedup"]["decode"]
+    assert row["gain"] == decode["median"]
+    said = (
+        f"decode ×\u202f{decode['median']:.2f} of the ×\u202f1.00 that the parameters moved allow"
+    )
+    assert f"{said} ({decode['reached']:.0%})" in saved["notes"][0]
     assert [x.name for x in (out / "run").iterdir()] == ["speed.json"]
     about = found["models"][str(out)]
     assert about == found["models"][str(model)]
@@ -40,7 +50,7 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
         spread = setting["models"][str(out)]["decode_tokens_per_second"]
         assert 0 < spread["low"] <= spread["median"] <= spread["high"]
     assert (found["threads"], found["dtype"], found["attention"]) == (1, "float32", "sdpa")
-    for text in ("1 threads, float32, sdpa attention", "times faster", "bound", "peak process"):
+    for text in ("1 thread, float32, sdpa attention", "times faster", "bound", "peak process"):
         assert text in stderr
 
 

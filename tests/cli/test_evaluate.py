@@ -12,7 +12,7 @@ import torch
 from nuteprune.export.checkpoint import load_pruned
 
 Run = Callable[..., tuple[int, str, str]]
-ASKED = ["--device", "cpu", "--json"]
+ASKED = ["--device", "cpu", "--dtype", "float32", "--json"]
 
 
 def last(stdout: str) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def last(stdout: str) -> dict[str, Any]:
 def prune(run: Run, model: Path, text: Path, out: Path, *more: str) -> None:
     options = {"sparsity": 0.3, "data": text, "out": out, "steps": 4, "batch-size": 2}
     flags = [x for name, value in options.items() for x in (f"--{name}", value)]
-    fixed = ["--length", 24, "--device", "cpu", "--set", "neuron_multiple=4"]
+    fixed = ["--length", 24, *ASKED[:-1], "--set", "neuron_multiple=4"]
     assert run("prune", model, *flags, *fixed, *more)[0] == 0
 
 

@@ -28,11 +28,11 @@ from nuteprune.judge.worker import Worker
 
 SPEED = "speed.json"
 REPORTED = (
-    ("prefill", "tokens/s", "prefill_tokens_per_second", "higher"),
-    ("decode", "tokens/s", "decode_tokens_per_second", "higher"),
-    ("first token", "s", "first_token_seconds", "lower"),
+    ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),
+    ("decode", "tokens/s", "decode_tokens_per_second", 1, "higher", "decode"),
+    ("first token", "ms", "first_token_seconds", 1000, "lower", "prefill"),
 )
-"""Rows of the report: name, unit, key of the figure, which way is better."""
+"""Rows of the report: name, unit, key of the figure and its scale, which way is better, phase."""
 
 
 def bench(
@@ -79,7 +79,7 @@ def bench(
         timings = [_time(workers, setting, repeats, bars) for setting in settings]
     found = _result(workers, settings, timings, against)
     found |= {"device": kind, "dtype": str(computed).removeprefix("torch."), "repeats": repeats}
-    _print(found, workers, output)
+    _print(found, output)
     if target is not None:
         _write(target, {**found, **_for_report(found)})
         output.line(f"Written to {target}")
@@ -169,6 +169,7 @@ def _result(
             (ours, dense), works = found.values(), [x.about.work for x in workers.values()]
             entry["speedup"] = compare(setting, ours, dense, *works)
         measured.append(entry)
+    faster = [entry["speedup"] for entry in measured if "speedup" in entry]
     return {
         "model": first.name,
         "against": against,
@@ -177,6 +178,7 @@ def _result(
         "attention": first.about.attention,
         "models": models,
         "settings": measured,
+        "advice": advice(faster, first.about.work),
     }
 
 
@@ -191,7 +193,7 @@ def _on_disk(name: str) -> int | None:
     return weights_size(folder) or None
 
 
-def _print(found: dict[str, Any], workers: dict[str, Worker], output: Output) -> None:
+def _print(found: dict[str, Any], output: Output) -> None:
     on_cpu = found["device"] == "cpu"
     output.line(f"{_conditions(found)} ± half their range")
     for label, (name, about) in zip(LABELS, found["models"].items(), strict=False):
@@ -203,13 +205,12 @@ def _print(found: dict[str, Any], workers: dict[str, Worker], output: Output) ->
     output.line()
     for setting in found["settings"]:
         _print_setting(setting, "process" if on_cpu else "GPU", output)
-    faster = [x["speedup"] for x in found["settings"] if "speedup" in x]
-    if faster:
+    if any("speedup" in setting for setting in found["settings"]):
         output.line(
             "bound: how many times fewer parameters are multiplied per prompt (prefill) or read "
             "per token (decode)"
         )
-    for line in advice(faster, next(iter(workers.values())).about.work):
+    for line in found["advice"]:
         output.line(line)
 
 
@@ -247,7 +248,9 @@ def _spread(spread: dict[str, float], form: str, scale: float = 1) -> str:
 
 
 def _conditions(found: dict[str, Any]) -> str:
-    threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+    threads = ""
+    if found["device"] == "cpu":
+        threads = f", {found['threads']} thread{'s' if found['threads'] != 1 else ''}"
     return (
         f"{found['hardware']}{threads}, {found['dtype']}, {found['attention']} attention, KV "
         f"cache; medians of {found['repeats']} passes"
@@ -260,11 +263,21 @@ def _for_report(found: dict[str, Any]) -> dict[str, Any]:
     for setting in found["settings"]:
         ours, dense = setting["models"].values()
         size = f"batch {setting['batch_size']}, {setting['length']} tokens"
-        for name, unit, key, better in REPORTED:
-            old, new = (x[key]["median"] for x in (dense, ours))
+        for name, unit, key, scale, better, phase in REPORTED:
+            old, new = (scale * x[key]["median"] for x in (dense, ours))
             row = {"name": f"{name}, {size}", "unit": unit, "dense": old, "pruned": new}
-            rows.append({**row, "better": better})
-    return {"conditions": _conditions(found), "rows": rows}
+            rows.append({**row, "better": better, "gain": setting["speedup"][phase]["median"]})
+    shares = [_against_bound(setting) for setting in found["settings"]]
+    return {"conditions": _conditions(found), "rows": rows, "notes": [*shares, *found["advice"]]}
+
+
+def _against_bound(setting: dict[str, Any]) -> str:
+    said = (
+        f"{phase} ×\u202f{ratio['median']:.2f} of the ×\u202f{ratio['bound']:.2f} that the "
+        f"parameters moved allow ({ratio['reached']:.0%})"
+        for phase, ratio in setting["speedup"].items()
+    )
+    return f"batch {setting['batch_size']}, {setting['length']} tokens: {', '.join(said)}"
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

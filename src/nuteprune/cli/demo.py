@@ -6,11 +6,9 @@ import gc
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from nuteprune.cli import options as o
 from nuteprune.cli.job import RUN, Job
@@ -23,7 +21,8 @@ from nuteprune.export.checkpoint import load_pruned
 from nuteprune.export.record import weights_size
 from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.runfiles import SAMPLES, SPEED, write_extra
+from nuteprune.judge.runfiles import SAMPLES, SPEED, read_samples, write_extra
+from nuteprune.judge.samples import continuations
 
 STEPS = 60
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -48,6 +47,7 @@ def demo(
     device: o.Device = None,
     dtype: o.Dtype = None,
     seed: o.Seed = None,
+    report_to: o.ReportTo = None,
     config: o.Config = None,
     assignments: o.Set = None,
     dry_run: o.DryRun = False,
@@ -77,6 +77,7 @@ def demo(
         device=device,
         dtype=dtype,
         seed=seed,
+        report_to=o.trackers(report_to),
         dry_run=dry_run,
         resume=resume,
         overwrite=overwrite,
@@ -112,7 +113,9 @@ def compare(job: Job, result: Result, output: Output) -> None:
         prompt_BT = next(iter(result.held_out.values()))[:1, :64]
         rates = decode_rates(models, prompt_BT)
         print_table(record, plain, rates, output)
-        texts = continuations(models, load_tokenizer(DEMO), PROMPT)
+        tokenizer = load_tokenizer(DEMO)
+        ids_BT = tokenizer(PROMPT, return_tensors="pt").input_ids
+        texts = {name: continuations(x, tokenizer, ids_BT)[0] for name, x in models.items()}
     for name in ("intact", "NutePrune"):
         output.line(f"{name}: {PROMPT}{texts[name]}")
     output.line()
@@ -130,7 +133,7 @@ def compare(job: Job, result: Result, output: Output) -> None:
 
 
 def keep_for_report(run: Path, rates: Mapping[str, float], texts: Mapping[str, str]) -> None:
-    """Write down what the report shows beside the record: speed and samples."""
+    """Write down what the report shows beside the record: speed, and one more sample."""
     speed = {
         "name": "decode, batch 1",
         "unit": "tokens/s",
@@ -141,7 +144,7 @@ def keep_for_report(run: Path, rates: Mapping[str, float], texts: Mapping[str, s
     conditions = f"cpu, {torch.get_num_threads()} threads"
     write_extra(run, SPEED, {"conditions": conditions, "rows": [speed]})
     sample = {"prompt": PROMPT, "dense": texts["intact"], "pruned": texts["NutePrune"]}
-    write_extra(run, SAMPLES, [sample])
+    write_extra(run, SAMPLES, [sample, *read_samples(run)])
 
 
 def print_table(
@@ -175,22 +178,3 @@ def print_table(
         f"that of the intact model; {record['seconds']:.0f} s"
     )
     output.line()
-
-
-@torch.inference_mode()
-def continuations(
-    models: Mapping[str, PreTrainedModel], tokenizer: Any, prompt: str, new_tokens: int = 40
-) -> dict[str, str]:
-    """Return how each model continues a prompt, greedily."""
-    ids_BT: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
-    texts = {}
-    for name, model in models.items():
-        made = cast(Any, model).generate(
-            ids_BT.to(model.device),
-            attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-        )
-        text = tokenizer.decode(made[0, ids_BT.shape[1] :], skip_special_tokens=True)
-        texts[name] = " ".join(text.split(" ")).rstrip()
-    return texts

@@ -68,6 +68,13 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text in structured files.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+ReportTo = Annotated[
+    str | None,
+    typer.Option(
+        help="Trackers that follow the run: tensorboard, wandb, trackio or another of Trainer's, "
+        "with commas; install them yourself."
+    ),
+]
 Checkpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
 ]
@@ -111,6 +118,11 @@ def make_job(
     own = {key: settings.pop(key) for key in list(settings) if key in RUN_KEYS}
     own.setdefault("data", "demo")
     return Job(model=model, out=out, settings=settings, **own, **flags)
+
+
+def trackers(text: str | None) -> list[str] | None:
+    """Return the names of `--report-to`, None where it is not given."""
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _shares(text: str) -> list[float]:

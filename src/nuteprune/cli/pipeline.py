@@ -41,6 +41,8 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
 from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.judge.runfiles import SAMPLES, write_extra
+from nuteprune.judge.samples import continuations, prompts, side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
@@ -183,9 +185,11 @@ def _prune(
         bars.update(f"measuring {what}", 1, 1, f"perplexity {mean(found):.2f}")
         return found
 
-    before = {}
+    before, dense_texts, prompts_BT = {}, [], prompts(held_out)
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
     if is_main_process():
         before = measure("the intact model", trainer.anatomy.model)
+        dense_texts = continuations(trainer.anatomy.model, tokenizer, prompts_BT)
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=resume_from(job))
     if not is_main_process():
@@ -197,6 +201,9 @@ def _prune(
     for index in (last, *stops):
         if index == last:
             small = trainer.finalize()
+            texts = continuations(small, tokenizer, prompts_BT)
+            samples = side_by_side(tokenizer, prompts_BT, dense_texts, texts)
+            write_extra(job.out / RUN, SAMPLES, samples)
         else:
             intact = load_model(job.model, pick_dtype(job.dtype, job.device))
             small = trainer.finalize_stop(index, intact)

@@ -26,6 +26,10 @@ def recover(
             "or plain text; a file, a folder, a hub dataset id[:config[:split]], or 'demo'."
         ),
     ] = "demo",
+    against: Annotated[
+        str | None,
+        typer.Option(help="The dense model: tuned in the same way afterwards, and compared."),
+    ] = None,
     eval_data: Annotated[
         str | None,
         typer.Option(help="Text to judge by; default: what the pruned model was judged by."),
@@ -51,6 +55,7 @@ def recover(
     dtype: o.Dtype = None,
     text_column: o.TextColumn = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 42,
+    report_to: o.ReportTo = None,
     gradient_checkpointing: o.Checkpointing = False,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 50,
     resume: o.Resume = False,
@@ -79,11 +84,12 @@ def recover(
             "gradient_checkpointing": gradient_checkpointing,
             "save_steps": save_steps,
             "seed": seed,
+            "report_to": o.trackers(report_to) or "none",
         },
         resume=resume,
         overwrite=overwrite,
     )
-    result = run(Recovery(job, steps, epochs, learning_rate, template), output)
+    result = run(Recovery(job, steps, epochs, learning_rate, template, against), output)
     if result is not None:
         print_result(result, output)
 
@@ -91,10 +97,13 @@ def recover(
 def print_result(result: Mapping[str, Any], output: Output) -> None:
     """Print perplexities before and after, and where the checkpoint is."""
     entry = result["recover"]
-    intact = result.get("perplexity", {}).get("before", {})
-    found = entry["perplexity"]
+    found, dense = entry["perplexity"], entry.get("against")
+    record = result.get("perplexity", {}).get("before", {})
+    intact = dense["perplexity"]["before"] if dense else record
     columns = {"intact": intact} if intact else {}
     columns |= {"before": found["before"], "after": found["after"]}
+    if dense:
+        columns["intact, tuned"] = dense["perplexity"]["after"]
     rows = [
         [source, *(f"{column[source]:.2f}" for column in columns.values())]
         for source in found["after"]
@@ -102,6 +111,8 @@ def print_result(result: Mapping[str, Any], output: Output) -> None:
     rows.append(["mean", *(f"{mean(column):.2f}" for column in columns.values())])
     output.line()
     output.table("Perplexity on held-out text", ["", *columns], rows)
+    if dense:
+        _print_comparison(dense, output)
     pace = entry["seconds_per_step"]
     took = f", {pace:.2f} s each (median)" if pace is not None else ""
     output.line(f"{entry['steps']} steps{took}; {megabytes(result['bytes_on_disk'])} on disk")
@@ -109,3 +120,22 @@ def print_result(result: Mapping[str, Any], output: Output) -> None:
         output.line(f"{result['out']} has no {FILE_NAME}: the model was not pruned by nuteprune")
     output.line(f"Checkpoint in {result['out']}")
     output.result(result)
+
+
+def _print_comparison(dense: Mapping[str, Any], output: Output) -> None:
+    """Say how much of the change is recovery, and how much any model gains from such text."""
+    before, after = (dense["retention"][when].get("mean") for when in ("before", "after"))
+    if before is not None and after is not None:
+        won = round(after, 1) - round(before, 1)
+        said = f"{won:.1f} points won back" if won > 0 else "both were fitted to the text alike"
+        output.line(
+            f"Of {dense['model']}, {before:.1f} % is retained before and {after:.1f} % after the "
+            f"same tuning of both: {said}"
+        )
+    if dense["time_ratio"] is not None:
+        output.line(
+            f"A step takes {dense['time_ratio']:.2f} x the time of the dense model's "
+            f"({dense['seconds_per_step']:.2f} s), with {dense['work_ratio']:.2f} x the weights to "
+            "multiply"
+        )
+    output.line(f"The tuned dense model is in {dense['out']}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -19,26 +20,39 @@ from transformers import (
     PrinterCallback,
 )
 
-from nuteprune.cli.job import RUN, Job, check_out, clear_result, resume_from
-from nuteprune.cli.output import Bars, Output, is_main_process, millions
+from nuteprune.cli.job import RUN, Job, check_out, clear_result, resume_from, settings_of_user
+from nuteprune.cli.output import Bars, Output, is_main_process
 from nuteprune.cli.pipeline import stored_dtype
 from nuteprune.cli.progress import RecoveryProgress
-from nuteprune.cli.rejudged import judged_again, judged_text, record_of
+from nuteprune.cli.rejudged import (
+    Tuned,
+    compared,
+    judged_again,
+    judged_text,
+    note,
+    record_of,
+    same_tokens,
+)
+from nuteprune.cli.show import print_recovery, sequences_per_step
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import round_as_stored, save
 from nuteprune.export.record import peak_memory, weights_size, write_again
+from nuteprune.judge.bench import Work
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.data import training_blocks
-from nuteprune.train.instructions import Examples, check_template, holds_instructions, read_examples
+from nuteprune.train.data import check_ids, training_blocks
+from nuteprune.train.instructions import check_template, holds_instructions, read_examples
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
+from nuteprune.train.state import last_checkpoint
 
 INSTRUCTIONS, TEXT = "instructions", "text"
 RATES = {INSTRUCTIONS: 1e-4, TEXT: 1e-3}
 """Kind of data -> rate of LoRA; the paper's for instructions, many of which take many steps."""
 EPOCHS = 2.0
 STEPS = 200
+DENSE = "dense"
+"""Folder of the run for the dense model that is tuned for comparison."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Recovery:
         epochs: passes over instruction data; None: `EPOCHS`.
         learning_rate: None: by the kind of data.
         template: see `instructions.TEMPLATES`.
+        against: the dense model, to be tuned in the same way for comparison; None: no comparison.
     """
 
     job: Job
@@ -58,6 +73,7 @@ class Recovery:
     epochs: float | None
     learning_rate: float | None
     template: str
+    against: str | None = None
 
 
 def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
@@ -70,24 +86,47 @@ def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
         UserError: for anything that cannot work; nothing is written then.
         RunFailed: if training breaks down.
     """
-    job = asked.job
     _check(asked)
-    record = record_of(job.model)
+    record = record_of(asked.job.model)
+    tokenizer = load_tokenizer(asked.job.model)
+    if asked.against is not None:
+        same_tokens(tokenizer, asked.against)
+    judged = judged_text(asked.job, record, tokenizer, output)
+    ours = _tune(asked, record, tokenizer, judged, output)
+    if asked.against is not None:
+        gc.collect()  # a trainer and its callbacks point at each other: make room
+        output.line()
+        dense = _tune(dense_twin(asked), None, tokenizer, judged, output)
+        if ours is not None and dense is not None:
+            note(ours.result, compared(asked.against, ours, dense))
+    return None if ours is None else ours.result
+
+
+def _tune(
+    asked: Recovery,
+    record: Mapping[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    judged: Mapping[str, Tensor],
+    output: Output,
+) -> Tuned | None:
+    """Tune a model and write it; returns None in all processes of a run but the main one."""
+    job = asked.job
     kind = INSTRUCTIONS if holds_instructions(job.data, job.text_column) else TEXT
     config = _config(asked, kind)
-    tokenizer = load_tokenizer(job.model)
     model, autocast = _load(job)
     config = _config(asked, kind, **autocast)
     training = _training_data(asked, kind, config, tokenizer, model)
-    judged = judged_text(job, record, tokenizer, model, output)
+    for blocks in judged.values():
+        check_ids(blocks, _vocabulary(model))
     with output.bars() as bars:
         if not job.resume and is_main_process():
             shutil.rmtree(job.out, ignore_errors=True)
-        trainer = RecoverTrainer(model, config, training, tokenizer)
+        with settings_of_user():
+            trainer = RecoverTrainer(model, config, training, tokenizer)
         trainer.remove_callback(PrinterCallback)
         progress = RecoveryProgress(bars)
         trainer.add_callback(progress)
-        _print_plan(asked, kind, trainer, training, record, output)
+        print_recovery(job, trainer, training, record, output)
         before, after, small = _train(job, trainer, judged, bars)
     if not is_main_process():
         return None
@@ -96,13 +135,15 @@ def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
         "seconds_per_step": statistics.median(progress.seconds) if progress.seconds else None,
         "perplexity": {"before": before, "after": after, "protocol": protocol(judged)},
     }
-    return _write(job, small, tokenizer, record, entry)
+    work = Work.of(small)
+    return Tuned(_write(job, small, tokenizer, record, entry), work.blocks + work.head)
 
 
 def _check(asked: Recovery) -> None:
     job = asked.job
     if is_main_process():  # the others may come when it has begun to write
-        check_out(job)
+        for model in filter(None, (job.model, asked.against)):
+            check_out(replace(job, model=model))
     check_template(asked.template)
     if asked.steps is not None and asked.epochs is not None:
         raise UserError("--steps and --epochs both say how long; pass one of them")
@@ -147,11 +188,6 @@ def _config(asked: Recovery, kind: str, **more: Any) -> RecoverConfig:
     )
 
 
-def _sequences_per_step(config: RecoverConfig) -> int:
-    """Return how many sequences all processes together learn from in a step."""
-    return int(config.train_batch_size * config.gradient_accumulation_steps * config.world_size)
-
-
 def _training_data(
     asked: Recovery,
     kind: str,
@@ -160,13 +196,12 @@ def _training_data(
     model: PreTrainedModel,
 ) -> Dataset[Any]:
     job = asked.job
-    vocabulary = Anatomy(model).embedding.weight.shape[0]
-    each = _sequences_per_step(config)
+    each = sequences_per_step(config)
     count = config.max_steps * each if config.max_steps > 0 else None
     given: dict[str, Any] = {
         "length": job.length,
         "text_column": job.text_column,
-        "vocab_size": vocabulary,
+        "vocab_size": _vocabulary(model),
     }
     if kind == INSTRUCTIONS:
         return read_examples(job.data, tokenizer, most=count, template=asked.template, **given)
@@ -174,33 +209,17 @@ def _training_data(
     return training_blocks(job.data, tokenizer, count=count, seed=config.seed, **given)
 
 
-def _print_plan(
-    asked: Recovery,
-    kind: str,
-    trainer: RecoverTrainer,
-    training: Dataset[Any],
-    record: Mapping[str, Any] | None,
-    output: Output,
-) -> None:
-    job, args = asked.job, trainer.args
-    anatomy = Anatomy(trainer.model)
-    pruned = f", {record['sparsity']:.1%} of its decoder pruned" if record else ", not pruned"
-    output.line(f"Model   {job.model}: {millions(anatomy.parameters())} parameters{pruned}")
-    count = len(cast(Any, training))
-    skipped = training.skipped if isinstance(training, Examples) else 0
-    what = f"{count} examples, answers learned" if kind == INSTRUCTIONS else "plain text"
-    without = f" ({skipped} rows without an answer left out)" if skipped else ""
-    output.line(f"Data    {job.data}: {what}{without}")
-    each = _sequences_per_step(args)
-    steps = (
-        args.max_steps if args.max_steps > 0 else math.ceil(count / each * args.num_train_epochs)
-    )
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    output.line(
-        f"Run     {steps} steps of {each} x {job.length} tokens at most on {args.device}, "
-        f"{str(anatomy.model.dtype).removeprefix('torch.')}; LoRA rank {args.lora_rank} on all "
-        f"projections ({millions(trained)} parameters) at {args.learning_rate:g}"
-    )
+def dense_twin(asked: Recovery) -> Recovery:
+    """Return the same for the dense model, in a folder of the run; resumed if it had begun."""
+    job = asked.job
+    out = job.out / RUN / DENSE
+    resume = job.resume and last_checkpoint(out / RUN) is not None
+    twin = replace(job, model=cast(str, asked.against), out=out, resume=resume)
+    return replace(asked, job=twin, against=None)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(Anatomy(model).embedding.weight.shape[0])
 
 
 def _train(
@@ -237,7 +256,7 @@ def _settings(
         "sequences": len(cast(Any, training)),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch if kind == INSTRUCTIONS else None,
-        "batch_size": _sequences_per_step(args),
+        "batch_size": sequences_per_step(args),
         "length": job.length,
         "learning_rate": args.learning_rate,
         "lora_rank": args.lora_rank,

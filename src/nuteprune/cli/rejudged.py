@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output
-from nuteprune.cli.sources import locate
+from nuteprune.cli.sources import load_tokenizer, locate
 from nuteprune.errors import UserError
-from nuteprune.export.record import FILE_NAME, read_record
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.export.record import FILE_NAME, read_record, to_json
+from nuteprune.files import write_text
+from nuteprune.judge.retention import retentions
 from nuteprune.train.data import held_out_blocks
 
 
@@ -35,15 +37,10 @@ def judged_text(
     job: Job,
     record: Mapping[str, Any] | None,
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
     output: Output,
 ) -> dict[str, Tensor]:
     """Return held-out blocks: of what was asked for, else as the pruned model was judged."""
-    size: dict[str, Any] = {
-        "length": job.length,
-        "count": job.eval_blocks,
-        "vocab_size": Anatomy(model).embedding.weight.shape[0],
-    }
+    size: dict[str, Any] = {"length": job.length, "count": job.eval_blocks}
     if job.eval_data is None and record is not None:
         config = record.get("config", {})
         if "data" in config:
@@ -57,6 +54,72 @@ def judged_text(
                 output.line(f"Note    judged by {job.data}, since the text of the record: {error}")
     spec = job.eval_data or job.data
     return held_out_blocks(spec, tokenizer, text_column=job.text_column, **size)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model that was tuned and written.
+
+    Args:
+        result: what is printed: `out`, `recover`, and the record where there is one.
+        work: multiply-adds with weights per token of a forward pass.
+    """
+
+    result: dict[str, Any]
+    work: int
+
+
+def same_tokens(tokenizer: PreTrainedTokenizerBase, dense: str) -> None:
+    """Refuse a dense model whose perplexity cannot be compared, being per other tokens.
+
+    Raises:
+        UserError: if its tokenizer is another one.
+    """
+    if load_tokenizer(dense).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--against {dense} has another tokenizer, so perplexities do not compare; pass the "
+            "model that was pruned"
+        )
+
+
+def compared(dense: str, ours: Tuned, theirs: Tuned) -> dict[str, Any]:
+    """Return what the same tuning does to the dense model, and what is kept of it.
+
+    Args:
+        dense: what the user calls the dense model.
+        ours: the pruned model, tuned.
+        theirs: the dense one.
+
+    Returns:
+        `model`, `out`, `perplexity` {`before`, `after`}, `retention` {`before`, `after`: {text:
+        percent, `mean`}}, `seconds_per_step`, `time_ratio` (ours over theirs; None where a resumed
+        run took no step) and `work_ratio`, the same of multiply-adds with weights.
+    """
+    mine, entry = ours.result["recover"], theirs.result["recover"]
+    found = entry["perplexity"]
+    times = mine["seconds_per_step"], entry["seconds_per_step"]
+    return {
+        "model": dense,
+        "out": theirs.result["out"],
+        "perplexity": {when: found[when] for when in ("before", "after")},
+        "retention": {
+            when: retentions(
+                mine["perplexity"][when], found[when], dict.fromkeys(found[when], False)
+            )
+            for when in ("before", "after")
+        },
+        "seconds_per_step": times[1],
+        "time_ratio": times[0] / times[1] if all(times) else None,
+        "work_ratio": ours.work / theirs.work,
+    }
+
+
+def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
+    """Add a comparison to a result, and to the record that was written of it, if there is one."""
+    result["recover"]["against"] = dict(comparison)
+    path = Path(result["out"]) / FILE_NAME
+    if path.is_file():
+        write_text(path, to_json({key: x for key, x in result.items() if key != "out"}))
 
 
 def judged_again(old: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
 from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output, duration, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.export.record import peak_memory
 from nuteprune.judge.report import write_report
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.instructions import Examples
+from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -35,13 +41,47 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
         f"{', '.join(trainer.kinds)} (at most {trainer.allocator.maximum():.1%})"
     )
     freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
-    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    sequences = sequences_per_step(args)
     output.line(
         f"Run     {args.max_steps} steps of {sequences} x {job.length} tokens on "
         f"{args.device}, {str(model.dtype).removeprefix('torch.')}; masks freeze at step "
         f"{', '.join(freezes)}; {args.teachers} teachers; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {job.data}"
     )
+
+
+def print_recovery(
+    job: Job,
+    trainer: RecoverTrainer,
+    training: Dataset[Any],
+    record: Mapping[str, Any] | None,
+    output: Output,
+) -> None:
+    """Print what `recover` is going to do, in a few lines."""
+    args, anatomy = trainer.args, Anatomy(trainer.model)
+    pruned = f", {record['sparsity']:.1%} of its decoder pruned" if record else ", not pruned"
+    output.line(f"Model   {job.model}: {millions(anatomy.parameters())} parameters{pruned}")
+    count = len(cast(Any, training))
+    what = "plain text"
+    if isinstance(training, Examples):
+        without = f" ({training.skipped} rows without an answer left out)"
+        what = f"{count} examples, answers learned{without if training.skipped else ''}"
+    output.line(f"Data    {job.data}: {what}")
+    each = sequences_per_step(args)
+    steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(count / each * args.num_train_epochs)
+    )
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    output.line(
+        f"Run     {steps} steps of {each} x {job.length} tokens at most on {args.device}, "
+        f"{str(anatomy.model.dtype).removeprefix('torch.')}; LoRA rank {args.lora_rank} on all "
+        f"projections ({millions(trained)} parameters) at {args.learning_rate:g}"
+    )
+
+
+def sequences_per_step(args: TrainingArguments) -> int:
+    """Return how many sequences all processes together learn from in a step."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def stage_starts(trainer: NutePruneTrainer) -> list[int]:

@@ -239,9 +239,12 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, float]]], work: Work)
                 f"{phase} reaches {min(reached):.0%} of its bound at worst: time goes into what "
                 f"does not shrink ({why}), the more so the smaller the model"
             )
-    if lines and work.neurons % _EASY_MULTIPLE:
-        lines.append(
-            f"neuron counts are multiples of {work.neurons}; pruning with --set "
-            f"neuron_multiple={_EASY_MULTIPLE} may help: kernels tile such matrices without a rest"
-        )
-    return lines
+    if not lines:
+        return []
+    if work.neurons % _EASY_MULTIPLE == 0:
+        return [*lines, f"neuron counts are multiples of {work.neurons}: no larger one would help"]
+    remedy = (
+        f"neuron counts are multiples of {work.neurons}; prune with --neuron-multiple "
+        f"{_EASY_MULTIPLE}: kernels tile such matrices without a rest"
+    )
+    return [*lines, remedy]

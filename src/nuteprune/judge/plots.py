@@ -184,7 +184,7 @@ def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> 
             for value, other, colour in ((a, b, "muted"), (b, a, "blue")):
                 right = value > other or (value == other and colour == "blue")
                 axes.annotate(
-                    f"{value:.1f}",
+                    f"{value:.1f}" if value < 1000 else f"{value:,.0f}",
                     (value, y),
                     (7 if right else -7, 0),
                     textcoords="offset points",
@@ -204,6 +204,9 @@ def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> 
             axes.margins(x=0.2)
         else:
             axes.set_xlim(0, top * 1.15)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            if top >= 1000:  # long numbers would touch
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         legend(axes)
     pairs = "; ".join(f"{plain(x)}: {before[x]:.2f} dense, {after[x]:.2f} pruned" for x in names)
     return finish("perplexity", f"Dot chart of perplexity. {pairs}.", figure)

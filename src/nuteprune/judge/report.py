@@ -154,9 +154,10 @@ def verdict(files: RunFiles) -> str:
         ratio = mean(after) / mean(before)
         parts.append(f"perplexity on held-out text is {number(ratio)}{_THIN}× the dense model's")
     rates = (files.speed or {}).get("rows", [])
-    gains = sorted({number(_gain(row)) for row in rates if row["better"] == "higher"})
+    gains = sorted(_gain(row) for row in rates if row["better"] == "higher")
     if gains:
-        parts.append(f"it runs {' to '.join(dict.fromkeys((gains[0], gains[-1])))}{_THIN}× as fast")
+        span = dict.fromkeys((number(gains[0]), number(gains[-1])))
+        parts.append(f"it runs {' to '.join(span)}{_THIN}× as fast")
     # A run stores what it reached; rounding errors of its division are none of the reader's.
     missed = record["sparsity"] < record["target"] - 1e-9
     ending = f" The target of {percent(record['target'], 1)} was missed." if missed else ""
@@ -220,6 +221,8 @@ def _compared(what: str, before: float, after: float, ratio: float) -> tuple[str
 
 def _gain(row: Mapping[str, Any]) -> float:
     """Return how many times faster, or smaller, the pruned model is."""
+    if "gain" in row:
+        return float(row["gain"])
     better, worse = row["pruned"], row["dense"]
     if row["better"] == "lower":
         better, worse = worse, better

@@ -5,7 +5,10 @@ if something wrote them, two small files that the report shows as they are:
 
     samples.json  [{"prompt": text, "dense": text, "pruned": text}, ...]: continuations
     speed.json    {"conditions": text, "rows": [{"name": text, "unit": text, "dense": number,
-                  "pruned": number, "better": "higher" or "lower"}, ...]}: medians of a benchmark
+                  "pruned": number, "better": "higher" or "lower", "gain": number}, ...],
+                  "notes": [text, ...]}: medians of a benchmark; the gain, how many times better,
+                  where it is not the ratio of the two; what there is to say of them. Gains and
+                  notes may be left out.
 """
 
 from __future__ import annotations
@@ -99,11 +102,24 @@ def read_run(folder: Path) -> RunFiles:
     speed = _json(run / SPEED)
     if speed is not None:
         rows = speed.get("rows") if isinstance(speed, dict) else None
-        _check_rows(run / SPEED, rows, _SPEED_KEYS, numbers=("dense", "pruned"))
+        _check_rows(run / SPEED, rows, _SPEED_KEYS, numbers=("dense", "pruned"), maybe=("gain",))
+        notes = speed.get("notes", [])
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise UserError(f"{run / SPEED} cannot be shown: notes must be a list of texts")
+    return RunFiles(root, run, record, metrics, read_samples(run), speed, _gates(run))
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of SAMPLES in a run's folder, none if it has no such file.
+
+    Raises:
+        UserError: if they cannot be shown.
+    """
     samples = _json(run / SAMPLES)
-    if samples is not None:
-        _check_rows(run / SAMPLES, samples, _SAMPLE_KEYS)
-    return RunFiles(root, run, record, metrics, samples or [], speed, _gates(run))
+    if samples is None:
+        return []
+    _check_rows(run / SAMPLES, samples, _SAMPLE_KEYS)
+    return cast(list[dict[str, Any]], samples)
 
 
 def write_extra(run: Path, name: str, content: Any) -> None:
@@ -166,12 +182,19 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _check_rows(path: Path, rows: Any, keys: Sequence[str], numbers: Sequence[str] = ()) -> None:
+def _check_rows(
+    path: Path,
+    rows: Any,
+    keys: Sequence[str],
+    numbers: Sequence[str] = (),
+    maybe: Sequence[str] = (),
+) -> None:
     def fits(row: Any) -> bool:
         return (
             isinstance(row, dict)
             and all(key in row for key in keys)
             and all(isinstance(row[key], (int, float)) for key in numbers)
+            and all(isinstance(row.get(key, 0), (int, float)) for key in maybe)
         )
 
     if not isinstance(rows, list) or not all(map(fits, rows)):

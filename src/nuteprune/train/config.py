@@ -75,6 +75,7 @@ class NutePruneConfig(TrainingArguments):
 
     Parameters that control how gates are learned:
 
+    Args:
         method: `nuteprune` (masks are learned), or a one-shot scoring of `gates.importance.METHODS`
             (`random`, `magnitude`, `wanda`, `flap`, `taylor`, `fisher`, `similarity`) whose masks
             are frozen at the target from the first step; the steps then train LoRA alone, by the
@@ -96,6 +97,7 @@ class NutePruneConfig(TrainingArguments):
 
     Parameters that control distillation:
 
+    Args:
         teachers: `numerous` (snapshots on the way), `intact` (the dense model alone), `none`.
         token_weight: weight of the token-level KL divergence.
         layer_weight: weight of the mean (`mse`: sum) of the layers' terms.
@@ -106,6 +108,7 @@ class NutePruneConfig(TrainingArguments):
 
     Parameters that control LoRA and the re-fit:
 
+    Args:
         lora_rank: rank of the adapters.
         lora_alpha: their scale is alpha / rank.
         lora_targets: `all` projections or `qv` (queries and values, the paper's).

@@ -1,0 +1,181 @@
+"""Every command that the README and the docs show works: executed on tiny stand-ins, or parsed.
+
+And the site has all pages, and the API page names what is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nuteprune.cli.app import make_app
+
+from .conftest import TINY
+
+Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+EXECUTED = "executed, on the stand-ins of `workspace`"
+DRY = "needs the hub and an accelerator: executed with --dry-run, on stand-ins"
+PARSED = "needs the hub, other programs or several processes: its options are checked"
+
+HOW = {
+    "nuteprune demo --out first": EXECUTED,
+    "nuteprune prune meta-llama/Llama-3.2-1B --sparsity 0.25 --data my_text.jsonl --out small "
+    "--dry-run": EXECUTED,
+    "nuteprune prune meta-llama/Llama-3.2-1B --sparsity 0.25 --data my_text.jsonl --out small "
+    "--steps 400": EXECUTED,
+    "nuteprune prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data my_text.jsonl --out small "
+    "--dry-run": EXECUTED,
+    "nuteprune prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data my_text.jsonl --out small "
+    "--steps 400": EXECUTED,
+    "nuteprune prune demo --sparsity 0.1,0.2,0.3 --out ladder --steps 90": EXECUTED,
+    "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --set method=wanda": EXECUTED,
+    "nuteprune prune huggyllama/llama-7b --config recipes/llama-7b.yaml --out small --dry-run": DRY,
+    "nuteprune prune huggyllama/llama-7b --config recipes/llama-7b.yaml --out small": DRY,
+    "nuteprune prune meta-llama/Llama-3.1-8B --config recipes/llama-3-8b.yaml --out small": DRY,
+    "nuteprune prune Qwen/Qwen3-8B --config recipes/qwen3-8b.yaml --out small": DRY,
+    "nuteprune prune huggyllama/llama-7b --config recipes/paper.yaml --data c4.jsonl "
+    "--out small": DRY,
+    "torchrun --nproc_per_node 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
+    "--out small": PARSED,
+    "accelerate launch --num_processes 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
+    "--out small": PARSED,
+    "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --report-to tensorboard": PARSED,
+    "nuteprune eval small --against meta-llama/Llama-3.2-1B --data my_text.jsonl": EXECUTED,
+    "nuteprune eval better --against demo": EXECUTED,
+    "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
+    "nuteprune eval out/run/checkpoint-200 --against meta-llama/Llama-3.2-1B "
+    "--data my_text.jsonl": EXECUTED,
+    "nuteprune eval small --against meta-llama/Llama-3.2-1B --tasks commonsense7 "
+    "--batch-size 16": PARSED,
+    "nuteprune eval small --tasks school --include-path my-tasks": PARSED,
+    "nuteprune eval better --against huggyllama/llama-7b --data wikitext2 "
+    "--tasks commonsense7": PARSED,
+    "nuteprune bench small --against meta-llama/Llama-3.2-1B": EXECUTED,
+    "nuteprune bench small --against meta-llama/Llama-3.2-1B --save": EXECUTED,
+    "nuteprune bench small --against demo": EXECUTED,
+    "nuteprune bench better --against huggyllama/llama-7b --batch-sizes 1,8 "
+    "--lengths 512": EXECUTED,
+    "nuteprune recover small --data my_instructions.jsonl --out better": EXECUTED,
+    "nuteprune recover small --out better --steps 10 --batch-size 4": EXECUTED,
+    "nuteprune recover small --out better --steps 10 --batch-size 4 --against demo": EXECUTED,
+    "nuteprune recover demo --out dense-tuned --steps 10 --batch-size 4": EXECUTED,
+    "nuteprune recover small --against meta-llama/Llama-3.2-1B --data my_text.jsonl "
+    "--out better": EXECUTED,
+    "nuteprune recover small --against huggyllama/llama-7b --data alpaca.json "
+    "--out better": EXECUTED,
+    "nuteprune export small --to gguf --out small.gguf": EXECUTED,
+    "nuteprune export small --to gguf --out small.gguf --type q8_0": EXECUTED,
+    "nuteprune export better --to gguf --out better.gguf": EXECUTED,
+    "nuteprune export PRUNED --to gguf --out model.gguf --type q8_0": EXECUTED,
+    "nuteprune inspect small": EXECUTED,
+    "nuteprune report small": EXECUTED,
+}
+"""Each command in a block of code of README and docs -> how it is held to work."""
+
+
+def shown() -> list[str]:
+    """Return the commands in blocks of code, each once."""
+    found = {}
+    for page in PAGES:
+        blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text("utf-8"), re.S | re.M)
+        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+            if re.match(r" *(nuteprune |(torchrun|accelerate) .* nuteprune\.cli )", line):
+                found[" ".join(shlex.split(line, comments=True))] = page.name
+    return list(found)
+
+
+def arguments(command: str) -> list[str]:
+    """Return what nuteprune gets of a command."""
+    parts = shlex.split(command)
+    start = parts.index("nuteprune.cli" if "nuteprune.cli" in parts else "nuteprune")
+    return parts[start + 1 :]
+
+
+def test_every_command_is_listed_and_none_that_is_gone() -> None:
+    assert sorted(shown()) == sorted(HOW)
+
+
+@pytest.mark.parametrize("command", [c for c, how in HOW.items() if how != PARSED])
+def test_commands_run(command: str, in_workspace: Path, workspace: Path, run: Run) -> None:
+    name, *rest = arguments(command)
+    out = Path(rest[rest.index("--out") + 1]) if "--out" in rest else None
+    if out is not None:
+        out.unlink(missing_ok=True)  # the link to what an earlier command made
+    small = list(TINY[name])
+    if HOW[command] == DRY and "--dry-run" not in rest:
+        small.append("--dry-run")
+    if HOW[command] == DRY and "--data" not in rest:
+        small += ["--data", "my_text.jsonl"]
+    if "ladder" in rest[0]:
+        (in_workspace / "ladder").mkdir()
+        (in_workspace / rest[0]).symlink_to(workspace / "small")
+    code, stdout, stderr = run(name, *rest, *small)
+    assert code == 0, stderr
+    assert len(stdout.splitlines()) > 1
+    if out is not None:
+        assert out.exists() == ("--dry-run" not in [*rest, *small])
+
+
+def named_options() -> list[tuple[str, str]]:
+    """Return (command, options) of all commands, those in running text too."""
+    found = [(arguments(c)[0], c) for c in HOW]
+    for page in PAGES:
+        text = re.sub(r"^ *```.*?^ *```", "", page.read_text("utf-8"), flags=re.S | re.M)
+        for span in re.findall(r"`([^`]+)`", text):
+            said = " ".join(span.split())
+            words = said.removeprefix("nuteprune ").split()
+            if words and (said.startswith("nuteprune ") or words[0] in TINY):
+                found.append((words[0], said))
+    return found
+
+
+def test_every_option_that_is_named_exists() -> None:
+    import typer
+
+    commands = typer.main.get_command(make_app()).commands  # type: ignore[attr-defined]
+    known = {
+        name: {option for param in command.params for option in param.opts}
+        for name, command in commands.items()
+    }
+    for command, said in named_options():
+        assert command in known, said
+        given: list[Any] = re.findall(
+            r"(?<![\w-])--[a-z][a-z-]*", said.partition("nuteprune.cli")[2] or said
+        )
+        assert set(given) <= known[command] | {"--help"}, said
+
+
+def test_the_site_has_every_page() -> None:
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return [page for part in parts for page in pages(part)]
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(pages(nav)) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_api_page_names_what_is_there() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: (\S+)\n(?: +options:\n +members: \[(.*)\])?", text, re.M)
+    assert len(named) >= 8
+    for path, members in named:
+        module, _, last = path.rpartition(".")
+        try:
+            found = importlib.import_module(path)
+        except ModuleNotFoundError:
+            found = getattr(importlib.import_module(module), last)
+        assert found.__doc__
+        for member in filter(None, members.split(", ")):
+            assert hasattr(found, member), f"{path}.{member}"

@@ -1,0 +1,167 @@
+"""docs/json.md is the schema of what --json prints: keys and types, no more and no less."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import TINY
+
+Run = Callable[..., tuple[int, str, str]]
+PAGE = Path(__file__).parents[2] / "docs" / "json.md"
+DENSE = "meta-llama/Llama-3.2-1B"
+PRUNE = ["prune", DENSE, "--sparsity", "0.2", "--data", "my_text.jsonl", "--out", "new"]
+RECOVER = ["recover", "small", "--data", "my_text.jsonl", "--out", "new"]
+
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "integer": int,
+    "number": (int, float),
+    "string": str,
+    "boolean": bool,
+    "list": list,
+    "object": dict,
+    "null": type(None),
+}
+
+
+def schema(*sections: str) -> dict[str, tuple[str, bool]]:
+    """Return key -> (type, whether it is always there) of sections of the page."""
+    found = {}
+    parts = re.split(r"^##+ (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    tables = dict(zip(parts[1::2], parts[2::2], strict=True))
+    for section in sections:
+        rows = re.findall(r"^\| `(\S+)` \| ([\w ]+) \| ?(.*) ?\|$", tables[section], re.M)
+        assert len(rows) == len(re.findall(r"^\| `", tables[section], re.M)), section
+        for key, kind, meaning in rows:
+            found[key] = (kind, not meaning.startswith("sometimes"))
+    return found
+
+
+def leaves(value: Any, known: dict[str, tuple[str, bool]], path: str = "") -> Iterator[tuple]:
+    """Yield (documented key, value) of all that is in a result; without one, the path is the key.
+
+    What the page calls an object or a list is not looked into.
+    """
+    if path in known:
+        yield path, value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            at = f"{path}.{key}" if path else key
+            star = f"{path}.*"
+            fixed = any(k == at or k.startswith((f"{at}.", f"{at}[")) for k in known)
+            yield from leaves(one, known, at if fixed or not path else star)
+    elif isinstance(value, list):
+        for one in value:
+            yield from leaves(one, known, f"{path}[]")
+    else:
+        yield path, value
+
+
+def check(result: dict[str, Any], known: dict[str, tuple[str, bool]], *there: str) -> None:
+    """Hold a result to a schema; of the keys that are there sometimes, those named have to be."""
+    seen = set()
+    for key, value in leaves(result, known):
+        assert key in known, f"{key} is not documented"
+        kinds = known[key][0].split(" or ")
+        if isinstance(value, bool):
+            assert "boolean" in kinds, key
+        else:
+            assert isinstance(value, tuple(TYPES[kind] for kind in kinds)), (key, value)
+        seen.add(key)
+    needed = {key for key, (_, always) in known.items() if always or key.startswith(there or "!")}
+    assert not needed - seen
+
+
+def merged(*results: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for result in results for key, value in result.items()}
+
+
+def last(run: Run, *words: str) -> dict[str, Any]:
+    code, stdout, stderr = run(*words, *TINY[words[0]], "--json")
+    assert code == 0, stderr
+    result = json.loads(stdout.splitlines()[-1])
+    assert isinstance(result, dict)
+    return result
+
+
+pytestmark = pytest.mark.usefixtures("in_workspace")
+
+
+def test_prune(run: Run) -> None:
+    check(last(run, *PRUNE), schema("prune"))
+    again = ["prune", "small", *PRUNE[2:-1], "again"]
+    check(last(run, *again), schema("prune"), "history")
+
+
+def test_prune_to_several_targets(run: Run) -> None:
+    several = ["prune", DENSE, "--sparsity", "0.1,0.2", *PRUNE[4:]]
+    result = last(run, *several)
+    assert list(result) == ["targets"]
+    assert len(result["targets"]) == 2
+    for one in result["targets"]:
+        check(one, schema("prune"))
+
+
+def test_a_dry_run(run: Run) -> None:
+    check(last(run, *PRUNE, "--dry-run"), schema("--dry-run"))
+
+
+def test_demo(run: Run) -> None:
+    check(last(run, "demo", "--out", "new"), merged(schema("prune"), schema("demo")))
+
+
+def test_eval(run: Run) -> None:
+    known = schema("eval")
+    both = ["protocol", "perplexity", "retention.perplexity"]
+    check(last(run, "eval", "small", "--data", "my_text.jsonl"), known, *both[:2])
+    against = ["--against", DENSE, "--data", "my_text.jsonl"]
+    check(last(run, "eval", "small", *against), known, *both)
+    midway = last(run, "eval", "out/run/checkpoint-200", *against)
+    check(midway, known, *both, "midway_sparsity")
+
+
+def test_bench(run: Run) -> None:
+    check(last(run, "bench", "small"), schema("bench"))
+    both = last(run, "bench", "small", "--against", DENSE)
+    check(both, schema("bench"), "settings[].speedup")
+
+
+def test_recover(run: Run) -> None:
+    known = merged(schema("prune"), schema("recover"))
+    check(last(run, *RECOVER), known)
+    alike = last(run, "recover", "better", *RECOVER[2:-1], "again", "--against", DENSE)
+    check(alike, known, "recover.against", "recover.earlier")
+    # A model that nuteprune has not pruned has no record.
+    dense = last(run, "recover", DENSE, *RECOVER[2:-1], "dense")
+    own = {key: known[key] for key in ("out", "bytes_on_disk")} | schema("recover")
+    check(dense, own)
+
+
+def test_inspect(run: Run) -> None:
+    record = {key: kind for key, kind in schema("prune").items() if key != "out"}
+    known = merged(record, schema("inspect"))
+    check(last(run, "inspect", "small"), known)
+    recovered = last(run, "inspect", "better")
+    check(recovered, merged(known, schema("recover")))
+
+
+def test_export(run: Run) -> None:
+    check(last(run, "export", "small", "--to", "gguf", "--out", "new.gguf"), schema("export"))
+
+
+def test_report(run: Run) -> None:
+    check(last(run, "report", "small"), schema("report"))
+
+
+def test_what_the_page_does_not_know_is_found() -> None:
+    known = schema("report")
+    good = {"report": "a", "plots": []}
+    check(good, known)
+    for bad in ({**good, "more": 1}, {"report": "a"}, {**good, "report": 1}):
+        with pytest.raises(AssertionError):
+            check(bad, known)
