@@ -30,6 +30,7 @@ def export(
         typer.Option(help="llama.cpp's name for the tokenizer's split; default: found by trying."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
     """Write MODEL, pruned or not, in another program's format."""
@@ -45,7 +46,7 @@ def export(
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
     read_config(model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     loaded = load_pruned(locate(model), dtype="auto")
     with output.bars() as bars:
         written = write_gguf(

@@ -75,7 +75,7 @@ def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
     record = record_of(job.model)
     kind = INSTRUCTIONS if holds_instructions(job.data, job.text_column) else TEXT
     config = _config(asked, kind)
-    tokenizer = load_tokenizer(job.model)
+    tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     model, autocast = _load(job)
     config = _config(asked, kind, **autocast)
     training = _training_data(asked, kind, config, tokenizer, model)
