@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nuteprune.cli.app import main
+from nuteprune.cli.settings import RUN_KEYS, read_settings
+from nuteprune.errors import UserError
 from nuteprune.train.config import NutePruneConfig
 
 FEW, MANY = 8, 500
@@ -356,6 +358,20 @@ def test_bad_input_is_one_line_and_nothing_written(
         check(case, *good)
 
     holds()
+
+
+@settings(max_examples=MANY, deadline=None, database=None, derandomize=True)
+@given(documents)
+def test_any_file_of_settings_is_settings_or_a_user_error(content: bytes) -> None:
+    """The reader alone, so that the normal suite has the time for as many."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.yaml"
+        path.write_bytes(content)
+        try:
+            found = read_settings(path, ())
+        except UserError:
+            return
+    assert found.keys() <= {*SETTINGS, *RUN_KEYS, "torch_compile", "full_determinism"}
 
 
 def test_the_good_case_is_good(good: tuple[Path, Path]) -> None:

@@ -323,7 +323,7 @@ JSON_PIECES = ['{"text": ', '"a"', "}", "\n", "[", "]", ",", "{", ":", "null", "
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     content=st.binary(max_size=60)

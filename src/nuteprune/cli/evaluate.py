@@ -72,6 +72,7 @@ def evaluate(
     ] = None,
     config: o.Config = None,
     assignments: o.Set = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
     """Measure how good MODEL is: perplexity on text, accuracy in zero-shot tasks.
@@ -90,7 +91,7 @@ def evaluate(
         questions = Tasks(names, include_path, limit, fewshot)
     kind = pick_device(device or "auto")
     computed = pick_dtype(dtype or "auto", kind)
-    tokenizer = load_tokenizer(models[0].source)
+    tokenizer = load_tokenizer(models[0].source, trust_remote_code)
     cut: dict[str, texts.Blocks] = {}
     if data or protocol or questions is None:
         changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli import options as o
 from nuteprune.cli.output import Output, megabytes, millions
@@ -40,6 +41,7 @@ def export(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
     """Write MODEL, pruned or not, in another program's format."""
@@ -61,13 +63,18 @@ def export(
     if to == "onnx":
         _export_onnx(model, out, output)
     else:
-        _export_gguf(model, out, type_name, pre_tokenizer, output)
+        tokenizer = load_tokenizer(model, trust_remote_code)
+        _export_gguf(model, out, type_name, pre_tokenizer, tokenizer, output)
 
 
 def _export_gguf(
-    model: str, out: Path, type_name: str, pre_tokenizer: str | None, output: Output
+    model: str,
+    out: Path,
+    type_name: str,
+    pre_tokenizer: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Output,
 ) -> None:
-    tokenizer = load_tokenizer(model)
     loaded = load_pruned(locate(model), dtype="auto")
     with output.bars() as bars:
         written = write_gguf(

@@ -39,6 +39,7 @@ class Job:
         dry_run: say what would be done, and write nothing.
         resume: go on from the last checkpoint in `out`.
         overwrite: replace what is in `out`.
+        trust_remote_code: run Python code that comes with the model's tokenizer.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Job:
     dry_run: bool = False
     resume: bool = False
     overwrite: bool = False
+    trust_remote_code: bool = False
 
 
 def trainer_settings(job: Job) -> dict[str, Any]:

@@ -81,7 +81,18 @@ Checkpointing = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with MODEL, where its tokenizer needs some.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
+
+
+FLAGS = ("dry_run", "resume", "overwrite", "trust_remote_code")
+"""What a job is told by options alone: no file of settings can say so."""
 
 
 def make_job(
@@ -103,9 +114,9 @@ def make_job(
         sparsity: one target or several, comma separated; None where not given.
         shape: file with dimensions to cut to, None where not given.
         **given: options under their settings' full names; None where not given. Those of `Job`
-            itself (`dry_run`, `resume`, `overwrite`) are flags.
+            itself (`dry_run`, `resume`, `overwrite`, `trust_remote_code`) are flags.
     """
-    flags = {k: given.pop(k) for k in ("dry_run", "resume", "overwrite")}
+    flags = {k: given.pop(k) for k in FLAGS if k in given}
     settings = read_settings(config, assignments or ())
     if sparsity is not None and shape is not None:
         raise UserError("--sparsity and --shape both say how much is to go; pass one of them")

@@ -95,7 +95,7 @@ def _take_back(folder: Path, was_there: bool) -> None:
 
 
 def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> Result | None:
-    tokenizer = load_tokenizer(job.model)
+    tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     model = load_model(job.model, pick_dtype(job.dtype, job.device))
     training, held_out = _texts(job, config, tokenizer, model)
     with output.bars() as bars:

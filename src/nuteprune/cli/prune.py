@@ -35,6 +35,7 @@ def prune(
     dry_run: o.DryRun = False,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
     """Make MODEL smaller by SPARSITY, keeping its quality with text from DATA."""
@@ -65,6 +66,7 @@ def prune(
         dry_run=dry_run,
         resume=resume,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
     if not {"target_sparsity", "shape"} & set(job.settings):
         raise UserError("how much is to go? pass --sparsity, such as --sparsity 0.2, or --shape")

@@ -60,6 +60,7 @@ def recover(
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 50,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
     """Fine-tune MODEL, a pruned checkpoint, to win back quality.
@@ -88,6 +89,7 @@ def recover(
         },
         resume=resume,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
     result = run(Recovery(job, steps, epochs, learning_rate, template, against), output)
     if result is not None:

@@ -88,7 +88,7 @@ def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
     """
     _check(asked)
     record = record_of(asked.job.model)
-    tokenizer = load_tokenizer(asked.job.model)
+    tokenizer = load_tokenizer(asked.job.model, asked.job.trust_remote_code)
     if asked.against is not None:
         same_tokens(tokenizer, asked.against)
     judged = judged_text(asked.job, record, tokenizer, output)

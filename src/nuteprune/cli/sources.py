@@ -103,8 +103,13 @@ def load_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
     return loaded
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
+
+    Args:
+        model: as the user named it.
+        trust_remote_code: whether Python files that come with the model may be run for it. Models
+            themselves never need theirs: only stock classes can be pruned.
 
     Raises:
         UserError: if it has none that can be loaded.
@@ -114,9 +119,17 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     config = PreTrainedConfig.from_dict({"model_type": model_type})
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            locate(model), config=config
+            locate(model),
+            config=config,
+            # Never None, with which transformers asks on the terminal, in the middle of a job.
+            trust_remote_code=trust_remote_code,
         )
     except Exception as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UserError(
+                f"the tokenizer of {model} is Python code that comes with it, and is not run "
+                "unasked; read that code, and pass --trust-remote-code if you trust it"
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load the tokenizer of {model}: {first}") from error
     return tokenizer

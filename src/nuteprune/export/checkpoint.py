@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import Any
 
@@ -210,6 +211,11 @@ def _one_line(source: str) -> Iterator[None]:
     """Turn what readers raise over missing, damaged or senseless files into one line."""
     try:
         yield
+    except UnpicklingError as error:  # torch's own words say how to run the code after all
+        raise UserError(
+            f"cannot load {source}: its weights are a pickle that is damaged, or asks for more "
+            "than tensors, which is not done; pass a checkpoint with safetensors"
+        ) from error
     except _UNREADABLE as error:
         raise UserError(f"cannot load {source}: {textwrap.shorten(str(error), 300)}") from error
 
@@ -325,6 +331,9 @@ def _tokenizer_keys_of_4(config: dict[str, Any]) -> dict[str, Any]:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    own_code = config.get("auto_map") or {}
+    if isinstance(own_code.get("AutoTokenizer"), str):  # 5.24 writes it so, and cannot read it
+        config["auto_map"] = own_code | {"AutoTokenizer": [own_code["AutoTokenizer"], None]}
     return config
 
 

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -82,6 +83,11 @@ class AtomicTrainer(Trainer):
         self.add_callback(signals)
         try:
             result = super().train(*args, **kwargs)
+        except UnpicklingError as error:  # torch's own words say how to run the code after all
+            raise UserError(
+                f"cannot resume: a file in {checkpoint} asks for more than tensors, which "
+                "nuteprune did not write; resume only runs of your own"
+            ) from error
         finally:
             signals.restore()
             self.remove_callback(signals)
