@@ -44,6 +44,7 @@ def test_token_kl_is_the_plain_formula(
     settings: dict, temperature: float, chunk_elements: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 1)
     head = Head(normal(V, D, seed=0), **settings)
     student = normal(B, T, D, seed=1).requires_grad_()
     teacher = normal(B, T, D, seed=2)
