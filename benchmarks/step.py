@@ -1,15 +1,11 @@
 """What a training step costs beside a plain LoRA step: time and peak memory, in one run.
 
     python benchmarks/step.py --json benchmarks/results/step.json
+    python benchmarks/step.py --sweep
 
-Each kind of step lives in a process of its own, so that its peak memory is its own. They take
-turns, one step each, so that whatever else the machine does falls on all of them alike.
-
-- lora: PEFT's LoRA on all projections, the model's own language-model loss; the yardstick.
-- two_pass: distillation as it is usually written: a teacher pass with the adapters off, a student
-  pass, KL of the full logits.
-- nuteprune: a step of `NutePruneTrainer`: masks on heads and neurons, both roles layer by layer in
-  one pass, KL chunk by chunk, scores of all units re-estimated from the gradients.
+Each kind of step (see step_rows.py) lives in a fresh process, so that its peak memory is its own.
+They take turns, one step each, so that whatever else the machine does falls on all of them alike.
+`--sweep` goes on to other lengths, batch sizes and vocabularies, one of them at a time.
 """
 
 from __future__ import annotations
@@ -20,147 +16,164 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from step_rows import ROWS, Cell
 
-KINDS = ("lora", "two_pass", "nuteprune")
+SWEEP_ROWS = ("lora", "nuteprune", "two_pass")
 
 
-def main() -> None:
-    """Parse the command line; run the measurement, or one kind of step as its child."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print tables, and return what `--json` writes."""
+    args = parse(arguments)
+    from nuteprune.cli.sources import locate, pick_device, pick_dtype
+
+    device = pick_device(args.device)
+    cell = Cell(
+        model=locate(args.model),
+        batch_size=args.batch_size,
+        length=args.length,
+        vocabulary=args.vocabulary,
+        rank=args.rank,
+        dtype=str(pick_dtype(args.dtype, args.device)).removeprefix("torch."),
+        device=device,
+        checkpointing=args.checkpointing,
+    )
+    result = measure(cell, args.rows, args.repeats)
+    result |= {"settings": asdict(cell) | {"model": args.model, "repeats": args.repeats}}
+    result |= {"machine": machine(device)}
+    if args.sweep:
+        result["sweep"] = [
+            {"cell": changed, **measure(other, SWEEP_ROWS, args.sweep_repeats, changed)}
+            for changed, other in cells(cell, args)
+        ]
+    if args.json:
+        line = json.dumps(result)
+        if args.json != "-":
+            Path(args.json).write_text(line + "\n", encoding="utf-8")
+        print(line)
+    return result
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo", help="checkpoint folder, hub id, or 'demo'")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--vocabulary", type=int, help="random weights with so many tokens")
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank of all kinds")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each kind")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--json", metavar="FILE", help="write the result there too")
-    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        serve(make_step(args.child, args))
-    else:
-        measure(args)
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", dest="checkpointing", help="in all kinds"
+    )
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="kinds of step")
+    parser.add_argument("--sweep", action="store_true", help="other sizes too, beside the headline")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512])
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=[49152, 128256])
+    parser.add_argument("--sweep-repeats", type=int, default=3)
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="end with one JSON line; FILE gets it"
+    )
+    return parser.parse_args(arguments)
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Let the kinds take turns; print a table and, as the last line, JSON."""
-    command = [sys.executable, *sys.argv]
-    pipes: dict[str, Any] = {
-        kind: subprocess.Popen(
-            [*command, "--child", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for kind in KINDS
-    }
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    answer: dict[str, Any] = {}
-    for turn in range(args.repeats + 1):
-        for kind, pipe in pipes.items():
-            pipe.stdin.write("step\n")
-            pipe.stdin.flush()
-            answer[kind] = json.loads(pipe.stdout.readline())
-            if turn:  # the first one warms up
-                seconds[kind].append(answer[kind]["seconds"])
-    for pipe in pipes.values():
-        pipe.stdin.close()
-        pipe.wait()
-    median = {kind: statistics.median(values) for kind, values in seconds.items()}
-    memory = {kind: answer[kind]["memory_bytes"] for kind in KINDS}
-    print(f"{'':12}{'s/step':>8}{'spread':>16}{'x LoRA':>8}{'peak GB':>9}{'x LoRA':>8}")
-    for kind in KINDS:
-        spread = f"{min(seconds[kind]):.2f}-{max(seconds[kind]):.2f}"
-        print(
-            f"{kind:12}{median[kind]:8.2f}{spread:>16}{median[kind] / median['lora']:8.2f}"
-            f"{memory[kind] / 1e9:9.2f}{memory[kind] / memory['lora']:8.2f}"
-        )
-    result = {
-        "ratio_time_to_lora": median["nuteprune"] / median["lora"],
-        "ratio_memory_to_lora": memory["nuteprune"] / memory["lora"],
+def cells(cell: Cell, args: argparse.Namespace) -> Iterator[tuple[str, Cell]]:
+    """Yield the sweep's cells: the headline's with one size changed."""
+    for name in ("length", "batch_size", "vocabulary"):
+        values = args.vocabularies if name == "vocabulary" else vars(args)[f"{name}s"]
+        for value in values:
+            yield f"{name} {value}", replace(cell, **{name: value})
+
+
+def measure(cell: Cell, rows: Sequence[str], repeats: int, title: str = "") -> dict[str, Any]:
+    """Let kinds of step take turns, and print their table.
+
+    Returns:
+        Seconds of each timed step, peak bytes and tokens per second of each kind, and ratios.
+    """
+    answers = take_turns(cell, rows, repeats)
+    seconds = {row: [answer["seconds"] for answer in told[1:]] for row, told in answers.items()}
+    median = {row: statistics.median(values) for row, values in seconds.items()}
+    memory = {row: told[-1]["memory_bytes"] for row, told in answers.items()}
+    speed = {row: cell.batch_size * cell.length / value for row, value in median.items()}
+    print(f"{title:12}{'s/step':>8}{'spread':>14}{'tokens/s':>10}{'peak GB':>9}", end="")
+    print(f"{'x lora: time':>14}{'memory':>8}")
+    for row in rows:
+        spread = f"{min(seconds[row]):.2f}-{max(seconds[row]):.2f}"
+        print(f"{row:12}{median[row]:8.2f}{spread:>14}{speed[row]:10.0f}", end="")
+        print(f"{memory[row] / 1e9:9.2f}", end="")
+        if "lora" in rows:
+            ratios = (figures[row] / figures["lora"] for figures in (median, memory))
+            print("{:14.2f}{:8.2f}".format(*ratios), end="")
+        print(flush=True)
+    return {
+        **ratios_of(median, memory),
         "seconds": seconds,
         "memory_bytes": memory,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "child")},
-        "machine": {
-            "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-        },
+        "tokens_per_second": speed,
+        "first_loss": {row: told[0]["loss"] for row, told in answers.items()},
+        "trained_parameters": {row: told[0]["trained"] for row, told in answers.items()},
     }
-    line = json.dumps(result)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line)
 
 
-def serve(step: Callable[[], None]) -> None:
-    """Do a step for each line that comes in, and tell its seconds and the peak memory so far."""
-    from nuteprune.export.record import peak_memory
+def ratios_of(seconds: dict[str, float], memory: dict[str, int]) -> dict[str, float]:
+    """Return the ratios that are asked for, as far as their rows were measured."""
+    pairs = [("nuteprune", other) for other in ("lora", "two_pass", "two_model")]
+    found = {}
+    for ours, other in (*pairs, ("teachers", "nuteprune")):
+        if ours in seconds and other in seconds:
+            name = "teachers" if ours == "teachers" else f"to_{other}"
+            found[f"ratio_time_{name}"] = seconds[ours] / seconds[other]
+            found[f"ratio_memory_{name}"] = memory[ours] / memory[other]
+    return found
 
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "memory_bytes": peak_memory()}), flush=True)
+
+def take_turns(cell: Cell, rows: Sequence[str], repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Return what each row's process told of its steps; the first of them warms up."""
+    script = str(Path(__file__).with_name("step_rows.py"))
+    pipes: dict[str, Any] = {
+        row: subprocess.Popen(
+            [sys.executable, script, row, json.dumps(asdict(cell))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for row in rows
+    }
+    told: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
+    try:
+        for _ in range(repeats + 1):
+            for row, pipe in pipes.items():
+                pipe.stdin.write("step\n")
+                pipe.stdin.flush()
+                line = pipe.stdout.readline()
+                if not line:
+                    sys.exit(f"step.py: {row} ended with exit code {pipe.wait()}")
+                told[row].append(json.loads(line))
+    finally:
+        for pipe in pipes.values():
+            pipe.stdin.close()
+            pipe.stdout.close()
+            pipe.wait()
+    return told
 
 
-def make_step(kind: str, args: argparse.Namespace) -> Callable[[], None]:
-    """Return a function that does one optimizer step of a kind, always on the same tokens."""
-    from nuteprune import NutePruneConfig, NutePruneTrainer
-    from nuteprune.cli.sources import load_model, pick_device, pick_dtype
-    from nuteprune.train.data import BlockDataset
-
-    device = pick_device(args.device)
-    model = load_model(args.model, pick_dtype(args.dtype, args.device)).to(device)
-    random = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids_BT = torch.randint(0, vocabulary, (args.batch_size, args.length), generator=random)
-    trainer = NutePruneTrainer(
-        model,
-        NutePruneConfig(
-            output_dir=tempfile.mkdtemp(),
-            use_cpu=device == "cpu",
-            lora_rank=args.rank,
-            lora_alpha=args.rank,
-            per_device_train_batch_size=args.batch_size,
-            gradient_checkpointing=args.gradient_checkpointing,
-        ),
-        BlockDataset(ids_BT),
-    )
-    optimizer = trainer.create_optimizer()
-    ids_BT = ids_BT.to(device)
-    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
-
-    def lora() -> None:
-        trainer.model(**inputs, labels=ids_BT, use_cache=False).loss.backward()
-
-    def two_pass() -> None:
-        with torch.no_grad(), trainer.model.disable_adapter():
-            theirs_BTV = trainer.model(**inputs, use_cache=False).logits.log_softmax(-1)
-        ours_BTV = trainer.model(**inputs, use_cache=False).logits.log_softmax(-1)
-        (theirs_BTV.exp() * (theirs_BTV - ours_BTV)).sum(-1).mean().backward()
-
-    def nuteprune() -> None:
-        trainer.trial_step(inputs)
-        trainer.gates.observe()
-
-    backward = {"lora": lora, "two_pass": two_pass, "nuteprune": nuteprune}[kind]
-
-    def step() -> None:
-        backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    trainer.model.train()
-    return step
+def machine(device: str) -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    return {
+        "threads": torch.get_num_threads(),
+        "processor": cpu if device == "cpu" else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -59,13 +60,27 @@ def test_a_snapshot_does_not_follow_its_source(tmp_path: Path) -> None:
     assert_plays(teachers, 0, seed=0)
 
 
-def test_at_most_two_are_in_memory(tmp_path: Path) -> None:
+def test_at_most_one_is_in_memory(tmp_path: Path) -> None:
     teachers = filled(tmp_path, 5)
     first = teachers.role(0)
     assert teachers.role(0) is first  # no file is read at every step
-    for i in (0, 1, 2, 1, 4, 3):
-        teachers.role(i)
-        assert len(teachers._loaded) <= 2
+    gone = weakref.ref(first)
+    del first
+    teachers.role(1)
+    assert gone() is None
+
+
+def test_lora_weights_come_in_the_dtype_asked_for_and_masks_in_fp32(tmp_path: Path) -> None:
+    teachers = filled(tmp_path, 1)
+    half, whole = teachers.role(0, dtype=torch.bfloat16), Teachers(tmp_path, LAYOUT)
+    whole.restore(teachers.sparsities, teachers.sums)
+    role = whole.role(0)
+    for key, value in half.lora.items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value.float(), role.lora[key])
+    for key, value in half.masks.values.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, role.masks.values[key])
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:

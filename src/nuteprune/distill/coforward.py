@@ -178,7 +178,8 @@ class CoForward:
                     term if passage.layer_loss is None else passage.layer_loss + term
                 )
 
-        return layer.register_forward_hook(hook, with_kwargs=True)
+        # First of all hooks: FSDP2's lets the layer's weights go.
+        return layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
     def _on_final_norm(self, passage: Passage, teacher: Role | None) -> Any:
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:

@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 2**22
 """Logits held at a time by each role on a processor (16 MiB in fp32): what its caches can hold, and
 what the C library gives again without asking the system for zeroed pages; four times as many on an
 accelerator."""
-CHUNK_TOKENS = 48
+CHUNK_TOKENS = 32
 """Tokens of a chunk at least, however large the vocabulary: each chunk reads the whole head."""
 
 

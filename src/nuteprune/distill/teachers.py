@@ -84,7 +84,7 @@ class Plan:
 
 
 class Teachers:
-    """A queue of snapshots in a folder, at most two of them in memory.
+    """A queue of snapshots in a folder, at most one of them in memory.
 
     Args:
         folder: where snapshots are; made when the first is taken.
@@ -96,7 +96,7 @@ class Teachers:
         self.layout = layout
         self.sparsities: list[float] = []
         self.sums: list[str] = []
-        self._loaded: dict[int, Role] = {}
+        self._loaded = (-1, INTACT)
 
     def __len__(self) -> int:
         return len(self.sparsities)
@@ -152,19 +152,25 @@ class Teachers:
                     "was written with"
                 )
         self.sparsities, self.sums = list(sparsities), list(sums)
-        self._loaded.clear()
+        self._loaded = (-1, INTACT)
 
-    def role(self, index: int, device: str = "cpu") -> Role:
-        """Return a teacher, -1 being the intact model."""
+    def role(self, index: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Role:
+        """Return a teacher, -1 being the intact model.
+
+        Args:
+            index: which of the snapshots.
+            device: where it is to teach.
+            dtype: of its LoRA weights; the base weights' own spares casts and, where that is
+                what they are stored in, memory.
+        """
         if index < 0:
             return INTACT
-        if index not in self._loaded:
-            while len(self._loaded) >= 2:
-                self._loaded.pop(next(iter(self._loaded)))
-            self._loaded[index] = self._read(index, device)
-        return self._loaded[index]
+        if index != self._loaded[0]:
+            self._loaded = (-1, INTACT)  # gone before another one comes
+            self._loaded = (index, self._read(index, device, dtype))
+        return self._loaded[1]
 
-    def _read(self, index: int, device: str) -> Role:
+    def _read(self, index: int, device: str, dtype: torch.dtype) -> Role:
         masks: dict[str, Tensor] = {}
         lora: dict[str, Tensor] = {}
         path = self._path(index)
@@ -174,8 +180,11 @@ class Teachers:
             with safe_open(path, framework="pt", device=place) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     part, key = name.split(".", 1)
-                    # LoRA may be kept in half the space; it multiplies as it was trained, in fp32.
-                    (masks if part == "mask" else lora)[key] = file.get_tensor(name).float()
+                    tensor = file.get_tensor(name)
+                    if part == "mask":
+                        masks[key] = tensor.float()
+                    else:
+                        lora[key] = tensor.to(dtype)
         except (OSError, SafetensorError) as error:
             raise RunFailed(f"the teacher {path} cannot be read any more: {error}") from error
         return Role(Masks(self.layout, masks), lora)

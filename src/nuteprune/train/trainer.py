@@ -86,6 +86,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
                 "sharding the model over processes is not supported: leave fsdp and deepspeed out "
                 "(several processes with whole copies work; see gradient_checkpointing for memory)"
             )
+        if getattr(model, "is_quantized", False):
+            raise UserError(
+                "the model's weights are quantised: they cannot be counted, re-fitted and cut in 8 "
+                "or 4 bits; load it in bfloat16 (see gradient_checkpointing for memory)"
+            )
         intact = Anatomy(model)
         self._total_before = intact.parameters()
         self.stored_dtype: torch.dtype = model.dtype
@@ -199,17 +204,18 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             seconds = time.monotonic() - started
         return seconds * self.args.gradient_accumulation_steps
 
-    def trial_step(self, inputs: dict[str, Any]) -> Tensor:
-        """Run a micro-batch at the target, taught by the intact model; leaves its gradients.
+    def trial_step(self, inputs: dict[str, Any], teacher: Role = INTACT) -> Tensor:
+        """Run a micro-batch at the target; leaves its gradients.
 
         Args:
             inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T), on the run's device.
+            teacher: who teaches.
 
         Returns:
             The loss.
         """
         self.gates.begin_step(self.targets[-1], self.args.seed)
-        self._teacher = INTACT
+        self._teacher = teacher
         loss = self.compute_loss(self.model, inputs)
         loss.backward()
         self.hooks.masks = None
@@ -238,7 +244,12 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.teacher_index = self._teacher_for(step)
         self._teacher = None
         if self.args.teachers != "none":
-            self._teacher = self.teachers.role(self.teacher_index, str(self.args.device))
+            self._teacher = self.read_teacher(self.teacher_index)
+
+    def read_teacher(self, index: int) -> Role:
+        """Return a teacher, -1 being the intact model, on the run's device and in its dtype."""
+        dtype = self.anatomy.embedding.weight.dtype
+        return self.teachers.role(index, str(self.args.device), dtype)
 
     def _teacher_for(self, step: int) -> int:
         if self.args.teachers != "numerous":

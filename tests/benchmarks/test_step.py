@@ -1,0 +1,79 @@
+"""benchmarks/step.py on a tiny model: rows do what they say; figures are never judged here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+rows, step = (load(x) for x in ("step_rows", "step"))
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path: Path) -> Path:
+    # So many neurons that half of the model can go in the usual multiples of 32.
+    tiny_model("llama", intermediate_size=192).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_all_kinds_of_distillation_have_one_loss(folder: Path) -> None:
+    """Two plain passes, two models and co-forward: over several steps, LoRA and masks moving."""
+    cell = rows.Cell(str(folder), batch_size=2, length=8, rank=2)
+    losses = {}
+    for name in ("nuteprune", "two_pass", "two_model"):
+        row = rows.ROWS[name](cell)
+        losses[name] = []
+        for _ in range(3):
+            losses[name].append(float(row.backward()))
+            row.update()
+    assert losses["two_pass"] == pytest.approx(losses["nuteprune"], rel=1e-4)
+    assert losses["two_model"] == pytest.approx(losses["nuteprune"], rel=1e-4)
+    assert len(set(losses["nuteprune"])) == 3
+
+
+def test_a_run_ends_with_one_line_and_no_noise(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--batch-size", "2", "--length", "8", "--rank", "2", "--device", "cpu"]
+    sweep = ["--sweep", "--lengths", "4", "--batch-sizes", "--vocabularies", "--sweep-repeats", "1"]
+    out = tmp_path / "step.json"
+    options = [*sizes, *sweep, "--dtype", "float32", "--repeats", "1", "--json", str(out)]
+    step.main(["--model", str(folder), *options])
+    said = capfd.readouterr()
+    assert said.err == ""
+    line = said.out.splitlines()[-1]
+    assert out.read_text() == line + "\n"
+    told = json.loads(line)
+    assert len(set(told["trained_parameters"].values())) == 1  # the same adapters in all
+    for what in ("time", "memory"):
+        figures = (
+            told["memory_bytes"]
+            if what == "memory"
+            else {row: seconds[0] for row, seconds in told["seconds"].items()}
+        )
+        for other in ("lora", "two_pass"):
+            expected = figures["nuteprune"] / figures[other]
+            assert told[f"ratio_{what}_to_{other}"] == pytest.approx(expected)
+        assert told[f"ratio_{what}_teachers"] == pytest.approx(
+            figures["teachers"] / figures["nuteprune"]
+        )
+    assert [x["cell"] for x in told["sweep"]] == ["length 4"]
+    speed, seconds = told["sweep"][0]["tokens_per_second"], told["sweep"][0]["seconds"]
+    assert speed["lora"] == pytest.approx(2 * 4 / seconds["lora"][0])

@@ -1,0 +1,76 @@
+"""One step of a tiny model in each process of torchrun; rank 0 writes the gradients to a file.
+
+sharded_step.py MODEL OUT whole|sharded 0|1 (activation checkpointing)
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.losses import Head, layer_relative, token_kl
+from nuteprune.distill.sharding import average_gradients, shard_base
+from nuteprune.distill.teachers import Role
+from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+
+folder, out, how, checkpointing = sys.argv[1:]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+base = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+settings = LoraConfig(r=2, lora_alpha=6, target_modules=Anatomy(base).lora_targets())
+model = get_peft_model(base, settings).train()
+if checkpointing == "1":
+    base.gradient_checkpointing_enable()
+random = torch.Generator().manual_seed(1)
+lora = [p for p in model.parameters() if p.requires_grad]
+for p in lora:
+    p.data.normal_(generator=random).mul_(0.2)
+anatomy = Anatomy(model)
+coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
+layout = Layout(anatomy.shape, anatomy.head_dim)
+
+
+def masks() -> dict[str, torch.Tensor]:
+    """Soft values of heads and neurons."""
+    units = {kind: layout.units(kind) for kind in ("heads", "neurons")}
+    return {kind: torch.rand(count, generator=random) for kind, count in units.items()}
+
+
+state = coforward.bank.state()
+snapshot = {k: 0.2 * torch.randn(v.shape, generator=random) for k, v in state.items()}
+teacher = Role(Masks(layout, masks()), snapshot)
+student = {kind: value.requires_grad_() for kind, value in masks().items()}
+gates = list(student.values())
+if how == "sharded":
+    shard_base(model, anatomy, init_device_mesh("cpu", (world,)))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert all(isinstance(p, DTensor) for p in frozen)
+    assert not any(isinstance(p, DTensor) for p in lora)
+    held = sum(p.to_local().numel() for p in frozen)
+    assert held * world == sum(p.numel() for p in frozen)
+ids = torch.randint(3, 96, (4, 10), generator=random).chunk(world)[rank]
+weight = torch.ones_like(ids).float()
+losses = []
+for _ in range(2):  # the second finds what the first has left
+    for p in (*lora, *gates):
+        p.grad = None
+    with coforward.roles(Masks(layout, student), teacher, weight) as passage:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    head = Head(anatomy.head.weight, None, *anatomy.logit_scale())
+    loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)
+    loss.backward()
+    average_gradients((*lora, *gates))
+    dist.all_reduce(loss.detach_())
+    losses.append(loss / world)
+if rank == 0:
+    torch.save({"losses": losses, "gradients": [p.grad for p in (*lora, *gates)]}, out)
+dist.destroy_process_group()

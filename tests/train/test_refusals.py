@@ -1,0 +1,25 @@
+"""What a run cannot do is said before the model is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nuteprune import NutePruneConfig, NutePruneTrainer, UserError
+
+
+def test_fsdp_would_quietly_be_ddp_here(tiny_model, tmp_path: Path) -> None:
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True)
+    args.fsdp = True
+    with pytest.raises(UserError, match="sharding the model over processes is not supported"):
+        NutePruneTrainer(tiny_model("llama"), args)
+
+
+def test_quantised_weights_are_refused(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.is_quantized = True  # as transformers marks what bitsandbytes has packed
+    names = list(dict(model.named_modules()))
+    with pytest.raises(UserError, match=r"quantised: .*; load it in bfloat16"):
+        NutePruneTrainer(model, NutePruneConfig(output_dir=str(tmp_path), use_cpu=True))
+    assert list(dict(model.named_modules())) == names
