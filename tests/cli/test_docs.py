@@ -60,7 +60,6 @@ HOW = {
     "nuteprune eval small --tasks school --include-path my-tasks": PARSED,
     "nuteprune eval better --against huggyllama/llama-7b --data wikitext2 "
     "--tasks commonsense7": PARSED,
-    "nuteprune bench small --against meta-llama/Llama-3.2-1B": EXECUTED,
     "nuteprune bench small --against meta-llama/Llama-3.2-1B --save": EXECUTED,
     "nuteprune bench small --against demo": EXECUTED,
     "nuteprune bench better --against huggyllama/llama-7b --batch-sizes 1,8 "
@@ -77,6 +76,7 @@ HOW = {
     "nuteprune export small --to gguf --out small.gguf --type q8_0": EXECUTED,
     "nuteprune export better --to gguf --out better.gguf": EXECUTED,
     "nuteprune export PRUNED --to gguf --out model.gguf --type q8_0": EXECUTED,
+    "nuteprune export PRUNED --to onnx --out model.onnx": PARSED,
     "nuteprune inspect small": EXECUTED,
     "nuteprune report small": EXECUTED,
 }

@@ -23,18 +23,29 @@ def test_ridge_fit_is_least_squares_as_the_ridge_vanishes(monkeypatch) -> None:
     mask = torch.ones(12)
     mask[[1, 4, 7]] = 0
     kept = mask > 0
-    fitted = ridge_fit(weight, x.T @ x, mask)
+    fitted = ridge_fit(weight, x.T @ x, mask, weight)
     best = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
     assert torch.allclose(fitted[:, kept], best, atol=1e-3)
     assert (fitted[:, ~kept] == 0).all()
+
+
+def test_ridge_fit_leaves_alone_what_makes_up_for_the_loss_already() -> None:
+    x, target = correlated(), torch.randn(5, 12)
+    mask = torch.ones(12)
+    mask[[1, 4, 7]] = 0
+    kept = mask > 0
+    learned = torch.randn(5, 12)  # its own columns that are gone must not matter
+    learned[:, kept] = torch.linalg.lstsq(x[:, kept], x @ target.T).solution.T
+    fitted = ridge_fit(learned, x.T @ x, mask, target)
+    assert torch.allclose(fitted[:, kept], learned[:, kept], atol=1e-3)
 
 
 def test_ridge_fit_undoes_soft_masks() -> None:
     x, weight = correlated(), torch.randn(5, 12)
     mask = torch.ones(12)
     mask[2], mask[3] = 0.0, 0.5
-    fitted = ridge_fit(weight, x.T @ x, mask)
-    plain = ridge_fit(weight, x.T @ x, (mask > 0).float())
+    fitted = ridge_fit(weight, x.T @ x, mask, weight)
+    plain = ridge_fit(weight, x.T @ x, (mask > 0).float(), weight)
     assert torch.allclose((x * mask) @ fitted.T, x @ plain.T, atol=1e-3)
 
 

@@ -50,7 +50,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         help="nuteprune, or a one-shot method: random, magnitude, wanda, flap, taylor, fisher, "
-        "similarity; with the same distillation after it."
+        "surgeon, similarity; with the same distillation after it."
     ),
 ]
 Gates = Annotated[

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nuteprune.gates.flow import Flow
 from nuteprune.gates.masks import Masks
@@ -77,29 +77,32 @@ def refit(
             covariance_II = flow.covariance(i, module)
             weight_OI = _effective_weight(module)
             mask_I = mask.to(weight_OI)
-            fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I)
+            # LoRA may have made up for some of what is gone: asked for is what the base gave.
+            target_OI = _base(module).weight.float()
+            fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI)
             install(i, projection, Fit(fitted_OI, covariance_II * mask_I * mask_I[:, None]))
         flow.advance(i)
         progress()
 
 
-def ridge_fit(weight_OI: Tensor, covariance_II: Tensor, mask_I: Tensor) -> Tensor:
-    """Return the weight (O, I) that best gives X W^T from the kept columns of X alone.
+def ridge_fit(
+    weight_OI: Tensor, covariance_II: Tensor, mask_I: Tensor, target_OI: Tensor
+) -> Tensor:
+    """Return the weight (O, I) that from the kept columns of X alone best gives X target^T.
 
     Soft masks are taken into account: the input is X * mask, and so is the fit.
 
     Args:
-        weight_OI: the weight on all inputs, fp32.
+        weight_OI: the weight that the ridge pulls towards, fp32.
         covariance_II: X^T X of the unmasked inputs, fp32.
         mask_I: what the inputs will be multiplied by, 0 where they are gone.
+        target_OI: the weight whose outputs, from all inputs, are wanted, fp32.
     """
     kept_K = (mask_I > 0).nonzero().flatten()
     inner_KK = covariance_II[kept_K][:, kept_K]
+    missing_OK = target_OI @ covariance_II[:, kept_K] - weight_OI[:, kept_K] @ inner_KK
     ridge = RIDGE * inner_KK.diagonal().mean()
     inner_KK = inner_KK + ridge * torch.eye(len(kept_K), device=inner_KK.device)
-    # The ridge pulls towards the old weight, not towards 0: fit the residual of the dropped part.
-    gone_I = (mask_I <= 0).nonzero().flatten()
-    missing_OK = weight_OI[:, gone_I] @ covariance_II[gone_I][:, kept_K]
     update_KO = torch.linalg.solve(inner_KK, missing_OK.T)
     fitted_OI = torch.zeros_like(weight_OI)
     fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
@@ -138,10 +141,13 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (left * size).to(fit.weight_OI), inputs_RI
 
 
+def _base(module: Any) -> nn.Linear:
+    return cast(nn.Linear, module.get_base_layer() if hasattr(module, "get_base_layer") else module)
+
+
 def _effective_weight(module: Any) -> Tensor:
     """Return a projection's weight (O, I) in fp32, its LoRA added."""
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    weight_OI: Tensor = base.weight.float()
+    weight_OI: Tensor = _base(module).weight.float()
     for name in getattr(module, "lora_A", {}):
         weight_OI = weight_OI + module.get_delta_weight(name).float()
     return weight_OI

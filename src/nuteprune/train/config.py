@@ -77,8 +77,8 @@ class NutePruneConfig(TrainingArguments):
 
     Args:
         method: `nuteprune` (masks are learned), or a one-shot scoring of `gates.importance.METHODS`
-            (`random`, `magnitude`, `wanda`, `flap`, `taylor`, `fisher`, `similarity`) whose masks
-            are frozen at the target from the first step; the steps then train LoRA alone, by the
+            (`random`, `magnitude`, `wanda`, `flap`, `taylor`, `fisher`, `surgeon`, `similarity`)
+            whose masks are frozen at the target from the first step; the steps then train LoRA alone, by the
             same distillation.
         importance: `nuteprune` only: the one-shot scoring that gates start from.
         gate_type: `ranked` (hard masks by a Fisher score that training keeps re-estimating),
@@ -131,17 +131,17 @@ class NutePruneConfig(TrainingArguments):
     hidden_multiple: int = field(default=64, metadata={"help": "Multiple of the width kept."})
 
     method: str = field(default=NUTEPRUNE, metadata={"help": "nuteprune, or a one-shot scoring."})
-    importance: str = field(default="fisher", metadata={"help": "Scoring that gates start from."})
+    importance: str = field(default="surgeon", metadata={"help": "Scoring that gates start from."})
     gate_type: str = field(
         default="ranked", metadata={"help": "ranked, hard_concrete or deterministic."}
     )
     warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
     solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
     calibration_blocks: int = field(default=32, metadata={"help": "Blocks for importance."})
-    ramp_share: float = field(default=0.5, metadata={"help": "Steps until the target, as a share."})
-    freeze_share: float = field(default=0.5, metadata={"help": "Steps until masks freeze."})
+    ramp_share: float = field(default=0.1, metadata={"help": "Steps until the target, as a share."})
+    freeze_share: float = field(default=0.1, metadata={"help": "Steps until masks freeze."})
     ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
-    score_decay: float = field(default=0.95, metadata={"help": "Weight of past scores."})
+    score_decay: float = field(default=0.99, metadata={"help": "Weight of past scores."})
     gate_learning_rate: float = field(default=0.1, metadata={"help": "Rate of log-alpha."})
 
     teachers: str = field(default="numerous", metadata={"help": "numerous, intact or none."})
@@ -155,11 +155,11 @@ class NutePruneConfig(TrainingArguments):
     lora_alpha: int = field(default=32, metadata={"help": "Scale is alpha / rank."})
     lora_targets: str = field(default="all", metadata={"help": "all or qv."})
     compensation: str = field(default="start", metadata={"help": "none, start or finalize."})
-    compensation_blocks: int = field(default=48, metadata={"help": "Blocks for the re-fit."})
+    compensation_blocks: int = field(default=96, metadata={"help": "Blocks for the re-fit."})
     max_bad_steps: int = field(default=3, metadata={"help": "Non-finite steps in a row allowed."})
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(default=3e-3, metadata={"help": "Rate of LoRA."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Rate of LoRA."})
     lr_scheduler_type: SchedulerType | str = field(
         default="polynomial", metadata={"help": "How the rate falls."}
     )
