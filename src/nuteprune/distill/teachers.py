@@ -1,8 +1,8 @@
 """The numerous teachers: snapshots of masks and LoRA at growing sparsity, kept on disk.
 
 While sparsity grows, the student learns from a teacher some steps of sparsity behind it; once the
-target is reached, it walks back through them to the intact model, in equal shares of the steps
-that are left. Source: the paper's progressive distillation.
+target is reached, it walks back through them to the intact model, in equal shares of the way back
+(`gates.schedule.Stage.rested`). Source: the paper's progressive distillation.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Plan:
 
         Args:
             count: teachers there are.
-            progress: share of the remaining steps that is over, in [0, 1].
+            progress: share of the way back that is over; 1 and more: the intact model's turn.
         """
         useful = count - min(self.lag, max(1, count // 2)) if count else 0
         return max(-1, useful - 1 - int(progress * (useful + 1)))

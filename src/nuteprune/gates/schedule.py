@@ -38,8 +38,12 @@ class Stage:
         return step - self.first + 1 >= self.ramp_steps
 
     def rested(self, step: int) -> float:
-        """Return the share of the rest that will be over after a step, below 1 until the last."""
-        left = max(1, self.steps - self.ramp_steps)
+        """Return the share of the way back through the teachers that will be over after a step.
+
+        The way back takes all of the rest, as published, or as long as the ramp where that is less:
+        a teacher is worth as many steps as it took to get past it. From then on it is 1 or more.
+        """
+        left = max(1, min(self.steps - self.ramp_steps, self.ramp_steps))
         return (step - self.first - self.ramp_steps + 1) / left
 
 

@@ -137,7 +137,7 @@ class NutePruneConfig(TrainingArguments):
     )
     warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
     solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
-    calibration_blocks: int = field(default=32, metadata={"help": "Blocks for importance."})
+    calibration_blocks: int = field(default=24, metadata={"help": "Blocks for importance."})
     ramp_share: float = field(default=0.1, metadata={"help": "Steps until the target, as a share."})
     freeze_share: float = field(default=0.1, metadata={"help": "Steps until masks freeze."})
     ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
@@ -155,7 +155,7 @@ class NutePruneConfig(TrainingArguments):
     lora_alpha: int = field(default=32, metadata={"help": "Scale is alpha / rank."})
     lora_targets: str = field(default="all", metadata={"help": "all or qv."})
     compensation: str = field(default="start", metadata={"help": "none, start or finalize."})
-    compensation_blocks: int = field(default=96, metadata={"help": "Blocks for the re-fit."})
+    compensation_blocks: int = field(default=64, metadata={"help": "Blocks for the re-fit."})
     max_bad_steps: int = field(default=3, metadata={"help": "Non-finite steps in a row allowed."})
 
     # Defaults of TrainingArguments that differ here.
