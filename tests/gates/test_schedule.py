@@ -42,7 +42,14 @@ def test_several_targets_share_the_steps_each_with_a_ramp_and_a_rest() -> None:
     stages = [schedule.stage(i) for i in range(10)]
     assert [stage.freeze_step for stage in stages] == [3] * 5 + [8] * 5
     assert [stage.end for stage in stages] == [5] * 5 + [10] * 5
-    assert [stages[i].rested(i) for i in (2, 4, 9)] == pytest.approx([1 / 3, 1, 1])
+    assert [stages[i].rested(i) for i in (2, 4, 9)] == pytest.approx([1 / 2, 3 / 2, 3 / 2])
+
+
+def test_the_way_back_takes_the_rest_or_as_long_as_the_ramp() -> None:
+    published, short = Schedule((0.2,), 10, 0.6), Schedule((0.2,), 10, 0.2)
+    assert published.stage(9).rested(9) == pytest.approx(1)
+    assert published.stage(7).rested(7) == pytest.approx(1 / 2)
+    assert [short.stage(i).rested(i) for i in (2, 3, 4)] == pytest.approx([1 / 2, 1, 3 / 2])
 
 
 @given(count=st.integers(1, 5), more=st.integers(0, 40), ramp_share=st.floats(0, 1))

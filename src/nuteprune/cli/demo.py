@@ -24,7 +24,7 @@ from nuteprune.judge.perplexity import mean
 from nuteprune.judge.runfiles import SAMPLES, SPEED, read_samples, write_extra
 from nuteprune.judge.samples import continuations
 
-STEPS = 64
+STEPS = 60
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
 SPARSITY = "0.2"

@@ -8,8 +8,8 @@ Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -82,8 +82,7 @@ class Flow:
         total: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1]).float()
-            total[:] = [rows.T @ rows if not total else total[0].addmm_(rows.T, rows)]
+            _add_products(total, args[0])
             raise _Stop
 
         # Before the masks' own hook, so that inputs are seen unmasked.
@@ -93,16 +92,41 @@ class Flow:
         return total[0]
 
     @torch.no_grad()
-    def advance(self, layer: int) -> None:
-        """Take the text through a layer, to the next."""
-        with self._hooks.using(self._masks):
+    def advance(
+        self, layer: int, watched: Mapping[str, nn.Module] | None = None
+    ) -> dict[str, Tensor]:
+        """Take the text through a layer, to the next.
+
+        Args:
+            layer: the layer.
+            watched: name -> projection of it.
+
+        Returns:
+            Name -> X^T X (I, I) of the projection's unmasked inputs, in fp32.
+        """
+        totals: dict[str, list[Tensor]] = {name: [] for name in watched or ()}
+
+        def hook(name: str) -> Any:
+            return lambda _, args: _add_products(totals[name], args[0])
+
+        with ExitStack() as stack:
+            for name, module in (watched or {}).items():
+                stack.enter_context(_hooked([module], hook(name), prepend=True))
+            stack.enter_context(self._hooks.using(self._masks))
             self._flows_BTD = [self._run(layer, flow_BTD) for flow_BTD in self._flows_BTD]
+        return {name: total[0] for name, total in totals.items()}
 
     def _run(self, layer: int, flow_BTD: Tensor) -> Tensor:
         kwargs = self._kwargs[len(flow_BTD)][layer]
         output: Any = self._anatomy.layers[layer].forward(flow_BTD, **kwargs)
         hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden_BTD
+
+
+def _add_products(total: list[Tensor], inputs: Tensor) -> None:
+    """Add X^T X (I, I) of inputs (..., I) to the first entry, which is made if it is missing."""
+    rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    total[:] = [rows.T @ rows if not total else total[0].addmm_(rows.T, rows)]
 
 
 @contextmanager

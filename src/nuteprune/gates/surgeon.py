@@ -30,6 +30,8 @@ from nuteprune.gates.probe import Probe, Scores
 
 DAMPING = 1e-2
 """What is added to C, as a share of its mean diagonal; the re-fit's ridge is as large."""
+FLOW_BATCH = 4
+"""Sequences that go through the layers together: no gradients, no logits, so more than one fits."""
 INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
 """Kind of gate -> the block whose last projection reads its units."""
 
@@ -40,21 +42,20 @@ Key = tuple[str, int]
 def surgeon_scores(probe: Probe) -> Scores:
     """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence."""
     slopes = _input_slopes(probe)
-    flow = Flow(probe.anatomy, probe.hooks, None, probe.batches)
-    tokens = sum(batch_BT.numel() for batch_BT in probe.batches)
+    batches = list(torch.cat(list(probe.batches)).split(FLOW_BATCH))
+    flow = Flow(probe.anatomy, probe.hooks, None, batches)
+    tokens = sum(batch_BT.numel() for batch_BT in batches)
     found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
     for layer in range(len(probe.anatomy.layers)):
-        inverses: dict[str, Tensor] = {}
-        for kind in probe.kinds:
-            if (kind, layer) not in slopes:
-                continue
-            block = INPUTS[kind]
-            if block not in inverses:
-                module = _reader(probe, block, layer)
-                assert module is not None
-                inverses[block] = damped_inverse(flow.covariance(layer, module) / tokens)
-            found[kind].append(removal_costs(slopes[kind, layer], inverses[block]))
-        flow.advance(layer)
+        kinds = [kind for kind in probe.kinds if (kind, layer) in slopes]
+        readers = {INPUTS[kind]: _reader(probe, INPUTS[kind], layer) for kind in kinds}
+        watched = {block: module for block, module in readers.items() if module is not None}
+        inverses = {
+            block: damped_inverse(covariance_II / tokens)
+            for block, covariance_II in flow.advance(layer, watched).items()
+        }
+        for kind in kinds:
+            found[kind].append(removal_costs(slopes[kind, layer], inverses[INPUTS[kind]]))
         probe.progress()
     return {kind: torch.cat(parts) for kind, parts in found.items()}
 

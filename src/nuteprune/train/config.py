@@ -88,7 +88,9 @@ class NutePruneConfig(TrainingArguments):
         solved_schedule: soft gates only: solve each step for expected sparsity equal to the
             schedule's; False: the Lagrangian, as published.
         calibration_blocks: blocks of text for the one-shot importance.
-        ramp_share: share of the steps by which the target is reached; masks are frozen there.
+        ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
+            by the first step, which is best for short runs (docs/quality.md); longer ramps leave
+            more teachers.
         freeze_share: share of the steps by which masks are frozen, if later than the ramp's end.
         ramp_power: 1: the schedule rises linearly; 3: cubically, slower towards the target.
         score_decay: `ranked` only: weight of the past in the moving average of scores.
@@ -137,9 +139,9 @@ class NutePruneConfig(TrainingArguments):
     )
     warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
     solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
-    calibration_blocks: int = field(default=24, metadata={"help": "Blocks for importance."})
-    ramp_share: float = field(default=0.1, metadata={"help": "Steps until the target, as a share."})
-    freeze_share: float = field(default=0.1, metadata={"help": "Steps until masks freeze."})
+    calibration_blocks: int = field(default=32, metadata={"help": "Blocks for importance."})
+    ramp_share: float = field(default=0.0, metadata={"help": "Steps until the target, as a share."})
+    freeze_share: float = field(default=0.0, metadata={"help": "Steps until masks freeze."})
     ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
     score_decay: float = field(default=0.99, metadata={"help": "Weight of past scores."})
     gate_learning_rate: float = field(default=0.1, metadata={"help": "Rate of log-alpha."})
@@ -155,7 +157,7 @@ class NutePruneConfig(TrainingArguments):
     lora_alpha: int = field(default=32, metadata={"help": "Scale is alpha / rank."})
     lora_targets: str = field(default="all", metadata={"help": "all or qv."})
     compensation: str = field(default="start", metadata={"help": "none, start or finalize."})
-    compensation_blocks: int = field(default=64, metadata={"help": "Blocks for the re-fit."})
+    compensation_blocks: int = field(default=48, metadata={"help": "Blocks for the re-fit."})
     max_bad_steps: int = field(default=3, metadata={"help": "Non-finite steps in a row allowed."})
 
     # Defaults of TrainingArguments that differ here.
