@@ -118,7 +118,7 @@ def test_training_lowers_the_loss_that_pruning_caused(tiny_model, tmp_path: Path
 
 
 def test_teachers_grow_and_lead_back_to_the_intact_model(tiny_model, tmp_path: Path) -> None:
-    trainer = make(tiny_model("llama"), tmp_path, max_steps=40, target_sparsity=0.4)
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=40, target_sparsity=0.4, ramp_share=0.5)
     trainer.train()
     lines = metrics(tmp_path)
     sparsities = trainer.teachers.sparsities
@@ -138,9 +138,8 @@ def test_teachers_grow_and_lead_back_to_the_intact_model(tiny_model, tmp_path: P
 def test_a_small_target_and_a_short_run_have_teachers_too(
     target: float, steps: int, tiny_model, tmp_path: Path
 ) -> None:
-    trainer = make(
-        tiny_model("llama"), tmp_path, target_sparsity=target, max_steps=steps, neuron_multiple=1
-    )
+    settings = {"target_sparsity": target, "max_steps": steps, "ramp_share": 0.5}
+    trainer = make(tiny_model("llama"), tmp_path, neuron_multiple=1, **settings)
     trainer.train()
     taught = {line["teacher"] for line in metrics(tmp_path)}
     assert len(trainer.teachers) >= 3
