@@ -89,7 +89,7 @@ class NutePruneConfig(TrainingArguments):
             schedule's; False: the Lagrangian, as published.
         calibration_blocks: blocks of text for the one-shot importance.
         ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
-            by the first step, which is best for short runs (docs/quality.md); longer ramps leave
+            by the first step, since ramps have not paid in short runs (docs/quality.md); they leave
             more teachers.
         freeze_share: share of the steps by which masks are frozen, if later than the ramp's end.
         ramp_power: 1: the schedule rises linearly; 3: cubically, slower towards the target.
