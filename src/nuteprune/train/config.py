@@ -89,8 +89,8 @@ class NutePruneConfig(TrainingArguments):
             schedule's; False: the Lagrangian, as published.
         calibration_blocks: blocks of text for the one-shot importance.
         ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
-            by the first step, since ramps have not paid in short runs (docs/quality.md); they leave
-            more teachers.
+            by the first step, as the demo does; without a ramp gates learn nothing, and there are
+            no teachers on the way.
         freeze_share: share of the steps by which masks are frozen, if later than the ramp's end.
         ramp_power: 1: the schedule rises linearly; 3: cubically, slower towards the target.
         score_decay: `ranked` only: weight of the past in the moving average of scores.
@@ -140,8 +140,8 @@ class NutePruneConfig(TrainingArguments):
     warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
     solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
     calibration_blocks: int = field(default=32, metadata={"help": "Blocks for importance."})
-    ramp_share: float = field(default=0.0, metadata={"help": "Steps until the target, as a share."})
-    freeze_share: float = field(default=0.0, metadata={"help": "Steps until masks freeze."})
+    ramp_share: float = field(default=0.5, metadata={"help": "Steps until the target, as a share."})
+    freeze_share: float = field(default=0.5, metadata={"help": "Steps until masks freeze."})
     ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
     score_decay: float = field(default=0.99, metadata={"help": "Weight of past scores."})
     gate_learning_rate: float = field(default=0.1, metadata={"help": "Rate of log-alpha."})
