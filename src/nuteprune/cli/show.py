@@ -42,10 +42,13 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
     )
     freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
     sequences = sequences_per_step(args)
+    # A ramp of one step leaves no snapshot that is less pruned than the student.
+    ramps = any(trainer.schedule.stage(x).ramp_steps > 1 for x in stage_starts(trainer))
+    teachers = "intact" if args.teachers == "numerous" and not ramps else args.teachers
     output.line(
         f"Run     {args.max_steps} steps of {sequences} x {job.length} tokens on "
         f"{args.device}, {str(model.dtype).removeprefix('torch.')}; masks freeze at step "
-        f"{', '.join(freezes)}; {args.teachers} teachers; LoRA rank {args.lora_rank} at "
+        f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {job.data}"
     )
 
