@@ -29,7 +29,7 @@ from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import install_weight, refit
-from nuteprune.train.calibration import calibration_batches
+from nuteprune.train.calibration import calibration_batches, scoring_text
 from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.train.setup import make_allocator
 
@@ -149,11 +149,9 @@ class Bench:
         )
 
     def _text(self, config: NutePruneConfig) -> BlockDataset:
-        needed = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps
-        count = max(needed, config.calibration_blocks, config.compensation_blocks)
         s = self.setting
         return training_blocks(
-            s.data, self.tokenizer, length=s.length, count=count, seed=config.seed
+            s.data, self.tokenizer, length=s.length, count=config.blocks, seed=config.seed
         )
 
     # -- cells
@@ -232,10 +230,10 @@ class Bench:
         key = (config.scoring, config.seed)
         if key not in self._scores:
             method = METHODS[config.scoring]
-            text = calibration_batches(self._text(config), config.calibration_blocks, 1)
+            text = scoring_text(method, self._text(config), config.calibration_blocks)
             budget = make_allocator(self.intact, config).budget
             started = time.monotonic()
-            probe = Probe(self.intact, self._hooks, budget, kinds, text, config.seed)
+            probe = Probe(self.intact, self._hooks, budget, kinds, *text, config.seed)
             self._scores[key] = (method.score(probe), time.monotonic() - started)
         return self._scores[key]
 

@@ -384,6 +384,10 @@ def test_what_a_killed_run_left_is_not_trusted_and_removed(
     assert len(visible(assets.cache_folder())) == 2
     folder = assets.model_folder()
     assert visible(assets.cache_folder()) == sorted([assets.MODEL.filename, folder.name])
+    # Or it was killed after its work, while it tidied up.
+    folder.with_name(f".{folder.name}.partial").mkdir()
+    assert assets.model_folder() == folder
+    assert visible(assets.cache_folder()) == sorted([assets.MODEL.filename, folder.name])
 
 
 def asset_call(asset: Asset) -> str:

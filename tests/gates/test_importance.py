@@ -15,6 +15,7 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS, check_kinds
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
+from nuteprune.gates.surgeon import draw_tokens
 from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -28,7 +29,8 @@ ALL = (*INPUTS, "hidden", "attn_block", "mlp_block")
 
 def probe(model: Any, kinds: tuple[str, ...], **settings: Any) -> Probe:
     anatomy = Anatomy(model.requires_grad_(False))
-    return Probe(anatomy, MaskHooks(anatomy), Budget.of(anatomy), kinds, BATCHES, **settings)
+    budget = Budget.of(anatomy)
+    return Probe(anatomy, MaskHooks(anatomy), budget, kinds, BATCHES, BATCHES, **settings)
 
 
 def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -343,8 +345,18 @@ def test_surgeon_is_the_least_rise_of_the_quadratic_loss(tiny_model, tiny_name: 
         close({kind: ours[kind]}, {kind: torch.stack(costs)})
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.0]]).expand(4000, 2, 3)
+    drawn = draw_tokens(logits, torch.Generator().manual_seed(0))
+    assert drawn.shape == (4000, 2)
+    found = torch.stack([(drawn == token).float().mean(0) for token in range(3)], -1)
+    torch.testing.assert_close(found, logits[0].softmax(-1), rtol=0, atol=0.03)
+
+
 def inputs_and_slopes(model: Any, linear: Any) -> tuple[Tensor, Tensor]:
-    """What a projection reads, and the gradients of each sequence's loss by what it writes."""
+    """What a projection reads, and the gradients by what it writes of tokens drawn by sequence."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([draw_tokens(model(x, use_cache=False).logits, generator) for x in BATCHES])
     seen: dict[str, list[Tensor]] = {"x": [], "d": []}
 
     def hook(_: Any, args: Any, output: Tensor) -> None:
@@ -354,7 +366,8 @@ def inputs_and_slopes(model: Any, linear: Any) -> tuple[Tensor, Tensor]:
         )
 
     handle = linear.register_forward_hook(hook)
-    for row in TOKENS:
-        model(input_ids=row[None], labels=row[None], use_cache=False).loss.backward()
+    for row, labels in zip(TOKENS, drawn, strict=True):
+        chances = model(row[None], use_cache=False).logits[0].log_softmax(-1)
+        (-chances.gather(1, labels[:, None]).mean()).backward()
     handle.remove()
     return torch.cat(seen["x"]), torch.cat(seen["d"])

@@ -45,6 +45,14 @@ def test_several_targets_share_the_steps_each_with_a_ramp_and_a_rest() -> None:
     assert [stages[i].rested(i) for i in (2, 4, 9)] == pytest.approx([1 / 2, 3 / 2, 3 / 2])
 
 
+def test_without_a_ramp_masks_are_fixed_before_the_first_step_or_where_asked_for() -> None:
+    at_once, later = Schedule((0.2, 0.6), 10, 0.0), Schedule((0.2, 0.6), 10, 0.0, freeze_share=0.4)
+    assert [at_once.sparsity(i) for i in range(10)] == pytest.approx([0.2] * 5 + [0.6] * 5)
+    assert [at_once.stage(i).freeze_step for i in range(10)] == [0] * 5 + [5] * 5
+    assert [later.stage(i).freeze_step for i in range(10)] == [2] * 5 + [7] * 5
+    assert Schedule((0.2,), 10, 0.01).stage(0).freeze_step == 1
+
+
 def test_the_way_back_takes_the_rest_or_as_long_as_the_ramp() -> None:
     published, short = Schedule((0.2,), 10, 0.6), Schedule((0.2,), 10, 0.2)
     assert published.stage(9).rested(9) == pytest.approx(1)

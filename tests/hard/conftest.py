@@ -48,7 +48,11 @@ class Server:
         return self.process.stdout.readline().strip()
 
     def run(
-        self, args: Sequence[Any], root: Path | None = None, fault: dict[str, Any] | None = None
+        self,
+        args: Sequence[Any],
+        root: Path | None = None,
+        fault: dict[str, Any] | None = None,
+        demo: dict[str, Any] | None = None,
     ) -> Ended:
         """Run a command.
 
@@ -56,6 +60,7 @@ class Server:
             args: the command line.
             root: what is to be watched: files whose path begins so; None watches nothing.
             fault: what is to go wrong, see server.py.
+            demo: another model in place of the demo's, see server.py.
         """
         log, events = self.folder / "log", self.folder / "events"
         request = {
@@ -64,6 +69,7 @@ class Server:
             "events": str(events) if root else None,
             "root": str(root),
             "fault": fault,
+            "demo": demo,
         }
         self.runs += 1
         assert self.process.stdin is not None

@@ -2,8 +2,8 @@
 
 Everything is imported once, in a parent with one thread, and each run is a child of it: seconds
 become fractions of a second. A request is a line of JSON on stdin, `{"args": [...], "log": path,
-"events": path, "fault": null or {"at": k, "how": "kill" or "full"}}`; the answer is the child's
-exit code, negative for a signal.
+"events": path, "fault": null or {"at": k, "how": "kill" or "full"}, "demo": null or fields of
+the demo's model to use instead}`; the answer is the child's exit code, negative for a signal.
 
 A child counts events: a call of a function in `WATCHED`, a file being opened, half written,
 synced, renamed or removed. It writes each one's name to the file `events`, and at the k-th
@@ -13,6 +13,7 @@ one it kills itself (`kill`) or finds the disk full from then on (`full`).
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import functools
 import gc
@@ -221,7 +222,11 @@ def child(request: dict[str, Any]) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     from nuteprune.cli.app import main
+    from nuteprune.demo import assets
 
+    if request["demo"]:
+        assets.MODEL = dataclasses.replace(assets.MODEL, **request["demo"]["asset"])
+        os.environ.update(request["demo"]["environ"])
     if request["events"]:
         faults = Faults(request["root"], request["events"], request["fault"])
         for place, phase in PHASES.items():

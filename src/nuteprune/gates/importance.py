@@ -160,7 +160,8 @@ class Method:
         reason: why not the others.
         default_kinds: the kinds that it takes where none are named; None: what the model has.
         reads: whether it needs calibration text.
-        by_layer: whether the text goes through the layers one by one once more, each told.
+        reads_plain: how many times as much text it takes through the layers one by one, without
+            gradients; each layer is told to the probe's `progress`.
     """
 
     score: Callable[[Probe], Scores]
@@ -168,7 +169,7 @@ class Method:
     reason: str = ""
     default_kinds: tuple[str, ...] | None = None
     reads: bool = True
-    by_layer: bool = False
+    reads_plain: int = 0
 
 
 _INPUTS = ("heads", "kv_groups", "neurons")
@@ -180,7 +181,7 @@ METHODS: dict[str, Method] = {
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
-    "surgeon": Method(surgeon, by_layer=True),
+    "surgeon": Method(surgeon, reads_plain=3),
     "similarity": Method(
         similarity,
         ("attn_block", "mlp_block"),

@@ -30,7 +30,9 @@ class Probe:
         budget: its parameter count.
         kinds: which kinds of gates to score.
         batches: token ids (B, T) of calibration text.
-        seed: draws the random scores.
+        plain_batches: token ids (B, T), T the same in all, of the text of methods that read more of
+            it where no gradients are taken.
+        seed: draws the random scores, and tokens from the model.
         progress: called after each batch.
     """
 
@@ -39,6 +41,7 @@ class Probe:
     budget: Budget
     kinds: tuple[str, ...]
     batches: Sequence[Tensor] = ()
+    plain_batches: Sequence[Tensor] = ()
     seed: int = 0
     progress: Callable[[], None] = lambda: None
 

@@ -56,8 +56,8 @@ class Schedule:
         steps: optimizer steps of the whole run, at least one for each target.
         ramp_share: share of a stage's steps by which its target is reached.
         power: 1 rises linearly; 3 rises fast at first and slowly near the target (cubic).
-        freeze_share: share of a stage's steps by which masks are fixed, if later than the ramp.
-        at_once: ask for each target, and fix masks, from the stage's first step on.
+        freeze_share: share of a stage's steps by which masks are fixed, if later than the ramp;
+            where both shares are 0 they are fixed before the stage's first step.
     """
 
     targets: tuple[float, ...]
@@ -65,22 +65,20 @@ class Schedule:
     ramp_share: float = 0.5
     power: float = 1.0
     freeze_share: float = 0.0
-    at_once: bool = False
 
     def stage(self, step: int) -> Stage:
         """Return the stage that a step, counted from 0, belongs to."""
         index = self._index(step)
         first, end = self._first(index), self._first(index + 1)
-        share = 0.0 if self.at_once else self.ramp_share
-        ramp = max(1, min(end - first, round((end - first) * share)))
-        freeze = max(ramp, round((end - first) * self.freeze_share))
+        ramp = max(1, min(end - first, round((end - first) * self.ramp_share)))
+        freeze = max(ramp if self.ramp_share else 0, round((end - first) * self.freeze_share))
         return Stage(
             self.targets[index - 1] if index else 0.0,
             self.targets[index],
             first,
             end - first,
             ramp,
-            first if self.at_once else first + freeze,
+            first + freeze,
         )
 
     def _first(self, index: int) -> int:

@@ -7,7 +7,10 @@ Cutting the columns u out of W and moving the others so that the loss rises leas
     tr(W_u^T G W_u  ([C^-1]_uu)^-1).
 
 The first factor is the second moment of the gradients of X_u themselves; the second is what of X_u
-cannot be told from the other inputs. Source: optimal brain surgeon (Hassibi and Stork 1993) with
+cannot be told from the other inputs. The loss is the cross entropy of tokens that the model itself
+draws: its curvature is that of the KL divergence from the intact model, which distillation
+minimises, and a draw says more of it than the text does. Gradients need little text; C, which must
+tell rare inputs from explained ones, needs more, and no gradients. Source: optimal brain surgeon (Hassibi and Stork 1993) with
 the curvature of K-FAC (Martens and Grosse 2015, arXiv 1503.05671), for structures of language
 models: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244). The move is the closed-form
 re-fit of `shrink.compensate`; the curvature here is that of the intact model.
@@ -24,14 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from nuteprune.gates.flow import Flow
 from nuteprune.gates.probe import Probe, Scores
 
 DAMPING = 1e-2
 """What is added to C, as a share of its mean diagonal; the re-fit's ridge is as large."""
-FLOW_BATCH = 4
-"""Sequences that go through the layers together: no gradients, no logits, so more than one fits."""
 INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
 """Kind of gate -> the block whose last projection reads its units."""
 
@@ -42,9 +44,8 @@ Key = tuple[str, int]
 def surgeon_scores(probe: Probe) -> Scores:
     """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence."""
     slopes = _input_slopes(probe)
-    batches = list(torch.cat(list(probe.batches)).split(FLOW_BATCH))
-    flow = Flow(probe.anatomy, probe.hooks, None, batches)
-    tokens = sum(batch_BT.numel() for batch_BT in batches)
+    flow = Flow(probe.anatomy, probe.hooks, None, probe.plain_batches)
+    tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
     found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
     for layer in range(len(probe.anatomy.layers)):
         kinds = [kind for kind in probe.kinds if (kind, layer) in slopes]
@@ -58,6 +59,13 @@ def surgeon_scores(probe: Probe) -> Scores:
             found[kind].append(removal_costs(slopes[kind, layer], inverses[INPUTS[kind]]))
         probe.progress()
     return {kind: torch.cat(parts) for kind, parts in found.items()}
+
+
+def draw_tokens(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
+    """Return tokens (B, T) drawn from the distributions of next tokens."""
+    chances_MV = logits_BTV.detach().float().softmax(-1).flatten(0, 1)
+    drawn_M = torch.multinomial(chances_MV, 1, generator=generator).flatten()
+    return drawn_M.view(logits_BTV.shape[:2])
 
 
 def damped_inverse(covariance_II: Tensor) -> Tensor:
@@ -87,6 +95,8 @@ def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
 
     Summed over tokens, averaged over sequences; the loss is a sequence's mean.
     """
+    device = next(probe.anatomy.model.parameters()).device
+    generator = torch.Generator(device).manual_seed(probe.seed)
     total: dict[Key, Tensor] = {}
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
@@ -97,13 +107,13 @@ def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
         key = kind, layer
         total[key] = total[key] + slope_UWW if key in total else slope_UWW
 
-    device = next(probe.anatomy.model.parameters()).device
     with _gradients_of_inputs(probe, take):
         for batch_BT in probe.batches:
-            ids_BT = batch_BT.to(device)
-            loss = probe.anatomy.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-            # The model's loss is a mean over sequences; what is wanted are gradients of their sum.
-            (loss * len(ids_BT)).backward()
+            logits_BTV = probe.anatomy.model(input_ids=batch_BT.to(device), use_cache=False).logits
+            drawn_BT = draw_tokens(logits_BTV, generator)
+            loss = cross_entropy(logits_BTV.float().flatten(0, 1), drawn_BT.flatten())
+            # A mean over sequences; what is wanted are gradients of their sum.
+            (loss * len(batch_BT)).backward()
             probe.progress()
     return total
 

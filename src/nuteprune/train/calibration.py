@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nuteprune.gates.importance import Method
+
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
+
+PLAIN_BATCH = 4
+"""Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
 
 
 def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tensor]:
@@ -27,6 +32,23 @@ def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tenso
     picks = [size - 1 - i % size for i in range(count)]
     ids = torch.stack([torch.as_tensor(dataset[i]["input_ids"]) for i in picks])
     return list(ids.split(batch_size))
+
+
+class ScoringText(NamedTuple):
+    """Token ids (B, T) for a `Probe`: what gradients may be taken on, and what only runs."""
+
+    batches: list[Tensor]
+    plain_batches: list[Tensor]
+
+
+def scoring_text(method: Method, dataset: Any, blocks: int) -> ScoringText:
+    """Return what a method reads of a dataset, given the calibration blocks asked for."""
+    if not method.reads:
+        return ScoringText([], [])
+    # One block at a time where a scoring may need all logits of a batch.
+    batches = calibration_batches(dataset, blocks, 1)
+    more = blocks * method.reads_plain
+    return ScoringText(batches, calibration_batches(dataset, more, PLAIN_BATCH) if more else [])
 
 
 @contextmanager

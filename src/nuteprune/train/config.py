@@ -89,9 +89,9 @@ class NutePruneConfig(TrainingArguments):
             schedule's; False: the Lagrangian, as published.
         calibration_blocks: blocks of text for the one-shot importance.
         ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
-            by the first step, as the demo does; without a ramp gates learn nothing, and there are
-            no teachers on the way.
+            at the first step; without a ramp there are no teachers on the way.
         freeze_share: share of the steps by which masks are frozen, if later than the ramp's end.
+            Both 0, as in the demo: masks are frozen, and LoRA re-fitted, before the first step.
         ramp_power: 1: the schedule rises linearly; 3: cubically, slower towards the target.
         score_decay: `ranked` only: weight of the past in the moving average of scores.
         gate_learning_rate: soft gates only: rate of log-alpha and of the Lagrangian's multipliers;
@@ -244,6 +244,18 @@ class NutePruneConfig(TrainingArguments):
     def scoring(self) -> str:
         """The one-shot scoring: a key of `METHODS`."""
         return self.method if self.one_shot else self.importance
+
+    @property
+    def scored_blocks(self) -> int:
+        """Blocks that the one-shot importance reads, those without gradients among them."""
+        method = METHODS[self.scoring]
+        return self.calibration_blocks * max(int(method.reads), method.reads_plain)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the run needs: its steps, its scores and its re-fit share them."""
+        each = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return max(self.max_steps * each, self.scored_blocks, self.compensation_blocks)
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:

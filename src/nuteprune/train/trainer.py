@@ -43,7 +43,13 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.bad_steps import BadSteps
-from nuteprune.train.calibration import Progress, calibration_batches, counted, frozen_parameters
+from nuteprune.train.calibration import (
+    Progress,
+    calibration_batches,
+    counted,
+    frozen_parameters,
+    scoring_text,
+)
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.publish import PushesCheckpoint
@@ -108,14 +114,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             args.token_weight, args.layer_weight, args.layer_term, args.kd_temperature
         )
         self.coforward = CoForward(self.anatomy, self.hooks, self.objective.layer_distance)
-        self.schedule = Schedule(
-            self.targets,
-            args.max_steps,
-            args.ramp_share,
-            args.ramp_power,
-            args.freeze_share,
-            at_once=args.one_shot,
-        )
+        ramp, freeze = (0.0, 0.0) if args.one_shot else (args.ramp_share, args.freeze_share)
+        self.schedule = Schedule(self.targets, args.max_steps, ramp, args.ramp_power, freeze)
         ramps = self.schedule.stage(0).ramp_steps * len(self.targets)
         self.plan = Plan.for_target(self.targets[-1], ramps)
         run = Path(cast(str, args.output_dir))
@@ -160,19 +160,16 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Score all units on calibration text and start the gates from the scores."""
         if self.args.warm_start or self.args.one_shot:
             method = METHODS[self.args.scoring]
-            # One block at a time: a scoring may need all logits of a batch.
-            blocks = self.args.calibration_blocks if method.reads else 0
-            batches = calibration_batches(self.train_dataset, blocks, 1) if blocks else []
-            turns = len(batches) + len(self.anatomy.layers) * method.by_layer
-            tick = counted(self.progress, f"scoring {' and '.join(self.kinds)}", turns)
+            text = scoring_text(method, self.train_dataset, self.args.calibration_blocks)
+            turns = len(text.batches) + len(self.anatomy.layers) * bool(text.plain_batches)
             probe = Probe(
                 self.anatomy,
                 self.hooks,
                 self.allocator.budget,
                 self.kinds,
-                batches,
+                *text,
                 self.args.seed,
-                tick,
+                counted(self.progress, f"scoring {' and '.join(self.kinds)}", turns),
             )
             with frozen_parameters(self.model):
                 scores = method.score(probe)
