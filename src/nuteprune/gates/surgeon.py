@@ -9,11 +9,13 @@ Cutting the columns u out of W and moving the others so that the loss rises leas
 The first factor is the second moment of the gradients of X_u themselves; the second is what of X_u
 cannot be told from the other inputs. The loss is the cross entropy of tokens that the model itself
 draws: its curvature is that of the KL divergence from the intact model, which distillation
-minimises, and a draw says more of it than the text does. Gradients need little text; C, which must
-tell rare inputs from explained ones, needs more, and no gradients. Source: optimal brain surgeon (Hassibi and Stork 1993) with
-the curvature of K-FAC (Martens and Grosse 2015, arXiv 1503.05671), for structures of language
-models: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244). The move is the closed-form
-re-fit of `shrink.compensate`; the curvature here is that of the intact model.
+minimises. Gradients need little text; C, which must tell rare inputs from explained ones, needs
+more, and no gradients.
+
+Source: optimal brain surgeon (Hassibi and Stork 1993) with the curvature of K-FAC (Martens and
+Grosse 2015, arXiv 1503.05671), for structures of language models: LLM Surgeon (van der Ouderaa et
+al. 2024, arXiv 2312.17244). The move is the closed-form re-fit of `shrink.compensate`; the
+curvature here is that of the intact model.
 
 Shape suffixes: B batch, T tokens, M = B x T, I inputs of a projection, U units of a kind in a
 layer, W inputs of a unit.

@@ -254,7 +254,7 @@ class NutePruneConfig(TrainingArguments):
     @property
     def blocks(self) -> int:
         """Blocks that the run needs: its steps, its scores and its re-fit share them."""
-        each = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        each = int(self.train_batch_size * self.gradient_accumulation_steps * self.world_size)
         return max(self.max_steps * each, self.scored_blocks, self.compensation_blocks)
 
     @property
