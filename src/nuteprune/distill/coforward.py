@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -93,6 +94,20 @@ class LoraBank:
         finally:
             for (linear, _), weight in zip(sides, own, strict=True):
                 linear._parameters["weight"] = weight
+
+
+@contextmanager
+def lora_in_base_dtype(anatomy: Anatomy) -> Iterator[None]:
+    """Let LoRA weights, which PEFT keeps in fp32, compute in the base weights' dtype for a while.
+
+    Else each projection casts its inputs to fp32, and keeps them so for the backward pass: a copy
+    per projection that is twice the size, and products at half of the speed.
+    """
+    weight = anatomy.embedding.weight
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(weight.device.type, weight.dtype if half else None, enabled=half)
+    with autocast, disable_input_dtype_casting(anatomy.model, active=half):
+        yield
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from nuteprune.distill.coforward import LoraBank
+from nuteprune.distill.coforward import LoraBank, lora_in_base_dtype
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.finalize import merge_lora
@@ -98,7 +98,8 @@ class RecoverTrainer(AtomicTrainer):
             task_type="CAUSAL_LM",
         )
         wrapped = get_peft_model(model, settings)
-        self.bank = LoraBank(Anatomy(wrapped))
+        self.anatomy = Anatomy(wrapped)
+        self.bank = LoraBank(self.anatomy)
         super().__init__(
             model=wrapped,
             args=args,
@@ -107,6 +108,11 @@ class RecoverTrainer(AtomicTrainer):
             data_collator=partial(pad, padding=_padding(processing_class)),
             **kwargs,
         )
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the language-model loss; see `transformers.Trainer.compute_loss`."""
+        with lora_in_base_dtype(self.anatomy):
+            return super().compute_loss(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write each logged step to the run's metrics.

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
-from nuteprune.distill.coforward import CoForward, LoraBank
+from nuteprune.distill.coforward import CoForward, LoraBank, lora_in_base_dtype
 from nuteprune.distill.losses import Head
 from nuteprune.distill.objective import Objective
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
@@ -292,7 +292,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         else:
             call["logits_to_keep"] = 1
         masks = self.gates.masks(len(ids_BT))
-        with self.coforward.roles(masks, self._teacher, weight_BT) as passage:
+        with (
+            self.coforward.roles(masks, self._teacher, weight_BT) as passage,
+            lora_in_base_dtype(self.anatomy),
+        ):
             output = model(**call)
         parts = self.objective.parts(passage, self._head(), weight_BT)
         if self.args.lm_weight:
