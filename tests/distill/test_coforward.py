@@ -17,7 +17,7 @@ from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, layer_relative, token_kl
 from nuteprune.distill.teachers import INTACT, Role
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.families import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.shape import LayerShape, Shape
@@ -78,7 +78,7 @@ class Student:
         anatomy = self.coforward.anatomy
         weight_BT = PADDING.float()
         with self.coforward.roles(self.masks, self.teacher, weight_BT) as passage:
-            self.model(**CALL, logits_to_keep=1)
+            self.model(**CALL, logits_to_keep=no_logits(CALL["input_ids"]))
         assert passage.layer_loss is not None
         assert passage.student_BTD is not None
         assert passage.teacher_BTD is not None

@@ -147,7 +147,7 @@ class CoForward:
 
         The model is called as usual (through PEFT, DDP or FSDP wrappers too), with
         `use_cache=False`, since both roles would write to one cache, and best with
-        `logits_to_keep=1`, since logits are not needed.
+        `logits_to_keep=no_logits(ids)`, since logits are not needed.
 
         Args:
             student: the student's masks; its LoRA is the model's own.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
 
 
@@ -62,7 +62,7 @@ class Flow:
             found.append(kwargs)
 
         with _hooked(self._anatomy.layers, note, with_kwargs=True), self._hooks.using(self._masks):
-            self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
+            self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=no_logits(ids_BT))
         return found
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
 
 Scores = dict[str, Tensor]
@@ -55,5 +55,7 @@ class Probe:
         """Run the text through the model, for the hooks that watch."""
         device = next(self.anatomy.model.parameters()).device
         for ids_BT in self.batches:
-            self.anatomy.model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
+            ids_BT = ids_BT.to(device)
+            kept = no_logits(ids_BT)
+            self.anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept)
             self.progress()

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
@@ -156,6 +156,15 @@ class Anatomy:
         """Count all parameters of the model, tied ones once, adapters not counted."""
         own = {id(p): p.numel() for n, p in self.model.named_parameters() if ".lora_" not in n}
         return sum(own.values())
+
+
+def no_logits(ids_BT: Tensor) -> Tensor:
+    """Return what to pass as `logits_to_keep` where logits are not wanted: no position.
+
+    A single position would do, but where gradients are taken torch then copies the head's whole
+    matrix for each sequence.
+    """
+    return ids_BT.new_empty(0)
 
 
 def silence_dropout(model: nn.Module) -> None:

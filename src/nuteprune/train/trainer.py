@@ -37,7 +37,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
 from nuteprune.gates.schedule import Schedule
-from nuteprune.model.anatomy import Anatomy, silence_dropout
+from nuteprune.model.anatomy import Anatomy, no_logits, silence_dropout
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
@@ -290,7 +290,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if self.args.lm_weight:
             call["labels"] = ids_BT.masked_fill(weight_BT == 0, -100)
         else:
-            call["logits_to_keep"] = 1
+            call["logits_to_keep"] = no_logits(ids_BT)
         masks = self.gates.masks(len(ids_BT))
         with (
             self.coforward.roles(masks, self._teacher, weight_BT) as passage,
