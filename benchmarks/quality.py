@@ -75,7 +75,7 @@ class Plan:
     methods: Sequence[str] = tuple(METHODS)
     targets: Sequence[float] = (0.1, 0.2, 0.25, 0.5)
     seeds: Sequence[int] = (0, 1, 2)
-    trained: Sequence[str] = (OURS, "fisher", "taylor", "random")
+    trained: Sequence[str] = (OURS, "surgeon", "fisher", "taylor", "random")
     trained_targets: Sequence[float] = (0.2, 0.5)
     steps: int = 80
     long_steps: int = 400
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, help="one part of the table")
     parser.add_argument("--length", type=int, default=256, help="tokens per block")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs"
     )
