@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.coforward import CoForward, lora_in_base_dtype
 from nuteprune.distill.losses import Head, layer_relative, token_kl
 from nuteprune.distill.teachers import INTACT, Role
 from nuteprune.gates.masks import Layout, Masks
@@ -265,6 +265,38 @@ def test_without_a_layer_term_both_roles_still_reach_the_head(tiny_model) -> Non
     assert other.layer_loss is None
     assert torch.equal(other.student_BTD, passage.student_BTD)
     assert torch.equal(other.teacher_BTD, passage.teacher_BTD)
+
+
+@each_teacher
+def test_lora_computes_in_the_base_weights_dtype(tiny_model, snapshot: bool) -> None:
+    x = student(tiny_model, "llama", snapshot)
+    anatomy = x.coforward.anatomy
+    for name, weight in x.model.named_parameters():
+        if "lora_" not in name:
+            weight.data = weight.data.bfloat16()
+    projection = anatomy.projection(0, anatomy.family.mlp[-1])
+    seen: list[torch.dtype] = []
+    side = projection.lora_A["default"]
+    side.register_forward_hook(lambda _, args, output: seen.extend([args[0].dtype, output.dtype]))
+    plain = x.loss()
+    assert seen[:2] == [torch.float32] * 2  # the student's comes before the teacher's
+    seen.clear()
+    with lora_in_base_dtype(anatomy):
+        close = x.loss()
+    assert set(seen) == {torch.bfloat16}
+    assert close.item() == pytest.approx(plain.item(), rel=0.02)
+    close.backward()
+    assert side.weight.grad.dtype == torch.float32
+    assert projection.cast_input_dtype_enabled
+
+
+def test_where_no_logits_are_wanted_the_head_reads_nothing(tiny_model, tiny_name: str) -> None:
+    model = tiny_model(tiny_name)
+    seen: list[torch.Size] = []
+    Anatomy(model).head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    logits = model(**CALL, logits_to_keep=no_logits(TOKENS)).logits
+    assert logits.shape[:2] == (len(TOKENS), 0)
+    assert seen[0][:2] == (len(TOKENS), 0)
 
 
 def test_a_delta_set_by_hand_is_what_lora_adds(tiny_model) -> None:
