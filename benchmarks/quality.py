@@ -40,13 +40,14 @@ NO_LORA = {
 }
 ABLATION: dict[str, dict[str, Any]] = {
     "no distillation": {"teachers": "none", "lm_weight": 1.0},
-    "intact teacher": {"teachers": "intact"},
-    "fixed ranking": {"score_decay": 1.0},
+    "half ramp, numerous teachers": {"ramp_share": 0.5},
+    "half ramp, intact teacher": {"ramp_share": 0.5, "teachers": "intact"},
+    "half ramp, fixed ranking": {"ramp_share": 0.5, "score_decay": 1.0},
     "hard-concrete, solved": {"gate_type": "hard_concrete"},
     "hard-concrete, Lagrangian": {"gate_type": "hard_concrete", "solved_schedule": False},
     "deterministic, solved": {"gate_type": "deterministic"},
     "deterministic, Lagrangian": {"gate_type": "deterministic", "solved_schedule": False},
-    "cold start": {"warm_start": False},
+    "half ramp, cold start": {"ramp_share": 0.5, "warm_start": False},
     "no LoRA": NO_LORA,
     "no re-fit": {"compensation": "none"},
     "re-fit at the end": {"compensation": "finalize"},
@@ -75,7 +76,7 @@ class Plan:
     methods: Sequence[str] = tuple(METHODS)
     targets: Sequence[float] = (0.1, 0.2, 0.25, 0.5)
     seeds: Sequence[int] = (0, 1, 2)
-    trained: Sequence[str] = (OURS, "surgeon", "fisher", "taylor", "random")
+    trained: Sequence[str] = (OURS, "fisher", "taylor", "random")
     trained_targets: Sequence[float] = (0.2, 0.5)
     steps: int = 80
     long_steps: int = 400

@@ -27,8 +27,6 @@ from nuteprune.judge.samples import continuations
 STEPS = 60
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
-AT_ONCE = {"ramp_share": 0.0, "freeze_share": 0.0}
-"""In a run this short no ramp has paid: docs/quality.md."""
 SPARSITY = "0.2"
 PROMPT = "The history of bread begins"
 FOLDER = "nuteprune-demo"
@@ -86,8 +84,6 @@ def demo(
     )
     if not MEMORY.keys() & job.settings.keys():
         job.settings |= MEMORY
-    if not {*AT_ONCE, "gate_type"} & job.settings.keys():  # soft gates need steps to learn in
-        job.settings |= AT_ONCE
     result = run(job, output)
     if result is not None:
         compare(job, result, output)

@@ -14,7 +14,9 @@ from nuteprune.model.families import GATE_KINDS
 
 NUTEPRUNE = "nuteprune"
 """The method that learns its masks; the others of `METHODS` score once."""
-GATE_TYPES = ("ranked", "hard_concrete", "deterministic")
+GATE_TYPES = {"ranked": 0.0, "hard_concrete": 0.5, "deterministic": 0.5}
+"""Type of gates -> `ramp_share` by default: soft gates need steps to learn in, and a ranking is best
+followed at once (docs/quality.md)."""
 SHAPES = ("free", "uniform")
 TEACHERS = ("numerous", "intact", "none")
 LAYER_TERMS = ("relative", "mse")
@@ -89,9 +91,11 @@ class NutePruneConfig(TrainingArguments):
             schedule's; False: the Lagrangian, as published.
         calibration_blocks: blocks of text for the one-shot importance.
         ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
-            at the first step; without a ramp there are no teachers on the way.
-        freeze_share: share of the steps by which masks are frozen, if later than the ramp's end.
-            Both 0, as in the demo: masks are frozen, and LoRA re-fitted, before the first step.
+            at the first step; without a ramp there are no teachers on the way. None: 0 for ranked
+            gates, 0.5 for soft ones.
+        freeze_share: share of the steps by which masks are frozen, if later than the ramp's end;
+            None: as `ramp_share`. Both 0: masks are frozen, and LoRA starts from the re-fit, before
+            the first step.
         ramp_power: 1: the schedule rises linearly; 3: cubically, slower towards the target.
         score_decay: `ranked` only: weight of the past in the moving average of scores.
         gate_learning_rate: soft gates only: rate of log-alpha and of the Lagrangian's multipliers;
@@ -140,8 +144,10 @@ class NutePruneConfig(TrainingArguments):
     warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
     solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
     calibration_blocks: int = field(default=32, metadata={"help": "Blocks for importance."})
-    ramp_share: float = field(default=0.5, metadata={"help": "Steps until the target, as a share."})
-    freeze_share: float = field(default=0.5, metadata={"help": "Steps until masks freeze."})
+    ramp_share: float | None = field(
+        default=None, metadata={"help": "Steps until the target, as a share."}
+    )
+    freeze_share: float | None = field(default=None, metadata={"help": "Steps until masks freeze."})
     ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
     score_decay: float = field(default=0.99, metadata={"help": "Weight of past scores."})
     gate_learning_rate: float = field(default=0.1, metadata={"help": "Rate of log-alpha."})
@@ -181,7 +187,7 @@ class NutePruneConfig(TrainingArguments):
         for name, known in (
             ("method", (NUTEPRUNE, *METHODS)),
             ("importance", tuple(METHODS)),
-            ("gate_type", GATE_TYPES),
+            ("gate_type", tuple(GATE_TYPES)),
             ("shapes", SHAPES),
             ("teachers", TEACHERS),
             ("layer_term", LAYER_TERMS),
@@ -191,6 +197,10 @@ class NutePruneConfig(TrainingArguments):
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if self.ramp_share is None:
+            self.ramp_share = GATE_TYPES[self.gate_type]
+        if self.freeze_share is None:
+            self.freeze_share = self.ramp_share
         for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             if not low <= value <= high:  # nor is it a number if it compares with none
@@ -239,6 +249,15 @@ class NutePruneConfig(TrainingArguments):
     def one_shot(self) -> bool:
         """Whether masks are those of a one-shot scoring from the first step on."""
         return self.method != NUTEPRUNE
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of a target's steps by which it is reached, and masks are frozen."""
+        if self.one_shot:
+            return 0.0, 0.0
+        assert self.ramp_share is not None
+        assert self.freeze_share is not None
+        return self.ramp_share, self.freeze_share
 
     @property
     def scoring(self) -> str:

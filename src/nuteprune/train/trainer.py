@@ -114,7 +114,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             args.token_weight, args.layer_weight, args.layer_term, args.kd_temperature
         )
         self.coforward = CoForward(self.anatomy, self.hooks, self.objective.layer_distance)
-        ramp, freeze = (0.0, 0.0) if args.one_shot else (args.ramp_share, args.freeze_share)
+        ramp, freeze = args.shares
         self.schedule = Schedule(self.targets, args.max_steps, ramp, args.ramp_power, freeze)
         ramps = self.schedule.stage(0).ramp_steps * len(self.targets)
         self.plan = Plan.for_target(self.targets[-1], ramps)
