@@ -27,6 +27,7 @@ SETTINGS = {
     "compensation_blocks": 4,
     "save_steps": 3,
     "lora_rank": 4,
+    "ramp_share": 0.5,
 }
 OPTIONS = ["--length", "16", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"]
 RUNS = {

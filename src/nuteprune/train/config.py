@@ -78,10 +78,10 @@ class NutePruneConfig(TrainingArguments):
     Parameters that control how gates are learned:
 
     Args:
-        method: `nuteprune` (masks are learned), or a one-shot scoring of `gates.importance.METHODS`
-            (`random`, `magnitude`, `wanda`, `flap`, `taylor`, `fisher`, `surgeon`, `similarity`)
-            whose masks are frozen at the target from the first step; the steps then train LoRA
-            alone, by the same distillation.
+        method: `nuteprune` (masks start from `importance` and, on a ramp, are learned), or a
+            one-shot scoring of `gates.importance.METHODS` (`random`, `magnitude`, `wanda`, `flap`,
+            `taylor`, `fisher`, `surgeon`, `similarity`) whose masks are frozen at the target before
+            the first step; the steps then train LoRA alone, by the same distillation.
         importance: `nuteprune` only: the one-shot scoring that gates start from.
         gate_type: `ranked` (hard masks by a Fisher score that training keeps re-estimating),
             `hard_concrete` (the paper's stochastic gates) or `deterministic` (rectified multipliers
