@@ -15,7 +15,7 @@ from nuteprune.model.families import GATE_KINDS
 NUTEPRUNE = "nuteprune"
 """The method that learns its masks; the others of `METHODS` score once."""
 GATE_TYPES = {"ranked": 0.0, "hard_concrete": 0.5, "deterministic": 0.5}
-"""Type of gates -> `ramp_share` by default: soft gates need steps to learn in, and a ranking is best
+"""Type of gates -> `ramp_share` by default: soft ones need steps to learn in, and a ranking is best
 followed at once (docs/quality.md)."""
 SHAPES = ("free", "uniform")
 TEACHERS = ("numerous", "intact", "none")
