@@ -53,14 +53,24 @@ class LogitsAt(TrainerCallback):
 SEVERAL: dict[str, Any] = {"target_sparsity": 0.45, "stops": "0.15,0.3"}
 
 
-@pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete"])
-@pytest.mark.parametrize("teachers", ["numerous", "intact"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "fisher"},
+        {"ramp_share": 0.5},
+        {"ramp_share": 0.5, "teachers": "intact"},
+        {"gate_type": "hard_concrete"},
+        {"gate_type": "hard_concrete", "teachers": "intact"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())) or "default",
+)
 def test_each_target_gives_the_model_of_its_own_moment(
-    gate_type: str, teachers: str, tiny_model, tmp_path: Path
+    settings: dict[str, Any], tiny_model, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     intact = copy.deepcopy(model)
-    trainer = make(model, tmp_path / "run", gate_type=gate_type, teachers=teachers, **SEVERAL)
+    trainer = make(model, tmp_path / "run", **settings, **SEVERAL)
     trainer.add_callback(watch := LogitsAt(trainer, [3, 6, 9]))
     trainer.train()
     made = [trainer.finalize()]
@@ -79,16 +89,18 @@ def test_each_target_gives_the_model_of_its_own_moment(
     assert load_pruned(tmp_path / "stop0").config.num_hidden_layers == 3
 
 
+@pytest.mark.parametrize("ramp_share", [0.0, 0.5])
 def test_a_run_with_several_targets_resumes_as_if_never_interrupted(
-    tiny_model, tmp_path: Path
+    ramp_share: float, tiny_model, tmp_path: Path
 ) -> None:
+    settings = {**SEVERAL, "ramp_share": ramp_share}
     saving = {"save_strategy": "steps", "save_steps": 1}
-    whole = make(tiny_model("llama"), tmp_path / "a", **SEVERAL)
+    whole = make(tiny_model("llama"), tmp_path / "a", **settings)
     whole.train()
-    cut = make(tiny_model("llama"), tmp_path / "b", **SEVERAL, **saving)
+    cut = make(tiny_model("llama"), tmp_path / "b", **settings, **saving)
     cut.train()
     for step in (3, 5, 8):
-        again = make(tiny_model("llama"), tmp_path / "b", **SEVERAL)
+        again = make(tiny_model("llama"), tmp_path / "b", **settings)
         again.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{step}"))
         assert again.stops == whole.stops
         for name, value in whole.coforward.bank.state().items():

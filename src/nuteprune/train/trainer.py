@@ -232,9 +232,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     def _begin_step(self, step: int) -> None:
         stage = self.schedule.stage(step)
-        if step < stage.freeze_step:
+        if step == stage.first or step < stage.freeze_step:
             self.gates.thaw()
-        elif not self.gates.frozen:
+        if step >= stage.freeze_step and not self.gates.frozen:
             self.freeze(stage.target)
         seed = (self.args.seed << 32) + step
         self.gates.begin_step(self.schedule.sparsity(step), seed)
