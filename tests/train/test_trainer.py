@@ -146,6 +146,22 @@ def test_a_small_target_and_a_short_run_have_teachers_too(
     assert len(taught) >= 3  # the intact model and at least two snapshots
 
 
+def test_the_default_is_the_surgeon_at_once_and_soft_gates_have_a_ramp(
+    tiny_model, tmp_path: Path
+) -> None:
+    ours = make(tiny_model("llama"), tmp_path / "a", max_steps=3)
+    theirs = make(tiny_model("llama"), tmp_path / "b", max_steps=3, method="surgeon")
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert [x["loss"] for x in metrics(tmp_path / "a")] == [
+        x["loss"] for x in metrics(tmp_path / "b")
+    ]
+    for name, value in ours.coforward.bank.state().items():
+        assert torch.equal(theirs.coforward.bank.state()[name], value), name
+    soft = make(tiny_model("llama"), tmp_path / "c", max_steps=8, gate_type="hard_concrete")
+    assert soft.schedule.stage(0).freeze_step == 4
+
+
 @pytest.mark.parametrize("method", ["fisher", "random", "magnitude"])
 def test_one_shot_masks_are_final_from_the_first_step(
     method: str, tiny_model, tmp_path: Path
