@@ -14,7 +14,7 @@ demo: $(STAMP) ## prune the embedded model; options: make demo ARGS="--steps 100
 	@$(BIN)/nuteprune demo $(ARGS)
 
 test: lint ## lint and the test suite; options for pytest: make test ARGS="-k gates"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 test-clients: $(STAMP) ## load exported models in other programs
 	$(BIN)/python -m pytest -m clients $(ARGS)
@@ -24,6 +24,8 @@ test-hard: $(STAMP) ## long fault-injection and soak tests
 
 # Idle threads sleep: tiny models on few cores otherwise spend their time spinning.
 test test-clients test-hard: export OMP_WAIT_POLICY ?= PASSIVE
+# A process per core, and so a thread per process.
+test: export OMP_NUM_THREADS ?= 1
 
 lint: $(STAMP) ## ruff, mypy and the order of imports
 	$(BIN)/ruff check .
