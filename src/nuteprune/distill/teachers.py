@@ -7,6 +7,8 @@ target is reached, it walks back through them to the intact model, in equal shar
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ class Role:
 
 
 INTACT = Role()
+LORA = "lora"
+"""The tensor of a snapshot that holds all LoRA weights; the others are masks, by kind."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,17 @@ class Teachers:
         Raises:
             RunFailed: if it cannot be written.
         """
-        tensors = {f"mask.{k}": v.detach().cpu().contiguous() for k, v in masks.values.items()}
-        for key, value in lora.items():
-            tensors[f"lora.{key}"] = value.detach().to("cpu", dtype).contiguous()
+        tensors = {k: v.detach().cpu().contiguous() for k, v in masks.values.items()}
+        tensors[LORA] = _packed(lora, dtype)
+        about = {
+            "sparsity": repr(sparsity),
+            "shapes": json.dumps({key: list(value.shape) for key, value in lora.items()}),
+        }
         path = self._path(len(self))
         with writing(f"the teacher {path}", "make room, then go on with --resume"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic(path) as partial:
-                save_file(tensors, partial, metadata={"sparsity": repr(sparsity)})
+                save_file(tensors, partial, metadata=about)
             self.sums.append(file_sum(path))
         self.sparsities.append(sparsity)
 
@@ -171,20 +178,30 @@ class Teachers:
         return self._loaded[1]
 
     def _read(self, index: int, device: str, dtype: torch.dtype) -> Role:
-        masks: dict[str, Tensor] = {}
-        lora: dict[str, Tensor] = {}
         path = self._path(index)
         # Under several processes torch says cpu:0, which safetensors does not know.
         place = "cpu" if torch.device(device).type == "cpu" else device
         try:
             with safe_open(path, framework="pt", device=place) as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    part, key = name.split(".", 1)
-                    tensor = file.get_tensor(name)
-                    if part == "mask":
-                        masks[key] = tensor.float()
-                    else:
-                        lora[key] = tensor.to(dtype)
+                masks = {k: file.get_tensor(k).float() for k in file.keys() if k != LORA}  # noqa: SIM118
+                packed = file.get_tensor(LORA).to(dtype)
+                shapes: dict[str, list[int]] = json.loads(file.metadata()["shapes"])
         except (OSError, SafetensorError) as error:
             raise RunFailed(f"the teacher {path} cannot be read any more: {error}") from error
+        parts = packed.split([math.prod(shape) for shape in shapes.values()])
+        lora = {key: part.view(shapes[key]) for key, part in zip(shapes, parts, strict=True)}
         return Role(Masks(self.layout, masks), lora)
+
+
+@torch.no_grad()
+def _packed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the values of tensors, one after the other, in one on the CPU.
+
+    Hundreds of small ones would be as many transfers, and pieces of memory that are not given back.
+    """
+    sizes = [value.numel() for value in tensors.values()]
+    device = next(iter(tensors.values())).device
+    packed = torch.empty(sum(sizes), dtype=dtype, device=device)
+    for part, value in zip(packed.split(sizes), tensors.values(), strict=True):
+        part.copy_(value.flatten())
+    return packed.cpu()
