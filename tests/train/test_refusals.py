@@ -16,10 +16,10 @@ def test_fsdp_would_quietly_be_ddp_here(tiny_model, tmp_path: Path) -> None:
         NutePruneTrainer(tiny_model("llama"), args)
 
 
-def test_quantised_weights_are_refused(tiny_model, tmp_path: Path) -> None:
+def test_weights_quantised_by_others_are_refused(tiny_model, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    model.is_quantized = True  # as transformers marks what bitsandbytes has packed
+    model.is_quantized, model.quantization_method = True, "gptq"  # as transformers marks them
     names = list(dict(model.named_modules()))
-    with pytest.raises(UserError, match=r"quantised: .*; load it in bfloat16"):
+    with pytest.raises(UserError, match=r"not by bitsandbytes.*; load it in bfloat16"):
         NutePruneTrainer(model, NutePruneConfig(output_dir=str(tmp_path), use_cpu=True))
     assert list(dict(model.named_modules())) == names

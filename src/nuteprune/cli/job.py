@@ -35,6 +35,7 @@ class Job:
         eval_blocks: held-out blocks per source.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16`, ...: what the run computes in.
+        bits: 8 or 4: hold the intact model's projections in so many bits; None: in `dtype`.
         settings: overrides of `NutePruneConfig`.
         dry_run: say what would be done, and write nothing.
         resume: go on from the last checkpoint in `out`.
@@ -51,6 +52,7 @@ class Job:
     eval_blocks: int = 24
     device: str = "auto"
     dtype: str = "auto"
+    bits: int | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     dry_run: bool = False
     resume: bool = False
@@ -197,6 +199,7 @@ JOB_KEYS = (
     "eval_blocks",
     "device",
     "dtype",
+    "bits",
 )
 """Fields of a job that a run is reproduced by, beside its settings."""
 

@@ -66,6 +66,13 @@ HiddenMultiple = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="8 or 4: hold the intact model's projections in so many bits while training; what "
+        "is written is cut from the full weights."
+    ),
+]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text in structured files.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 ReportTo = Annotated[

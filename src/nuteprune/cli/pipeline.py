@@ -96,7 +96,8 @@ def _take_back(folder: Path, was_there: bool) -> None:
 
 def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> Result | None:
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
-    model = load_model(job.model, pick_dtype(job.dtype, job.device))
+    dtype = pick_dtype(job.dtype, job.device)
+    model = load_model(job.model, dtype, job.bits, str(config.device))
     training, held_out = _texts(job, config, tokenizer, model)
     with output.bars() as bars:
         trainer = make_trainer(model, config, training, tokenizer, bars)
@@ -185,8 +186,10 @@ def _prune(
     before, dense_texts, prompts_BT = {}, [], prompts(held_out)
     tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
     if is_main_process():
-        before = measure("the intact model", trainer.anatomy.model)
-        dense_texts = continuations(trainer.anatomy.model, tokenizer, prompts_BT)
+        intact = _whole(job) if job.bits else trainer.anatomy.model
+        before = measure("the intact model", intact)
+        dense_texts = continuations(intact, tokenizer, prompts_BT)
+        del intact
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=resume_from(job))
     if not is_main_process():
@@ -197,13 +200,12 @@ def _prune(
     *stops, last = range(len(trainer.targets))
     for index in (last, *stops):
         if index == last:
-            small = trainer.finalize()
+            small = trainer.finalize(_whole(job) if job.bits else None)
             texts = continuations(small, tokenizer, prompts_BT)
             samples = side_by_side(tokenizer, prompts_BT, dense_texts, texts)
             write_extra(job.out / RUN, SAMPLES, samples)
         else:
-            intact = load_model(job.model, pick_dtype(job.dtype, job.device))
-            small = trainer.finalize_stop(index, intact)
+            small = trainer.finalize_stop(index, _whole(job))
         after = measure("the pruned model", small)
         folder = target_folder(job, trainer.targets, index)
         records[folder] = trainer.save_pruned(
@@ -220,7 +222,7 @@ def one_shot(
     job: Job, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path
 ) -> dict[str, Any]:
     """Write what the first ranking alone gives: nothing trained, nothing re-fitted."""
-    model = load_model(job.model, pick_dtype(job.dtype, job.device))
+    model = _whole(job)
     stored = stored_dtype(model)
     anatomy = Anatomy(model)
     config = make_config(job, out)
@@ -240,6 +242,11 @@ def one_shot(
         after=shape,
         perplexity={"before": {}, "after": after},
     )
+
+
+def _whole(job: Job) -> PreTrainedModel:
+    """Load the intact model once more, its weights whole, to the CPU."""
+    return load_model(job.model, pick_dtype(job.dtype, job.device))
 
 
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -27,6 +27,7 @@ RUN_KEYS = {
     "eval_blocks": int,
     "device": str,
     "dtype": str,
+    "bits": int,
 }
 """Settings of a job beside the trainer's: key -> type."""
 

@@ -44,10 +44,11 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
     sequences = sequences_per_step(args)
     # A ramp of one step leaves no snapshot that is less pruned than the student.
     ramps = any(trainer.schedule.stage(x).ramp_steps > 1 for x in stage_starts(trainer))
+    held = f" (projections held in {job.bits} bits)" if job.bits else ""
     teachers = "intact" if args.teachers == "numerous" and not ramps else args.teachers
     output.line(
         f"Run     {args.max_steps} steps of {sequences} x {job.length} tokens on "
-        f"{args.device}, {str(model.dtype).removeprefix('torch.')}; masks freeze at step "
+        f"{args.device}, {str(model.dtype).removeprefix('torch.')}{held}; masks freeze at step "
         f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {job.data}"
     )

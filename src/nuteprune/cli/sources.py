@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +28,7 @@ ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apach
 """What the demo's model is; the package that carries it has no model card."""
 STORED_DTYPE = "nuteprune_stored_dtype"
 """Attribute of a loaded model: the dtype of its files, which the result keeps."""
+BITS = (8, 4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,17 +93,42 @@ def _config_values(where: str) -> dict[str, Any]:
     return dict(values)
 
 
-def load_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    model: str, dtype: torch.dtype, bits: int | None = None, device: str = "cpu"
+) -> PreTrainedModel:
     """Load a supported causal LM to compute in `dtype`, and note the dtype it is stored in.
+
+    Args:
+        model: as the user named it.
+        dtype: what is computed in.
+        bits: 8 or 4: hold the projections' weights in so many bits; None: in `dtype`.
+        device: where weights in 8 or 4 bits go; others are loaded to the CPU.
 
     Raises:
         UserError: if it cannot be loaded or is not supported.
     """
     values = read_config(model)
-    loaded = load_pruned(locate(model), dtype=dtype)
+    packing = {} if bits is None else {"quantization_config": _packing(bits, dtype)}
+    place = {} if bits is None else {"device_map": {"": device}}
+    loaded = load_pruned(locate(model), dtype=dtype, **packing, **place)
     stored = values.get("dtype") or values.get("torch_dtype") or "float32"
     setattr(loaded, STORED_DTYPE, getattr(torch, str(stored), torch.float32))
     return loaded
+
+
+def _packing(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if bits not in BITS:
+        raise UserError(f"bits are {bits}; weights are held in 8 or 4 bits, or whole")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"weights in {bits} bits need bitsandbytes: pip install 'nuteprune[bits]'"
+        )
+    return BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -55,7 +55,10 @@ class LoraBank:
 
     @torch.no_grad()
     def set_delta(self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor) -> None:
-        """Overwrite a projection's LoRA weights so that they add out @ in to its weight."""
+        """Overwrite a projection's LoRA weights so that they add out @ in to its weight.
+
+        Directions beyond those given add nothing yet, and can be learned.
+        """
         module = self._anatomy.projection(layer, projection)
         assert isinstance(module, LoraLayer)
         scale = module.scaling[ADAPTER]
@@ -64,7 +67,6 @@ class LoraBank:
         rank = len(in_RI)
         side_a[:rank].copy_(in_RI)
         side_b[:, :rank].copy_(out_OR / scale)
-        side_a[rank:].zero_()
         side_b[:, rank:].zero_()
 
     @contextmanager

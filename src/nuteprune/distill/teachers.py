@@ -127,15 +127,14 @@ class Teachers:
         """
         tensors = {k: v.detach().cpu().contiguous() for k, v in masks.values.items()}
         tensors[LORA] = _packed(lora, dtype)
-        about = {
-            "sparsity": repr(sparsity),
-            "shapes": json.dumps({key: list(value.shape) for key, value in lora.items()}),
-        }
+        shapes = {key: list(value.shape) for key, value in lora.items()}
+        # One entry: safetensors writes several in an order that changes from run to run.
+        notes = {"notes": json.dumps({"sparsity": sparsity, "shapes": shapes})}
         path = self._path(len(self))
         with writing(f"the teacher {path}", "make room, then go on with --resume"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic(path) as partial:
-                save_file(tensors, partial, metadata=about)
+                save_file(tensors, partial, metadata=notes)
             self.sums.append(file_sum(path))
         self.sparsities.append(sparsity)
 
@@ -185,7 +184,7 @@ class Teachers:
             with safe_open(path, framework="pt", device=place) as file:
                 masks = {k: file.get_tensor(k).float() for k in file.keys() if k != LORA}  # noqa: SIM118
                 packed = file.get_tensor(LORA).to(dtype)
-                shapes: dict[str, list[int]] = json.loads(file.metadata()["shapes"])
+                shapes: dict[str, list[int]] = json.loads(file.metadata()["notes"])["shapes"]
         except (OSError, SafetensorError) as error:
             raise RunFailed(f"the teacher {path} cannot be read any more: {error}") from error
         parts = packed.split([math.prod(shape) for shape in shapes.values()])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, weight_of
 
 
 class Moments:
@@ -65,7 +65,7 @@ def watching_inputs(anatomy: Anatomy) -> Iterator[list[Watched]]:
             linear = anatomy.linear(layer, projection)
             if linear is None:
                 continue
-            watch = Watched(units, linear.weight.detach(), Moments(linear.in_features))
+            watch = Watched(units, weight_of(linear), Moments(linear.in_features))
             watched.append(watch)
             handles.append(linear.register_forward_pre_hook(_adding(watch.moments)))
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, weight_of
 from nuteprune.model.shape import LayerShape, axis_sizes
 
 BLOCKS = {"attn_block": "heads", "mlp_block": "neurons"}
@@ -75,7 +75,7 @@ def _layer_squares(
         linear = anatomy.linear(index, projection)
         if linear is None:
             continue
-        square_OI = linear.weight.detach().float().cpu().square()
+        square_OI = weight_of(linear).float().cpu().square()
         if projection.columns != "hidden":
             axes[projection.columns] += square_OI.sum(0)
             hidden_D += square_OI.sum(1)

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from nuteprune.gates.flow import Flow
 from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, weight_of
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 
 RIDGE = 1e-2
 """Ridge, as a share of the mean diagonal of C."""
+
+NOTHING = 1e-4
+"""A direction of the update smaller than this share of the largest is rounding."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def refit(
             weight_OI = _effective_weight(module)
             mask_I = mask.to(weight_OI)
             # LoRA may have made up for some of what is gone: asked for is what the base gave.
-            target_OI = _base(module).weight.float()
+            target_OI = weight_of(_base(module)).float()
             fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI)
             install(i, projection, Fit(fitted_OI, covariance_II * mask_I * mask_I[:, None]))
         flow.advance(i)
@@ -124,15 +127,15 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors B (O, R) and A (R, I) of the update from `base_OI` to the fit.
 
     Best in the outputs that it gives on the calibration inputs, not in the weights: singular
-    values are those of (W' - W) C^1/2.
+    values are those of (W' - W) C^1/2. R is `rank`, or less where fewer directions count.
     """
     kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()
     inner_KK = fit.covariance_II[kept_K][:, kept_K].double()
     inner_KK += RIDGE * inner_KK.diagonal().mean() * torch.eye(len(kept_K)).to(inner_KK)
     root_KK = torch.linalg.cholesky(inner_KK)
     update_OK = (fit.weight_OI - base_OI.float())[:, kept_K].double()
-    left = torch.linalg.svd(update_OK @ root_KK, full_matrices=False)[0]
-    left = left[:, :rank]
+    left, sizes, _ = torch.linalg.svd(update_OK @ root_KK, full_matrices=False)
+    left = left[:, :rank][:, sizes[:rank] > NOTHING * sizes[0]]
     # B A = U U^T (W' - W): the projection onto the leading outputs.
     right = left.T @ update_OK
     size = right.norm(dim=1).clamp(min=1e-12).sqrt()
@@ -147,7 +150,7 @@ def _base(module: Any) -> nn.Linear:
 
 def _effective_weight(module: Any) -> Tensor:
     """Return a projection's weight (O, I) in fp32, its LoRA added."""
-    weight_OI: Tensor = _base(module).weight.float()
+    weight_OI: Tensor = weight_of(_base(module)).float()
     for name in getattr(module, "lora_A", {}):
         weight_OI = weight_OI + module.get_delta_weight(name).float()
     return weight_OI

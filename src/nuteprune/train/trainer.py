@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
 from nuteprune.gates.schedule import Schedule
-from nuteprune.model.anatomy import Anatomy, no_logits, silence_dropout
+from nuteprune.model.anatomy import Anatomy, no_logits, silence_dropout, weight_of
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
@@ -55,6 +55,10 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import lora_config, make_allocator, make_gates, run_targets
 from nuteprune.train.state import RunState, restore
+
+
+BITS_AND_BYTES = "bitsandbytes"
+"""The quantizer whose weights can be computed with, differentiated through and unpacked."""
 
 
 class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
@@ -92,10 +96,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
                 "sharding the model over processes is not supported: leave fsdp and deepspeed out "
                 "(several processes with whole copies work; see gradient_checkpointing for memory)"
             )
-        if getattr(model, "is_quantized", False):
+        self.packed = bool(getattr(model, "is_quantized", False))
+        if self.packed and getattr(model, "quantization_method", None) != BITS_AND_BYTES:
             raise UserError(
-                "the model's weights are quantised: they cannot be counted, re-fitted and cut in 8 "
-                "or 4 bits; load it in bfloat16 (see gradient_checkpointing for memory)"
+                "the model's weights are quantised, and not by bitsandbytes, with which alone it "
+                "can be pruned in 8 or 4 bits; load it in bfloat16, or with BitsAndBytesConfig"
             )
         intact = Anatomy(model)
         self._total_before = intact.parameters()
@@ -386,7 +391,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         def install(layer: int, projection: Projection, fit: Fit) -> None:
             base = self.anatomy.linear(layer, projection)
             assert base is not None
-            bank.set_delta(layer, projection, *low_rank(fit, base.weight, self.args.lora_rank))
+            bank.set_delta(layer, projection, *low_rank(fit, weight_of(base), self.args.lora_rank))
 
         self._refit(self.anatomy, self.hooks, masks, install)
         _agree(bank.state().values())
@@ -397,18 +402,33 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         tick = counted(self.progress, "re-fitting projections", len(anatomy.layers))
         refit(anatomy, hooks, masks, batches, install, tick)
 
-    def finalize(self) -> PreTrainedModel:
+    def finalize(self, intact: PreTrainedModel | None = None) -> PreTrainedModel:
         """Freeze, merge, re-fit, fold and slice; uses the trainer's model up.
+
+        Args:
+            intact: the model that is cut, loaded anew in full precision, where the trainer's own
+                is held in 8 or 4 bits; it is used up. None: the trainer's own.
 
         Returns:
             The smaller model, of a stock class if its shape allows, else of a subclass of it.
+
+        Raises:
+            UserError: if the trainer's own model cannot be cut, and no other is given.
         """
+        if self.packed and intact is None:
+            raise UserError(
+                "weights in 8 or 4 bits cannot be cut: load the model again in full precision, and "
+                "call finalize(intact=...)"
+            )
         if not self._warm:
             self.warm_start()
         if not self.gates.frozen:
             self.freeze(self.targets[-1])
         self.hooks.remove()
-        return self._shrink(self.model, self.gates.snapshot(), self.targets[-1])
+        model = self.model
+        if intact is not None:
+            model = self._with_lora(intact, self.coforward.bank.state())
+        return self._shrink(model, self.gates.snapshot(), self.targets[-1])
 
     def finalize_stop(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
         """Return the smaller model of an earlier target; `save_pruned` writes it from then on.
@@ -420,18 +440,22 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         role = self.teachers.role(self.stops[index])
         assert role.masks is not None
         assert role.lora is not None
-        peft_model = get_peft_model(
-            model.requires_grad_(False), lora_config(Anatomy(model), self.args)
-        )
-        restore(LoraBank(Anatomy(peft_model)).state(), dict(role.lora), "LoRA weights")
+        peft_model = self._with_lora(model, role.lora)
         return self._shrink(peft_model, role.masks, self.targets[index])
+
+    def _with_lora(self, intact: PreTrainedModel, lora: Mapping[str, Tensor]) -> PeftModel:
+        """Wrap an intact model like the trainer's own, with LoRA weights of the run."""
+        config = lora_config(Anatomy(intact), self.args)
+        peft_model = get_peft_model(intact.requires_grad_(False), config)
+        restore(LoraBank(Anatomy(peft_model)).state(), dict(lora), "LoRA weights")
+        return cast(PeftModel, peft_model)
 
     def _shrink(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
         model.eval()
         anatomy = Anatomy(merge_lora(model))
         if self.args.compensation == "finalize":
             hooks = MaskHooks(anatomy)
-            masks_here = masks.to(str(self.args.device))
+            masks_here = masks.to(str(anatomy.embedding.weight.device))
             self._refit(anatomy, hooks, masks_here, install_weight(anatomy))
             hooks.remove()
         self.masks = masks.to("cpu")
