@@ -120,9 +120,7 @@ def _packing(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     if bits not in BITS:
         raise UserError(f"bits are {bits}; weights are held in 8 or 4 bits, or whole")
     if find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"weights in {bits} bits need bitsandbytes: pip install 'nuteprune[bits]'"
-        )
+        raise UserError(f"weights in {bits} bits need bitsandbytes: pip install 'nuteprune[bits]'")
     return BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nuteprune.model.anatomy import Anatomy, weight_of
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.packed import weight_of
 
 
 class Moments:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
-from nuteprune.model.anatomy import Anatomy, weight_of
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.packed import weight_of
 from nuteprune.model.shape import LayerShape, axis_sizes
 
 BLOCKS = {"attn_block": "heads", "mlp_block": "neurons"}

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.model.families import Family, Projection, family_named
+from nuteprune.model.packed import count
 from nuteprune.model.shape import LayerShape, Shape
 
 
@@ -155,18 +155,8 @@ class Anatomy:
 
     def parameters(self) -> int:
         """Count all parameters of the model, tied ones once, adapters not counted."""
-        own = {id(p): _count(p) for n, p in self.model.named_parameters() if ".lora_" not in n}
+        own = {id(p): count(p) for n, p in self.model.named_parameters() if ".lora_" not in n}
         return sum(own.values())
-
-
-def _count(parameter: nn.Parameter) -> int:
-    packed = getattr(parameter, "quant_state", None)  # bitsandbytes, two weights of 4 bits a byte
-    return parameter.numel() if packed is None else int(packed.shape.numel())
-
-
-def weight_of(linear: nn.Linear) -> Tensor:
-    """Return a projection's weight (O, I), unpacked where it is held in 8 or 4 bits."""
-    return cast(Tensor, dequantize_module_weight(linear)).detach()
 
 
 def no_logits(ids_BT: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from nuteprune.gates.flow import Flow
 from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy, weight_of
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.packed import weight_of
 
 RIDGE = 1e-2
 """Ridge, as a share of the mean diagonal of C."""

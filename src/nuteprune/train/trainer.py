@@ -37,9 +37,10 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
 from nuteprune.gates.schedule import Schedule
-from nuteprune.model.anatomy import Anatomy, no_logits, silence_dropout, weight_of
+from nuteprune.model.anatomy import Anatomy, no_logits, silence_dropout
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.packed import is_packed, make_trainable, weight_of
 from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.bad_steps import BadSteps
@@ -55,10 +56,6 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import lora_config, make_allocator, make_gates, run_targets
 from nuteprune.train.state import RunState, restore
-
-
-BITS_AND_BYTES = "bitsandbytes"
-"""The quantizer whose weights can be computed with, differentiated through and unpacked."""
 
 
 class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
@@ -96,12 +93,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
                 "sharding the model over processes is not supported: leave fsdp and deepspeed out "
                 "(several processes with whole copies work; see gradient_checkpointing for memory)"
             )
-        self.packed = bool(getattr(model, "is_quantized", False))
-        if self.packed and getattr(model, "quantization_method", None) != BITS_AND_BYTES:
-            raise UserError(
-                "the model's weights are quantised, and not by bitsandbytes, with which alone it "
-                "can be pruned in 8 or 4 bits; load it in bfloat16, or with BitsAndBytesConfig"
-            )
+        make_trainable(model)
         intact = Anatomy(model)
         self._total_before = intact.parameters()
         self.stored_dtype: torch.dtype = model.dtype
@@ -415,7 +407,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         Raises:
             UserError: if the trainer's own model cannot be cut, and no other is given.
         """
-        if self.packed and intact is None:
+        if is_packed(self.anatomy.model) and intact is None:
             raise UserError(
                 "weights in 8 or 4 bits cannot be cut: load the model again in full precision, and "
                 "call finalize(intact=...)"

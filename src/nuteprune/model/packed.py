@@ -1,0 +1,63 @@
+"""Weights in 8 or 4 bits, as bitsandbytes holds them: counted, read and refused."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nuteprune.errors import UserError
+
+BITS_AND_BYTES = "bitsandbytes"
+"""The quantizer whose weights can be computed with, differentiated through and unpacked."""
+BLOCK = 64
+"""Weights that share a scale in 4 bits."""
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """Return whether a model's weights are in fewer bits than they are computed in."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def make_trainable(model: PreTrainedModel) -> None:
+    """Let gradients pass through packed weights; nothing is done to others.
+
+    Raises:
+        UserError: if they were packed by another quantizer, or cannot be unpacked here.
+    """
+    if not is_packed(model):
+        return
+    if getattr(model, "quantization_method", None) != BITS_AND_BYTES:
+        raise UserError(
+            "the model's weights are quantised, and not by bitsandbytes, with which alone it can "
+            "be pruned in 8 or 4 bits; load it in bfloat16, or with BitsAndBytesConfig"
+        )
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if getattr(weight, "quant_state", None) is None:
+            continue
+        packed = cast(Any, module)
+        # On CPUs, bitsandbytes 0.50 takes the scales of rows that no block ends with wrongly ...
+        if weight is not None and weight.device.type == "cpu" and packed.in_features % BLOCK:
+            raise UserError(
+                f"{name} has {packed.in_features} inputs, and in 4 bits a CPU unpacks rightly only "
+                f"multiples of {BLOCK}; use 8 bits, or another device"
+            )
+        # ... and packs anew, into a form without gradients, what runs without them once.
+        packed.support_avx512bf16_for_cpu = False
+
+
+def weight_of(linear: nn.Linear) -> Tensor:
+    """Return a projection's weight (O, I), unpacked where it is held in 8 or 4 bits."""
+    weight: Any = linear.weight
+    if not weight.is_floating_point():
+        weight = dequantize_bnb_weight(weight, getattr(linear, "state", None))
+    return cast(Tensor, weight.detach())
+
+
+def count(parameter: nn.Parameter) -> int:
+    """Return how many weights a parameter holds: in 4 bits, two a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else int(packed.shape.numel())
