@@ -436,6 +436,16 @@ class TestBlocks:
         assert torch.equal(draw(3), draw(3))
         assert set(draw(3).flatten().tolist()) != set(draw(4).flatten().tolist())
 
+    def test_a_few_blocks_come_from_all_over_a_long_document(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        spec = write_text(tmp_path, [words(0, 1500)])
+        drawn = training_blocks(spec, tokenizer, length=8, count=20, seed=0).blocks
+        ids = drawn[drawn < WORDS]
+        assert [int(((ids >= x) & (ids < x + 500)).sum() > 0) for x in (0, 500, 1000)] == [1, 1, 1]
+        runs = (drawn[:, 1:] == drawn[:, :-1] + 1).float().mean()
+        assert runs > 0.8  # in passages, not word by word
+
     def test_held_out_text_is_never_trained_on(
         self, demo: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast
     ) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 
-_SHUFFLE_CHARS = 2**24  # how much text is held to draw the next document from
+_SHUFFLE_CHARS = 2**24  # how much text is held to draw the next passage from
+_PASSAGE_CHARS = 8  # of a passage, per token of a block: about two blocks of English
 _HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:\\]*){0,2}")
 
 
@@ -85,15 +86,15 @@ def training_blocks(
 ) -> BlockDataset:
     """Cut the training part of a DATA spec into blocks, the sources taking turns.
 
-    Documents come in an order drawn by the seed, over and over where the text is short; of a huge
-    source only the beginning is read.
+    Documents, long ones in passages, come in an order drawn by the seed, over and over where the
+    text is short; of a huge source only the beginning is read.
 
     Args:
         spec: the DATA spec.
         tokenizer: the model's tokenizer.
         length: tokens per block, at least 2.
         count: number of blocks, at least 1.
-        seed: draws the order of the documents and of the blocks.
+        seed: draws the order of the passages and of the blocks.
         text_column: the column that holds the text; None finds it.
         vocab_size: the model's number of token ids; None does not check them.
 
@@ -199,10 +200,14 @@ def hub_parts(spec: str) -> tuple[str, str | None, str]:
 def _training_tokens(
     source: readers.Documents, tokenizer: PreTrainedTokenizerBase, rng: random.Random, length: int
 ) -> Iterator[list[int]]:
-    """Yield the tokens of the training part over and over, in an order drawn for each pass."""
-    rule = split_rule(source)
+    """Yield the tokens of the training part over and over, in an order drawn for each pass.
+
+    Long documents come in passages, lest a small budget be spent on a few of them.
+    """
+    rule, passage = split_rule(source), _PASSAGE_CHARS * length
     while True:
-        texts = (trained for trained, _ in map(rule, source))
+        documents = (trained for trained, _ in map(rule, source))
+        texts = (piece for x in documents for piece in readers.split_long(x, passage))
         seen = 0
         for tokens in tokens_of(_shuffled(texts, rng), tokenizer):
             seen += len(tokens)

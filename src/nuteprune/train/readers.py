@@ -69,11 +69,12 @@ def boundary(text: str, near: int) -> int:
     return max(text.rfind("\n", start, near), text.rfind(" ", start, near)) + 1 or near
 
 
-def split_long(text: str) -> list[str]:
-    """Cut a text into consecutive pieces of at most `MAX_DOCUMENT_CHARS` characters."""
+def split_long(text: str, most: int | None = None) -> list[str]:
+    """Cut a text into consecutive pieces of at most `most` (`MAX_DOCUMENT_CHARS`) characters."""
+    most = most or MAX_DOCUMENT_CHARS
     pieces = []
-    while len(text) > MAX_DOCUMENT_CHARS:
-        cut = boundary(text, MAX_DOCUMENT_CHARS)
+    while len(text) > most:
+        cut = boundary(text, most)
         pieces.append(text[:cut])
         text = text[cut:]
     return [*pieces, text]
