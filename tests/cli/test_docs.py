@@ -45,6 +45,7 @@ HOW = {
     "nuteprune prune Qwen/Qwen3-8B --config recipes/qwen3-8b.yaml --out small": DRY,
     "nuteprune prune huggyllama/llama-7b --config recipes/paper.yaml --data c4.jsonl "
     "--out small": DRY,
+    "nuteprune prune MODEL --sparsity 0.3 --data DATA --out small --bits 8": EXECUTED,
     "torchrun --nproc_per_node 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
     "accelerate launch --num_processes 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PrinterCallback
 
-from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
+from nuteprune import UserError, load_pruned
 from nuteprune.cli.sources import load_model
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import weight_of
-from nuteprune.train.data import BlockDataset
+
+from .conftest import make
 
 ERRORS = {8: 0.02, 4: 0.15}
 """Bits -> the most that unpacked weights may differ from the whole ones, relative in norm."""
@@ -29,26 +29,6 @@ def stored(tiny_model, tmp_path: Path) -> Path:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
     tiny_model("llama", **sizes).save_pretrained(folder)
     return folder
-
-
-def make(model: PreTrainedModel, out: Path, **settings: Any) -> NutePruneTrainer:
-    random = torch.Generator().manual_seed(0)
-    blocks = BlockDataset(torch.randint(3, 90, (32, 16), generator=random))
-    defaults: dict[str, Any] = {
-        "target_sparsity": 0.3,
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "neuron_multiple": 4,
-        "calibration_blocks": 4,
-        "compensation_blocks": 8,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
-    trainer = NutePruneTrainer(model, args, blocks)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -79,7 +59,9 @@ def test_what_is_cut_is_the_whole_model(
     settings: dict[str, Any], bits: int, stored: Path, tmp_path: Path
 ) -> None:
     whole = load_model(str(stored), torch.float32)
-    trainer = make(load_model(str(stored), torch.float32, bits), tmp_path / "run", **settings)
+    trainer = make(
+        load_model(str(stored), torch.float32, bits), tmp_path / "run", max_steps=4, **settings
+    )
     trainer.train()
     with pytest.raises(UserError, match=r"cannot be cut: load the model again in full precision"):
         trainer.finalize()

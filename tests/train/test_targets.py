@@ -9,32 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
-from nuteprune.train.data import BlockDataset
+from nuteprune import UserError, load_pruned
+
+from .conftest import make
 
 TOKENS = torch.arange(3, 15)[None]
-
-
-def make(model: Any, out: Path, **settings: Any) -> Any:
-    random = torch.Generator().manual_seed(0)
-    blocks = BlockDataset(torch.randint(3, 90, (32, 16), generator=random))
-    defaults: dict[str, Any] = {
-        "max_steps": 9,
-        "per_device_train_batch_size": 2,
-        "neuron_multiple": 4,
-        "hidden_multiple": 8,
-        "calibration_blocks": 4,
-        "compensation_blocks": 4,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
-    trainer = NutePruneTrainer(model, args, blocks)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 class LogitsAt(TrainerCallback):
@@ -50,7 +31,7 @@ class LogitsAt(TrainerCallback):
                 self.seen.append(trainer.anatomy.model(TOKENS).logits.clone())
 
 
-SEVERAL: dict[str, Any] = {"target_sparsity": 0.45, "stops": "0.15,0.3"}
+SEVERAL: dict[str, Any] = {"target_sparsity": 0.45, "stops": "0.15,0.3", "max_steps": 9}
 
 
 @pytest.mark.parametrize(

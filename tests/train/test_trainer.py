@@ -6,36 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError, load_pruned
+from nuteprune import RunFailed, UserError, load_pruned
 from nuteprune.gates.allocate import Allocator
-from nuteprune.train.data import BlockDataset
 
-LENGTH = 16
-
-
-def blocks(count: int = 64) -> BlockDataset:
-    random = torch.Generator().manual_seed(0)
-    return BlockDataset(torch.randint(3, 90, (count, LENGTH), generator=random))
-
-
-def make(model: Any, out: Path, callbacks: list[Any] | None = None, **settings: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "target_sparsity": 0.3,
-        "max_steps": 8,
-        "per_device_train_batch_size": 2,
-        "neuron_multiple": 4,
-        "calibration_blocks": 8,
-        "compensation_blocks": 8,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
-    trainer = NutePruneTrainer(model, args, blocks(), callbacks=callbacks or [])
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+from .conftest import make
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ on stderr), 130 interrupted. NUTEPRUNE_DEBUG=1 shows tracebacks.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -116,7 +115,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # a level set here, its import resets
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speed on some CPUs
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

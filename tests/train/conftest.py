@@ -1,0 +1,36 @@
+"""A trainer on random tokens that takes moments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback
+
+from nuteprune import NutePruneConfig, NutePruneTrainer
+from nuteprune.train.data import BlockDataset
+
+LENGTH = 16
+
+
+def make(model: Any, out: Path, callbacks: list[Any] | None = None, **settings: Any) -> Any:
+    """Return a trainer for a tiny model; settings are those of its config."""
+    random = torch.Generator().manual_seed(0)
+    blocks = BlockDataset(torch.randint(3, 90, (64, LENGTH), generator=random))
+    defaults: dict[str, Any] = {
+        "target_sparsity": 0.3,
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "neuron_multiple": 4,
+        "hidden_multiple": 8,
+        "calibration_blocks": 8,
+        "compensation_blocks": 8,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
+    trainer = NutePruneTrainer(model, args, blocks, callbacks=callbacks or [])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
