@@ -65,7 +65,7 @@ for _ in range(2):  # the second finds what the first has left
         p.grad = None
     with coforward.roles(Masks(layout, student), teacher, weight) as passage:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    head = Head(anatomy.head.weight, None, *anatomy.logit_scale())
+    head = Head.of(anatomy)
     loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)
     loss.backward()
     average_gradients((*lora, *gates))

@@ -82,7 +82,7 @@ class Student:
         assert passage.layer_loss is not None
         assert passage.student_BTD is not None
         assert passage.teacher_BTD is not None
-        head = Head(anatomy.head.weight, None, *anatomy.logit_scale())
+        head = Head.of(anatomy)
         kl = token_kl(passage.student_BTD, passage.teacher_BTD, head, weight_BT, 2.0)
         return passage.layer_loss + kl
 

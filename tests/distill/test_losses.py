@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.distill import losses
-from nuteprune.distill.losses import Head, layer_mse, layer_relative, token_kl
+from nuteprune.distill.losses import Head, language_model_loss, layer_mse, layer_relative, token_kl
 from nuteprune.model.anatomy import Anatomy
 
 B, T, D, V = 2, 5, 8, 32
@@ -98,8 +98,33 @@ def test_a_models_logits_are_its_heads(tiny_model, tiny_name: str) -> None:
     anatomy.final_norm.register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():
         logits = model(torch.arange(3, 12)[None]).logits
-    head = Head(anatomy.head.weight, anatomy.head.bias, *anatomy.logit_scale())
-    torch.testing.assert_close(head.logits(seen[0]), logits, rtol=1e-5, atol=1e-5)
+    logits_found = Head.of(anatomy).logits(seen[0])
+    torch.testing.assert_close(logits_found, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 64])
+def test_language_model_loss_is_the_models_own(
+    chunk_tokens: int, tiny_model, tiny_name: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk_tokens)
+    model = tiny_model(tiny_name)
+    anatomy = Anatomy(model)
+    anatomy.head.weight.requires_grad_(False)
+    seen = []
+    anatomy.final_norm.register_forward_hook(lambda _, __, output: seen.append(output))
+    ids = torch.arange(3, 21).reshape(2, 9)
+    labels = ids.clone()
+    labels[0, :4] = labels[1, 6:] = losses.IGNORED
+    expected = model(ids, labels=labels).loss
+    (expected_grad,) = torch.autograd.grad(expected, seen[0])
+    model(ids)
+    found = language_model_loss(seen[1], Head.of(anatomy), labels)
+    (grad,) = torch.autograd.grad(found, seen[1])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    nothing = torch.full_like(ids, losses.IGNORED)
+    assert language_model_loss(seen[1], Head.of(anatomy), nothing) == 0
 
 
 def test_layer_terms_by_hand() -> None:

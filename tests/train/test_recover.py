@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
+from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import load_pruned
-from nuteprune.train.instructions import IGNORED, Examples
+from nuteprune.train.instructions import Examples
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
 from nuteprune.train.state import last_checkpoint
 

@@ -1,6 +1,7 @@
-"""Distillation losses: token KL without ever holding all logits, and per-layer terms.
+"""Losses: those of logits without ever holding all of them, and per-layer terms.
 
-Shape suffixes: B batch, T tokens, D hidden width, N = B x T, C tokens of a chunk, V vocabulary.
+Shape suffixes: B batch, T tokens, S = T - 1, D hidden width, N tokens in all, C tokens of a chunk,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nuteprune.model.anatomy import Anatomy
+
+IGNORED = -100
+"""Label of a token that is not learned."""
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time by each role on a processor (16 MiB in fp32): what its caches can hold, and
 what the C library gives again without asking the system for zeroed pages; four times as many on an
@@ -35,6 +40,12 @@ class Head:
     bias: Tensor | None = None
     divisor: float = 1.0
     softcap: float | None = None
+
+    @classmethod
+    def of(cls, anatomy: Anatomy) -> Head:
+        """Return a model's head."""
+        head = anatomy.head
+        return cls(head.weight, getattr(head, "bias", None), *anatomy.logit_scale())
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """Return logits (C, V) in fp32."""
@@ -67,38 +78,37 @@ def _chunk_kl(ours_CV: Tensor, theirs_CV: Tensor) -> tuple[Tensor, Tensor]:
     return kl_C, q_CV.sub_(p_CV)
 
 
-class _TokenKL(torch.autograd.Function):
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""Told a chunk's logits (C, V), and which tokens they are of; returns its losses (C,), and their
+slopes (C, V) by the logits, which it leaves as they are."""
+
+
+class _ByChunk(torch.autograd.Function):
+    """The weighted sum of losses of logits, which are formed and dropped chunk by chunk."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        student_ND: Tensor,
-        teacher_ND: Tensor,
-        weight_N: Tensor,
-        head: Head,
-        temperature: float,
+        ctx: Any, hidden_ND: Tensor, weight_N: Tensor, head: Head, chunk_loss: ChunkLoss
     ) -> Tensor:
-        elements = CHUNK_ELEMENTS * (1 if student_ND.device.type == "cpu" else 4)
+        elements = CHUNK_ELEMENTS * (1 if hidden_ND.device.type == "cpu" else 4)
         chunk = max(CHUNK_TOKENS, elements // head.weight.shape[0])
-        total = torch.zeros((), device=student_ND.device)
-        grad_ND = torch.empty_like(student_ND)
-        for i in range(0, len(student_ND), chunk):
+        total = torch.zeros((), device=hidden_ND.device)
+        grad_ND = torch.empty_like(hidden_ND)
+        for i in range(0, len(hidden_ND), chunk):
             part = slice(i, i + chunk)
-            logits_CV = head.logits(student_ND[part])
-            ours_CV, theirs_CV = logits_CV, head.logits(teacher_ND[part])
-            if temperature != 1.0:
-                ours_CV, theirs_CV = ours_CV / temperature, theirs_CV.div_(temperature)
-            kl_C, slope_CV = _chunk_kl(ours_CV, theirs_CV)
-            total += temperature**2 * (weight_N[part] * kl_C).sum()
+            logits_CV = head.logits(hidden_ND[part])
+            loss_C, slope_CV = chunk_loss(logits_CV, part)
+            total += (weight_N[part] * loss_C).sum()
             # Weighted after the product with the head: a row there is narrower.
             slope_CD = head.backward(slope_CV, logits_CV)
-            grad_ND[part] = slope_CD.mul_((temperature * weight_N[part]).unsqueeze(-1))
+            grad_ND[part] = slope_CD.mul_(weight_N[part].unsqueeze(-1))
         ctx.save_for_backward(grad_ND)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0].to(grad_ND.dtype), None, None, None, None
+        return grad_ND * grads[0].to(grad_ND.dtype), None, None, None
 
 
 def token_kl(
@@ -124,10 +134,43 @@ def token_kl(
     weight_N = weight_BT.reshape(-1).float()
     weight_N = weight_N / weight_N.sum().clamp(min=1e-9)
     width = student_BTD.shape[-1]
-    kl: Tensor = _TokenKL.apply(
-        student_BTD.reshape(-1, width), teacher_BTD.reshape(-1, width), weight_N, head, temperature
-    )
+    teacher_ND = teacher_BTD.reshape(-1, width)
+
+    def chunk_loss(ours_CV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        theirs_CV = head.logits(teacher_ND[part])
+        if temperature == 1.0:
+            return _chunk_kl(ours_CV, theirs_CV)
+        kl_C, slope_CV = _chunk_kl(ours_CV / temperature, theirs_CV.div_(temperature))
+        return temperature**2 * kl_C, slope_CV.mul_(temperature)
+
+    kl: Tensor = _ByChunk.apply(student_BTD.reshape(-1, width), weight_N, head, chunk_loss)
     return kl
+
+
+def language_model_loss(
+    hidden_BTD: Tensor, head: Head, labels_BT: Tensor, count: Tensor | int | None = None
+) -> Tensor:
+    """Return the cross entropy of next tokens, logits formed chunk by chunk, of learned ones alone.
+
+    Args:
+        hidden_BTD: what the head reads (after the final norm).
+        head: the frozen language head.
+        labels_BT: the tokens; `IGNORED` where one is not learned.
+        count: what the sum over tokens is divided by; None: how many are learned.
+    """
+    labels_BS = labels_BT[:, 1:]
+    learned_BS = labels_BS != IGNORED
+    hidden_ND, labels_N = hidden_BTD[:, :-1][learned_BS], labels_BS[learned_BS]
+
+    def chunk_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        p_CV, label_C1 = torch.softmax(logits_CV, dim=-1), labels_N[part].unsqueeze(-1)
+        all_C = logits_CV.amax(-1) - p_CV.amax(-1).log()  # logsumexp, as above
+        loss_C = all_C - logits_CV.gather(-1, label_C1).squeeze(-1)
+        return loss_C, p_CV.scatter_add_(-1, label_C1, -torch.ones_like(p_CV[:, :1]))
+
+    weight_N = torch.ones_like(labels_N, dtype=torch.float32)
+    loss: Tensor = _ByChunk.apply(hidden_ND, weight_N, head, chunk_loss)
+    return loss / (max(1, len(labels_N)) if count is None else count)
 
 
 def layer_mse(student_BTD: Tensor, teacher_BTD: Tensor, weight_BT: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nuteprune.distill.losses import IGNORED
+
 # How the numbers are made, for the record; `protocol` adds what differs from run to run.
 PROTOCOL: Final[Mapping[str, str]] = {
     "measure": "exp of the mean next-token negative log-likelihood (float32), all tokens of a "
@@ -24,7 +26,6 @@ PROTOCOL: Final[Mapping[str, str]] = {
     "mean": "plain mean over the sources",
 }
 
-_IGNORED = -100  # target of a token that is only read
 _POSITIONS = 1024  # so many rows of logits are held in float32 at a time
 
 
@@ -50,7 +51,7 @@ def perplexity(
     if context is None:
         context = torch.ones(count, dtype=torch.long)
     is_read_NT = torch.arange(length) < context[:, None]
-    targets = blocks.masked_fill(is_read_NT, _IGNORED)
+    targets = blocks.masked_fill(is_read_NT, IGNORED)
     batches = zip(blocks.split(batch_size), targets.split(batch_size), strict=True)
     with torch.inference_mode(), _evaluating(model):
         total = sum(_negative_log_likelihood(model, x.to(device), y) for x, y in batches)
@@ -101,7 +102,7 @@ def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor, targets_BT: Te
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     targets_BT = targets_BT.to(logits_BTV.device)
     return sum(
-        F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="sum").item()
+        F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum").item()
         for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT[:, 1:], strict=True)
         for logits, targets in zip(
             logits_TV.split(_POSITIONS), targets_T.split(_POSITIONS), strict=True

@@ -6,6 +6,7 @@ Works on a stock causal LM, on one wrapped by PEFT, and on a checkpoint that is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftModel
@@ -166,6 +167,17 @@ def no_logits(ids_BT: Tensor) -> Tensor:
     matrix for each sequence.
     """
     return ids_BT.new_empty(0)
+
+
+@contextmanager
+def reading_head(anatomy: Anatomy) -> Iterator[list[Tensor]]:
+    """Gather what the language head reads (B, T, D) of each call of the model meanwhile."""
+    read: list[Tensor] = []
+    hook = anatomy.final_norm.register_forward_hook(lambda _, __, output: read.append(output))
+    try:
+        yield read
+    finally:
+        hook.remove()
 
 
 def silence_dropout(model: nn.Module) -> None:

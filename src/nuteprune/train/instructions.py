@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 from nuteprune.train import readers
 from nuteprune.train.data import DEMO, check_ids, hub_parts, iter_documents, local_files
@@ -25,7 +26,6 @@ from nuteprune.train.split import split_rule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED: Final = -100  # label of a token that is read, not learned
 TEMPLATES: Final = ("auto", "chat", "alpaca")
 """How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import LoraBank, lora_in_base_dtype
+from nuteprune.distill.losses import Head, language_model_loss
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.instructions import pad
@@ -106,13 +108,21 @@ class RecoverTrainer(AtomicTrainer):
             train_dataset=train_dataset,
             processing_class=processing_class,
             data_collator=partial(pad, padding=_padding(processing_class)),
+            compute_loss_func=self._loss,
             **kwargs,
         )
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **more: Any
+    ) -> Any:
         """Return the language-model loss; see `transformers.Trainer.compute_loss`."""
-        with lora_in_base_dtype(self.anatomy):
-            return super().compute_loss(*args, **kwargs)
+        inputs = {**inputs, "use_cache": False, "logits_to_keep": no_logits(inputs["input_ids"])}
+        with lora_in_base_dtype(self.anatomy), reading_head(self.anatomy) as self._read:
+            return super().compute_loss(model, inputs, *args, **more)
+
+    def _loss(self, _: Any, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        head = Head.of(self.anatomy)
+        return language_model_loss(self._read.pop(), head, labels_BT, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write each logged step to the run's metrics.

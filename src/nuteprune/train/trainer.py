@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward, LoraBank, lora_in_base_dtype
-from nuteprune.distill.losses import Head
+from nuteprune.distill.losses import IGNORED, Head, language_model_loss
 from nuteprune.distill.objective import Objective
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
@@ -284,28 +284,25 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         weight_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         weight_BT = weight_BT.float()
         call: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
-        if self.args.lm_weight:
-            call["labels"] = ids_BT.masked_fill(weight_BT == 0, -100)
-        else:
-            call["logits_to_keep"] = no_logits(ids_BT)
+        call["logits_to_keep"] = no_logits(ids_BT)
         masks = self.gates.masks(len(ids_BT))
         with (
             self.coforward.roles(masks, self._teacher, weight_BT) as passage,
             lora_in_base_dtype(self.anatomy),
         ):
-            output = model(**call)
-        parts = self.objective.parts(passage, self._head(), weight_BT)
+            model(**call)
+        head = Head.of(self.anatomy)
+        parts = self.objective.parts(passage, head, weight_BT)
         if self.args.lm_weight:
-            parts["lm"] = self.args.lm_weight * output.loss
+            assert passage.student_BTD is not None
+            labels_BT = ids_BT.masked_fill(weight_BT == 0, IGNORED)
+            loss = language_model_loss(passage.student_BTD, head, labels_BT)
+            parts["lm"] = self.args.lm_weight * loss
         penalty = self.gates.penalty()
         if penalty is not None:
             parts["penalty"] = penalty
         self.parts = {name: value.detach() for name, value in parts.items()}
         return torch.stack(list(parts.values())).sum()
-
-    def _head(self) -> Head:
-        head = self.anatomy.head
-        return Head(head.weight, getattr(head, "bias", None), *self.anatomy.logit_scale())
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
