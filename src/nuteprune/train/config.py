@@ -201,6 +201,8 @@ class NutePruneConfig(TrainingArguments):
             self.ramp_share = GATE_TYPES[self.gate_type]
         if self.freeze_share is None:
             self.freeze_share = self.ramp_share
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = self.gate_type != "ranked"  # frozen gates are unused
         for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             if not low <= value <= high:  # nor is it a number if it compares with none
