@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def serve(row: Callable[[Cell], Row], cell: Cell) -> None:
     import transformers
 
     warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
