@@ -22,14 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_dtype
-from nuteprune.gates.importance import METHODS
+from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.probe import Probe
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.shrink.compensate import install_weight, refit
-from nuteprune.train.calibration import calibration_batches, scoring_text
+from nuteprune.shrink.compensate import install_weight
+from nuteprune.train.calibration import refit_on, score_on
 from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.train.setup import make_allocator
 
@@ -196,7 +195,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             config = self._config(cell, folder)
         allocator = make_allocator(self.intact, config)
-        scores, scoring_seconds = self._score(config, allocator.constraints.kinds)
+        scores, scoring_seconds = self._score(config, allocator)
         started = time.monotonic()
         shape = allocator.shape(scores, cell.target)
         masks = allocator.masks(shape, scores).to(self.setting.device)
@@ -204,8 +203,8 @@ class Bench:
         plain = self._judge_masked(masks)
         started = time.monotonic()
         with self._weights_put_back():
-            batches = calibration_batches(self._text(config), config.compensation_blocks, 4)
-            refit(self.intact, self._hooks, masks, batches, install_weight(self.intact))
+            install = install_weight(self.intact)
+            refit_on(self._text(config), config, self.intact, self._hooks, masks, install)
             refit_seconds = time.monotonic() - started
             refitted = self._judge_masked(masks)
         budget = allocator.budget
@@ -224,17 +223,15 @@ class Bench:
         }
 
     def _score(
-        self, config: NutePruneConfig, kinds: tuple[str, ...]
+        self, config: NutePruneConfig, allocator: Allocator
     ) -> tuple[dict[str, Tensor], float]:
         """Return a method's scores and the seconds they took; once per method and seed."""
         key = (config.scoring, config.seed)
         if key not in self._scores:
-            method = METHODS[config.scoring]
-            text = scoring_text(method, self._text(config), config.calibration_blocks)
-            budget = make_allocator(self.intact, config).budget
+            text = self._text(config)
             started = time.monotonic()
-            probe = Probe(self.intact, self._hooks, budget, kinds, *text, config.seed)
-            self._scores[key] = (method.score(probe), time.monotonic() - started)
+            scores = score_on(text, config, self.intact, self._hooks, allocator)
+            self._scores[key] = (scores, time.monotonic() - started)
         return self._scores[key]
 
     def _judge_masked(self, masks: Masks) -> dict[str, float]:
@@ -273,7 +270,7 @@ class Bench:
             seconds = time.monotonic() - started
         found = perplexities(small, self.held_out, batch_size=4)
         after = sum(p.numel() for p in small.parameters())
-        sparsity = trainer.allocator.budget.sparsity(trainer.shape)
+        sparsity = trainer.allocator.budget.sparsity(trainer.finished.shape)
         teachers = len(trainer.teachers)
         del trainer, model, small
         gc.collect()  # a trainer and its callbacks hold each other

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,27 +17,34 @@ pytest.importorskip("bitsandbytes")
 def test_the_command_line_packs_resumes_and_tells(
     run: Run, tiny_model, tiny_tokenizer, tmp_path: Path
 ) -> None:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 8,
-    }  # multiples of 64 inputs
+    # Multiples of 64 inputs in each projection.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
     tiny_model("llama", vocab_size=300, **sizes).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the student learns from teacher number {i}" for i in range(900)))
     command = ["prune", tmp_path / "model", "--sparsity", "0.2,0.3", "--data", text, "--steps", "4"]
-    command += ["--length", "16", "--batch-size", "2", "--neuron-multiple", "4", "--bits", "4"]
+    command += ["--length", "16", "--batch-size", "2", "--neuron-multiple", "4"]
     command += ["--set", "calibration_blocks=4", "--set", "compensation_blocks=4"]
-    command += ["--set", "save_steps=2", "--device", "cpu"]
-    for name in ("a", "b"):
-        code, out, err = run(*command, "--out", tmp_path / name)
+    command += ["--set", "save_steps=3", "--device", "cpu", "--out"]
+
+    def outcome(name: str, target: str) -> tuple[dict[str, Any], bytes]:
+        folder = tmp_path / name / target
+        record = json.loads((folder / "nuteprune.json").read_text())
+        return record, (folder / "model.safetensors").read_bytes()
+
+    for name, bits in (("whole", ()), ("packed", ("--bits", "4")), ("cut off", ("--bits", "4"))):
+        code, out, err = run(*command, tmp_path / name, *bits)
         assert code == 0, err
-    assert "projections held in 4 bits" in out
-    assert run(*command, "--out", tmp_path / "b", "--resume")[0] == 0
+        assert ("projections held in 4 bits" in out) == bool(bits)
+    shutil.rmtree(tmp_path / "cut off/run/checkpoint-4")  # goes on from step 3
+    assert run(*command, tmp_path / "cut off", "--bits", "4", "--resume")[0] == 0
     for target in ("sparsity-0.2", "sparsity-0.3"):
-        record = json.loads((tmp_path / "a" / target / "nuteprune.json").read_text())
+        record, weights = outcome("packed", target)
         assert record["config"]["bits"] == 4
         assert record["sparsity"] >= record["target"]
-        weights = [(tmp_path / x / target / "model.safetensors").read_bytes() for x in "ab"]
-        assert weights[0] == weights[1]
+        assert outcome("cut off", target)[1] == weights
+        whole, other_weights = outcome("whole", target)
+        assert other_weights != weights
+        # Judged is the model, not its copy in 4 bits.
+        assert record["perplexity"]["before"] == whole["perplexity"]["before"]

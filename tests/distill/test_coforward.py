@@ -308,5 +308,8 @@ def test_a_delta_set_by_hand_is_what_lora_adds(tiny_model) -> None:
     bank.set_delta(1, projection, out_OR, in_RI)
     delta = anatomy.projection(1, projection).get_delta_weight("default")
     torch.testing.assert_close(delta, out_OR @ in_RI)
+    state = bank.state()
+    assert (state["1.6.B"][:, 1:] == 0).all()  # the others add nothing yet ...
+    assert (state["1.6.A"][1:] != 0).any(dim=1).all()  # ... but B has gradients to grow by
     for key, value in others.items():
         assert torch.equal(bank.state()[key], value)

@@ -60,6 +60,14 @@ def test_low_rank_is_the_best_of_its_rank_in_outputs() -> None:
         assert error <= whole[rank:].norm() * 1.05 + 1e-2
 
 
+def test_low_rank_leaves_rounding_out() -> None:
+    x, base = correlated(), torch.randn(6, 12)
+    target = base + torch.randn(6, 2) @ torch.randn(2, 12)
+    out_OR, in_RI = low_rank(Fit(target, x.T @ x), base, 5)
+    assert out_OR.shape == (6, 2)
+    torch.testing.assert_close(out_OR @ in_RI, target - base, rtol=1e-3, atol=1e-3)
+
+
 def pruned(tiny_model) -> tuple[Anatomy, MaskHooks, Masks]:
     anatomy = Anatomy(tiny_model("llama"))
     args = NutePruneConfig(output_dir="unused", neuron_multiple=8)

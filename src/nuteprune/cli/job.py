@@ -210,5 +210,6 @@ NUTEPRUNE_KEYS = frozenset(f.name for f in dataclasses.fields(NutePruneConfig)) 
     "use_cpu",
     "logging_dir",
     "report_to",
+    "ddp_find_unused_parameters",  # follows from the type of gates
     "hub_token",  # a secret
 }

@@ -42,9 +42,9 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
     )
     freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
     sequences = sequences_per_step(args)
+    held = f" (projections held in {job.bits} bits)" if job.bits else ""
     # A ramp of one step leaves no snapshot that is less pruned than the student.
     ramps = any(trainer.schedule.stage(x).ramp_steps > 1 for x in stage_starts(trainer))
-    held = f" (projections held in {job.bits} bits)" if job.bits else ""
     teachers = "intact" if args.teachers == "numerous" and not ramps else args.teachers
     output.line(
         f"Run     {args.max_steps} steps of {sequences} x {job.length} tokens on "

@@ -108,25 +108,26 @@ def load_model(
         UserError: if it cannot be loaded or is not supported.
     """
     values = read_config(model)
-    packing = {} if bits is None else {"quantization_config": _packing(bits, dtype)}
-    place = {} if bits is None else {"device_map": {"": device}}
-    loaded = load_pruned(locate(model), dtype=dtype, **packing, **place)
+    packed = {} if bits is None else _packing(bits, dtype, device)
+    loaded = load_pruned(locate(model), dtype=dtype, **packed)
     stored = values.get("dtype") or values.get("torch_dtype") or "float32"
     setattr(loaded, STORED_DTYPE, getattr(torch, str(stored), torch.float32))
     return loaded
 
 
-def _packing(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _packing(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return what `from_pretrained` is to be told."""
     if bits not in BITS:
         raise UserError(f"bits are {bits}; weights are held in 8 or 4 bits, or whole")
     if find_spec("bitsandbytes") is None:
         raise UserError(f"weights in {bits} bits need bitsandbytes: pip install 'nuteprune[bits]'")
-    return BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
     )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

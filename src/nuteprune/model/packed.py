@@ -12,8 +12,6 @@ from nuteprune.errors import UserError
 
 BITS_AND_BYTES = "bitsandbytes"
 """The quantizer whose weights can be computed with, differentiated through and unpacked."""
-BLOCK = 64
-"""Weights that share a scale in 4 bits."""
 
 
 def is_packed(model: PreTrainedModel) -> bool:
@@ -35,15 +33,15 @@ def make_trainable(model: PreTrainedModel) -> None:
             "be pruned in 8 or 4 bits; load it in bfloat16, or with BitsAndBytesConfig"
         )
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if getattr(weight, "quant_state", None) is None:
+        packed, weight = cast(Any, module), cast(Any, getattr(module, "weight", None))
+        state = getattr(weight, "quant_state", None)
+        if state is None:  # whole, or in 8 bits
             continue
-        packed = cast(Any, module)
         # On CPUs, bitsandbytes 0.50 takes the scales of rows that no block ends with wrongly ...
-        if weight is not None and weight.device.type == "cpu" and packed.in_features % BLOCK:
+        if weight.device.type == "cpu" and packed.in_features % state.blocksize:
             raise UserError(
                 f"{name} has {packed.in_features} inputs, and in 4 bits a CPU unpacks rightly only "
-                f"multiples of {BLOCK}; use 8 bits, or another device"
+                f"multiples of {state.blocksize}; use 8 bits, or another device"
             )
         # ... and packs anew, into a form without gradients, what runs without them once.
         packed.support_avx512bf16_for_cpu = False

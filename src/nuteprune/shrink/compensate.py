@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from nuteprune.distill.coforward import LoraBank
 from nuteprune.gates.flow import Flow
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
@@ -120,6 +121,17 @@ def install_weight(anatomy: Anatomy) -> Install:
         linear = anatomy.linear(layer, projection)
         assert linear is not None
         linear.weight.copy_(fit.weight_OI.to(linear.weight.dtype))
+
+    return install
+
+
+def install_lora(bank: LoraBank, anatomy: Anatomy, rank: int) -> Install:
+    """Return an `Install` by which LoRA makes up, at its own rank, for what base weights lack."""
+
+    def install(layer: int, projection: Projection, fit: Fit) -> None:
+        base = anatomy.linear(layer, projection)
+        assert base is not None
+        bank.set_delta(layer, projection, *low_rank(fit, weight_of(base), rank))
 
     return install
 

@@ -1,4 +1,4 @@
-"""Text and manners for what is measured outside of training: scores and re-fits."""
+"""What is measured outside of training, on training text: scores and re-fits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,59 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.importance import Method
+from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.importance import METHODS, Method
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.probe import Probe, Scores
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.shrink.compensate import Install, refit
+from nuteprune.train.config import NutePruneConfig
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
 
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
 PLAIN_BATCH = 4
 """Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
+
+
+def score_on(
+    dataset: Any,
+    args: NutePruneConfig,
+    anatomy: Anatomy,
+    hooks: MaskHooks,
+    allocator: Allocator,
+    progress: Progress = _silent,
+) -> Scores:
+    """Score the units of an intact model by the settings' one-shot scoring."""
+    method, kinds = METHODS[args.scoring], allocator.constraints.kinds
+    text = scoring_text(method, dataset, args.calibration_blocks)
+    turns = len(text.batches) + len(anatomy.layers) * bool(text.plain_batches)
+    tick = counted(progress, f"scoring {' and '.join(kinds)}", turns)
+    probe = Probe(anatomy, hooks, allocator.budget, kinds, *text, args.seed, tick)
+    with frozen_parameters(anatomy.model):
+        return method.score(probe)
+
+
+def refit_on(
+    dataset: Any,
+    args: NutePruneConfig,
+    anatomy: Anatomy,
+    hooks: MaskHooks,
+    masks: Masks,
+    install: Install,
+    progress: Progress = _silent,
+) -> None:
+    """Re-fit the output and down projections to frozen masks; see `shrink.compensate.refit`."""
+    blocks, size = args.compensation_blocks, args.per_device_train_batch_size
+    batches = calibration_batches(dataset, blocks, size)
+    tick = counted(progress, "re-fitting projections", len(anatomy.layers))
+    refit(anatomy, hooks, masks, batches, install, tick)
 
 
 def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tensor]:

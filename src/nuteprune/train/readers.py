@@ -72,12 +72,13 @@ def boundary(text: str, near: int) -> int:
 def split_long(text: str, most: int | None = None) -> list[str]:
     """Cut a text into consecutive pieces of at most `most` (`MAX_DOCUMENT_CHARS`) characters."""
     most = most or MAX_DOCUMENT_CHARS
-    pieces = []
-    while len(text) > most:
-        cut = boundary(text, most)
-        pieces.append(text[:cut])
-        text = text[cut:]
-    return [*pieces, text]
+    pieces, start = [], 0
+    while len(text) - start > most:
+        window = text[start : start + most + 1]  # not all that is left: long texts have many pieces
+        end = start + boundary(window, most)
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
 
 
 def text_files(path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,34 +25,24 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
-from nuteprune.distill.coforward import CoForward, LoraBank, lora_in_base_dtype
+from nuteprune.distill.coforward import CoForward, lora_in_base_dtype
 from nuteprune.distill.losses import IGNORED, Head, language_model_loss
 from nuteprune.distill.objective import Objective
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import assemble, round_as_stored
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.gates import Gates
-from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.probe import Probe
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy, no_logits, silence_dropout
-from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.model.packed import is_packed, make_trainable, weight_of
-from nuteprune.shrink.compensate import Fit, Install, install_weight, low_rank, refit
-from nuteprune.shrink.finalize import merge_lora
+from nuteprune.model.packed import is_packed, make_trainable
+from nuteprune.shrink.compensate import install_lora
 from nuteprune.train.bad_steps import BadSteps
-from nuteprune.train.calibration import (
-    Progress,
-    calibration_batches,
-    counted,
-    frozen_parameters,
-    scoring_text,
-)
+from nuteprune.train.calibration import Progress, refit_on, score_on
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.finish import finish, with_lora
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import lora_config, make_allocator, make_gates, run_targets
 from nuteprune.train.state import RunState, restore
@@ -156,20 +146,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def warm_start(self) -> None:
         """Score all units on calibration text and start the gates from the scores."""
         if self.args.warm_start or self.args.one_shot:
-            method = METHODS[self.args.scoring]
-            text = scoring_text(method, self.train_dataset, self.args.calibration_blocks)
-            turns = len(text.batches) + len(self.anatomy.layers) * bool(text.plain_batches)
-            probe = Probe(
+            scores = score_on(
+                self.train_dataset,
+                self.args,
                 self.anatomy,
                 self.hooks,
-                self.allocator.budget,
-                self.kinds,
-                *text,
-                self.args.seed,
-                counted(self.progress, f"scoring {' and '.join(self.kinds)}", turns),
+                self.allocator,
+                self.progress,
             )
-            with frozen_parameters(self.model):
-                scores = method.score(probe)
             fresh = make_gates(self.allocator, scores, self.args)
             self.gates.load_state_dict(fresh.state_dict())
             _agree(self.gates.state_dict().values())
@@ -273,7 +257,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Fix the masks, and start LoRA from the closed-form re-fit where that is asked for."""
         masks = self.gates.freeze(target)
         if self.args.compensation == "start":
-            self._start_from_refit(masks)
+            bank, anatomy, args = self.coforward.bank, self.anatomy, self.args
+            install = install_lora(bank, anatomy, args.lora_rank)
+            refit_on(self.train_dataset, args, anatomy, self.hooks, masks, install, self.progress)
+            _agree(bank.state().values())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -283,14 +270,17 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         mask_BT = inputs.get("attention_mask")
         weight_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         weight_BT = weight_BT.float()
-        call: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
-        call["logits_to_keep"] = no_logits(ids_BT)
         masks = self.gates.masks(len(ids_BT))
         with (
             self.coforward.roles(masks, self._teacher, weight_BT) as passage,
             lora_in_base_dtype(self.anatomy),
         ):
-            model(**call)
+            model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                use_cache=False,
+                logits_to_keep=no_logits(ids_BT),
+            )
         head = Head.of(self.anatomy)
         parts = self.objective.parts(passage, head, weight_BT)
         if self.args.lm_weight:
@@ -373,24 +363,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     # -- after the last step
 
-    def _start_from_refit(self, masks: Masks) -> None:
-        """Let LoRA start from the closed-form re-fit of the frozen masks, at its own rank."""
-        bank = self.coforward.bank
-
-        def install(layer: int, projection: Projection, fit: Fit) -> None:
-            base = self.anatomy.linear(layer, projection)
-            assert base is not None
-            bank.set_delta(layer, projection, *low_rank(fit, weight_of(base), self.args.lora_rank))
-
-        self._refit(self.anatomy, self.hooks, masks, install)
-        _agree(bank.state().values())
-
-    def _refit(self, anatomy: Anatomy, hooks: MaskHooks, masks: Masks, install: Install) -> None:
-        blocks, size = self.args.compensation_blocks, self.args.per_device_train_batch_size
-        batches = calibration_batches(self.train_dataset, blocks, size)
-        tick = counted(self.progress, "re-fitting projections", len(anatomy.layers))
-        refit(anatomy, hooks, masks, batches, install, tick)
-
     def finalize(self, intact: PreTrainedModel | None = None) -> PreTrainedModel:
         """Freeze, merge, re-fit, fold and slice; uses the trainer's model up.
 
@@ -416,8 +388,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.hooks.remove()
         model = self.model
         if intact is not None:
-            model = self._with_lora(intact, self.coforward.bank.state())
-        return self._shrink(model, self.gates.snapshot(), self.targets[-1])
+            model = with_lora(intact, self.coforward.bank.state(), self.args)
+        return self._finish(model, self.gates.snapshot(), self.targets[-1])
 
     def finalize_stop(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
         """Return the smaller model of an earlier target; `save_pruned` writes it from then on.
@@ -429,29 +401,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         role = self.teachers.role(self.stops[index])
         assert role.masks is not None
         assert role.lora is not None
-        peft_model = self._with_lora(model, role.lora)
-        return self._shrink(peft_model, role.masks, self.targets[index])
+        peft_model = with_lora(model, role.lora, self.args)
+        return self._finish(peft_model, role.masks, self.targets[index])
 
-    def _with_lora(self, intact: PreTrainedModel, lora: Mapping[str, Tensor]) -> PeftModel:
-        """Wrap an intact model like the trainer's own, with LoRA weights of the run."""
-        config = lora_config(Anatomy(intact), self.args)
-        peft_model = get_peft_model(intact.requires_grad_(False), config)
-        restore(LoraBank(Anatomy(peft_model)).state(), dict(lora), "LoRA weights")
-        return cast(PeftModel, peft_model)
-
-    def _shrink(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
-        model.eval()
-        anatomy = Anatomy(merge_lora(model))
-        if self.args.compensation == "finalize":
-            hooks = MaskHooks(anatomy)
-            masks_here = masks.to(str(anatomy.embedding.weight.device))
-            self._refit(anatomy, hooks, masks_here, install_weight(anatomy))
-            hooks.remove()
-        self.masks = masks.to("cpu")
-        self.small, self.shape = assemble(anatomy, self.masks)
-        round_as_stored(self.small, self.stored_dtype)  # judged is what will be in the file
-        self._target = target
-        return self.small
+    def _finish(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
+        data, dtype = self.train_dataset, self.stored_dtype
+        self.finished = finish(model, masks, target, self.args, data, dtype, self.progress)
+        return self.finished.model
 
     def save_pruned(self, folder: str | os.PathLike[str], **record: Any) -> dict[str, Any]:
         """Write the finalized model, its tokenizer, record and card.
@@ -464,15 +420,15 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             The record as it was written; parameter counts are those of the written files.
         """
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        budget = self.allocator.budget
+        budget, done = self.allocator.budget, self.finished
         written = write_pruned(
             Path(folder),
-            cast(Any, self.small).to(self.stored_dtype),
+            cast(Any, done.model).to(self.stored_dtype),
             tokenizer,
             params={"before": self._total_before, "blocks_before": budget.before},
-            target=self._target,
+            target=done.target,
             before=budget.shape,
-            after=self.shape,
+            after=done.shape,
             shapes=self.args.shapes,
             teachers={"count": len(self.teachers), "sparsities": self.teachers.sparsities},
             bad_steps=self.bad_steps.total,

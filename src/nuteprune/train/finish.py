@@ -1,0 +1,84 @@
+"""From a trained student to the smaller model: LoRA merged, masks folded, and cut to its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nuteprune.distill.coforward import LoraBank
+from nuteprune.export.checkpoint import assemble, round_as_stored
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.shape import Shape
+from nuteprune.shrink.compensate import install_weight
+from nuteprune.shrink.finalize import merge_lora
+from nuteprune.train.calibration import Progress, refit_on
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import lora_config
+from nuteprune.train.state import restore
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A smaller model, ready to be written.
+
+    Args:
+        model: its weights rounded as they will be stored.
+        shape: its dimensions.
+        masks: what was kept of the intact model, on the CPU.
+        target: the sparsity that was asked for.
+    """
+
+    model: PreTrainedModel
+    shape: Shape
+    masks: Masks
+    target: float
+
+
+def with_lora(
+    intact: PreTrainedModel, lora: Mapping[str, Tensor], args: NutePruneConfig
+) -> PeftModel:
+    """Wrap an intact model like a run's own, with LoRA weights of the run."""
+    config = lora_config(Anatomy(intact), args)
+    peft_model = get_peft_model(intact.requires_grad_(False), config)
+    restore(LoraBank(Anatomy(peft_model)).state(), dict(lora), "LoRA weights")
+    return cast(PeftModel, peft_model)
+
+
+def finish(
+    model: PeftModel,
+    masks: Masks,
+    target: float,
+    args: NutePruneConfig,
+    dataset: Any,
+    stored_dtype: torch.dtype,
+    progress: Progress,
+) -> Finished:
+    """Merge, re-fit where that is asked for at the end, fold and slice.
+
+    Args:
+        model: an intact model with LoRA, in full precision; it is used up.
+        masks: final ones.
+        target: the sparsity that they are for.
+        args: the run's settings.
+        dataset: the text of the re-fit.
+        stored_dtype: of the file.
+        progress: told about the re-fit.
+    """
+    model.eval()
+    anatomy = Anatomy(merge_lora(model))
+    if args.compensation == "finalize":
+        hooks = MaskHooks(anatomy)
+        here = masks.to(str(anatomy.embedding.weight.device))
+        refit_on(dataset, args, anatomy, hooks, here, install_weight(anatomy), progress)
+        hooks.remove()
+    small, shape = assemble(anatomy, masks.to("cpu"))
+    round_as_stored(small, stored_dtype)  # judged is what will be in the file
+    return Finished(small, shape, masks.to("cpu"), target)
