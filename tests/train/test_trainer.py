@@ -358,3 +358,17 @@ def test_dropout_makes_no_noise_and_stays_in_the_config(tiny_model, tmp_path: Pa
         first, second = (trainer.anatomy.model(tokens).logits for _ in range(2))
     assert torch.equal(first, second)
     assert trainer.finalize().config.dropout == 0.5
+
+
+def test_the_language_model_term_is_the_models_own_loss_of_real_tokens(
+    tiny_model, tmp_path: Path
+) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, lm_weight=0.5)
+    ids = torch.arange(3, 35).reshape(2, LENGTH)
+    real = torch.ones_like(ids)
+    real[1, 10:] = 0
+    trainer.trial_step({"input_ids": ids, "attention_mask": real})
+    labels = ids.masked_fill(real == 0, -100)
+    with torch.no_grad(), trainer.hooks.using(trainer.gates.masks(len(ids))):
+        expected = trainer.anatomy.model(ids, attention_mask=real, labels=labels).loss
+    assert float(trainer.parts["lm"]) == pytest.approx(0.5 * float(expected), rel=1e-5)
