@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from nuteprune import RunFailed, UserError, load_pruned
 from nuteprune.gates.allocate import Allocator
 
-from .conftest import make
+from .conftest import LENGTH, make
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
