@@ -20,14 +20,12 @@ from nuteprune.train.config import NutePruneConfig
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
-
-
 PLAIN_BATCH = 4
 """Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tell nobody of progress."""
 
 
 def score_on(
@@ -36,7 +34,7 @@ def score_on(
     anatomy: Anatomy,
     hooks: MaskHooks,
     allocator: Allocator,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Scores:
     """Score the units of an intact model by the settings' one-shot scoring."""
     method, kinds = METHODS[args.scoring], allocator.constraints.kinds
@@ -55,7 +53,7 @@ def refit_on(
     hooks: MaskHooks,
     masks: Masks,
     install: Install,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> None:
     """Re-fit the output and down projections to frozen masks; see `shrink.compensate.refit`."""
     blocks, size = args.compensation_blocks, args.per_device_train_batch_size

@@ -39,7 +39,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed, make_trainable
 from nuteprune.shrink.compensate import install_lora
 from nuteprune.train.bad_steps import BadSteps
-from nuteprune.train.calibration import Progress, refit_on, score_on
+from nuteprune.train.calibration import Progress, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import finish, with_lora
@@ -75,7 +75,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         args: NutePruneConfig,
         train_dataset: Dataset[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = silent,
         **kwargs: Any,
     ) -> None:
         if args.fsdp or args.deepspeed:
