@@ -145,10 +145,11 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()
     inner_KK = fit.covariance_II[kept_K][:, kept_K].double()
     inner_KK += RIDGE * inner_KK.diagonal().mean() * torch.eye(len(kept_K)).to(inner_KK)
-    root_KK = torch.linalg.cholesky(inner_KK)
     update_OK = (fit.weight_OI - base_OI.float())[:, kept_K].double()
-    left, sizes, _ = torch.linalg.svd(update_OK @ root_KK, full_matrices=False)
-    left = left[:, :rank][:, sizes[:rank] > NOTHING * sizes[0]]
+    # Left singular vectors and values of U C^1/2, from U C U^T: many times cheaper than an SVD.
+    squares_O, vectors_OO = torch.linalg.eigh(update_OK @ inner_KK @ update_OK.T)
+    sizes_O = squares_O.clamp(min=0).sqrt().flip(0)
+    left = vectors_OO.flip(1)[:, :rank][:, sizes_O[:rank] > NOTHING * sizes_O[0]]
     # B A = U U^T (W' - W): the projection onto the leading outputs.
     right = left.T @ update_OK
     size = right.norm(dim=1).clamp(min=1e-12).sqrt()
