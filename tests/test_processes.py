@@ -50,8 +50,11 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     python = [sys.executable]
     torchrun = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
-    run(command(python, tiny_inputs, one, batch_size=8, gate_type=gate_type))
-    said = run(command(torchrun, tiny_inputs, two, batch_size=4, gate_type=gate_type))
+    # With the usual epsilon Adam divides rounding by rounding where gradients are near zero, and
+    # hides a gradient of the wrong size everywhere else.
+    same = {"gate_type": gate_type, "adam_epsilon": 1e-2}
+    run(command(python, tiny_inputs, one, batch_size=8, **same))
+    said = run(command(torchrun, tiny_inputs, two, batch_size=4, **same))
     assert said.count("Saved") == 1
     records = [json.loads((tmp_path / x / "nuteprune.json").read_text()) for x in ("one", "two")]
     assert records[0]["layers"] == records[1]["layers"]
