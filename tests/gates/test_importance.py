@@ -15,7 +15,7 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS, check_kinds
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
-from nuteprune.gates.surgeon import draw_tokens
+from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
 from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -324,7 +324,7 @@ def test_surgeon_is_the_least_rise_of_the_quadratic_loss(tiny_model, tiny_name: 
     """Against least squares: the other columns of the weight are moved by `lstsq`."""
     model = tiny_model(tiny_name)
     it = probe(model, INPUTS)
-    ours = METHODS["surgeon"].score(it)
+    ours = surgeon_scores(it)
     lasts = {"heads": Anatomy(model).family.attention[-1], "neurons": Anatomy(model).family.mlp[-1]}
     for kind in INPUTS:
         costs = []
@@ -343,6 +343,23 @@ def test_surgeon_is_the_least_rise_of_the_quadratic_loss(tiny_model, tiny_name: 
                 change[:, u], change[:, kept] = -weight[:, u], moved
                 costs.append(torch.trace(change.T @ g @ change @ c))
         close({kind: ours[kind]}, {kind: torch.stack(costs)})
+
+
+def test_the_surgeon_takes_the_first_layer_s_attention_last(tiny_model) -> None:
+    it = probe(tiny_model("llama"), ("kv_groups", "heads", "neurons"))
+    plain, ours = surgeon_scores(it), METHODS["surgeon"].score(it)
+    torch.testing.assert_close(ours["neurons"], plain["neurons"], rtol=0, atol=0)
+    for kind in ("kv_groups", "heads"):
+        size = it.layout.sizes[kind][0]
+        first, rest = ours[kind][:size], ours[kind][size:]
+        assert first.min() >= rest.max()
+        torch.testing.assert_close(rest, plain[kind][size:], rtol=0, atol=0)
+        assert first.argsort().tolist() == plain[kind][:size].argsort().tolist()
+
+
+def test_a_model_of_one_layer_keeps_the_surgeon_s_scores(tiny_model) -> None:
+    it = probe(tiny_model("llama", num_hidden_layers=1), ("kv_groups", "neurons"))
+    close(METHODS["surgeon"].score(it), surgeon_scores(it))
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:

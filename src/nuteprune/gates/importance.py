@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.activations import Watched, watching_inputs, watching_streams
-from nuteprune.gates.masks import Masks
+from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import Probe, Scores
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
 from nuteprune.gates.units import losses_of, over_columns, ranks, squared_weights
@@ -112,14 +112,33 @@ def surgeon(probe: Probe) -> Scores:
     and C that of all inputs of the projection that reads them: a unit goes cheaply if the loss does
     not mind, or if the others can tell what it says, since the re-fit then puts it back. Hidden
     width and blocks, which nothing re-fits, keep their Fisher score, which estimates the same loss.
+    The first layer's attention goes last of all; see `first_attention_last`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
     """
     read = tuple(kind for kind in probe.kinds if kind in INPUTS)
     others = tuple(kind for kind in probe.kinds if kind not in INPUTS)
     scores = surgeon_scores(replace(probe, kinds=read)) if read else {}
+    scores = first_attention_last(probe.layout, scores)
     if others:
         scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
     return {kind: scores[kind] for kind in probe.kinds}
+
+
+def first_attention_last(layout: Layout, scores: Scores) -> Scores:
+    """Raise the scores of the first layer's heads and KV groups above those of all others.
+
+    There the first token of a sequence, which sees nothing but itself, is told from all others and
+    becomes the attention sink: a hidden state hundreds of times as large as the rest. Without it
+    the whole sequence is lost. It is a switch, so gradients in an intact model say nothing of it,
+    and which first tokens a cut group takes it from, a few blocks of text do not show.
+    Source: attention sinks, Xiao et al. 2023 (arXiv 2309.17453); massive activations, Sun et al.
+    2024 (arXiv 2402.17762); measured in docs/quality.md.
+    """
+    raised = dict(scores)
+    for kind in {"heads", "kv_groups"} & scores.keys():
+        first, rest = scores[kind].split([layout.sizes[kind][0], sum(layout.sizes[kind][1:])])
+        raised[kind] = torch.cat([first + rest.max(), rest]) if len(rest) else first
+    return raised
 
 
 def similarity(probe: Probe) -> Scores:
