@@ -3,6 +3,7 @@
     python benchmarks/quality.py                    # the whole table: some ten hours on two cores
     python benchmarks/quality.py --quick            # a small one, at most 15 minutes
     python benchmarks/quality.py --only ablation    # one part: untrained, trained or ablation
+    python benchmarks/quality.py --show             # what has been run so far; runs nothing
 
 Each run is a JSON file written as it ends, and a started table goes on where it stopped. Runs use
 the package's own methods, so all share units, budget, re-fit and distillation.
@@ -127,7 +128,9 @@ QUICK_EVAL_BLOCKS = 4
 PARTS = ("untrained", "trained", "ablation")
 
 
-def run(plan: Plan, bench: Bench, output: Output, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+def run(
+    plan: Plan, bench: Bench, output: Output, parts: Sequence[str] = PARTS, show: bool = False
+) -> dict[str, Any]:
     """Run what is missing of a table, print it, and write it and its plots beside the cells.
 
     Args:
@@ -135,23 +138,28 @@ def run(plan: Plan, bench: Bench, output: Output, parts: Sequence[str] = PARTS) 
         bench: runs them.
         output: prints.
         parts: which parts of the plan.
+        show: leave out what is missing instead of running it.
 
     Returns:
         What `table.json` holds.
     """
+
+    def records_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        return [bench.run(cell) for cell in cells if bench.has(cell) or not show]
+
     dense = bench.dense()
     print_dense(dense, bench.setting, output)
     records: dict[str, list[dict[str, Any]]] = {}
     if "untrained" in parts:
-        records["untrained"] = [bench.run(cell) for cell in plan.untrained_cells()]
+        records["untrained"] = records_of(plan.untrained_cells())
         print_untrained(records["untrained"], plan, output)
     if "trained" in parts:
-        found = [bench.run(cell) for cell in plan.trained_cells()]
-        found += [bench.run(cell) for cell in plan.long_cells(best_baseline(found, plan))]
+        found = records_of(plan.trained_cells())
+        found += records_of(plan.long_cells(best_baseline(found, plan)))
         records["trained"] = found
         print_trained("Trained", found, dense, output)
     if "ablation" in parts:
-        records["ablation"] = [bench.run(cell) for cell in plan.ablation_cells()]
+        records["ablation"] = records_of(plan.ablation_cells())
         print_trained("One factor at a time", records["ablation"], dense, output)
     table = {"dense": dense, **records}
     write_json(bench.folder / "table.json", table)
@@ -197,6 +205,8 @@ def spread(values: Sequence[float]) -> str:
 
 def print_untrained(records: Sequence[dict[str, Any]], plan: Plan, output: Output) -> None:
     """Print means over sources, without and with re-fit: a row per method, columns per target."""
+    if not records:
+        return
     stages = {
         "Nothing trained: perplexity": lambda record: record,
         "Nothing trained, projections re-fitted: perplexity": lambda record: record["refitted"],
@@ -217,6 +227,8 @@ def print_trained(
     title: str, records: Sequence[dict[str, Any]], dense: dict[str, Any], output: Output
 ) -> None:
     """Print a row per method, target and number of steps, seeds summed up."""
+    if not records:
+        return
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for record in records:
         if "mean" in record:
@@ -250,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the table")
     parser.add_argument("--quick", action="store_true", help="a small table, at most 15 minutes")
     parser.add_argument("--only", choices=PARTS, help="one part of the table")
+    parser.add_argument("--show", action="store_true", help="what has been run; run nothing")
     parser.add_argument("--length", type=int, default=256, help="tokens per block")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
@@ -274,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         bench = Bench(setting, out, output.line)
         plan = QUICK if options.quick else Plan()
-        table = run(plan, bench, output, [options.only] if options.only else PARTS)
+        parts = [options.only] if options.only else PARTS
+        table = run(plan, bench, output, parts, options.show)
     except UserError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2

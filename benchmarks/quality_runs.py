@@ -159,6 +159,10 @@ class Bench:
         """Return the record of the intact model."""
         return self._kept("dense.json", "the intact model", self._judge_intact)
 
+    def has(self, cell: Cell) -> bool:
+        """Return whether a cell has been run."""
+        return (self.folder / cell.file_name).exists()
+
     def run(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's record: from its file, or else by running it."""
         kind = self._train if cell.steps else self._score_only

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from nuteprune.cli.output import Output
 from nuteprune.export.checkpoint import load_pruned
 
 Run = Callable[..., tuple[int, str, str]]
@@ -44,6 +45,14 @@ def test_help_of_every_command(command: list[str], run: Run) -> None:
 
 def test_version(run: Run) -> None:
     assert run("--version")[1].startswith("nuteprune ")
+
+
+def test_a_file_takes_tables_whole(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    names = [f"a column of some width {i}" for i in range(6)]
+    Output().table("wide", names, [["x"] * 6])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
 
 
 def test_prune_eval_and_inspect(model: Path, text: Path, tmp_path: Path, run: Run) -> None:

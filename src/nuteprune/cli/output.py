@@ -15,6 +15,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 
+WIDE = 200
+"""Columns where there is no terminal to fit: a file or a pipe takes tables whole."""
+
+
 def is_main_process() -> bool:
     """Return whether this process speaks for the run: the first that a launcher started."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -33,6 +37,8 @@ class Output:
         self.as_json = as_json
         quiet = not is_main_process()
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=False, quiet=quiet)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = WIDE
         self.progress_console = Console(stderr=True, highlight=False, quiet=quiet)
 
     def line(self, text: str = "") -> None:
