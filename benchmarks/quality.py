@@ -50,6 +50,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "deterministic, Lagrangian": {"gate_type": "deterministic", "solved_schedule": False},
     "half ramp, cold start": {"ramp_share": 0.5, "warm_start": False},
     "no LoRA": NO_LORA,
+    "rank 128": {"lora_rank": 128, "lora_alpha": 128},
     "no re-fit": {"compensation": "none"},
     "re-fit at the end": {"compensation": "finalize"},
     "uniform shapes": {"shapes": "uniform"},
