@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-
 WIDE = 200
 """Columns where there is no terminal to fit: a file or a pipe takes tables whole."""
 
