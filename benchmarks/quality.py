@@ -143,7 +143,12 @@ def run(
 
     Returns:
         What `table.json` holds.
+
+    Raises:
+        UserError: if there is nothing to show.
     """
+    if show and not bench.begun:
+        raise UserError(f"nothing has been run in {bench.folder} yet")
 
     def records_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         return [bench.run(cell) for cell in cells if bench.has(cell) or not show]

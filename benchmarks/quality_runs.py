@@ -81,6 +81,10 @@ class Cell:
         return f"{label}_{100 * self.target:g}_{self.steps}-steps_seed-{self.seed}.json"
 
 
+DENSE = "dense.json"
+"""File of the intact model's record."""
+
+
 class Bench:
     """Runs cells, or takes what an earlier run of the same table has left of them.
 
@@ -157,7 +161,12 @@ class Bench:
 
     def dense(self) -> dict[str, Any]:
         """Return the record of the intact model."""
-        return self._kept("dense.json", "the intact model", self._judge_intact)
+        return self._kept(DENSE, "the intact model", self._judge_intact)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the table has its first record, the intact model's."""
+        return (self.folder / DENSE).exists()
 
     def has(self, cell: Cell) -> bool:
         """Return whether a cell has been run."""

@@ -99,17 +99,18 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
     monkeypatch.setattr(runs.Bench, "_attempt", lambda *_: pytest.fail("there is nothing to run"))
     quality.run(PLAN, runs.Bench(setting, out), Output(), ["untrained"])
 
-    # What is missing is left out of what is shown, a part of which nothing is there as a whole.
+    # What is missing is left out of what is shown, and so is a part of which nothing is there.
     for file in lost:
         file.unlink()
-    capsys.readouterr()
     shown = quality.run(PLAN, runs.Bench(setting, out), Output(), show=True)
     assert len(shown["untrained"]) + len(shown["trained"]) == len(cells) - 3 - 3
-    for file in (x for x in out.glob("*_0-steps_*")):
+    for file in out.glob("*_0-steps_*"):
         file.unlink()
     capsys.readouterr()
     assert quality.run(PLAN, runs.Bench(setting, out), Output(), show=True)["untrained"] == []
     assert "Nothing trained" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing has been run"):
+        quality.run(PLAN, runs.Bench(setting, tmp_path / "empty"), Output(), show=True)
 
 
 @pytest.mark.parametrize("refitted", [False, True])
