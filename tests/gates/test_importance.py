@@ -352,9 +352,9 @@ def test_the_surgeon_takes_the_first_layer_s_attention_last(tiny_model) -> None:
     for kind in ("kv_groups", "heads"):
         size = it.layout.sizes[kind][0]
         first, rest = ours[kind][:size], ours[kind][size:]
-        assert first.min() >= rest.max()
+        # All of them above the rest, and in their own order still.
         torch.testing.assert_close(rest, plain[kind][size:], rtol=0, atol=0)
-        assert first.argsort().tolist() == plain[kind][:size].argsort().tolist()
+        torch.testing.assert_close(first, plain[kind][:size] + rest.max(), rtol=0, atol=0)
 
 
 def test_a_model_of_one_layer_keeps_the_surgeon_s_scores(tiny_model) -> None:
