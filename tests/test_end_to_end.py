@@ -17,7 +17,8 @@ from nuteprune.cli.sources import load_model
 from nuteprune.demo import assets
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.teachers import Role
-from nuteprune.export.checkpoint import assemble, load_pruned, recount, save
+from nuteprune.export.checkpoint import assemble, recount, save
+from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy

@@ -21,7 +21,7 @@ from nuteprune.cli.app import main
 from nuteprune.cli.sources import load_tokenizer
 from nuteprune.demo import assets
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 from nuteprune.files import write_sums
 
 Run = Callable[..., tuple[int, str, str]]

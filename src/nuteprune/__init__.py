@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nuteprune.errors import RunFailed, UserError
-    from nuteprune.export.checkpoint import load_pruned
+    from nuteprune.export.loading import load_pruned
     from nuteprune.train.config import NutePruneConfig
     from nuteprune.train.trainer import NutePruneTrainer
 
@@ -16,7 +16,7 @@ _HOMES = {
     "NutePruneTrainer": "nuteprune.train.trainer",
     "RunFailed": "nuteprune.errors",
     "UserError": "nuteprune.errors",
-    "load_pruned": "nuteprune.export.checkpoint",
+    "load_pruned": "nuteprune.export.loading",
 }
 
 __all__ = ["NutePruneConfig", "NutePruneTrainer", "RunFailed", "UserError", "load_pruned"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nuteprune.cli.output import Output
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 
 Run = Callable[..., tuple[int, str, str]]
 ASKED = ["--device", "cpu", "--dtype", "float32", "--json"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES, GATE_KINDS
 

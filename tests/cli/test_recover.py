@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from nuteprune.cli import recovery
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK: list[str] = ["--batch-size", "4", "--length", "24", "--learning-rate", "1e-2"]

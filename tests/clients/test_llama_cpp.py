@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from nuteprune.demo import assets
-from nuteprune.export.checkpoint import load_pruned, recount, save
+from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.gguf import write_gguf
 from nuteprune.export.gguf_vocab import PROBES
+from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 
 pytestmark = pytest.mark.clients

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.export import modeling_pruned
-from nuteprune.export.checkpoint import pruned_config
+from nuteprune.export.config import pruned_config
 from nuteprune.model.families import FAMILIES, Family
 from nuteprune.model.shape import LayerShape, Shape
 

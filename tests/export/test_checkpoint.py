@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.export.checkpoint import build, load_pruned, pruned_config, recount, save
+from nuteprune.export.checkpoint import recount, save
+from nuteprune.export.config import pruned_config
+from nuteprune.export.loading import build, load_pruned
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -44,18 +44,6 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 @pytest.fixture
 def model(case: Callable) -> PreTrainedModel:
     return case("llama").pruned
-
-
-@pytest.fixture
-def folder(model: PreTrainedModel, tmp_path: Path) -> Path:
-    save(model, tmp_path / "model")
-    return tmp_path / "model"
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 # --- configs ---------------------------------------------------------------------------------
@@ -146,36 +134,6 @@ def test_the_first_layer_must_keep_its_attention(case: Callable) -> None:
         pruned_config(case("llama").reference.config, LLAMA, shape)
 
 
-# --- build -----------------------------------------------------------------------------------
-
-
-@all_families
-def test_build_holds_the_given_tensors(case: Callable, tokens: Tensor, model_type: str) -> None:
-    original = case(model_type).pruned
-    state = {name: x.detach().clone() for name, x in tensors(original).items()}
-    model = build(copy.deepcopy(original.config), state)
-    for name, parameter in model.named_parameters():
-        assert parameter.data_ptr() == state[name].data_ptr()
-        assert parameter.requires_grad
-    assert not [x for x in model.buffers() if x.is_meta]
-    assert torch.equal(logits(model, tokens), logits(original, tokens))
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied == original.config.tie_word_embeddings
-
-
-def test_build_names_tensors_that_do_not_fit(model: PreTrainedModel) -> None:
-    state = tensors(model)
-    state["extra"] = torch.ones(1)
-    state["model.layers.0.mlp.up_proj.weight"] = torch.ones(7, 96)
-    del state["model.norm.weight"]
-    with pytest.raises(UserError) as error:
-        build(copy.deepcopy(model.config), state)
-    message = str(error.value)
-    assert "missing: model.norm.weight" in message
-    assert "unexpected: extra" in message
-    assert "model.layers.0.mlp.up_proj.weight [7, 96], not [40, 96]" in message
-
-
 # --- save and load ---------------------------------------------------------------------------
 
 
@@ -208,24 +166,6 @@ def test_large_weights_are_split(model: PreTrainedModel, tmp_path: Path, tokens:
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 2
     assert recount(tmp_path / "split") == recount(tmp_path / "whole")
     assert torch.equal(logits(load_pruned(tmp_path / "split"), tokens), logits(model, tokens))
-
-
-def test_stock_models_load_as_stock_models(case: Callable, tmp_path: Path, tokens: Tensor) -> None:
-    reference = case("qwen3").reference
-    save(reference, tmp_path / "model")
-    loaded = load_pruned(tmp_path / "model", dtype=torch.float32)
-    assert type(loaded) is type(reference)
-    assert torch.equal(logits(loaded, tokens), logits(reference, tokens))
-    assert not (tmp_path / "model" / "modeling_pruned.py").exists()
-
-
-def test_code_in_a_checkpoint_is_not_run(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (folder / "modeling_pruned.py").write_text("raise SystemExit('was run')")
-    assert isinstance(load_pruned(folder), modeling_pruned.PrunedLlamaForCausalLM)
-    change_config(folder, lambda config: config.update(model_type="something_else"))
-    with pytest.raises(UserError, match="contains custom code"):
-        load_pruned(folder)
-    assert "Do you wish to run" not in capfd.readouterr().out
 
 
 @all_families
@@ -376,157 +316,9 @@ def test_an_unwritable_place_is_named(model: PreTrainedModel, tmp_path: Path) ->
         save(model, tmp_path / "file" / "model")
 
 
-# --- damage ----------------------------------------------------------------------------------
-
-
-def cut_weights(folder: Path, size: int) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:size])
-
-
-def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def replace_weights_by_pickle(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "weights cut short": (lambda x: cut_weights(x, -100), "cannot load .*not fully covered"),
-    "weights cut to nothing": (lambda x: cut_weights(x, 5), "cannot load .*header too small"),
-    "no weights": (lambda x: (x / "model.safetensors").unlink(), "cannot load .*safetensors"),
-    "a pickle for weights": (replace_weights_by_pickle, "cannot load .*safetensors"),
-    "a tensor less": (
-        lambda x: change_weights(x, lambda w: w.pop("model.norm.weight")),
-        "disagree: missing: model.norm.weight",
-    ),
-    "a tensor more": (
-        lambda x: change_weights(x, lambda w: w.update(more=torch.ones(1))),
-        "disagree: unexpected: more",
-    ),
-    "other heads": (
-        lambda x: change_config(
-            x, lambda c: c["per_layer_config"]["2"].update(num_attention_heads=2)
-        ),
-        r"of another size: model.layers.2.self_attn.o_proj.weight \[96, 48\], not \[96, 32\]",
-    ),
-    "another hidden size": (
-        lambda x: change_config(x, lambda c: c.update(hidden_size=48)),
-        "of another size: .* and .* more",
-    ),
-    "a block restored": (
-        lambda x: change_config(x, lambda c: c["per_layer_config"]["2"].pop("skip")),
-        "missing: model.layers.2.mlp.down_proj.weight, .*",
-    ),
-    "a block skipped": (
-        lambda x: change_config(x, lambda c: c["per_layer_config"]["0"].update(skip=["mlp"])),
-        "unexpected: model.layers.0.mlp.down_proj.weight, .*",
-    ),
-    "a layer more": (
-        lambda x: change_config(x, lambda c: c.update(num_hidden_layers=4)),
-        "missing: model.layers.3",
-    ),
-    "no layout": (lambda x: change_config(x, lambda c: c.pop("pruned")), "cannot load .*pruned"),
-    "a word for a number": (
-        lambda x: change_config(x, lambda c: c.update(hidden_size="many")),
-        "cannot load .*hidden_size",
-    ),
-    "no JSON": (lambda x: (x / "config.json").write_text('{"a'), "cannot load .*JSON"),
-    "no config": (lambda x: (x / "config.json").unlink(), "cannot load .*config.json"),
-    "an unknown type": (
-        lambda x: change_config(x, lambda c: c.update(model_type="pruned_llamas")),
-        "nearest: llama",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told_in_one_line(
-    folder: Path, damage: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    harm, message = DAMAGE[damage]
-    harm(folder)
-    capfd.readouterr()
-    with pytest.raises(UserError) as error:
-        load_pruned(folder)
-    assert re.search(message, str(error.value))
-    assert "\n" not in str(error.value)
-    assert "REPORT" not in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("shapes", ["stock", "uniform"])
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (
-            lambda x: change_config(x, lambda c: c.update(num_hidden_layers=2)),
-            r"disagree: unexpected: model.layers.2.mlp.down_proj.weight, .* and \d more",
-        ),
-        (
-            lambda x: change_weights(
-                x, lambda w: w.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(32)})
-            ),
-            "disagree: unexpected: model.layers.1.self_attn.q_proj.bias$",
-        ),
-        (
-            lambda x: change_config(x, lambda c: c.update(intermediate_size=24)),
-            r"of another size: model.layers.0.mlp.down_proj.weight \[32, \d\d\], not \[32, 24\]",
-        ),
-        (lambda x: cut_weights(x, -100), "cannot load .*not fully covered"),
-    ],
-    ids=["a layer less", "a bias more", "fewer neurons", "cut short"],
-)
-def test_stock_classes_are_not_given_what_they_would_drop_in_silence(
-    harm: Callable[[Path], object],
-    message: str,
-    shapes: str,
-    tiny_model: Callable,
-    prune_at_random: Callable,
-    tmp_path: Path,
-) -> None:
-    model = tiny_model("llama")
-    if shapes == "uniform":
-        model = prune_at_random(model, ("kv_groups", "neurons"), "uniform")
-    model.save_pretrained(tmp_path / "model")
-    harm(tmp_path / "model")
-    with pytest.raises(UserError, match=message):
-        load_pruned(tmp_path / "model")
-
-
-def test_stock_files_may_hold_what_is_no_weight_of_a_layer(
-    tiny_model: Callable, tokens: Tensor, tmp_path: Path
-) -> None:
-    model = tiny_model("gpt_neox", vocab_size=128)
-    model.save_pretrained(tmp_path / "model")
-    more = {
-        "gpt_neox.layers.0.attention.masked_bias": torch.ones(1),
-        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
-        "value_head.weight": torch.ones(1, 32),
-    }
-    change_weights(tmp_path / "model", lambda w: w.update(more))
-    assert torch.equal(logits(load_pruned(tmp_path / "model"), tokens), logits(model, tokens))
-
-
-def test_a_missing_shard_is_named(model: PreTrainedModel, tmp_path: Path) -> None:
-    save(model, tmp_path / "split", max_shard_size="20KB")
-    gone = sorted((tmp_path / "split").glob("model-*.safetensors"))[1]
-    gone.unlink()
-    with pytest.raises(UserError, match=rf"cannot load .*{gone.name}"):
-        load_pruned(tmp_path / "split")
-
-
 def test_a_folder_without_weights_has_no_count(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no weights"):
         recount(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345")
     with pytest.raises(UserError, match="header too small"):
         recount(tmp_path)
-
-
-def test_a_user_without_remote_code_is_refused_in_plain_words(folder: Path) -> None:
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)

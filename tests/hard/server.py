@@ -40,7 +40,7 @@ PHASES = {
     "nuteprune.train.trainer:NutePruneTrainer.finalize": "finalizing",
     "nuteprune.train.trainer:NutePruneTrainer.finalize_stop": "finalizing a stop",
     "nuteprune.shrink.slicing:slice_state": "slicing",
-    "nuteprune.export.checkpoint:build": "building",
+    "nuteprune.export.loading:build": "building",
     "nuteprune.export.checkpoint:save": "exporting",
     "nuteprune.export.record:write_pruned": "writing the record",
     "nuteprune.judge.report:write_report": "reporting",

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 from nuteprune.judge.bench import (
     Setting,
     Spread,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import assemble, load_pruned, recount, save
+from nuteprune.export.checkpoint import assemble, recount, save
+from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks

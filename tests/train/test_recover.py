@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 from nuteprune.train.instructions import Examples
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
 from nuteprune.train.state import last_checkpoint

@@ -17,7 +17,7 @@ from nuteprune.cli.pipeline import Result, one_shot, run
 from nuteprune.cli.show import print_report
 from nuteprune.cli.sources import DEMO, load_model, load_tokenizer, pick_dtype
 from nuteprune.demo import assets
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import weights_size
 from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean

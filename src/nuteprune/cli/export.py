@@ -14,8 +14,8 @@ from nuteprune.cli import options as o
 from nuteprune.cli.output import Output, megabytes, millions
 from nuteprune.cli.sources import load_tokenizer, locate, read_config
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import load_pruned
 from nuteprune.export.gguf import FILE_TYPES, write_gguf
+from nuteprune.export.loading import load_pruned
 from nuteprune.export.onnx import require_packages, write_onnx
 
 TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}

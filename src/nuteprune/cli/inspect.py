@@ -12,9 +12,10 @@ import typer
 
 from nuteprune.cli import options as o
 from nuteprune.cli.output import Output, millions
-from nuteprune.export.checkpoint import load_config, recount
+from nuteprune.export.checkpoint import recount
 from nuteprune.export.clients import warnings
 from nuteprune.export.gguf_fit import Source
+from nuteprune.export.loading import load_config
 from nuteprune.export.record import read_record
 from nuteprune.gates.budget import Budget
 from nuteprune.model.families import Family, family_named

@@ -18,7 +18,7 @@ from transformers import (
 
 from nuteprune.demo import assets
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import load_pruned
+from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import FILE_NAME as RECORD
 from nuteprune.export.record import read_record
 from nuteprune.model.families import FAMILIES, family_named

@@ -1,4 +1,4 @@
-"""Pruned checkpoints: from tensors to a model, to a folder and back."""
+"""Pruned checkpoints: models cut down to their masks, written to a folder, and counted there."""
 
 from __future__ import annotations
 
@@ -6,79 +6,25 @@ import json
 import math
 import os
 import shutil
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-from nuteprune.export import modeling_pruned
-from nuteprune.export.config import PREFIX, pruned_config
-from nuteprune.files import SUMS, damage, sync, sync_tree, write_sums, writing
+from nuteprune.export.config import pruned_config
+from nuteprune.export.loading import build, one_line, some
+from nuteprune.files import sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import FAMILIES, family_named
+from nuteprune.model.families import family_named
 from nuteprune.model.shape import Shape
 from nuteprune.shrink.finalize import fold_masks
 from nuteprune.shrink.slicing import slice_state
-
-__all__ = ["assemble", "build", "load_config", "load_pruned", "pruned_config", "recount", "save"]
-
-_UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
-)
-
-
-def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Make a model of the tensors in `state_dict`, which it holds without a copy.
-
-    Args:
-        config: what `pruned_config` returned.
-        state_dict: all parameters by name, of one dtype and on one device; tied weights need be
-            there only once.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        UserError: if the tensors are not those that the config asks for.
-    """
-    first = next(iter(state_dict.values()))
-    model = _load(
-        _causal_lm(config.model_type),
-        None,
-        config=config,
-        state_dict=dict(state_dict),
-        dtype=first.dtype,
-        device_map={"": first.device},
-    )
-    # It notes that no tensor was renamed on the way in, and would then rename none in files, whose
-    # names are those of older versions (GPT-NeoX: embed_out, not lm_head).
-    vars(model).pop("_weight_conversions", None)
-    return model
 
 
 def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
@@ -105,130 +51,6 @@ def round_as_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
-
-
-def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load a causal LM, pruned or stock, without running code that comes with it.
-
-    Args:
-        source: a folder or the name of a model on the hub.
-        kwargs: what `from_pretrained` takes, such as `dtype` or `device_map`.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        UserError: if files are missing or damaged, or weights and config disagree.
-    """
-    source = str(source)
-    with _one_line(source):
-        config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
-    model_type = config.get("model_type", "")
-    if not model_type.startswith(PREFIX):
-        model = _load(AutoModelForCausalLM, source, trust_remote_code=False, **kwargs)
-    else:
-        model = _load(_causal_lm(model_type), source, use_safetensors=True, **kwargs)
-    # Last, since what does not fit can be told more clearly.
-    check_pruned(Path(source))
-    return model
-
-
-def check_pruned(folder: Path) -> None:
-    """Refuse a checkpoint whose config or weights are not what `save` wrote.
-
-    Raises:
-        UserError: naming the file.
-    """
-    if found := damage(folder, lambda name: name == "config.json" or ".safetensors" in name):
-        raise UserError(
-            f"{found}; take the file from where it came, or, if you changed it on purpose, remove "
-            f"its line from {folder / SUMS}"
-        )
-
-
-def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
-    """Load the config of a causal LM, pruned or stock, without running code that comes with it.
-
-    Raises:
-        UserError: if it is missing or damaged, or its model type is not supported.
-    """
-    source = str(source)
-    with _one_line(source):
-        values, _ = PreTrainedConfig.get_config_dict(source)
-    config_class: Any = _causal_lm(values.get("model_type", "")).config_class
-    with _one_line(source):
-        return config_class.from_dict(values)  # type: ignore[no-any-return]
-
-
-def _causal_lm(model_type: str) -> type[PreTrainedModel]:
-    name = family_named(model_type).causal_lm
-    if model_type.startswith(PREFIX):
-        return getattr(modeling_pruned, f"Pruned{name}")  # type: ignore[no-any-return]
-    return getattr(transformers, name)  # type: ignore[no-any-return]
-
-
-def _load(model_class: Any, source: str | None, **kwargs: Any) -> PreTrainedModel:
-    """Call `from_pretrained`, but refuse what it would make up: weights that do not fit."""
-    with _one_line(source or "the pruned model"), _quiet():
-        model, info = model_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-    # Stock checkpoints may carry more than their class reads, and always have; but no projections.
-    stock = model_class is AutoModelForCausalLM
-    wrong = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": [
-            name
-            for name in sorted(info["unexpected_keys"])
-            if not stock or _is_projection(name, model.config.model_type)
-        ],
-        "of another size": [
-            f"{name} {list(given)}, not {list(asked)}"
-            for name, given, asked in sorted(info["mismatched_keys"])
-        ],
-    }
-    if any(wrong.values()):
-        found = "; ".join(f"{kind}: {_some(names)}" for kind, names in wrong.items() if names)
-        raise UserError(f"weights and config of {source or 'the pruned model'} disagree: {found}")
-    return model  # type: ignore[no-any-return]
-
-
-def _is_projection(name: str, model_type: str) -> bool:
-    """Return whether a tensor is of a decoder projection of a supported family."""
-    family = FAMILIES.get(model_type)
-    return family is not None and any(
-        f"{family.layers}." in name and name.endswith((f".{p.path}.weight", f".{p.path}.bias"))
-        for p in family.projections
-    )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-@contextmanager
-def _one_line(source: str) -> Iterator[None]:
-    """Turn what readers raise over missing, damaged or senseless files into one line."""
-    try:
-        yield
-    except UnpicklingError as error:  # torch's own words say how to run the code after all
-        raise UserError(
-            f"cannot load {source}: its weights are a pickle that is damaged, or asks for more "
-            "than tensors, which is not done; pass a checkpoint with safetensors"
-        ) from error
-    except _UNREADABLE as error:
-        raise UserError(f"cannot load {source}: {textwrap.shorten(str(error), 300)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting at length what `_load` says in a line."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 def save(
@@ -271,7 +93,7 @@ def _write_beside(
     try:
         present = sorted({x.name for x in folder.iterdir()} - {"run"}) if folder.exists() else []
         if present:
-            raise UserError(f"{folder} is not empty ({_some(present)}); name another folder")
+            raise UserError(f"{folder} is not empty ({some(present)}); name another folder")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -354,6 +176,6 @@ def recount(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"no weights (*.safetensors) in {folder}")
     tensors: dict[str, list[int]] = {}
     for path in paths:
-        with _one_line(str(path)), safe_open(path, framework="pt") as file:
+        with one_line(str(path)), safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return {"total": sum(map(math.prod, tensors.values())), "tensors": tensors}

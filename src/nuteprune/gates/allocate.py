@@ -12,20 +12,19 @@ combination is found by enumeration.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
+from nuteprune.gates.frontier import Array, Frontier, Option, alike, cheapest, frontier
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.shape import LayerShape, Shape
 
-Array = NDArray[np.float64]
 Scores = Mapping[str, Tensor]
 """Kind of gate -> (N,), the non-negative loss of removing each unit."""
 
@@ -47,75 +46,6 @@ class Constraints:
     neuron_multiple: int = 32
     hidden_multiple: int = 64
     floor: Shape | None = None
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to keep part of a block: steps given up, loss, parameters kept, counts kept."""
-
-    steps: int
-    loss: float
-    coefficient: int
-    constant: int
-    kept: tuple[int, ...]
-    """(heads, KV heads) of an attention, (neurons,) of an MLP."""
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """Least loss for each number of steps S given up over all layers (inf: cannot be)."""
-
-    loss_S: Array
-    coefficient_S: Array
-    constant_S: Array
-    picks: list[NDArray[np.int64]]
-    options: Sequence[Sequence[Option]]
-
-    def kept(self, steps: int) -> list[tuple[int, ...]]:
-        """Return the counts that each layer keeps when `steps` are given up."""
-        kept: list[tuple[int, ...]] = []
-        for options, pick in zip(reversed(self.options), reversed(self.picks), strict=True):
-            option = options[pick[steps]]
-            kept.append(option.kept)
-            steps -= option.steps
-        return kept[::-1]
-
-
-def frontier(layers: Sequence[Sequence[Option]]) -> Frontier:
-    """Combine the options of independent layers: exact dynamic programming over steps."""
-    loss_S, coefficient_S, constant_S = np.zeros(1), np.zeros(1), np.zeros(1)
-    picks = []
-    for options in layers:
-        size = len(loss_S) + max(o.steps for o in options)
-        best_S, pick_S = np.full(size, np.inf), np.zeros(size, dtype=np.int64)
-        grown = [np.zeros(size), np.zeros(size)]
-        for i, option in enumerate(options):
-            window = slice(option.steps, option.steps + len(loss_S))
-            better = loss_S + option.loss < best_S[window]
-            best_S[window][better] = (loss_S + option.loss)[better]
-            pick_S[window][better] = i
-            grown[0][window][better] = (coefficient_S + option.coefficient)[better]
-            grown[1][window][better] = (constant_S + option.constant)[better]
-        loss_S, coefficient_S, constant_S = best_S, grown[0], grown[1]
-        picks.append(pick_S)
-    return Frontier(loss_S, coefficient_S, constant_S, picks, layers)
-
-
-def alike(layers: Sequence[Sequence[Option]]) -> list[Option]:
-    """Return the options that all layers have, summed up (uniform shapes)."""
-    tables = [{o.kept: o for o in options} for options in layers]
-    common = [kept for kept in tables[0] if all(kept in table for table in tables)]
-    rows = [[table[kept] for table in tables] for kept in common]
-    return [
-        Option(
-            row[0].steps,
-            sum(o.loss for o in row),
-            sum(o.coefficient for o in row),
-            sum(o.constant for o in row),
-            row[0].kept,
-        )
-        for row in rows
-    ]
 
 
 class Allocator:
@@ -158,7 +88,7 @@ class Allocator:
         frontiers = self._frontiers(scores)
         slack = self._slack(*frontiers[0][2:])
         for width, width_loss, attention, mlp in frontiers:
-            after_a, exact_m = _after(attention, width), _after(mlp, width)
+            after_a, exact_m = attention.after(width), mlp.after(width)
             after_m = np.minimum.accumulate(exact_m)
             least = min(least, after_a.min() + after_m[-1])
             # The first number of MLP steps that is enough, for each number of attention steps.
@@ -167,7 +97,7 @@ class Allocator:
             if not len(a):
                 continue
             loss_m = np.where(exact_m <= after_m, mlp.loss_S, np.inf)
-            m = _cheapest(loss_m, enough[a], after_m, limit - after_a[a] - slack)
+            m = cheapest(loss_m, enough[a], after_m, limit - after_a[a] - slack)
             excess = np.maximum(0.0, limit - after_a[a] - after_m[m] - slack)
             loss = attention.loss_S[a] + mlp.loss_S[m] + width_loss
             i = np.lexsort((loss, excess))[0]
@@ -188,7 +118,7 @@ class Allocator:
         """Return the largest sparsity that these constraints can express."""
         scores = {k: torch.ones(self.layout.units(k)) for k in self.constraints.kinds}
         after = [
-            _after(a, width).min() + _after(m, width).min()
+            a.after(width).min() + m.after(width).min()
             for width, _, a, m in self._frontiers(scores)
         ]
         return 1 - float(min(after)) / self.budget.before
@@ -332,28 +262,6 @@ def _counts(total: int, multiple: int, floor: int) -> list[int]:
     """Return what may be kept of `total`: all, the multiples, and the floor where there is one."""
     multiples = range((total - 1) // multiple * multiple, floor, -multiple)
     return [total, *multiples, *([floor] if 0 < floor < total else [])]
-
-
-def _after(part: Frontier, width: int) -> Array:
-    """Return the parameters (S,) that stay at a width, inf where no choice has that many steps."""
-    after_S = part.coefficient_S * width + part.constant_S
-    return np.where(np.isfinite(part.loss_S), after_S, np.inf)
-
-
-def _cheapest(
-    loss_S: Array, first: NDArray[np.int64], after_S: Array, floor: Array
-) -> NDArray[np.int64]:
-    """Return the steps of least loss, from `first` on, that leave no less than `floor`.
-
-    More steps can cost less where a whole block is cheaper than most of its neurons.
-    """
-    last = np.maximum(first, np.searchsorted(-after_S, -floor, side="right") - 1)
-    best = first.copy()
-    for more in range(1, int((last - first).max()) + 1):
-        steps = np.minimum(first + more, last)
-        better = loss_S[steps] < loss_S[best]
-        best[better] = steps[better]
-    return best
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

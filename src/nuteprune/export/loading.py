@@ -1,0 +1,189 @@
+"""From files or tensors to a model, without running code that comes with them."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from nuteprune.errors import UserError
+from nuteprune.export import modeling_pruned
+from nuteprune.export.config import PREFIX
+from nuteprune.files import SUMS, damage
+from nuteprune.model.families import FAMILIES, family_named
+
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Make a model of the tensors in `state_dict`, which it holds without a copy.
+
+    Args:
+        config: what `pruned_config` returned.
+        state_dict: all parameters by name, of one dtype and on one device; tied weights need be
+            there only once.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        UserError: if the tensors are not those that the config asks for.
+    """
+    first = next(iter(state_dict.values()))
+    model = _load(
+        _causal_lm(config.model_type),
+        None,
+        config=config,
+        state_dict=dict(state_dict),
+        dtype=first.dtype,
+        device_map={"": first.device},
+    )
+    # It notes that no tensor was renamed on the way in, and would then rename none in files, whose
+    # names are those of older versions (GPT-NeoX: embed_out, not lm_head).
+    vars(model).pop("_weight_conversions", None)
+    return model
+
+
+def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a causal LM, pruned or stock, without running code that comes with it.
+
+    Args:
+        source: a folder or the name of a model on the hub.
+        kwargs: what `from_pretrained` takes, such as `dtype` or `device_map`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        UserError: if files are missing or damaged, or weights and config disagree.
+    """
+    source = str(source)
+    with one_line(source):
+        config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+    model_type = config.get("model_type", "")
+    if not model_type.startswith(PREFIX):
+        model = _load(AutoModelForCausalLM, source, trust_remote_code=False, **kwargs)
+    else:
+        model = _load(_causal_lm(model_type), source, use_safetensors=True, **kwargs)
+    # Last, since what does not fit can be told more clearly.
+    check_pruned(Path(source))
+    return model
+
+
+def check_pruned(folder: Path) -> None:
+    """Refuse a checkpoint whose config or weights are not what `save` wrote.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if found := damage(folder, lambda name: name == "config.json" or ".safetensors" in name):
+        raise UserError(
+            f"{found}; take the file from where it came, or, if you changed it on purpose, remove "
+            f"its line from {folder / SUMS}"
+        )
+
+
+def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
+    """Load the config of a causal LM, pruned or stock, without running code that comes with it.
+
+    Raises:
+        UserError: if it is missing or damaged, or its model type is not supported.
+    """
+    source = str(source)
+    with one_line(source):
+        values, _ = PreTrainedConfig.get_config_dict(source)
+    config_class: Any = _causal_lm(values.get("model_type", "")).config_class
+    with one_line(source):
+        return config_class.from_dict(values)  # type: ignore[no-any-return]
+
+
+def _causal_lm(model_type: str) -> type[PreTrainedModel]:
+    name = family_named(model_type).causal_lm
+    if model_type.startswith(PREFIX):
+        return getattr(modeling_pruned, f"Pruned{name}")  # type: ignore[no-any-return]
+    return getattr(transformers, name)  # type: ignore[no-any-return]
+
+
+def _load(model_class: Any, source: str | None, **kwargs: Any) -> PreTrainedModel:
+    """Call `from_pretrained`, but refuse what it would make up: weights that do not fit."""
+    with one_line(source or "the pruned model"), _quiet():
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    # Stock checkpoints may carry more than their class reads, and always have; but no projections.
+    stock = model_class is AutoModelForCausalLM
+    wrong = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": [
+            name
+            for name in sorted(info["unexpected_keys"])
+            if not stock or _is_projection(name, model.config.model_type)
+        ],
+        "of another size": [
+            f"{name} {list(given)}, not {list(asked)}"
+            for name, given, asked in sorted(info["mismatched_keys"])
+        ],
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
+        raise UserError(f"weights and config of {source or 'the pruned model'} disagree: {found}")
+    return model  # type: ignore[no-any-return]
+
+
+def _is_projection(name: str, model_type: str) -> bool:
+    """Return whether a tensor is of a decoder projection of a supported family."""
+    family = FAMILIES.get(model_type)
+    return family is not None and any(
+        f"{family.layers}." in name and name.endswith((f".{p.path}.weight", f".{p.path}.bias"))
+        for p in family.projections
+    )
+
+
+def some(names: list[str]) -> str:
+    """Return the first names of a list, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def one_line(source: str) -> Iterator[None]:
+    """Turn what readers raise over missing, damaged or senseless files into one line."""
+    try:
+        yield
+    except UnpicklingError as error:  # torch's own words say how to run the code after all
+        raise UserError(
+            f"cannot load {source}: its weights are a pickle that is damaged, or asks for more "
+            "than tensors, which is not done; pass a checkpoint with safetensors"
+        ) from error
+    except _UNREADABLE as error:
+        raise UserError(f"cannot load {source}: {textwrap.shorten(str(error), 300)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting at length what `_load` says in a line."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)

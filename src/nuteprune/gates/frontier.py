@@ -1,0 +1,106 @@
+"""What blocks can give up, and the least loss for each number of steps over all of them.
+
+A block has few options, and layers are independent, so dynamic programming is exact.
+
+Shape suffix: S steps given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to keep part of a block: steps given up, loss, parameters kept, counts kept."""
+
+    steps: int
+    loss: float
+    coefficient: int
+    constant: int
+    kept: tuple[int, ...]
+    """(heads, KV heads) of an attention, (neurons,) of an MLP."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Least loss for each number of steps S given up over all layers (inf: cannot be)."""
+
+    loss_S: Array
+    coefficient_S: Array
+    constant_S: Array
+    picks: list[NDArray[np.int64]]
+    options: Sequence[Sequence[Option]]
+
+    def kept(self, steps: int) -> list[tuple[int, ...]]:
+        """Return the counts that each layer keeps when `steps` are given up."""
+        kept: list[tuple[int, ...]] = []
+        for options, pick in zip(reversed(self.options), reversed(self.picks), strict=True):
+            option = options[pick[steps]]
+            kept.append(option.kept)
+            steps -= option.steps
+        return kept[::-1]
+
+    def after(self, width: int) -> Array:
+        """Return the parameters (S,) that stay at a width, inf where nothing has so many steps."""
+        after_S = self.coefficient_S * width + self.constant_S
+        return np.where(np.isfinite(self.loss_S), after_S, np.inf)
+
+
+def frontier(layers: Sequence[Sequence[Option]]) -> Frontier:
+    """Combine the options of independent layers: exact dynamic programming over steps."""
+    loss_S, coefficient_S, constant_S = np.zeros(1), np.zeros(1), np.zeros(1)
+    picks = []
+    for options in layers:
+        size = len(loss_S) + max(o.steps for o in options)
+        best_S, pick_S = np.full(size, np.inf), np.zeros(size, dtype=np.int64)
+        grown = [np.zeros(size), np.zeros(size)]
+        for i, option in enumerate(options):
+            window = slice(option.steps, option.steps + len(loss_S))
+            better = loss_S + option.loss < best_S[window]
+            best_S[window][better] = (loss_S + option.loss)[better]
+            pick_S[window][better] = i
+            grown[0][window][better] = (coefficient_S + option.coefficient)[better]
+            grown[1][window][better] = (constant_S + option.constant)[better]
+        loss_S, coefficient_S, constant_S = best_S, grown[0], grown[1]
+        picks.append(pick_S)
+    return Frontier(loss_S, coefficient_S, constant_S, picks, layers)
+
+
+def alike(layers: Sequence[Sequence[Option]]) -> list[Option]:
+    """Return the options that all layers have, summed up (uniform shapes)."""
+    tables = [{o.kept: o for o in options} for options in layers]
+    common = [kept for kept in tables[0] if all(kept in table for table in tables)]
+    rows = [[table[kept] for table in tables] for kept in common]
+    return [
+        Option(
+            row[0].steps,
+            sum(o.loss for o in row),
+            sum(o.coefficient for o in row),
+            sum(o.constant for o in row),
+            row[0].kept,
+        )
+        for row in rows
+    ]
+
+
+def cheapest(
+    loss_S: Array, first: NDArray[np.int64], after_S: Array, floor: Array
+) -> NDArray[np.int64]:
+    """Return the steps of least loss, from `first` on, that leave no less than `floor`.
+
+    More steps can cost less where a whole block is cheaper than most of its neurons.
+    """
+    last = np.maximum(first, np.searchsorted(-after_S, -floor, side="right") - 1)
+    best = first.copy()
+    for more in range(1, int((last - first).max()) + 1):
+        steps = np.minimum(first + more, last)
+        better = loss_S[steps] < loss_S[best]
+        best[better] = steps[better]
+    return best
