@@ -69,6 +69,7 @@ class Plan:
         targets: of the untrained part.
         seeds: of the untrained and of the trained part.
         trained: methods trained for `steps` at `trained_targets`, for `seeds`.
+        trained_once: the same for the first seed alone.
         trained_targets: of the trained part.
         steps: of the trained part and the ablation.
         long_steps: the default against the best baseline, at the last trained target; 0: none.
@@ -79,6 +80,7 @@ class Plan:
     targets: Sequence[float] = (0.1, 0.2, 0.25, 0.5)
     seeds: Sequence[int] = (0, 1, 2)
     trained: Sequence[str] = (OURS, "fisher", "taylor", "random")
+    trained_once: Sequence[str] = ("magnitude", "wanda", "flap", "similarity")
     trained_targets: Sequence[float] = (0.2, 0.5)
     steps: int = 80
     long_steps: int = 400
@@ -99,7 +101,7 @@ class Plan:
             Cell(m, {"method": m}, t, self.steps, s)
             for s in self.seeds
             for t in self.trained_targets
-            for m in self.trained
+            for m in (*self.trained, *(self.trained_once if s == self.seeds[0] else ()))
         ]
 
     def long_cells(self, best: str) -> list[Cell]:
@@ -119,6 +121,7 @@ QUICK = Plan(
     targets=(0.2, 0.5),
     seeds=(0,),
     trained=(OURS, "fisher"),
+    trained_once=(),
     trained_targets=(0.5,),
     steps=20,
     long_steps=0,

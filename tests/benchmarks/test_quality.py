@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import random
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ def load(name: str) -> Any:
 
 runs, plots, quality = (load(x) for x in ("quality_runs", "quality_plots", "quality"))
 
+BASELINES = ("fisher", "random")
 PLAN = quality.Plan(
     methods=("random", "fisher", "similarity"),
     targets=(0.2, 0.4),
     seeds=(0, 1),
     trained=("nuteprune", "fisher"),
+    trained_once=("random",),
     trained_targets=(0.3,),
     steps=3,
     long_steps=4,
@@ -64,9 +67,13 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
     table = quality.run(PLAN, runs.Bench(setting, out, started.append), Output())
     cells = [*table["untrained"], *table["trained"], *table["ablation"]]
     # The ablation's default is a run of the trained part, and the dense model is a cell too.
-    assert len(cells) == 12 + (4 + 2) + (1 + 2)
+    assert len(cells) == 12 + (4 + 1 + 2) + (1 + 2)
+    short = [r for r in table["trained"] if r["steps"] == 3]
+    assert [r["seed"] for r in short if r["label"] == "random"] == [0]
     assert len(started) == len(cells)
-    assert [r["label"] for r in table["trained"][-2:]] == ["nuteprune", "fisher"]
+    means = {x: statistics.fmean(r["mean"] for r in short if r["label"] == x) for x in BASELINES}
+    best = min(means, key=means.__getitem__)
+    assert [r["label"] for r in table["trained"][-2:]] == ["nuteprune", best]
     assert [r["steps"] for r in table["trained"][-2:]] == [4, 4]
     assert json.loads((out / "table.json").read_text()) == table
     for record in cells:
