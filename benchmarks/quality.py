@@ -34,7 +34,7 @@ from nuteprune.gates.importance import METHODS
 OURS = "nuteprune"
 BLOCKS = "attn_block,mlp_block"
 NO_LORA = {
-    "learning_rate": 0.0,
+    "learning_rate": 1e-12,
     "lr_scheduler_type": "constant",
     "lr_scheduler_kwargs": {},
     "compensation": "finalize",

@@ -43,6 +43,7 @@ assert not any(name.startswith("nuteprune") for name in sys.modules)
 tied = model.lm_head.weight is model.get_input_embeddings().weight
 ids = tokenizer("The history of bread begins", return_tensors="pt").input_ids
 args = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+assert model.generation_config.use_cache and model.config.use_cache
 same = torch.equal(model.generate(ids, **args), model.generate(ids, use_cache=False, **args))
 print("tied", tied, "cache", same, "parameters", sum(p.numel() for p in model.parameters()))
 """

@@ -43,16 +43,24 @@ def run(parts: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete"])
+@pytest.mark.parametrize(
+    "gates",
+    [
+        {"gate_type": "ranked"},
+        {"gate_type": "hard_concrete"},
+        {"gate_type": "hard_concrete", "solved_schedule": False},
+    ],
+    ids=["ranked", "hard_concrete", "lagrangian"],
+)
 def test_two_processes_of_batch_4_are_one_of_batch_8(
-    gate_type: str, tiny_inputs: tuple[Path, Path], tmp_path: Path
+    gates: dict[str, Any], tiny_inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     python = [sys.executable]
     torchrun = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
     # With the usual epsilon Adam divides rounding by rounding where gradients are near zero, and
     # hides a gradient of the wrong size everywhere else.
-    same = {"gate_type": gate_type, "adam_epsilon": 1e-2}
+    same = {**gates, "adam_epsilon": 1e-2}
     run(command(python, tiny_inputs, one, batch_size=8, **same))
     said = run(command(torchrun, tiny_inputs, two, batch_size=4, **same))
     assert said.count("Saved") == 1

@@ -84,7 +84,7 @@ def workspace(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFacto
     sizes = {"vocab_size": 300, "hidden_size": 128, "head_dim": 32, "intermediate_size": 512}
     sizes["max_position_embeddings"] = 512  # an instruction in its template, a byte a token
     models = {
-        "meta-llama/Llama-3.2-1B": "llama",
+        "Qwen/Qwen3-0.6B": "llama",
         "meta-llama/Llama-3.1-8B": "llama",
         "huggyllama/llama-7b": "llama_mha",
         "Qwen/Qwen3-8B": "qwen3",
@@ -107,7 +107,7 @@ def workspace(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in (
-            "prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data my_text.jsonl --out small",
+            "prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --out small",
             "recover small --data my_text.jsonl --out better",
         ):
             words = command.split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from nuteprune.cli.output import Output
+from nuteprune.cli.sources import pick_device
+from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 
 Run = Callable[..., tuple[int, str, str]]
@@ -41,6 +44,13 @@ def test_help_of_every_command(command: list[str], run: Run) -> None:
     assert code == 0
     assert "Usage: nuteprune" in out
     assert not err
+
+
+def test_no_command_is_a_question_for_help(run: Run) -> None:
+    code, stdout, stderr = run()
+    assert (code, stderr) == (0, "")
+    assert len(stdout.splitlines()) > 10
+    assert stdout == run("--help")[1]
 
 
 def test_version(run: Run) -> None:
@@ -262,7 +272,36 @@ def test_several_targets_and_chosen_dimensions_from_the_command_line(
         assert record["out"] == str(folder)
         assert record["sparsity"] >= record["target"]
         assert load_pruned(folder).config.num_hidden_layers == 3
+    page = (several / "run" / "report.html").read_text()
+    assert "(target 40.0\u202f%)" in page
+    assert "has not been finished" not in page
+    code, stdout, stderr = run("report", several / "sparsity-0.2")
+    assert code == 0, stderr
+    page = (several / "sparsity-0.2" / "run" / "report.html").read_text()
+    assert "has not been finished" not in page
+    assert re.search(r"steps of training(<br>[^<]*)?</dt><dd>3</dd>", page)
+    assert "(run/plots/layers.png)" in (several / "sparsity-0.2" / "README.md").read_text()
     wanted, again = several / "sparsity-0.2" / "nuteprune.json", tmp_path / "again"
     assert run(*options(model, text, again, sparsity=None, shape=wanted))[0] == 0
     assert json.loads((again / "nuteprune.json").read_text())["layers"] == targets[0]["layers"]
     assert run(*options(model, text, tmp_path / "x", shape=wanted))[0] == 2
+
+
+def test_one_accelerator_is_chosen_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert pick_device("cuda:0") == pick_device("cuda") == pick_device("auto") == "cuda"
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
+        pick_device("cuda:1")
+
+
+def test_a_gated_model_is_told_from_one_that_is_not_there(
+    text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access.\n401")
+
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", refused)
+    code, _, stderr = run(*options(Path("big/model"), text, tmp_path / "out"))
+    assert code == 2
+    assert "huggingface.co/big/model" in stderr
+    assert "hf auth login" in stderr

@@ -29,13 +29,13 @@ PARSED = "needs the hub, other programs or several processes: its options are ch
 
 HOW = {
     "nuteprune demo --out first": EXECUTED,
-    "nuteprune prune meta-llama/Llama-3.2-1B --sparsity 0.25 --data my_text.jsonl --out small "
+    "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.25 --data my_text.jsonl --out small "
     "--dry-run": EXECUTED,
-    "nuteprune prune meta-llama/Llama-3.2-1B --sparsity 0.25 --data my_text.jsonl --out small "
+    "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.25 --data my_text.jsonl --out small "
     "--steps 400": EXECUTED,
-    "nuteprune prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data my_text.jsonl --out small "
+    "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --out small "
     "--dry-run": EXECUTED,
-    "nuteprune prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data my_text.jsonl --out small "
+    "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --out small "
     "--steps 400": EXECUTED,
     "nuteprune prune demo --sparsity 0.1,0.2,0.3 --out ladder --steps 90": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --set method=wanda": EXECUTED,
@@ -51,17 +51,16 @@ HOW = {
     "accelerate launch --num_processes 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --report-to tensorboard": PARSED,
-    "nuteprune eval small --against meta-llama/Llama-3.2-1B --data my_text.jsonl": EXECUTED,
+    "nuteprune eval small --against Qwen/Qwen3-0.6B --data my_text.jsonl": EXECUTED,
     "nuteprune eval better --against demo": EXECUTED,
     "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
-    "nuteprune eval out/run/checkpoint-200 --against meta-llama/Llama-3.2-1B "
+    "nuteprune eval out/run/checkpoint-200 --against Qwen/Qwen3-0.6B "
     "--data my_text.jsonl": EXECUTED,
-    "nuteprune eval small --against meta-llama/Llama-3.2-1B --tasks commonsense7 "
-    "--batch-size 16": PARSED,
+    "nuteprune eval small --against Qwen/Qwen3-0.6B --tasks commonsense7 --batch-size 16": PARSED,
     "nuteprune eval small --tasks school --include-path my-tasks": PARSED,
     "nuteprune eval better --against huggyllama/llama-7b --data wikitext2 "
     "--tasks commonsense7": PARSED,
-    "nuteprune bench small --against meta-llama/Llama-3.2-1B --save": EXECUTED,
+    "nuteprune bench small --against Qwen/Qwen3-0.6B --save": EXECUTED,
     "nuteprune bench small --against demo": EXECUTED,
     "nuteprune bench better --against huggyllama/llama-7b --batch-sizes 1,8 "
     "--lengths 512": EXECUTED,
@@ -69,8 +68,7 @@ HOW = {
     "nuteprune recover small --out better --steps 10 --batch-size 4": EXECUTED,
     "nuteprune recover small --out better --steps 10 --batch-size 4 --against demo": EXECUTED,
     "nuteprune recover demo --out dense-tuned --steps 10 --batch-size 4": EXECUTED,
-    "nuteprune recover small --against meta-llama/Llama-3.2-1B --data my_text.jsonl "
-    "--out better": EXECUTED,
+    "nuteprune recover small --against Qwen/Qwen3-0.6B --data my_text.jsonl --out better": EXECUTED,
     "nuteprune recover small --against huggyllama/llama-7b --data alpaca.json "
     "--out better": EXECUTED,
     "nuteprune export small --to gguf --out small.gguf": EXECUTED,
@@ -180,3 +178,20 @@ def test_the_api_page_names_what_is_there() -> None:
         assert found.__doc__
         for member in filter(None, members.split(", ")):
             assert hasattr(found, member), f"{path}.{member}"
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # transformers' own default
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_python_of_the_pages_runs_as_it_stands(
+    page: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    (code,) = [block for block in blocks if "NutePruneTrainer(" in block]
+    assert code.count('"Qwen/Qwen3-0.6B"') == 2
+    assert "max_steps=400)" in code
+    small = "max_steps=1, neuron_multiple=4, calibration_blocks=2, compensation_blocks=2)"
+    code = code.replace("Qwen/Qwen3-0.6B", str(model)).replace("max_steps=400)", small)
+    code = code.replace("my_text.jsonl", str(text)).replace("length=512", "length=24")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {})
+    assert (tmp_path / "small" / "nuteprune.json").is_file()

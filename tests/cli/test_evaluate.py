@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert (code, len(lines)) == (2, 1), stderr
     assert expected in lines[0]
+
+
+def test_other_tokens_do_not_compare(
+    model: Path, text: Path, sentencepiece_tokenizer: Any, tmp_path: Path, run: Run
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    sentencepiece_tokenizer.save_pretrained(other)
+    code, _, stderr = run("eval", model, "--against", other, "--data", text, "--device", "cpu")
+    assert code == 2
+    assert "another tokenizer" in stderr

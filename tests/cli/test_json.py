@@ -14,7 +14,7 @@ from .conftest import TINY
 
 Run = Callable[..., tuple[int, str, str]]
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
-DENSE = "meta-llama/Llama-3.2-1B"
+DENSE = "Qwen/Qwen3-0.6B"
 PRUNE = ["prune", DENSE, "--sparsity", "0.2", "--data", "my_text.jsonl", "--out", "new"]
 RECOVER = ["recover", "small", "--data", "my_text.jsonl", "--out", "new"]
 

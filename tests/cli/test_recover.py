@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.cli import recovery
+from nuteprune.cli.sources import load_tokenizer
 from nuteprune.export.loading import load_pruned
+from nuteprune.train.data import training_blocks
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK: list[str] = ["--batch-size", "4", "--length", "24", "--learning-rate", "1e-2"]
@@ -80,6 +86,20 @@ def test_plain_text_lowers_perplexity_and_keeps_the_record(
     # To the last digits: of the weights as they were rounded for the file.
     assert judged == pytest.approx(record["perplexity"]["after"]["text.txt"], rel=1e-5)
     assert "Recovered   12 steps" in run("inspect", out)[1]
+    assert "Fine-tuned afterwards: 12 steps on text.txt." in (out / "README.md").read_text()
+    assert run("report", out)[0] == 0
+    page = (out / "run" / "report.html").read_text()
+    assert "it was fine-tuned for 12 steps on" in page
+    assert "grows sparse" not in page
+    assert "nan" not in page.split("<main>")[1]
+    (found,) = re.findall(r"<code>(nuteprune prune.*?)</code>", page, re.S)
+    pruning, tuning = unescape(found).split("\nnuteprune recover ")
+    assert pruning.endswith("--out out-0")
+    words = shlex.split(tuning.replace("\\\n", " "))
+    assert words[0] == "out-0"
+    told = dict(zip(words[1::2], words[2::2], strict=True))
+    assert told["--data"] == str(text)
+    assert (told["--steps"], told["--batch-size"], told["--out"]) == ("12", "4", "out")
 
     code, stdout, stderr = run(*options(out, tmp_path / "more", *asked), "--json")
     assert code == 0, stderr
@@ -171,6 +191,53 @@ def test_other_tokens_do_not_compare(
     assert code == 2
     assert "another tokenizer" in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_the_python_api_is_as_good(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    tokenizer = load_tokenizer(str(model))
+    blocks = training_blocks(str(text), tokenizer, length=24, count=16, seed=0)
+    settings = {"calibration_blocks": 2, "compensation_blocks": 2, "neuron_multiple": 4}
+    args = NutePruneConfig(output_dir=str(tmp_path / "run"), max_steps=0, use_cpu=True, **settings)
+    trainer = NutePruneTrainer(load_pruned(model), args, blocks, processing_class=tokenizer)
+    trainer.finalize()
+    record = trainer.save_pruned(tmp_path / "small")
+    assert record["base_model"] == str(model)
+    assert record["config"].items() >= settings.items()
+    assert "output_dir" not in record["config"]
+    code, stdout, stderr = run("inspect", tmp_path / "small")
+    assert code == 0, stderr
+    assert str(model) in "".join(stdout.split())  # its title is wrapped
+    for name in ("base_model", "perplexity"):  # as earlier versions wrote them
+        del record[name]
+    (tmp_path / "small" / "nuteprune.json").write_text(json.dumps(record))
+    assert run("inspect", tmp_path / "small")[0] == 0
+    asked = ["--data", text, "--steps", 2]
+    code, _, stderr = run(*options(tmp_path / "small", tmp_path / "out", *asked))
+    assert code == 0, stderr
+    assert run("report", tmp_path / "out")[0] == 0
+
+
+def test_what_is_overwritten_goes_when_the_settings_are_known_to_work(
+    pruned: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    kept, link = tmp_path / "elsewhere", tmp_path / "out"
+    kept.mkdir()
+    link.symlink_to(kept)
+    asked = options(pruned, link, "--data", text, "--steps", 1)
+    assert run(*asked)[0] == 0
+    before = (kept / "model.safetensors").stat().st_mtime_ns
+    code, _, stderr = run(*asked, "--overwrite", "--report-to", "no such tracker")
+    assert code == 2, stderr
+    assert (kept / "model.safetensors").stat().st_mtime_ns == before
+    code, _, stderr = run(*asked, "--overwrite")
+    assert code == 0, stderr
+    assert (kept / "model.safetensors").stat().st_mtime_ns > before
+    assert link.is_symlink()
+    fresh = tmp_path / "fresh"
+    assert run(*options(pruned, fresh, "--data", text, "--report-to", "no such tracker"))[0] == 2
+    assert not fresh.exists()
 
 
 class StopAt(TrainerCallback):

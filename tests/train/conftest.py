@@ -14,7 +14,13 @@ from nuteprune.train.data import BlockDataset
 LENGTH = 16
 
 
-def make(model: Any, out: Path, callbacks: list[Any] | None = None, **settings: Any) -> Any:
+def make(
+    model: Any,
+    out: Path,
+    callbacks: list[Any] | None = None,
+    eval_dataset: Any = None,
+    **settings: Any,
+) -> Any:
     """Return a trainer for a tiny model; settings are those of its config."""
     random = torch.Generator().manual_seed(0)
     blocks = BlockDataset(torch.randint(3, 90, (64, LENGTH), generator=random))
@@ -31,6 +37,8 @@ def make(model: Any, out: Path, callbacks: list[Any] | None = None, **settings: 
         "disable_tqdm": True,
     }
     args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
-    trainer = NutePruneTrainer(model, args, blocks, callbacks=callbacks or [])
+    trainer = NutePruneTrainer(
+        model, args, blocks, callbacks=callbacks or [], eval_dataset=eval_dataset
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -42,7 +42,6 @@ def make_app() -> typer.Typer:
 
     app = typer.Typer(
         name="nuteprune",
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         add_completion=False,
@@ -71,7 +70,8 @@ def main() -> None:
     if not debug:
         quiet_libraries()
     try:
-        code = make_app()(standalone_mode=False, prog_name="nuteprune")
+        arguments = sys.argv[1:] or ["--help"]
+        code = make_app()(arguments, standalone_mode=False, prog_name="nuteprune")
     except Interrupted as stop:
         _fail(str(stop), 128 + stop.signal)
     except KeyboardInterrupt:

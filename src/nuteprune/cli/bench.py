@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,11 +20,12 @@ from nuteprune.cli.output import Bars, Output, megabytes, millions
 from nuteprune.cli.sources import load_model, locate, pick_device, pick_dtype, read_config
 from nuteprune.cli.verdicts import LABELS
 from nuteprune.errors import UserError
+from nuteprune.export.record import FILE_NAME as RECORD
 from nuteprune.export.record import weights_size
 from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize
+from nuteprune.judge.runfiles import SPEED, write_extra
 from nuteprune.judge.worker import Worker
 
-SPEED = "speed.json"
 REPORTED = (
     ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),
     ("decode", "tokens/s", "decode_tokens_per_second", 1, "higher", "decode"),
@@ -81,8 +80,8 @@ def bench(
     found |= {"device": kind, "dtype": str(computed).removeprefix("torch."), "repeats": repeats}
     _print(found, output)
     if target is not None:
-        _write(target, {**found, **_for_report(found)})
-        output.line(f"Written to {target}")
+        write_extra(target, SPEED, {**found, **_for_report(found)})
+        output.line(f"Written to {target / SPEED}")
     output.result(found)
 
 
@@ -101,15 +100,15 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _target(names: list[str]) -> Path:
-    run = Path(names[0]).expanduser() / RUN
+    folder = Path(names[0]).expanduser()
     if len(names) == 1:
         raise UserError("--save is for comparisons; pass the dense model as --against")
-    if not run.is_dir():
+    if not (folder / RUN).is_dir() and not (folder / RECORD).is_file():
         raise UserError(
-            f"--save writes {SPEED} to the folder of a run, and {run} is none; "
-            "pass the output folder of a run as MODEL, or leave --save out"
+            f"--save writes {RUN}/{SPEED} for the report, and {folder} is no output folder of a "
+            "run; pass one as MODEL, or leave --save out"
         )
-    return run / SPEED
+    return folder / RUN
 
 
 def _load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -278,9 +277,3 @@ def _against_bound(setting: dict[str, Any]) -> str:
         for phase, ratio in setting["speedup"].items()
     )
     return f"batch {setting['batch_size']}, {setting['length']} tokens: {', '.join(said)}"
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial_path, path)

@@ -23,11 +23,12 @@ from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.runfiles import SAMPLES, SPEED, read_samples, write_extra
 from nuteprune.judge.samples import continuations
+from nuteprune.train.state import last_checkpoint
 
 STEPS = 60
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
-SPARSITY = "0.2"
+SPARSITY = 0.2
 PROMPT = "The history of bread begins"
 FOLDER = "nuteprune-demo"
 
@@ -62,12 +63,12 @@ def demo(
     assets.documents(output.line)
     job = o.make_job(
         DEMO,
-        out or free_folder(Path(FOLDER)),
+        out or (begun_folder if resume else free_folder)(Path(FOLDER)),
         config,
         assignments,
-        SPARSITY if sparsity is None and shape is None else sparsity,
+        sparsity,
         shape,
-        max_steps=steps if steps is not None else STEPS,
+        max_steps=steps,
         per_device_train_batch_size=batch_size,
         length=length,
         method=method,
@@ -84,6 +85,9 @@ def demo(
         resume=resume,
         overwrite=overwrite,
     )
+    job.settings.setdefault("max_steps", STEPS)
+    if "shape" not in job.settings:
+        job.settings.setdefault("target_sparsity", SPARSITY)
     if not MEMORY.keys() & job.settings.keys():
         job.settings |= MEMORY
     result = run(job, output)
@@ -98,6 +102,12 @@ def free_folder(wanted: Path) -> Path:
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
+
+
+def begun_folder(wanted: Path) -> Path:
+    """Return the newest of the folder and its numbered siblings that a run was begun in."""
+    begun = [x for x in wanted.parent.glob(f"{wanted.name}*") if last_checkpoint(x / RUN)]
+    return max(begun, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
 
 
 def compare(job: Job, result: Result, output: Output) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.cli import options as o
 from nuteprune.cli.judged import Judged, judged
 from nuteprune.cli.output import Output
+from nuteprune.cli.rejudged import same_tokens
 from nuteprune.cli.settings import RUN_KEYS, read_settings
 from nuteprune.cli.sources import DEMO, load_tokenizer, pick_device, pick_dtype
 from nuteprune.cli.verdicts import Verdicts
@@ -92,6 +93,8 @@ def evaluate(
     kind = pick_device(device or "auto")
     computed = pick_dtype(dtype or "auto", kind)
     tokenizer = load_tokenizer(models[0].source, trust_remote_code)
+    if against is not None:
+        same_tokens(tokenizer, models[1].source)
     cut: dict[str, texts.Blocks] = {}
     if data or protocol or questions is None:
         changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}

@@ -16,7 +16,7 @@ from nuteprune.export.checkpoint import recount
 from nuteprune.export.clients import warnings
 from nuteprune.export.gguf_fit import Source
 from nuteprune.export.loading import load_config
-from nuteprune.export.record import read_record
+from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.gates.budget import Budget
 from nuteprune.model.families import Family, family_named
 from nuteprune.model.shape import Shape
@@ -47,8 +47,9 @@ def inspect(
         f"heads x head_dim {multiples['heads']}; tensor-parallel sizes "
         f"{', '.join(map(str, multiples['tensor_parallel']))}"
     )
-    for name, value in record["perplexity"]["after"].items():
-        intact = record["perplexity"]["before"].get(name)
+    found_before, found_after = perplexities_of(record)
+    for name, value in found_after.items():
+        intact = found_before.get(name)
         change = f"{value:.2f}" if intact is None else f"{intact:.2f} -> {value:.2f}"
         output.line(f"Perplexity  {name}: {change}")
     output.line(f"Teachers    {record['teachers']['count']}")
@@ -158,7 +159,7 @@ def _print_layers(folder: Path, record: Mapping[str, Any], output: Output) -> No
         rows.append([str(first) if first == last else f"{first}-{last}", *cells])
         first = last + 1
     output.table(
-        f"{folder}: {record['base_model']}, {record['shapes']} shapes",
+        f"{folder}: {record.get('base_model') or 'pruned'}, {record['shapes']} shapes",
         ["layer", "heads", "KV heads", "neurons"],
         rows,
     )

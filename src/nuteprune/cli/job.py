@@ -6,15 +6,17 @@ import dataclasses
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nuteprune.cli.sources import pick_device
+from nuteprune.cli.sources import DEMO, pick_device
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import remove, writing
+from nuteprune.judge.runfiles import TARGET
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import chosen_settings
 from nuteprune.train.state import last_checkpoint
 
 RUN = "run"
@@ -80,7 +82,10 @@ def check_out(job: Job) -> None:
         UserError: if the folder is in the way, or there is nothing to resume in it.
     """
     out = job.out
-    for what, named in (("model", job.model), ("data", job.data)):
+    named_by_user = (("model", job.model), ("data", job.data), ("eval data", job.eval_data))
+    for what, named in named_by_user:
+        if named in (None, DEMO):
+            continue
         place = Path(named).expanduser()
         if place.exists() and place.resolve().is_relative_to(out.resolve()):
             raise UserError(f"--out {out} holds the {what} {named}; name another folder")
@@ -124,7 +129,7 @@ def resume_from(job: Job) -> str | None:
 
 def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
     """Return where the checkpoint of a target goes: to folders of their own where several do."""
-    return job.out if len(targets) == 1 else job.out / f"sparsity-{targets[index]:g}"
+    return job.out if len(targets) == 1 else job.out / f"{TARGET}{targets[index]:g}"
 
 
 def clear_result(out: Path) -> None:
@@ -146,6 +151,20 @@ def clear(out: Path) -> None:
         if (out / RUN).exists():
             (out / RUN).replace(doomed)
     clear_result(out)
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Take back the empty folders that a trainer makes for a run that cannot begin."""
+    was_there = folder.exists()
+    try:
+        yield
+    except UserError:
+        with suppress(OSError):  # not empty, or not there
+            (folder / RUN).rmdir()
+            if not was_there:
+                folder.rmdir()
+        raise
 
 
 def make_config(job: Job, folder: Path) -> NutePruneConfig:
@@ -176,18 +195,10 @@ def settings_of_user() -> Iterator[None]:
 
 def run_config(job: Job, args: NutePruneConfig) -> dict[str, Any]:
     """Return the settings that reproduce a run: the job's, and those that are not defaults."""
-    defaults = NutePruneConfig()
-    changed = {
-        f.name: getattr(args, f.name)
-        for f in dataclasses.fields(args)
-        if f.init
-        and f.name in NUTEPRUNE_KEYS
-        and getattr(args, f.name) != getattr(defaults, f.name)
-    }
     own = {key: value for key, value in vars(job).items() if key in JOB_KEYS and value is not None}
     if args.shape is None:
         own["target_sparsity"] = args.target_sparsity
-    return {**own, **changed}
+    return {**own, **chosen_settings(args)}
 
 
 JOB_KEYS = (
@@ -202,14 +213,3 @@ JOB_KEYS = (
     "bits",
 )
 """Fields of a job that a run is reproduced by, beside its settings."""
-
-
-NUTEPRUNE_KEYS = frozenset(f.name for f in dataclasses.fields(NutePruneConfig)) - {
-    "output_dir",
-    "disable_tqdm",
-    "use_cpu",
-    "logging_dir",
-    "report_to",
-    "ddp_find_unused_parameters",  # follows from the type of gates
-    "hub_token",  # a secret
-}

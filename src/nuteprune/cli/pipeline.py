@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from nuteprune.cli.job import (
     clear,
     clear_result,
     make_config,
+    nothing_left,
     resume_from,
     run_config,
     settings_of_user,
@@ -78,20 +78,8 @@ def run(job: Job, output: Output) -> Result | None:
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if job.dry_run else job.out
-        was_there = folder.exists()
-        try:
+        with nothing_left(folder):
             return _run(job, make_config(job, folder / RUN), output, started)
-        except UserError:
-            _take_back(folder, was_there)
-            raise
-
-
-def _take_back(folder: Path, was_there: bool) -> None:
-    """Remove the empty folders that a trainer made for a run that cannot begin."""
-    with suppress(OSError):  # not empty, or not there
-        (folder / RUN).rmdir()
-        if not was_there:
-            folder.rmdir()
 
 
 def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> Result | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import shutil
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,16 @@ from transformers import (
     PrinterCallback,
 )
 
-from nuteprune.cli.job import RUN, Job, check_out, clear_result, resume_from, settings_of_user
+from nuteprune.cli.job import (
+    RUN,
+    Job,
+    check_out,
+    clear,
+    clear_result,
+    nothing_left,
+    resume_from,
+    settings_of_user,
+)
 from nuteprune.cli.output import Bars, Output, is_main_process
 from nuteprune.cli.pipeline import stored_dtype
 from nuteprune.cli.progress import RecoveryProgress
@@ -119,14 +127,15 @@ def _tune(
     for blocks in judged.values():
         check_ids(blocks, _vocabulary(model))
     with output.bars() as bars:
-        if not job.resume and is_main_process():
-            shutil.rmtree(job.out, ignore_errors=True)
-        with settings_of_user():
+        with nothing_left(job.out), settings_of_user():
             trainer = RecoverTrainer(model, config, training, tokenizer)
         trainer.remove_callback(PrinterCallback)
         progress = RecoveryProgress(bars)
         trainer.add_callback(progress)
         print_recovery(job, trainer, training, record, output)
+        if not job.resume and is_main_process():
+            clear(job.out)
+        trainer.accelerator.wait_for_everyone()
         before, after, small = _train(job, trainer, judged, bars)
     if not is_main_process():
         return None
@@ -284,5 +293,5 @@ def _write(
         return {**result, "bytes_on_disk": weights_size(job.out)}
     if "recover" in record:
         entry["earlier"] = record["recover"]
-    new = {**record, "recover": entry, "perplexity": judged_again(record["perplexity"], entry)}
+    new = {**record, "recover": entry, "perplexity": judged_again(record, entry)}
     return {**result, **write_again(job.out, small, tokenizer, new)}

@@ -16,7 +16,7 @@ from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output
 from nuteprune.cli.sources import load_tokenizer, locate
 from nuteprune.errors import UserError
-from nuteprune.export.record import FILE_NAME, read_record, to_json
+from nuteprune.export.record import FILE_NAME, perplexities_of, read_record, to_json
 from nuteprune.files import write_text
 from nuteprune.judge.retention import retentions
 from nuteprune.train.data import held_out_blocks
@@ -122,12 +122,13 @@ def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
         write_text(path, to_json({key: x for key, x in result.items() if key != "out"}))
 
 
-def judged_again(old: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+def judged_again(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record's perplexities: the intact model's stay where the text is the same."""
-    found = entry["perplexity"]
-    same = old.get("protocol") == found["protocol"] and set(old["after"]) == set(found["after"])
+    found, protocol = entry["perplexity"], record.get("perplexity", {}).get("protocol")
+    before, after = perplexities_of(record)
+    same = protocol == found["protocol"] and set(after) == set(found["after"])
     return {
-        "before": old["before"] if same else {},
+        "before": before if same else {},
         "after": found["after"],
         "protocol": found["protocol"],
     }

@@ -108,7 +108,8 @@ def print_dry_run(trainer: NutePruneTrainer, output: Output) -> None:
     step = trainer.rehearse()
     # A scored or re-fitted block costs most of a step's share of one.
     blocks = args.scored_blocks + args.compensation_blocks * len(trainer.targets)
-    seconds = step * (args.max_steps + blocks / args.train_batch_size)
+    each = args.train_batch_size * args.gradient_accumulation_steps
+    seconds = step * (args.max_steps + blocks / each)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     memory = peak_memory() + trained * BYTES_OF_ADAM
     output.line(

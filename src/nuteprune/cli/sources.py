@@ -70,10 +70,7 @@ def read_config(model: str) -> dict[str, Any]:
     try:
         values = _config_values(where)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"cannot load model {model}: {first}; pass a hub id, a checkpoint folder, or 'demo'"
-        ) from error
+        raise UserError(f"cannot load model {model}: {_told(error, model)}") from error
     model_type = str(values.get("model_type", ""))
     family = family_named(model_type)
     named = values.get("architectures") or [family.causal_lm]
@@ -157,9 +154,20 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
                 f"the tokenizer of {model} is Python code that comes with it, and is not run "
                 "unasked; read that code, and pass --trust-remote-code if you trust it"
             ) from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load the tokenizer of {model}: {first}") from error
+        said = _told(error, model)
+        raise UserError(f"cannot load the tokenizer of {model}: {said}") from error
     return tokenizer
+
+
+def _told(error: Exception, model: str) -> str:
+    """Return what the hub or a file's reader has to say, and what to do about it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "gated repo" in str(error):
+        return (
+            "its owner asks for an agreement first; sign it on the model's page "
+            f"(huggingface.co/{model}), then run hf auth login on this machine"
+        )
+    return f"{lines[0]}; pass a hub id, a checkpoint folder, or 'demo'"
 
 
 def pick_device(device: str) -> str:
@@ -170,7 +178,12 @@ def pick_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.split(":")[0]
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and index not in ("", "0"):
+        raise UserError(
+            f"device {device}: a run takes the first accelerator that it sees; pass --device cuda "
+            f"and set CUDA_VISIBLE_DEVICES={index} before the command"
+        )
     if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
         return kind
     raise UserError(

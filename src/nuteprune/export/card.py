@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained(folder{remote})
   may add to the latter, and has been judged by the figures above alone.
 - Licence: {licence}.
 - Layers: {layers}
-- Text: {text}. `nuteprune.json` has all settings, versions and counts.
+- Text: {text}. {tuned}`nuteprune.json` has all settings, versions and counts.
 """
 
 _FREE = """\
@@ -88,6 +88,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         how=_FREE if remote_code else _STOCK,
         licence=f"{_plain(licence)}, that of the base model" if licence else "the base model's",
         layers=_layers(record),
+        tuned=_tuned(record),
         text=_plain(_public(str(record.get("config", {}).get("data", "not on record")))),
     )
 
@@ -170,6 +171,14 @@ def _table(record: Mapping[str, Any]) -> str:
         for source, old in ppl.get("before", {}).items()
     ]
     return "\n".join(rows) + "\n"
+
+
+def _tuned(record: Mapping[str, Any]) -> str:
+    """Say what it was fine-tuned on after pruning, if it was."""
+    if "recover" not in record:
+        return ""
+    entry = record["recover"]
+    return f"Fine-tuned afterwards: {entry['steps']:,} steps on {_plain(_public(entry['data']))}. "
 
 
 def _layers(record: Mapping[str, Any]) -> str:

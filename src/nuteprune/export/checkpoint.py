@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -40,7 +41,9 @@ def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
     fold_masks(anatomy, masks)
     state, shape, epsilon = slice_state(anatomy, masks)
     config = pruned_config(anatomy.config, anatomy.family, shape, epsilon=epsilon)
-    return build(config, state), shape
+    small = build(config, state)
+    small.generation_config = copy.deepcopy(anatomy.model.generation_config)
+    return small, shape
 
 
 @torch.no_grad()

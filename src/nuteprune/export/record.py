@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -162,7 +163,19 @@ def peak_memory() -> int:
     """Return the peak memory of this process in bytes; the accelerator's where one is used."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """Return the most bytes of this process that were ever in main memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return perplexities before and after by text, empty where a record has none."""
+    found = record.get("perplexity", {})
+    return dict(found.get("before", {})), dict(found.get("after", {}))
 
 
 def to_json(record: Mapping[str, Any]) -> str:

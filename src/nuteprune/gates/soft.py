@@ -52,11 +52,11 @@ class SoftGates(Gates):
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
         """Return a group for the gates, and one for the Lagrangian's multipliers, which ascend."""
         groups: list[dict[str, Any]] = [
-            {"params": list(self.trained.parameters()), "lr": rate * self.RATE}
+            {"params": list(self.trained.parameters()), "lr": rate * self.RATE, "weight_decay": 0.0}
         ]
         if self.lagrangian is not None:
             ascending = list(self.lagrangian.parameters())
-            groups.append({"params": ascending, "lr": rate, "maximize": True})
+            groups.append({"params": ascending, "lr": rate, "maximize": True, "weight_decay": 0.0})
         return groups
 
     def _keep(self) -> dict[str, Tensor]:
@@ -145,8 +145,7 @@ class HardConcreteGates(SoftGates):
             value.data.clamp_(hard_concrete.LOG_ALPHA_MIN, hard_concrete.LOG_ALPHA_MAX)
             noise = torch.rand(value.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
             self._noise[kind] = noise.to(value.device)
-        if self.lagrangian is None:
-            self._shift = self._solve(sparsity)
+        self._shift = self._solve(sparsity) if self.lagrangian is None else 0.0
 
     @torch.no_grad()
     def _solve(self, sparsity: float) -> float:

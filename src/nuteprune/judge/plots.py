@@ -91,8 +91,9 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot:
     with new_figure("Loss by step", 235) as (figure, axes):
         total = column(metrics, "loss")
         drawn = [total, *parts.values()]
-        if len(parts) > 1:
-            axes.plot(*thinned(step, total), color=COLOURS["ink"], lw=1, label="sum", alpha=0.75)
+        if len(parts) != 1:
+            label = "sum" if parts else "loss"
+            axes.plot(*thinned(step, total), color=COLOURS["ink"], lw=1, label=label, alpha=0.75)
         for key, values in parts.items():
             label, colour = LOSS_PARTS[key]
             x, y = thinned(step, values)
@@ -100,9 +101,9 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot:
         _loss_scale(axes, np.concatenate(drawn))
         steps_axis(axes)
         legend(axes)
+    named = {LOSS_PARTS[key][0]: values for key, values in parts.items()} or {"loss": total}
     ends = "; ".join(
-        f"{LOSS_PARTS[key][0]} from {values[0]:.3g} to {values[-1]:.3g}"
-        for key, values in parts.items()
+        f"{name} from {values[0]:.3g} to {values[-1]:.3g}" for name, values in named.items()
     )
     return finish("loss", f"Line chart over {step[-1]:.0f} steps: {ends}.", figure)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,17 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
         if ppl.get("before"):
             yield plots.perplexity_plot(ppl["before"], ppl["after"])
         yield plots.layers_plot(kept_rows(files.record))
-    if files.metrics:
+    if pruning_steps(files):
         yield plots.sparsity_plot(files.metrics, teacher_sparsities(files))
+    if files.metrics:
         yield plots.loss_plot(files.metrics)
     for kind, gate in files.gates.items():
         yield plots.gates_plot(kind, gate.scores, gate.kept, gate.probability)
+
+
+def pruning_steps(files: RunFiles) -> bool:
+    """Return whether a run's steps are those of a pruning, not of a recovery."""
+    return bool(files.metrics) and "sparsity" in files.metrics[-1]
 
 
 def kept_rows(record: Mapping[str, Any]) -> list[Row]:
@@ -126,9 +132,15 @@ def render(files: RunFiles, drawn: Mapping[str, Plot]) -> str:
         plots=drawn,
         points=POINTS,
         gates=[plot for name, plot in drawn.items() if name.startswith("gates_")],
-        command=reproduce.command(record or {}, files.folder.name),
+        ramped=pruning_steps(files) and _ramped(files.metrics),
+        commands=reproduce.commands(record or {}, files.folder.name),
         recipe=reproduce.recipe(record) if record else "",
     )
+
+
+def _ramped(metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether sparsity grew during the steps; it may have been there from the first on."""
+    return bool(metrics[0]["sparsity"] < metrics[-1]["sparsity"] - 1e-3)
 
 
 def model_name(files: RunFiles) -> str:
@@ -141,14 +153,15 @@ def verdict(files: RunFiles) -> str:
     record = files.record
     if record is None:
         last = files.metrics[-1]
-        return (
-            f"This run has not been finished: its last step on record is {last['step']}, at a "
-            f"sparsity of {percent(last['sparsity'], 1)}."
-        )
+        at = f", at a sparsity of {percent(last['sparsity'], 1)}" if pruning_steps(files) else ""
+        return f"This run has not been finished: its last step on record is {last['step']}{at}."
     parts = [
         f"{percent(record['sparsity'], 1)} of the decoder is gone, "
         f"{percent(record['total_sparsity'], 1)} of all parameters"
     ]
+    if "recover" in record:
+        tuned = record["recover"]
+        parts.append(f"it was fine-tuned for {tuned['steps']:,} steps on {tuned['data']}")
     before, after = _perplexities(record)
     if before:
         ratio = mean(after) / mean(before)

@@ -24,6 +24,18 @@ OPTIONS = {
 }
 """Settings that `nuteprune prune` has an option of its own for; the others go through `--set`."""
 
+TUNING = {
+    "data": "--data",
+    "template": "--template",
+    "steps": "--steps",
+    "batch_size": "--batch-size",
+    "length": "--length",
+    "learning_rate": "--learning-rate",
+    "lora_rank": "--lora-rank",
+    "seed": "--seed",
+}
+"""What a record says of a recovery, and the options of `nuteprune recover` for it."""
+
 BOOKKEEPING = frozenset({"save_steps", "save_total_limit", "dataloader_pin_memory"})
 """Settings that the command makes itself and that change no result."""
 
@@ -36,6 +48,33 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key != "model" and key not in BOOKKEEPING and value is not None
     }
+
+
+def commands(record: Mapping[str, Any], out: str) -> list[list[str]]:
+    """Return the commands that make a checkpoint again, each in parts that fit a line.
+
+    Args:
+        record: its nuteprune.json; empty if it tells no model.
+        out: name of its folder.
+    """
+    tunings: list[Mapping[str, Any]] = []
+    entry = record.get("recover")
+    while entry:
+        tunings.insert(0, entry)
+        entry = entry.get("earlier")
+    names = [*(f"{out}-{i}" for i in range(len(tunings))), out]
+    first = command(record, names[0])
+    if not first:
+        return []
+    between = zip(tunings, names[:-1], names[1:], strict=True)
+    return [first, *(_tuning(entry, *pair) for entry, *pair in between)]
+
+
+def _tuning(entry: Mapping[str, Any], source: str, out: str) -> list[str]:
+    """Return the command of a recovery, from its entry in the record."""
+    given = {option: entry.get(key) for key, option in TUNING.items()}
+    parts = [f"{x} {shlex.quote(str(value))}" for x, value in given.items() if value is not None]
+    return [f"nuteprune recover {shlex.quote(source)}", *parts, f"--out {shlex.quote(out)}"]
 
 
 def command(record: Mapping[str, Any], out: str) -> list[str]:

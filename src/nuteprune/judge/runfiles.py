@@ -30,6 +30,8 @@ from nuteprune.model.families import GATE_KINDS
 from nuteprune.train.state import RunState, last_checkpoint
 
 RUN = "run"
+TARGET = "sparsity-"
+"""How the folders of a run with several targets begin: each is a checkpoint, beside one run/."""
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.json"
 SPEED = "speed.json"
@@ -82,7 +84,8 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run, finished or not.
 
     Args:
-        folder: the output folder of `prune`, or the folder of metrics in it.
+        folder: the output folder of `prune` or `recover`, the folder of metrics in it, or the
+            checkpoint of one of several targets. For a folder with several, the highest counts.
 
     Raises:
         UserError: if there is no run, or one of its files is damaged.
@@ -92,8 +95,11 @@ def read_run(folder: Path) -> RunFiles:
     folder = folder.resolve()
     run = folder if (folder / METRICS).is_file() or folder.name == RUN else folder / RUN
     root = folder.parent if run == folder and folder.name == RUN else folder
-    record = _record(root) if (root / FILE_NAME).is_file() else None
+    record = _record(root) if (root / FILE_NAME).is_file() else _last_target(root)
     metrics = _metrics(run / METRICS)
+    if record is not None and not metrics and root.name.startswith(TARGET):
+        shared = _metrics(root.parent / RUN / METRICS)
+        metrics = [x for x in shared if x.get("target", 0) <= record["target"] + 1e-9]
     if record is None and not metrics:
         raise UserError(
             f"{root} has neither {FILE_NAME} nor a step in {RUN}/{METRICS}; pass the --out folder "
@@ -143,6 +149,12 @@ def teacher_sparsities(files: RunFiles) -> list[float] | None:
         # Where several came between two logged steps, only the last one's sparsity is known.
         found += [float("nan")] * (missing - 1) + [float(line["sparsity"])] * (missing > 0)
     return found
+
+
+def _last_target(root: Path) -> dict[str, Any] | None:
+    """Return the record of the highest target, where a run had several."""
+    found = [_record(path.parent) for path in root.glob(f"{TARGET}*/{FILE_NAME}")]
+    return max(found, key=lambda record: record["target"], default=None)
 
 
 def _record(root: Path) -> dict[str, Any]:

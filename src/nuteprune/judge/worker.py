@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import resource
 import signal
 import sys
 import warnings
@@ -17,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.record import resident_peak
 from nuteprune.judge.bench import Setting, Timing, Work, time_once
 from nuteprune.model.anatomy import Anatomy
 
@@ -150,5 +150,4 @@ def _peak(model: PreTrainedModel) -> int:
     if _HIGH_WATER.exists():
         (line,) = (x for x in _HIGH_WATER.read_text().splitlines() if x.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident_peak()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS, Method
 from nuteprune.gates.masks import Masks
@@ -65,17 +66,31 @@ def refit_on(
 def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tensor]:
     """Return token ids (B, T) of `count` blocks from the end of the training text.
 
-    The end is what training itself comes to last, if at all.
+    The end is what training itself comes to last, if at all. Padding is left out, and what follows
+    moves up.
 
     Args:
-        dataset: items with `input_ids` (T,) of equal length.
+        dataset: items with `input_ids` (T,) of equal length and, where there is padding,
+            `attention_mask` (T,).
         count: blocks wanted; a short dataset gives some of them twice.
         batch_size: blocks per batch.
+
+    Raises:
+        UserError: if there is nothing but padding.
     """
-    size = len(dataset)
-    picks = [size - 1 - i % size for i in range(count)]
-    ids = torch.stack([torch.as_tensor(dataset[i]["input_ids"]) for i in picks])
-    return list(ids.split(batch_size))
+    size, length = len(dataset), len(dataset[0]["input_ids"])
+    parts: list[Tensor] = []
+    missing, read = count * length, 0
+    while missing > 0:
+        if read == size and not any(map(len, parts)):
+            raise UserError("the training text is nothing but padding: check its attention_mask")
+        item = dataset[size - 1 - read % size]
+        ids = torch.as_tensor(item["input_ids"])
+        if "attention_mask" in item:
+            ids = ids[torch.as_tensor(item["attention_mask"]).bool()]
+        parts.append(ids)
+        missing, read = missing - len(ids), read + 1
+    return list(torch.cat(parts)[: count * length].view(count, length).split(batch_size))
 
 
 class ScoringText(NamedTuple):

@@ -13,9 +13,16 @@ from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from nuteprune.errors import Interrupted, UserError
@@ -69,20 +76,37 @@ class AtomicTrainer(Trainer):
 
     _checkpoint_dir: Path | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, model: PreTrainedModel | PeftModel, args: TrainingArguments, **kwargs: Any):
+        if args.load_best_model_at_end:
+            raise UserError(
+                "load_best_model_at_end is not supported: checkpoints of a run are no models; "
+                "leave it out"
+            )
+        config: Any = model.config
+        caches = getattr(config, "use_cache", None)
+        super().__init__(model=model, args=args, **kwargs)
+        if caches is not None:  # Trainer sets its own, and the result would come with it
+            config.use_cache = caches
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run the steps; see `transformers.Trainer.train`.
 
         Raises:
             Interrupted: if a signal asked to stop; a checkpoint is written before.
-            UserError: if the checkpoint to resume from is damaged.
+            UserError: if there is nothing to resume from, or it is damaged.
             RunFailed: if a checkpoint cannot be written.
         """
-        if checkpoint := kwargs.get("resume_from_checkpoint"):
+        checkpoint = self._to_resume(resume_from_checkpoint)
+        if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
+        elif self.args.should_save:
+            self.metrics_file.unlink(missing_ok=True)  # an earlier run's
         signals = StopSignals()
         self.add_callback(signals)
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(checkpoint, *args, **kwargs)
         except UnpicklingError as error:  # torch's own words say how to run the code after all
             raise UserError(
                 f"cannot resume: a file in {checkpoint} asks for more than tensors, which "
@@ -98,6 +122,15 @@ class AtomicTrainer(Trainer):
                 signals.received,
             )
         return result
+
+    def _to_resume(self, asked: str | bool | None) -> str | None:
+        """Return the checkpoint that is asked for, True being the newest one."""
+        if asked is not True:
+            return str(asked) if asked else None
+        run = Path(cast(str, self.args.output_dir))
+        if (found := last_checkpoint(run)) is None:
+            raise UserError(f"nothing to resume: no complete checkpoint is in {run}")
+        return str(found)
 
     @property
     def metrics_file(self) -> Path:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
@@ -17,6 +18,10 @@ NUTEPRUNE = "nuteprune"
 GATE_TYPES = {"ranked": 0.0, "hard_concrete": 0.5, "deterministic": 0.5}
 """Type of gates -> `ramp_share` by default: soft ones need steps to learn in, and a ranking is best
 followed at once (docs/quality.md)."""
+FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
+"""`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
+ASCENDING = ("adamw_torch", "adamw_torch_fused")
+"""Values of `optim` that know `maximize`."""
 SHAPES = ("free", "uniform")
 TEACHERS = ("numerous", "intact", "none")
 LAYER_TERMS = ("relative", "mse")
@@ -172,9 +177,9 @@ class NutePruneConfig(TrainingArguments):
         default="polynomial", metadata={"help": "How the rate falls."}
     )
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default_factory=lambda: {"power": 0.5, "lr_end": 0.0},
-        metadata={"help": "Settings of the schedule; the square root falls late."},
+        default=None, metadata={"help": "Settings of the schedule; power 0.5 for polynomial."}
     )
+    weight_decay: float = field(default=0.01, metadata={"help": "Of LoRA; gates have none."})
     max_steps: int = field(default=80, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Sequences per step."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
@@ -183,7 +188,10 @@ class NutePruneConfig(TrainingArguments):
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers."})
 
     def __post_init__(self) -> None:
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == SchedulerType.POLYNOMIAL:
+            self.lr_scheduler_kwargs = dict(FALLS_LATE)
         super().__post_init__()
+        use_one_accelerator(self)
         for name, known in (
             ("method", (NUTEPRUNE, *METHODS)),
             ("importance", tuple(METHODS)),
@@ -233,6 +241,22 @@ class NutePruneConfig(TrainingArguments):
                 f"method {self.method} keeps its one-shot masks, so gate_type {self.gate_type} has "
                 f"nothing to learn: leave it out, or use method {NUTEPRUNE} with "
                 f"importance={self.method}"
+            )
+        if self.fp16:
+            raise UserError(
+                "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "
+                "to compute in (--dtype)"
+            )
+        if self.lora_targets == "qv" and self.compensation == "start":
+            raise UserError(
+                "the re-fit before training starts LoRA of the output and down projections, which "
+                "lora_targets qv leaves without: set compensation to finalize or none"
+            )
+        lagrangian = self.gate_type != "ranked" and not self.solved_schedule
+        if lagrangian and OptimizerNames(self.optim).value not in ASCENDING:
+            raise UserError(
+                f"the Lagrangian's multipliers ascend, which optim {self.optim} cannot do: leave "
+                "optim out, or set solved_schedule"
             )
         if self.teachers == "none" and self.lm_weight <= 0:
             raise UserError("without teachers there is no loss left: set lm_weight above 0")
@@ -284,3 +308,12 @@ class NutePruneConfig(TrainingArguments):
         if not self.gates:
             return METHODS[self.scoring].default_kinds
         return tuple(k.strip() for k in self.gates.split(","))
+
+
+def use_one_accelerator(args: TrainingArguments) -> None:
+    """Keep Trainer from spreading a process over all accelerators that it sees (DataParallel).
+
+    Hooks and masks belong to one copy of the model; several processes are what several are for.
+    """
+    if args.n_gpu > 1:
+        args._n_gpu = 1

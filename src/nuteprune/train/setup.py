@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -98,3 +100,27 @@ def lora_config(anatomy: Anatomy, args: NutePruneConfig) -> LoraConfig:
         target_modules=anatomy.lora_targets(args.lora_targets == "qv"),
         task_type="CAUSAL_LM",
     )
+
+
+NOT_ON_RECORD = {
+    "output_dir",
+    "disable_tqdm",
+    "use_cpu",
+    "logging_dir",
+    "report_to",
+    "ddp_find_unused_parameters",  # follows from the type of gates
+    "hub_token",  # a secret
+}
+"""Settings that change no result, or that are nobody else's business."""
+
+
+def chosen_settings(args: NutePruneConfig) -> dict[str, Any]:
+    """Return the settings that are not defaults, as far as they are for the record."""
+    defaults = NutePruneConfig()
+    return {
+        f.name: getattr(args, f.name)
+        for f in dataclasses.fields(args)
+        if f.init
+        and f.name not in NOT_ON_RECORD
+        and getattr(args, f.name) != getattr(defaults, f.name)
+    }

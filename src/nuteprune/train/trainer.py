@@ -44,7 +44,13 @@ from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import finish, with_lora
 from nuteprune.train.publish import PushesCheckpoint
-from nuteprune.train.setup import lora_config, make_allocator, make_gates, run_targets
+from nuteprune.train.setup import (
+    chosen_settings,
+    lora_config,
+    make_allocator,
+    make_gates,
+    run_targets,
+)
 from nuteprune.train.state import RunState, restore
 
 
@@ -86,6 +92,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         make_trainable(model)
         intact = Anatomy(model)
         self._total_before = intact.parameters()
+        self._origin: str | None = model.config._name_or_path or None
         self.stored_dtype: torch.dtype = model.dtype
         self.allocator = make_allocator(intact, args)
         # Fails early, before the model is touched, if a target is out of reach.
@@ -111,6 +118,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         ones = {k: torch.ones(self.allocator.layout.units(k)) for k in self.kinds}
         self.gates: Gates = make_gates(self.allocator, ones, args)
         peft_model.add_module("nuteprune_gates", self.gates)
+        # The penalty, alike on all processes, is no part of the forward pass that DDP looks at.
+        multipliers = [n for n, _ in peft_model.named_parameters() if ".lagrangian." in n]
+        peft_model._ddp_params_and_buffers_to_ignore = multipliers  # type: ignore[assignment]
         self._warm = False
         self.first_scores: dict[str, Tensor] = {}
         self._step = -1
@@ -128,6 +138,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
+        # Trainer leaves models in 8 or 4 bits where they are, and what hangs on them too.
+        self.gates.to(self.args.device)
         self.bad_steps = BadSteps(self.args.device)
 
     @property
@@ -137,11 +149,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     # -- before the first step
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the steps; see `transformers.Trainer.train`."""
-        if not self._warm and not kwargs.get("resume_from_checkpoint"):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the steps; see `AtomicTrainer.train`."""
+        if not self._warm and not resume_from_checkpoint:
             self.warm_start()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def warm_start(self) -> None:
         """Score all units on calibration text and start the gates from the scores."""
@@ -166,7 +180,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
             groups = self.gates.parameter_groups(self.args.gate_learning_rate)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
-            self.optimizer = kind([{"params": lora}, *groups], **settings)
+            decay = self.args.weight_decay
+            self.optimizer = kind([{"params": lora, "weight_decay": decay}, *groups], **settings)
         return self.optimizer
 
     def rehearse(self) -> float:
@@ -240,9 +255,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def end_step(self) -> None:
         """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
         self.gates.end_step()
-        sparsity = self.gates.sparsity()
         stage = self.schedule.stage(self._step)
         stop = self._step + 1 == stage.end and stage.target < self.targets[-1]
+        if stop and not self.gates.frozen:
+            self.freeze(stage.target)
+        sparsity = self.gates.sparsity()
         numerous = self.args.teachers == "numerous" and not self.gates.frozen
         if stop or (numerous and self.plan.due(sparsity, self.teachers.newest)):
             if stop:
@@ -293,6 +310,31 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             parts["penalty"] = penalty
         self.parts = {name: value.detach() for name, value in parts.items()}
         return torch.stack(list(parts.values())).sum()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Return the language-model loss of the student as it is now; see `Trainer.evaluate`."""
+        inputs = self._prepare_inputs(inputs)
+        ids_BT = inputs["input_ids"]
+        mask_BT = inputs.get("attention_mask")
+        weight_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        with (
+            torch.no_grad(),
+            self.coforward.roles(self.gates.snapshot(), None, weight_BT.float()) as passage,
+            lora_in_base_dtype(self.anatomy),
+        ):
+            model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                use_cache=False,
+                logits_to_keep=no_logits(ids_BT),
+            )
+            labels_BT = ids_BT.masked_fill(weight_BT == 0, IGNORED)
+            assert passage.student_BTD is not None
+            loss = language_model_loss(passage.student_BTD, Head.of(self.anatomy), labels_BT)
+        self.hooks.masks = None
+        return loss, None, None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
@@ -414,13 +456,16 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
         Args:
             folder: absent, empty, or with nothing but `run/` in it.
-            **record: what else the record is to hold, such as `perplexity` and `base_model`.
+            **record: what else the record is to hold, such as `perplexity`; `base_model` where it
+                is not the folder or hub id that the model was loaded from.
 
         Returns:
             The record as it was written; parameter counts are those of the written files.
         """
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
         budget, done = self.allocator.budget, self.finished
+        record = {"base_model": self._origin, "config": chosen_settings(self.args), **record}
+        record.setdefault("perplexity", {"before": {}, "after": {}})
         written = write_pruned(
             Path(folder),
             cast(Any, done.model).to(self.stored_dtype),

@@ -1,0 +1,75 @@
+"""What `nuteprune demo` makes of its options, and which folder it takes; the run itself is in
+test_end_to_end.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nuteprune.cli import demo
+from nuteprune.cli.job import RUN, Job, check_out
+from nuteprune.errors import UserError
+
+
+@pytest.fixture
+def asked(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Calls the command; returns the job that it would do."""
+    jobs: list[Job] = []
+    monkeypatch.setattr(demo.assets, "model_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(demo.assets, "documents", lambda *_: {})
+    monkeypatch.setattr(demo, "run", lambda job, _: jobs.append(job))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: Any) -> Job:
+        code, _, stderr = run("demo", *args)
+        assert code == 0, stderr
+        return jobs[-1]
+
+    return call
+
+
+def test_options_win_over_files_and_files_over_what_the_demo_does(
+    asked: Any, tmp_path: Path
+) -> None:
+    plain = asked()
+    assert (plain.settings["target_sparsity"], plain.settings["max_steps"]) == (0.2, 60)
+    assert plain.settings["gradient_accumulation_steps"] == 2
+    (tmp_path / "a.yaml").write_text("sparsity: 0.3\nsteps: 200\nbatch_size: 3\n")
+    job = asked("--config", "a.yaml")
+    assert (job.settings["target_sparsity"], job.settings["max_steps"]) == (0.3, 200)
+    assert "gradient_accumulation_steps" not in job.settings
+    job = asked("--config", "a.yaml", "--steps", 5, "--set", "target_sparsity=0.4")
+    assert (job.settings["target_sparsity"], job.settings["max_steps"]) == (0.4, 5)
+    (tmp_path / "shape.yaml").write_text("neurons: 512\n")
+    assert "target_sparsity" not in asked("--shape", "shape.yaml").settings
+
+
+def checkpoint(folder: Path) -> None:
+    place = folder / RUN / "checkpoint-50"
+    place.mkdir(parents=True)
+    (place / "state").write_text("")
+    (place / "SHA256SUMS").write_text("0  state\n")
+
+
+def test_resume_goes_on_with_the_newest_folder_that_was_begun(asked: Any, tmp_path: Path) -> None:
+    assert asked("--resume").out == Path("nuteprune-demo")
+    checkpoint(tmp_path / "nuteprune-demo")
+    assert asked().out == Path("nuteprune-demo-2")
+    assert asked("--resume").out == Path("nuteprune-demo")
+    checkpoint(tmp_path / "nuteprune-demo-2")
+    (tmp_path / "nuteprune-demo-3").mkdir()
+    assert asked("--resume").out == Path("nuteprune-demo-2")
+    checkpoint(tmp_path / "demo")  # a folder of that name is not the model and text
+    job = asked("--out", "demo", "--resume")
+    check_out(job)
+
+
+def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -> None:
+    text = tmp_path / "out" / "eval.txt"
+    text.parent.mkdir()
+    text.write_text("What is judged by.")
+    job = Job("demo", "demo", tmp_path / "out", eval_data=str(text), overwrite=True)
+    with pytest.raises(UserError, match="holds the eval data"):
+        check_out(job)

@@ -1,0 +1,225 @@
+"""What somebody who knows transformers.Trainer takes for granted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from nuteprune import NutePruneConfig, UserError, load_pruned
+from nuteprune.train.calibration import calibration_batches
+from nuteprune.train.data import BlockDataset
+from nuteprune.train.recover import RecoverConfig
+
+from .conftest import LENGTH, make
+
+TOKENS = torch.arange(3, 15)[None]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_result_generates_as_the_intact_model_did(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [2, 7]
+    model.generation_config.top_p = 0.8
+    model.generation_config.do_sample = True
+    assert model.config.use_cache
+    trainer = make(model, tmp_path / "run", max_steps=1)
+    trainer.train()
+    trainer.finalize()
+    trainer.save_pruned(tmp_path / "out")
+    loaded = load_pruned(tmp_path / "out")
+    wanted = loaded.generation_config
+    assert (wanted.eos_token_id, wanted.top_p, wanted.do_sample) == ([2, 7], 0.8, True)
+    lengths: list[int] = []
+    loaded.model.embed_tokens.register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
+    loaded.generate(TOKENS, max_new_tokens=4, min_new_tokens=4)
+    assert lengths == [TOKENS.shape[1], 1, 1, 1]  # with a cache
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "polynomial"])
+def test_the_rate_may_fall_in_any_way(kind: str, tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=4, lr_scheduler_type=kind)
+    trainer.train()
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] / trainer.args.learning_rate for line in lines]
+    share = [1, 0.75, 0.5, 0.25]
+    expected = {
+        "cosine": [(1 + float(torch.cos(torch.tensor(torch.pi * (1 - x))))) / 2 for x in share],
+        "linear": share,
+        "constant": [1.0] * 4,
+        "polynomial": [x**0.5 for x in share],
+    }
+    assert rates == pytest.approx(expected[kind], rel=1e-4)
+
+
+def test_weight_decay_is_that_of_the_settings_and_spares_gates(tiny_model, tmp_path: Path) -> None:
+    soft = {"gate_type": "hard_concrete", "solved_schedule": False}
+    trainer = make(tiny_model("llama"), tmp_path, weight_decay=0.25, **soft)
+    groups = trainer.create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0, 0.0]
+
+
+def test_evaluation_is_the_loss_of_the_model_that_would_be_cut(tiny_model, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(5)
+    held_out = BlockDataset(torch.randint(3, 90, (6, LENGTH), generator=random))
+    trainer = make(
+        tiny_model("llama"),
+        tmp_path,
+        eval_dataset=held_out,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=6,
+    )
+    trainer.train()
+    logged = [x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x]
+    small = trainer.finalize()
+    ids = torch.stack([item["input_ids"] for item in held_out])
+    with torch.no_grad():
+        loss = float(small(ids, labels=ids).loss)
+    assert len(logged) == 2
+    assert logged[-1] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
+    tiny_model, tmp_path: Path
+) -> None:
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    first = make(tiny_model("llama"), tmp_path, **saving)
+    with pytest.raises(UserError, match="nothing to resume"):
+        first.train(resume_from_checkpoint=True)
+    first.train()
+    again = make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 8})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+    assert steps_of(tmp_path) == list(range(1, 9))
+    other = make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 8})
+    other.train(str(tmp_path / "checkpoint-4"))
+    assert steps_of(tmp_path) == list(range(1, 9))
+    make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 3}).train()
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+class Padded(Dataset[Any]):
+    """The same text in rows that end in padding."""
+
+    def __init__(self, blocks: BlockDataset, filler: int) -> None:
+        stream = torch.cat([item["input_ids"] for item in blocks])
+        self.rows = []
+        for i, start in enumerate(range(0, len(stream) - LENGTH, LENGTH // 2)):
+            real = LENGTH // 2 if i % 2 else 3
+            ids = torch.full((LENGTH,), filler)
+            ids[:real] = stream[start : start + real]
+            mask = (torch.arange(LENGTH) < real).long()
+            self.rows.append({"input_ids": ids, "attention_mask": mask})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) -> None:
+    found = []
+    for filler in (0, 50):
+        trainer = make(tiny_model("llama"), tmp_path / str(filler), max_steps=1)
+        trainer.train_dataset = Padded(trainer.train_dataset, filler)
+        trainer.warm_start()
+        trainer.freeze(0.3)
+        found.append((trainer.first_scores, trainer.coforward.bank.state()))
+    for ours, theirs in zip(*found, strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+    padded = Padded(make(tiny_model("llama"), tmp_path / "x").train_dataset, 0)
+    (batch,) = calibration_batches(padded, 2, 2)
+    rows = [x["input_ids"][x["attention_mask"] == 1] for x in reversed(padded.rows)]
+    assert torch.equal(batch.flatten(), torch.cat(rows)[: 2 * LENGTH])
+    for row in padded.rows:
+        row["attention_mask"].zero_()
+    with pytest.raises(UserError, match="nothing but padding"):
+        calibration_batches(padded, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fp16": True}, "use bf16"),
+        ({"lora_targets": "qv"}, "finalize or none"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps"}, "leave it out"),
+        (
+            {"gate_type": "deterministic", "solved_schedule": False, "optim": "adafactor"},
+            "multipliers ascend",
+        ),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(
+    settings: dict[str, Any], message: str, tiny_model, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(tiny_model("llama"), tmp_path, **settings | {"save_strategy": "steps"})
+
+
+@pytest.mark.parametrize("kind", [NutePruneConfig, RecoverConfig])
+def test_a_process_keeps_to_one_accelerator(kind: Any, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: self._n_gpu))
+    original = kind.__mro__[1].__post_init__
+
+    def with_four(self: Any) -> None:
+        original(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(kind.__mro__[1], "__post_init__", with_four)
+    args = kind(output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True)
+    assert args.train_batch_size == 2
+
+
+@pytest.mark.parametrize("solved", [True, False])
+def test_a_stop_is_at_its_target_where_masks_freeze_last(
+    solved: bool, tiny_model, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    intact = copy.deepcopy(model)
+    trainer = make(
+        model,
+        tmp_path / "run",
+        gate_type="hard_concrete",
+        solved_schedule=solved,
+        stops="0.15",
+        ramp_share=0.6,
+        freeze_share=1.0,
+        max_steps=6,
+    )
+    trainer.train()
+    trainer.finalize_stop(0, intact)
+    record = trainer.save_pruned(tmp_path / "stop")
+    assert 0.15 <= record["sparsity"] <= 0.17
+    assert all(layer["neurons"] % 4 == 0 for layer in record["layers"])
+
+
+def test_a_lagrangian_run_with_a_stop_resumes_as_if_never_interrupted(
+    tiny_model, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "gate_type": "hard_concrete",
+        "solved_schedule": False,
+        "stops": "0.15",
+        "max_steps": 8,
+    }
+    whole = make(tiny_model("llama"), tmp_path, save_strategy="steps", save_steps=4, **settings)
+    whole.train()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    again = make(tiny_model("llama"), tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for ours, theirs in zip(
+        (tmp_path / "metrics.jsonl").read_text().splitlines(), lines, strict=True
+    ):
+        assert json.loads(ours)["loss"] == json.loads(theirs)["loss"]
