@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
-from nuteprune.distill.coforward import CoForward, lora_in_base_dtype
+from nuteprune.distill.coforward import CoForward, Passage, lora_in_base_dtype
 from nuteprune.distill.losses import IGNORED, Head, language_model_loss
 from nuteprune.distill.objective import Objective
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
@@ -283,58 +283,48 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the distillation loss of a micro-batch plus the step's sparsity term."""
-        ids_BT = inputs["input_ids"]
-        mask_BT = inputs.get("attention_mask")
-        weight_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-        weight_BT = weight_BT.float()
-        masks = self.gates.masks(len(ids_BT))
-        with (
-            self.coforward.roles(masks, self._teacher, weight_BT) as passage,
-            lora_in_base_dtype(self.anatomy),
-        ):
-            model(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                use_cache=False,
-                logits_to_keep=no_logits(ids_BT),
-            )
-        head = Head.of(self.anatomy)
-        parts = self.objective.parts(passage, head, weight_BT)
+        masks = self.gates.masks(len(inputs["input_ids"]))
+        passage = self._passage(model, inputs, masks, self._teacher)
+        parts = self.objective.parts(passage, Head.of(self.anatomy), _weights(inputs))
         if self.args.lm_weight:
-            assert passage.student_BTD is not None
-            labels_BT = ids_BT.masked_fill(weight_BT == 0, IGNORED)
-            loss = language_model_loss(passage.student_BTD, head, labels_BT)
-            parts["lm"] = self.args.lm_weight * loss
+            parts["lm"] = self.args.lm_weight * self._text_loss(passage, inputs)
         penalty = self.gates.penalty()
         if penalty is not None:
             parts["penalty"] = penalty
         self.parts = {name: value.detach() for name, value in parts.items()}
         return torch.stack(list(parts.values())).sum()
 
+    @torch.no_grad()
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None, None]:
         """Return the language-model loss of the student as it is now; see `Trainer.evaluate`."""
         inputs = self._prepare_inputs(inputs)
+        passage = self._passage(model, inputs, self.gates.snapshot(), None)
+        self.hooks.masks = None
+        return self._text_loss(passage, inputs), None, None
+
+    def _passage(
+        self, model: nn.Module, inputs: dict[str, Any], masks: Masks, teacher: Role | None
+    ) -> Passage:
+        """Run a batch through the backbone once, in both roles."""
         ids_BT = inputs["input_ids"]
-        mask_BT = inputs.get("attention_mask")
-        weight_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         with (
-            torch.no_grad(),
-            self.coforward.roles(self.gates.snapshot(), None, weight_BT.float()) as passage,
+            self.coforward.roles(masks, teacher, _weights(inputs)) as passage,
             lora_in_base_dtype(self.anatomy),
         ):
             model(
                 input_ids=ids_BT,
-                attention_mask=mask_BT,
+                attention_mask=inputs.get("attention_mask"),
                 use_cache=False,
                 logits_to_keep=no_logits(ids_BT),
             )
-            labels_BT = ids_BT.masked_fill(weight_BT == 0, IGNORED)
-            assert passage.student_BTD is not None
-            loss = language_model_loss(passage.student_BTD, Head.of(self.anatomy), labels_BT)
-        self.hooks.masks = None
-        return loss, None, None
+        return passage
+
+    def _text_loss(self, passage: Passage, inputs: dict[str, Any]) -> Tensor:
+        assert passage.student_BTD is not None
+        labels_BT = inputs["input_ids"].masked_fill(_weights(inputs) == 0, IGNORED)
+        return language_model_loss(passage.student_BTD, Head.of(self.anatomy), labels_BT)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
@@ -482,6 +472,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         )
         self.saved = Path(folder)
         return written
+
+
+def _weights(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the weight (B, T) of each token in the losses: 0 for padding."""
+    ids_BT = inputs["input_ids"]
+    mask_BT = inputs.get("attention_mask")
+    return torch.ones_like(ids_BT).float() if mask_BT is None else cast(Tensor, mask_BT.float())
 
 
 def _agree(tensors: Iterable[Tensor]) -> None:
