@@ -44,6 +44,22 @@ def test_the_result_generates_as_the_intact_model_did(tiny_model, tmp_path: Path
     assert lengths == [TOKENS.shape[1], 1, 1, 1]  # with a cache
 
 
+@pytest.mark.parametrize(
+    "old", [{"temperature": 0.9, "do_sample": False}, {"pad_token_id": -1}, {"top_k": -1}]
+)
+def test_settings_of_generation_that_cannot_be_saved_do_not_cost_a_run(
+    old: dict[str, Any], tiny_model, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.generation_config.update(eos_token_id=[2, 7], **old)
+    trainer = make(model, tmp_path / "run", max_steps=0)
+    trainer.finalize()
+    trainer.save_pruned(tmp_path / "out")
+    loaded = load_pruned(tmp_path / "out").generation_config
+    assert loaded.eos_token_id == [2, 7]
+    assert loaded.use_cache
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "polynomial"])
 def test_the_rate_may_fall_in_any_way(kind: str, tiny_model, tmp_path: Path) -> None:
     trainer = make(tiny_model("llama"), tmp_path, max_steps=4, lr_scheduler_type=kind)

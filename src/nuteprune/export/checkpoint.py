@@ -8,13 +8,19 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
@@ -99,6 +105,7 @@ def _write_beside(
             raise UserError(f"{folder} is not empty ({some(present)}); name another folder")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        model.generation_config = _savable(model.generation_config)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         _edit(partial / "config.json", lambda config: config | _rope_keys_of_4(model.config))
         if tokenizer is not None:
@@ -110,6 +117,19 @@ def _write_beside(
         _move(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _savable(settings: GenerationConfig) -> GenerationConfig:
+    """Return settings of generation; of those that transformers refuses to save, the tokens alone.
+
+    Models of before its checks have such, as sampling temperatures without sampling.
+    """
+    with suppress(ValueError):
+        settings.validate(strict=True)
+        return settings
+    tokens = {k: getattr(settings, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    valid = {k: v for k, v in tokens.items() if isinstance(v, list) or (v or 0) >= 0}
+    return GenerationConfig(use_cache=settings.use_cache, **valid)
 
 
 def _move(source: Path, folder: Path) -> None:
