@@ -134,6 +134,10 @@ def test_an_intact_model_can_be_tuned_for_comparison(
     assert last(stdout)["recover"]["seconds_per_step"] > 0
     assert not (out / "nuteprune.json").exists()
     assert "not pruned" in stderr
+    assert run("report", out)[0] == 0
+    page = (out / "run" / "report.html").read_text()
+    assert "trained for 2 steps" in page
+    assert "has not been finished" not in page
     assert load_pruned(out).dtype == load_pruned(model).dtype
 
 
@@ -235,9 +239,9 @@ def test_what_is_overwritten_goes_when_the_settings_are_known_to_work(
     assert code == 0, stderr
     assert (kept / "model.safetensors").stat().st_mtime_ns > before
     assert link.is_symlink()
-    fresh = tmp_path / "fresh"
+    fresh = tmp_path / "a" / "b" / "fresh"
     assert run(*options(pruned, fresh, "--data", text, "--report-to", "no such tracker"))[0] == 2
-    assert not fresh.exists()
+    assert not (tmp_path / "a").exists()
 
 
 class StopAt(TrainerCallback):

@@ -496,3 +496,19 @@ def test_reports_do_not_depend_on_the_working_folder(
     assert write_report(Path()) == folder.resolve() / "run/report.html"
     assert "--out out" in Page(folder / "run/report.html").text
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_recovery_is_made_again_from_the_target_that_it_was_of() -> None:
+    config = {"model": "demo", "stops": [0.1], "target_sparsity": 0.2, "max_steps": 9}
+    first = {"data": "a b.txt", "text_column": "text", "steps": 5, "dtype": "auto", "seed": 3}
+    second = {"data": "demo", "epochs": 0.5, "steps": 7, "asked_for": "epochs", "earlier": first}
+    record = {"config": config, "target": 0.1, "recover": second}
+    pruning, *tunings = (" ".join(parts) for parts in reproduce.commands(record, "out"))
+    assert pruning.startswith("nuteprune prune demo --sparsity 0.2 --steps 9 --set 'stops=[0.1]'")
+    assert pruning.endswith("--out out-0")
+    assert tunings == [
+        "nuteprune recover out-0/sparsity-0.1 --data 'a b.txt' --text-column text --steps 5 "
+        "--seed 3 --out out-1",
+        "nuteprune recover out-1 --data demo --epochs 0.5 --out out",
+    ]
+    assert reproduce.commands({"recover": first}, "out") == []

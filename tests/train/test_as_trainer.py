@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from nuteprune import NutePruneConfig, UserError, load_pruned
+from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.train.calibration import calibration_batches
 from nuteprune.train.data import BlockDataset
 from nuteprune.train.recover import RecoverConfig
+from nuteprune.train.setup import chosen_settings
 
 from .conftest import LENGTH, make
 
@@ -51,12 +53,12 @@ def test_settings_of_generation_that_cannot_be_saved_do_not_cost_a_run(
     old: dict[str, Any], tiny_model, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    model.generation_config.update(eos_token_id=[2, 7], **old)
+    model.generation_config.update(eos_token_id=[2, 7], repetition_penalty=1.3, **old)
     trainer = make(model, tmp_path / "run", max_steps=0)
     trainer.finalize()
     trainer.save_pruned(tmp_path / "out")
     loaded = load_pruned(tmp_path / "out").generation_config
-    assert loaded.eos_token_id == [2, 7]
+    assert (loaded.eos_token_id, loaded.repetition_penalty) == ([2, 7], 1.3)
     assert loaded.use_cache
 
 
@@ -170,7 +172,10 @@ def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) ->
     [
         ({"fp16": True}, "use bf16"),
         ({"lora_targets": "qv"}, "finalize or none"),
-        ({"load_best_model_at_end": True, "eval_strategy": "steps"}, "leave it out"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "leave it out",
+        ),
         (
             {"gate_type": "deterministic", "solved_schedule": False, "optim": "adafactor"},
             "multipliers ascend",
@@ -180,8 +185,26 @@ def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) ->
 def test_what_would_fail_later_is_refused_at_once(
     settings: dict[str, Any], message: str, tiny_model, tmp_path: Path
 ) -> None:
+    model = tiny_model("llama")
+    names = [name for name, _ in model.named_modules()]
     with pytest.raises(UserError, match=message):
-        make(tiny_model("llama"), tmp_path, **settings | {"save_strategy": "steps"})
+        make(model, tmp_path, **settings)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_metrics_of_logits_are_refused(tiny_model, tmp_path: Path) -> None:
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match="eval_loss"):
+        NutePruneTrainer(tiny_model("llama"), args, compute_metrics=lambda _: {})
+
+
+def test_the_record_has_what_was_set_and_leaves_other_accelerators_alone(tmp_path: Path) -> None:
+    own = {"learning_rate": 1e-3, "gate_type": "deterministic", "seed": 7}
+    for given in ({}, own, own | {"ramp_share": 0.25}, {"lr_scheduler_type": "cosine"}):
+        args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+        other = Accelerator(cpu=True)
+        assert chosen_settings(args) == given
+        assert other.distributed_type == "NO"
 
 
 @pytest.mark.parametrize("kind", [NutePruneConfig, RecoverConfig])

@@ -93,12 +93,12 @@ def evaluate(
     kind = pick_device(device or "auto")
     computed = pick_dtype(dtype or "auto", kind)
     tokenizer = load_tokenizer(models[0].source, trust_remote_code)
-    if against is not None:
-        same_tokens(tokenizer, models[1].source)
     cut: dict[str, texts.Blocks] = {}
     if data or protocol or questions is None:
         changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}
         cut = _blocks(data, protocol, changes, tokenizer, whole, text_column)
+        if against is not None:
+            same_tokens(tokenizer, models[1].source, trust_remote_code)
     verdicts = Verdicts(cut, questions)
     with output.bars() as bars:
         for i, one in enumerate(models):

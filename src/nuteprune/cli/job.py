@@ -156,14 +156,13 @@ def clear(out: Path) -> None:
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
     """Take back the empty folders that a trainer makes for a run that cannot begin."""
-    was_there = folder.exists()
+    made = [x for x in (folder, *folder.absolute().parents) if not x.exists()]
     try:
         yield
     except UserError:
-        with suppress(OSError):  # not empty, or not there
-            (folder / RUN).rmdir()
-            if not was_there:
-                folder.rmdir()
+        for path in (folder / RUN, *made):
+            with suppress(OSError):  # not empty, or not there
+                path.rmdir()
         raise
 
 

@@ -98,7 +98,7 @@ def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
     record = record_of(asked.job.model)
     tokenizer = load_tokenizer(asked.job.model, asked.job.trust_remote_code)
     if asked.against is not None:
-        same_tokens(tokenizer, asked.against)
+        same_tokens(tokenizer, asked.against, asked.job.trust_remote_code)
     judged = judged_text(asked.job, record, tokenizer, output)
     ours = _tune(asked, record, tokenizer, judged, output)
     if asked.against is not None:
@@ -262,9 +262,11 @@ def _settings(
         "data": job.data,
         "kind": kind,
         "template": asked.template if kind == INSTRUCTIONS else None,
+        "text_column": job.text_column,
         "sequences": len(cast(Any, training)),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch if kind == INSTRUCTIONS else None,
+        "asked_for": "steps" if args.max_steps > 0 else "epochs",
         "batch_size": sequences_per_step(args),
         "length": job.length,
         "learning_rate": args.learning_rate,

@@ -69,13 +69,20 @@ class Tuned:
     work: int
 
 
-def same_tokens(tokenizer: PreTrainedTokenizerBase, dense: str) -> None:
+def same_tokens(
+    tokenizer: PreTrainedTokenizerBase, dense: str, trust_remote_code: bool = False
+) -> None:
     """Refuse a dense model whose perplexity cannot be compared, being per other tokens.
+
+    Args:
+        tokenizer: of the pruned model.
+        dense: the dense model.
+        trust_remote_code: whether code that comes with its tokenizer may be run.
 
     Raises:
         UserError: if its tokenizer is another one.
     """
-    if load_tokenizer(dense).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(dense, trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"--against {dense} has another tokenizer, so perplexities do not compare; pass the "
             "model that was pruned"

@@ -120,16 +120,20 @@ def _write_beside(
 
 
 def _savable(settings: GenerationConfig) -> GenerationConfig:
-    """Return settings of generation; of those that transformers refuses to save, the tokens alone.
+    """Return settings of generation without those that transformers would refuse to save.
 
-    Models of before its checks have such, as sampling temperatures without sampling.
+    Models of before its checks have such, as a sampling temperature without sampling.
     """
-    with suppress(ValueError):
-        settings.validate(strict=True)
-        return settings
-    tokens = {k: getattr(settings, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    valid = {k: v for k, v in tokens.items() if isinstance(v, list) or (v or 0) >= 0}
-    return GenerationConfig(use_cache=settings.use_cache, **valid)
+    kept = GenerationConfig()
+    given = settings.to_diff_dict()
+    # First what others are judged by.
+    for name in sorted(given, key=lambda x: x not in ("do_sample", "num_beams")):
+        tried = copy.deepcopy(kept)
+        setattr(tried, name, given[name])
+        with suppress(ValueError):
+            tried.validate(strict=True)
+            kept = tried
+    return kept
 
 
 def _move(source: Path, folder: Path) -> None:

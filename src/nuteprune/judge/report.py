@@ -153,6 +153,11 @@ def verdict(files: RunFiles) -> str:
     record = files.record
     if record is None:
         last = files.metrics[-1]
+        if (files.folder / "config.json").is_file():
+            return (
+                f"This model was trained for {last['step']} steps; there is no nuteprune.json, so "
+                "it was not pruned by nuteprune."
+            )
         at = f", at a sparsity of {percent(last['sparsity'], 1)}" if pruning_steps(files) else ""
         return f"This run has not been finished: its last step on record is {last['step']}{at}."
     parts = [

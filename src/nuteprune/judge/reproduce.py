@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from nuteprune.judge.runfiles import TARGET
+
 OPTIONS = {
     "target_sparsity": "--sparsity",
     "data": "--data",
@@ -26,12 +28,15 @@ OPTIONS = {
 
 TUNING = {
     "data": "--data",
+    "text_column": "--text-column",
     "template": "--template",
     "steps": "--steps",
+    "epochs": "--epochs",
     "batch_size": "--batch-size",
     "length": "--length",
     "learning_rate": "--learning-rate",
     "lora_rank": "--lora-rank",
+    "dtype": "--dtype",
     "seed": "--seed",
 }
 """What a record says of a recovery, and the options of `nuteprune recover` for it."""
@@ -66,14 +71,21 @@ def commands(record: Mapping[str, Any], out: str) -> list[list[str]]:
     first = command(record, names[0])
     if not first:
         return []
+    if record["config"].get("stops"):  # then each target has a folder of its own
+        names[0] += f"/{TARGET}{record['target']:g}"
     between = zip(tunings, names[:-1], names[1:], strict=True)
     return [first, *(_tuning(entry, *pair) for entry, *pair in between)]
 
 
 def _tuning(entry: Mapping[str, Any], source: str, out: str) -> list[str]:
     """Return the command of a recovery, from its entry in the record."""
-    given = {option: entry.get(key) for key, option in TUNING.items()}
-    parts = [f"{x} {shlex.quote(str(value))}" for x, value in given.items() if value is not None]
+    spared = "steps" if entry.get("asked_for") == "epochs" else "epochs"
+    given = {x: entry.get(key) for key, x in TUNING.items() if key != spared}
+    parts = [
+        f"{option} {shlex.quote(str(value))}"
+        for option, value in given.items()
+        if value not in (None, "auto")
+    ]
     return [f"nuteprune recover {shlex.quote(source)}", *parts, f"--out {shlex.quote(out)}"]
 
 

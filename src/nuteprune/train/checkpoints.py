@@ -77,11 +77,6 @@ class AtomicTrainer(Trainer):
     _checkpoint_dir: Path | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel, args: TrainingArguments, **kwargs: Any):
-        if args.load_best_model_at_end:
-            raise UserError(
-                "load_best_model_at_end is not supported: checkpoints of a run are no models; "
-                "leave it out"
-            )
         config: Any = model.config
         caches = getattr(config, "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)

@@ -20,7 +20,7 @@ GATE_TYPES = {"ranked": 0.0, "hard_concrete": 0.5, "deterministic": 0.5}
 followed at once (docs/quality.md)."""
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
-ASCENDING = ("adamw_torch", "adamw_torch_fused")
+ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Values of `optim` that know `maximize`."""
 SHAPES = ("free", "uniform")
 TEACHERS = ("numerous", "intact", "none")
@@ -191,7 +191,7 @@ class NutePruneConfig(TrainingArguments):
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == SchedulerType.POLYNOMIAL:
             self.lr_scheduler_kwargs = dict(FALLS_LATE)
         super().__post_init__()
-        use_one_accelerator(self)
+        check_trainer_settings(self)
         for name, known in (
             ("method", (NUTEPRUNE, *METHODS)),
             ("importance", tuple(METHODS)),
@@ -255,8 +255,9 @@ class NutePruneConfig(TrainingArguments):
         lagrangian = self.gate_type != "ranked" and not self.solved_schedule
         if lagrangian and OptimizerNames(self.optim).value not in ASCENDING:
             raise UserError(
-                f"the Lagrangian's multipliers ascend, which optim {self.optim} cannot do: leave "
-                "optim out, or set solved_schedule"
+                f"the Lagrangian's multipliers ascend, which optim "
+                f"{OptimizerNames(self.optim).value} cannot do: leave optim out, or set "
+                "solved_schedule"
             )
         if self.teachers == "none" and self.lm_weight <= 0:
             raise UserError("without teachers there is no loss left: set lm_weight above 0")
@@ -310,10 +311,19 @@ class NutePruneConfig(TrainingArguments):
         return tuple(k.strip() for k in self.gates.split(","))
 
 
-def use_one_accelerator(args: TrainingArguments) -> None:
-    """Keep Trainer from spreading a process over all accelerators that it sees (DataParallel).
+def check_trainer_settings(args: TrainingArguments) -> None:
+    """Refuse what no run of ours can do, and keep each process to one accelerator.
 
-    Hooks and masks belong to one copy of the model; several processes are what several are for.
+    Trainer would spread a process over all that it sees (DataParallel), but hooks and masks belong
+    to one copy of the model; several processes are what several are for.
+
+    Raises:
+        UserError: naming the setting.
     """
+    if args.load_best_model_at_end:
+        raise UserError(
+            "load_best_model_at_end is not supported: checkpoints of a run are no models; leave "
+            "it out"
+        )
     if args.n_gpu > 1:
         args._n_gpu = 1

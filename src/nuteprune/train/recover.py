@@ -24,7 +24,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.config import use_one_accelerator
+from nuteprune.train.config import check_trainer_settings
 from nuteprune.train.instructions import pad
 from nuteprune.train.state import RunState, restore
 
@@ -56,7 +56,7 @@ class RecoverConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        use_one_accelerator(self)
+        check_trainer_settings(self)
         if self.lora_rank < 1 or self.per_device_train_batch_size < 1:
             raise UserError(
                 f"LoRA rank {self.lora_rank}, batch size {self.per_device_train_batch_size}: "

@@ -19,7 +19,7 @@ from nuteprune.gates.multipliers import DeterministicGates
 from nuteprune.gates.soft import HardConcreteGates
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape, kinds_of_cut
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.config import FALLS_LATE, GATE_TYPES, NutePruneConfig
 
 
 def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
@@ -108,6 +108,9 @@ NOT_ON_RECORD = {
     "use_cpu",
     "logging_dir",
     "report_to",
+    "debug",
+    "dataloader_pin_memory",
+    "accelerator_config",
     "ddp_find_unused_parameters",  # follows from the type of gates
     "hub_token",  # a secret
 }
@@ -116,11 +119,20 @@ NOT_ON_RECORD = {
 
 def chosen_settings(args: NutePruneConfig) -> dict[str, Any]:
     """Return the settings that are not defaults, as far as they are for the record."""
-    defaults = NutePruneConfig()
-    return {
-        f.name: getattr(args, f.name)
-        for f in dataclasses.fields(args)
-        if f.init
-        and f.name not in NOT_ON_RECORD
-        and getattr(args, f.name) != getattr(defaults, f.name)
+    # Another config made for comparison would reset what accelerate knows of this process.
+    left_open = {
+        "ramp_share": GATE_TYPES[args.gate_type],
+        "freeze_share": args.ramp_share,
+        "lr_scheduler_kwargs": FALLS_LATE,
+        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
     }
+    found = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        default = left_open.get(field.name, field.default)
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.init and field.name not in NOT_ON_RECORD and value not in (default, None):
+            found[field.name] = value
+    return found

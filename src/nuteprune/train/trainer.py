@@ -89,6 +89,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
                 "sharding the model over processes is not supported: leave fsdp and deepspeed out "
                 "(several processes with whole copies work; see gradient_checkpointing for memory)"
             )
+        if kwargs.get("compute_metrics"):
+            raise UserError(
+                "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
+                "language-model loss, is there"
+            )
         make_trainable(model)
         intact = Anatomy(model)
         self._total_before = intact.parameters()
@@ -300,7 +305,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     ) -> tuple[Tensor, None, None]:
         """Return the language-model loss of the student as it is now; see `Trainer.evaluate`."""
         inputs = self._prepare_inputs(inputs)
-        passage = self._passage(model, inputs, self.gates.snapshot(), None)
+        passage = self._passage(
+            model, inputs, self.gates.snapshot().to(str(self.args.device)), None
+        )
         self.hooks.masks = None
         return self._text_loss(passage, inputs), None, None
 
