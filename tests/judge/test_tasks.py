@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nuteprune.cli.output import Output
+from nuteprune.cli.verdicts import Verdicts
 from nuteprune.errors import UserError
 from nuteprune.judge import tasks
-from nuteprune.judge.tasks import COMMONSENSE7, Tasks, read_scores
+from nuteprune.judge.tasks import COMMONSENSE7, Score, Tasks, read_scores
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval"
@@ -102,9 +104,10 @@ def test_one_figure_per_task_is_read() -> None:
             "bits": {"bits_per_byte,none": 0.9, "bits_per_byte_stderr,none": "N/A"},
             "school": {"acc,none": 0.3},
             "school_a": {"acc,none": 0.2},
+            "lesson": {"acc,none": 0.25},
             "empty": {"alias": "empty"},
         },
-        "group_subtasks": {"school": ["school_a"], "empty": ["bits"]},
+        "group_subtasks": {"school": ["school_a"], "school_a": ["lesson"], "empty": ["bits"]},
         "higher_is_better": {"bits": {"bits_per_byte": False}, "piqa": {"acc": True}},
         "n-samples": {"piqa": {"original": 99, "effective": 10}},
     }
@@ -119,3 +122,14 @@ def test_one_figure_per_task_is_read() -> None:
     assert (scores["piqa"].stderr, scores["piqa"].samples) == (0.01, 10)
     assert not scores["bits"].higher_is_better
     assert scores["bits"].stderr is None
+
+
+def test_unlike_figures_have_no_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy, other = Score(0.5, "acc", None, True, 4), Score(0.25, "acc_norm", None, True, 4)
+    guess = Score(25.3, "perplexity", None, False, 4)
+    for scores, has_mean in (
+        ({"a": accuracy, "b": other}, True),
+        ({"a": accuracy, "b": guess}, False),
+    ):
+        Verdicts({}, None, tasks={"small": scores}).print(Output())
+        assert ("mean" in capsys.readouterr().out) == has_mean

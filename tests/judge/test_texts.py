@@ -46,6 +46,42 @@ def test_every_token_but_the_first_is_predicted_once_with_overlap(
     assert (blocks[:, 1:] == blocks[:, :-1] + 1).all()
 
 
+@given(st.integers(2, 12), st.data())
+def test_after_a_bos_every_token_is_predicted_once(length: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, length))
+    tokens = torch.arange(data.draw(st.integers(length, 60)))
+    blocks, context = cut(tokens, length, stride, [-1])
+    assert (blocks[:, 0] == -1).all()
+    predicted = [x for row, skip in zip(blocks, context, strict=True) for x in row[skip:].tolist()]
+    whole = stride >= length - 1  # then what fills no block is left out
+    assert predicted == list(
+        range(len(tokens) // (length - 1) * (length - 1) if whole else len(tokens))
+    )
+
+
+def test_our_own_blocks_begin_with_bos_as_those_of_training_do(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n\n".join(f"This is document {i} of many." for i in range(90)))
+    (expected,) = held_out_blocks(str(path), tokenizer, length=16, count=4).values()
+    (rows,) = rows_of(str(path)).values()
+    made = make_blocks(
+        "text", rows(), tokenizer, changed(PROTOCOLS["held-out"], length=16, blocks=4)
+    )
+    assert torch.equal(made.tokens_NT, expected)
+    assert (expected[:, 0] == 0).all()
+    assert made.described["special_tokens"]
+    assert (made.context_N == 1).all()
+
+
+def test_plain_text_is_no_copy_of_a_published_text(tmp_path: Path) -> None:
+    (tmp_path / "wiki.test.txt").write_text("a\n\nb")
+    for path in (tmp_path / "wiki.test.txt", tmp_path):
+        with pytest.raises(UserError, match="one Parquet or JSON file"):
+            rows_of(f"wikitext2={path}")
+
+
 @given(st.integers(2, 12), st.integers(0, 60))
 def test_without_overlap_blocks_are_the_rows_of_a_view(length: int, more: int) -> None:
     tokens = torch.arange(length + more)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from nuteprune.errors import UserError
@@ -419,6 +420,26 @@ class TestBlocks:
         blocks = training_blocks(spec, make_tokenizer(**special), length=4, count=1, seed=0)
         ids = blocks[0]["input_ids"].tolist()
         assert ids in [(cycle * 2)[i : i + 4] for i in (0, 2 + len(end))]
+
+    def test_each_block_begins_as_the_tokenizer_begins_a_text(self, tmp_path: Path) -> None:
+        first, plain = make_tokenizer(eos_token="</s>", bos_token="<s>"), make_tokenizer()
+        bos = first.bos_token_id
+        first._tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", bos)]
+        )
+        spec = write_text(tmp_path, [words(0, 400)])
+        blocks = training_blocks(spec, first, length=16, count=10, seed=0).blocks
+        assert (blocks[:, 0] == bos).all()
+        assert not (blocks[:, 1:] == bos).any()
+        cut = training_blocks(spec, make_tokenizer(eos_token="</s>"), length=15, count=10, seed=0)
+        end = cut.blocks.clone()
+        end[end == WORDS + 1] = first.eos_token_id
+        assert torch.equal(blocks[:, 1:], end)
+        (held_out,) = held_out_blocks(spec, first, length=8, count=3).values()
+        assert held_out.shape[1] == 8
+        assert (held_out[:, 0] == bos).all()
+        (bare,) = held_out_blocks(spec, plain, length=7, count=3).values()
+        assert torch.equal(held_out[:, 1:], bare)
 
     def test_sources_take_turns(
         self, demo: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast

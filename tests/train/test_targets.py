@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from nuteprune import UserError, load_pruned
+from nuteprune.model.anatomy import Anatomy
 
 from .conftest import make
 
@@ -120,9 +121,31 @@ def test_dimensions_chosen_by_the_user_come_out(
     assert again.allocator.constraints.floor == wanted
 
 
+def test_blocks_may_be_named_as_gone(tiny_model) -> None:
+    whole = Anatomy(tiny_model("llama")).shape
+    rows = [{}, {"attention": False, "neurons": 8}, {"mlp": False, "attention": True}]
+    kept = whole.cut_to({"layers": rows}).layers
+    assert kept[0] == whole.layers[0]
+    assert (kept[1].heads, kept[1].kv_heads, kept[1].neurons) == (0, 0, 8)
+    assert (kept[2].heads, kept[2].neurons) == (whole.layers[2].heads, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*rope.*")
+def test_uniform_shapes_of_no_stock_class_are_refused(tiny_model, tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 5e3, "partial_rotary_factor": 1.0, **factors}
+    long = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    with pytest.raises(UserError, match="no stock class"):
+        make(tiny_model("phi3", **long), tmp_path, shapes="uniform")
+    trainer = make(tiny_model("phi3", **long), tmp_path, shapes="uniform", gates="neurons")
+    trainer.args.max_steps = 0
+    assert type(trainer.finalize()).__name__ == "Phi3ForCausalLM"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"shape": {"layers": [{}, {"attention": False, "heads": 2}, {}]}}, "pass one"),
         ({"shape": {"neurons": 49}}, "whole number from 0 to 48"),
         ({"shape": {"neuron": 4}}, "unknown key 'neuron'"),
         ({"shape": {"layers": [{}]}}, "names 1 layers; the model has 3"),

@@ -23,7 +23,7 @@ from nuteprune.judge import texts
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.tasks import Tasks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.data import check_ids
+from nuteprune.train.data import check_ids, check_positions
 
 
 def evaluate(
@@ -163,6 +163,7 @@ def _measure(
     for i, (source, blocks) in enumerate(cut.items()):
         update(f"perplexity, {one.name}", i, len(cut), source)
         check_ids(blocks.tokens_NT, vocabulary)
+        check_positions(blocks.tokens_NT.shape[1], loaded.config)
         found[source] = perplexity(
             loaded, blocks.tokens_NT, batch_size=batch_size, context=blocks.context_N
         )

@@ -45,7 +45,12 @@ from nuteprune.judge.runfiles import SAMPLES, write_extra
 from nuteprune.judge.samples import continuations, prompts, side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.train.data import (
+    BlockDataset,
+    check_positions,
+    held_out_blocks,
+    training_blocks,
+)
 from nuteprune.train.setup import make_allocator, run_targets
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -111,11 +116,7 @@ def _texts(
     job: Job, config: NutePruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> tuple[BlockDataset, dict[str, Tensor]]:
     """Return the blocks to train on, and those to judge by, per source."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and job.length > positions:
-        raise UserError(
-            f"length is {job.length}, and the model knows {positions} positions; pass a shorter one"
-        )
+    check_positions(job.length, model.config)
     shared: dict[str, Any] = {
         "length": job.length,
         "text_column": job.text_column,

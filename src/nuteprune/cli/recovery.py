@@ -49,7 +49,7 @@ from nuteprune.export.record import peak_memory, weights_size, write_again
 from nuteprune.judge.bench import Work
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.data import check_ids, training_blocks
+from nuteprune.train.data import check_ids, check_positions, training_blocks
 from nuteprune.train.instructions import check_template, holds_instructions, read_examples
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
 from nuteprune.train.state import last_checkpoint
@@ -123,9 +123,11 @@ def _tune(
     config = _config(asked, kind)
     model, autocast = _load(job)
     config = _config(asked, kind, **autocast)
+    check_positions(job.length, model.config)
     training = _training_data(asked, kind, config, tokenizer, model)
     for blocks in judged.values():
         check_ids(blocks, _vocabulary(model))
+        check_positions(blocks.shape[1], model.config)
     with output.bars() as bars:
         with nothing_left(job.out), settings_of_user():
             trainer = RecoverTrainer(model, config, training, tokenizer)

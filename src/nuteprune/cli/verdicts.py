@@ -97,8 +97,9 @@ class Verdicts:
             count = "-" if score.samples is None else str(score.samples)
             values = [f"{x[task].value:.4f}" for x in found]
             rows.append([task, score.metric, count, error, *values])
-        means = (mean({task: x.value for task, x in scores.items()}) for scores in found)
-        rows.append(["mean", "", "", "", *(f"{x:.4f}" for x in means)])
+        if len({(x.metric.startswith("acc"), x.higher_is_better) for x in found[0].values()}) == 1:
+            means = (mean({task: x.value for task, x in scores.items()}) for scores in found)
+            rows.append(["mean", "", "", "", *(f"{x:.4f}" for x in means)])
         columns = ["task", "metric", "questions", "std error", *LABELS[: len(found)]]
         output.line()
         self._table(output, "Zero-shot tasks", "tasks", columns, rows)

@@ -33,6 +33,13 @@ def _vllm(source: Source) -> Iterator[str]:
     bare = [i for i, x in enumerate(source.shape.layers) if not x.attention]
     if bare:
         yield f"it refuses layers without attention ({_listed(bare)}); prune without attn_block"
+    first = source.shape.layers[0]
+    square = first.heads * source.head_dim == source.shape.hidden
+    if source.family.vllm_head_dim_from_hidden and source.shape.uniform and not square:
+        yield (
+            f"its own {source.family.model_type} class takes head_dim to be width / heads, which "
+            "is not so here; pass --model-impl transformers"
+        )
 
 
 def _batching(source: Source) -> Iterator[str]:

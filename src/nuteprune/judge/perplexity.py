@@ -22,7 +22,7 @@ PROTOCOL: Final[Mapping[str, str]] = {
     "block but the first predicted",
     "text": "held-out documents of each source, never trained on, in the source's order",
     "joining": "tokenized without special tokens, joined by eos (else bos, else nothing), cut into "
-    "full blocks without overlap or padding",
+    "full blocks without overlap or padding, each after bos where the tokenizer puts it first",
     "mean": "plain mean over the sources",
 }
 

@@ -190,7 +190,7 @@ def read_scores(results: Mapping[str, Any]) -> dict[str, Score]:
     scores = {}
     for task, row in rows.items():
         metrics = _metrics(row)
-        if not metrics or (task in hidden and task not in subtasks):
+        if not metrics or task in hidden:
             continue
         plain = [m for m in metrics if m.split(",")[0] != "acc_norm"]
         normalized = [m for m in metrics if m.split(",")[0] == "acc_norm"]

@@ -9,16 +9,26 @@ Shape suffixes: N blocks, T tokens of a block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from nuteprune.errors import UserError
-from nuteprune.train.data import DEMO, collect, iter_documents, tokens_of, too_short
+from nuteprune.train.data import (
+    DEMO,
+    after,
+    bos_of,
+    collect,
+    iter_documents,
+    local_files,
+    tokens_of,
+    too_short,
+)
 from nuteprune.train.rows import one_line
 from nuteprune.train.split import split_rule
 
@@ -199,6 +209,12 @@ def rows_of(
         return {spec: partial(_hub_rows, spec)}
     if is_copy and name in TEXTS:
         text = TEXTS[name]
+        files = local_files(path)
+        if files is not None and (Path(path).is_dir() or files[0].suffix.lower() == ".txt"):
+            raise UserError(
+                f"{spec}: a copy of {name} is one Parquet or JSON file of its rows, which plain "
+                "text and folders do not tell apart; pass that, or --data FILE as text of your own"
+            )
         found = iter_documents(path, text_column=text_column or text.column, tokenizer=tokenizer)
         (copy,) = found.values()
         return {name: lambda: itertools.islice(copy.read(), text.rows)}
@@ -254,13 +270,15 @@ def make_blocks(
     stride = protocol.stride or protocol.length
     needed = None if protocol.blocks is None else protocol.length + stride * (protocol.blocks - 1)
     tokens = _tokenized(rows, tokenizer, joining, protocol.special_tokens, needed)
-    if len(tokens) < protocol.length:
+    # As `train.data` makes its blocks; published protocols have it at the very start alone.
+    bos = bos_of(tokenizer) if joining == END_OF_TEXT else []
+    if len(tokens) < protocol.length - len(bos):
         raise too_short(name, len(tokens), protocol.length)
-    tokens_NT, context_N = cut(tokens, protocol.length, stride)
+    tokens_NT, context_N = cut(tokens, protocol.length, stride, bos)
     most = protocol.blocks
     described = {
         "joining": joining,
-        "special_tokens": protocol.special_tokens,
+        "special_tokens": protocol.special_tokens or bool(bos),
         "block_length": protocol.length,
         "stride": stride,
         "block_count": len(tokens_NT[:most]),
@@ -287,23 +305,27 @@ def _tokenized(
     return collect(pieces, most).long()
 
 
-def cut(tokens: Tensor, length: int, stride: int) -> tuple[Tensor, Tensor]:
+def cut(tokens: Tensor, length: int, stride: int, bos: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """Cut tokens into blocks of a length, one every `stride`.
 
     Args:
         tokens: token ids (n,), n >= length.
         length: tokens per block.
         stride: tokens from start to start, at most the length.
+        bos: what comes before the text in each block, and counts as part of its length.
 
     Returns:
         Blocks (N, T), and how many of each one's first tokens (N,) an earlier block predicts, or
         none can: the first of all, and without overlap the first of each.
     """
-    starts = torch.arange(0, len(tokens) - length + 1, stride)
-    context_N = torch.full((len(starts),), max(1, length - stride))
-    context_N[0] = 1
-    left = len(tokens) - length - int(starts[-1])
-    if stride < length and left:
-        starts = torch.cat([starts, torch.tensor([len(tokens) - length])])
-        context_N = torch.cat([context_N, torch.tensor([length - left])])
-    return tokens[starts[:, None] + torch.arange(length)], context_N
+    read = length - len(bos)
+    stride = min(stride, read)
+    starts = torch.arange(0, len(tokens) - read + 1, stride)
+    known_N = torch.full((len(starts),), read - stride)
+    known_N[0] = 0
+    left = len(tokens) - read - int(starts[-1])
+    if stride < read and left:
+        starts = torch.cat([starts, torch.tensor([len(tokens) - read])])
+        known_N = torch.cat([known_N, torch.tensor([read - left])])
+    blocks_NT = after(bos, tokens[starts[:, None] + torch.arange(read)])
+    return blocks_NT, (known_N + len(bos)).clamp(min=1)

@@ -65,6 +65,8 @@ class Family:
     """Embeddings are multiplied by the square root of the config's hidden size."""
     head_dim_from_hidden: bool = False
     """The stock class derives head_dim from hidden size and head count."""
+    vllm_head_dim_from_hidden: bool = False
+    """vLLM's own class derives it so, whatever the config says."""
     heads_divide_hidden: bool = False
     """The stock config demands that the head count divides the hidden size."""
     config_names: MappingProxyType[str, str] = field(
@@ -181,6 +183,7 @@ FAMILIES: dict[str, Family] = {
             _LLAMA,
             model_type="qwen2",
             causal_lm="Qwen2ForCausalLM",
+            vllm_head_dim_from_hidden=True,
             heads_divide_hidden=False,
             gguf=("qwen2", "llama", "deci"),
         ),

@@ -65,8 +65,8 @@ class Shape:
 
         Args:
             wanted: what to keep: `hidden`, and `layers`, one mapping per layer with `heads`,
-                `kv_heads`, `neurons`; counts beside `layers` hold for every layer; what is not
-                named stays. The record of a pruned checkpoint serves too.
+                `kv_heads`, `neurons`, or `attention` or `mlp` as false; counts beside `layers`
+                hold for every layer; what is not named stays. A checkpoint's record serves too.
 
         Raises:
             UserError: for keys or counts that do not fit this model.
@@ -110,9 +110,15 @@ def _cut_layer(index: int, whole: LayerShape, row: Any, common: Mapping[str, Any
     if unknown:
         raise UserError(
             f"layer {index} of the shape has an unknown key {min(unknown)!r}; known: "
-            f"{', '.join(COUNTS)}"
+            f"{', '.join((*COUNTS, 'attention', 'mlp'))}"
         )
     given = {**common, **row}
+    for block, names in (("attention", ("heads", "kv_heads")), ("mlp", ("neurons",))):
+        if row.get(block) is False:
+            contrary = [name for name in names if row.get(name)]
+            if contrary:
+                raise UserError(f"layer {index} has {contrary[0]} and {block}: false; pass one")
+            given |= dict.fromkeys(names, 0)
     for name in COUNTS:
         if name in given:
             _check_count(f"layer {index}: {name}", given[name], getattr(whole, name), 0)

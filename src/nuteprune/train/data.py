@@ -10,7 +10,7 @@ import itertools
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def training_blocks(
     """Cut the training part of a DATA spec into blocks, the sources taking turns.
 
     Documents, long ones in passages, come in an order drawn by the seed, over and over where the
-    text is short; of a huge source only the beginning is read.
+    text is short; of a huge source only the beginning is read. A tokenizer's bos begins each block.
 
     Args:
         spec: the DATA spec.
@@ -107,13 +107,16 @@ def training_blocks(
     """
     _check_size(length, count)
     sources = _sources(spec, text_column, tokenizer)
-    blocks = torch.empty(count, length, dtype=torch.int32)
+    bos = bos_of(tokenizer)
+    read = length - len(bos)
+    blocks = torch.empty(count, read, dtype=torch.int32)
     for turn, source in enumerate(sources):
         share = len(range(turn, count, len(sources)))
         rng = random.Random(f"{seed} {source.name}")
-        tokens = collect(_training_tokens(source, tokenizer, rng, length), share * length)
+        tokens = collect(_training_tokens(source, tokenizer, rng, read), share * read)
         order = rng.sample(range(share), share)
-        blocks[turn :: len(sources)] = tokens.view(share, length)[order]
+        blocks[turn :: len(sources)] = tokens.view(share, read)[order]
+    blocks = after(bos, blocks)
     check_ids(blocks, vocab_size)
     return BlockDataset(blocks)
 
@@ -145,14 +148,16 @@ def held_out_blocks(
             tokenizer is of another model.
     """
     _check_size(length, count)
+    bos = bos_of(tokenizer)
+    read = length - len(bos)
     held_out = {}
     for source in _sources(spec, text_column, tokenizer):
         texts = (held for _, held in map(split_rule(source), source))
-        tokens = collect(tokens_of(texts, tokenizer), count * length)
-        whole = len(tokens) // length
+        tokens = collect(tokens_of(texts, tokenizer), count * read)
+        whole = len(tokens) // read
         if not whole:
             raise too_short(f"{source.name} (its held-out part)", len(tokens), length)
-        blocks = tokens[: whole * length].view(whole, length)
+        blocks = after(bos, tokens[: whole * read].view(whole, read))
         check_ids(blocks, vocab_size)
         held_out[source.name] = blocks.long()
     return held_out
@@ -246,6 +251,23 @@ def tokens_of(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Itera
             yield [*tokens, *end]
 
 
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token that a tokenizer puts before every text, as a list; empty if it does not.
+
+    Models that know no text without it (Gemma above all) are lost where it is missing.
+    """
+    bos = tokenizer.bos_token_id
+    starts = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+    return [bos] if starts else []
+
+
+def after(first: Sequence[int], blocks_NT: Tensor) -> Tensor:
+    """Return blocks (N, T) with the same tokens before each of them."""
+    start = torch.tensor(list(first), dtype=blocks_NT.dtype)
+    start = start.expand(len(blocks_NT), len(first))
+    return torch.cat([start, blocks_NT], dim=1)
+
+
 def collect(pieces: Iterable[list[int]], most: int) -> Tensor:
     """Join pieces to the first `most` tokens (n,), n <= most; reads no further.
 
@@ -279,6 +301,19 @@ def check_ids(blocks: Tensor, vocab_size: int | None) -> None:
         raise UserError(
             f"the tokenizer gives token id {highest}, but the model knows {vocab_size} ids; "
             "pass the tokenizer that belongs to the model"
+        )
+
+
+def check_positions(length: int, config: Any) -> None:
+    """Refuse blocks longer than what a model knows positions for.
+
+    Raises:
+        UserError: naming both.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UserError(
+            f"length is {length}, and the model knows {positions} positions; pass a shorter one"
         )
 
 

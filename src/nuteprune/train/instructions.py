@@ -19,7 +19,14 @@ from torch.utils.data import Dataset
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 from nuteprune.train import readers
-from nuteprune.train.data import DEMO, check_ids, hub_parts, iter_documents, local_files
+from nuteprune.train.data import (
+    DEMO,
+    bos_of,
+    check_ids,
+    hub_parts,
+    iter_documents,
+    local_files,
+)
 from nuteprune.train.rows import cell_text, chat_turns, laid_out, render, row_document
 from nuteprune.train.split import split_rule
 
@@ -236,9 +243,7 @@ def pieces(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> lis
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the token that the tokenizer puts before a text, if it does."""
-    bos = tokenizer.bos_token_id
-    starts = bos is not None and tokenizer("a")["input_ids"][0] == bos
-    return str(tokenizer.bos_token) if starts else ""
+    return str(tokenizer.bos_token) if bos_of(tokenizer) else ""
 
 
 def _chat_pieces(

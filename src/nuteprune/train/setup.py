@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from nuteprune.errors import UserError
+from nuteprune.export.config import pruned_config
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.gates import Gates, RankedGates
@@ -45,7 +46,27 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     constraints = Constraints(
         kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor
     )
-    return Allocator(Budget.of(anatomy), constraints)
+    allocator = Allocator(Budget.of(anatomy), constraints)
+    if constraints.uniform:
+        _check_stock(anatomy, allocator, args)
+    return allocator
+
+
+def _check_stock(anatomy: Anatomy, allocator: Allocator, args: NutePruneConfig) -> None:
+    """Refuse uniform shapes that this checkpoint's stock config would not take.
+
+    Raises:
+        UserError: naming what works.
+    """
+    ones = {k: torch.ones(allocator.layout.units(k)) for k in allocator.constraints.kinds}
+    trial = allocator.shape(ones, run_targets(allocator, args)[-1])
+    config, family = anatomy.config, anatomy.family
+    if pruned_config(config, family, trial).model_type != family.model_type:
+        raise UserError(
+            f"this checkpoint's config cannot state other heads or another width (its "
+            f"{type(config).__name__} refuses them, as with long rope), so uniform shapes would be "
+            "of no stock class: use --gates neurons, or --shapes free"
+        )
 
 
 def _chosen_shape(whole: Shape, args: NutePruneConfig) -> Shape | None:
