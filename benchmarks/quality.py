@@ -118,7 +118,7 @@ class Plan:
 
 
 QUICK = Plan(
-    targets=(0.2, 0.5),
+    targets=(0.5,),
     seeds=(0,),
     trained=(OURS, "fisher"),
     trained_once=(),
@@ -127,7 +127,7 @@ QUICK = Plan(
     long_steps=0,
     ablation={"deterministic, solved": ABLATION["deterministic, solved"]},
 )
-QUICK_SETTINGS = {"calibration_blocks": 12, "compensation_blocks": 32}
+QUICK_SETTINGS = {"calibration_blocks": 12, "compensation_blocks": 24}
 QUICK_EVAL_BLOCKS = 4
 PARTS = ("untrained", "trained", "ablation")
 
