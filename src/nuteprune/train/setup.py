@@ -46,20 +46,19 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     constraints = Constraints(
         kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor
     )
-    allocator = Allocator(Budget.of(anatomy), constraints)
-    if constraints.uniform:
-        _check_stock(anatomy, allocator, args)
-    return allocator
+    return Allocator(Budget.of(anatomy), constraints)
 
 
-def _check_stock(anatomy: Anatomy, allocator: Allocator, args: NutePruneConfig) -> None:
+def check_stock(anatomy: Anatomy, allocator: Allocator, target: float) -> None:
     """Refuse uniform shapes that this checkpoint's stock config would not take.
 
     Raises:
         UserError: naming what works.
     """
+    if not allocator.constraints.uniform:
+        return
     ones = {k: torch.ones(allocator.layout.units(k)) for k in allocator.constraints.kinds}
-    trial = allocator.shape(ones, run_targets(allocator, args)[-1])
+    trial = allocator.shape(ones, target)
     config, family = anatomy.config, anatomy.family
     if pruned_config(config, family, trial).model_type != family.model_type:
         raise UserError(

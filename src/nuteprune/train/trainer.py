@@ -45,6 +45,7 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import finish, with_lora
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import (
+    check_stock,
     chosen_settings,
     lora_config,
     make_allocator,
@@ -102,6 +103,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.allocator = make_allocator(intact, args)
         # Fails early, before the model is touched, if a target is out of reach.
         self.targets = run_targets(self.allocator, args)
+        check_stock(intact, self.allocator, self.targets[-1])
         self.progress = progress
         model.requires_grad_(False)
         silence_dropout(model)
