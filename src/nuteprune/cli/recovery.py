@@ -123,8 +123,9 @@ def _tune(
     config = _config(asked, kind)
     model, autocast = _load(job)
     config = _config(asked, kind, **autocast)
-    check_positions(job.length, model.config)
     training = _training_data(asked, kind, config, tokenizer, model)
+    longest = max(len(item["input_ids"]) for item in cast(Any, training))
+    check_positions(longest, model.config)
     for blocks in judged.values():
         check_ids(blocks, _vocabulary(model))
         check_positions(blocks.shape[1], model.config)
