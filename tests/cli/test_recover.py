@@ -113,6 +113,13 @@ def test_instructions_by_epochs(pruned: Path, text: Path, tmp_path: Path, run: R
     out = tmp_path / "out"
     asked = ["--data", path, "--epochs", 0.1, "--length", 128, "--eval-data", text]
     code, stdout, stderr = run(*options(pruned, out, *asked), "--json")
+    assert code == 2
+    assert "the model knows 64 positions" in stderr
+    wide = tmp_path / "wide"
+    shutil.copytree(pruned, wide, ignore=shutil.ignore_patterns("run", "SHA256SUMS"))
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    code, stdout, stderr = run(*options(wide, out, *asked), "--json")
     assert code == 0, stderr
     record = last(stdout)
     entry = record["recover"]
