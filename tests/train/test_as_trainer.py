@@ -38,6 +38,7 @@ def test_the_result_generates_as_the_intact_model_did(tiny_model, tmp_path: Path
     trainer.finalize()
     trainer.save_pruned(tmp_path / "out")
     loaded = load_pruned(tmp_path / "out")
+    assert loaded.config.use_cache
     wanted = loaded.generation_config
     assert (wanted.eos_token_id, wanted.top_p, wanted.do_sample) == ([2, 7], 0.8, True)
     lengths: list[int] = []
