@@ -77,6 +77,18 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     assert torch.allclose(ours, theirs, atol=1e-3 * float(ours.abs().max()))
 
 
+def test_two_processes_score_and_freeze_together_where_nothing_is_trained(
+    tiny_inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    python = [sys.executable]
+    torchrun = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(command(torchrun, tiny_inputs, two, batch_size=4, max_steps=0)).count("Saved") == 1
+    run(command(python, tiny_inputs, one, batch_size=4, max_steps=0))
+    layers = [json.loads((x / "nuteprune.json").read_text())["layers"] for x in (one, two)]
+    assert layers[0] == layers[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(
     number: int, tiny_inputs: tuple[Path, Path], tmp_path: Path

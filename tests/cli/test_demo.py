@@ -66,6 +66,25 @@ def test_resume_goes_on_with_the_newest_folder_that_was_begun(asked: Any, tmp_pa
     check_out(job)
 
 
+def test_what_a_run_has_not_written_is_not_removed_by_its_end(asked: Any, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "out")
+    for name in ("config.json", "model.safetensors", "README.md", "SHA256SUMS", "tokenizer.json"):
+        (tmp_path / "out" / name).write_text("")
+    (tmp_path / "out" / "sparsity-0.1").mkdir()
+    check_out(asked("--out", "out", "--resume"))
+    (tmp_path / "out" / "model.gguf").write_text("mine")
+    with pytest.raises(UserError, match=r"holds model\.gguf"):
+        check_out(asked("--out", "out", "--resume"))
+    check_out(asked("--out", "out", "--resume", "--overwrite"))
+
+
+def test_a_target_given_wins_over_shape_and_stops_of_a_file(asked: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("shape: {neurons: 32}\nstops: [0.1, 0.2]\n")
+    settings = asked("--config", "a.yaml", "--sparsity", 0.5).settings
+    assert settings["target_sparsity"] == 0.5
+    assert not {"shape", "stops"} & settings.keys()
+
+
 def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -> None:
     text = tmp_path / "out" / "eval.txt"
     text.parent.mkdir()

@@ -127,6 +127,18 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
     assert steps_of(tmp_path) == [1, 2, 3]
 
 
+def test_a_complete_run_takes_no_further_step(tiny_model, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "lr_scheduler_type": "constant"}
+    first = make(tiny_model("llama"), tmp_path, save_strategy="steps", save_steps=2, **settings)
+    first.train()
+    again = make(tiny_model("llama"), tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    ours, theirs = (x.finalize().state_dict() for x in (again, first))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 class Padded(Dataset[Any]):
     """The same text in rows that end in padding."""
 

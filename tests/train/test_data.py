@@ -179,6 +179,17 @@ class TestDocuments:
         tokenizer.chat_template = CHAT
         assert only(spec, tokenizer=tokenizer) == ["<user>hi\n<assistant>yo\n"]
 
+    def test_the_day_is_no_part_of_a_chat(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        spec = write_rows(tmp_path, [{"messages": [{"role": "user", "content": "hi"}]}])
+        monkeypatch.setattr(tokenizer, "chat_template", "{{ strftime_now('%d %b %Y') }} " + CHAT)
+        assert only(spec, tokenizer=tokenizer) == ["26 Jul 2024 <user>hi\n"]
+
+    def test_instructions_that_are_there_as_text_too_are_instructions(self, tmp_path: Path) -> None:
+        row = {"instruction": "Say it", "input": "", "output": "yes", "text": "Below is Say it yes"}
+        assert only(write_rows(tmp_path, [row])) == ["Say it\n\nyes"]
+
     def test_lone_surrogates_are_replaced(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"
         path.write_text(r'{"text": "a \ud800 b \ud83d\ude00"}')

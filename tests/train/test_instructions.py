@@ -90,6 +90,14 @@ def test_answers_of_a_chat_are_learned_and_nothing_else(
     assert learned(tokenizer, example) == ["me</s>\n", "you</s>\n"]
 
 
+def test_a_call_of_a_tool_is_no_answer_and_odd_characters_are_mended(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [chat("who? \ud83d", "", "and?", "you"), *(chat(f"{i}?", "yes") for i in range(400))]
+    example = first(write(tmp_path, rows), tokenizer)
+    assert learned(tokenizer, example) == ["you</s>\n"]
+
+
 def test_only_the_last_answer_counts_where_a_template_rewrites_earlier_ones(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

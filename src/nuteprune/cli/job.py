@@ -97,6 +97,12 @@ def check_out(job: Job) -> None:
                 f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
                 "anew without --resume, with --overwrite if the folder is not empty"
             )
+        foreign = sorted(x.name for x in out.iterdir() if not any(map(x.match, WRITTEN)))
+        if foreign and not job.overwrite:
+            raise UserError(
+                f"--out {out} holds {foreign[0]}, which the run has not written and its end would "
+                "remove; move it away, or pass --overwrite too"
+            )
         return
     if out.exists() and any(out.iterdir()) and not job.overwrite:
         raise UserError(
@@ -130,6 +136,21 @@ def resume_from(job: Job) -> str | None:
 def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
     """Return where the checkpoint of a target goes: to folders of their own where several do."""
     return job.out if len(targets) == 1 else job.out / f"{TARGET}{targets[index]:g}"
+
+
+WRITTEN = (
+    *(RUN, f"{TARGET}*", ".*", "README.md", "SHA256SUMS", "modeling_pruned.py"),
+    *(
+        "*.json",
+        "*.safetensors",
+        "*.jinja",
+        "*.model",
+        "*.txt",
+        "*.py",
+        "additional_chat_templates",
+    ),
+)
+"""What is found in an output folder after a run: its own, and what tokenizers are saved as."""
 
 
 def clear_result(out: Path) -> None:

@@ -128,6 +128,8 @@ def make_job(
     if sparsity is not None and shape is not None:
         raise UserError("--sparsity and --shape both say how much is to go; pass one of them")
     if sparsity is not None:
+        for key in ("shape", "stops"):  # of a settings file, over which options win
+            settings.pop(key, None)
         *stops, given["target_sparsity"] = _shares(sparsity)
         given["stops"] = stops or None
     if shape is not None:

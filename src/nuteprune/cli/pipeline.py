@@ -181,6 +181,7 @@ def _prune(
         del intact
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=resume_from(job))
+    trainer.settle()
     if not is_main_process():
         return {}
     if job.resume:

@@ -174,7 +174,8 @@ def _load(job: Job) -> tuple[PreTrainedModel, dict[str, bool]]:
     computed = pick_dtype(job.dtype, pick_device(job.device))
     model = load_model(job.model, computed)
     stored = stored_dtype(model)
-    if computed == torch.float16 or stored.itemsize > computed.itemsize:
+    finer = torch.finfo(stored).eps < torch.finfo(computed).eps
+    if computed == torch.float16 or finer:
         if stored != computed:
             model = load_model(job.model, stored)
         return model, {"fp16": computed == torch.float16, "bf16": computed == torch.bfloat16}

@@ -42,7 +42,13 @@ _REFUSED = (
     *("output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "use_cpu"),
     *("eval_strategy", "eval_on_start", "load_best_model_at_end", "save_only_model"),
     *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"),
-    *("auto_find_batch_size", "enable_jit_checkpoint", "hub_token", "push_to_hub"),
+    *(
+        "num_train_epochs",
+        "auto_find_batch_size",
+        "enable_jit_checkpoint",
+        "hub_token",
+        "push_to_hub",
+    ),
 )
 """Settings of transformers that the command line has another way for, or that have no place in a
 run that must be resumed to the last bit."""

@@ -21,8 +21,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from nuteprune.errors import Interrupted, UserError
@@ -96,6 +98,11 @@ class AtomicTrainer(Trainer):
         checkpoint = self._to_resume(resume_from_checkpoint)
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
+            step = int(Path(checkpoint).name.rpartition("-")[2])
+            if 0 < self.args.max_steps <= step:  # Trainer would take one more
+                self._load_from_checkpoint(checkpoint)
+                self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+                return None
         elif self.args.should_save:
             self.metrics_file.unlink(missing_ok=True)  # an earlier run's
         signals = StopSignals()

@@ -257,7 +257,8 @@ def _chat_pieces(
         asked, told = _around(turns, i, where, tokenizer)
         if not (asked.startswith(done) and told.startswith(asked)):
             break
-        found += [Piece(asked[len(done) :], False), Piece(told[len(asked) :], True)]
+        learned = bool(turns[i]["content"].strip())  # a call of a tool leaves it empty
+        found += [Piece(asked[len(done) :], False), Piece(told[len(asked) :], learned)]
         done = told
     else:
         return found
@@ -268,7 +269,8 @@ def _chat_pieces(
             "the two cannot be told apart; pass --template alpaca with rows of instruction and "
             "output, or plain text"
         )
-    return [Piece(asked, False), Piece(told[len(asked) :], True)]
+    learned = bool(turns[answers[-1]]["content"].strip())
+    return [Piece(asked, False), Piece(told[len(asked) :], learned)]
 
 
 def _around(

@@ -57,9 +57,13 @@ def load_midway(
         "gate_type": settings.get("gate_type", "hard_concrete") if soft else "ranked",
         "solved_schedule": not any("lagrangian" in x for x in state.gates),
         "lora_rank": rank,
+        "compensation": "none",  # it has been, or is for the end
         "use_cpu": True,
     }
-    args = NutePruneConfig(**{"lora_alpha": rank, **settings, **known})
+    if not kinds:  # of `recover`: adapters on all projections, their scale 1
+        settings = {k: v for k, v in settings.items() if not k.startswith("lora_")}
+        known |= {"lora_alpha": rank}
+    args = NutePruneConfig(**{**settings, **known})
     intact = Anatomy(model)
     allocator = make_allocator(intact, args) if kinds else None
     anatomy = Anatomy(get_peft_model(model, lora_config(intact, args)))

@@ -404,6 +404,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     # -- after the last step
 
+    def settle(self) -> None:
+        """Have scores and final masks, if training has not led to them; all processes take part."""
+        if not self._warm:
+            self.warm_start()
+        if not self.gates.frozen:
+            self.freeze(self.targets[-1])
+
     def finalize(self, intact: PreTrainedModel | None = None) -> PreTrainedModel:
         """Freeze, merge, re-fit, fold and slice; uses the trainer's model up.
 
@@ -422,10 +429,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
                 "weights in 8 or 4 bits cannot be cut: load the model again in full precision, and "
                 "call finalize(intact=...)"
             )
-        if not self._warm:
-            self.warm_start()
-        if not self.gates.frozen:
-            self.freeze(self.targets[-1])
+        self.settle()
         self.hooks.remove()
         model = self.model
         if intact is not None:
