@@ -23,6 +23,9 @@ CEILING = 20
 STYLES = {"untrained": "o:", "re-fitted": "s--", "trained": "D-"}
 """Stage -> marker and line."""
 
+LONGER = "P-"
+"""The same of runs of more steps than the shortest."""
+
 FIRST = ("nuteprune", "fisher")
 """Methods that get the first colours."""
 
@@ -85,6 +88,7 @@ def draw(
     names = sorted({p.method for p in points}, key=lambda name: (name not in FIRST, name))
     colors = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
     shown = [p for p in points if p.mean < CEILING * dense["mean"]]
+    short = min((p.steps for p in shown if p.steps), default=0)
 
     figure, axes = _canvas("parameters after pruning (millions)")
     # Models of one target differ in size by less than a step of the allocator: the best counts.
@@ -96,7 +100,7 @@ def draw(
         axes.plot(
             [p.params / 1e6 for p in dots],
             [p.mean for p in dots],
-            STYLES[dots[0].stage],
+            _style(dots[0], short),
             color=colors[dots[0].method],
             label=label,
         )
@@ -110,7 +114,7 @@ def draw(
         axes.annotate(f"{target:.0%}", line[-1], (10, 0), textcoords="offset points", va="center")
     for label in dict.fromkeys(p.label for p in shown):
         dots = [p for p in shown if p.label == label]
-        marker = STYLES[dots[0].stage][0]
+        marker = _style(dots[0], short)[0]
         axes.scatter(
             [max(p.seconds, 0.1) for p in dots],
             [p.mean for p in dots],
@@ -123,6 +127,10 @@ def draw(
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(LogFormatter())  # none where they would crowd
     return [*files, _save(figure, folder / "perplexity-by-seconds.png")]
+
+
+def _style(point: Point, short: int) -> str:
+    return LONGER if point.steps > short else STYLES[point.stage]
 
 
 def _canvas(label: str) -> tuple[Figure, Axes]:
