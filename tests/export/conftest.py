@@ -160,3 +160,13 @@ def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
     subprocess.run([*pip, *packages], check=True)
     return folder
+
+
+def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors as a state dict holds them, tied ones once."""
+    return dict(model.named_parameters())
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
+    return model(tokens, **kwargs).logits

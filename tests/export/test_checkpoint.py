@@ -23,22 +23,14 @@ from nuteprune.export.loading import build, load_pruned
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 
+from .conftest import logits, tensors
+
 LLAMA = FAMILIES["llama"]
 all_families = pytest.mark.parametrize("model_type", FAMILIES)
 
 
 def uniform(heads: int, kv_heads: int, neurons: int, hidden: int = 96) -> Shape:
     return Shape(hidden, (LayerShape(heads, kv_heads, neurons),) * 3)
-
-
-def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A model's tensors as a state dict holds them, tied ones once."""
-    return dict(model.named_parameters())
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return model(tokens).logits
 
 
 @pytest.fixture

@@ -19,17 +19,9 @@ from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import build, load_pruned
 from nuteprune.model.families import FAMILIES
 
+from .conftest import logits, tensors
+
 all_families = pytest.mark.parametrize("model_type", FAMILIES)
-
-
-def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A model's tensors as a state dict holds them, tied ones once."""
-    return dict(model.named_parameters())
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return model(tokens).logits
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 
-from .conftest import HEADS, HIDDEN, NEURONS, randomize, stock_config
+from .conftest import HEADS, HIDDEN, NEURONS, logits, randomize, stock_config
 
 MAX_ERROR = 1e-5
 all_families = pytest.mark.parametrize("model_type", FAMILIES)
@@ -73,11 +73,6 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
-    return model(tokens, **kwargs).logits
 
 
 def greedy(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:

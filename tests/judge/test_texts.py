@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from nuteprune.errors import UserError
-from nuteprune.judge import texts
 from nuteprune.judge.perplexity import perplexity
-from nuteprune.judge.texts import PROTOCOLS, changed, cut, make_blocks, rows_of
+from nuteprune.judge.protocols import PROTOCOLS, changed, protocol_named
+from nuteprune.judge.texts import cut, make_blocks, rows_of
 from nuteprune.train.data import held_out_blocks
 
 
@@ -203,4 +203,4 @@ def test_too_short_a_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None
     with pytest.raises(UserError, match="3 tokens, and a block takes 256"):
         make_blocks("a", ["ab"], tokenizer, PROTOCOLS["held-out"])
     with pytest.raises(UserError, match="held-out, nuteprune"):
-        texts.protocol_named("nope")
+        protocol_named("nope")

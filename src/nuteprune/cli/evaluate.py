@@ -19,7 +19,7 @@ from nuteprune.cli.settings import RUN_KEYS, read_settings
 from nuteprune.cli.sources import DEMO, load_tokenizer, pick_device, pick_dtype
 from nuteprune.cli.verdicts import Verdicts
 from nuteprune.errors import UserError
-from nuteprune.judge import texts
+from nuteprune.judge import protocols, texts
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.tasks import Tasks
 from nuteprune.model.anatomy import Anatomy
@@ -34,20 +34,20 @@ def evaluate(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Text, may be repeated: {', '.join(texts.TEXTS)} (from the hub; NAME=FILE reads "
-            "a local copy), a file, a folder, a hub dataset id[:config[:split]], or 'demo'."
+            help=f"Text, may be repeated: {', '.join(protocols.TEXTS)} (from the hub; NAME=FILE "
+            "reads a local copy), a file, a folder, a hub dataset id[:config[:split]], or 'demo'."
         ),
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help=f"How text is cut into blocks: {', '.join(texts.PROTOCOLS)}."),
+        typer.Option(help=f"How text is cut into blocks: {', '.join(protocols.PROTOCOLS)}."),
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from block to block; less than the length: overlap.")
     ] = None,
     joining: Annotated[
-        str | None, typer.Option(help=f"Between documents: {', '.join(texts.JOININGS)}.")
+        str | None, typer.Option(help=f"Between documents: {', '.join(protocols.JOININGS)}.")
     ] = None,
     blocks: Annotated[int | None, typer.Option(help="Most blocks per text; 0: all.")] = None,
     whole: Annotated[
@@ -136,13 +136,13 @@ def _blocks(
     text_column: str | None,
 ) -> dict[str, texts.Blocks]:
     """Cut each text by the protocol that was asked for, or by the one that suits it."""
-    named = texts.protocol_named(protocol) if protocol else None
+    named = protocols.protocol_named(protocol) if protocol else None
     specs = data or (list(named.texts) if named else [DEMO])
     cut = {}
     for spec in specs:
-        published = spec.partition("=")[0] in texts.TEXTS
-        name = protocol or ("nuteprune" if published else texts.HELD_OUT)
-        how = texts.changed(texts.protocol_named(name), **changes)
+        published = spec.partition("=")[0] in protocols.TEXTS
+        name = protocol or ("nuteprune" if published else protocols.HELD_OUT)
+        how = protocols.changed(protocols.protocol_named(name), **changes)
         found = texts.rows_of(spec, whole=whole, text_column=text_column, tokenizer=tokenizer)
         for source, read in found.items():
             if source in cut:

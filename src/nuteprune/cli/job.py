@@ -13,7 +13,8 @@ from typing import Any
 
 from nuteprune.cli.sources import DEMO, pick_device
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import remove, writing
+from nuteprune.export.card import FILE_NAME as CARD
+from nuteprune.files import SUMS, remove, writing
 from nuteprune.judge.runfiles import TARGET
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import chosen_settings
@@ -138,18 +139,8 @@ def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
     return job.out if len(targets) == 1 else job.out / f"{TARGET}{targets[index]:g}"
 
 
-WRITTEN = (
-    *(RUN, f"{TARGET}*", ".*", "README.md", "SHA256SUMS", "modeling_pruned.py"),
-    *(
-        "*.json",
-        "*.safetensors",
-        "*.jinja",
-        "*.model",
-        "*.txt",
-        "*.py",
-        "additional_chat_templates",
-    ),
-)
+WRITTEN = f"""{RUN} {TARGET}* .* {CARD} {SUMS} additional_chat_templates
+*.json *.safetensors *.py *.jinja *.model *.txt""".split()
 """What is found in an output folder after a run: its own, and what tokenizers are saved as."""
 
 

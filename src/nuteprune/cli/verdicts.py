@@ -8,9 +8,10 @@ from typing import Any
 
 from nuteprune.cli.output import Output
 from nuteprune.judge.perplexity import PROTOCOL, mean
+from nuteprune.judge.protocols import HELD_OUT
 from nuteprune.judge.retention import retentions
 from nuteprune.judge.tasks import Score, Tasks
-from nuteprune.judge.texts import HELD_OUT, Blocks
+from nuteprune.judge.texts import Blocks
 
 Kept = dict[str, float | None]
 LABELS = ("model", "dense")
