@@ -13,13 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nuteprune.distill.coforward import CoForward, lora_in_base_dtype
+from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, layer_relative, token_kl
 from nuteprune.distill.teachers import INTACT, Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.families import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import lora_in_base_dtype
 from nuteprune.model.shape import LayerShape, Shape
 
 RANDOM = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.export import modeling_pruned
+from nuteprune.export import checkpoint, modeling_pruned
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, load_pruned
@@ -241,16 +241,15 @@ def test_transformers_4_57_reads_the_tokenizer(
 
 def test_only_free_folders_are_written_to(model: PreTrainedModel, tmp_path: Path) -> None:
     (tmp_path / "model" / "run").mkdir(parents=True)
-    save(model, tmp_path / "model", files={"README.md": "# Größe\n", "nuteprune.json": "{}"})
+    save(model, tmp_path / "model")
     names = {x.name for x in (tmp_path / "model").iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "modeling_pruned.py"),
-        *("README.md", "nuteprune.json", "run", "SHA256SUMS"),
+        *("run", "SHA256SUMS"),
     }
-    assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == "# Größe\n"
     assert [x.name for x in tmp_path.iterdir()] == ["model"]
     before = (tmp_path / "model" / "config.json").read_bytes()
-    with pytest.raises(UserError, match=r"not empty \(README.md, "):
+    with pytest.raises(UserError, match=r"not empty \(SHA256SUMS, config.json, "):
         save(model, tmp_path / "model")
     assert (tmp_path / "model" / "config.json").read_bytes() == before
 
@@ -264,12 +263,12 @@ def test_the_working_folder_can_be_written_to(
     assert (tmp_path / "here" / "config.json").exists()
 
 
-@pytest.mark.parametrize("step", ["model", "file", *range(5)])
+@pytest.mark.parametrize("step", ["model", "sums", *range(5)])
 def test_a_save_cut_short_leaves_no_checkpoint(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str | int
 ) -> None:
     moved = 0
-    replace_file, write_text = Path.replace, Path.write_text
+    replace_file = Path.replace
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -279,17 +278,14 @@ def test_a_save_cut_short_leaves_no_checkpoint(
         moved += 1
         return stop() if moved > int(step) else replace_file(self, target)
 
-    def write(self: Path, *arguments: Any, **kwargs: Any) -> int:
-        return stop() if self.name == "a.txt" else write_text(self, *arguments, **kwargs)
-
     if step == "model":
         monkeypatch.setattr(transformers.GenerationConfig, "save_pretrained", stop)
-    elif step == "file":
-        monkeypatch.setattr(Path, "write_text", write)
+    elif step == "sums":
+        monkeypatch.setattr(checkpoint, "write_sums", stop)
     else:
         monkeypatch.setattr(Path, "replace", move)
     with pytest.raises(KeyboardInterrupt):
-        save(model, tmp_path / "model", files={"a.txt": "a"})
+        save(model, tmp_path / "model")
     assert not (tmp_path / "model" / "config.json").exists()
     assert {x.name for x in tmp_path.iterdir()} <= {"model"}
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, TokenType
+from gguf import GGUFReader, TokenType, quants
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from nuteprune.cli.app import main
 from nuteprune.errors import UserError
 from nuteprune.export import gguf as export
-from nuteprune.export.gguf import dequantized, metadata, read_back, write_gguf
+from nuteprune.export.gguf import metadata, read_back, write_gguf
 from nuteprune.export.gguf_archs import ARCHS, BLOCK
 from nuteprune.export.gguf_fit import mended
 from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
@@ -54,6 +54,14 @@ def make(tiny_model: Callable, prune_at_random: Callable) -> Callable[..., PreTr
         return prune_at_random(whole, gates, shapes) if gates else whole
 
     return model
+
+
+def dequantized(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a GGUF file by name, in float32, as rows of outputs."""
+    return {
+        x.name: np.asarray(quants.dequantize(x.data, x.tensor_type), np.float32)
+        for x in GGUFReader(path).tensors
+    }
 
 
 @torch.no_grad()

@@ -136,9 +136,10 @@ def random_scores(case: Case, seed: int) -> dict[str, Tensor]:
     layout = case.allocator.layout
     scores = {}
     for kind in case.kinds:
-        scale = torch.randint(1, 9, (len(layout.sizes[kind]),), generator=random)
+        sizes = torch.tensor(layout.sizes[kind])
+        scale = torch.randint(1, 9, sizes.shape, generator=random)
         score = torch.randint(0, 10, (layout.units(kind),), generator=random)
-        scores[kind] = (score * scale[layout.layer_index(kind)]).float()
+        scores[kind] = (score * scale.repeat_interleave(sizes)).float()
     return scores
 
 

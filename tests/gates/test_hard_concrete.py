@@ -46,10 +46,3 @@ def test_noiseless_value_by_hand() -> None:
     value = hard_concrete.test_value(torch.tensor([0.0, math.log(2), -math.log(2)]))
     up = 2**1.2 / (1 + 2**1.2)
     torch.testing.assert_close(value, torch.tensor([0.5, up, 1 - up]))
-
-
-def test_log_alpha_of_a_probability_is_the_inverse_within_the_limits() -> None:
-    probability = hard_concrete.keep_probability(LOG_ALPHA)
-    torch.testing.assert_close(hard_concrete.log_alpha_of(probability), LOG_ALPHA)
-    ends = hard_concrete.log_alpha_of(torch.tensor([0.0, 1.0]))
-    torch.testing.assert_close(ends, torch.tensor([math.log(0.01), math.log(100)]))

@@ -34,7 +34,7 @@ PHASES = {
     "nuteprune.train.trainer:NutePruneTrainer.training_step": "stepping",
     "nuteprune.train.trainer:NutePruneTrainer.end_step": "ending a step",
     "nuteprune.train.trainer:NutePruneTrainer.freeze": "freezing",
-    "nuteprune.train.trainer:NutePruneTrainer._load_from_checkpoint": "resuming",
+    "nuteprune.train.checkpoints:AtomicTrainer._load_from_checkpoint": "resuming",
     "nuteprune.distill.teachers:Teachers.record": "recording a teacher",
     "nuteprune.train.checkpoints:AtomicTrainer._save_checkpoint": "writing a checkpoint",
     "nuteprune.train.trainer:NutePruneTrainer.finalize": "finalizing",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -119,16 +118,6 @@ def test_folding_alone_gives_the_masked_model(tiny_model) -> None:
     hooks.remove()
     fold_masks(anatomy, masks)
     assert_same(logits(model, tokens), masked)
-
-
-def test_narrower_norm_is_exact_by_its_formula() -> None:
-    """x / sqrt(mean_d + eps) over zero-padded x equals the rescaled norm over k dimensions."""
-    d, k, eps = 12, 8, 0.3
-    x = torch.randn(5, k)
-    padded = torch.cat([x, torch.zeros(5, d - k)], 1)
-    whole = padded / (padded.square().mean(1, keepdim=True) + eps).sqrt()
-    narrow = math.sqrt(d / k) * x / (x.square().mean(1, keepdim=True) + eps * d / k).sqrt()
-    assert torch.allclose(whole[:, :k], narrow, atol=1e-6)
 
 
 def test_a_pruned_model_can_be_pruned_again(tiny_model, tmp_path: Path) -> None:

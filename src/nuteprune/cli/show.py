@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
@@ -98,8 +97,8 @@ def print_dry_run(trainer: NutePruneTrainer, output: Output) -> None:
     """Print which shapes can be had, and what the run will take, by a step done for trial."""
     args, budget = trainer.args, trainer.allocator.budget
     total = trainer.anatomy.parameters()
-    ones = {k: torch.ones(trainer.allocator.layout.units(k)) for k in trainer.kinds}
-    shapes = [trainer.allocator.shape(ones, target) for target in trainer.targets]
+    scores = trainer.allocator.equal_scores()
+    shapes = [trainer.allocator.shape(scores, target) for target in trainer.targets]
     for target, shape in zip(trainer.targets, shapes, strict=True):
         after = total - budget.before + budget.parameters(shape)
         output.line(

@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +171,12 @@ def language_model_loss(
     weight_N = torch.ones_like(labels_N, dtype=torch.float32)
     loss: Tensor = _ByChunk.apply(hidden_ND, weight_N, head, chunk_loss)
     return loss / (max(1, len(labels_N)) if count is None else count)
+
+
+def token_weights(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the weight (B, T) of each token of a batch in the losses: 0 for padding."""
+    ids_BT, mask_BT = inputs["input_ids"], inputs.get("attention_mask")
+    return torch.ones_like(ids_BT).float() if mask_BT is None else mask_BT.float()
 
 
 def layer_mse(student_BTD: Tensor, teacher_BTD: Tensor, weight_BT: Tensor) -> Tensor:

@@ -1,16 +1,22 @@
-"""What the student is asked for: the weighted terms of the distillation loss.
-
-Shape suffixes: B batch, T tokens, D hidden width.
-"""
+"""What the student is asked for: the weighted terms of the loss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from nuteprune.distill.coforward import Passage
-from nuteprune.distill.losses import LAYER_TERMS, Head, LayerTerm, token_kl
+from nuteprune.distill.losses import (
+    IGNORED,
+    LAYER_TERMS,
+    Head,
+    LayerTerm,
+    language_model_loss,
+    token_kl,
+    token_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -22,33 +28,48 @@ class Objective:
         layer_weight: weight of the layers' terms, 0 for none of them.
         layer_term: `relative`: their mean over layers; `mse`: their sum, as published.
         temperature: softening of both token distributions.
+        lm_weight: weight of the language-model loss, 0 for none.
     """
 
     token_weight: float = 1.0
     layer_weight: float = 1.0
     layer_term: str = "relative"
     temperature: float = 1.0
+    lm_weight: float = 0.0
 
     @property
     def layer_distance(self) -> LayerTerm | None:
         """How far a layer's output is from the teacher's; None if it does not matter."""
         return LAYER_TERMS[self.layer_term] if self.layer_weight else None
 
-    def parts(self, passage: Passage, head: Head, weight_BT: Tensor) -> dict[str, Tensor]:
-        """Return the weighted terms of a pass, `token_kl` and `layer`, as far as it has them.
+    def parts(
+        self, passage: Passage, head: Head, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms of a pass by name, as far as it has them.
 
         Args:
             passage: what a co-forward pass left.
             head: the language head that both roles share.
-            weight_BT: weight of each token, 0 for padding.
+            inputs: the batch: `input_ids` (B, T) and maybe `attention_mask` (B, T).
+
+        Returns:
+            `token_kl` and `layer` where a teacher took part, `lm` where it has a weight.
         """
         parts = {}
         if passage.teacher_BTD is not None and passage.student_BTD is not None:
-            kl = token_kl(
-                passage.student_BTD, passage.teacher_BTD, head, weight_BT, self.temperature
-            )
+            weight_BT, heat = token_weights(inputs), self.temperature
+            kl = token_kl(passage.student_BTD, passage.teacher_BTD, head, weight_BT, heat)
             parts["token_kl"] = self.token_weight * kl
         if passage.layer_loss is not None:
             count = 1 if self.layer_term == "mse" else passage.layers
             parts["layer"] = self.layer_weight * passage.layer_loss / count
+        if self.lm_weight:
+            parts["lm"] = self.lm_weight * text_loss(passage, head, inputs)
         return parts
+
+
+def text_loss(passage: Passage, head: Head, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the student's language-model loss on a batch's own text, padding left out."""
+    assert passage.student_BTD is not None
+    labels_BT = inputs["input_ids"].masked_fill(token_weights(inputs) == 0, IGNORED)
+    return language_model_loss(passage.student_BTD, head, labels_BT)

@@ -21,6 +21,7 @@ from torch import Tensor
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import atomic, file_sum, writing
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.schedule import Stage
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,17 @@ class Plan:
     """Which teacher serves when.
 
     Args:
-        target: sparsity that the run ends at.
         spacing: a snapshot is taken at every further `spacing` of sparsity.
         lag: while sparsity grows, the teacher is this many snapshots behind the newest.
+        kind: `numerous` (as said), `intact` (the intact model alone) or `none`.
     """
 
-    target: float
     spacing: float
     lag: int
+    kind: str = "numerous"
 
     @classmethod
-    def for_target(cls, target: float, ramp_steps: int) -> Plan:
+    def for_target(cls, target: float, ramp_steps: int, kind: str = "numerous") -> Plan:
         """Return the published plan (every point, 10 behind), scaled down where a run is small.
 
         The spacing is finer where the target is small, and the lag is at most half of the snapshots
@@ -60,14 +61,28 @@ class Plan:
         Args:
             target: sparsity that the run ends at.
             ramp_steps: optimizer steps on the way there.
+            kind: of teachers, as in `Plan`.
         """
         spacing = min(0.01, target / 10)
         snapshots = min(target / spacing, ramp_steps)
-        return cls(target, spacing, min(10, max(1, round(snapshots / 2))))
+        return cls(spacing, min(10, max(1, round(snapshots / 2))), kind)
 
     def due(self, sparsity: float, newest: float) -> bool:
         """Return whether a snapshot is to be taken at a sparsity."""
-        return sparsity >= newest + self.spacing - 1e-9
+        return self.kind == "numerous" and sparsity >= newest + self.spacing - 1e-9
+
+    def teacher(self, stage: Stage, step: int, count: int) -> int:
+        """Return the index of a step's teacher, -1 for the intact model.
+
+        Args:
+            stage: of the schedule, that the step is in.
+            step: counted from 0.
+            count: teachers there are.
+        """
+        if self.kind != "numerous":
+            return -1
+        resting = stage.resting(step)
+        return self.returning(count, stage.rested(step)) if resting else self.growing(count)
 
     def growing(self, count: int) -> int:
         """Return the index of the teacher while sparsity grows, -1 for the intact model."""

@@ -7,10 +7,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,7 +66,6 @@ def save(
     folder: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    files: Mapping[str, str] = MappingProxyType({}),
     max_shard_size: str = "5GB",
 ) -> None:
     """Write a checkpoint that transformers 4.57 and 5 read; a save cut short leaves none.
@@ -78,7 +76,6 @@ def save(
         model: what `build` or `load_pruned` returned.
         folder: where to; absent, empty, or with nothing but `run/` in it.
         tokenizer: the tokenizer to save along.
-        files: further text files, name -> content.
         max_shard_size: size at which the weights are split into several files.
 
     Raises:
@@ -88,7 +85,7 @@ def save(
     folder = Path(folder).resolve()  # "." has no name, and so no sibling
     partial = folder.with_name(f".{folder.name}.partial")
     with writing(folder, "make room and do the same again; for a run, with --resume"):
-        _write_beside(partial, folder, model, tokenizer, files, max_shard_size)
+        _write_beside(partial, folder, model, tokenizer, max_shard_size)
 
 
 def _write_beside(
@@ -96,7 +93,6 @@ def _write_beside(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    files: Mapping[str, str],
     max_shard_size: str,
 ) -> None:
     try:
@@ -112,8 +108,6 @@ def _write_beside(
             tokenizer.save_pretrained(partial)
             _edit(partial / "tokenizer_config.json", _tokenizer_keys_of_4)
         write_sums(partial)
-        for name, text in files.items():
-            (partial / name).write_text(text, encoding="utf-8")
         _move(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

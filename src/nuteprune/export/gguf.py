@@ -285,11 +285,3 @@ _SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the keys and values of a GGUF file."""
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
-
-
-def dequantized(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]:
-    """Return the tensors of a GGUF file by name, in float32, as rows of outputs."""
-    return {
-        x.name: np.asarray(quants.dequantize(x.data, x.tensor_type), np.float32)
-        for x in GGUFReader(path).tensors
-    }

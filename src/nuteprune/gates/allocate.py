@@ -114,12 +114,15 @@ class Allocator:
             )
         return shape
 
+    def equal_scores(self) -> dict[str, Tensor]:
+        """Return scores (N,) of 1 for every kind in use: what is asked before units are scored."""
+        return {k: torch.ones(self.layout.units(k)) for k in self.constraints.kinds}
+
     def maximum(self) -> float:
         """Return the largest sparsity that these constraints can express."""
-        scores = {k: torch.ones(self.layout.units(k)) for k in self.constraints.kinds}
         after = [
             a.after(width).min() + m.after(width).min()
-            for width, _, a, m in self._frontiers(scores)
+            for width, _, a, m in self._frontiers(self.equal_scores())
         ]
         return 1 - float(min(after)) / self.budget.before
 

@@ -38,9 +38,3 @@ def keep_probability(log_alpha: Tensor) -> Tensor:
 def test_value(log_alpha: Tensor) -> Tensor:
     """Return the noiseless soft value of each gate that is kept."""
     return torch.sigmoid(SHARPNESS * log_alpha / TEMPERATURE)
-
-
-def log_alpha_of(probability: Tensor) -> Tensor:
-    """Return the log-alpha at which gates are kept with a probability (`keep_probability`)."""
-    value = torch.logit(probability, eps=1e-6) + TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH)
-    return value.clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX)

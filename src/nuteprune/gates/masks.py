@@ -40,11 +40,6 @@ class Layout:
         """Return the number of units of a kind in the model."""
         return sum(self.sizes[kind])
 
-    def layer_index(self, kind: str) -> Tensor:
-        """Return the layer (N,) of each unit of a kind."""
-        sizes = torch.tensor(self.sizes[kind])
-        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-
 
 class Masks:
     """Multipliers per kind of gate; kinds that are absent are open (1).

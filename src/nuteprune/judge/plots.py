@@ -128,29 +128,26 @@ def layers_plot(rows: Sequence[Row]) -> Plot:
     return finish("layers", alt, figure)
 
 
-def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike | None, probability: bool) -> Plot:
+def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike | None) -> Plot:
     """Draw how the scores of one kind of gate are distributed, and where the cut came to lie.
 
     Args:
         kind: kind of gate.
         scores: (N,), one per unit.
         kept: (N,), whether a unit stays; None if that is not decided.
-        probability: whether scores are probabilities of being kept.
     """
     score_N = np.asarray(scores, dtype=float)
     kept_N = np.ones(len(score_N), bool) if kept is None else np.asarray(kept, bool)
-    fine = np.isfinite(score_N) & (probability | (score_N > 0))
+    fine = np.isfinite(score_N) & (score_N > 0)
     score_N, kept_N = score_N[fine], kept_N[fine]
     words = kind.replace("kv_groups", "KV groups").replace("_", " ")
     with new_figure(f"Scores of {words}", 200) as (figure, axes):
         bins = max(8, min(48, int(np.sqrt(max(1, len(score_N))) * 2)))
-        edges: Any = np.linspace(0, 1, bins + 1)
-        if not probability:
-            low, high = (score_N.min(), score_N.max()) if len(score_N) else (0.1, 1.0)
-            edges = np.geomspace(low, high if high > low else low * 2, bins + 1)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: power(x)))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        low, high = (score_N.min(), score_N.max()) if len(score_N) else (0.1, 1.0)
+        edges: Any = np.geomspace(low, high if high > low else low * 2, bins + 1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: power(x)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         groups = [(kept_N, "blue", "kept" if kept is not None else "units")]
         if kept is not None:
             groups.insert(0, (~kept_N, "orange", "removed"))
@@ -163,7 +160,7 @@ def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike | None, probability
             edgecolor=COLOURS["paper"],
             linewidth=0.4,
         )
-        axes.set_xlabel("probability of staying" if probability else "score (loss if removed)")
+        axes.set_xlabel("score (loss if removed)")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
         legend(axes)

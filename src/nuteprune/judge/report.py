@@ -75,7 +75,7 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
     if files.metrics:
         yield plots.loss_plot(files.metrics)
     for kind, gate in files.gates.items():
-        yield plots.gates_plot(kind, gate.scores, gate.kept, gate.probability)
+        yield plots.gates_plot(kind, gate.scores, gate.kept)
 
 
 def pruning_steps(files: RunFiles) -> bool:

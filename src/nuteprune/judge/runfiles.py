@@ -46,15 +46,12 @@ class GateScores:
     """What the gates of one kind have come to.
 
     Args:
-        scores: (N,), one per unit.
+        scores: (N,), one per unit: the loss that its removal is expected to cost.
         kept: (N,), whether the unit stays; None while masks are not frozen.
-        probability: whether a score is the probability of being kept (hard-concrete gates), or
-            the loss that removal is expected to cost (ranked gates).
     """
 
     scores: NDArray[np.float64]
     kept: NDArray[np.bool_] | None
-    probability: bool
 
 
 @dataclass(frozen=True)
@@ -229,12 +226,11 @@ def _gates(run: Path) -> dict[str, GateScores]:
 
 
 def _gate_scores(gates: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, GateScores]:
-    probability = any(name.startswith("log_alpha") for name in gates)
     found = {}
     for kind in GATE_KINDS:
         scores = gates.get(f"scores_{kind}")
         if scores is not None:
             kept = (masks[kind] > 0).numpy() if kind in masks else None
             values = cast(NDArray[np.float64], scores.double().numpy())
-            found[kind] = GateScores(values, kept, probability)
+            found[kind] = GateScores(values, kept)
     return found

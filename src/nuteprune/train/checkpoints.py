@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
-from nuteprune.train.state import last_checkpoint
+from nuteprune.train.state import RunState, last_checkpoint, step_of
 
 
 class StopSignals(TrainerCallback):
@@ -73,10 +73,18 @@ class AtomicTrainer(Trainer):
     Trainer writes into `checkpoint-N` directly, and would resume from a half-written one; here a
     checkpoint is written beside its place and moved there when it is complete. Each step's line is
     in `metrics.jsonl`, cut back to the checkpoint on resume. Signals that ask to stop are obeyed at
-    the end of the step.
+    the end of the step. A subclass says what its state is; the base model is where it came from.
     """
 
     _checkpoint_dir: Path | None = None
+
+    def run_state(self) -> RunState:
+        """Return what a checkpoint is to hold beside what Trainer saves."""
+        raise NotImplementedError
+
+    def take_state(self, state: RunState) -> None:
+        """Go back to such a state."""
+        raise NotImplementedError
 
     def __init__(self, model: PreTrainedModel | PeftModel, args: TrainingArguments, **kwargs: Any):
         config: Any = model.config
@@ -98,8 +106,7 @@ class AtomicTrainer(Trainer):
         checkpoint = self._to_resume(resume_from_checkpoint)
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
-            step = int(Path(checkpoint).name.rpartition("-")[2])
-            if 0 < self.args.max_steps <= step:  # Trainer would take one more
+            if 0 < self.args.max_steps <= step_of(Path(checkpoint)):  # Trainer would take one more
                 self._load_from_checkpoint(checkpoint)
                 self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
                 return None
@@ -154,6 +161,16 @@ class AtomicTrainer(Trainer):
         if last is None:
             return "make room, then start anew with --overwrite: no checkpoint was written yet"
         return f"make room, then go on from {last.name} with the same command and --resume"
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(cast(str, output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run_state().save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.take_state(RunState.load(folder))
+        self.cut_metrics(step_of(folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and move it there when it is complete."""

@@ -11,11 +11,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.distill.coforward import LoraBank
 from nuteprune.export.checkpoint import assemble, round_as_stored
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
 from nuteprune.model.shape import Shape
 from nuteprune.shrink.compensate import install_weight
 from nuteprune.shrink.finalize import merge_lora

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.distill.coforward import LoraBank
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import lora_config, make_allocator, make_gates
 from nuteprune.train.state import FILE_NAME, RunState, restore
@@ -72,8 +71,7 @@ def load_midway(
         return anatomy.model.eval(), None
     masks = state.masks
     if not masks:
-        scores = {k: torch.ones(allocator.layout.units(k)) for k in kinds}
-        gates = make_gates(allocator, scores, args)
+        gates = make_gates(allocator, allocator.equal_scores(), args)
         _take(gates.state_dict(), state.gates, folder, "gates")
         gates.begin_step(_scheduled(folder), seed=0)  # a snapshot has no noise in it
         masks = gates.snapshot().values

@@ -9,8 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -18,10 +17,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from nuteprune.distill.coforward import LoraBank, lora_in_base_dtype
 from nuteprune.distill.losses import Head, language_model_loss
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
+from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import check_trainer_settings
@@ -149,17 +148,13 @@ class RecoverTrainer(AtomicTrainer):
         self.model.eval()
         return merge_lora(self.model)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the LoRA weights; the model is where it came from."""
-        folder = Path(cast(str, output_dir or self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        RunState(self.bank.state(), {}, {}, [], []).save(folder)
+    def run_state(self) -> RunState:
+        """Return what has been learned: the LoRA weights."""
+        return RunState(lora=self.bank.state())
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Go back to a checkpoint: LoRA, and the metrics up to it."""
-        folder = Path(resume_from_checkpoint)
-        restore(self.bank.state(), RunState.load(folder).lora, "LoRA weights")
-        self.cut_metrics(int(folder.name.rpartition("-")[2]))
+    def take_state(self, state: RunState) -> None:
+        """Go back to what had been learned."""
+        restore(self.bank.state(), state.lora, "LoRA weights")
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:

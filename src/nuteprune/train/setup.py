@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import Tensor
 
@@ -57,8 +56,7 @@ def check_stock(anatomy: Anatomy, allocator: Allocator, target: float) -> None:
     """
     if not allocator.constraints.uniform:
         return
-    ones = {k: torch.ones(allocator.layout.units(k)) for k in allocator.constraints.kinds}
-    trial = allocator.shape(ones, target)
+    trial = allocator.shape(allocator.equal_scores(), target)
     config, family = anatomy.config, anatomy.family
     if pruned_config(config, family, trial).model_type != family.model_type:
         raise UserError(
@@ -97,8 +95,7 @@ def run_targets(allocator: Allocator, args: NutePruneConfig) -> tuple[float, ...
     """
     floor = allocator.constraints.floor
     targets = (allocator.budget.sparsity(floor),) if floor else args.targets
-    ones = {k: torch.ones(allocator.layout.units(k)) for k in allocator.constraints.kinds}
-    allocator.shape(ones, targets[-1])
+    allocator.shape(allocator.equal_scores(), targets[-1])
     return targets
 
 

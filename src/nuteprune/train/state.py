@@ -1,7 +1,7 @@
 """What a trainer checkpoint holds of the method, beside what `transformers.Trainer` saves.
 
-One safetensors file: LoRA weights and gates, and in its metadata the teachers' sparsities and
-whether masks are frozen. Files appear complete or not at all.
+One safetensors file: the tensors of `GROUPS`, and in its metadata the lists of `NOTES`. It appears
+complete or not at all.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class RunState:
     """
 
     lora: dict[str, Tensor]
-    gates: dict[str, Tensor]
-    masks: dict[str, Tensor]
-    teachers: list[float]
+    gates: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    teachers: list[float] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
     first_scores: dict[str, Tensor] = field(default_factory=dict)
     sums: list[str] = field(default_factory=list)
@@ -100,6 +100,12 @@ def restore(current: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> 
         current[name].copy_(value)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a trainer checkpoint was written, -1 if it is none."""
+    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdigit() else -1
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """Return the newest trainer checkpoint of a run, None if there is none to resume from.
 
@@ -107,9 +113,8 @@ def last_checkpoint(run: Path) -> Path | None:
     does not count.
     """
     found = run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if run.is_dir() else ()
-    numbered = [(int(number), x) for x in found if (number := x.name.rpartition("-")[2]).isdigit()]
-    whole = [(number, x) for number, x in numbered if _is_whole(x)]
-    return max(whole)[1] if whole else None
+    whole = [x for x in found if step_of(x) >= 0 and _is_whole(x)]
+    return max(whole, key=step_of) if whole else None
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,16 +25,16 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
-from nuteprune.distill.coforward import CoForward, Passage, lora_in_base_dtype
-from nuteprune.distill.losses import IGNORED, Head, language_model_loss
-from nuteprune.distill.objective import Objective
+from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.losses import Head
+from nuteprune.distill.objective import Objective, text_loss
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
-from nuteprune.model.anatomy import Anatomy, no_logits, silence_dropout
+from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed, make_trainable
 from nuteprune.shrink.compensate import install_lora
@@ -42,7 +42,7 @@ from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.finish import finish, with_lora
+from nuteprune.train.finish import Finished, finish, with_lora
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import (
     check_stock,
@@ -112,24 +112,28 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.anatomy = Anatomy(peft_model)
         self.hooks = MaskHooks(self.anatomy)
         self.objective: Objective = Objective(
-            args.token_weight, args.layer_weight, args.layer_term, args.kd_temperature
+            args.token_weight,
+            args.layer_weight,
+            args.layer_term,
+            args.kd_temperature,
+            args.lm_weight,
         )
         self.coforward = CoForward(self.anatomy, self.hooks, self.objective.layer_distance)
         ramp, freeze = args.shares
         self.schedule = Schedule(self.targets, args.max_steps, ramp, args.ramp_power, freeze)
         ramps = self.schedule.stage(0).ramp_steps * len(self.targets)
-        self.plan = Plan.for_target(self.targets[-1], ramps)
+        self.plan = Plan.for_target(self.targets[-1], ramps, args.teachers)
         run = Path(cast(str, args.output_dir))
         self.teachers = Teachers(run / "teachers", self.allocator.layout)
         self.stops: list[int] = []
-        ones = {k: torch.ones(self.allocator.layout.units(k)) for k in self.kinds}
-        self.gates: Gates = make_gates(self.allocator, ones, args)
+        self.gates: Gates = make_gates(self.allocator, self.allocator.equal_scores(), args)
         peft_model.add_module("nuteprune_gates", self.gates)
         # The penalty, alike on all processes, is no part of the forward pass that DDP looks at.
         multipliers = [n for n, _ in peft_model.named_parameters() if ".lagrangian." in n]
         peft_model._ddp_params_and_buffers_to_ignore = multipliers  # type: ignore[assignment]
         self._warm = False
         self.first_scores: dict[str, Tensor] = {}
+        self.finished: Finished | None = None
         self._step = -1
         self._teacher: Role | None = INTACT
         self.teacher_index = -1
@@ -241,23 +245,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             self.freeze(stage.target)
         seed = (self.args.seed << 32) + step
         self.gates.begin_step(self.schedule.sparsity(step), seed)
-        self.teacher_index = self._teacher_for(step)
-        self._teacher = None
-        if self.args.teachers != "none":
-            self._teacher = self.read_teacher(self.teacher_index)
+        self.teacher_index = self.plan.teacher(stage, step, len(self.teachers))
+        taught = self.plan.kind != "none"
+        self._teacher = self.read_teacher(self.teacher_index) if taught else None
 
     def read_teacher(self, index: int) -> Role:
         """Return a teacher, -1 being the intact model, on the run's device and in its dtype."""
         dtype = self.anatomy.embedding.weight.dtype
         return self.teachers.role(index, str(self.args.device), dtype)
-
-    def _teacher_for(self, step: int) -> int:
-        if self.args.teachers != "numerous":
-            return -1
-        stage = self.schedule.stage(step)
-        if not stage.resting(step):
-            return self.plan.growing(len(self.teachers))
-        return self.plan.returning(len(self.teachers), stage.rested(step))
 
     def end_step(self) -> None:
         """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
@@ -267,8 +262,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if stop and not self.gates.frozen:
             self.freeze(stage.target)
         sparsity = self.gates.sparsity()
-        numerous = self.args.teachers == "numerous" and not self.gates.frozen
-        if stop or (numerous and self.plan.due(sparsity, self.teachers.newest)):
+        moving = not self.gates.frozen
+        if stop or (moving and self.plan.due(sparsity, self.teachers.newest)):
             if stop:
                 self.stops.append(len(self.teachers))
             # A stop becomes a checkpoint of its own, so nothing of it is rounded.
@@ -291,10 +286,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     ) -> Tensor:
         """Return the distillation loss of a micro-batch plus the step's sparsity term."""
         masks = self.gates.masks(len(inputs["input_ids"]))
-        passage = self._passage(model, inputs, masks, self._teacher)
-        parts = self.objective.parts(passage, Head.of(self.anatomy), _weights(inputs))
-        if self.args.lm_weight:
-            parts["lm"] = self.args.lm_weight * self._text_loss(passage, inputs)
+        passage = self.coforward.run(model, inputs, masks, self._teacher)
+        parts = self.objective.parts(passage, Head.of(self.anatomy), inputs)
         penalty = self.gates.penalty()
         if penalty is not None:
             parts["penalty"] = penalty
@@ -307,33 +300,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     ) -> tuple[Tensor, None, None]:
         """Return the language-model loss of the student as it is now; see `Trainer.evaluate`."""
         inputs = self._prepare_inputs(inputs)
-        passage = self._passage(
-            model, inputs, self.gates.snapshot().to(str(self.args.device)), None
-        )
+        masks = self.gates.snapshot().to(str(self.args.device))
+        passage = self.coforward.run(model, inputs, masks, teacher=None)
         self.hooks.masks = None
-        return self._text_loss(passage, inputs), None, None
-
-    def _passage(
-        self, model: nn.Module, inputs: dict[str, Any], masks: Masks, teacher: Role | None
-    ) -> Passage:
-        """Run a batch through the backbone once, in both roles."""
-        ids_BT = inputs["input_ids"]
-        with (
-            self.coforward.roles(masks, teacher, _weights(inputs)) as passage,
-            lora_in_base_dtype(self.anatomy),
-        ):
-            model(
-                input_ids=ids_BT,
-                attention_mask=inputs.get("attention_mask"),
-                use_cache=False,
-                logits_to_keep=no_logits(ids_BT),
-            )
-        return passage
-
-    def _text_loss(self, passage: Passage, inputs: dict[str, Any]) -> Tensor:
-        assert passage.student_BTD is not None
-        labels_BT = inputs["input_ids"].masked_fill(_weights(inputs) == 0, IGNORED)
-        return language_model_loss(passage.student_BTD, Head.of(self.anatomy), labels_BT)
+        return text_loss(passage, Head.of(self.anatomy), inputs), None, None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
@@ -371,27 +341,21 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     # -- checkpoints of a run
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save what the run has learned; the base model is where it came from."""
-        folder = Path(cast(str, output_dir or self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        masks = self.gates.snapshot().values if self.gates.frozen else {}
-        state = RunState(
-            self.coforward.bank.state(),
-            self.gates.state_dict(),
-            masks,
-            self.teachers.sparsities,
-            self.stops,
-            self.first_scores,
-            self.teachers.sums,
-            [self.bad_steps.total, self.bad_steps.in_row],
+    def run_state(self) -> RunState:
+        """Return what the run has learned and decided."""
+        return RunState(
+            lora=self.coforward.bank.state(),
+            gates=self.gates.state_dict(),
+            masks=self.gates.snapshot().values if self.gates.frozen else {},
+            first_scores=self.first_scores,
+            teachers=self.teachers.sparsities,
+            sums=self.teachers.sums,
+            stops=self.stops,
+            bad_steps=[self.bad_steps.total, self.bad_steps.in_row],
         )
-        state.save(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Go back to a checkpoint: LoRA, gates, teachers, and the metrics up to it."""
-        folder = Path(resume_from_checkpoint)
-        state = RunState.load(folder)
+    def take_state(self, state: RunState) -> None:
+        """Go back to what a run had learned and decided."""
         restore(self.coforward.bank.state(), state.lora, "LoRA weights")
         restore(self.gates.state_dict(), state.gates, "gates")
         if state.masks:
@@ -400,7 +364,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.stops, self.first_scores = state.stops, state.first_scores
         self.bad_steps.restore(*state.bad_steps)
         self._warm = True
-        self.cut_metrics(int(folder.name.rpartition("-")[2]))
 
     # -- after the last step
 
@@ -464,9 +427,15 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
         Returns:
             The record as it was written; parameter counts are those of the written files.
+
+        Raises:
+            UserError: if nothing was finalized yet, or the folder holds other files.
         """
+        done = self.finished
+        if done is None:
+            raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        budget, done = self.allocator.budget, self.finished
+        budget = self.allocator.budget
         record = {"base_model": self._origin, "config": chosen_settings(self.args), **record}
         record.setdefault("perplexity", {"before": {}, "after": {}})
         written = write_pruned(
@@ -485,13 +454,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         )
         self.saved = Path(folder)
         return written
-
-
-def _weights(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the weight (B, T) of each token in the losses: 0 for padding."""
-    ids_BT = inputs["input_ids"]
-    mask_BT = inputs.get("attention_mask")
-    return torch.ones_like(ids_BT).float() if mask_BT is None else cast(Tensor, mask_BT.float())
 
 
 def _agree(tensors: Iterable[Tensor]) -> None:
