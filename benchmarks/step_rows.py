@@ -25,11 +25,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from nuteprune.memory import peak
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,22 +101,11 @@ def serve(row: Callable[[Cell], Row], cell: Cell) -> None:
             torch.cuda.synchronize()
         answer = {
             "seconds": time.perf_counter() - started,
-            "memory_bytes": peak_memory(cell.device),
+            "memory_bytes": peak(),
             "loss": loss,
             "trained": step.trained,
         }
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def peak_memory(device: str) -> int:
-    """Return the most bytes that were resident, or allocated on the accelerator, at any time."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    # Not ru_maxrss: a child inherits its parent's there.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("the kernel tells no VmHWM")
 
 
 def backbone(cell: Cell) -> PreTrainedModel:

@@ -23,7 +23,7 @@ __all__ = ["NutePruneConfig", "NutePruneTrainer", "RunFailed", "UserError", "loa
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are asked for: `nuteprune --help` needs no torch."""
+    """Import public names late: the command line sets what torch reads on import first."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'nuteprune' has no attribute {name!r}")

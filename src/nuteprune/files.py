@@ -16,9 +16,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from nuteprune.errors import RunFailed, UserError
+from nuteprune.processes import rank
 
 SUMS = "SHA256SUMS"
 """Name of the file with the sums of a folder's files."""
+
+RUN = "run"
+"""Folder inside the output folder for checkpoints, teachers, metrics and the report."""
 
 WRONG_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -37,7 +41,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Args:
         path: the file; one that is there is replaced.
     """
-    partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.partial")
+    partial = path.with_name(f".{path.name}.{rank()}.partial")
     try:
         yield partial
         sync(partial)
@@ -139,7 +143,7 @@ def damage(folder: Path, read: Callable[[str], bool] = lambda name: True) -> str
         if read(name) and not path.is_file():
             return f"{path} is gone"
         if read(name) and file_sum(path) != expected:
-            return f"{path} is damaged or was changed: it has not the SHA-256 in {SUMS}"
+            return f"{path} is damaged or was changed: its SHA-256 is not the one in {SUMS}"
     return None
 
 

@@ -78,14 +78,14 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
     assert json.loads((out / "table.json").read_text()) == table
     for record in cells:
         if record["label"] == "too much":
-            assert "'nose' is no kind of gate" in record["refused"]
+            assert "'nose' is not a kind of gate" in record["refused"]
             continue
         assert record["sparsity"] >= record["target"] - 1e-9
         assert record["params"] < table["dense"]["params"]
         assert record["seconds"] > 0
         assert record["machine"]["torch"]
     printed = capsys.readouterr().out
-    for text in ("random", "similarity", "re-fitted", " ± ", "no re-fit", "is no kind of gate"):
+    for text in ("random", "similarity", "re-fitted", " ± ", "no re-fit", "is not a kind of gate"):
         assert text in printed
     for field in ("params", "seconds"):
         png = (out / f"perplexity-by-{field}.png").read_bytes()

@@ -67,7 +67,7 @@ def random_gradients(x: Allocator, batch: int, seed: int) -> dict[str, Tensor]:
 
 def test_ranked_masks_are_exportable_at_the_scheduled_sparsity_at_each_step() -> None:
     x = allocator()
-    gates = RankedGates(x, scores_of(x))
+    gates = RankedGates(x, scores_of(x), decay=0.95)
     for step, sparsity in enumerate((0.0, 0.05, 0.1, 0.3, 0.5)):
         gates.begin_step(sparsity, seed=step)
         values = gates.masks(3).values
@@ -108,7 +108,7 @@ def test_scores_are_a_moving_average_of_squared_gradients_per_sequence() -> None
 
 def test_scores_follow_the_sequences_of_all_ranks(monkeypatch) -> None:
     x = allocator()
-    alone, rank = RankedGates(x, scores_of(x)), RankedGates(x, scores_of(x))
+    alone, rank = RankedGates(x, scores_of(x), decay=0.95), RankedGates(x, scores_of(x), decay=0.95)
     mine, other = random_gradients(x, 2, 1), random_gradients(x, 2, 2)
     for gates, batches in ((alone, (mine, other)), (rank, (mine,))):
         gates.begin_step(0.2, seed=0)
@@ -141,7 +141,7 @@ def test_removed_units_can_return() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_a_step_that_is_not_finite_leaves_scores_as_they_were(bad: float) -> None:
     x = allocator()
-    gates = RankedGates(x, scores_of(x))
+    gates = RankedGates(x, scores_of(x), decay=0.95)
     gates.begin_step(0.2, seed=0)
     gradients = random_gradients(x, 2, 0)
     gradients["neurons"][0, 0] = bad  # the square of 1e30 is beyond fp32
@@ -426,7 +426,7 @@ def test_frozen_multipliers_keep_their_values_and_the_highest_of_each_layer() ->
 
 def ranked() -> RankedGates:
     x = allocator()
-    return RankedGates(x, scores_of(x))
+    return RankedGates(x, scores_of(x), decay=0.95)
 
 
 @pytest.mark.parametrize("make", [ranked, hard, multipliers])

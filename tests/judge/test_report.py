@@ -402,7 +402,7 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
             write_report(folder)
         return str(error.value)
 
-    assert "is no folder" in refusal(tmp_path / "nowhere")
+    assert "is not a folder" in refusal(tmp_path / "nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "neither nuteprune.json nor" in refusal(empty)

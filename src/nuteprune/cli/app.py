@@ -16,6 +16,7 @@ import typer
 
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.files import WRONG_PLACE
+from nuteprune.processes import is_main
 
 LONGEST = 1000
 """Characters of an error's line: what the user passed may be in it, and of any length."""
@@ -80,8 +81,7 @@ def main() -> None:
         if debug:
             raise
         # All processes of a run meet the same error, and one line is enough.
-        main_process = os.environ.get("RANK", "0") == "0"
-        _fail(str(error) if main_process else "", 2 if isinstance(error, UserError) else 1)
+        _fail(str(error) if is_main() else "", 2 if isinstance(error, UserError) else 1)
     except typer.Abort:
         _fail("interrupted", 130)
     except OSError as error:

@@ -15,13 +15,13 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from nuteprune.cli import options as o
-from nuteprune.cli.job import RUN
 from nuteprune.cli.output import Bars, Output, megabytes, millions
 from nuteprune.cli.sources import load_model, locate, pick_device, pick_dtype, read_config
 from nuteprune.cli.verdicts import LABELS
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME as RECORD
 from nuteprune.export.record import weights_size
+from nuteprune.files import RUN
 from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize
 from nuteprune.judge.runfiles import SPEED, write_extra
 from nuteprune.judge.worker import Worker
@@ -105,8 +105,8 @@ def _target(names: list[str]) -> Path:
         raise UserError("--save is for comparisons; pass the dense model as --against")
     if not (folder / RUN).is_dir() and not (folder / RECORD).is_file():
         raise UserError(
-            f"--save writes {RUN}/{SPEED} for the report, and {folder} is no output folder of a "
-            "run; pass one as MODEL, or leave --save out"
+            f"--save writes {RUN}/{SPEED} for the report, and {folder} is not the output folder of "
+            "a run; pass one as MODEL, or leave --save out"
         )
     return folder / RUN
 

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 
 from nuteprune.cli import options as o
-from nuteprune.cli.job import RUN, Job
+from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output, megabytes, millions
 from nuteprune.cli.pipeline import Result, one_shot, run
 from nuteprune.cli.show import print_report
-from nuteprune.cli.sources import DEMO, load_model, load_tokenizer, pick_dtype
+from nuteprune.cli.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.demo import assets
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import weights_size
+from nuteprune.files import RUN
 from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.runfiles import SAMPLES, SPEED, read_samples, write_extra
 from nuteprune.judge.samples import continuations
+from nuteprune.train.data import DEMO
 from nuteprune.train.state import last_checkpoint
 
 STEPS = 60

@@ -16,14 +16,14 @@ from nuteprune.cli.judged import Judged, judged
 from nuteprune.cli.output import Output
 from nuteprune.cli.rejudged import same_tokens
 from nuteprune.cli.settings import RUN_KEYS, read_settings
-from nuteprune.cli.sources import DEMO, load_tokenizer, pick_device, pick_dtype
+from nuteprune.cli.sources import load_tokenizer, pick_device, pick_dtype
 from nuteprune.cli.verdicts import Verdicts
 from nuteprune.errors import UserError
 from nuteprune.judge import protocols, texts
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.tasks import Tasks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.data import check_ids, check_positions
+from nuteprune.train.data import DEMO, check_ids, check_positions
 
 
 def evaluate(

@@ -47,7 +47,7 @@ def export(
     """Write MODEL, pruned or not, in another program's format."""
     output = Output(as_json)
     if to not in TYPES:
-        raise UserError(f"--to {to} is no format known here; pass one of {', '.join(TYPES)}")
+        raise UserError(f"--to {to} is not a known format; pass one of {', '.join(TYPES)}")
     type_name = TYPES[to][0] if type_name is None else type_name
     if type_name not in TYPES[to]:
         raise UserError(

@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nuteprune.cli.sources import DEMO, pick_device
+from nuteprune.cli.sources import pick_device
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.card import FILE_NAME as CARD
-from nuteprune.files import SUMS, remove, writing
+from nuteprune.files import RUN, SUMS, remove, writing
 from nuteprune.judge.runfiles import TARGET
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.data import DEMO
 from nuteprune.train.setup import chosen_settings
 from nuteprune.train.state import last_checkpoint
-
-RUN = "run"
-"""Folder inside the output folder for checkpoints, teachers and metrics."""
 
 
 @dataclass

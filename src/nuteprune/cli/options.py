@@ -150,5 +150,5 @@ def _shares(text: str) -> list[float]:
         return sorted(float(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(
-            f"--sparsity {text} is no share, nor several: write 0.2, or 0.2,0.3,0.5"
+            f"--sparsity {text} is neither a share nor several: write 0.2, or 0.2,0.3,0.5"
         ) from error

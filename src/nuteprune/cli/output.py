@@ -14,13 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nuteprune.processes import is_main
+
 WIDE = 200
 """Columns where there is no terminal to fit: a file or a pipe takes tables whole."""
-
-
-def is_main_process() -> bool:
-    """Return whether this process speaks for the run: the first that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 class Output:
@@ -34,7 +31,7 @@ class Output:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        quiet = not is_main_process()
+        quiet = not is_main()
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=False, quiet=quiet)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = WIDE
@@ -61,7 +58,7 @@ class Output:
 
     def result(self, data: Mapping[str, Any]) -> None:
         """Print the JSON line, if it was asked for."""
-        if self.as_json and is_main_process():
+        if self.as_json and is_main():
             sys.stdout.write(json.dumps(data) + "\n")
 
     @contextmanager

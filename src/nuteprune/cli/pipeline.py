@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune.cli.job import (
-    RUN,
     Job,
     check_out,
     clear,
@@ -27,7 +26,7 @@ from nuteprune.cli.job import (
     settings_of_user,
     target_folder,
 )
-from nuteprune.cli.output import Bars, Output, is_main_process, megabytes
+from nuteprune.cli.output import Bars, Output, megabytes
 from nuteprune.cli.progress import StepProgress
 from nuteprune.cli.show import print_dry_run, print_plan
 from nuteprune.cli.sources import (
@@ -40,10 +39,12 @@ from nuteprune.cli.sources import (
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.record import write_pruned
+from nuteprune.files import RUN
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.judge.runfiles import SAMPLES, write_extra
 from nuteprune.judge.samples import continuations, prompts, side_by_side
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.processes import is_main
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.data import (
     BlockDataset,
@@ -78,7 +79,7 @@ def run(job: Job, output: Output) -> Result | None:
         RunFailed: if training breaks down or a target is missed.
     """
     started = time.monotonic()
-    if is_main_process():  # the others may come when it has begun to write
+    if is_main():  # the others may come when it has begun to write
         check_out(job)
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,11 +99,11 @@ def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> R
         if job.dry_run:
             print_dry_run(trainer, output)
             return None
-        if not job.resume and is_main_process():
+        if not job.resume and is_main():
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
         records = _prune(job, trainer, held_out, bars, started)
-    if not is_main_process():
+    if not is_main():
         return None
     for record in records.values():
         if record["sparsity"] < record["target"] - 1e-9:  # the division rounds
@@ -174,7 +175,7 @@ def _prune(
 
     before, dense_texts, prompts_BT = {}, [], prompts(held_out)
     tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-    if is_main_process():
+    if is_main():
         intact = _whole(job) if job.bits else trainer.anatomy.model
         before = measure("the intact model", intact)
         dense_texts = continuations(intact, tokenizer, prompts_BT)
@@ -182,7 +183,7 @@ def _prune(
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=resume_from(job))
     trainer.settle()
-    if not is_main_process():
+    if not is_main():
         return {}
     if job.resume:
         clear_result(job.out)

@@ -71,7 +71,7 @@ def prune(
         trust_remote_code=trust_remote_code,
     )
     if not {"target_sparsity", "shape"} & set(job.settings):
-        raise UserError("how much is to go? pass --sparsity, such as --sparsity 0.2, or --shape")
+        raise UserError("no sparsity given: pass --sparsity, such as --sparsity 0.2, or --shape")
     result = run(job, output)
     if result is not None:
         print_results(result.records, output)

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from nuteprune.cli.job import (
-    RUN,
     Job,
     check_out,
     clear,
@@ -29,7 +28,7 @@ from nuteprune.cli.job import (
     resume_from,
     settings_of_user,
 )
-from nuteprune.cli.output import Bars, Output, is_main_process
+from nuteprune.cli.output import Bars, Output
 from nuteprune.cli.pipeline import stored_dtype
 from nuteprune.cli.progress import RecoveryProgress
 from nuteprune.cli.rejudged import (
@@ -45,10 +44,13 @@ from nuteprune.cli.show import print_recovery, sequences_per_step
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import round_as_stored, save
-from nuteprune.export.record import peak_memory, weights_size, write_again
+from nuteprune.export.record import weights_size, write_again
+from nuteprune.files import RUN
 from nuteprune.judge.bench import Work
 from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.processes import is_main
 from nuteprune.train.data import check_ids, check_positions, training_blocks
 from nuteprune.train.instructions import check_template, holds_instructions, read_examples
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
@@ -136,11 +138,11 @@ def _tune(
         progress = RecoveryProgress(bars)
         trainer.add_callback(progress)
         print_recovery(job, trainer, training, record, output)
-        if not job.resume and is_main_process():
+        if not job.resume and is_main():
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
         before, after, small = _train(job, trainer, judged, bars)
-    if not is_main_process():
+    if not is_main():
         return None
     entry = {
         **_settings(asked, kind, trainer, training),
@@ -153,7 +155,7 @@ def _tune(
 
 def _check(asked: Recovery) -> None:
     job = asked.job
-    if is_main_process():  # the others may come when it has begun to write
+    if is_main():  # the others may come when it has begun to write
         for model in filter(None, (job.model, asked.against)):
             check_out(replace(job, model=model))
     check_template(asked.template)
@@ -278,7 +280,7 @@ def _settings(
         "dtype": job.dtype,
         "device": str(args.device),
         "seed": args.seed,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak(),
         "versions": {x: version(x) for x in ("nuteprune", "torch", "transformers", "peft")},
     }
 

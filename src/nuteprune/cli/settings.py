@@ -112,7 +112,7 @@ def _parse(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)  # made of SafeLoader: it builds plain values only
     # ValueError: a date that is none, or a number of too many digits.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no valid YAML: {_short(error)}") from error
+        raise UserError(f"{where} is not valid YAML: {_short(error)}") from error
 
 
 def check(settings: Mapping[str, Any]) -> dict[str, Any]:

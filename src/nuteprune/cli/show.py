@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output, duration, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.export.record import peak_memory
 from nuteprune.judge.report import write_report
+from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.instructions import Examples
 from nuteprune.train.recover import RecoverTrainer
@@ -110,7 +110,7 @@ def print_dry_run(trainer: NutePruneTrainer, output: Output) -> None:
     each = args.train_batch_size * args.gradient_accumulation_steps
     seconds = step * (args.max_steps + blocks / each)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    memory = peak_memory() + trained * BYTES_OF_ADAM
+    memory = peak() + trained * BYTES_OF_ADAM
     output.line(
         f"Cost    {step:.1f} s a step, {duration(seconds)} in all, {megabytes(memory)} of memory, "
         "by one step done for trial"

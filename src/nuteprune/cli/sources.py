@@ -22,8 +22,8 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import FILE_NAME as RECORD
 from nuteprune.export.record import read_record
 from nuteprune.model.families import FAMILIES, family_named
+from nuteprune.train.data import DEMO
 
-DEMO = "demo"
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 """What the demo's model is; the package that carries it has no model card."""
 STORED_DTYPE = "nuteprune_stored_dtype"
@@ -38,7 +38,7 @@ def locate(model: str, progress: Callable[[str], None] = lambda message: None) -
         return str(assets.model_folder(progress))
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local and not Path(model).expanduser().is_dir():
-        raise UserError(f"model {model} is no folder, and no hub id; check the path")
+        raise UserError(f"model {model} is neither a folder nor a hub id; check the path")
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
 
 
@@ -66,7 +66,7 @@ def read_config(model: str) -> dict[str, Any]:
     """
     where = locate(model)
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
-        raise UserError(f"{model} has no config.json: it is no Hugging Face checkpoint")
+        raise UserError(f"{model} has no config.json: it is not a Hugging Face checkpoint")
     try:
         values = _config_values(where)
     except (OSError, ValueError) as error:

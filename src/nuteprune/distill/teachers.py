@@ -169,8 +169,8 @@ class Teachers:
                 raise UserError(f"cannot resume: the teacher {path} is gone")
             if file_sum(path) != expected:
                 raise UserError(
-                    f"cannot resume: the teacher {path} is damaged; it has not the SHA-256 that it "
-                    "was written with"
+                    f"cannot resume: the teacher {path} is damaged: its SHA-256 is not the one "
+                    "that it was written with"
                 )
         self.sparsities, self.sums = list(sparsities), list(sums)
         self._loaded = (-1, INTACT)

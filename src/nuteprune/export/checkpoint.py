@@ -24,7 +24,7 @@ from transformers import (
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, one_line, some
-from nuteprune.files import sync, sync_tree, write_sums, writing
+from nuteprune.files import RUN, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import family_named
@@ -96,7 +96,7 @@ def _write_beside(
     max_shard_size: str,
 ) -> None:
     try:
-        present = sorted({x.name for x in folder.iterdir()} - {"run"}) if folder.exists() else []
+        present = sorted({x.name for x in folder.iterdir()} - {RUN}) if folder.exists() else []
         if present:
             raise UserError(f"{folder} is not empty ({some(present)}); name another folder")
         shutil.rmtree(partial, ignore_errors=True)

@@ -163,7 +163,7 @@ def _write_tensors(
     """Write the file: keys, the index of tensors, then one tensor after another."""
     for info in infos:
         size = prod(quants.quant_shape_to_byte_shape(info.shape, info.stored))
-        dtype = np.dtype(np.float32)  # only said of it; `raw_dtype` is what counts
+        dtype = np.dtype(np.float32)  # only declared; `raw_dtype` is what counts
         writer.add_tensor_info(info.name, info.shape, dtype, size, raw_dtype=info.stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -47,7 +47,7 @@ class Arch:
     softcaps: bool = False
     """Logits and attention logits are always bounded; elsewhere they never are."""
     window_period: int | None = None
-    """Every so-manieth layer has full attention, the others a window; None: no windows."""
+    """Every n-th layer has full attention, the others a window; None: no windows."""
     multipliers: bool = False
     """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
     wide_scale_at: int | None = None

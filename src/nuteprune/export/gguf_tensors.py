@@ -77,8 +77,8 @@ def tensors(
     Args:
         anatomy: the model.
         arch: what it is written as.
-        source: what was said of it when the architecture was chosen.
-        target: `gguf_archs.mended`'s shape.
+        source: what was declared when the architecture was chosen.
+        target: `gguf_fit.mended`'s shape.
     """
     embedding, divisor, factors = _factors(anatomy, arch)
     embedding_VD = _array(anatomy.embedding.weight)

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from nuteprune.errors import UserError
+from nuteprune.files import RUN
 
 
 def upload(
@@ -43,10 +44,10 @@ def upload(
     """
     folder = Path(folder).resolve()
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is no checkpoint to push")
+        raise UserError(f"{folder} has no config.json: it is not a checkpoint that could be pushed")
     api = HfApi(token=token)
     repo = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
-    of_the_run = (x for x in (folder / "run").rglob("*") if x.is_file() and x.suffix != ".png")
+    of_the_run = (x for x in (folder / RUN).rglob("*") if x.is_file() and x.suffix != ".png")
     return api.upload_folder(  # type: ignore[call-overload]
         repo_id=repo.repo_id,
         folder_path=folder,

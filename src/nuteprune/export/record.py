@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import platform
-import resource
-import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
 from nuteprune.export.card import inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
+from nuteprune.files import write_text
+from nuteprune.memory import peak
 from nuteprune.model.families import family_named
 from nuteprune.model.shape import Shape
 
@@ -32,10 +31,7 @@ def blocks_recount(tensors: Mapping[str, list[int]], model_type: str) -> int:
     total = 0
     for name, shape in tensors.items():
         if name.startswith(f"{family.layers}.") and any(path in name for path in paths):
-            count = 1
-            for size in shape:
-                count *= size
-            total += count
+            total += math.prod(shape)
     return total
 
 
@@ -119,7 +115,7 @@ def write_pruned(
         },
         **record,
         bytes_on_disk=weights_size(folder),
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=peak(),
     )
     return _write_texts(folder, model, full)
 
@@ -148,28 +144,13 @@ def write_again(
 def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
     card = model_card(full, remote_code=hasattr(model.config, "auto_map"))
     for name, text in (("README.md", card), (FILE_NAME, to_json(full))):
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_text(folder / name, text)
     return json.loads(to_json(full))  # type: ignore[no-any-return]
 
 
 def weights_size(folder: Path) -> int:
     """Return the bytes of a checkpoint's weight files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def peak_memory() -> int:
-    """Return the peak memory of this process in bytes; the accelerator's where one is used."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    return resident_peak()
-
-
-def resident_peak() -> int:
-    """Return the most bytes of this process that were ever in main memory."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
@@ -191,7 +172,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise UserError(f"{folder} has no {FILE_NAME}: it is no checkpoint that nuteprune wrote")
+        raise UserError(f"{folder} has no {FILE_NAME}: it is not a checkpoint that nuteprune wrote")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
+from nuteprune.processes import several
 
 
 class Gates(nn.Module):
@@ -97,12 +98,12 @@ class RankedGates(Gates):
     Removed units get gradients too, and so may return.
 
     Args:
+        allocator: turns scores into exportable shapes and masks.
+        scores: one-shot importance of each unit, kind -> (N,); the warm start.
         decay: weight of the past in the moving average, per step; 1 keeps the warm start.
     """
 
-    def __init__(
-        self, allocator: Allocator, scores: Mapping[str, Tensor], decay: float = 0.95
-    ) -> None:
+    def __init__(self, allocator: Allocator, scores: Mapping[str, Tensor], decay: float) -> None:
         super().__init__(allocator, scores)
         self.decay = decay
         self._hard = Masks.open(allocator.layout, self.kinds)
@@ -143,7 +144,7 @@ class RankedGates(Gates):
     def end_step(self) -> None:
         """Move the scores towards what the step has seen, on the scores' own scale."""
         if self._seen and not self.frozen:
-            if dist.is_available() and dist.is_initialized():
+            if several():
                 for kind in self.kinds:
                     dist.all_reduce(self._seen[kind])
             seen = sum(float(v.sum()) for v in self._seen.values())

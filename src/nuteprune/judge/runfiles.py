@@ -25,14 +25,12 @@ from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME, read_record
-from nuteprune.files import write_text
+from nuteprune.files import RUN, write_text
 from nuteprune.model.families import GATE_KINDS
-from nuteprune.train.state import RunState, last_checkpoint
+from nuteprune.train.state import METRICS, RunState, last_checkpoint
 
-RUN = "run"
 TARGET = "sparsity-"
 """How the folders of a run with several targets begin: each is a checkpoint, beside one run/."""
-METRICS = "metrics.jsonl"
 SAMPLES = "samples.json"
 SPEED = "speed.json"
 
@@ -88,7 +86,7 @@ def read_run(folder: Path) -> RunFiles:
         UserError: if there is no run, or one of its files is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; pass the --out folder of a nuteprune prune")
+        raise UserError(f"{folder} is not a folder; pass the --out folder of a nuteprune prune")
     folder = folder.resolve()
     run = folder if (folder / METRICS).is_file() or folder.name == RUN else folder / RUN
     root = folder.parent if run == folder and folder.name == RUN else folder

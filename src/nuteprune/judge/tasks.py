@@ -80,7 +80,9 @@ class Tasks:
                 "run: pip install 'nuteprune[eval]'"
             )
         if include_path is not None and not include_path.is_dir():
-            raise UserError(f"--include-path {include_path} is no folder; pass one with task files")
+            raise UserError(
+                f"--include-path {include_path} is not a folder; pass one with task files"
+            )
         if limit is not None and limit < 1:
             raise UserError(f"--limit {limit}: pass at least 1 question per task")
         self.names = [task for name in names for task in SUITES.get(name, (name,))]

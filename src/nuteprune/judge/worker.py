@@ -9,18 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from nuteprune import memory
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.record import resident_peak
 from nuteprune.judge.bench import Setting, Timing, Work, time_once
 from nuteprune.model.anatomy import Anatomy
-
-_HIGH_WATER, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,26 +125,10 @@ def _timed(model: PreTrainedModel, setting: Setting) -> Timing:
     random = torch.Generator().manual_seed(0)
     size = (setting.batch_size, setting.length)
     prompt_BT = torch.randint(_vocabulary(model), size, generator=random).to(model.device)
-    _reset_peak(model)
+    memory.reset_peak()
     timing = time_once(model, prompt_BT, setting.new_tokens)
-    return dataclasses.replace(timing, peak_memory=_peak(model))
+    return dataclasses.replace(timing, peak_memory=memory.peak())
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return int(Anatomy(model).embedding.weight.shape[0])
-
-
-def _reset_peak(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-    elif _RESET.exists():
-        _RESET.write_text("5")  # forgets the process's highest resident size; Linux
-
-
-def _peak(model: PreTrainedModel) -> int:
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device)
-    if _HIGH_WATER.exists():
-        (line,) = (x for x in _HIGH_WATER.read_text().splitlines() if x.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resident_peak()

@@ -29,7 +29,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
-from nuteprune.train.state import RunState, last_checkpoint, step_of
+from nuteprune.processes import several
+from nuteprune.train.state import METRICS, RunState, last_checkpoint, step_of
 
 
 class StopSignals(TrainerCallback):
@@ -53,7 +54,7 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         """Save and stop, in all processes alike."""
-        if dist.is_available() and dist.is_initialized():
+        if several():
             flag = torch.tensor(self.received, device=args.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.received = int(flag)
@@ -144,7 +145,7 @@ class AtomicTrainer(Trainer):
     @property
     def metrics_file(self) -> Path:
         """Where each step's line goes."""
-        return Path(cast(str, self.args.output_dir)) / "metrics.jsonl"
+        return Path(cast(str, self.args.output_dir)) / METRICS
 
     def write_metrics(self, logs: Mapping[str, Any]) -> None:
         """Add a line for the step that has ended; the main process alone does."""

@@ -155,7 +155,7 @@ class NutePruneConfig(TrainingArguments):
     freeze_share: float | None = field(default=None, metadata={"help": "Steps until masks freeze."})
     ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
     score_decay: float = field(default=0.99, metadata={"help": "Weight of past scores."})
-    gate_learning_rate: float = field(default=0.1, metadata={"help": "Rate of log-alpha."})
+    gate_learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of log-alpha."})
 
     teachers: str = field(default="numerous", metadata={"help": "numerous, intact or none."})
     token_weight: float = field(default=1.0, metadata={"help": "Weight of the token KL."})
@@ -172,9 +172,9 @@ class NutePruneConfig(TrainingArguments):
     max_bad_steps: int = field(default=3, metadata={"help": "Non-finite steps in a row allowed."})
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(default=2e-3, metadata={"help": "Rate of LoRA."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of LoRA."})
     lr_scheduler_type: SchedulerType | str = field(
-        default="polynomial", metadata={"help": "How the rate falls."}
+        default="polynomial", metadata={"help": "How the learning rate falls."}
     )
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of the schedule; power 0.5 for polynomial."}
@@ -234,7 +234,7 @@ class NutePruneConfig(TrainingArguments):
         for kind in self.gate_kinds or ():
             if kind not in GATE_KINDS:
                 raise UserError(
-                    f"{kind!r} is no kind of gate; known kinds: {', '.join(GATE_KINDS)}"
+                    f"{kind!r} is not a kind of gate; known kinds: {', '.join(GATE_KINDS)}"
                 )
         if self.one_shot and self.gate_type != "ranked":
             raise UserError(
@@ -322,7 +322,7 @@ def check_trainer_settings(args: TrainingArguments) -> None:
     """
     if args.load_best_model_at_end:
         raise UserError(
-            "load_best_model_at_end is not supported: checkpoints of a run are no models; leave "
+            "load_best_model_at_end is not supported: checkpoints of a run are not models; leave "
             "it out"
         )
     if args.n_gpu > 1:

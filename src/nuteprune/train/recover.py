@@ -43,9 +43,9 @@ class RecoverConfig(TrainingArguments):
     lora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs dropped."})
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(default=1e-4, metadata={"help": "Rate of LoRA."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of LoRA."})
     lr_scheduler_type: SchedulerType | str = field(
-        default="linear", metadata={"help": "How the rate falls."}
+        default="linear", metadata={"help": "How the learning rate falls."}
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per step."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})

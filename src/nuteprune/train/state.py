@@ -21,6 +21,8 @@ from nuteprune.errors import UserError
 from nuteprune.files import atomic, read_sums
 
 FILE_NAME = "nuteprune_state.safetensors"
+METRICS = "metrics.jsonl"
+"""File beside the checkpoints with a line per step."""
 GROUPS = ("lora", "gates", "masks", "first_scores")
 NOTES = ("teachers", "stops", "sums", "bad_steps")
 

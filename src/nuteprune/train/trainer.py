@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -37,6 +35,7 @@ from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed, make_trainable
+from nuteprune.processes import agree
 from nuteprune.shrink.compensate import install_lora
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_on, silent
@@ -181,7 +180,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             )
             fresh = make_gates(self.allocator, scores, self.args)
             self.gates.load_state_dict(fresh.state_dict())
-            _agree(self.gates.state_dict().values())
+            agree(self.gates.state_dict().values())
         self.first_scores = {k: v.cpu().clone() for k, v in self.gates.scores.items()}
         self._warm = True
 
@@ -279,7 +278,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             bank, anatomy, args = self.coforward.bank, self.anatomy, self.args
             install = install_lora(bank, anatomy, args.lora_rank)
             refit_on(self.train_dataset, args, anatomy, self.hooks, masks, install, self.progress)
-            _agree(bank.state().values())
+            agree(bank.state().values())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -454,13 +453,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         )
         self.saved = Path(folder)
         return written
-
-
-def _agree(tensors: Iterable[Tensor]) -> None:
-    """Give all processes of a run the main one's values: computed alike is not equal to the bit."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
 
 
 class _EndOfStep(TrainerCallback):

@@ -1,0 +1,32 @@
+"""The most memory that this process has had at once: its accelerator's, or else its own."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> None:
+    """Forget the peak, where the system can; the next one is counted from here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if _RESET.exists():
+        _RESET.write_text("5")
+
+
+def peak() -> int:
+    """Return the peak in bytes: allocated on the accelerator where one is used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    # Not ru_maxrss where there is a choice: a child process inherits its parent's.
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
