@@ -17,6 +17,8 @@ from nuteprune.cli.sources import pick_device
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 
+from .conftest import TINY
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -107,6 +109,18 @@ def test_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path, run: Ru
     assert code == 0
     assert json.loads(stdout.splitlines()[-1])["sparsity"][0] >= 0.3
     assert not (tmp_path / "out").exists()
+
+
+def test_whoever_names_no_text_is_told_which_one_it_is(
+    model: Path, text: Path, in_workspace: Path, run: Run
+) -> None:
+    dry = ["prune", model, "--sparsity", 0.2, "--out", "new", *TINY["prune"]]
+    dry += ["--set", "neuron_multiple=4", "--dry-run"]
+    code, out, err = run(*dry)
+    assert code == 0, err
+    assert "Note    the text is the demo's" in out
+    assert "Note " not in run(*dry, "--data", text)[1]
+    assert "Note " not in run("prune", "demo", *dry[2:])[1]
 
 
 def test_resume_and_overwrite(model: Path, text: Path, tmp_path: Path, run: Run) -> None:

@@ -62,6 +62,19 @@ def test_a_person_reads_what_changed_and_how_to_load_it() -> None:
     assert "trust_remote_code" not in model_card(a_record(), remote_code=False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teachers": {"count": 0}}, "structured pruning with distillation from the intact model"),
+        ({"teachers": {"count": 7}}, "structured pruning with distillation from numerous teachers"),
+        ({"config": {"max_steps": 0}}, "structured pruning\n"),
+        ({"config": {"teachers": "none", "lm_weight": 1.0}}, "structured pruning\n"),
+    ],
+)
+def test_who_taught_it(changes: dict[str, Any], words: str) -> None:
+    assert words in model_card(a_record(**changes), remote_code=False)
+
+
 def test_a_card_of_little() -> None:
     record = a_record()
     for key in ("perplexity", "base_model", "license", "config"):

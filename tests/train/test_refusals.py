@@ -16,6 +16,16 @@ def test_fsdp_would_quietly_be_ddp_here(tiny_model, tmp_path: Path) -> None:
         NutePruneTrainer(tiny_model("llama"), args)
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_cannot_ask_for_sharding_either(
+    name: str, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UserError, match=r"sharding .* is not supported.*accelerate's config"):
+        NutePruneTrainer(tiny_model("llama"), args)
+
+
 def test_weights_quantised_by_others_are_refused(tiny_model, tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.is_quantized, model.quantization_method = True, "gptq"  # as transformers marks them

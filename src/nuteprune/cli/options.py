@@ -31,7 +31,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         help="Training text: a .txt, .jsonl, .json or .parquet file, a folder of them, a hub "
-        "dataset id[:config[:split]], or 'demo'."
+        "dataset id[:config[:split]], or 'demo' (default: three small English texts)."
     ),
 ]
 EvalData = Annotated[
@@ -43,9 +43,13 @@ Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")
 ]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps; 0: one-shot.")]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences per step.")]
-Length = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Optimizer steps; 0: one-shot; default 80, of the demo 60.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Sequences per forward pass of each process; default 4.")
+]
+Length = Annotated[int | None, typer.Option(help="Tokens per sequence; default 256.")]
 Method = Annotated[
     str | None,
     typer.Option(
@@ -55,9 +59,12 @@ Method = Annotated[
 ]
 Gates = Annotated[
     str | None,
-    typer.Option(help="heads, kv_groups, neurons, hidden, attn_block, mlp_block; comma separated."),
+    typer.Option(
+        help="heads, kv_groups, neurons, hidden, attn_block, mlp_block; comma separated; "
+        "default: heads (KV groups where heads share one) and neurons."
+    ),
 ]
-Shapes = Annotated[str | None, typer.Option(help="free or uniform.")]
+Shapes = Annotated[str | None, typer.Option(help="free (default) or uniform.")]
 NeuronMultiple = Annotated[
     int | None, typer.Option(help="Neurons kept per layer are a multiple of it; default 32.")
 ]

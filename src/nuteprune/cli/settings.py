@@ -38,20 +38,23 @@ SHORT = {
 }
 """The command line's words for some of the trainer's settings."""
 
-_REFUSED = (
-    *("output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "use_cpu"),
-    *("eval_strategy", "eval_on_start", "load_best_model_at_end", "save_only_model"),
-    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"),
-    *(
-        "num_train_epochs",
-        "auto_find_batch_size",
-        "enable_jit_checkpoint",
-        "hub_token",
-        "push_to_hub",
+_STEPS, _EVAL = "pass --steps", "score a checkpoint with nuteprune eval OUT/run/checkpoint-N"
+_SHARDED, _HUB = "runs are not sharded, see docs/scale.md", "upload the result with hf upload"
+_REFUSED = {
+    "output_dir": "pass --out",
+    "use_cpu": "pass --device cpu",
+    "resume_from_checkpoint": "pass --resume",
+    "num_train_epochs": _STEPS,
+    "auto_find_batch_size": "try sizes with --dry-run",
+    **dict.fromkeys(("hub_token", "push_to_hub"), _HUB),
+    **dict.fromkeys(("do_eval", "do_predict", "eval_strategy", "eval_on_start"), _EVAL),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _SHARDED),
+    **dict.fromkeys(
+        ("do_train", "load_best_model_at_end", "save_only_model", "local_rank"), "leave it out"
     ),
-)
-"""Settings of transformers that the command line has another way for, or that have no place in a
-run that must be resumed to the last bit."""
+    "enable_jit_checkpoint": "a stopped run saves anyway",
+}
+"""Settings of transformers that have no place in a run here -> what to do instead."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -122,7 +125,7 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     for given, value in settings.items():
         key = SHORT.get(given, given)
         if key in _REFUSED:
-            raise UserError(f"setting {given} cannot be used here: a run has no place for it")
+            raise UserError(f"setting {given} cannot be used here: {_REFUSED[key]}")
         if key not in hints:
             near = get_close_matches(given, [*hints, *SHORT], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""

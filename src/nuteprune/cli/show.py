@@ -16,6 +16,7 @@ from nuteprune.errors import UserError
 from nuteprune.judge.report import write_report
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.data import DEMO
 from nuteprune.train.instructions import Examples
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.trainer import NutePruneTrainer
@@ -51,6 +52,11 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
         f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {job.data}"
     )
+    if job.data == DEMO != job.model:
+        output.line(
+            "Note    the text is the demo's, in English; what a model is taught on is what it "
+            "keeps, so pass text of its use with --data"
+        )
 
 
 def print_recovery(
@@ -112,8 +118,8 @@ def print_dry_run(trainer: NutePruneTrainer, output: Output) -> None:
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     memory = peak() + trained * BYTES_OF_ADAM
     output.line(
-        f"Cost    {step:.1f} s a step, {duration(seconds)} in all, {megabytes(memory)} of memory, "
-        "by one step done for trial"
+        f"Cost    {step:.1f} s a step, {duration(seconds)} in all, {megabytes(memory)} of memory "
+        "in a step, by one done for trial"
     )
     output.line("Dry run nothing was written.")
     output.result(

@@ -23,7 +23,7 @@ _CARD = """\
 # {name}, {sparsity:.1%} of its decoder removed
 
 {base_model} with {sparsity:.1%} of the parameters of its decoder layers' projections physically
-removed ({total:.1%} of all parameters) by structured pruning with numerous teachers
+removed ({total:.1%} of all parameters) by structured pruning{taught}
 ([arXiv 2402.09773](https://arxiv.org/abs/2402.09773)), made with `nuteprune` {version}.
 
 | | dense | pruned | |
@@ -80,6 +80,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         base_model=_plain(base_model),
         sparsity=record["sparsity"],
         total=record["total_sparsity"],
+        taught=_taught(record),
         version=record["versions"]["nuteprune"],
         table=_table(record),
         protocol=f"Perplexity, on held-out text: {protocol}." if protocol else "",
@@ -91,6 +92,14 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         tuned=_tuned(record),
         text=_plain(_public(str(record.get("config", {}).get("data", "not on record")))),
     )
+
+
+def _taught(record: Mapping[str, Any]) -> str:
+    config = record.get("config", {})
+    if config.get("teachers") == "none" or config.get("max_steps") == 0:
+        return ""
+    numerous = record.get("teachers", {}).get("count")
+    return f" with distillation from {'numerous teachers' if numerous else 'the intact model'}"
 
 
 def with_plots(card: str, plots: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from nuteprune.model.anatomy import Anatomy
 
 GOOD = 0.9
 """Share of the bound that counts as reached."""
-_EASY_MULTIPLE = 128  # matrix sizes that kernels of all kinds tile without a rest
+_EASY_MULTIPLE = 128  # matrix sizes that kernels of all kinds tile evenly
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,6 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, float]]], work: Work)
         return [*lines, f"neuron counts are multiples of {work.neurons}: no larger one would help"]
     remedy = (
         f"neuron counts are multiples of {work.neurons}; prune with --neuron-multiple "
-        f"{_EASY_MULTIPLE}: kernels tile such matrices without a rest"
+        f"{_EASY_MULTIPLE}: kernels tile such matrices evenly"
     )
     return [*lines, remedy]

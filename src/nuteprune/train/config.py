@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -22,6 +23,8 @@ FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
 ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Values of `optim` that know `maximize`."""
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""How `accelerate launch` asks for it, whatever the settings say."""
 SHAPES = ("free", "uniform")
 TEACHERS = ("numerous", "intact", "none")
 LAYER_TERMS = ("relative", "mse")
@@ -88,7 +91,7 @@ class NutePruneConfig(TrainingArguments):
             `taylor`, `fisher`, `surgeon`, `similarity`) whose masks are frozen at the target before
             the first step; the steps then train LoRA alone, by the same distillation.
         importance: `nuteprune` only: the one-shot scoring that gates start from.
-        gate_type: `ranked` (hard masks by a Fisher score that training keeps re-estimating),
+        gate_type: `ranked` (hard masks by the scores, which a ramp re-estimates from gradients),
             `hard_concrete` (the paper's stochastic gates) or `deterministic` (rectified multipliers
             without noise).
         warm_start: start gates from the one-shot importance.
@@ -309,6 +312,20 @@ class NutePruneConfig(TrainingArguments):
         if not self.gates:
             return METHODS[self.scoring].default_kinds
         return tuple(k.strip() for k in self.gates.split(","))
+
+
+def check_whole(args: TrainingArguments) -> None:
+    """Refuse to shard the model, which on CPU would silently be DDP, and else is untried.
+
+    Raises:
+        UserError: if settings or the launcher ask for it.
+    """
+    if args.fsdp or args.deepspeed or any(map(parse_flag_from_env, SHARDING)):
+        raise UserError(
+            "sharding the model over processes is not supported: leave fsdp and deepspeed out, of "
+            "accelerate's config too (several processes with whole copies work; see "
+            "gradient_checkpointing for memory)"
+        )
 
 
 def check_trainer_settings(args: TrainingArguments) -> None:

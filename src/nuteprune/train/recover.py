@@ -23,7 +23,7 @@ from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.config import check_trainer_settings
+from nuteprune.train.config import check_trainer_settings, check_whole
 from nuteprune.train.instructions import pad
 from nuteprune.train.state import RunState, restore
 
@@ -76,7 +76,7 @@ class RecoverTrainer(AtomicTrainer):
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:
-        UserError: for an unsupported model.
+        UserError: for an unsupported model, or where it is to be sharded.
     """
 
     args: RecoverConfig
@@ -90,6 +90,7 @@ class RecoverTrainer(AtomicTrainer):
         processing_class: PreTrainedTokenizerBase,
         **kwargs: Any,
     ) -> None:
+        check_whole(args)
         intact = Anatomy(model)
         model.requires_grad_(False)
         set_seed(args.seed)  # LoRA starts from random values

@@ -119,7 +119,7 @@ def choose_layout(names: Collection[str], text_column: str | None, where: str) -
     near = [name for name in names if difflib.get_close_matches(name.lower(), known, n=1)]
     raise UserError(
         f"{where}: found no text among the columns {_listed(names)}; "
-        f"name the one that holds it as text column{_perhaps(near)}"
+        f"name the one that holds it with --text-column{_perhaps(near)}"
     )
 
 
@@ -127,7 +127,7 @@ def _missing(name: str, names: Collection[str], where: str) -> UserError:
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return UserError(
         f"{where}: no column {name!r} among the columns {_listed(names)}; "
-        f"name one that every row has as text column{_perhaps(near)}"
+        f"name one that every row has with --text-column{_perhaps(near)}"
     )
 
 

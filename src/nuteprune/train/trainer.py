@@ -40,7 +40,7 @@ from nuteprune.shrink.compensate import install_lora
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.config import NutePruneConfig, check_whole
 from nuteprune.train.finish import Finished, finish, with_lora
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import (
@@ -84,11 +84,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         progress: Progress = silent,
         **kwargs: Any,
     ) -> None:
-        if args.fsdp or args.deepspeed:
-            raise UserError(
-                "sharding the model over processes is not supported: leave fsdp and deepspeed out "
-                "(several processes with whole copies work; see gradient_checkpointing for memory)"
-            )
+        check_whole(args)
         if kwargs.get("compute_metrics"):
             raise UserError(
                 "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
