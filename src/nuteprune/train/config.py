@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from nuteprune.distill.losses import LAYER_TERMS
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.model.families import GATE_KINDS
@@ -27,9 +29,19 @@ SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """How `accelerate launch` asks for it, whatever the settings say."""
 SHAPES = ("free", "uniform")
 TEACHERS = ("numerous", "intact", "none")
-LAYER_TERMS = ("relative", "mse")
 LORA_TARGETS = ("all", "qv")
 COMPENSATION = ("none", "start", "finalize")
+CHOICES: dict[str, Sequence[str]] = {
+    "method": (NUTEPRUNE, *METHODS),
+    "importance": tuple(METHODS),
+    "gate_type": tuple(GATE_TYPES),
+    "shapes": SHAPES,
+    "teachers": TEACHERS,
+    "layer_term": tuple(LAYER_TERMS),
+    "lora_targets": LORA_TARGETS,
+    "compensation": COMPENSATION,
+}
+"""What settings with names for values may be."""
 BOUNDS: dict[str, tuple[float, float]] = {
     "max_steps": (0, 1e9),
     "per_device_train_batch_size": (1, 1e6),
@@ -195,75 +207,16 @@ class NutePruneConfig(TrainingArguments):
             self.lr_scheduler_kwargs = dict(FALLS_LATE)
         super().__post_init__()
         check_trainer_settings(self)
-        for name, known in (
-            ("method", (NUTEPRUNE, *METHODS)),
-            ("importance", tuple(METHODS)),
-            ("gate_type", tuple(GATE_TYPES)),
-            ("shapes", SHAPES),
-            ("teachers", TEACHERS),
-            ("layer_term", LAYER_TERMS),
-            ("lora_targets", LORA_TARGETS),
-            ("compensation", COMPENSATION),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        _check_choices(self)
         if self.ramp_share is None:
             self.ramp_share = GATE_TYPES[self.gate_type]
         if self.freeze_share is None:
             self.freeze_share = self.ramp_share
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = self.gate_type != "ranked"  # frozen gates are unused
-        for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:  # nor is it a number if it compares with none
-                raise UserError(f"{name} is {value}; it must lie between {low:g} and {high:g}")
-        if not 0 < self.target_sparsity < 1:
-            raise UserError(
-                f"sparsity is {self.target_sparsity}; it is a share, so it must lie between 0 "
-                "and 1, both excluded (0.2 removes 20 %)"
-            )
-        targets = self.targets
-        if any(not 0 < a < b for a, b in pairwise(targets)):
-            raise UserError(
-                f"targets are {', '.join(f'{t:g}' for t in targets)}; they must grow, between 0 "
-                "and 1"
-            )
-        if len(targets) > 1 and self.max_steps < len(targets):
-            raise UserError(
-                f"{len(targets)} targets need at least {len(targets)} steps, one for each; "
-                f"max_steps is {self.max_steps}"
-            )
-        for kind in self.gate_kinds or ():
-            if kind not in GATE_KINDS:
-                raise UserError(
-                    f"{kind!r} is not a kind of gate; known kinds: {', '.join(GATE_KINDS)}"
-                )
-        if self.one_shot and self.gate_type != "ranked":
-            raise UserError(
-                f"method {self.method} keeps its one-shot masks, so gate_type {self.gate_type} has "
-                f"nothing to learn: leave it out, or use method {NUTEPRUNE} with "
-                f"importance={self.method}"
-            )
-        if self.fp16:
-            raise UserError(
-                "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "
-                "to compute in (--dtype)"
-            )
-        if self.lora_targets == "qv" and self.compensation == "start":
-            raise UserError(
-                "the re-fit before training starts LoRA of the output and down projections, which "
-                "lora_targets qv leaves without: set compensation to finalize or none"
-            )
-        lagrangian = self.gate_type != "ranked" and not self.solved_schedule
-        if lagrangian and OptimizerNames(self.optim).value not in ASCENDING:
-            raise UserError(
-                f"the Lagrangian's multipliers ascend, which optim "
-                f"{OptimizerNames(self.optim).value} cannot do: leave optim out, or set "
-                "solved_schedule"
-            )
-        if self.teachers == "none" and self.lm_weight <= 0:
-            raise UserError("without teachers there is no loss left: set lm_weight above 0")
+        _check_bounds(self)
+        _check_targets(self)
+        _check_combinations(self)
 
     @property
     def targets(self) -> tuple[float, ...]:
@@ -312,6 +265,69 @@ class NutePruneConfig(TrainingArguments):
         if not self.gates:
             return METHODS[self.scoring].default_kinds
         return tuple(k.strip() for k in self.gates.split(","))
+
+
+def _check_choices(args: NutePruneConfig) -> None:
+    for name, known in CHOICES.items():
+        value = getattr(args, name)
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    for kind in args.gate_kinds or ():
+        if kind not in GATE_KINDS:
+            raise UserError(f"{kind!r} is not a kind of gate; known kinds: {', '.join(GATE_KINDS)}")
+
+
+def _check_bounds(args: NutePruneConfig) -> None:
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name)
+        if not low <= value <= high:  # nor is it a number if it compares with none
+            raise UserError(f"{name} is {value}; it must lie between {low:g} and {high:g}")
+
+
+def _check_targets(args: NutePruneConfig) -> None:
+    if not 0 < args.target_sparsity < 1:
+        raise UserError(
+            f"sparsity is {args.target_sparsity}; it is a share, so it must lie between 0 "
+            "and 1, both excluded (0.2 removes 20 %)"
+        )
+    targets = args.targets
+    if any(not 0 < a < b for a, b in pairwise(targets)):
+        raise UserError(
+            f"targets are {', '.join(f'{t:g}' for t in targets)}; they must grow, between 0 and 1"
+        )
+    if len(targets) > 1 and args.max_steps < len(targets):
+        raise UserError(
+            f"{len(targets)} targets need at least {len(targets)} steps, one for each; "
+            f"max_steps is {args.max_steps}"
+        )
+
+
+def _check_combinations(args: NutePruneConfig) -> None:
+    if args.one_shot and args.gate_type != "ranked":
+        raise UserError(
+            f"method {args.method} keeps its one-shot masks, so gate_type {args.gate_type} has "
+            f"nothing to learn: leave it out, or use method {NUTEPRUNE} with "
+            f"importance={args.method}"
+        )
+    if args.fp16:
+        raise UserError(
+            "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "
+            "to compute in (--dtype)"
+        )
+    if args.lora_targets == "qv" and args.compensation == "start":
+        raise UserError(
+            "the re-fit before training starts LoRA of the output and down projections, which "
+            "lora_targets qv leaves without: set compensation to finalize or none"
+        )
+    lagrangian = args.gate_type != "ranked" and not args.solved_schedule
+    if lagrangian and OptimizerNames(args.optim).value not in ASCENDING:
+        raise UserError(
+            f"the Lagrangian's multipliers ascend, which optim "
+            f"{OptimizerNames(args.optim).value} cannot do: leave optim out, or set "
+            "solved_schedule"
+        )
+    if args.teachers == "none" and args.lm_weight <= 0:
+        raise UserError("without teachers there is no loss left: set lm_weight above 0")
 
 
 def check_whole(args: TrainingArguments) -> None:
