@@ -69,7 +69,8 @@ class Case:
         ]
         if "attn_block" in kinds and i > 0:
             attention.append((0, 0))
-        neurons = [8, 16, 24] if "neurons" in kinds else [24]
+        fewer = range(8, old.neurons, 8) if "neurons" in kinds else ()
+        neurons = [*fewer, old.neurons]
         if "mlp_block" in kinds:
             neurons.append(0)
         return [LayerShape(*a, n) for a, n in itertools.product(attention, neurons)]
@@ -119,6 +120,9 @@ CASES = {
     "heads in groups": Case((GROUPED,) * 3, ("heads",)),
     "heads and groups": Case((GROUPED,) * 2, ("kv_groups", "heads", "neurons")),
     "everything": Case((LayerShape(4, 2, 24),) * 2, GATE_KINDS),
+    "odd neurons": Case((LayerShape(4, 4, 20), LayerShape(4, 4, 28)), ("neurons",)),
+    "odd neurons or none": Case((LayerShape(4, 4, 20),) * 2, ("neurons", "mlp_block")),
+    "groups of one head": Case((LayerShape(2, 2, 24), GROUPED), ("kv_groups", "heads", "neurons")),
     "biased": Case((MULTI_HEAD,) * 2, ("heads", "neurons"), model_type="opt"),
     "blocks": Case((MULTI_HEAD,) * 3, ("neurons", "mlp_block", "attn_block")),
     "width": Case((MULTI_HEAD,) * 2, ("heads", "neurons", "hidden")),
@@ -246,6 +250,16 @@ def test_neurons_that_are_no_multiple_stay_whole_or_become_one() -> None:
         shape = case.allocator.shape(scores, target)
         assert {x.neurons for x in shape.layers} <= {21, 16, 8}
         assert case.budget.sparsity(shape) >= target
+
+
+@pytest.mark.parametrize("floor", [20, 9, 33, 32])
+def test_any_number_of_neurons_can_be_asked_for(floor: int) -> None:
+    layers = (LayerShape(4, 4, 48),) * 2
+    case = Case(layers, ("neurons",))
+    wanted = Shape(16, tuple(LayerShape(4, 4, floor) for _ in layers))
+    allocator = Allocator(case.budget, Constraints(("neurons",), False, 32, 4, wanted))
+    scores = {"neurons": torch.rand(96, generator=torch.Generator().manual_seed(0))}
+    assert allocator.shape(scores, case.budget.sparsity(wanted)) == wanted
 
 
 def test_uniform_shapes_of_unlike_layers_are_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import assemble
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS, check_kinds
@@ -318,6 +319,20 @@ def test_scores_are_losses_that_the_allocator_takes(
         assert torch.isfinite(scores[kind]).all()
     allocator = Allocator(it.budget, Constraints(kinds, neuron_multiple=4))
     assert it.budget.sparsity(allocator.shape(scores, 0.2)) >= 0.2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_that_has_lost_blocks_is_scored_like_any_other(name: str, tiny_model) -> None:
+    whole = Anatomy(tiny_model("llama"))
+    kinds = ("attn_block", "mlp_block")
+    allocator = Allocator(Budget.of(whole), Constraints(kinds))
+    rows = [{}, {"attention": False}, {"mlp": False}]
+    masks = allocator.masks(whole.shape.cut_to({"layers": rows}), allocator.equal_scores())
+    small, _ = assemble(whole, masks)
+    it = probe(small, METHODS[name].default_kinds or ("kv_groups", "neurons"))
+    scores = METHODS[name].score(it)
+    assert {k: len(v) for k, v in scores.items()} == {k: it.layout.units(k) for k in it.kinds}
+    assert all(bool(v.isfinite().all()) for v in scores.values())
 
 
 def test_surgeon_is_the_least_rise_of_the_quadratic_loss(tiny_model, tiny_name: str) -> None:

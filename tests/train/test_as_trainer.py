@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from nuteprune.train.data import BlockDataset
 from nuteprune.train.recover import RecoverConfig
 from nuteprune.train.setup import chosen_settings
 
-from .conftest import LENGTH, make
+from .conftest import LENGTH, make, metrics
 
 TOKENS = torch.arange(3, 15)[None]
 
 
 def steps_of(folder: Path) -> list[int]:
-    return [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in metrics(folder)]
 
 
 def test_the_result_generates_as_the_intact_model_did(tiny_model, tmp_path: Path) -> None:
@@ -123,6 +124,10 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
     other = make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 8})
     other.train(str(tmp_path / "checkpoint-4"))
     assert steps_of(tmp_path) == list(range(1, 9))
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "kept")
+    other = make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 8})
+    other.train(str(tmp_path / "kept"))
+    assert steps_of(tmp_path) == list(range(1, 9))
     make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 3}).train()
     assert steps_of(tmp_path) == [1, 2, 3]
 
@@ -157,6 +162,29 @@ class Padded(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.rows[index]
+
+
+@pytest.mark.parametrize("lm_weight", [0.0, 1.0])
+def test_padding_counts_alike_however_a_step_is_parted(
+    lm_weight: float, tiny_model, tmp_path: Path
+) -> None:
+    found = []
+    for size in (4, 1):
+        trainer = make(
+            tiny_model("llama"),
+            tmp_path / str(size),
+            max_steps=2,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            lm_weight=lm_weight,
+        )
+        trainer.train_dataset = Padded(trainer.train_dataset, filler=50)
+        trainer.train()
+        found.append((metrics(tmp_path / str(size)), trainer.coforward.bank.state()))
+    (ours, lora), (theirs, other) = found
+    for key in ("loss", "grad_norm"):
+        assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-4)
+    assert all(torch.allclose(lora[key], other[key], atol=1e-5) for key in lora)
 
 
 def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,7 @@ from transformers import TrainerCallback
 from nuteprune import RunFailed, UserError, load_pruned
 from nuteprune.gates.allocate import Allocator
 
-from .conftest import LENGTH, make
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+from .conftest import LENGTH, make, metrics
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])

@@ -37,7 +37,7 @@ from nuteprune.cli.sources import (
     pick_dtype,
 )
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import assemble
+from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.record import write_pruned
 from nuteprune.files import RUN
 from nuteprune.judge.perplexity import mean, perplexities, protocol
@@ -225,7 +225,7 @@ def one_shot(
     after = perplexities(small, held_out, batch_size=4)
     return write_pruned(
         out,
-        cast(Any, small).to(stored),
+        as_stored(small, stored),
         None,
         params,
         target=target,

@@ -43,7 +43,7 @@ from nuteprune.cli.rejudged import (
 from nuteprune.cli.show import print_recovery, sequences_per_step
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import round_as_stored, save
+from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
 from nuteprune.files import RUN
 from nuteprune.judge.bench import Work
@@ -294,7 +294,7 @@ def _write(
 ) -> dict[str, Any]:
     if job.resume:
         clear_result(job.out)
-    cast(Any, small).to(stored_dtype(small))
+    as_stored(small, stored_dtype(small))
     result = {"out": str(job.out), "recover": entry}
     if record is None:
         save(small, job.out, tokenizer)

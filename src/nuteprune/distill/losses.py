@@ -179,6 +179,17 @@ def token_weights(inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.ones_like(ids_BT).float() if mask_BT is None else mask_BT.float()
 
 
+def token_counts(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return how many tokens of a batch are distilled, and how many learned as next tokens (2,)."""
+    weight_BT = token_weights(inputs)
+    return torch.stack([weight_BT.sum(), weight_BT[:, 1:].sum()])
+
+
+def amplified(loss: Tensor, factor: float) -> Tensor:
+    """Return a loss of the same value whose gradients are `factor` times as large."""
+    return loss if factor == 1 else loss + (factor - 1) * (loss - loss.detach())
+
+
 def layer_mse(student_BTD: Tensor, teacher_BTD: Tensor, weight_BT: Tensor) -> Tensor:
     """Return the mean squared difference of hidden states (the paper's layer term)."""
     error_BT = (student_BTD.float() - teacher_BTD.float()).square().mean(-1)

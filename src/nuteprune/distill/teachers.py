@@ -115,7 +115,7 @@ class Teachers:
         self.layout = layout
         self.sparsities: list[float] = []
         self.sums: list[str] = []
-        self._loaded = (-1, INTACT)
+        self._loaded: tuple[tuple[int, str, torch.dtype], Role] | None = None
 
     def __len__(self) -> int:
         return len(self.sparsities)
@@ -173,7 +173,7 @@ class Teachers:
                     "that it was written with"
                 )
         self.sparsities, self.sums = list(sparsities), list(sums)
-        self._loaded = (-1, INTACT)
+        self._loaded = None
 
     def role(self, index: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Role:
         """Return a teacher, -1 being the intact model.
@@ -186,9 +186,10 @@ class Teachers:
         """
         if index < 0:
             return INTACT
-        if index != self._loaded[0]:
-            self._loaded = (-1, INTACT)  # gone before another one comes
-            self._loaded = (index, self._read(index, device, dtype))
+        wanted = index, device, dtype
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = None  # gone before another one comes
+            self._loaded = wanted, self._read(index, device, dtype)
         return self._loaded[1]
 
     def _read(self, index: int, device: str, dtype: torch.dtype) -> Role:

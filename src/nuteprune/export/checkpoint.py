@@ -61,6 +61,16 @@ def round_as_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
+def as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Give a model's parameters the dtype of a file, in place, and return it.
+
+    Unlike `model.to(dtype)` this spares buffers: rotary frequencies in bfloat16 are others.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def save(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],

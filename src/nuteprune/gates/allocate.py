@@ -63,6 +63,9 @@ class Allocator:
         self.budget = budget
         self.constraints = constraints
         self.layout = Layout(budget.shape, budget.head_dim)
+        # So that as many steps are as many neurons, whichever layers they come from.
+        counts = (layer.neurons for layer in budget.shape.layers)
+        self._neurons_per_step = math.gcd(constraints.neuron_multiple, *counts)
         if constraints.uniform and not budget.shape.uniform:
             raise UserError(
                 "uniform shapes need a model whose layers are alike, and this model's differ "
@@ -228,7 +231,7 @@ class Allocator:
         return floor.layers[layer] if floor else LayerShape(0, 0, 0)
 
     def _mlp_options(self, parts: Mapping[str, list[Array]], layer: int) -> list[Option]:
-        total, multiple = self.budget.shape.layers[layer].neurons, self.constraints.neuron_multiple
+        total = self.budget.shape.layers[layer].neurons
         if not total:
             return [Option(0, 0.0, 0, 0, (0,))]
         floor = self._floor(layer).neurons
@@ -236,10 +239,10 @@ class Allocator:
         gone = np.zeros(total + 1)
         if "neurons" in parts:
             gone[1:] = np.cumsum(np.sort(parts["neurons"][layer]))
-            kept = _counts(total, multiple, floor)
+            kept = _counts(total, self.constraints.neuron_multiple, floor)
         options = [
             Option(
-                -(-(total - n) // multiple),
+                -(-(total - n) // self._neurons_per_step),
                 float(gone[total - n]),
                 *self.budget.mlp(LayerShape(0, 0, n)),
                 (n,),
@@ -247,7 +250,7 @@ class Allocator:
             for n in kept
         ]
         if "mlp_block" in parts and not floor:
-            steps = -(-total // multiple)
+            steps = total // self._neurons_per_step
             options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, (0,)))
         return options
 
@@ -291,7 +294,7 @@ def _layer_masks(
     if "heads" in masks and old.heads_per_group > 1:
         rows = scores["heads"].reshape(old.kv_heads, -1)
         masks["heads"] = torch.cat([_top(row, new.heads_per_group) for row in rows])
-    elif "heads" in masks:
+    elif "heads" in masks and "kv_groups" not in masks:  # else the group of one head decides
         masks["heads"] = _top(scores["heads"], new.heads)
     if "kv_groups" in masks:
         group_scores = scores["kv_groups"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.gates.activations import Watched, watching_inputs, watching_streams
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
 from nuteprune.gates.units import losses_of, over_columns, ranks, squared_weights
 from nuteprune.model.families import GATE_KINDS
@@ -252,9 +252,9 @@ def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores
         with probe.hooks.using(Masks(layout, leaves)):
             loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
         # The model's loss is a mean over sequences; what is wanted are gradients of their sum.
-        grads = torch.autograd.grad(loss * len(ids_BT), list(leaves.values()))
+        grads = torch.autograd.grad(loss * len(ids_BT) * LOSS_SCALE, list(leaves.values()))
         for kind, grad in zip(kinds, grads, strict=True):
-            total[kind] += measure(grad.float()).sum(0).cpu()
+            total[kind] += measure(grad.float() / LOSS_SCALE).sum(0).cpu()
         sequences += len(ids_BT)
         probe.progress()
     return {kind: value / max(1, sequences) for kind, value in total.items()}

@@ -16,6 +16,9 @@ from nuteprune.gates.masks import Layout
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
 
+LOSS_SCALE = 2.0**10
+"""What a loss is multiplied by before its backward pass, and gradients divided by after it: float16
+would round small ones to 0. A power of two, so nothing else changes."""
 Scores = dict[str, Tensor]
 """Kind -> (N,) losses in fp32 on the CPU."""
 

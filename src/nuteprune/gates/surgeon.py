@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nuteprune.gates.flow import Flow
-from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 
 DAMPING = 1e-2
 """What is added to C, as a share of its mean diagonal; the re-fit's ridge is as large."""
@@ -104,7 +104,7 @@ def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
 
     def take(kind: str, layer: int, grad_MI: Tensor) -> None:
         units = probe.layout.sizes[kind][layer]
-        grad_MUW = grad_MI.reshape(len(grad_MI), units, -1)
+        grad_MUW = grad_MI.reshape(len(grad_MI), units, -1) / LOSS_SCALE
         slope_UWW = torch.einsum("muv,muw->uvw", grad_MUW, grad_MUW) / sequences
         key = kind, layer
         total[key] = total[key] + slope_UWW if key in total else slope_UWW
@@ -115,7 +115,7 @@ def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
             drawn_BT = draw_tokens(logits_BTV, generator)
             loss = cross_entropy(logits_BTV.float().flatten(0, 1), drawn_BT.flatten())
             # A mean over sequences; what is wanted are gradients of their sum.
-            (loss * len(batch_BT)).backward()
+            (loss * len(batch_BT) * LOSS_SCALE).backward()
             probe.progress()
     return total
 

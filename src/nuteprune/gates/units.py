@@ -117,12 +117,11 @@ def over_columns(
         mean: take means in place of sums.
     """
     parts = []
-    for values_I, count in zip(
-        columns["neurons" if kind == "neurons" else "heads"], layout.sizes[kind], strict=True
-    ):
-        if count:
-            rows = values_I.view(count, -1)
-            parts.append(rows.mean(1) if mean else rows.sum(1))
+    there = [count for count in layout.sizes[kind] if count]  # a block may be gone already
+    values = columns["neurons" if kind == "neurons" else "heads"]
+    for values_I, count in zip(values, there, strict=True):
+        rows = values_I.view(count, -1)
+        parts.append(rows.mean(1) if mean else rows.sum(1))
     return torch.cat(parts)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nuteprune.errors import UserError
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS, Method
 from nuteprune.gates.masks import Masks
@@ -37,14 +37,24 @@ def score_on(
     allocator: Allocator,
     progress: Progress = silent,
 ) -> Scores:
-    """Score the units of an intact model by the settings' one-shot scoring."""
+    """Score the units of an intact model by the settings' one-shot scoring.
+
+    Raises:
+        RunFailed: if scores are not finite.
+    """
     method, kinds = METHODS[args.scoring], allocator.constraints.kinds
     text = scoring_text(method, dataset, args.calibration_blocks)
     turns = len(text.batches) + len(anatomy.layers) * bool(text.plain_batches)
     tick = counted(progress, f"scoring {' and '.join(kinds)}", turns)
     probe = Probe(anatomy, hooks, allocator.budget, kinds, *text, args.seed, tick)
     with frozen_parameters(anatomy.model):
-        return method.score(probe)
+        scores = method.score(probe)
+    if not all(bool(value.isfinite().all()) for value in scores.values()):
+        raise RunFailed(
+            f"scoring by {args.scoring} gave scores that are not finite: activations or gradients "
+            "overflow; use --dtype float32"
+        )
+    return scores
 
 
 def refit_on(

@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
 from nuteprune.processes import several
-from nuteprune.train.state import METRICS, RunState, last_checkpoint, step_of
+from nuteprune.train.state import METRICS, RunState, last_checkpoint
 
 
 class StopSignals(TrainerCallback):
@@ -107,9 +107,10 @@ class AtomicTrainer(Trainer):
         checkpoint = self._to_resume(resume_from_checkpoint)
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
-            if 0 < self.args.max_steps <= step_of(Path(checkpoint)):  # Trainer would take one more
+            state = trainer_state(Path(checkpoint))
+            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one more
                 self._load_from_checkpoint(checkpoint)
-                self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+                self.state = state
                 return None
         elif self.args.should_save:
             self.metrics_file.unlink(missing_ok=True)  # an earlier run's
@@ -171,7 +172,7 @@ class AtomicTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.take_state(RunState.load(folder))
-        self.cut_metrics(step_of(folder))
+        self.cut_metrics(trainer_state(folder).global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and move it there when it is complete."""
@@ -228,6 +229,19 @@ class AtomicTrainer(Trainer):
                 break
             kept.append(line.decode() + "\n")
         write_text(self.metrics_file, "".join(kept))
+
+
+def trainer_state(checkpoint: Path) -> TrainerState:
+    """Return what Trainer knew when it wrote a checkpoint, whatever the folder is called now.
+
+    Raises:
+        UserError: if that cannot be read.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        return cast(TrainerState, TrainerState.load_from_json(str(path)))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot resume from {checkpoint}: {path.name} is damaged") from error
 
 
 def check_checkpoint(folder: Path) -> None:

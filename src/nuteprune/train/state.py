@@ -102,12 +102,6 @@ def restore(current: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> 
         current[name].copy_(value)
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return the step after which a trainer checkpoint was written, -1 if it is none."""
-    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-    return int(number) if number.isdigit() else -1
-
-
 def last_checkpoint(run: Path) -> Path | None:
     """Return the newest trainer checkpoint of a run, None if there is none to resume from.
 
@@ -115,8 +109,9 @@ def last_checkpoint(run: Path) -> Path | None:
     does not count.
     """
     found = run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if run.is_dir() else ()
-    whole = [x for x in found if step_of(x) >= 0 and _is_whole(x)]
-    return max(whole, key=step_of) if whole else None
+    numbered = [(int(number), x) for x in found if (number := x.name.rpartition("-")[2]).isdigit()]
+    whole = [(number, x) for number, x in numbered if _is_whole(x)]
+    return max(whole)[1] if whole else None
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -24,10 +24,11 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
-from nuteprune.distill.losses import Head
+from nuteprune.distill.losses import Head, amplified, token_counts
 from nuteprune.distill.objective import Objective, text_loss
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.masks import Masks
@@ -126,6 +127,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         # The penalty, alike on all processes, is no part of the forward pass that DDP looks at.
         multipliers = [n for n, _ in peft_model.named_parameters() if ".lagrangian." in n]
         peft_model._ddp_params_and_buffers_to_ignore = multipliers  # type: ignore[assignment]
+        # The layer terms' gradients are too small for float16; what is learned is kept in float32.
+        self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
         self._warm = False
         self.first_scores: dict[str, Tensor] = {}
         self.finished: Finished | None = None
@@ -238,7 +241,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             self.gates.thaw()
         if step >= stage.freeze_step and not self.gates.frozen:
             self.freeze(stage.target)
-        seed = (self.args.seed << 32) + step
+        seed = (self.args.seed * 1_000_003 + step) % 2**32  # of more bits torch uses the last 32
         self.gates.begin_step(self.schedule.sparsity(step), seed)
         self.teacher_index = self.plan.teacher(stage, step, len(self.teachers))
         taught = self.plan.kind != "none"
@@ -276,18 +279,46 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             refit_on(self.train_dataset, args, anatomy, self.hooks, masks, install, self.progress)
             agree(bank.state().values())
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Count the tokens (2,) of a step, of all processes; None where nothing is padded."""
+        if not any("attention_mask" in batch for batch in batch_samples):
+            return None
+        counts_2 = torch.stack([token_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        return self.accelerator.reduce(counts_2, "sum")
+
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the distillation loss of a micro-batch plus the step's sparsity term."""
+        """Return the distillation loss of a micro-batch plus the step's sparsity term.
+
+        Trainer takes the mean over micro-batches and processes. Where some have more padding than
+        others, each counts by its share of the step's tokens.
+
+        Args:
+            model: the model, maybe wrapped.
+            inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T).
+            return_outputs: not used.
+            num_items_in_batch: the step's `token_counts` (2,); None: all micro-batches are alike.
+        """
         masks = self.gates.masks(len(inputs["input_ids"]))
         passage = self.coforward.run(model, inputs, masks, self._teacher)
         parts = self.objective.parts(passage, Head.of(self.anatomy), inputs)
+        if isinstance(num_items_in_batch, Tensor):
+            mean_2 = num_items_in_batch / (
+                self.current_gradient_accumulation_steps * self.args.world_size
+            )
+            distilled, learned = (token_counts(inputs) / mean_2).unbind()
+            parts = {k: v * (learned if k == "lm" else distilled) for k, v in parts.items()}
         penalty = self.gates.penalty()
         if penalty is not None:
             parts["penalty"] = penalty
         self.parts = {name: value.detach() for name, value in parts.items()}
-        return torch.stack(list(parts.values())).sum()
+        loss = torch.stack(list(parts.values())).sum()
+        return amplified(loss, self.loss_scale)
 
     @torch.no_grad()
     def prediction_step(
@@ -303,10 +334,12 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
         trained = [p for p in model.parameters() if p.grad is not None]
+        if self.loss_scale != 1:
+            torch._foreach_div_([cast(Tensor, p.grad) for p in trained], self.loss_scale)
         lora = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(lora, self.args.max_grad_norm, norm)
-        self.bad_steps.drop(norm, trained)
+        self.bad_steps.drop(trained)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -435,7 +468,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         record.setdefault("perplexity", {"before": {}, "after": {}})
         written = write_pruned(
             Path(folder),
-            cast(Any, done.model).to(self.stored_dtype),
+            as_stored(done.model, self.stored_dtype),
             tokenizer,
             params={"before": self._total_before, "blocks_before": budget.before},
             target=done.target,

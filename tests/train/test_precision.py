@@ -1,0 +1,91 @@
+"""What half precision and large numbers do to a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nuteprune import RunFailed, load_pruned
+from nuteprune.gates import importance
+from nuteprune.gates.probe import Probe, Scores
+
+from .conftest import LENGTH, make
+
+TOKENS = torch.arange(3, 3 + 60)[None]
+
+
+def test_the_finalized_model_stays_as_it_is_when_it_is_written(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama").bfloat16(), tmp_path / "run", max_steps=1)
+    trainer.train()
+    small = trainer.finalize()
+    with torch.no_grad():
+        before = small(TOKENS).logits
+        trainer.save_pruned(tmp_path / "out")
+        assert torch.equal(small(TOKENS).logits, before)
+        assert torch.equal(load_pruned(tmp_path / "out")(TOKENS).logits, before)
+
+
+def test_small_gradients_survive_float16(tiny_model, tmp_path: Path) -> None:
+    """As small as those of a layer term over thousands of tokens: below what float16 holds."""
+    ids = torch.arange(3, 3 + 4 * LENGTH).remainder(90).view(4, LENGTH)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        trainer = make(
+            tiny_model("llama").to(dtype),
+            tmp_path / str(dtype),
+            warm_start=False,
+            token_weight=0.0,
+            layer_weight=1e-5,
+            max_grad_norm=1e9,
+        )
+        loss = trainer.trial_step({"input_ids": ids})
+        trainer._clip_grad_norm(trainer.model)
+        lora = [p.grad.flatten() for n, p in trainer.model.named_parameters() if "lora_B" in n]
+        found.append((loss, torch.cat(lora)))
+    (loss, exact), (loss_16, half) = found
+    assert float(loss_16) == pytest.approx(float(loss), rel=1e-2)
+    assert exact.norm() > 0
+    assert (half - exact).norm() < 0.05 * exact.norm()
+
+
+def test_gradients_of_gates_that_are_not_finite_are_dropped(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, gate_type="deterministic")
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    next(iter(trainer.gates.trained.values())).grad.fill_(float("inf"))
+    trainer._clip_grad_norm(trainer.model)
+    assert trainer.bad_steps.in_row == 1
+    assert all(bool((p.grad == 0).all()) for p in parameters)
+
+
+def test_noise_differs_from_seed_to_seed(tiny_model, tmp_path: Path) -> None:
+    seen: dict[int, list[torch.Tensor]] = {}
+    for seed in (1, 2):
+        trainer = make(
+            tiny_model("llama"), tmp_path / str(seed), gate_type="hard_concrete", seed=seed
+        )
+        trainer._warm = True
+        for step in (0, 1):
+            trainer._begin_step(step)
+            seen.setdefault(seed, []).append(trainer.gates.masks(1).values["neurons"])
+    drawn = [values for found in seen.values() for values in found]
+    assert len({tuple(x.flatten().tolist()) for x in drawn}) == 4
+
+
+def test_scores_that_are_not_finite_end_the_run(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(probe: Probe) -> Scores:
+        scores = importance.METHODS["random"].score(probe)
+        scores["neurons"][3] = float("nan")
+        return scores
+
+    method: Any = importance.METHODS["magnitude"]
+    monkeypatch.setitem(importance.METHODS, "magnitude", type(method)(broken))
+    trainer = make(tiny_model("llama"), tmp_path, method="magnitude")
+    with pytest.raises(RunFailed, match=r"magnitude gave scores that are not finite.*float32"):
+        trainer.train()
