@@ -73,6 +73,7 @@ class Plan:
         trained_targets: of the trained part.
         steps: of the trained part and the ablation.
         long_steps: the default against the best baseline, at the last trained target; 0: none.
+        long_factors: which of the factors are run for so long too.
         ablation: factors to vary, at the last trained target, for the first seed.
     """
 
@@ -84,6 +85,7 @@ class Plan:
     trained_targets: Sequence[float] = (0.2, 0.5)
     steps: int = 80
     long_steps: int = 400
+    long_factors: Sequence[str] = ("half ramp, numerous teachers",)
     ablation: dict[str, dict[str, Any]] = field(default_factory=lambda: ABLATION)
 
     def untrained_cells(self) -> list[Cell]:
@@ -105,10 +107,13 @@ class Plan:
         ]
 
     def long_cells(self, best: str) -> list[Cell]:
-        """Return the long runs: the default and the best baseline."""
+        """Return the long runs: the default, the best baseline, and some factors."""
+        if not self.long_steps:
+            return []
         target, seed = self.trained_targets[-1], self.seeds[0]
-        names = (OURS, best) if self.long_steps else ()
-        return [Cell(m, {"method": m}, target, self.long_steps, seed) for m in names]
+        rows = {m: {"method": m} for m in (OURS, best)}
+        rows |= {name: self.ablation[name] for name in self.long_factors}
+        return [Cell(name, x, target, self.long_steps, seed) for name, x in rows.items()]
 
     def ablation_cells(self) -> list[Cell]:
         """Return the default, which the trained part has too, and a cell for each factor."""

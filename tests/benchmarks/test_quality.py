@@ -43,6 +43,7 @@ PLAN = quality.Plan(
     trained_targets=(0.3,),
     steps=3,
     long_steps=4,
+    long_factors=("no re-fit",),
     ablation={"no re-fit": {"compensation": "none"}, "too much": {"gates": "hidden,heads,nose"}},
 )
 
@@ -67,14 +68,14 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
     table = quality.run(PLAN, runs.Bench(setting, out, started.append), Output())
     cells = [*table["untrained"], *table["trained"], *table["ablation"]]
     # The ablation's default is a run of the trained part, and the dense model is a cell too.
-    assert len(cells) == 12 + (4 + 1 + 2) + (1 + 2)
+    assert len(cells) == 12 + (4 + 1 + 3) + (1 + 2)
     short = [r for r in table["trained"] if r["steps"] == 3]
     assert [r["seed"] for r in short if r["label"] == "random"] == [0]
     assert len(started) == len(cells)
     means = {x: statistics.fmean(r["mean"] for r in short if r["label"] == x) for x in BASELINES}
     best = min(means, key=means.__getitem__)
-    assert [r["label"] for r in table["trained"][-2:]] == ["nuteprune", best]
-    assert [r["steps"] for r in table["trained"][-2:]] == [4, 4]
+    assert [r["label"] for r in table["trained"][-3:]] == ["nuteprune", best, "no re-fit"]
+    assert [r["steps"] for r in table["trained"][-3:]] == [4, 4, 4]
     assert json.loads((out / "table.json").read_text()) == table
     for record in cells:
         if record["label"] == "too much":
