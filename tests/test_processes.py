@@ -44,16 +44,26 @@ def run(parts: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "gates",
+    ("gates", "shared"),
     [
-        {"gate_type": "ranked"},
-        {"gate_type": "hard_concrete"},
-        {"gate_type": "hard_concrete", "solved_schedule": False},
+        ({"gate_type": "ranked"}, {}),
+        ({"gate_type": "hard_concrete"}, {}),
+        ({"gate_type": "hard_concrete", "solved_schedule": False}, {}),
+        ({"gate_type": "ranked"}, {"sharded": True}),
+        (
+            {"gate_type": "ranked", "ramp_share": 0.5, "gradient_checkpointing": True},
+            {"sharded": True},
+        ),
+        ({"gate_type": "deterministic", "solved_schedule": False}, {"sharded": True}),
+        ({"method": "wanda", "compensation": "finalize"}, {"sharded": True}),
     ],
-    ids=["ranked", "hard_concrete", "lagrangian"],
+    ids=lambda settings: "-".join(str(v) for v in settings.values()) or "whole",
 )
 def test_two_processes_of_batch_4_are_one_of_batch_8(
-    gates: dict[str, Any], tiny_inputs: tuple[Path, Path], tmp_path: Path
+    gates: dict[str, Any],
+    shared: dict[str, Any],
+    tiny_inputs: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
     python = [sys.executable]
     torchrun = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -62,7 +72,7 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     # hides a gradient of the wrong size everywhere else.
     same = {**gates, "adam_epsilon": 1e-2}
     run(command(python, tiny_inputs, one, batch_size=8, **same))
-    said = run(command(torchrun, tiny_inputs, two, batch_size=4, **same))
+    said = run(command(torchrun, tiny_inputs, two, batch_size=4, **same, **shared))
     assert said.count("Saved") == 1
     records = [json.loads((tmp_path / x / "nuteprune.json").read_text()) for x in ("one", "two")]
     assert records[0]["layers"] == records[1]["layers"]
@@ -75,6 +85,15 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     with torch.no_grad():
         ours, theirs = (load_pruned(x)(tokens).logits for x in (one, two))
     assert torch.allclose(ours, theirs, atol=1e-3 * float(ours.abs().max()))
+
+
+def test_weights_are_shared_out_by_the_trainer(
+    tiny_inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    script = Path(__file__).parent / "train" / "sharded_run.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run([*torchrun, "--nproc_per_node", "2", str(script), str(tiny_inputs[0]), str(tmp_path)])
+    assert load_pruned(tmp_path / "small").config.num_hidden_layers == 3
 
 
 def test_two_processes_score_and_freeze_together_where_nothing_is_trained(

@@ -68,7 +68,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no repeats": (["--repeats", "0"], "at least 1"),
     "no threads": (["--threads", "0"], "at least 1"),
     "nothing to compare in a report": (["--save"], "--against"),
-    "nowhere to save": (["--save", "--against", "demo"], "no output folder of a run"),
+    "nowhere to save": (["--save", "--against", "demo"], "not the output folder of a run"),
     "no such dense model": (["--against", "./nope"], "nope"),
     "beyond the positions": (["--lengths", "63", "--new-tokens", "2"], "64 positions"),
     "unknown dtype": (["--dtype", "float99"], "float99"),

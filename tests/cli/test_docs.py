@@ -48,6 +48,8 @@ HOW = {
     "nuteprune prune MODEL --sparsity 0.3 --data DATA --out small --bits 8": EXECUTED,
     "torchrun --nproc_per_node 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
+    "torchrun --nproc_per_node 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
+    "--out small --set sharded=true": PARSED,
     "accelerate launch --num_processes 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --report-to tensorboard": PARSED,
@@ -188,9 +190,9 @@ def test_the_python_of_the_pages_runs_as_it_stands(
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     (code,) = [block for block in blocks if "NutePruneTrainer(" in block]
     assert code.count('"Qwen/Qwen3-0.6B"') == 2
-    assert "max_steps=400)" in code
-    small = "max_steps=1, neuron_multiple=4, calibration_blocks=2, compensation_blocks=2)"
-    code = code.replace("Qwen/Qwen3-0.6B", str(model)).replace("max_steps=400)", small)
+    assert "max_steps=400," in code
+    small = "max_steps=1, neuron_multiple=4, calibration_blocks=2, compensation_blocks=2,"
+    code = code.replace("Qwen/Qwen3-0.6B", str(model)).replace("max_steps=400,", small)
     code = code.replace("my_text.jsonl", str(text)).replace("length=512", "length=24")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})

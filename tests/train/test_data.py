@@ -240,7 +240,7 @@ class TestErrors:
             (b'{"text": "a"}\n"b"', "line 2: a row must be an object .* not str; pass rows"),
             (b'{"text": "a"}\n{"txt": "b"}', "line 2: no column 'text' .* 'txt'; .*perhaps 'txt'"),
             (b'{"id": 1, "Text": "b"}', "line 1: found no text .* 'id', 'Text'; .*perhaps 'Text'"),
-            (b'{"id": 1}', "found no text among the columns 'id'; name the one .* text column$"),
+            (b'{"id": 1}', "found no text among the columns 'id'; name the one .* --text-column$"),
             (b"{}", r"columns \(none\)"),
             (b'{"text": 3}', "line 1: column 'text' holds int, not text; name another"),
             (b'{"text": ["a"]}', "column 'text': a list that is not chat messages; pass"),

@@ -12,7 +12,7 @@ from nuteprune import NutePruneConfig, NutePruneTrainer, UserError
 def test_fsdp_would_quietly_be_ddp_here(tiny_model, tmp_path: Path) -> None:
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True)
     args.fsdp = True
-    with pytest.raises(UserError, match="sharding the model over processes is not supported"):
+    with pytest.raises(UserError, match=r"deepspeed are not supported.*by the setting sharded"):
         NutePruneTrainer(tiny_model("llama"), args)
 
 
@@ -22,7 +22,13 @@ def test_a_launcher_cannot_ask_for_sharding_either(
 ) -> None:
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setenv(name, "true")
-    with pytest.raises(UserError, match=r"sharding .* is not supported.*accelerate's config"):
+    with pytest.raises(UserError, match=r"are not supported: .*accelerate's config"):
+        NutePruneTrainer(tiny_model("llama"), args)
+
+
+def test_one_process_shares_nothing_out(tiny_model, tmp_path: Path) -> None:
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, sharded=True)
+    with pytest.raises(UserError, match="several processes: start them with torchrun"):
         NutePruneTrainer(tiny_model("llama"), args)
 
 

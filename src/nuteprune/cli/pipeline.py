@@ -173,10 +173,12 @@ def _prune(
         bars.update(f"measuring {what}", 1, 1, f"perplexity {mean(found):.2f}")
         return found
 
+    # Held in few bits, or in parts, the run's own model can be neither judged nor cut.
+    apart = job.bits is not None or trainer.args.sharded
     before, dense_texts, prompts_BT = {}, [], prompts(held_out)
     tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
     if is_main():
-        intact = _whole(job) if job.bits else trainer.anatomy.model
+        intact = _whole(job) if apart else trainer.anatomy.model
         before = measure("the intact model", intact)
         dense_texts = continuations(intact, tokenizer, prompts_BT)
         del intact
@@ -191,7 +193,7 @@ def _prune(
     *stops, last = range(len(trainer.targets))
     for index in (last, *stops):
         if index == last:
-            small = trainer.finalize(_whole(job) if job.bits else None)
+            small = trainer.finalize(_whole(job) if apart else None)
             texts = continuations(small, tokenizer, prompts_BT)
             samples = side_by_side(tokenizer, prompts_BT, dense_texts, texts)
             write_extra(job.out / RUN, SAMPLES, samples)

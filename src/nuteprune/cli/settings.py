@@ -39,7 +39,7 @@ SHORT = {
 """The command line's words for some of the trainer's settings."""
 
 _STEPS, _EVAL = "pass --steps", "score a checkpoint with nuteprune eval OUT/run/checkpoint-N"
-_SHARDED, _HUB = "runs are not sharded, see docs/scale.md", "upload the result with hf upload"
+_SHARDED, _HUB = "pass sharded=true instead, see docs/scale.md", "upload the result with hf upload"
 _REFUSED = {
     "output_dir": "pass --out",
     "use_cpu": "pass --device cpu",

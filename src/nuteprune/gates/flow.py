@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.sharding import gathered, is_sharded
 
 
 class _Stop(Exception):
@@ -65,9 +66,10 @@ class Flow:
             self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=no_logits(ids_BT))
         return found
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self._flows_BTD.append(args[0])
-        raise _Stop
+        if not is_sharded(layer):  # else what was gathered would not be let go
+            raise _Stop
 
     def _until_stopped(self, run: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -86,7 +88,8 @@ class Flow:
             raise _Stop
 
         # Before the masks' own hook, so that inputs are seen unmasked.
-        with _hooked([module], hook, prepend=True):
+        layers = self._anatomy.layers
+        with gathered(layers[layer]), _hooked([module], hook, prepend=True):
             for flow_BTD in self._flows_BTD:
                 self._until_stopped(self._run, layer, flow_BTD)
         return total[0]
@@ -110,6 +113,7 @@ class Flow:
             return lambda _, args: _add_products(totals[name], args[0])
 
         with ExitStack() as stack:
+            stack.enter_context(gathered(self._anatomy.layers[layer]))
             for name, module in (watched or {}).items():
                 stack.enter_context(_hooked([module], hook(name), prepend=True))
             stack.enter_context(self._hooks.using(self._masks))

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
@@ -48,8 +49,13 @@ def make_trainable(model: PreTrainedModel) -> None:
 
 
 def weight_of(linear: nn.Linear) -> Tensor:
-    """Return a projection's weight (O, I), unpacked where it is held in 8 or 4 bits."""
+    """Return a projection's weight (O, I), unpacked where it is in 8 or 4 bits or sharded.
+
+    Of a sharded one all processes have to ask.
+    """
     weight: Any = linear.weight
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
     if not weight.is_floating_point():
         weight = dequantize_bnb_weight(weight, getattr(linear, "state", None))
     return cast(Tensor, weight.detach())

@@ -141,6 +141,12 @@ class NutePruneConfig(TrainingArguments):
         compensation: re-fit the output and down projections in closed form: `start` (when masks
             freeze, as low-rank start of LoRA), `finalize`, or `none`.
         compensation_blocks: blocks of text for the re-fit.
+
+    Parameters of the run:
+
+    Args:
+        sharded: share the intact model's weights out over the run's processes (FSDP2); gates and
+            LoRA stay whole in each.
         max_bad_steps: stop after so many steps in a row whose loss or gradients are not finite.
     """
 
@@ -184,6 +190,7 @@ class NutePruneConfig(TrainingArguments):
     lora_targets: str = field(default="all", metadata={"help": "all or qv."})
     compensation: str = field(default="start", metadata={"help": "none, start or finalize."})
     compensation_blocks: int = field(default=48, metadata={"help": "Blocks for the re-fit."})
+    sharded: bool = field(default=False, metadata={"help": "Share weights out over processes."})
     max_bad_steps: int = field(default=3, metadata={"help": "Non-finite steps in a row allowed."})
 
     # Defaults of TrainingArguments that differ here.
@@ -331,17 +338,31 @@ def _check_combinations(args: NutePruneConfig) -> None:
 
 
 def check_whole(args: TrainingArguments) -> None:
-    """Refuse to shard the model, which on CPU would silently be DDP, and else is untried.
+    """Refuse Trainer's own sharding: on CPU it would silently be DDP, and it knows no two roles.
 
     Raises:
         UserError: if settings or the launcher ask for it.
     """
     if args.fsdp or args.deepspeed or any(map(parse_flag_from_env, SHARDING)):
         raise UserError(
-            "sharding the model over processes is not supported: leave fsdp and deepspeed out, of "
-            "accelerate's config too (several processes with whole copies work; see "
-            "gradient_checkpointing for memory)"
+            "fsdp and deepspeed are not supported: leave them out, of accelerate's config too; "
+            "pruning shares weights out over processes by the setting sharded"
         )
+
+
+def check_shards(args: NutePruneConfig, packed: bool) -> None:
+    """Refuse to share weights out where that cannot be done.
+
+    Raises:
+        UserError: with one process, or for weights in 8 or 4 bits.
+    """
+    if args.sharded and args.world_size < 2:
+        raise UserError(
+            "sharded shares weights out over several processes: start them with torchrun or "
+            "accelerate launch, or leave it out"
+        )
+    if args.sharded and packed:
+        raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
 
 
 def check_trainer_settings(args: TrainingArguments) -> None:

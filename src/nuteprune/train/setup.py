@@ -130,6 +130,7 @@ NOT_ON_RECORD = {
     "accelerator_config",
     "ddp_find_unused_parameters",  # follows from the type of gates
     "hub_token",  # a secret
+    "sharded",
 }
 """Settings that change no result, or that are nobody else's business."""
 

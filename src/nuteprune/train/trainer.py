@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -36,12 +37,13 @@ from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed, make_trainable
+from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.processes import agree
 from nuteprune.shrink.compensate import install_lora
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.config import NutePruneConfig, check_whole
+from nuteprune.train.config import NutePruneConfig, check_shards, check_whole
 from nuteprune.train.finish import Finished, finish, with_lora
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import (
@@ -86,6 +88,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         **kwargs: Any,
     ) -> None:
         check_whole(args)
+        check_shards(args, is_packed(model))
         if kwargs.get("compute_metrics"):
             raise UserError(
                 "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
@@ -124,9 +127,16 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.stops: list[int] = []
         self.gates: Gates = make_gates(self.allocator, self.allocator.equal_scores(), args)
         peft_model.add_module("nuteprune_gates", self.gates)
-        # The penalty, alike on all processes, is no part of the forward pass that DDP looks at.
-        multipliers = [n for n, _ in peft_model.named_parameters() if ".lagrangian." in n]
-        peft_model._ddp_params_and_buffers_to_ignore = multipliers  # type: ignore[assignment]
+        if args.sharded:
+            shard_base(self.anatomy, all_processes(args.device))
+            _place_trained(peft_model, args.device)
+        # The penalty, alike on all processes, is no part of the forward pass that DDP looks at;
+        # sharded weights are none of its business.
+        peft_model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+            name
+            for name, p in peft_model.named_parameters()
+            if ".lagrangian." in name or (args.sharded and not p.requires_grad)
+        ]
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
         self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
         self._warm = False
@@ -155,6 +165,22 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def kinds(self) -> tuple[str, ...]:
         """Kinds of gates in use."""
         return self.allocator.constraints.kinds
+
+    # -- several processes
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.args.sharded:  # else it is there already
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **more: Any) -> Any:
+        """Let DDP average what is trained; accelerate would refuse sharded weights."""
+        if not self.args.sharded or not training or isinstance(model, DistributedDataParallel):
+            return super()._wrap_model(model, training, *args, **more)
+        model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        handler = self.accelerator.ddp_handler
+        settings = handler.to_kwargs() if handler is not None else {}
+        here = None if self.args.device.type == "cpu" else [self.args.device]
+        return DistributedDataParallel(model, device_ids=here, **settings)
 
     # -- before the first step
 
@@ -407,7 +433,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
         Args:
             intact: the model that is cut, loaded anew in full precision, where the trainer's own
-                is held in 8 or 4 bits; it is used up. None: the trainer's own.
+                is sharded or held in 8 or 4 bits; it is used up. None: the trainer's own.
 
         Returns:
             The smaller model, of a stock class if its shape allows, else of a subclass of it.
@@ -415,10 +441,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         Raises:
             UserError: if the trainer's own model cannot be cut, and no other is given.
         """
-        if is_packed(self.anatomy.model) and intact is None:
+        if intact is None and (self.args.sharded or is_packed(self.anatomy.model)):
             raise UserError(
-                "weights in 8 or 4 bits cannot be cut: load the model again in full precision, and "
-                "call finalize(intact=...)"
+                "weights that are sharded, or in 8 or 4 bits, cannot be cut: load the model again, "
+                "whole and in full precision, and call finalize(intact=...) in one process"
             )
         self.settle()
         self.hooks.remove()
@@ -482,6 +508,12 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         )
         self.saved = Path(folder)
         return written
+
+
+def _place_trained(model: nn.Module, device: torch.device) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
 
 
 class _EndOfStep(TrainerCallback):

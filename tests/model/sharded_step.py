@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, layer_relative, token_kl
-from nuteprune.distill.sharding import average_gradients, shard_base
 from nuteprune.distill.teachers import Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.sharding import average_gradients, shard_base
 
 folder, out, how, checkpointing = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -51,7 +51,7 @@ teacher = Role(Masks(layout, masks()), snapshot)
 student = {kind: value.requires_grad_() for kind, value in masks().items()}
 gates = list(student.values())
 if how == "sharded":
-    shard_base(model, anatomy, init_device_mesh("cpu", (world,)))
+    shard_base(anatomy, init_device_mesh("cpu", (world,)))
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert all(isinstance(p, DTensor) for p in frozen)
     assert not any(isinstance(p, DTensor) for p in lora)

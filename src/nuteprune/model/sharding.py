@@ -1,0 +1,81 @@
+"""Base weights sharded over processes (FSDP2); what is trained stays whole on each of them.
+
+Each decoder layer is gathered once per pass, serves both roles of a co-forward pass, and is let go.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from nuteprune.errors import UserError
+from nuteprune.model.anatomy import Anatomy
+
+
+def all_processes(device: torch.device) -> DeviceMesh:
+    """Return all processes of a run in one dimension, each with a device of this type."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def shard_base(anatomy: Anatomy, mesh: DeviceMesh) -> None:
+    """Shard a model's frozen parameters in place, layer by layer.
+
+    Call it once hooks and LoRA are there, before `CoForward.roles`. Parameters that require
+    gradients (LoRA, gates) are left alone: their gradients are this process's own until
+    `average_gradients`, or DDP around the model, averages them.
+
+    Args:
+        anatomy: the model, wrapped by PEFT.
+        mesh: the processes, in one dimension.
+
+    Raises:
+        UserError: if this version of torch cannot.
+    """
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise UserError(f"sharding needs a newer version of torch than {torch.__version__}")
+    for module in (*anatomy.layers, anatomy.model):
+        trained = {p for p in module.parameters() if p.requires_grad}
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module's weights are shared out, and come together when it is called."""
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Have a sharded module's weights whole for a while, in all processes alike.
+
+    For what reads or runs parts of a module without calling it; others are left as they are.
+    """
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over all processes: FSDP2 leaves those of ignored parameters alone.
+
+    Args:
+        parameters: what is trained, in the same order everywhere; without a gradient it counts
+            as one of zeros.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
