@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -56,6 +59,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8: complete, or not at all."""
     with atomic(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """Return data as JSON that every parser reads: null where a number is not finite."""
+    return json.dumps(_finite(data), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def sync(path: Path) -> None:

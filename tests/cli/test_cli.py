@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from nuteprune.cli import pipeline
+from nuteprune.cli.job import alone
 from nuteprune.cli.output import Output
 from nuteprune.cli.sources import pick_device
 from nuteprune.errors import UserError
@@ -140,6 +142,66 @@ def test_resume_and_overwrite(model: Path, text: Path, tmp_path: Path, run: Run)
     (out / "run/checkpoint-3").rmdir()
     assert run(*saving, "--resume")[0] == 0
     assert (out / "model.safetensors").read_bytes() == first
+
+
+def test_a_run_is_not_gone_on_with_as_another(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    saving = [*options(model, text, out), "--set", "save_steps=2"]
+    assert run(*saving)[0] == 0
+    for change, name in (
+        (["--sparsity", "0.4"], "target_sparsity 0.3, and not 0.4"),
+        (["--seed", "7"], "seed by default, and not 7"),
+        (["--length", "16"], "length 24, and not 16"),
+        (["--sparsity", "0.1,0.3"], "stops by default, and not"),
+    ):
+        code, _, err = run(*saving, "--resume", *change)
+        assert (code, err.count("\n")) == (2, 1)
+        assert name in err
+    assert run(*saving, "--resume", "--set", "save_steps=3")[0] == 0
+    for name in ("notes.txt", "eval.json", ".git"):
+        (out / name).write_text("the user's")
+        code, _, err = run(*saving, "--resume")
+        assert code == 2
+        assert f"holds {name}, which the run has not written" in err
+        assert (out / name).read_text() == "the user's"
+        (out / name).unlink()
+
+
+def test_two_runs_do_not_share_a_folder(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    with alone(out):
+        code, _, err = run(*options(model, text, out), "--overwrite")
+    assert code == 2
+    assert "another run is at work" in err
+    assert not out.exists()
+    assert run(*options(model, text, out))[0] == 0
+
+
+def test_home_is_found_where_the_shell_leaves_it(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(*options(model, text, Path("~/out"), steps=0))[0] == 0
+    assert (tmp_path / "out/nuteprune.json").is_file()
+    exported = run("export", "~/out", "--to", "gguf", "--out", "~/out.gguf")
+    assert exported[0] in (0, 2)  # the tiny tokenizer is not one that llama.cpp has
+    assert not Path("~").exists()
+
+
+def test_a_model_that_computes_nothing_finite_is_no_success(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "perplexities", lambda *_, **__: {"text": float("inf")})
+    code, _, err = run(*options(model, text, tmp_path / "out"))
+    assert code == 1
+    assert "perplexity is not finite" in err
+
+
+def test_figures_that_are_not_finite_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(as_json=True).result({"a": [float("nan"), 1.5], "b": {"c": float("inf")}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": {"c": None}}
 
 
 def test_a_yaml_file_and_set_give_settings(

@@ -75,6 +75,26 @@ def test_who_taught_it(changes: dict[str, Any], words: str) -> None:
     assert words in model_card(a_record(**changes), remote_code=False)
 
 
+def test_a_model_pruned_twice_is_told_from_the_intact_one() -> None:
+    first = a_record(
+        params={"before": 4000, "after": 2000, "blocks_before": 3200, "blocks_after": 1200}
+    )
+    text = model_card(a_record(history=[first]), remote_code=False)
+    assert "# model, 71.9% of its decoder removed" in text  # 900 of 3200 are left
+    assert "in 2 runs one after the other" in text
+    assert "| parameters | 4,000 | 1,700 | -57.5% |" in text
+    assert "| perplexity (dense: before the last run), news | 20.00" in text
+
+
+def test_perplexities_of_one_model_alone_are_not_compared() -> None:
+    for perplexity in (
+        {"before": {"a": 2.0}, "after": {"b": 3.0}},
+        {"before": {"a": 2.0}},
+        {"before": {"a": 2.0}, "after": {"a": None}},
+    ):
+        assert "| perplexity" not in model_card(a_record(perplexity=perplexity), remote_code=False)
+
+
 def test_a_card_of_little() -> None:
     record = a_record()
     for key in ("perplexity", "base_model", "license", "config"):

@@ -20,6 +20,8 @@ from nuteprune.export import checkpoint, modeling_pruned
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, load_pruned
+from nuteprune.export.record import weights_size
+from nuteprune.files import write_sums
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -254,6 +256,55 @@ def test_only_free_folders_are_written_to(model: PreTrainedModel, tmp_path: Path
     assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
+def test_nothing_is_written_beside_the_folder_which_may_be_another_disk(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(folder: Path) -> None:
+        assert folder.is_relative_to(tmp_path / "model")
+        assert [x.name for x in tmp_path.iterdir()] == ["model"]
+        write_sums(folder)
+
+    monkeypatch.setattr(checkpoint, "write_sums", look)
+    save(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"factor": 4.0, "original_max_position_embeddings": 16}, {"attention_factor": 1.5}],
+    ids=lambda more: "-".join(more) or "plain",
+)
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_long_rope_is_judged_as_it_is_written(
+    name: str, more: dict[str, Any], tiny_model: Callable, tmp_path: Path
+) -> None:
+    partial = {"partial_rotary_factor": 0.5} if name == "phi3" else {}
+    pairs = 2 if name == "phi3" else 4
+    rope = {
+        **{"rope_type": "longrope", "rope_theta": 5e3, **partial, **more},
+        **{"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs},
+    }
+    original = {"original_max_position_embeddings": 16} if name == "phi3" else {}
+    whole = tiny_model(name, rope_parameters=rope, **original)
+    tokens = torch.arange(3, 43)[None]
+    save(whole, tmp_path / "model")
+    again = load_pruned(tmp_path / "model", trust_remote_code=True, use_safetensors=True)
+    assert torch.equal(again(tokens).logits, whole(tokens).logits)
+
+
+def test_the_weights_that_would_be_loaded_are_counted(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    save(model, tmp_path / "one")
+    save(model, tmp_path / "many", max_shard_size="100kB")
+    size = (tmp_path / "one/model.safetensors").stat().st_size
+    assert weights_size(tmp_path / "one") == size
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    shards = weights_size(tmp_path / "many")
+    assert size <= shards < 1.1 * size
+    (tmp_path / "many/consolidated.safetensors").write_bytes(b"all of it once more")
+    assert weights_size(tmp_path / "many") == shards
+
+
 def test_the_working_folder_can_be_written_to(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,9 +342,10 @@ def test_a_save_cut_short_leaves_no_checkpoint(
 
 
 def test_what_a_killed_save_left_behind_is_replaced(model: PreTrainedModel, tmp_path: Path) -> None:
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "old.safetensors").write_text("old")
+    (tmp_path / "model" / checkpoint.PARTIAL).mkdir(parents=True)
+    (tmp_path / "model" / checkpoint.PARTIAL / "old.safetensors").write_text("old")
     save(model, tmp_path / "model")
+    assert checkpoint.PARTIAL not in {x.name for x in (tmp_path / "model").iterdir()}
     assert not (tmp_path / "model" / "old.safetensors").exists()
     assert [x.name for x in tmp_path.iterdir()] == ["model"]
 

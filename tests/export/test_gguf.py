@@ -505,6 +505,8 @@ def test_special_added_and_missing_tokens(make: Callable, tmp_path: Path) -> Non
     assert found.special == {"bos": 1, "eos": 2}
     assert (found.adds_bos, found.adds_eos) == (False, False)
     assert found.chat_template == "{{ messages }}"
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    assert read(tokenizer, size).chat_template == "{{ messages }}"
     types = dict(zip(found.tokens, found.types, strict=True))
     assert types["return"] == TokenType.USER_DEFINED
     assert types["<|turn|>"] == types["<s>"] == TokenType.CONTROL

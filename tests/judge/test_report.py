@@ -291,6 +291,24 @@ def test_without_training_there_is_no_section_of_it(tmp_path: Path) -> None:
     assert page.sections == ["dense-and-pruned", "quality", "reproduce"]
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"perplexity": {"before": {"news": 20.0}}},
+        {"perplexity": {"before": {"news": 20.0}, "after": {"news": None}}},
+        {"versions": None},
+    ],
+)
+def test_what_is_missing_of_a_record_is_left_out(broken: dict[str, Any], tmp_path: Path) -> None:
+    record = {k: v for k, v in (a_record() | broken).items() if v is not None}
+    steps = some_steps()
+    steps[0] |= {"loss": None}
+    del steps[0]["sparsity"]
+    speed = {"rows": [{"name": "d", "unit": "s", "dense": 2, "pruned": 1, "better": "lower"}]}
+    page = page_of(a_run(tmp_path / "out", record, steps, speed=speed))
+    assert {"dense-and-pruned", "training"} <= set(page.sections)
+
+
 def test_a_record_of_the_python_api_may_know_little(tmp_path: Path) -> None:
     record = a_record()
     for key in ("perplexity", "base_model", "config", "seconds", "bytes_on_disk", "seed"):

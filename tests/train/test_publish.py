@@ -71,6 +71,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         names = [
             x.relative_to(folder_path).as_posix() for x in folder_path.rglob("*") if x.is_file()
         ]
+        there = [x.name for x in (folder / repo_id).glob("*")]
+        for name in filter_repo_objects(there, allow_patterns=how.pop("delete_patterns")):
+            (folder / repo_id / name).unlink()
         for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
             put(repo_id, name, (folder_path / name).read_bytes())
         made = commit(repo_id, how)
@@ -148,6 +151,9 @@ def test_the_trainer_pushes_the_whole_checkpoint_and_nothing_of_the_run(
     trainer.save_pruned(out)
     (out / "run" / "plots").mkdir()
     (out / "run" / "plots" / "loss.png").write_bytes(b"png")
+    (hub / "somebody" / "small").mkdir(parents=True)
+    stale = hub / "somebody" / "small" / "model-00001-of-00002.safetensors"
+    stale.write_bytes(b"of an earlier push")
     trainer.push_to_hub()
 
     there = hub / "somebody" / "small"

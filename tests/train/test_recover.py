@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def test_merged_is_what_was_trained(
     assert (trained - untouched).abs().max() > 1e-2 * untouched.abs().max()
     assert (merged - trained).abs().max() < 1e-4 * trained.abs().max()
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_padding_token_that_the_model_has_not_is_not_looked_up(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[more]"})
+    model = tiny_model("llama")
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    make(model, tmp_path, tokenizer, examples(), max_steps=2).train()
 
 
 def test_loss_falls_on_every_projection(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:

@@ -68,9 +68,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # Read when torch is loaded: waiting threads that spin make a run on a shared machine crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not debug:
-        quiet_libraries()
     try:
+        if not debug:
+            quiet_libraries()
         arguments = sys.argv[1:] or ["--help"]
         code = make_app()(arguments, standalone_mode=False, prog_name="nuteprune")
     except Interrupted as stop:

@@ -84,8 +84,8 @@ def evaluate(
     output = Output(as_json)
     _check(batch_size, tasks, {"include-path": include_path, "limit": limit, "fewshot": fewshot})
     settings = read_settings(config, assignments or ())
-    own = {k: v for k, v in settings.items() if k not in RUN_KEYS}
-    models = [judged(name, base, against, own) for name in (model, against) if name is not None]
+    of_run = {k: v for k, v in settings.items() if k not in RUN_KEYS}
+    models = [judged(name, base, against, of_run) for name in (model, against) if name is not None]
     questions = None
     if tasks is not None:
         names = [x.strip() for x in tasks.split(",") if x.strip()]
@@ -108,7 +108,8 @@ def evaluate(
             if cut:
                 verdicts.perplexity[one.name] = _measure(one, loaded, cut, batch_size, bars.update)
             if questions is not None:
-                verdicts.tasks[one.name] = questions.ask(loaded, tokenizer, batch_size)
+                own = load_tokenizer(one.source, trust_remote_code)
+                verdicts.tasks[one.name] = questions.ask(loaded, own, batch_size)
             del loaded
             gc.collect()
         bars.update("models", len(models), len(models))
@@ -146,7 +147,9 @@ def _blocks(
         found = texts.rows_of(spec, whole=whole, text_column=text_column, tokenizer=tokenizer)
         for source, read in found.items():
             if source in cut:
-                raise UserError(f"two texts are called {source}; name each only once")
+                raise UserError(
+                    f"two texts are called {source}: name each once, or rename one of the files"
+                )
             made = texts.make_blocks(source, read(), tokenizer, how)
             part = "all" if whole or published else "held-out"
             cut[source] = dataclasses.replace(

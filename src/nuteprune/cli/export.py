@@ -45,7 +45,7 @@ def export(
     as_json: o.Json = False,
 ) -> None:
     """Write MODEL, pruned or not, in another program's format."""
-    output = Output(as_json)
+    output, out = Output(as_json), out.expanduser()
     if to not in TYPES:
         raise UserError(f"--to {to} is not a known format; pass one of {', '.join(TYPES)}")
     type_name = TYPES[to][0] if type_name is None else type_name

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import os
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from nuteprune.cli.sources import pick_device
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.card import FILE_NAME as CARD
-from nuteprune.files import RUN, SUMS, remove, writing
+from nuteprune.export.record import FILE_NAME as RECORD
+from nuteprune.files import RUN, SUMS, read_sums, remove, to_json, write_text, writing
 from nuteprune.judge.runfiles import TARGET
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.data import DEMO
@@ -96,7 +102,7 @@ def check_out(job: Job) -> None:
                 f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
                 "anew without --resume, with --overwrite if the folder is not empty"
             )
-        foreign = sorted(x.name for x in out.iterdir() if not any(map(x.match, WRITTEN)))
+        foreign = sorted({x.name for x in out.iterdir()} - written_in(out))
         if foreign and not job.overwrite:
             raise UserError(
                 f"--out {out} holds {foreign[0]}, which the run has not written and its end would "
@@ -137,18 +143,29 @@ def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
     return job.out if len(targets) == 1 else job.out / f"{TARGET}{targets[index]:g}"
 
 
-WRITTEN = f"""{RUN} {TARGET}* .* {CARD} {SUMS} additional_chat_templates
-*.json *.safetensors *.py *.jinja *.model *.txt""".split()
-"""What is found in an output folder after a run: its own, and what tokenizers are saved as."""
+def written_in(out: Path) -> set[str]:
+    """Return the names of what runs write into their folder, as far as it is there.
+
+    The sums name a checkpoint's files, and are the first of them to come and the last to go.
+    """
+    named = {RUN, SUMS, RECORD, CARD, "additional_chat_templates", *read_sums(out)}
+    matching = (
+        x.name for pattern in (f"{TARGET}*", ".*partial", ".*removed") for x in out.glob(pattern)
+    )
+    return {x.name for x in out.iterdir()} & (named | set(matching))
 
 
 def clear_result(out: Path) -> None:
     """Remove what an earlier end of a run wrote, and keep the run itself."""
+    _remove(out, written_in(out) - {RUN})
+
+
+def _remove(out: Path, names: Iterable[str]) -> None:
     with writing(out):
         # First what makes a folder a checkpoint, lest one that is gone in part look whole.
-        for path in sorted(out.iterdir(), key=lambda path: path.name != "config.json"):
-            if path.name != RUN:
-                remove(path)
+        order = {"config.json": 0, SUMS: 2}
+        for name in sorted(names, key=lambda name: order.get(name, 1)):
+            remove(out / name)
 
 
 def clear(out: Path) -> None:
@@ -160,7 +177,61 @@ def clear(out: Path) -> None:
         remove(doomed)
         if (out / RUN).exists():
             (out / RUN).replace(doomed)
-    clear_result(out)
+    _remove(out, [path.name for path in out.iterdir()])
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other runs on this machine out of a folder for a while.
+
+    Raises:
+        UserError: if one is at work there.
+    """
+    user = getattr(os, "getuid", int)()
+    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"nuteprune-{user}-{place}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another run is at work in --out {out}: name another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_same(job: Job, args: NutePruneConfig) -> None:
+    """Keep what a run is, or refuse to go on with it as another.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    path = job.out / RUN / SETTINGS
+    config = {k: v for k, v in run_config(job, args).items() if k not in FREE}
+    if not job.resume:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, to_json(config, indent=2) + "\n")
+        return
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(to_json(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"the run in --out {job.out} has {key} {before.get(key, 'by default')}, and not "
+                f"{now.get(key, 'the default')}: resume with its own settings, or start anew with "
+                "--overwrite"
+            )
+
+
+SETTINGS = "settings.json"
+FREE = {
+    *("device", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("gradient_checkpointing", "save_steps", "save_total_limit", "logging_steps", "max_bad_steps"),
+    *("dataloader_num_workers", "eval_data", "eval_blocks"),
+}
+"""Settings that a run may be gone on with otherwise: they change how it runs, not what it is."""
 
 
 @contextmanager
@@ -199,7 +270,7 @@ def settings_of_user() -> Iterator[None]:
         raise
     except Exception as error:
         said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise UserError(f"these settings cannot work ({said}); check --config and --set") from error
+        raise UserError(f"these settings cannot work ({said}); check the options") from error
 
 
 def run_config(job: Job, args: NutePruneConfig) -> dict[str, Any]:

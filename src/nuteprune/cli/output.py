@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nuteprune.files import to_json
 from nuteprune.processes import is_main
 
 WIDE = 200
@@ -59,7 +58,7 @@ class Output:
     def result(self, data: Mapping[str, Any]) -> None:
         """Print the JSON line, if it was asked for."""
         if self.as_json and is_main():
-            sys.stdout.write(json.dumps(data) + "\n")
+            print(to_json(data), flush=True)
 
     @contextmanager
     def bars(self) -> Iterator[Bars]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from nuteprune.cli.job import (
     Job,
+    alone,
     check_out,
+    check_same,
     clear,
     clear_result,
     make_config,
@@ -82,8 +86,10 @@ def run(job: Job, output: Output) -> Result | None:
     if is_main():  # the others may come when it has begun to write
         check_out(job)
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch) if job.dry_run else job.out
+        if is_main() and not job.dry_run:
+            stack.enter_context(alone(job.out))
         with nothing_left(folder):
             return _run(job, make_config(job, folder / RUN), output, started)
 
@@ -99,8 +105,10 @@ def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> R
         if job.dry_run:
             print_dry_run(trainer, output)
             return None
-        if not job.resume and is_main():
-            clear(job.out)
+        if is_main():
+            if job.overwrite and not job.resume:
+                clear(job.out)
+            check_same(job, trainer.args)
         trainer.accelerator.wait_for_everyone()
         records = _prune(job, trainer, held_out, bars, started)
     if not is_main():
@@ -200,6 +208,11 @@ def _prune(
         else:
             small = trainer.finalize_stop(index, _whole(job))
         after = measure("the pruned model", small)
+        if not all(map(math.isfinite, after.values())):
+            raise RunFailed(
+                f"the pruned model's perplexity is not finite ({after}); use --dtype float32, or a "
+                "lower learning rate"
+            )
         folder = target_folder(job, trainer.targets, index)
         records[folder] = trainer.save_pruned(
             folder,

@@ -6,6 +6,7 @@ import gc
 import math
 import statistics
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, cast
@@ -21,6 +22,7 @@ from transformers import (
 
 from nuteprune.cli.job import (
     Job,
+    alone,
     check_out,
     clear,
     clear_result,
@@ -37,11 +39,10 @@ from nuteprune.cli.rejudged import (
     judged_again,
     judged_text,
     note,
-    record_of,
     same_tokens,
 )
 from nuteprune.cli.show import print_recovery, sequences_per_step
-from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype
+from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
@@ -97,6 +98,11 @@ def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
         RunFailed: if training breaks down.
     """
     _check(asked)
+    with alone(asked.job.out) if is_main() else nullcontext():
+        return _run(asked, output)
+
+
+def _run(asked: Recovery, output: Output) -> dict[str, Any] | None:
     record = record_of(asked.job.model)
     tokenizer = load_tokenizer(asked.job.model, asked.job.trust_remote_code)
     if asked.against is not None:
@@ -138,7 +144,7 @@ def _tune(
         progress = RecoveryProgress(bars)
         trainer.add_callback(progress)
         print_recovery(job, trainer, training, record, output)
-        if not job.resume and is_main():
+        if job.overwrite and not job.resume and is_main():
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
         before, after, small = _train(job, trainer, judged, bars)
@@ -169,6 +175,8 @@ def _check(asked: Recovery) -> None:
     ):
         if value is not None and value <= 0:
             raise UserError(f"{option} {value}: pass more than 0")
+    if job.length < 2:
+        raise UserError(f"--length {job.length}: pass at least 2 tokens")
 
 
 def _load(job: Job) -> tuple[PreTrainedModel, dict[str, bool]]:

@@ -7,30 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output
-from nuteprune.cli.sources import load_tokenizer, locate
+from nuteprune.cli.sources import load_tokenizer
 from nuteprune.errors import UserError
-from nuteprune.export.record import FILE_NAME, perplexities_of, read_record, to_json
-from nuteprune.files import write_text
+from nuteprune.export.record import FILE_NAME, perplexities_of
+from nuteprune.files import to_json, write_text
 from nuteprune.judge.retention import retentions
 from nuteprune.train.data import held_out_blocks
-
-
-def record_of(model: str) -> dict[str, Any] | None:
-    """Return the record of a pruned model, None for any other."""
-    where = Path(locate(model))
-    if not where.is_dir():
-        try:
-            where = Path(hf_hub_download(model, FILE_NAME)).parent
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
-            return None
-    return read_record(where) if (where / FILE_NAME).is_file() else None
 
 
 def judged_text(
@@ -126,7 +113,7 @@ def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
     result["recover"]["against"] = dict(comparison)
     path = Path(result["out"]) / FILE_NAME
     if path.is_file():
-        write_text(path, to_json({key: x for key, x in result.items() if key != "out"}))
+        write_text(path, to_json({k: x for k, x in result.items() if k != "out"}, indent=2) + "\n")
 
 
 def judged_again(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -20,7 +22,7 @@ from nuteprune.demo import assets
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import FILE_NAME as RECORD
-from nuteprune.export.record import read_record
+from nuteprune.export.record import passed_on, read_record
 from nuteprune.model.families import FAMILIES, family_named
 from nuteprune.train.data import DEMO
 
@@ -49,13 +51,19 @@ def origin(model: str) -> dict[str, Any]:
     """
     if model == DEMO:
         return dict(ORIGIN)
-    folder = Path(model).expanduser()
-    if not (folder / RECORD).is_file():
-        return {"base_model": model}
-    earlier = read_record(folder)
-    inherited: dict[str, Any] = {k: earlier.get(k) for k in ("base_model", "license")}
-    step = {key: value for key, value in earlier.items() if key != "history"}
-    return {**inherited, "history": [*earlier.get("history", []), step]}
+    earlier = record_of(model)
+    return {"base_model": model} if earlier is None else passed_on(earlier)
+
+
+def record_of(model: str) -> dict[str, Any] | None:
+    """Return the record of a pruned model, None for any other."""
+    where = Path(locate(model))
+    if not where.is_dir():
+        try:
+            where = Path(hf_hub_download(model, RECORD)).parent
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
+            return None
+    return read_record(where) if (where / RECORD).is_file() else None
 
 
 def read_config(model: str) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         record: as `record.make_record` gives it.
         remote_code: whether the checkpoint brings its modeling file.
     """
+    record = _since_intact(record)
     base_model = _public(record.get("base_model") or "the intact model")
     licence = record.get("license")
     protocol = record.get("perplexity", {}).get("protocol", {}).get("measure")
@@ -80,7 +81,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         base_model=_plain(base_model),
         sparsity=record["sparsity"],
         total=record["total_sparsity"],
-        taught=_taught(record),
+        taught=_taught(record) + _again(record),
         version=record["versions"]["nuteprune"],
         table=_table(record),
         protocol=f"Perplexity, on held-out text: {protocol}." if protocol else "",
@@ -92,6 +93,28 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         tuned=_tuned(record),
         text=_plain(_public(str(record.get("config", {}).get("data", "not on record")))),
     )
+
+
+def _again(record: Mapping[str, Any]) -> str:
+    times = len(record.get("history", ())) + 1
+    return f", in {times} runs one after the other" if times > 1 else ""
+
+
+def _since_intact(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a model pruned several times with the counts of the intact model."""
+    if not (history := record.get("history")):
+        return dict(record)
+    first, params = history[0], {**record["params"]}
+    for key in ("before", "blocks_before"):
+        params[key] = first["params"][key]
+    return {
+        **record,
+        "params": params,
+        "sparsity": 1 - params["blocks_after"] / params["blocks_before"],
+        "total_sparsity": 1 - params["after"] / params["before"],
+        "layers_before": first["layers_before"],
+        "hidden": {"before": first["hidden"]["before"], "after": record["hidden"]["after"]},
+    }
 
 
 def _taught(record: Mapping[str, Any]) -> str:
@@ -166,6 +189,7 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
 
 def _table(record: Mapping[str, Any]) -> str:
     params, ppl = record["params"], record.get("perplexity", {})
+    since = " (dense: before the last run)" if record.get("history") else ""
     rows = [
         f"| {what} | {params[before]:,} | {params[after]:,} | "
         f"{(params[after] - params[before]) / params[before]:+.1%} |"
@@ -175,9 +199,10 @@ def _table(record: Mapping[str, Any]) -> str:
         )
     ]
     rows += [
-        f"| perplexity, {_plain(source)} | {old:.2f} | {ppl['after'][source]:.2f} | "
+        f"| perplexity{since}, {_plain(source)} | {old:.2f} | {ppl['after'][source]:.2f} | "
         f"× {ppl['after'][source] / old:.2f} |"
         for source, old in ppl.get("before", {}).items()
+        if None not in (old, ppl.get("after", {}).get(source))
     ]
     return "\n".join(rows) + "\n"
 

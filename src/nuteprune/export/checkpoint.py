@@ -24,13 +24,16 @@ from transformers import (
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, one_line, some
-from nuteprune.files import RUN, sync, sync_tree, write_sums, writing
+from nuteprune.files import RUN, SUMS, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import family_named
 from nuteprune.model.shape import Shape
 from nuteprune.shrink.finalize import fold_masks
 from nuteprune.shrink.slicing import slice_state
+
+PARTIAL = ".partial"
+"""Folder in which a checkpoint is written before it is moved to its place."""
 
 
 def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
@@ -80,7 +83,8 @@ def save(
 ) -> None:
     """Write a checkpoint that transformers 4.57 and 5 read; a save cut short leaves none.
 
-    Everything is written next to the folder and moved in when it is on the disk, config.json last.
+    Everything is written to a folder inside and moved out of it when it is on the disk: the sums
+    first, which name the rest, and config.json last.
 
     Args:
         model: what `build` or `load_pruned` returned.
@@ -92,8 +96,8 @@ def save(
         UserError: if the folder holds other files or nothing can be written there.
         RunFailed: if writing went wrong on the way, as where the disk is full.
     """
-    folder = Path(folder).resolve()  # "." has no name, and so no sibling
-    partial = folder.with_name(f".{folder.name}.partial")
+    folder = Path(folder)
+    partial = folder / PARTIAL  # beside it might be another file system
     with writing(folder, "make room and do the same again; for a run, with --resume"):
         _write_beside(partial, folder, model, tokenizer, max_shard_size)
 
@@ -106,7 +110,8 @@ def _write_beside(
     max_shard_size: str,
 ) -> None:
     try:
-        present = sorted({x.name for x in folder.iterdir()} - {RUN}) if folder.exists() else []
+        names = {x.name for x in folder.iterdir()} if folder.exists() else set()
+        present = sorted(names - {RUN, PARTIAL})
         if present:
             raise UserError(f"{folder} is not empty ({some(present)}); name another folder")
         shutil.rmtree(partial, ignore_errors=True)
@@ -142,8 +147,8 @@ def _savable(settings: GenerationConfig) -> GenerationConfig:
 
 def _move(source: Path, folder: Path) -> None:
     """Move a folder's items into another, config.json last and only when the rest is on disk."""
-    folder.mkdir(exist_ok=True)
     sync_tree(source)
+    (source / SUMS).replace(folder / SUMS)
     for item in list(source.iterdir()):
         if item.name != "config.json":
             item.replace(folder / item.name)
@@ -156,6 +161,13 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Non
     content = change(json.loads(path.read_text(encoding="utf-8")))
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+PHI3_ROPE = {
+    *("rope_type", "rope_theta", "short_factor", "long_factor", "partial_rotary_factor"),
+    "original_max_position_embeddings",
+}
+"""What Phi-3's config says of long rope, in part beside `rope_scaling`; others say more in it."""
 
 
 def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
@@ -171,7 +183,7 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
         keys["rope_local_base_freq"] = sliding["rope_theta"]
     if full["rope_type"] == "default":
         return keys
-    if full["rope_type"] == "longrope":  # 4.57 demands exactly these three
+    if full["rope_type"] == "longrope" and not set(full) - PHI3_ROPE:  # 4.57 demands these three
         factors = {key: full[key] for key in ("short_factor", "long_factor")}
         return keys | {"rope_scaling": {"type": "longrope", **factors}}
     return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}

@@ -136,8 +136,14 @@ def read_vocabulary(
         merges=None if is_sentencepiece else merges,
         scores=_scores(tokens, merges) if is_sentencepiece else None,
         adds_space=is_sentencepiece and _leads_with_space(backend),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_template=_chat_template(tokenizer),
     )
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the template, the default one where there are several by name."""
+    template: Any = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]]:

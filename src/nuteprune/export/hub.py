@@ -51,6 +51,8 @@ def upload(
     return api.upload_folder(  # type: ignore[call-overload]
         repo_id=repo.repo_id,
         folder_path=folder,
+        # Else weights of an earlier push would be loaded in place of these.
+        delete_patterns=["*.safetensors", "*.safetensors.index.json", "modeling_pruned.py"],
         ignore_patterns=[x.relative_to(folder).as_posix() for x in of_the_run],
         revision=revision,
         commit_message=message,

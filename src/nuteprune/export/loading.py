@@ -69,7 +69,8 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
 
     Args:
         source: a folder or the name of a model on the hub.
-        kwargs: what `from_pretrained` takes, such as `dtype` or `device_map`.
+        kwargs: what `from_pretrained` takes, such as `dtype` or `device_map`; no remote code is
+            run, and of pruned models safetensors alone are read, whatever it says.
 
     Returns:
         The model, in eval mode.
@@ -78,6 +79,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
         UserError: if files are missing or damaged, or weights and config disagree.
     """
     source = str(source)
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "use_safetensors")}
     with one_line(source):
         config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
     model_type = config.get("model_type", "")

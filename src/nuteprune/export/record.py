@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from nuteprune.errors import UserError
 from nuteprune.export.card import inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
-from nuteprune.files import write_text
+from nuteprune.files import to_json, write_text
 from nuteprune.memory import peak
 from nuteprune.model.families import family_named
 from nuteprune.model.shape import Shape
@@ -143,25 +144,37 @@ def write_again(
 
 def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
     card = model_card(full, remote_code=hasattr(model.config, "auto_map"))
-    for name, text in (("README.md", card), (FILE_NAME, to_json(full))):
+    for name, text in (("README.md", card), (FILE_NAME, to_json(full, indent=2) + "\n")):
         write_text(folder / name, text)
     return json.loads(to_json(full))  # type: ignore[no-any-return]
 
 
+def passed_on(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the record of a model that is pruned again takes over from its earlier one.
+
+    Its origin, and a history that ends with the earlier pruning.
+    """
+    origin = {key: earlier.get(key) for key in ("base_model", "license")}
+    step = {key: value for key, value in earlier.items() if key != "history"}
+    return {**origin, "history": [*earlier.get("history", []), step]}
+
+
 def weights_size(folder: Path) -> int:
-    """Return the bytes of a checkpoint's weight files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Return the bytes of a checkpoint's weight files, those that transformers would load."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    whole = folder / SAFE_WEIGHTS_NAME
+    if whole.is_file() or not index.is_file():
+        return whole.stat().st_size if whole.is_file() else 0
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sum((folder / name).stat().st_size for name in names)
 
 
 def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """Return perplexities before and after by text, empty where a record has none."""
     found = record.get("perplexity", {})
-    return dict(found.get("before", {})), dict(found.get("after", {}))
-
-
-def to_json(record: Mapping[str, Any]) -> str:
-    """Return the record as the text of nuteprune.json."""
-    return json.dumps(record, indent=2, default=str) + "\n"
+    before, after = (found.get(when, {}) for when in ("before", "after"))
+    # Of one that was not finite JSON says null.
+    return tuple({k: v for k, v in x.items() if v is not None} for x in (before, after))  # type: ignore[return-value]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

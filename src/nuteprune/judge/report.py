@@ -66,9 +66,9 @@ def draw(files: RunFiles) -> dict[str, Plot]:
 
 def _drawn(files: RunFiles) -> Iterator[Plot]:
     if files.record is not None:
-        ppl = files.record.get("perplexity", {})
-        if ppl.get("before"):
-            yield plots.perplexity_plot(ppl["before"], ppl["after"])
+        before, after = _perplexities(files.record)
+        if before:
+            yield plots.perplexity_plot(before, after)
         yield plots.layers_plot(kept_rows(files.record))
     if pruning_steps(files):
         yield plots.sparsity_plot(files.metrics, teacher_sparsities(files))
@@ -140,7 +140,8 @@ def render(files: RunFiles, drawn: Mapping[str, Plot]) -> str:
 
 def _ramped(metrics: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether sparsity grew during the steps; it may have been there from the first on."""
-    return bool(metrics[0]["sparsity"] < metrics[-1]["sparsity"] - 1e-3)
+    reached = [line["sparsity"] for line in metrics if line.get("sparsity") is not None]
+    return bool(reached and reached[0] < reached[-1] - 1e-3)
 
 
 def model_name(files: RunFiles) -> str:
@@ -225,7 +226,7 @@ def _perplexities(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str
     """Return perplexities by source, of those that were measured on both models."""
     ppl = record.get("perplexity", {})
     before, after = ppl.get("before", {}), ppl.get("after", {})
-    both = [source for source in before if source in after and before[source]]
+    both = [source for source in before if before[source] and after.get(source)]
     return {x: before[x] for x in both}, {x: after[x] for x in both}
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME, read_record
-from nuteprune.files import RUN, write_text
+from nuteprune.files import RUN, to_json, write_text
 from nuteprune.model.families import GATE_KINDS
 from nuteprune.train.state import METRICS, RunState, last_checkpoint
 
@@ -104,6 +104,7 @@ def read_run(folder: Path) -> RunFiles:
     if speed is not None:
         rows = speed.get("rows") if isinstance(speed, dict) else None
         _check_rows(run / SPEED, rows, _SPEED_KEYS, numbers=("dense", "pruned"), maybe=("gain",))
+        speed.setdefault("conditions", "")
         notes = speed.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise UserError(f"{run / SPEED} cannot be shown: notes must be a list of texts")
@@ -126,7 +127,7 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
 def write_extra(run: Path, name: str, content: Any) -> None:
     """Write SAMPLES or SPEED into a run's folder: complete, or not at all."""
     run.mkdir(parents=True, exist_ok=True)
-    write_text(run / name, json.dumps(content, indent=2) + "\n")
+    write_text(run / name, to_json(content, indent=2) + "\n")
 
 
 def teacher_sparsities(files: RunFiles) -> list[float] | None:

@@ -6,7 +6,6 @@ Source: the paper's post fine-tuning (Alpaca, two epochs, rate 1e-4, LoRA on all
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,7 +71,7 @@ class RecoverTrainer(AtomicTrainer):
         model: a causal LM of a supported family; it is wrapped with LoRA, and `merge` uses it up.
         args: the settings.
         train_dataset: items with `input_ids` and `labels` (T,), of any lengths.
-        processing_class: the tokenizer, whose padding token fills up.
+        processing_class: the tokenizer.
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -109,7 +108,7 @@ class RecoverTrainer(AtomicTrainer):
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            data_collator=partial(pad, padding=_padding(processing_class)),
+            data_collator=partial(pad, padding=0),  # masked, and every model has it
             compute_loss_func=self._loss,
             **kwargs,
         )
@@ -156,8 +155,3 @@ class RecoverTrainer(AtomicTrainer):
     def take_state(self, state: RunState) -> None:
         """Go back to what had been learned."""
         restore(self.bank.state(), state.lora, "LoRA weights")
-
-
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    tokens: Sequence[int | None] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in tokens if token is not None), 0)

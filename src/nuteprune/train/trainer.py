@@ -30,7 +30,7 @@ from nuteprune.distill.objective import Objective, text_loss
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored
-from nuteprune.export.record import write_pruned
+from nuteprune.export.record import FILE_NAME, passed_on, read_record, write_pruned
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
@@ -97,7 +97,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         make_trainable(model)
         intact = Anatomy(model)
         self._total_before = intact.parameters()
-        self._origin: str | None = model.config._name_or_path or None
+        self._origin = _origin(model.config._name_or_path)
         self.stored_dtype: torch.dtype = model.dtype
         self.allocator = make_allocator(intact, args)
         # Fails early, before the model is touched, if a target is out of reach.
@@ -490,7 +490,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
         budget = self.allocator.budget
-        record = {"base_model": self._origin, "config": chosen_settings(self.args), **record}
+        record = {**self._origin, "config": chosen_settings(self.args), **record}
         record.setdefault("perplexity", {"before": {}, "after": {}})
         written = write_pruned(
             Path(folder),
@@ -508,6 +508,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         )
         self.saved = Path(folder)
         return written
+
+
+def _origin(name: str) -> dict[str, Any]:
+    pruned_before = bool(name) and (Path(name) / FILE_NAME).is_file()
+    return passed_on(read_record(Path(name))) if pruned_before else {"base_model": name or None}
 
 
 def _place_trained(model: nn.Module, device: torch.device) -> None:
