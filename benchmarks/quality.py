@@ -12,6 +12,7 @@ the package's own methods, so all share units, budget, re-fit and distillation.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -175,7 +176,9 @@ def run(
     if "ablation" in parts:
         records["ablation"] = records_of(plan.ablation_cells())
         print_trained("One factor at a time", records["ablation"], dense, output)
-    table = {"dense": dense, **records}
+    file = bench.folder / "table.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    table = {**earlier, "dense": dense, **records}
     write_json(bench.folder / "table.json", table)
     drawn = [x for part in ("untrained", "trained") for x in records.get(part, [])]
     files = draw(drawn, dense, bench.folder) if drawn else []

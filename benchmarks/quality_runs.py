@@ -23,12 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import install_weight
 from nuteprune.train.calibration import refit_on, score_on
+from nuteprune.train.config import NUTEPRUNE
 from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.train.setup import make_allocator
 
@@ -153,8 +155,11 @@ class Bench:
 
     def _text(self, config: NutePruneConfig) -> BlockDataset:
         s = self.setting
+        # As much as the method that reads most, so that all re-fit and train on the same text.
+        reads = max(max(int(m.reads), m.reads_plain) for m in METHODS.values())
+        count = max(config.blocks, config.calibration_blocks * reads)
         return training_blocks(
-            s.data, self.tokenizer, length=s.length, count=config.blocks, seed=config.seed
+            s.data, self.tokenizer, length=s.length, count=count, seed=config.seed
         )
 
     # -- cells
@@ -175,7 +180,14 @@ class Bench:
     def run(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's record: from its file, or else by running it."""
         kind = self._train if cell.steps else self._score_only
-        return self._kept(cell.file_name, cell.file_name, lambda: self._attempt(kind, cell))
+        record = self._kept(cell.file_name, cell.file_name, lambda: self._attempt(kind, cell))
+        default = {"method": NUTEPRUNE}
+        if default | record["settings"] != default | cell.settings:
+            raise UserError(
+                f"{self.folder / cell.file_name} is of other settings than {cell.label} has now; "
+                "remove it to run it again"
+            )
+        return record
 
     def _kept(self, name: str, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.folder / name

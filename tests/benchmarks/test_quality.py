@@ -15,7 +15,6 @@ from transformers import PrinterCallback
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError
 from nuteprune.cli.output import Output
 from nuteprune.judge.perplexity import perplexities
-from nuteprune.train.data import training_blocks
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = {"neuron_multiple": 4, "calibration_blocks": 8, "compensation_blocks": 8}
@@ -140,7 +139,7 @@ def test_an_untrained_cell_is_what_the_trainer_cuts_without_steps(
         use_cpu=True,
         **SETTINGS,
     )
-    text = training_blocks(setting.data, bench.tokenizer, length=32, count=8, seed=5)
+    text = bench._text(config)
     trainer = NutePruneTrainer(bench._load(), config, text)
     trainer.remove_callback(PrinterCallback)
     small = trainer.finalize()

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 from nuteprune.train.data import BlockDataset, iter_documents
-from nuteprune.train.instructions import holds_instructions, pad, read_examples
+from nuteprune.train.instructions import Piece, encode, holds_instructions, pad, read_examples
 from nuteprune.train.split import split_rule
 
 CHAT = (
@@ -88,6 +88,21 @@ def test_answers_of_a_chat_are_learned_and_nothing_else(
         rows[0]["messages"], tokenize=False
     )
     assert learned(tokenizer, example) == ["me</s>\n", "you</s>\n"]
+
+
+def test_pieces_go_on_where_the_text_before_them_ends(
+    sentencepiece_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Tokenized apart, each piece would begin with the space that such tokenizers put first."""
+    parts = [Piece("the student [/INST]", False), Piece(" learns a teacher", True)]
+    parts += [Piece(" [INST] the", False), Piece(" than", True)]
+    found = encode(parts, sentencepiece_tokenizer, 99)
+    assert found is not None
+    ids, labels = (x.tolist() for x in found)
+    whole = "".join(part.text for part in parts)
+    assert ids == sentencepiece_tokenizer(whole, add_special_tokens=False).input_ids
+    answered = [x for x in labels if x != IGNORED]
+    assert sentencepiece_tokenizer.decode(answered).split() == ["learns", "a", "teacher", "than"]
 
 
 def test_a_call_of_a_tool_is_no_answer_and_odd_characters_are_mended(
@@ -177,7 +192,16 @@ def test_held_out_rows_are_never_learned(
     answers = {learned(tokenizer, x)[0].removesuffix("</s>\n") for x in examples}
     assert answers.isdisjoint(held_out)
     assert len(answers) + len(held_out) == 1000
-    assert len(read_examples(spec, tokenizer, length=99, most=7)) == 7
+    all_of_them = [item["input_ids"].tolist() for item in examples]
+    few = {}
+    for seed in (0, 0, 1):
+        found = read_examples(spec, tokenizer, length=99, most=7, seed=seed)
+        few.setdefault(seed, []).append([item["input_ids"].tolist() for item in found])
+    assert all(
+        len(x) == 7 and all(y in all_of_them for y in x) for found in few.values() for x in found
+    )
+    assert few[0][0] == few[0][1] != few[1][0]
+    assert few[0][0] != all_of_them[:7]
 
 
 def test_the_kind_of_data_is_told_by_its_first_row(
@@ -194,6 +218,11 @@ def test_the_kind_of_data_is_told_by_its_first_row(
     spec = write(tmp_path, filler(), "mixed/a.jsonl")
     (tmp_path / "mixed/b.txt").write_text("plain")
     assert holds_instructions(str(Path(spec).parent))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/README.txt").write_text("about the rows")
+    assert not holds_instructions(
+        str(Path(write(tmp_path, [{"text": "a"}], "plain/z.jsonl")).parent)
+    )
     with pytest.raises(UserError, match=r"b\.txt: plain text among files of rows"):
         read_examples(str(Path(spec).parent), tokenizer, length=99)
     rows = [chat("who?", "me"), *[{"messages": "no list"}] * 300]

@@ -227,7 +227,9 @@ def _training_data(
         "vocab_size": _vocabulary(model),
     }
     if kind == INSTRUCTIONS:
-        return read_examples(job.data, tokenizer, most=count, template=asked.template, **given)
+        return read_examples(
+            job.data, tokenizer, most=count, template=asked.template, seed=config.seed, **given
+        )
     assert count is not None
     return training_blocks(job.data, tokenizer, count=count, seed=config.seed, **given)
 

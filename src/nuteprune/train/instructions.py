@@ -6,6 +6,7 @@ Shape suffixes: B examples of a batch, T tokens of the longest of them.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ from nuteprune.train.split import split_rule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HELD = 2**15
+"""Rows that the next one is drawn from."""
 TEMPLATES: Final = ("auto", "chat", "alpaca")
 """How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
 
@@ -117,7 +120,7 @@ def holds_instructions(spec: str, text_column: str | None = None) -> bool:
     Raises:
         UserError: a source cannot be read.
     """
-    rows = _rows(spec, text_column)
+    rows = _rows(spec, text_column, plain=True)
     first = None if rows is None else next(iter(laid_out(rows, text_column)), None)
     return first is not None and _is_instruction(first)
 
@@ -127,15 +130,25 @@ def _is_instruction(found: Row) -> bool:
     return len(layout) > 1 or isinstance(row.get(layout[0]), list)
 
 
-def _rows(spec: str, text_column: str | None) -> Iterator[tuple[str, object]] | None:
-    """Return the rows of a DATA spec, None where it has none."""
+def _rows(
+    spec: str, text_column: str | None, plain: bool = False
+) -> Iterator[tuple[str, object]] | None:
+    """Return the rows of a DATA spec, None where it has none.
+
+    Args:
+        spec: the DATA spec.
+        text_column: the column with the text or messages.
+        plain: whether files of plain text may lie among those of rows; they are left out.
+    """
     if spec == DEMO:
         return None
     files = local_files(spec)
     if files is None:
         return readers.hub_rows(*hub_parts(spec))
-    if all(file.suffix.lower() == ".txt" for file in files):
+    of_rows = [file for file in files if file.suffix.lower() != ".txt"]
+    if not of_rows:
         return None
+    files = of_rows if plain else files
     return itertools.chain.from_iterable(map(partial(_file_rows, text_column), files))
 
 
@@ -157,6 +170,7 @@ def read_examples(
     template: str = "auto",
     text_column: str | None = None,
     vocab_size: int | None = None,
+    seed: int = 0,
 ) -> Examples:
     """Read instruction data: its training part, what is asked masked in the labels.
 
@@ -164,13 +178,15 @@ def read_examples(
         spec: the DATA spec; rows of chat `messages`, or of instruction, input and output.
         tokenizer: the model's tokenizer.
         length: most tokens per example; what is longer is cut off.
-        most: most examples; None: all.
+        most: most examples, drawn from all of the rows (of many, from the next `HELD`); None: all,
+            in the order of the rows.
         template: one of `TEMPLATES`.
         text_column: the column with the messages; None finds it.
         vocab_size: the model's number of token ids; None does not check them.
+        seed: draws the examples.
 
     Returns:
-        The examples, in the order of the rows.
+        The examples.
 
     Raises:
         UserError: a row is not instruction data, or no row gives an example.
@@ -182,7 +198,8 @@ def read_examples(
     (documents,) = source.values()
     rule = split_rule(documents)
     ids, labels, skipped = [], [], 0
-    for found in laid_out(_rows(spec, text_column) or (), text_column):
+    rows = laid_out(_rows(spec, text_column) or (), text_column)
+    for found in rows if most is None else _drawn(rows, random.Random(seed)):
         where, row, layout = found
         if not _is_instruction(found):
             raise UserError(f"{where}: not instruction data, as the first row is; mend the row")
@@ -204,6 +221,19 @@ def read_examples(
         )
     check_ids(torch.cat(ids), vocab_size)
     return Examples(ids, labels, skipped)
+
+
+def _drawn(rows: Iterable[Row], rng: random.Random) -> Iterator[Row]:
+    """Draw each next row from those held."""
+    held: list[Row] = []
+    for row in rows:
+        held.append(row)
+        if len(held) > HELD:
+            i = rng.randrange(len(held))
+            held[i], held[-1] = held[-1], held[i]
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
 
 
 def check_template(template: str) -> None:
@@ -284,7 +314,11 @@ def _around(
 def encode(
     found: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Tokenize pieces one by one, as they come when a model answers.
+    """Tokenize pieces as they come when a model answers: each goes on with the tokens before it.
+
+    A piece's tokens are those of the whole text so far, which keeps tokenizers that put a space
+    before a text from putting one before each piece; where it joins tokens across a border, the
+    piece's own.
 
     Args:
         found: text to read and text to learn; special tokens are part of it.
@@ -296,8 +330,11 @@ def encode(
     """
     ids: list[int] = []
     labels: list[int] = []
+    text = ""
     for piece in found:
-        tokens: Any = tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
+        text += piece.text
+        whole, own = (_tokens(tokenizer, x) for x in (text, piece.text))
+        tokens = whole[len(ids) :] if whole[: len(ids)] == ids else own
         ids += tokens
         labels += tokens if piece.learned else [IGNORED] * len(tokens)
     ids, labels = ids[:length], labels[:length]
@@ -305,3 +342,8 @@ def encode(
     if all(label == IGNORED for label in labels[1:]):
         return None
     return torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(found)
