@@ -153,11 +153,19 @@ def test_the_licence_is_that_of_the_base_models_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Model\n")
-    assert inherited_licence(str(tmp_path)) == "mit"
+    assert inherited_licence(str(tmp_path)) == {"license": "mit"}
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
-    assert inherited_licence(str(tmp_path)) is None
+    assert inherited_licence(str(tmp_path)) == {"license": None}
     (tmp_path / "README.md").write_text("# No metadata\n")
-    assert inherited_licence(str(tmp_path)) is None
+    assert inherited_licence(str(tmp_path)) == {"license": None}
+
+    said = {"license": "other", "license_name": "research", "license_link": "https://x.org/l"}
+    text = "".join(f"{key}: {value}\n" for key, value in said.items())
+    (tmp_path / "README.md").write_text(f"---\n{text}---\n# Model\n")
+    assert inherited_licence(str(tmp_path)) == said
+    card = ModelCard(model_card(a_record(**said), remote_code=False))
+    assert said.items() <= card.data.to_dict().items()
+    assert "Licence: research (https://x.org/l), that of the base model." in card.text
 
     asked = []
 
@@ -166,12 +174,12 @@ def test_the_licence_is_that_of_the_base_models_card(
         return ModelCard("---\nlicense: gemma\n---\n")
 
     monkeypatch.setattr(card_module.ModelCard, "load", load)
-    assert inherited_licence("owner/model") == "gemma"
-    assert inherited_licence(None) is None
-    assert inherited_licence("demo") is None
-    assert inherited_licence(str(tmp_path / "nowhere")) is None
+    assert inherited_licence("owner/model") == {"license": "gemma"}
+    assert inherited_licence(None) == {"license": None}
+    assert inherited_licence("demo") == {"license": None}
+    assert inherited_licence(str(tmp_path / "nowhere")) == {"license": None}
     assert asked == ["owner/model"]
 
 
 def test_without_the_hub_the_licence_is_unknown() -> None:
-    assert inherited_licence("owner/there-is-no-such-model") is None
+    assert inherited_licence("owner/there-is-no-such-model") == {"license": None}

@@ -73,7 +73,9 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
     """
     record = _since_intact(record)
     base_model = _public(record.get("base_model") or "the intact model")
-    licence = record.get("license")
+    licence = record.get("license_name") or record.get("license")
+    if link := record.get("license_link"):
+        licence = f"{licence} ({link})"
     protocol = record.get("perplexity", {}).get("protocol", {}).get("measure")
     return _CARD.format(
         metadata=_metadata(record).to_yaml().strip(),
@@ -141,23 +143,28 @@ def with_plots(card: str, plots: Mapping[str, str]) -> str:
     return f"{head}{start}\n{images}\n{end}{tail}"
 
 
-def inherited_licence(base_model: str | None) -> str | None:
-    """Return the licence that the base model's card states, None if none can be read.
+LICENCE = ("license", "license_name", "license_link")
+"""What the hub's cards say of a licence; the latter two where it has no name for it (`other`)."""
+
+
+def inherited_licence(base_model: str | None) -> dict[str, str | None]:
+    """Return what the base model's card says of its licence; `license` is None if that is nothing.
 
     Args:
         base_model: a checkpoint folder or a hub id; anything else has no card.
     """
+    unknown: dict[str, str | None] = {"license": None}
     if not base_model:
-        return None
+        return unknown
     local = Path(base_model).expanduser() / FILE_NAME
     if not local.is_file() and not _is_hub_id(base_model):
-        return None
+        return unknown
     try:
         source = local if local.is_file() else base_model
-        licence = ModelCard.load(source, ignore_metadata_errors=True).data.get("license")
+        data = ModelCard.load(source, ignore_metadata_errors=True).data
     except Exception:  # no network, no card, a damaged one: the licence is the base model's anyway
-        return None
-    return licence if isinstance(licence, str) else None
+        return unknown
+    return unknown | {key: x for key in LICENCE if isinstance(x := data.get(key), str)}
 
 
 def _metadata(record: Mapping[str, Any]) -> ModelCardData:
@@ -182,6 +189,8 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
         tags=["nuteprune", "pruned", "structured-pruning"],
         base_model=base_model if base_model and _is_hub_id(base_model) else None,
         license=record.get("license"),
+        license_name=record.get("license_name"),
+        license_link=record.get("license_link"),
         model_name=name if results else None,
         eval_results=results or None,
     )

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from nuteprune.errors import UserError
-from nuteprune.export.card import inherited_licence, model_card
+from nuteprune.export.card import LICENCE, inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.files import to_json, write_text
 from nuteprune.memory import peak
@@ -107,7 +107,7 @@ def write_pruned(
     save(model, folder, tokenizer)
     counted = recount(folder)
     if "license" not in record:
-        record["license"] = inherited_licence(record.get("base_model"))
+        record |= inherited_licence(record.get("base_model"))
     full = make_record(
         params={
             **params,
@@ -155,6 +155,7 @@ def passed_on(earlier: Mapping[str, Any]) -> dict[str, Any]:
     Its origin, and a history that ends with the earlier pruning.
     """
     origin = {key: earlier.get(key) for key in ("base_model", "license")}
+    origin |= {key: earlier[key] for key in LICENCE if key in earlier}
     step = {key: value for key, value in earlier.items() if key != "history"}
     return {**origin, "history": [*earlier.get("history", []), step]}
 
