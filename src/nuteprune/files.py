@@ -163,6 +163,11 @@ def damage(folder: Path, read: Callable[[str], bool] = lambda name: True) -> str
     return None
 
 
+def hidden(path: Path) -> bool:
+    """Return whether a file or folder is out of sight, such as `.git`."""
+    return path.name.startswith(".")
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def rank() -> int:
     """Return this process's number among those that a launcher started, 0 if none did."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def is_main() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -151,22 +152,29 @@ def test_a_run_is_not_gone_on_with_as_another(
     saving = [*options(model, text, out), "--set", "save_steps=2"]
     assert run(*saving)[0] == 0
     for change, name in (
-        (["--sparsity", "0.4"], "target_sparsity 0.3, and not 0.4"),
-        (["--seed", "7"], "seed by default, and not 7"),
-        (["--length", "16"], "length 24, and not 16"),
-        (["--sparsity", "0.1,0.3"], "stops by default, and not"),
+        (["--sparsity", "0.4"], "sparsity [0.3], not [0.4]"),
+        (["--seed", "7"], "seed 42, not 7"),
+        (["--length", "16"], "length 24, not 16"),
+        (["--sparsity", "0.1,0.3"], "sparsity [0.3], not [0.1, 0.3]"),
     ):
         code, _, err = run(*saving, "--resume", *change)
         assert (code, err.count("\n")) == (2, 1)
         assert name in err
-    assert run(*saving, "--resume", "--set", "save_steps=3")[0] == 0
-    for name in ("notes.txt", "eval.json", ".git"):
+    (out / ".git").mkdir()
+    relative = Path(os.path.relpath(text))
+    again = [*options(model, relative, out), "--set", "save_steps=3", "--gradient-checkpointing"]
+    code, _, err = run(*again, "--resume")
+    assert code == 0, err
+    assert (out / ".git").is_dir()
+    for name in ("notes.txt", "eval.json"):
         (out / name).write_text("the user's")
         code, _, err = run(*saving, "--resume")
         assert code == 2
         assert f"holds {name}, which the run has not written" in err
         assert (out / name).read_text() == "the user's"
-        (out / name).unlink()
+        code, _, err = run(*saving, "--resume", "--overwrite")
+        assert code == 0, err
+        assert not (out / name).exists()
 
 
 def test_two_runs_do_not_share_a_folder(model: Path, text: Path, tmp_path: Path, run: Run) -> None:

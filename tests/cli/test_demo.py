@@ -11,6 +11,7 @@ import pytest
 from nuteprune.cli import demo
 from nuteprune.cli.job import RUN, Job, check_out
 from nuteprune.errors import UserError
+from nuteprune.files import write_sums
 
 
 @pytest.fixture
@@ -68,8 +69,10 @@ def test_resume_goes_on_with_the_newest_folder_that_was_begun(asked: Any, tmp_pa
 
 def test_what_a_run_has_not_written_is_not_removed_by_its_end(asked: Any, tmp_path: Path) -> None:
     checkpoint(tmp_path / "out")
-    for name in ("config.json", "model.safetensors", "README.md", "SHA256SUMS", "tokenizer.json"):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "out" / name).write_text("")
+    write_sums(tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("the card")
     (tmp_path / "out" / "sparsity-0.1").mkdir()
     check_out(asked("--out", "out", "--resume"))
     (tmp_path / "out" / "model.gguf").write_text("mine")

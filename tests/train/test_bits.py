@@ -63,7 +63,7 @@ def test_what_is_cut_is_the_whole_model(
         load_model(str(stored), torch.float32, bits), tmp_path / "run", max_steps=4, **settings
     )
     trainer.train()
-    with pytest.raises(UserError, match=r"cannot be cut: load the model again in full precision"):
+    with pytest.raises(UserError, match=r"cannot be cut: load the model again, whole"):
         trainer.finalize()
     lora = {name: x.detach().clone() for name, x in trainer.coforward.bank.state().items()}
     small = trainer.finalize(copy.deepcopy(whole))

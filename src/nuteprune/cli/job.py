@@ -1,10 +1,9 @@
-"""What `prune` and `demo` are asked to do, and the folder that it goes to."""
+"""What `prune`, `demo` and `recover` are asked to do, and the folder that it goes to."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import tempfile
 import textwrap
@@ -20,7 +19,7 @@ from nuteprune.cli.sources import pick_device
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.card import FILE_NAME as CARD
 from nuteprune.export.record import FILE_NAME as RECORD
-from nuteprune.files import RUN, SUMS, read_sums, remove, to_json, write_text, writing
+from nuteprune.files import RUN, SUMS, hidden, read_sums, remove, writing
 from nuteprune.judge.runfiles import TARGET
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.data import DEMO
@@ -102,11 +101,11 @@ def check_out(job: Job) -> None:
                 f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
                 "anew without --resume, with --overwrite if the folder is not empty"
             )
-        foreign = sorted({x.name for x in out.iterdir()} - written_in(out))
+        foreign = sorted({x.name for x in out.iterdir() if not hidden(x)} - written_in(out))
         if foreign and not job.overwrite:
             raise UserError(
-                f"--out {out} holds {foreign[0]}, which the run has not written and its end would "
-                "remove; move it away, or pass --overwrite too"
+                f"--out {out} holds {foreign[0]}, which the run has not written; move it away, or "
+                "pass --overwrite too, which removes it"
             )
         return
     if out.exists() and any(out.iterdir()) and not job.overwrite:
@@ -132,12 +131,6 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"cannot write to {there}: {error.strerror}; name another --out") from error
 
 
-def resume_from(job: Job) -> str | None:
-    """Return the trainer checkpoint to go on from, None to start at the beginning."""
-    checkpoint = last_checkpoint(job.out / RUN) if job.resume else None
-    return str(checkpoint) if checkpoint else None
-
-
 def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
     """Return where the checkpoint of a target goes: to folders of their own where several do."""
     return job.out if len(targets) == 1 else job.out / f"{TARGET}{targets[index]:g}"
@@ -155,9 +148,15 @@ def written_in(out: Path) -> set[str]:
     return {x.name for x in out.iterdir()} & (named | set(matching))
 
 
-def clear_result(out: Path) -> None:
-    """Remove what an earlier end of a run wrote, and keep the run itself."""
-    _remove(out, written_in(out) - {RUN})
+def clear_result(out: Path, overwrite: bool = False) -> None:
+    """Remove what an earlier end of a run wrote, and keep the run itself.
+
+    Args:
+        out: the output folder.
+        overwrite: remove what is not the run's as well.
+    """
+    visible = {x.name for x in out.iterdir() if not hidden(x)} if overwrite else set()
+    _remove(out, (written_in(out) | visible) - {RUN})
 
 
 def _remove(out: Path, names: Iterable[str]) -> None:
@@ -198,40 +197,6 @@ def alone(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def check_same(job: Job, args: NutePruneConfig) -> None:
-    """Keep what a run is, or refuse to go on with it as another.
-
-    Raises:
-        UserError: names the first setting that differs.
-    """
-    path = job.out / RUN / SETTINGS
-    config = {k: v for k, v in run_config(job, args).items() if k not in FREE}
-    if not job.resume:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, to_json(config, indent=2) + "\n")
-        return
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(to_json(config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"the run in --out {job.out} has {key} {before.get(key, 'by default')}, and not "
-                f"{now.get(key, 'the default')}: resume with its own settings, or start anew with "
-                "--overwrite"
-            )
-
-
-SETTINGS = "settings.json"
-FREE = {
-    *("device", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("gradient_checkpointing", "save_steps", "save_total_limit", "logging_steps", "max_bad_steps"),
-    *("dataloader_num_workers", "eval_data", "eval_blocks"),
-}
-"""Settings that a run may be gone on with otherwise: they change how it runs, not what it is."""
 
 
 @contextmanager

@@ -20,18 +20,17 @@ from nuteprune.cli.job import (
     Job,
     alone,
     check_out,
-    check_same,
     clear,
     clear_result,
     make_config,
     nothing_left,
-    resume_from,
     run_config,
     settings_of_user,
     target_folder,
 )
 from nuteprune.cli.output import Bars, Output, megabytes
 from nuteprune.cli.progress import StepProgress
+from nuteprune.cli.resume import check_same, remember, resume_from
 from nuteprune.cli.show import print_dry_run, print_plan
 from nuteprune.cli.sources import (
     STORED_DTYPE,
@@ -83,13 +82,13 @@ def run(job: Job, output: Output) -> Result | None:
         RunFailed: if training breaks down or a target is missed.
     """
     started = time.monotonic()
-    if is_main():  # the others may come when it has begun to write
-        check_out(job)
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch) if job.dry_run else job.out
         if is_main() and not job.dry_run:
             stack.enter_context(alone(job.out))
+        if is_main():  # the others may come when it has begun to write
+            check_out(job)
         with nothing_left(folder):
             return _run(job, make_config(job, folder / RUN), output, started)
 
@@ -105,10 +104,10 @@ def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> R
         if job.dry_run:
             print_dry_run(trainer, output)
             return None
-        if is_main():
-            if job.overwrite and not job.resume:
-                clear(job.out)
-            check_same(job, trainer.args)
+        if is_main() and job.resume:
+            check_same(job, trainer)
+        elif is_main() and job.overwrite:
+            clear(job.out)
         trainer.accelerator.wait_for_everyone()
         records = _prune(job, trainer, held_out, bars, started)
     if not is_main():
@@ -183,20 +182,28 @@ def _prune(
 
     # Held in few bits, or in parts, the run's own model can be neither judged nor cut.
     apart = job.bits is not None or trainer.args.sharded
-    before, dense_texts, prompts_BT = {}, [], prompts(held_out)
+    before: dict[str, float] = {}
+    dense_texts: list[str] = []
+    prompts_BT, provenance = prompts(held_out), origin(job.model) if is_main() else {}
     tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-    if is_main():
-        intact = _whole(job) if apart else trainer.anatomy.model
-        before = measure("the intact model", intact)
-        dense_texts = continuations(intact, tokenizer, prompts_BT)
-        del intact
+
+    def judge_intact(model: PreTrainedModel) -> None:
+        before.update(measure("the intact model", model))
+        dense_texts.extend(continuations(model, tokenizer, prompts_BT))
+
+    if is_main() and not apart:
+        judge_intact(trainer.anatomy.model)
+    if is_main() and not job.resume:
+        remember(job, trainer)
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=resume_from(job))
     trainer.settle()
     if not is_main():
         return {}
+    if apart:  # nobody waits for it any more
+        judge_intact(_whole(job))
     if job.resume:
-        clear_result(job.out)
+        clear_result(job.out, job.overwrite)
     records = {}
     *stops, last = range(len(trainer.targets))
     for index in (last, *stops):
@@ -217,7 +224,7 @@ def _prune(
         records[folder] = trainer.save_pruned(
             folder,
             perplexity={"before": before, "after": after, "protocol": protocol(held_out)},
-            **origin(job.model),
+            **provenance,
             config=run_config(job, trainer.args),
             seconds=round(time.monotonic() - started, 1),
         )

@@ -27,7 +27,6 @@ from nuteprune.cli.job import (
     clear,
     clear_result,
     nothing_left,
-    resume_from,
     settings_of_user,
 )
 from nuteprune.cli.output import Bars, Output
@@ -41,6 +40,7 @@ from nuteprune.cli.rejudged import (
     note,
     same_tokens,
 )
+from nuteprune.cli.resume import resume_from
 from nuteprune.cli.show import print_recovery, sequences_per_step
 from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
 from nuteprune.errors import RunFailed, UserError
@@ -97,8 +97,8 @@ def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
         UserError: for anything that cannot work; nothing is written then.
         RunFailed: if training breaks down.
     """
-    _check(asked)
     with alone(asked.job.out) if is_main() else nullcontext():
+        _check(asked)
         return _run(asked, output)
 
 
@@ -303,7 +303,7 @@ def _write(
     entry: dict[str, Any],
 ) -> dict[str, Any]:
     if job.resume:
-        clear_result(job.out)
+        clear_result(job.out, job.overwrite)
     as_stored(small, stored_dtype(small))
     result = {"out": str(job.out), "recover": entry}
     if record is None:

@@ -61,7 +61,7 @@ def record_of(model: str) -> dict[str, Any] | None:
     if not where.is_dir():
         try:
             where = Path(hf_hub_download(model, RECORD)).parent
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
             return None
     return read_record(where) if (where / RECORD).is_file() else None
 

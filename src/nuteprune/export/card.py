@@ -123,7 +123,8 @@ def _taught(record: Mapping[str, Any]) -> str:
     config = record.get("config", {})
     if config.get("teachers") == "none" or config.get("max_steps") == 0:
         return ""
-    numerous = record.get("teachers", {}).get("count")
+    asked = config.get("teachers", "numerous") == "numerous"  # stops are kept as teachers too
+    numerous = asked and record.get("teachers", {}).get("count")
     return f" with distillation from {'numerous teachers' if numerous else 'the intact model'}"
 
 

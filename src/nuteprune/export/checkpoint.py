@@ -24,7 +24,7 @@ from transformers import (
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, one_line, some
-from nuteprune.files import RUN, SUMS, sync, sync_tree, write_sums, writing
+from nuteprune.files import RUN, SUMS, hidden, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import family_named
@@ -88,7 +88,7 @@ def save(
 
     Args:
         model: what `build` or `load_pruned` returned.
-        folder: where to; absent, empty, or with nothing but `run/` in it.
+        folder: where to; absent, empty, or with nothing but `run/` and hidden files in it.
         tokenizer: the tokenizer to save along.
         max_shard_size: size at which the weights are split into several files.
 
@@ -110,8 +110,8 @@ def _write_beside(
     max_shard_size: str,
 ) -> None:
     try:
-        names = {x.name for x in folder.iterdir()} if folder.exists() else set()
-        present = sorted(names - {RUN, PARTIAL})
+        there = folder.iterdir() if folder.exists() else ()
+        present = sorted({x.name for x in there if not hidden(x)} - {RUN})
         if present:
             raise UserError(f"{folder} is not empty ({some(present)}); name another folder")
         shutil.rmtree(partial, ignore_errors=True)

@@ -68,7 +68,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over all processes: FSDP2 leaves those of ignored parameters alone.
+    """Average gradients over all processes, in a loop of one's own without DDP.
+
+    FSDP2 leaves the gradients of ignored parameters alone.
 
     Args:
         parameters: what is trained, in the same order everywhere; without a gradient it counts

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class BadSteps:
@@ -34,16 +34,16 @@ class BadSteps:
         self._total.fill_(total)
         self._in_row.fill_(in_row)
 
-    def drop(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Count a step by its gradients, and set them to 0 if one is not finite.
+    def drop(self, norm: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        """Count a step by the norm of its gradients, and set them to 0 if it is not finite.
 
         The optimizer then goes on by its momentum alone.
 
         Args:
-            parameters: those that have gradients.
+            norm: total norm of all of them before they were clipped, a scalar.
+            parameters: whose gradients are dropped.
         """
-        grads = [p.grad for p in parameters if p.grad is not None]
-        bad = ~torch.isfinite(torch.nn.utils.get_total_norm(grads))
+        bad = ~torch.isfinite(norm)
         self._total += bad
         self._in_row = (self._in_row + 1) * bad
         for parameter in parameters:

@@ -306,8 +306,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             agree(bank.state().values())
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count the tokens (2,) of a step, of all processes; None where nothing is padded."""
-        if not any("attention_mask" in batch for batch in batch_samples):
+        """Count the tokens (2,) of a step, of all processes; None where one knows of no padding."""
+        padded = any("attention_mask" in batch for batch in batch_samples)
+        if self.args.world_size == 1 and not padded:  # of several processes all have to answer
             return None
         counts_2 = torch.stack([token_counts(batch) for batch in batch_samples]).sum(0).to(device)
         return self.accelerator.reduce(counts_2, "sum")
@@ -364,8 +365,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             torch._foreach_div_([cast(Tensor, p.grad) for p in trained], self.loss_scale)
         lora = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None])
+        total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(lora, self.args.max_grad_norm, norm)
-        self.bad_steps.drop(trained)
+        self.bad_steps.drop(total, trained)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
