@@ -148,7 +148,7 @@ def _blocks(
         for source, read in found.items():
             if source in cut:
                 raise UserError(
-                    f"two texts are called {source}: name each once, or rename one of the files"
+                    f"two texts are called {source}: name each only once, or rename a file"
                 )
             made = texts.make_blocks(source, read(), tokenizer, how)
             part = "all" if whole or published else "held-out"
