@@ -163,6 +163,11 @@ def damage(folder: Path, read: Callable[[str], bool] = lambda name: True) -> str
     return None
 
 
+def at_home(path: str | Path) -> Path:
+    """Return a path with a leading `~` as the home folder; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))  # unlike Path.expanduser, which raises
+
+
 def hidden(path: Path) -> bool:
     """Return whether a file or folder is out of sight, such as `.git`."""
     return path.name.startswith(".")

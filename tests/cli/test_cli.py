@@ -196,6 +196,9 @@ def test_home_is_found_where_the_shell_leaves_it(
     exported = run("export", "~/out", "--to", "gguf", "--out", "~/out.gguf")
     assert exported[0] in (0, 2)  # the tiny tokenizer is not one that llama.cpp has
     assert not Path("~").exists()
+    code, _, err = run(*options(model, Path("~0"), tmp_path / "new"))  # there is no such user
+    assert code == 2
+    assert "'~0': no such file or folder" in err
 
 
 def test_a_model_that_computes_nothing_finite_is_no_success(

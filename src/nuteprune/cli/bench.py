@@ -21,7 +21,7 @@ from nuteprune.cli.verdicts import LABELS
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME as RECORD
 from nuteprune.export.record import weights_size
-from nuteprune.files import RUN
+from nuteprune.files import RUN, at_home
 from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize
 from nuteprune.judge.runfiles import SPEED, write_extra
 from nuteprune.judge.worker import Worker
@@ -100,7 +100,7 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _target(names: list[str]) -> Path:
-    folder = Path(names[0]).expanduser()
+    folder = at_home(names[0])
     if len(names) == 1:
         raise UserError("--save is for comparisons; pass the dense model as --against")
     if not (folder / RUN).is_dir() and not (folder / RECORD).is_file():

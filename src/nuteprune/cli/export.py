@@ -17,6 +17,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.gguf import FILE_TYPES, write_gguf
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.onnx import require_packages, write_onnx
+from nuteprune.files import at_home
 
 TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
 """Format -> how it stores weights, the default first."""
@@ -45,7 +46,7 @@ def export(
     as_json: o.Json = False,
 ) -> None:
     """Write MODEL, pruned or not, in another program's format."""
-    output, out = Output(as_json), out.expanduser()
+    output, out = Output(as_json), at_home(out)
     if to not in TYPES:
         raise UserError(f"--to {to} is not a known format; pass one of {', '.join(TYPES)}")
     type_name = TYPES[to][0] if type_name is None else type_name

@@ -19,7 +19,7 @@ from nuteprune.cli.sources import pick_device
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.card import FILE_NAME as CARD
 from nuteprune.export.record import FILE_NAME as RECORD
-from nuteprune.files import RUN, SUMS, hidden, read_sums, remove, writing
+from nuteprune.files import RUN, SUMS, at_home, hidden, read_sums, remove, writing
 from nuteprune.judge.runfiles import TARGET
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.data import DEMO
@@ -90,7 +90,7 @@ def check_out(job: Job) -> None:
     for what, named in named_by_user:
         if named in (None, DEMO):
             continue
-        place = Path(named).expanduser()
+        place = at_home(named)
         if place.exists() and place.resolve().is_relative_to(out.resolve()):
             raise UserError(f"--out {out} holds the {what} {named}; name another folder")
     if out.exists() and not out.is_dir():

@@ -14,6 +14,7 @@ from nuteprune.cli.job import JOB_KEYS
 from nuteprune.cli.sources import load_model
 from nuteprune.errors import UserError
 from nuteprune.export.record import FILE_NAME, read_record
+from nuteprune.files import at_home
 from nuteprune.train.midway import is_midway, load_midway
 
 
@@ -53,7 +54,7 @@ def judged(name: str, base: str | None, dense: str | None, settings: Mapping[str
     Raises:
         UserError: if it cannot be told what model a run prunes.
     """
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     if not is_midway(folder):
         return Judged(name, name, None, {})
     out = folder.resolve().parent.parent

@@ -10,6 +10,7 @@ import typer
 from nuteprune.cli.job import Job
 from nuteprune.cli.settings import RUN_KEYS, read_mapping, read_settings
 from nuteprune.errors import UserError
+from nuteprune.files import at_home
 
 Model = Annotated[str, typer.Argument(help="Hub id, checkpoint folder, or 'demo'.")]
 Sparsity = Annotated[
@@ -131,8 +132,8 @@ def make_job(
             itself (`dry_run`, `resume`, `overwrite`, `trust_remote_code`) are flags.
     """
     flags = {k: given.pop(k) for k in FLAGS if k in given}
-    out = out.expanduser()  # of `--out=~/x` the shell leaves it
-    settings = read_settings(config and config.expanduser(), assignments or ())
+    out = at_home(out)  # of `--out=~/x` the shell leaves it
+    settings = read_settings(config and at_home(config), assignments or ())
     if sparsity is not None and shape is not None:
         raise UserError("--sparsity and --shape both say how much is to go; pass one of them")
     if sparsity is not None:
@@ -141,7 +142,7 @@ def make_job(
         *stops, given["target_sparsity"] = _shares(sparsity)
         given["stops"] = stops or None
     if shape is not None:
-        given["shape"] = read_mapping(shape.expanduser(), "--shape")
+        given["shape"] = read_mapping(at_home(shape), "--shape")
     settings |= {key: value for key, value in given.items() if value is not None}
     own = {key: settings.pop(key) for key in list(settings) if key in RUN_KEYS}
     own.setdefault("data", "demo")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from nuteprune.cli.job import Job
 from nuteprune.cli.output import Output, megabytes
 from nuteprune.cli.recovery import Recovery, run
 from nuteprune.export.record import FILE_NAME
+from nuteprune.files import at_home
 from nuteprune.judge.perplexity import mean
 
 
@@ -72,7 +72,7 @@ def recover(
     job = Job(
         model=model,
         data=data,
-        out=Path(out).expanduser(),
+        out=at_home(out),
         eval_data=eval_data,
         text_column=text_column,
         length=length,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -12,7 +11,7 @@ from transformers import TrainingArguments
 from nuteprune.cli.job import Job
 from nuteprune.cli.sources import pick_dtype
 from nuteprune.errors import UserError
-from nuteprune.files import RUN, to_json, write_text
+from nuteprune.files import RUN, at_home, to_json, write_text
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.state import last_checkpoint
 from nuteprune.train.trainer import NutePruneTrainer
@@ -81,5 +80,5 @@ def check_same(job: Job, trainer: NutePruneTrainer) -> None:
 
 
 def _place(name: str) -> str:
-    path = Path(name).expanduser()
+    path = at_home(name)
     return str(path.resolve()) if path.exists() else name

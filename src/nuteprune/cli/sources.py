@@ -23,6 +23,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import FILE_NAME as RECORD
 from nuteprune.export.record import passed_on, read_record
+from nuteprune.files import at_home
 from nuteprune.model.families import FAMILIES, family_named
 from nuteprune.train.data import DEMO
 
@@ -39,9 +40,9 @@ def locate(model: str, progress: Callable[[str], None] = lambda message: None) -
     if model == DEMO:
         return str(assets.model_folder(progress))
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_local and not Path(model).expanduser().is_dir():
+    if looks_local and not at_home(model).is_dir():
         raise UserError(f"model {model} is neither a folder nor a hub id; check the path")
-    return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+    return str(at_home(model)) if at_home(model).is_dir() else model
 
 
 def origin(model: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
-from nuteprune.files import file_sum
+from nuteprune.files import at_home, file_sum
 
 Progress = Callable[[str], None]
 
@@ -118,7 +118,7 @@ _TOKENIZER = {
 def cache_folder() -> Path:
     """Return the folder of downloads: `NUTEPRUNE_CACHE`, or the system's place for caches."""
     chosen = os.environ.get("NUTEPRUNE_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else user_cache_path("nuteprune")
+    return at_home(chosen).absolute() if chosen else user_cache_path("nuteprune")
 
 
 def model_folder(progress: Progress = lambda message: None) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from nuteprune.files import at_home
+
 FILE_NAME = "README.md"
 
 _PLOTS = "<!-- plots of the run -->", "<!-- end of plots -->"
@@ -157,7 +159,7 @@ def inherited_licence(base_model: str | None) -> dict[str, str | None]:
     unknown: dict[str, str | None] = {"license": None}
     if not base_model:
         return unknown
-    local = Path(base_model).expanduser() / FILE_NAME
+    local = at_home(base_model) / FILE_NAME
     if not local.is_file() and not _is_hub_id(base_model):
         return unknown
     try:

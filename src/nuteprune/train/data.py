@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from nuteprune.demo import assets
 from nuteprune.errors import UserError
+from nuteprune.files import at_home
 from nuteprune.train import readers
 from nuteprune.train.split import split_rule
 
@@ -174,7 +175,7 @@ def _sources(
     options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
     if (files := local_files(spec)) is not None:
         read = partial(readers.file_documents, **options)
-        name = Path(os.path.expanduser(spec)).absolute().name or spec
+        name = at_home(spec).absolute().name or spec
         return [readers.Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
     return [readers.Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
 
@@ -185,7 +186,7 @@ def local_files(spec: str) -> list[Path] | None:
     Raises:
         UserError: it looks like a path, and nothing is there.
     """
-    path = Path(os.path.expanduser(spec))
+    path = at_home(spec)
     if spec and os.path.exists(path):
         return readers.text_files(path)
     if path.suffix.lower() in readers.SUFFIXES or not _HUB_SPEC.fullmatch(spec):
