@@ -232,9 +232,11 @@ def print_untrained(records: Sequence[dict[str, Any]], plan: Plan, output: Outpu
         rows = []
         for method in plan.methods:
             mine = [r for r in records if r["label"] == method and "mean" in r]
+            if not mine:
+                continue
             cells = [[stage(r)["mean"] for r in mine if r["target"] == t] for t in plan.targets]
             seconds = [stage(r)["seconds"] for r in mine]
-            rows.append([method, *map(spread, cells), f"{statistics.fmean(seconds or [0]):.0f}"])
+            rows.append([method, *map(spread, cells), f"{statistics.fmean(seconds):.0f}"])
         columns = ["method", *(f"{target:.0%}" for target in plan.targets), "seconds"]
         output.table(title, columns, rows)
     print_refused(records, output)
