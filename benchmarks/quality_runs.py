@@ -30,7 +30,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import install_weight
 from nuteprune.train.calibration import refit_on, score_on
-from nuteprune.train.config import NUTEPRUNE
+from nuteprune.train.checks import NUTEPRUNE
 from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.train.setup import make_allocator
 

@@ -270,7 +270,12 @@ def test_nothing_is_written_beside_the_folder_which_may_be_another_disk(
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"factor": 4.0, "original_max_position_embeddings": 16}, {"attention_factor": 1.5}],
+    [
+        {},
+        {"factor": 4.0, "original_max_position_embeddings": 16},
+        {"original_max_position_embeddings": 16},
+        {"attention_factor": 1.5},
+    ],
     ids=lambda more: "-".join(more) or "plain",
 )
 @pytest.mark.parametrize("name", ["llama", "phi3"])

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 from nuteprune.train.data import BlockDataset, iter_documents
-from nuteprune.train.instructions import Piece, encode, holds_instructions, pad, read_examples
+from nuteprune.train.instructions import holds_instructions, pad, read_examples
+from nuteprune.train.pieces import Piece, encode
 from nuteprune.train.split import split_rule
 
 CHAT = (

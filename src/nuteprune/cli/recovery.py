@@ -53,7 +53,8 @@ from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.train.data import check_ids, check_positions, training_blocks
-from nuteprune.train.instructions import check_template, holds_instructions, read_examples
+from nuteprune.train.instructions import holds_instructions, read_examples
+from nuteprune.train.pieces import check_template
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
 from nuteprune.train.state import last_checkpoint
 
@@ -75,7 +76,7 @@ class Recovery:
         steps: optimizer steps; None: by epochs, for plain text `STEPS`.
         epochs: passes over instruction data; None: `EPOCHS`.
         learning_rate: None: by the kind of data.
-        template: see `instructions.TEMPLATES`.
+        template: see `pieces.TEMPLATES`.
         against: the dense model, to be tuned in the same way for comparison; None: no comparison.
     """
 

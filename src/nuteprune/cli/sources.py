@@ -22,7 +22,7 @@ from nuteprune.demo import assets
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import FILE_NAME as RECORD
-from nuteprune.export.record import passed_on, read_record
+from nuteprune.export.record import origin_of, read_record
 from nuteprune.files import at_home
 from nuteprune.model.families import FAMILIES, family_named
 from nuteprune.train.data import DEMO
@@ -52,8 +52,7 @@ def origin(model: str) -> dict[str, Any]:
     """
     if model == DEMO:
         return dict(ORIGIN)
-    earlier = record_of(model)
-    return {"base_model": model} if earlier is None else passed_on(earlier)
+    return origin_of(model, record_of(model))
 
 
 def record_of(model: str) -> dict[str, Any] | None:

@@ -163,11 +163,10 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Non
     path.write_text(text + "\n", encoding="utf-8")
 
 
-PHI3_ROPE = {
-    *("rope_type", "rope_theta", "short_factor", "long_factor", "partial_rotary_factor"),
-    "original_max_position_embeddings",
-}
-"""What Phi-3's config says of long rope, in part beside `rope_scaling`; others say more in it."""
+LONG_ROPE = {"rope_type", "rope_theta", "short_factor", "long_factor", "partial_rotary_factor"}
+"""What transformers 4 reads of a long rope in three keys and beside them; others say more in it."""
+ORIGINAL = "original_max_position_embeddings"
+"""The length before it was made longer: some configs state it beside their rope."""
 
 
 def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
@@ -183,7 +182,8 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
         keys["rope_local_base_freq"] = sliding["rope_theta"]
     if full["rope_type"] == "default":
         return keys
-    if full["rope_type"] == "longrope" and not set(full) - PHI3_ROPE:  # 4.57 demands these three
+    beside = {ORIGINAL} if hasattr(config, ORIGINAL) else set()
+    if full["rope_type"] == "longrope" and not set(full) - LONG_ROPE - beside:  # just these three
         factors = {key: full[key] for key in ("short_factor", "long_factor")}
         return keys | {"rope_scaling": {"type": "longrope", **factors}}
     return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}

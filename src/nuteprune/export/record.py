@@ -149,11 +149,17 @@ def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) 
     return json.loads(to_json(full))  # type: ignore[no-any-return]
 
 
-def passed_on(earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the record of a model that is pruned again takes over from its earlier one.
+def origin_of(name: str | None, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a record is to say of where a model comes from.
 
-    Its origin, and a history that ends with the earlier pruning.
+    A checkpoint that is pruned already passes on its own origin, and adds itself to the history.
+
+    Args:
+        name: the model's folder or hub id.
+        earlier: its record, if it is pruned.
     """
+    if earlier is None:
+        return {"base_model": name}
     origin = {key: earlier.get(key) for key in ("base_model", "license")}
     origin |= {key: earlier[key] for key in LICENCE if key in earlier}
     step = {key: value for key, value in earlier.items() if key != "history"}

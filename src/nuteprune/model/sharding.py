@@ -43,6 +43,8 @@ def shard_base(anatomy: Anatomy, mesh: DeviceMesh) -> None:
     for module in (*anatomy.layers, anatomy.model):
         trained = {p for p in module.parameters() if p.requires_grad}
         fully_shard(module, mesh=mesh, ignored_params=trained)
+    for parameter in trained:  # FSDP2 places those alone that it shards
+        parameter.data = parameter.data.to(mesh.device_type)
 
 
 def is_sharded(module: nn.Module) -> bool:

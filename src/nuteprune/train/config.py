@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
-from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
-from transformers.training_args import OptimizerNames
 
-from nuteprune.distill.losses import LAYER_TERMS
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
-from nuteprune.model.families import GATE_KINDS
+from nuteprune.train.checks import (
+    GATE_TYPES,
+    NUTEPRUNE,
+    check_choices,
+    check_trainer_settings,
+    check_values,
+)
 
-NUTEPRUNE = "nuteprune"
-"""The method that learns its masks; the others of `METHODS` score once."""
-GATE_TYPES = {"ranked": 0.0, "hard_concrete": 0.5, "deterministic": 0.5}
-"""Type of gates -> `ramp_share` by default: soft ones need steps to learn in, and a ranking is best
-followed at once (docs/quality.md)."""
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
-ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
-"""Values of `optim` that know `maximize`."""
-SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-"""How `accelerate launch` asks for it, whatever the settings say."""
-SHAPES = ("free", "uniform")
-TEACHERS = ("numerous", "intact", "none")
-LORA_TARGETS = ("all", "qv")
-COMPENSATION = ("none", "start", "finalize")
-CHOICES: dict[str, Sequence[str]] = {
-    "method": (NUTEPRUNE, *METHODS),
-    "importance": tuple(METHODS),
-    "gate_type": tuple(GATE_TYPES),
-    "shapes": SHAPES,
-    "teachers": TEACHERS,
-    "layer_term": tuple(LAYER_TERMS),
-    "lora_targets": LORA_TARGETS,
-    "compensation": COMPENSATION,
-}
-"""What settings with names for values may be."""
-BOUNDS: dict[str, tuple[float, float]] = {
-    "max_steps": (0, 1e9),
-    "per_device_train_batch_size": (1, 1e6),
-    "gradient_accumulation_steps": (1, 1e6),
-    "save_steps": (1e-6, 1e9),
-    "logging_steps": (1e-6, 1e9),
-    "warmup_steps": (0, 1e9),
-    "dataloader_num_workers": (0, 1024),
-    "seed": (0, 2**31 - 1),
-    "learning_rate": (1e-12, 1e3),
-    "weight_decay": (0, 1e3),
-    "max_grad_norm": (1e-12, 1e12),
-    "adam_beta1": (0, 1 - 1e-9),
-    "adam_beta2": (0, 1 - 1e-9),
-    "adam_epsilon": (0, 1),
-    "neuron_multiple": (1, 1e6),
-    "hidden_multiple": (1, 1e6),
-    "calibration_blocks": (1, 1e6),
-    "compensation_blocks": (1, 1e6),
-    "ramp_share": (0, 1),
-    "freeze_share": (0, 1),
-    "ramp_power": (1e-3, 1e3),
-    "score_decay": (0, 1),
-    "gate_learning_rate": (0, 1e3),
-    "token_weight": (0, 1e6),
-    "layer_weight": (0, 1e6),
-    "kd_temperature": (1e-3, 1e3),
-    "lm_weight": (0, 1e6),
-    "lora_rank": (1, 1e5),
-    "lora_alpha": (1, 1e6),
-    "max_bad_steps": (1, 1e9),
-}
-"""Smallest and largest value of numbers."""
 
 
 @dataclass
@@ -214,16 +158,14 @@ class NutePruneConfig(TrainingArguments):
             self.lr_scheduler_kwargs = dict(FALLS_LATE)
         super().__post_init__()
         check_trainer_settings(self)
-        _check_choices(self)
+        check_choices(self)
         if self.ramp_share is None:
             self.ramp_share = GATE_TYPES[self.gate_type]
         if self.freeze_share is None:
             self.freeze_share = self.ramp_share
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = self.gate_type != "ranked"  # frozen gates are unused
-        _check_bounds(self)
-        _check_targets(self)
-        _check_combinations(self)
+        check_values(self)
 
     @property
     def targets(self) -> tuple[float, ...]:
@@ -272,112 +214,3 @@ class NutePruneConfig(TrainingArguments):
         if not self.gates:
             return METHODS[self.scoring].default_kinds
         return tuple(k.strip() for k in self.gates.split(","))
-
-
-def _check_choices(args: NutePruneConfig) -> None:
-    for name, known in CHOICES.items():
-        value = getattr(args, name)
-        if value not in known:
-            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-    for kind in args.gate_kinds or ():
-        if kind not in GATE_KINDS:
-            raise UserError(f"{kind!r} is not a kind of gate; known kinds: {', '.join(GATE_KINDS)}")
-
-
-def _check_bounds(args: NutePruneConfig) -> None:
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(args, name)
-        if not low <= value <= high:  # nor is it a number if it compares with none
-            raise UserError(f"{name} is {value}; it must lie between {low:g} and {high:g}")
-
-
-def _check_targets(args: NutePruneConfig) -> None:
-    if not 0 < args.target_sparsity < 1:
-        raise UserError(
-            f"sparsity is {args.target_sparsity}; it is a share, so it must lie between 0 "
-            "and 1, both excluded (0.2 removes 20 %)"
-        )
-    targets = args.targets
-    if any(not 0 < a < b for a, b in pairwise(targets)):
-        raise UserError(
-            f"targets are {', '.join(f'{t:g}' for t in targets)}; they must grow, between 0 and 1"
-        )
-    if len(targets) > 1 and args.max_steps < len(targets):
-        raise UserError(
-            f"{len(targets)} targets need at least {len(targets)} steps, one for each; "
-            f"max_steps is {args.max_steps}"
-        )
-
-
-def _check_combinations(args: NutePruneConfig) -> None:
-    if args.one_shot and args.gate_type != "ranked":
-        raise UserError(
-            f"method {args.method} keeps its one-shot masks, so gate_type {args.gate_type} has "
-            f"nothing to learn: leave it out, or use method {NUTEPRUNE} with "
-            f"importance={args.method}"
-        )
-    if args.fp16:
-        raise UserError(
-            "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "
-            "to compute in (--dtype)"
-        )
-    if args.lora_targets == "qv" and args.compensation == "start":
-        raise UserError(
-            "the re-fit before training starts LoRA of the output and down projections, which "
-            "lora_targets qv leaves without: set compensation to finalize or none"
-        )
-    lagrangian = args.gate_type != "ranked" and not args.solved_schedule
-    if lagrangian and OptimizerNames(args.optim).value not in ASCENDING:
-        raise UserError(
-            f"the Lagrangian's multipliers ascend, which optim "
-            f"{OptimizerNames(args.optim).value} cannot do: leave optim out, or set "
-            "solved_schedule"
-        )
-    if args.teachers == "none" and args.lm_weight <= 0:
-        raise UserError("without teachers there is no loss left: set lm_weight above 0")
-
-
-def check_whole(args: TrainingArguments) -> None:
-    """Refuse Trainer's own sharding: on CPU it would silently be DDP, and it knows no two roles.
-
-    Raises:
-        UserError: if settings or the launcher ask for it.
-    """
-    if args.fsdp or args.deepspeed or any(map(parse_flag_from_env, SHARDING)):
-        raise UserError(
-            "fsdp and deepspeed are not supported: leave them out, of accelerate's config too; "
-            "pruning shares weights out over processes by the setting sharded"
-        )
-
-
-def check_shards(args: NutePruneConfig, packed: bool) -> None:
-    """Refuse to share weights out where that cannot be done.
-
-    Raises:
-        UserError: with one process, or for weights in 8 or 4 bits.
-    """
-    if args.sharded and args.world_size < 2:
-        raise UserError(
-            "sharded shares weights out over several processes: start them with torchrun or "
-            "accelerate launch, or leave it out"
-        )
-    if args.sharded and packed:
-        raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
-
-
-def check_trainer_settings(args: TrainingArguments) -> None:
-    """Refuse what no run of ours can do, and keep each process to one accelerator.
-
-    Trainer would spread a process over all that it sees (DataParallel), but hooks and masks belong
-    to one copy of the model; several processes are what several are for.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    if args.load_best_model_at_end:
-        raise UserError(
-            "load_best_model_at_end is not supported: checkpoints of a run are not models; leave "
-            "it out"
-        )
-    if args.n_gpu > 1:
-        args._n_gpu = 1

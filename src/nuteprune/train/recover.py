@@ -22,7 +22,7 @@ from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.config import check_trainer_settings, check_whole
+from nuteprune.train.checks import check_trainer_settings, check_whole
 from nuteprune.train.instructions import pad
 from nuteprune.train.state import RunState, restore
 

@@ -19,7 +19,8 @@ from nuteprune.gates.multipliers import DeterministicGates
 from nuteprune.gates.soft import HardConcreteGates
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape, kinds_of_cut
-from nuteprune.train.config import FALLS_LATE, GATE_TYPES, NutePruneConfig
+from nuteprune.train.checks import GATE_TYPES
+from nuteprune.train.config import FALLS_LATE, NutePruneConfig
 
 
 def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:

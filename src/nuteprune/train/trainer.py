@@ -30,7 +30,7 @@ from nuteprune.distill.objective import Objective, text_loss
 from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored
-from nuteprune.export.record import FILE_NAME, passed_on, read_record, write_pruned
+from nuteprune.export.record import FILE_NAME, origin_of, read_record, write_pruned
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
@@ -43,7 +43,8 @@ from nuteprune.shrink.compensate import install_lora
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.config import NutePruneConfig, check_shards, check_whole
+from nuteprune.train.checks import check_shards, check_whole
+from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import Finished, finish, with_lora
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import (
@@ -97,7 +98,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         make_trainable(model)
         intact = Anatomy(model)
         self._total_before = intact.parameters()
-        self._origin = _origin(model.config._name_or_path)
+        name = model.config._name_or_path
+        pruned_before = bool(name) and (Path(name) / FILE_NAME).is_file()
+        self._origin = origin_of(name or None, read_record(Path(name)) if pruned_before else None)
         self.stored_dtype: torch.dtype = model.dtype
         self.allocator = make_allocator(intact, args)
         # Fails early, before the model is touched, if a target is out of reach.
@@ -129,7 +132,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         peft_model.add_module("nuteprune_gates", self.gates)
         if args.sharded:
             shard_base(self.anatomy, all_processes(args.device))
-            _place_trained(peft_model, args.device)
         # The penalty, alike on all processes, is no part of the forward pass that DDP looks at;
         # sharded weights are none of its business.
         peft_model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
@@ -510,17 +512,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         )
         self.saved = Path(folder)
         return written
-
-
-def _origin(name: str) -> dict[str, Any]:
-    pruned_before = bool(name) and (Path(name) / FILE_NAME).is_file()
-    return passed_on(read_record(Path(name))) if pruned_before else {"base_model": name or None}
-
-
-def _place_trained(model: nn.Module, device: torch.device) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device)
 
 
 class _EndOfStep(TrainerCallback):

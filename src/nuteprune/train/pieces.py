@@ -1,0 +1,153 @@
+"""A row of instruction data as pieces of text to read and to learn, and those as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from nuteprune.distill.losses import IGNORED
+from nuteprune.errors import UserError
+from nuteprune.train.data import bos_of
+from nuteprune.train.rows import cell_text, chat_turns, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES: Final = ("auto", "chat", "alpaca")
+"""How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
+
+# The wording that models tuned on Alpaca-like data have seen (Taori et al. 2023).
+_TASK = "Below is an instruction that describes a task"
+_MORE = ", paired with an input that provides further context"
+_WRITE = ". Write a response that appropriately completes the request.\n\n"
+_ALPACA = _TASK + _WRITE + "### Instruction:\n{0}\n\n### Response:\n"
+_ALPACA_INPUT = (
+    _TASK + _MORE + _WRITE + "### Instruction:\n{0}\n\n### Input:\n{1}\n\n### Response:\n"
+)
+
+Row = tuple[str, Mapping[str, object], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text, and whether it is learned or only read."""
+
+    text: str
+    learned: bool
+
+
+def check_template(template: str) -> None:
+    """Refuse a template that is none of `TEMPLATES`.
+
+    Raises:
+        UserError: names those that there are.
+    """
+    if template not in TEMPLATES:
+        raise UserError(f"template {template!r} is unknown; pass one of {', '.join(TEMPLATES)}")
+
+
+def pieces(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Piece]:
+    """Return a row as text to read and text to learn.
+
+    Args:
+        found: where the row comes from, the row, and its columns.
+        tokenizer: renders chats.
+        template: `chat` or `alpaca`, for rows of instruction, input and output.
+    """
+    where, row, layout = found
+    if len(layout) == 1:
+        messages = row[layout[0]]
+        assert isinstance(messages, list)
+        return _chat_pieces(chat_turns(messages, where), where, tokenizer)
+    instruction, more, answer = (cell_text(row, name, where, tokenizer) for name in layout)
+    if template == "alpaca":
+        asked = (_ALPACA_INPUT if more else _ALPACA).format(instruction, more)
+        ends = tokenizer.eos_token or ""
+        return [Piece(_start(tokenizer) + asked, False), Piece(answer + ends, bool(answer))]
+    asked = "\n\n".join(filter(None, (instruction, more)))
+    turns = [{"role": "user", "content": asked}]
+    if answer:
+        turns.append({"role": "assistant", "content": answer})
+    return _chat_pieces(turns, where, tokenizer)
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that the tokenizer puts before a text, if it does."""
+    return str(tokenizer.bos_token) if bos_of(tokenizer) else ""
+
+
+def _chat_pieces(
+    turns: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Piece]:
+    """Learn every answer, or the last one alone where the template rewrites earlier turns."""
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    found: list[Piece] = []
+    done = ""
+    for i in answers:
+        asked, told = _around(turns, i, where, tokenizer)
+        if not (asked.startswith(done) and told.startswith(asked)):
+            break
+        learned = bool(turns[i]["content"].strip())  # a call of a tool leaves it empty
+        found += [Piece(asked[len(done) :], False), Piece(told[len(asked) :], learned)]
+        done = told
+    else:
+        return found
+    asked, told = _around(turns, answers[-1], where, tokenizer)
+    if not told.startswith(asked):
+        raise UserError(
+            f"{where}: the model's chat template does not continue a question with its answer, so "
+            "the two cannot be told apart; pass --template alpaca with rows of instruction and "
+            "output, or plain text"
+        )
+    learned = bool(turns[answers[-1]]["content"].strip())
+    return [Piece(asked, False), Piece(told[len(asked) :], learned)]
+
+
+def _around(
+    turns: list[dict[str, str]], answer: int, where: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """Return a chat up to an answer, and with it."""
+    asked = render(turns[:answer], where, tokenizer, asks=True) if answer else ""
+    return asked, render(turns[: answer + 1], where, tokenizer)
+
+
+def encode(
+    found: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[Tensor, Tensor] | None:
+    """Tokenize pieces as they come when a model answers: each goes on with the tokens before it.
+
+    A piece's tokens are those of the whole text so far, which keeps tokenizers that put a space
+    before a text from putting one before each piece; where it joins tokens across a border, the
+    piece's own.
+
+    Args:
+        found: text to read and text to learn; special tokens are part of it.
+        tokenizer: the model's tokenizer.
+        length: most tokens.
+
+    Returns:
+        Token ids and labels (T,), T <= length; None if nothing is learned within it.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    text = ""
+    for piece in found:
+        text += piece.text
+        whole, own = (_tokens(tokenizer, x) for x in (text, piece.text))
+        tokens = whole[len(ids) :] if whole[: len(ids)] == ids else own
+        ids += tokens
+        labels += tokens if piece.learned else [IGNORED] * len(tokens)
+    ids, labels = ids[:length], labels[:length]
+    # The first token has nothing that it could be predicted from.
+    if all(label == IGNORED for label in labels[1:]):
+        return None
+    return torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(found)
