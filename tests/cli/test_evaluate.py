@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from nuteprune.cli import evaluate
 from nuteprune.export.loading import load_pruned
+from nuteprune.judge.tasks import Score
 
 Run = Callable[..., tuple[int, str, str]]
 ASKED = ["--device", "cpu", "--dtype", "float32", "--json"]
@@ -115,6 +117,33 @@ def test_local_tasks(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     score = found["tasks"][str(model)]["school"]
     assert (score["metric"], score["samples"]) == ("acc", 4)
     assert found["retention"]["tasks"] == {"school": 100, "mean": 100}
+
+
+def test_each_model_is_asked_with_its_own_tokenizer(
+    model: Path,
+    sentencepiece_tokenizer: Any,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    sentencepiece_tokenizer.save_pretrained(other)
+    seen = []
+
+    class Questions:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def ask(self, _: Any, tokenizer: Any, *__: Any) -> dict[str, Score]:
+            seen.append(tokenizer("the student").input_ids)
+            return {"school": Score(1.0, "acc")}
+
+    monkeypatch.setattr(evaluate, "Tasks", Questions)
+    code, _, stderr = run("eval", model, "--against", other, "--tasks", "school", *ASKED)
+    assert code == 0, stderr
+    ours, theirs = seen
+    assert theirs == sentencepiece_tokenizer("the student").input_ids != ours
 
 
 BAD = {

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.cli import recovery
-from nuteprune.cli.job import Job
+from nuteprune.cli.job import Job, alone
 from nuteprune.cli.sources import load_tokenizer
 from nuteprune.export.loading import load_pruned
 from nuteprune.train.data import training_blocks
@@ -49,6 +49,15 @@ def pruned(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def options(source: Path, out: Path, *more: Any) -> list[Any]:
     return ["recover", source, "--out", out, "--device", "cpu", *QUICK, *more]
+
+
+def test_two_recoveries_do_not_share_a_folder(
+    pruned: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    with alone(tmp_path / "out"):
+        code, _, stderr = run(*options(pruned, tmp_path / "out", "--data", text, "--steps", 1))
+    assert code == 2
+    assert "another run is at work" in stderr
 
 
 def test_plain_text_lowers_perplexity_and_keeps_the_record(

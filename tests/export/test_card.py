@@ -67,6 +67,10 @@ def test_a_person_reads_what_changed_and_how_to_load_it() -> None:
     [
         ({"teachers": {"count": 0}}, "structured pruning with distillation from the intact model"),
         ({"teachers": {"count": 7}}, "structured pruning with distillation from numerous teachers"),
+        (
+            {"teachers": {"count": 2}, "config": {"teachers": "intact"}},  # two stops on the way
+            "structured pruning with distillation from the intact model",
+        ),
         ({"config": {"max_steps": 0}}, "structured pruning\n"),
         ({"config": {"teachers": "none", "lm_weight": 1.0}}, "structured pruning\n"),
     ],
