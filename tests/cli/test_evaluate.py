@@ -137,7 +137,7 @@ def test_each_model_is_asked_with_its_own_tokenizer(
 
         def ask(self, _: Any, tokenizer: Any, *__: Any) -> dict[str, Score]:
             seen.append(tokenizer("the student").input_ids)
-            return {"school": Score(1.0, "acc")}
+            return {"school": Score(1.0, "acc", None, True, 4)}
 
     monkeypatch.setattr(evaluate, "Tasks", Questions)
     code, _, stderr = run("eval", model, "--against", other, "--tasks", "school", *ASKED)
