@@ -1,7 +1,7 @@
 """The quality table: pruned models side by side, by held-out perplexity, size and time.
 
     python benchmarks/quality.py                    # the whole table: some ten hours on two cores
-    python benchmarks/quality.py --quick            # a small one: about a quarter of an hour
+    python benchmarks/quality.py --quick            # a small one: a quarter of an hour, reckoned
     python benchmarks/quality.py --only ablation    # one part: untrained, trained or ablation
     python benchmarks/quality.py --show             # what has been run so far; runs nothing
 
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="demo", help="hub id, checkpoint folder, or demo")
     parser.add_argument("--data", default="demo", help="text, as `nuteprune prune --data` takes it")
     parser.add_argument("--out", type=Path, help="folder of the table")
-    parser.add_argument("--quick", action="store_true", help="a small table: a quarter of an hour")
+    parser.add_argument("--quick", action="store_true", help="a small table")
     parser.add_argument("--only", choices=PARTS, help="one part of the table")
     parser.add_argument("--show", action="store_true", help="what has been run; run nothing")
     parser.add_argument("--length", type=int, default=256, help="tokens per block")

@@ -139,6 +139,9 @@ def test_each_model_is_asked_with_its_own_tokenizer(
             seen.append(tokenizer("the student").input_ids)
             return {"school": Score(1.0, "acc", None, True, 4)}
 
+        def described(self) -> dict[str, Any]:
+            return {}
+
     monkeypatch.setattr(evaluate, "Tasks", Questions)
     code, _, stderr = run("eval", model, "--against", other, "--tasks", "school", *ASKED)
     assert code == 0, stderr
