@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from nuteprune.distill.losses import LayerTerm, token_weights
 from nuteprune.distill.teachers import Role
+from nuteprune.gates.kept import NarrowMasks
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
-from nuteprune.model.hooks import MaskHooks, scale
+from nuteprune.model.hooks import MaskHooks, MaskSource, scale
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
+from nuteprune.model.packed import is_packed
 
 
 @dataclass
@@ -54,6 +56,7 @@ class CoForward:
         self.hooks = hooks
         self.bank = LoraBank(anatomy)
         self.layer_term = layer_term
+        self._fixed: dict[str, NarrowMasks] = {}
 
     def run(
         self,
@@ -101,30 +104,46 @@ class CoForward:
         passage = Passage()
         handles = [self._on_final_norm(passage, teacher)]
         if teacher is not None:
+            theirs = self._source("teacher", teacher.masks)
             first = self.anatomy.layers[0]
             handles.append(first.register_forward_pre_hook(_take_flow(passage), prepend=True))
             for i, layer in enumerate(self.anatomy.layers):
-                handles.append(self._on_layer(passage, layer, i, teacher, weight_BT))
+                handles.append(self._on_layer(passage, layer, i, teacher, theirs, weight_BT))
         # The student's masks stay in use afterwards: under activation checkpointing, the backward
         # pass runs the layers again. `MaskHooks.masks = None` ends that.
-        self.hooks.masks = student
+        self.hooks.masks = self._source("student", student)
         try:
             yield passage
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _source(self, role: str, masks: Masks | None) -> MaskSource | None:
+        """Return masks as the hooks are to read them: narrow, unless all gradients are wanted."""
+        if masks is None or masks.learned or is_packed(self.anatomy.model):
+            return masks
+        fixed = self._fixed.get(role)
+        if fixed is None or fixed.masks is not masks:
+            fixed = self._fixed[role] = NarrowMasks(masks, self.anatomy.family)
+        return fixed
+
     def _on_layer(
-        self, passage: Passage, layer: nn.Module, index: int, teacher: Role, weight_BT: Tensor
+        self,
+        passage: Passage,
+        layer: nn.Module,
+        index: int,
+        teacher: Role,
+        masks: MaskSource | None,
+        weight_BT: Tensor,
     ) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             flow_BTD = passage._flow_BTD
             assert flow_BTD is not None
-            if index == 0 and teacher.masks is not None:
-                flow_BTD = scale(flow_BTD, teacher.masks.hidden)
+            if index == 0 and masks is not None:
+                flow_BTD = scale(flow_BTD, masks.hidden)
             with (
                 torch.no_grad(),
-                self.hooks.using(teacher.masks),
+                self.hooks.using(masks),
                 self.bank.using(index, teacher.lora),
             ):
                 # `forward`, not a call: the layer's own hooks must not run for the teacher.

@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nuteprune.model.families import Projection
+from nuteprune.model.narrow import Kept
 from nuteprune.model.shape import Shape
 
 
@@ -84,10 +86,19 @@ class Masks:
         """Return multipliers (..., F) of the down projection's input."""
         return self.part("neurons", layer)
 
+    def kept(self, layer: int, projection: Projection) -> Kept:
+        """Return which rows and columns of a projection are computed: all; see `NarrowMasks`."""
+        return None, None
+
     @property
     def hidden(self) -> Tensor | None:
         """Return multipliers (..., D) of the residual stream, None if open."""
         return self.part("hidden", 0)
+
+    @property
+    def learned(self) -> bool:
+        """Whether gradients are wanted, for what is at 0 too."""
+        return any(value.requires_grad for value in self.values.values())
 
     def detach(self) -> Masks:
         """Return the same masks without gradients."""

@@ -59,6 +59,8 @@ class Family:
     attention_module: str = "self_attn"
     mlp_modules: tuple[str, ...] = ("mlp",)
     """Modules that make up the MLP; when it is removed, the last one yields zeros."""
+    counts_heads: bool = False
+    """The attention's forward pass reads head counts, so it cannot do with fewer for a while."""
     qk_norms: tuple[str, ...] = ()
     """Per-head norms on queries and keys, in this order, that share the block norms' epsilon."""
     scaled_embedding: bool = False
@@ -200,6 +202,7 @@ FAMILIES: dict[str, Family] = {
             model_type="phi3",
             causal_lm="Phi3ForCausalLM",
             heads_divide_hidden=False,
+            counts_heads=True,
             attention=(
                 Projection("self_attn.qkv_proj", ("q", "kv", "kv"), "hidden"),
                 Projection("self_attn.o_proj", ("hidden",), "q"),
@@ -277,6 +280,7 @@ FAMILIES: dict[str, Family] = {
             attention_norms=("self_attn_layer_norm",),
             mlp_norms=("final_layer_norm",),
             mlp_modules=("fc1", "fc2"),
+            counts_heads=True,
             head_dim_from_hidden=True,
             heads_divide_hidden=True,
             config_names=MappingProxyType(

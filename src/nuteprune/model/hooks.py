@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import Projection
+from nuteprune.model.narrow import Kept, Narrow
 
 
 class MaskSource(Protocol):
@@ -33,6 +36,9 @@ class MaskSource(Protocol):
 
     def part(self, kind: str, layer: int) -> Tensor | None:
         """Return a layer's multipliers of a kind."""
+
+    def kept(self, layer: int, projection: Projection) -> Kept:
+        """Return which rows and columns of a projection are computed, what masks read follows."""
 
 
 def scale(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -65,6 +71,8 @@ class MaskHooks:
                 self._gate(attention, layer, "attn_block", anatomy.post_norm(layer, "attn_block"))
             if down is not None:
                 self._gate(down, layer, "mlp_block", anatomy.post_norm(layer, "mlp_block"))
+            for projection in family.projections:
+                self._narrow(anatomy.projection(layer, projection), layer, projection)
 
     def _on_embedding(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.masks is None or self.masks.hidden is None:
@@ -89,6 +97,21 @@ class MaskHooks:
         self._handles.append(module.register_forward_hook(narrow))
         self._handles.append((post_norm or module).register_forward_hook(switch))
 
+    def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
+        """Let a projection, and LoRA's two beside it, leave out what the masks in use say."""
+
+        def kept() -> Kept:
+            return (None, None) if self.masks is None else self.masks.kept(layer, projection)
+
+        if isinstance(module, LoraLayer):
+            for reads in module.lora_A.values():
+                self._handles.append(Narrow(reads, lambda: (None, kept()[1])))
+            for writes in module.lora_B.values():
+                self._handles.append(Narrow(writes, lambda: (kept()[0], None)))
+            module = module.get_base_layer()
+        if module is not None:
+            self._handles.append(Narrow(cast(nn.Linear, module), kept))
+
     @contextmanager
     def using(self, masks: MaskSource | None) -> Iterator[None]:
         """Run the model under other masks for a while."""
@@ -100,6 +123,6 @@ class MaskHooks:
 
     def remove(self) -> None:
         """Take all hooks off the model."""
-        for handle in self._handles:
+        for handle in reversed(self._handles):
             handle.remove()
         self._handles.clear()

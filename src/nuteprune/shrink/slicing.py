@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from nuteprune.gates.kept import features, kept_rows, kept_units, live_groups
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
@@ -24,7 +25,7 @@ def shape_of(masks: Masks) -> Shape:
     for i, old in enumerate(masks.layout.shape.layers):
         heads, neurons = masks.heads(i), masks.mlp_input(i)
         kept = old.heads if heads is None else int((heads > 0).sum())
-        kv_heads = len(_kept_groups(masks, i)) if kept else 0
+        kv_heads = old.kv_heads if heads is None else int(live_groups(heads, old).sum())
         kept_neurons = old.neurons if neurons is None else int((neurons > 0).sum())
         if not _open(masks.part("attn_block", i)):
             kept = kv_heads = 0
@@ -38,15 +39,6 @@ def shape_of(masks: Masks) -> Shape:
 
 def _open(gate: Tensor | None) -> bool:
     return gate is None or bool((gate > 0).all())
-
-
-def _kept_groups(masks: Masks, layer: int) -> list[int]:
-    """Return the KV heads of a layer that still have a query head."""
-    old = masks.layout.shape.layers[layer]
-    heads = masks.heads(layer)
-    if heads is None:
-        return list(range(old.kv_heads))
-    return (heads.reshape(old.kv_heads, -1) > 0).any(1).nonzero().flatten().tolist()
 
 
 @torch.no_grad()
@@ -64,7 +56,7 @@ def slice_state(anatomy: Anatomy, masks: Masks) -> tuple[dict[str, Tensor], Shap
     """
     shape = shape_of(masks)
     epsilon = _rescale_for_width(anatomy, shape.hidden)
-    family, width_D = anatomy.family, _indices(masks.hidden, anatomy.shape.hidden)
+    family, width_D = anatomy.family, kept_units(masks.hidden)
     state = dict(anatomy.model.state_dict())
     if anatomy.tied:
         state.pop("lm_head.weight", None)
@@ -73,8 +65,10 @@ def slice_state(anatomy: Anatomy, masks: Masks) -> tuple[dict[str, Tensor], Shap
         for name in [n for n in state if n.startswith(prefix)]:
             if _gone(anatomy, name.removeprefix(prefix), kept):
                 del state[name]
-        sizes = axis_sizes(masks.layout.shape.layers[i], anatomy.head_dim)
-        index = _layer_indices(masks, i, kept, anatomy.head_dim) | {"hidden": width_D}
+        old = masks.layout.shape.layers[i]
+        sizes = axis_sizes(old, anatomy.head_dim)
+        index = features(masks.heads(i), masks.mlp_input(i), old, anatomy.head_dim)
+        index["hidden"] = width_D
         for projection in family.projections:
             _cut(state, prefix, projection, index, sizes)
         for path in family.attention_norms + family.mlp_norms:
@@ -99,37 +93,6 @@ def _gone(anatomy: Anatomy, name: str, kept: LayerShape) -> bool:
     )
 
 
-def _indices(mask: Tensor | None, size: int) -> Tensor | None:
-    """Return which entries are kept, None if all are."""
-    if mask is None:
-        return None
-    kept = (mask > 0).nonzero().flatten().cpu()
-    return None if len(kept) == size else kept
-
-
-def _spread(units: Tensor, size: int) -> Tensor:
-    """Return the features of units that own `size` consecutive features each."""
-    return (units.unsqueeze(-1) * size + torch.arange(size)).flatten()
-
-
-def _layer_indices(
-    masks: Masks, layer: int, kept: LayerShape, head_dim: int
-) -> dict[str, Tensor | None]:
-    """Return for each axis of a layer the features that stay, None if all do."""
-    old = masks.layout.shape.layers[layer]
-    heads = masks.heads(layer)
-    index: dict[str, Tensor | None] = dict.fromkeys(("q", "kv", "qkv", "neurons"))
-    if kept.attention and heads is not None and kept.heads < old.heads:
-        units = (heads > 0).nonzero().flatten().cpu()
-        groups = torch.tensor(_kept_groups(masks, layer))
-        index["q"] = _spread(units, head_dim)
-        index["kv"] = _spread(groups, head_dim)
-        index["qkv"] = _spread(units, 3 * head_dim)
-    if kept.mlp:
-        index["neurons"] = _indices(masks.mlp_input(layer), old.neurons)
-    return index
-
-
 def _cut(
     state: dict[str, Tensor],
     prefix: str,
@@ -140,26 +103,10 @@ def _cut(
     weight = f"{prefix}{projection.path}.weight"
     if weight not in state:
         return
-    rows = _rows(projection, index, sizes)
+    rows = kept_rows(projection, index, sizes)
     _select(state, weight, rows, 0)
     _select(state, weight, index[projection.columns], 1)
     _select(state, f"{prefix}{projection.path}.bias", rows, 0)
-
-
-def _rows(
-    projection: Projection, index: dict[str, Tensor | None], sizes: dict[str, int]
-) -> Tensor | None:
-    """Return the rows of a projection that stay; stacked axes are cut one by one."""
-    if all(index[axis] is None for axis in projection.rows):
-        return None
-    if len(projection.rows) == 1:
-        return index[projection.rows[0]]
-    start, parts = 0, []
-    for axis in projection.rows:
-        kept = index[axis]
-        parts.append(start + (torch.arange(sizes[axis]) if kept is None else kept))
-        start += sizes[axis]
-    return torch.cat(parts)
 
 
 def _select(state: dict[str, Tensor], name: str, index: Tensor | None, dim: int) -> None:

@@ -1,0 +1,169 @@
+"""What masks keep: the features of each layer that are left, to compute with or to write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nuteprune.gates.masks import Masks
+from nuteprune.model.families import Family, Projection
+from nuteprune.model.narrow import Kept
+from nuteprune.model.shape import LayerShape, axis_sizes
+
+
+def live_groups(heads_H: Tensor, layer: LayerShape) -> Tensor:
+    """Return which KV heads of a layer (G,) serve a query head that is kept."""
+    return (heads_H.reshape(layer.kv_heads, layer.heads_per_group) > 0).any(1)
+
+
+def features(
+    heads_H: Tensor | None, neurons_F: Tensor | None, layer: LayerShape, head_dim: int
+) -> dict[str, Tensor | None]:
+    """Return for each axis of a layer (`families` names them) what belongs to kept units.
+
+    Args:
+        heads_H: multipliers of query heads, kept if above 0; None: all are kept.
+        neurons_F: the same of neurons.
+        layer: its counts.
+        head_dim: features of a head.
+
+    Returns:
+        Indices on the CPU, None where all features are kept.
+    """
+    heads = kept_units(heads_H)
+    index: dict[str, Tensor | None] = dict.fromkeys(("q", "kv", "qkv"))
+    if heads_H is not None and heads is not None:
+        index["q"] = _spread(heads, head_dim)
+        index["qkv"] = _spread(heads, 3 * head_dim)
+        index["kv"] = _spread(live_groups(heads_H, layer).nonzero().flatten().cpu(), head_dim)
+    return {**index, "neurons": kept_units(neurons_F)}
+
+
+def kept_units(units: Tensor | None) -> Tensor | None:
+    """Return the indices of the units that are kept, on the CPU; None if all are."""
+    if units is None or bool((units > 0).all()):
+        return None
+    return (units > 0).nonzero().flatten().cpu()
+
+
+def _spread(units: Tensor, size: int) -> Tensor:
+    """Return the features of units that own `size` consecutive features each."""
+    return (units.unsqueeze(-1) * size + torch.arange(size)).flatten()
+
+
+def kept_rows(
+    projection: Projection, index: dict[str, Tensor | None], sizes: dict[str, int]
+) -> Tensor | None:
+    """Return the rows of a projection that are kept; stacked axes are taken one by one.
+
+    Args:
+        projection: says which axes its rows are.
+        index: the features of each axis that are kept, None for all.
+        sizes: how many features each axis has.
+    """
+    if all(index[axis] is None for axis in projection.rows):
+        return None
+    if len(projection.rows) == 1:
+        return index[projection.rows[0]]
+    start, parts = 0, []
+    for axis in projection.rows:
+        kept = index[axis]
+        parts.append(start + (torch.arange(sizes[axis]) if kept is None else kept))
+        start += sizes[axis]
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    projections: dict[str, Kept]
+    attention_input: Tensor | None
+    mlp_input: Tensor | None
+
+
+class NarrowMasks:
+    """Masks that do not change, for hooks: what they have at 0 is not computed at all.
+
+    Of attention whole KV groups are left out, so that as many query heads share one as before, and
+    of a block that is gone all but one unit; what else is at 0 is multiplied by it, as ever.
+
+    Args:
+        masks: (N,) for each kind, without gradients.
+        family: of the model.
+    """
+
+    def __init__(self, masks: Masks, family: Family) -> None:
+        self.masks = masks
+        self._on_cpu = masks.to("cpu")
+        self._device = next((v.device for v in masks.values.values()), torch.device("cpu"))
+        self._family = family
+        self._layers: dict[int, _Layer] = {}
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """Multipliers of the residual stream."""
+        return self.masks.hidden
+
+    def part(self, kind: str, layer: int) -> Tensor | None:
+        """Return a layer's multipliers of a kind."""
+        return self.masks.part(kind, layer)
+
+    def attention_input(self, layer: int) -> Tensor | None:
+        """Return multipliers of what the attention output projection still reads."""
+        return self._layer(layer).attention_input
+
+    def mlp_input(self, layer: int) -> Tensor | None:
+        """Return multipliers of what the down projection still reads."""
+        return self._layer(layer).mlp_input
+
+    def kept(self, layer: int, projection: Projection) -> Kept:
+        """Return which rows and columns of a projection are computed."""
+        return self._layer(layer).projections[projection.path]
+
+    def _layer(self, layer: int) -> _Layer:
+        if layer not in self._layers:
+            self._layers[layer] = self._look_at(layer)
+        return self._layers[layer]
+
+    def _look_at(self, layer: int) -> _Layer:
+        masks, family, head_dim = self._on_cpu, self._family, self.masks.layout.head_dim
+        shape = masks.layout.shape.layers[layer]
+        heads, neurons = masks.heads(layer), masks.mlp_input(layer)
+        if heads is not None:
+            groups = live_groups(heads, shape)
+            heads = _at_least_one(groups).repeat_interleave(shape.heads_per_group)
+        heads = None if family.counts_heads else heads
+        neurons = neurons if neurons is None else _at_least_one(neurons > 0)
+        index = features(heads, neurons, shape, head_dim)
+        sizes = axis_sizes(shape, head_dim)
+        places = {"hidden": None} | {k: self._placed(v) for k, v in index.items()}
+        projections = {
+            p.path: (
+                self._placed(kept_rows(p, {"hidden": None, **index}, sizes)),
+                places[p.columns],
+            )
+            for p in family.projections
+        }
+        return _Layer(
+            projections,
+            self._placed(_multipliers(masks.attention_input(layer), index["q"])),
+            self._placed(_multipliers(masks.mlp_input(layer), index["neurons"])),
+        )
+
+    def _placed(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(self._device, non_blocking=True)
+
+
+def _at_least_one(kept: Tensor) -> Tensor:
+    """Return which units are kept, the first one where none is."""
+    kept = kept.clone()
+    kept[:1] |= ~kept.any()
+    return kept
+
+
+def _multipliers(mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    """Return a mask's entries that are kept, None if they multiply by 1."""
+    if mask is not None and kept is not None:
+        mask = mask.index_select(0, kept)
+    return None if mask is None or bool((mask == 1).all()) else mask
