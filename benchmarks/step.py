@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         dtype=str(pick_dtype(args.dtype, args.device)).removeprefix("torch."),
         device=device,
         checkpointing=args.checkpointing,
+        sparsity=args.sparsity,
+        autocast=args.autocast,
     )
     result = measure(cell, args.rows, args.repeats)
     result |= {"settings": asdict(cell) | {"model": args.model, "repeats": args.repeats}}
@@ -67,6 +69,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--vocabulary", type=int, help="random weights with so many tokens")
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank of all kinds")
+    parser.add_argument("--sparsity", type=float, default=0.2, help="of the student")
+    parser.add_argument(
+        "--autocast",
+        action="store_true",
+        help="adapters of all kinds compute in the base weights' dtype, not ours alone",
+    )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each kind")
@@ -128,7 +136,7 @@ def ratios_of(seconds: dict[str, float], memory: dict[str, int]) -> dict[str, fl
     """Return the ratios that are asked for, as far as their rows were measured."""
     pairs = [("nuteprune", other) for other in ("lora", "two_pass", "two_model")]
     found = {}
-    for ours, other in (*pairs, ("teachers", "nuteprune")):
+    for ours, other in (*pairs, ("teachers", "ramp")):
         if ours in seconds and other in seconds:
             name = "teachers" if ours == "teachers" else f"to_{other}"
             found[f"ratio_time_{name}"] = seconds[ours] / seconds[other]

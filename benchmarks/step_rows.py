@@ -2,10 +2,11 @@
 
 - lora: the yardstick, with nothing of this package in it: the stock model, PEFT's LoRA on all
   projections, the model's own `labels=` loss.
-- nuteprune: a step of `NutePruneTrainer`: masks on heads and neurons, both roles layer by layer in
-  one pass, KL chunk by chunk, scores of all units re-estimated from the gradients.
-- teachers: the same on the ramp of a run to 50 %, at its most costly: each step a snapshot is
-  written, and another one is read and teaches.
+- nuteprune: a step of `NutePruneTrainer` as it is by default: masks on heads and neurons are fixed
+  and what they have at 0 is not computed; both roles layer by layer in one pass, KL chunk by chunk.
+- ramp: the same while masks move: scores of all units are re-estimated from the gradients.
+- teachers: ramp at its most costly: each step a snapshot is written, and another one is read and
+  teaches.
 - two_pass: nuteprune's loss as it is usually written: a pass of the teacher and one of the student
   with `output_hidden_states=True`, full fp32 log-probabilities of both.
 - two_model: the same with a second copy of the model as the teacher.
@@ -23,7 +24,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +35,14 @@ from torch import Tensor, nn
 from nuteprune.memory import peak
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from nuteprune import NutePruneTrainer
 
 LEARNING_RATE = 1e-3
-SNAPSHOTS = (0.2, 0.3, 0.4, 0.5)
-"""Sparsities of the teachers that take turns."""
+SNAPSHOTS = (0.4, 0.6, 0.8, 1.0)
+"""Sparsities of the teachers that take turns, as shares of the target."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Cell:
         dtype: of the base weights.
         device: where.
         checkpointing: whether activations are made again in the backward pass.
+        sparsity: of the student.
+        autocast: whether adapters compute in the base weights' dtype, as ours do, in the other
+            kinds too; PEFT as it comes computes them in fp32.
     """
 
     model: str
@@ -65,6 +71,8 @@ class Cell:
     dtype: str = "float32"
     device: str = "cpu"
     checkpointing: bool = False
+    sparsity: float = 0.2
+    autocast: bool = False
 
 
 @dataclass
@@ -122,6 +130,18 @@ def backbone(cell: Cell) -> PreTrainedModel:
     return model.to(cell.device)
 
 
+@contextmanager
+def adapters(cell: Cell, model: PeftModel) -> Iterator[None]:
+    """Let PEFT's adapters compute as the cell says."""
+    from peft.helpers import disable_input_dtype_casting
+
+    dtype = getattr(torch, cell.dtype) if cell.autocast else torch.float32
+    half = dtype != torch.float32
+    autocast = torch.autocast(cell.device, dtype if half else None, enabled=half)
+    with autocast, disable_input_dtype_casting(model, active=half):
+        yield
+
+
 def tokens(cell: Cell, model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the same random tokens for all kinds of step."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -147,7 +167,8 @@ def lora(cell: Cell) -> Row:
     inputs = tokens(cell, base)
 
     def backward() -> Tensor:
-        loss: Tensor = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+        with adapters(cell, model):
+            loss: Tensor = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
         loss.backward()
         return loss.detach()
 
@@ -159,8 +180,8 @@ def lora(cell: Cell) -> Row:
     return Row(backward, update, sum(p.numel() for p in trained))
 
 
-def trainer_for(cell: Cell, base: PreTrainedModel, target: float = 0.2) -> NutePruneTrainer:
-    """Return a trainer at a target, in a folder that goes away with the process."""
+def trainer_for(cell: Cell, base: PreTrainedModel, ramp: float = 0.0) -> NutePruneTrainer:
+    """Return a trainer, its masks fixed or on a ramp, in a folder that goes with the process."""
     from nuteprune import NutePruneConfig, NutePruneTrainer
     from nuteprune.train.data import BlockDataset
 
@@ -169,7 +190,8 @@ def trainer_for(cell: Cell, base: PreTrainedModel, target: float = 0.2) -> NuteP
     checkpointing = {"gradient_checkpointing": True} if cell.checkpointing else {}
     config = NutePruneConfig(
         output_dir=folder,
-        target_sparsity=target,
+        target_sparsity=cell.sparsity,
+        ramp_share=ramp,
         use_cpu=cell.device == "cpu",
         lora_rank=cell.rank,
         lora_alpha=cell.rank,
@@ -182,6 +204,8 @@ def trainer_for(cell: Cell, base: PreTrainedModel, target: float = 0.2) -> NuteP
     if cell.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
+    if not ramp:
+        trainer.gates.freeze(cell.sparsity)
     return trainer
 
 
@@ -205,24 +229,31 @@ def nuteprune(cell: Cell) -> Row:
     return _row(trainer, lambda: trainer.trial_step(inputs))
 
 
+def ramp(cell: Cell) -> Row:
+    """Return a step of ours while masks move, taught by the intact model."""
+    base = backbone(cell)
+    trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)
+    return _row(trainer, lambda: trainer.trial_step(inputs))
+
+
 def teachers(cell: Cell) -> Row:
-    """Return a step of ours that writes a snapshot and is taught by another one from disk."""
+    """Return one that writes a snapshot and is taught by another one from disk."""
     from nuteprune.distill.teachers import Teachers
 
     base = backbone(cell)
-    trainer, inputs = trainer_for(cell, base, SNAPSHOTS[-1]), tokens(cell, base)
+    trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)
     state = trainer.coforward.bank.state()
-    for sparsity in SNAPSHOTS:
-        trainer.gates.begin_step(sparsity, 0)
-        trainer.teachers.record(sparsity, trainer.gates.snapshot(), state)
+    for share in SNAPSHOTS:
+        trainer.gates.begin_step(share * cell.sparsity, 0)
+        trainer.teachers.record(share * cell.sparsity, trainer.gates.snapshot(), state)
     turn = 0
 
     def backward() -> Tensor:
         nonlocal turn
         turn += 1
-        ramp = Teachers(trainer.teachers.folder / "ramp", trainer.teachers.layout)
-        ramp.record(SNAPSHOTS[-1], trainer.gates.snapshot(), state)
-        return trainer.trial_step(inputs, trainer.read_teacher(turn % len(SNAPSHOTS)))
+        written = Teachers(trainer.teachers.folder / "written", trainer.teachers.layout)
+        written.record(cell.sparsity, trainer.gates.snapshot(), state)
+        return trainer.trial_step(inputs, turn % len(SNAPSHOTS))
 
     return _row(trainer, backward)
 
@@ -231,18 +262,21 @@ def two_pass(cell: Cell) -> Row:
     """Return distillation as it is usually written, the adapters off for the teacher."""
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base), tokens(cell, base)
-    return _row(trainer, lambda: _plain_distillation(trainer, inputs, None))
+    return _row(trainer, lambda: _plain_distillation(cell, trainer, inputs, None))
 
 
 def two_model(cell: Cell) -> Row:
     """Return the same with another copy of the model as the teacher."""
     base, teacher = backbone(cell), backbone(cell).requires_grad_(False)
     trainer, inputs = trainer_for(cell, base), tokens(cell, base)
-    return _row(trainer, lambda: _plain_distillation(trainer, inputs, teacher))
+    return _row(trainer, lambda: _plain_distillation(cell, trainer, inputs, teacher))
 
 
 def _plain_distillation(
-    trainer: NutePruneTrainer, inputs: dict[str, Tensor], teacher: PreTrainedModel | None
+    cell: Cell,
+    trainer: NutePruneTrainer,
+    inputs: dict[str, Tensor],
+    teacher: PreTrainedModel | None,
 ) -> Tensor:
     from nuteprune.distill.losses import layer_relative
     from nuteprune.model.anatomy import Anatomy
@@ -255,7 +289,6 @@ def _plain_distillation(
         handle.remove()
         return [*said.hidden_states[1:-1], last[0]], said.logits.float().log_softmax(-1)
 
-    trainer.gates.begin_step(trainer.targets[-1], trainer.args.seed)
     with torch.no_grad():
         if teacher is not None:
             theirs, theirs_BTV = outputs(teacher, Anatomy(teacher))
@@ -263,7 +296,8 @@ def _plain_distillation(
             with trainer.model.disable_adapter():
                 theirs, theirs_BTV = outputs(trainer.model, trainer.anatomy)
     trainer.hooks.masks = trainer.gates.masks(len(inputs["input_ids"]))
-    ours, ours_BTV = outputs(trainer.model, trainer.anatomy)
+    with adapters(cell, trainer.model):
+        ours, ours_BTV = outputs(trainer.model, trainer.anatomy)
     weight_BT = inputs["attention_mask"].float()
     layers = [layer_relative(a, b, weight_BT) for a, b in zip(ours, theirs, strict=True)]
     kl = (theirs_BTV.exp() * (theirs_BTV - ours_BTV)).sum(-1).mean()
@@ -274,7 +308,7 @@ def _plain_distillation(
 
 
 ROWS: dict[str, Callable[[Cell], Row]] = {
-    row.__name__: row for row in (lora, nuteprune, teachers, two_pass, two_model)
+    row.__name__: row for row in (lora, nuteprune, ramp, teachers, two_pass, two_model)
 }
 
 if __name__ == "__main__":

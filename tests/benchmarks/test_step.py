@@ -37,7 +37,7 @@ def test_all_kinds_of_distillation_have_one_loss(folder: Path) -> None:
     """Two plain passes, two models and co-forward: over several steps, LoRA and masks moving."""
     cell = rows.Cell(str(folder), batch_size=2, length=8, rank=2)
     losses = {}
-    for name in ("nuteprune", "two_pass", "two_model"):
+    for name in ("nuteprune", "ramp", "two_pass", "two_model"):
         row = rows.ROWS[name](cell)
         losses[name] = []
         for _ in range(3):
@@ -45,6 +45,7 @@ def test_all_kinds_of_distillation_have_one_loss(folder: Path) -> None:
             row.update()
     assert losses["two_pass"] == pytest.approx(losses["nuteprune"], rel=1e-4)
     assert losses["two_model"] == pytest.approx(losses["nuteprune"], rel=1e-4)
+    assert losses["ramp"][0] == pytest.approx(losses["nuteprune"][0], rel=1e-4)
     assert len(set(losses["nuteprune"])) == 3
 
 
@@ -72,7 +73,7 @@ def test_a_run_ends_with_one_line_and_no_noise(
             expected = figures["nuteprune"] / figures[other]
             assert told[f"ratio_{what}_to_{other}"] == pytest.approx(expected)
         assert told[f"ratio_{what}_teachers"] == pytest.approx(
-            figures["teachers"] / figures["nuteprune"]
+            figures["teachers"] / figures["ramp"]
         )
     assert [x["cell"] for x in told["sweep"]] == ["length 4"]
     speed, seconds = told["sweep"][0]["tokens_per_second"], told["sweep"][0]["seconds"]

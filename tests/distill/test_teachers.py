@@ -71,12 +71,15 @@ def test_a_snapshot_does_not_follow_its_source(tmp_path: Path) -> None:
     assert_plays(teachers, 0, seed=0)
 
 
-def test_at_most_one_is_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_at_most_one_is_in_memory(tmp_path: Path, keep: bool) -> None:
     teachers = filled(tmp_path, 5)
+    teachers.keep = keep
     first = teachers.role(0)
-    assert teachers.role(0) is first  # no file is read at every step
+    assert (teachers.role(0) is first) == keep
     gone = weakref.ref(first)
     del first
+    assert (gone() is None) == (not keep)
     teachers.role(1)
     assert gone() is None
 

@@ -108,11 +108,14 @@ class Teachers:
     Args:
         folder: where snapshots are; made when the first is taken.
         layout: the units of the model's masks.
+        keep: whether the last one stays in memory when nobody holds it any more: where it is far
+            from the disk. On CPUs, a file that was read before is a moment away.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, keep: bool = False) -> None:
         self.folder = folder
         self.layout = layout
+        self.keep = keep
         self.sparsities: list[float] = []
         self.sums: list[str] = []
         self._loaded: tuple[tuple[int, str, torch.dtype], Role] | None = None
@@ -187,6 +190,8 @@ class Teachers:
         if index < 0:
             return INTACT
         wanted = index, device, dtype
+        if not self.keep:
+            return self._read(index, device, dtype)
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # gone before another one comes
             self._loaded = wanted, self._read(index, device, dtype)

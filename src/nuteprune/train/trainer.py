@@ -27,7 +27,7 @@ from transformers.trainer_utils import set_seed
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, amplified, token_counts
 from nuteprune.distill.objective import Objective, text_loss
-from nuteprune.distill.teachers import INTACT, Plan, Role, Teachers
+from nuteprune.distill.teachers import Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.record import FILE_NAME, origin_of, read_record, write_pruned
@@ -126,7 +126,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         ramps = self.schedule.stage(0).ramp_steps * len(self.targets)
         self.plan = Plan.for_target(self.targets[-1], ramps, args.teachers)
         run = Path(cast(str, args.output_dir))
-        self.teachers = Teachers(run / "teachers", self.allocator.layout)
+        keep = args.device.type != "cpu"
+        self.teachers = Teachers(run / "teachers", self.allocator.layout, keep)
         self.stops: list[int] = []
         self.gates: Gates = make_gates(self.allocator, self.allocator.equal_scores(), args)
         peft_model.add_module("nuteprune_gates", self.gates)
@@ -145,7 +146,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.first_scores: dict[str, Tensor] = {}
         self.finished: Finished | None = None
         self._step = -1
-        self._teacher: Role | None = INTACT
         self.teacher_index = -1
         self.parts: dict[str, Tensor | float] = {}
         super().__init__(
@@ -232,20 +232,25 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             self.trial_step(inputs)
             self.model.zero_grad()
             seconds = time.monotonic() - started
+        self.gates.thaw()
         return seconds * self.args.gradient_accumulation_steps
 
-    def trial_step(self, inputs: dict[str, Any], teacher: Role = INTACT) -> Tensor:
+    def trial_step(self, inputs: dict[str, Any], teacher: int = -1) -> Tensor:
         """Run a micro-batch at the target; leaves its gradients.
+
+        Where the run begins with fixed masks, they are fixed from the first trial on.
 
         Args:
             inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T), on the run's device.
-            teacher: who teaches.
+            teacher: index of who teaches, -1 for the intact model.
 
         Returns:
             The loss.
         """
+        if not self.gates.frozen and self.schedule.stage(0).freeze_step == 0:
+            self.gates.freeze(self.targets[-1])
         self.gates.begin_step(self.targets[-1], self.args.seed)
-        self._teacher = teacher
+        self.teacher_index = teacher
         loss = self.compute_loss(self.model, inputs)
         loss.backward()
         self.hooks.masks = None
@@ -272,13 +277,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         seed = (self.args.seed * 1_000_003 + step) % 2**32  # of more bits torch uses the last 32
         self.gates.begin_step(self.schedule.sparsity(step), seed)
         self.teacher_index = self.plan.teacher(stage, step, len(self.teachers))
-        taught = self.plan.kind != "none"
-        self._teacher = self.read_teacher(self.teacher_index) if taught else None
 
-    def read_teacher(self, index: int) -> Role:
-        """Return a teacher, -1 being the intact model, on the run's device and in its dtype."""
+    def _read_teacher(self) -> Role | None:
+        """Return the step's teacher, on the run's device and in its dtype; None without any."""
+        if self.plan.kind == "none":
+            return None
         dtype = self.anatomy.embedding.weight.dtype
-        return self.teachers.role(index, str(self.args.device), dtype)
+        return self.teachers.role(self.teacher_index, str(self.args.device), dtype)
 
     def end_step(self) -> None:
         """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
@@ -334,7 +339,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             num_items_in_batch: the step's `token_counts` (2,); None: all micro-batches are alike.
         """
         masks = self.gates.masks(len(inputs["input_ids"]))
-        passage = self.coforward.run(model, inputs, masks, self._teacher)
+        # Not a local variable: a teacher need not be in memory any more in the backward pass.
+        passage = self.coforward.run(model, inputs, masks, self._read_teacher())
         parts = self.objective.parts(passage, Head.of(self.anatomy), inputs)
         if isinstance(num_items_in_batch, Tensor):
             mean_2 = num_items_in_batch / (
