@@ -203,7 +203,12 @@ class Teachers:
         place = "cpu" if torch.device(device).type == "cpu" else device
         try:
             with safe_open(path, framework="pt", device=place) as file:
-                masks = {k: file.get_tensor(k).float() for k in file.keys() if k != LORA}  # noqa: SIM118
+                # Copies: what is read is the file itself, which is in memory as long as a part.
+                masks = {
+                    key: file.get_tensor(key).to(torch.float32, copy=True)
+                    for key in file.keys()  # noqa: SIM118
+                    if key != LORA
+                }
                 packed = file.get_tensor(LORA).to(dtype)
                 shapes: dict[str, list[int]] = json.loads(file.metadata()["notes"])["shapes"]
         except (OSError, SafetensorError) as error:
