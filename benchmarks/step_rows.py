@@ -183,6 +183,7 @@ def lora(cell: Cell) -> Row:
 def trainer_for(cell: Cell, base: PreTrainedModel, ramp: float = 0.0) -> NutePruneTrainer:
     """Return a trainer, its masks fixed or on a ramp, in a folder that goes with the process."""
     from nuteprune import NutePruneConfig, NutePruneTrainer
+    from nuteprune.gates.units import chance
     from nuteprune.train.data import BlockDataset
 
     folder = tempfile.mkdtemp(prefix="nuteprune-step-")
@@ -204,6 +205,10 @@ def trainer_for(cell: Cell, base: PreTrainedModel, ramp: float = 0.0) -> NutePru
     if cell.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
+    # Scores by which all parts lose about the same share, as they do by real ones.
+    scores = chance(trainer.allocator.budget, trainer.allocator.layout, trainer.kinds, seed=0)
+    for kind, value in trainer.gates.scores.items():
+        value.copy_(scores[kind])
     if not ramp:
         trainer.gates.freeze(cell.sparsity)
     return trainer

@@ -65,10 +65,12 @@ def masks_of(anatomy: Anatomy, seed: int, *batch: int) -> Masks:
 
 
 def fixed_masks(anatomy: Anatomy, seed: int) -> Masks:
-    """Masks that are not learned, with a KV group, all heads and all neurons of a layer at 0."""
+    """Masks that are not learned; of layers 1 and 2 blocks are gone, by their units or as such."""
     masks = masks_of(anatomy, seed)
     masks.part("kv_groups", 0)[1] = 0
     masks.part("kv_groups", 1)[:] = 0
+    masks.part("mlp_block", 1)[:] = 0
+    masks.part("attn_block", 2)[:] = 0
     masks.part("neurons", 2)[:] = 0
     return masks
 
@@ -210,13 +212,54 @@ def test_what_fixed_masks_keep_alone_is_computed(tiny_model, tiny_name: str, fix
             heads = anatomy.shape.layers[layer].heads
             features = [heads * anatomy.head_dim, anatomy.shape.layers[layer].neurons]
             if fixed or masks is not x.masks:
-                features[1] = max(1, int((neurons > 0).sum()))
+                features[1] = int((neurons > 0).sum()) if layer == 0 else 1
                 if anatomy.family.model_type not in ("phi3", "opt"):  # which count their heads
                     served = (masks.heads(layer).reshape(len(groups), -1) > 0).any(1)
-                    features[0] = features[0] // len(groups) * max(1, int(served.sum()))
+                    kept = max(1, int(served.sum())) if layer == 0 else 1
+                    features[0] = features[0] // len(groups) * kept
+                    assert kept < len(groups)
             expected += features
     assert seen == expected
-    assert min(seen) == 1
+
+
+def test_where_queries_and_values_alone_have_lora_fixed_masks_change_no_gradient(
+    tiny_model, tiny_name: str
+) -> None:
+    found = []
+    for narrow in (True, False):
+        model = tiny_model(tiny_name).requires_grad_(False)
+        targets = Anatomy(model).lora_targets(queries_and_values=True)
+        made = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        fill(made, seed=1)
+        anatomy = Anatomy(made)
+        coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
+        x = Student(made, coforward, fixed_masks(anatomy, 17), INTACT)
+        if not narrow:
+            learned = {k: v.clone().requires_grad_() for k, v in x.masks.values.items()}
+            x.masks = Masks(x.masks.layout, learned)
+        loss = x.loss()
+        loss.backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in x.lora.values())])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_masks_of_single_sequences_need_no_gradients(tiny_model) -> None:
+    x = student(tiny_model, "llama", snapshot=False)
+    loss = x.loss()
+    with torch.no_grad():
+        assert torch.equal(x.loss(), loss)
+        x.masks = Masks(x.masks.layout, {k: v.detach() for k, v in x.masks.values.items()})
+        assert torch.equal(x.loss(), loss)
+
+
+def test_hooks_leave_no_trace_of_what_was_computed_narrow(tiny_model) -> None:
+    x = student(tiny_model, "llama", snapshot=True, fixed=True)
+    inner = MaskHooks(x.coforward.anatomy)
+    inner.remove()
+    x.loss()
+    x.coforward.hooks.remove()
+    assert not any("forward" in vars(module) for module in x.model.modules())
+    assert torch.equal(run_alone(x.model, None)[1], x.model(**CALL).logits)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

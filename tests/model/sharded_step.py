@@ -40,16 +40,18 @@ layout = Layout(anatomy.shape, anatomy.head_dim)
 
 
 def masks() -> dict[str, torch.Tensor]:
-    """Soft values of heads and neurons."""
-    units = {kind: layout.units(kind) for kind in ("heads", "neurons")}
-    return {kind: torch.rand(count, generator=random) for kind, count in units.items()}
+    """Values of KV groups and neurons, soft or 0."""
+    units = {kind: layout.units(kind) for kind in ("kv_groups", "neurons")}
+    drawn = {kind: torch.rand(count, generator=random) for kind, count in units.items()}
+    return {kind: value * (value > 0.3) for kind, value in drawn.items()}
 
 
 state = coforward.bank.state()
 snapshot = {k: 0.2 * torch.randn(v.shape, generator=random) for k, v in state.items()}
 teacher = Role(Masks(layout, masks()), snapshot)
-student = {kind: value.requires_grad_() for kind, value in masks().items()}
-gates = list(student.values())
+fixed = Masks(layout, masks())
+learned = Masks(layout, {kind: value.requires_grad_() for kind, value in masks().items()})
+gates = list(learned.values.values())
 if how == "sharded":
     shard_base(anatomy, init_device_mesh("cpu", (world,)))
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -60,10 +62,10 @@ if how == "sharded":
 ids = torch.randint(3, 96, (4, 10), generator=random).chunk(world)[rank]
 weight = torch.ones_like(ids).float()
 losses = []
-for _ in range(2):  # the second finds what the first has left
+for student in (fixed, learned):  # the second finds what the first has left
     for p in (*lora, *gates):
         p.grad = None
-    with coforward.roles(Masks(layout, student), teacher, weight) as passage:
+    with coforward.roles(student, teacher, weight) as passage:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     head = Head.of(anatomy)
     loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
@@ -63,3 +64,15 @@ def test_norms_are_all_of_those_over_the_width(tiny_model, tiny_name: str) -> No
 def test_a_variant_that_the_entry_does_not_describe_is_refused(tiny_model) -> None:
     with pytest.raises(UserError, match="do_layer_norm_before=False are not supported"):
         Anatomy(tiny_model("opt", do_layer_norm_before=False))
+
+
+def test_lora_goes_around_blocks_that_are_gone(tiny_model, tiny_name: str) -> None:
+    model = tiny_model(tiny_name)
+    family = Anatomy(model).family
+    layer = model.get_submodule(family.layers)[1]
+    for name in family.mlp_modules:
+        setattr(layer, name, nn.Identity())
+    anatomy = Anatomy(adapted(model))
+    counts = [len(anatomy.lora_layers(i)) for i in range(3)]
+    every = len(family.projections)
+    assert counts == [every, len(family.attention), every]

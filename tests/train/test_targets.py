@@ -170,10 +170,16 @@ def test_shapes_and_targets_that_cannot_be_are_refused(
         make(tiny_model("llama"), tmp_path / "run", **settings)
 
 
-def test_a_trial_step_learns_nothing(tiny_model, tmp_path: Path) -> None:
-    trainer = make(tiny_model("llama"), tmp_path)
+@pytest.mark.parametrize("settings", [{}, {"gate_type": "hard_concrete", "ramp_share": 0.0}])
+def test_a_trial_step_learns_nothing(settings: dict[str, Any], tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, **settings)
+    seen: list[int] = []
+    down = trainer.anatomy.linear(1, trainer.anatomy.family.mlp[-1])
+    down.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-1]))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     assert trainer.rehearse() > 0
+    assert min(seen) < 48 == max(seen)  # the student's masks are fixed, as they will be
+    assert not trainer.gates.frozen
     after = trainer.model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(p.grad is None for p in trainer.model.parameters())

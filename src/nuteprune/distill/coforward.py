@@ -119,8 +119,8 @@ class CoForward:
                 handle.remove()
 
     def _source(self, role: str, masks: Masks | None) -> MaskSource | None:
-        """Return masks as the hooks are to read them: narrow, unless all gradients are wanted."""
-        if masks is None or masks.learned or is_packed(self.anatomy.model):
+        """Return masks as the hooks are to read them: narrow, if they are fixed."""
+        if masks is None or not masks.fixed or is_packed(self.anatomy.model):
             return masks
         fixed = self._fixed.get(role)
         if fixed is None or fixed.masks is not masks:

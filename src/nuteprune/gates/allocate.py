@@ -23,6 +23,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.frontier import Array, Frontier, Option, alike, cheapest, frontier
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.units import chance
 from nuteprune.model.shape import LayerShape, Shape
 
 Scores = Mapping[str, Tensor]
@@ -120,6 +121,11 @@ class Allocator:
     def equal_scores(self) -> dict[str, Tensor]:
         """Return scores (N,) of 1 for every kind in use: what is asked before units are scored."""
         return {k: torch.ones(self.layout.units(k)) for k in self.constraints.kinds}
+
+    def chance(self, sparsity: float) -> Masks:
+        """Return masks at a sparsity by chance: of about the shape that scores would lead to."""
+        scores = chance(self.budget, self.layout, self.constraints.kinds, seed=0)
+        return self.masks(self.shape(scores, sparsity), scores)
 
     def maximum(self) -> float:
         """Return the largest sparsity that these constraints can express."""

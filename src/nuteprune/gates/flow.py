@@ -20,6 +20,9 @@ from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.sharding import gathered, is_sharded
 
+PANEL = 256
+"""Columns of a product of inputs that are formed at once."""
+
 
 class _Stop(Exception):
     """Ends a forward pass where nothing that follows is wanted."""
@@ -81,10 +84,10 @@ class Flow:
     @torch.no_grad()
     def covariance(self, layer: int, module: nn.Module) -> Tensor:
         """Return X^T X (I, I) of the unmasked inputs of a layer's projection, in fp32."""
-        total: list[Tensor] = []
+        products = _Products()
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            _add_products(total, args[0])
+            products.add(args[0])
             raise _Stop
 
         # Before the masks' own hook, so that inputs are seen unmasked.
@@ -92,7 +95,7 @@ class Flow:
         with gathered(layers[layer]), _hooked([module], hook, prepend=True):
             for flow_BTD in self._flows_BTD:
                 self._until_stopped(self._run, layer, flow_BTD)
-        return total[0]
+        return products.whole()
 
     @torch.no_grad()
     def advance(
@@ -107,10 +110,10 @@ class Flow:
         Returns:
             Name -> X^T X (I, I) of the projection's unmasked inputs, in fp32.
         """
-        totals: dict[str, list[Tensor]] = {name: [] for name in watched or ()}
+        products = {name: _Products() for name in watched or ()}
 
         def hook(name: str) -> Any:
-            return lambda _, args: _add_products(totals[name], args[0])
+            return lambda _, args: products[name].add(args[0])
 
         with ExitStack() as stack:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
@@ -118,7 +121,7 @@ class Flow:
                 stack.enter_context(_hooked([module], hook(name), prepend=True))
             stack.enter_context(self._hooks.using(self._masks))
             self._flows_BTD = [self._run(layer, flow_BTD) for flow_BTD in self._flows_BTD]
-        return {name: total[0] for name, total in totals.items()}
+        return {name: product.whole() for name, product in products.items()}
 
     def _run(self, layer: int, flow_BTD: Tensor) -> Tensor:
         kwargs = self._kwargs[len(flow_BTD)][layer]
@@ -127,10 +130,25 @@ class Flow:
         return hidden_BTD
 
 
-def _add_products(total: list[Tensor], inputs: Tensor) -> None:
-    """Add X^T X (I, I) of inputs (..., I) to the first entry, which is made if it is missing."""
-    rows = inputs.reshape(-1, inputs.shape[-1]).float()
-    total[:] = [rows.T @ rows if not total else total[0].addmm_(rows.T, rows)]
+class _Products:
+    """The sum of X^T X (I, I) over inputs X (..., I), in fp32; the lower triangle is computed."""
+
+    def __init__(self) -> None:
+        self._sum_II: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        rows_MI = inputs.reshape(-1, inputs.shape[-1]).float()
+        size = rows_MI.shape[1]
+        if self._sum_II is None:
+            self._sum_II = rows_MI.new_zeros(size, size)
+        for start in range(0, size, PANEL):
+            panel_MP = rows_MI[:, start : start + PANEL]
+            self._sum_II[start:, start : start + PANEL].addmm_(rows_MI[:, start:].T, panel_MP)
+
+    def whole(self) -> Tensor:
+        """Return both triangles."""
+        assert self._sum_II is not None
+        return self._sum_II.tril() + self._sum_II.tril(-1).T
 
 
 @contextmanager

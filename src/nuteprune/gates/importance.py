@@ -24,7 +24,7 @@ from nuteprune.gates.activations import Watched, watching_inputs, watching_strea
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
-from nuteprune.gates.units import losses_of, over_columns, ranks, squared_weights
+from nuteprune.gates.units import chance, losses_of, over_columns, ranks, squared_weights
 from nuteprune.model.families import GATE_KINDS
 
 
@@ -33,9 +33,7 @@ def random(probe: Probe) -> Scores:
 
     The floor that any method has to be above.
     """
-    generator = torch.Generator().manual_seed(probe.seed)
-    drawn = {k: torch.rand(probe.layout.units(k), generator=generator) for k in probe.kinds}
-    return losses_of(probe.budget, drawn)
+    return chance(probe.budget, probe.layout, probe.kinds, probe.seed)
 
 
 def magnitude(probe: Probe) -> Scores:

@@ -83,13 +83,14 @@ class _Layer:
 
 
 class NarrowMasks:
-    """Masks that do not change, for hooks: what they have at 0 is not computed at all.
+    """Masks that do not change, for hooks: neurons and KV groups at 0 are not computed.
 
-    Of attention whole KV groups are left out, so that as many query heads share one as before, and
-    of a block that is gone all but one unit; what else is at 0 is multiplied by it, as ever.
+    KV groups as wholes, so that as many query heads share one as before. Of a block without any,
+    or that is gone itself, one unit is computed, for the shapes' sake. What else is at 0 (query
+    heads of a group that stays, hidden width) is multiplied by it, as ever.
 
     Args:
-        masks: (N,) for each kind, without gradients.
+        masks: fixed ones.
         family: of the model.
     """
 
@@ -130,11 +131,17 @@ class NarrowMasks:
         masks, family, head_dim = self._on_cpu, self._family, self.masks.layout.head_dim
         shape = masks.layout.shape.layers[layer]
         heads, neurons = masks.heads(layer), masks.mlp_input(layer)
+        if _gone(masks.part("attn_block", layer)):
+            heads = torch.zeros(shape.heads)
+        if _gone(masks.part("mlp_block", layer)):
+            neurons = torch.zeros(shape.neurons)
+        if family.counts_heads:
+            heads = None
         if heads is not None:
-            groups = live_groups(heads, shape)
-            heads = _at_least_one(groups).repeat_interleave(shape.heads_per_group)
-        heads = None if family.counts_heads else heads
-        neurons = neurons if neurons is None else _at_least_one(neurons > 0)
+            groups = _at_least_one(live_groups(heads, shape))
+            heads = groups.repeat_interleave(shape.heads_per_group)
+        if neurons is not None:
+            neurons = _at_least_one(neurons > 0)
         index = features(heads, neurons, shape, head_dim)
         sizes = axis_sizes(shape, head_dim)
         places = {"hidden": None} | {k: self._placed(v) for k, v in index.items()}
@@ -152,7 +159,11 @@ class NarrowMasks:
         )
 
     def _placed(self, x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(self._device, non_blocking=True)
+        return None if x is None else x.to(self._device)
+
+
+def _gone(block: Tensor | None) -> bool:
+    return block is not None and bool((block == 0).any())
 
 
 def _at_least_one(kept: Tensor) -> Tensor:

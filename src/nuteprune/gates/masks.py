@@ -96,9 +96,9 @@ class Masks:
         return self.part("hidden", 0)
 
     @property
-    def learned(self) -> bool:
-        """Whether gradients are wanted, for what is at 0 too."""
-        return any(value.requires_grad for value in self.values.values())
+    def fixed(self) -> bool:
+        """Whether they are the same for all sequences, and no gradients of them are wanted."""
+        return all(v.dim() == 1 and not v.requires_grad for v in self.values.values())
 
     def detach(self) -> Masks:
         """Return the same masks without gradients."""

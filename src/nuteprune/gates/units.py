@@ -5,7 +5,7 @@ Shape suffixes: O rows, I columns of a projection, N units of one kind in the wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -138,6 +138,13 @@ def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> T
         place = part.argsort(stable=True).argsort(stable=True)
         parts.append((place.float() + 0.5) / max(1, len(part)))
     return torch.cat(parts)
+
+
+def chance(budget: Budget, layout: Layout, kinds: Iterable[str], seed: int) -> dict[str, Tensor]:
+    """Return u x parameters of each unit, u uniform in (0, 1): each part loses about its share."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {kind: torch.rand(layout.units(kind), generator=generator) for kind in kinds}
+    return losses_of(budget, drawn)
 
 
 def losses_of(budget: Budget, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -142,8 +142,14 @@ class Anatomy:
         chosen = self.family.projections
         if queries_and_values:
             chosen = tuple(p for p in self.family.attention if p.serves_queries_or_values)
-        paths = "|".join(p.path.replace(".", r"\.") for p in chosen)
-        return rf"(.*\.)?{prefix}\.\d+\.({paths})"
+        return rf"(.*\.)?{prefix}\.({'|'.join(map(self._everywhere, chosen))})"
+
+    def _everywhere(self, projection: Projection) -> str:
+        """Return the regular expression of a projection in the layers that have it."""
+        there = [i for i in range(len(self.layers)) if self.projection(i, projection) is not None]
+        every = len(there) == len(self.layers)
+        layers = r"\d+" if every else f"({'|'.join(map(str, there))})"
+        return layers + r"\." + projection.path.replace(".", r"\.")
 
     def logit_scale(self) -> tuple[float, float | None]:
         """Return what happens to the head's output: (divisor, soft cap or None)."""

@@ -102,5 +102,8 @@ class Narrow:
         return narrow_linear(x, self._module.weight, self._module.bias, rows, columns)
 
     def remove(self) -> None:
-        """Give the module its own `forward` back."""
-        self._module.forward = self._whole  # type: ignore[method-assign]
+        """Give the module back what it had: its class's own, or what was there before."""
+        if isinstance(self._whole, Narrow):
+            self._module.forward = self._whole  # type: ignore[assignment]
+        else:
+            del self._module.forward

@@ -227,6 +227,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         batch = [dataset[i % len(dataset)] for i in range(self.args.train_batch_size)]
         inputs = self._prepare_inputs(self.data_collator(batch))
         seconds = 0.0
+        if self.schedule.stage(0).freeze_step == 0:
+            self.gates.restore_masks(self.allocator.chance(self.targets[-1]))
         for _ in range(2):  # the first one warms up
             started = time.monotonic()
             self.trial_step(inputs)
@@ -238,8 +240,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def trial_step(self, inputs: dict[str, Any], teacher: int = -1) -> Tensor:
         """Run a micro-batch at the target; leaves its gradients.
 
-        Where the run begins with fixed masks, they are fixed from the first trial on.
-
         Args:
             inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T), on the run's device.
             teacher: index of who teaches, -1 for the intact model.
@@ -247,8 +247,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         Returns:
             The loss.
         """
-        if not self.gates.frozen and self.schedule.stage(0).freeze_step == 0:
-            self.gates.freeze(self.targets[-1])
         self.gates.begin_step(self.targets[-1], self.args.seed)
         self.teacher_index = teacher
         loss = self.compute_loss(self.model, inputs)
