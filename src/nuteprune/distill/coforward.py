@@ -27,6 +27,10 @@ from nuteprune.model.hooks import MaskHooks, MaskSource, scale
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.model.packed import is_packed
 
+TEACHERS_MULTIPLE = 128
+"""Neurons of a teacher's layer are computed in multiples of it: for each other size, of which
+teachers have many, kernel libraries keep some 0.1 MB."""
+
 
 @dataclass
 class Passage:
@@ -124,7 +128,8 @@ class CoForward:
             return masks
         fixed = self._fixed.get(role)
         if fixed is None or fixed.masks is not masks:
-            fixed = self._fixed[role] = NarrowMasks(masks, self.anatomy.family)
+            multiple = TEACHERS_MULTIPLE if role == "teacher" else 1
+            fixed = self._fixed[role] = NarrowMasks(masks, self.anatomy.family, multiple)
         return fixed
 
     def _on_layer(

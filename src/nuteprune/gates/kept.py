@@ -92,10 +92,12 @@ class NarrowMasks:
     Args:
         masks: fixed ones.
         family: of the model.
+        multiple: so many neurons are computed, or a multiple of it; some at 0 fill it up.
     """
 
-    def __init__(self, masks: Masks, family: Family) -> None:
+    def __init__(self, masks: Masks, family: Family, multiple: int = 1) -> None:
         self.masks = masks
+        self._multiple = multiple
         self._on_cpu = masks.to("cpu")
         self._device = next((v.device for v in masks.values.values()), torch.device("cpu"))
         self._family = family
@@ -141,7 +143,7 @@ class NarrowMasks:
             groups = _at_least_one(live_groups(heads, shape))
             heads = groups.repeat_interleave(shape.heads_per_group)
         if neurons is not None:
-            neurons = _at_least_one(neurons > 0)
+            neurons = _filled_up(_at_least_one(neurons > 0), self._multiple)
         index = features(heads, neurons, shape, head_dim)
         sizes = axis_sizes(shape, head_dim)
         places = {"hidden": None} | {k: self._placed(v) for k, v in index.items()}
@@ -171,6 +173,12 @@ def _at_least_one(kept: Tensor) -> Tensor:
     kept = kept.clone()
     kept[:1] |= ~kept.any()
     return kept
+
+
+def _filled_up(kept: Tensor, multiple: int) -> Tensor:
+    """Return which units are kept, and as many others as a multiple lacks, if there are so many."""
+    others = (~kept).nonzero().flatten()
+    return kept.index_fill(0, others[: -int(kept.sum()) % multiple], True)
 
 
 def _multipliers(mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
