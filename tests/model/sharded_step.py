@@ -75,4 +75,5 @@ for student in (fixed, learned):  # the second finds what the first has left
     losses.append(loss / world)
 if rank == 0:
     torch.save({"losses": losses, "gradients": [p.grad for p in (*lora, *gates)]}, out)
+dist.barrier()  # nobody leaves while another one still talks
 dist.destroy_process_group()
