@@ -156,6 +156,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda x: change_config(x, lambda c: c.update(hidden_size="many")),
         "cannot load .*hidden_size",
     ),
+    "padding beyond the vocabulary": (
+        lambda x: change_config(x, lambda c: c.update(pad_token_id=1_000_000)),
+        "cannot load .*[Pp]adding_idx",
+    ),
     "no JSON": (lambda x: (x / "config.json").write_text('{"a'), "cannot load .*JSON"),
     "no config": (lambda x: (x / "config.json").unlink(), "cannot load .*config.json"),
     "an unknown type": (

@@ -24,6 +24,7 @@ from nuteprune.model.families import FAMILIES, family_named
 
 _UNREADABLE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     OSError,
