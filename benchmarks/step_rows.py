@@ -229,21 +229,26 @@ def _row(trainer: NutePruneTrainer, backward: Callable[[], Tensor]) -> Row:
 
 def nuteprune(cell: Cell) -> Row:
     """Return a step of ours, taught by the intact model."""
+    from nuteprune.train.trial import trial_step
+
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base), tokens(cell, base)
-    return _row(trainer, lambda: trainer.trial_step(inputs))
+    return _row(trainer, lambda: trial_step(trainer, inputs))
 
 
 def ramp(cell: Cell) -> Row:
     """Return a step of ours while masks move, taught by the intact model."""
+    from nuteprune.train.trial import trial_step
+
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)
-    return _row(trainer, lambda: trainer.trial_step(inputs))
+    return _row(trainer, lambda: trial_step(trainer, inputs))
 
 
 def teachers(cell: Cell) -> Row:
     """Return one that writes a snapshot and is taught by another one from disk."""
     from nuteprune.distill.teachers import Teachers
+    from nuteprune.train.trial import trial_step
 
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)
@@ -258,7 +263,7 @@ def teachers(cell: Cell) -> Row:
         turn += 1
         written = Teachers(trainer.teachers.folder / "written", trainer.teachers.layout)
         written.record(cell.sparsity, trainer.gates.snapshot(), state)
-        return trainer.trial_step(inputs, turn % len(SNAPSHOTS))
+        return trial_step(trainer, inputs, turn % len(SNAPSHOTS))
 
     return _row(trainer, backward)
 

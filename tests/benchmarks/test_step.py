@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -47,6 +48,25 @@ def test_all_kinds_of_distillation_have_one_loss(folder: Path) -> None:
     assert losses["two_model"] == pytest.approx(losses["nuteprune"], rel=1e-4)
     assert losses["ramp"][0] == pytest.approx(losses["nuteprune"][0], rel=1e-4)
     assert len(set(losses["nuteprune"])) == 3
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_compute_in_the_dtype_asked_for(folder: Path, autocast: bool) -> None:
+    cell = rows.Cell(str(folder), 2, 8, rank=2, dtype="bfloat16", autocast=autocast)
+    seen: set[torch.dtype] = set()
+
+    def note(module: Any, _: Any, output: torch.Tensor) -> None:
+        if module.out_features == 2:
+            seen.add(output.dtype)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: note(module, x, y) if hasattr(module, "out_features") else None
+    )
+    try:
+        rows.ROWS["lora"](cell).backward()
+    finally:
+        handle.remove()
+    assert seen == {torch.bfloat16 if autocast else torch.float32}
 
 
 def test_a_run_ends_with_one_line_and_no_noise(

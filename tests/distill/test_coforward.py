@@ -357,9 +357,10 @@ def test_without_a_layer_term_both_roles_still_reach_the_head(tiny_model) -> Non
     assert torch.equal(other.teacher_BTD, passage.teacher_BTD)
 
 
+@each_student
 @each_teacher
-def test_lora_computes_in_the_base_weights_dtype(tiny_model, snapshot: bool) -> None:
-    x = student(tiny_model, "llama", snapshot)
+def test_lora_computes_in_the_base_weights_dtype(tiny_model, snapshot: bool, fixed: bool) -> None:
+    x = student(tiny_model, "llama", snapshot, fixed)
     anatomy = x.coforward.anatomy
     for name, weight in x.model.named_parameters():
         if "lora_" not in name:

@@ -14,6 +14,8 @@ from nuteprune.model.shape import LayerShape, Shape
 
 LAYOUT = Layout(Shape(16, (LayerShape(4, 2, 6), LayerShape(4, 2, 6))), 4)
 
+MAPS = Path("/proc/self/maps")
+
 
 def snapshot(seed: int) -> tuple[Masks, dict[str, Tensor]]:
     random = torch.Generator().manual_seed(seed)
@@ -82,6 +84,15 @@ def test_at_most_one_is_in_memory(tmp_path: Path, keep: bool) -> None:
     assert (gone() is None) == (not keep)
     teachers.role(1)
     assert gone() is None
+
+
+@pytest.mark.skipif(not MAPS.is_file(), reason="asks Linux what is mapped")
+def test_masks_do_not_keep_the_file_in_memory(tmp_path: Path) -> None:
+    role = filled(tmp_path, 1).role(0)
+    masks = role.masks
+    del role
+    assert masks is not None
+    assert str(tmp_path) not in MAPS.read_text()
 
 
 def test_lora_weights_come_in_the_dtype_asked_for_and_masks_in_fp32(tmp_path: Path) -> None:

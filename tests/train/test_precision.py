@@ -11,6 +11,7 @@ import torch
 from nuteprune import RunFailed, load_pruned
 from nuteprune.gates import importance
 from nuteprune.gates.probe import Probe, Scores
+from nuteprune.train.trial import trial_step
 
 from .conftest import LENGTH, make
 
@@ -41,7 +42,7 @@ def test_small_gradients_survive_float16(tiny_model, tmp_path: Path) -> None:
             layer_weight=1e-5,
             max_grad_norm=1e9,
         )
-        loss = trainer.trial_step({"input_ids": ids})
+        loss = trial_step(trainer, {"input_ids": ids})
         trainer._clip_grad_norm(trainer.model)
         lora = [p.grad.flatten() for n, p in trainer.model.named_parameters() if "lora_B" in n]
         found.append((loss, torch.cat(lora)))

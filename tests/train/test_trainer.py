@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import TrainerCallback
 
 from nuteprune import RunFailed, UserError, load_pruned
 from nuteprune.gates.allocate import Allocator
+from nuteprune.train.trial import trial_step
 
 from .conftest import LENGTH, make, metrics
 
@@ -362,8 +364,35 @@ def test_the_language_model_term_is_the_models_own_loss_of_real_tokens(
     ids = torch.arange(3, 35).reshape(2, LENGTH)
     real = torch.ones_like(ids)
     real[1, 10:] = 0
-    trainer.trial_step({"input_ids": ids, "attention_mask": real})
+    trial_step(trainer, {"input_ids": ids, "attention_mask": real})
     labels = ids.masked_fill(real == 0, -100)
     with torch.no_grad(), trainer.hooks.using(trainer.gates.masks(len(ids))):
         expected = trainer.anatomy.model(ids, attention_mask=real, labels=labels).loss
     assert float(trainer.parts["lm"]) == pytest.approx(0.5 * float(expected), rel=1e-5)
+
+
+def test_a_teacher_is_gone_before_the_backward_pass(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, ramp_share=0.5)
+    trainer.gates.begin_step(0.1, 0)
+    trainer.teachers.record(0.1, trainer.gates.snapshot(), trainer.coforward.bank.state())
+    held: list[weakref.ref[Any]] = []
+    read = trainer.teachers.role
+
+    def role(*args: Any) -> Any:
+        found = read(*args)
+        held.extend(weakref.ref(part) for part in found.lora.values())
+        return found
+
+    parts = type(trainer.objective).parts
+
+    def after_the_pass(*args: Any) -> Any:
+        assert held
+        assert all(part() is None for part in held)
+        return parts(*args)
+
+    monkeypatch.setattr(trainer.teachers, "role", role)
+    monkeypatch.setattr(type(trainer.objective), "parts", after_the_pass)
+    ids = torch.arange(3, 3 + 2 * LENGTH).remainder(90).view(2, LENGTH)
+    trial_step(trainer, {"input_ids": ids}, teacher=0)

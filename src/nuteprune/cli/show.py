@@ -20,6 +20,7 @@ from nuteprune.train.data import DEMO
 from nuteprune.train.instructions import Examples
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.trainer import NutePruneTrainer
+from nuteprune.train.trial import rehearse
 
 
 def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
@@ -110,7 +111,7 @@ def print_dry_run(trainer: NutePruneTrainer, output: Output) -> None:
         output.line(
             f"Reach   {budget.sparsity(shape):.3%} for {target:.1%}, {millions(after)} parameters"
         )
-    step = trainer.rehearse()
+    step = rehearse(trainer)
     # A scored or re-fitted block costs most of a step's share of one.
     blocks = args.scored_blocks + args.compensation_blocks * len(trainer.targets)
     each = args.train_batch_size * args.gradient_accumulation_steps

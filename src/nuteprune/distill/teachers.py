@@ -189,9 +189,9 @@ class Teachers:
         """
         if index < 0:
             return INTACT
-        wanted = index, device, dtype
         if not self.keep:
             return self._read(index, device, dtype)
+        wanted = index, device, dtype
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # gone before another one comes
             self._loaded = wanted, self._read(index, device, dtype)

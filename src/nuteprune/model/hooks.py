@@ -4,7 +4,8 @@ Heads act on the input of the attention output projection, neurons on the input 
 projection, hidden gates on the first layer's input and on the output of both projections, block
 gates on what a block adds to the residual stream: after its post-norm where a family has one,
 since a norm would undo any factor but 0. Attach after PEFT has wrapped the model, so that masks
-cover the LoRA branch too.
+cover the LoRA branch too. What masks keep of a projection alone is computed, where they say so
+(`model.narrow`).
 """
 
 from __future__ import annotations
@@ -87,14 +88,14 @@ class MaskHooks:
             read = source.attention_input if block == "attn_block" else source.mlp_input
             return (scale(args[0], read(layer)), *args[1:])
 
-        def narrow(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        def hide(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
             return None if self.masks is None else scale(output, self.masks.hidden)
 
         def switch(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
             return None if self.masks is None else scale(output, self.masks.part(block, layer))
 
         self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(narrow))
+        self._handles.append(module.register_forward_hook(hide))
         self._handles.append((post_norm or module).register_forward_hook(switch))
 
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:

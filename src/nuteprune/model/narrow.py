@@ -29,30 +29,24 @@ def cut(weight_OI: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tenso
     return weight_OI
 
 
-def narrow_linear(
-    x: Tensor,
-    weight_OI: Tensor,
-    bias_O: Tensor | None,
-    rows: Tensor | None,
-    columns: Tensor | None,
-) -> Tensor:
+def narrow_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kept: Kept) -> Tensor:
     """Return `x @ cut(weight).T + cut(bias)`; of a frozen weight, nothing cut stays in memory.
 
     Args:
         x: (..., kept columns).
         weight_OI: the whole weight.
         bias_O: the whole bias, frozen.
-        rows: output features to compute, None for all.
-        columns: input features that `x` has, None for all.
+        kept: rows to compute, and columns that `x` has.
 
     Returns:
         (..., kept rows).
     """
-    if bias_O is not None:
-        bias_O = bias_O if rows is None else bias_O.index_select(0, rows)
+    rows, _ = kept
+    if bias_O is not None and rows is not None:
+        bias_O = bias_O.index_select(0, rows)
     if weight_OI.requires_grad:
-        return F.linear(x, cut(weight_OI, rows, columns), bias_O)
-    return cast(Tensor, _FrozenNarrow.apply(x, weight_OI, bias_O, rows, columns))
+        return F.linear(x, cut(weight_OI, *kept), bias_O)
+    return cast(Tensor, _FrozenNarrow.apply(x, weight_OI, bias_O, kept))
 
 
 class _FrozenNarrow(torch.autograd.Function):
@@ -60,26 +54,15 @@ class _FrozenNarrow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        rows: Tensor | None,
-        columns: Tensor | None,
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kept: Kept
     ) -> Tensor:
-        ctx.save_for_backward(weight_OI, rows, columns)
-        place = x.device.type
-        dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else x.dtype
-        ctx.dtypes = x.dtype, dtype
-        bias_O = None if bias_O is None else bias_O.to(dtype)
-        return F.linear(x.to(dtype), cut(weight_OI, rows, columns).to(dtype), bias_O)
+        ctx.save_for_backward(weight_OI, *kept)
+        return F.linear(x, cut(weight_OI, *kept), bias_O)  # which autocast sees
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        given, computed = ctx.dtypes
-        grad_x = grad @ cut(*ctx.saved_tensors).to(computed)
-        return grad_x.to(given), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad @ cut(*ctx.saved_tensors).to(grad.dtype), None, None, None
 
 
 class Narrow:
@@ -96,10 +79,10 @@ class Narrow:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute (..., O) from (..., I), of both what is kept."""
-        rows, columns = self._kept()
-        if rows is None and columns is None:
+        kept = self._kept()
+        if all(part is None for part in kept):
             return self._whole(x)
-        return narrow_linear(x, self._module.weight, self._module.bias, rows, columns)
+        return narrow_linear(x, self._module.weight, self._module.bias, kept)
 
     def remove(self) -> None:
         """Give the module back what it had: its class's own, or what was there before."""

@@ -7,7 +7,6 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -220,39 +219,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             decay = self.args.weight_decay
             self.optimizer = kind([{"params": lora, "weight_decay": decay}, *groups], **settings)
         return self.optimizer
-
-    def rehearse(self) -> float:
-        """Return the seconds of one optimizer step, timed on training text; nothing is learned."""
-        dataset = cast(Any, self.train_dataset)
-        batch = [dataset[i % len(dataset)] for i in range(self.args.train_batch_size)]
-        inputs = self._prepare_inputs(self.data_collator(batch))
-        seconds = 0.0
-        if self.schedule.stage(0).freeze_step == 0:
-            self.gates.restore_masks(self.allocator.chance(self.targets[-1]))
-        for _ in range(2):  # the first one warms up
-            started = time.monotonic()
-            self.trial_step(inputs)
-            self.model.zero_grad()
-            seconds = time.monotonic() - started
-        self.gates.thaw()
-        return seconds * self.args.gradient_accumulation_steps
-
-    def trial_step(self, inputs: dict[str, Any], teacher: int = -1) -> Tensor:
-        """Run a micro-batch at the target; leaves its gradients.
-
-        Args:
-            inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T), on the run's device.
-            teacher: index of who teaches, -1 for the intact model.
-
-        Returns:
-            The loss.
-        """
-        self.gates.begin_step(self.targets[-1], self.args.seed)
-        self.teacher_index = teacher
-        loss = self.compute_loss(self.model, inputs)
-        loss.backward()
-        self.hooks.masks = None
-        return loss.detach()
 
     # -- a step
 

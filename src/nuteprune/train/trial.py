@@ -1,0 +1,46 @@
+"""A step done for trial: what a run will take, before it starts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+from torch import Tensor
+
+from nuteprune.train.trainer import NutePruneTrainer
+
+
+def rehearse(trainer: NutePruneTrainer) -> float:
+    """Return the seconds of one optimizer step, timed on training text; nothing is learned."""
+    args, dataset = trainer.args, cast(Any, trainer.train_dataset)
+    batch = [dataset[i % len(dataset)] for i in range(args.train_batch_size)]
+    inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+    if trainer.schedule.stage(0).freeze_step == 0:
+        trainer.gates.restore_masks(trainer.allocator.chance(trainer.targets[-1]))
+    seconds = 0.0
+    for _ in range(2):  # the first one warms up
+        started = time.monotonic()
+        trial_step(trainer, inputs)
+        trainer.model.zero_grad()
+        seconds = time.monotonic() - started
+    trainer.gates.thaw()
+    return seconds * args.gradient_accumulation_steps
+
+
+def trial_step(trainer: NutePruneTrainer, inputs: dict[str, Any], teacher: int = -1) -> Tensor:
+    """Run a micro-batch at the last target; leaves its gradients.
+
+    Args:
+        trainer: a run that has not begun.
+        inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T), on the run's device.
+        teacher: index of who teaches, -1 for the intact model.
+
+    Returns:
+        The loss.
+    """
+    trainer.gates.begin_step(trainer.targets[-1], trainer.args.seed)
+    trainer.teacher_index = teacher
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    trainer.hooks.masks = None
+    return loss.detach()

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nuteprune.gates import flow
+from nuteprune.gates.flow import Flow
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+
+
+def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(
+    tiny_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "PANEL", 7)  # does not divide the 48 neurons
+    anatomy = Anatomy(tiny_model("llama"))
+    random = torch.Generator().manual_seed(0)
+    batches = [torch.randint(3, 90, (2, 10), generator=random) for _ in range(3)]
+    text = Flow(anatomy, MaskHooks(anatomy), None, batches)
+    down = anatomy.projection(0, anatomy.family.mlp[-1])
+    alone = text.covariance(0, down)
+    seen: list[Tensor] = []
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    found = text.advance(0, {"mlp": down})["mlp"]
+    handle.remove()
+    inputs_MI = torch.cat(seen)
+    assert inputs_MI.shape == (60, 48)
+    for products in (alone, found):
+        torch.testing.assert_close(products, inputs_MI.T @ inputs_MI)
