@@ -27,10 +27,10 @@ from quality_runs import Bench, Cell, Setting, write_json
 
 from nuteprune import UserError
 from nuteprune.cli.app import quiet_libraries
-from nuteprune.cli.output import Output, millions
-from nuteprune.cli.settings import read_settings
-from nuteprune.cli.sources import pick_device
+from nuteprune.console import Output, millions
 from nuteprune.gates.importance import METHODS
+from nuteprune.jobs.settings import read_settings
+from nuteprune.jobs.sources import pick_device
 
 OURS = "nuteprune"
 BLOCKS = "attn_block,mlp_block"

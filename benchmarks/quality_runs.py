@@ -21,17 +21,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError
-from nuteprune.cli.sources import load_model, load_tokenizer, pick_dtype
+from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import install_weight
 from nuteprune.train.calibration import refit_on, score_on
 from nuteprune.train.checks import NUTEPRUNE
-from nuteprune.train.data import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.train.setup import make_allocator
 
 

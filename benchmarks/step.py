@@ -30,7 +30,7 @@ SWEEP_ROWS = ("lora", "nuteprune", "two_pass")
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print tables, and return what `--json` writes."""
     args = parse(arguments)
-    from nuteprune.cli.sources import locate, pick_device, pick_dtype
+    from nuteprune.jobs.sources import locate, pick_device, pick_dtype
 
     device = pick_device(args.device)
     cell = Cell(

@@ -183,8 +183,8 @@ def lora(cell: Cell) -> Row:
 def trainer_for(cell: Cell, base: PreTrainedModel, ramp: float = 0.0) -> NutePruneTrainer:
     """Return a trainer, its masks fixed or on a ramp, in a folder that goes with the process."""
     from nuteprune import NutePruneConfig, NutePruneTrainer
+    from nuteprune.data.blocks import BlockDataset
     from nuteprune.gates.units import chance
-    from nuteprune.train.data import BlockDataset
 
     folder = tempfile.mkdtemp(prefix="nuteprune-step-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -229,7 +229,7 @@ def _row(trainer: NutePruneTrainer, backward: Callable[[], Tensor]) -> Row:
 
 def nuteprune(cell: Cell) -> Row:
     """Return a step of ours, taught by the intact model."""
-    from nuteprune.train.trial import trial_step
+    from nuteprune.train.step_cost import trial_step
 
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base), tokens(cell, base)
@@ -238,7 +238,7 @@ def nuteprune(cell: Cell) -> Row:
 
 def ramp(cell: Cell) -> Row:
     """Return a step of ours while masks move, taught by the intact model."""
-    from nuteprune.train.trial import trial_step
+    from nuteprune.train.step_cost import trial_step
 
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)
@@ -248,7 +248,7 @@ def ramp(cell: Cell) -> Row:
 def teachers(cell: Cell) -> Row:
     """Return one that writes a snapshot and is taught by another one from disk."""
     from nuteprune.distill.teachers import Teachers
-    from nuteprune.train.trial import trial_step
+    from nuteprune.train.step_cost import trial_step
 
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)

@@ -13,14 +13,14 @@ import torch
 
 from nuteprune.cli import demo as demo_command
 from nuteprune.cli.app import main
-from nuteprune.cli.sources import load_model
-from nuteprune.demo import assets
+from nuteprune.data import demo as assets
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.teachers import Role
 from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates.masks import Masks
+from nuteprune.jobs.sources import load_model
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig

@@ -19,11 +19,11 @@ import torch
 
 import nuteprune
 from nuteprune.cli.app import main
-from nuteprune.cli.sources import load_tokenizer
-from nuteprune.demo import assets
+from nuteprune.data import demo as assets
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.files import write_sums
+from nuteprune.jobs.sources import load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 SOURCE = Path(nuteprune.__file__).parent

@@ -20,12 +20,7 @@ from safetensors import SafetensorError
 
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.processes import rank
-
-SUMS = "SHA256SUMS"
-"""Name of the file with the sums of a folder's files."""
-
-RUN = "run"
-"""Folder inside the output folder for checkpoints, teachers, metrics and the report."""
+from nuteprune.run_folder import SUMS
 
 WRONG_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -166,11 +161,6 @@ def damage(folder: Path, read: Callable[[str], bool] = lambda name: True) -> str
 def at_home(path: str | Path) -> Path:
     """Return a path with a leading `~` as the home folder; as it is where there is no such user."""
     return Path(os.path.expanduser(path))  # unlike Path.expanduser, which raises
-
-
-def hidden(path: Path) -> bool:
-    """Return whether a file or folder is out of sight, such as `.git`."""
-    return path.name.startswith(".")
 
 
 def remove(path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError
-from nuteprune.cli.output import Output
+from nuteprune.console import Output
 from nuteprune.judge.perplexity import perplexities
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nuteprune.cli.app import main
-from nuteprune.demo import assets
+from nuteprune.data import demo as assets
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.cli import pipeline
-from nuteprune.cli.job import alone
-from nuteprune.cli.output import Output
-from nuteprune.cli.sources import pick_device
+from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
+from nuteprune.jobs import prune as pipeline
+from nuteprune.jobs.job import alone
+from nuteprune.jobs.sources import pick_device
 
 from .conftest import TINY
 

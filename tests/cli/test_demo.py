@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nuteprune.cli import demo
-from nuteprune.cli.job import Job, check_out
 from nuteprune.errors import UserError
 from nuteprune.files import RUN, write_sums
+from nuteprune.jobs.job import Job, check_out
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import torch
 from transformers import TrainerCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
-from nuteprune.cli import recovery
-from nuteprune.cli.job import Job, alone
-from nuteprune.cli.sources import load_tokenizer
+from nuteprune.data.blocks import training_blocks
 from nuteprune.export.loading import load_pruned
-from nuteprune.train.data import training_blocks
+from nuteprune.jobs import recover as recovery
+from nuteprune.jobs.job import Job, alone
+from nuteprune.jobs.sources import load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK: list[str] = ["--batch-size", "4", "--length", "24", "--learning-rate", "1e-2"]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from nuteprune.cli.app import main
-from nuteprune.cli.settings import read_settings
+from nuteprune.jobs.settings import read_settings
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nuteprune.demo import assets
+from nuteprune.data import demo as assets
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.gguf import write_gguf
 from nuteprune.export.gguf_vocab import PROBES

@@ -45,10 +45,10 @@ PHASES = {
     "nuteprune.export.record:write_pruned": "writing the record",
     "nuteprune.judge.report:write_report": "reporting",
     "nuteprune.export.gguf:write_gguf": "writing GGUF",
-    "nuteprune.cli.job:clear": "clearing",
-    "nuteprune.cli.job:clear_result": "clearing a result",
-    "nuteprune.demo.assets:fetch": "downloading",
-    "nuteprune.demo.assets:_convert": "converting",
+    "nuteprune.jobs.job:clear": "clearing",
+    "nuteprune.jobs.job:clear_result": "clearing a result",
+    "nuteprune.data.demo:fetch": "downloading",
+    "nuteprune.data.demo:_convert": "converting",
     "nuteprune.judge.perplexity:perplexities": "measuring",
 }
 """Functions that are events at their beginning and end -> what events inside them are part of."""
@@ -222,7 +222,7 @@ def child(request: dict[str, Any]) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     from nuteprune.cli.app import main
-    from nuteprune.demo import assets
+    from nuteprune.data import demo as assets
 
     if request["demo"]:
         assets.MODEL = dataclasses.replace(assets.MODEL, **request["demo"]["asset"])

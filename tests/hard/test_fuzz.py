@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nuteprune.cli.app import main
-from nuteprune.cli.settings import RUN_KEYS, read_settings
 from nuteprune.errors import UserError
+from nuteprune.jobs.settings import RUN_KEYS, read_settings
 from nuteprune.train.config import NutePruneConfig
 
 FEW, MANY = 8, 500

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, load_pruned
-from nuteprune.train.data import BlockDataset
+from nuteprune.data.blocks import BlockDataset
 
 from .conftest import Server
 
@@ -86,7 +86,7 @@ def test_3000_steps_hold_memory_and_open_files_flat(tiny_model, tmp_path: Path) 
 
 READ = """
 import resource, sys
-from nuteprune.train.data import iter_documents
+from nuteprune.data.blocks import iter_documents
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 (documents,) = iter_documents(sys.argv[1]).values()
 count = characters = 0

@@ -22,7 +22,7 @@ from nuteprune.files import write_sums
 from nuteprune.judge import plots, reproduce
 from nuteprune.judge.drawing import COLOURS, POINTS
 from nuteprune.judge.report import kept_rows, verdict, write_report
-from nuteprune.judge.runfiles import read_run, teacher_sparsities
+from nuteprune.judge.run_files import read_run, teacher_sparsities
 from nuteprune.train.state import RunState
 
 EVIL = "<script>alert(1)</script>"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nuteprune.cli.output import Output
-from nuteprune.cli.verdicts import Verdicts
+from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.judge import tasks
 from nuteprune.judge.tasks import COMMONSENSE7, Score, Tasks, read_scores
+from nuteprune.judge.verdicts import Verdicts
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval"

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from nuteprune.data.blocks import held_out_blocks
 from nuteprune.errors import UserError
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.protocols import PROTOCOLS, changed, protocol_named
 from nuteprune.judge.texts import cut, make_blocks, rows_of
-from nuteprune.train.data import held_out_blocks
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
-from nuteprune.train.data import BlockDataset
+from nuteprune.data.blocks import BlockDataset
 
 LENGTH = 16
 

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
+from nuteprune.data.blocks import BlockDataset
 from nuteprune.train.calibration import calibration_batches
-from nuteprune.train.data import BlockDataset
 from nuteprune.train.recover import RecoverConfig
 from nuteprune.train.setup import chosen_settings
 

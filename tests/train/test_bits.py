@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nuteprune import UserError, load_pruned
-from nuteprune.cli.sources import load_model
+from nuteprune.jobs.sources import load_model
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import weight_of
 

@@ -11,7 +11,7 @@ import torch
 from nuteprune import RunFailed, load_pruned
 from nuteprune.gates import importance
 from nuteprune.gates.probe import Probe, Scores
-from nuteprune.train.trial import trial_step
+from nuteprune.train.step_cost import trial_step
 
 from .conftest import LENGTH, make
 

@@ -17,9 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
+from nuteprune.data.blocks import BlockDataset
 from nuteprune.export.hub import upload
 from nuteprune.files import damage
-from nuteprune.train.data import BlockDataset
 
 # Runs where nuteprune cannot be imported, on a copy of what was pushed.
 STRANGER = """

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
+from nuteprune.data.examples import Examples
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.loading import load_pruned
-from nuteprune.train.instructions import Examples
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
 from nuteprune.train.state import last_checkpoint
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from nuteprune import UserError, load_pruned
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.trial import rehearse
+from nuteprune.train.step_cost import rehearse
 
 from .conftest import make
 

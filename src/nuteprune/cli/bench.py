@@ -15,16 +15,16 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from nuteprune.cli import options as o
-from nuteprune.cli.output import Bars, Output, megabytes, millions
-from nuteprune.cli.sources import load_model, locate, pick_device, pick_dtype, read_config
-from nuteprune.cli.verdicts import LABELS
+from nuteprune.console import Bars, Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.export.record import FILE_NAME as RECORD
 from nuteprune.export.record import weights_size
-from nuteprune.files import RUN, at_home
+from nuteprune.files import at_home
+from nuteprune.jobs.sources import load_model, locate, pick_device, pick_dtype, read_config
 from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize
-from nuteprune.judge.runfiles import SPEED, write_extra
+from nuteprune.judge.run_files import write_extra
+from nuteprune.judge.verdicts import LABELS
 from nuteprune.judge.worker import Worker
+from nuteprune.run_folder import RECORD, RUN, SPEED
 
 REPORTED = (
     ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),

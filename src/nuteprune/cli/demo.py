@@ -11,20 +11,20 @@ from typing import Any
 import torch
 
 from nuteprune.cli import options as o
-from nuteprune.cli.job import Job
-from nuteprune.cli.output import Output, megabytes, millions
-from nuteprune.cli.pipeline import Result, one_shot, run
-from nuteprune.cli.show import print_report
-from nuteprune.cli.sources import load_model, load_tokenizer, pick_dtype
-from nuteprune.demo import assets
+from nuteprune.console import Output, megabytes, millions
+from nuteprune.data import demo as assets
+from nuteprune.data.blocks import DEMO
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import weights_size
-from nuteprune.files import RUN
+from nuteprune.jobs.job import Job
+from nuteprune.jobs.prune import Result, one_shot, run
+from nuteprune.jobs.show import print_report
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.judge.bench import decode_rates
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.runfiles import SAMPLES, SPEED, read_samples, write_extra
+from nuteprune.judge.run_files import read_samples, write_extra
 from nuteprune.judge.samples import continuations
-from nuteprune.train.data import DEMO
+from nuteprune.run_folder import RUN, SAMPLES, SPEED
 from nuteprune.train.state import last_checkpoint
 
 STEPS = 60

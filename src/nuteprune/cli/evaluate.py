@@ -12,18 +12,18 @@ import typer
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli import options as o
-from nuteprune.cli.judged import Judged, judged
-from nuteprune.cli.output import Output
-from nuteprune.cli.rejudged import same_tokens
-from nuteprune.cli.settings import RUN_KEYS, read_settings
-from nuteprune.cli.sources import load_tokenizer, pick_device, pick_dtype
-from nuteprune.cli.verdicts import Verdicts
+from nuteprune.console import Output
+from nuteprune.data.blocks import DEMO, check_ids, check_positions
 from nuteprune.errors import UserError
+from nuteprune.jobs.comparison import same_tokens
+from nuteprune.jobs.midway import Judged, judged
+from nuteprune.jobs.settings import RUN_KEYS, read_settings
+from nuteprune.jobs.sources import load_tokenizer, pick_device, pick_dtype
 from nuteprune.judge import protocols, texts
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.tasks import Tasks
+from nuteprune.judge.verdicts import Verdicts
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.data import DEMO, check_ids, check_positions
 
 
 def evaluate(

@@ -11,13 +11,13 @@ import typer
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli import options as o
-from nuteprune.cli.output import Output, megabytes, millions
-from nuteprune.cli.sources import load_tokenizer, locate, read_config
+from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.export.gguf import FILE_TYPES, write_gguf
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.onnx import require_packages, write_onnx
 from nuteprune.files import at_home
+from nuteprune.jobs.sources import load_tokenizer, locate, read_config
 
 TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
 """Format -> how it stores weights, the default first."""

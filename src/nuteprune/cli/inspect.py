@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.cli.output import Output, millions
+from nuteprune.console import Output, millions
 from nuteprune.export.checkpoint import recount
 from nuteprune.export.clients import warnings
 from nuteprune.export.gguf_fit import Source

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from nuteprune.cli.job import Job
-from nuteprune.cli.settings import RUN_KEYS, read_mapping, read_settings
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
+from nuteprune.jobs.job import Job
+from nuteprune.jobs.settings import RUN_KEYS, read_mapping, read_settings
 
 Model = Annotated[str, typer.Argument(help="Hub id, checkpoint folder, or 'demo'.")]
 Sparsity = Annotated[

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nuteprune.cli import options as o
-from nuteprune.cli.output import Output
-from nuteprune.cli.pipeline import run
-from nuteprune.cli.show import print_report, print_results
+from nuteprune.console import Output
 from nuteprune.errors import UserError
+from nuteprune.jobs.prune import run
+from nuteprune.jobs.show import print_report, print_results
 
 
 def prune(

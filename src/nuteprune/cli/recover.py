@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.cli.job import Job
-from nuteprune.cli.output import Output, megabytes
-from nuteprune.cli.recovery import Recovery, run
-from nuteprune.export.record import FILE_NAME
+from nuteprune.console import Output, megabytes
 from nuteprune.files import at_home
+from nuteprune.jobs.job import Job
+from nuteprune.jobs.recover import Recovery, run
 from nuteprune.judge.perplexity import mean
+from nuteprune.run_folder import RECORD
 
 
 def recover(
@@ -119,7 +119,7 @@ def print_result(result: Mapping[str, Any], output: Output) -> None:
     took = f", {pace:.2f} s each (median)" if pace is not None else ""
     output.line(f"{entry['steps']} steps{took}; {megabytes(result['bytes_on_disk'])} on disk")
     if "sparsity" not in result:
-        output.line(f"{result['out']} has no {FILE_NAME}: the model was not pruned by nuteprune")
+        output.line(f"{result['out']} has no {RECORD}: the model was not pruned by nuteprune")
     output.line(f"Checkpoint in {result['out']}")
     output.result(result)
 

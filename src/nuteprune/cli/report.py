@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.cli.output import Output
+from nuteprune.console import Output
 from nuteprune.judge.report import PLOTS, write_report
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nuteprune.distill.losses import LayerTerm, token_weights
 from nuteprune.distill.teachers import Role
-from nuteprune.gates.kept import NarrowMasks
+from nuteprune.gates.features import NarrowMasks
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks, MaskSource, scale

@@ -11,8 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from nuteprune.files import at_home
-
-FILE_NAME = "README.md"
+from nuteprune.run_folder import CARD
 
 _PLOTS = "<!-- plots of the run -->", "<!-- end of plots -->"
 """What encloses the plots in a card, so that they can be put in later."""
@@ -159,7 +158,7 @@ def inherited_licence(base_model: str | None) -> dict[str, str | None]:
     unknown: dict[str, str | None] = {"license": None}
     if not base_model:
         return unknown
-    local = at_home(base_model) / FILE_NAME
+    local = at_home(base_model) / CARD
     if not local.is_file() and not _is_hub_id(base_model):
         return unknown
     try:

@@ -24,11 +24,12 @@ from transformers import (
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, one_line, some
-from nuteprune.files import RUN, SUMS, hidden, sync, sync_tree, write_sums, writing
+from nuteprune.files import sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import family_named
 from nuteprune.model.shape import Shape
+from nuteprune.run_folder import RUN, SUMS, hidden
 from nuteprune.shrink.finalize import fold_masks
 from nuteprune.shrink.slicing import slice_state
 

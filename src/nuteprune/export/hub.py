@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from nuteprune.errors import UserError
-from nuteprune.files import RUN
+from nuteprune.run_folder import RUN
 
 
 def upload(

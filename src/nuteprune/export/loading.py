@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import PREFIX
-from nuteprune.files import SUMS, damage
+from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES, family_named
+from nuteprune.run_folder import SUMS
 
 _UNREADABLE = (
     ArithmeticError,

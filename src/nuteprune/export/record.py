@@ -20,8 +20,8 @@ from nuteprune.files import to_json, write_text
 from nuteprune.memory import peak
 from nuteprune.model.families import family_named
 from nuteprune.model.shape import Shape
+from nuteprune.run_folder import CARD, RECORD
 
-FILE_NAME = "nuteprune.json"
 SCHEMA = 1
 
 
@@ -144,7 +144,7 @@ def write_again(
 
 def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
     card = model_card(full, remote_code=hasattr(model.config, "auto_map"))
-    for name, text in (("README.md", card), (FILE_NAME, to_json(full, indent=2) + "\n")):
+    for name, text in ((CARD, card), (RECORD, to_json(full, indent=2) + "\n")):
         write_text(folder / name, text)
     return json.loads(to_json(full))  # type: ignore[no-any-return]
 
@@ -190,9 +190,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if the folder has none, or one that is damaged.
     """
-    path = folder / FILE_NAME
+    path = folder / RECORD
     if not path.is_file():
-        raise UserError(f"{folder} has no {FILE_NAME}: it is not a checkpoint that nuteprune wrote")
+        raise UserError(f"{folder} has no {RECORD}: it is not a checkpoint that nuteprune wrote")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

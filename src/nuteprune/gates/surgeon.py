@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nuteprune.gates.flow import Flow
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
+from nuteprune.model.layerwise import Flow
 
 DAMPING = 1e-2
 """What is added to C, as a share of its mean diagonal; the re-fit's ridge is as large."""

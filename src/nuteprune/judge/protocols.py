@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from nuteprune.data.blocks import DEMO
 from nuteprune.errors import UserError
-from nuteprune.train.data import DEMO
 
 END_OF_TEXT = "end-of-text"
 JOININGS: Final[Mapping[str, str]] = {

@@ -12,16 +12,15 @@ import jinja2
 import yaml
 
 from nuteprune.errors import UserError
-from nuteprune.export.card import FILE_NAME as CARD
 from nuteprune.export.card import with_plots
 from nuteprune.files import atomic, write_text
 from nuteprune.judge import plots, reproduce
 from nuteprune.judge.drawing import POINTS, Plot, percent
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.plots import Row
-from nuteprune.judge.runfiles import RunFiles, read_run, teacher_sparsities
+from nuteprune.judge.run_files import RunFiles, read_run, teacher_sparsities
+from nuteprune.run_folder import CARD, REPORT
 
-FILE_NAME = "report.html"
 PLOTS = "plots"
 """Folder of the PNG files, beside the report."""
 
@@ -45,7 +44,7 @@ def write_report(folder: Path) -> Path:
     files = read_run(Path(folder))
     drawn = draw(files)
     page = render(files, drawn)
-    target = files.run / FILE_NAME
+    target = files.run / REPORT
     try:
         (files.run / PLOTS).mkdir(parents=True, exist_ok=True)
         for plot in drawn.values():

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from nuteprune.judge.runfiles import TARGET
+from nuteprune.run_folder import TARGET
 
 OPTIONS = {
     "target_sparsity": "--sparsity",

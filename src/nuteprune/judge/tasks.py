@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nuteprune.data.columns import one_line
 from nuteprune.errors import UserError
-from nuteprune.train.rows import one_line
 
 COMMONSENSE7: Final = (
     "boolq",

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nuteprune.errors import UserError
-from nuteprune.judge.protocols import END_OF_TEXT, JOININGS, TEXTS, Protocol
-from nuteprune.train.data import (
+from nuteprune.data.blocks import (
     after,
     bos_of,
     collect,
@@ -26,8 +24,10 @@ from nuteprune.train.data import (
     tokens_of,
     too_short,
 )
-from nuteprune.train.rows import one_line
-from nuteprune.train.split import split_rule
+from nuteprune.data.columns import one_line
+from nuteprune.data.split import split_rule
+from nuteprune.errors import UserError
+from nuteprune.judge.protocols import END_OF_TEXT, JOININGS, TEXTS, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

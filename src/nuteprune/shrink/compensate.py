@@ -19,11 +19,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.flow import Flow
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.layerwise import Flow
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.packed import weight_of
 

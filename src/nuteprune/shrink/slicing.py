@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nuteprune.gates.kept import features, kept_rows, kept_units, live_groups
+from nuteprune.gates.features import features, kept_rows, kept_units, live_groups
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection

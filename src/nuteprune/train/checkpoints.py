@@ -30,7 +30,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
 from nuteprune.processes import several
-from nuteprune.train.state import METRICS, RunState, last_checkpoint
+from nuteprune.run_folder import METRICS
+from nuteprune.train.state import RunState, last_checkpoint
 
 
 class StopSignals(TrainerCallback):

@@ -16,17 +16,17 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
+from nuteprune.run_folder import STATE, TRAINER_STATE
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import lora_config, make_allocator, make_gates
-from nuteprune.train.state import FILE_NAME, RunState, restore
+from nuteprune.train.state import RunState, restore
 
 _SCORES = "scores_"  # how `gates.Gates` names the buffer of a kind
-_STATE = "trainer_state.json"
 
 
 def is_midway(folder: Path) -> bool:
     """Return whether a folder is a checkpoint in the middle of a run."""
-    return (folder / FILE_NAME).is_file()
+    return (folder / STATE).is_file()
 
 
 def load_midway(
@@ -95,10 +95,10 @@ def _take(current: dict[str, Tensor], saved: dict[str, Tensor], folder: Path, wh
 def _scheduled(folder: Path) -> float:
     """Return the sparsity that was due at the checkpoint's step, from the trainer's log."""
     try:
-        log = json.loads((folder / _STATE).read_text(encoding="utf-8"))["log_history"]
+        log = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
         return float([line["target"] for line in log if "target" in line][-1])
     except (OSError, ValueError, LookupError) as error:
         raise UserError(
-            f"{folder}: cannot tell how far its masks were ({_STATE} has no target in its log); "
+            f"{folder}: cannot tell how far its masks were ({TRAINER_STATE} has no target in its log); "
             "pass a later checkpoint"
         ) from error

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from nuteprune.data.examples import pad
 from nuteprune.distill.losses import Head, language_model_loss
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
@@ -23,7 +24,6 @@ from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_trainer_settings, check_whole
-from nuteprune.train.instructions import pad
 from nuteprune.train.state import RunState, restore
 
 

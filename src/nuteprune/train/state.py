@@ -19,10 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nuteprune.errors import UserError
 from nuteprune.files import atomic, read_sums
+from nuteprune.run_folder import STATE
 
-FILE_NAME = "nuteprune_state.safetensors"
-METRICS = "metrics.jsonl"
-"""File beside the checkpoints with a line per step."""
 GROUPS = ("lora", "gates", "masks", "first_scores")
 NOTES = ("teachers", "stops", "sums", "bad_steps")
 
@@ -61,7 +59,7 @@ class RunState:
         }
         # One entry: safetensors writes several in an order that changes from run to run.
         notes = {"notes": json.dumps({name: getattr(self, name) for name in NOTES})}
-        with atomic(folder / FILE_NAME) as partial:
+        with atomic(folder / STATE) as partial:
             save_file(tensors, partial, metadata=notes)
 
     @classmethod
@@ -71,9 +69,9 @@ class RunState:
         Raises:
             UserError: if the folder has none, or one that is damaged.
         """
-        path = folder / FILE_NAME
+        path = folder / STATE
         if not path.is_file():
-            raise UserError(f"cannot resume from {folder}: it has no {FILE_NAME}")
+            raise UserError(f"cannot resume from {folder}: it has no {STATE}")
         groups: dict[str, dict[str, Tensor]] = {name: {} for name in GROUPS}
         try:
             with safe_open(path, framework="pt") as file:

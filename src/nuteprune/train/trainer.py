@@ -29,7 +29,7 @@ from nuteprune.distill.objective import Objective, text_loss
 from nuteprune.distill.teachers import Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored
-from nuteprune.export.record import FILE_NAME, origin_of, read_record, write_pruned
+from nuteprune.export.record import origin_of, read_record, write_pruned
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
@@ -38,6 +38,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed, make_trainable
 from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.processes import agree
+from nuteprune.run_folder import RECORD, TEACHERS
 from nuteprune.shrink.compensate import install_lora
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_on, silent
@@ -98,7 +99,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         intact = Anatomy(model)
         self._total_before = intact.parameters()
         name = model.config._name_or_path
-        pruned_before = bool(name) and (Path(name) / FILE_NAME).is_file()
+        pruned_before = bool(name) and (Path(name) / RECORD).is_file()
         self._origin = origin_of(name or None, read_record(Path(name)) if pruned_before else None)
         self.stored_dtype: torch.dtype = model.dtype
         self.allocator = make_allocator(intact, args)
@@ -126,7 +127,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.plan = Plan.for_target(self.targets[-1], ramps, args.teachers)
         run = Path(cast(str, args.output_dir))
         keep = args.device.type != "cpu"
-        self.teachers = Teachers(run / "teachers", self.allocator.layout, keep)
+        self.teachers = Teachers(run / TEACHERS, self.allocator.layout, keep)
         self.stops: list[int] = []
         self.gates: Gates = make_gates(self.allocator, self.allocator.equal_scores(), args)
         peft_model.add_module("nuteprune_gates", self.gates)

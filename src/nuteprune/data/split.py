@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from nuteprune.train.readers import boundary
+from nuteprune.data.readers import boundary
 
 HELD_OUT_SHARE = 0.05
 

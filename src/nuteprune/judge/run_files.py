@@ -24,15 +24,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
-from nuteprune.export.record import FILE_NAME, read_record
-from nuteprune.files import RUN, to_json, write_text
+from nuteprune.export.record import read_record
+from nuteprune.files import to_json, write_text
 from nuteprune.model.families import GATE_KINDS
-from nuteprune.train.state import METRICS, RunState, last_checkpoint
-
-TARGET = "sparsity-"
-"""How the folders of a run with several targets begin: each is a checkpoint, beside one run/."""
-SAMPLES = "samples.json"
-SPEED = "speed.json"
+from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGET
+from nuteprune.train.state import RunState, last_checkpoint
 
 _RECORD_KEYS = ("sparsity", "target", "total_sparsity", "params", "layers", "layers_before")
 _SAMPLE_KEYS = ("prompt", "dense", "pruned")
@@ -90,14 +86,14 @@ def read_run(folder: Path) -> RunFiles:
     folder = folder.resolve()
     run = folder if (folder / METRICS).is_file() or folder.name == RUN else folder / RUN
     root = folder.parent if run == folder and folder.name == RUN else folder
-    record = _record(root) if (root / FILE_NAME).is_file() else _last_target(root)
+    record = _record(root) if (root / RECORD).is_file() else _last_target(root)
     metrics = _metrics(run / METRICS)
     if record is not None and not metrics and root.name.startswith(TARGET):
         shared = _metrics(root.parent / RUN / METRICS)
         metrics = [x for x in shared if x.get("target", 0) <= record["target"] + 1e-9]
     if record is None and not metrics:
         raise UserError(
-            f"{root} has neither {FILE_NAME} nor a step in {RUN}/{METRICS}; pass the --out folder "
+            f"{root} has neither {RECORD} nor a step in {RUN}/{METRICS}; pass the --out folder "
             "of a nuteprune prune"
         )
     speed = _json(run / SPEED)
@@ -149,7 +145,7 @@ def teacher_sparsities(files: RunFiles) -> list[float] | None:
 
 def _last_target(root: Path) -> dict[str, Any] | None:
     """Return the record of the highest target, where a run had several."""
-    found = [_record(path.parent) for path in root.glob(f"{TARGET}*/{FILE_NAME}")]
+    found = [_record(path.parent) for path in root.glob(f"{TARGET}*/{RECORD}")]
     return max(found, key=lambda record: record["target"], default=None)
 
 
@@ -157,7 +153,7 @@ def _record(root: Path) -> dict[str, Any]:
     record = read_record(root)
     missing = [key for key in _RECORD_KEYS if key not in record]
     if missing:
-        raise UserError(f"{root / FILE_NAME} is damaged: it lacks {', '.join(missing)}")
+        raise UserError(f"{root / RECORD} is damaged: it lacks {', '.join(missing)}")
     return record
 
 

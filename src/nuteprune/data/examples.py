@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nuteprune.distill.losses import IGNORED
-from nuteprune.errors import UserError
-from nuteprune.train import readers
-from nuteprune.train.data import (
+from nuteprune.data import readers
+from nuteprune.data.blocks import (
     DEMO,
     check_ids,
     hub_parts,
     iter_documents,
     local_files,
 )
-from nuteprune.train.pieces import Row, check_template, encode, pieces
-from nuteprune.train.rows import laid_out, row_document
-from nuteprune.train.split import split_rule
+from nuteprune.data.columns import laid_out, row_document
+from nuteprune.data.conversations import Row, check_template, encode, pieces
+from nuteprune.data.split import split_rule
+from nuteprune.distill.losses import IGNORED
+from nuteprune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from nuteprune.cli.output import Bars
+from nuteprune.console import Bars
 from nuteprune.train.trainer import NutePruneTrainer
 
 

@@ -20,7 +20,22 @@ from transformers import (
     PrinterCallback,
 )
 
-from nuteprune.cli.job import (
+from nuteprune.console import Bars, Output
+from nuteprune.data.blocks import check_ids, check_positions, training_blocks
+from nuteprune.data.conversations import check_template
+from nuteprune.data.examples import holds_instructions, read_examples
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.checkpoint import as_stored, round_as_stored, save
+from nuteprune.export.record import weights_size, write_again
+from nuteprune.jobs.comparison import (
+    Tuned,
+    compared,
+    judged_again,
+    judged_text,
+    note,
+    same_tokens,
+)
+from nuteprune.jobs.job import (
     Job,
     alone,
     check_out,
@@ -29,32 +44,17 @@ from nuteprune.cli.job import (
     nothing_left,
     settings_of_user,
 )
-from nuteprune.cli.output import Bars, Output
-from nuteprune.cli.pipeline import stored_dtype
-from nuteprune.cli.progress import RecoveryProgress
-from nuteprune.cli.rejudged import (
-    Tuned,
-    compared,
-    judged_again,
-    judged_text,
-    note,
-    same_tokens,
-)
-from nuteprune.cli.resume import resume_from
-from nuteprune.cli.show import print_recovery, sequences_per_step
-from nuteprune.cli.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
-from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import as_stored, round_as_stored, save
-from nuteprune.export.record import weights_size, write_again
-from nuteprune.files import RUN
+from nuteprune.jobs.progress import RecoveryProgress
+from nuteprune.jobs.prune import stored_dtype
+from nuteprune.jobs.resume import resume_from
+from nuteprune.jobs.show import print_recovery, sequences_per_step
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
 from nuteprune.judge.bench import Work
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
-from nuteprune.train.data import check_ids, check_positions, training_blocks
-from nuteprune.train.instructions import holds_instructions, read_examples
-from nuteprune.train.pieces import check_template
+from nuteprune.run_folder import DENSE, RUN
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
 from nuteprune.train.state import last_checkpoint
 
@@ -63,8 +63,6 @@ RATES = {INSTRUCTIONS: 1e-4, TEXT: 1e-3}
 """Kind of data -> rate of LoRA; the paper's for instructions, many of which take many steps."""
 EPOCHS = 2.0
 STEPS = 200
-DENSE = "dense"
-"""Folder of the run for the dense model that is tuned for comparison."""
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.cli.job import Job
-from nuteprune.cli.output import Output
-from nuteprune.cli.sources import load_tokenizer
+from nuteprune.console import Output
+from nuteprune.data.blocks import held_out_blocks
 from nuteprune.errors import UserError
-from nuteprune.export.record import FILE_NAME, perplexities_of
+from nuteprune.export.record import perplexities_of
 from nuteprune.files import to_json, write_text
+from nuteprune.jobs.job import Job
+from nuteprune.jobs.sources import load_tokenizer
 from nuteprune.judge.retention import retentions
-from nuteprune.train.data import held_out_blocks
+from nuteprune.run_folder import RECORD
 
 
 def judged_text(
@@ -111,7 +112,7 @@ def compared(dense: str, ours: Tuned, theirs: Tuned) -> dict[str, Any]:
 def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
     """Add a comparison to a result, and to the record that was written of it, if there is one."""
     result["recover"]["against"] = dict(comparison)
-    path = Path(result["out"]) / FILE_NAME
+    path = Path(result["out"]) / RECORD
     if path.is_file():
         write_text(path, to_json({k: x for k, x in result.items() if k != "out"}, indent=2) + "\n")
 

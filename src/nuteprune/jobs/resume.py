@@ -8,16 +8,15 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from nuteprune.cli.job import Job
-from nuteprune.cli.sources import pick_dtype
 from nuteprune.errors import UserError
-from nuteprune.files import RUN, at_home, to_json, write_text
+from nuteprune.files import at_home, to_json, write_text
+from nuteprune.jobs.job import Job
+from nuteprune.jobs.sources import pick_dtype
+from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.state import last_checkpoint
 from nuteprune.train.trainer import NutePruneTrainer
 
-SETTINGS = "settings.json"
-"""File of the run that says what it is."""
 OF_TRAINER = (
     *("seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),

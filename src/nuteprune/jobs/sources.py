@@ -18,14 +18,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nuteprune.demo import assets
+from nuteprune.data import demo as assets
+from nuteprune.data.blocks import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
-from nuteprune.export.record import FILE_NAME as RECORD
 from nuteprune.export.record import origin_of, read_record
 from nuteprune.files import at_home
 from nuteprune.model.families import FAMILIES, family_named
-from nuteprune.train.data import DEMO
+from nuteprune.run_folder import RECORD
 
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 """What the demo's model is; the package that carries it has no model card."""

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nuteprune.demo import assets
-from nuteprune.demo.assets import Asset
+from nuteprune.data import demo as assets
+from nuteprune.data.demo import Asset
 from nuteprune.errors import UserError
 
 SAMPLES = [
@@ -371,7 +371,7 @@ def test_what_a_killed_run_left_is_not_trusted_and_removed(
 ) -> None:
     killed = (
         "import os\n"
-        "from nuteprune.demo import assets\n"
+        "from nuteprune.data import demo as assets\n"
         "def convert(wheel, work):\n"
         "    (work / 'checkpoint').mkdir()\n"
         "    os._exit(9)\n"

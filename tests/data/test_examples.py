@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from nuteprune.data.blocks import BlockDataset, iter_documents
+from nuteprune.data.conversations import Piece, encode
+from nuteprune.data.examples import holds_instructions, pad, read_examples
+from nuteprune.data.split import split_rule
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
-from nuteprune.train.data import BlockDataset, iter_documents
-from nuteprune.train.instructions import holds_instructions, pad, read_examples
-from nuteprune.train.pieces import Piece, encode
-from nuteprune.train.split import split_rule
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"

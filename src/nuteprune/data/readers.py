@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nuteprune.data.columns import choose_layout, one_line, row_documents
 from nuteprune.errors import UserError
-from nuteprune.train.rows import choose_layout, one_line, row_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from nuteprune.cli.job import (
+from nuteprune.console import Bars, Output, megabytes
+from nuteprune.data.blocks import (
+    BlockDataset,
+    check_positions,
+    held_out_blocks,
+    training_blocks,
+)
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.checkpoint import as_stored, assemble
+from nuteprune.export.record import write_pruned
+from nuteprune.jobs.job import (
     Job,
     alone,
     check_out,
@@ -28,33 +38,23 @@ from nuteprune.cli.job import (
     settings_of_user,
     target_folder,
 )
-from nuteprune.cli.output import Bars, Output, megabytes
-from nuteprune.cli.progress import StepProgress
-from nuteprune.cli.resume import check_same, remember, resume_from
-from nuteprune.cli.show import print_dry_run, print_plan
-from nuteprune.cli.sources import (
+from nuteprune.jobs.progress import StepProgress
+from nuteprune.jobs.resume import check_same, remember, resume_from
+from nuteprune.jobs.show import print_dry_run, print_plan
+from nuteprune.jobs.sources import (
     STORED_DTYPE,
     load_model,
     load_tokenizer,
     origin,
     pick_dtype,
 )
-from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.checkpoint import as_stored, assemble
-from nuteprune.export.record import write_pruned
-from nuteprune.files import RUN
 from nuteprune.judge.perplexity import mean, perplexities, protocol
-from nuteprune.judge.runfiles import SAMPLES, write_extra
+from nuteprune.judge.run_files import write_extra
 from nuteprune.judge.samples import continuations, prompts, side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
+from nuteprune.run_folder import RUN, SAMPLES
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.data import (
-    BlockDataset,
-    check_positions,
-    held_out_blocks,
-    training_blocks,
-)
 from nuteprune.train.setup import make_allocator, run_targets
 from nuteprune.train.trainer import NutePruneTrainer
 

@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from nuteprune.data import blocks as data
+from nuteprune.data import readers
+from nuteprune.data.blocks import BlockDataset, held_out_blocks, iter_documents, training_blocks
+from nuteprune.data.split import HELD_OUT_SHARE, split_rule
 from nuteprune.errors import UserError
-from nuteprune.train import data, readers
-from nuteprune.train.data import BlockDataset, held_out_blocks, iter_documents, training_blocks
-from nuteprune.train.split import HELD_OUT_SHARE, split_rule
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 WORDS = 2000

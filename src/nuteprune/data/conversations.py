@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from nuteprune.data.blocks import bos_of
+from nuteprune.data.columns import cell_text, chat_turns, render
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
-from nuteprune.train.data import bos_of
-from nuteprune.train.rows import cell_text, chat_turns, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

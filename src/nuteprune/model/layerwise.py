@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
-from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.sharding import gathered, is_sharded
 
 PANEL = 256
@@ -43,7 +42,7 @@ class Flow:
         self,
         anatomy: Anatomy,
         hooks: MaskHooks,
-        masks: Masks | None,
+        masks: MaskSource | None,
         batches: Sequence[Tensor],
     ) -> None:
         self._anatomy, self._hooks, self._masks = anatomy, hooks, masks

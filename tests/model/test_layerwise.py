@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.gates import flow
-from nuteprune.gates.flow import Flow
+from nuteprune.model import layerwise as flow
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.layerwise import Flow
 
 
 def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(

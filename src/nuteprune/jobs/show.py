@@ -10,17 +10,17 @@ from typing import Any, cast
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from nuteprune.cli.job import Job
-from nuteprune.cli.output import Output, duration, megabytes, millions
+from nuteprune.console import Output, duration, megabytes, millions
+from nuteprune.data.blocks import DEMO
+from nuteprune.data.examples import Examples
 from nuteprune.errors import UserError
+from nuteprune.jobs.job import Job
 from nuteprune.judge.report import write_report
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.data import DEMO
-from nuteprune.train.instructions import Examples
 from nuteprune.train.recover import RecoverTrainer
+from nuteprune.train.step_cost import rehearse
 from nuteprune.train.trainer import NutePruneTrainer
-from nuteprune.train.trial import rehearse
 
 
 def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nuteprune.cli.job import JOB_KEYS
-from nuteprune.cli.sources import load_model
 from nuteprune.errors import UserError
-from nuteprune.export.record import FILE_NAME, read_record
+from nuteprune.export.record import read_record
 from nuteprune.files import at_home
+from nuteprune.jobs.job import JOB_KEYS
+from nuteprune.jobs.sources import load_model
+from nuteprune.run_folder import RECORD
 from nuteprune.train.midway import is_midway, load_midway
 
 
@@ -59,7 +60,7 @@ def judged(name: str, base: str | None, dense: str | None, settings: Mapping[str
         return Judged(name, name, None, {})
     out = folder.resolve().parent.parent
     recorded: dict[str, Any] = {}
-    if (out / FILE_NAME).is_file():
+    if (out / RECORD).is_file():
         recorded = read_record(out).get("config", {})
     source = base or recorded.get("model") or dense
     if source is None:

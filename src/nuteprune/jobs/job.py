@@ -15,14 +15,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nuteprune.cli.sources import pick_device
+from nuteprune.data.blocks import DEMO
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.card import FILE_NAME as CARD
-from nuteprune.export.record import FILE_NAME as RECORD
-from nuteprune.files import RUN, SUMS, at_home, hidden, read_sums, remove, writing
-from nuteprune.judge.runfiles import TARGET
+from nuteprune.files import at_home, read_sums, remove, writing
+from nuteprune.jobs.sources import pick_device
+from nuteprune.run_folder import CARD, RECORD, RUN, SUMS, TARGET, hidden
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.data import DEMO
 from nuteprune.train.setup import chosen_settings
 from nuteprune.train.state import last_checkpoint
 

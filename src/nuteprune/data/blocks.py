@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nuteprune.demo import assets
+from nuteprune.data import demo as assets
+from nuteprune.data import readers
+from nuteprune.data.split import split_rule
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
-from nuteprune.train import readers
-from nuteprune.train.split import split_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

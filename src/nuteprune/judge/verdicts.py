@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from nuteprune.cli.output import Output
+from nuteprune.console import Output
 from nuteprune.judge.perplexity import PROTOCOL, mean
 from nuteprune.judge.protocols import HELD_OUT
 from nuteprune.judge.retention import retentions

@@ -1,0 +1,1 @@
+"""What is read: documents, their split, blocks of tokens, conversations."""

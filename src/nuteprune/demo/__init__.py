@@ -1,1 +1,0 @@
-"""The embedded default: a small model and text that need no hub."""

@@ -1,0 +1,1 @@
+"""Whole jobs: what the commands and the Python calls of the package do."""

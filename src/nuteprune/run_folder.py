@@ -1,0 +1,41 @@
+"""Every name in an output folder: of a checkpoint, and of the run beside it.
+
+OUT/
+config.json, model.safetensors, tokenizer files    the pruned checkpoint
+nuteprune.json  README.md  SHA256SUMS              its record, its card, its sums
+sparsity-0.2/, sparsity-0.3/                       checkpoints of several targets, instead
+run/
+settings.json                                    what the run is
+metrics.jsonl                                    a line per step
+checkpoint-N/                                    trainer checkpoints, to resume from
+teachers/                                        snapshots that teach
+samples.json  speed.json  report.html            what the report shows, and the report
+dense/                                           the dense model that `recover` compares with
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RECORD = "nuteprune.json"
+CARD = "README.md"
+SUMS = "SHA256SUMS"
+TARGET = "sparsity-"
+"""How the folders of several targets begin: each is a checkpoint, beside one run."""
+RUN = "run"
+SETTINGS = "settings.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint-"
+STATE = "nuteprune_state.safetensors"
+"""In a trainer checkpoint: what the method adds to what `transformers.Trainer` saves."""
+TRAINER_STATE = "trainer_state.json"
+TEACHERS = "teachers"
+SAMPLES = "samples.json"
+SPEED = "speed.json"
+REPORT = "report.html"
+DENSE = "dense"
+
+
+def hidden(path: Path) -> bool:
+    """Return whether a file or folder is out of sight, such as `.git`."""
+    return path.name.startswith(".")
