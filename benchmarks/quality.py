@@ -43,7 +43,7 @@ NO_LORA = {
 ABLATION: dict[str, dict[str, Any]] = {
     "no distillation": {"teachers": "none", "lm_weight": 1.0},
     "half ramp, numerous teachers": {"ramp_share": 0.5},
-    "half ramp, intact teacher": {"ramp_share": 0.5, "teachers": "intact"},
+    "half ramp, dense teacher": {"ramp_share": 0.5, "teachers": "dense"},
     "half ramp, fixed ranking": {"ramp_share": 0.5, "score_decay": 1.0},
     "hard-concrete, solved": {"gate_type": "hard_concrete"},
     "hard-concrete, Lagrangian": {"gate_type": "hard_concrete", "solved_schedule": False},

@@ -107,7 +107,7 @@ def draw(
     axes.plot(dense["params"] / 1e6, dense["mean"], "k*", markersize=12, label="dense")
     files = [_save(figure, folder / "perplexity-by-params.png")]
 
-    figure, axes = _canvas("seconds from the intact model to the pruned one, judging excluded")
+    figure, axes = _canvas("seconds from the dense model to the pruned one, judging excluded")
     for target in targets:
         line = front([(max(p.seconds, 0.1), p.mean) for p in shown if p.target == target])
         axes.plot(*zip(*line, strict=True), drawstyle="steps-post", **FRONT)

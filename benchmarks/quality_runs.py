@@ -84,7 +84,7 @@ class Cell:
 
 
 DENSE = "dense.json"
-"""File of the intact model's record."""
+"""File of the dense model's record."""
 
 
 class Bench:
@@ -126,13 +126,13 @@ class Bench:
         return held_out_blocks(s.data, self.tokenizer, length=s.length, count=s.eval_blocks)
 
     @cached_property
-    def intact(self) -> Anatomy:
-        """The intact model of the untrained cells."""
+    def anatomy(self) -> Anatomy:
+        """The dense model of the untrained cells."""
         return Anatomy(self._load())
 
     @cached_property
     def _hooks(self) -> MaskHooks:
-        return MaskHooks(self.intact)
+        return MaskHooks(self.anatomy)
 
     def _load(self) -> PreTrainedModel:
         model = load_model(self.setting.model, pick_dtype(self.setting.dtype, self.setting.device))
@@ -165,12 +165,12 @@ class Bench:
     # -- cells
 
     def dense(self) -> dict[str, Any]:
-        """Return the record of the intact model."""
-        return self._kept(DENSE, "the intact model", self._judge_intact)
+        """Return the record of the dense model."""
+        return self._kept(DENSE, "the dense model", self._judge_dense)
 
     @property
     def begun(self) -> bool:
-        """Whether the table has its first record, the intact model's."""
+        """Whether the table has its first record, the dense model's."""
         return (self.folder / DENSE).exists()
 
     def has(self, cell: Cell) -> bool:
@@ -204,22 +204,22 @@ class Bench:
         except (RunFailed, UserError) as error:
             return {**asdict(cell), "refused": str(error)}
 
-    def _judge_intact(self) -> dict[str, Any]:
+    def _judge_dense(self) -> dict[str, Any]:
         started = time.monotonic()
-        found = perplexities(self.intact.model, self.held_out, batch_size=4)
+        found = perplexities(self.anatomy.model, self.held_out, batch_size=4)
         return {
             "perplexity": found,
             "mean": mean(found),
-            "params": self.intact.parameters(),
+            "params": self.anatomy.parameters(),
             "protocol": protocol(self.held_out),
             "seconds_to_judge": round(time.monotonic() - started, 1),
         }
 
     def _score_only(self, cell: Cell) -> dict[str, Any]:
-        """Mask the intact model by one-shot scores, judge it, re-fit it, and judge it again."""
+        """Mask the dense model by one-shot scores, judge it, re-fit it, and judge it again."""
         with tempfile.TemporaryDirectory() as folder:
             config = self._config(cell, folder)
-        allocator = make_allocator(self.intact, config)
+        allocator = make_allocator(self.anatomy, config)
         scores, scoring_seconds = self._score(config, allocator)
         started = time.monotonic()
         shape = allocator.shape(scores, cell.target)
@@ -228,15 +228,15 @@ class Bench:
         plain = self._judge_masked(masks)
         started = time.monotonic()
         with self._weights_put_back():
-            install = install_weight(self.intact)
-            refit_on(self._text(config), config, self.intact, self._hooks, masks, install)
+            install = install_weight(self.anatomy)
+            refit_on(self._text(config), config, self.anatomy, self._hooks, masks, install)
             refit_seconds = time.monotonic() - started
             refitted = self._judge_masked(masks)
         budget = allocator.budget
         removed = budget.before - budget.parameters(shape)
         return {
             "sparsity": removed / budget.before,
-            "params": self.intact.parameters() - removed,
+            "params": self.anatomy.parameters() - removed,
             "perplexity": plain,
             "mean": mean(plain),
             "seconds": round(seconds, 3),
@@ -255,22 +255,22 @@ class Bench:
         if key not in self._scores:
             text = self._text(config)
             started = time.monotonic()
-            scores = score_on(text, config, self.intact, self._hooks, allocator)
+            scores = score_on(text, config, self.anatomy, self._hooks, allocator)
             self._scores[key] = (scores, time.monotonic() - started)
         return self._scores[key]
 
     def _judge_masked(self, masks: Masks) -> dict[str, float]:
         """Judge by masks: the same function as the sliced model's, without cutting anything."""
         with self._hooks.using(masks):
-            return perplexities(self.intact.model, self.held_out, batch_size=4)
+            return perplexities(self.anatomy.model, self.held_out, batch_size=4)
 
     @contextmanager
     def _weights_put_back(self) -> Iterator[None]:
         """Undo what a re-fit has done to output and down projections."""
-        family = self.intact.family
+        family = self.anatomy.family
         last = (family.attention[-1], family.mlp[-1])
-        layers = range(len(self.intact.layers))
-        linears = [x for i in layers for p in last if (x := self.intact.linear(i, p)) is not None]
+        layers = range(len(self.anatomy.layers))
+        linears = [x for i in layers for p in last if (x := self.anatomy.linear(i, p)) is not None]
         weights = [linear.weight.detach().clone() for linear in linears]
         try:
             yield
@@ -281,7 +281,7 @@ class Bench:
 
     def _train(self, cell: Cell) -> dict[str, Any]:
         """Train, finalize and judge."""
-        for name in ("_hooks", "intact"):  # one model in memory
+        for name in ("_hooks", "anatomy"):  # one model in memory
             self.__dict__.pop(name, None)
         with tempfile.TemporaryDirectory() as folder:
             config = self._config(cell, folder)

@@ -228,7 +228,7 @@ def _row(trainer: NutePruneTrainer, backward: Callable[[], Tensor]) -> Row:
 
 
 def nuteprune(cell: Cell) -> Row:
-    """Return a step of ours, taught by the intact model."""
+    """Return a step of ours, taught by the dense model."""
     from nuteprune.train.step_cost import trial_step
 
     base = backbone(cell)
@@ -237,7 +237,7 @@ def nuteprune(cell: Cell) -> Row:
 
 
 def ramp(cell: Cell) -> Row:
-    """Return a step of ours while masks move, taught by the intact model."""
+    """Return a step of ours while masks move, taught by the dense model."""
     from nuteprune.train.step_cost import trial_step
 
     base = backbone(cell)

@@ -126,7 +126,7 @@ def test_an_untrained_cell_is_what_the_trainer_cuts_without_steps(
 ) -> None:
     bench = runs.Bench(setting, tmp_path / "table")
     cell = quality.Cell("wanda", {"method": "wanda"}, 0.3, 0, 5)
-    bench.run(dataclasses.replace(cell, target=0.5))  # leaves the intact model as it was
+    bench.run(dataclasses.replace(cell, target=0.5))  # leaves the dense model as it was
     record = bench.run(cell)
 
     config = NutePruneConfig(

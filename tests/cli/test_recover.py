@@ -137,7 +137,7 @@ def test_instructions_by_epochs(pruned: Path, text: Path, tmp_path: Path, run: R
     assert 270 <= entry["sequences"] <= 300
     assert entry["steps"] == -(-entry["sequences"] // 4) // 10 + 1
     assert "1 rows without an answer left out" in stderr or entry["sequences"] < 300
-    # Judged by other blocks than the pruned model was: nothing of the intact model to set beside.
+    # Judged by other blocks than the pruned model was: nothing of the dense model to set beside.
     assert record["perplexity"]["before"] == {}
     assert run("inspect", out)[0] == 0
 
@@ -167,7 +167,7 @@ def test_the_dense_model_is_tuned_in_the_same_way(
     assert code == 0, stderr
     found = last(stdout)["recover"]
     dense = found["against"]
-    assert "intact, tuned" in stderr
+    assert "dense, tuned" in stderr
     assert "same tuning of both" in stderr
     assert (dense["model"], dense["out"]) == (str(model), str(out / "run" / "dense"))
     assert json.loads((out / "nuteprune.json").read_text())["recover"] == found

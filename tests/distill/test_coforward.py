@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, layer_relative, token_kl
-from nuteprune.distill.teachers import INTACT, Role
+from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.families import GATE_KINDS
@@ -28,7 +28,7 @@ TOKENS = torch.randint(3, 96, (2, 10), generator=RANDOM)
 PADDING = torch.ones_like(TOKENS)
 PADDING[1, 7:] = 0
 CALL: dict[str, Any] = {"input_ids": TOKENS, "attention_mask": PADDING, "use_cache": False}
-each_teacher = pytest.mark.parametrize("snapshot", [False, True], ids=["intact", "snapshot"])
+each_teacher = pytest.mark.parametrize("snapshot", [False, True], ids=["dense", "snapshot"])
 each_student = pytest.mark.parametrize("fixed", [False, True], ids=["learned", "fixed"])
 
 
@@ -113,7 +113,7 @@ def student(tiny_model, name: str, snapshot: bool, fixed: bool = False) -> Stude
     model = adapted(tiny_model(name))
     anatomy = Anatomy(model)
     coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
-    teacher = INTACT
+    teacher = DENSE
     if snapshot:
         random = torch.Generator().manual_seed(5)
         lora = {
@@ -240,7 +240,7 @@ def test_where_queries_and_values_alone_have_lora_fixed_masks_change_no_gradient
         fill(made, seed=1)
         anatomy = Anatomy(made)
         coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
-        x = Student(made, coforward, fixed_masks(anatomy, 17), INTACT)
+        x = Student(made, coforward, fixed_masks(anatomy, 17), DENSE)
         if not narrow:
             learned = {k: v.clone().requires_grad_() for k, v in x.masks.values.items()}
             x.masks = Masks(x.masks.layout, learned)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.distill.teachers import INTACT, Plan, Teachers
+from nuteprune.distill.teachers import DENSE, Plan, Teachers
 from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.shape import LayerShape, Shape
@@ -49,7 +49,7 @@ def test_what_is_recorded_comes_back(tmp_path: Path) -> None:
     assert teachers.newest == 0.03
     for i in (2, 0, 1, 2):
         assert_plays(teachers, i, seed=i)
-    assert teachers.role(-1) is INTACT
+    assert teachers.role(-1) is DENSE
     assert not list((tmp_path / "teachers").glob("*.partial"))
 
 
@@ -148,7 +148,7 @@ def test_a_run_climbs_behind_its_teachers_and_walks_back_to_the_intact_model(
             taken.append(sparsity)
     assert len(taken) == round(target / spacing)
     assert taken == pytest.approx([spacing * (i + 1) for i in range(len(taken))], abs=target / 900)
-    assert set(served[: served.index(0)]) == {-1}  # the intact model until there are enough
+    assert set(served[: served.index(0)]) == {-1}  # the dense model until there are enough
     assert served[served.index(0) :] == sorted(served[served.index(0) :])
 
     last = plan.growing(len(taken))

@@ -65,11 +65,11 @@ def test_a_person_reads_what_changed_and_how_to_load_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"teachers": {"count": 0}}, "structured pruning with distillation from the intact model"),
+        ({"teachers": {"count": 0}}, "structured pruning with distillation from the dense model"),
         ({"teachers": {"count": 7}}, "structured pruning with distillation from numerous teachers"),
         (
-            {"teachers": {"count": 2}, "config": {"teachers": "intact"}},  # two stops on the way
-            "structured pruning with distillation from the intact model",
+            {"teachers": {"count": 2}, "config": {"teachers": "dense"}},  # two stops on the way
+            "structured pruning with distillation from the dense model",
         ),
         ({"config": {"max_steps": 0}}, "structured pruning\n"),
         ({"config": {"teachers": "none", "lm_weight": 1.0}}, "structured pruning\n"),
@@ -106,7 +106,7 @@ def test_a_card_of_little() -> None:
     text = model_card(record, remote_code=False)
     data = ModelCard(text).data
     assert (data.base_model, data.license, data.eval_results) == (None, None, None)
-    assert "the intact model" in text
+    assert "the dense model" in text
     assert "None" not in text
 
 

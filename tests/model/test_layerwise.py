@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.model import layerwise as flow
+from nuteprune.model import layerwise
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.model.layerwise import Flow
+from nuteprune.model.layerwise import Layerwise
 
 
 def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(
     tiny_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow, "PANEL", 7)  # does not divide the 48 neurons
+    monkeypatch.setattr(layerwise, "PANEL", 7)  # does not divide the 48 neurons
     anatomy = Anatomy(tiny_model("llama"))
     random = torch.Generator().manual_seed(0)
     batches = [torch.randint(3, 90, (2, 10), generator=random) for _ in range(3)]
-    text = Flow(anatomy, MaskHooks(anatomy), None, batches)
+    text = Layerwise(anatomy, MaskHooks(anatomy), None, batches)
     down = anatomy.projection(0, anatomy.family.mlp[-1])
     alone = text.covariance(0, down)
     seen: list[Tensor] = []

@@ -87,10 +87,10 @@ def test_refit_lowers_the_distance_to_the_intact_model(tiny_model) -> None:
     batches = list(torch.randint(3, 90, (64, 24), generator=random).split(8))
     unseen = torch.randint(3, 90, (16, 24), generator=random)
     with torch.no_grad():
-        intact = anatomy.model(unseen).logits
+        dense = anatomy.model(unseen).logits
         with hooks.using(masks):
             plain = anatomy.model(unseen).logits
         refit(anatomy, hooks, masks, batches, install_weight(anatomy))
         with hooks.using(masks):
             fitted = anatomy.model(unseen).logits
-    assert (fitted - intact).norm() < (plain - intact).norm()
+    assert (fitted - dense).norm() < (plain - dense).norm()

@@ -267,7 +267,7 @@ def test_a_stop_is_at_its_target_where_masks_freeze_last(
     solved: bool, tiny_model, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    intact = copy.deepcopy(model)
+    dense = copy.deepcopy(model)
     trainer = make(
         model,
         tmp_path / "run",
@@ -279,7 +279,7 @@ def test_a_stop_is_at_its_target_where_masks_freeze_last(
         max_steps=6,
     )
     trainer.train()
-    trainer.finalize_stop(0, intact)
+    trainer.finalize_stop(0, dense)
     record = trainer.save_pruned(tmp_path / "stop")
     assert 0.15 <= record["sparsity"] <= 0.17
     assert all(layer["neurons"] % 4 == 0 for layer in record["layers"])

@@ -42,9 +42,9 @@ SEVERAL: dict[str, Any] = {"target_sparsity": 0.45, "stops": "0.15,0.3", "max_st
         {},
         {"method": "fisher"},
         {"ramp_share": 0.5},
-        {"ramp_share": 0.5, "teachers": "intact"},
+        {"ramp_share": 0.5, "teachers": "dense"},
         {"gate_type": "hard_concrete"},
-        {"gate_type": "hard_concrete", "teachers": "intact"},
+        {"gate_type": "hard_concrete", "teachers": "dense"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "default",
 )
@@ -52,14 +52,14 @@ def test_each_target_gives_the_model_of_its_own_moment(
     settings: dict[str, Any], tiny_model, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    intact = copy.deepcopy(model)
+    dense = copy.deepcopy(model)
     trainer = make(model, tmp_path / "run", **settings, **SEVERAL)
     trainer.add_callback(watch := LogitsAt(trainer, [3, 6, 9]))
     trainer.train()
     made = [trainer.finalize()]
     records = [trainer.save_pruned(tmp_path / "last")]
     for index in (0, 1):
-        made.append(trainer.finalize_stop(index, copy.deepcopy(intact)))
+        made.append(trainer.finalize_stop(index, copy.deepcopy(dense)))
         records.append(trainer.save_pruned(tmp_path / f"stop{index}"))
     for small, logits in zip(made, [watch.seen[2], *watch.seen[:2]], strict=True):
         with torch.no_grad():

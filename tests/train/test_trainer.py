@@ -27,7 +27,7 @@ from .conftest import LENGTH, make, metrics
         {"method": "flap"},
         {"method": "similarity", "neuron_multiple": 48},
         {"shapes": "uniform"},
-        {"compensation": "finalize", "teachers": "intact", "layer_term": "mse"},
+        {"compensation": "finalize", "teachers": "dense", "layer_term": "mse"},
         {"teachers": "none", "lm_weight": 1.0, "compensation": "none"},
     ],
     ids=[
@@ -39,7 +39,7 @@ from .conftest import LENGTH, make, metrics
         "flap",
         "similarity",
         "uniform",
-        "intact-finalize",
+        "dense-finalize",
         "no-teacher",
     ],
 )
@@ -79,7 +79,7 @@ def test_training_lowers_the_loss_that_pruning_caused(tiny_model, tmp_path: Path
         tmp_path,
         max_steps=60,
         per_device_train_batch_size=16,
-        teachers="intact",
+        teachers="dense",
         compensation="none",
         ramp_share=0.1,
         freeze_share=0.1,
@@ -116,7 +116,7 @@ def test_a_small_target_and_a_short_run_have_teachers_too(
     trainer.train()
     taught = {line["teacher"] for line in metrics(tmp_path)}
     assert len(trainer.teachers) >= 3
-    assert len(taught) >= 3  # the intact model and at least two snapshots
+    assert len(taught) >= 3  # the dense model and at least two snapshots
 
 
 def test_the_default_is_the_surgeon_at_once_and_soft_gates_have_a_ramp(

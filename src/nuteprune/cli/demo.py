@@ -120,7 +120,7 @@ def compare(job: Job, result: Result, output: Output) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plain = one_shot(job, result.scores, result.held_out, Path(folder))
         models = {
-            "intact": load_model(DEMO, dtype),
+            "dense": load_model(DEMO, dtype),
             "one-shot": load_pruned(folder, dtype=dtype),
             "NutePrune": load_pruned(out, dtype=dtype),
         }
@@ -130,7 +130,7 @@ def compare(job: Job, result: Result, output: Output) -> None:
         tokenizer = load_tokenizer(DEMO)
         ids_BT = tokenizer(PROMPT, return_tensors="pt").input_ids
         texts = {name: continuations(x, tokenizer, ids_BT)[0] for name, x in models.items()}
-    for name in ("intact", "NutePrune"):
+    for name in ("dense", "NutePrune"):
         output.line(f"{name}: {PROMPT}{texts[name]}")
     output.line()
     keep_for_report(job.out / RUN, rates, texts)
@@ -151,13 +151,13 @@ def keep_for_report(run: Path, rates: Mapping[str, float], texts: Mapping[str, s
     speed = {
         "name": "decode, batch 1",
         "unit": "tokens/s",
-        "dense": rates["intact"],
+        "dense": rates["dense"],
         "pruned": rates["NutePrune"],
         "better": "higher",
     }
     conditions = f"cpu, {torch.get_num_threads()} threads"
     write_extra(run, SPEED, {"conditions": conditions, "rows": [speed]})
-    sample = {"prompt": PROMPT, "dense": texts["intact"], "pruned": texts["NutePrune"]}
+    sample = {"prompt": PROMPT, "dense": texts["dense"], "pruned": texts["NutePrune"]}
     write_extra(run, SAMPLES, [sample, *read_samples(run)])
 
 
@@ -181,7 +181,7 @@ def print_table(
         f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; decoded tokens/s",
         ["", "params", "on disk", *sources, "mean", "tok/s"],
         [
-            row("intact", record["params"]["before"], dense_size, record["perplexity"]["before"]),
+            row("dense", record["params"]["before"], dense_size, record["perplexity"]["before"]),
             written("one-shot", plain),
             written("NutePrune", record),
         ],
@@ -189,6 +189,6 @@ def print_table(
     ratio = mean(record["perplexity"]["after"]) / mean(record["perplexity"]["before"])
     output.line(
         f"{record['total_sparsity']:.1%} of all parameters are gone; perplexity is {ratio:.2f} x "
-        f"that of the intact model; {record['seconds']:.0f} s"
+        f"that of the dense model; {record['seconds']:.0f} s"
     )
     output.line()

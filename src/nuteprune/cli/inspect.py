@@ -49,8 +49,8 @@ def inspect(
     )
     found_before, found_after = perplexities_of(record)
     for name, value in found_after.items():
-        intact = found_before.get(name)
-        change = f"{value:.2f}" if intact is None else f"{intact:.2f} -> {value:.2f}"
+        dense = found_before.get(name)
+        change = f"{value:.2f}" if dense is None else f"{dense:.2f} -> {value:.2f}"
         output.line(f"Perplexity  {name}: {change}")
     output.line(f"Teachers    {record['teachers']['count']}")
     if "recover" in record:
@@ -98,9 +98,9 @@ def parts_of(
 
     Args:
         source: the pruned model.
-        before: dimensions of the intact one.
+        before: dimensions of the dense one.
         tensors: what the files hold, name -> shape.
-        params: the record's counts of the intact model.
+        params: the record's counts of the dense model.
     """
     family, after = source.family, source.shape
     budget = Budget(family, before, source.head_dim, source.biases)

@@ -77,7 +77,7 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or floa
 Bits = Annotated[
     int | None,
     typer.Option(
-        help="8 or 4: hold the intact model's projections in so many bits while training; what "
+        help="8 or 4: hold the dense model's projections in so many bits while training; what "
         "is written is cut from the full weights."
     ),
 ]

@@ -101,11 +101,11 @@ def print_result(result: Mapping[str, Any], output: Output) -> None:
     entry = result["recover"]
     found, dense = entry["perplexity"], entry.get("against")
     record = result.get("perplexity", {}).get("before", {})
-    intact = dense["perplexity"]["before"] if dense else record
-    columns = {"intact": intact} if intact else {}
+    untouched = dense["perplexity"]["before"] if dense else record
+    columns = {"dense": untouched} if untouched else {}
     columns |= {"before": found["before"], "after": found["after"]}
     if dense:
-        columns["intact, tuned"] = dense["perplexity"]["after"]
+        columns["dense, tuned"] = dense["perplexity"]["after"]
     rows = [
         [source, *(f"{column[source]:.2f}" for column in columns.values())]
         for source in found["after"]

@@ -40,7 +40,7 @@ class Passage:
     layers: int = 0
     student_BTD: Tensor | None = None
     teacher_BTD: Tensor | None = None
-    _flow_BTD: Tensor | None = field(default=None, repr=False)
+    _running_BTD: Tensor | None = field(default=None, repr=False)
 
 
 class CoForward:
@@ -110,7 +110,7 @@ class CoForward:
         if teacher is not None:
             theirs = self._source("teacher", teacher.masks)
             first = self.anatomy.layers[0]
-            handles.append(first.register_forward_pre_hook(_take_flow(passage), prepend=True))
+            handles.append(first.register_forward_pre_hook(_take_entry(passage), prepend=True))
             for i, layer in enumerate(self.anatomy.layers):
                 handles.append(self._on_layer(passage, layer, i, teacher, theirs, weight_BT))
         # The student's masks stay in use afterwards: under activation checkpointing, the backward
@@ -142,20 +142,20 @@ class CoForward:
         weight_BT: Tensor,
     ) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            flow_BTD = passage._flow_BTD
-            assert flow_BTD is not None
+            theirs_BTD = passage._running_BTD
+            assert theirs_BTD is not None
             if index == 0 and masks is not None:
-                flow_BTD = scale(flow_BTD, masks.hidden)
+                theirs_BTD = scale(theirs_BTD, masks.hidden)
             with (
                 torch.no_grad(),
                 self.hooks.using(masks),
                 self.bank.using(index, teacher.lora),
             ):
                 # `forward`, not a call: the layer's own hooks must not run for the teacher.
-                flow_BTD = _hidden(layer.forward(flow_BTD, *args[1:], **kwargs))
-            passage._flow_BTD = flow_BTD
+                theirs_BTD = _hidden(layer.forward(theirs_BTD, *args[1:], **kwargs))
+            passage._running_BTD = theirs_BTD
             if self.layer_term is not None:
-                term = self.layer_term(_hidden(output), flow_BTD, weight_BT)
+                term = self.layer_term(_hidden(output), theirs_BTD, weight_BT)
                 passage.layers += 1
                 passage.layer_loss = (
                     term if passage.layer_loss is None else passage.layer_loss + term
@@ -169,15 +169,15 @@ class CoForward:
             passage.student_BTD = output
             if teacher is not None:
                 with torch.no_grad():
-                    passage.teacher_BTD = module.forward(passage._flow_BTD)
-                passage._flow_BTD = None
+                    passage.teacher_BTD = module.forward(passage._running_BTD)
+                passage._running_BTD = None
 
         return self.anatomy.final_norm.register_forward_hook(hook)
 
 
-def _take_flow(passage: Passage) -> Any:
+def _take_entry(passage: Passage) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        passage._flow_BTD = args[0].detach()
+        passage._running_BTD = args[0].detach()
 
     return hook
 

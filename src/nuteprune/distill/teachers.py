@@ -1,7 +1,7 @@
 """The numerous teachers: snapshots of masks and LoRA at growing sparsity, kept on disk.
 
 While sparsity grows, the student learns from a teacher some steps of sparsity behind it; once the
-target is reached, it walks back through them to the intact model, in equal shares of the way back
+target is reached, it walks back through them to the dense model, in equal shares of the way back
 (`gates.schedule.Stage.rested`). Source: the paper's progressive distillation.
 """
 
@@ -32,7 +32,7 @@ class Role:
     lora: Mapping[str, Tensor] | None = None
 
 
-INTACT = Role()
+DENSE = Role()
 LORA = "lora"
 """The tensor of a snapshot that holds all LoRA weights; the others are masks, by kind."""
 
@@ -44,7 +44,7 @@ class Plan:
     Args:
         spacing: a snapshot is taken at every further `spacing` of sparsity.
         lag: while sparsity grows, the teacher is this many snapshots behind the newest.
-        kind: `numerous` (as said), `intact` (the intact model alone) or `none`.
+        kind: `numerous` (as said), `dense` (the dense model alone) or `none`.
     """
 
     spacing: float
@@ -72,7 +72,7 @@ class Plan:
         return self.kind == "numerous" and sparsity >= newest + self.spacing - 1e-9
 
     def teacher(self, stage: Stage, step: int, count: int) -> int:
-        """Return the index of a step's teacher, -1 for the intact model.
+        """Return the index of a step's teacher, -1 for the dense model.
 
         Args:
             stage: of the schedule, that the step is in.
@@ -85,18 +85,18 @@ class Plan:
         return self.returning(count, stage.rested(step)) if resting else self.growing(count)
 
     def growing(self, count: int) -> int:
-        """Return the index of the teacher while sparsity grows, -1 for the intact model."""
+        """Return the index of the teacher while sparsity grows, -1 for the dense model."""
         return max(-1, count - 1 - self.lag)
 
     def returning(self, count: int, progress: float) -> int:
-        """Return the index of the teacher after the target is reached, -1 for the intact model.
+        """Return the index of the teacher after the target is reached, -1 for the dense model.
 
         Where fewer snapshots were taken than planned (steps of sparsity can be coarse), the newest
         half of them is too close to the student, not more.
 
         Args:
             count: teachers there are.
-            progress: share of the way back that is over; 1 and more: the intact model's turn.
+            progress: share of the way back that is over; 1 and more: the dense model's turn.
         """
         useful = count - min(self.lag, max(1, count // 2)) if count else 0
         return max(-1, useful - 1 - int(progress * (useful + 1)))
@@ -125,7 +125,7 @@ class Teachers:
 
     @property
     def newest(self) -> float:
-        """Sparsity of the newest teacher, 0 (the intact model's) if there is none."""
+        """Sparsity of the newest teacher, 0 (the dense model's) if there is none."""
         return self.sparsities[-1] if self.sparsities else 0.0
 
     def _path(self, index: int) -> Path:
@@ -179,7 +179,7 @@ class Teachers:
         self._loaded = None
 
     def role(self, index: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Role:
-        """Return a teacher, -1 being the intact model.
+        """Return a teacher, -1 being the dense model.
 
         Args:
             index: which of the snapshots.
@@ -188,7 +188,7 @@ class Teachers:
                 what they are stored in, memory.
         """
         if index < 0:
-            return INTACT
+            return DENSE
         if not self.keep:
             return self._read(index, device, dtype)
         wanted = index, device, dtype

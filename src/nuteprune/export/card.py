@@ -73,7 +73,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         remote_code: whether the checkpoint brings its modeling file.
     """
     record = _since_intact(record)
-    base_model = _public(record.get("base_model") or "the intact model")
+    base_model = _public(record.get("base_model") or "the dense model")
     licence = record.get("license_name") or record.get("license")
     if link := record.get("license_link"):
         licence = f"{licence} ({link})"
@@ -104,7 +104,7 @@ def _again(record: Mapping[str, Any]) -> str:
 
 
 def _since_intact(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record of a model pruned several times with the counts of the intact model."""
+    """Return the record of a model pruned several times with the counts of the dense model."""
     if not (history := record.get("history")):
         return dict(record)
     first, params = history[0], {**record["params"]}
@@ -126,7 +126,7 @@ def _taught(record: Mapping[str, Any]) -> str:
         return ""
     asked = config.get("teachers", "numerous") == "numerous"  # stops are kept as teachers too
     numerous = asked and record.get("teachers", {}).get("count")
-    return f" with distillation from {'numerous teachers' if numerous else 'the intact model'}"
+    return f" with distillation from {'numerous teachers' if numerous else 'the dense model'}"
 
 
 def with_plots(card: str, plots: Mapping[str, str]) -> str:

@@ -38,7 +38,7 @@ PARTIAL = ".partial"
 
 
 def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
-    """Cut an intact or re-fitted model down to what masks keep.
+    """Cut a dense or re-fitted model down to what masks keep.
 
     Args:
         anatomy: a model without adapters; it is used up.

@@ -49,7 +49,7 @@ def make_record(
     Args:
         target: sparsity asked for.
         params: `before`, `after` (all, tied once), `blocks_before`, `blocks_after`, counted.
-        before: dimensions of the intact model.
+        before: dimensions of the dense model.
         after: dimensions of the pruned one.
         **rest: further keys: shapes, teachers, perplexity, seconds, seed, config and so on.
     """
@@ -97,7 +97,7 @@ def write_pruned(
         folder: where to; see `checkpoint.save`.
         model: the pruned model, in the dtype that it is to be stored in.
         tokenizer: its tokenizer, if it has one.
-        params: `before` and `blocks_before`, counted on the intact model.
+        params: `before` and `blocks_before`, counted on the dense model.
         **record: what else `make_record` takes; `base_model` among it. Its `license` is read
             from the base model's card where it is not given; None where that is unknown.
 

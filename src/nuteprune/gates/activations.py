@@ -1,4 +1,4 @@
-"""What passes through an intact model: moments of projections' inputs, the residual stream.
+"""What passes through a dense model: moments of projections' inputs, the residual stream.
 
 Shape suffixes: B batch, T tokens, D hidden width, M = B x T, I inputs of a projection.
 """

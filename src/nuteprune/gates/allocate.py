@@ -107,7 +107,7 @@ class Allocator:
             i = np.lexsort((loss, excess))[0]
             if best is None or (excess[i], loss[i]) < best:
                 best = (float(excess[i]), float(loss[i]))
-                shape = self._assemble(width, attention.kept(int(a[i])), mlp.kept(int(m[i])))
+                shape = self._assemble(width, attention.counts(int(a[i])), mlp.counts(int(m[i])))
         if best is None:
             most = math.floor(1000 * (1 - least / self.budget.before)) / 10  # it can be reached
             raise UserError(

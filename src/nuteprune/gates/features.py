@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.model.families import Family, Projection
-from nuteprune.model.narrow import Kept
+from nuteprune.model.narrow import Selection
 from nuteprune.model.shape import LayerShape, axis_sizes
 
 
@@ -77,7 +77,7 @@ def kept_rows(
 
 @dataclass(frozen=True)
 class _Layer:
-    projections: dict[str, Kept]
+    projections: dict[str, Selection]
     attention_input: Tensor | None
     mlp_input: Tensor | None
 
@@ -120,7 +120,7 @@ class NarrowMasks:
         """Return multipliers of what the down projection still reads."""
         return self._layer(layer).mlp_input
 
-    def kept(self, layer: int, projection: Projection) -> Kept:
+    def selection(self, layer: int, projection: Projection) -> Selection:
         """Return which rows and columns of a projection are computed."""
         return self._layer(layer).projections[projection.path]
 

@@ -38,7 +38,7 @@ class Frontier:
     picks: list[NDArray[np.int64]]
     options: Sequence[Sequence[Option]]
 
-    def kept(self, steps: int) -> list[tuple[int, ...]]:
+    def counts(self, steps: int) -> list[tuple[int, ...]]:
         """Return the counts that each layer keeps when `steps` are given up."""
         kept: list[tuple[int, ...]] = []
         for options, pick in zip(reversed(self.options), reversed(self.picks), strict=True):

@@ -128,7 +128,7 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
 
     There the first token of a sequence, which sees nothing but itself, is told from all others and
     becomes the attention sink: a hidden state hundreds of times as large as the rest. Without it
-    the whole sequence is lost. It is a switch, so gradients in an intact model say nothing of it,
+    the whole sequence is lost. It is a switch, so gradients in a dense model say nothing of it,
     and which first tokens a cut group takes it from, a few blocks of text do not show.
     Source: attention sinks, Xiao et al. 2023 (arXiv 2309.17453); massive activations, Sun et al.
     2024 (arXiv 2402.17762); measured in docs/quality.md.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.model.families import Projection
-from nuteprune.model.narrow import Kept
+from nuteprune.model.narrow import Selection
 from nuteprune.model.shape import Shape
 
 
@@ -86,7 +86,7 @@ class Masks:
         """Return multipliers (..., F) of the down projection's input."""
         return self.part("neurons", layer)
 
-    def kept(self, layer: int, projection: Projection) -> Kept:
+    def selection(self, layer: int, projection: Projection) -> Selection:
         """Return which rows and columns of a projection are computed: all; see `NarrowMasks`."""
         return None, None
 

@@ -28,7 +28,7 @@ class Probe:
     """What a model is scored with.
 
     Args:
-        anatomy: the intact model; its parameters are frozen, or their gradients are not wanted.
+        anatomy: the dense model; its parameters are frozen, or their gradients are not wanted.
         hooks: where masks multiply in it.
         budget: its parameter count.
         kinds: which kinds of gates to score.

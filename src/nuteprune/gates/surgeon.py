@@ -8,14 +8,14 @@ Cutting the columns u out of W and moving the others so that the loss rises leas
 
 The first factor is the second moment of the gradients of X_u themselves; the second is what of X_u
 cannot be told from the other inputs. The loss is the cross entropy of tokens that the model itself
-draws: its curvature is that of the KL divergence from the intact model, which distillation
+draws: its curvature is that of the KL divergence from the dense model, which distillation
 minimises. Gradients need little text; C, which must tell rare inputs from explained ones, needs
 more, and no gradients.
 
 Source: optimal brain surgeon (Hassibi and Stork 1993) with the curvature of K-FAC (Martens and
 Grosse 2015, arXiv 1503.05671), for structures of language models: LLM Surgeon (van der Ouderaa et
 al. 2024, arXiv 2312.17244). The move is the closed-form re-fit of `shrink.compensate`; the
-curvature here is that of the intact model.
+curvature here is that of the dense model.
 
 Shape suffixes: B batch, T tokens, M = B x T, I inputs of a projection, U units of a kind in a
 layer, W inputs of a unit.
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
-from nuteprune.model.layerwise import Flow
+from nuteprune.model.layerwise import Layerwise
 
 DAMPING = 1e-2
 """What is added to C, as a share of its mean diagonal; the re-fit's ridge is as large."""
@@ -46,7 +46,7 @@ Key = tuple[str, int]
 def surgeon_scores(probe: Probe) -> Scores:
     """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence."""
     slopes = _input_slopes(probe)
-    flow = Flow(probe.anatomy, probe.hooks, None, probe.plain_batches)
+    text = Layerwise(probe.anatomy, probe.hooks, None, probe.plain_batches)
     tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
     found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
     for layer in range(len(probe.anatomy.layers)):
@@ -55,7 +55,7 @@ def surgeon_scores(probe: Probe) -> Scores:
         watched = {block: module for block, module in readers.items() if module is not None}
         inverses = {
             block: damped_inverse(covariance_II / tokens)
-            for block, covariance_II in flow.advance(layer, watched).items()
+            for block, covariance_II in text.advance(layer, watched).items()
         }
         for kind in kinds:
             found[kind].append(removal_costs(slopes[kind, layer], inverses[INPUTS[kind]]))

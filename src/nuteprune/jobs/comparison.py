@@ -118,7 +118,7 @@ def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
 
 
 def judged_again(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record's perplexities: the intact model's stay where the text is the same."""
+    """Return the record's perplexities: the dense model's stay where the text is the same."""
     found, protocol = entry["perplexity"], record.get("perplexity", {}).get("protocol")
     before, after = perplexities_of(record)
     same = protocol == found["protocol"] and set(after) == set(found["after"])

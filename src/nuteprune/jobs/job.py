@@ -39,7 +39,7 @@ class Job:
         eval_blocks: held-out blocks per source.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16`, ...: what the run computes in.
-        bits: 8 or 4: hold the intact model's projections in so many bits; None: in `dtype`.
+        bits: 8 or 4: hold the dense model's projections in so many bits; None: in `dtype`.
         settings: overrides of `NutePruneConfig`.
         dry_run: say what would be done, and write nothing.
         resume: go on from the last checkpoint in `out`.

@@ -36,7 +36,7 @@ class StepProgress(TrainerCallback):
         self.bars.update("pruning", state.global_step, state.max_steps, note)
 
     def _teacher(self, index: int) -> str:
-        return "intact" if index < 0 else f"{self.trainer.teachers.sparsities[index]:.1%}"
+        return "dense" if index < 0 else f"{self.trainer.teachers.sparsities[index]:.1%}"
 
 
 class RecoveryProgress(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The main job: an intact checkpoint in, a smaller checkpoint out. Shared by `prune` and `demo`."""
+"""The main job: a dense checkpoint in, a smaller checkpoint out. Shared by `prune` and `demo`."""
 
 from __future__ import annotations
 
@@ -187,12 +187,12 @@ def _prune(
     prompts_BT, provenance = prompts(held_out), origin(job.model) if is_main() else {}
     tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
 
-    def judge_intact(model: PreTrainedModel) -> None:
-        before.update(measure("the intact model", model))
+    def judge_dense(model: PreTrainedModel) -> None:
+        before.update(measure("the dense model", model))
         dense_texts.extend(continuations(model, tokenizer, prompts_BT))
 
     if is_main() and not apart:
-        judge_intact(trainer.anatomy.model)
+        judge_dense(trainer.anatomy.model)
     if is_main() and not job.resume:
         remember(job, trainer)
     if trainer.args.max_steps > 0:
@@ -201,7 +201,7 @@ def _prune(
     if not is_main():
         return {}
     if apart:  # nobody waits for it any more
-        judge_intact(_whole(job))
+        judge_dense(_whole(job))
     if job.resume:
         clear_result(job.out, job.overwrite)
     records = {}
@@ -258,7 +258,7 @@ def one_shot(
 
 
 def _whole(job: Job) -> PreTrainedModel:
-    """Load the intact model once more, its weights whole, to the CPU."""
+    """Load the dense model once more, its weights whole, to the CPU."""
     return load_model(job.model, pick_dtype(job.dtype, job.device))
 
 

@@ -46,7 +46,7 @@ def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
     held = f" (projections held in {job.bits} bits)" if job.bits else ""
     # A ramp of one step leaves no snapshot that is less pruned than the student.
     ramps = any(trainer.schedule.stage(x).ramp_steps > 1 for x in stage_starts(trainer))
-    teachers = "intact" if args.teachers == "numerous" and not ramps else args.teachers
+    teachers = "dense" if args.teachers == "numerous" and not ramps else args.teachers
     output.line(
         f"Run     {args.max_steps} steps of {sequences} x {job.length} tokens on "
         f"{args.device}, {str(model.dtype).removeprefix('torch.')}{held}; masks freeze at step "
@@ -170,7 +170,7 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
             for name in ppl["before"]
         ),
     ]
-    output.table("Held-out text, before and after", ["", "intact", "pruned"], rows)
+    output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
     output.line(
         f"Sparsity {record['sparsity']:.3%} (target {record['target']:.1%}); "
         f"{record['total_sparsity']:.2%} of all parameters are gone; "

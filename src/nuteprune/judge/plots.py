@@ -54,7 +54,7 @@ def sparsity_plot(metrics: Sequence[Mapping[str, Any]], teachers: Sequence[float
 
     Args:
         metrics: lines of metrics.jsonl.
-        teachers: sparsity of each teacher by index, the intact model (-1) having 0; None if the
+        teachers: sparsity of each teacher by index, the dense model (-1) having 0; None if the
             student had no teacher at all.
     """
     step = column(metrics, "step")
@@ -215,7 +215,7 @@ def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> 
 
 def _by_index(teachers: Sequence[float], index: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the sparsity of the teacher at each step, nan where it is not known."""
-    known = np.array([*teachers, 0.0])  # the last is found at index -1, the intact model's
+    known = np.array([*teachers, 0.0])  # the last is found at index -1, the dense model's
     usable = np.isfinite(index) & (index >= -1) & (index < len(teachers))
     return np.where(usable, known[np.where(usable, index, -1).astype(int)], np.nan)
 

@@ -129,7 +129,7 @@ def write_extra(run: Path, name: str, content: Any) -> None:
 def teacher_sparsities(files: RunFiles) -> list[float] | None:
     """Return the sparsity of each teacher, from the record, else from the steps that made them.
 
-    None if the student learned from no teacher at all, not even the intact model.
+    None if the student learned from no teacher at all, not even the dense model.
     """
     if not any("token_kl" in line for line in files.metrics):
         return None

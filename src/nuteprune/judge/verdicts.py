@@ -13,7 +13,7 @@ from nuteprune.judge.retention import retentions
 from nuteprune.judge.tasks import Score, Tasks
 from nuteprune.judge.texts import Blocks
 
-Kept = dict[str, float | None]
+Retention = dict[str, float | None]
 LABELS = ("model", "dense")
 """What tables call MODEL and the one after --against."""
 
@@ -36,7 +36,7 @@ class Verdicts:
     perplexity: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)
     midway: dict[str, float] = dataclasses.field(default_factory=dict)
-    retention: dict[str, Kept] = dataclasses.field(default_factory=dict)
+    retention: dict[str, Retention] = dataclasses.field(default_factory=dict)
 
     def compare(self, model: str, dense: str) -> None:
         """Add what the model retains of the dense one."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
-from nuteprune.model.narrow import Kept, Narrow
+from nuteprune.model.narrow import Narrow, Selection
 
 
 class MaskSource(Protocol):
@@ -38,7 +38,7 @@ class MaskSource(Protocol):
     def part(self, kind: str, layer: int) -> Tensor | None:
         """Return a layer's multipliers of a kind."""
 
-    def kept(self, layer: int, projection: Projection) -> Kept:
+    def selection(self, layer: int, projection: Projection) -> Selection:
         """Return which rows and columns of a projection are computed, what masks read follows."""
 
 
@@ -101,17 +101,17 @@ class MaskHooks:
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
         """Let a projection, and LoRA's two beside it, leave out what the masks in use say."""
 
-        def kept() -> Kept:
-            return (None, None) if self.masks is None else self.masks.kept(layer, projection)
+        def selected() -> Selection:
+            return (None, None) if self.masks is None else self.masks.selection(layer, projection)
 
         if isinstance(module, LoraLayer):
             for reads in module.lora_A.values():
-                self._handles.append(Narrow(reads, lambda: (None, kept()[1])))
+                self._handles.append(Narrow(reads, lambda: (None, selected()[1])))
             for writes in module.lora_B.values():
-                self._handles.append(Narrow(writes, lambda: (kept()[0], None)))
+                self._handles.append(Narrow(writes, lambda: (selected()[0], None)))
             module = module.get_base_layer()
         if module is not None:
-            self._handles.append(Narrow(cast(nn.Linear, module), kept))
+            self._handles.append(Narrow(cast(nn.Linear, module), selected))
 
     @contextmanager
     def using(self, masks: MaskSource | None) -> Iterator[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class _Stop(Exception):
     """Ends a forward pass where nothing that follows is wanted."""
 
 
-class Flow:
+class Layerwise:
     """Hidden states of some text in front of a decoder layer, at first the first one.
 
     Args:
@@ -46,7 +46,7 @@ class Flow:
         batches: Sequence[Tensor],
     ) -> None:
         self._anatomy, self._hooks, self._masks = anatomy, hooks, masks
-        self._flows_BTD: list[Tensor] = []
+        self._batches_BTD: list[Tensor] = []
         # What else a layer is called with, by batch size: masks and rotary tables differ by layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         device = next(anatomy.model.parameters()).device
@@ -69,7 +69,7 @@ class Flow:
         return found
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        self._flows_BTD.append(args[0])
+        self._batches_BTD.append(args[0])
         if not is_sharded(layer):  # else what was gathered would not be let go
             raise _Stop
 
@@ -92,8 +92,8 @@ class Flow:
         # Before the masks' own hook, so that inputs are seen unmasked.
         layers = self._anatomy.layers
         with gathered(layers[layer]), _hooked([module], hook, prepend=True):
-            for flow_BTD in self._flows_BTD:
-                self._until_stopped(self._run, layer, flow_BTD)
+            for hidden_BTD in self._batches_BTD:
+                self._until_stopped(self._run, layer, hidden_BTD)
         return products.whole()
 
     @torch.no_grad()
@@ -119,14 +119,13 @@ class Flow:
             for name, module in (watched or {}).items():
                 stack.enter_context(_hooked([module], hook(name), prepend=True))
             stack.enter_context(self._hooks.using(self._masks))
-            self._flows_BTD = [self._run(layer, flow_BTD) for flow_BTD in self._flows_BTD]
+            self._batches_BTD = [self._run(layer, hidden_BTD) for hidden_BTD in self._batches_BTD]
         return {name: product.whole() for name, product in products.items()}
 
-    def _run(self, layer: int, flow_BTD: Tensor) -> Tensor:
-        kwargs = self._kwargs[len(flow_BTD)][layer]
-        output: Any = self._anatomy.layers[layer].forward(flow_BTD, **kwargs)
-        hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden_BTD
+    def _run(self, layer: int, hidden_BTD: Tensor) -> Tensor:
+        kwargs = self._kwargs[len(hidden_BTD)][layer]
+        output: Any = self._anatomy.layers[layer].forward(hidden_BTD, **kwargs)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 class _Products:

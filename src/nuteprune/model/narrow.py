@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Kept = tuple[Tensor | None, Tensor | None]
+Selection = tuple[Tensor | None, Tensor | None]
 """Indices of the rows and of the columns of a projection that are computed, None for all."""
 
 
@@ -29,24 +29,26 @@ def cut(weight_OI: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tenso
     return weight_OI
 
 
-def narrow_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kept: Kept) -> Tensor:
+def narrow_linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, selected: Selection
+) -> Tensor:
     """Return `x @ cut(weight).T + cut(bias)`; of a frozen weight, nothing cut stays in memory.
 
     Args:
-        x: (..., kept columns).
+        x: (..., selected columns).
         weight_OI: the whole weight.
         bias_O: the whole bias, frozen.
-        kept: rows to compute, and columns that `x` has.
+        selected: rows to compute, and columns that `x` has.
 
     Returns:
-        (..., kept rows).
+        (..., selected rows).
     """
-    rows, _ = kept
+    rows, _ = selected
     if bias_O is not None and rows is not None:
         bias_O = bias_O.index_select(0, rows)
     if weight_OI.requires_grad:
-        return F.linear(x, cut(weight_OI, *kept), bias_O)
-    return cast(Tensor, _FrozenNarrow.apply(x, weight_OI, bias_O, kept))
+        return F.linear(x, cut(weight_OI, *selected), bias_O)
+    return cast(Tensor, _FrozenNarrow.apply(x, weight_OI, bias_O, selected))
 
 
 class _FrozenNarrow(torch.autograd.Function):
@@ -54,10 +56,10 @@ class _FrozenNarrow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kept: Kept
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, selected: Selection
     ) -> Tensor:
-        ctx.save_for_backward(weight_OI, *kept)
-        return F.linear(x, cut(weight_OI, *kept), bias_O)  # which autocast sees
+        ctx.save_for_backward(weight_OI, *selected)
+        return F.linear(x, cut(weight_OI, *selected), bias_O)  # which autocast sees
 
     @staticmethod
     @once_differentiable
@@ -66,23 +68,23 @@ class _FrozenNarrow(torch.autograd.Function):
 
 
 class Narrow:
-    """Lets a linear module compute with the rows and columns that are kept at the time of a call.
+    """Lets a linear module compute with the rows and columns selected at the time of a call.
 
     Args:
         module: its `forward` is replaced; its weight and state stay as they are.
-        kept: asked at each call.
+        selected: asked at each call.
     """
 
-    def __init__(self, module: nn.Linear, kept: Callable[[], Kept]) -> None:
-        self._module, self._kept, self._whole = module, kept, module.forward
+    def __init__(self, module: nn.Linear, selected: Callable[[], Selection]) -> None:
+        self._module, self._selected, self._whole = module, selected, module.forward
         module.forward = self  # type: ignore[assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute (..., O) from (..., I), of both what is kept."""
-        kept = self._kept()
-        if all(part is None for part in kept):
+        """Compute (..., O) from (..., I), of both what is selected."""
+        selected = self._selected()
+        if all(part is None for part in selected):
             return self._whole(x)
-        return narrow_linear(x, self._module.weight, self._module.bias, kept)
+        return narrow_linear(x, self._module.weight, self._module.bias, selected)
 
     def remove(self) -> None:
         """Give the module back what it had: its class's own, or what was there before."""

@@ -23,7 +23,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.model.layerwise import Flow
+from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.packed import weight_of
 
@@ -70,7 +70,7 @@ def refit(
         install: puts each fit into the model at once.
         progress: called after each layer.
     """
-    flow = Flow(anatomy, hooks, masks, batches)
+    text = Layerwise(anatomy, hooks, masks, batches)
     for i in range(len(anatomy.layers)):
         for projection, mask in (
             (anatomy.family.attention[-1], masks.attention_input(i)),
@@ -79,14 +79,14 @@ def refit(
             module = anatomy.projection(i, projection)
             if module is None or mask is None or bool((mask > 0).all()):
                 continue
-            covariance_II = flow.covariance(i, module)
+            covariance_II = text.covariance(i, module)
             weight_OI = _effective_weight(module)
             mask_I = mask.to(weight_OI)
             # LoRA may have made up for some of what is gone: asked for is what the base gave.
             target_OI = weight_of(_base(module)).float()
             fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI)
             install(i, projection, Fit(fitted_OI, covariance_II * mask_I * mask_I[:, None]))
-        flow.advance(i)
+        text.advance(i)
         progress()
 
 

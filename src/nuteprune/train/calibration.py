@@ -37,7 +37,7 @@ def score_on(
     allocator: Allocator,
     progress: Progress = silent,
 ) -> Scores:
-    """Score the units of an intact model by the settings' one-shot scoring.
+    """Score the units of a dense model by the settings' one-shot scoring.
 
     Raises:
         RunFailed: if scores are not finite.

@@ -28,7 +28,7 @@ ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """How `accelerate launch` asks for it, whatever the settings say."""
 SHAPES = ("free", "uniform")
-TEACHERS = ("numerous", "intact", "none")
+TEACHERS = ("numerous", "dense", "none")
 LORA_TARGETS = ("all", "qv")
 COMPENSATION = ("none", "start", "finalize")
 CHOICES: dict[str, Sequence[str]] = {

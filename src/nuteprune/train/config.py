@@ -68,7 +68,7 @@ class NutePruneConfig(TrainingArguments):
     Parameters that control distillation:
 
     Args:
-        teachers: `numerous` (snapshots on the way), `intact` (the dense model alone), `none`.
+        teachers: `numerous` (snapshots on the way), `dense` (the dense model alone), `none`.
         token_weight: weight of the token-level KL divergence.
         layer_weight: weight of the mean (`mse`: sum) of the layers' terms.
         layer_term: `relative` (per token, relative to the teacher's norm) or `mse` (the paper's).
@@ -89,7 +89,7 @@ class NutePruneConfig(TrainingArguments):
     Parameters of the run:
 
     Args:
-        sharded: share the intact model's weights out over the run's processes (FSDP2); gates and
+        sharded: share the dense model's weights out over the run's processes (FSDP2); gates and
             LoRA stay whole in each.
         max_bad_steps: stop after so many steps in a row whose loss or gradients are not finite.
     """
@@ -122,7 +122,7 @@ class NutePruneConfig(TrainingArguments):
     score_decay: float = field(default=0.99, metadata={"help": "Weight of past scores."})
     gate_learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of log-alpha."})
 
-    teachers: str = field(default="numerous", metadata={"help": "numerous, intact or none."})
+    teachers: str = field(default="numerous", metadata={"help": "numerous, dense or none."})
     token_weight: float = field(default=1.0, metadata={"help": "Weight of the token KL."})
     layer_weight: float = field(default=1.0, metadata={"help": "Weight of the layer terms."})
     layer_term: str = field(default="relative", metadata={"help": "relative or mse."})

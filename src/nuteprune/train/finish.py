@@ -32,7 +32,7 @@ class Finished:
     Args:
         model: its weights rounded as they will be stored.
         shape: its dimensions.
-        masks: what was kept of the intact model, on the CPU.
+        masks: what was kept of the dense model, on the CPU.
         target: the sparsity that was asked for.
     """
 
@@ -43,11 +43,11 @@ class Finished:
 
 
 def with_lora(
-    intact: PreTrainedModel, lora: Mapping[str, Tensor], args: NutePruneConfig
+    dense: PreTrainedModel, lora: Mapping[str, Tensor], args: NutePruneConfig
 ) -> PeftModel:
-    """Wrap an intact model like a run's own, with LoRA weights of the run."""
-    config = lora_config(Anatomy(intact), args)
-    peft_model = get_peft_model(intact.requires_grad_(False), config)
+    """Wrap a dense model like a run's own, with LoRA weights of the run."""
+    config = lora_config(Anatomy(dense), args)
+    peft_model = get_peft_model(dense.requires_grad_(False), config)
     restore(LoraBank(Anatomy(peft_model)).state(), dict(lora), "LoRA weights")
     return cast(PeftModel, peft_model)
 
@@ -64,7 +64,7 @@ def finish(
     """Merge, re-fit where that is asked for at the end, fold and slice.
 
     Args:
-        model: an intact model with LoRA, in full precision; it is used up.
+        model: a dense model with LoRA, in full precision; it is used up.
         masks: final ones.
         target: the sparsity that they are for.
         args: the run's settings.

@@ -63,9 +63,9 @@ def load_midway(
         settings = {k: v for k, v in settings.items() if not k.startswith("lora_")}
         known |= {"lora_alpha": rank}
     args = NutePruneConfig(**{**settings, **known})
-    intact = Anatomy(model)
-    allocator = make_allocator(intact, args) if kinds else None
-    anatomy = Anatomy(get_peft_model(model, lora_config(intact, args)))
+    dense = Anatomy(model)
+    allocator = make_allocator(dense, args) if kinds else None
+    anatomy = Anatomy(get_peft_model(model, lora_config(dense, args)))
     _take(LoraBank(anatomy).state(), state.lora, folder, "LoRA weights")
     if allocator is None:
         return anatomy.model.eval(), None
@@ -99,6 +99,6 @@ def _scheduled(folder: Path) -> float:
         return float([line["target"] for line in log if "target" in line][-1])
     except (OSError, ValueError, LookupError) as error:
         raise UserError(
-            f"{folder}: cannot tell how far its masks were ({TRAINER_STATE} has no target in its log); "
-            "pass a later checkpoint"
+            f"{folder}: cannot tell how far its masks were ({TRAINER_STATE} has no target in "
+            "its log); pass a later checkpoint"
         ) from error

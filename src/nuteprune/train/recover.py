@@ -65,7 +65,7 @@ class RecoverConfig(TrainingArguments):
 
 
 class RecoverTrainer(AtomicTrainer):
-    """Trains LoRA on all projections of a pruned (or intact) model on the language-model loss.
+    """Trains LoRA on all projections of a pruned (or dense) model on the language-model loss.
 
     Args:
         model: a causal LM of a supported family; it is wrapped with LoRA, and `merge` uses it up.
@@ -90,14 +90,14 @@ class RecoverTrainer(AtomicTrainer):
         **kwargs: Any,
     ) -> None:
         check_whole(args)
-        intact = Anatomy(model)
+        dense = Anatomy(model)
         model.requires_grad_(False)
         set_seed(args.seed)  # LoRA starts from random values
         settings = LoraConfig(
             r=args.lora_rank,
             lora_alpha=args.lora_alpha or args.lora_rank,
             lora_dropout=args.lora_dropout,
-            target_modules=intact.lora_targets(),
+            target_modules=dense.lora_targets(),
             task_type="CAUSAL_LM",
         )
         wrapped = get_peft_model(model, settings)

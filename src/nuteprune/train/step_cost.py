@@ -33,7 +33,7 @@ def trial_step(trainer: NutePruneTrainer, inputs: dict[str, Any], teacher: int =
     Args:
         trainer: a run that has not begun.
         inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T), on the run's device.
-        teacher: index of who teaches, -1 for the intact model.
+        teacher: index of who teaches, -1 for the dense model.
 
     Returns:
         The loss.

@@ -62,7 +62,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     """Prunes a causal language model while it learns from less pruned versions of itself.
 
     Args:
-        model: an intact causal LM of a supported family; it is wrapped with LoRA, and `finalize`
+        model: a dense causal LM of a supported family; it is wrapped with LoRA, and `finalize`
             uses it up.
         args: the run's settings.
         train_dataset: items with `input_ids` (T,) of equal length and, where there is padding,
@@ -96,21 +96,21 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
                 "language-model loss, is there"
             )
         make_trainable(model)
-        intact = Anatomy(model)
-        self._total_before = intact.parameters()
+        dense = Anatomy(model)
+        self._total_before = dense.parameters()
         name = model.config._name_or_path
         pruned_before = bool(name) and (Path(name) / RECORD).is_file()
         self._origin = origin_of(name or None, read_record(Path(name)) if pruned_before else None)
         self.stored_dtype: torch.dtype = model.dtype
-        self.allocator = make_allocator(intact, args)
+        self.allocator = make_allocator(dense, args)
         # Fails early, before the model is touched, if a target is out of reach.
         self.targets = run_targets(self.allocator, args)
-        check_stock(intact, self.allocator, self.targets[-1])
+        check_stock(dense, self.allocator, self.targets[-1])
         self.progress = progress
         model.requires_grad_(False)
         silence_dropout(model)
         set_seed(args.seed)  # LoRA starts from random values
-        peft_model = get_peft_model(model, lora_config(intact, args))
+        peft_model = get_peft_model(model, lora_config(dense, args))
         self.anatomy = Anatomy(peft_model)
         self.hooks = MaskHooks(self.anatomy)
         self.objective: Objective = Objective(
@@ -403,11 +403,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if not self.gates.frozen:
             self.freeze(self.targets[-1])
 
-    def finalize(self, intact: PreTrainedModel | None = None) -> PreTrainedModel:
+    def finalize(self, dense: PreTrainedModel | None = None) -> PreTrainedModel:
         """Freeze, merge, re-fit, fold and slice; uses the trainer's model up.
 
         Args:
-            intact: the model that is cut, loaded anew in full precision, where the trainer's own
+            dense: the model that is cut, loaded anew in full precision, where the trainer's own
                 is sharded or held in 8 or 4 bits; it is used up. None: the trainer's own.
 
         Returns:
@@ -416,16 +416,16 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         Raises:
             UserError: if the trainer's own model cannot be cut, and no other is given.
         """
-        if intact is None and (self.args.sharded or is_packed(self.anatomy.model)):
+        if dense is None and (self.args.sharded or is_packed(self.anatomy.model)):
             raise UserError(
                 "weights that are sharded, or in 8 or 4 bits, cannot be cut: load the model again, "
-                "whole and in full precision, and call finalize(intact=...) in one process"
+                "whole and in full precision, and call finalize(dense=...) in one process"
             )
         self.settle()
         self.hooks.remove()
         model = self.model
-        if intact is not None:
-            model = with_lora(intact, self.coforward.bank.state(), self.args)
+        if dense is not None:
+            model = with_lora(dense, self.coforward.bank.state(), self.args)
         return self._finish(model, self.gates.snapshot(), self.targets[-1])
 
     def finalize_stop(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
@@ -433,7 +433,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
         Args:
             index: which of the targets, counted from 0.
-            model: the intact model, loaded anew; it is used up.
+            model: the dense model, loaded anew; it is used up.
         """
         role = self.teachers.role(self.stops[index])
         assert role.masks is not None
