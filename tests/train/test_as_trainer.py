@@ -249,6 +249,21 @@ def test_the_record_has_what_was_set_and_leaves_other_accelerators_alone(tmp_pat
 
 
 @pytest.mark.parametrize("kind", [NutePruneConfig, RecoverConfig])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "no loss here smooths labels: leave it out"),
+        ({"use_liger_kernel": True}, "never been tested with: leave it out"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_harm_are_refused(
+    kind: Any, setting: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        kind(output_dir=str(tmp_path), use_cpu=True, **setting)
+
+
+@pytest.mark.parametrize("kind", [NutePruneConfig, RecoverConfig])
 def test_a_process_keeps_to_one_accelerator(kind: Any, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: self._n_gpu))
     original = kind.__mro__[1].__post_init__

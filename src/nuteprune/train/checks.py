@@ -198,5 +198,15 @@ def check_trainer_settings(args: TrainingArguments) -> None:
             "load_best_model_at_end is not supported: checkpoints of a run are not models; leave "
             "it out"
         )
+    if args.label_smoothing_factor:
+        raise UserError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, and no loss here smooths "
+            "labels: leave it out"
+        )
+    if args.use_liger_kernel:
+        raise UserError(
+            "use_liger_kernel patches the model's own forward passes, which masks and two roles "
+            "have never been tested with: leave it out"
+        )
     if args.n_gpu > 1:
         args._n_gpu = 1
