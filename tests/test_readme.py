@@ -1,32 +1,86 @@
-"""The README tells of every module, and names none that is gone."""
+"""README has a line per room, CONTRIBUTING one per module: the first lines of their docstrings.
+
+After a change of a first line or of the files: python tests/test_readme.py writes both anew.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "nuteprune"
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+ROOM = re.compile(r"^\| `src/nuteprune/.*\n", re.M)
+TREE = re.compile(r"(?<=## The modules\n\n```\n).*?(?=```)", re.S)
 
 
-def test_the_tree_is_the_modules_own_first_lines() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = text.split("## What is where")[1].split("```")[1]
-    listed = [line for line in tree.splitlines() if line.startswith("  ")]
-    source = ROOT / "src" / "nuteprune"
-    told = []
-    for path in source.rglob("*.py"):
-        if path.name != "__init__.py":
-            first = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]
-            name = str(path.relative_to(source))
-            told.append(f"  {name:27} {first.rstrip('.').replace('`', '')}")
-    assert sorted(listed) == sorted(told)
+def first_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert docstring, path
+    return docstring.splitlines()[0].rstrip(".")
+
+
+def rooms() -> list[str]:
+    """Return the package's folders in the order of the linter's contract, lowest layer first."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    layers = [x.strip("()") for x in tools["importlinter"]["contracts"][0]["layers"]]
+    order = [x for x in reversed(layers) if (SOURCE / x).is_dir()]
+    assert sorted(order) == sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"))
+    return order
+
+
+def room_table() -> str:
+    return "".join(
+        f"| `src/nuteprune/{room}/` | {first_line(SOURCE / room / '__init__.py')} |\n"
+        for room in rooms()
+    )
+
+
+def module_tree() -> str:
+    lines = []
+    for folder in (SOURCE, *(SOURCE / room for room in rooms())):
+        for path in sorted(folder.glob("*.py")):
+            if path.name != "__init__.py":
+                name = str(path.relative_to(SOURCE))
+                lines.append(f"{name:26} {first_line(path).replace('`', '')}\n")
+    return "".join(lines)
+
+
+def test_readme_has_the_rooms() -> None:
+    assert "".join(ROOM.findall(README.read_text(encoding="utf-8"))) == room_table()
+
+
+def test_contributing_has_the_modules() -> None:
+    assert TREE.findall(CONTRIBUTING.read_text(encoding="utf-8")) == [module_tree()]
+
+
+def test_the_walk_names_what_is_there() -> None:
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    walks = re.findall(r"^## The way of.*?(?=^## )", text, re.S | re.M)
+    assert len(walks) == 2
+    for name, attribute in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", "".join(walks)):
+        text = (SOURCE / name).read_text(encoding="utf-8")
+        found = re.search(rf"(?:def|class) {attribute}\b", text)
+        assert not attribute or found, f"{name}:{attribute}"
 
 
 def test_links_lead_to_files() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (README, *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             target = page.parent / link
             assert target.exists(), f"{page.name}: {link}"
             # The site brings along files, and cannot bring a folder.
             assert target.is_file() or not link.startswith("../"), f"{page.name}: {link}"
+
+
+if __name__ == "__main__":
+    text = README.read_text(encoding="utf-8")
+    start = ROOM.search(text)
+    assert start is not None
+    rest = ROOM.sub("", text[start.start() :])
+    README.write_text(text[: start.start()] + room_table() + rest, encoding="utf-8")
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    CONTRIBUTING.write_text(TREE.sub(lambda _: module_tree(), text), encoding="utf-8")

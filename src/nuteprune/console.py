@@ -1,4 +1,4 @@
-"""What commands print: tables and lines on stderr and stdout, progress bars, the JSON line."""
+"""What commands print: tables, lines, progress bars, the JSON line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exceptions that the command line shows as a plain line."""
+"""The exceptions that the command line shows as one line."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and the sums that tell whether they stayed so.
+"""Files that appear complete or not at all, and checksums that tell whether they changed.
 
 Sums are kept as `sha256sum` writes and checks them: `cd FOLDER && sha256sum -c SHA256SUMS`.
 """

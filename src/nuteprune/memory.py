@@ -1,4 +1,4 @@
-"""The most memory that this process has had at once: its accelerator's, or else its own."""
+"""Peak memory of this process: the accelerator's, or else main memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row of instruction data as pieces of text to read and to learn, and those as tokens."""
+"""One row of instruction data as tokens: which are only read, and which are learned."""
 
 from __future__ import annotations
 

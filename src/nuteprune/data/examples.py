@@ -1,4 +1,4 @@
-"""Instruction data as examples: what is asked is read, what is answered is learned.
+"""Instruction data as examples: the question is read, the answer is learned.
 
 Shape suffixes: B examples of a batch, T tokens of the longest of them.
 """

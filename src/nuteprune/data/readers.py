@@ -1,4 +1,4 @@
-"""Documents out of text, JSON and Parquet files and hub datasets, in bounded memory."""
+"""Reads documents from text, JSON and Parquet files and hub datasets, in bounded memory."""
 
 from __future__ import annotations
 

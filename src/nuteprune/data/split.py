@@ -1,4 +1,4 @@
-"""Which text of a source is trained on and which is held out: the same in every run."""
+"""Which documents are trained on and which are held out: the same in every run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Who teaches: the queue of numerous teachers, one backbone in two roles, the losses."""
+"""Who teaches: the teachers, one backbone in two roles, the losses."""

@@ -1,4 +1,4 @@
-"""Losses: those of logits without ever holding all of them, and per-layer terms.
+"""Losses: token KL and language-model loss without ever holding all logits; layer terms.
 
 Shape suffixes: B batch, T tokens, S = T - 1, D hidden width, N tokens in all, C tokens of a chunk,
 V vocabulary.

@@ -1,4 +1,4 @@
-"""What the student is asked for: the weighted terms of the loss."""
+"""The training loss: its terms and their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From files or tensors to a model, without running code that comes with them."""
+"""Loads a model from files or tensors, without running code that comes with them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is learned: gates, their masks, their budget, and when how much is to be removed."""
+"""What is removed: gates, masks, scores, the parameter budget, the sparsity schedule."""

@@ -1,4 +1,4 @@
-"""What passes through a dense model: moments of projections' inputs, the residual stream.
+"""Statistics of a dense model's activations: projection inputs and the residual stream.
 
 Shape suffixes: B batch, T tokens, D hidden width, M = B x T, I inputs of a projection.
 """

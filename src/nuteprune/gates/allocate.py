@@ -1,4 +1,4 @@
-"""Which units stay: an exact small knapsack from scores to a shape that can be exported.
+"""Which units stay: an exact knapsack from scores to a shape that can be exported.
 
 Every unit has a score, the loss that removing it is expected to cost; scores add up. Units go in
 exportable steps (KV groups, query heads alike in all groups of a layer, multiples of neurons and of

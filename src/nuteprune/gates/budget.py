@@ -1,4 +1,4 @@
-"""Masks -> parameters -> sparsity, in closed form.
+"""From masks to parameters to sparsity, in closed form.
 
 What counts are the weights and biases of the decoder layers' projections (the paper's
 convention); embeddings, head and norms do not. Every projection reads or writes the residual

@@ -1,4 +1,4 @@
-"""What masks keep: the features of each layer that are left, to compute with or to write."""
+"""What masks keep: each layer's remaining features, to compute with or to write."""
 
 from __future__ import annotations
 

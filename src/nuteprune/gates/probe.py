@@ -1,4 +1,4 @@
-"""What a model is scored with: its live parts, its parameter count, and calibration text.
+"""What a scoring reads: the model's live parts, its parameter count, calibration text.
 
 Shape suffixes: B batch, T tokens, N units of one kind in the whole model.
 """

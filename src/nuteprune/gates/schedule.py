@@ -1,4 +1,4 @@
-"""How much is to be removed when, and the Lagrangian that drives expected sparsity there."""
+"""The sparsity schedule, and the Lagrangian that drives expected sparsity along it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What removing a unit costs once all that stays has been re-fitted to make up for it.
+"""What removing a unit costs once the weights that stay are re-fitted to make up for it.
 
 The loss is taken as quadratic in a projection's weight W (O, I), with the Kronecker-factored
 curvature G x C: C = X^T X / M of its inputs X, G = D^T D / M of the gradients D of its outputs.

@@ -1,1 +1,1 @@
-"""How good and how fast a model is: perplexity, zero-shot tasks, speed."""
+"""Is it good, is it fast: perplexity, zero-shot tasks, speed, the report."""

@@ -1,4 +1,4 @@
-"""How fast models are, measured side by side: timings, medians, and what was to be expected.
+"""Speed of models, measured side by side: timings, medians, and the bound of the cut.
 
 Shape suffixes: B sequences of a batch, T tokens of a prompt.
 """

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, read for the report.
+"""Reads what a run left in its folder, for the report.
 
 An output folder of `prune` has nuteprune.json and, in run/, metrics.jsonl, trainer checkpoints and,
 if something wrote them, two small files that the report shows as they are:

@@ -1,4 +1,4 @@
-"""How models go on with the same texts: samples to read side by side.
+"""Continuations of the same prompts by several models, to read side by side.
 
 Shape suffixes: B prompts, T tokens.
 """

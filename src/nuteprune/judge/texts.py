@@ -1,4 +1,4 @@
-"""What perplexity is measured on: texts by name, read and cut into blocks as a protocol has it.
+"""The texts that perplexity is measured on, read and cut into blocks by a protocol.
 
 Shape suffixes: N blocks, T tokens of a block.
 """

@@ -1,4 +1,4 @@
-"""A model in a process of its own: its memory can be told from others', its turns are called."""
+"""A model in its own process: its memory is its own, and passes can take turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration text on its way through a model, one decoder layer at a time.
+"""Runs calibration text through a model, one decoder layer at a time.
 
 So what is large, such as the covariance of a projection's inputs, is held for one layer alone, and
 a layer may be changed before the text goes on to the next.

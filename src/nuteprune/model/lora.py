@@ -1,4 +1,4 @@
-"""LoRA weights of a wrapped model: read, swapped by pointer, and computed in the base's dtype."""
+"""LoRA weights of a wrapped model: read, swapped by pointer, computed in the base's dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projections that compute with some of their rows and columns alone.
+"""Projections that compute only some of their rows and columns.
 
 Masks that are fixed make features that nobody reads; leaving them out saves what cutting them out
 would save, while the weights stay whole for the other role.

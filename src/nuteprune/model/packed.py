@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, as bitsandbytes holds them: counted, read and refused."""
+"""Weights in 8 or 4 bits (bitsandbytes): counted, read and refused."""
 
 from __future__ import annotations
 

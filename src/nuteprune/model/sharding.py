@@ -1,4 +1,4 @@
-"""Base weights sharded over processes (FSDP2); what is trained stays whole on each of them.
+"""Base weights sharded over processes (FSDP2); trained weights stay whole on each process.
 
 Each decoder layer is gathered once per pass, serves both roles of a co-forward pass, and is let go.
 """

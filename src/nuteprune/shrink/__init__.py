@@ -1,1 +1,1 @@
-"""How a model becomes small: merge and fold, re-fit what is left, cut the rest out."""
+"""How a model becomes small: re-fit, merge, fold, slice."""

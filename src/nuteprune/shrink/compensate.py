@@ -1,4 +1,4 @@
-"""Closed-form compensation: re-fit what writes to the residual stream to the inputs that are left.
+"""Closed-form re-fit of the output and down projections to the inputs that are left.
 
 Once heads and neurons are chosen, each output and down projection is fitted by ridge regression
 so that from the kept inputs alone it gives what it gave from all of them:

@@ -1,1 +1,1 @@
-"""Training: the data it reads, the schedule it follows, the loop that runs it."""
+"""How a run is run: its settings, the trainer, checkpoints, recovery fine-tuning."""

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: counted on the device, their gradients dropped."""
+"""Steps with non-finite loss or gradients: counted on the device, their gradients dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured outside of training, on training text: scores and re-fits."""
+"""Scoring and re-fit on calibration text: what a run measures outside of training."""
 
 from __future__ import annotations
 

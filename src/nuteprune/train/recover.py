@@ -1,4 +1,4 @@
-"""Fine-tuning of a sliced model: LoRA on all projections, merged at the end.
+"""Recovery fine-tuning of a sliced model: LoRA on all projections, merged at the end.
 
 Source: the paper's post fine-tuning (Alpaca, two epochs, rate 1e-4, LoRA on all projections).
 """
