@@ -255,7 +255,7 @@ def tokens_of(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Itera
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token that a tokenizer puts before every text, as a list; empty if it does not.
 
-    Models that know no text without it (Gemma above all) are lost where it is missing.
+    Models that saw it before every text in training (Gemma above all) fail without it.
     """
     bos = tokenizer.bos_token_id
     starts = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]

@@ -150,7 +150,7 @@ def token_kl(
 def language_model_loss(
     hidden_BTD: Tensor, head: Head, labels_BT: Tensor, count: Tensor | int | None = None
 ) -> Tensor:
-    """Return the cross entropy of next tokens, logits formed chunk by chunk, of learned ones alone.
+    """Return the cross entropy of learned next tokens; logits are formed chunk by chunk.
 
     Args:
         hidden_BTD: what the head reads (after the final norm).

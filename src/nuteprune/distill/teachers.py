@@ -1,8 +1,8 @@
 """The numerous teachers: snapshots of masks and LoRA at growing sparsity, kept on disk.
 
-While sparsity grows, the student learns from a teacher some steps of sparsity behind it; once the
-target is reached, it walks back through them to the dense model, in equal shares of the way back
-(`gates.schedule.Stage.rested`). Source: the paper's progressive distillation.
+While sparsity grows, the student learns from a teacher that is a few snapshots less pruned. Once
+the target is reached, it walks back through the teachers to the dense model, in equal shares of the
+steps that are left (`gates.schedule.Stage.rested`). Source: the paper's progressive distillation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nuteprune.gates.schedule import Stage
 
 @dataclass(frozen=True)
 class Role:
-    """What the backbone plays: masks (None: open) and LoRA weights (None: without)."""
+    """A role of the backbone: its masks (None: open) and LoRA weights (None: without)."""
 
     masks: Masks | None = None
     lora: Mapping[str, Tensor] | None = None
@@ -91,8 +91,8 @@ class Plan:
     def returning(self, count: int, progress: float) -> int:
         """Return the index of the teacher after the target is reached, -1 for the dense model.
 
-        Where fewer snapshots were taken than planned (steps of sparsity can be coarse), the newest
-        half of them is too close to the student, not more.
+        Where fewer snapshots were taken than planned (steps of sparsity can be coarse), only the
+        newest half of them counts as too close to the student.
 
         Args:
             count: teachers there are.

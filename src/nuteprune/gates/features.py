@@ -83,11 +83,11 @@ class _Layer:
 
 
 class NarrowMasks:
-    """Masks that do not change, for hooks: neurons and KV groups at 0 are not computed.
+    """Fixed masks, for hooks: neurons and KV groups at 0 are not computed.
 
-    KV groups as wholes, so that as many query heads share one as before. Of a block without any,
-    or that is gone itself, one unit is computed, for the shapes' sake. What else is at 0 (query
-    heads of a group that stays, hidden width) is multiplied by it, as ever.
+    KV groups go as wholes, so that as many query heads share one as before. A block with no unit
+    left still computes one, to keep its tensors' shapes valid. Everything else at 0 (query heads of
+    a group that stays, hidden width) is multiplied by 0.
 
     Args:
         masks: fixed ones.
@@ -176,7 +176,7 @@ def _at_least_one(kept: Tensor) -> Tensor:
 
 
 def _filled_up(kept: Tensor, multiple: int) -> Tensor:
-    """Return which units are kept, and as many others as a multiple lacks, if there are so many."""
+    """Return which units are kept, filled up with others to a multiple, if there are so many."""
     others = (~kept).nonzero().flatten()
     return kept.index_fill(0, others[: -int(kept.sum()) % multiple], True)
 

@@ -1,4 +1,4 @@
-"""What blocks can give up, and the least loss for each number of steps over all of them.
+"""The least loss for each amount that all blocks together give up.
 
 A block has few options, and layers are independent, so dynamic programming is exact.
 

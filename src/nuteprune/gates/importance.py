@@ -29,7 +29,7 @@ from nuteprune.model.families import GATE_KINDS
 
 
 def random(probe: Probe) -> Scores:
-    """Chance: u x parameters of the unit, u uniform in (0, 1); every part loses about its share.
+    """Random: u x parameters of the unit, u uniform in (0, 1); every part loses about its share.
 
     The floor that any method has to be above.
     """
@@ -108,9 +108,10 @@ def surgeon(probe: Probe) -> Scores:
     """Loss that removing the unit costs once the other inputs of its projection make up for it.
 
     tr(S_u ([C^-1]_uu)^-1) with S_u the second moment of the loss's gradients by the unit's outputs
-    and C that of all inputs of the projection that reads them: a unit goes cheaply if the loss does
-    not mind, or if the others can tell what it says, since the re-fit then puts it back. Hidden
-    width and blocks, which nothing re-fits, keep their Fisher score, which estimates the same loss.
+    and C that of all inputs of the projection that reads them: a unit is cheap if the loss
+    does not depend on it, or if the other inputs can predict it: the re-fit then makes up for it.
+    Hidden width and blocks have no re-fit, so they keep their Fisher score, which estimates the
+    same loss.
     The first layer's attention goes last of all; see `first_attention_last`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
     """
@@ -126,12 +127,12 @@ def surgeon(probe: Probe) -> Scores:
 def first_attention_last(layout: Layout, scores: Scores) -> Scores:
     """Raise the scores of the first layer's heads and KV groups above those of all others.
 
-    There the first token of a sequence, which sees nothing but itself, is told from all others and
-    becomes the attention sink: a hidden state hundreds of times as large as the rest. Without it
-    the whole sequence is lost. It is a switch, so gradients in a dense model say nothing of it,
-    and which first tokens a cut group takes it from, a few blocks of text do not show.
+    There the first token of a sequence sees nothing but itself. That tells it from all others, and
+    makes it the attention sink: a hidden state hundreds of times as large as the rest. Without a
+    sink the whole sequence is lost. It is a switch, so gradients of a dense model do not show it. A
+    few blocks of text have too few first tokens to show it either.
     Source: attention sinks, Xiao et al. 2023 (arXiv 2309.17453); massive activations, Sun et al.
-    2024 (arXiv 2402.17762); measured in docs/quality.md.
+    2024 (arXiv 2402.17762); measured in docs/log.md.
     """
     raised = dict(scores)
     for kind in {"heads", "kv_groups"} & scores.keys():

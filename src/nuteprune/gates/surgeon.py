@@ -6,11 +6,11 @@ Cutting the columns u out of W and moving the others so that the loss rises leas
 
     tr(W_u^T G W_u  ([C^-1]_uu)^-1).
 
-The first factor is the second moment of the gradients of X_u themselves; the second is what of X_u
-cannot be told from the other inputs. The loss is the cross entropy of tokens that the model itself
+The first factor is the second moment of the gradients of X_u. The second is the part of X_u that
+the other inputs cannot predict. The loss is the cross entropy of tokens that the model itself
 draws: its curvature is that of the KL divergence from the dense model, which distillation
-minimises. Gradients need little text; C, which must tell rare inputs from explained ones, needs
-more, and no gradients.
+minimises. Gradients need little text. C needs more, to tell rare inputs from predictable ones,
+but no gradients.
 
 Source: optimal brain surgeon (Hassibi and Stork 1993) with the curvature of K-FAC (Martens and
 Grosse 2015, arXiv 1503.05671), for structures of language models: LLM Surgeon (van der Ouderaa et

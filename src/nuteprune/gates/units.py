@@ -1,4 +1,4 @@
-"""What belongs to a unit: its parameters, its weights, and its place among the units of its layer.
+"""What belongs to a unit: its parameters, its weights, its rank among the units of its layer.
 
 Shape suffixes: O rows, I columns of a projection, N units of one kind in the whole model.
 """
@@ -126,7 +126,7 @@ def over_columns(
 
 
 def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> Tensor:
-    """Return the place (N,) of each unit among those of its layer, in (0, 1), the best highest.
+    """Return the rank (N,) of each unit within its layer, in (0, 1), the best highest.
 
     A block's place is among the blocks of its kind in the model, and so is that of any unit without
     `by_layer`.
@@ -148,10 +148,10 @@ def chance(budget: Budget, layout: Layout, kinds: Iterable[str], seed: int) -> d
 
 
 def losses_of(budget: Budget, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the losses with which the allocator removes the lowest scores first, whatever a unit.
+    """Return losses from scores: with them the allocator removes the lowest scores first.
 
-    The allocator removes what costs least per parameter; so a score that is to be compared as it
-    is, between a neuron and a head too, becomes (score - lowest) x parameters.
+    The allocator removes what costs least per parameter. A score that is compared as it is, even
+    between a neuron and a head, therefore becomes (score - lowest) x parameters.
 
     Args:
         budget: counts the parameters of each unit.

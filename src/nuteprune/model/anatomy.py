@@ -177,7 +177,7 @@ def no_logits(ids_BT: Tensor) -> Tensor:
 
 @contextmanager
 def reading_head(anatomy: Anatomy) -> Iterator[list[Tensor]]:
-    """Gather what the language head reads (B, T, D) of each call of the model meanwhile."""
+    """Collect what the language head reads (B, T, D) in each call inside the context."""
     read: list[Tensor] = []
     hook = anatomy.final_norm.register_forward_hook(lambda _, __, output: read.append(output))
     try:

@@ -4,8 +4,8 @@ Heads act on the input of the attention output projection, neurons on the input 
 projection, hidden gates on the first layer's input and on the output of both projections, block
 gates on what a block adds to the residual stream: after its post-norm where a family has one,
 since a norm would undo any factor but 0. Attach after PEFT has wrapped the model, so that masks
-cover the LoRA branch too. What masks keep of a projection alone is computed, where they say so
-(`model.narrow`).
+cover the LoRA branch too. Masks may also say which rows and columns of
+a projection are computed at all (`model.narrow`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs calibration text through a model, one decoder layer at a time.
 
-So what is large, such as the covariance of a projection's inputs, is held for one layer alone, and
-a layer may be changed before the text goes on to the next.
+What is large, such as the covariance of a projection's inputs, is held for one layer at a time. A
+layer may be changed before the text goes on to the next.
 
 Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection.
 """

@@ -87,10 +87,10 @@ class LoraBank:
 
 @contextmanager
 def lora_in_base_dtype(anatomy: Anatomy) -> Iterator[None]:
-    """Let LoRA weights, which PEFT keeps in fp32, compute in the base weights' dtype for a while.
+    """Within this context, compute LoRA, which PEFT keeps in fp32, in the base weights' dtype.
 
-    Else each projection casts its inputs to fp32, and keeps them so for the backward pass: a copy
-    per projection that is twice the size, and products at half of the speed.
+    Otherwise each projection casts its inputs to fp32 and keeps that copy for the backward pass:
+    twice the memory, and products at half of the speed.
     """
     weight = anatomy.embedding.weight
     half = weight.dtype in (torch.bfloat16, torch.float16)

@@ -1,7 +1,7 @@
 """Projections that compute only some of their rows and columns.
 
-Masks that are fixed make features that nobody reads; leaving them out saves what cutting them out
-would save, while the weights stay whole for the other role.
+Fixed masks leave features that nobody reads. Not computing them saves as much as cutting them, and
+the weights stay whole for the other role.
 
 Shape suffixes: O rows (output features), I columns (input features).
 """
@@ -80,7 +80,7 @@ class Narrow:
         module.forward = self  # type: ignore[assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute (..., O) from (..., I), of both what is selected."""
+        """Compute the selected outputs (..., O) from the selected inputs (..., I)."""
         selected = self._selected()
         if all(part is None for part in selected):
             return self._whole(x)

@@ -51,7 +51,7 @@ def make_trainable(model: PreTrainedModel) -> None:
 def weight_of(linear: nn.Linear) -> Tensor:
     """Return a projection's weight (O, I), unpacked where it is in 8 or 4 bits or sharded.
 
-    Of a sharded one all processes have to ask.
+    All processes must call it for a sharded weight.
     """
     weight: Any = linear.weight
     if isinstance(weight, DTensor):

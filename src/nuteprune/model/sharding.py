@@ -48,15 +48,16 @@ def shard_base(anatomy: Anatomy, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether a module's weights are shared out, and come together when it is called."""
+    """Return whether a module's weights are sharded, and gathered when it is called."""
     return isinstance(module, FSDPModule)
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Have a sharded module's weights whole for a while, in all processes alike.
+    """Gather a sharded module's weights inside the context, in all processes alike.
 
-    For what reads or runs parts of a module without calling it; others are left as they are.
+    For code that reads or runs parts of a module without calling it. Modules that are not sharded
+    stay as they are.
     """
     if not isinstance(module, FSDPModule):
         yield

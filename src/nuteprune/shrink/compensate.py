@@ -126,7 +126,7 @@ def install_weight(anatomy: Anatomy) -> Install:
 
 
 def install_lora(bank: LoraBank, anatomy: Anatomy, rank: int) -> Install:
-    """Return an `Install` by which LoRA makes up, at its own rank, for what base weights lack."""
+    """Return an `Install` that puts the low-rank form of the fit's update into LoRA."""
 
     def install(layer: int, projection: Projection, fit: Fit) -> None:
         base = anatomy.linear(layer, projection)
