@@ -7,14 +7,23 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
+from tests.forked import server
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def workers_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that `bench` times need no interpreters of their own: tests/judge starts one."""
+    contexts = SimpleNamespace(get_context=lambda _: server())
+    monkeypatch.setattr("nuteprune.judge.worker.multiprocessing", contexts)
 
 
 @pytest.fixture

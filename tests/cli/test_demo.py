@@ -10,8 +10,9 @@ import pytest
 
 from nuteprune.cli import demo
 from nuteprune.errors import UserError
-from nuteprune.files import RUN, write_sums
+from nuteprune.files import write_sums
 from nuteprune.jobs.job import Job, check_out
+from nuteprune.run_folder import RUN
 
 
 @pytest.fixture

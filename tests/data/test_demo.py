@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nuteprune.data import demo as assets
 from nuteprune.data.demo import Asset
 from nuteprune.errors import UserError
+from tests.forked import python
 
 SAMPLES = [
     "In 1969, 3.14159 and 2,000,000; then  42, and   7.",
@@ -367,7 +367,7 @@ def test_a_full_disk_is_the_users_to_mend(
 
 
 def test_what_a_killed_run_left_is_not_trusted_and_removed(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
 ) -> None:
     killed = (
         "import os\n"
@@ -379,8 +379,7 @@ def test_what_a_killed_run_left_is_not_trusted_and_removed(
         f"assets.MODEL = {asset_call(assets.MODEL)}\n"
         "assets.model_folder()\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(Path(assets.__file__).parents[2]))
-    assert subprocess.run([sys.executable, "-c", killed]).returncode == 9
+    assert python("-c", killed).code == 9
     assert len(visible(assets.cache_folder())) == 2
     folder = assets.model_folder()
     assert visible(assets.cache_folder()) == sorted([assets.MODEL.filename, folder.name])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +29,7 @@ from nuteprune.export.gguf_vocab import read_vocabulary as read
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
+from tests.forked import python
 
 VOCAB = 300
 TOKENS = torch.tensor([[40, 5, 77, 120, 9, 33, 250, 61, 14, 208, 99, 3]])
@@ -612,8 +612,7 @@ def test_a_killed_export_leaves_the_old_file_or_none(
     if old:
         out.write_bytes(old)
     command = ["export", str(folder), "--to", "gguf", "--out", str(out), "--overwrite"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *command], check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert python("-c", KILLED, *command).code == -signal.SIGKILL
     assert (out.read_bytes() if out.exists() else None) == old
     assert run(*command[1:])[0] == 0  # the same again goes on as if nothing had been
     assert metadata(out)["general.architecture"] == "deci"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from nuteprune.judge.bench import (
     time_once,
 )
 from nuteprune.judge.worker import Worker
+from tests.forked import server
 
 SETTING = Setting(batch_size=2, length=6, new_tokens=3)
 
@@ -149,7 +151,9 @@ def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
             worker.time(Setting(1, 0, 1))
 
 
-def test_a_worker_hands_errors_on() -> None:
+def test_a_worker_hands_errors_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked = SimpleNamespace(get_context=lambda _: server())
+    monkeypatch.setattr("nuteprune.judge.worker.multiprocessing", forked)
     with pytest.raises(UserError, match="no such model"):
         Worker("tiny", refuse)
     with pytest.raises(RunFailed, match="ended with code 9; perhaps memory"):

@@ -1,4 +1,4 @@
-"""One step of a tiny model in each process of torchrun; rank 0 writes the gradients to a file.
+"""One step of a tiny model in each process; rank 0 writes the gradients to a file.
 
 sharded_step.py MODEL OUT whole|sharded 0|1 (activation checkpointing)
 """

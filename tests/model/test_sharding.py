@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.forked import python
+
 SCRIPT = Path(__file__).with_name("sharded_step.py")
 
 
 def step(model: Path, out: Path, processes: int, how: str, checkpointing: bool) -> dict[str, Any]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, SCRIPT, model, out, how, str(int(checkpointing))]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = python(SCRIPT, model, out, how, int(checkpointing), processes=processes)
+    assert done.code == 0, done.err
     return torch.load(out)
 
 
