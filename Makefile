@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
 
-.PHONY: help demo test test-clients test-hard lint docs clean
+PYTEST := $(BIN)/python -m pytest
+# A file stays in one process, and those with slow tests come first: see tests/conftest.py.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo check test test-clients test-hard lint docs clean
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1~\2/p' $(MAKEFILE_LIST) | awk -F'~' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -13,19 +17,22 @@ help: ## list the targets (the default)
 demo: $(STAMP) ## prune the embedded model; options: make demo ARGS="--steps 100 --out small"
 	@$(BIN)/nuteprune demo $(ARGS)
 
+check: lint ## lint and the quick tests, within a minute: while you work
+	$(PYTEST) $(PARALLEL) -m "not slow and not network and not clients and not hard" $(ARGS)
+
 test: lint ## lint and the test suite; options for pytest: make test ARGS="-k gates"
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-clients: $(STAMP) ## load exported models in other programs
-	$(BIN)/python -m pytest -m clients $(ARGS)
+	$(PYTEST) -m clients $(ARGS)
 
 test-hard: $(STAMP) ## long fault-injection and soak tests
-	$(BIN)/python -m pytest -m hard $(ARGS)
+	$(PYTEST) -m hard $(ARGS)
 
 # Idle threads sleep: tiny models on few cores otherwise spend their time spinning.
-test test-clients test-hard: export OMP_WAIT_POLICY ?= PASSIVE
+check test test-clients test-hard: export OMP_WAIT_POLICY ?= PASSIVE
 # A process per core, and so a thread per process.
-test: export OMP_NUM_THREADS ?= 1
+check test: export OMP_NUM_THREADS ?= 1
 
 lint: $(STAMP) ## ruff, mypy and the order of imports
 	$(BIN)/ruff check .

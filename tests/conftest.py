@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.process
 import os
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,37 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums come out the same on any machine's core count
+
+STARTS_PYTHON = ("slow", "network", "clients", "hard")
+"""Markers of tests that may start interpreters, which import for seconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the most slow tests first: what is quick fills up the end of a run."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test that has none of the markers, or a fixture of it, fail where it starts Python."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("this starts a process of Python, so mark the test `slow`")
+
+    popen = subprocess.Popen.__init__
+
+    def start(self: Any, args: Any, *rest: Any, **named: Any) -> None:
+        words = [args] if isinstance(args, str | bytes | os.PathLike) else args
+        if sys.executable in map(str, words):
+            refuse()
+        popen(self, args, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not any(map(item.get_closest_marker, STARTS_PYTHON)):
+            patch.setattr(subprocess.Popen, "__init__", start)
+            patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from nuteprune import load_pruned
 
 from .forked import Ended, python
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--sparsity", "0.3", "--length", "16", "--device", "cpu", "--dtype", "float32"]
 SETTINGS = {
     "max_steps": 6,

@@ -106,6 +106,7 @@ def test_every_command_is_listed_and_none_that_is_gone() -> None:
     assert sorted(shown()) == sorted(HOW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c, how in HOW.items() if how != PARSED])
 def test_commands_run(command: str, in_workspace: Path, workspace: Path, run: Run) -> None:
     name, *rest = arguments(command)
@@ -182,6 +183,7 @@ def test_the_api_page_names_what_is_there() -> None:
             assert hasattr(found, member), f"{path}.{member}"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # transformers' own default
 @pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
 def test_the_python_of_the_pages_runs_as_it_stands(

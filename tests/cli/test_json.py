@@ -89,7 +89,7 @@ def last(run: Run, *words: str) -> dict[str, Any]:
     return result
 
 
-pytestmark = pytest.mark.usefixtures("in_workspace")
+pytestmark = [pytest.mark.usefixtures("in_workspace"), pytest.mark.slow]
 
 
 def test_prune(run: Run) -> None:

@@ -48,6 +48,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, run: Run
         assert "pass the --out folder" in err
 
 
+@pytest.mark.slow
 def test_a_run_its_report_and_the_same_run_by_the_reports_command(
     tiny_model, tiny_tokenizer, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

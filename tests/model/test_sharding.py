@@ -10,6 +10,8 @@ import torch
 
 from tests.forked import python
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("sharded_step.py")
 
 

@@ -129,6 +129,7 @@ def as_a_stranger(folder: Path, shapes: str, modules: Path) -> tuple[str, float]
     return name, float(total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", ["free", "uniform"])
 def test_the_trainer_pushes_the_whole_checkpoint_and_nothing_of_the_run(
     shapes: str, tiny_model, tiny_tokenizer, tmp_path: Path, hub: Path
@@ -175,6 +176,7 @@ def test_the_trainer_pushes_the_whole_checkpoint_and_nothing_of_the_run(
     assert total == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", ["free", "uniform"])
 def test_a_model_pushes_itself_as_transformers_models_do(
     shapes: str, tiny_model, prune_at_random, tmp_path: Path, hub: Path
