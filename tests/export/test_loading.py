@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.checkpoint import save
-from nuteprune.export.loading import build, load_pruned
+from nuteprune.export.loading import build, in_dtype, load_pruned
 from nuteprune.model.families import FAMILIES
 
 from .conftest import logits, tensors
@@ -56,6 +56,23 @@ def test_build_holds_the_given_tensors(case: Callable, tokens: Tensor, model_typ
     assert torch.equal(logits(model, tokens), logits(original, tokens))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == original.config.tie_word_embeddings
+
+
+@all_families
+def test_in_another_dtype_a_model_is_what_its_file_is(
+    case: Callable, tmp_path: Path, tokens: Tensor, model_type: str
+) -> None:
+    model = case(model_type).pruned
+    save(model, tmp_path / "model")
+    half, loaded = (
+        in_dtype(model, torch.bfloat16),
+        load_pruned(tmp_path / "model", dtype=torch.bfloat16),
+    )
+    assert torch.equal(logits(half, tokens), logits(loaded, tokens))
+    assert {x.dtype for x in tensors(half).values()} == {torch.bfloat16}
+    assert model.config.dtype == model.dtype == torch.float32
+    assert half.config.tie_word_embeddings == (len(half.state_dict()) > len(tensors(half)))
+    assert in_dtype(model, torch.float32) is model
 
 
 def test_build_names_tensors_that_do_not_fit(model: PreTrainedModel) -> None:

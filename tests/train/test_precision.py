@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nuteprune import RunFailed, load_pruned
+from nuteprune import load_pruned
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.gates import importance
 from nuteprune.gates.probe import Probe, Scores
 from nuteprune.train.step_cost import trial_step
@@ -27,6 +30,30 @@ def test_the_finalized_model_stays_as_it_is_when_it_is_written(tiny_model, tmp_p
         trainer.save_pruned(tmp_path / "out")
         assert torch.equal(small(TOKENS).logits, before)
         assert torch.equal(load_pruned(tmp_path / "out")(TOKENS).logits, before)
+
+
+def test_what_is_narrower_than_stored_makes_room_for_what_is_cut(
+    tiny_model, tmp_path: Path
+) -> None:
+    trainer = make(tiny_model("llama").bfloat16(), tmp_path / "run", max_steps=1, lora_targets="qv")
+    trainer.stored_dtype = torch.float32
+    trainer.train()
+    with pytest.raises(UserError, match="narrower than they are stored"):
+        trainer.finalize()
+    held = [weakref.ref(p) for n, p in trainer.model.named_parameters() if ".base_layer." in n]
+    assert len(held) == 6  # Q and V of three layers
+
+    def load() -> Any:
+        gc.collect()
+        assert not any(x() is not None for x in held)
+        return tiny_model("llama")
+
+    small = trainer.finalize(load)
+    kept = ("embed_tokens.weight", "norm.weight", "lm_head.weight")
+    stored = {n: p for n, p in tiny_model("llama").named_parameters() if n.endswith(kept)}
+    ours = dict(small.named_parameters())
+    assert len(stored) == 9
+    assert all(torch.equal(ours[name], value) for name, value in stored.items())
 
 
 def test_small_gradients_survive_float16(tiny_model, tmp_path: Path) -> None:

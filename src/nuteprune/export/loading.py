@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -92,6 +94,27 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     # Last, since what does not fit can be told more clearly.
     check_pruned(Path(source))
     return model
+
+
+def exact_dtype(stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
+    """Return the narrowest dtype that holds all values of two: the one computed in, if it does."""
+    return torch.promote_types(stored, computed)
+
+
+@torch.no_grad()
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model as a file of it computes when it is loaded in a dtype.
+
+    Returns:
+        The model itself where it is in that dtype, else a copy; buffers, such as rotary
+        frequencies, are those of a model loaded anew.
+    """
+    if model.dtype == dtype:
+        return model
+    state = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+    copied = build(copy.deepcopy(model.config), state)
+    copied.generation_config = copy.deepcopy(model.generation_config)
+    return copied
 
 
 def check_pruned(folder: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from nuteprune.data.blocks import (
 )
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, assemble
+from nuteprune.export.loading import in_dtype
 from nuteprune.export.record import write_pruned
 from nuteprune.jobs.job import (
     Job,
@@ -182,6 +184,7 @@ def _prune(
 
     # Held in few bits, or in parts, the run's own model can be neither judged nor cut.
     apart = job.bits is not None or trainer.args.sharded
+    computed, place = trainer.computed_dtype, "cpu" if apart else str(trainer.args.device)
     before: dict[str, float] = {}
     dense_texts: list[str] = []
     prompts_BT, provenance = prompts(held_out), origin(job.model) if is_main() else {}
@@ -190,6 +193,9 @@ def _prune(
     def judge_dense(model: PreTrainedModel) -> None:
         before.update(measure("the dense model", model))
         dense_texts.extend(continuations(model, tokenizer, prompts_BT))
+
+    def as_judged(small: PreTrainedModel) -> PreTrainedModel:
+        return cast(PreTrainedModel, in_dtype(small, computed).to(place))  # type: ignore[arg-type]
 
     if is_main() and not apart:
         judge_dense(trainer.anatomy.model)
@@ -201,20 +207,22 @@ def _prune(
     if not is_main():
         return {}
     if apart:  # nobody waits for it any more
-        judge_dense(_whole(job))
+        judge_dense(load_model(job.model, computed))
     if job.resume:
         clear_result(job.out, job.overwrite)
     records = {}
     *stops, last = range(len(trainer.targets))
     for index in (last, *stops):
         if index == last:
-            small = trainer.finalize(_whole(job) if apart else None)
-            texts = continuations(small, tokenizer, prompts_BT)
+            small = trainer.finalize(partial(_whole, job) if trainer.reloads else None)
+            judged = as_judged(small)
+            texts = continuations(judged, tokenizer, prompts_BT)
             samples = side_by_side(tokenizer, prompts_BT, dense_texts, texts)
             write_extra(job.out / RUN, SAMPLES, samples)
         else:
             small = trainer.finalize_stop(index, _whole(job))
-        after = measure("the pruned model", small)
+            judged = as_judged(small)
+        after = measure("the pruned model", judged)
         if not all(map(math.isfinite, after.values())):
             raise RunFailed(
                 f"the pruned model's perplexity is not finite ({after}); use --dtype float32, or a "
@@ -244,7 +252,8 @@ def one_shot(
     masks = allocator.masks(allocator.shape(scores, target), scores)
     params = {"before": anatomy.parameters(), "blocks_before": allocator.budget.before}
     small, shape = assemble(anatomy, masks)
-    after = perplexities(small, held_out, batch_size=4)
+    computed = pick_dtype(job.dtype, job.device)
+    after = perplexities(in_dtype(small, computed), held_out, batch_size=4)
     return write_pruned(
         out,
         as_stored(small, stored),
@@ -258,8 +267,8 @@ def one_shot(
 
 
 def _whole(job: Job) -> PreTrainedModel:
-    """Load the dense model once more, its weights whole, to the CPU."""
-    return load_model(job.model, pick_dtype(job.dtype, job.device))
+    """Load the dense model to the CPU, its weights whole and as exact as they are stored."""
+    return load_model(job.model, pick_dtype(job.dtype, job.device), exact=True)
 
 
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:

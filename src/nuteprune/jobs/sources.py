@@ -21,7 +21,7 @@ from transformers import (
 from nuteprune.data import demo as assets
 from nuteprune.data.blocks import DEMO
 from nuteprune.errors import UserError
-from nuteprune.export.loading import load_pruned
+from nuteprune.export.loading import exact_dtype, load_pruned
 from nuteprune.export.record import origin_of, read_record
 from nuteprune.files import at_home
 from nuteprune.model.families import FAMILIES, family_named
@@ -99,7 +99,11 @@ def _config_values(where: str) -> dict[str, Any]:
 
 
 def load_model(
-    model: str, dtype: torch.dtype, bits: int | None = None, device: str = "cpu"
+    model: str,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    device: str = "cpu",
+    exact: bool = False,
 ) -> PreTrainedModel:
     """Load a supported causal LM to compute in `dtype`, and note the dtype it is stored in.
 
@@ -108,16 +112,26 @@ def load_model(
         dtype: what is computed in.
         bits: 8 or 4: hold the projections' weights in so many bits; None: in `dtype`.
         device: where weights in 8 or 4 bits go; others are loaded to the CPU.
+        exact: take a wider dtype where `dtype` does not hold all values that are stored.
 
     Raises:
         UserError: if it cannot be loaded or is not supported.
     """
     values = read_config(model)
     packed = {} if bits is None else _packing(bits, dtype, device)
+    stored = _stored_dtype(locate(model), values)
+    if exact:
+        dtype = exact_dtype(stored, dtype)
     loaded = load_pruned(locate(model), dtype=dtype, **packed)
-    stored = values.get("dtype") or values.get("torch_dtype") or "float32"
-    setattr(loaded, STORED_DTYPE, getattr(torch, str(stored), torch.float32))
+    setattr(loaded, STORED_DTYPE, stored)
     return loaded
+
+
+def _stored_dtype(where: str, config: dict[str, Any]) -> torch.dtype:
+    """Return the dtype that a checkpoint states, or, where it states none, that of its tensors."""
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "")
+    found = getattr(torch, stated, None) if stated else load_pruned(where, dtype="auto").dtype
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _packing(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:

@@ -52,6 +52,13 @@ def with_lora(
     return cast(PeftModel, peft_model)
 
 
+def free_base(model: PeftModel) -> None:
+    """Drop a model's own weights, to make room for another; LoRA and gates stay."""
+    for name, module in model.get_base_model().named_modules():
+        if "lora_" not in name:
+            module._parameters = dict.fromkeys(module._parameters)
+
+
 def finish(
     model: PeftModel,
     masks: Masks,
@@ -64,7 +71,7 @@ def finish(
     """Merge, re-fit where that is asked for at the end, fold and slice.
 
     Args:
-        model: a dense model with LoRA, in full precision; it is used up.
+        model: a dense model with LoRA, its weights as exact as they are stored; it is used up.
         masks: final ones.
         target: the sparsity that they are for.
         args: the run's settings.

@@ -7,6 +7,7 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from nuteprune.distill.objective import Objective, text_loss
 from nuteprune.distill.teachers import Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored
+from nuteprune.export.loading import exact_dtype
 from nuteprune.export.record import origin_of, read_record, write_pruned
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.masks import Masks
@@ -45,7 +47,7 @@ from nuteprune.train.calibration import Progress, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_shards, check_whole
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.finish import Finished, finish, with_lora
+from nuteprune.train.finish import Finished, finish, free_base, with_lora
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.setup import (
     check_stock,
@@ -102,6 +104,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         pruned_before = bool(name) and (Path(name) / RECORD).is_file()
         self._origin = origin_of(name or None, read_record(Path(name)) if pruned_before else None)
         self.stored_dtype: torch.dtype = model.dtype
+        self.computed_dtype: torch.dtype = dense.embedding.weight.dtype
         self.allocator = make_allocator(dense, args)
         # Fails early, before the model is touched, if a target is out of reach.
         self.targets = run_targets(self.allocator, args)
@@ -403,12 +406,25 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if not self.gates.frozen:
             self.freeze(self.targets[-1])
 
-    def finalize(self, dense: PreTrainedModel | None = None) -> PreTrainedModel:
+    @property
+    def reloads(self) -> bool:
+        """Whether the model that is cut has to be loaded anew.
+
+        So it is where the trainer's own is not whole, or does not hold all values that are stored.
+        """
+        own = self.computed_dtype
+        narrow = exact_dtype(self.stored_dtype, own) != own
+        return self.args.sharded or is_packed(self.anatomy.model) or narrow
+
+    def finalize(
+        self, dense: PreTrainedModel | Callable[[], PreTrainedModel] | None = None
+    ) -> PreTrainedModel:
         """Freeze, merge, re-fit, fold and slice; uses the trainer's model up.
 
         Args:
-            dense: the model that is cut, loaded anew in full precision, where the trainer's own
-                is sharded or held in 8 or 4 bits; it is used up. None: the trainer's own.
+            dense: the model that is cut, loaded anew, its weights whole and as exact as they are
+                stored, or a function that loads it when the trainer has made room; it is used up.
+                None: the trainer's own.
 
         Returns:
             The smaller model, of a stock class if its shape allows, else of a subclass of it.
@@ -416,15 +432,18 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         Raises:
             UserError: if the trainer's own model cannot be cut, and no other is given.
         """
-        if dense is None and (self.args.sharded or is_packed(self.anatomy.model)):
+        if dense is None and self.reloads:
             raise UserError(
-                "weights that are sharded, or in 8 or 4 bits, cannot be cut: load the model again, "
-                "whole and in full precision, and call finalize(dense=...) in one process"
+                "weights that are sharded, in 8 or 4 bits, or narrower than they are stored cannot "
+                "be cut: load the model again, whole and in full precision, and call "
+                "finalize(dense=...) in one process"
             )
         self.settle()
         self.hooks.remove()
         model = self.model
         if dense is not None:
+            free_base(model)
+            dense = dense if isinstance(dense, PreTrainedModel) else dense()
             model = with_lora(dense, self.coforward.bank.state(), self.args)
         return self._finish(model, self.gates.snapshot(), self.targets[-1])
 
