@@ -51,6 +51,13 @@ ENVIRONMENTS = {
             shares_ours=True,
             dependencies=False,
         ),
+        # The last that reads tokenizers by a version before 0.20, whose files say less.
+        Environment(
+            "transformers-4.43.4",
+            ("transformers==4.43.4", "huggingface-hub==0.36.0", "tokenizers==0.19.1"),
+            shares_ours=True,
+            dependencies=False,
+        ),
         Environment(
             "lm-eval-0.4.13",
             ("lm_eval==0.4.13",),

@@ -316,6 +316,13 @@ def test_the_converted_configuration_is_the_originals(tiny: Path) -> None:
     assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 2]
 
 
+def test_older_programs_read_the_converted_files(tiny: Path) -> None:
+    folder = assets.model_folder()
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    assert merges
+    assert all(isinstance(merge, str) for merge in merges)  # not pairs, as since tokenizers 0.20
+
+
 def test_the_converted_tokenizer_splits_digits(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets.model_folder())
     assert tokenizer.tokenize(" 12  12") == ["Ġ", "1", "2", "ĠĠ", "1", "2"]

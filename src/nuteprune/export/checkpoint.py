@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import (
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, one_line, some
+from nuteprune.export.tokenizer import save_for_older
 from nuteprune.files import sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
@@ -119,10 +119,10 @@ def _write_beside(
         partial.mkdir(parents=True)
         model.generation_config = _savable(model.generation_config)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        _edit(partial / "config.json", lambda config: config | _rope_keys_of_4(model.config))
+        _add_to(partial / "config.json", _rope_keys_of_4(model.config))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-            _edit(partial / "tokenizer_config.json", _tokenizer_keys_of_4)
+            save_for_older(partial)
         write_sums(partial)
         _move(partial, folder)
     finally:
@@ -158,8 +158,8 @@ def _move(source: Path, folder: Path) -> None:
     sync(folder)
 
 
-def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    content = change(json.loads(path.read_text(encoding="utf-8")))
+def _add_to(path: Path, keys: dict[str, Any]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) | keys
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -188,19 +188,6 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
         factors = {key: full[key] for key in ("short_factor", "long_factor")}
         return keys | {"rope_scaling": {"type": "longrope", **factors}}
     return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}
-
-
-def _tokenizer_keys_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer's config under the names that transformers 4 knows, and 5 as well."""
-    config = dict(config)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    own_code = config.get("auto_map") or {}
-    if isinstance(own_code.get("AutoTokenizer"), str):  # 5.24 writes it so, and cannot read it
-        config["auto_map"] = own_code | {"AutoTokenizer": [own_code["AutoTokenizer"], None]}
-    return config
 
 
 def recount(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import sys
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def run(job: dict) -> dict:
-    """Return the greedy continuation of a prompt, and the version that made it."""
+    """Return the greedy continuation of a prompt, a text's tokens, and the version."""
     how = {"trust_remote_code": True} if job["remote_code"] else {}
     model = AutoModelForCausalLM.from_pretrained(job["folder"], **how).eval()
     tokens = torch.tensor([job["prompt"]])
@@ -20,6 +20,7 @@ def run(job: dict) -> dict:
     made = model.generate(tokens, attention_mask=mask, do_sample=False, pad_token_id=0, **steps)
     return {
         "made": made[0, tokens.shape[1] :].tolist(),
+        "tokens": AutoTokenizer.from_pretrained(job["folder"])(job["text"]).input_ids,
         "class": type(model).__name__,
         "version": transformers.__version__,
     }
