@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,12 +43,34 @@ def atomic(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{rank()}.partial")
     try:
         yield partial
+        follow_umask(partial)
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or all files in a folder, the permissions of any other that the user writes.
+
+    safetensors makes its files for their owner alone, and copies keep those of the package.
+    """
+    if os.name == "nt":
+        return
+    probe = (path if path.is_dir() else path.parent) / f".{path.name}.{rank()}.probe"
+    # Nothing but a new file shows what the umask, or the folder's access list, makes of them.
+    try:
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        there = file.lstat().st_mode
+        if stat.S_ISREG(there) and stat.S_IMODE(there) != mode:
+            with suppress(OSError):  # of file systems that know no permissions
+                file.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -321,6 +321,8 @@ def test_older_programs_read_the_converted_files(tiny: Path) -> None:
     merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
     assert merges
     assert all(isinstance(merge, str) for merge in merges)  # not pairs, as since tokenizers 0.20
+    (folder / "other").touch()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 def test_the_converted_tokenizer_splits_digits(tiny: Path) -> None:

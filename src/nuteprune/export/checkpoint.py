@@ -24,7 +24,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, one_line, some
 from nuteprune.export.tokenizer import save_for_older
-from nuteprune.files import sync, sync_tree, write_sums, writing
+from nuteprune.files import follow_umask, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import family_named
@@ -123,6 +123,7 @@ def _write_beside(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             save_for_older(partial)
+        follow_umask(partial)
         write_sums(partial)
         _move(partial, folder)
     finally:
