@@ -29,36 +29,29 @@ from nuteprune import UserError
 from nuteprune.cli.app import quiet_libraries
 from nuteprune.console import Output, millions
 from nuteprune.gates.importance import METHODS
-from nuteprune.jobs.settings import read_settings
+from nuteprune.jobs.settings import read_given
 from nuteprune.jobs.sources import pick_device
+from nuteprune.train.config import METHOD, NutePruneConfig
 
 OURS = "nuteprune"
 BLOCKS = "attn_block,mlp_block"
-NO_LORA = {
-    "learning_rate": 1e-12,
-    "lr_scheduler_type": "constant",
-    "lr_scheduler_kwargs": {},
-    "compensation": "finalize",
-}
 ABLATION: dict[str, dict[str, Any]] = {
-    "no distillation": {"teachers": "none", "lm_weight": 1.0},
+    "no distillation": {"teachers": "none"},
     "half ramp, numerous teachers": {"ramp_share": 0.5},
     "half ramp, dense teacher": {"ramp_share": 0.5, "teachers": "dense"},
-    "half ramp, fixed ranking": {"ramp_share": 0.5, "score_decay": 1.0},
-    "hard-concrete, solved": {"gate_type": "hard_concrete"},
-    "hard-concrete, Lagrangian": {"gate_type": "hard_concrete", "solved_schedule": False},
-    "deterministic, solved": {"gate_type": "deterministic"},
-    "deterministic, Lagrangian": {"gate_type": "deterministic", "solved_schedule": False},
-    "half ramp, cold start": {"ramp_share": 0.5, "warm_start": False},
-    "no LoRA": NO_LORA,
-    "rank 128": {"lora_rank": 128, "lora_alpha": 128},
-    "no re-fit": {"compensation": "none"},
-    "re-fit at the end": {"compensation": "finalize"},
+    "hard-concrete gates": {"gate_type": "hard_concrete"},
+    "rank 128": {"lora_rank": 128},
+    "no re-fit": {"compensation": False},
     "uniform shapes": {"shapes": "uniform"},
     "+hidden": {"gates": "kv_groups,neurons,hidden"},
     "blocks only": {"gates": BLOCKS},
 }
 """One factor at a time: what differs from the default."""
+
+
+def ranked_by(name: str) -> dict[str, Any]:
+    """Return the settings of a row: a method's, or the default's."""
+    return {"method": METHOD if name == OURS else name}
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class Plan:
     def trained_cells(self) -> list[Cell]:
         """Return a cell for each trained method, target and seed."""
         return [
-            Cell(m, {"method": m}, t, self.steps, s)
+            Cell(m, ranked_by(m), t, self.steps, s)
             for s in self.seeds
             for t in self.trained_targets
             for m in (*self.trained, *(self.trained_once if s == self.seeds[0] else ()))
@@ -112,14 +105,14 @@ class Plan:
         if not self.long_steps:
             return []
         target, seed = self.trained_targets[-1], self.seeds[0]
-        rows = {m: {"method": m} for m in (OURS, best)}
+        rows = {m: ranked_by(m) for m in (OURS, best)}
         rows |= {name: self.ablation[name] for name in self.long_factors}
         return [Cell(name, x, target, self.long_steps, seed) for name, x in rows.items()]
 
     def ablation_cells(self) -> list[Cell]:
         """Return the default, which the trained part has too, and a cell for each factor."""
         target, seed = self.trained_targets[-1], self.seeds[0]
-        rows = {OURS: {"method": OURS}, **self.ablation}
+        rows = {OURS: ranked_by(OURS), **self.ablation}
         return [Cell(name, x, target, self.steps, seed) for name, x in rows.items()]
 
 
@@ -131,9 +124,9 @@ QUICK = Plan(
     trained_targets=(0.5,),
     steps=20,
     long_steps=0,
-    ablation={"deterministic, solved": ABLATION["deterministic, solved"]},
+    ablation={"hard-concrete gates": ABLATION["hard-concrete gates"]},
 )
-QUICK_SETTINGS = {"calibration_blocks": 12, "compensation_blocks": 24}
+QUICK_SETTINGS = {"calibration_blocks": 12}
 QUICK_EVAL_BLOCKS = 4
 PARTS = ("untrained", "trained", "ablation")
 
@@ -302,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             QUICK_EVAL_BLOCKS if options.quick else Setting.eval_blocks,
             pick_device(options.device),
             options.dtype,
-            {**(QUICK_SETTINGS if options.quick else {}), **read_settings(None, options.set)},
+            {
+                **(QUICK_SETTINGS if options.quick else {}),
+                **read_given(None, options.set, [NutePruneConfig]),
+            },
         )
         bench = Bench(setting, out, output.line)
         plan = QUICK if options.quick else Plan()

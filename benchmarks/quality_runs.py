@@ -31,7 +31,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import install_weight
 from nuteprune.train.calibration import refit_on, score_on
-from nuteprune.train.checks import NUTEPRUNE
+from nuteprune.train.config import METHOD
 from nuteprune.train.setup import make_allocator
 
 
@@ -83,6 +83,8 @@ class Cell:
         return f"{label}_{100 * self.target:g}_{self.steps}-steps_seed-{self.seed}.json"
 
 
+OLD_NAME = "nuteprune"
+"""What records of 0.1.0 call the default's method."""
 DENSE = "dense.json"
 """File of the dense model's record."""
 
@@ -181,8 +183,9 @@ class Bench:
         """Return a cell's record: from its file, or else by running it."""
         kind = self._train if cell.steps else self._score_only
         record = self._kept(cell.file_name, cell.file_name, lambda: self._attempt(kind, cell))
-        default = {"method": NUTEPRUNE}
-        if default | record["settings"] != default | cell.settings:
+        default = {"method": METHOD}
+        kept = {k: METHOD if x == OLD_NAME else x for k, x in record["settings"].items()}
+        if default | kept != default | cell.settings:
             raise UserError(
                 f"{self.folder / cell.file_name} is of other settings than {cell.label} has now; "
                 "remove it to run it again"
@@ -251,7 +254,7 @@ class Bench:
         self, config: NutePruneConfig, allocator: Allocator
     ) -> tuple[dict[str, Tensor], float]:
         """Return a method's scores and the seconds they took; once per method and seed."""
-        key = (config.scoring, config.seed)
+        key = (config.method, config.seed)
         if key not in self._scores:
             text = self._text(config)
             started = time.monotonic()

@@ -195,7 +195,6 @@ def trainer_for(cell: Cell, base: PreTrainedModel, ramp: float = 0.0) -> NutePru
         ramp_share=ramp,
         use_cpu=cell.device == "cpu",
         lora_rank=cell.rank,
-        lora_alpha=cell.rank,
         learning_rate=LEARNING_RATE,
         per_device_train_batch_size=cell.batch_size,
         **checkpointing,

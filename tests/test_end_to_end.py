@@ -30,7 +30,6 @@ pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 SMALL = {
     "calibration_blocks": 4,
-    "compensation_blocks": 4,
     "eval_blocks": 2,
 }
 

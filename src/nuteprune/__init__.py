@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nuteprune.errors import RunFailed, UserError
     from nuteprune.export.loading import load_pruned
+    from nuteprune.jobs.prune import prune
+    from nuteprune.jobs.recover import recover
     from nuteprune.train.config import NutePruneConfig
     from nuteprune.train.trainer import NutePruneTrainer
 
@@ -17,9 +19,19 @@ _HOMES = {
     "RunFailed": "nuteprune.errors",
     "UserError": "nuteprune.errors",
     "load_pruned": "nuteprune.export.loading",
+    "prune": "nuteprune.jobs.prune",
+    "recover": "nuteprune.jobs.recover",
 }
 
-__all__ = ["NutePruneConfig", "NutePruneTrainer", "RunFailed", "UserError", "load_pruned"]
+__all__ = [
+    "NutePruneConfig",
+    "NutePruneTrainer",
+    "RunFailed",
+    "UserError",
+    "load_pruned",
+    "prune",
+    "recover",
+]
 
 
 def __getattr__(name: str) -> Any:

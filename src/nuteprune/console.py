@@ -26,11 +26,12 @@ class Output:
 
     Args:
         as_json: print results as JSON; what is for people goes to stderr then.
+        quiet: print nothing at all.
     """
 
-    def __init__(self, as_json: bool = False) -> None:
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        quiet = not is_main()
+        quiet = quiet or not is_main()
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=False, quiet=quiet)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = WIDE

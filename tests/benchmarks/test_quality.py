@@ -17,7 +17,7 @@ from nuteprune.console import Output
 from nuteprune.judge.perplexity import perplexities
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SETTINGS = {"neuron_multiple": 4, "calibration_blocks": 8, "compensation_blocks": 8}
+SETTINGS = {"neuron_multiple": 4, "calibration_blocks": 8}
 
 
 def load(name: str) -> Any:
@@ -43,7 +43,7 @@ PLAN = quality.Plan(
     steps=3,
     long_steps=4,
     long_factors=("no re-fit",),
-    ablation={"no re-fit": {"compensation": "none"}, "too much": {"gates": "hidden,heads,nose"}},
+    ablation={"no re-fit": {"compensation": False}, "too much": {"gates": "hidden,heads,nose"}},
 )
 
 
@@ -135,7 +135,7 @@ def test_an_untrained_cell_is_what_the_trainer_cuts_without_steps(
         target_sparsity=0.3,
         max_steps=0,
         seed=5,
-        compensation="finalize" if refitted else "none",
+        compensation=refitted,
         use_cpu=True,
         **SETTINGS,
     )

@@ -59,7 +59,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TINY: dict[str, list[str]] = {
     "prune": [
         *("--steps", "4", "--length", "24", "--batch-size", "2"),
-        *("--set", "calibration_blocks=2", "--set", "compensation_blocks=2"),
+        *("--set", "calibration_blocks=2"),
         *("--set", "eval_blocks=2", "--device", "cpu", "--dtype", "float32"),
     ],
     "eval": ["--length", "24", "--blocks", "2", "--device", "cpu", "--dtype", "float32"],

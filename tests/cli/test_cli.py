@@ -17,7 +17,7 @@ from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import prune as pipeline
-from nuteprune.jobs.job import alone
+from nuteprune.jobs.folder import alone
 from nuteprune.jobs.sources import pick_device
 
 from .conftest import TINY

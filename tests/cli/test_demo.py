@@ -11,20 +11,21 @@ import pytest
 from nuteprune.cli import demo
 from nuteprune.errors import UserError
 from nuteprune.files import write_sums
-from nuteprune.jobs.job import Job, check_out
+from nuteprune.jobs.demo import with_defaults
+from nuteprune.jobs.folder import check_out
+from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.run_folder import RUN
 
 
 @pytest.fixture
 def asked(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Calls the command; returns the job that it would do."""
-    jobs: list[Job] = []
-    monkeypatch.setattr(demo.assets, "model_folder", lambda *_: tmp_path)
-    monkeypatch.setattr(demo.assets, "documents", lambda *_: {})
-    monkeypatch.setattr(demo, "run", lambda job, _: jobs.append(job))
+    jobs: list[PruneJob] = []
+    monkeypatch.setattr(demo, "fetch", lambda *_: None)
+    monkeypatch.setattr(demo, "finished", lambda job, _: jobs.append(with_defaults(job)))
     monkeypatch.chdir(tmp_path)
 
-    def call(*args: Any) -> Job:
+    def call(*args: Any) -> PruneJob:
         code, _, stderr = run("demo", *args)
         assert code == 0, stderr
         return jobs[-1]
@@ -82,17 +83,17 @@ def test_what_a_run_has_not_written_is_not_removed_by_its_end(asked: Any, tmp_pa
     check_out(asked("--out", "out", "--resume", "--overwrite"))
 
 
-def test_a_target_given_wins_over_shape_and_stops_of_a_file(asked: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("shape: {neurons: 32}\nstops: [0.1, 0.2]\n")
+def test_a_target_given_wins_over_shape_and_targets_of_a_file(asked: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("shape: {neurons: 32}\nsparsity: [0.1, 0.2]\n")
     settings = asked("--config", "a.yaml", "--sparsity", 0.5).settings
-    assert settings["target_sparsity"] == 0.5
-    assert not {"shape", "stops"} & settings.keys()
+    assert settings["target_sparsity"] == "0.5"
+    assert "shape" not in settings
 
 
 def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -> None:
     text = tmp_path / "out" / "eval.txt"
     text.parent.mkdir()
     text.write_text("What is judged by.")
-    job = Job("demo", "demo", tmp_path / "out", eval_data=str(text), overwrite=True)
+    job = Job("demo", tmp_path / "out", eval_data=str(text), overwrite=True)
     with pytest.raises(UserError, match="holds the eval data"):
         check_out(job)

@@ -193,7 +193,7 @@ def test_the_python_of_the_pages_runs_as_it_stands(
     (code,) = [block for block in blocks if "NutePruneTrainer(" in block]
     assert code.count('"Qwen/Qwen3-0.6B"') == 2
     assert "max_steps=400," in code
-    small = "max_steps=1, neuron_multiple=4, calibration_blocks=2, compensation_blocks=2,"
+    small = "max_steps=1, neuron_multiple=4, calibration_blocks=2,"
     code = code.replace("Qwen/Qwen3-0.6B", str(model)).replace("max_steps=400,", small)
     code = code.replace("my_text.jsonl", str(text)).replace("length=512", "length=24")
     monkeypatch.chdir(tmp_path)

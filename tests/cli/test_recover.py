@@ -17,7 +17,8 @@ from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.data.blocks import training_blocks
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import recover as recovery
-from nuteprune.jobs.job import Job, alone
+from nuteprune.jobs.folder import alone
+from nuteprune.jobs.job import RecoverJob
 from nuteprune.jobs.sources import load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -205,7 +206,7 @@ def test_the_dense_model_is_tuned_in_the_same_way(
 def test_float16_is_not_rounded_to_bfloat16(model: Path, tmp_path: Path) -> None:
     half = load_pruned(model, dtype=torch.float16)
     half.save_pretrained(tmp_path / "half")
-    job = Job(str(tmp_path / "half"), "demo", tmp_path / "out", device="cpu", dtype="bfloat16")
+    job = RecoverJob(str(tmp_path / "half"), tmp_path / "out", device="cpu", dtype="bfloat16")
     loaded, autocast = recovery._load(job)
     assert autocast["bf16"]
     for ours, theirs in zip(loaded.parameters(), half.parameters(), strict=True):
@@ -229,7 +230,7 @@ def test_a_checkpoint_of_the_python_api_is_as_good(
 ) -> None:
     tokenizer = load_tokenizer(str(model))
     blocks = training_blocks(str(text), tokenizer, length=24, count=16, seed=0)
-    settings = {"calibration_blocks": 2, "compensation_blocks": 2, "neuron_multiple": 4}
+    settings = {"calibration_blocks": 2, "neuron_multiple": 4}
     args = NutePruneConfig(output_dir=str(tmp_path / "run"), max_steps=0, use_cpu=True, **settings)
     trainer = NutePruneTrainer(load_pruned(model), args, blocks, processing_class=tokenizer)
     trainer.finalize()

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from nuteprune.cli.app import main
-from nuteprune.jobs.settings import read_settings
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.settings import read_given
+from nuteprune.train.config import NutePruneConfig
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -90,7 +92,7 @@ def test_a_run_its_report_and_the_same_run_by_the_reports_command(
     for key in ("config", "seed", "layers", "perplexity", "sparsity", "teachers", "license"):
         assert second[key] == first[key]
     Path("recipe.yaml").write_text(recipe)
-    settings = read_settings(Path("recipe.yaml"), ())
+    settings = read_given(Path("recipe.yaml"), (), [PruneJob, NutePruneConfig])
     assert settings["seed"] == 5
     assert settings["neuron_multiple"] == 4
     assert first["config"].items() >= {k: v for k, v in settings.items() if k != "seed"}.items()

@@ -72,7 +72,7 @@ def test_a_person_reads_what_changed_and_how_to_load_it() -> None:
             "structured pruning with distillation from the dense model",
         ),
         ({"config": {"max_steps": 0}}, "structured pruning\n"),
-        ({"config": {"teachers": "none", "lm_weight": 1.0}}, "structured pruning\n"),
+        ({"config": {"teachers": "none"}}, "structured pruning\n"),
     ],
 )
 def test_who_taught_it(changes: dict[str, Any], words: str) -> None:

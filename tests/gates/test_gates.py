@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.gates import deterministic, hard_concrete
+from nuteprune.gates import hard_concrete
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.gates import Gates, RankedGates
+from nuteprune.gates.hard_concrete import HardConcreteGates
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.multipliers import DeterministicGates, survival
-from nuteprune.gates.soft import HardConcreteGates, SoftGates
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -150,40 +147,28 @@ def test_a_step_that_is_not_finite_leaves_scores_as_they_were(bad: float) -> Non
     torch.testing.assert_close(gates.scores, scores_of(x), rtol=0, atol=0)
 
 
-def test_scores_that_never_move_need_no_gradients() -> None:
-    x = allocator()
-    gates = RankedGates(x, scores_of(x), decay=1.0)
-    gates.begin_step(0.2, seed=0)
-    assert not any(v.requires_grad for v in gates.masks(2).values.values())
-    gates.observe()
-    gates.end_step()
-    torch.testing.assert_close(gates.scores, scores_of(x), rtol=0, atol=0)
-
-
 # -- hard-concrete gates
 
 
-def hard(solved: bool = True, warm_start: bool = True) -> HardConcreteGates:
+def hard() -> HardConcreteGates:
+    """Return gates in the middle of their training: log-alpha spread in the order of scores."""
     x = allocator()
-    return HardConcreteGates(x, scores_of(x), warm_start, solved)
+    gates = HardConcreteGates(x, scores_of(x))
+    for kind, scores in scores_of(x).items():
+        ranks = scores.argsort().argsort().float() / max(1, len(scores) - 1)
+        gates.log_alpha[kind].data = -3 + 7 * ranks
+    return gates
 
 
-def test_solved_gates_have_the_asked_sparsity_in_expectation() -> None:
-    gates = hard()
-    random = torch.Generator().manual_seed(0)
-    for step, sparsity in enumerate((0.02, 0.1, 0.3, 0.6)):
-        gates.begin_step(sparsity, seed=step)
-        assert gates.sparsity() == pytest.approx(sparsity, abs=1e-3)
-        for value in gates.trained.values():  # as training would
-            value.data += torch.randn(value.shape, generator=random)
-    # The mean over draws of what each draw would remove, recounted by hand.
-    kept = []
-    for seed in range(100):
+def test_expected_sparsity_is_the_mean_over_draws() -> None:
+    gates, kept = hard(), []
+    for seed in range(200):
         gates.begin_step(0.3, seed)
         drawn = {k: (v > 0).double() for k, v in gates.masks(1).values.items()}
         blocks = drawn["kv_groups"].sum() * 4 * 6 + 3 * drawn["neurons"].sum()
         kept.append(float(drawn["hidden"].sum() * blocks))
-    assert 1 - sum(kept) / len(kept) / BEFORE == pytest.approx(0.3, abs=0.01)
+    # Recounted by hand, up to the draws' own spread.
+    assert 1 - sum(kept) / len(kept) / BEFORE == pytest.approx(gates.sparsity(), abs=0.02)
 
 
 def test_noise_depends_on_the_seed_alone() -> None:
@@ -201,19 +186,19 @@ def test_noise_depends_on_the_seed_alone() -> None:
 
 def test_log_alpha_stays_within_its_limits() -> None:
     gates = hard()
-    gates.trained["neurons"].data[:2] = torch.tensor([50.0, -50.0])
+    gates.log_alpha["neurons"].data[:2] = torch.tensor([50.0, -50.0])
     gates.begin_step(0.2, seed=0)
     limits = torch.tensor([100.0, 0.01]).log()
-    torch.testing.assert_close(gates.trained["neurons"].data[:2], limits)
+    torch.testing.assert_close(gates.log_alpha["neurons"].data[:2], limits)
 
 
-def test_warm_gates_start_in_the_order_of_the_scores_and_cold_ones_open() -> None:
+def test_gates_start_open_as_published() -> None:
     x = allocator()
-    warm, cold = hard(), hard(warm_start=False)
-    for kind, scores in scores_of(x).items():
-        assert torch.equal(warm.trained[kind].argsort(), scores.argsort())
-        assert (hard_concrete.keep_probability(cold.trained[kind]) > 0.95).all()
-    assert cold.trained["neurons"].data.sigmoid() == pytest.approx(0.99)
+    gates = HardConcreteGates(x, scores_of(x))
+    for kind in KINDS:
+        assert (hard_concrete.keep_probability(gates.log_alpha[kind]) > 0.95).all()
+    assert gates.log_alpha["neurons"].data.sigmoid() == pytest.approx(0.99)
+    assert gates.log_alpha["kv_groups"].data.exp() == pytest.approx(100)
 
 
 def test_a_snapshot_drops_as_many_as_are_expected_to_be_gone() -> None:
@@ -221,7 +206,7 @@ def test_a_snapshot_drops_as_many_as_are_expected_to_be_gone() -> None:
     gates.begin_step(0.5, seed=0)
     values = gates.snapshot().values
     for kind, value in values.items():
-        keep = hard_concrete.keep_probability(gates._shifted()[kind]).detach()
+        keep = hard_concrete.keep_probability(gates.log_alpha[kind]).detach()
         gone = round(float((1 - keep).sum()))
         assert gone > 0
         assert int((value == 0).sum()) == gone
@@ -234,7 +219,7 @@ def test_frozen_hard_concrete_masks_are_exportable_and_keep_soft_values() -> Non
     gates.begin_step(0.4, seed=0)
     values = gates.freeze(0.4).values
     check_exportable(values, 0.4)
-    expected = {k: hard_concrete.test_value(v) for k, v in gates._shifted().items()}
+    expected = {k: hard_concrete.test_value(v) for k, v in gates.log_alpha.items()}
     for kind, value in values.items():
         kept = value > 0
         assert not value.requires_grad
@@ -250,9 +235,9 @@ def test_frozen_hard_concrete_masks_are_exportable_and_keep_soft_values() -> Non
     assert gates.penalty() is None
 
 
-def train_gates(gates: SoftGates, maximize: bool, target: float) -> float:
+def train_gates(gates: HardConcreteGates, maximize: bool, target: float) -> float:
     """Let gates that are free of any other wish follow the sparsity term; return where they end."""
-    groups = gates.parameter_groups(0.1)
+    groups = gates.parameter_groups()
     assert [group.get("maximize", False) for group in groups] == [False, True]
     groups[1]["maximize"] = maximize
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -267,158 +252,21 @@ def train_gates(gates: SoftGates, maximize: bool, target: float) -> float:
     return gates.sparsity()
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_the_lagrangian_drives_sparsity_to_the_target_by_ascent(kind: str) -> None:
-    def make() -> SoftGates:
-        settings = {"solved": False, "warm_start": False}
-        return hard(**settings) if kind == "hard" else multipliers(**settings)
-
-    assert train_gates(make(), maximize=True, target=0.4) == pytest.approx(0.4, abs=0.03)
-    assert abs(train_gates(make(), maximize=False, target=0.4) - 0.4) > 0.1
-
-
-def test_solved_gates_need_no_sparsity_term() -> None:
-    gates = hard()
-    gates.begin_step(0.3, seed=0)
-    assert gates.penalty() is None
-    assert gates.lagrangian is None
+def test_the_lagrangian_drives_sparsity_to_the_target_by_ascent() -> None:
+    assert train_gates(hard(), maximize=True, target=0.4) == pytest.approx(0.4, abs=0.03)
+    assert abs(train_gates(hard(), maximize=False, target=0.4) - 0.4) > 0.1
 
 
 def test_a_likely_group_does_not_go_in_place_of_neurons_that_are_all_but_gone() -> None:
     """A group is worth 12 neurons in parameters: probabilities alone would sum up wrongly."""
     x = allocator(("kv_groups", "neurons"))
     gates = HardConcreteGates(x, scores_of(x))
-    gates.trained["kv_groups"].data.fill_(4.0)
-    gates.trained["neurons"].data.fill_(3.0)
-    gates.trained["neurons"].data.view(LAYERS, -1)[:, :16] = -3.0
+    gates.log_alpha["kv_groups"].data.fill_(4.0)
+    gates.log_alpha["neurons"].data.fill_(3.0)
+    gates.log_alpha["neurons"].data.view(LAYERS, -1)[:, :16] = -3.0
     final = gates.freeze(0.15).values
     assert (final["kv_groups"] > 0).all()
     assert (final["neurons"].view(LAYERS, -1)[:, 16:] > 0).all()
-
-
-# -- deterministic gates
-
-
-def multipliers(
-    solved: bool = True, warm_start: bool = True, target: float = 0.4
-) -> DeterministicGates:
-    x = allocator()
-    return DeterministicGates(x, scores_of(x), target, warm_start, solved)
-
-
-def counted(gates: DeterministicGates, temperature: float) -> float:
-    """Expected sparsity, from the gates' scores by hand."""
-    kept = {k: torch.tanh(v.detach().double() / temperature) for k, v in gates.trained.items()}
-    blocks = kept["kv_groups"].sum() * 4 * 6 + 3 * kept["neurons"].sum()
-    return 1 - float(kept["hidden"].sum() * blocks) / BEFORE
-
-
-def test_solved_multipliers_have_the_asked_sparsity_once_it_is_more_than_they_have() -> None:
-    gates = multipliers()
-    random = torch.Generator().manual_seed(0)
-    moved = []
-    for step, sparsity in enumerate((0.001, 0.1, 0.2, 0.3, 0.4, 0.4)):
-        before = {k: v.clone() for k, v in gates.trained.items()}
-        gone = counted(gates, 0.05)  # scores cool with what is really gone
-        gates.begin_step(sparsity, seed=step)
-        temperature = 0.25 * (0.05 / 0.25) ** min(1.0, gone / 0.4)
-        assert gates.sparsity() == pytest.approx(counted(gates, temperature), abs=1e-5)
-        if moved_now := not all(torch.equal(before[k], v) for k, v in gates.trained.items()):
-            assert gates.sparsity() == pytest.approx(sparsity, abs=1e-4)
-        else:
-            assert gates.sparsity() >= sparsity
-        moved.append(moved_now)
-        for value in gates.trained.values():  # as training would
-            value.data += 0.02 * torch.randn(value.shape, generator=random)
-            value.data.clamp_(min=0)
-    assert not moved[0]
-    assert moved[-2:] == [True, True]
-
-
-def test_of_two_multipliers_the_lower_is_pushed_and_the_saturated_one_stays() -> None:
-    pushed = deterministic.push(torch.tensor([0.05, 0.1, 1.0]), 0.08, temperature=0.1)
-    slope = [1 / math.cosh(x) ** 2 for x in (0.5, 1.0)]
-    assert pushed.tolist() == pytest.approx([0.0, 0.1 - 0.08 * slope[1], 1.0], abs=1e-6)
-    assert 0.08 * slope[0] > 0.05  # it would be negative, but is no less than gone
-
-
-def test_scores_and_temperatures_by_hand() -> None:
-    assert deterministic.temperature(0) == 0.25
-    assert deterministic.temperature(0.5) == pytest.approx(0.25 * 0.2**0.5)
-    assert deterministic.temperature(1) == deterministic.temperature(2) == pytest.approx(0.05)
-    m = torch.tensor([0.0, 0.1, 2.0])
-    assert deterministic.score(m, 0.1).tolist() == pytest.approx([0, math.tanh(1), math.tanh(20)])
-    assert deterministic.undecided(torch.tensor([0.0, 0.25, 0.5, 1.0])).tolist() == [0, 0.75, 1, 0]
-    assert deterministic.start(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0.5, 0.875, 1.0]
-
-
-def test_undecided_scores_cost_and_are_pushed_apart() -> None:
-    gates = multipliers()
-    for value in gates.trained.values():
-        value.data[::2] = 0.0  # more than the target is gone: scores are at their coldest
-    gates.begin_step(0.4, seed=0)
-    gates.trained["neurons"].data[:2] = torch.tensor([0.02, 0.04])  # scores 0.38 and 0.66
-    penalty = gates.penalty()
-    assert penalty is not None
-    sizes = {"kv_groups": 4 * 6 * WIDTH, "neurons": 3 * WIDTH}
-    sizes["hidden"] = LAYERS * (GROUPS * 4 * 6 + 3 * NEURONS)
-    total = sum(size * len(gates.trained[k]) for k, size in sizes.items())
-    scores = {k: torch.tanh(gates.trained[k] / 0.05) for k in KINDS}
-    expected = sum((4 * s * (1 - s)).sum() * sizes[k] / total for k, s in scores.items())
-    assert penalty.item() == pytest.approx(expected.item(), rel=1e-4)
-    penalty.backward()
-    slopes = gates.trained["neurons"].grad
-    assert slopes[0] > 0 > slopes[1]
-
-
-def test_a_multiplier_at_nothing_may_return() -> None:
-    gates = multipliers()
-    gates.trained["neurons"].data[0] = 0.0
-    masks = gates.masks(2).values["neurons"]
-    assert masks[0] == 0
-    (-masks[0]).backward()
-    assert gates.trained["neurons"].grad[0] == -1
-    gates.trained["neurons"].data[0] = -0.3  # where an optimizer's step may take it
-    gates.begin_step(0.0, seed=0)
-    assert gates.trained["neurons"].data[0] == 0
-
-
-def test_warm_multipliers_start_in_the_order_in_which_units_go_and_cold_ones_at_1() -> None:
-    x = allocator()
-    scores = scores_of(x)
-    stays = survival(x, scores, 0.4)
-    first = {k: v.data for k, v in multipliers().trained.items()}
-    for kind in KINDS:
-        assert torch.equal(first[kind], 1 - 0.5 * (1 - stays[kind]) ** 2)
-    for sparsity in (0.1, 0.4, 0.7):  # what the allocator removes then started lower in its layer
-        removed = x.masks(x.shape(scores, sparsity), scores).values["neurons"] == 0
-        for row, gone in zip(
-            first["neurons"].view(LAYERS, -1), removed.view(LAYERS, -1), strict=True
-        ):
-            assert gone.sum() == 0 or row[gone].max() <= row[~gone].min()
-    cold = multipliers(warm_start=False).trained
-    assert all((value == 1).all() for value in cold.values())
-
-
-def test_frozen_multipliers_keep_their_values_and_the_highest_of_each_layer() -> None:
-    gates = multipliers()
-    gates.begin_step(0.4, seed=0)
-    random = torch.Generator().manual_seed(3)
-    for value in gates.trained.values():
-        value.data = 1.5 * torch.rand(value.shape, generator=random)
-    gates.trained["neurons"].data[::2] = 0.0  # more than may go: some stay for the target's sake
-    values = gates.freeze(0.4).values
-    check_exportable(values, 0.4)
-    for kind, value in values.items():
-        kept = value > 0
-        expected = gates.trained[kind].detach().clamp(min=0.05)
-        torch.testing.assert_close(value[kept], expected[kept], rtol=0, atol=0)
-    assert values["neurons"].max() > 1  # without an upper bound
-    for value, trained in zip(
-        values["neurons"].view(LAYERS, -1), gates.trained["neurons"].view(LAYERS, -1), strict=True
-    ):
-        kept = value > 0
-        assert trained[kept].min() >= trained[~kept].max()
 
 
 # -- all
@@ -429,7 +277,7 @@ def ranked() -> RankedGates:
     return RankedGates(x, scores_of(x), decay=0.95)
 
 
-@pytest.mark.parametrize("make", [ranked, hard, multipliers])
+@pytest.mark.parametrize("make", [ranked, hard])
 def test_frozen_masks_stay_whatever_comes(make) -> None:
     gates: Gates = make()
     gates.begin_step(0.3, seed=0)
@@ -444,7 +292,7 @@ def test_frozen_masks_stay_whatever_comes(make) -> None:
         torch.testing.assert_close(now.values, final, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", [ranked, hard, multipliers])
+@pytest.mark.parametrize("make", [ranked, hard])
 def test_gates_resume_where_they_were(make) -> None:
     gates, fresh = make(), make()
     for step in range(3):
@@ -452,7 +300,7 @@ def test_gates_resume_where_they_were(make) -> None:
         if isinstance(gates, RankedGates):
             observe(gates, random_gradients(gates.allocator, 2, step))
         else:
-            gates.trained["neurons"].data += 0.1 * torch.rand(LAYERS * NEURONS)
+            gates.log_alpha["neurons"].data += 0.1 * torch.rand(LAYERS * NEURONS)
         gates.end_step()
     fresh.load_state_dict(gates.state_dict())
     for each in (gates, fresh):

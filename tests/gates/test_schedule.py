@@ -12,12 +12,11 @@ from nuteprune.gates.schedule import Lagrangian, Schedule
     target=st.floats(0.01, 0.9),
     steps=st.integers(1, 200),
     ramp_share=st.floats(0, 1),
-    power=st.sampled_from([1.0, 3.0]),
 )
 def test_any_number_of_steps_climbs_to_the_target_and_stays(
-    target: float, steps: int, ramp_share: float, power: float
+    target: float, steps: int, ramp_share: float
 ) -> None:
-    schedule = Schedule((target,), steps, ramp_share, power)
+    schedule = Schedule((target,), steps, ramp_share)
     asked = [schedule.sparsity(i) for i in range(steps)]
     assert asked == sorted(asked)
     assert asked[0] > 0
@@ -27,11 +26,9 @@ def test_any_number_of_steps_climbs_to_the_target_and_stays(
     assert reached.index(True) + 1 == pytest.approx(max(1, steps * ramp_share), abs=0.5001)
 
 
-def test_linear_and_cubic_by_hand() -> None:
-    linear, cubic = Schedule((0.4,), 8, 0.5), Schedule((0.4,), 8, 0.5, power=3)
+def test_linear_by_hand() -> None:
+    linear = Schedule((0.4,), 8, 0.5)
     assert [linear.sparsity(i) for i in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-    left = [27 / 64, 8 / 64, 1 / 64, 0]
-    assert [cubic.sparsity(i) for i in range(4)] == pytest.approx([0.4 * (1 - x) for x in left])
 
 
 def test_several_targets_share_the_steps_each_with_a_ramp_and_a_rest() -> None:

@@ -24,7 +24,6 @@ SETTINGS = {
     "max_steps": 12,
     "neuron_multiple": 4,
     "calibration_blocks": 4,
-    "compensation_blocks": 4,
     "save_steps": 3,
     "lora_rank": 4,
     "ramp_share": 0.5,

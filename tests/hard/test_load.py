@@ -23,7 +23,7 @@ from .conftest import Server
 pytestmark = pytest.mark.hard
 
 OPTIONS = ["--length", "16", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"]
-SETTINGS = ["--set=calibration_blocks=2", "--set=compensation_blocks=2", "--set=lora_rank=2"]
+SETTINGS = ["--set=calibration_blocks=2", "--set=lora_rank=2"]
 
 
 # --- a long run ------------------------------------------------------------------------------
@@ -57,7 +57,6 @@ def test_3000_steps_hold_memory_and_open_files_flat(tiny_model, tmp_path: Path) 
         gate_type="hard_concrete",
         lora_rank=2,
         calibration_blocks=2,
-        compensation_blocks=2,
         save_strategy="steps",
         save_steps=50,
         save_total_limit=2,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,15 @@ import torch
 from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
 from nuteprune.files import write_sums
-from nuteprune.judge import plots, reproduce
+from nuteprune.jobs.reproduce import again
+from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
-from nuteprune.judge.report import kept_rows, verdict, write_report
+from nuteprune.judge.report import kept_rows, verdict
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from nuteprune.train.state import RunState
+
+write_report = partial(report.write_report, again=again)
+
 
 EVIL = "<script>alert(1)</script>"
 NASTY = [
@@ -468,39 +471,6 @@ def test_plots_go_into_the_place_that_the_card_keeps(tmp_path: Path) -> None:
 # --- the command -----------------------------------------------------------------------------
 
 
-def test_the_command_says_what_was_set() -> None:
-    config = {
-        "model": "my model; rm -rf /",
-        "data": "it's.txt",
-        "device": "auto",
-        "length": 64,
-        "target_sparsity": 0.2,
-        "max_steps": 6,
-        "save_steps": 50,
-        "learning_rate": 1e-05,
-        "solved_schedule": False,
-        "lr_scheduler_kwargs": {"power": 1.0, "lr_end": 1e-07},
-        "eval_data": None,
-    }
-    record = a_record(config=config)
-    before = copy.deepcopy(record)
-    parts = shlex.split(" ".join(reproduce.command(record, "new folder")))
-    assert record == before
-    assert parts[:3] == ["nuteprune", "prune", "my model; rm -rf /"]
-    options = list(zip(parts[3::2], parts[4::2], strict=True))
-    assert options == [
-        ("--data", "it's.txt"),
-        ("--length", "64"),
-        ("--sparsity", "0.2"),
-        ("--steps", "6"),
-        ("--seed", "7"),
-        ("--set", "learning_rate=1.0e-05"),
-        ("--set", "solved_schedule=false"),
-        ("--set", "lr_scheduler_kwargs={power: 1.0, lr_end: 1.0e-07}"),
-        ("--out", "new folder"),
-    ]
-
-
 def test_reports_do_not_depend_on_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,19 +479,3 @@ def test_reports_do_not_depend_on_the_working_folder(
     assert write_report(Path()) == folder.resolve() / "run/report.html"
     assert "--out out" in Page(folder / "run/report.html").text
     assert os.listdir(tmp_path) == ["out"]
-
-
-def test_a_recovery_is_made_again_from_the_target_that_it_was_of() -> None:
-    config = {"model": "demo", "stops": [0.1], "target_sparsity": 0.2, "max_steps": 9}
-    first = {"data": "a b.txt", "text_column": "text", "steps": 5, "dtype": "auto", "seed": 3}
-    second = {"data": "demo", "epochs": 0.5, "steps": 7, "asked_for": "epochs", "earlier": first}
-    record = {"config": config, "target": 0.1, "recover": second}
-    pruning, *tunings = (" ".join(parts) for parts in reproduce.commands(record, "out"))
-    assert pruning.startswith("nuteprune prune demo --sparsity 0.2 --steps 9 --set 'stops=[0.1]'")
-    assert pruning.endswith("--out out-0")
-    assert tunings == [
-        "nuteprune recover out-0/sparsity-0.1 --data 'a b.txt' --text-column text --steps 5 "
-        "--seed 3 --out out-1",
-        "nuteprune recover out-1 --data demo --epochs 0.5 --out out",
-    ]
-    assert reproduce.commands({"recover": first}, "out") == []

@@ -32,7 +32,6 @@ def make(
         "neuron_multiple": 4,
         "hidden_multiple": 8,
         "calibration_blocks": 8,
-        "compensation_blocks": 8,
         "save_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,

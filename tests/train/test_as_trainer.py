@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.train.calibration import calibration_batches
-from nuteprune.train.recover import RecoverConfig
-from nuteprune.train.setup import chosen_settings
+from nuteprune.train.config import RecoverConfig
+from nuteprune.train.run_settings import chosen_settings
 
 from .conftest import LENGTH, make, metrics
 
@@ -81,7 +81,7 @@ def test_the_rate_may_fall_in_any_way(kind: str, tiny_model, tmp_path: Path) -> 
 
 
 def test_weight_decay_is_that_of_the_settings_and_spares_gates(tiny_model, tmp_path: Path) -> None:
-    soft = {"gate_type": "hard_concrete", "solved_schedule": False}
+    soft = {"gate_type": "hard_concrete"}
     trainer = make(tiny_model("llama"), tmp_path, weight_decay=0.25, **soft)
     groups = trainer.create_optimizer().param_groups
     assert [group["weight_decay"] for group in groups] == [0.25, 0.0, 0.0]
@@ -164,9 +164,9 @@ class Padded(Dataset[Any]):
         return self.rows[index]
 
 
-@pytest.mark.parametrize("lm_weight", [0.0, 1.0])
+@pytest.mark.parametrize("teachers", ["dense", "none"])
 def test_padding_counts_alike_however_a_step_is_parted(
-    lm_weight: float, tiny_model, tmp_path: Path
+    teachers: str, tiny_model, tmp_path: Path
 ) -> None:
     found = []
     for size in (4, 1):
@@ -176,7 +176,7 @@ def test_padding_counts_alike_however_a_step_is_parted(
             max_steps=2,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=4 // size,
-            lm_weight=lm_weight,
+            teachers=teachers,
         )
         trainer.train_dataset = Padded(trainer.train_dataset, filler=50)
         trainer.train()
@@ -212,13 +212,13 @@ def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) ->
     ("settings", "message"),
     [
         ({"fp16": True}, "use bf16"),
-        ({"lora_targets": "qv"}, "finalize or none"),
+        ({"lora_targets": "qv"}, "set compensation to false"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
             "leave it out",
         ),
         (
-            {"gate_type": "deterministic", "solved_schedule": False, "optim": "adafactor"},
+            {"gate_type": "hard_concrete", "optim": "adafactor"},
             "multipliers ascend",
         ),
     ],
@@ -240,7 +240,7 @@ def test_metrics_of_logits_are_refused(tiny_model, tmp_path: Path) -> None:
 
 
 def test_the_record_has_what_was_set_and_leaves_other_accelerators_alone(tmp_path: Path) -> None:
-    own = {"learning_rate": 1e-3, "gate_type": "deterministic", "seed": 7}
+    own = {"learning_rate": 1e-3, "gate_type": "hard_concrete", "seed": 7}
     for given in ({}, own, own | {"ramp_share": 0.25}, {"lr_scheduler_type": "cosine"}):
         args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **given)
         other = Accelerator(cpu=True)
@@ -277,18 +277,14 @@ def test_a_process_keeps_to_one_accelerator(kind: Any, tmp_path: Path, monkeypat
     assert args.train_batch_size == 2
 
 
-@pytest.mark.parametrize("solved", [True, False])
-def test_a_stop_is_at_its_target_where_masks_freeze_last(
-    solved: bool, tiny_model, tmp_path: Path
-) -> None:
+def test_a_stop_is_at_its_target_where_masks_freeze_last(tiny_model, tmp_path: Path) -> None:
     model = tiny_model("llama")
     dense = copy.deepcopy(model)
     trainer = make(
         model,
         tmp_path / "run",
         gate_type="hard_concrete",
-        solved_schedule=solved,
-        stops="0.15",
+        target_sparsity="0.15,0.3",
         ramp_share=0.6,
         freeze_share=1.0,
         max_steps=6,
@@ -306,7 +302,7 @@ def test_a_lagrangian_run_with_a_stop_resumes_as_if_never_interrupted(
     settings: dict[str, Any] = {
         "gate_type": "hard_concrete",
         "solved_schedule": False,
-        "stops": "0.15",
+        "target_sparsity": "0.15,0.3",
         "max_steps": 8,
     }
     whole = make(tiny_model("llama"), tmp_path, save_strategy="steps", save_steps=4, **settings)

@@ -52,7 +52,7 @@ def test_packed_weights_are_counted_and_read_like_whole_ones(bits: int, stored: 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gate_type": "hard_concrete"}, {"method": "wanda"}, {"compensation": "finalize"}],
+    [{}, {"gate_type": "hard_concrete"}, {"method": "wanda"}],
     ids=lambda settings: "-".join(map(str, settings.values())) or "default",
 )
 def test_what_is_cut_is_the_whole_model(

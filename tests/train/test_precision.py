@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nuteprune import load_pruned
+from nuteprune.distill.objective import Objective
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.gates import importance
 from nuteprune.gates.probe import Probe, Scores
@@ -64,11 +65,9 @@ def test_small_gradients_survive_float16(tiny_model, tmp_path: Path) -> None:
         trainer = make(
             tiny_model("llama").to(dtype),
             tmp_path / str(dtype),
-            warm_start=False,
-            token_weight=0.0,
-            layer_weight=1e-5,
             max_grad_norm=1e9,
         )
+        trainer.objective = Objective(token_weight=0.0, layer_weight=1e-5)
         loss = trial_step(trainer, {"input_ids": ids})
         trainer._clip_grad_norm(trainer.model)
         lora = [p.grad.flatten() for n, p in trainer.model.named_parameters() if "lora_B" in n]
@@ -80,11 +79,11 @@ def test_small_gradients_survive_float16(tiny_model, tmp_path: Path) -> None:
 
 
 def test_gradients_of_gates_that_are_not_finite_are_dropped(tiny_model, tmp_path: Path) -> None:
-    trainer = make(tiny_model("llama"), tmp_path, gate_type="deterministic")
+    trainer = make(tiny_model("llama"), tmp_path, gate_type="hard_concrete")
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    next(iter(trainer.gates.trained.values())).grad.fill_(float("inf"))
+    next(iter(trainer.gates.log_alpha.values())).grad.fill_(float("inf"))
     trainer._clip_grad_norm(trainer.model)
     assert trainer.bad_steps.in_row == 1
     assert all(bool((p.grad == 0).all()) for p in parameters)

@@ -14,7 +14,8 @@ from nuteprune.data.examples import Examples
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.loading import load_pruned
-from nuteprune.train.recover import RecoverConfig, RecoverTrainer
+from nuteprune.train.config import RecoverConfig
+from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.state import last_checkpoint
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from nuteprune import UserError, load_pruned
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.step_cost import rehearse
+from nuteprune.train.step_cost import seconds_per_step
 
 from .conftest import make
 
@@ -33,7 +33,7 @@ class LogitsAt(TrainerCallback):
                 self.seen.append(trainer.anatomy.model(TOKENS).logits.clone())
 
 
-SEVERAL: dict[str, Any] = {"target_sparsity": 0.45, "stops": "0.15,0.3", "max_steps": 9}
+SEVERAL: dict[str, Any] = {"target_sparsity": "0.15,0.3,0.45", "max_steps": 9}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,27 @@ def test_each_target_gives_the_model_of_its_own_moment(
         assert record["target"] == target
         assert target <= record["sparsity"] <= target + 0.02
     assert load_pruned(tmp_path / "stop0").config.num_hidden_layers == 3
+
+
+def test_several_targets_without_training_are_the_models_of_runs_of_their_own(
+    tiny_model, tmp_path: Path
+) -> None:
+    trainer = make(
+        tiny_model("llama"), tmp_path / "run", target_sparsity=[0.15, 0.3, 0.45], max_steps=0
+    )
+    made = [trainer.finalize()]
+    made += [trainer.finalize_stop(index, tiny_model("llama")) for index in (0, 1)]
+    for small, target in zip(made, (0.45, 0.15, 0.3), strict=True):
+        alone = make(
+            tiny_model("llama"), tmp_path / str(target), target_sparsity=target, max_steps=0
+        )
+        expected = alone.finalize()
+        assert small.state_dict().keys() == expected.state_dict().keys()
+        with torch.no_grad():
+            theirs = expected(TOKENS).logits
+            assert torch.allclose(
+                small(TOKENS).logits, theirs, atol=1e-5 * float(theirs.abs().max())
+            )
 
 
 @pytest.mark.parametrize("ramp_share", [0.0, 0.5])
@@ -159,9 +180,9 @@ def test_uniform_shapes_of_no_stock_class_are_refused(tiny_model, tmp_path: Path
         ({"shape": [1]}, "must map"),
         ({"shape": {"hidden": 16}, "gates": "neurons"}, "it needs hidden"),
         ({"shape": {"layers": [{"neurons": 8}, {}, {}]}, "shapes": "uniform"}, "uniform"),
-        ({"target_sparsity": 0.3, "stops": "0.4"}, "must grow"),
-        ({"target_sparsity": 0.3, "stops": [0.1, 0.2], "max_steps": 2}, "at least 3 steps"),
-        ({"target_sparsity": 0.3, "stops": "a"}, "stops"),
+        ({"target_sparsity": "0.4,0.3"}, "must grow"),
+        ({"target_sparsity": [0.1, 0.2, 0.3], "max_steps": 2}, "at least 3 steps"),
+        ({"target_sparsity": "a"}, "neither a share nor several"),
     ],
 )
 def test_shapes_and_targets_that_cannot_be_are_refused(
@@ -172,13 +193,13 @@ def test_shapes_and_targets_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("settings", [{}, {"gate_type": "hard_concrete", "ramp_share": 0.0}])
-def test_a_trial_step_learns_nothing(settings: dict[str, Any], tiny_model, tmp_path: Path) -> None:
+def test_timing_a_step_learns_nothing(settings: dict[str, Any], tiny_model, tmp_path: Path) -> None:
     trainer = make(tiny_model("llama"), tmp_path, **settings)
     seen: list[int] = []
     down = trainer.anatomy.linear(1, trainer.anatomy.family.mlp[-1])
     down.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-1]))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    assert rehearse(trainer) > 0
+    assert seconds_per_step(trainer) > 0
     assert min(seen) < 48 == max(seen)  # the student's masks are fixed, as they will be
     assert not trainer.gates.frozen
     after = trainer.model.state_dict()

@@ -2,193 +2,34 @@
 
 from __future__ import annotations
 
-import gc
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from nuteprune.cli import options as o
-from nuteprune.console import Output, megabytes, millions
-from nuteprune.data import demo as assets
+from nuteprune.console import Output
 from nuteprune.data.blocks import DEMO
-from nuteprune.export.loading import load_pruned
-from nuteprune.export.record import weights_size
-from nuteprune.jobs.job import Job
-from nuteprune.jobs.prune import Result, one_shot, run
-from nuteprune.jobs.show import print_report
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
-from nuteprune.judge.bench import decode_rates
-from nuteprune.judge.perplexity import mean
-from nuteprune.judge.run_files import read_samples, write_extra
-from nuteprune.judge.samples import continuations
-from nuteprune.run_folder import RUN, SAMPLES, SPEED
-from nuteprune.train.state import last_checkpoint
-
-STEPS = 60
-MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-"""The default batch in two parts, which need half of the memory for activations."""
-SPARSITY = 0.2
-PROMPT = "The history of bread begins"
-FOLDER = "nuteprune-demo"
+from nuteprune.jobs.demo import FOLDER, begun_folder, fetch, finished, free_folder
+from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.train.config import NutePruneConfig
 
 
+@o.with_options(
+    NutePruneConfig,
+    PruneJob,
+    but=("data", "eval_data", "text_column", "trust_remote_code"),
+)
 def demo(
     out: o.OptionalOut = None,
-    sparsity: o.Sparsity = None,
-    shape: o.ShapeFile = None,
-    steps: o.Steps = None,
-    batch_size: o.BatchSize = None,
-    length: o.Length = None,
-    method: o.Method = None,
-    gates: o.Gates = None,
-    shapes: o.Shapes = None,
-    neuron_multiple: o.NeuronMultiple = None,
-    hidden_multiple: o.HiddenMultiple = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    bits: o.Bits = None,
-    seed: o.Seed = None,
-    report_to: o.ReportTo = None,
     config: o.Config = None,
     assignments: o.Set = None,
-    dry_run: o.DryRun = False,
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
     as_json: o.Json = False,
+    **given: Any,
 ) -> None:
     """Prune SmolLM2-135M-Instruct on real text; no arguments needed."""
     output = Output(as_json)
-    assets.model_folder(output.line)
-    assets.documents(output.line)
-    job = o.make_job(
-        DEMO,
-        out or (begun_folder if resume else free_folder)(Path(FOLDER)),
-        config,
-        assignments,
-        sparsity,
-        shape,
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        length=length,
-        method=method,
-        gates=gates,
-        shapes=shapes,
-        neuron_multiple=neuron_multiple,
-        hidden_multiple=hidden_multiple,
-        device=device,
-        dtype=dtype,
-        bits=bits,
-        seed=seed,
-        report_to=o.trackers(report_to),
-        dry_run=dry_run,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    job.settings.setdefault("max_steps", STEPS)
-    if "shape" not in job.settings:
-        job.settings.setdefault("target_sparsity", SPARSITY)
-    if not MEMORY.keys() & job.settings.keys():
-        job.settings |= MEMORY
-    result = run(job, output)
+    fetch(output)
+    folder = out or (begun_folder if given["resume"] else free_folder)(FOLDER)
+    asked = {"model": DEMO, "out": folder, **given}
+    job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
+    result = finished(job, output)
     if result is not None:
-        compare(job, result, output)
-
-
-def free_folder(wanted: Path) -> Path:
-    """Return the folder, or the first of its numbered siblings that is not taken."""
-    folder, number = wanted, 1
-    while folder.exists() and any(folder.iterdir()):
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
-
-
-def begun_folder(wanted: Path) -> Path:
-    """Return the newest of the folder and its numbered siblings that a run was begun in."""
-    begun = [x for x in wanted.parent.glob(f"{wanted.name}*") if last_checkpoint(x / RUN)]
-    return max(begun, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
-
-
-def compare(job: Job, result: Result, output: Output) -> None:
-    """Print dense, one-shot and pruned model side by side, and let two of them write."""
-    dtype = pick_dtype(job.dtype, job.device)
-    out, record = list(result.records.items())[-1]
-    gc.collect()  # a trainer and its callbacks point at each other: make room for three models
-    with tempfile.TemporaryDirectory() as folder:
-        plain = one_shot(job, result.scores, result.held_out, Path(folder))
-        models = {
-            "dense": load_model(DEMO, dtype),
-            "one-shot": load_pruned(folder, dtype=dtype),
-            "NutePrune": load_pruned(out, dtype=dtype),
-        }
-        prompt_BT = next(iter(result.held_out.values()))[:1, :64]
-        rates = decode_rates(models, prompt_BT)
-        print_table(record, plain, rates, output)
-        tokenizer = load_tokenizer(DEMO)
-        ids_BT = tokenizer(PROMPT, return_tensors="pt").input_ids
-        texts = {name: continuations(x, tokenizer, ids_BT)[0] for name, x in models.items()}
-    for name in ("dense", "NutePrune"):
-        output.line(f"{name}: {PROMPT}{texts[name]}")
-    output.line()
-    keep_for_report(job.out / RUN, rates, texts)
-    output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
-    print_report(job, output)
-    output.result(
-        {
-            "out": str(out),
-            **record,
-            "one_shot": plain["perplexity"]["after"],
-            "decode_tokens_per_second": rates,
-        }
-    )
-
-
-def keep_for_report(run: Path, rates: Mapping[str, float], texts: Mapping[str, str]) -> None:
-    """Write down what the report shows beside the record: speed, and one more sample."""
-    speed = {
-        "name": "decode, batch 1",
-        "unit": "tokens/s",
-        "dense": rates["dense"],
-        "pruned": rates["NutePrune"],
-        "better": "higher",
-    }
-    conditions = f"cpu, {torch.get_num_threads()} threads"
-    write_extra(run, SPEED, {"conditions": conditions, "rows": [speed]})
-    sample = {"prompt": PROMPT, "dense": texts["dense"], "pruned": texts["NutePrune"]}
-    write_extra(run, SAMPLES, [sample, *read_samples(run)])
-
-
-def print_table(
-    record: dict[str, Any], plain: dict[str, Any], rates: Mapping[str, float], output: Output
-) -> None:
-    """Print parameters, size, held-out perplexity and speed of the three models."""
-    sources = list(record["perplexity"]["before"])
-    dense_size = weights_size(assets.model_folder())
-
-    def row(name: str, count: int, size: int, ppl: dict[str, float]) -> list[str]:
-        cells = [name, millions(count), megabytes(size)]
-        cells += [f"{ppl[s]:.2f}" for s in sources]
-        return [*cells, f"{mean(ppl):.2f}", f"{rates[name]:.1f}"]
-
-    def written(name: str, of: dict[str, Any]) -> list[str]:
-        return row(name, of["params"]["after"], of["bytes_on_disk"], of["perplexity"]["after"])
-
-    output.line()
-    output.table(
-        f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; decoded tokens/s",
-        ["", "params", "on disk", *sources, "mean", "tok/s"],
-        [
-            row("dense", record["params"]["before"], dense_size, record["perplexity"]["before"]),
-            written("one-shot", plain),
-            written("NutePrune", record),
-        ],
-    )
-    ratio = mean(record["perplexity"]["after"]) / mean(record["perplexity"]["before"])
-    output.line(
-        f"{record['total_sparsity']:.1%} of all parameters are gone; perplexity is {ratio:.2f} x "
-        f"that of the dense model; {record['seconds']:.0f} s"
-    )
-    output.line()
+        output.result(result)

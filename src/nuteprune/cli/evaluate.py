@@ -17,7 +17,6 @@ from nuteprune.data.blocks import DEMO, check_ids, check_positions
 from nuteprune.errors import UserError
 from nuteprune.jobs.comparison import same_tokens
 from nuteprune.jobs.midway import Judged, judged
-from nuteprune.jobs.settings import RUN_KEYS, read_settings
 from nuteprune.jobs.sources import load_tokenizer, pick_device, pick_dtype
 from nuteprune.judge import protocols, texts
 from nuteprune.judge.perplexity import perplexity
@@ -69,10 +68,9 @@ def evaluate(
     dtype: o.Dtype = None,
     text_column: o.TextColumn = None,
     base: Annotated[
-        str | None, typer.Option(help="What the run prunes, if MODEL is OUT/run/checkpoint-N.")
+        str | None,
+        typer.Option(help="Where the model is now that OUT/run/checkpoint-N prunes."),
     ] = None,
-    config: o.Config = None,
-    assignments: o.Set = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
@@ -83,9 +81,7 @@ def evaluate(
     """
     output = Output(as_json)
     _check(batch_size, tasks, {"include-path": include_path, "limit": limit, "fewshot": fewshot})
-    settings = read_settings(config, assignments or ())
-    of_run = {k: v for k, v in settings.items() if k not in RUN_KEYS}
-    models = [judged(name, base, against, of_run) for name in (model, against) if name is not None]
+    models = [judged(name, base) for name in (model, against) if name is not None]
     questions = None
     if tasks is not None:
         names = [x.strip() for x in tasks.split(",") if x.strip()]

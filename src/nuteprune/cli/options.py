@@ -1,163 +1,84 @@
-"""Options that several commands share."""
+"""Options: those that several commands share, and those that settings declare for themselves."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from nuteprune.errors import UserError
-from nuteprune.files import at_home
 from nuteprune.jobs.job import Job
-from nuteprune.jobs.settings import RUN_KEYS, read_mapping, read_settings
+from nuteprune.train.settings import declared, word
 
-Model = Annotated[str, typer.Argument(help="Hub id, checkpoint folder, or 'demo'.")]
-Sparsity = Annotated[
-    str | None,
-    typer.Option(
-        help="Share of the decoder layers' parameters to remove, such as 0.2; several "
-        "(0.2,0.3,0.5) give several checkpoints from one run."
-    ),
-]
-ShapeFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--shape",
-        help="YAML or JSON file with the dimensions to cut to, instead of --sparsity; another "
-        "checkpoint's nuteprune.json serves too.",
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Training text: a .txt, .jsonl, .json or .parquet file, a folder of them, a hub "
-        "dataset id[:config[:split]], or 'demo' (default: three small English texts)."
-    ),
-]
-EvalData = Annotated[
-    str | None, typer.Option(help="Text to judge by; default: the held-out part of the data.")
-]
-Out = Annotated[Path, typer.Option(help="Folder for the result.")]
-OptionalOut = Annotated[Path | None, typer.Option(help="Folder for the result.")]
+Command = Callable[..., None]
+_JOB = declared(Job)
+
+
+def _option(name: str) -> Any:
+    metadata = _JOB[name].metadata
+    return typer.Option(metadata["option"], help=metadata["help"])
+
+
+Model = Annotated[str, typer.Argument(help=_JOB["model"].metadata["help"])]
+Out = Annotated[Path, _option("out")]
+OptionalOut = Annotated[Path | None, _option("out")]
+Device = Annotated[str | None, _option("device")]
+Dtype = Annotated[str | None, _option("dtype")]
+TextColumn = Annotated[str | None, _option("text_column")]
+TrustRemoteCode = Annotated[bool, _option("trust_remote_code")]
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")
 ]
-Steps = Annotated[
-    int | None, typer.Option(help="Optimizer steps; 0: one-shot; default 80, of the demo 60.")
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Sequences per forward pass of each process; default 4.")
-]
-Length = Annotated[int | None, typer.Option(help="Tokens per sequence; default 256.")]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="nuteprune, or a one-shot method: random, magnitude, wanda, flap, taylor, fisher, "
-        "surgeon, similarity; with the same distillation after it."
-    ),
-]
-Gates = Annotated[
-    str | None,
-    typer.Option(
-        help="heads, kv_groups, neurons, hidden, attn_block, mlp_block; comma separated; "
-        "default: heads (KV groups where heads share one) and neurons."
-    ),
-]
-Shapes = Annotated[str | None, typer.Option(help="free (default) or uniform.")]
-NeuronMultiple = Annotated[
-    int | None, typer.Option(help="Neurons kept per layer are a multiple of it; default 32.")
-]
-HiddenMultiple = Annotated[
-    int | None, typer.Option(help="The width kept is a multiple of it; default 64.")
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Bits = Annotated[
-    int | None,
-    typer.Option(
-        help="8 or 4: hold the dense model's projections in so many bits while training; what "
-        "is written is cut from the full weights."
-    ),
-]
-TextColumn = Annotated[str | None, typer.Option(help="Column of the text in structured files.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-ReportTo = Annotated[
-    str | None,
-    typer.Option(
-        help="Trackers that follow the run: tensorboard, wandb, trackio or another of Trainer's, "
-        "with commas; install them yourself."
-    ),
-]
-Checkpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run Python code that comes with MODEL, where its tokenizer needs some.",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
 
 
-FLAGS = ("dry_run", "resume", "overwrite", "trust_remote_code")
-"""What a job is told by options alone: no file of settings can say so."""
-
-
-def make_job(
-    model: str,
-    out: Path,
-    config: Path | None,
-    assignments: list[str] | None,
-    sparsity: str | None,
-    shape: Path | None,
-    **given: Any,
-) -> Job:
-    """Return a job from a settings file, `--set`, and options, the later winning.
+def with_options(*kinds: type, but: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Give a command the options that settings declare; they come as its keywords.
 
     Args:
-        model: as the user named it.
-        out: the output folder.
-        config: settings file or None.
-        assignments: `--set` values.
-        sparsity: one target or several, comma separated; None where not given.
-        shape: file with dimensions to cut to, None where not given.
-        **given: options under their settings' full names; None where not given. Those of `Job`
-            itself (`dry_run`, `resume`, `overwrite`, `trust_remote_code`) are flags.
+        *kinds: the dataclasses that declare them.
+        but: words that the command has no option for.
+
+    Returns:
+        A decorator for a command that takes `**given`: word -> value, None where not given.
     """
-    flags = {k: given.pop(k) for k in FLAGS if k in given}
-    out = at_home(out)  # of `--out=~/x` the shell leaves it
-    settings = read_settings(config and at_home(config), assignments or ())
-    if sparsity is not None and shape is not None:
-        raise UserError("--sparsity and --shape both say how much is to go; pass one of them")
-    if sparsity is not None:
-        for key in ("shape", "stops"):  # of a settings file, over which options win
-            settings.pop(key, None)
-        *stops, given["target_sparsity"] = _shares(sparsity)
-        given["stops"] = stops or None
-    if shape is not None:
-        given["shape"] = read_mapping(at_home(shape), "--shape")
-    settings |= {key: value for key, value in given.items() if value is not None}
-    own = {key: settings.pop(key) for key in list(settings) if key in RUN_KEYS}
-    own.setdefault("data", "demo")
-    return Job(model=model, out=out, settings=settings, **own, **flags)
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            x.replace(annotation=hints[x.name])
+            for x in inspect.signature(command).parameters.values()
+            if x.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        without = {x.name for x in own} | set(but)
+        more = [x for kind in kinds for x in _parameters(kind) if x.name not in without]
+        at = sum(x.default is inspect.Parameter.empty for x in own)
+        together = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in own]
+        together[at:at] = more
+        command.__signature__ = inspect.Signature(together)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
-def trackers(text: str | None) -> list[str] | None:
-    """Return the names of `--report-to`, None where it is not given."""
-    return None if text is None else [name.strip() for name in text.split(",")]
+def _parameters(kind: type) -> list[inspect.Parameter]:
+    """Return a parameter for each option that a dataclass declares."""
+    hints, found = get_type_hints(kind), []
+    for name, x in declared(kind).items():
+        option = x.metadata["option"]
+        if option is not None:
+            plain: Any = bool if x.metadata["flag"] else _plain(hints[name])
+            hint = Annotated[plain | None, typer.Option(option, help=x.metadata["help"])]
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            found.append(inspect.Parameter(word(name, x), keyword, default=None, annotation=hint))
+    return found
 
 
-def _shares(text: str) -> list[float]:
-    try:
-        return sorted(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(
-            f"--sparsity {text} is neither a share nor several: write 0.2, or 0.2,0.3,0.5"
-        ) from error
+def _plain(hint: Any) -> Any:
+    """Return the type that an option's text is read as: text where it may be several."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, str, Path) else str

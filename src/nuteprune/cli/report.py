@@ -9,6 +9,7 @@ import typer
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
+from nuteprune.jobs.reproduce import again
 from nuteprune.judge.report import PLOTS, write_report
 
 
@@ -21,7 +22,7 @@ def report(
 ) -> None:
     """Write RUN's report: one HTML page that needs no network, and its plots as PNG."""
     output = Output(as_json)
-    page = write_report(folder)
+    page = write_report(folder, again)
     plots = sorted((page.parent / PLOTS).glob("*.png"))
     output.line(f"Report  {page}")
     output.line(f"Plots   {page.parent / PLOTS} ({', '.join(path.stem for path in plots)})")

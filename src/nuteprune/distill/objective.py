@@ -68,6 +68,16 @@ class Objective:
         return parts
 
 
+OBJECTIVES = {
+    "relative": Objective(),
+    # As published: the sum over layers of plain squared errors, and no language-model loss.
+    "paper": Objective(token_weight=0.1, layer_weight=0.9, layer_term="mse", temperature=2 / 3),
+}
+"""Name, as the setting `objective` has it, -> the terms where a teacher takes part."""
+TEXT = Objective(token_weight=0.0, layer_weight=0.0, lm_weight=1.0)
+"""Without a teacher: the language-model loss of the text itself."""
+
+
 def text_loss(passage: Passage, head: Head, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the student's language-model loss on a batch's own text, padding left out."""
     assert passage.student_BTD is not None

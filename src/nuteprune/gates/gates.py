@@ -1,8 +1,8 @@
 """Gates in training: from learned state to the masks of a step, and to the final ones.
 
 All kinds share one interface. `RankedGates` hold hard, exportable masks at the scheduled sparsity
-at every step and keep re-estimating each unit's score from the gradients of its mask. Those whose
-masks are soft and trained themselves are in `soft.py` and `multipliers.py`.
+at every step and keep re-estimating each unit's score from the gradients of its mask. The paper's,
+whose masks are soft and trained themselves, are in `hard_concrete.py`.
 
 Shape suffixes: B batch, N units of one kind in the whole model.
 """
@@ -20,6 +20,9 @@ from torch import distributed as dist
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
 from nuteprune.processes import several
+
+DECAY = 0.99
+"""Weight of the past in the moving average of scores, per step."""
 
 
 class Gates(nn.Module):
@@ -43,8 +46,8 @@ class Gates(nn.Module):
         """Loss that removing each unit is expected to cost, kind -> (N,)."""
         return {kind: self.get_buffer(f"scores_{kind}") for kind in self.kinds}
 
-    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
-        """Return the optimizer's groups for what is trained of the gates, at a given rate."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups for what is trained of the gates."""
         return []
 
     def begin_step(self, sparsity: float, seed: int) -> None:
@@ -100,10 +103,12 @@ class RankedGates(Gates):
     Args:
         allocator: turns scores into exportable shapes and masks.
         scores: one-shot importance of each unit, kind -> (N,); the warm start.
-        decay: weight of the past in the moving average, per step; 1 keeps the warm start.
+        decay: weight of the past in the moving average, per step.
     """
 
-    def __init__(self, allocator: Allocator, scores: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(
+        self, allocator: Allocator, scores: Mapping[str, Tensor], decay: float = DECAY
+    ) -> None:
         super().__init__(allocator, scores)
         self.decay = decay
         self._hard = Masks.open(allocator.layout, self.kinds)
@@ -124,7 +129,7 @@ class RankedGates(Gates):
 
     def masks(self, batch_size: int) -> Masks:
         """Return masks (B, N), one row per sequence, so that gradients come per sequence."""
-        if self.frozen or self.decay >= 1:
+        if self.frozen:
             return self._hard
         self._leaves = {
             kind: torch.zeros(batch_size, len(value), device=value.device, requires_grad=True)

@@ -55,7 +55,6 @@ class Schedule:
         targets: sparsities to reach, growing; each gets an equal share of the steps.
         steps: optimizer steps of the whole run, at least one for each target.
         ramp_share: share of a stage's steps by which its target is reached.
-        power: 1 rises linearly; 3 rises fast at first and slowly near the target (cubic).
         freeze_share: share of a stage's steps by which masks are fixed, if later than the ramp;
             where both shares are 0 they are fixed before the stage's first step.
     """
@@ -63,7 +62,6 @@ class Schedule:
     targets: tuple[float, ...]
     steps: int
     ramp_share: float = 0.5
-    power: float = 1.0
     freeze_share: float = 0.0
 
     def stage(self, step: int) -> Stage:
@@ -90,8 +88,8 @@ class Schedule:
     def sparsity(self, step: int) -> float:
         """Return what is asked for at a step, counted from 0."""
         stage = self.stage(step)
-        left = 1 - min(1.0, (step - stage.first + 1) / stage.ramp_steps)
-        return stage.start + (stage.target - stage.start) * float(1 - left**self.power)
+        share = min(1.0, (step - stage.first + 1) / stage.ramp_steps)
+        return stage.start + (stage.target - stage.start) * share
 
 
 class Lagrangian(nn.Module):

@@ -1,223 +1,245 @@
-"""What `prune`, `demo` and `recover` are asked to do, and the folder that it goes to."""
+"""What a job is asked to do: its settings, each declared once, from options, YAML and keywords.
+
+The command line, the Python calls, `--set`, YAML files, records and commands that reproduce a run
+are derived from what the dataclasses here and in `train.config` declare.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-import tempfile
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import Any, TypeVar
 
 from nuteprune.data.blocks import DEMO
+from nuteprune.data.conversations import TEMPLATES
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import at_home, read_sums, remove, writing
-from nuteprune.jobs.sources import pick_device
-from nuteprune.run_folder import CARD, RECORD, RUN, SUMS, TARGET, hidden
-from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import chosen_settings
-from nuteprune.train.state import last_checkpoint
+from nuteprune.files import at_home
+from nuteprune.jobs.settings import check, read_given, read_mapping
+from nuteprune.jobs.sources import BITS, DTYPES, pick_dtype, place
+from nuteprune.train.settings import CALL, HOW, WHAT, declared, setting
+
+J = TypeVar("J", bound="Job")
 
 
 @dataclass
 class Job:
-    """What `prune` is asked to do.
+    """What `prune` and `recover` have in common.
 
     Args:
         model: hub id, checkpoint folder, or `demo`.
-        data: training text; see `train.data`.
         out: folder for the result.
+        data: training text; see `data.blocks`.
         eval_data: text to judge by; None: the held-out part of `data`.
         text_column: column of the text in structured files.
         length: tokens per block.
         eval_blocks: held-out blocks per source.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: `auto`, `float32`, `bfloat16`, ...: what the run computes in.
-        bits: 8 or 4: hold the dense model's projections in so many bits; None: in `dtype`.
-        settings: overrides of `NutePruneConfig`.
-        dry_run: say what would be done, and write nothing.
+        device: `auto`, `cpu`, `cuda`.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`: what the run computes in.
         resume: go on from the last checkpoint in `out`.
         overwrite: replace what is in `out`.
         trust_remote_code: run Python code that comes with the model's tokenizer.
     """
 
-    model: str
-    data: str
-    out: Path
-    eval_data: str | None = None
-    text_column: str | None = None
-    length: int = 256
-    eval_blocks: int = 24
-    device: str = "auto"
-    dtype: str = "auto"
-    bits: int | None = None
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    dry_run: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    trust_remote_code: bool = False
-
-
-def trainer_settings(job: Job) -> dict[str, Any]:
-    """Return the settings for `NutePruneConfig`: the job's device on top of its overrides."""
-    device = pick_device(job.device)
-    return {
-        "disable_tqdm": True,
-        "save_strategy": "steps",
-        "save_steps": 50,
-        "save_total_limit": 2,
-        **job.settings,
-        "use_cpu": device == "cpu",
-    }
-
-
-def check_out(job: Job) -> None:
-    """Refuse an output folder with something in it, unless told what to do with it.
-
-    Raises:
-        UserError: if the folder is in the way, or there is nothing to resume in it.
-    """
-    out = job.out
-    named_by_user = (("model", job.model), ("data", job.data), ("eval data", job.eval_data))
-    for what, named in named_by_user:
-        if named in (None, DEMO):
-            continue
-        place = at_home(named)
-        if place.exists() and place.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"--out {out} holds the {what} {named}; name another folder")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if job.resume:
-        if last_checkpoint(out / RUN) is None:
-            raise UserError(
-                f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
-                "anew without --resume, with --overwrite if the folder is not empty"
-            )
-        foreign = sorted({x.name for x in out.iterdir() if not hidden(x)} - written_in(out))
-        if foreign and not job.overwrite:
-            raise UserError(
-                f"--out {out} holds {foreign[0]}, which the run has not written; move it away, or "
-                "pass --overwrite too, which removes it"
-            )
-        return
-    if out.exists() and any(out.iterdir()) and not job.overwrite:
-        raise UserError(
-            f"--out {out} is not empty; name another folder, or pass --overwrite to replace it or "
-            "--resume to go on with it"
-        )
-    if not job.dry_run:
-        check_writable(out)
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that nothing can be written to, before hours are spent; writes nothing.
-
-    Raises:
-        UserError: if neither it nor the nearest folder above it that is there takes a file.
-    """
-    there = next(x for x in (folder.absolute(), *folder.absolute().parents) if x.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {there}: {error.strerror}; name another --out") from error
-
-
-def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
-    """Return where the checkpoint of a target goes: to folders of their own where several do."""
-    return job.out if len(targets) == 1 else job.out / f"{TARGET}{targets[index]:g}"
-
-
-def written_in(out: Path) -> set[str]:
-    """Return the names of what runs write into their folder, as far as it is there.
-
-    The sums name a checkpoint's files, and are the first of them to come and the last to go.
-    """
-    named = {RUN, SUMS, RECORD, CARD, "additional_chat_templates", *read_sums(out)}
-    matching = (
-        x.name for pattern in (f"{TARGET}*", ".*partial", ".*removed") for x in out.glob(pattern)
+    model: str = setting(help="Hub id, checkpoint folder, or 'demo'.")
+    out: Path = setting(help="Folder for the result.", option="--out", role=CALL)
+    data: str = setting(
+        DEMO,
+        "Training text: a .txt, .jsonl, .json or .parquet file, a folder of them, a hub dataset "
+        "id[:config[:split]], or 'demo' (default: three small English texts).",
+        option="--data",
     )
-    return {x.name for x in out.iterdir()} & (named | set(matching))
+    eval_data: str | None = setting(
+        None,
+        "Text to judge by; default: the held-out part of the data.",
+        option="--eval-data",
+        role=HOW,
+    )
+    text_column: str | None = setting(
+        None, "Column of the text in structured files.", option="--text-column"
+    )
+    length: int = setting(
+        256, "Tokens per sequence (default 256).", bounds=(2, 1e7), option="--length"
+    )
+    eval_blocks: int = setting(24, "Held-out blocks per source.", bounds=(1, 1e6), role=HOW)
+    device: str = setting("auto", "auto, cpu or cuda.", option="--device", role=HOW)
+    dtype: str = setting(
+        "auto", f"What is computed in: auto, {', '.join(DTYPES)}.", option="--dtype"
+    )
+    resume: bool = setting(
+        False, "Go on from the last checkpoint in --out.", option="--resume", flag=True, role=CALL
+    )
+    overwrite: bool = setting(
+        False, "Replace what is in --out.", option="--overwrite", flag=True, role=CALL
+    )
+    trust_remote_code: bool = setting(
+        False,
+        "Run Python code that comes with MODEL, where its tokenizer needs some.",
+        option="--trust-remote-code",
+        flag=True,
+        role=CALL,
+    )
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what of the job is for the record: name -> value, left out where not given."""
+        fields = declared(type(self)).items()
+        kept = [name for name, x in fields if x.metadata["role"] in (WHAT, HOW)]
+        return {name: x for name in kept if (x := getattr(self, name)) is not None}
 
 
-def clear_result(out: Path, overwrite: bool = False) -> None:
-    """Remove what an earlier end of a run wrote, and keep the run itself.
+@dataclass
+class PruneJob(Job):
+    """What `prune` is asked to do.
 
     Args:
-        out: the output folder.
-        overwrite: remove what is not the run's as well.
+        bits: 8 or 4: hold the dense model's projections in so many bits; None: in `dtype`.
+        dry_run: say what would be done, and write nothing.
+        settings: of `NutePruneConfig`, as far as they are given.
     """
-    visible = {x.name for x in out.iterdir() if not hidden(x)} if overwrite else set()
-    _remove(out, (written_in(out) | visible) - {RUN})
+
+    bits: int | None = setting(
+        None,
+        f"{' or '.join(map(str, BITS))}: load the frozen dense model in so many bits while "
+        "training; the result keeps full precision.",
+        option="--bits",
+    )
+    dry_run: bool = setting(
+        False, "Say what would be done; write nothing.", option="--dry-run", flag=True, role=CALL
+    )
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _remove(out: Path, names: Iterable[str]) -> None:
-    with writing(out):
-        # First what makes a folder a checkpoint, lest one that is gone in part look whole.
-        order = {"config.json": 0, SUMS: 2}
-        for name in sorted(names, key=lambda name: order.get(name, 1)):
-            remove(out / name)
+@dataclass
+class RecoverJob(Job):
+    """What `recover` is asked to do.
+
+    Args:
+        against: the dense model, to be tuned in the same way for comparison; None: no comparison.
+        steps: optimizer steps; None: by epochs, for plain text 200.
+        epochs: passes over instruction data; None: 2.
+        learning_rate: None: by the kind of data.
+        lora_rank: rank of LoRA, on all projections.
+        batch_size: sequences per forward pass.
+        accumulation: forward passes per step.
+        template: see `conversations.TEMPLATES`.
+        seed: of everything random.
+        report_to: trackers, comma separated.
+        gradient_checkpointing: less memory, more time.
+        save_steps: steps between checkpoints of the run.
+    """
+
+    data: str = setting(
+        DEMO,
+        "What to learn: rows of chat messages or of instruction, input and output, or plain text; "
+        "a file, a folder, a hub dataset id[:config[:split]], or 'demo' (default).",
+        option="--data",
+    )
+    eval_data: str | None = setting(
+        None,
+        "Text to judge by; default: what the pruned model was judged by.",
+        option="--eval-data",
+        role=HOW,
+    )
+    against: str | None = setting(
+        None,
+        "The dense model: tuned in the same way afterwards, and compared.",
+        option="--against",
+        role=CALL,
+    )
+    steps: int | None = setting(
+        None, "Optimizer steps (plain text: 200).", bounds=(1, 1e9), option="--steps", role=HOW
+    )
+    epochs: float | None = setting(
+        None, "Passes over instruction data (2).", bounds=(1e-9, 1e9), option="--epochs", role=HOW
+    )
+    learning_rate: float | None = setting(
+        None,
+        "Learning rate of LoRA (1e-4; plain text: 1e-3).",
+        bounds=(1e-12, 1e3),
+        option="--learning-rate",
+    )
+    lora_rank: int = setting(
+        8, "Rank of LoRA, on all projections (8).", bounds=(1, 1e5), option="--lora-rank"
+    )
+    batch_size: int = setting(
+        8, "Sequences per forward pass (8).", bounds=(1, 1e6), option="--batch-size", role=HOW
+    )
+    accumulation: int = setting(
+        1, "Forward passes per step (1).", bounds=(1, 1e6), option="--accumulation", role=HOW
+    )
+    template: str = setting(
+        "auto",
+        "Of instruction rows: chat, alpaca, or auto (chat if the model has it).",
+        choices=TEMPLATES,
+        option="--template",
+    )
+    seed: int = setting(42, "Seed of everything random.", bounds=(0, 2**31 - 1), option="--seed")
+    report_to: str = setting(
+        "none",
+        "Trackers that follow the run: tensorboard, wandb, trackio; comma separated.",
+        option="--report-to",
+        role=CALL,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
+    )
+    save_steps: int = setting(
+        50,
+        "Steps between checkpoints of the run (50).",
+        bounds=(1, 1e9),
+        option="--save-steps",
+        role=HOW,
+    )
 
 
-def clear(out: Path) -> None:
-    """Remove all that is in a folder; if this is cut short, what is left cannot be resumed."""
-    if not out.exists():
-        return
-    with writing(out):
-        doomed = out / f".{RUN}.removed"
-        remove(doomed)
-        if (out / RUN).exists():
-            (out / RUN).replace(doomed)
-    _remove(out, [path.name for path in out.iterdir()])
+def make_job(
+    kind: type[J],
+    trainer: type | None,
+    given: Mapping[str, Any],
+    config: str | os.PathLike[str] | None = None,
+    assignments: Iterable[str] = (),
+) -> J:
+    """Return a job from a settings file, `--set`, and options or keywords, the later winning.
 
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep other runs on this machine out of a folder for a while.
+    Args:
+        kind: the dataclass of the job.
+        trainer: the dataclass of its trainer's settings, which go into `settings`; None for none.
+        given: options or keywords by the word that users have for them, or by full name; None
+            where not given.
+        config: YAML file with settings.
+        assignments: `key=value`, the value in YAML.
 
     Raises:
-        UserError: if one is at work there.
+        UserError: for an unknown setting, a value of the wrong type, or two that contradict.
     """
-    user = getattr(os, "getuid", int)()
-    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"nuteprune-{user}-{place}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another run is at work in --out {out}: name another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
+    kinds = [kind, *([trainer] if trainer else [])]
+    file = None if config is None else at_home(Path(config))
+    settings = read_given(file, assignments, kinds)
+    now = check({key: value for key, value in given.items() if value is not None}, kinds)
+    if "shape" in now and "target_sparsity" in now:
+        raise UserError("--sparsity and --shape both say how much is to go; pass one of them")
+    if "shape" in now or "target_sparsity" in now:  # of a settings file, over which options win
+        settings = {k: x for k, x in settings.items() if k not in ("shape", "target_sparsity")}
+    settings |= now
+    if isinstance(settings.get("shape"), str):
+        settings["shape"] = read_mapping(at_home(settings["shape"]), "--shape")
+    fields = {x.name for x in dataclasses.fields(kind)}
+    own = {key: settings.pop(key) for key in list(settings) if key in fields}
+    own["out"] = at_home(own["out"])  # of `--out=~/x` the shell leaves it
+    if trainer is not None:
+        own["settings"] = settings
+    return kind(**own)
 
 
-@contextmanager
-def nothing_left(folder: Path) -> Iterator[None]:
-    """Take back the empty folders that a trainer makes for a run that cannot begin."""
-    made = [x for x in (folder, *folder.absolute().parents) if not x.exists()]
-    try:
-        yield
-    except UserError:
-        for path in (folder / RUN, *made):
-            with suppress(OSError):  # not empty, or not there
-                path.rmdir()
-        raise
-
-
-def make_config(job: Job, folder: Path) -> NutePruneConfig:
-    """Return the settings of a job's run in a folder.
-
-    Raises:
-        UserError: if they cannot work.
-    """
-    with settings_of_user():
-        return NutePruneConfig(output_dir=str(folder), **trainer_settings(job))
+def what_it_is(job: Job) -> dict[str, Any]:
+    """Return what of a job says what its run is, for settings.json: paths and dtype resolved."""
+    dtype = str(pick_dtype(job.dtype, job.device)).removeprefix("torch.")
+    named = {"model": place(job.model), "data": place(job.data), "dtype": dtype}
+    return {**job.recorded(), **named}
 
 
 @contextmanager
@@ -234,25 +256,3 @@ def settings_of_user() -> Iterator[None]:
     except Exception as error:
         said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise UserError(f"these settings cannot work ({said}); check the options") from error
-
-
-def run_config(job: Job, args: NutePruneConfig) -> dict[str, Any]:
-    """Return the settings that reproduce a run: the job's, and those that are not defaults."""
-    own = {key: value for key, value in vars(job).items() if key in JOB_KEYS and value is not None}
-    if args.shape is None:
-        own["target_sparsity"] = args.target_sparsity
-    return {**own, **chosen_settings(args)}
-
-
-JOB_KEYS = (
-    "model",
-    "data",
-    "eval_data",
-    "text_column",
-    "length",
-    "eval_blocks",
-    "device",
-    "dtype",
-    "bits",
-)
-"""Fields of a job that a run is reproduced by, beside its settings."""

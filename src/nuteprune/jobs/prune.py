@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,27 +28,25 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.loading import in_dtype
 from nuteprune.export.record import write_pruned
-from nuteprune.jobs.job import (
-    Job,
+from nuteprune.jobs.folder import (
     alone,
     check_out,
+    check_writable,
     clear,
     clear_result,
-    make_config,
     nothing_left,
-    run_config,
-    settings_of_user,
     target_folder,
 )
+from nuteprune.jobs.job import PruneJob, make_job, settings_of_user, what_it_is
 from nuteprune.jobs.progress import StepProgress
-from nuteprune.jobs.resume import check_same, remember, resume_from
-from nuteprune.jobs.show import print_dry_run, print_plan
+from nuteprune.jobs.show import print_dry_run, print_plan, print_report, print_results
 from nuteprune.jobs.sources import (
-    STORED_DTYPE,
     load_model,
     load_tokenizer,
     origin,
+    pick_device,
     pick_dtype,
+    stored_dtype,
 )
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.judge.run_files import write_extra
@@ -57,6 +55,8 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import RUN, SAMPLES
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.run_settings import check_same, chosen_settings
+from nuteprune.train.settings import check_declared
 from nuteprune.train.setup import make_allocator, run_targets
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -69,21 +69,80 @@ class Result:
         records: folder -> record of each checkpoint, one per target, growing.
         held_out: the text that they were judged by, source -> (N, T).
         scores: the units' scores before training, kind -> (N,).
+        plan: what a dry run found, None of any other.
     """
 
     records: dict[Path, dict[str, Any]]
     held_out: Mapping[str, Tensor]
     scores: dict[str, Tensor]
+    plan: dict[str, Any] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the record, with the folder as `out`; of several targets a list in `targets`."""
+        if self.plan is not None:
+            return self.plan
+        lines = [{"out": str(folder), **record} for folder, record in self.records.items()]
+        return lines[0] if len(lines) == 1 else {"targets": lines}
 
 
-def run(job: Job, output: Output) -> Result | None:
-    """Do the job; returns None for a dry run, and in all processes of a run but the main one.
+def prune(
+    model: str,
+    *,
+    out: str | os.PathLike[str],
+    sparsity: float | Sequence[float] | None = None,
+    data: str | None = None,
+    steps: int | None = None,
+    config: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any] | None:
+    """Make a model smaller, as `nuteprune prune` does.
+
+    Args:
+        model: hub id, checkpoint folder, or `demo`.
+        out: folder for the result.
+        sparsity: share of the decoder layers' parameters to remove; several give a checkpoint each.
+        data: calibration and training text: a file, a folder, a hub dataset, or `demo`.
+        steps: optimizer steps; 0 prunes without training.
+        config: YAML file with settings.
+        quiet: print nothing.
+        **settings: the command's other options by name, such as `shape`, `method`, `device` or
+            `dry_run`, and all of `NutePruneConfig`'s settings.
+
+    Returns:
+        The record (nuteprune.json) with the folder as `out`; of several targets {`targets`: list};
+        of a dry run what it found. None in all processes of a run but the main one.
+
+    Raises:
+        UserError: for anything that cannot work; nothing is written then.
+        RunFailed: if training breaks down or a target is missed.
+    """
+    given = {"model": model, "out": out, "data": data, "sparsity": sparsity, "steps": steps}
+    job = make_job(PruneJob, NutePruneConfig, {**given, **settings}, config)
+    result = finished(job, Output(quiet=quiet))
+    return None if result is None else result.summary()
+
+
+def finished(job: PruneJob, output: Output) -> Result | None:
+    """Do the job, print what came out, and write its report; see `run`."""
+    if not {"target_sparsity", "shape"} & set(job.settings):
+        raise UserError("no sparsity given: pass --sparsity, such as --sparsity 0.2, or --shape")
+    result = run(job, output)
+    if result is not None and result.plan is None:
+        print_results(result.records, output)
+        print_report(job, output)
+    return result
+
+
+def run(job: PruneJob, output: Output) -> Result | None:
+    """Do the job; returns None in all processes of a run but the main one.
 
     Raises:
         UserError: for anything in the job that cannot work; nothing is written then.
         RunFailed: if training breaks down or a target is missed.
     """
     started = time.monotonic()
+    check_declared(job)
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch) if job.dry_run else job.out
@@ -91,23 +150,41 @@ def run(job: Job, output: Output) -> Result | None:
             stack.enter_context(alone(job.out))
         if is_main():  # the others may come when it has begun to write
             check_out(job)
+            if not (job.dry_run or job.resume):
+                check_writable(job.out)
         with nothing_left(folder):
-            return _run(job, make_config(job, folder / RUN), output, started)
+            return _run(job, trainer_config(job, folder / RUN), output, started)
 
 
-def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> Result | None:
+def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
+    """Return the settings of a job's trainer.
+
+    Args:
+        job: the job.
+        folder: the run's folder.
+
+    Raises:
+        UserError: if they cannot work.
+    """
+    bookkeeping = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
+    here = {"disable_tqdm": True, "use_cpu": pick_device(job.device) == "cpu"}
+    with settings_of_user():
+        return NutePruneConfig(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
+
+
+def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float) -> Result | None:
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     dtype = pick_dtype(job.dtype, job.device)
     model = load_model(job.model, dtype, job.bits, str(config.device))
     training, held_out = _texts(job, config, tokenizer, model)
     with output.bars() as bars:
-        trainer = make_trainer(model, config, training, tokenizer, bars)
+        trainer = make_trainer(job, model, config, training, tokenizer, bars)
         print_plan(job, trainer, output)
         if job.dry_run:
-            print_dry_run(trainer, output)
-            return None
+            plan = print_dry_run(trainer, output)
+            return Result({}, held_out, {}, plan) if is_main() else None
         if is_main() and job.resume:
-            check_same(job, trainer)
+            check_same(job.out / RUN, trainer.settings(), PruneJob, NutePruneConfig)
         elif is_main() and job.overwrite:
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
@@ -123,7 +200,10 @@ def _run(job: Job, config: NutePruneConfig, output: Output, started: float) -> R
 
 
 def _texts(
-    job: Job, config: NutePruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    job: PruneJob,
+    config: NutePruneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
 ) -> tuple[BlockDataset, dict[str, Tensor]]:
     """Return the blocks to train on, and those to judge by, per source."""
     check_positions(job.length, model.config)
@@ -149,6 +229,7 @@ def _check_room(count: int, length: int) -> None:
 
 
 def make_trainer(
+    job: PruneJob,
     model: PreTrainedModel,
     config: NutePruneConfig,
     training: BlockDataset,
@@ -157,18 +238,25 @@ def make_trainer(
 ) -> NutePruneTrainer:
     """Return a trainer that shows its progress."""
     with settings_of_user():
-        trainer = NutePruneTrainer(model, config, training, tokenizer, progress=bars.update)
+        trainer = NutePruneTrainer(
+            model,
+            config,
+            training,
+            tokenizer,
+            progress=bars.update,
+            stored_dtype=stored_dtype(model),
+            job=what_it_is(job),
+        )
         # Made for trial, since a run makes them when it has begun to write.
         trainer.create_optimizer_and_scheduler(max(1, config.max_steps))
         trainer.optimizer = trainer.lr_scheduler = None
-    trainer.stored_dtype = stored_dtype(model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepProgress(trainer, bars))
     return trainer
 
 
 def _prune(
-    job: Job,
+    job: PruneJob,
     trainer: NutePruneTrainer,
     held_out: Mapping[str, Tensor],
     bars: Bars,
@@ -199,10 +287,8 @@ def _prune(
 
     if is_main() and not apart:
         judge_dense(trainer.anatomy.model)
-    if is_main() and not job.resume:
-        remember(job, trainer)
     if trainer.args.max_steps > 0:
-        trainer.train(resume_from_checkpoint=resume_from(job))
+        trainer.train(resume_from_checkpoint=job.resume or None)
     trainer.settle()
     if not is_main():
         return {}
@@ -233,20 +319,26 @@ def _prune(
             folder,
             perplexity={"before": before, "after": after, "protocol": protocol(held_out)},
             **provenance,
-            config=run_config(job, trainer.args),
+            config=recorded(job, trainer.args),
             seconds=round(time.monotonic() - started, 1),
         )
     return dict(sorted(records.items(), key=lambda item: item[1]["target"]))
 
 
+def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
+    """Return the settings that reproduce a run: the job's, and those that are not defaults."""
+    target = {} if args.shape is not None else {"target_sparsity": args.target_sparsity}
+    return {**job.recorded(), **target, **chosen_settings(args)}
+
+
 def one_shot(
-    job: Job, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path
+    job: PruneJob, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path
 ) -> dict[str, Any]:
     """Write what the first ranking alone gives: nothing trained, nothing re-fitted."""
     model = _whole(job)
     stored = stored_dtype(model)
     anatomy = Anatomy(model)
-    config = make_config(job, out)
+    config = trainer_config(job, out)
     allocator = make_allocator(anatomy, config)
     target = run_targets(allocator, config)[-1]
     masks = allocator.masks(allocator.shape(scores, target), scores)
@@ -266,12 +358,6 @@ def one_shot(
     )
 
 
-def _whole(job: Job) -> PreTrainedModel:
+def _whole(job: PruneJob) -> PreTrainedModel:
     """Load the dense model to the CPU, its weights whole and as exact as they are stored."""
     return load_model(job.model, pick_dtype(job.dtype, job.device), exact=True)
-
-
-def stored_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Return the dtype that the checkpoint was stored in, which the result keeps."""
-    stored = getattr(model, STORED_DTYPE, None)
-    return stored if isinstance(stored, torch.dtype) else model.dtype

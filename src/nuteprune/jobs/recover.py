@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import statistics
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -22,7 +23,6 @@ from transformers import (
 
 from nuteprune.console import Bars, Output
 from nuteprune.data.blocks import check_ids, check_positions, training_blocks
-from nuteprune.data.conversations import check_template
 from nuteprune.data.examples import holds_instructions, read_examples
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
@@ -35,27 +35,35 @@ from nuteprune.jobs.comparison import (
     note,
     same_tokens,
 )
-from nuteprune.jobs.job import (
-    Job,
+from nuteprune.jobs.folder import (
     alone,
     check_out,
+    check_writable,
     clear,
     clear_result,
     nothing_left,
-    settings_of_user,
 )
+from nuteprune.jobs.job import RecoverJob, make_job, settings_of_user, what_it_is
 from nuteprune.jobs.progress import RecoveryProgress
-from nuteprune.jobs.prune import stored_dtype
-from nuteprune.jobs.resume import resume_from
-from nuteprune.jobs.show import print_recovery, sequences_per_step
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
+from nuteprune.jobs.show import print_recovered, print_recovery, sequences_per_step
+from nuteprune.jobs.sources import (
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    record_of,
+    stored_dtype,
+)
 from nuteprune.judge.bench import Work
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import DENSE, RUN
-from nuteprune.train.recover import RecoverConfig, RecoverTrainer
+from nuteprune.train.config import RecoverConfig
+from nuteprune.train.recover import RecoverTrainer
+from nuteprune.train.run_settings import check_same
+from nuteprune.train.settings import check_declared
 from nuteprune.train.state import last_checkpoint
 
 INSTRUCTIONS, TEXT = "instructions", "text"
@@ -65,72 +73,81 @@ EPOCHS = 2.0
 STEPS = 200
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """What `recover` is asked to do.
+def recover(
+    model: str,
+    *,
+    out: str | os.PathLike[str],
+    data: str | None = None,
+    against: str | None = None,
+    steps: int | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any] | None:
+    """Fine-tune a pruned checkpoint to win back quality, as `nuteprune recover` does.
 
     Args:
-        job: models, data, folders and settings.
-        steps: optimizer steps; None: by epochs, for plain text `STEPS`.
-        epochs: passes over instruction data; None: `EPOCHS`.
-        learning_rate: None: by the kind of data.
-        template: see `pieces.TEMPLATES`.
-        against: the dense model, to be tuned in the same way for comparison; None: no comparison.
-    """
-
-    job: Job
-    steps: int | None
-    epochs: float | None
-    learning_rate: float | None
-    template: str
-    against: str | None = None
-
-
-def run(asked: Recovery, output: Output) -> dict[str, Any] | None:
-    """Do it; returns None in all processes of a run but the main one.
+        model: the pruned checkpoint; any other of a supported family will do.
+        out: folder for the result.
+        data: what to learn: chat or instruction rows, or plain text; a file, a folder, a hub
+            dataset, or `demo`.
+        against: the dense model: tuned in the same way afterwards, and compared.
+        steps: optimizer steps.
+        quiet: print nothing.
+        **settings: the command's other options by name: fields of `RecoverJob`.
 
     Returns:
-        What `print_result` shows: `out`, `recover`, and the record where there is one.
+        The record, if there is one, with `recover` (what was done and found) and the folder as
+        `out`. None in all processes of a run but the main one.
 
     Raises:
         UserError: for anything that cannot work; nothing is written then.
         RunFailed: if training breaks down.
     """
-    with alone(asked.job.out) if is_main() else nullcontext():
-        _check(asked)
-        return _run(asked, output)
+    given = {"model": model, "out": out, "data": data, "against": against, "steps": steps}
+    job = make_job(RecoverJob, None, {**given, **settings})
+    return finished(job, Output(quiet=quiet))
 
 
-def _run(asked: Recovery, output: Output) -> dict[str, Any] | None:
-    record = record_of(asked.job.model)
-    tokenizer = load_tokenizer(asked.job.model, asked.job.trust_remote_code)
-    if asked.against is not None:
-        same_tokens(tokenizer, asked.against, asked.job.trust_remote_code)
-    judged = judged_text(asked.job, record, tokenizer, output)
-    ours = _tune(asked, record, tokenizer, judged, output)
-    if asked.against is not None:
+def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
+    """Do the job, and print what came out; returns the same as `recover`."""
+    check_declared(job)
+    with alone(job.out) if is_main() else nullcontext():
+        _check(job)
+        result = _run(job, output)
+    if result is not None:
+        print_recovered(result, output)
+    return result
+
+
+def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
+    record = record_of(job.model)
+    tokenizer = load_tokenizer(job.model, job.trust_remote_code)
+    if job.against is not None:
+        same_tokens(tokenizer, job.against, job.trust_remote_code)
+    judged = judged_text(job, record, tokenizer, output)
+    ours = _tune(job, record, tokenizer, judged, output)
+    if job.against is not None:
         gc.collect()  # a trainer and its callbacks point at each other: make room
         output.line()
-        dense = _tune(dense_twin(asked), None, tokenizer, judged, output)
+        dense = _tune(dense_twin(job), None, tokenizer, judged, output)
         if ours is not None and dense is not None:
-            note(ours.result, compared(asked.against, ours, dense))
+            note(ours.result, compared(job.against, ours, dense))
     return None if ours is None else ours.result
 
 
 def _tune(
-    asked: Recovery,
+    job: RecoverJob,
     record: Mapping[str, Any] | None,
     tokenizer: PreTrainedTokenizerBase,
     judged: Mapping[str, Tensor],
     output: Output,
 ) -> Tuned | None:
     """Tune a model and write it; returns None in all processes of a run but the main one."""
-    job = asked.job
     kind = INSTRUCTIONS if holds_instructions(job.data, job.text_column) else TEXT
-    config = _config(asked, kind)
+    config = _config(job, kind)
     model, autocast = _load(job)
-    config = _config(asked, kind, **autocast)
-    training = _training_data(asked, kind, config, tokenizer, model)
+    config = _config(job, kind, **autocast)
+    training = _training_data(job, kind, config, tokenizer, model)
     longest = max(len(item["input_ids"]) for item in cast(Any, training))
     check_positions(longest, model.config)
     for blocks in judged.values():
@@ -138,19 +155,21 @@ def _tune(
         check_positions(blocks.shape[1], model.config)
     with output.bars() as bars:
         with nothing_left(job.out), settings_of_user():
-            trainer = RecoverTrainer(model, config, training, tokenizer)
+            trainer = RecoverTrainer(model, config, training, tokenizer, job=what_it_is(job))
         trainer.remove_callback(PrinterCallback)
         progress = RecoveryProgress(bars)
         trainer.add_callback(progress)
         print_recovery(job, trainer, training, record, output)
-        if job.overwrite and not job.resume and is_main():
+        if is_main() and job.resume:
+            check_same(job.out / RUN, trainer.settings(), RecoverJob, RecoverConfig)
+        elif is_main() and job.overwrite:
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
         before, after, small = _train(job, trainer, judged, bars)
     if not is_main():
         return None
     entry = {
-        **_settings(asked, kind, trainer, training),
+        **_settings(job, kind, trainer, training),
         "seconds_per_step": statistics.median(progress.seconds) if progress.seconds else None,
         "perplexity": {"before": before, "after": after, "protocol": protocol(judged)},
     }
@@ -158,27 +177,17 @@ def _tune(
     return Tuned(_write(job, small, tokenizer, record, entry), work.blocks + work.head)
 
 
-def _check(asked: Recovery) -> None:
-    job = asked.job
+def _check(job: RecoverJob) -> None:
     if is_main():  # the others may come when it has begun to write
-        for model in filter(None, (job.model, asked.against)):
+        for model in filter(None, (job.model, job.against)):
             check_out(replace(job, model=model))
-    check_template(asked.template)
-    if asked.steps is not None and asked.epochs is not None:
+        if not job.resume:
+            check_writable(job.out)
+    if job.steps is not None and job.epochs is not None:
         raise UserError("--steps and --epochs both say how long; pass one of them")
-    for option, value in (
-        ("--steps", asked.steps),
-        ("--epochs", asked.epochs),
-        ("--accumulation", job.settings["gradient_accumulation_steps"]),
-        ("--save-steps", job.settings["save_steps"]),
-    ):
-        if value is not None and value <= 0:
-            raise UserError(f"{option} {value}: pass more than 0")
-    if job.length < 2:
-        raise UserError(f"--length {job.length}: pass at least 2 tokens")
 
 
-def _load(job: Job) -> tuple[PreTrainedModel, dict[str, bool]]:
+def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
     """Load the weights no narrower than they are stored; computing in less is autocast's."""
     computed = pick_dtype(job.dtype, pick_device(job.device))
     model = load_model(job.model, computed)
@@ -191,10 +200,9 @@ def _load(job: Job) -> tuple[PreTrainedModel, dict[str, bool]]:
     return model, {}
 
 
-def _config(asked: Recovery, kind: str, **more: Any) -> RecoverConfig:
-    job = asked.job
-    steps = asked.steps if asked.steps or kind == INSTRUCTIONS else STEPS
-    if kind == TEXT and asked.epochs is not None:
+def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
+    steps = job.steps if job.steps or kind == INSTRUCTIONS else STEPS
+    if kind == TEXT and job.epochs is not None:
         raise UserError(f"{job.data} is plain text, which has no epochs; pass --steps")
     return RecoverConfig(
         output_dir=str(job.out / RUN),
@@ -203,21 +211,26 @@ def _config(asked: Recovery, kind: str, **more: Any) -> RecoverConfig:
         save_total_limit=2,
         use_cpu=pick_device(job.device) == "cpu",
         max_steps=steps or -1,
-        num_train_epochs=asked.epochs or EPOCHS,
-        learning_rate=RATES[kind] if asked.learning_rate is None else asked.learning_rate,
-        **job.settings,
+        num_train_epochs=job.epochs or EPOCHS,
+        learning_rate=RATES[kind] if job.learning_rate is None else job.learning_rate,
+        lora_rank=job.lora_rank,
+        per_device_train_batch_size=job.batch_size,
+        gradient_accumulation_steps=job.accumulation,
+        gradient_checkpointing=job.gradient_checkpointing or None,
+        save_steps=job.save_steps,
+        seed=job.seed,
+        report_to=job.report_to,
         **more,
     )
 
 
 def _training_data(
-    asked: Recovery,
+    job: RecoverJob,
     kind: str,
     config: RecoverConfig,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
 ) -> Dataset[Any]:
-    job = asked.job
     each = sequences_per_step(config)
     count = config.max_steps * each if config.max_steps > 0 else None
     given: dict[str, Any] = {
@@ -227,19 +240,17 @@ def _training_data(
     }
     if kind == INSTRUCTIONS:
         return read_examples(
-            job.data, tokenizer, most=count, template=asked.template, seed=config.seed, **given
+            job.data, tokenizer, most=count, template=job.template, seed=config.seed, **given
         )
     assert count is not None
     return training_blocks(job.data, tokenizer, count=count, seed=config.seed, **given)
 
 
-def dense_twin(asked: Recovery) -> Recovery:
+def dense_twin(job: RecoverJob) -> RecoverJob:
     """Return the same for the dense model, in a folder of the run; resumed if it had begun."""
-    job = asked.job
     out = job.out / RUN / DENSE
     resume = job.resume and last_checkpoint(out / RUN) is not None
-    twin = replace(job, model=cast(str, asked.against), out=out, resume=resume)
-    return replace(asked, job=twin, against=None)
+    return replace(job, model=cast(str, job.against), out=out, resume=resume, against=None)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
@@ -247,7 +258,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _train(
-    job: Job, trainer: RecoverTrainer, judged: Mapping[str, Tensor], bars: Bars
+    job: RecoverJob, trainer: RecoverTrainer, judged: Mapping[str, Tensor], bars: Bars
 ) -> tuple[dict[str, float], dict[str, float], PreTrainedModel]:
     """Measure, train, merge and measure again."""
 
@@ -259,7 +270,7 @@ def _train(
 
     # The adapters add nothing before the first step.
     before = measure("measuring the model", Anatomy(trainer.model).model)
-    trainer.train(resume_from_checkpoint=resume_from(job))
+    trainer.train(resume_from_checkpoint=job.resume or None)
     small = trainer.merge()
     round_as_stored(small, stored_dtype(small))  # judged is what will be in the file
     after = measure("measuring the result", small)
@@ -269,14 +280,14 @@ def _train(
 
 
 def _settings(
-    asked: Recovery, kind: str, trainer: RecoverTrainer, training: Dataset[Any]
+    job: RecoverJob, kind: str, trainer: RecoverTrainer, training: Dataset[Any]
 ) -> dict[str, Any]:
     """Return what the record says of the recovery."""
-    job, args = asked.job, trainer.args
+    job, args = job, trainer.args
     return {
         "data": job.data,
         "kind": kind,
-        "template": asked.template if kind == INSTRUCTIONS else None,
+        "template": job.template if kind == INSTRUCTIONS else None,
         "text_column": job.text_column,
         "sequences": len(cast(Any, training)),
         "steps": trainer.state.global_step,
@@ -295,7 +306,7 @@ def _settings(
 
 
 def _write(
-    job: Job,
+    job: RecoverJob,
     small: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     record: Mapping[str, Any] | None,

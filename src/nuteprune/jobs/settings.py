@@ -1,4 +1,4 @@
-"""Settings from a YAML file and from `--set key=value`: checked keys and types."""
+"""Settings as users give them, in YAML, `--set key=value` or keywords: checked keys and types."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 import reprlib
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,28 +15,10 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers import TrainingArguments
 
 from nuteprune.errors import UserError
-from nuteprune.train.config import NutePruneConfig
-
-RUN_KEYS = {
-    "data": str,
-    "eval_data": str,
-    "text_column": str,
-    "length": int,
-    "eval_blocks": int,
-    "device": str,
-    "dtype": str,
-    "bits": int,
-}
-"""Settings of a job beside the trainer's: key -> type."""
-
-SHORT = {
-    "sparsity": "target_sparsity",
-    "steps": "max_steps",
-    "batch_size": "per_device_train_batch_size",
-}
-"""The command line's words for some of the trainer's settings."""
+from nuteprune.train.settings import CALL, declared, word
 
 _STEPS, _EVAL = "pass --steps", "score a checkpoint with nuteprune eval OUT/run/checkpoint-N"
 _SHARDED, _HUB = "pass sharded=true instead, see docs/scale.md", "upload the result with hf upload"
@@ -66,19 +48,61 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _hints() -> dict[str, Any]:
-    """Return the type of each setting."""
-    hints = get_type_hints(NutePruneConfig)
-    names = {f.name for f in dataclasses.fields(NutePruneConfig) if f.init}
-    return {**{k: hints[k] for k in sorted(names) if k not in _REFUSED}, **RUN_KEYS}
+RENAMED = {
+    "importance": "pass method, which names the ranking",
+    "stops": "pass all targets to sparsity, such as 0.2,0.3,0.5",
+    "lm_weight": "pass teachers=none to learn the text itself",
+    "compensation_blocks": "pass calibration_blocks: the re-fit reads half as many again",
+    **dict.fromkeys(
+        ("token_weight", "layer_weight", "layer_term", "kd_temperature"),
+        "pass objective: relative, or paper",
+    ),
+    **dict.fromkeys(
+        ("warm_start", "solved_schedule", "gate_learning_rate"),
+        "leave it out: hard-concrete gates learn as published",
+    ),
+    **dict.fromkeys(("ramp_power", "score_decay", "max_bad_steps"), "leave it out: it is fixed"),
+}
+"""Settings of 0.1.0 that are gone -> what to do instead."""
+RENAMED_VALUES = {
+    ("method", "nuteprune"): "leave it out: surgeon is the default",
+    ("teachers", "intact"): "the word is dense",
+    ("gate_type", "deterministic"): "use ranked or hard_concrete gates",
+    ("compensation", "start"): "pass true",
+    ("compensation", "none"): "pass false",
+    ("compensation", "finalize"): "pass true, which re-fits when masks freeze",
+}
+"""Values of settings of 0.1.0 that are gone -> what to do instead."""
 
 
-def read_settings(config: Path | None, assignments: Iterable[str]) -> dict[str, Any]:
-    """Return settings by their full names: those of the file, overridden by the assignments.
+def _known(kinds: Sequence[type], call: bool) -> dict[str, tuple[str, Any]]:
+    """Return the settings of dataclasses: word and full name -> (full name, type).
+
+    Args:
+        kinds: the dataclasses; of transformers' settings all that have a place here count.
+        call: whether what only one call does counts too.
+    """
+    found: dict[str, tuple[str, Any]] = {}
+    for kind in kinds:
+        hints, here = get_type_hints(kind), declared(kind)
+        for x in dataclasses.fields(kind):
+            trainers = issubclass(kind, TrainingArguments) and x.init and x.name not in _REFUSED
+            ours = x.name in here and (call or here[x.name].metadata["role"] != CALL or trainers)
+            if trainers or ours:
+                fact = (x.name, hints[x.name])
+                found[x.name] = found[word(x.name, x) if x.name in here else x.name] = fact
+    return found
+
+
+def read_given(
+    config: Path | None, assignments: Iterable[str], kinds: Sequence[type]
+) -> dict[str, Any]:
+    """Return settings by their full names: those of a file, overridden by assignments.
 
     Args:
         config: YAML file, a mapping of keys to values; None for none.
         assignments: `key=value`, the value in YAML.
+        kinds: the dataclasses that declare them.
 
     Raises:
         UserError: for an unreadable file, an unknown key (names the nearest), or a value of the
@@ -90,7 +114,7 @@ def read_settings(config: Path | None, assignments: Iterable[str]) -> dict[str, 
         if not equals:
             raise UserError(f"--set {assignment}: write it as key=value")
         settings[key.strip()] = _parse(value, f"--set {key}")
-    return check(settings)
+    return check(settings, kinds, call=False)
 
 
 def read_mapping(path: Path, option: str) -> dict[str, Any]:
@@ -118,19 +142,34 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where} is not valid YAML: {_short(error)}") from error
 
 
-def check(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by full name, with their types checked."""
-    hints = _hints()
+def check(settings: Mapping[str, Any], kinds: Sequence[type], call: bool = True) -> dict[str, Any]:
+    """Return settings by full name, with their types checked.
+
+    Args:
+        settings: word or full name -> value.
+        kinds: the dataclasses that declare them.
+        call: whether what only one call does, such as `resume`, may be among them.
+
+    Raises:
+        UserError: for an unknown or former setting, or a value of the wrong type.
+    """
+    known = _known(kinds, call)
     checked = {}
     for given, value in settings.items():
-        key = SHORT.get(given, given)
-        if key in _REFUSED:
-            raise UserError(f"setting {given} cannot be used here: {_REFUSED[key]}")
-        if key not in hints:
-            near = get_close_matches(given, [*hints, *SHORT], n=1)
+        if given in _REFUSED:
+            raise UserError(f"setting {given} cannot be used here: {_REFUSED[given]}")
+        if given in RENAMED:
+            raise UserError(f"setting {given} is gone since 0.1.0: {RENAMED[given]}")
+        if given not in known:
+            near = get_close_matches(given, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"unknown setting {_short(repr(given))}{hint}")
-        checked[key] = _coerce(given, value, hints[key])
+        key, hint_of = known[given]
+        if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+            raise UserError(
+                f"setting {given}={value} is gone since 0.1.0: {RENAMED_VALUES[key, value]}"
+            )
+        checked[key] = _coerce(given, value, hint_of)
     return checked
 
 
@@ -142,11 +181,17 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         return _finite(key, value)
     for kind in plain:
         with suppress(TypeError, ValueError, OverflowError):
-            if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            if kind is float and isinstance(value, (int, str)) and type(value) is not bool:
                 return _finite(key, float(value))
             if kind is int and isinstance(value, (float, str)) and float(value) == int(value):
                 return int(value)
-            if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if kind is Path and isinstance(value, (str, Path)):
+                return Path(value)
+            if (
+                kind is str
+                and isinstance(value, (int, float, Path))
+                and not isinstance(value, bool)
+            ):
                 return str(value)
     names = [kind.__name__ for kind in plain if kind in _PLAIN] or ["text"]
     raise UserError(

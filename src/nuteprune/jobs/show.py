@@ -14,16 +14,19 @@ from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.data.blocks import DEMO
 from nuteprune.data.examples import Examples
 from nuteprune.errors import UserError
-from nuteprune.jobs.job import Job
+from nuteprune.jobs.job import Job, PruneJob
+from nuteprune.jobs.reproduce import again
+from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.run_folder import RECORD
 from nuteprune.train.recover import RecoverTrainer
-from nuteprune.train.step_cost import rehearse
+from nuteprune.train.step_cost import seconds_per_step
 from nuteprune.train.trainer import NutePruneTrainer
 
 
-def print_plan(job: Job, trainer: NutePruneTrainer, output: Output) -> None:
+def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None:
     """Print what is going to be done, in a few lines."""
     args, budget, model = trainer.args, trainer.allocator.budget, trainer.anatomy.model
     shape = budget.shape
@@ -100,8 +103,8 @@ def stage_starts(trainer: NutePruneTrainer) -> list[int]:
     return sorted({schedule.stage(step).first for step in range(max(1, schedule.steps))})
 
 
-def print_dry_run(trainer: NutePruneTrainer, output: Output) -> None:
-    """Print which shapes can be had, and what the run will take, by a step done for trial."""
+def print_dry_run(trainer: NutePruneTrainer, output: Output) -> dict[str, Any]:
+    """Print which shapes can be had, and what the run will take, by timing a step; return both."""
     args, budget = trainer.args, trainer.allocator.budget
     total = trainer.anatomy.parameters()
     scores = trainer.allocator.equal_scores()
@@ -111,38 +114,36 @@ def print_dry_run(trainer: NutePruneTrainer, output: Output) -> None:
         output.line(
             f"Reach   {budget.sparsity(shape):.3%} for {target:.1%}, {millions(after)} parameters"
         )
-    step = rehearse(trainer)
+    step = seconds_per_step(trainer)
     # A scored or re-fitted block costs most of a step's share of one.
-    blocks = args.scored_blocks + args.compensation_blocks * len(trainer.targets)
+    blocks = args.scored_blocks + args.refit_blocks * len(trainer.targets)
     each = args.train_batch_size * args.gradient_accumulation_steps
     seconds = step * (args.max_steps + blocks / each)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     memory = peak() + trained * BYTES_OF_ADAM
     output.line(
         f"Cost    {step:.1f} s a step, {duration(seconds)} in all, {megabytes(memory)} of memory "
-        "in a step, by one done for trial"
+        "in a step, by timing one"
     )
     output.line("Dry run nothing was written.")
-    output.result(
-        {
-            "targets": list(trainer.targets),
-            "sparsity": [budget.sparsity(shape) for shape in shapes],
-            "shape": [shape.to_dict() for shape in shapes],
-            "seconds_per_step": step,
-            "seconds": seconds,
-            "memory_bytes": memory,
-        }
-    )
+    return {
+        "targets": list(trainer.targets),
+        "sparsity": [budget.sparsity(shape) for shape in shapes],
+        "shape": [shape.to_dict() for shape in shapes],
+        "seconds_per_step": step,
+        "seconds": seconds,
+        "memory_bytes": memory,
+    }
 
 
 BYTES_OF_ADAM = 8
-"""Per trained parameter: two moments in fp32, which a single trial step does not make."""
+"""Per trained parameter: two moments in fp32, which a single step does not make."""
 
 
 def print_report(job: Job, output: Output) -> None:
     """Write the report of a finished run and say where it is; the checkpoint stands without it."""
     try:
-        output.line(f"Report  {write_report(job.out)}")
+        output.line(f"Report  {write_report(job.out, again)}")
     except UserError as error:
         output.line(f"Report  none: {error}")
 
@@ -151,8 +152,6 @@ def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> Non
     """Print what came out, for each target a table and two lines."""
     for folder, record in records.items():
         print_result(folder, record, output)
-    lines = [{"out": str(folder), **record} for folder, record in records.items()]
-    output.result(lines[0] if len(lines) == 1 else {"targets": lines})
 
 
 def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> None:
@@ -177,3 +176,49 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
         f"{megabytes(record['bytes_on_disk'])} on disk; {record['seconds']:.0f} s"
     )
     output.line(f"Saved   {folder}")
+
+
+def print_recovered(result: Mapping[str, Any], output: Output) -> None:
+    """Print perplexities before and after, and where the checkpoint is."""
+    entry = result["recover"]
+    found, dense = entry["perplexity"], entry.get("against")
+    record = result.get("perplexity", {}).get("before", {})
+    untouched = dense["perplexity"]["before"] if dense else record
+    columns = {"dense": untouched} if untouched else {}
+    columns |= {"before": found["before"], "after": found["after"]}
+    if dense:
+        columns["dense, tuned"] = dense["perplexity"]["after"]
+    rows = [
+        [source, *(f"{column[source]:.2f}" for column in columns.values())]
+        for source in found["after"]
+    ]
+    rows.append(["mean", *(f"{mean(column):.2f}" for column in columns.values())])
+    output.line()
+    output.table("Perplexity on held-out text", ["", *columns], rows)
+    if dense:
+        _print_comparison(dense, output)
+    pace = entry["seconds_per_step"]
+    took = f", {pace:.2f} s each (median)" if pace is not None else ""
+    output.line(f"{entry['steps']} steps{took}; {megabytes(result['bytes_on_disk'])} on disk")
+    if "sparsity" not in result:
+        output.line(f"{result['out']} has no {RECORD}: the model was not pruned by nuteprune")
+    output.line(f"Checkpoint in {result['out']}")
+
+
+def _print_comparison(dense: Mapping[str, Any], output: Output) -> None:
+    """Say how much of the change is recovery, and how much any model gains from such text."""
+    before, after = (dense["retention"][when].get("mean") for when in ("before", "after"))
+    if before is not None and after is not None:
+        won = round(after, 1) - round(before, 1)
+        said = f"{won:.1f} points won back" if won > 0 else "both were fitted to the text alike"
+        output.line(
+            f"Of {dense['model']}, {before:.1f} % is retained before and {after:.1f} % after the "
+            f"same tuning of both: {said}"
+        )
+    if dense["time_ratio"] is not None:
+        output.line(
+            f"A step takes {dense['time_ratio']:.2f} x the time of the dense model's "
+            f"({dense['seconds_per_step']:.2f} s), with {dense['work_ratio']:.2f} x the weights to "
+            "multiply"
+        )
+    output.line(f"The tuned dense model is in {dense['out']}")

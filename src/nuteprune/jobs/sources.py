@@ -45,6 +45,12 @@ def locate(model: str, progress: Callable[[str], None] = lambda message: None) -
     return str(at_home(model)) if at_home(model).is_dir() else model
 
 
+def place(name: str) -> str:
+    """Return a path that is there as the same from everywhere; any other name as it is."""
+    path = at_home(name)
+    return str(path.resolve()) if path.exists() else name
+
+
 def origin(model: str) -> dict[str, Any]:
     """Return what a record is to say of where a model comes from.
 
@@ -147,6 +153,12 @@ def _packing(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype that the checkpoint was stored in, which the result keeps."""
+    stored = getattr(model, STORED_DTYPE, None)
+    return stored if isinstance(stored, torch.dtype) else model.dtype
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

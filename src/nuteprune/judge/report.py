@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 from nuteprune.errors import UserError
 from nuteprune.export.card import with_plots
 from nuteprune.files import atomic, write_text
-from nuteprune.judge import plots, reproduce
+from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, Plot, percent
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.plots import Row
@@ -29,11 +29,17 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # no part of an 
 _THIN = "\u202f"  # between a number and its unit
 
 
-def write_report(folder: Path) -> Path:
+Again = Callable[[Mapping[str, Any], str], tuple[list[list[str]], str]]
+"""From a record (empty if there is none) and a folder's name to the commands, each in parts that
+fit a line, and the settings in YAML that make it again."""
+
+
+def write_report(folder: Path, again: Again) -> Path:
     """Write the report of a run, its plots, and these into the model card if there is one.
 
     Args:
-        folder: the output folder of `prune`, or its run/ folder; see `runfiles` for what is read.
+        folder: the output folder of `prune`, or its run/ folder; see `run_files` for what is read.
+        again: tells how to make the run again.
 
     Returns:
         The HTML file, run/report.html.
@@ -43,7 +49,7 @@ def write_report(folder: Path) -> Path:
     """
     files = read_run(Path(folder))
     drawn = draw(files)
-    page = render(files, drawn)
+    page = render(files, drawn, again)
     target = files.run / REPORT
     try:
         (files.run / PLOTS).mkdir(parents=True, exist_ok=True)
@@ -97,12 +103,13 @@ def kept_rows(record: Mapping[str, Any]) -> list[Row]:
     return [heads, *([] if alike else [groups]), row("neurons", "neurons")]
 
 
-def render(files: RunFiles, drawn: Mapping[str, Plot]) -> str:
+def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
     """Return the page of a run.
 
     Args:
         files: the run.
         drawn: its plots by name.
+        again: tells how to make the run again.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nuteprune.judge"),
@@ -119,6 +126,7 @@ def render(files: RunFiles, drawn: Mapping[str, Plot]) -> str:
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
     }
     record = files.record
+    commands, recipe = again(record or {}, files.folder.name)
     return environment.get_template("report.html").render(
         name=model_name(files),
         record=record,
@@ -132,8 +140,8 @@ def render(files: RunFiles, drawn: Mapping[str, Plot]) -> str:
         points=POINTS,
         gates=[plot for name, plot in drawn.items() if name.startswith("gates_")],
         ramped=pruning_steps(files) and _ramped(files.metrics),
-        commands=reproduce.commands(record or {}, files.folder.name),
-        recipe=reproduce.recipe(record) if record else "",
+        commands=commands,
+        recipe=recipe,
     )
 
 

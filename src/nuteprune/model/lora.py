@@ -56,6 +56,13 @@ class LoraBank:
         side_b[:, :rank].copy_(out_OR / scale)
         side_b[:, rank:].zero_()
 
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Let LoRA add nothing, as before the first step."""
+        for name, value in self.state().items():
+            if name.endswith(".B"):
+                value.zero_()
+
     @contextmanager
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Run a decoder layer with other LoRA weights, or with none, for a while."""

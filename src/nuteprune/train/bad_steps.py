@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+MOST_IN_ROW = 3
+"""A run stops after so many steps in a row that were not finite."""
+
 
 class BadSteps:
     """Counts without waiting for the device; reading a count waits.

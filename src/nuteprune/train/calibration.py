@@ -42,7 +42,7 @@ def score_on(
     Raises:
         RunFailed: if scores are not finite.
     """
-    method, kinds = METHODS[args.scoring], allocator.constraints.kinds
+    method, kinds = METHODS[args.method], allocator.constraints.kinds
     text = scoring_text(method, dataset, args.calibration_blocks)
     turns = len(text.batches) + len(anatomy.layers) * bool(text.plain_batches)
     tick = counted(progress, f"scoring {' and '.join(kinds)}", turns)
@@ -51,7 +51,7 @@ def score_on(
         scores = method.score(probe)
     if not all(bool(value.isfinite().all()) for value in scores.values()):
         raise RunFailed(
-            f"scoring by {args.scoring} gave scores that are not finite: activations or gradients "
+            f"scoring by {args.method} gave scores that are not finite: activations or gradients "
             "overflow; use --dtype float32"
         )
     return scores
@@ -67,7 +67,7 @@ def refit_on(
     progress: Progress = silent,
 ) -> None:
     """Re-fit the output and down projections to frozen masks; see `shrink.compensate.refit`."""
-    blocks, size = args.compensation_blocks, args.per_device_train_batch_size
+    blocks, size = args.refit_blocks, args.per_device_train_batch_size
     batches = calibration_batches(dataset, blocks, size)
     tick = counted(progress, "re-fitting projections", len(anatomy.layers))
     refit(anatomy, hooks, masks, batches, install, tick)

@@ -31,6 +31,7 @@ from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
 from nuteprune.processes import several
 from nuteprune.run_folder import METRICS
+from nuteprune.train.run_settings import check_same, write_settings
 from nuteprune.train.state import RunState, last_checkpoint
 
 
@@ -80,6 +81,10 @@ class AtomicTrainer(Trainer):
 
     _checkpoint_dir: Path | None = None
 
+    def settings(self) -> dict[str, Any]:
+        """Return what the run is; see `run_settings`."""
+        raise NotImplementedError
+
     def run_state(self) -> RunState:
         """Return what a checkpoint is to hold beside what Trainer saves."""
         raise NotImplementedError
@@ -106,8 +111,10 @@ class AtomicTrainer(Trainer):
             RunFailed: if a checkpoint cannot be written.
         """
         checkpoint = self._to_resume(resume_from_checkpoint)
+        run = Path(cast(str, self.args.output_dir))
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
+            check_same(run, self.settings(), type(self.args))
             state = trainer_state(Path(checkpoint))
             if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one more
                 self._load_from_checkpoint(checkpoint)
@@ -115,6 +122,7 @@ class AtomicTrainer(Trainer):
                 return None
         elif self.args.should_save:
             self.metrics_file.unlink(missing_ok=True)  # an earlier run's
+            write_settings(run, self.settings())
         signals = StopSignals()
         self.add_callback(signals)
         try:

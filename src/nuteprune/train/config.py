@@ -1,24 +1,30 @@
-"""All settings of a run, with their defaults: what a recipe may set."""
+"""All settings of runs, each declared once: what a recipe may set."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
+from nuteprune.distill.objective import OBJECTIVES
 from nuteprune.errors import UserError
+from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
-from nuteprune.train.checks import (
-    GATE_TYPES,
-    NUTEPRUNE,
-    check_choices,
-    check_trainer_settings,
-    check_values,
-)
+from nuteprune.model.families import GATE_KINDS
+from nuteprune.train.checks import check_trainer_settings
+from nuteprune.train.settings import CALL, HOW, check_declared, setting
 
+METHOD = "surgeon"
+"""The ranking by default: docs/quality.md says why."""
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
+REFIT_BLOCKS = 1.5
+"""Blocks of the re-fit, for each block that scores are taken on."""
+ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+"""Values of `optim` that know `maximize`."""
 
 
 @dataclass
@@ -28,189 +34,308 @@ class NutePruneConfig(TrainingArguments):
     Parameters that control what is removed:
 
     Args:
-        target_sparsity: share of the decoder layers' projection parameters to remove, in (0, 1).
-        stops: smaller targets on the way, growing, comma separated or a list; the run rests at
-            each, and each gives a checkpoint of its own.
+        target_sparsity: share of the decoder layers' projection parameters to remove, in (0, 1);
+            several, comma separated or a list, give a checkpoint each: the run rests at each.
         shape: dimensions to cut to, instead of a target: see `model.shape.Shape.cut_to`.
         gates: kinds of gates, comma separated (`heads`, `kv_groups`, `neurons`, `hidden`,
             `attn_block`, `mlp_block`); None: heads (KV groups under grouped-query attention) and
-            neurons, or what the scoring is made for (`similarity`: both blocks).
+            neurons, or what the method is made for (`similarity`: both blocks).
         shapes: `free` (each layer its own counts) or `uniform` (the same in all).
         neuron_multiple: neurons kept per layer are a multiple of it.
         hidden_multiple: the width kept is a multiple of it.
 
-    Parameters that control how gates are learned:
+    Parameters that control how units are chosen:
 
     Args:
-        method: `nuteprune` (masks start from `importance` and, on a ramp, are learned), or a
-            one-shot scoring of `gates.importance.METHODS` (`random`, `magnitude`, `wanda`, `flap`,
-            `taylor`, `fisher`, `surgeon`, `similarity`) whose masks are frozen at the target before
-            the first step; the steps then train LoRA alone, by the same distillation.
-        importance: `nuteprune` only: the one-shot scoring that gates start from.
-        gate_type: `ranked` (hard masks by the scores, which a ramp re-estimates from gradients),
-            `hard_concrete` (the paper's stochastic gates) or `deterministic` (rectified multipliers
-            without noise).
-        warm_start: start gates from the one-shot importance.
-        solved_schedule: soft gates only: solve each step for expected sparsity equal to the
-            schedule's; False: the Lagrangian, as published.
-        calibration_blocks: blocks of text for the one-shot importance.
+        method: the one-shot scoring that ranks units: a key of `gates.importance.METHODS`.
+        gate_type: `ranked` (hard masks by the scores, which a ramp re-estimates from gradients)
+            or `hard_concrete` (the paper's stochastic gates, driven by its Lagrangian).
+        calibration_blocks: blocks of text for the scores; the re-fit reads half as many again.
         ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
             at the first step; without a ramp there are no teachers on the way. None: 0 for ranked
-            gates, 0.5 for soft ones.
+            gates, 0.5 for hard-concrete ones.
         freeze_share: share of the steps by which masks are frozen, if later than the ramp's end;
             None: as `ramp_share`. Both 0: masks are frozen, and LoRA starts from the re-fit, before
             the first step.
-        ramp_power: 1: the schedule rises linearly; 3: cubically, slower towards the target.
-        score_decay: `ranked` only: weight of the past in the moving average of scores.
-        gate_learning_rate: soft gates only: rate of log-alpha and of the Lagrangian's multipliers;
-            deterministic gates move at a quarter of it.
 
     Parameters that control distillation:
 
     Args:
-        teachers: `numerous` (snapshots on the way), `dense` (the dense model alone), `none`.
-        token_weight: weight of the token-level KL divergence.
-        layer_weight: weight of the mean (`mse`: sum) of the layers' terms.
-        layer_term: `relative` (per token, relative to the teacher's norm) or `mse` (the paper's).
-        kd_temperature: softening of both token distributions.
-        lm_weight: weight of the language-model loss; 0: none, which is the default, since on
-            in-domain text it lowers perplexity without preserving the model.
+        teachers: `numerous` (snapshots on the way), `dense` (the dense model alone), or `none`:
+            the text itself is learned, by the language-model loss.
+        objective: `relative` (token KL, and layer terms relative to the teacher's norm) or `paper`.
 
     Parameters that control LoRA and the re-fit:
 
     Args:
         lora_rank: rank of the adapters.
-        lora_alpha: their scale is alpha / rank.
+        lora_alpha: their scale is alpha / rank; None: 1.
         lora_targets: `all` projections or `qv` (queries and values, the paper's).
-        compensation: re-fit the output and down projections in closed form: `start` (when masks
-            freeze, as low-rank start of LoRA), `finalize`, or `none`.
-        compensation_blocks: blocks of text for the re-fit.
+        compensation: re-fit the output and down projections in closed form when masks freeze, as
+            low-rank start of LoRA.
 
     Parameters of the run:
 
     Args:
         sharded: share the dense model's weights out over the run's processes (FSDP2); gates and
             LoRA stay whole in each.
-        max_bad_steps: stop after so many steps in a row whose loss or gradients are not finite.
     """
 
-    target_sparsity: float = field(default=0.2, metadata={"help": "Share to remove, in (0, 1)."})
-    stops: list[float] | str | None = field(
-        default=None, metadata={"help": "Smaller targets on the way."}
+    target_sparsity: float | list[float] | str = setting(
+        0.2,
+        "Share of the decoder layers' parameters to remove, such as 0.2. Several (0.2,0.3,0.5) "
+        "give several checkpoints from one run.",
+        option="--sparsity",
     )
-    shape: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Dimensions to cut to, instead of a target."}
+    shape: dict[str, Any] | str | None = setting(
+        None,
+        "YAML or JSON file with the dimensions to cut to, instead of --sparsity. Another "
+        "checkpoint's nuteprune.json serves too.",
+        option="--shape",
     )
-    gates: str | None = field(default=None, metadata={"help": "Kinds of gates, comma separated."})
-    shapes: str = field(default="free", metadata={"help": "free or uniform."})
-    neuron_multiple: int = field(default=32, metadata={"help": "Multiple of neurons kept."})
-    hidden_multiple: int = field(default=64, metadata={"help": "Multiple of the width kept."})
+    gates: str | None = setting(
+        None,
+        f"Kinds of gates, comma separated: {', '.join(GATE_KINDS)}. Default: heads (KV groups "
+        "where heads share one) and neurons.",
+        option="--gates",
+    )
+    shapes: str = setting(
+        "free",
+        "free: each layer keeps its own counts. uniform: the same in all layers, a stock model.",
+        choices=("free", "uniform"),
+        option="--shapes",
+    )
+    neuron_multiple: int = setting(
+        32,
+        "Neurons kept per layer are a multiple of it (default 32).",
+        bounds=(1, 1e6),
+        option="--neuron-multiple",
+    )
+    hidden_multiple: int = setting(
+        64,
+        "The width kept is a multiple of it (default 64).",
+        bounds=(1, 1e6),
+        option="--hidden-multiple",
+    )
 
-    method: str = field(default=NUTEPRUNE, metadata={"help": "nuteprune, or a one-shot scoring."})
-    importance: str = field(default="surgeon", metadata={"help": "Scoring that gates start from."})
-    gate_type: str = field(
-        default="ranked", metadata={"help": "ranked, hard_concrete or deterministic."}
+    method: str = setting(
+        METHOD,
+        f"How units are ranked: {', '.join(METHODS)}.",
+        choices=tuple(METHODS),
+        option="--method",
     )
-    warm_start: bool = field(default=True, metadata={"help": "Start from one-shot importance."})
-    solved_schedule: bool = field(default=True, metadata={"help": "Solve instead of Lagrangian."})
-    calibration_blocks: int = field(default=32, metadata={"help": "Blocks for importance."})
-    ramp_share: float | None = field(
-        default=None, metadata={"help": "Steps until the target, as a share."}
+    gate_type: str = setting(
+        "ranked", "ranked, or hard_concrete (the paper's).", choices=tuple(GATE_TYPES)
     )
-    freeze_share: float | None = field(default=None, metadata={"help": "Steps until masks freeze."})
-    ramp_power: float = field(default=1.0, metadata={"help": "1 linear, 3 cubic."})
-    score_decay: float = field(default=0.99, metadata={"help": "Weight of past scores."})
-    gate_learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of log-alpha."})
+    calibration_blocks: int = setting(32, "Blocks of text for the scores.", bounds=(1, 1e6))
+    ramp_share: float | None = setting(
+        None, "Share of the steps by which the target is reached.", bounds=(0, 1)
+    )
+    freeze_share: float | None = setting(
+        None, "Share of the steps by which masks are frozen.", bounds=(0, 1)
+    )
 
-    teachers: str = field(default="numerous", metadata={"help": "numerous, dense or none."})
-    token_weight: float = field(default=1.0, metadata={"help": "Weight of the token KL."})
-    layer_weight: float = field(default=1.0, metadata={"help": "Weight of the layer terms."})
-    layer_term: str = field(default="relative", metadata={"help": "relative or mse."})
-    kd_temperature: float = field(default=1.0, metadata={"help": "Softening of distributions."})
-    lm_weight: float = field(default=0.0, metadata={"help": "Weight of the LM loss."})
-
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale is alpha / rank."})
-    lora_targets: str = field(default="all", metadata={"help": "all or qv."})
-    compensation: str = field(default="start", metadata={"help": "none, start or finalize."})
-    compensation_blocks: int = field(default=48, metadata={"help": "Blocks for the re-fit."})
-    sharded: bool = field(default=False, metadata={"help": "Share weights out over processes."})
-    max_bad_steps: int = field(default=3, metadata={"help": "Non-finite steps in a row allowed."})
-
-    # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of LoRA."})
-    lr_scheduler_type: SchedulerType | str = field(
-        default="polynomial", metadata={"help": "How the learning rate falls."}
+    teachers: str = setting(
+        "numerous",
+        "numerous (snapshots on the way), dense, or none (the text itself is learned).",
+        choices=("numerous", "dense", "none"),
     )
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Settings of the schedule; power 0.5 for polynomial."}
+    objective: str = setting(
+        "relative", "relative, or paper (its weights and layer terms).", choices=tuple(OBJECTIVES)
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Of LoRA; gates have none."})
-    max_steps: int = field(default=80, metadata={"help": "Optimizer steps."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Sequences per step."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers."})
+
+    lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
+    lora_alpha: int | None = setting(
+        None, "The adapters' scale is alpha / rank; default: 1.", bounds=(1, 1e6)
+    )
+    lora_targets: str = setting("all", "all, or qv (the paper's).", choices=("all", "qv"))
+    compensation: bool = setting(True, "Re-fit projections in closed form when masks freeze.")
+    sharded: bool = setting(False, "Share the dense model's weights out over processes.", role=CALL)
+
+    # Of TrainingArguments: other defaults, or an option of their own.
+    max_steps: int = setting(
+        80,
+        "Optimizer steps (default 80; demo 60). 0 prunes without training.",
+        bounds=(0, 1e9),
+        option="--steps",
+        role=HOW,
+    )
+    per_device_train_batch_size: int = setting(
+        4,
+        "Sequences per forward pass of each process (default 4).",
+        bounds=(1, 1e6),
+        option="--batch-size",
+        role=HOW,
+    )
+    learning_rate: float = setting(2e-3, "Learning rate of LoRA.", bounds=(1e-12, 1e3))
+    lr_scheduler_type: SchedulerType | str = setting("polynomial", "How the learning rate falls.")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = setting(
+        None, "Settings of the schedule; power 0.5 for polynomial."
+    )
+    weight_decay: float = setting(0.01, "Of LoRA; gates have none.", bounds=(0, 1e3))
+    gradient_checkpointing: bool | None = setting(
+        None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
+    )
+    seed: int = setting(42, "Seed of everything random.", bounds=(0, 2**31 - 1), option="--seed")
+    report_to: str | list[str] | None = setting(
+        "none",
+        "Trackers that follow the run: tensorboard, wandb, trackio or another of Trainer's, comma "
+        "separated; install them yourself.",
+        option="--report-to",
+        role=CALL,
+    )
+    logging_steps: float = setting(1, "Steps between logs.", bounds=(1e-6, 1e9), role=HOW)
+    logging_nan_inf_filter: bool = setting(False, "Hide NaN losses.", role=HOW)
+    remove_unused_columns: bool = setting(False, "Drop columns.", role=HOW)
+
+    FOLLOWING: ClassVar[dict[str, Any]] = {
+        "lr_scheduler_kwargs": FALLS_LATE,
+        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
+    }
+    """Settings that are left open -> what follows from the others: on no record."""
 
     def __post_init__(self) -> None:
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == SchedulerType.POLYNOMIAL:
             self.lr_scheduler_kwargs = dict(FALLS_LATE)
+        if isinstance(self.report_to, str):
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
         super().__post_init__()
         check_trainer_settings(self)
-        check_choices(self)
-        if self.ramp_share is None:
-            self.ramp_share = GATE_TYPES[self.gate_type]
-        if self.freeze_share is None:
-            self.freeze_share = self.ramp_share
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = self.gate_type != "ranked"  # frozen gates are unused
-        check_values(self)
+        check_declared(self)
+        self._check_kinds()
+        if self.ddp_find_unused_parameters is None:  # frozen gates are unused
+            self.ddp_find_unused_parameters = GATE_TYPES[self.gate_type].trained
+        self._check_targets()
+        self._check_combinations()
+
+    def _check_kinds(self) -> None:
+        for kind in self.gate_kinds or ():
+            if kind not in GATE_KINDS:
+                raise UserError(
+                    f"{kind!r} is not a kind of gate; known kinds: {', '.join(GATE_KINDS)}"
+                )
+
+    def _check_targets(self) -> None:
+        targets = self.targets
+        for target in targets:
+            if not 0 < target < 1:
+                raise UserError(
+                    f"sparsity is {target:g}; it is a share, so it must lie between 0 and 1, both "
+                    "excluded (0.2 removes 20 %)"
+                )
+        if any(a >= b for a, b in pairwise(targets)):
+            raise UserError(f"targets are {', '.join(f'{t:g}' for t in targets)}; they must grow")
+        if 0 < self.max_steps < len(targets):
+            raise UserError(
+                f"{len(targets)} targets need at least {len(targets)} steps, one for each, or 0 to "
+                f"prune without training; max_steps is {self.max_steps}"
+            )
+
+    def _check_combinations(self) -> None:
+        gate_type = GATE_TYPES[self.gate_type]
+        if not gate_type.ranked and self.method != METHOD:
+            raise UserError(
+                f"gate_type {self.gate_type} starts all units alike, so method {self.method} has "
+                "nothing to rank: leave one of the two out"
+            )
+        if self.fp16:
+            raise UserError(
+                "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "
+                "to compute in (--dtype)"
+            )
+        if self.lora_targets == "qv" and self.compensation:
+            raise UserError(
+                "the re-fit starts LoRA of the output and down projections, which lora_targets qv "
+                "leaves without: set compensation to false"
+            )
+        optimizer = OptimizerNames(self.optim).value
+        if gate_type.trained and optimizer not in ASCENDING:
+            raise UserError(
+                f"the Lagrangian's multipliers ascend, which optim {optimizer} cannot do: leave "
+                "optim out"
+            )
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """The stops, then the target."""
-        stops = self.stops or ()
-        parts = stops.split(",") if isinstance(stops, str) else stops
+        """The sparsities to reach, growing."""
+        given = self.target_sparsity
+        parts = given.split(",") if isinstance(given, str) else given
         try:
-            return (*(float(part) for part in parts), self.target_sparsity)
+            return tuple(float(x) for x in (parts if isinstance(parts, list | tuple) else [parts]))
         except (TypeError, ValueError) as error:
-            raise UserError(f"stops are {stops!r}; write shares such as 0.2,0.3") from error
-
-    @property
-    def one_shot(self) -> bool:
-        """Whether masks are those of a one-shot scoring from the first step on."""
-        return self.method != NUTEPRUNE
+            raise UserError(
+                f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.3,0.5"
+            ) from error
 
     @property
     def shares(self) -> tuple[float, float]:
         """Shares of a target's steps by which it is reached, and masks are frozen."""
-        if self.one_shot:
-            return 0.0, 0.0
-        assert self.ramp_share is not None
-        assert self.freeze_share is not None
-        return self.ramp_share, self.freeze_share
+        ramp = GATE_TYPES[self.gate_type].ramp_share if self.ramp_share is None else self.ramp_share
+        return ramp, ramp if self.freeze_share is None else self.freeze_share
 
     @property
-    def scoring(self) -> str:
-        """The one-shot scoring: a key of `METHODS`."""
-        return self.method if self.one_shot else self.importance
+    def lora_scale_alpha(self) -> int:
+        """Alpha of LoRA's scale, alpha / rank."""
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @property
     def scored_blocks(self) -> int:
-        """Blocks that the one-shot importance reads, those without gradients among them."""
-        method = METHODS[self.scoring]
+        """Blocks that the one-shot scores read, those without gradients among them."""
+        if not GATE_TYPES[self.gate_type].ranked:
+            return 0
+        method = METHODS[self.method]
         return self.calibration_blocks * max(int(method.reads), method.reads_plain)
+
+    @property
+    def refit_blocks(self) -> int:
+        """Blocks that the re-fit reads."""
+        return round(REFIT_BLOCKS * self.calibration_blocks) if self.compensation else 0
 
     @property
     def blocks(self) -> int:
         """Blocks that the run needs: its steps, its scores and its re-fit share them."""
         each = int(self.train_batch_size * self.gradient_accumulation_steps * self.world_size)
-        return max(self.max_steps * each, self.scored_blocks, self.compensation_blocks)
+        return max(1, self.max_steps * each, self.scored_blocks, self.refit_blocks)
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:
         """Kinds of gates asked for, None to let the model decide."""
         if not self.gates:
-            return METHODS[self.scoring].default_kinds
+            return METHODS[self.method].default_kinds
         return tuple(k.strip() for k in self.gates.split(","))
+
+
+@dataclass
+class RecoverConfig(TrainingArguments):
+    """Settings of a `RecoverTrainer`: those below, and all of `transformers.TrainingArguments`.
+
+    Args:
+        lora_rank: rank of the adapters.
+        lora_alpha: their scale is alpha / rank; None: 1.
+        lora_dropout: share of the adapters' input that is dropped in training.
+    """
+
+    lora_rank: int = setting(8, "Rank of the adapters.", bounds=(1, 1e5))
+    lora_alpha: int | None = setting(None, "Scale is alpha / rank; default: 1.", bounds=(1, 1e6))
+    lora_dropout: float = setting(0.0, "Share of inputs dropped.", bounds=(0, 1))
+
+    # Defaults of TrainingArguments that differ here.
+    learning_rate: float = setting(1e-4, "Learning rate of LoRA.", bounds=(1e-12, 1e3))
+    lr_scheduler_type: SchedulerType | str = setting("linear", "How the learning rate falls.")
+    per_device_train_batch_size: int = setting(8, "Sequences per step.", bounds=(1, 1e6), role=HOW)
+    logging_steps: float = setting(1, "Steps between logs.", role=HOW)
+    logging_nan_inf_filter: bool = setting(False, "Hide NaN losses.", role=HOW)
+    remove_unused_columns: bool = setting(False, "Drop columns.", role=HOW)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
+        super().__post_init__()
+        check_trainer_settings(self)
+        check_declared(self)
+
+    @property
+    def lora_scale_alpha(self) -> int:
+        """Alpha of LoRA's scale, alpha / rank."""
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha

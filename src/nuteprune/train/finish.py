@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -14,12 +14,9 @@ from transformers import PreTrainedModel
 from nuteprune.export.checkpoint import assemble, round_as_stored
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.shape import Shape
-from nuteprune.shrink.compensate import install_weight
 from nuteprune.shrink.finalize import merge_lora
-from nuteprune.train.calibration import Progress, refit_on
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import lora_config
 from nuteprune.train.state import restore
@@ -63,29 +60,18 @@ def finish(
     model: PeftModel,
     masks: Masks,
     target: float,
-    args: NutePruneConfig,
-    dataset: Any,
     stored_dtype: torch.dtype,
-    progress: Progress,
 ) -> Finished:
-    """Merge, re-fit where that is asked for at the end, fold and slice.
+    """Merge, fold and slice.
 
     Args:
         model: a dense model with LoRA, its weights as exact as they are stored; it is used up.
         masks: final ones.
         target: the sparsity that they are for.
-        args: the run's settings.
-        dataset: the text of the re-fit.
         stored_dtype: of the file.
-        progress: told about the re-fit.
     """
     model.eval()
     anatomy = Anatomy(merge_lora(model))
-    if args.compensation == "finalize":
-        hooks = MaskHooks(anatomy)
-        here = masks.to(str(anatomy.embedding.weight.device))
-        refit_on(dataset, args, anatomy, hooks, here, install_weight(anatomy), progress)
-        hooks.remove()
     small, shape = assemble(anatomy, masks.to("cpu"))
     round_as_stored(small, stored_dtype)  # judged is what will be in the file
     return Finished(small, shape, masks.to("cpu"), target)

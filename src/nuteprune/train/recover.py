@@ -6,62 +6,28 @@ Source: the paper's post fine-tuning (Alpaca, two epochs, rate 1e-4, LoRA on all
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from nuteprune.data.examples import pad
 from nuteprune.distill.losses import Head, language_model_loss
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import RunFailed
 from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.checks import check_trainer_settings, check_whole
+from nuteprune.train.checks import check_whole
+from nuteprune.train.config import RecoverConfig
+from nuteprune.train.run_settings import run_settings
+from nuteprune.train.setup import lora_config
 from nuteprune.train.state import RunState, restore
-
-
-@dataclass
-class RecoverConfig(TrainingArguments):
-    """Settings of a `RecoverTrainer`: those below, and all of `transformers.TrainingArguments`.
-
-    Args:
-        lora_rank: rank of the adapters.
-        lora_alpha: their scale is alpha / rank; None: 1.
-        lora_dropout: share of the adapters' input that is dropped in training.
-    """
-
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale is alpha / rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs dropped."})
-
-    # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of LoRA."})
-    lr_scheduler_type: SchedulerType | str = field(
-        default="linear", metadata={"help": "How the learning rate falls."}
-    )
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per step."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_trainer_settings(self)
-        if self.lora_rank < 1 or self.per_device_train_batch_size < 1:
-            raise UserError(
-                f"LoRA rank {self.lora_rank}, batch size {self.per_device_train_batch_size}: "
-                "pass at least 1 of each"
-            )
-        if not self.learning_rate > 0:
-            raise UserError(f"learning rate {self.learning_rate}: pass one above 0, such as 1e-4")
 
 
 class RecoverTrainer(AtomicTrainer):
@@ -72,6 +38,7 @@ class RecoverTrainer(AtomicTrainer):
         args: the settings.
         train_dataset: items with `input_ids` and `labels` (T,), of any lengths.
         processing_class: the tokenizer.
+        job: what else says what the run is: goes into run/settings.json.
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -87,20 +54,14 @@ class RecoverTrainer(AtomicTrainer):
         args: RecoverConfig,
         train_dataset: Dataset[Any],
         processing_class: PreTrainedTokenizerBase,
+        job: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_whole(args)
-        dense = Anatomy(model)
+        self._job = dict(job or {"model": model.config._name_or_path})
         model.requires_grad_(False)
         set_seed(args.seed)  # LoRA starts from random values
-        settings = LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha or args.lora_rank,
-            lora_dropout=args.lora_dropout,
-            target_modules=dense.lora_targets(),
-            task_type="CAUSAL_LM",
-        )
-        wrapped = get_peft_model(model, settings)
+        wrapped = get_peft_model(model, lora_config(Anatomy(model), args))
         self.anatomy = Anatomy(wrapped)
         self.bank = LoraBank(self.anatomy)
         super().__init__(
@@ -147,6 +108,10 @@ class RecoverTrainer(AtomicTrainer):
         """Add the LoRA weights to the model's, in fp32, and return it without adapters."""
         self.model.eval()
         return merge_lora(self.model)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the run is."""
+        return run_settings(self.args, self._job)
 
     def run_state(self) -> RunState:
         """Return what has been learned: the LoRA weights."""

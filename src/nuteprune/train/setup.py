@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +12,12 @@ from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.gates import Gates, RankedGates
+from nuteprune.gates.gate_types import GATE_TYPES
+from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import check_kinds
-from nuteprune.gates.multipliers import DeterministicGates
-from nuteprune.gates.soft import HardConcreteGates
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape, kinds_of_cut
-from nuteprune.train.checks import GATE_TYPES
-from nuteprune.train.config import FALLS_LATE, NutePruneConfig
+from nuteprune.train.config import NutePruneConfig, RecoverConfig
 
 
 def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
@@ -38,7 +35,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         raise UserError(
             f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"
         )
-    check_kinds(args.scoring, kinds)
+    check_kinds(args.method, kinds)
     for kind in kinds:
         reason = anatomy.family.refusal(kind, uniform=args.shapes == "uniform")
         if reason:
@@ -101,57 +98,19 @@ def run_targets(allocator: Allocator, args: NutePruneConfig) -> tuple[float, ...
 
 
 def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:
-    """Return gates of the run's type that start from scores."""
-    if args.gate_type == "ranked":
-        return RankedGates(allocator, scores, 1.0 if args.one_shot else args.score_decay)
-    if args.gate_type == "hard_concrete":
-        return HardConcreteGates(allocator, scores, args.warm_start, args.solved_schedule)
-    target = run_targets(allocator, args)[-1]
-    return DeterministicGates(allocator, scores, target, args.warm_start, args.solved_schedule)
+    """Return gates of the run's type, which may start from scores."""
+    return GATE_TYPES[args.gate_type].make(allocator, scores)
 
 
-def lora_config(anatomy: Anatomy, args: NutePruneConfig) -> LoraConfig:
+def lora_config(anatomy: Anatomy, args: NutePruneConfig | RecoverConfig) -> LoraConfig:
     """Return PEFT's settings: adapters on all projections, or on those that make Q and V."""
+    if isinstance(args, NutePruneConfig):
+        more: dict[str, Any] = {"target_modules": anatomy.lora_targets(args.lora_targets == "qv")}
+    else:
+        more = {"target_modules": anatomy.lora_targets(), "lora_dropout": args.lora_dropout}
     return LoraConfig(
         r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=anatomy.lora_targets(args.lora_targets == "qv"),
+        lora_alpha=args.lora_scale_alpha,
         task_type="CAUSAL_LM",
+        **more,
     )
-
-
-NOT_ON_RECORD = {
-    "output_dir",
-    "disable_tqdm",
-    "use_cpu",
-    "logging_dir",
-    "report_to",
-    "debug",
-    "dataloader_pin_memory",
-    "accelerator_config",
-    "ddp_find_unused_parameters",  # follows from the type of gates
-    "hub_token",  # a secret
-    "sharded",
-}
-"""Settings that change no result, or that are nobody else's business."""
-
-
-def chosen_settings(args: NutePruneConfig) -> dict[str, Any]:
-    """Return the settings that are not defaults, as far as they are for the record."""
-    # Another config made for comparison would reset what accelerate knows of this process.
-    left_open = {
-        "ramp_share": GATE_TYPES[args.gate_type],
-        "freeze_share": args.ramp_share,
-        "lr_scheduler_kwargs": FALLS_LATE,
-        "gradient_checkpointing": False,
-        "activation_checkpointing": False,
-    }
-    found = {}
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        default = left_open.get(field.name, field.default)
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if field.init and field.name not in NOT_ON_RECORD and value not in (default, None):
-            found[field.name] = value
-    return found

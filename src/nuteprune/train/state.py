@@ -22,7 +22,7 @@ from nuteprune.files import atomic, read_sums
 from nuteprune.run_folder import STATE
 
 GROUPS = ("lora", "gates", "masks", "first_scores")
-NOTES = ("teachers", "stops", "sums", "bad_steps")
+NOTES = ("frozen", "teachers", "stops", "sums", "bad_steps")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class RunState:
     Args:
         lora: LoRA weights by layer, projection and side.
         gates: the gates' parameters and buffers.
-        masks: the final masks by kind, empty until they are frozen.
+        masks: the masks of the moment by kind, without noise.
+        frozen: whether they are final.
         teachers: sparsity of each teacher on disk.
         stops: which teachers are the models of earlier targets.
         first_scores: the units' scores before training, by kind.
@@ -43,6 +44,7 @@ class RunState:
     lora: dict[str, Tensor]
     gates: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    frozen: bool = False
     teachers: list[float] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
     first_scores: dict[str, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A step done for trial: what a run will take, before it starts."""
+"""What a step costs, measured before a run starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from nuteprune.train.trainer import NutePruneTrainer
 
 
-def rehearse(trainer: NutePruneTrainer) -> float:
+def seconds_per_step(trainer: NutePruneTrainer) -> float:
     """Return the seconds of one optimizer step, timed on training text; nothing is learned."""
     args, dataset = trainer.args, cast(Any, trainer.train_dataset)
     batch = [dataset[i % len(dataset)] for i in range(args.train_batch_size)]

@@ -7,7 +7,7 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +26,13 @@ from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, amplified, token_counts
-from nuteprune.distill.objective import Objective, text_loss
+from nuteprune.distill.objective import OBJECTIVES, TEXT, Objective, text_loss
 from nuteprune.distill.teachers import Plan, Role, Teachers
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.loading import exact_dtype
 from nuteprune.export.record import origin_of, read_record, write_pruned
+from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
@@ -42,16 +43,16 @@ from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.processes import agree
 from nuteprune.run_folder import RECORD, TEACHERS
 from nuteprune.shrink.compensate import install_lora
-from nuteprune.train.bad_steps import BadSteps
+from nuteprune.train.bad_steps import MOST_IN_ROW, BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_shards, check_whole
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import Finished, finish, free_base, with_lora
 from nuteprune.train.publish import PushesCheckpoint
+from nuteprune.train.run_settings import chosen_settings, run_settings, write_settings
 from nuteprune.train.setup import (
     check_stock,
-    chosen_settings,
     lora_config,
     make_allocator,
     make_gates,
@@ -71,6 +72,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             `attention_mask` (T,).
         processing_class: the tokenizer, saved with the result.
         progress: told about long work outside of training.
+        stored_dtype: of the checkpoint that the model is from, which the result keeps; None: the
+            model's own.
+        job: what else says what the run is (model, data and so on): goes into run/settings.json.
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -88,10 +92,12 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         train_dataset: Dataset[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         progress: Progress = silent,
+        stored_dtype: torch.dtype | None = None,
+        job: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_whole(args)
-        check_shards(args, is_packed(model))
+        check_shards(args.sharded, args.world_size, is_packed(model))
         if kwargs.get("compute_metrics"):
             raise UserError(
                 "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
@@ -103,7 +109,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         name = model.config._name_or_path
         pruned_before = bool(name) and (Path(name) / RECORD).is_file()
         self._origin = origin_of(name or None, read_record(Path(name)) if pruned_before else None)
-        self.stored_dtype: torch.dtype = model.dtype
+        self.stored_dtype: torch.dtype = stored_dtype or model.dtype
         self.computed_dtype: torch.dtype = dense.embedding.weight.dtype
         self.allocator = make_allocator(dense, args)
         # Fails early, before the model is touched, if a target is out of reach.
@@ -116,16 +122,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         peft_model = get_peft_model(model, lora_config(dense, args))
         self.anatomy = Anatomy(peft_model)
         self.hooks = MaskHooks(self.anatomy)
-        self.objective: Objective = Objective(
-            args.token_weight,
-            args.layer_weight,
-            args.layer_term,
-            args.kd_temperature,
-            args.lm_weight,
-        )
+        self.objective: Objective = TEXT if args.teachers == "none" else OBJECTIVES[args.objective]
         self.coforward = CoForward(self.anatomy, self.hooks, self.objective.layer_distance)
         ramp, freeze = args.shares
-        self.schedule = Schedule(self.targets, args.max_steps, ramp, args.ramp_power, freeze)
+        self.schedule = Schedule(self.targets, args.max_steps, ramp, freeze)
         ramps = self.schedule.stage(0).ramp_steps * len(self.targets)
         self.plan = Plan.for_target(self.targets[-1], ramps, args.teachers)
         run = Path(cast(str, args.output_dir))
@@ -145,6 +145,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         ]
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
         self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
+        self._job = dict(job or {"model": model.config._name_or_path})
         self._warm = False
         self.first_scores: dict[str, Tensor] = {}
         self.finished: Finished | None = None
@@ -199,7 +200,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     def warm_start(self) -> None:
         """Score all units on calibration text and start the gates from the scores."""
-        if self.args.warm_start or self.args.one_shot:
+        if GATE_TYPES[self.args.gate_type].ranked:
             scores = score_on(
                 self.train_dataset,
                 self.args,
@@ -218,7 +219,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Make AdamW with a group for LoRA and, where gates are trained, theirs."""
         if self.optimizer is None:
             lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
-            groups = self.gates.parameter_groups(self.args.gate_learning_rate)
+            groups = self.gates.parameter_groups()
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
             decay = self.args.weight_decay
             self.optimizer = kind([{"params": lora, "weight_decay": decay}, *groups], **settings)
@@ -262,19 +263,24 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             self.freeze(stage.target)
         sparsity = self.gates.sparsity()
         moving = not self.gates.frozen
-        if stop or (moving and self.plan.due(sparsity, self.teachers.newest)):
-            if stop:
-                self.stops.append(len(self.teachers))
-            # A stop becomes a checkpoint of its own, so nothing of it is rounded.
-            dtype = torch.float32 if stop else torch.bfloat16
-            self.teachers.record(
-                sparsity, self.gates.snapshot(), self.coforward.bank.state(), dtype
-            )
+        if stop:
+            self._record_stop()
+        elif moving and self.plan.due(sparsity, self.teachers.newest):
+            self._record_teacher(torch.bfloat16)
+
+    def _record_stop(self) -> None:
+        """Keep the model of a target that is reached: nothing of what is written is rounded."""
+        self.stops.append(len(self.teachers))
+        self._record_teacher(torch.float32)
+
+    def _record_teacher(self, dtype: torch.dtype) -> None:
+        masks, lora = self.gates.snapshot(), self.coforward.bank.state()
+        self.teachers.record(self.gates.sparsity(), masks, lora, dtype)
 
     def freeze(self, target: float) -> None:
         """Fix the masks, and start LoRA from the closed-form re-fit where that is asked for."""
         masks = self.gates.freeze(target)
-        if self.args.compensation == "start":
+        if self.args.compensation:
             bank, anatomy, args = self.coforward.bank, self.anatomy, self.args
             install = install_lora(bank, anatomy, args.lora_rank)
             refit_on(self.train_dataset, args, anatomy, self.hooks, masks, install, self.progress)
@@ -350,7 +356,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Add the method's figures to the logs, and each step's line to metrics.jsonl.
 
         Raises:
-            RunFailed: after `max_bad_steps` steps in a row that were not finite.
+            RunFailed: after `MOST_IN_ROW` steps in a row that were not finite.
         """
         if "loss" in logs:
             logs |= {name: float(value) for name, value in self.parts.items()}
@@ -364,7 +370,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             }
             self.write_metrics(logs)
         super().log(logs, start_time)
-        if self.bad_steps.in_row >= self.args.max_bad_steps:
+        if self.bad_steps.in_row >= MOST_IN_ROW:
             raise RunFailed(
                 f"the loss or its gradients were not finite in {self.bad_steps.in_row} steps in a "
                 f"row, up to step {self.state.global_step}; lower learning_rate (now "
@@ -373,12 +379,20 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     # -- checkpoints of a run
 
+    def settings(self) -> dict[str, Any]:
+        """Return what the run is, however its settings were spelled."""
+        spelled: dict[str, Any] = {"gates": ",".join(self.kinds)}
+        if self.args.shape is None:
+            spelled["target_sparsity"] = list(self.targets)
+        return {**run_settings(self.args, self._job), **spelled}
+
     def run_state(self) -> RunState:
         """Return what the run has learned and decided."""
         return RunState(
             lora=self.coforward.bank.state(),
             gates=self.gates.state_dict(),
-            masks=self.gates.snapshot().values if self.gates.frozen else {},
+            masks=self.gates.snapshot().values,
+            frozen=self.gates.frozen,
             first_scores=self.first_scores,
             teachers=self.teachers.sparsities,
             sums=self.teachers.sums,
@@ -390,7 +404,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Go back to what a run had learned and decided."""
         restore(self.coforward.bank.state(), state.lora, "LoRA weights")
         restore(self.gates.state_dict(), state.gates, "gates")
-        if state.masks:
+        if state.frozen:
             self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
         self.teachers.restore(state.teachers, state.sums)
         self.stops, self.first_scores = state.stops, state.first_scores
@@ -403,6 +417,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Have scores and final masks, if training has not led to them; all processes take part."""
         if not self._warm:
             self.warm_start()
+        if self.args.max_steps == 0:  # else `train` has written it
+            if self.args.should_save:
+                write_settings(Path(cast(str, self.args.output_dir)), self.settings())
+            for target in self.targets[len(self.stops) : -1]:
+                self.freeze(target)
+                self._record_stop()
+                self.gates.thaw()
+                self.coforward.bank.clear()
         if not self.gates.frozen:
             self.freeze(self.targets[-1])
 
@@ -461,8 +483,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return self._finish(peft_model, role.masks, self.targets[index])
 
     def _finish(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
-        data, dtype = self.train_dataset, self.stored_dtype
-        self.finished = finish(model, masks, target, self.args, data, dtype, self.progress)
+        self.finished = finish(model, masks, target, self.stored_dtype)
         return self.finished.model
 
     def save_pruned(self, folder: str | os.PathLike[str], **record: Any) -> dict[str, Any]:

@@ -8,38 +8,26 @@ from typing import Any
 
 import yaml
 
+from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.run_folder import TARGET
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.settings import CALL, declared, word
 
 OPTIONS = {
-    "target_sparsity": "--sparsity",
-    "data": "--data",
-    "eval_data": "--eval-data",
-    "text_column": "--text-column",
-    "max_steps": "--steps",
-    "per_device_train_batch_size": "--batch-size",
-    "length": "--length",
-    "gates": "--gates",
-    "shapes": "--shapes",
-    "device": "--device",
-    "dtype": "--dtype",
-    "seed": "--seed",
+    name: x.metadata["option"]
+    for kind in (NutePruneConfig, PruneJob)
+    for name, x in declared(kind).items()
+    if x.metadata["option"] and not x.metadata["flag"] and name != "shape"
 }
 """Settings that `nuteprune prune` has an option of its own for; the others go through `--set`."""
-
 TUNING = {
-    "data": "--data",
-    "text_column": "--text-column",
-    "template": "--template",
-    "steps": "--steps",
-    "epochs": "--epochs",
-    "batch_size": "--batch-size",
-    "length": "--length",
-    "learning_rate": "--learning-rate",
-    "lora_rank": "--lora-rank",
-    "dtype": "--dtype",
-    "seed": "--seed",
+    word(name, x): x.metadata["option"]
+    for name, x in declared(RecoverJob).items()
+    if x.metadata["option"] and not x.metadata["flag"] and x.metadata["role"] != CALL
 }
 """What a record says of a recovery, and the options of `nuteprune recover` for it."""
+NOT_OF_RECORD = ("eval_data", "accumulation", "save_steps", "device")
+"""Options of `recover` that its entry in a record does not speak of, or not in its words."""
 
 BOOKKEEPING = frozenset({"save_steps", "save_total_limit", "dataloader_pin_memory"})
 """Settings that the command makes itself and that change no result."""
@@ -48,6 +36,9 @@ BOOKKEEPING = frozenset({"save_steps", "save_total_limit", "dataloader_pin_memor
 def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was set in a run, its seed included, the model left out."""
     config = {**record.get("config", {}), "seed": record.get("seed")}
+    if stops := config.pop("stops", None):  # 0.1.0 kept the last of several targets apart
+        earlier = stops.split(",") if isinstance(stops, str) else stops
+        config["target_sparsity"] = [*map(float, earlier), config["target_sparsity"]]
     return {
         key: value
         for key, value in config.items()
@@ -71,7 +62,7 @@ def commands(record: Mapping[str, Any], out: str) -> list[list[str]]:
     first = command(record, names[0])
     if not first:
         return []
-    if record["config"].get("stops"):  # then each target has a folder of its own
+    if isinstance(settings(record)["target_sparsity"], list):  # each has a folder of its own
         names[0] += f"/{TARGET}{record['target']:g}"
     between = zip(tunings, names[:-1], names[1:], strict=True)
     return [first, *(_tuning(entry, *pair) for entry, *pair in between)]
@@ -80,7 +71,7 @@ def commands(record: Mapping[str, Any], out: str) -> list[list[str]]:
 def _tuning(entry: Mapping[str, Any], source: str, out: str) -> list[str]:
     """Return the command of a recovery, from its entry in the record."""
     spared = "steps" if entry.get("asked_for") == "epochs" else "epochs"
-    given = {x: entry.get(key) for key, x in TUNING.items() if key != spared}
+    given = {x: entry.get(key) for key, x in TUNING.items() if key not in (spared, *NOT_OF_RECORD)}
     parts = [
         f"{option} {shlex.quote(str(value))}"
         for option, value in given.items()
@@ -104,7 +95,7 @@ def command(record: Mapping[str, Any], out: str) -> list[str]:
     for key, value in settings(record).items():
         if key in OPTIONS:
             if value != "auto":
-                parts.append(f"{OPTIONS[key]} {shlex.quote(str(value))}")
+                parts.append(f"{OPTIONS[key]} {shlex.quote(_plain(value))}")
         else:
             rest.append(f"--set {shlex.quote(f'{key}={_inline(value)}')}")
     return [*parts, *rest, f"--out {shlex.quote(out)}"]
@@ -113,6 +104,16 @@ def command(record: Mapping[str, Any], out: str) -> list[str]:
 def recipe(record: Mapping[str, Any]) -> str:
     """Return the settings as a YAML file that `--config` reads."""
     return yaml.safe_dump(settings(record), sort_keys=False, allow_unicode=True)
+
+
+def again(record: Mapping[str, Any], out: str) -> tuple[list[list[str]], str]:
+    """Return the commands and the settings that make a checkpoint again, for its report."""
+    return commands(record, out), recipe(record) if record else ""
+
+
+def _plain(value: Any) -> str:
+    """Return a value as an option takes it: several with commas."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _inline(value: Any) -> str:

@@ -1,0 +1,153 @@
+"""The job of `demo`: the embedded model pruned on the embedded text, then compared with others."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nuteprune.console import Output, megabytes, millions
+from nuteprune.data import demo as assets
+from nuteprune.data.blocks import DEMO
+from nuteprune.export.loading import load_pruned
+from nuteprune.export.record import weights_size
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.prune import Result, one_shot, run
+from nuteprune.jobs.show import print_report
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
+from nuteprune.judge.bench import decode_rates
+from nuteprune.judge.perplexity import mean
+from nuteprune.judge.run_files import read_samples, write_extra
+from nuteprune.judge.samples import continuations
+from nuteprune.run_folder import RUN, SAMPLES, SPEED
+from nuteprune.train.state import last_checkpoint
+
+DEFAULTS = {"max_steps": 60, "target_sparsity": 0.2}
+MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+"""The default batch in two parts, which need half of the memory for activations."""
+PROMPT = "The history of bread begins"
+FOLDER = Path("nuteprune-demo")
+
+
+def fetch(output: Output) -> None:
+    """Have the model and the texts here, before anything else is looked at."""
+    assets.model_folder(output.line)
+    assets.documents(output.line)
+
+
+def with_defaults(job: PruneJob) -> PruneJob:
+    """Return a job with the demo's own defaults where nothing else is said."""
+    defaults = dict(DEFAULTS)
+    if "shape" in job.settings:
+        del defaults["target_sparsity"]
+    if not MEMORY.keys() & job.settings.keys():
+        defaults |= MEMORY
+    job.settings = {**defaults, **job.settings}
+    return job
+
+
+def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
+    """Prune, compare and print; returns the record with `one_shot` and decoded tokens/s."""
+    result = run(with_defaults(job), output)
+    if result is None:
+        return None
+    return result.plan if result.plan is not None else compare(job, result, output)
+
+
+def free_folder(wanted: Path) -> Path:
+    """Return the folder, or the first of its numbered siblings that is not taken."""
+    folder, number = wanted, 1
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def begun_folder(wanted: Path) -> Path:
+    """Return the newest of the folder and its numbered siblings that a run was begun in."""
+    begun = [x for x in wanted.parent.glob(f"{wanted.name}*") if last_checkpoint(x / RUN)]
+    return max(begun, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
+
+
+def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
+    """Print dense, one-shot and pruned model side by side, and let two of them write."""
+    dtype = pick_dtype(job.dtype, job.device)
+    out, record = list(result.records.items())[-1]
+    gc.collect()  # a trainer and its callbacks point at each other: make room for three models
+    with tempfile.TemporaryDirectory() as folder:
+        plain = one_shot(job, result.scores, result.held_out, Path(folder))
+        models = {
+            "dense": load_model(DEMO, dtype),
+            "one-shot": load_pruned(folder, dtype=dtype),
+            "NutePrune": load_pruned(out, dtype=dtype),
+        }
+        prompt_BT = next(iter(result.held_out.values()))[:1, :64]
+        rates = decode_rates(models, prompt_BT)
+        print_table(record, plain, rates, output)
+        tokenizer = load_tokenizer(DEMO)
+        ids_BT = tokenizer(PROMPT, return_tensors="pt").input_ids
+        texts = {name: continuations(x, tokenizer, ids_BT)[0] for name, x in models.items()}
+    for name in ("dense", "NutePrune"):
+        output.line(f"{name}: {PROMPT}{texts[name]}")
+    output.line()
+    keep_for_report(job.out / RUN, rates, texts)
+    output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
+    print_report(job, output)
+    return {
+        "out": str(out),
+        **record,
+        "one_shot": plain["perplexity"]["after"],
+        "decode_tokens_per_second": rates,
+    }
+
+
+def keep_for_report(run: Path, rates: Mapping[str, float], texts: Mapping[str, str]) -> None:
+    """Write down what the report shows beside the record: speed, and one more sample."""
+    speed = {
+        "name": "decode, batch 1",
+        "unit": "tokens/s",
+        "dense": rates["dense"],
+        "pruned": rates["NutePrune"],
+        "better": "higher",
+    }
+    conditions = f"cpu, {torch.get_num_threads()} threads"
+    write_extra(run, SPEED, {"conditions": conditions, "rows": [speed]})
+    sample = {"prompt": PROMPT, "dense": texts["dense"], "pruned": texts["NutePrune"]}
+    write_extra(run, SAMPLES, [sample, *read_samples(run)])
+
+
+def print_table(
+    record: dict[str, Any], plain: dict[str, Any], rates: Mapping[str, float], output: Output
+) -> None:
+    """Print parameters, size, held-out perplexity and speed of the three models."""
+    sources = list(record["perplexity"]["before"])
+    dense_size = weights_size(assets.model_folder())
+
+    def row(name: str, count: int, size: int, ppl: dict[str, float]) -> list[str]:
+        cells = [name, millions(count), megabytes(size)]
+        cells += [f"{ppl[s]:.2f}" for s in sources]
+        return [*cells, f"{mean(ppl):.2f}", f"{rates[name]:.1f}"]
+
+    def written(name: str, of: dict[str, Any]) -> list[str]:
+        return row(name, of["params"]["after"], of["bytes_on_disk"], of["perplexity"]["after"])
+
+    output.line()
+    output.table(
+        f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; decoded tokens/s",
+        ["", "params", "on disk", *sources, "mean", "tok/s"],
+        [
+            row("dense", record["params"]["before"], dense_size, record["perplexity"]["before"]),
+            written("one-shot", plain),
+            written("NutePrune", record),
+        ],
+    )
+    ratio = mean(record["perplexity"]["after"]) / mean(record["perplexity"]["before"])
+    output.line(
+        f"{record['total_sparsity']:.1%} of all parameters are gone; perplexity is {ratio:.2f} x "
+        f"that of the dense model; {record['seconds']:.0f} s"
+    )
+    output.line()

@@ -1,0 +1,150 @@
+"""The folder that a job writes to: what may be in it, and who may write there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nuteprune.data.blocks import DEMO
+from nuteprune.errors import UserError
+from nuteprune.files import at_home, read_sums, remove, writing
+from nuteprune.jobs.job import Job
+from nuteprune.run_folder import CARD, RECORD, RUN, SUMS, TARGET, hidden
+from nuteprune.train.state import last_checkpoint
+
+
+def check_out(job: Job) -> None:
+    """Refuse an output folder with something in it, unless told what to do with it.
+
+    Raises:
+        UserError: if the folder is in the way, or there is nothing to resume in it.
+    """
+    out = job.out
+    named_by_user = (("model", job.model), ("data", job.data), ("eval data", job.eval_data))
+    for what, named in named_by_user:
+        if named in (None, DEMO):
+            continue
+        place = at_home(named)
+        if place.exists() and place.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"--out {out} holds the {what} {named}; name another folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if job.resume:
+        if last_checkpoint(out / RUN) is None:
+            raise UserError(
+                f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
+                "anew without --resume, with --overwrite if the folder is not empty"
+            )
+        foreign = sorted({x.name for x in out.iterdir() if not hidden(x)} - written_in(out))
+        if foreign and not job.overwrite:
+            raise UserError(
+                f"--out {out} holds {foreign[0]}, which the run has not written; move it away, or "
+                "pass --overwrite too, which removes it"
+            )
+        return
+    if out.exists() and any(out.iterdir()) and not job.overwrite:
+        raise UserError(
+            f"--out {out} is not empty; name another folder, or pass --overwrite to replace it or "
+            "--resume to go on with it"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written to, before hours are spent; writes nothing.
+
+    Raises:
+        UserError: if neither it nor the nearest folder above it that is there takes a file.
+    """
+    there = next(x for x in (folder.absolute(), *folder.absolute().parents) if x.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {there}: {error.strerror}; name another --out") from error
+
+
+def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
+    """Return where the checkpoint of a target goes: to folders of their own where several do."""
+    return job.out if len(targets) == 1 else job.out / f"{TARGET}{targets[index]:g}"
+
+
+def written_in(out: Path) -> set[str]:
+    """Return the names of what runs write into their folder, as far as it is there.
+
+    The sums name a checkpoint's files, and are the first of them to come and the last to go.
+    """
+    named = {RUN, SUMS, RECORD, CARD, "additional_chat_templates", *read_sums(out)}
+    matching = (
+        x.name for pattern in (f"{TARGET}*", ".*partial", ".*removed") for x in out.glob(pattern)
+    )
+    return {x.name for x in out.iterdir()} & (named | set(matching))
+
+
+def clear_result(out: Path, overwrite: bool = False) -> None:
+    """Remove what an earlier end of a run wrote, and keep the run itself.
+
+    Args:
+        out: the output folder.
+        overwrite: remove what is not the run's as well.
+    """
+    visible = {x.name for x in out.iterdir() if not hidden(x)} if overwrite else set()
+    _remove(out, (written_in(out) | visible) - {RUN})
+
+
+def _remove(out: Path, names: Iterable[str]) -> None:
+    with writing(out):
+        # First what makes a folder a checkpoint, lest one that is gone in part look whole.
+        order = {"config.json": 0, SUMS: 2}
+        for name in sorted(names, key=lambda name: order.get(name, 1)):
+            remove(out / name)
+
+
+def clear(out: Path) -> None:
+    """Remove all that is in a folder; if this is cut short, what is left cannot be resumed."""
+    if not out.exists():
+        return
+    with writing(out):
+        doomed = out / f".{RUN}.removed"
+        remove(doomed)
+        if (out / RUN).exists():
+            (out / RUN).replace(doomed)
+    _remove(out, [path.name for path in out.iterdir()])
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other runs on this machine out of a folder for a while.
+
+    Raises:
+        UserError: if one is at work there.
+    """
+    user = getattr(os, "getuid", int)()
+    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"nuteprune-{user}-{place}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another run is at work in --out {out}: name another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Take back the empty folders that a trainer makes for a run that cannot begin."""
+    made = [x for x in (folder, *folder.absolute().parents) if not x.exists()]
+    try:
+        yield
+    except UserError:
+        for path in (folder / RUN, *made):
+            with suppress(OSError):  # not empty, or not there
+                path.rmdir()
+        raise

@@ -1,0 +1,135 @@
+"""What a run is: run/settings.json, the one file that whoever needs a run's settings reads.
+
+Resuming, judging a checkpoint in the middle of a run, reports and records go by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from nuteprune.errors import UserError
+from nuteprune.files import to_json, write_text
+from nuteprune.run_folder import CHECKPOINT, SETTINGS
+from nuteprune.train.settings import CALL, WHAT, declared
+
+SCHEMA = 2
+"""Version of the file; 0.1.0 wrote one without."""
+LEARNS = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+)
+"""What transformers' settings say of what is learned; the others say how."""
+NOT_KEPT = frozenset(
+    (
+        *("output_dir", "disable_tqdm", "use_cpu", "logging_dir", "report_to", "debug"),
+        *("dataloader_pin_memory", "accelerator_config", "sharded"),
+        "ddp_find_unused_parameters",  # follows from the type of gates
+        "hub_token",  # a secret
+    )
+)
+"""Settings that change no result, or that are nobody else's business."""
+
+
+def run_settings(args: TrainingArguments, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run is: all that is declared for it, and what else was set.
+
+    Args:
+        args: the trainer's settings.
+        job: the job's: model, data and so on; empty in a loop of one's own.
+
+    Returns:
+        Name -> value, fit for JSON.
+    """
+    kept = {name for name, x in declared(type(args)).items() if x.metadata["role"] != CALL}
+    kept |= set(LEARNS) | set(_changed(args))
+    found = {name: getattr(args, name) for name in sorted(kept)}
+    plain = {k: v.value if isinstance(v, Enum) else v for k, v in {**job, **found}.items()}
+    about = {"schema": SCHEMA, "nuteprune": version("nuteprune")}
+    settings: dict[str, Any] = json.loads(to_json({**about, **plain}))
+    return settings
+
+
+def chosen_settings(args: TrainingArguments) -> dict[str, Any]:
+    """Return the settings that are not defaults, as far as they are for the record."""
+    return {name: getattr(args, name) for name in _changed(args)}
+
+
+def _changed(args: TrainingArguments) -> list[str]:
+    found = []
+    for field in dataclasses.fields(args):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = getattr(args, field.name)
+        follows = getattr(args, "FOLLOWING", {}).get(field.name)
+        if field.init and field.name not in NOT_KEPT and value not in (default, follows, None):
+            found.append(field.name)
+    return found
+
+
+def write_settings(run: Path, settings: Mapping[str, Any]) -> None:
+    """Write down what a run is that begins.
+
+    Args:
+        run: the folder of its checkpoints.
+        settings: of `run_settings`.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / SETTINGS, to_json(settings, indent=2) + "\n")
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """Return what a run is.
+
+    Args:
+        run: the folder of its checkpoints.
+
+    Raises:
+        UserError: if that is not there, damaged, or of a release that this one cannot go on with.
+    """
+    path = run / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{run} has no {SETTINGS}, which says what the run is: keep it beside {CHECKPOINT}N"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(settings, dict) or settings.get("schema") != SCHEMA:
+        raise UserError(
+            f"the run in {run} was begun by another release of nuteprune, most likely 0.1.0: "
+            "finish it with that release, or start anew with --overwrite"
+        )
+    return settings
+
+
+def check_same(run: Path, now: Mapping[str, Any], *kinds: type) -> None:
+    """Refuse to go on with a run as another.
+
+    Args:
+        run: the folder of its checkpoints.
+        now: `run_settings` of what is asked for.
+        kinds: the dataclasses that declare its settings; what they do not declare may differ.
+
+    Raises:
+        UserError: naming the first setting that differs.
+    """
+    before = read_settings(run)
+    compared = {
+        k for kind in kinds for k, x in declared(kind).items() if x.metadata["role"] == WHAT
+    }
+    for key, value in now.items():
+        if key in compared | set(LEARNS) and before.get(key) != value:
+            raise UserError(
+                f"the run in {run} was started with {key} {before.get(key)}, not {value}: resume "
+                "with its own settings, or start anew with --overwrite"
+            )
