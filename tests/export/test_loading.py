@@ -64,14 +64,15 @@ def test_in_another_dtype_a_model_is_what_its_file_is(
 ) -> None:
     model = case(model_type).pruned
     save(model, tmp_path / "model")
-    half, loaded = (
-        in_dtype(model, torch.bfloat16),
-        load_pruned(tmp_path / "model", dtype=torch.bfloat16),
-    )
+    loaded = load_pruned(tmp_path / "model", dtype=torch.bfloat16)
+    before = model.config.to_dict()
+    half = in_dtype(model, torch.bfloat16)
     assert torch.equal(logits(half, tokens), logits(loaded, tokens))
     assert {x.dtype for x in tensors(half).values()} == {torch.bfloat16}
-    assert model.config.dtype == model.dtype == torch.float32
-    assert half.config.tie_word_embeddings == (len(half.state_dict()) > len(tensors(half)))
+    assert model.config.to_dict() == before
+    assert {x.dtype for x in tensors(model).values()} == {torch.float32}
+    tied = half.get_output_embeddings().weight is half.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
     assert in_dtype(model, torch.float32) is model
 
 
