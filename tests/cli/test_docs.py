@@ -6,6 +6,7 @@ And the site has all pages, and the API page names what is there.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -199,3 +200,24 @@ def test_the_python_of_the_pages_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
     assert (tmp_path / "small" / "nuteprune.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_calls_of_the_pages_run_as_they_stand(page: str, in_workspace: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    (code,) = [block for block in blocks if "nuteprune.prune(" in block]
+    for name in ("small", "better"):
+        (in_workspace / name).unlink()  # the links to what the commands made
+    tiny = 'steps=2, batch_size=2, device="cpu", dtype="float32"'
+    pruned = f"{tiny}, length=24, calibration_blocks=2, eval_blocks=2"
+    assert code.count("steps=400") == code.count('out="better"') == 1
+    code = code.replace("steps=400", pruned)
+    code = code.replace('out="better"', f'out="better", length=256, {tiny}')
+    done: dict[str, Any] = {}
+    exec(compile(code, page, "exec"), done)
+    for name, record in (("small", done["record"]), ("better", done["better"])):
+        written = json.loads((in_workspace / name / "nuteprune.json").read_text())
+        assert record["out"] == name
+        assert {key: record[key] for key in written} == written
+    assert done["record"]["sparsity"] >= 0.25
