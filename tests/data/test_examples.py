@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nuteprune.data.blocks import BlockDataset, iter_documents
-from nuteprune.data.conversations import Piece, encode
+from nuteprune.data.blocks import BlockDataset
 from nuteprune.data.examples import holds_instructions, pad, read_examples
-from nuteprune.data.split import split_rule
+from nuteprune.data.specs import iter_documents
+from nuteprune.data.split import split
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 
@@ -91,21 +91,6 @@ def test_answers_of_a_chat_are_learned_and_nothing_else(
     assert learned(tokenizer, example) == ["me</s>\n", "you</s>\n"]
 
 
-def test_pieces_go_on_where_the_text_before_them_ends(
-    sentencepiece_tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    """Tokenized apart, each piece would begin with the space that such tokenizers put first."""
-    parts = [Piece("the student [/INST]", False), Piece(" learns a teacher", True)]
-    parts += [Piece(" [INST] the", False), Piece(" than", True)]
-    found = encode(parts, sentencepiece_tokenizer, 99)
-    assert found is not None
-    ids, labels = (x.tolist() for x in found)
-    whole = "".join(part.text for part in parts)
-    assert ids == sentencepiece_tokenizer(whole, add_special_tokens=False).input_ids
-    answered = [x for x in labels if x != IGNORED]
-    assert sentencepiece_tokenizer.decode(answered).split() == ["learns", "a", "teacher", "than"]
-
-
 def test_a_call_of_a_tool_is_no_answer_and_odd_characters_are_mended(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -172,8 +157,7 @@ def test_rows_without_an_answer_are_left_out_and_long_ones_cut(
     long = {"instruction": "Say " + "x" * 400, "output": "never reached"}
     rows = [{"instruction": "Say", "output": ""}, long, {"messages": []}][:2] + filler()
     examples = read_examples(write(tmp_path, rows), tokenizer, length=32)
-    rule = split_rule(iter_documents(write(tmp_path, rows))["a.jsonl"])
-    trained = [x for x in rows if not rule(f"{x['instruction']}\n\n{x['output']}".strip())[1]]
+    trained = [x for x in rows if not split(f"{x['instruction']}\n\n{x['output']}".strip())[1]]
     assert examples.skipped == sum(x in trained for x in rows[:2])
     assert len(examples) == len(trained) - examples.skipped
     assert max(len(x) for x in examples.ids) <= 32
@@ -186,8 +170,7 @@ def test_held_out_rows_are_never_learned(
 ) -> None:
     spec = write(tmp_path, filler(1000))
     source = iter_documents(spec)["a.jsonl"]
-    rule = split_rule(source)
-    held_out = {document.partition("\n\n")[2] for document in source if rule(document)[1]}
+    held_out = {document.partition("\n\n")[2] for document in source if split(document)[1]}
     assert 20 < len(held_out) < 100
     examples = read_examples(spec, tokenizer, length=99)
     answers = {learned(tokenizer, x)[0].removesuffix("</s>\n") for x in examples}

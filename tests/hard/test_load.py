@@ -85,7 +85,7 @@ def test_3000_steps_hold_memory_and_open_files_flat(tiny_model, tmp_path: Path) 
 
 READ = """
 import resource, sys
-from nuteprune.data.blocks import iter_documents
+from nuteprune.data.specs import iter_documents
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 (documents,) = iter_documents(sys.argv[1]).values()
 count = characters = 0

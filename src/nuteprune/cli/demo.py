@@ -6,7 +6,7 @@ from typing import Any
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
-from nuteprune.data.blocks import DEMO
+from nuteprune.data.specs import DEMO
 from nuteprune.jobs.demo import FOLDER, begun_folder, fetch, finished, free_folder
 from nuteprune.jobs.job import PruneJob, make_job
 from nuteprune.train.config import NutePruneConfig

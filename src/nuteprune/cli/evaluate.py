@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
-from nuteprune.data.blocks import DEMO, check_ids, check_positions
+from nuteprune.data.specs import DEMO
+from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import UserError
 from nuteprune.jobs.comparison import same_tokens
 from nuteprune.jobs.midway import Judged, judged

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from nuteprune.data.blocks import bos_of
 from nuteprune.data.columns import cell_text, chat_turns, render
+from nuteprune.data.tokens import bos_of
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 
@@ -33,8 +33,8 @@ Row = tuple[str, Mapping[str, object], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of text, and whether it is learned or only read."""
+class Stretch:
+    """A stretch of a conversation, and whether it is learned or only read."""
 
     text: str
     learned: bool
@@ -50,7 +50,7 @@ def check_template(template: str) -> None:
         raise UserError(f"template {template!r} is unknown; pass one of {', '.join(TEMPLATES)}")
 
 
-def pieces(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Piece]:
+def stretches(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Stretch]:
     """Return a row as text to read and text to learn.
 
     Args:
@@ -62,17 +62,17 @@ def pieces(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> lis
     if len(layout) == 1:
         messages = row[layout[0]]
         assert isinstance(messages, list)
-        return _chat_pieces(chat_turns(messages, where), where, tokenizer)
+        return _chat_stretches(chat_turns(messages, where), where, tokenizer)
     instruction, more, answer = (cell_text(row, name, where, tokenizer) for name in layout)
     if template == "alpaca":
         asked = (_ALPACA_INPUT if more else _ALPACA).format(instruction, more)
         ends = tokenizer.eos_token or ""
-        return [Piece(_start(tokenizer) + asked, False), Piece(answer + ends, bool(answer))]
+        return [Stretch(_start(tokenizer) + asked, False), Stretch(answer + ends, bool(answer))]
     asked = "\n\n".join(filter(None, (instruction, more)))
     turns = [{"role": "user", "content": asked}]
     if answer:
         turns.append({"role": "assistant", "content": answer})
-    return _chat_pieces(turns, where, tokenizer)
+    return _chat_stretches(turns, where, tokenizer)
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -80,19 +80,19 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.bos_token) if bos_of(tokenizer) else ""
 
 
-def _chat_pieces(
+def _chat_stretches(
     turns: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
-) -> list[Piece]:
+) -> list[Stretch]:
     """Learn every answer, or the last one alone where the template rewrites earlier turns."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    found: list[Piece] = []
+    found: list[Stretch] = []
     done = ""
     for i in answers:
         asked, told = _around(turns, i, where, tokenizer)
         if not (asked.startswith(done) and told.startswith(asked)):
             break
         learned = bool(turns[i]["content"].strip())  # a call of a tool leaves it empty
-        found += [Piece(asked[len(done) :], False), Piece(told[len(asked) :], learned)]
+        found += [Stretch(asked[len(done) :], False), Stretch(told[len(asked) :], learned)]
         done = told
     else:
         return found
@@ -104,7 +104,7 @@ def _chat_pieces(
             "output, or plain text"
         )
     learned = bool(turns[answers[-1]]["content"].strip())
-    return [Piece(asked, False), Piece(told[len(asked) :], learned)]
+    return [Stretch(asked, False), Stretch(told[len(asked) :], learned)]
 
 
 def _around(
@@ -116,16 +116,16 @@ def _around(
 
 
 def encode(
-    found: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, length: int
+    conversation: Iterable[Stretch], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Tokenize pieces as they come when a model answers: each goes on with the tokens before it.
+    """Tokenize a conversation as it comes when a model answers: each stretch goes on with it.
 
-    A piece's tokens are those of the whole text so far, which keeps tokenizers that put a space
-    before a text from putting one before each piece; where it joins tokens across a border, the
-    piece's own.
+    A stretch's tokens are those of the whole text so far, which keeps tokenizers that put a space
+    before a text from putting one before each stretch; where the tokenizer joins tokens across a
+    border, the stretch's own.
 
     Args:
-        found: text to read and text to learn; special tokens are part of it.
+        conversation: text to read and text to learn; special tokens are part of it.
         tokenizer: the model's tokenizer.
         length: most tokens.
 
@@ -135,12 +135,12 @@ def encode(
     ids: list[int] = []
     labels: list[int] = []
     text = ""
-    for piece in found:
-        text += piece.text
-        whole, own = (_tokens(tokenizer, x) for x in (text, piece.text))
+    for stretch in conversation:
+        text += stretch.text
+        whole, own = (_tokens(tokenizer, x) for x in (text, stretch.text))
         tokens = whole[len(ids) :] if whole[: len(ids)] == ids else own
         ids += tokens
-        labels += tokens if piece.learned else [IGNORED] * len(tokens)
+        labels += tokens if stretch.learned else [IGNORED] * len(tokens)
     ids, labels = ids[:length], labels[:length]
     # The first token has nothing that it could be predicted from.
     if all(label == IGNORED for label in labels[1:]):

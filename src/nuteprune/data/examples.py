@@ -17,16 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nuteprune.data import readers
-from nuteprune.data.blocks import (
-    DEMO,
-    check_ids,
-    hub_parts,
-    iter_documents,
-    local_files,
-)
 from nuteprune.data.columns import laid_out, row_document
-from nuteprune.data.conversations import Row, check_template, encode, pieces
-from nuteprune.data.split import split_rule
+from nuteprune.data.conversations import Row, check_template, encode, stretches
+from nuteprune.data.specs import DEMO, hub_parts, local_files
+from nuteprune.data.split import split
+from nuteprune.data.tokens import check_ids
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 
@@ -171,19 +166,15 @@ def read_examples(
     check_template(template)
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
-    source = iter_documents(spec, text_column=text_column, tokenizer=tokenizer)
-    (documents,) = source.values()
-    rule = split_rule(documents)
     ids, labels, skipped = [], [], 0
     rows = laid_out(_rows(spec, text_column) or (), text_column)
     for found in rows if most is None else _drawn(rows, random.Random(seed)):
         where, row, layout = found
         if not _is_instruction(found):
             raise UserError(f"{where}: not instruction data, as the first row is; mend the row")
-        _, held_out = rule(row_document(row, layout, where, tokenizer))
-        if held_out:
+        if split(row_document(row, layout, where, tokenizer))[1]:  # in part is enough
             continue
-        encoded = encode(pieces(found, tokenizer, template), tokenizer, length)
+        encoded = encode(stretches(found, tokenizer, template), tokenizer, length)
         if encoded is None:
             skipped += 1
             continue

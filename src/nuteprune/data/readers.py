@@ -25,6 +25,7 @@ _CHUNK_BYTES = 2**20
 _PARQUET_ROWS = 64
 
 _DOCUMENT_END = re.compile(r"\n(?:[ \t]*\n){2,}")
+_EMPTY_LINES = re.compile(r"\A(?:[ \t]*\n)+")
 _BETWEEN_JSON_ROWS = re.compile(r"[\s,\[\]]*")
 
 
@@ -70,15 +71,15 @@ def boundary(text: str, near: int) -> int:
 
 
 def split_long(text: str, most: int | None = None) -> list[str]:
-    """Cut a text into consecutive pieces of at most `most` (`MAX_DOCUMENT_CHARS`) characters."""
+    """Cut a text into consecutive parts of at most `most` (`MAX_DOCUMENT_CHARS`) characters."""
     most = most or MAX_DOCUMENT_CHARS
-    pieces, start = [], 0
+    parts, start = [], 0
     while len(text) - start > most:
-        window = text[start : start + most + 1]  # not all that is left: long texts have many pieces
+        window = text[start : start + most + 1]  # not all that is left: long texts have many parts
         end = start + boundary(window, most)
-        pieces.append(text[start:end])
+        parts.append(text[start:end])
         start = end
-    return [*pieces, text[start:]]
+    return [*parts, text[start:]]
 
 
 def text_files(path: Path) -> list[Path]:
@@ -201,13 +202,18 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _text_documents(path: Path) -> Iterator[str]:
-    """Split at two or more empty lines; a document that goes on and on comes in pieces."""
-    rest = ""
+    """Split at two or more empty lines; a document that goes on and on comes in parts."""
+    rest, ended = "", False
     for chunk in _decoded(path):
-        *whole, rest = _DOCUMENT_END.split(rest + chunk)
-        *pieces, rest = split_long(rest)
+        rest += chunk
+        if ended:  # the empty lines at the document's end may go on in this chunk
+            rest = _EMPTY_LINES.sub("", rest, count=1)
+        *whole, rest = _DOCUMENT_END.split(rest)
+        *parts, rest = split_long(rest)
         yield from whole
-        yield from pieces
+        yield from parts
+        ended = bool(whole) or ended
+        ended &= not parts
     yield rest
 
 

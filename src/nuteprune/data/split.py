@@ -1,60 +1,67 @@
-"""Which documents are trained on and which are held out: the same in every run."""
+"""Which text is trained on and which is held out: a document is split alike wherever it is read."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+import itertools
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
 
-from nuteprune.data.readers import boundary
+from nuteprune.data.readers import boundary, split_long
 
 HELD_OUT_SHARE = 0.05
 
-# With this many documents a source has one in its held-out part, but for a chance of 2e-6.
-_MANY_DOCUMENTS = 256
+# A document of more characters is split in itself, so that a book alone gives both parts. Below
+# that, one passage would be too great a share of it.
+_LONG = 2**14
+_PASSAGE = 2**11  # most characters of its passages: more than a block of 256 tokens
 
-Rule = Callable[[str], tuple[str, str]]
 
+def split(document: str) -> tuple[list[str], list[str]]:
+    """Split a document by nothing but its own text, white space around it apart.
 
-def split_rule(documents: Iterable[str]) -> Rule:
-    """Choose how the documents of a source go into its training and its held-out part.
-
-    A document is ranked by a hash of its text, and the lowest ranks are held out: among many
-    documents those below a threshold, among few as many as make up the share of the text, the last
-    of which is divided so that even a single document gives both parts.
+    A short document is held out if the hash of its text is below a threshold. Of a long one the
+    passages are ranked in that way, and at least one is held out and one is not, unless all of
+    them are the same text.
 
     Args:
-        documents: a source that can be iterated over again; its first documents are read.
+        document: the text.
 
     Returns:
-        The rule: document -> its text to train on and its text held out; either may be empty.
-
-    Raises:
-        UserError: the source cannot be read.
+        The stretches to train on, and those held out, in the document's order.
     """
-    lengths: dict[int, int] = {}
+    parts: tuple[list[str], list[str]] = ([], [])
+    for text in split_long(document):
+        passages = _passages(text)
+        held_out = _below_threshold([_rank(passage) for passage in passages])
+        ranked = zip(held_out, passages, strict=True)
+        for held, stretch in itertools.groupby(ranked, key=itemgetter(0)):
+            parts[held].append("".join(passage for _, passage in stretch))
+    return parts
+
+
+def held_out_part(documents: Iterable[str]) -> Iterator[str]:
+    """Yield what is held out of documents, stretch by stretch."""
     for document in documents:
-        lengths[_rank(document)] = len(document)
-        if len(lengths) == _MANY_DOCUMENTS:
-            return _by_threshold
-    left = round(HELD_OUT_SHARE * sum(lengths.values()))
-    held_out = {}
-    for rank in sorted(lengths):
-        held_out[rank] = min(left, lengths[rank])
-        left -= held_out[rank]
-    return partial(_by_length, held_out)
+        yield from split(document)[1]
 
 
-def _rank(document: str) -> int:
-    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
+def _passages(text: str) -> list[str]:
+    """Cut a long text into passages of about one length; a short one is its only passage."""
+    bare = text.strip()
+    if len(bare) <= _LONG:
+        return [text]
+    count = -(-len(bare) // _PASSAGE)
+    cuts = [0, *(boundary(bare, len(bare) * i // count) for i in range(1, count)), len(bare)]
+    return [bare[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-def _by_threshold(document: str) -> tuple[str, str]:
-    held_out = _rank(document) < HELD_OUT_SHARE * 2**64
-    return ("", document) if held_out else (document, "")
+def _rank(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
 
 
-def _by_length(held_out: Mapping[int, int], document: str) -> tuple[str, str]:
-    """Hold out the last characters of a document, as many as its rank has."""
-    cut = boundary(document, len(document) - held_out.get(_rank(document), 0))
-    return document[:cut], document[cut:]
+def _below_threshold(ranks: list[int]) -> list[bool]:
+    threshold = HELD_OUT_SHARE * 2**64
+    if len(ranks) > 1:
+        threshold = min(max(threshold, min(ranks) + 1), max(ranks))
+    return [rank < threshold for rank in ranks]

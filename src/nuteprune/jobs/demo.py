@@ -12,7 +12,7 @@ import torch
 
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.data import demo as assets
-from nuteprune.data.blocks import DEMO
+from nuteprune.data.specs import DEMO
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.job import PruneJob

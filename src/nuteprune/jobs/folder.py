@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nuteprune.data.blocks import DEMO
+from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, read_sums, remove, writing
 from nuteprune.jobs.job import Job

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nuteprune.data.blocks import DEMO
 from nuteprune.data.conversations import TEMPLATES
+from nuteprune.data.specs import DEMO
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.settings import check, read_given, read_mapping

@@ -18,12 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune.console import Bars, Output, megabytes
-from nuteprune.data.blocks import (
-    BlockDataset,
-    check_positions,
-    held_out_blocks,
-    training_blocks,
-)
+from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.loading import in_dtype

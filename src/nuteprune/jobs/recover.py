@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from nuteprune.console import Bars, Output
-from nuteprune.data.blocks import check_ids, check_positions, training_blocks
+from nuteprune.data.blocks import training_blocks
 from nuteprune.data.examples import holds_instructions, read_examples
+from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from nuteprune.console import Output, duration, megabytes, millions
-from nuteprune.data.blocks import DEMO
 from nuteprune.data.examples import Examples
+from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.jobs.reproduce import again

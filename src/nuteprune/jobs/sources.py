@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from nuteprune.data import demo as assets
-from nuteprune.data.blocks import DEMO
+from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.loading import exact_dtype, load_pruned
 from nuteprune.export.record import origin_of, read_record

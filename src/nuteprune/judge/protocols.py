@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from nuteprune.data.blocks import DEMO
+from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 
 END_OF_TEXT = "end-of-text"

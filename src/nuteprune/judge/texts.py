@@ -6,7 +6,7 @@ Shape suffixes: N blocks, T tokens of a block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nuteprune.data.blocks import (
-    after,
-    bos_of,
-    collect,
-    iter_documents,
-    local_files,
-    tokens_of,
-    too_short,
-)
 from nuteprune.data.columns import one_line
-from nuteprune.data.split import split_rule
+from nuteprune.data.specs import iter_documents, local_files
+from nuteprune.data.split import held_out_part
+from nuteprune.data.tokens import after, bos_of, collect, tokens_of, too_short
 from nuteprune.errors import UserError
 from nuteprune.judge.protocols import END_OF_TEXT, JOININGS, TEXTS, Protocol
 
@@ -86,11 +79,19 @@ def rows_of(
     sources = iter_documents(spec, text_column=text_column, tokenizer=tokenizer)
     if whole:
         return {name: source.read for name, source in sources.items()}
-    return {name: partial(_held_out, source) for name, source in sources.items()}
+    return {name: partial(_held_out, name, source) for name, source in sources.items()}
 
 
-def _held_out(source: Iterable[str]) -> Iterable[str]:
-    return (held for _, held in map(split_rule(source), source))
+def _held_out(name: str, source: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for text in held_out_part(source):
+        empty = False
+        yield text
+    if empty:
+        raise UserError(
+            f"{name}: too few documents for one in twenty of them to be held out; pass --whole if "
+            "none of it was trained on, or more text"
+        )
 
 
 def _hub_rows(name: str) -> list[str]:
@@ -135,7 +136,7 @@ def make_blocks(
     stride = protocol.stride or protocol.length
     needed = None if protocol.blocks is None else protocol.length + stride * (protocol.blocks - 1)
     tokens = _tokenized(rows, tokenizer, joining, protocol.special_tokens, needed)
-    # As `train.data` makes its blocks; published protocols have it at the very start alone.
+    # As `data.blocks` makes its blocks; published protocols have it at the very start alone.
     bos = bos_of(tokenizer) if joining == END_OF_TEXT else []
     if len(tokens) < protocol.length - len(bos):
         raise too_short(name, len(tokens), protocol.length)
@@ -160,14 +161,14 @@ def _tokenized(
 ) -> Tensor:
     """Return the tokens (n,) of joined rows, as far as they are needed."""
     if joining == END_OF_TEXT:
-        pieces: Iterable[list[int]] = tokens_of(rows, tokenizer)
+        documents: Iterable[list[int]] = tokens_of(rows, tokenizer)
     else:
         text = JOININGS[joining].join(rows)
         encoded = tokenizer(text, add_special_tokens=special_tokens, verbose=False)
-        pieces = [encoded["input_ids"]]
+        documents = [encoded["input_ids"]]
     if most is None:
-        return torch.tensor(list(itertools.chain.from_iterable(pieces)), dtype=torch.long)
-    return collect(pieces, most).long()
+        return torch.tensor(list(itertools.chain.from_iterable(documents)), dtype=torch.long)
+    return collect(documents, most).long()
 
 
 def cut(tokens: Tensor, length: int, stride: int, bos: Sequence[int] = ()) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,95 @@
+"""What a DATA spec names: its sources and their documents.
+
+A DATA spec is `demo` (three embedded sources), a `.txt`, `.jsonl`, `.json` or `.parquet` file, a
+folder of such files, or a dataset on the hub as `id[:config[:split]]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nuteprune.data import demo as assets
+from nuteprune.data import readers
+from nuteprune.data.readers import Documents
+from nuteprune.errors import UserError
+from nuteprune.files import at_home
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEMO = "demo"
+
+_HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:\\]*){0,2}")
+
+
+def iter_documents(
+    spec: str,
+    *,
+    text_column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Documents]:
+    """Find the sources of a DATA spec; files and the hub are read when iterated over.
+
+    Args:
+        spec: the DATA spec.
+        text_column: the column that holds the text; None finds it.
+        tokenizer: renders rows of chat messages; may be None where there are none.
+
+    Returns:
+        Source name -> its documents, each of at most `readers.MAX_DOCUMENT_CHARS` characters.
+
+    Raises:
+        UserError: nothing of that name, or (on iteration) a source cannot be read.
+    """
+    return {source.name: source for source in sources_of(spec, text_column, tokenizer)}
+
+
+def sources_of(
+    spec: str, text_column: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> list[Documents]:
+    """Return the sources of a DATA spec, in a fixed order.
+
+    Args:
+        spec: the DATA spec.
+        text_column: the column that holds the text; None finds it.
+        tokenizer: renders rows of chat messages; may be None where there are none.
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    if spec == DEMO:
+        return [Documents(name, partial(iter, texts)) for name, texts in assets.documents().items()]
+    options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
+    if (files := local_files(spec)) is not None:
+        read = partial(readers.file_documents, **options)
+        name = at_home(spec).absolute().name or spec
+        return [Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
+    return [Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
+
+
+def local_files(spec: str) -> list[Path] | None:
+    """Return the files of a DATA spec, None if it is no path.
+
+    Raises:
+        UserError: it looks like a path, and nothing is there.
+    """
+    path = at_home(spec)
+    if spec and os.path.exists(path):
+        return readers.text_files(path)
+    if path.suffix.lower() in readers.SUFFIXES or not _HUB_SPEC.fullmatch(spec):
+        raise UserError(
+            f"{spec!r}: no such file or folder; pass {DEMO}, a path, or a hub dataset as "
+            "id[:config[:split]]"
+        )
+    return None
+
+
+def hub_parts(spec: str) -> tuple[str, str | None, str]:
+    """Return dataset, configuration and split that a DATA spec names on the hub."""
+    dataset, config, split = (*spec.split(":"), "", "")[:3]
+    return dataset, config or None, split or "train"

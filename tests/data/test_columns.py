@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nuteprune.data.specs import iter_documents
+from nuteprune.errors import UserError
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+WORDS = 2000
+
+
+def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """One token per word: w7 -> id 7."""
+    vocabulary = {f"w{i}": i for i in range(WORDS)}
+    vocabulary |= {token: WORDS + i for i, token in enumerate(["<unk>", *special.values()])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", model_max_length=8, **special
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(eos_token="</s>", bos_token="<s>")
+
+
+def write_rows(folder: Path, rows: list[object], name: str = "a.jsonl") -> str:
+    path = folder / name
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def only(spec: str, **options: Any) -> list[str]:
+    (documents,) = iter_documents(spec, **options).values()
+    return list(documents)
+
+
+class TestDocuments:
+    def test_the_named_column_is_read(self, tmp_path: Path) -> None:
+        spec = write_rows(tmp_path, [{"text": "no", "story": "yes"}, {"story": None}])
+        assert only(spec, text_column="story") == ["yes"]
+
+    def test_instructions_are_joined(self, tmp_path: Path) -> None:
+        rows: list[object] = [
+            {"instruction": "Do", "output": "done"},
+            {"instruction": "Add", "input": "1 2", "output": "3"},
+            {"instruction": "Do", "input": "", "output": "done"},
+        ]
+        spec = write_rows(tmp_path, rows)
+        assert only(spec) == ["Do\n\ndone", "Add\n\n1 2\n\n3", "Do\n\ndone"]
+
+    def test_chat_is_rendered(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+        spec = write_rows(tmp_path, [{"messages": turns}])
+        tokenizer.chat_template = CHAT
+        assert only(spec, tokenizer=tokenizer) == ["<user>hi\n<assistant>yo\n"]
+
+    def test_the_day_is_no_part_of_a_chat(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        spec = write_rows(tmp_path, [{"messages": [{"role": "user", "content": "hi"}]}])
+        monkeypatch.setattr(tokenizer, "chat_template", "{{ strftime_now('%d %b %Y') }} " + CHAT)
+        assert only(spec, tokenizer=tokenizer) == ["26 Jul 2024 <user>hi\n"]
+
+    def test_instructions_that_are_there_as_text_too_are_instructions(self, tmp_path: Path) -> None:
+        row = {"instruction": "Say it", "input": "", "output": "yes", "text": "Below is Say it yes"}
+        assert only(write_rows(tmp_path, [row])) == ["Say it\n\nyes"]
+
+    def test_lone_surrogates_are_replaced(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_text(r'{"text": "a \ud800 b \ud83d\ude00"}')
+        assert only(str(path)) == ["a \ufffd b \U0001f600"]
+
+
+class TestErrors:
+    def test_a_missing_column_names_those_seen_and_the_nearest(self, tmp_path: Path) -> None:
+        spec = write_rows(tmp_path, [{"id": 1, "story": "x"}])
+        with pytest.raises(UserError, match=r"'storey' among .* 'id', 'story'; .*perhaps 'story'"):
+            only(spec, text_column="storey")
+
+    def test_of_many_columns_some_are_named(self, tmp_path: Path) -> None:
+        spec = write_rows(tmp_path, [{f"c{i}": i for i in range(1000)}])
+        with pytest.raises(UserError, match=r"'c19', \.\.\.; name"):
+            only(spec)
+
+    @pytest.mark.parametrize(
+        ("template", "turn", "message"),
+        [
+            (None, {"role": "user", "content": "hi"}, "no chat template; pass a model"),
+            ("{{ raise_exception('no') }}", {"role": "user", "content": "hi"}, "refuses .*no"),
+            ("{{ 1 + 'a' }}", {"role": "user", "content": "hi"}, "refuses"),
+            (CHAT, {"from": "human", "value": "hi"}, "not chat messages"),
+            (CHAT, {"role": "user", "content": [1]}, "not chat messages"),
+        ],
+    )
+    def test_chat_that_cannot_be_rendered(
+        self, tmp_path: Path, template: str | None, turn: object, message: str
+    ) -> None:
+        tokenizer = make_tokenizer(eos_token="</s>")
+        tokenizer.chat_template = template
+        spec = write_rows(tmp_path, [{"messages": [turn]}])
+        with pytest.raises(UserError, match=message):
+            only(spec, tokenizer=tokenizer)
