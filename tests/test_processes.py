@@ -33,12 +33,15 @@ SETTINGS = {
 Inputs = tuple[Path, Path]
 
 
+REAL = ["-m", "nuteprune.cli"]
+QUICK = [str(Path(__file__).with_name("undrawn.py"))]
+
+
 def command(inputs: Inputs, out: Path, **more: Any) -> list[str]:
-    """What follows `python`."""
+    """A command line of nuteprune, without what comes before `prune`."""
     settings = [f"--set={k}={v}" for k, v in {**SETTINGS, **more}.items()]
     model, text = inputs
-    parts = ["-m", "nuteprune.cli", "prune", str(model), "--data", str(text)]
-    return [*parts, *OPTIONS, *settings, "--out", str(out)]
+    return ["prune", str(model), "--data", str(text), *OPTIONS, *settings, "--out", str(out)]
 
 
 def torchrun(*arguments: object) -> Ended:
@@ -84,9 +87,9 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     # With the usual epsilon Adam divides rounding by rounding where gradients are near zero, and
     # hides a gradient of the wrong size everywhere else.
     same = {**gates, "adam_epsilon": 1e-2}
-    said(python(*command(tiny_inputs, one, batch_size=8, **same)))
+    said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     asked = command(tiny_inputs, two, batch_size=4, **same, **shared)
-    assert said(python(*asked, processes=2)).count("Saved") == 1
+    assert said(python(*QUICK, *asked, processes=2)).count("Saved") == 1
     records = [json.loads((x / "nuteprune.json").read_text()) for x in (one, two)]
     assert records[0]["layers"] == records[1]["layers"]
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
@@ -107,32 +110,40 @@ def test_torchrun_starts_two_that_score_and_freeze_together_where_nothing_is_tra
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     asked = command(tiny_inputs, two, batch_size=4, max_steps=0)
-    assert said(torchrun(*asked)).count("Saved") == 1
-    said(python(*command(tiny_inputs, one, batch_size=4, max_steps=0)))
+    assert said(torchrun(*REAL, *asked)).count("Saved") == 1
+    said(python(*QUICK, *command(tiny_inputs, one, batch_size=4, max_steps=0)))
     layers = [json.loads((x / "nuteprune.json").read_text())["layers"] for x in (one, two)]
     assert layers[0] == layers[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(
-    number: int, tiny_inputs: Inputs, tmp_path: Path
+    tiny_inputs: Inputs, tmp_path: Path
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole = tmp_path / "whole"
     long = {"batch_size": 2, "max_steps": 40, "save_steps": 1000}
-    said(python(*command(tiny_inputs, whole, **long)))
-    asked = command(tiny_inputs, cut, **long)
-    parts, alone = [sys.executable, *asked], os.environ | {"OMP_NUM_THREADS": "1"}
+    said(python(*QUICK, *command(tiny_inputs, whole, **long)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        cut = tmp_path / number.name
+        asked = command(tiny_inputs, cut, **long)
+        errors = interrupted([sys.executable, *REAL, *asked], cut, number)
+        assert "which is saved; go on with the same command and --resume" in errors
+        assert not (cut / "config.json").exists()
+        said(python(*QUICK, *asked, "--resume"))
+        weights = [(x / "model.safetensors").read_bytes() for x in (cut, whole)]
+        assert weights[0] == weights[1]
+        assert len(losses(whole)) == 40
+        assert losses(cut) == losses(whole)
+
+
+def interrupted(parts: list[str], out: Path, number: signal.Signals) -> str:
+    """Send a run a signal after some steps; return what it says of that."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(parts, env=alone, stderr=subprocess.PIPE, text=True) as process:
-        metrics = cut / "run" / "metrics.jsonl"
+        metrics = out / "run" / "metrics.jsonl"
         while not metrics.exists() or metrics.read_text().count("\n") < 5:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
         errors = process.communicate()[1]
     assert process.returncode == 128 + number
-    assert "which is saved; go on with the same command and --resume" in errors
-    assert not (cut / "config.json").exists()
-    said(python(*asked, "--resume"))
-    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert len(losses(whole)) == 40
-    assert losses(cut) == losses(whole)
+    return errors

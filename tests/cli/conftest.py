@@ -15,6 +15,7 @@ import pytest
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from tests.forked import server
+from tests.undrawn import leave_blank
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -38,6 +39,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(stopped.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See tests/undrawn.py; test_report.py has a fixture of this name that does nothing."""
+    leave_blank(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,8 @@ def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
         **changes,
     }
     flags = [str(x) for k, v in values.items() if v is not None for x in (f"--{k}", v)]
-    return ["prune", str(model), *flags, "--set", "neuron_multiple=4"]
+    few = ["--set", "calibration_blocks=4"]
+    return ["prune", str(model), *flags, "--set", "neuron_multiple=4", *few]
 
 
 COMMANDS = ("prune", "demo", "eval", "bench", "recover", "export", "inspect", "report")

@@ -24,6 +24,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
+def pictures_are_blank() -> None:
+    """They are drawn here."""
+
+
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Calls the command line; returns exit code, stdout and stderr."""
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,9 @@ from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.export.hub import upload
 from nuteprune.files import damage
+from tests.forked import python
 
-# Runs where nuteprune cannot be imported, on a copy of what was pushed.
+# Runs without nuteprune, on a copy of what was pushed.
 STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -115,17 +113,10 @@ def pruned(model: Any, tokenizer: Any, run: Path, **settings: Any) -> NutePruneT
     return trainer
 
 
-def as_a_stranger(folder: Path, shapes: str, modules: Path) -> tuple[str, float]:
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", STRANGER, str(folder), shapes],
-        env=kept | {"HF_MODULES_CACHE": str(modules)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    name, total = done.stdout.split()
+def as_a_stranger(folder: Path, shapes: str) -> tuple[str, float]:
+    done = python("-c", STRANGER, folder, shapes)
+    assert done.code == 0, done.err[-2000:]
+    name, total = done.out.split()
     return name, float(total)
 
 
@@ -171,7 +162,7 @@ def test_the_trainer_pushes_the_whole_checkpoint_and_nothing_of_the_run(
     ]
     with torch.no_grad():
         expected = small(torch.arange(3, 12)[None]).logits.abs().sum().item()
-    name, total = as_a_stranger(there, shapes, tmp_path / "modules")
+    name, total = as_a_stranger(there, shapes)
     assert name == type(small).__name__
     assert total == pytest.approx(expected, rel=1e-5)
 
@@ -193,7 +184,7 @@ def test_a_model_pushes_itself_as_transformers_models_do(
         expected = small(torch.arange(3, 12)[None]).logits
         loaded = load_pruned(there)(torch.arange(3, 12)[None]).logits
     assert torch.equal(loaded, expected)
-    name, total = as_a_stranger(there, shapes, tmp_path / "modules")
+    name, total = as_a_stranger(there, shapes)
     assert name == type(small).__name__
     assert total == pytest.approx(expected.abs().sum().item(), rel=1e-5)
 
