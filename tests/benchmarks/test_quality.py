@@ -59,6 +59,7 @@ def setting(tiny_model, tiny_tokenizer, tmp_path: Path) -> Any:
     return runs.Setting(str(folder), str(text), 32, 6, "cpu", "float32", SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_table_is_made_once_and_goes_on_where_it_stopped(
     setting: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_folder_holds_the_table_of_one_setting(setting: Any, tmp_path: Path) -
         runs.Bench(dataclasses.replace(setting, length=64), tmp_path / "table")
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_part_and_ends_with_a_json_line(
     setting: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

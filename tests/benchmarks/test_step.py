@@ -69,6 +69,7 @@ def test_adapters_compute_in_the_dtype_asked_for(folder: Path, autocast: bool) -
     assert seen == {torch.bfloat16 if autocast else torch.float32}
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_one_line_and_no_noise(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

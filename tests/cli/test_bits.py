@@ -14,6 +14,7 @@ from .conftest import Run
 pytest.importorskip("bitsandbytes")
 
 
+@pytest.mark.slow
 def test_the_command_line_packs_resumes_and_tells(
     run: Run, tiny_model, tiny_tokenizer, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_whoever_names_no_text_is_told_which_one_it_is(
     assert "Note " not in run("prune", "demo", *dry[2:])[1]
 
 
+@pytest.mark.slow
 def test_resume_and_overwrite(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     saving = [*options(model, text, out), "--set", "save_steps=2"]
@@ -146,6 +147,7 @@ def test_resume_and_overwrite(model: Path, text: Path, tmp_path: Path, run: Run)
     assert (out / "model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_run_is_not_gone_on_with_as_another(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -329,6 +331,7 @@ def test_interrupt_is_exit_code_130(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_pruned_checkpoint_is_pruned_again_and_its_record_says_so(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -347,6 +350,7 @@ def test_a_pruned_checkpoint_is_pruned_again_and_its_record_says_so(
     assert records[2]["base_model"] == str(model)
 
 
+@pytest.mark.slow
 def test_several_targets_and_chosen_dimensions_from_the_command_line(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:

@@ -202,6 +202,7 @@ def test_the_python_of_the_pages_runs_as_it_stands(
     assert (tmp_path / "small" / "nuteprune.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
 def test_the_calls_of_the_pages_run_as_they_stand(page: str, in_workspace: Path) -> None:

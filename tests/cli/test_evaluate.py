@@ -29,6 +29,7 @@ def prune(run: Run, model: Path, text: Path, out: Path, *more: str) -> None:
     assert run("prune", model, *flags, *fixed, *more)[0] == 0
 
 
+@pytest.mark.slow
 def test_retention_is_dense_over_pruned(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     prune(run, model, text, out)
@@ -65,6 +66,7 @@ def test_a_published_protocol_is_the_models_own_loss_on_joined_rows(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 4])
 @pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete"])
 def test_a_checkpoint_midway_is_the_model_of_its_step(

@@ -61,6 +61,7 @@ def test_two_recoveries_do_not_share_a_folder(
     assert "another run is at work" in stderr
 
 
+@pytest.mark.slow
 def test_plain_text_lowers_perplexity_and_keeps_the_record(
     pruned: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -117,6 +118,7 @@ def test_plain_text_lowers_perplexity_and_keeps_the_record(
     assert last(stdout)["recover"]["earlier"] == entry
 
 
+@pytest.mark.slow
 def test_instructions_by_epochs(pruned: Path, text: Path, tmp_path: Path, run: Run) -> None:
     rows = [{"instruction": f"Say {i}", "output": "A teacher"} for i in range(300)]
     path = tmp_path / "alpaca.json"
@@ -159,6 +161,7 @@ def test_an_intact_model_can_be_tuned_for_comparison(
     assert load_pruned(out).dtype == load_pruned(model).dtype
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_tuned_in_the_same_way(
     pruned: Path, model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -278,6 +281,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_resumed_is_never_interrupted(
     pruned: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> type[Tracker]:
     return Tracker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", [False, True])
 def test_trackers_see_what_the_method_does(
     published: bool,

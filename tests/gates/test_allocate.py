@@ -268,6 +268,7 @@ def test_uniform_shapes_of_unlike_layers_are_refused() -> None:
         _ = case.allocator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.05, 0.2, 0.5])
 @pytest.mark.parametrize(
     ("kv_heads", "neurons", "uniform"),

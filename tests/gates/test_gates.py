@@ -252,6 +252,7 @@ def train_gates(gates: HardConcreteGates, maximize: bool, target: float) -> floa
     return gates.sparsity()
 
 
+@pytest.mark.slow
 def test_the_lagrangian_drives_sparsity_to_the_target_by_ascent() -> None:
     assert train_gates(hard(), maximize=True, target=0.4) == pytest.approx(0.4, abs=0.03)
     assert abs(train_gates(hard(), maximize=False, target=0.4) - 0.4) > 0.1

@@ -64,6 +64,7 @@ def test_settings_of_generation_that_cannot_be_saved_do_not_cost_a_run(
     assert loaded.use_cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "polynomial"])
 def test_the_rate_may_fall_in_any_way(kind: str, tiny_model, tmp_path: Path) -> None:
     trainer = make(tiny_model("llama"), tmp_path, max_steps=4, lr_scheduler_type=kind)
@@ -109,6 +110,7 @@ def test_evaluation_is_the_loss_of_the_model_that_would_be_cut(tiny_model, tmp_p
     assert logged[-1] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
     tiny_model, tmp_path: Path
 ) -> None:
@@ -296,6 +298,7 @@ def test_a_stop_is_at_its_target_where_masks_freeze_last(tiny_model, tmp_path: P
     assert all(layer["neurons"] % 4 == 0 for layer in record["layers"])
 
 
+@pytest.mark.slow
 def test_a_lagrangian_run_with_a_stop_resumes_as_if_never_interrupted(
     tiny_model, tmp_path: Path
 ) -> None:

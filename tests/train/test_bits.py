@@ -49,6 +49,7 @@ def test_packed_weights_are_counted_and_read_like_whole_ones(bits: int, stored: 
             assert 0 < error < ERRORS[bits]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     "settings",
@@ -77,6 +78,7 @@ def test_what_is_cut_is_the_whole_model(
     assert load_pruned(tmp_path / "out").dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "multiple"), [(8, 4), (4, 64)])
 def test_a_pruned_model_in_bits_is_pruned_again(
     bits: int, multiple: int, stored: Path, tmp_path: Path

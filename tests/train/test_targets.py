@@ -36,6 +36,7 @@ class LogitsAt(TrainerCallback):
 SEVERAL: dict[str, Any] = {"target_sparsity": "0.15,0.3,0.45", "max_steps": 9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -93,6 +94,7 @@ def test_several_targets_without_training_are_the_models_of_runs_of_their_own(
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ramp_share", [0.0, 0.5])
 def test_a_run_with_several_targets_resumes_as_if_never_interrupted(
     ramp_share: float, tiny_model, tmp_path: Path
@@ -125,7 +127,7 @@ def test_a_run_with_several_targets_resumes_as_if_never_interrupted(
     ],
     ids=["uniform", "no-multiple", "width-and-heads", "free", "no-mlp"],
 )
-@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("steps", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_dimensions_chosen_by_the_user_come_out(
     shape: dict[str, Any], steps: int, tiny_model, tmp_path: Path
 ) -> None:

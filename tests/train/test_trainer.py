@@ -15,7 +15,7 @@ from nuteprune.train.step_cost import trial_step
 from .conftest import LENGTH, make, metrics
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("steps", [0, 1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -69,6 +69,7 @@ def unit_share(allocator: Allocator) -> float:
     return max(0.001, unit / allocator.budget.before)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_that_pruning_caused(tiny_model, tmp_path: Path) -> None:
     trainer = make(
         tiny_model("llama"),
@@ -86,6 +87,7 @@ def test_training_lowers_the_loss_that_pruning_caused(tiny_model, tmp_path: Path
     assert sum(frozen[-5:]) < 0.8 * sum(frozen[:5])
 
 
+@pytest.mark.slow
 def test_teachers_grow_and_lead_back_to_the_intact_model(tiny_model, tmp_path: Path) -> None:
     trainer = make(tiny_model("llama"), tmp_path, max_steps=40, target_sparsity=0.4, ramp_share=0.5)
     trainer.train()
@@ -103,6 +105,7 @@ def test_teachers_grow_and_lead_back_to_the_intact_model(tiny_model, tmp_path: P
     assert all(theirs <= ours for ours, theirs in taught)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "steps"), [(0.05, 80), (0.2, 12), (0.3, 8)])
 def test_a_small_target_and_a_short_run_have_teachers_too(
     target: float, steps: int, tiny_model, tmp_path: Path
@@ -225,6 +228,7 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gates",
     [
@@ -266,6 +270,7 @@ def test_killed_and_resumed_is_never_interrupted(
     assert all(torch.equal(state[name], other[name]) for name in state)
 
 
+@pytest.mark.slow
 def test_eight_micro_batches_of_one_equal_one_of_eight(tiny_model, tmp_path: Path) -> None:
     settings = {"max_steps": 6, "compensation": False, "calibration_blocks": 8}
     one = make(tiny_model("llama"), tmp_path / "a", per_device_train_batch_size=8, **settings)
