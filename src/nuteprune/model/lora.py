@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
+from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import Projection
+from nuteprune.model.packed import weight_of
 
 ADAPTER = "default"
 
 
 class LoraBank:
-    """Swaps the LoRA weights of decoder layers by pointer; nothing is copied.
+    """What a student has beside the base model: LoRA weights, and weights in place of the base's.
+
+    Weights in place of the base's are those of a re-fit. Both are swapped by pointer.
 
     Args:
         anatomy: a model wrapped by PEFT.
@@ -30,15 +34,76 @@ class LoraBank:
             [(f"{i}.{j}", module) for j, module in enumerate(anatomy.lora_layers(i))]
             for i in range(len(anatomy.layers))
         ]
+        self._dense: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the LoRA weights of now (not copies), by layer, projection and side."""
-        return {
+        """Return the weights of now (not copies), by layer, projection and side (`A`, `B`, `W`)."""
+        lora = {
             f"{name}.{side}": cast(Tensor, parts[ADAPTER].weight)
             for layer in self._layers
             for name, module in layer
             for side, parts in (("A", module.lora_A), ("B", module.lora_B))
         }
+        replaced = {
+            f"{name}.W": _base(module).weight
+            for layer in self._layers
+            for name, module in layer
+            if name in self._dense
+        }
+        return lora | replaced
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over weights that `state` returned, perhaps in another process.
+
+        What stands in place of the base's weights is added to them as the change that it is: so a
+        base that is more exact than the run was stays so.
+
+        Raises:
+            UserError: if they are not of this model and these settings.
+        """
+        self.clear()
+        own, lora = self.state(), {k: v for k, v in state.items() if not k.endswith(".W")}
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in lora.items()}:
+            raise UserError(
+                "the LoRA weights are not those of this model and these settings: use the run's "
+                "own model and settings"
+            )
+        for key, value in lora.items():
+            own[key].copy_(value)
+        for layer in self._layers:
+            for name, module in layer:
+                if (new_OI := state.get(f"{name}.W")) is not None:
+                    weight_OI = _base(module).weight
+                    change_OI = new_OI.to(weight_OI.device).float()
+                    change_OI = change_OI - weight_OI.to(new_OI.dtype).float()
+                    self._replace(name, module, weight_OI.float() + change_OI)
+
+    def dense(self, layer: int, projection: Projection) -> Tensor:
+        """Return a projection's weight (O, I) in the base model, whatever stands in its place."""
+        name, module = self._named(layer, projection)
+        return self._dense.get(name, weight_of(_base(module)))
+
+    @torch.no_grad()
+    def set_weight(self, layer: int, projection: Projection, weight_OI: Tensor) -> None:
+        """Put a weight in place of the base's, and let LoRA add nothing to it yet."""
+        name, module = self._named(layer, projection)
+        self._replace(name, module, weight_OI)
+        cast(Tensor, module.lora_B[ADAPTER].weight).zero_()
+
+    def release(self) -> None:
+        """Let go of base weights that others stand in place of; there is no way back then."""
+        self._dense.clear()
+
+    def _replace(self, name: str, module: LoraLayer, weight_OI: Tensor) -> None:
+        base = _base(module)
+        dense_OI = self._dense.setdefault(name, base.weight)
+        new = nn.Parameter(weight_OI.to(dense_OI), requires_grad=False)
+        base._parameters["weight"] = new
+
+    def _named(self, layer: int, projection: Projection) -> tuple[str, LoraLayer]:
+        wanted = self._anatomy.projection(layer, projection)
+        return next((name, x) for name, x in self._layers[layer] if x is wanted)
 
     @torch.no_grad()
     def set_delta(self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor) -> None:
@@ -58,14 +123,38 @@ class LoraBank:
 
     @torch.no_grad()
     def clear(self) -> None:
-        """Let LoRA add nothing, as before the first step."""
-        for name, value in self.state().items():
-            if name.endswith(".B"):
-                value.zero_()
+        """Go back to the base model's weights, with LoRA adding nothing, as before any step."""
+        for layer in self._layers:
+            for name, module in layer:
+                cast(Tensor, module.lora_B[ADAPTER].weight).zero_()
+                if name in self._dense:
+                    _base(module)._parameters["weight"] = cast(Any, self._dense.pop(name))
 
     @contextmanager
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Run a decoder layer with other LoRA weights, or with none, for a while."""
+        """Run a decoder layer with other weights of `state`, or with none, for a while."""
+        with self._base_weights(layer, lora or {}), self._lora(layer, lora):
+            yield
+
+    @contextmanager
+    def _base_weights(self, layer: int, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Swap what stands in place of base weights: for others, or for the base's own."""
+        swapped = [
+            (base, base._parameters["weight"], state.get(f"{name}.W", self._dense.get(name)))
+            for name, module in self._layers[layer]
+            if name in self._dense or f"{name}.W" in state
+            for base in (_base(module),)
+        ]
+        for base, _, weight in swapped:
+            base._parameters["weight"] = cast(Any, weight)
+        try:
+            yield
+        finally:
+            for base, own, _ in swapped:
+                base._parameters["weight"] = own
+
+    @contextmanager
+    def _lora(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
         if lora is None:
             modules = [module for _, module in self._layers[layer]]
             before = [module._disable_adapters for module in modules]
@@ -90,6 +179,10 @@ class LoraBank:
         finally:
             for (linear, _), weight in zip(sides, own, strict=True):
                 linear._parameters["weight"] = weight
+
+
+def _base(module: LoraLayer) -> nn.Linear:
+    return cast(nn.Linear, module.get_base_layer())
 
 
 @contextmanager

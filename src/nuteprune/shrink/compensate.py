@@ -59,6 +59,7 @@ def refit(
     batches: Sequence[Tensor],
     install: Install,
     progress: Callable[[], None] = lambda: None,
+    dense: Callable[[int, Projection], Tensor] | None = None,
 ) -> None:
     """Fit the output and down projections of all layers, in order.
 
@@ -69,6 +70,7 @@ def refit(
         batches: token ids (B, T) of calibration text, T the same in all.
         install: puts each fit into the model at once.
         progress: called after each layer.
+        dense: the weight (O, I) whose outputs are wanted of a layer's projection; None: the base's.
     """
     text = Layerwise(anatomy, hooks, masks, batches)
     for i in range(len(anatomy.layers)):
@@ -83,7 +85,8 @@ def refit(
             weight_OI = _effective_weight(module)
             mask_I = mask.to(weight_OI)
             # LoRA may have made up for some of what is gone: asked for is what the base gave.
-            target_OI = weight_of(_base(module)).float()
+            wanted_OI = weight_of(_base(module)) if dense is None else dense(i, projection)
+            target_OI = wanted_OI.float()
             fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI)
             install(i, projection, Fit(fitted_OI, covariance_II * mask_I * mask_I[:, None]))
         text.advance(i)
@@ -121,6 +124,20 @@ def install_weight(anatomy: Anatomy) -> Install:
         linear = anatomy.linear(layer, projection)
         assert linear is not None
         linear.weight.copy_(fit.weight_OI.to(linear.weight.dtype))
+
+    return install
+
+
+def install_in_place(bank: LoraBank, anatomy: Anatomy) -> Install:
+    """Return an `Install` by which the student has the whole fit in place of a base weight.
+
+    Columns whose inputs are gone stay as they were, for units that may return.
+    """
+
+    def install(layer: int, projection: Projection, fit: Fit) -> None:
+        kept_I = fit.covariance_II.diagonal() > 0
+        weight_OI = _effective_weight(anatomy.projection(layer, projection))
+        bank.set_weight(layer, projection, torch.where(kept_I, fit.weight_OI, weight_OI))
 
     return install
 

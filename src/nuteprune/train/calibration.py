@@ -15,6 +15,7 @@ from nuteprune.gates.importance import METHODS, Method
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Install, refit
 from nuteprune.train.config import NutePruneConfig
@@ -65,12 +66,13 @@ def refit_on(
     masks: Masks,
     install: Install,
     progress: Progress = silent,
+    dense: Callable[[int, Projection], Tensor] | None = None,
 ) -> None:
     """Re-fit the output and down projections to frozen masks; see `shrink.compensate.refit`."""
     blocks, size = args.refit_blocks, args.per_device_train_batch_size
     batches = calibration_batches(dataset, blocks, size)
     tick = counted(progress, "re-fitting projections", len(anatomy.layers))
-    refit(anatomy, hooks, masks, batches, install, tick)
+    refit(anatomy, hooks, masks, batches, install, tick, dense)
 
 
 def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tensor]:

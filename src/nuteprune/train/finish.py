@@ -19,7 +19,6 @@ from nuteprune.model.shape import Shape
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import lora_config
-from nuteprune.train.state import restore
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def with_lora(
     """Wrap a dense model like a run's own, with LoRA weights of the run."""
     config = lora_config(Anatomy(dense), args)
     peft_model = get_peft_model(dense.requires_grad_(False), config)
-    restore(LoraBank(Anatomy(peft_model)).state(), dict(lora), "LoRA weights")
+    LoraBank(Anatomy(peft_model)).load(lora)
     return cast(PeftModel, peft_model)
 
 

@@ -17,7 +17,7 @@ from nuteprune.train.config import NutePruneConfig, RecoverConfig
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.settings import WHAT, declared
 from nuteprune.train.setup import lora_config, make_allocator
-from nuteprune.train.state import RunState, restore
+from nuteprune.train.state import RunState
 
 
 def is_midway(folder: Path) -> bool:
@@ -58,7 +58,7 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
     allocator = make_allocator(dense, args) if isinstance(args, NutePruneConfig) else None
     anatomy = Anatomy(get_peft_model(model, lora_config(dense, args)))
     try:
-        restore(LoraBank(anatomy).state(), state.lora, "LoRA weights")
+        LoraBank(anatomy).load(state.lora)
     except UserError as error:
         raise UserError(
             f"{checkpoint}: its LoRA weights are not of this model; pass the model that the run "

@@ -27,7 +27,7 @@ from nuteprune.train.checks import check_whole
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.run_settings import run_settings
 from nuteprune.train.setup import lora_config
-from nuteprune.train.state import RunState, restore
+from nuteprune.train.state import RunState
 
 
 class RecoverTrainer(AtomicTrainer):
@@ -119,4 +119,4 @@ class RecoverTrainer(AtomicTrainer):
 
     def take_state(self, state: RunState) -> None:
         """Go back to what had been learned."""
-        restore(self.bank.state(), state.lora, "LoRA weights")
+        self.bank.load(state.lora)

@@ -42,7 +42,7 @@ from nuteprune.model.packed import is_packed, make_trainable
 from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.processes import agree
 from nuteprune.run_folder import RECORD, TEACHERS
-from nuteprune.shrink.compensate import install_lora
+from nuteprune.shrink.compensate import install_in_place, install_lora
 from nuteprune.train.bad_steps import MOST_IN_ROW, BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
@@ -282,8 +282,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         masks = self.gates.freeze(target)
         if self.args.compensation:
             bank, anatomy, args = self.coforward.bank, self.anatomy, self.args
-            install = install_lora(bank, anatomy, args.lora_rank)
-            refit_on(self.train_dataset, args, anatomy, self.hooks, masks, install, self.progress)
+            install = install_in_place(bank, anatomy)
+            if args.sharded or is_packed(anatomy.model):  # no place for whole weights there
+                install = install_lora(bank, anatomy, args.lora_rank)
+            text, tell, dense = self.train_dataset, self.progress, bank.dense
+            refit_on(text, args, anatomy, self.hooks, masks, install, tell, dense)
             agree(bank.state().values())
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -402,7 +405,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     def take_state(self, state: RunState) -> None:
         """Go back to what a run had learned and decided."""
-        restore(self.coforward.bank.state(), state.lora, "LoRA weights")
+        self.coforward.bank.load(state.lora)
         restore(self.gates.state_dict(), state.gates, "gates")
         if state.frozen:
             self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
@@ -464,9 +467,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.hooks.remove()
         model = self.model
         if dense is not None:
+            learned = self.coforward.bank.state()
+            self.coforward.bank.release()
             free_base(model)
             dense = dense if isinstance(dense, PreTrainedModel) else dense()
-            model = with_lora(dense, self.coforward.bank.state(), self.args)
+            model = with_lora(dense, learned, self.args)
         return self._finish(model, self.gates.snapshot(), self.targets[-1])
 
     def finalize_stop(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
