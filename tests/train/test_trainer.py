@@ -364,7 +364,7 @@ def test_the_language_model_term_is_the_models_own_loss_of_real_tokens(
     labels = ids.masked_fill(real == 0, -100)
     with torch.no_grad(), trainer.hooks.using(trainer.gates.masks(len(ids))):
         expected = trainer.anatomy.model(ids, attention_mask=real, labels=labels).loss
-    assert float(trainer.parts["lm"]) == pytest.approx(0.5 * float(expected), rel=1e-5)
+    assert float(trainer.parts["lm"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_teacher_is_gone_before_the_backward_pass(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.activations import Watched, watching_inputs, watching_streams
+from nuteprune.gates.cutting import copying_kept
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
@@ -112,13 +113,14 @@ def surgeon(probe: Probe) -> Scores:
     does not depend on it, or if the other inputs can predict it: the re-fit then makes up for it.
     Hidden width and blocks have no re-fit, so they keep their Fisher score, which estimates the
     same loss.
-    The first layer's attention goes last of all; see `first_attention_last`.
+    Attention that copying from context hangs on is measured, which no gradient shows; see
+    `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
     """
     read = tuple(kind for kind in probe.kinds if kind in INPUTS)
     others = tuple(kind for kind in probe.kinds if kind not in INPUTS)
     scores = surgeon_scores(replace(probe, kinds=read)) if read else {}
-    scores = first_attention_last(probe.layout, scores)
+    scores = first_attention_last(probe.layout, copying_kept(probe, scores))
     if others:
         scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
     return {kind: scores[kind] for kind in probe.kinds}
@@ -181,6 +183,7 @@ class Method:
         reads: whether it needs calibration text.
         reads_plain: how many times as much text it takes through the layers one by one, without
             gradients; each layer is told to the probe's `progress`.
+        cuts: whether it also cuts attention units one by one; each layer is told again.
     """
 
     score: Callable[[Probe], Scores]
@@ -189,6 +192,7 @@ class Method:
     default_kinds: tuple[str, ...] | None = None
     reads: bool = True
     reads_plain: int = 0
+    cuts: bool = False
 
 
 _INPUTS = ("heads", "kv_groups", "neurons")
@@ -200,7 +204,7 @@ METHODS: dict[str, Method] = {
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
-    "surgeon": Method(surgeon, reads_plain=3),
+    "surgeon": Method(surgeon, reads_plain=3, cuts=True),
     "similarity": Method(
         similarity,
         ("attn_block", "mlp_block"),

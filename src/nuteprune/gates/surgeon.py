@@ -35,7 +35,9 @@ from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.model.layerwise import Layerwise
 
 DAMPING = 1e-2
-"""What is added to C, as a share of its mean diagonal; the re-fit's ridge is as large."""
+"""What is added to the diagonal of C, as a share of itself; the re-fit's ridge is as large."""
+LEAST = 1e-8
+"""The same for an input that is always 0, as a share of the mean diagonal."""
 INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
 """Kind of gate -> the block whose last projection reads its units."""
 
@@ -71,9 +73,14 @@ def draw_tokens(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def damped_inverse(covariance_II: Tensor) -> Tensor:
-    """Return (C + damping)^-1 (I, I) in fp64."""
+    """Return (C + damping)^-1 (I, I) in fp64.
+
+    Each input is damped by its own variance: a unit's cost is then the same in whatever units its
+    activations are counted, and one massive activation does not damp all others.
+    """
     c_II = covariance_II.double()
-    c_II.diagonal().add_(DAMPING * c_II.diagonal().mean() + 1e-12)
+    diagonal_I = c_II.diagonal()
+    diagonal_I.add_(DAMPING * diagonal_I + LEAST * diagonal_I.mean() + 1e-12)
     return _inverse(c_II)
 
 

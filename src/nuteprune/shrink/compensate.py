@@ -2,7 +2,7 @@
 
 Once heads and neurons are chosen, each output and down projection is fitted by ridge regression
 so that from the kept inputs alone it gives what it gave from all of them:
-W' = W C[:, kept] (C[kept, kept] + ridge I)^-1 with C = X^T X over calibration activations. Layers
+W' = W C[:, kept] (C[kept, kept] + ridge)^-1 with C = X^T X over calibration activations. Layers
 are fitted in order, each on the activations of the already pruned and fitted layers before it.
 Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
 re-fitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
@@ -28,7 +28,9 @@ from nuteprune.model.lora import LoraBank
 from nuteprune.model.packed import weight_of
 
 RIDGE = 1e-2
-"""Ridge, as a share of the mean diagonal of C."""
+"""Ridge: what is added to the diagonal of C, as a share of itself."""
+LEAST = 1e-8
+"""The same for an input that is always 0, as a share of the mean diagonal."""
 
 NOTHING = 1e-4
 """A direction of the update smaller than this share of the largest is rounding."""
@@ -109,12 +111,20 @@ def ridge_fit(
     kept_K = (mask_I > 0).nonzero().flatten()
     inner_KK = covariance_II[kept_K][:, kept_K]
     missing_OK = target_OI @ covariance_II[:, kept_K] - weight_OI[:, kept_K] @ inner_KK
-    ridge = RIDGE * inner_KK.diagonal().mean()
-    inner_KK = inner_KK + ridge * torch.eye(len(kept_K), device=inner_KK.device)
-    update_KO = torch.linalg.solve(inner_KK, missing_OK.T)
+    update_KO = torch.linalg.solve(inner_KK + ridge_of(inner_KK), missing_OK.T)
     fitted_OI = torch.zeros_like(weight_OI)
     fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
     return fitted_OI
+
+
+def ridge_of(covariance_KK: Tensor) -> Tensor:
+    """Return the diagonal matrix (K, K) that is added to C: each input's own share.
+
+    So the fit does not depend on the units that an input is counted in, and one massive activation
+    does not pull the weights of all others back to where they were.
+    """
+    diagonal_K = covariance_KK.diagonal()
+    return torch.diag(RIDGE * diagonal_K + LEAST * diagonal_K.mean())
 
 
 def install_weight(anatomy: Anatomy) -> Install:
@@ -161,7 +171,7 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()
     inner_KK = fit.covariance_II[kept_K][:, kept_K].double()
-    inner_KK += RIDGE * inner_KK.diagonal().mean() * torch.eye(len(kept_K)).to(inner_KK)
+    inner_KK += ridge_of(inner_KK)
     update_OK = (fit.weight_OI - base_OI.float())[:, kept_K].double()
     # Left singular vectors and values of U C^1/2, from U C U^T: many times cheaper than an SVD.
     squares_O, vectors_OO = torch.linalg.eigh(update_OK @ inner_KK @ update_OK.T)

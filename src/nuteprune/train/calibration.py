@@ -45,7 +45,8 @@ def score_on(
     """
     method, kinds = METHODS[args.method], allocator.constraints.kinds
     text = scoring_text(method, dataset, args.calibration_blocks)
-    turns = len(text.batches) + len(anatomy.layers) * bool(text.plain_batches)
+    cut = sum(kind in kinds for kind in ("heads", "kv_groups")) * method.cuts
+    turns = len(text.batches) + len(anatomy.layers) * (bool(text.plain_batches) + cut)
     tick = counted(progress, f"scoring {' and '.join(kinds)}", turns)
     probe = Probe(anatomy, hooks, allocator.budget, kinds, *text, args.seed, tick)
     with frozen_parameters(anatomy.model):
