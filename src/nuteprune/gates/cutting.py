@@ -11,6 +11,8 @@ kind in the whole model.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
     model = probe.anatomy.model
     # The last token of the first time predicts the first one of the repeat.
     logits = model(input_ids=ids_BT, use_cache=False, logits_to_keep=length + 1).logits
-    return logits[:, :-1].float().log_softmax(-1)
+    return cast(Tensor, logits[:, :-1].float().log_softmax(-1))
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ from nuteprune.model.layerwise import Layerwise
 
 DAMPING = 1e-2
 """What is added to the diagonal of C, as a share of itself; the re-fit's ridge is as large."""
-LEAST = 1e-8
-"""The same for an input that is always 0, as a share of the mean diagonal."""
+LEAST = 1e-30
+"""What is added for an input that is always 0: next to nothing, and so is its unit's cost."""
 INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
 """Kind of gate -> the block whose last projection reads its units."""
 
@@ -80,7 +80,7 @@ def damped_inverse(covariance_II: Tensor) -> Tensor:
     """
     c_II = covariance_II.double()
     diagonal_I = c_II.diagonal()
-    diagonal_I.add_(DAMPING * diagonal_I + LEAST * diagonal_I.mean() + 1e-12)
+    diagonal_I.add_(DAMPING * diagonal_I + LEAST)
     return _inverse(c_II)
 
 

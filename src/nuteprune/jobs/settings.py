@@ -52,7 +52,7 @@ RENAMED = {
     "importance": "pass method, which names the ranking",
     "stops": "pass all targets to sparsity, such as 0.2,0.3,0.5",
     "lm_weight": "pass teachers=none to learn the text itself",
-    "compensation_blocks": "pass calibration_blocks: the re-fit reads half as many again",
+    "compensation_blocks": "pass calibration_blocks: the re-fit reads 4.5 times as many",
     **dict.fromkeys(
         ("token_weight", "layer_weight", "layer_term", "kd_temperature"),
         "pass objective: relative, or paper",

@@ -29,8 +29,8 @@ from nuteprune.model.packed import weight_of
 
 RIDGE = 1e-2
 """Ridge: what is added to the diagonal of C, as a share of itself."""
-LEAST = 1e-8
-"""The same for an input that is always 0, as a share of the mean diagonal."""
+LEAST = 1e-30
+"""What is added for an input that is always 0: the weights that read it stay as they are."""
 
 NOTHING = 1e-4
 """A direction of the update smaller than this share of the largest is rounding."""
@@ -123,8 +123,7 @@ def ridge_of(covariance_KK: Tensor) -> Tensor:
     So the fit does not depend on the units that an input is counted in, and one massive activation
     does not pull the weights of all others back to where they were.
     """
-    diagonal_K = covariance_KK.diagonal()
-    return torch.diag(RIDGE * diagonal_K + LEAST * diagonal_K.mean())
+    return torch.diag(RIDGE * covariance_KK.diagonal() + LEAST)
 
 
 def install_weight(anatomy: Anatomy) -> Install:

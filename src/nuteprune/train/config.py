@@ -21,7 +21,7 @@ METHOD = "surgeon"
 """The ranking by default: docs/quality.md says why."""
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
-REFIT_BLOCKS = 1.5
+REFIT_BLOCKS = 4.5
 """Blocks of the re-fit, for each block that scores are taken on."""
 ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Values of `optim` that know `maximize`."""
@@ -50,7 +50,7 @@ class NutePruneConfig(TrainingArguments):
         method: the one-shot scoring that ranks units: a key of `gates.importance.METHODS`.
         gate_type: `ranked` (hard masks by the scores, which a ramp re-estimates from gradients)
             or `hard_concrete` (the paper's stochastic gates, driven by its Lagrangian).
-        calibration_blocks: blocks of text for the scores; the re-fit reads half as many again.
+        calibration_blocks: blocks of text for the scores; the re-fit reads 4.5 times as many.
         ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
             at the first step; without a ramp there are no teachers on the way. None: 0 for ranked
             gates, 0.5 for hard-concrete ones.

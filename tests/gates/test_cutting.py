@@ -1,0 +1,81 @@
+"""Copying without a unit of attention, against a model whose weights were cut by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from nuteprune.gates import cutting
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.probe import Probe
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+
+
+def a_probe(model, kinds: tuple[str, ...], told: list[int] | None = None, **more) -> Probe:
+    anatomy = Anatomy(model)
+    told = [] if told is None else told
+    tick = lambda: told.append(1)  # noqa: E731
+    return Probe(anatomy, MaskHooks(anatomy), Budget.of(anatomy), kinds, progress=tick, **more)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("kv_groups", 16), ("heads", 8)])
+def test_losses_are_those_of_models_cut_by_hand(kind: str, width: int, tiny_model) -> None:
+    model, told = tiny_model("llama"), []
+    probe = a_probe(model, (kind,), told)
+    _, dense_STV, ids_ST = cutting._dense(probe)
+    length = ids_ST.shape[1] // 2
+    assert torch.equal(ids_ST[:, :length], ids_ST[:, length:])
+    found = cutting.copying_losses(probe, kind, dense_STV, ids_ST)
+    assert len(told) == len(model.model.layers)
+
+    def log_chances(of) -> Tensor:
+        with torch.no_grad():
+            return of(ids_ST).logits[:, length - 1 : -1].double().log_softmax(-1)
+
+    expected = []
+    whole = log_chances(model)
+    for layer in range(3):
+        for unit in range(probe.layout.sizes[kind][layer]):
+            cut = copy.deepcopy(model)
+            columns = slice(unit * width, (unit + 1) * width)
+            cut.model.layers[layer].self_attn.o_proj.weight.data[:, columns] = 0
+            nats = whole.exp() * (whole - log_chances(cut))
+            expected.append(float(nats.sum(-1).mean()))
+    assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_what_copying_hangs_on_is_raised_on_the_scale_of_the_scores(
+    tiny_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = a_probe(tiny_model("llama"), ("kv_groups",))
+    scores = {"kv_groups": torch.tensor([1.0, 2, 3, 4, 5, 6])}
+    losses = torch.tensor([0.1, 0.1, 0.1, 0.1, 9.0, 9.0])
+    monkeypatch.setattr(cutting, "copying_losses", lambda *_: losses)
+    # A random model does not copy: there is nothing to lose, and what is measured is noise.
+    assert cutting.copying_kept(probe, scores) == scores
+    monkeypatch.setattr(cutting, "COPIES", 0.0)
+    raised = cutting.copying_kept(probe, scores)["kv_groups"]
+    assert raised.tolist() == pytest.approx([3, 3, 3, 4, 270, 270])
+
+
+def test_a_change_of_units_changes_no_score(tiny_model) -> None:
+    """A neuron's up row x a, its down column / a: the same function, so the same cost."""
+    ids = list(torch.randint(3, 90, (4, 2, 16), generator=torch.Generator().manual_seed(0)))
+    found = []
+    for scaled in (False, True):
+        model = tiny_model("llama").double()
+        if scaled:
+            factors = torch.tensor([1e3 if i % 5 == 0 else 0.1 for i in range(48)]).double()
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight.data *= factors[:, None]
+                layer.mlp.down_proj.weight.data /= factors
+        model.requires_grad_(False)
+        probe = a_probe(model, ("kv_groups", "neurons"), batches=ids, plain_batches=ids)
+        found.append(METHODS["surgeon"].score(probe))
+    for kind, plain in found[0].items():
+        torch.testing.assert_close(found[1][kind], plain, rtol=1e-3, atol=0)
