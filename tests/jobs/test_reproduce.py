@@ -50,7 +50,7 @@ def test_a_recovery_is_made_again_from_the_target_that_it_was_of() -> None:
     assert pruning.startswith("nuteprune prune demo --sparsity 0.1,0.2 --steps 9")
     assert pruning.endswith("--out out-0")
     assert tunings == [
-        "nuteprune recover out-0/sparsity-0.1 --data 'a b.txt' --text-column text --steps 5 "
+        "nuteprune recover out-0/sparsity-0.1 --text-column text --data 'a b.txt' --steps 5 "
         "--seed 3 --out out-1",
         "nuteprune recover out-1 --data demo --epochs 0.5 --out out",
     ]

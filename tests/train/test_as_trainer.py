@@ -179,6 +179,7 @@ def test_padding_counts_alike_however_a_step_is_parted(
             per_device_train_batch_size=size,
             gradient_accumulation_steps=4 // size,
             teachers=teachers,
+            adam_epsilon=1e-2,  # else rounding is divided by rounding where gradients are near 0
         )
         trainer.train_dataset = Padded(trainer.train_dataset, filler=50)
         trainer.train()
@@ -304,7 +305,6 @@ def test_a_lagrangian_run_with_a_stop_resumes_as_if_never_interrupted(
 ) -> None:
     settings: dict[str, Any] = {
         "gate_type": "hard_concrete",
-        "solved_schedule": False,
         "target_sparsity": "0.15,0.3",
         "max_steps": 8,
     }

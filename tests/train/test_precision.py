@@ -41,8 +41,11 @@ def test_what_is_narrower_than_stored_makes_room_for_what_is_cut(
     trainer.train()
     with pytest.raises(UserError, match="narrower than they are stored"):
         trainer.finalize()
-    held = [weakref.ref(p) for n, p in trainer.model.named_parameters() if ".base_layer." in n]
-    assert len(held) == 3 * 7
+    learned = {id(value) for value in trainer.coforward.bank.state().values()}
+    base = [p for n, p in trainer.model.named_parameters() if ".base_layer." in n]
+    held = [weakref.ref(p) for p in base if id(p) not in learned]
+    assert len(held) >= 3 * 5  # all but what re-fits have put in their place
+    del base
 
     def load() -> Any:
         gc.collect()

@@ -62,7 +62,7 @@ def commands(record: Mapping[str, Any], out: str) -> list[list[str]]:
     first = command(record, names[0])
     if not first:
         return []
-    if isinstance(settings(record)["target_sparsity"], list):  # each has a folder of its own
+    if isinstance(settings(record).get("target_sparsity"), list):  # each has a folder of its own
         names[0] += f"/{TARGET}{record['target']:g}"
     between = zip(tunings, names[:-1], names[1:], strict=True)
     return [first, *(_tuning(entry, *pair) for entry, *pair in between)]

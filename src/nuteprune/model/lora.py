@@ -75,9 +75,11 @@ class LoraBank:
             for name, module in layer:
                 if (new_OI := state.get(f"{name}.W")) is not None:
                     weight_OI = _base(module).weight
-                    change_OI = new_OI.to(weight_OI.device).float()
-                    change_OI = change_OI - weight_OI.to(new_OI.dtype).float()
-                    self._replace(name, module, weight_OI.float() + change_OI)
+                    new_OI = new_OI.to(weight_OI.device)
+                    if weight_OI.dtype != new_OI.dtype:
+                        change_OI = new_OI.float() - weight_OI.to(new_OI.dtype).float()
+                        new_OI = weight_OI.float() + change_OI
+                    self._replace(name, module, new_OI)
 
     def dense(self, layer: int, projection: Projection) -> Tensor:
         """Return a projection's weight (O, I) in the base model, whatever stands in its place."""
