@@ -23,6 +23,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def several_started() -> bool:
+    """Return whether a launcher started several processes, joined or not yet."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
 def several() -> bool:
     """Return whether processes have been joined, so that they can tell each other something."""
     from torch import distributed

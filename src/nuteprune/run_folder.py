@@ -9,6 +9,7 @@ settings.json                                    what the run is
 metrics.jsonl                                    a line per step
 checkpoint-N/                                    trainer checkpoints, to resume from
 teachers/                                        snapshots that teach
+self.jsonl                                       text that the dense model wrote, to train on
 samples.json  speed.json  report.html            what the report shows, and the report
 dense/                                           the dense model that `recover` compares with
 """
@@ -30,6 +31,7 @@ STATE = "nuteprune_state.safetensors"
 """In a trainer checkpoint: what the method adds to what `transformers.Trainer` saves."""
 TRAINER_STATE = "trainer_state.json"
 TEACHERS = "teachers"
+SELF_WRITTEN = "self.jsonl"
 SAMPLES = "samples.json"
 SPEED = "speed.json"
 REPORT = "report.html"

@@ -5,17 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from nuteprune.data import demo as assets
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, turns
+from nuteprune.data.specs import iter_documents
 from nuteprune.errors import UserError
 
 WORDS = 2000
+WRITTEN = [[1500 + 3 * i, 1501 + 3 * i, WORDS + 1] for i in range(100)]
 
 
 def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -201,8 +206,101 @@ class TestBlocks:
         }
         monkeypatch.setattr(assets, "documents", lambda: texts)
         options: dict[str, Any] = {"length": 16, "count": 100, "seed": 7}
-        blocks = training_blocks("demo", tokenizer, **options).blocks
-        assert blocks.dtype == torch.int32
-        # Of the code at that version, on these very texts.
-        found = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
-        assert found.startswith("4530616d2f7cdef9")
+        for spec in ("demo", ["demo"]):
+            blocks = training_blocks(spec, tokenizer, **options).blocks
+            assert blocks.dtype == torch.int32
+            # Of the code at that version, on these very texts.
+            found = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
+            assert found.startswith("4530616d2f7cdef9")
+
+
+class TestShares:
+    def test_specs_have_their_shares_and_sources_equal_turns(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        texts = {"one": [words(0, 400)], "two": [words(400, 400)]}
+        monkeypatch.setattr(assets, "documents", lambda: texts)
+        spec = write_text(tmp_path, [words(800, 400)])
+        blocks = training_blocks(
+            ["demo", spec, "self"],
+            tokenizer,
+            length=8,
+            count=80,
+            seed=0,
+            shares=[0.5, 0.25, 0.25],
+            written=WRITTEN,
+        ).blocks
+        whose = [min(int(x[x < WORDS].min()) // 400, 3) for x in blocks]
+        assert [whose.count(i) for i in range(4)] == [20, 20, 20, 20]
+        for start in range(0, 80, 4):  # in any run of blocks, as near as can be
+            assert sorted(i > 1 for i in whose[start : start + 4]) == [False, False, True, True]
+        assert [i for i in whose if i < 2] == [0, 1] * 20
+        equal = training_blocks(
+            ["self", spec], tokenizer, length=8, count=9, seed=0, written=WRITTEN
+        ).blocks
+        assert [bool((x >= 1500).any()) for x in equal[:, :1]] == [True, False] * 4 + [True]
+
+    def test_what_the_model_wrote_is_read_once_before_any_of_it_again(
+        self, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        def draw(count: int, seed: int = 0) -> list[int]:
+            found = training_blocks(
+                "self", tokenizer, length=10, count=count, seed=seed, written=WRITTEN
+            )
+            return sorted(found.blocks.flatten().tolist())
+
+        assert draw(30) == sorted(x for text in WRITTEN for x in text)
+        assert draw(60) == sorted(x for text in WRITTEN for x in text * 2)
+        assert draw(10) == draw(10) != draw(10, seed=1)
+
+    def test_the_model_has_to_write_enough(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        for written in ([], WRITTEN[:2]):
+            with pytest.raises(UserError, match=r"self \(what .* written\): [06] tokens"):
+                training_blocks("self", tokenizer, length=8, count=1, seed=0, written=written)
+
+    @pytest.mark.parametrize(
+        ("specs", "shares"),
+        [(["demo"], [0.5, 0.5]), (["demo", "self"], [1]), (["demo", "self"], [1, 0]), ([], None)]
+        + [(["demo", "self"], [1, x]) for x in (-1, float("nan"), float("inf"))],
+    )
+    def test_shares_that_are_none(
+        self,
+        specs: list[str],
+        shares: list[float] | None,
+        demo: dict[str, list[str]],
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> None:
+        with pytest.raises(UserError, match="pass one number above 0 for each"):
+            training_blocks(specs, tokenizer, length=8, count=4, seed=0, shares=shares)
+
+    @given(
+        st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5),
+        st.integers(1, 200),
+        st.floats(1e-3, 1e3),
+    )
+    def test_at_any_time_each_has_had_about_its_share(
+        self, shares: list[float], count: int, unit: float
+    ) -> None:
+        found = turns(shares, count)
+        for index, share in enumerate(shares):
+            exact = np.arange(1, count + 1) * share / sum(shares)
+            had = np.cumsum(np.array(found) == index)
+            assert (had - exact < 1 + 1e-6).all()
+            assert (exact - had < len(shares)).all()
+        assert len(found) == count
+
+    def test_held_out_text_of_several_specs_judges_and_demos_where_all_is_self_written(
+        self, tmp_path: Path, demo: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        (tmp_path / "other").mkdir()
+        one = write_text(tmp_path, many())
+        two = write_text(tmp_path, [words(5 * i, 10) for i in range(300)], "other/a.txt")
+
+        def judged(spec: str | list[str]) -> dict[str, list[list[int]]]:
+            found = held_out_blocks(spec, tokenizer, length=8, count=2)
+            return {name: blocks.tolist() for name, blocks in found.items()}
+
+        assert judged([one, "self", two]) == judged(one) | {two: judged(two)["a.txt"]}
+        assert judged("self") == judged(["self"]) == judged("demo")
+        with pytest.raises(UserError, match="text that the model writes"):
+            iter_documents("self")

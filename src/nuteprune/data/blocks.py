@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nuteprune.data.readers import Documents, split_long
-from nuteprune.data.specs import sources_of
+from nuteprune.data.specs import DEMO, SELF, sources_of
 from nuteprune.data.split import held_out_part, split
 from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
@@ -42,54 +43,119 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
 
 def training_blocks(
-    spec: str,
+    spec: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
     count: int,
     seed: int,
+    shares: Sequence[float] | None = None,
+    written: Sequence[list[int]] = (),
     text_column: str | None = None,
     vocab_size: int | None = None,
 ) -> BlockDataset:
-    """Cut the training part of a DATA spec into blocks, the sources taking turns.
+    """Cut the training part of text into blocks; specs have their shares, sources equal turns.
 
     Documents, long ones in passages, come in an order drawn by the seed, over and over where the
     text is short; of a huge source only the beginning is read. A tokenizer's bos begins each block.
 
     Args:
-        spec: the DATA spec.
+        spec: the DATA spec, or several; `self` is what the model has written.
         tokenizer: the model's tokenizer.
         length: tokens per block, at least 2.
         count: number of blocks, at least 1.
         seed: draws the order of the passages and of the blocks.
+        shares: of the tokens, one for each of several specs, in any unit; None: equal ones.
+        written: the texts of `self`, from `nuteprune.data.self_written.write_text`.
         text_column: the column that holds the text; None finds it.
         vocab_size: the model's number of token ids; None does not check them.
 
     Returns:
-        `count` blocks (length,).
+        `count` blocks (length,). Any run of them has of each spec about its share.
 
     Raises:
-        UserError: a source cannot be read or is shorter than a block, or the tokenizer is of
-            another model.
+        UserError: a source cannot be read or is shorter than a block, shares are not as many as
+            specs, or the tokenizer is of another model.
     """
     _check_size(length, count)
-    sources = sources_of(spec, text_column, tokenizer)
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    whose = torch.tensor(turns(_checked(shares, specs), count))
     bos = bos_of(tokenizer)
     read = length - len(bos)
     blocks = torch.empty(count, read, dtype=torch.int32)
-    for turn, source in enumerate(sources):
-        share = len(range(turn, count, len(sources)))
-        rng = random.Random(f"{seed} {source.name}")
-        tokens = collect(_training_tokens(source, tokenizer, rng, read), share * read)
-        order = rng.sample(range(share), share)
-        blocks[turn :: len(sources)] = tokens.view(share, read)[order]
+    for index, name in enumerate(specs):
+        own = torch.nonzero(whose == index).flatten()
+        texts: list[Documents | Sequence[list[int]]] = (
+            [written] if name == SELF else [*sources_of(name, text_column, tokenizer)]
+        )
+        for turn, text in enumerate(texts):
+            places = own[turn :: len(texts)]
+            blocks[places] = _drawn_blocks(text, tokenizer, read, len(places), seed)
     blocks = after(bos, blocks)
     check_ids(blocks, vocab_size)
     return BlockDataset(blocks)
 
 
+def turns(shares: Sequence[float], count: int) -> list[int]:
+    """Deal `count` turns out by shares, so that at any time each has had about its share.
+
+    Args:
+        shares: in any unit, each above 0.
+        count: the number of turns.
+
+    Returns:
+        Whose turn it is, as an index of the shares.
+    """
+    had, whole = [0] * len(shares), sum(shares)
+    found = []
+    for turn in range(1, count + 1):
+        behind = [turn * share / whole - n for share, n in zip(shares, had, strict=True)]
+        found.append(behind.index(max(behind)))
+        had[found[-1]] += 1
+    return found
+
+
+def _checked(shares: Sequence[float] | None, specs: Sequence[str]) -> Sequence[float]:
+    shares = [1.0] * len(specs) if shares is None else shares
+    good = bool(specs) and all(share > 0 and math.isfinite(share) for share in shares)
+    if len(shares) != len(specs) or not good:
+        raise UserError(
+            f"shares {', '.join(map(str, shares))} of the text {', '.join(specs)}: pass one number "
+            "above 0 for each"
+        )
+    return shares
+
+
+def _drawn_blocks(
+    text: Documents | Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int,
+) -> Tensor:
+    """Return blocks (count, length) of a source, or of texts that are tokens already."""
+    if isinstance(text, Documents):
+        rng = random.Random(f"{seed} {text.name}")
+        found = _training_tokens(text, tokenizer, rng, length)
+    else:
+        rng = random.Random(f"{seed} {SELF}")
+        found = _over_and_over(text, rng, length)
+    tokens = collect(found, count * length)
+    return tokens.view(count, length)[rng.sample(range(count), count)]
+
+
+def _over_and_over(
+    written: Sequence[list[int]], rng: random.Random, length: int
+) -> Iterator[list[int]]:
+    """Yield what the model has written, in an order drawn for each pass."""
+    if (seen := sum(map(len, written))) < length:
+        raise too_short(f"{SELF} (what the model has written)", seen, length)
+    while True:
+        yield from rng.sample(written, len(written))
+
+
 def held_out_blocks(
-    spec: str,
+    spec: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
@@ -97,10 +163,13 @@ def held_out_blocks(
     text_column: str | None = None,
     vocab_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """Cut the held-out part of each source of a DATA spec into blocks, in the source's order.
+    """Cut the held-out part of each source into blocks, in the source's order.
+
+    What a model writes itself has no held-out part; where there is no other text, that of `demo`
+    judges.
 
     Args:
-        spec: the DATA spec.
+        spec: the DATA spec, or several.
         tokenizer: the model's tokenizer.
         length: tokens per block, at least 2.
         count: most blocks per source, at least 1.
@@ -117,16 +186,20 @@ def held_out_blocks(
     _check_size(length, count)
     bos = bos_of(tokenizer)
     read = length - len(bos)
-    held_out = {}
-    for source in sources_of(spec, text_column, tokenizer):
-        tokens = collect(tokens_of(held_out_part(source), tokenizer), count * read)
-        whole = len(tokens) // read
-        if not whole:
-            part = f"{source.name} (its held-out part)"
-            raise too_short(part, len(tokens), length, "other text to judge by (--eval-data), ")
-        blocks = after(bos, tokens[: whole * read].view(whole, read))
-        check_ids(blocks, vocab_size)
-        held_out[source.name] = blocks.long()
+    specs = [spec] if isinstance(spec, str) else spec
+    others = [name for name in specs if name != SELF] or [DEMO]
+    held_out: dict[str, Tensor] = {}
+    for name in others:
+        for source in sources_of(name, text_column, tokenizer):
+            tokens = collect(tokens_of(held_out_part(source), tokenizer), count * read)
+            whole = len(tokens) // read
+            if not whole:
+                part = f"{source.name} (its held-out part)"
+                raise too_short(part, len(tokens), length, "other text to judge by (--eval-data), ")
+            blocks = after(bos, tokens[: whole * read].view(whole, read))
+            check_ids(blocks, vocab_size)
+            # Files of one name in different folders are told apart by their specs.
+            held_out[name if source.name in held_out else source.name] = blocks.long()
     return held_out
 
 

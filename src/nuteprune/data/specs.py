@@ -1,7 +1,8 @@
 """What a DATA spec names: its sources and their documents.
 
 A DATA spec is `demo` (three embedded sources), a `.txt`, `.jsonl`, `.json` or `.parquet` file, a
-folder of such files, or a dataset on the hub as `id[:config[:split]]`.
+folder of such files, or a dataset on the hub as `id[:config[:split]]`; to train on also `self`,
+text that the model writes itself (`nuteprune.data.self_written`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO = "demo"
+SELF = "self"
 
 _HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:\\]*){0,2}")
 
@@ -62,6 +64,11 @@ def sources_of(
     Raises:
         UserError: nothing of that name.
     """
+    if spec == SELF:
+        raise UserError(
+            f"{SELF} is text that the model writes to be trained on; pass other text here, "
+            f"such as {DEMO}, or ./{SELF} if a folder is meant"
+        )
     if spec == DEMO:
         return [Documents(name, partial(iter, texts)) for name, texts in assets.documents().items()]
     options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}

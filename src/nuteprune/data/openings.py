@@ -1,0 +1,118 @@
+"""How texts that a model writes itself begin: a first token of any kind, or a user's turn."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nuteprune.data.columns import render
+from nuteprune.data.tokens import bos_of, end_of
+from nuteprune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_QUESTION = "Xylophone"  # a word that no template has, to find where a user's turn is
+
+
+@dataclass(frozen=True)
+class Openings:
+    """What a model is given before it writes.
+
+    Args:
+        start: tokens that come before each text, and are no part of it.
+        firsts: tokens that a text may begin with, all different, in a drawn order.
+        asks: what comes before a user's question; empty where there is no chat template.
+        answers: what comes between a question and its answer.
+        ends: tokens that end a text.
+        asked: tokens that end a question.
+        known: token ids below this have text; those beyond only fill up the model's vocabulary.
+    """
+
+    start: tuple[int, ...]
+    firsts: tuple[int, ...]
+    asks: tuple[int, ...]
+    answers: tuple[int, ...]
+    ends: frozenset[int]
+    asked: frozenset[int]
+    known: int
+
+    def is_chat(self, number: int) -> bool:
+        """Return whether text `number` is a chat: every other one, if the model chats at all."""
+        return bool(self.asks) and number % 2 == 1
+
+    def given(self, number: int) -> tuple[int, ...]:
+        """Return the tokens that text `number` begins with."""
+        if self.is_chat(number):
+            return self.asks
+        plain = number // 2 if self.asks else number
+        return (self.firsts[plain % len(self.firsts)],)
+
+
+def openings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, most: int, seed: int
+) -> Openings:
+    """Find how texts of a model begin and end.
+
+    Args:
+        model: the model that will write.
+        tokenizer: its tokenizer.
+        most: tokens per text; a chat is only begun where it leaves half of them for the model.
+        seed: draws the order of the first tokens.
+    """
+    vocabulary: Any = model.get_input_embeddings().weight
+    known = min(len(tokenizer), vocabulary.shape[0])
+    start = bos_of(tokenizer) or end_of(tokenizer)
+    asks, answers = _chat(tokenizer)
+    if asks[: len(start)] == start:
+        asks = asks[len(start) :]
+    if len(asks) + len(answers) > most // 2 or max([*asks, *answers], default=0) >= known:
+        asks = answers = []
+    ends = _ends(model, tokenizer)
+    firsts = _firsts(tokenizer, known)
+    random.Random(f"{seed} first tokens").shuffle(firsts)
+    return Openings(
+        start=tuple(start),
+        firsts=tuple(firsts),
+        asks=tuple(asks),
+        answers=tuple(answers),
+        ends=frozenset(ends),
+        asked=frozenset(ends.union(answers[:1]) & (ends | _special(tokenizer))),
+        known=known,
+    )
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return what a chat template puts before and after a user's question; empty for none."""
+    turns = [{"role": "user", "content": _QUESTION}]
+    try:
+        told = render(turns, "a question", tokenizer, asks=True)
+    except UserError:  # no template, or one that cannot do with a lone question
+        return [], []
+    before, found, after = told.partition(_QUESTION)
+    if not (before and found and after):
+        return [], []
+    asks, answers = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (before, after))
+    return list(asks), list(answers)
+
+
+def _firsts(tokenizer: PreTrainedTokenizerBase, known: int) -> list[int]:
+    """Return the tokens that are text by themselves, or all where none is."""
+    special = _special(tokenizer)
+    ordinary = [i for i in range(known) if i not in special]
+    texts = tokenizer.batch_decode([[i] for i in ordinary])
+    whole = [i for i, x in zip(ordinary, texts, strict=True) if x.strip() and "\ufffd" not in x]
+    return whole or ordinary or list(range(known))
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    config = getattr(model, "generation_config", None) or model.config
+    named = getattr(config, "eos_token_id", None)
+    ends = named if isinstance(named, list) else [named]
+    return {token for token in (*ends, *end_of(tokenizer)) if token is not None}

@@ -1,0 +1,385 @@
+"""What a model writes itself, compared with draws from the stock model run on whole sequences."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from nuteprune.data import self_written
+from nuteprune.data.openings import Openings, openings
+from nuteprune.data.self_written import draw, write_text
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.run_folder import SELF_WRITTEN
+
+CHAT = (
+    "<s>{% for m in messages %}{{ m.role[0] }}{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}a{% endif %}"
+)
+LENGTH = 24
+VOCABULARY = 320  # beyond what the tokenizer knows
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer) -> PreTrainedTokenizerFast:
+    return copy(tiny_tokenizer)
+
+
+def copy(tokenizer: PreTrainedTokenizerFast, template: str | None = None, **changes: Any) -> Any:
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"} | changes
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        **{name: token for name, token in tokens.items() if token},
+    )
+    made.chat_template = template
+    return made
+
+
+@pytest.fixture
+def model(tiny_model) -> PreTrainedModel:
+    return tiny_model("llama", vocab_size=VOCABULARY)
+
+
+def write(model: PreTrainedModel, tokenizer: Any, folder: Path, **changes: Any) -> list[list[int]]:
+    options: dict[str, Any] = {"tokens": 300, "length": LENGTH, "seed": 3, "folder": folder}
+    return write_text(model, tokenizer, **options | changes)
+
+
+def expected(
+    model: PreTrainedModel, opening: Openings, numbers: np.ndarray, number: int, most: int
+) -> list[int]:
+    """One text, each token drawn by the stock model from the whole text before it, no cache."""
+    ids, position = list(opening.given(number)), len(opening.given(number))
+    asks = opening.is_chat(number)
+    while len(ids) < most:
+        context = torch.tensor([[*opening.start, *ids]])
+        with torch.no_grad():
+            logits = model(input_ids=context, use_cache=False).logits[0, -1]
+        chances = torch.softmax(logits[: opening.known].double(), 0).numpy()
+        # The draws begin with the position that the first token of all is fed at.
+        at = numbers[len(opening.start) + position - 1]
+        token = int(np.searchsorted(np.cumsum(chances), at * chances.sum(), side="right"))
+        if asks and token in opening.asked:
+            asks = False
+            ids += opening.answers
+            position += len(opening.answers)
+            continue
+        ids.append(token)
+        position += 1
+        if token in opening.ends:
+            break
+    return ids[:most]
+
+
+def numbers_of(seed: int, batch: int, size: int, most: int) -> np.ndarray:
+    """(positions, texts)"""
+    draws = random.Random(f"{seed} {batch}").getrandbits(63)
+    generator = torch.Generator().manual_seed(draws)
+    rows = [torch.rand(size, generator=generator, dtype=torch.float64) for _ in range(most + 1)]
+    return torch.stack(rows).numpy()
+
+
+def check(model: PreTrainedModel, tokenizer: Any, folder: Path) -> list[list[int]]:
+    """Compare what is written with draws from whole sequences."""
+    texts = write(model, tokenizer, folder)
+    end = [tokenizer.eos_token_id]
+    bos = [] if tokenizer("a").input_ids[0] != tokenizer.bos_token_id else [1]
+    most = LENGTH - len(bos) - 1
+    size = min(64, -(-300 // (LENGTH - len(bos))))
+    opening = openings(model, tokenizer, most=most, seed=3)
+    numbers = numbers_of(3, 0, size, most)
+    for number in range(size):
+        found = expected(model, opening, numbers[:, number], number, most)
+        assert texts[number] == (found if found[-1:] == end else found + end)
+    assert sum(map(len, texts)) >= 300
+    assert len(texts) % size == 0
+    return texts
+
+
+@pytest.mark.parametrize("name", ["gemma2", "opt"])
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_each_token_is_drawn_from_what_the_stock_model_gives_for_the_text_before_it(
+    name: str, template: str | None, tiny_model, tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = template
+    check(tiny_model(name, vocab_size=VOCABULARY), tokenizer, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_family_writes(tiny_name: str, tiny_model, tokenizer, tmp_path: Path) -> None:
+    tokenizer.chat_template = CHAT
+    check(tiny_model(tiny_name, vocab_size=VOCABULARY), tokenizer, tmp_path)
+
+
+def test_a_bos_is_before_each_text_where_the_tokenizer_puts_one(model, tokenizer, tmp_path) -> None:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = CHAT
+    opening = openings(model, tokenizer, most=LENGTH - 2, seed=3)
+    assert opening.start == (1,)
+    assert opening.asks == tuple(tokenizer("u", add_special_tokens=False).input_ids)
+    texts = check(model, tokenizer, tmp_path)
+    assert max(map(len, texts)) <= LENGTH - 1
+
+
+def test_a_tokenizer_without_special_tokens_will_do(model, tiny_tokenizer, tmp_path: Path) -> None:
+    bare = copy(tiny_tokenizer, pad_token=None, bos_token=None, eos_token=None)
+    model.generation_config.eos_token_id = None
+    texts = write(model, bare, tmp_path)
+    assert {len(x) for x in texts} == {LENGTH}
+
+
+def test_texts_begin_with_tokens_that_differ_and_have_text(model, tokenizer, tmp_path) -> None:
+    texts = write(model, tokenizer, tmp_path, tokens=64 * LENGTH)
+    firsts = [x[0] for x in texts]
+    assert len(set(firsts)) == len(firsts) >= 64
+    assert not {*firsts} & {*tokenizer.all_special_ids}
+    assert all(x and "\ufffd" not in x for x in tokenizer.batch_decode([[i] for i in firsts]))
+    assert max(max(x) for x in texts) < len(tokenizer) < VOCABULARY
+    other = write(model, tokenizer, tmp_path / "other", seed=4)
+    assert [x[0] for x in other] != firsts[: len(other)]
+
+
+def certain(model: PreTrainedModel, follows: dict[int, int]) -> None:
+    """Make a model surest of what follows each token, whatever came before."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
+        embedding[list(follows), range(len(follows))] = 1.0
+        model.model.norm.weight.fill_(1.0)
+        head[list(follows.values()), range(len(follows))] = 100.0
+
+
+def test_a_chat_is_a_question_and_its_answer(model, tokenizer, tmp_path: Path) -> None:
+    tokenizer.chat_template = CHAT
+    u, a, x, y = (tokenizer(t, add_special_tokens=False).input_ids[0] for t in "uaxy")
+    # A question "x", an answer "y"; both are ended by eos. Any plain text ends at once.
+    certain(model, {u: x, x: 2, a: y, y: 2} | dict.fromkeys(range(100, 120), 2))
+    texts = write(model, tokenizer, tmp_path)
+    assert texts[1::2] == [[1, u, x, 2, a, y, 2]] * len(texts[1::2])
+    rows = [json.loads(line) for line in (tmp_path / SELF_WRITTEN).read_text().splitlines()]
+    assert rows[1]["text"] == "<s>ux</s>ay"
+    assert [row["ids"] for row in rows] == texts
+
+
+def test_an_answer_that_the_model_begins_itself_is_not_begun_again(
+    model, tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    opens, closes, x, y = (tokenizer(t, add_special_tokens=False).input_ids[0] for t in "[]xy")
+    certain(model, {opens: x, x: closes, closes: y, y: 2})
+    texts = write(model, tokenizer, tmp_path)
+    assert texts[1] == [opens, x, closes, y, 2]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('system first') }}",
+        "{% for m in messages %}{{ m.role }}{% endfor %}",
+        "{{ 'long' * 99 }}" + CHAT,
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_without_a_template_that_opens_a_question_all_texts_are_plain(
+    template: str, model, tokenizer, tmp_path: Path
+) -> None:
+    plain = write(model, tokenizer, tmp_path / "plain")
+    tokenizer.chat_template = template
+    assert write(model, tokenizer, tmp_path / "template") == plain
+
+
+def test_the_models_own_ends_count_and_eos_closes(model, tokenizer, tmp_path: Path) -> None:
+    model.generation_config.eos_token_id = [2, 77]
+    opening = openings(model, tokenizer, most=LENGTH, seed=3)
+    assert opening.ends == {2, 77}
+    texts = write(model, tokenizer, tmp_path, tokens=3000)
+    ended = [x for x in texts if 77 in x]
+    assert ended
+    assert all(x[x.index(77) :] == [77, 2] or x[0] == 77 for x in ended)
+    assert all(x[-1] == 2 for x in texts)
+
+
+def test_the_model_is_left_as_it_was(model, tokenizer, tmp_path: Path) -> None:
+    model.train()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    write(model, tokenizer, tmp_path)
+    assert model.training
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(x.grad is None for x in model.parameters())
+
+
+def test_bfloat16_writes_as_well(model, tokenizer, tmp_path: Path) -> None:
+    texts = write(model.bfloat16(), tokenizer, tmp_path)
+    assert sum(map(len, texts)) >= 300
+
+
+class TestFile:
+    @pytest.fixture(autouse=True)
+    def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(self_written, "BATCH", 4)
+
+    def test_a_whole_one_is_read_and_nothing_written(
+        self, model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        texts = write(model, tokenizer, tmp_path)
+        whole = (tmp_path / SELF_WRITTEN).read_bytes()
+        monkeypatch.setattr(self_written, "_write", None)
+        assert write(model, tokenizer, tmp_path) == texts
+        fewer = write(model, tokenizer, tmp_path, tokens=100)
+        assert fewer == texts[: len(fewer)]
+        assert len(fewer) < len(texts)
+        assert (tmp_path / SELF_WRITTEN).read_bytes() == whole
+
+    @settings(
+        max_examples=25,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(share=st.floats(0, 1), garbage=st.binary(max_size=40))
+    def test_what_a_killed_run_left_is_gone_on_with_to_the_same_bytes(
+        self, share: float, garbage: bytes, made: tuple[Any, Any, bytes, Path]
+    ) -> None:
+        model, tokenizer, whole, folder = made
+        path = folder / SELF_WRITTEN
+        path.write_bytes(whole[: round(share * len(whole))] + garbage)
+        write(model, tokenizer, folder)
+        assert path.read_bytes() == whole
+
+    @pytest.fixture
+    def made(self, model, tokenizer, tmp_path: Path) -> tuple[Any, Any, bytes, Path]:
+        write(model, tokenizer, tmp_path)
+        return model, tokenizer, (tmp_path / SELF_WRITTEN).read_bytes(), tmp_path
+
+    @pytest.mark.parametrize("change", ["seed", "length", "model", "template"])
+    def test_one_of_another_run_is_not_kept(
+        self, change: str, made: tuple[Any, Any, bytes, Path], tiny_model
+    ) -> None:
+        model, tokenizer, whole, folder = made
+        changes: dict[str, Any] = {}
+        if change in ("seed", "length"):
+            changes = {change: 20}
+        elif change == "model":
+            with torch.no_grad():
+                model.model.embed_tokens.weight[0] += 1
+        else:
+            tokenizer.chat_template = CHAT
+        again = write(model, tokenizer, folder, **changes)
+        assert again == write(model, tokenizer, folder / "fresh", **changes)
+        assert (folder / SELF_WRITTEN).read_bytes() != whole
+
+    def test_progress_rises_to_what_is_asked_for(self, model, tokenizer, tmp_path: Path) -> None:
+        told: list[tuple[int, int]] = []
+        write(model, tokenizer, tmp_path, progress=lambda *x: told.append(x))
+        assert told == sorted(told)
+        assert told[-1] == (300, 300)
+        assert len(told) > 20
+
+    def test_a_disk_that_is_full_or_a_place_that_is_none(
+        self, model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="cannot write"):
+            write(model, tokenizer, tmp_path / "file")
+        expected = write(model, tokenizer, tmp_path / "whole")
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(RunFailed, match=r"cannot write .*No space left.*--resume"):
+                write(model, tokenizer, tmp_path)
+        assert write(model, tokenizer, tmp_path) == expected
+
+    @pytest.mark.parametrize(("tokens", "length"), [(0, 24), (10, 2)])
+    def test_sizes_that_make_no_text(
+        self, tokens: int, length: int, model, tokenizer, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UserError, match="pass a greater length"):
+            write(model, tokenizer, tmp_path, tokens=tokens, length=length)
+
+
+def test_a_models_cache_bounds_the_batch(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 3 layers of 2 KV heads of 8, keys and values, 4 bytes: 384 bytes per token
+    fits: Callable[[int], int] = lambda length: self_written._fitting(model, length)  # noqa: E731
+    assert fits(LENGTH) == 64
+    monkeypatch.setattr(self_written, "_CACHE_BYTES", 384 * LENGTH * 10 + 1)
+    assert [fits(LENGTH), fits(2 * LENGTH), fits(1000)] == [10, 5, 1]
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=20), st.floats(0, 1, exclude_max=True))
+def test_a_draw_is_where_its_number_falls(logits: list[float], number: float) -> None:
+    found = int(draw(torch.tensor([logits]), torch.tensor([number], dtype=torch.float64))[0])
+    chances = np.exp(np.array(logits, dtype=np.float32).astype(np.float64))
+    below, above = chances[:found].sum() / chances.sum(), chances[: found + 1].sum() / chances.sum()
+    assert below - 1e-12 <= number <= above + 1e-12
+
+
+@pytest.mark.slow
+def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> None:
+    """Started as a launcher does, killed at some point, and started again."""
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    code = (
+        "import sys, json\n"
+        "from pathlib import Path\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from nuteprune.data import self_written\n"
+        "self_written.BATCH = 4\n"
+        "folder = Path(sys.argv[1])\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder / 'model')\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder / 'model')\n"
+        "def told(done, total):\n"
+        "    print(done, flush=True)\n"
+        "print(json.dumps(self_written.write_text(model, tokenizer, tokens=1500, length=24, seed=3,"
+        " folder=folder / sys.argv[2], progress=told)))\n"
+    )
+
+    def start(folder: str, world: int) -> list[subprocess.Popen[str]]:
+        command = [sys.executable, "-c", code, str(tmp_path), folder]
+        found = os.environ | {"WORLD_SIZE": str(world)}
+        return [
+            subprocess.Popen(
+                command, env=found | {"RANK": str(i)}, stdout=subprocess.PIPE, text=True
+            )
+            for i in range(world)
+        ]
+
+    (alone,) = start("alone", 1)
+    told = alone.communicate()[0].splitlines()
+    (killed,) = start("shared", 1)
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if int(line) > 500:
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    written = [x.communicate()[0].splitlines() for x in start("shared", 2)]
+    assert [x[-1] for x in written] == [told[-1]] * 2
+    paths = [tmp_path / x / SELF_WRITTEN for x in ("alone", "shared")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert min(map(len, written)) == 2  # the other one only read
