@@ -72,6 +72,7 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
         option = x.metadata["option"]
         if option is not None:
             plain: Any = bool if x.metadata["flag"] else _plain(hints[name])
+            plain = list[str] if x.metadata["several"] else plain
             hint = Annotated[plain | None, typer.Option(option, help=x.metadata["help"])]
             keyword = inspect.Parameter.KEYWORD_ONLY
             found.append(inspect.Parameter(word(name, x), keyword, default=None, annotation=hint))

@@ -20,6 +20,8 @@ from nuteprune.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+REPEATS = 5
+"""Of what a model writes itself, one block in so many is shuffled tokens that come twice."""
 _SHUFFLE_CHARS = 2**24  # how much text is held to draw the next passage from
 _PASSAGE_CHARS = 8  # of a passage, per token of a block: about two blocks of English
 
@@ -140,8 +142,25 @@ def _drawn_blocks(
     else:
         rng = random.Random(f"{seed} {SELF}")
         found = _over_and_over(text, rng, length)
-    tokens = collect(found, count * length)
-    return tokens.view(count, length)[rng.sample(range(count), count)]
+    blocks = collect(found, count * length).view(count, length)
+    if not isinstance(text, Documents):
+        blocks = with_repeats(blocks, rng)
+    return blocks[rng.sample(range(count), count)]
+
+
+def with_repeats(blocks_NT: Tensor, rng: random.Random) -> Tensor:
+    """Return blocks, every `REPEATS`-th of which is shuffled tokens of all of them, twice.
+
+    Nothing but the context tells how the second half goes on, so a model that is fitted to it keeps
+    what it copies by.
+    """
+    count, length = blocks_NT.shape
+    all_M, blocks_NT = blocks_NT.flatten(), blocks_NT.clone()
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    for place in range(REPEATS - 1, count, REPEATS):
+        drawn = torch.randint(len(all_M), (-(-length // 2),), generator=generator)
+        blocks_NT[place] = all_M[drawn].repeat(2)[:length]
+    return blocks_NT
 
 
 def _over_and_over(

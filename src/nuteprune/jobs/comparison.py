@@ -15,14 +15,14 @@ from nuteprune.data.blocks import held_out_blocks
 from nuteprune.errors import UserError
 from nuteprune.export.record import perplexities_of
 from nuteprune.files import to_json, write_text
-from nuteprune.jobs.job import Job
+from nuteprune.jobs.job import RecoverJob
 from nuteprune.jobs.sources import load_tokenizer
 from nuteprune.judge.retention import retentions
 from nuteprune.run_folder import RECORD
 
 
 def judged_text(
-    job: Job,
+    job: RecoverJob,
     record: Mapping[str, Any] | None,
     tokenizer: PreTrainedTokenizerBase,
     output: Output,
@@ -39,8 +39,8 @@ def judged_text(
                     text, tokenizer, text_column=config.get("text_column"), **size
                 )
             except UserError as error:
-                output.line(f"Note    judged by {job.data}, since the text of the record: {error}")
-    spec = job.eval_data or job.data
+                output.line(f"Note    judged by {job.text}, since the text of the record: {error}")
+    spec = job.eval_data or job.text
     return held_out_blocks(spec, tokenizer, text_column=job.text_column, **size)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nuteprune.data.specs import DEMO
+from nuteprune.data.specs import DEMO, SELF
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, read_sums, remove, writing
 from nuteprune.jobs.job import Job
@@ -26,9 +26,9 @@ def check_out(job: Job) -> None:
         UserError: if the folder is in the way, or there is nothing to resume in it.
     """
     out = job.out
-    named_by_user = (("model", job.model), ("data", job.data), ("eval data", job.eval_data))
-    for what, named in named_by_user:
-        if named in (None, DEMO):
+    texts = [("data", spec) for spec in job.specs]
+    for what, named in (("model", job.model), *texts, ("eval data", job.eval_data)):
+        if named in (None, DEMO, SELF):
             continue
         place = at_home(named)
         if place.exists() and place.resolve().is_relative_to(out.resolve()):

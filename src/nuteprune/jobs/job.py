@@ -47,11 +47,14 @@ class Job:
 
     model: str = setting(help="Hub id, checkpoint folder, or 'demo'.")
     out: Path = setting(help="Folder for the result.", option="--out", role=CALL)
-    data: str = setting(
+    data: list[str] | str = setting(
         DEMO,
-        "Training text: a .txt, .jsonl, .json or .parquet file, a folder of them, a hub dataset "
-        "id[:config[:split]], or 'demo' (default: three small English texts).",
+        "Calibration and training text: a .txt, .jsonl, .json or .parquet file, a folder of them, "
+        "a hub dataset id[:config[:split]], 'demo' (default: three small English texts), or 'self' "
+        "(text that the model writes itself). May be repeated. Without 'self' and --shares, half "
+        "is 'self'.",
         option="--data",
+        several=True,
     )
     eval_data: str | None = setting(
         None,
@@ -84,6 +87,11 @@ class Job:
         role=CALL,
     )
 
+    @property
+    def specs(self) -> list[str]:
+        """The DATA specs that are named."""
+        return [self.data] if isinstance(self.data, str) else list(self.data)
+
     def recorded(self) -> dict[str, Any]:
         """Return what of the job is for the record: name -> value, left out where not given."""
         fields = declared(type(self)).items()
@@ -98,9 +106,15 @@ class PruneJob(Job):
     Args:
         bits: 8 or 4: hold the dense model's projections in so many bits; None: in `dtype`.
         dry_run: say what would be done, and write nothing.
+        shares: of the tokens, one for each of `data`; None: see `jobs.text.mixture`.
         settings: of `NutePruneConfig`, as far as they are given.
     """
 
+    shares: list[float] | str | None = setting(
+        None,
+        "Share of the tokens that each --data has, comma separated, such as 0.7,0.3.",
+        option="--shares",
+    )
     bits: int | None = setting(
         None,
         f"{' or '.join(map(str, BITS))}: load the frozen dense model in so many bits while "
@@ -111,6 +125,18 @@ class PruneJob(Job):
         False, "Say what would be done; write nothing.", option="--dry-run", flag=True, role=CALL
     )
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def share_values(self) -> list[float] | None:
+        """The shares that are given."""
+        given = self.shares
+        parts = given.split(",") if isinstance(given, str) else given
+        try:
+            return None if parts is None else [float(x) for x in parts]
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"shares are {given!r}; write one number for each --data, such as 0.7,0.3"
+            ) from error
 
 
 @dataclass
@@ -132,7 +158,7 @@ class RecoverJob(Job):
         save_steps: steps between checkpoints of the run.
     """
 
-    data: str = setting(
+    data: list[str] | str = setting(
         DEMO,
         "What to learn: rows of chat messages or of instruction, input and output, or plain text; "
         "a file, a folder, a hub dataset id[:config[:split]], or 'demo' (default).",
@@ -195,6 +221,17 @@ class RecoverJob(Job):
         role=HOW,
     )
 
+    @property
+    def text(self) -> str:
+        """The one DATA spec.
+
+        Raises:
+            UserError: if several are named.
+        """
+        if len(self.specs) != 1:
+            raise UserError(f"recover learns from one text; pass one --data, not {self.data}")
+        return self.specs[0]
+
 
 def make_job(
     kind: type[J],
@@ -238,7 +275,7 @@ def make_job(
 def what_it_is(job: Job) -> dict[str, Any]:
     """Return what of a job says what its run is, for settings.json: paths and dtype resolved."""
     dtype = str(pick_dtype(job.dtype, job.device)).removeprefix("torch.")
-    named = {"model": place(job.model), "data": place(job.data), "dtype": dtype}
+    named = {"model": place(job.model), "data": [place(x) for x in job.specs], "dtype": dtype}
     return {**job.recorded(), **named}
 
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from nuteprune.console import Bars, Output, megabytes
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
-from nuteprune.data.tokens import check_positions
+from nuteprune.console import Bars, Output
+from nuteprune.data.blocks import BlockDataset
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.loading import in_dtype
@@ -44,6 +43,7 @@ from nuteprune.jobs.sources import (
     pick_dtype,
     stored_dtype,
 )
+from nuteprune.jobs.text import JobText
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.judge.run_files import write_extra
 from nuteprune.judge.samples import continuations, prompts, side_by_side
@@ -86,7 +86,7 @@ def prune(
     *,
     out: str | os.PathLike[str],
     sparsity: float | Sequence[float] | None = None,
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     steps: int | None = None,
     config: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -98,7 +98,8 @@ def prune(
         model: hub id, checkpoint folder, or `demo`.
         out: folder for the result.
         sparsity: share of the decoder layers' parameters to remove; several give a checkpoint each.
-        data: calibration and training text: a file, a folder, a hub dataset, or `demo`.
+        data: calibration and training text: a file, a folder, a hub dataset, `demo`, or `self`
+            (text that the model writes itself); several are taken in equal shares, or by `shares`.
         steps: optimizer steps; 0 prunes without training.
         config: YAML file with settings.
         quiet: print nothing.
@@ -172,9 +173,10 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     dtype = pick_dtype(job.dtype, job.device)
     model = load_model(job.model, dtype, job.bits, str(config.device))
-    training, held_out = _texts(job, config, tokenizer, model)
+    text = JobText(job, config, tokenizer, Anatomy(model))
+    held_out = text.held_out()
     with output.bars() as bars:
-        trainer = make_trainer(job, model, config, training, tokenizer, bars)
+        trainer = make_trainer(job, model, config, text.training, tokenizer, bars)
         print_plan(job, trainer, output)
         if job.dry_run:
             plan = print_dry_run(trainer, output)
@@ -184,6 +186,7 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
         elif is_main() and job.overwrite:
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
+        text.let_write(trainer, bars.update)
         records = _prune(job, trainer, held_out, bars, started)
     if not is_main():
         return None
@@ -193,35 +196,6 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
                 f"the target was missed: {record['sparsity']:.2%} of {record['target']:.2%}"
             )
     return Result(records, held_out, trainer.first_scores)
-
-
-def _texts(
-    job: PruneJob,
-    config: NutePruneConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-) -> tuple[BlockDataset, dict[str, Tensor]]:
-    """Return the blocks to train on, and those to judge by, per source."""
-    check_positions(job.length, model.config)
-    shared: dict[str, Any] = {
-        "length": job.length,
-        "text_column": job.text_column,
-        "vocab_size": Anatomy(model).embedding.weight.shape[0],
-    }
-    _check_room(config.blocks, job.length)
-    training = training_blocks(job.data, tokenizer, count=config.blocks, seed=config.seed, **shared)
-    judged = job.eval_data or job.data
-    return training, held_out_blocks(judged, tokenizer, count=job.eval_blocks, **shared)
-
-
-def _check_room(count: int, length: int) -> None:
-    needed = 4 * count * length
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory / 2:
-        raise UserError(
-            f"{count} blocks of {length} tokens take {megabytes(needed)} of memory, and this "
-            f"machine has {megabytes(memory)}; pass fewer steps, a smaller batch or length"
-        )
 
 
 def make_trainer(
@@ -243,9 +217,7 @@ def make_trainer(
             stored_dtype=stored_dtype(model),
             job=what_it_is(job),
         )
-        # Made for trial, since a run makes them when it has begun to write.
-        trainer.create_optimizer_and_scheduler(max(1, config.max_steps))
-        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.check_optimizer()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepProgress(trainer, bars))
     return trainer

@@ -144,7 +144,7 @@ def _tune(
     output: Output,
 ) -> Tuned | None:
     """Tune a model and write it; returns None in all processes of a run but the main one."""
-    kind = INSTRUCTIONS if holds_instructions(job.data, job.text_column) else TEXT
+    kind = INSTRUCTIONS if holds_instructions(job.text, job.text_column) else TEXT
     config = _config(job, kind)
     model, autocast = _load(job)
     config = _config(job, kind, **autocast)
@@ -204,7 +204,7 @@ def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
 def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
     steps = job.steps if job.steps or kind == INSTRUCTIONS else STEPS
     if kind == TEXT and job.epochs is not None:
-        raise UserError(f"{job.data} is plain text, which has no epochs; pass --steps")
+        raise UserError(f"{job.text} is plain text, which has no epochs; pass --steps")
     return RecoverConfig(
         output_dir=str(job.out / RUN),
         disable_tqdm=True,
@@ -241,10 +241,10 @@ def _training_data(
     }
     if kind == INSTRUCTIONS:
         return read_examples(
-            job.data, tokenizer, most=count, template=job.template, seed=config.seed, **given
+            job.text, tokenizer, most=count, template=job.template, seed=config.seed, **given
         )
     assert count is not None
-    return training_blocks(job.data, tokenizer, count=count, seed=config.seed, **given)
+    return training_blocks(job.text, tokenizer, count=count, seed=config.seed, **given)
 
 
 def dense_twin(job: RecoverJob) -> RecoverJob:
@@ -286,7 +286,7 @@ def _settings(
     """Return what the record says of the recovery."""
     job, args = job, trainer.args
     return {
-        "data": job.data,
+        "data": job.text,
         "kind": kind,
         "template": job.template if kind == INSTRUCTIONS else None,
         "text_column": job.text_column,

@@ -14,8 +14,9 @@ from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.data.examples import Examples
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.jobs.job import Job, PruneJob
+from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.jobs.reproduce import again
+from nuteprune.jobs.text import mixture
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
 from nuteprune.memory import peak
@@ -50,13 +51,16 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
     # A ramp of one step leaves no snapshot that is less pruned than the student.
     ramps = any(trainer.schedule.stage(x).ramp_steps > 1 for x in stage_starts(trainer))
     teachers = "dense" if args.teachers == "numerous" and not ramps else args.teachers
+    specs, shares = mixture(job, args.sharded)
+    whole = sum(shares)
+    said = " + ".join(f"{x / whole:.0%} {spec}" for spec, x in zip(specs, shares, strict=True))
     output.line(
         f"Run     {args.max_steps} steps of {sequences} x {job.length} tokens on "
         f"{args.device}, {str(model.dtype).removeprefix('torch.')}{held}; masks freeze at step "
         f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
-        f"{args.learning_rate:g}; text {job.data}"
+        f"{args.learning_rate:g}; text {said}"
     )
-    if job.data == DEMO != job.model:
+    if job.specs == [DEMO] and job.model != DEMO:
         output.line(
             "Note    the text is the demo's, in English; what a model is taught on is what it "
             "keeps, so pass text of its use with --data"
@@ -64,7 +68,7 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
 
 
 def print_recovery(
-    job: Job,
+    job: RecoverJob,
     trainer: RecoverTrainer,
     training: Dataset[Any],
     record: Mapping[str, Any] | None,
@@ -79,7 +83,7 @@ def print_recovery(
     if isinstance(training, Examples):
         without = f" ({training.skipped} rows without an answer left out)"
         what = f"{count} examples, answers learned{without if training.skipped else ''}"
-    output.line(f"Data    {job.data}: {what}")
+    output.line(f"Data    {job.text}: {what}")
     each = sequences_per_step(args)
     steps = (
         args.max_steps if args.max_steps > 0 else math.ceil(count / each * args.num_train_epochs)
@@ -140,7 +144,7 @@ BYTES_OF_ADAM = 8
 """Per trained parameter: two moments in fp32, which a single step does not make."""
 
 
-def print_report(job: Job, output: Output) -> None:
+def print_report(job: PruneJob, output: Output) -> None:
     """Write the report of a finished run and say where it is; the checkpoint stands without it."""
     try:
         output.line(f"Report  {write_report(job.out, again)}")

@@ -40,6 +40,7 @@ def setting(
     bounds: tuple[float, float] | None = None,
     option: str | None = None,
     flag: bool = False,
+    several: bool = False,
     role: str = WHAT,
 ) -> Any:
     """Declare a field of a dataclass as a setting.
@@ -51,6 +52,7 @@ def setting(
         bounds: its smallest and largest value.
         option: its option on the command line, such as `--steps`; None: `--set` reaches it.
         flag: whether the option stands alone, without a value.
+        several: whether the option may be repeated.
         role: `WHAT`, `HOW` or `CALL`.
     """
     facts = {
@@ -59,6 +61,7 @@ def setting(
         "bounds": bounds,
         "option": option,
         "flag": flag,
+        "several": several,
         "role": role,
     }
     return field(default=default, metadata=facts)

@@ -215,6 +215,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.first_scores = {k: v.cpu().clone() for k, v in self.gates.scores.items()}
         self._warm = True
 
+    def check_optimizer(self) -> None:
+        """Make the optimizer and its schedule once, so that settings fail before a run begins."""
+        self.create_optimizer_and_scheduler(max(1, self.args.max_steps))
+        self.optimizer = self.lr_scheduler = None
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make AdamW with a group for LoRA and, where gates are trained, theirs."""
         if self.optimizer is None:

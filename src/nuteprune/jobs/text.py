@@ -1,0 +1,136 @@
+"""The text of a prune job: what is calibrated and trained on, and what is judged by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nuteprune.console import megabytes
+from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.self_written import write_text
+from nuteprune.data.specs import SELF
+from nuteprune.data.tokens import check_positions
+from nuteprune.errors import UserError
+from nuteprune.jobs.job import PruneJob
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.trainer import NutePruneTrainer
+
+GUARD = 0.5
+"""Share of the text that the model writes itself, where nothing else is said. Calibrated on one
+kind of text alone, a model keeps that and forgets the rest; see docs/quality.md."""
+READINGS = 4
+"""Most times that training reads what the model has written."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float]]:
+    """Return what is calibrated and trained on: DATA specs and their shares.
+
+    Where neither shares are given nor `self` is named, the model's own text guards what the data
+    does not show.
+
+    Args:
+        job: the job.
+        sharded: whether the model's weights are shared out over processes, where it cannot write.
+
+    Raises:
+        UserError: if shares are no numbers, or a sharded model is to write.
+    """
+    specs, shares = job.specs, job.share_values
+    if shares is not None or SELF in specs:
+        if sharded and SELF in specs:
+            raise UserError(f"a sharded model cannot write text: leave {SELF} out of --data")
+        return specs, shares or [1.0] * len(specs)
+    if sharded:
+        return specs, [1.0] * len(specs)
+    return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
+
+
+class JobText:
+    """Text of a job, for one model.
+
+    Args:
+        job: the job.
+        config: the settings of its trainer.
+        tokenizer: the model's tokenizer.
+        model: the model's parts.
+
+    Raises:
+        UserError: if the text cannot be had, or does not suit the model.
+    """
+
+    def __init__(
+        self,
+        job: PruneJob,
+        config: NutePruneConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model: Anatomy,
+    ) -> None:
+        check_positions(job.length, model.model.config)
+        _check_room(config.blocks, job.length)
+        self._job, self._config, self._tokenizer = job, config, tokenizer
+        self._shared: dict[str, Any] = {
+            "length": job.length,
+            "text_column": job.text_column,
+            "vocab_size": model.embedding.weight.shape[0],
+        }
+        self.specs, self.shares = mixture(job, config.sharded)
+        # Until the model has written its own, something of the same size stands in for it.
+        self.training = self._blocks([[0] * job.length])
+
+    def _blocks(self, written: list[list[int]]) -> BlockDataset:
+        config = self._config
+        return training_blocks(
+            self.specs,
+            self._tokenizer,
+            count=config.blocks,
+            seed=config.seed,
+            shares=self.shares,
+            written=written,
+            **self._shared,
+        )
+
+    def held_out(self) -> dict[str, Tensor]:
+        """Return the blocks to judge by, source -> (N, T)."""
+        spec = self._job.eval_data or self._job.specs
+        return held_out_blocks(spec, self._tokenizer, count=self._job.eval_blocks, **self._shared)
+
+    def let_write(self, trainer: NutePruneTrainer, progress: Progress) -> None:
+        """Let the trainer's model write its share of the training text, if it has one.
+
+        What it has written is kept in the run's folder, and read from there on resume.
+        """
+        if SELF not in self.specs:
+            return
+        config, length = trainer.args, self._job.length
+        share = self.shares[self.specs.index(SELF)] / sum(self.shares)
+        calibrated = max(config.scored_blocks, config.refit_blocks)
+        blocks = max(calibrated, config.blocks / READINGS)
+        with trainer.model.disable_adapter():
+            written = write_text(
+                trainer.anatomy.model,
+                self._tokenizer,
+                tokens=max(length, round(share * blocks * length)),
+                length=length,
+                seed=config.seed,
+                folder=Path(cast(str, config.output_dir)),
+                progress=lambda done, total: progress("writing text", done, total),
+            )
+        self.training.blocks = self._blocks(written).blocks
+
+
+def _check_room(count: int, length: int) -> None:
+    needed = 4 * count * length
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise UserError(
+            f"{count} blocks of {length} tokens take {megabytes(needed)} of memory, and this "
+            f"machine has {megabytes(memory)}; pass fewer steps, a smaller batch or length"
+        )
