@@ -1,0 +1,103 @@
+"""What a job is asked: options, YAML, --set and keywords come to the same, declared once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nuteprune.data.specs import DEMO, SELF
+from nuteprune.errors import UserError
+from nuteprune.jobs.job import PruneJob, RecoverJob, make_job
+from nuteprune.jobs.settings import RENAMED, RENAMED_VALUES
+from nuteprune.jobs.text import mixture
+from nuteprune.train.config import NutePruneConfig, RecoverConfig
+from nuteprune.train.settings import declared
+
+OUT: dict[str, Any] = {"model": "m", "out": "o"}
+
+
+def job(given: dict[str, Any], **more: Any) -> PruneJob:
+    return make_job(PruneJob, NutePruneConfig, {**OUT, **given}, **more)
+
+
+def test_words_full_names_files_and_assignments_come_to_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("sparsity: 0.3\nsteps: 7\nlength: 64\nlearning_rate: 1e-3\n")
+    asked = {"target_sparsity": 0.3, "max_steps": 7, "length": 64, "learning_rate": 1e-3}
+    short = {"sparsity": 0.3, "steps": 7, "length": 64, "learning_rate": 1e-3}
+    from_set = [f"{key}={value}" for key, value in asked.items()]
+    jobs = [job(asked), job(short), job({}, config=path), job({}, assignments=from_set)]
+    assert all(x == jobs[0] for x in jobs)
+    assert jobs[0].settings == {"target_sparsity": 0.3, "max_steps": 7, "learning_rate": 1e-3}
+    assert jobs[0].out == Path("o")
+    later = job({"steps": 9}, config=path, assignments=["steps=8", "length=32"])
+    assert (later.settings["max_steps"], later.length) == (9, 32)
+
+
+def test_what_a_call_does_is_no_matter_for_a_file(tmp_path: Path) -> None:
+    assert job({"dry_run": True}).dry_run
+    with pytest.raises(UserError, match="unknown setting 'dry_run'"):
+        job({}, assignments=["dry_run=true"])
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_former_settings_are_told_in_a_line(name: str) -> None:
+    with pytest.raises(UserError, match=f"setting {name} is gone since 0.1.0: "):
+        job({}, assignments=[f"{name}=1"])
+    assert name not in {x.name for x in dataclasses.fields(NutePruneConfig)}
+
+
+@pytest.mark.parametrize(("name", "value"), RENAMED_VALUES)
+def test_former_values_are_told_in_a_line(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"setting {name}={value} is gone since 0.1.0: "):
+        job({}, assignments=[f"{name}={value}"])
+
+
+@pytest.mark.parametrize("kind", [PruneJob, RecoverJob, NutePruneConfig, RecoverConfig])
+def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
+    own = {x.name for x in dataclasses.fields(kind)} - {"settings"}
+    if issubclass(kind, NutePruneConfig | RecoverConfig):
+        own &= kind.__annotations__.keys()
+    found = declared(kind)
+    assert own <= found.keys()
+    assert all(x.metadata["help"] for x in found.values())
+    options = [x.metadata["option"] for x in found.values() if x.metadata["option"]]
+    assert len(options) == len(set(options))
+
+
+def test_the_settings_of_a_run_are_few() -> None:
+    """A new setting is a decision: raise the count only with one."""
+    own = {x.name for x in dataclasses.fields(NutePruneConfig)} & set(
+        NutePruneConfig.__annotations__
+    )
+    inherited = {x.name for x in dataclasses.fields(NutePruneConfig.__mro__[1])}
+    assert len(own - inherited) == 18
+
+
+@pytest.mark.parametrize(
+    ("given", "specs", "shares"),
+    [
+        ({}, [DEMO, SELF], [0.5, 0.5]),
+        ({"data": "a.txt"}, ["a.txt", SELF], [0.5, 0.5]),
+        ({"data": ["a.txt", "b.txt"]}, ["a.txt", "b.txt", SELF], [0.25, 0.25, 0.5]),
+        ({"data": SELF}, [SELF], [1.0]),
+        ({"data": ["a.txt", SELF]}, ["a.txt", SELF], [1.0, 1.0]),
+        ({"data": "a.txt", "shares": "1"}, ["a.txt"], [1.0]),
+        ({"data": ["a.txt", SELF], "shares": "0.7,0.3"}, ["a.txt", SELF], [0.7, 0.3]),
+    ],
+)
+def test_the_model_s_own_text_is_half_where_nothing_else_is_said(
+    given: dict[str, Any], specs: list[str], shares: list[float]
+) -> None:
+    assert mixture(job(given)) == (specs, shares)
+
+
+def test_a_sharded_model_does_not_write() -> None:
+    assert mixture(job({}), sharded=True) == ([DEMO], [1.0])
+    with pytest.raises(UserError, match="cannot write text"):
+        mixture(job({"data": SELF}), sharded=True)
+    with pytest.raises(UserError, match="one number for each --data"):
+        mixture(job({"shares": "many"}))

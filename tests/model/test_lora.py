@@ -1,0 +1,75 @@
+"""Weights beside the base's: LoRA, and those of a re-fit, which the student alone has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from nuteprune.errors import UserError
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.lora import LoraBank
+
+TOKENS = torch.arange(3, 27).view(2, 12)
+
+
+def wrapped(model):
+    targets = Anatomy(model).lora_targets()
+    torch.manual_seed(1)
+    return get_peft_model(
+        model.requires_grad_(False), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    )
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def changed(bank: LoraBank, anatomy: Anatomy) -> torch.Tensor:
+    """Put another weight in place of layer 1's down projection; returns it."""
+    down = anatomy.family.mlp[-1]
+    new = bank.dense(1, down) + 0.05 * torch.randn(bank.dense(1, down).shape)
+    bank.set_weight(1, down, new)
+    return new
+
+
+def test_a_weight_in_place_is_the_student_s_alone(tiny_model) -> None:
+    model = wrapped(tiny_model("llama"))
+    anatomy = Anatomy(model)
+    bank, before = LoraBank(anatomy), logits(tiny_model("llama"))
+    new = changed(bank, anatomy)
+    by_hand = tiny_model("llama")
+    by_hand.model.layers[1].mlp.down_proj.weight.data.copy_(new)
+    torch.testing.assert_close(logits(model), logits(by_hand))
+    with bank.using(0, None), bank.using(1, None), bank.using(2, None):
+        assert torch.equal(logits(model), before)  # the dense model is whole
+    torch.testing.assert_close(logits(model), logits(by_hand))
+    bank.clear()
+    assert torch.equal(logits(model), before)
+
+
+def test_state_and_load_are_the_same_student_to_the_bit(tiny_model) -> None:
+    first, second = wrapped(tiny_model("llama")), wrapped(tiny_model("llama"))
+    bank = LoraBank(Anatomy(first))
+    changed(bank, Anatomy(first))
+    for name, value in bank.state().items():
+        if name.endswith(".B"):
+            value.data.normal_(std=0.02)
+    LoraBank(Anatomy(second)).load({k: v.clone() for k, v in bank.state().items()})
+    assert torch.equal(logits(first), logits(second))
+    with pytest.raises(UserError, match="not those of this model"):
+        LoraBank(Anatomy(wrapped(tiny_model("llama", num_hidden_layers=2)))).load(bank.state())
+
+
+def test_a_base_that_is_more_exact_stays_so(tiny_model) -> None:
+    """What was re-fitted in bfloat16 is a change of the stored weights, not a rounding of them."""
+    half = wrapped(tiny_model("llama").bfloat16())
+    bank, down = LoraBank(Anatomy(half)), Anatomy(half).family.mlp[-1]
+    bank.set_weight(1, down, bank.dense(1, down).clone())  # a re-fit that changes nothing
+    exact = wrapped(tiny_model("llama"))
+    theirs = LoraBank(Anatomy(exact))
+    before = theirs.dense(1, down).clone()
+    theirs.load(bank.state())
+    linear = Anatomy(exact).linear(1, down)
+    assert torch.equal(linear.weight, before)
