@@ -304,15 +304,14 @@ def _plain_distillation(
         else:
             with trainer.model.disable_adapter():
                 theirs, theirs_BTV = outputs(trainer.model, trainer.anatomy)
-    trainer.hooks.masks = trainer.gates.masks(len(inputs["input_ids"]))
-    with adapters(cell, trainer.model):
-        ours, ours_BTV = outputs(trainer.model, trainer.anatomy)
-    weight_BT = inputs["attention_mask"].float()
-    layers = [layer_relative(a, b, weight_BT) for a, b in zip(ours, theirs, strict=True)]
-    kl = (theirs_BTV.exp() * (theirs_BTV - ours_BTV)).sum(-1).mean()
-    loss = kl + torch.stack(layers).mean()
-    loss.backward()
-    trainer.hooks.masks = None
+    with trainer.hooks.using(trainer.gates.masks(len(inputs["input_ids"]))):
+        with adapters(cell, trainer.model):
+            ours, ours_BTV = outputs(trainer.model, trainer.anatomy)
+        weight_BT = inputs["attention_mask"].float()
+        layers = [layer_relative(a, b, weight_BT) for a, b in zip(ours, theirs, strict=True)]
+        kl = (theirs_BTV.exp() * (theirs_BTV - ours_BTV)).sum(-1).mean()
+        loss = kl + torch.stack(layers).mean()
+        loss.backward()
     return loss.detach()
 
 

@@ -116,12 +116,14 @@ def test_exactness_on_the_real_model(tmp_path: Path) -> None:
         with hooks.using(masks):
             masked = model(tokens, use_cache=False).logits
         coforward, weight = CoForward(anatomy, hooks), torch.ones(1, 24)
-        with coforward.roles(masks, None, weight):  # computes what masks keep alone
+        with (
+            coforward.student(masks),
+            coforward.roles(None, weight),
+        ):  # computes what masks keep alone
             narrow = model(tokens, use_cache=False).logits
         assert (narrow - masked).abs().max() <= 1e-4 * masked.abs().max()
-        with coforward.roles(masks, Role(), weight) as passage:
+        with coforward.student(masks), coforward.roles(Role(), weight) as passage:
             assert torch.equal(model(tokens, use_cache=False).logits, narrow)  # rule 4
-        hooks.masks = None
         assert passage.teacher_BTD is not None
         assert torch.equal(model.lm_head(passage.teacher_BTD), stock)
         hooks.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +91,14 @@ class Student:
     def lora(self) -> dict[str, Tensor]:
         return {n: p for n, p in self.model.named_parameters() if "lora_" in n}
 
+    def student(self) -> AbstractContextManager[None]:
+        return self.coforward.student(self.masks)
+
     def loss(self) -> Tensor:
-        """What training minimises, by co-forward."""
+        """What training minimises, by co-forward; to be called within `student`."""
         anatomy = self.coforward.anatomy
         weight_BT = PADDING.float()
-        with self.coforward.roles(self.masks, self.teacher, weight_BT) as passage:
+        with self.coforward.roles(self.teacher, weight_BT) as passage:
             self.model(**CALL, logits_to_keep=no_logits(CALL["input_ids"]))
         assert passage.layer_loss is not None
         assert passage.student_BTD is not None
@@ -183,11 +186,11 @@ def test_loss_and_gradients_are_those_of_two_passes(
     tiny_model, tiny_name: str, snapshot: bool, fixed: bool
 ) -> None:
     x = student(tiny_model, tiny_name, snapshot, fixed)
-    loss = x.loss()
-    loss.backward()
+    with x.student():
+        loss = x.loss()
+        loss.backward()
     ours = x.gradients()
     assert all(value.grad is None for value in (x.teacher.lora or {}).values())
-    x.coforward.hooks.masks = None
     for leaf in (*x.lora.values(), *x.masks.values.values()):
         leaf.grad = None
     expected = plain_loss(tiny_model, tiny_name, x)
@@ -209,7 +212,8 @@ def test_what_fixed_masks_keep_alone_is_computed(tiny_model, tiny_name: str, fix
         for block in (anatomy.family.attention, anatomy.family.mlp):
             linear = anatomy.linear(layer, block[-1])
             linear.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-1]))
-    x.loss()
+    with x.student():
+        x.loss()
     expected = []
     for layer in range(3):
         for masks in (x.masks, x.teacher.masks):
@@ -244,18 +248,21 @@ def test_where_queries_and_values_alone_have_lora_fixed_masks_change_no_gradient
         if not narrow:
             learned = {k: v.clone().requires_grad_() for k, v in x.masks.values.items()}
             x.masks = Masks(x.masks.layout, learned)
-        loss = x.loss()
-        loss.backward()
+        with x.student():
+            loss = x.loss()
+            loss.backward()
         found.append([loss.detach(), *(leaf.grad for leaf in x.lora.values())])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
 def test_masks_of_single_sequences_need_no_gradients(tiny_model) -> None:
     x = student(tiny_model, "llama", snapshot=False)
-    loss = x.loss()
-    with torch.no_grad():
-        assert torch.equal(x.loss(), loss)
-        x.masks = Masks(x.masks.layout, {k: v.detach() for k, v in x.masks.values.items()})
+    with x.student():
+        loss = x.loss()
+        with torch.no_grad():
+            assert torch.equal(x.loss(), loss)
+    x.masks = Masks(x.masks.layout, {k: v.detach() for k, v in x.masks.values.items()})
+    with torch.no_grad(), x.student():
         assert torch.equal(x.loss(), loss)
 
 
@@ -263,7 +270,8 @@ def test_hooks_leave_no_trace_of_what_was_computed_narrow(tiny_model) -> None:
     x = student(tiny_model, "llama", snapshot=True, fixed=True)
     inner = MaskHooks(x.coforward.anatomy)
     inner.remove()
-    x.loss()
+    with x.student():
+        x.loss()
     x.coforward.hooks.remove()
     assert not any("forward" in vars(module) for module in x.model.modules())
     assert torch.equal(run_alone(x.model, None)[1], x.model(**CALL).logits)
@@ -276,7 +284,8 @@ def check_activation_checkpointing(tiny_model: Any, name: str, snapshot: bool, f
         x.model.train()
         if checkpointing:
             x.model.gradient_checkpointing_enable()
-        x.loss().backward()  # runs the student's layers again
+        with x.student():
+            x.loss().backward()  # runs the student's layers again
         gradients.append(x.gradients())
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -322,13 +331,15 @@ def test_a_teacher_leaves_no_trace(tiny_model, snapshot: bool) -> None:
     for leaf in x.lora.values():
         leaf.grad = torch.ones_like(leaf)
     before = state_of(x)
-    with x.coforward.roles(x.masks, x.teacher, PADDING.float()) as passage:
-        logits = x.model(**CALL).logits
+    with x.student():
+        with x.coforward.roles(x.teacher, PADDING.float()) as passage:
+            logits = x.model(**CALL).logits
+        assert x.coforward.hooks.masks is x.masks  # for the backward pass
     assert passage.teacher_BTD is not None
     assert not passage.teacher_BTD.requires_grad
     assert torch.equal(logits, alone)
     assert state_of(x) == before
-    assert x.coforward.hooks.masks is x.masks  # for the backward pass
+    assert x.coforward.hooks.masks is None
 
 
 @each_teacher
@@ -340,18 +351,19 @@ def test_a_teacher_that_fails_leaves_no_trace(tiny_model, snapshot: bool) -> Non
     role = Role(Masks(layout, too_few), x.teacher.lora)
     with (
         pytest.raises(RuntimeError, match="47"),
-        x.coforward.roles(x.masks, role, PADDING.float()),
+        x.student(),
+        x.coforward.roles(role, PADDING.float()),
     ):
         x.model(**CALL)
     assert state_of(x) == before
+    assert x.coforward.hooks.masks is None
 
 
 def test_a_student_alone_is_the_plain_model(tiny_model) -> None:
     x = student(tiny_model, "llama", snapshot=False)
-    with x.coforward.roles(x.masks, None, PADDING.float()) as passage:
+    with x.student(), x.coforward.roles(None, PADDING.float()) as passage:
         logits = x.model(**CALL).logits
     assert torch.equal(logits, x.coforward.anatomy.head(passage.student_BTD))
-    x.coforward.hooks.masks = None
     assert torch.equal(logits, run_alone(x.model, x.masks)[1])
     assert passage.layer_loss is None
     assert passage.teacher_BTD is None
@@ -359,10 +371,10 @@ def test_a_student_alone_is_the_plain_model(tiny_model) -> None:
 
 def test_without_a_layer_term_both_roles_still_reach_the_head(tiny_model) -> None:
     x = student(tiny_model, "llama", snapshot=True)
-    with x.coforward.roles(x.masks, x.teacher, PADDING.float()) as passage:
+    with x.student(), x.coforward.roles(x.teacher, PADDING.float()) as passage:
         x.model(**CALL)
     plain = CoForward(x.coforward.anatomy, x.coforward.hooks)
-    with plain.roles(x.masks, x.teacher, PADDING.float()) as other:
+    with plain.student(x.masks), plain.roles(x.teacher, PADDING.float()) as other:
         x.model(**CALL)
     assert other.layer_loss is None
     assert torch.equal(other.student_BTD, passage.student_BTD)
@@ -381,10 +393,11 @@ def test_lora_computes_in_the_base_weights_dtype(tiny_model, snapshot: bool, fix
     seen: list[torch.dtype] = []
     side = projection.lora_A["default"]
     side.register_forward_hook(lambda _, args, output: seen.extend([args[0].dtype, output.dtype]))
-    plain = x.loss()
+    with x.student():
+        plain = x.loss()
     assert seen[:2] == [torch.float32] * 2  # the student's comes before the teacher's
     seen.clear()
-    with lora_in_base_dtype(anatomy):
+    with lora_in_base_dtype(anatomy), x.student():
         close = x.loss()
     assert set(seen) == {torch.bfloat16}
     assert close.item() == pytest.approx(plain.item(), rel=0.02)

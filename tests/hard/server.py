@@ -38,7 +38,7 @@ PHASES = {
     "nuteprune.distill.teachers:Teachers.record": "recording a teacher",
     "nuteprune.train.checkpoints:AtomicTrainer._save_checkpoint": "writing a checkpoint",
     "nuteprune.train.trainer:NutePruneTrainer.finalize": "finalizing",
-    "nuteprune.train.trainer:NutePruneTrainer.finalize_stop": "finalizing a stop",
+    "nuteprune.train.trainer:NutePruneTrainer.finalize_target": "finalizing an earlier target",
     "nuteprune.shrink.slicing:slice_state": "slicing",
     "nuteprune.export.loading:build": "building",
     "nuteprune.export.checkpoint:save": "exporting",

@@ -65,11 +65,12 @@ losses = []
 for student in (fixed, learned):  # the second finds what the first has left
     for p in (*lora, *gates):
         p.grad = None
-    with coforward.roles(student, teacher, weight) as passage:
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    head = Head.of(anatomy)
-    loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)
-    loss.backward()
+    with coforward.student(student):
+        with coforward.roles(teacher, weight) as passage:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        head = Head.of(anatomy)
+        loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)
+        loss.backward()
     average_gradients((*lora, *gates))
     dist.all_reduce(loss.detach_())
     losses.append(loss / world)

@@ -293,7 +293,7 @@ def test_a_stop_is_at_its_target_where_masks_freeze_last(tiny_model, tmp_path: P
         max_steps=6,
     )
     trainer.train()
-    trainer.finalize_stop(0, dense)
+    trainer.finalize_target(0, dense)
     record = trainer.save_pruned(tmp_path / "stop")
     assert 0.15 <= record["sparsity"] <= 0.17
     assert all(layer["neurons"] % 4 == 0 for layer in record["layers"])

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
+from torch.utils.data import IterableDataset
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError
+from nuteprune.train.recover import RecoverConfig, RecoverTrainer
+
+from .conftest import make
 
 
 def test_fsdp_would_quietly_be_ddp_here(tiny_model, tmp_path: Path) -> None:
@@ -39,3 +48,114 @@ def test_weights_quantised_by_others_are_refused(tiny_model, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"not by bitsandbytes.*; load it in bfloat16"):
         NutePruneTrainer(model, NutePruneConfig(output_dir=str(tmp_path), use_cpu=True))
     assert list(dict(model.named_modules())) == names
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield from ({"input_ids": torch.arange(3, 19)} for _ in range(64))
+
+
+def untouched(model: Any) -> list[str]:
+    return [name for name, _ in model.named_modules()]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Stream(), r"a Stream, which can only be read in order.*: pass a list of its first items"),
+        ([], "is empty: pass at least one item"),
+        ([{"text": "a"}] * 3, "have text and no input_ids: pass tokenized text"),
+    ],
+)
+def test_text_that_cannot_be_calibrated_on_is_refused(
+    dataset: Any, message: str, tiny_model, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    before = untouched(model)
+    with pytest.raises(UserError, match=message):
+        NutePruneTrainer(model, NutePruneConfig(output_dir=str(tmp_path), use_cpu=True), dataset)
+    assert untouched(model) == before
+
+
+def test_a_list_of_what_a_stream_begins_with_will_do(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path / "x", max_steps=1)
+    blocks = list(itertools.islice(Stream(), trainer.args.blocks))
+    NutePruneTrainer(tiny_model("llama"), trainer.args, blocks).train()
+
+
+@pytest.mark.parametrize("call", ["train", "finalize"])
+def test_without_any_text_nothing_is_scored(call: str, tiny_model, tmp_path: Path) -> None:
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, neuron_multiple=4)
+    trainer = NutePruneTrainer(tiny_model("llama"), args)
+    with pytest.raises(UserError, match="no training text: pass train_dataset"):
+        getattr(trainer, call)()
+
+
+def test_recovery_needs_examples(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
+    args = RecoverConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match="is empty: pass items with input_ids and labels"):
+        RecoverTrainer(tiny_model("llama"), args, cast(Any, []), tiny_tokenizer)
+
+
+def test_no_steps_are_no_training(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=0)
+    with pytest.raises(UserError, match=r"max_steps is 0.*: call finalize\(\) at once"):
+        trainer.train()
+    trainer.finalize()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("settings", [{"use_reentrant": True}, {"preserve_rng_state": True}])
+@pytest.mark.parametrize("by", ["settings", "model"])
+def test_reentrant_checkpointing_is_refused_whoever_asks_for_it(
+    by: str, settings: dict[str, bool], tiny_model, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    asked: dict[str, Any] = {}
+    if by == "model":
+        model.gradient_checkpointing_enable(settings)
+    else:
+        asked = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": settings}
+    before = untouched(model)
+    with pytest.raises(UserError, match=r"re-entrant .*: pass gradient_checkpointing=True alone"):
+        make(model, tmp_path, **asked)
+    assert untouched(model) == before
+    if by == "model":  # a run's own replaces it
+        make(model, tmp_path, gradient_checkpointing=True, gate_type="hard_concrete").train()
+
+
+def test_a_trainer_finalizes_its_own_model_once(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path / "run", gate_type="hard_concrete", max_steps=2)
+    trainer.train()
+    small = trainer.finalize()
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        before = small(tokens).logits
+    blocks = trainer.train_dataset
+    for again in (trainer.finalize, trainer.train, partial(trainer.evaluate, blocks)):
+        with pytest.raises(UserError, match=r"has used the trainer's model up.*finalize\(dense="):
+            again()
+    with torch.no_grad():
+        assert torch.equal(small(tokens).logits, before)
+        anew = trainer.finalize(dense=tiny_model("llama"))
+        torch.testing.assert_close(anew(tokens).logits, before)
+        assert torch.equal(small(tokens).logits, before)
+    with pytest.raises(UserError, match="has used the trainer's model up"):
+        trainer.finalize()
+
+
+def test_a_pass_that_fails_leaves_no_masks_behind(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=1)
+
+    def fail(*_: Any) -> Any:
+        assert trainer.hooks.masks is not None
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(trainer.objective), "parts", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert trainer.hooks.masks is None
+    with pytest.raises(AttributeError):
+        trainer.hooks.masks = trainer.gates.snapshot()

@@ -60,7 +60,7 @@ def test_each_target_gives_the_model_of_its_own_moment(
     made = [trainer.finalize()]
     records = [trainer.save_pruned(tmp_path / "last")]
     for index in (0, 1):
-        made.append(trainer.finalize_stop(index, copy.deepcopy(dense)))
+        made.append(trainer.finalize_target(index, copy.deepcopy(dense)))
         records.append(trainer.save_pruned(tmp_path / f"stop{index}"))
     for small, logits in zip(made, [watch.seen[2], *watch.seen[:2]], strict=True):
         with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_run_with_several_targets_resumes_as_if_never_interrupted(
     for step in (3, 5, 8):
         again = make(tiny_model("llama"), tmp_path / "b", **settings)
         again.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{step}"))
-        assert again.stops == whole.stops
+        assert again.reached == whole.reached
         for name, value in whole.coforward.bank.state().items():
             assert torch.equal(again.coforward.bank.state()[name], value), name
         lines = [(tmp_path / x / "metrics.jsonl").read_text().splitlines() for x in "ab"]

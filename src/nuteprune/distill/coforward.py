@@ -62,24 +62,29 @@ class CoForward:
         self.layer_term = layer_term
         self._fixed: dict[str, NarrowMasks] = {}
 
-    def run(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Tensor],
-        student: Masks | None,
-        teacher: Role | None,
-    ) -> Passage:
+    @contextmanager
+    def student(self, masks: Masks | None) -> Iterator[None]:
+        """Within this context, the model is the student: in forward and in backward passes.
+
+        The backward pass belongs inside: under activation checkpointing it runs the layers again.
+
+        Args:
+            masks: the student's; its LoRA is the model's own.
+        """
+        with self.hooks.using(self._source("student", masks)):
+            yield
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], teacher: Role | None) -> Passage:
         """Run a batch through the model once, in both roles; see `roles`.
 
         Args:
             model: the model, maybe wrapped (DDP, FSDP).
             inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T).
-            student: the student's masks.
             teacher: the teacher, None to run the student alone.
         """
         ids_BT = inputs["input_ids"]
         with (
-            self.roles(student, teacher, token_weights(inputs)) as passage,
+            self.roles(teacher, token_weights(inputs)) as passage,
             lora_in_base_dtype(self.anatomy),
         ):
             model(
@@ -91,17 +96,14 @@ class CoForward:
         return passage
 
     @contextmanager
-    def roles(
-        self, student: Masks | None, teacher: Role | None, weight_BT: Tensor
-    ) -> Iterator[Passage]:
-        """Within this context, a call of the model plays both roles.
+    def roles(self, teacher: Role | None, weight_BT: Tensor) -> Iterator[Passage]:
+        """Within this context, a call of the model plays both roles, inside of `student`.
 
         The model is called as usual (through PEFT, DDP or FSDP wrappers too), with
         `use_cache=False`, since both roles would write to one cache, and best with
         `logits_to_keep=no_logits(ids)`, since logits are not needed.
 
         Args:
-            student: the student's masks; its LoRA is the model's own.
             teacher: the teacher, None to run the student alone.
             weight_BT: weight of each token in the layer terms, 0 for padding.
         """
@@ -113,9 +115,6 @@ class CoForward:
             handles.append(first.register_forward_pre_hook(_take_entry(passage), prepend=True))
             for i, layer in enumerate(self.anatomy.layers):
                 handles.append(self._on_layer(passage, layer, i, teacher, theirs, weight_BT))
-        # The student's masks stay in use afterwards: under activation checkpointing, the backward
-        # pass runs the layers again. `MaskHooks.masks = None` ends that.
-        self.hooks.masks = self._source("student", student)
         try:
             yield passage
         finally:

@@ -265,8 +265,8 @@ def _prune(
     if job.resume:
         clear_result(job.out, job.overwrite)
     records = {}
-    *stops, last = range(len(trainer.targets))
-    for index in (last, *stops):
+    *earlier, last = range(len(trainer.targets))
+    for index in (last, *earlier):
         if index == last:
             small = trainer.finalize(partial(_whole, job) if trainer.reloads else None)
             judged = as_judged(small)
@@ -274,7 +274,7 @@ def _prune(
             samples = side_by_side(tokenizer, prompts_BT, dense_texts, texts)
             write_extra(job.out / RUN, SAMPLES, samples)
         else:
-            small = trainer.finalize_stop(index, _whole(job))
+            small = trainer.finalize_target(index, _whole(job))
             judged = as_judged(small)
         after = measure("the pruned model", judged)
         if not all(map(math.isfinite, after.values())):

@@ -58,10 +58,11 @@ class MaskHooks:
 
     Args:
         anatomy: the model to attach to.
+        masks: those in use outside of `using`.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.masks: MaskSource | None = None
+    def __init__(self, anatomy: Anatomy, masks: MaskSource | None = None) -> None:
+        self._masks = masks
         self._handles: list[Any] = []
         family = anatomy.family
         self._handles.append(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
@@ -113,14 +114,19 @@ class MaskHooks:
         if module is not None:
             self._handles.append(Narrow(cast(nn.Linear, module), selected))
 
+    @property
+    def masks(self) -> MaskSource | None:
+        """The masks in use; `using` alone changes them."""
+        return self._masks
+
     @contextmanager
     def using(self, masks: MaskSource | None) -> Iterator[None]:
         """Run the model under other masks for a while."""
-        previous, self.masks = self.masks, masks
+        previous, self._masks = self._masks, masks
         try:
             yield
         finally:
-            self.masks = previous
+            self._masks = previous
 
     def remove(self) -> None:
         """Take all hooks off the model."""

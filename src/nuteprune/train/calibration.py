@@ -76,6 +76,29 @@ def refit_on(
     refit(anatomy, hooks, masks, batches, install, tick, dense)
 
 
+def check_text(dataset: Any) -> None:
+    """Refuse what no training text can be read from at any place, as calibration does.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if dataset is None:
+        raise UserError("there is no training text: pass train_dataset")
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(
+            f"train_dataset is a {type(dataset).__name__}, which can only be read in order, and "
+            "calibration reads its end: pass a list of its first items, such as "
+            "list(itertools.islice(dataset, args.blocks))"
+        )
+    if not len(dataset):
+        raise UserError("train_dataset is empty: pass at least one item with input_ids")
+    if "input_ids" not in (item := dataset[0]):
+        raise UserError(
+            f"items of train_dataset have {', '.join(map(str, item))} and no input_ids: pass "
+            "tokenized text"
+        )
+
+
 def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tensor]:
     """Return token ids (B, T) of `count` blocks from the end of the training text.
 
@@ -89,8 +112,9 @@ def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tenso
         batch_size: blocks per batch.
 
     Raises:
-        UserError: if there is nothing but padding.
+        UserError: if there is no text, or nothing but padding.
     """
+    check_text(dataset)
     size, length = len(dataset), len(dataset[0]["input_ids"])
     parts: list[Tensor] = []
     missing, read = count * length, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from accelerate.utils import parse_flag_from_env
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from nuteprune.errors import UserError
 
@@ -42,6 +42,31 @@ def check_shards(sharded: bool, processes: int, packed: bool) -> None:
         )
     if sharded and packed:
         raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
+
+
+def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Refuse re-entrant activation checkpointing: its backward passes end at each layer's edge.
+
+    All layers share one set of masks, whose graph the first of those passes would free.
+
+    Raises:
+        UserError: if the settings ask for it, or the model has it already.
+    """
+    asked = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
+    there = () if args.gradient_checkpointing else model.modules()  # else the settings' replaces it
+    functions = (
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in there
+        if getattr(module, "gradient_checkpointing", False)
+    )
+    found = [asked, *(getattr(function, "keywords", None) for function in functions)]
+    # Where it is left out, torch takes True.
+    if any(isinstance(x, dict) and x.get("use_reentrant", True) for x in found):
+        raise UserError(
+            "activation checkpointing is re-entrant (use_reentrant is not False), so each layer "
+            "would go back on its own through the masks that all share: pass "
+            "gradient_checkpointing=True alone, or use_reentrant=False"
+        )
 
 
 def check_trainer_settings(args: TrainingArguments) -> None:

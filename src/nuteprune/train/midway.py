@@ -66,8 +66,7 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
         ) from error
     if allocator is None:
         return anatomy.model.eval(), None
-    hooks = MaskHooks(anatomy)
-    hooks.masks = Masks(allocator.layout, state.masks).to(anatomy.model.device)
+    MaskHooks(anatomy, Masks(allocator.layout, state.masks).to(anatomy.model.device))
     hard = {kind: (value > 0).float().cpu() for kind, value in state.masks.items()}
     sparsity = allocator.budget.expected_sparsity(Masks(allocator.layout, hard))
     return anatomy.model.eval(), float(sparsity)

@@ -18,7 +18,7 @@ from transformers.trainer_utils import set_seed
 
 from nuteprune.data.examples import pad
 from nuteprune.distill.losses import Head, language_model_loss
-from nuteprune.errors import RunFailed
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
@@ -42,7 +42,7 @@ class RecoverTrainer(AtomicTrainer):
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:
-        UserError: for an unsupported model, or where it is to be sharded.
+        UserError: for an unsupported model, an empty dataset, or where it is to be sharded.
     """
 
     args: RecoverConfig
@@ -58,6 +58,8 @@ class RecoverTrainer(AtomicTrainer):
         **kwargs: Any,
     ) -> None:
         check_whole(args)
+        if hasattr(train_dataset, "__len__") and not len(train_dataset):
+            raise UserError("train_dataset is empty: pass items with input_ids and labels")
         self._job = dict(job or {"model": model.config._name_or_path})
         model.requires_grad_(False)
         set_seed(args.seed)  # LoRA starts from random values

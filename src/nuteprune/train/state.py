@@ -22,7 +22,7 @@ from nuteprune.files import atomic, read_sums
 from nuteprune.run_folder import STATE
 
 GROUPS = ("lora", "gates", "masks", "first_scores")
-NOTES = ("frozen", "teachers", "stops", "sums", "bad_steps")
+NOTES = ("frozen", "teachers", "reached", "sums", "bad_steps")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunState:
         masks: the masks of the moment by kind, without noise.
         frozen: whether they are final.
         teachers: sparsity of each teacher on disk.
-        stops: which teachers are the models of earlier targets.
+        reached: which teachers are the models of earlier targets.
         first_scores: the units' scores before training, by kind.
         sums: SHA-256 of each teacher's file.
         bad_steps: steps that were not finite: in all, and in a row up to now.
@@ -46,7 +46,7 @@ class RunState:
     masks: dict[str, Tensor] = field(default_factory=dict)
     frozen: bool = False
     teachers: list[float] = field(default_factory=list)
-    stops: list[int] = field(default_factory=list)
+    reached: list[int] = field(default_factory=list)
     first_scores: dict[str, Tensor] = field(default_factory=dict)
     sums: list[str] = field(default_factory=list)
     bad_steps: list[int] = field(default_factory=lambda: [0, 0])

@@ -40,7 +40,7 @@ def trial_step(trainer: NutePruneTrainer, inputs: dict[str, Any], teacher: int =
     """
     trainer.gates.begin_step(trainer.targets[-1], trainer.args.seed)
     trainer.teacher_index = teacher
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    trainer.hooks.masks = None
+    with trainer.student(inputs):
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
     return loss.detach()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,9 +45,9 @@ from nuteprune.processes import agree
 from nuteprune.run_folder import RECORD, TEACHERS
 from nuteprune.shrink.compensate import install_in_place, install_lora
 from nuteprune.train.bad_steps import MOST_IN_ROW, BadSteps
-from nuteprune.train.calibration import Progress, refit_on, score_on, silent
+from nuteprune.train.calibration import Progress, check_text, refit_on, score_on, silent
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.checks import check_shards, check_whole
+from nuteprune.train.checks import check_checkpointing, check_shards, check_whole
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import Finished, finish, free_base, with_lora
 from nuteprune.train.publish import PushesCheckpoint
@@ -78,8 +79,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:
-        UserError: for an unsupported model, gates that its family cannot take, or a target out of
-            the gates' reach; before anything is changed.
+        UserError: for an unsupported model, gates that its family cannot take, a target out of the
+            gates' reach, or a dataset that is empty or has no length; before anything is changed.
     """
 
     args: NutePruneConfig
@@ -98,6 +99,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     ) -> None:
         check_whole(args)
         check_shards(args.sharded, args.world_size, is_packed(model))
+        check_checkpointing(model, args)
+        if train_dataset is not None:
+            check_text(train_dataset)
         if kwargs.get("compute_metrics"):
             raise UserError(
                 "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
@@ -131,7 +135,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         run = Path(cast(str, args.output_dir))
         keep = args.device.type != "cpu"
         self.teachers = Teachers(run / TEACHERS, self.allocator.layout, keep)
-        self.stops: list[int] = []
+        self.reached: list[int] = []
         self.gates: Gates = make_gates(self.allocator, self.allocator.equal_scores(), args)
         peft_model.add_module("nuteprune_gates", self.gates)
         if args.sharded:
@@ -146,7 +150,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
         self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
         self._job = dict(job or {"model": model.config._name_or_path})
-        self._warm = False
+        self._warm = self._used_up = False
         self.first_scores: dict[str, Tensor] = {}
         self.finished: Finished | None = None
         self._step = -1
@@ -194,6 +198,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Run the steps; see `AtomicTrainer.train`."""
+        self._check_unused()
+        if self.args.max_steps == 0:
+            raise UserError(
+                "max_steps is 0, so there is nothing to train: call finalize() at once, or set "
+                "max_steps above 0"
+            )
+        check_text(self.train_dataset)
         if not self._warm and not resume_from_checkpoint:
             self.warm_start()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -237,10 +248,18 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if self._step != self.state.global_step:
             self._step = self.state.global_step
             self._begin_step(self._step)
-        loss = super().training_step(model, inputs, *args)
-        self.hooks.masks = None
+        with self.student(inputs):
+            loss = super().training_step(model, inputs, *args)
         self.gates.observe()
         return loss
+
+    def student(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Return a context in which the model is the step's student, forward and backward.
+
+        Args:
+            inputs: the micro-batch; each of its sequences may have masks of its own.
+        """
+        return self.coforward.student(self.gates.masks(len(inputs["input_ids"])))
 
     def _begin_step(self, step: int) -> None:
         stage = self.schedule.stage(step)
@@ -263,19 +282,19 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
         self.gates.end_step()
         stage = self.schedule.stage(self._step)
-        stop = self._step + 1 == stage.end and stage.target < self.targets[-1]
-        if stop and not self.gates.frozen:
+        at_target = self._step + 1 == stage.end and stage.target < self.targets[-1]
+        if at_target and not self.gates.frozen:
             self.freeze(stage.target)
         sparsity = self.gates.sparsity()
         moving = not self.gates.frozen
-        if stop:
-            self._record_stop()
+        if at_target:
+            self._record_target()
         elif moving and self.plan.due(sparsity, self.teachers.newest):
             self._record_teacher(torch.bfloat16)
 
-    def _record_stop(self) -> None:
+    def _record_target(self) -> None:
         """Keep the model of a target that is reached: nothing of what is written is rounded."""
-        self.stops.append(len(self.teachers))
+        self.reached.append(len(self.teachers))
         self._record_teacher(torch.float32)
 
     def _record_teacher(self, dtype: torch.dtype) -> None:
@@ -311,8 +330,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     ) -> Tensor:
         """Return the distillation loss of a micro-batch plus the step's sparsity term.
 
-        Trainer takes the mean over micro-batches and processes. Where some have more padding than
-        others, each counts by its share of the step's tokens.
+        It is called within `student`, as its backward pass has to be. Trainer takes the mean
+        over micro-batches and processes. Where some have more padding than others, each counts by
+        its share of the step's tokens.
 
         Args:
             model: the model, maybe wrapped.
@@ -320,9 +340,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             return_outputs: not used.
             num_items_in_batch: the step's `token_counts` (2,); None: all micro-batches are alike.
         """
-        masks = self.gates.masks(len(inputs["input_ids"]))
+        assert self.hooks.masks is not None, "without masks the student would be the dense model"
         # Not a local variable: a teacher need not be in memory any more in the backward pass.
-        passage = self.coforward.run(model, inputs, masks, self._read_teacher())
+        passage = self.coforward.run(model, inputs, self._read_teacher())
         parts = self.objective.parts(passage, Head.of(self.anatomy), inputs)
         if isinstance(num_items_in_batch, Tensor):
             mean_2 = num_items_in_batch / (
@@ -342,10 +362,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None, None]:
         """Return the language-model loss of the student as it is now; see `Trainer.evaluate`."""
+        self._check_unused()
         inputs = self._prepare_inputs(inputs)
         masks = self.gates.snapshot().to(str(self.args.device))
-        passage = self.coforward.run(model, inputs, masks, teacher=None)
-        self.hooks.masks = None
+        with self.coforward.student(masks):
+            passage = self.coforward.run(model, inputs, teacher=None)
         return text_loss(passage, Head.of(self.anatomy), inputs), None, None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -404,7 +425,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             first_scores=self.first_scores,
             teachers=self.teachers.sparsities,
             sums=self.teachers.sums,
-            stops=self.stops,
+            reached=self.reached,
             bad_steps=[self.bad_steps.total, self.bad_steps.in_row],
         )
 
@@ -415,7 +436,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if state.frozen:
             self.gates.restore_masks(Masks(self.allocator.layout, state.masks))
         self.teachers.restore(state.teachers, state.sums)
-        self.stops, self.first_scores = state.stops, state.first_scores
+        self.reached, self.first_scores = state.reached, state.first_scores
         self.bad_steps.restore(*state.bad_steps)
         self._warm = True
 
@@ -428,9 +449,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if self.args.max_steps == 0:  # else `train` has written it
             if self.args.should_save:
                 write_settings(Path(cast(str, self.args.output_dir)), self.settings())
-            for target in self.targets[len(self.stops) : -1]:
+            for target in self.targets[len(self.reached) : -1]:
                 self.freeze(target)
-                self._record_stop()
+                self._record_target()
                 self.gates.thaw()
                 self.coforward.bank.clear()
         if not self.gates.frozen:
@@ -460,8 +481,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             The smaller model, of a stock class if its shape allows, else of a subclass of it.
 
         Raises:
-            UserError: if the trainer's own model cannot be cut, and no other is given.
+            UserError: if the trainer's own model cannot be cut, or was already, and no other is
+                given.
         """
+        if dense is None:
+            self._check_unused()
         if dense is None and self.reloads:
             raise UserError(
                 "weights that are sharded, in 8 or 4 bits, or narrower than they are stored cannot "
@@ -470,6 +494,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             )
         self.settle()
         self.hooks.remove()
+        self._used_up = True
         model = self.model
         if dense is not None:
             learned = self.coforward.bank.state()
@@ -479,14 +504,22 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             model = with_lora(dense, learned, self.args)
         return self._finish(model, self.gates.snapshot(), self.targets[-1])
 
-    def finalize_stop(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
+    def _check_unused(self) -> None:
+        if self._used_up:
+            raise UserError(
+                "finalize() has used the trainer's model up: its masks are folded and its LoRA is "
+                "merged, which a second time would change it. Keep what finalize() returned, or "
+                "load the dense model again and call finalize(dense=...)"
+            )
+
+    def finalize_target(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
         """Return the smaller model of an earlier target; `save_pruned` writes it from then on.
 
         Args:
             index: which of the targets, counted from 0.
             model: the dense model, loaded anew; it is used up.
         """
-        role = self.teachers.role(self.stops[index])
+        role = self.teachers.role(self.reached[index])
         assert role.masks is not None
         assert role.lora is not None
         peft_model = with_lora(model, role.lora, self.args)
