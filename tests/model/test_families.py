@@ -5,6 +5,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from nuteprune.errors import UserError
 from nuteprune.model.families import FAMILIES, family_named
+from nuteprune.model.unsupported import language_model_within, parts_without_gates
 
 
 def test_an_unknown_type_is_refused_with_the_supported_ones_and_the_nearest() -> None:
@@ -17,6 +18,51 @@ def test_an_unknown_type_is_refused_with_the_supported_ones_and_the_nearest() ->
     with pytest.raises(UserError) as error:
         family_named("xyz")
     assert "nearest" not in str(error.value)
+
+
+MOE, MLA, STATE = "mixture of experts", "multi-head latent attention", "state-space"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "parts"),
+    [
+        ("mixtral", {MOE}),
+        ("qwen3_moe", {MOE}),
+        ("dbrx", {MOE}),
+        ("minicpm3", {MLA}),
+        ("deepseek_v3", {MOE, MLA}),
+        ("jamba", {MOE, STATE}),
+        ("mamba2", {STATE}),
+        ("recurrent_gemma", {STATE}),
+        ("lfm2", {STATE}),
+        ("qwen3_next", {MOE, STATE}),
+        ("bart", {"an encoder"}),
+    ],
+)
+def test_a_refusal_says_what_has_no_gates(model_type: str, parts: set[str]) -> None:
+    with pytest.raises(UserError) as error:
+        family_named(model_type, CONFIG_MAPPING[model_type]().to_dict())
+    told = str(error.value)
+    assert {part for part in (MOE, MLA, STATE, "an encoder") if part in told} == parts
+    assert "which no gate here can cut; supported: llama" in told
+    assert "one entry of data" not in told
+    assert "nearest" not in told
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_plain_decoder_has_nothing_without_gates(model_type: str) -> None:
+    config = CONFIG_MAPPING[model_type]().to_dict()
+    assert parts_without_gates(config) == []
+    assert language_model_within(config) is None
+
+
+def test_a_wrapper_of_several_modalities_names_the_language_model_in_it() -> None:
+    with pytest.raises(UserError, match=r"of type gemma3_text, which is supported\. Pass a check"):
+        family_named("gemma3", CONFIG_MAPPING["gemma3"]().to_dict())
+    with pytest.raises(UserError, match=r"of type llama4_text; supported: llama"):
+        family_named("llama4", CONFIG_MAPPING["llama4"]().to_dict())
+    with pytest.raises(UserError, match=r"nearest: gemma3_text\)"):
+        family_named("gemma3")  # where no config is at hand
 
 
 def test_a_pruned_checkpoint_is_of_its_stock_family() -> None:

@@ -139,13 +139,13 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     source = str(source)
     with one_line(source):
         values, _ = PreTrainedConfig.get_config_dict(source)
-    config_class: Any = _causal_lm(values.get("model_type", "")).config_class
+    config_class: Any = _causal_lm(values.get("model_type", ""), values).config_class
     with one_line(source):
         return config_class.from_dict(values)  # type: ignore[no-any-return]
 
 
-def _causal_lm(model_type: str) -> type[PreTrainedModel]:
-    name = family_named(model_type).causal_lm
+def _causal_lm(model_type: str, config: Mapping[str, Any] | None = None) -> type[PreTrainedModel]:
+    name = family_named(model_type, config).causal_lm
     if model_type.startswith(PREFIX):
         return getattr(modeling_pruned, f"Pruned{name}")  # type: ignore[no-any-return]
     return getattr(transformers, name)  # type: ignore[no-any-return]

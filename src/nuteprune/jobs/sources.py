@@ -86,7 +86,7 @@ def read_config(model: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {model}: {_told(error, model)}") from error
     model_type = str(values.get("model_type", ""))
-    family = family_named(model_type)
+    family = family_named(model_type, values)
     named = values.get("architectures") or [family.causal_lm]
     named = named if isinstance(named, list) else [named]
     if not any(str(name).removeprefix("Pruned") == family.causal_lm for name in named):

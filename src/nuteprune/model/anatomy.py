@@ -35,7 +35,7 @@ class Anatomy:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.model = cast(PreTrainedModel, base)
         self.config = self.model.config
-        self.family: Family = family_named(self.config.model_type)
+        self.family: Family = family_named(self.config.model_type, self.config.to_dict())
         for name, value in self.family.requires.items():
             if getattr(self.config, name) != value:
                 raise UserError(
