@@ -1,12 +1,26 @@
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from nuteprune.gates.masks import Masks
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
 from nuteprune.shrink import compensate
-from nuteprune.shrink.compensate import Fit, install_weight, low_rank, refit, ridge_fit
+from nuteprune.shrink.compensate import (
+    RIDGE,
+    Fit,
+    install_lora,
+    install_weight,
+    low_rank,
+    refit,
+    ridge_fit,
+)
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 
@@ -94,3 +108,118 @@ def test_refit_lowers_the_distance_to_the_intact_model(tiny_model) -> None:
         with hooks.using(masks):
             fitted = anatomy.model(unseen).logits
     assert (fitted - dense).norm() < (plain - dense).norm()
+
+
+# What differs in a re-fit: grouped queries, biases, blocks side by side, norms after the blocks.
+WRITES = {
+    "llama": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "granite": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "gpt_neox": ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "gemma2": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+}
+KIND_OF_HEADS = {"gpt_neox": "heads"}
+
+
+def chosen(anatomy: Anatomy, heads: str) -> Masks:
+    """Soft masks of what is left; layer 1 keeps all heads, layer 2 has none."""
+    layout, random = Layout(anatomy.shape, anatomy.head_dim), torch.Generator().manual_seed(3)
+    values = {}
+    for kind in (heads, "neurons"):
+        soft = 0.5 + torch.rand(layout.units(kind), generator=random)
+        values[kind] = soft * (torch.rand(layout.units(kind), generator=random) > 0.4)
+    each = layout.sizes[heads][0]
+    values[heads][: each - 1], values[heads][each - 1] = 0.7, 0.0
+    values[heads][each : 2 * each] = 1.0
+    values[heads][2 * each :] = 0.0
+    return Masks(layout, values)
+
+
+@torch.no_grad()
+def fitted_anew(
+    model: nn.Module,
+    name: str,
+    bases: dict[str, Tensor],
+    masks: Masks,
+    tokens_NT: Tensor,
+) -> dict[str, Tensor]:
+    """Fit a plain model by least squares, in place, in float64.
+
+    The whole model runs anew for each projection. Rows of the ridge are below those of the inputs.
+
+    Args:
+        model: the stock model in float64, LoRA merged.
+        name: of its family.
+        bases: path -> weight without LoRA, whose outputs are wanted.
+        masks: the masks; they are multiplied into the weights.
+        tokens_NT: calibration text.
+    """
+    found = {}
+    for i in range(3):
+        for place, mask in zip(
+            WRITES[name], (masks.attention_input(i), masks.mlp_input(i)), strict=True
+        ):
+            path = place.format(i)
+            linear: Any = model.get_submodule(path)
+            read: list[Tensor] = []
+            hook = linear.register_forward_pre_hook(lambda _, args, to=read: to.append(args[0]))
+            model(tokens_NT, use_cache=False)
+            hook.remove()
+            x_MI = read[0].flatten(0, 1)
+            kept_I = mask > 0
+            weight_OI = linear.weight.clone()
+            if not kept_I.all():
+                x_MK = x_MI[:, kept_I]
+                missing_MO = x_MI @ bases[path].T - x_MK @ weight_OI[:, kept_I].T
+                size = x_MK.shape[1]
+                ridge = (RIDGE * x_MK.square().sum() / max(1, size)).sqrt()
+                inputs = torch.cat([x_MK, ridge * torch.eye(size, dtype=torch.float64)])
+                outputs = torch.cat([missing_MO, torch.zeros(size, len(weight_OI)).double()])
+                if size:
+                    weight_OI[:, kept_I] += torch.linalg.lstsq(inputs, outputs).solution.T
+                weight_OI[:, ~kept_I] = 0
+                linear.weight.copy_(weight_OI)  # soft masks are undone by the fit
+            else:
+                linear.weight.copy_(weight_OI * mask)
+            found[path] = linear.weight
+    return found
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("name", WRITES)
+def test_refit_is_least_squares_layer_by_layer(name: str, lora: bool, tiny_model) -> None:
+    random = torch.Generator().manual_seed(5)
+    tokens_NT = torch.randint(3, 90, (40, 24), generator=random)
+    reference = tiny_model(name).double()
+    paths = [place.format(i) for i in range(3) for place in WRITES[name]]
+    bases = {path: reference.get_submodule(path).weight.clone() for path in paths}
+    model: Any = tiny_model(name).requires_grad_(False)
+    if lora:
+        targets = Anatomy(model).lora_targets()
+        model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules=targets))
+        for path, module in model.get_base_model().named_modules():
+            if hasattr(module, "lora_A"):
+                down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+                up.data.copy_(0.05 * torch.randn(up.shape, generator=random))
+                down.data.copy_(0.1 * torch.randn(down.shape, generator=random))
+                reference.get_submodule(path).weight.data += 2.0 * (up @ down).detach().double()
+    anatomy = Anatomy(model)
+    masks = chosen(anatomy, KIND_OF_HEADS.get(name, "kv_groups"))
+    hooks = MaskHooks(anatomy)
+    bank = LoraBank(anatomy)
+    install = install_lora(bank, anatomy, 32) if lora else install_weight(anatomy)
+    refit(anatomy, hooks, masks, list(tokens_NT.split(8)), install)
+    expected = fitted_anew(reference, name, bases, masks, tokens_NT)
+    for i in range(3):
+        for place, mask in zip(
+            WRITES[name], (masks.attention_input(i), masks.mlp_input(i)), strict=True
+        ):
+            path = place.format(i)
+            module = anatomy.model.get_submodule(path)
+            weight = module.weight if not lora else module.base_layer.weight
+            delta = module.get_delta_weight("default") if lora else 0
+            ours, theirs = (weight + delta) * mask, expected[path].float()
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 * float(theirs.abs().max()))
+    with torch.no_grad(), hooks.using(masks):
+        ours, theirs = (x(tokens_NT[:4]).logits for x in (anatomy.model, reference))
+    atol = 1e-3 * float(theirs.abs().max())
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
