@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -397,3 +399,46 @@ def test_a_gated_model_is_told_from_one_that_is_not_there(
     assert code == 2
     assert "huggingface.co/big/model" in stderr
     assert "hf auth login" in stderr
+
+
+def under_ascii(*args: Any, cwd: Path | None = None) -> tuple[int, str]:
+    """Exit code and stderr of a command whose locale knows ASCII alone."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "nuteprune.cli", *map(str, args)]
+    done = subprocess.run(
+        command,
+        env=os.environ | locale,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_name_that_the_locale_cannot_express_is_refused_in_one_line(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    advice = "names of files are ascii under this locale, so other letters cannot be read; set"
+    code, err = under_ascii(*options(model, text, tmp_path / "größer"))
+    assert code == 2
+    assert err.startswith(f"nuteprune: {tmp_path}/gr\\xf6\\xdfer: {advice} PYTHONUTF8=1")
+    assert err.count("\n") == 1
+    (tmp_path / "größer").mkdir()
+    code, err = under_ascii(*options(model, text, Path("out")), cwd=tmp_path / "größer")
+    assert code == 2
+    assert advice in err
+    assert err.count("\n") == 1
+
+
+def test_a_name_within_a_file_may_be_the_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    monkeypatch.setattr("nuteprune.cli.inspect.read_record", lambda _: "größer".encode("ascii"))
+    code, _, err = run("inspect", ".")
+    assert code == 2
+    assert "'größer': names of files are ascii" in err
+
+
+def test_a_name_that_is_not_unicode_is_refused(run: Run) -> None:
+    code, _, err = run("inspect", "x\udcff")
+    assert (code, err) == (2, "nuteprune: x�: the name is not UTF-8; rename it\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from io import TextIOWrapper
 
@@ -72,6 +73,7 @@ def main() -> None:
         if not debug:
             quiet_libraries()
         arguments = sys.argv[1:] or ["--help"]
+        _check_names(arguments)
         code = make_app()(arguments, standalone_mode=False, prog_name="nuteprune")
     except Interrupted as stop:
         _fail(str(stop), 128 + stop.signal)
@@ -89,6 +91,10 @@ def main() -> None:
             raise
         what = f"{error.filename}: " if error.filename else ""
         _fail(f"{what}{error.strerror or error}", 2 if error.errno in WRONG_PLACE else 1)
+    except UnicodeEncodeError as error:  # a name that another file holds, or of the cache
+        if debug or not _narrow_locale():
+            raise
+        _fail(f"{str(error.object)[:100]!r}: {_narrow_locale()}", 2)
     except Exception as error:
         # Usage errors of the parsing library that typer carries with it know their message.
         if debug:
@@ -97,6 +103,32 @@ def main() -> None:
             _fail(error.format_message(), 2)
         _fail(f"{type(error).__name__}: {error} (NUTEPRUNE_DEBUG=1 shows where)", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Refuse names that Python could not decode: libraries, JSON and YAML take no such text.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    here = ""
+    with suppress(OSError):  # a folder that is gone, which absolute paths do without
+        here = os.getcwd()
+    for name in (*arguments, here):
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            shown = os.fsencode(name).decode("utf-8", "replace")
+            raise UserError(f"{shown}: {_narrow_locale() or 'the name is not UTF-8; rename it'}")
+
+
+def _narrow_locale() -> str | None:
+    """Return what to do where the locale cannot express all names; None where it can."""
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower().replace("-", "") == "utf8":
+        return None
+    return (
+        f"names of files are {encoding} under this locale, so other letters cannot be read; set "
+        "PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8"
+    )
 
 
 def _fail(message: str, code: int) -> None:
