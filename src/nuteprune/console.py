@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -72,11 +74,15 @@ class Output:
 class Bars:
     """Progress bars, one for each kind of work, shown as it comes up.
 
+    Each says how long the rest will take, by the pace since it came up.
+
     Args:
-        console: where they are drawn; if it is no terminal, a line is printed now and then.
+        console: where they are drawn; if it is no terminal, a line is printed now and then: at each
+            tenth, and after the first minute.
     """
 
     LINES = 10
+    MINUTE = 60
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -85,22 +91,49 @@ class Bars:
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[note]}"),
             console=console,
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._paces: dict[str, _Pace] = {}
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units of some work are over."""
+        now = time.monotonic()
+        pace = self._paces.get(what)
+        if pace is None or done <= pace.done:  # the same work may come up again
+            pace = self._paces[what] = _Pace(done, now)
+        rest = pace.rest(done, total, now)
+        left = f"about {duration(rest)} left" if rest else ""
         if not self.console.is_terminal:
             every = max(1, total // self.LINES)
-            if done == total or (done and done % every == 0):
-                self.console.print(f"{what}: {done}/{total} {note}".rstrip(), soft_wrap=True)
+            minute = bool(rest) and not pace.told and now - pace.started >= self.MINUTE
+            if done == total or (done and done % every == 0) or minute:
+                pace.told = True
+                parts = (f"{what}: {done}/{total}", left, note)
+                self.console.print("  ".join(part for part in parts if part), soft_wrap=True)
             return
         if what not in self._tasks:
-            self._tasks[what] = self.progress.add_task(what, total=total, note=note)
-        self.progress.update(self._tasks[what], completed=done, total=total, note=note)
+            self._tasks[what] = self.progress.add_task(what, total=total, note=note, left=left)
+        self.progress.update(self._tasks[what], completed=done, total=total, note=note, left=left)
+
+
+@dataclass
+class _Pace:
+    """How much of some work was over when it was first heard of, and when that was."""
+
+    done: int
+    started: float
+    told: bool = False
+    """Whether a line of it was printed."""
+
+    def rest(self, done: int, total: int, now: float) -> float | None:
+        """Return the seconds that the rest will take at the pace so far; None if none is known."""
+        if not self.done < done < total:
+            return None
+        return (now - self.started) * (total - done) / (done - self.done)
 
 
 def millions(count: float) -> str:
