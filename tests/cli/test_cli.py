@@ -416,6 +416,7 @@ def under_ascii(*args: Any, cwd: Path | None = None) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_a_name_that_the_locale_cannot_express_is_refused_in_one_line(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
