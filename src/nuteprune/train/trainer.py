@@ -507,9 +507,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def _check_unused(self) -> None:
         if self._used_up:
             raise UserError(
-                "finalize() has used the trainer's model up: its masks are folded and its LoRA is "
-                "merged, which a second time would change it. Keep what finalize() returned, or "
-                "load the dense model again and call finalize(dense=...)"
+                "finalize() has used the trainer's model up, so a second one would fold masks into "
+                "it again. Keep what finalize() returned, or load the dense model again and call "
+                "finalize(dense=...)"
             )
 
     def finalize_target(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
