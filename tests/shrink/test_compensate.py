@@ -189,7 +189,7 @@ def fitted_anew(
 def test_refit_is_least_squares_layer_by_layer(name: str, lora: bool, tiny_model) -> None:
     random = torch.Generator().manual_seed(5)
     tokens_NT = torch.randint(3, 90, (40, 24), generator=random)
-    reference = tiny_model(name).double()
+    reference = tiny_model(name).double().requires_grad_(False)
     paths = [place.format(i) for i in range(3) for place in WRITES[name]]
     bases = {path: reference.get_submodule(path).weight.clone() for path in paths}
     model: Any = tiny_model(name).requires_grad_(False)
