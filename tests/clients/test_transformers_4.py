@@ -40,7 +40,9 @@ def test_greedy_tokens(
         rope = {"rope_theta": 5e3}
         if name == "gpt_neox":
             rope["partial_rotary_factor"] = 0.5
-        gates = ("neurons",) if name == "gpt_neox" else ("kv_groups", "neurons")
+        # Up to 4.44 the stock classes divide the width by the heads to tell the size of a head.
+        neurons_alone = name == "gpt_neox" or version == "4.43"
+        gates = ("neurons",) if neurons_alone else ("kv_groups", "neurons")
         model = prune_at_random(tiny_model(name, rope_parameters=rope), gates, shapes)
         save(model, tmp_path / shapes, tiny_tokenizer)
         made = model.generate(

@@ -89,7 +89,6 @@ _REMOTE = "`trust_remote_code=True`, or `load_pruned`"
 CLIENTS = (
     Client("transformers 5", _STOCK, _REMOTE, "tests/export", _none),
     Client("transformers 4.57", _STOCK, _REMOTE, "tests/clients/test_transformers_4.py", _none),
-    Client("transformers 4.43", _STOCK, _REMOTE, "tests/clients/test_transformers_4.py", _none),
     Client(
         "transformers `generate_batch`", _STOCK, "equal KV heads only", "not run here", _batching
     ),
