@@ -47,7 +47,7 @@ def test_long_work_is_heard_of_after_a_minute(clock: Clock) -> None:
     for done in range(6):
         bars.update("pruning", done, 10_000)
         clock.now += 31
-    assert file.getvalue().splitlines() == ["pruning: 2/10000  about 86 h left"]
+    assert file.getvalue().splitlines() == ["pruning: 2/10000  about 86.1 h left"]
 
 
 def test_work_that_comes_up_again_has_a_pace_of_its_own(clock: Clock) -> None:
