@@ -7,11 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from .conftest import Run
-
-pytest.importorskip("bitsandbytes")
 
 
 @pytest.mark.slow

@@ -103,7 +103,8 @@ def test_an_unknown_tracker_is_refused(
 def test_tensorboard_files_hold_the_curves(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as reader
+
     out = tmp_path / "out"
     code, _, stderr = run(*asked(model, text, out, "--report-to", "tensorboard", *PUBLISHED))
     assert code == 0, stderr

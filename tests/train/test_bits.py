@@ -19,8 +19,6 @@ from .conftest import make
 ERRORS = {8: 0.02, 4: 0.15}
 """Bits -> the most that unpacked weights may differ from the whole ones, relative in norm."""
 
-pytest.importorskip("bitsandbytes")
-
 
 @pytest.fixture
 def stored(tiny_model, tmp_path: Path) -> Path:
