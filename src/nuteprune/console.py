@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from nuteprune.files import to_json
 from nuteprune.processes import is_main
@@ -45,17 +46,13 @@ class Output:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table for people; the first column is text, the others numbers."""
-        table = Table(
-            title=title,
-            title_justify="left",
-            title_style="bold",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
+        # Apart from the table, which would break it into lines of its own width.
+        self.console.print(Text(title, style="bold"), soft_wrap=True)
         self.console.print(table)
 
     def result(self, data: Mapping[str, Any]) -> None:

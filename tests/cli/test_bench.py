@@ -37,6 +37,7 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
     assert len(saved["notes"]) == 2 + len(found["advice"])
     decode = found["settings"][0]["speedup"]["decode"]
     assert row["gain"] == decode["median"]
+    assert {k: row[k] for k in ("low", "high", "bound")}.items() <= decode.items()
     said = (
         f"decode ×\u202f{decode['median']:.2f} of the ×\u202f1.00 that the parameters moved allow"
     )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -45,6 +44,45 @@ def test_retention_is_dense_over_pruned(model: Path, text: Path, tmp_path: Path,
     assert code == 0
     assert "held-out part" in stdout
     assert "retained" not in stdout
+
+
+def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    prune(run, model, text, out)
+    other.write_text("\n\n".join(f"A fox number {i} sees the grapes. " * 5 for i in range(80)))
+    both = ["--data", text, "--data", other, "--length", 24, "--device", "cpu"]
+    code, stdout, stderr = run("eval", out, "--against", model, *both, "--json")
+    assert code == 0, stderr
+    found = last(stdout)
+    kinds = {name: x["kind"] for name, x in found["protocol"]["texts"].items()}
+    assert kinds == {"text.txt": "in-domain", "other.txt": "other text"}
+    tables = stderr.split("In-domain text")[1].split("Other text")
+    titles = [line for line in stderr.splitlines() if "is better" in line]
+    assert [title.partition(" (")[0].strip() for title in titles] == [
+        *("In-domain text", "Other text", "Copying from context, higher is better"),
+    ]
+    assert [("text.txt" in x, "other.txt" in x) for x in tables] == [(True, False), (False, True)]
+    shares = found["copying"]
+    assert set(shares) == {str(out), str(model)}
+    how = found["copying_protocol"][str(out)]
+    assert how == found["copying_protocol"][str(model)]
+    assert how["seed"] not in range(10)
+    kept = found["retention"]["copying"]["repeat"]
+    dense = shares[str(model)]
+    assert kept == (pytest.approx(100 * shares[str(out)] / dense) if dense else None)
+    # In the middle of a run its settings tell.
+    midway = run("eval", out / "run/checkpoint-4", *both, "--json")
+    assert {x["kind"] for x in last(midway[1])["protocol"]["texts"].values()} == {
+        *("in-domain", "other text"),
+    }
+    # A dense model has no record that would tell.
+    code, stdout, _ = run("eval", model, *both, "--copying-seed", 3, "--json")
+    found = last(stdout)
+    assert code == 0
+    assert {x["kind"] for x in found["protocol"]["texts"].values()} == {None}
+    assert found["copying_protocol"][str(model)]["seed"] == 3
 
 
 def test_a_published_protocol_is_the_models_own_loss_on_joined_rows(
@@ -99,7 +137,6 @@ def test_a_checkpoint_midway_is_the_model_of_its_step(
     assert "has no settings.json" in stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
 @pytest.mark.filterwarnings("default")
 def test_local_tasks(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     questions = [{"q": f"Teacher {i}", "label": i % 2} for i in range(4)]

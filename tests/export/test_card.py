@@ -62,6 +62,23 @@ def test_a_person_reads_what_changed_and_how_to_load_it() -> None:
     assert "trust_remote_code" not in model_card(a_record(), remote_code=False)
 
 
+def test_the_card_says_what_text_is_judged_and_how_it_copies() -> None:
+    assert "Perplexity, on held-out text of what it was calibrated on (in-domain): how." in (
+        model_card(a_record(), remote_code=False)
+    )
+    config = {"data": "owner/text:en", "eval_data": "/home/me/other.txt"}
+    copying = {
+        **{"before": 64.0, "after": 31.25},
+        "protocol": {"measure": "a sequence, repeated", "tokens": 3200},
+    }
+    text = model_card(a_record(config=config, copying=copying), remote_code=False)
+    assert "Perplexity, on held-out text of other.txt: how." in text
+    assert "| copying, tokens right | 64.0 % | 31.2 % | × 0.49 |" in text
+    assert "Copying from context: a sequence, repeated; 3,200 tokens." in text
+    nothing = {"before": 0.0, "after": 0.0, "protocol": copying["protocol"]}
+    assert "| 0.0 % | 0.0 % |  |" in model_card(a_record(copying=nothing), remote_code=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -157,7 +157,8 @@ SPEED = {
     "rows": [
         {
             **{"name": "decode", "unit": "tokens/s", "dense": 10, "pruned": 12},
-            **{"better": "higher", "gain": 1.25},  # the median of ratios, pass by pass
+            # The median of ratios, pass by pass, and its spread.
+            **{"better": "higher", "gain": 1.25, "low": 1.2, "high": 1.3, "bound": 1.33},
         },
         {"name": "first token", "unit": "ms", "dense": 90.0, "pruned": 60.0, "better": "lower"},
     ],
@@ -346,6 +347,50 @@ def test_removed_blocks_width_and_figures_that_are_no_numbers(tmp_path: Path) ->
     assert "width 64 48 −25.0 %" in page.text
     assert "In 1 step the gradients were not finite" in page.text
     assert "a 2.00 inf × inf" in page.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "it runs 1.25\u202f× as fast"),
+        ({"gain": 0.8, "low": 0.7, "high": 0.9}, "it runs 0.80\u202f× as fast"),
+        ({"gain": 1.34, "bound": 1.19}, None),
+        ({"low": 0.98}, None),
+        ({"gain": 0.95, "low": 0.9, "high": 1.01}, None),
+        *(({key: None}, None) for key in ("gain", "low", "high", "bound")),
+    ],
+)
+def test_the_verdict_states_no_speed_that_cannot_be_told(
+    changes: dict[str, float | None], said: str | None, tmp_path: Path
+) -> None:
+    sure = SPEED["rows"][0]  # type: ignore[index]
+    row = {k: v for k, v in {**sure, **changes}.items() if v is not None}  # type: ignore[dict-item]
+    files = read_run(a_run(tmp_path / "one", a_record(), None, speed={"rows": [row]}))
+    assert said is None or said in verdict(files)
+    assert ("as fast" in verdict(files)) == (said is not None)
+    # One that can be told does not make up for one that cannot.
+    both = read_run(a_run(tmp_path / "two", a_record(), None, speed={"rows": [sure, row]}))
+    assert ("as fast" in verdict(both)) == (said is not None)
+
+
+def test_the_report_says_what_text_is_judged_and_how_it_copies(tmp_path: Path) -> None:
+    copying = {
+        **{"before": 64.0, "after": 32.0},
+        "protocol": {"measure": "a sequence, repeated", "tokens": 3200, "seed": 77},
+    }
+    page = page_of(a_run(tmp_path / "in", a_record(copying=copying), None))
+    for expected in (
+        "perplexity on held-out in-domain text is 1.40",
+        "Perplexity on in-domain text, lower is better",
+        "and it copies 32.00 % of random tokens from its context (64.00 % before)",
+        "tokens right, % 64.00 32.00 × 0.50",
+        "a sequence, repeated; 3,200 tokens, seed 77",
+    ):
+        assert expected in page.text
+    config = {"data": "text.txt", "eval_data": "owner/other"}
+    page = page_of(a_run(tmp_path / "other", a_record(config=config), None))
+    assert "Perplexity on other text, lower is better" in page.text
+    assert "Copying" not in page.text
 
 
 def test_a_missed_target_is_said(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 
 import pytest
 
-from nuteprune.judge.retention import retention, retentions
+from nuteprune.judge.retention import retention, retention_stderr, retentions
 
 
 def test_is_the_share_of_the_dense_figure() -> None:
@@ -29,3 +31,41 @@ def test_figures_that_point_different_ways_have_no_mean() -> None:
     figures = {"acc": 0.5, "perplexity": 9.0}
     kept = retentions(figures, figures, {"acc": True, "perplexity": False})
     assert set(kept) == {"acc", "perplexity"}
+
+
+def test_the_same_answers_have_no_error_and_one_question_tells_none() -> None:
+    answers = [1.0, 0.0, 1.0, 1.0]
+    assert retention_stderr([answers], [answers]) == pytest.approx(0)
+    assert retention_stderr([[1.0]], [[1.0]]) is None
+    assert retention_stderr([[1.0, 0.0]], [[0.0, 0.0]]) is None
+    with pytest.raises(ValueError, match="zip"):
+        retention_stderr([[1.0, 0.0, 1.0]], [[1.0, 0.0]])
+
+
+def test_the_error_is_what_drawing_the_questions_again_gives() -> None:
+    """The delta method against a bootstrap, on two tasks of unlike size, answers correlated."""
+    draw = random.Random(0)
+
+    def questions(count: int, easy: float) -> list[tuple[float, float]]:
+        made = []
+        for _ in range(count):
+            dense = float(draw.random() < easy)
+            same = draw.random() < 0.85
+            made.append((dense if same else float(draw.random() < easy), dense))
+        return made
+
+    tasks = [questions(600, 0.7), questions(250, 0.4)]
+
+    def ratio(asked: list[list[tuple[float, float]]]) -> float:
+        means = [[statistics.fmean(x[i] for x in task) for task in asked] for i in (0, 1)]
+        return 100 * statistics.fmean(means[0]) / statistics.fmean(means[1])
+
+    again = [ratio([draw.choices(task, k=len(task)) for task in tasks]) for _ in range(1500)]
+    ours, dense = ([[x[i] for x in task] for task in tasks] for i in (0, 1))
+    error = retention_stderr(ours, dense)
+    assert error == pytest.approx(statistics.stdev(again), rel=0.08)
+    # Unpaired, the error would be far larger.
+    shuffled = [draw.sample(task, len(task)) for task in ours]
+    unpaired = retention_stderr(shuffled, dense)
+    assert unpaired is not None
+    assert unpaired > 1.5 * error  # type: ignore[operator]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,12 +9,8 @@ import torch
 from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.judge import tasks
-from nuteprune.judge.tasks import COMMONSENSE7, Score, Tasks, read_scores
+from nuteprune.judge.tasks import COMMONSENSE7, Figure, Score, Tasks, read_scores
 from nuteprune.judge.verdicts import Verdicts
-
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval"
-)
 
 QUESTIONS = [
     {"question": f"The teacher number {i} is", "choices": ["a student", "pruned"], "label": i % 2}
@@ -44,7 +39,6 @@ metric_list:
     return tmp_path
 
 
-@needs_harness
 @pytest.mark.filterwarnings("default")  # the harness and what it brings along have many
 def test_a_local_task_is_scored_as_by_hand(folder: Path, tiny_model, tiny_tokenizer) -> None:
     model = tiny_model("llama", vocab_size=300)
@@ -64,17 +58,21 @@ def test_a_local_task_is_scored_as_by_hand(folder: Path, tiny_model, tiny_tokeni
         for q in QUESTIONS
     ]
     assert score.value == pytest.approx(sum(right) / 6)
+    assert score.answers == tuple(map(float, right))
+    assert list(score.others) == ["acc_norm"]
+    assert list(score.to_dict()) == [
+        *("value", "metric", "stderr", "higher_is_better", "samples", "others"),
+    ]
     assert Tasks(["school"], folder, limit=2).ask(model, tiny_tokenizer)["school"].samples == 2
 
 
-@needs_harness
 @pytest.mark.filterwarnings("default")
 def test_unknown_tasks_and_missing_data_are_the_users(
     folder: Path, tiny_model, tiny_tokenizer
 ) -> None:
     with pytest.raises(UserError, match="did you mean school"):
         Tasks(["schol"], folder)
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         Tasks(["school"], folder / "nope")
     with pytest.raises(UserError, match="at least 1"):
         Tasks(["school"], folder, limit=0)
@@ -122,6 +120,76 @@ def test_one_figure_per_task_is_read() -> None:
     assert (scores["piqa"].stderr, scores["piqa"].samples) == (0.01, 10)
     assert not scores["bits"].higher_is_better
     assert scores["bits"].stderr is None
+
+
+def test_all_metrics_of_a_task_are_read() -> None:
+    results = {
+        "results": {
+            "lambada": {
+                **{"alias": "lambada", "perplexity,none": 44.5, "perplexity_stderr,none": 1.5},
+                **{"acc,none": 0.35, "acc_stderr,none": 0.01},
+            },
+            "gsm8k": {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5},
+        },
+        "higher_is_better": {"lambada": {"perplexity": False, "acc": True}},
+        "samples": {
+            "gsm8k": [
+                {"doc_id": 1, "filter": "strict-match", "exact_match": 0.5},
+                {"doc_id": 0, "filter": "strict-match", "exact_match": 0.0},
+                {"doc_id": 0, "filter": "flexible-extract", "exact_match": 1.0},
+                {"doc_id": 1, "filter": "flexible-extract", "exact_match": 0.0},
+            ],
+            # A perplexity is no mean over questions.
+            "lambada": [{"doc_id": 0, "filter": "none", "perplexity": -3.0, "acc": 0.0}],
+        },
+    }
+    scores = read_scores(results)
+    assert (scores["lambada"].metric, scores["lambada"].value) == ("perplexity", 44.5)
+    assert scores["lambada"].others == {"acc": Figure(0.35, 0.01, True)}
+    assert scores["lambada"].answers is None
+    assert scores["gsm8k"].metric == "exact_match"
+    assert list(scores["gsm8k"].others) == ["exact_match,flexible-extract"]
+    assert scores["gsm8k"].answers == (0.0, 0.5)
+
+
+def test_the_table_and_the_json_show_all_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    def score(perplexity: float, accuracy: float) -> Score:
+        others = {"acc": Figure(accuracy, 0.01, True)}
+        return Score(perplexity, "perplexity", 1.5, False, 9, others)
+
+    found = {"small": {"lambada": score(50.0, 0.3)}, "large": {"lambada": score(40.0, 0.4)}}
+    verdicts = Verdicts({}, None, tasks=found)
+    verdicts.compare("small", "large")
+    verdicts.print(Output())
+    lines = [" ".join(x.split()) for x in capsys.readouterr().out.splitlines()]
+    assert "lambada perplexity 9 ±1.5000 50.0000 40.0000 80.0 %" in lines
+    assert "acc ±0.0100 0.3000 0.4000 75.0 %" in lines
+    told = verdicts.to_dict()["tasks"]["small"]["lambada"]
+    assert told["others"] == {"acc": {"value": 0.3, "stderr": 0.01, "higher_is_better": True}}
+
+
+def test_retention_has_the_paired_error_of_its_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    def score(*answers: float) -> Score:
+        value = sum(answers) / len(answers)
+        return Score(value, "acc", None, True, len(answers), answers=answers)
+
+    ours = {"a": score(1, 0, 1, 1), "b": score(0, 1, 0, 1)}
+    dense = {"a": score(1, 1, 1, 1), "b": score(0, 1, 1, 1)}
+    verdicts = Verdicts({}, None, tasks={"small": ours, "large": dense})
+    verdicts.compare("small", "large")
+    errors = verdicts.to_dict()["retention_stderr"]["tasks"]
+    # In task a 0.75 - x are 1/4, -3/4, 1/4, 1/4: their variance is 1/4, of the mean's 1/16.
+    assert errors["a"] == pytest.approx(25)
+    verdicts.print(Output())
+    lines = [" ".join(x.split()) for x in capsys.readouterr().out.splitlines()]
+    assert "a acc 4 - 0.7500 1.0000 75.0 ± 25.0 %" in lines
+    assert any(x.startswith("mean") and "±" in x for x in lines)
+    # Without the answers of one task neither it nor the mean has an error.
+    verdicts.tasks["large"]["b"] = Score(0.75, "acc", None, True, 4)
+    verdicts.compare("small", "large")
+    errors = verdicts.retention_stderr["tasks"]
+    assert (errors["b"], errors["mean"]) == (None, None)
+    assert errors["a"] == pytest.approx(25)
 
 
 def test_unlike_figures_have_no_mean(capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,7 +265,9 @@ def _for_report(found: dict[str, Any]) -> dict[str, Any]:
         for name, unit, key, scale, better, phase in REPORTED:
             old, new = (scale * x[key]["median"] for x in (dense, ours))
             row = {"name": f"{name}, {size}", "unit": unit, "dense": old, "pruned": new}
-            rows.append({**row, "better": better, "gain": setting["speedup"][phase]["median"]})
+            ratio = setting["speedup"][phase]
+            told = {"gain": ratio["median"], **{k: ratio[k] for k in ("low", "high", "bound")}}
+            rows.append({**row, "better": better, **told})
     shares = [_against_bound(setting) for setting in found["settings"]]
     return {"conditions": _conditions(found), "rows": rows, "notes": [*shares, *found["advice"]]}
 

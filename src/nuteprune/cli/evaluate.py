@@ -1,10 +1,10 @@
-"""`nuteprune eval`: perplexity and zero-shot tasks of a checkpoint, dense, pruned or midway."""
+"""`nuteprune eval`: perplexity, copying and tasks of a checkpoint, dense, pruned or midway."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +18,16 @@ from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import UserError
 from nuteprune.jobs.comparison import same_tokens
 from nuteprune.jobs.midway import Judged, judged
-from nuteprune.jobs.sources import load_tokenizer, pick_device, pick_dtype
+from nuteprune.jobs.sources import load_tokenizer, pick_device, pick_dtype, record_of
 from nuteprune.judge import protocols, texts
+from nuteprune.judge.copying import SEED as COPYING_SEED
+from nuteprune.judge.copying import copying
 from nuteprune.judge.perplexity import perplexity
+from nuteprune.judge.provenance import calibrated_on, kind_of
 from nuteprune.judge.tasks import Tasks
 from nuteprune.judge.verdicts import Verdicts
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.run_settings import read_settings
 
 
 def evaluate(
@@ -68,6 +72,10 @@ def evaluate(
     device: o.Device = None,
     dtype: o.Dtype = None,
     text_column: o.TextColumn = None,
+    copying_seed: Annotated[
+        int,
+        typer.Option(help="Draws the tokens to copy. To choose between models pass one of 0 to 9."),
+    ] = COPYING_SEED,
     base: Annotated[
         str | None,
         typer.Option(help="Where the model is now that OUT/run/checkpoint-N prunes."),
@@ -75,7 +83,7 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure how good MODEL is: perplexity on text, accuracy in zero-shot tasks.
+    """Measure how good MODEL is: perplexity on text, copying from context, zero-shot tasks.
 
     MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without --data and --tasks,
     perplexity on the held-out part of the embedded texts is measured.
@@ -93,7 +101,8 @@ def evaluate(
     cut: dict[str, texts.Blocks] = {}
     if data or protocol or questions is None:
         changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}
-        cut = _blocks(data, protocol, changes, tokenizer, whole, text_column)
+        calibrated = _calibrated(models)
+        cut = _blocks(data, protocol, changes, tokenizer, whole, text_column, calibrated)
         if against is not None:
             same_tokens(tokenizer, models[1].source, trust_remote_code)
     verdicts = Verdicts(cut, questions)
@@ -104,8 +113,11 @@ def evaluate(
             verdicts.midway |= {one.name: sparsity} if sparsity is not None else {}
             if cut:
                 verdicts.perplexity[one.name] = _measure(one, loaded, cut, batch_size, bars.update)
+            own = load_tokenizer(one.source, trust_remote_code)
+            verdicts.copying[one.name] = copying(
+                loaded, own, seed=copying_seed, batch_size=batch_size
+            )
             if questions is not None:
-                own = load_tokenizer(one.source, trust_remote_code)
                 verdicts.tasks[one.name] = questions.ask(loaded, own, batch_size)
             del loaded
             gc.collect()
@@ -125,6 +137,14 @@ def _check(batch_size: int, tasks: str | None, for_tasks: Mapping[str, object]) 
             raise UserError(f"--{name} is for tasks; name some with --tasks")
 
 
+def _calibrated(models: Sequence[Judged]) -> list[str] | None:
+    """Return the texts that the models were calibrated on; None if no record tells."""
+    records = [record for x in models if (record := record_of(x.source)) is not None]
+    runs = [x.checkpoint.parent for x in models if x.checkpoint is not None]
+    records += [{"config": read_settings(run)} for run in runs]
+    return [spec for x in records for spec in calibrated_on(x)] if records else None
+
+
 def _blocks(
     data: list[str] | None,
     protocol: str | None,
@@ -132,6 +152,7 @@ def _blocks(
     tokenizer: PreTrainedTokenizerBase,
     whole: bool,
     text_column: str | None,
+    calibrated: Sequence[str] | None,
 ) -> dict[str, texts.Blocks]:
     """Cut each text by the protocol that was asked for, or by the one that suits it."""
     named = protocols.protocol_named(protocol) if protocol else None
@@ -141,6 +162,7 @@ def _blocks(
         published = spec.partition("=")[0] in protocols.TEXTS
         name = protocol or ("nuteprune" if published else protocols.HELD_OUT)
         how = protocols.changed(protocols.protocol_named(name), **changes)
+        kind = None if calibrated is None else kind_of(spec, calibrated)
         found = texts.rows_of(spec, whole=whole, text_column=text_column, tokenizer=tokenizer)
         for source, read in found.items():
             if source in cut:
@@ -149,9 +171,8 @@ def _blocks(
                 )
             made = texts.make_blocks(source, read(), tokenizer, how)
             part = "all" if whole or published else "held-out"
-            cut[source] = dataclasses.replace(
-                made, described={"protocol": name, "part": part, **made.described}
-            )
+            described = {"kind": kind, "protocol": name, "part": part, **made.described}
+            cut[source] = dataclasses.replace(made, described=described)
     return cut
 
 

@@ -77,7 +77,6 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
     licence = record.get("license_name") or record.get("license")
     if link := record.get("license_link"):
         licence = f"{licence} ({link})"
-    protocol = record.get("perplexity", {}).get("protocol", {}).get("measure")
     return _CARD.format(
         metadata=_metadata(record).to_yaml().strip(),
         name=_plain(_short(base_model)),
@@ -87,7 +86,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         taught=_taught(record) + _again(record),
         version=record["versions"]["nuteprune"],
         table=_table(record),
-        protocol=f"Perplexity, on held-out text: {protocol}." if protocol else "",
+        protocol=_protocols(record),
         plots="\n".join(_PLOTS),
         # Asked nothing, transformers asks whether to run the modeling file, for a tokenizer too.
         stock=", trust_remote_code=False" if remote_code else "",
@@ -217,7 +216,26 @@ def _table(record: Mapping[str, Any]) -> str:
         for source, old in ppl.get("before", {}).items()
         if None not in (old, ppl.get("after", {}).get(source))
     ]
+    copying = record.get("copying", {})
+    old, new = copying.get("before"), copying.get("after")
+    if old is not None and new is not None:
+        change = f"× {new / old:.2f}" if old else ""
+        rows.append(f"| copying{since}, tokens right | {old:.1f} % | {new:.1f} % | {change} |")
     return "\n".join(rows) + "\n"
+
+
+def _protocols(record: Mapping[str, Any]) -> str:
+    """Say how the table's figures were made, and what text perplexity is of."""
+    config, said = record.get("config", {}), []
+    if measure := record.get("perplexity", {}).get("protocol", {}).get("measure"):
+        data, judged = config.get("data"), config.get("eval_data")
+        text = " of what it was calibrated on (in-domain)" if data else ""
+        if judged not in (None, data):
+            text = f" of {_plain(_public(str(judged)))}"
+        said.append(f"Perplexity, on held-out text{text}: {measure}.")
+    if how := record.get("copying", {}).get("protocol"):
+        said.append(f"Copying from context: {how['measure']}; {how['tokens']:,} tokens.")
+    return " ".join(said)
 
 
 def _tuned(record: Mapping[str, Any]) -> str:

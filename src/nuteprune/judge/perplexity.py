@@ -53,7 +53,7 @@ def perplexity(
     is_read_NT = torch.arange(length) < context[:, None]
     targets = blocks.masked_fill(is_read_NT, IGNORED)
     batches = zip(blocks.split(batch_size), targets.split(batch_size), strict=True)
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         total = sum(_negative_log_likelihood(model, x.to(device), y) for x, y in batches)
     predicted = int((~is_read_NT).sum())
     # Unlike math.exp, a tensor's goes to infinity where a broken model takes it.
@@ -111,7 +111,7 @@ def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor, targets_BT: Te
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its modules back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -18,15 +18,15 @@ from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, Plot, percent
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.plots import Row
+from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, calibrated_on, kind_of
 from nuteprune.judge.run_files import RunFiles, read_run, teacher_sparsities
+from nuteprune.judge.units import THIN, count, duration, number, size
 from nuteprune.run_folder import CARD, REPORT
 
 PLOTS = "plots"
 """Folder of the PNG files, beside the report."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # no part of an HTML page
-
-_THIN = "\u202f"  # between a number and its unit
 
 
 Again = Callable[[Mapping[str, Any], str], tuple[list[list[str]], str]]
@@ -132,6 +132,7 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         record=record,
         verdict=verdict(files),
         table=headline(record, files.speed) if record else [],
+        spread=all("low" in row for row in (files.speed or {}).get("rows", [])),
         rows=kept_rows(record) if record else [],
         files=files,
         last=files.metrics[-1] if files.metrics else None,
@@ -178,12 +179,14 @@ def verdict(files: RunFiles) -> str:
     before, after = _perplexities(record)
     if before:
         ratio = mean(after) / mean(before)
-        parts.append(f"perplexity on held-out text is {number(ratio)}{_THIN}× the dense model's")
-    rates = (files.speed or {}).get("rows", [])
-    gains = sorted(_gain(row) for row in rates if row["better"] == "higher")
-    if gains:
+        kind = text_kind(record) or "text"
+        parts.append(f"perplexity on held-out {kind} is {number(ratio)}{THIN}× the dense model's")
+    if copied := _copied(record):
+        then, now = (f"{number(share)}{THIN}%" for share in copied)
+        parts.append(f"it copies {now} of random tokens from its context ({then} before)")
+    if gains := _told_gains(files.speed):
         span = dict.fromkeys((number(gains[0]), number(gains[-1])))
-        parts.append(f"it runs {' to '.join(span)}{_THIN}× as fast")
+        parts.append(f"it runs {' to '.join(span)}{THIN}× as fast")
     # A run stores what it reached; rounding errors of its division are none of the reader's.
     missed = record["sparsity"] < record["target"] - 1e-9
     ending = f" The target of {percent(record['target'], 1)} was missed." if missed else ""
@@ -204,7 +207,7 @@ def headline(
         # The dtype is kept, so the dense file has the same bytes per parameter.
         dense = record["bytes_on_disk"] / params["after"] * params["before"]
         what, old, new, change = _counted("on disk", dense, record["bytes_on_disk"], size)
-        cells.append((what, f"≈{_THIN}{old}", new, change))
+        cells.append((what, f"≈{THIN}{old}", new, change))
     hidden = record.get("hidden", {})
     if hidden.get("before") != hidden.get("after"):
         cells.append(_counted("width", hidden["before"], hidden["after"], "{:,}".format))
@@ -215,7 +218,14 @@ def headline(
         if len(before) > 1:
             old_mean, new_mean = mean(before), mean(after)
             rows.append(_compared("mean", old_mean, new_mean, new_mean / old_mean))
-        groups.append(("Perplexity, lower is better", rows))
+        kind = text_kind(record)
+        title = f"Perplexity on {kind}" if kind else "Perplexity"
+        groups.append((f"{title}, lower is better", rows))
+    if copied := _copied(record):
+        old_share, new_share = copied
+        ratio = new_share / old_share if old_share else math.nan
+        row = _compared(f"tokens right,{THIN}%", old_share, new_share, ratio)
+        groups.append(("Copying from context, higher is better", [row]))
     if speed is not None and speed["rows"]:
         groups.append(
             (
@@ -227,6 +237,22 @@ def headline(
             )
         )
     return groups
+
+
+def text_kind(record: Mapping[str, Any]) -> str | None:
+    """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
+    judged = record.get("config", {}).get("eval_data")
+    calibrated = calibrated_on(record)
+    if judged is None:
+        return f"{IN_DOMAIN} text" if calibrated else None
+    return OTHER_TEXT if kind_of(str(judged), calibrated) == OTHER_TEXT else f"{IN_DOMAIN} text"
+
+
+def _copied(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the percentages of tokens copied before and after, None if they are not known."""
+    shares = (record.get("copying", {}).get(when) for when in ("before", "after"))
+    before, after = shares
+    return None if before is None or after is None else (float(before), float(after))
 
 
 def _perplexities(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
@@ -242,7 +268,7 @@ def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, st
 
 
 def _compared(what: str, before: float, after: float, ratio: float) -> tuple[str, str, str, str]:
-    return what, number(before), number(after), f"×{_THIN}{number(ratio)}"
+    return what, number(before), number(after), f"×{THIN}{number(ratio)}"
 
 
 def _gain(row: Mapping[str, Any]) -> float:
@@ -255,31 +281,23 @@ def _gain(row: Mapping[str, Any]) -> float:
     return float(better / worse) if worse else math.nan
 
 
-def number(value: float) -> str:
-    """Return a number for people: grouped in thousands, fewer digits where it is large."""
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
-    return f"{value:,.{digits}f}"
+def _told_gains(speed: Mapping[str, Any] | None) -> list[float]:
+    """Return the gains in speed that a verdict may state, growing; none if one row is doubtful.
+
+    Rows without a spread and a bound are doubtful. So are gains within their spread, and those
+    beyond what the work saved allows. To leave out the doubtful rows alone would pick the best.
+    """
+    rows = [row for row in (speed or {}).get("rows", []) if row["better"] == "higher"]
+    if not all(_is_sure(row) for row in rows):
+        return []
+    return sorted(_gain(row) for row in rows)
 
 
-def count(value: float) -> str:
-    """Return a count of parameters for people."""
-    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.{2 if unit == 'B' else 1}f}{_THIN}{unit}"
-    return f"{value:.0f}"
-
-
-def size(value: float) -> str:
-    """Return a number of bytes for people."""
-    return count(value).replace("B", "G") + ("B" if value >= 1e3 else f"{_THIN}B")
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people."""
-    if seconds < 120:
-        return f"{seconds:.0f}{_THIN}s"
-    minutes = round(seconds / 60)
-    return f"{minutes}{_THIN}min" if minutes < 120 else f"{seconds / 3600:.1f}{_THIN}h"
+def _is_sure(row: Mapping[str, Any]) -> bool:
+    if not all(key in row for key in ("gain", "low", "high", "bound")):
+        return False
+    differs = row["low"] > 1 or row["high"] < 1
+    return bool(differs and row["gain"] <= row["bound"])
 
 
 def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:

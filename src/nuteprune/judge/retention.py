@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def retention(ours: float, dense: float, *, higher_is_better: bool) -> float | None:
@@ -48,3 +48,34 @@ def retentions(
         means = (statistics.fmean(x[name] for name in names) for x in (ours, dense))
         kept["mean"] = retention(*means, higher_is_better=ways.pop())
     return kept
+
+
+def retention_stderr(
+    ours: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]
+) -> float | None:
+    """Return the standard error of the retention of a mean over tasks, in percentage points.
+
+    Both models answer the same questions, so what they share cancels: the error of the ratio R of
+    two means is, by the delta method, that of the mean of `ours - R dense` over the dense mean.
+    Tasks count alike, whatever their size, and are independent.
+
+    Args:
+        ours: for each task the model's figure on each question.
+        dense: the dense model's, on the same questions in the same order.
+
+    Returns:
+        The error; None where it cannot be told: a task of fewer than two questions, or the dense
+        model has none right.
+
+    Raises:
+        ValueError: if the questions are not as many.
+    """
+    mean_dense = statistics.fmean(statistics.fmean(task) for task in dense)
+    if mean_dense <= 0 or min(map(len, dense)) < 2:
+        return None
+    ratio = statistics.fmean(statistics.fmean(task) for task in ours) / mean_dense
+    variance = 0.0
+    for mine, theirs in zip(ours, dense, strict=True):
+        left = [x - ratio * y for x, y in zip(mine, theirs, strict=True)]
+        variance += statistics.variance(left) / len(left)
+    return 100 * math.sqrt(variance) / len(dense) / mean_dense

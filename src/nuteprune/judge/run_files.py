@@ -5,10 +5,12 @@ if something wrote them, two small files that the report shows as they are:
 
     samples.json  [{"prompt": text, "dense": text, "pruned": text}, ...]: continuations
     speed.json    {"conditions": text, "rows": [{"name": text, "unit": text, "dense": number,
-                  "pruned": number, "better": "higher" or "lower", "gain": number}, ...],
-                  "notes": [text, ...]}: medians of a benchmark; the gain, how many times better,
-                  where it is not the ratio of the two; what there is to say of them. Gains and
-                  notes may be left out.
+                  "pruned": number, "better": "higher" or "lower", "gain": number, "low": number,
+                  "high": number, "bound": number}, ...], "notes": [text, ...]}: medians of a
+                  benchmark. The gain says how many times better, where it is not the ratio of the
+                  two; low and high are its spread; the bound is what the work saved allows. Notes
+                  say what there is to say. All from the gain on may be left out; without spread
+                  and bound the verdict states no speed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from nuteprune.train.state import RunState, last_checkpoint
 
 _RECORD_KEYS = ("sparsity", "target", "total_sparsity", "params", "layers", "layers_before")
 _SAMPLE_KEYS = ("prompt", "dense", "pruned")
+_SPEED_NUMBERS = ("gain", "low", "high", "bound")
 _SPEED_KEYS = ("name", "unit", "dense", "pruned", "better")
 
 
@@ -99,7 +102,9 @@ def read_run(folder: Path) -> RunFiles:
     speed = _json(run / SPEED)
     if speed is not None:
         rows = speed.get("rows") if isinstance(speed, dict) else None
-        _check_rows(run / SPEED, rows, _SPEED_KEYS, numbers=("dense", "pruned"), maybe=("gain",))
+        _check_rows(
+            run / SPEED, rows, _SPEED_KEYS, numbers=("dense", "pruned"), maybe=_SPEED_NUMBERS
+        )
         speed.setdefault("conditions", "")
         notes = speed.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -36,15 +38,33 @@ _NORMALIZED: Final = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A task's figure by one of its metrics.
+
+    Args:
+        value: the figure.
+        stderr: its standard error, None if the harness gives none.
+        higher_is_better: which way is better.
+    """
+
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
 class Score:
     """What a model reaches in a task.
 
     Args:
-        value: its figure.
+        value: its figure by the metric that counts in means.
         metric: what it is, such as `acc_norm`.
         stderr: its standard error, None if the harness gives none.
         higher_is_better: which way is better.
         samples: questions asked; None for a group of tasks.
+        others: the task's other metrics -> figure, in the task's order.
+        answers: the figure's value for each question asked, in the order of the questions; None
+            where `value` is not their mean.
     """
 
     value: float
@@ -52,6 +72,17 @@ class Score:
     stderr: float | None
     higher_is_better: bool
     samples: int | None
+    others: Mapping[str, Figure] = field(default_factory=dict)
+    answers: tuple[float, ...] | None = None
+
+    @property
+    def figure(self) -> Figure:
+        """The figure that counts in means."""
+        return Figure(self.value, self.stderr, self.higher_is_better)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the single answers, fit for JSON."""
+        return {k: v for k, v in asdict(self).items() if k != "answers"}
 
 
 class Tasks:
@@ -124,7 +155,7 @@ class Tasks:
                     num_fewshot=self.fewshot,
                     limit=self.limit,
                     task_manager=self._manager,
-                    log_samples=False,
+                    log_samples=True,  # each answer, for errors of paired differences
                     bootstrap_iters=100,  # of no use to accuracies, whose error has a closed form
                 )
         except (OSError, DatasetsError) as error:
@@ -177,7 +208,7 @@ def _manager(names: list[str], include_path: Path | None) -> Any:
 
 
 def read_scores(results: Mapping[str, Any]) -> dict[str, Score]:
-    """Pick one figure per task from what the harness returns.
+    """Read the figures of each task from what the harness returns.
 
     Args:
         results: what `lm_eval.simple_evaluate` returns.
@@ -189,26 +220,51 @@ def read_scores(results: Mapping[str, Any]) -> dict[str, Score]:
     subtasks = results.get("group_subtasks", {})
     averaged = [members for group, members in subtasks.items() if _metrics(rows.get(group))]
     hidden = set(itertools.chain.from_iterable(averaged))
-    scores = {}
-    for task, row in rows.items():
-        metrics = _metrics(row)
-        if not metrics or task in hidden:
-            continue
-        plain = [m for m in metrics if m.split(",")[0] != "acc_norm"]
-        normalized = [m for m in metrics if m.split(",")[0] == "acc_norm"]
-        key = next(iter(normalized if task in _NORMALIZED and normalized else plain or normalized))
+    found = {task: _metrics(row) for task, row in rows.items() if task not in hidden}
+    return {task: _score(task, keys, results) for task, keys in found.items() if keys}
+
+
+def _score(task: str, keys: list[str], results: Mapping[str, Any]) -> Score:
+    plain = [key for key in keys if key.split(",")[0] != "acc_norm"]
+    normalized = [key for key in keys if key.split(",")[0] == "acc_norm"]
+    counts = next(iter(normalized if task in _NORMALIZED and normalized else plain or normalized))
+    row, better = results["results"][task], results.get("higher_is_better", {}).get(task, {})
+
+    def figure(key: str) -> Figure:
         name, _, kind = key.partition(",")
         stderr = row.get(f"{name}_stderr,{kind}")
-        count = results.get("n-samples", {}).get(task, {}).get("effective")
-        higher = results.get("higher_is_better", {}).get(task, {}).get(name)
-        scores[task] = Score(
-            float(row[key]),
-            name,
-            float(stderr) if isinstance(stderr, (int, float)) else None,
-            higher is not False,
-            count,
-        )
-    return scores
+        known = float(stderr) if isinstance(stderr, (int, float)) else None
+        return Figure(float(row[key]), known, better.get(name) is not False)
+
+    names = [key.partition(",")[0] for key in keys]
+    others = {
+        # The harness names a metric once for each way to read an answer (gsm8k).
+        name if names.count(name) == 1 else key: figure(key)
+        for name, key in zip(names, keys, strict=True)
+        if key != counts
+    }
+    return Score(
+        **asdict(figure(counts)),
+        metric=counts.partition(",")[0],
+        samples=results.get("n-samples", {}).get(task, {}).get("effective"),
+        others=others,
+        answers=_answers(results.get("samples", {}).get(task), counts, float(row[counts])),
+    )
+
+
+def _answers(
+    samples: Iterable[Mapping[str, Any]] | None, key: str, value: float
+) -> tuple[float, ...] | None:
+    """Return a metric's value for each question, None unless the task's figure is their mean."""
+    name, _, kind = key.partition(",")
+    asked = [x for x in samples or () if x.get("filter", kind) == kind]
+    ordered = sorted(asked, key=lambda x: x["doc_id"])
+    values = [x.get(name) for x in ordered]
+    if not values or not all(isinstance(x, (int, float)) for x in values):
+        return None
+    answers = tuple(float(x) for x in values if x is not None)
+    same = math.isclose(statistics.fmean(answers), value, rel_tol=1e-6, abs_tol=1e-9)
+    return answers if same else None
 
 
 def _metrics(row: Mapping[str, Any] | None) -> list[str]:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from nuteprune.console import Output
+from nuteprune.judge.copying import Copying
 from nuteprune.judge.perplexity import PROTOCOL, mean
 from nuteprune.judge.protocols import HELD_OUT
-from nuteprune.judge.retention import retentions
-from nuteprune.judge.tasks import Score, Tasks
+from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT
+from nuteprune.judge.retention import retention, retention_stderr, retentions
+from nuteprune.judge.tasks import Figure, Score, Tasks
 from nuteprune.judge.texts import Blocks
 
 Retention = dict[str, float | None]
 LABELS = ("model", "dense")
 """What tables call MODEL and the one after --against."""
+MEAN: Final = "mean"
+REPEAT: Final = "repeat"
+
+_TITLES: Final[Mapping[str | None, str]] = {
+    IN_DOMAIN: "In-domain text (of sources that the model was calibrated on)",
+    OTHER_TEXT: "Other text (of sources that the model was not calibrated on)",
+    None: "Text",
+}
 
 
 @dataclasses.dataclass
@@ -26,30 +36,39 @@ class Verdicts:
         blocks: text -> what perplexity is measured on; may be empty.
         questions: the tasks that were asked, None for none.
         perplexity: model -> text -> perplexity.
+        copying: model -> how well it copies from its context.
         tasks: model -> task -> score.
         midway: model -> sparsity of its masks, of models in the middle of a run.
-        retention: `perplexity` and `tasks` -> text or task -> percent; see `compare`.
+        retention: `perplexity`, `copying` and `tasks` -> text or task -> percent; see `compare`.
+        retention_stderr: `tasks` -> task -> standard error of that, in percentage points.
     """
 
     blocks: Mapping[str, Blocks]
     questions: Tasks | None
     perplexity: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    copying: dict[str, Copying] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)
     midway: dict[str, float] = dataclasses.field(default_factory=dict)
     retention: dict[str, Retention] = dataclasses.field(default_factory=dict)
+    retention_stderr: dict[str, Retention] = dataclasses.field(default_factory=dict)
 
     def compare(self, model: str, dense: str) -> None:
         """Add what the model retains of the dense one."""
         if self.perplexity:
             ours, theirs = self.perplexity[model], self.perplexity[dense]
             self.retention["perplexity"] = retentions(ours, theirs, dict.fromkeys(ours, False))
+        if self.copying:
+            shares = (self.copying[name].percent for name in (model, dense))
+            self.retention["copying"] = {REPEAT: retention(*shares, higher_is_better=True)}
         if self.tasks:
             mine, of_dense = self.tasks[model], self.tasks[dense]
-            self.retention["tasks"] = retentions(
+            kept = retentions(
                 {task: score.value for task, score in mine.items()},
                 {task: score.value for task, score in of_dense.items()},
                 {task: score.higher_is_better for task, score in mine.items()},
             )
+            self.retention["tasks"] = kept
+            self.retention_stderr["tasks"] = _errors(kept, mine, of_dense)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, fit for JSON."""
@@ -60,60 +79,128 @@ class Verdicts:
         return {
             "perplexity": self.perplexity,
             "protocol": protocol,
+            "copying": {name: found.percent for name, found in self.copying.items()},
+            "copying_protocol": {name: found.protocol for name, found in self.copying.items()},
             "tasks": {
-                name: {task: dataclasses.asdict(score) for task, score in scores.items()}
+                name: {task: score.to_dict() for task, score in scores.items()}
                 for name, scores in self.tasks.items()
             },
             "tasks_protocol": None if self.questions is None else self.questions.described(),
             "retention": self.retention,
+            "retention_stderr": self.retention_stderr,
             "midway_sparsity": self.midway,
         }
 
     def print(self, output: Output) -> None:
         """Print tables, each with how its figures came about."""
-        names = list(self.perplexity or self.tasks)
+        names = list(self.perplexity or self.copying or self.tasks)
         for label, name in zip(LABELS, names, strict=False):
             step = f", midway: masks at {self.midway[name]:.2%}" if name in self.midway else ""
             output.line(f"{label}: {name}{step}")
-        if self.perplexity:
-            self._print_perplexity(output)
+        for kind, title in _TITLES.items():
+            texts = [name for name, x in self.blocks.items() if x.described.get("kind") == kind]
+            if texts and self.perplexity:
+                self._print_perplexity(output, title, texts)
+        if self.copying:
+            self._print_copying(output)
         if self.tasks:
             self._print_tasks(output)
 
-    def _print_perplexity(self, output: Output) -> None:
-        found = list(self.perplexity.values())
-        rows = [[text, *(f"{x[text]:.2f}" for x in found)] for text in self.blocks]
-        rows.append(["mean", *(f"{mean(x):.2f}" for x in found)])
+    def _print_perplexity(self, output: Output, title: str, texts: Sequence[str]) -> None:
+        found = [{text: x[text] for text in texts} for x in self.perplexity.values()]
+        rows = [[text, *(f"{x[text]:.2f}" for x in found)] for text in texts]
+        rows.append([MEAN, *(f"{mean(x):.2f}" for x in found)])
+        kept = None
+        if "perplexity" in self.retention:
+            ours, dense = found[0], found[-1]  # one and the same if a model is its own dense one
+            of_group = retentions(ours, dense, dict.fromkeys(texts, False))
+            kept = [_percent(of_group[row[0]]) for row in rows]
         columns = ["text", *LABELS[: len(found)]]
-        output.line()
-        self._table(output, "Perplexity, lower is better", "perplexity", columns, rows)
-        for name, blocks in self.blocks.items():
-            output.line(f"{name}: {_stated(blocks.described)}")
+        _table(output, f"{title}: perplexity, lower is better", columns, rows, kept)
+        for name in texts:
+            output.line(f"{name}: {_stated(self.blocks[name].described)}")
+
+    def _print_copying(self, output: Output) -> None:
+        found = list(self.copying.values())
+        row = ["tokens right", *(f"{x.percent:.1f} %" for x in found)]
+        known = self.retention.get("copying")
+        kept = None if known is None else [_percent(known[REPEAT])]
+        columns = ["", *LABELS[: len(found)]]
+        _table(output, "Copying from context, higher is better", columns, [row], kept)
+        how = found[0].protocol
+        output.line(
+            f"{how['sequences']} sequences of {how['length']} random tokens, each followed by "
+            f"itself: of the repeat's {how['tokens']:,} tokens, those held for the likeliest; seed "
+            f"{how['seed']}"
+        )
 
     def _print_tasks(self, output: Output) -> None:
         found = list(self.tasks.values())
-        rows = []
+        rows, kept = [], []
         for task, score in found[0].items():
-            error = "-" if score.stderr is None else f"±{score.stderr:.4f}"
             count = "-" if score.samples is None else str(score.samples)
-            values = [f"{x[task].value:.4f}" for x in found]
-            rows.append([task, score.metric, count, error, *values])
+            rows.append([task, score.metric, count, *_cells([x[task].figure for x in found])])
+            kept.append(self._kept(task))
+            for metric, figure in score.others.items():
+                figures = [x[task].others[metric] for x in found]
+                rows.append(["", metric, "", *_cells(figures)])
+                pair = figures[0].value, figures[-1].value
+                kept.append(_percent(retention(*pair, higher_is_better=figure.higher_is_better)))
         if len({(x.metric.startswith("acc"), x.higher_is_better) for x in found[0].values()}) == 1:
             means = (mean({task: x.value for task, x in scores.items()}) for scores in found)
-            rows.append(["mean", "", "", "", *(f"{x:.4f}" for x in means)])
+            rows.append([MEAN, "", "", "", *(f"{x:.4f}" for x in means)])
+            kept.append(self._kept(MEAN))
         columns = ["task", "metric", "questions", "std error", *LABELS[: len(found)]]
-        output.line()
-        self._table(output, "Zero-shot tasks", "tasks", columns, rows)
+        compared = kept if "tasks" in self.retention else None
+        _table(output, "Zero-shot tasks", columns, rows, compared)
 
-    def _table(
-        self, output: Output, title: str, what: str, columns: list[str], rows: list[list[str]]
-    ) -> None:
-        """Print a table, with what is retained as its last column if that is known."""
-        kept = self.retention.get(what)
-        if kept is not None:
-            columns = [*columns, "retained"]
-            rows = [[*row, _percent(kept.get(row[0]))] for row in rows]
-        output.table(title, columns, rows)
+    def _kept(self, task: str) -> str:
+        """Return what is retained in a task, with the standard error of that if it is known."""
+        kept, error = (
+            found.get("tasks", {}).get(task) for found in (self.retention, self.retention_stderr)
+        )
+        return _percent(kept) if kept is None or error is None else f"{kept:.1f} ± {error:.1f} %"
+
+
+def _errors(
+    kept: Mapping[str, float | None], ours: Mapping[str, Score], dense: Mapping[str, Score]
+) -> Retention:
+    """Return the standard errors of what is retained in each task, and on average."""
+    answers = {}
+    for task in ours.keys() & dense.keys():
+        mine, theirs = ours[task].answers, dense[task].answers
+        if mine is not None and theirs is not None and len(mine) == len(theirs):
+            answers[task] = (mine, theirs)
+
+    def error(tasks: Sequence[str]) -> float | None:
+        if not tasks or not answers.keys() >= set(tasks):
+            return None
+        pairs = [answers[task] for task in tasks]
+        return retention_stderr([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
+
+    single = [task for task in kept if task in ours]
+    return {name: error([name] if name in ours else single) for name in kept}
+
+
+def _cells(figures: Sequence[Figure]) -> list[str]:
+    """Return the standard error of the first model's figure, then the figures."""
+    stderr = figures[0].stderr
+    return ["-" if stderr is None else f"±{stderr:.4f}", *(f"{x.value:.4f}" for x in figures)]
+
+
+def _table(
+    output: Output,
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    kept: list[str] | None,
+) -> None:
+    """Print a table, with what is retained as its last column if that is known."""
+    if kept is not None:
+        columns = [*columns, "retained"]
+        rows = [[*row, cell] for row, cell in zip(rows, kept, strict=True)]
+    output.line()
+    output.table(title, columns, rows)
 
 
 def _percent(value: float | None) -> str:

@@ -1,0 +1,33 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+THIN = "\u202f"
+"""Stands between a number and its unit."""
+
+
+def number(value: float) -> str:
+    """Return a number for people: grouped in thousands, fewer digits where it is large."""
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
+    return f"{value:,.{digits}f}"
+
+
+def count(value: float) -> str:
+    """Return a count of parameters for people."""
+    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.{2 if unit == 'B' else 1}f}{THIN}{unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """Return a number of bytes for people."""
+    return count(value).replace("B", "G") + ("B" if value >= 1e3 else f"{THIN}B")
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 120:
+        return f"{seconds:.0f}{THIN}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}{THIN}min" if minutes < 120 else f"{seconds / 3600:.1f}{THIN}h"
