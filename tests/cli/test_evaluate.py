@@ -51,7 +51,7 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
 ) -> None:
     out, other = tmp_path / "out", tmp_path / "other.txt"
     prune(run, model, text, out)
-    other.write_text("\n\n".join(f"A fox number {i} sees the grapes. " * 5 for i in range(80)))
+    other.write_text("\n\n".join(f"A fox number {i} sees the grapes. " * 5 for i in range(400)))
     both = ["--data", text, "--data", other, "--length", 24, "--device", "cpu"]
     code, stdout, stderr = run("eval", out, "--against", model, *both, "--json")
     assert code == 0, stderr

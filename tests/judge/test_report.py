@@ -387,7 +387,7 @@ def test_the_report_says_what_text_is_judged_and_how_it_copies(tmp_path: Path) -
         "a sequence, repeated; 3,200 tokens, seed 77",
     ):
         assert expected in page.text
-    config = {"data": "text.txt", "eval_data": "owner/other"}
+    config = {**a_record()["config"], "eval_data": "owner/other"}
     page = page_of(a_run(tmp_path / "other", a_record(config=config), None))
     assert "Perplexity on other text, lower is better" in page.text
     assert "Copying" not in page.text
