@@ -15,6 +15,7 @@ from nuteprune.shrink import compensate
 from nuteprune.shrink.compensate import (
     RIDGE,
     Fit,
+    install_in_place,
     install_lora,
     install_weight,
     low_rank,
@@ -171,8 +172,7 @@ def fitted_anew(
                 x_MK = x_MI[:, kept_I]
                 missing_MO = x_MI @ bases[path].T - x_MK @ weight_OI[:, kept_I].T
                 size = x_MK.shape[1]
-                ridge = (RIDGE * x_MK.square().sum() / max(1, size)).sqrt()
-                inputs = torch.cat([x_MK, ridge * torch.eye(size, dtype=torch.float64)])
+                inputs = torch.cat([x_MK, (RIDGE * x_MK.square().sum(0)).sqrt().diag()])
                 outputs = torch.cat([missing_MO, torch.zeros(size, len(weight_OI)).double()])
                 if size:
                     weight_OI[:, kept_I] += torch.linalg.lstsq(inputs, outputs).solution.T
@@ -184,16 +184,16 @@ def fitted_anew(
     return found
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("how", ["plain", "lora", "in place"])
 @pytest.mark.parametrize("name", WRITES)
-def test_refit_is_least_squares_layer_by_layer(name: str, lora: bool, tiny_model) -> None:
+def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) -> None:
     random = torch.Generator().manual_seed(5)
     tokens_NT = torch.randint(3, 90, (40, 24), generator=random)
     reference = tiny_model(name).double().requires_grad_(False)
     paths = [place.format(i) for i in range(3) for place in WRITES[name]]
     bases = {path: reference.get_submodule(path).weight.clone() for path in paths}
     model: Any = tiny_model(name).requires_grad_(False)
-    if lora:
+    if lora := how != "plain":
         targets = Anatomy(model).lora_targets()
         model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules=targets))
         for path, module in model.get_base_model().named_modules():
@@ -206,8 +206,13 @@ def test_refit_is_least_squares_layer_by_layer(name: str, lora: bool, tiny_model
     masks = chosen(anatomy, KIND_OF_HEADS.get(name, "kv_groups"))
     hooks = MaskHooks(anatomy)
     bank = LoraBank(anatomy)
-    install = install_lora(bank, anatomy, 32) if lora else install_weight(anatomy)
-    refit(anatomy, hooks, masks, list(tokens_NT.split(8)), install)
+    install = {
+        "plain": install_weight(anatomy),
+        "lora": install_lora(bank, anatomy, 32),
+        "in place": install_in_place(bank, anatomy),
+    }[how]
+    dense = bank.dense if lora else None
+    refit(anatomy, hooks, masks, list(tokens_NT.split(8)), install, dense=dense)
     expected = fitted_anew(reference, name, bases, masks, tokens_NT)
     for i in range(3):
         for place, mask in zip(

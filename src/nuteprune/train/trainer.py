@@ -481,11 +481,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             The smaller model, of a stock class if its shape allows, else of a subclass of it.
 
         Raises:
-            UserError: if the trainer's own model cannot be cut, or was already, and no other is
-                given.
+            UserError: if the trainer's own model cannot be cut and no other is given; at a second
+                call.
         """
-        if dense is None:
-            self._check_unused()
+        self._check_unused()
         if dense is None and self.reloads:
             raise UserError(
                 "weights that are sharded, in 8 or 4 bits, or narrower than they are stored cannot "
@@ -507,9 +506,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def _check_unused(self) -> None:
         if self._used_up:
             raise UserError(
-                "finalize() has used the trainer's model up, so a second one would fold masks into "
-                "it again. Keep what finalize() returned, or load the dense model again and call "
-                "finalize(dense=...)"
+                "finalize() has used the trainer's model up, and what was learned with it: keep "
+                "what it returned. To go on from a checkpoint of the run, make a new trainer and "
+                "call train(resume_from_checkpoint=True)"
             )
 
     def finalize_target(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
