@@ -127,20 +127,26 @@ def print_table(
     sources = list(record["perplexity"]["before"])
     dense_size = weights_size(assets.model_folder())
 
-    def row(name: str, count: int, size: int, ppl: dict[str, float]) -> list[str]:
-        cells = [name, millions(count), megabytes(size)]
+    def row(name: str, of: dict[str, Any], when: str, size: int) -> list[str]:
+        ppl, copied = of["perplexity"][when], of.get("copying", {}).get(when)
+        cells = [name, millions(of["params"][when]), megabytes(size)]
         cells += [f"{ppl[s]:.2f}" for s in sources]
-        return [*cells, f"{mean(ppl):.2f}", f"{rates[name]:.1f}"]
+        return [
+            *cells,
+            f"{mean(ppl):.2f}",
+            "-" if copied is None else f"{copied:.0f} %",
+            f"{rates[name]:.1f}",
+        ]
 
     def written(name: str, of: dict[str, Any]) -> list[str]:
-        return row(name, of["params"]["after"], of["bytes_on_disk"], of["perplexity"]["after"])
+        return row(name, of, "after", of["bytes_on_disk"])
 
     output.line()
     output.table(
-        f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; decoded tokens/s",
-        ["", "params", "on disk", *sources, "mean", "tok/s"],
+        f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; copied from context",
+        ["", "params", "on disk", *sources, "mean", "copies", "tok/s"],
         [
-            row("dense", record["params"]["before"], dense_size, record["perplexity"]["before"]),
+            row("dense", record, "before", dense_size),
             written("one-shot", plain),
             written("NutePrune", record),
         ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -13,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
@@ -33,6 +31,7 @@ from nuteprune.jobs.folder import (
     target_folder,
 )
 from nuteprune.jobs.job import PruneJob, make_job, settings_of_user, what_it_is
+from nuteprune.jobs.judging import Judge, copies
 from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.show import print_dry_run, print_plan, print_report, print_results
 from nuteprune.jobs.sources import (
@@ -44,9 +43,9 @@ from nuteprune.jobs.sources import (
     stored_dtype,
 )
 from nuteprune.jobs.text import JobText
-from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.judge.perplexity import perplexities
 from nuteprune.judge.run_files import write_extra
-from nuteprune.judge.samples import continuations, prompts, side_by_side
+from nuteprune.judge.samples import side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import RUN, SAMPLES
@@ -231,37 +230,26 @@ def _prune(
     started: float,
 ) -> dict[Path, dict[str, Any]]:
     """Train, finalize, write and judge; returns folder -> record of each checkpoint."""
-
-    def measure(what: str, model: torch.nn.Module) -> dict[str, float]:
-        bars.update(f"measuring {what}", 0, 1)
-        found = perplexities(model, held_out, batch_size=4)
-        bars.update(f"measuring {what}", 1, 1, f"perplexity {mean(found):.2f}")
-        return found
-
     # Held in few bits, or in parts, the run's own model can be neither judged nor cut.
     apart = job.bits is not None or trainer.args.sharded
     computed, place = trainer.computed_dtype, "cpu" if apart else str(trainer.args.device)
-    before: dict[str, float] = {}
-    dense_texts: list[str] = []
-    prompts_BT, provenance = prompts(held_out), origin(job.model) if is_main() else {}
+    provenance = origin(job.model) if is_main() else {}
     tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-
-    def judge_dense(model: PreTrainedModel) -> None:
-        before.update(measure("the dense model", model))
-        dense_texts.extend(continuations(model, tokenizer, prompts_BT))
+    judge = Judge(held_out, tokenizer, bars)
 
     def as_judged(small: PreTrainedModel) -> PreTrainedModel:
         return cast(PreTrainedModel, in_dtype(small, computed).to(place))  # type: ignore[arg-type]
 
+    before = None
     if is_main() and not apart:
-        judge_dense(trainer.anatomy.model)
+        before = judge.figures("the dense model", trainer.anatomy.model)
     if trainer.args.max_steps > 0:
         trainer.train(resume_from_checkpoint=job.resume or None)
     trainer.settle()
     if not is_main():
         return {}
-    if apart:  # nobody waits for it any more
-        judge_dense(load_model(job.model, computed))
+    if before is None:  # nobody waits for it any more
+        before = judge.figures("the dense model", load_model(job.model, computed))
     if job.resume:
         clear_result(job.out, job.overwrite)
     records = {}
@@ -269,23 +257,16 @@ def _prune(
     for index in (last, *earlier):
         if index == last:
             small = trainer.finalize(partial(_whole, job) if trainer.reloads else None)
-            judged = as_judged(small)
-            texts = continuations(judged, tokenizer, prompts_BT)
-            samples = side_by_side(tokenizer, prompts_BT, dense_texts, texts)
-            write_extra(job.out / RUN, SAMPLES, samples)
         else:
             small = trainer.finalize_target(index, _whole(job))
-            judged = as_judged(small)
-        after = measure("the pruned model", judged)
-        if not all(map(math.isfinite, after.values())):
-            raise RunFailed(
-                f"the pruned model's perplexity is not finite ({after}); use --dtype float32, or a "
-                "lower learning rate"
-            )
+        after = judge.figures("the pruned model", as_judged(small))
+        if index == last:
+            samples = side_by_side(tokenizer, judge.prompts_BT, before.texts, after.texts)
+            write_extra(job.out / RUN, SAMPLES, samples)
         folder = target_folder(job, trainer.targets, index)
         records[folder] = trainer.save_pruned(
             folder,
-            perplexity={"before": before, "after": after, "protocol": protocol(held_out)},
+            **judge.entries(before, after),
             **provenance,
             config=recorded(job, trainer.args),
             seconds=round(time.monotonic() - started, 1),
@@ -313,7 +294,9 @@ def one_shot(
     params = {"before": anatomy.parameters(), "blocks_before": allocator.budget.before}
     small, shape = assemble(anatomy, masks)
     computed = pick_dtype(job.dtype, job.device)
-    after = perplexities(in_dtype(small, computed), held_out, batch_size=4)
+    judged = cast(PreTrainedModel, in_dtype(small, computed))
+    after = perplexities(judged, held_out, batch_size=4)
+    copied = copies(judged, load_tokenizer(job.model, job.trust_remote_code))
     return write_pruned(
         out,
         as_stored(small, stored),
@@ -323,6 +306,7 @@ def one_shot(
         before=allocator.budget.shape,
         after=shape,
         perplexity={"before": {}, "after": after},
+        copying={"after": copied.percent} if copied else {},
     )
 
 

@@ -173,6 +173,8 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
             for name in ppl["before"]
         ),
     ]
+    if (copied := record.get("copying")) is not None:
+        rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in ("before", "after"))])
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
     output.line(
         f"Sparsity {record['sparsity']:.3%} (target {record['target']:.1%}); "

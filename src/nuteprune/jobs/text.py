@@ -121,9 +121,22 @@ class JobText:
                 length=length,
                 seed=config.seed,
                 folder=Path(cast(str, config.output_dir)),
-                progress=lambda done, total: progress("writing text", done, total),
+                progress=_in_percent(progress),
             )
         self.training.blocks = self._blocks(written).blocks
+
+
+def _in_percent(progress: Progress) -> Callable[[int, int], None]:
+    """Return what is told of tokens written, and tells each percent once."""
+    told = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if (percent := 100 * done // total) > told:
+            told = percent
+            progress("writing text, percent", percent, 100)
+
+    return tell
 
 
 def _check_room(count: int, length: int) -> None:

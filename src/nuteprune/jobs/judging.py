@@ -1,0 +1,88 @@
+"""What a prune job finds out of its models: perplexity, copying from context, how they write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.console import Bars
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.judge.copying import Copying, copying
+from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.judge.samples import continuations, prompts
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known of a model.
+
+    Args:
+        perplexity: source -> perplexity on held-out text.
+        copying: how it copies from its context; None where that cannot be measured.
+        texts: how it goes on with each prompt.
+    """
+
+    perplexity: dict[str, float]
+    copying: Copying | None
+    texts: list[str]
+
+
+def copies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Copying | None:
+    """Return how a model copies; None where it has too few ids or positions to tell."""
+    try:
+        return copying(model, tokenizer)
+    except UserError:
+        return None
+
+
+class Judge:
+    """Judges the models of a job alike.
+
+    Args:
+        held_out: text to judge by, source -> (N, T).
+        tokenizer: of all models.
+        bars: where progress is shown.
+    """
+
+    def __init__(
+        self, held_out: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, bars: Bars
+    ) -> None:
+        self.held_out, self.tokenizer, self._bars = held_out, tokenizer, bars
+        self.prompts_BT = prompts(held_out)
+
+    def figures(self, what: str, model: PreTrainedModel) -> Figures:
+        """Return what is found of a model.
+
+        Raises:
+            RunFailed: if its perplexity is no finite number.
+        """
+        title = f"measuring {what}"
+        self._bars.update(title, 0, 1)
+        found = perplexities(model, self.held_out, batch_size=4)
+        if not all(map(math.isfinite, found.values())):
+            raise RunFailed(
+                f"the perplexity of {what} is not finite ({found}); use --dtype float32, or a "
+                "lower learning rate"
+            )
+        copied, note = copies(model, self.tokenizer), f"perplexity {mean(found):.2f}"
+        if copied is not None:
+            note += f"  copying {copied.percent:.0f} %"
+        self._bars.update(title, 1, 1, note)
+        return Figures(found, copied, continuations(model, self.tokenizer, self.prompts_BT))
+
+    def entries(self, before: Figures, after: Figures) -> dict[str, Any]:
+        """Return what the record says of a model beside the dense one."""
+        ppl = {"before": before.perplexity, "after": after.perplexity}
+        entries: dict[str, Any] = {"perplexity": {**ppl, "protocol": protocol(self.held_out)}}
+        if before.copying is not None and after.copying is not None:
+            entries["copying"] = {
+                "before": before.copying.percent,
+                "after": after.copying.percent,
+                "protocol": before.copying.protocol,
+            }
+        return entries
