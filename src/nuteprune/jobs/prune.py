@@ -294,7 +294,7 @@ def one_shot(
     params = {"before": anatomy.parameters(), "blocks_before": allocator.budget.before}
     small, shape = assemble(anatomy, masks)
     computed = pick_dtype(job.dtype, job.device)
-    judged = cast(PreTrainedModel, in_dtype(small, computed))
+    judged = in_dtype(small, computed)
     after = perplexities(judged, held_out, batch_size=4)
     copied = copies(judged, load_tokenizer(job.model, job.trust_remote_code))
     return write_pruned(
