@@ -104,10 +104,10 @@ def test_only_pip_is_started_and_by_its_own_arguments() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("subprocess.")
     ]
     assert [(name, ast.unparse(node.func)) for name, node in runs] == [
-        ("assets.py", "subprocess.run")
+        ("demo.py", "subprocess.run")
     ]
     assert "[sys.executable, '-P', '-m', 'pip', 'download'" in ast.unparse(
-        ast.parse((SOURCE / "demo/assets.py").read_text(encoding="utf-8"))
+        ast.parse((SOURCE / "data/demo.py").read_text(encoding="utf-8"))
     )
 
 
