@@ -16,11 +16,9 @@ import pytest
 import torch
 
 from nuteprune.console import Output
-from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import prune as pipeline
 from nuteprune.jobs.folder import alone
-from nuteprune.jobs.sources import pick_device
 
 from .conftest import TINY
 
@@ -117,6 +115,7 @@ def test_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path, run: Ru
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_whoever_names_no_text_is_told_which_one_it_is(
     model: Path, text: Path, in_workspace: Path, run: Run
 ) -> None:
@@ -379,13 +378,6 @@ def test_several_targets_and_chosen_dimensions_from_the_command_line(
     assert run(*options(model, text, again, sparsity=None, shape=wanted))[0] == 0
     assert json.loads((again / "nuteprune.json").read_text())["layers"] == targets[0]["layers"]
     assert run(*options(model, text, tmp_path / "x", shape=wanted))[0] == 2
-
-
-def test_one_accelerator_is_chosen_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert pick_device("cuda:0") == pick_device("cuda") == pick_device("auto") == "cuda"
-    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
-        pick_device("cuda:1")
 
 
 def test_a_gated_model_is_told_from_one_that_is_not_there(

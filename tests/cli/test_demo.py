@@ -13,7 +13,7 @@ from nuteprune.errors import UserError
 from nuteprune.files import write_sums
 from nuteprune.jobs.demo import with_defaults
 from nuteprune.jobs.folder import check_out
-from nuteprune.jobs.job import Job, PruneJob
+from nuteprune.jobs.job import PruneJob
 from nuteprune.run_folder import RUN
 
 
@@ -88,12 +88,3 @@ def test_a_target_given_wins_over_shape_and_targets_of_a_file(asked: Any, tmp_pa
     settings = asked("--config", "a.yaml", "--sparsity", 0.5).settings
     assert settings["target_sparsity"] == "0.5"
     assert "shape" not in settings
-
-
-def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -> None:
-    text = tmp_path / "out" / "eval.txt"
-    text.parent.mkdir()
-    text.write_text("What is judged by.")
-    job = Job("demo", tmp_path / "out", eval_data=str(text), overwrite=True)
-    with pytest.raises(UserError, match="holds the eval data"):
-        check_out(job)

@@ -21,6 +21,7 @@ def mask(request: pytest.FixtureRequest) -> Iterator[int]:
     os.umask(before)
 
 
+@pytest.mark.slow
 def test_files_follow_the_umask(
     run: Run, model: Path, text: Path, mask: int, tmp_path: Path
 ) -> None:

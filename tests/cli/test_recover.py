@@ -18,7 +18,6 @@ from nuteprune.data.blocks import training_blocks
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import recover as recovery
 from nuteprune.jobs.folder import alone
-from nuteprune.jobs.job import RecoverJob
 from nuteprune.jobs.sources import load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -204,16 +203,6 @@ def test_the_dense_model_is_tuned_in_the_same_way(
     assert code == 0, stderr
     assert last(stdout)["recover"]["against"]["perplexity"] == dense["perplexity"]
     assert last(stdout)["recover"]["against"]["time_ratio"] is None
-
-
-def test_float16_is_not_rounded_to_bfloat16(model: Path, tmp_path: Path) -> None:
-    half = load_pruned(model, dtype=torch.float16)
-    half.save_pretrained(tmp_path / "half")
-    job = RecoverJob(str(tmp_path / "half"), tmp_path / "out", device="cpu", dtype="bfloat16")
-    loaded, autocast = recovery._load(job)
-    assert autocast["bf16"]
-    for ours, theirs in zip(loaded.parameters(), half.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def test_other_tokens_do_not_compare(

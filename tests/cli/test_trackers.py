@@ -100,6 +100,7 @@ def test_an_unknown_tracker_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_files_hold_the_curves(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:

@@ -245,6 +245,7 @@ def test_text_stands_out_from_its_ground(scheme: str, tmp_path: Path) -> None:
             assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)  # WCAG 2, level AA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nasty", NASTY)
 def test_words_of_others_do_no_harm(nasty: str, tmp_path: Path) -> None:
     perplexity = {"before": {nasty: 2.0}, "after": {nasty: 3.0}, "protocol": {"measure": nasty}}
@@ -322,6 +323,7 @@ def test_a_record_of_the_python_api_may_know_little(tmp_path: Path) -> None:
     assert "Perplexity" not in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "layers"), [(1, 1), (2, 1), (POINTS, 80), (3 * POINTS + 1, 80)])
 def test_short_and_long_runs_of_small_and_large_models(
     count: int, layers: int, tmp_path: Path
@@ -418,6 +420,7 @@ def test_teachers_come_from_the_record_else_from_the_steps(tmp_path: Path) -> No
     assert "teacher" not in page_of(untaught).text.lower().replace("numerous teachers", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gates_come_from_the_last_trainer_checkpoint(frozen: bool, tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out", a_record(), some_steps())
@@ -494,6 +497,7 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
     assert "cannot write the report" in refusal(blocked)
 
 
+@pytest.mark.slow
 def test_plots_go_into_the_place_that_the_card_keeps(tmp_path: Path) -> None:
     record = a_record(base_model=EVIL)
     folder = a_run(tmp_path / "out", record, some_steps())

@@ -66,6 +66,7 @@ def test_a_local_task_is_scored_as_by_hand(folder: Path, tiny_model, tiny_tokeni
     assert Tasks(["school"], folder, limit=2).ask(model, tiny_tokenizer)["school"].samples == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_unknown_tasks_and_missing_data_are_the_users(
     folder: Path, tiny_model, tiny_tokenizer

@@ -15,7 +15,7 @@ from nuteprune.train.step_cost import trial_step
 from .conftest import LENGTH, make, metrics
 
 
-@pytest.mark.parametrize("steps", [0, 1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [0, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 4))])
 @pytest.mark.parametrize(
     "settings",
     [
