@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from nuteprune.data import blocks as data
 from nuteprune.data import demo as assets
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, turns
 from nuteprune.data.specs import iter_documents
@@ -241,8 +242,10 @@ class TestShares:
         assert [bool((x >= 1500).any()) for x in equal[:, :1]] == [True, False] * 4 + [True]
 
     def test_what_the_model_wrote_is_read_once_before_any_of_it_again(
-        self, tokenizer: PreTrainedTokenizerFast
+        self, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(data, "REPEATS", 1000)
+
         def draw(count: int, seed: int = 0) -> list[int]:
             found = training_blocks(
                 "self", tokenizer, length=10, count=count, seed=seed, written=WRITTEN
@@ -252,6 +255,19 @@ class TestShares:
         assert draw(30) == sorted(x for text in WRITTEN for x in text)
         assert draw(60) == sorted(x for text in WRITTEN for x in text * 2)
         assert draw(10) == draw(10) != draw(10, seed=1)
+
+    @pytest.mark.parametrize("length", [8, 9])
+    def test_one_of_five_blocks_that_the_model_wrote_comes_twice(
+        self, length: int, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        found = training_blocks(
+            "self", tokenizer, length=length, count=33, seed=0, written=WRITTEN
+        ).blocks
+        again = -(-length // 2)
+        twice = [x for x in found if torch.equal(x[again:], x[: length - again])]
+        assert len(twice) == 6
+        assert {int(i) for x in twice for i in x} <= {i for text in WRITTEN for i in text}
+        assert len({tuple(x.tolist()) for x in twice}) == 6
 
     def test_the_model_has_to_write_enough(self, tokenizer: PreTrainedTokenizerFast) -> None:
         for written in ([], WRITTEN[:2]):
