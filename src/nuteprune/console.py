@@ -22,6 +22,20 @@ WIDE = 200
 """Columns where there is no terminal to fit: a file or a pipe takes tables whole."""
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Let transformers draw no bars of its own for a while."""
+    from transformers.utils import logging as transformers_logging  # tables need none of it
+
+    drawn = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            transformers_logging.enable_progress_bar()
+
+
 class Output:
     """Prints for a person, and with `as_json` one machine-readable line as the last on stdout.
 

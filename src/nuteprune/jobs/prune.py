@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from nuteprune.console import Bars, Output
+from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, assemble
@@ -115,7 +115,8 @@ def prune(
     """
     given = {"model": model, "out": out, "data": data, "sparsity": sparsity, "steps": steps}
     job = make_job(PruneJob, NutePruneConfig, {**given, **settings}, config)
-    result = finished(job, Output(quiet=quiet))
+    with quiet_loading():
+        result = finished(job, Output(quiet=quiet))
     return None if result is None else result.summary()
 
 

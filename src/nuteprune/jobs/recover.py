@@ -21,7 +21,7 @@ from transformers import (
     PrinterCallback,
 )
 
-from nuteprune.console import Bars, Output
+from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.data.blocks import training_blocks
 from nuteprune.data.examples import holds_instructions, read_examples
 from nuteprune.data.tokens import check_ids, check_positions
@@ -106,7 +106,8 @@ def recover(
     """
     given = {"model": model, "out": out, "data": data, "against": against, "steps": steps}
     job = make_job(RecoverJob, None, {**given, **settings})
-    return finished(job, Output(quiet=quiet))
+    with quiet_loading():
+        return finished(job, Output(quiet=quiet))
 
 
 def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:

@@ -127,9 +127,9 @@ def check_same(run: Path, now: Mapping[str, Any], *kinds: type) -> None:
     compared = {
         k for kind in kinds for k, x in declared(kind).items() if x.metadata["role"] == WHAT
     }
-    for key, value in now.items():
-        if key in compared | set(LEARNS) and before.get(key) != value:
+    for key in sorted(compared | set(LEARNS)):
+        if before.get(key) != now.get(key):
             raise UserError(
-                f"the run in {run} was started with {key} {before.get(key)}, not {value}: resume "
-                "with its own settings, or start anew with --overwrite"
+                f"the run in {run} was started with {key} {before.get(key)}, not {now.get(key)}: "
+                "resume with its own settings, or start anew with --overwrite"
             )
