@@ -35,7 +35,7 @@ from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.model.layerwise import Layerwise
 
 DAMPING = 1e-2
-"""What is added to the diagonal of C, as a share of itself; the re-fit's ridge is as large."""
+"""What is added to the diagonal of C, as a share of itself."""
 LEAST = 1e-30
 """What is added for an input that is always 0: next to nothing, and so is its unit's cost."""
 INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}

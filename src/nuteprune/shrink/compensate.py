@@ -27,7 +27,7 @@ from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.packed import weight_of
 
-RIDGE = 1e-2
+RIDGE = 1e-1
 """Ridge: what is added to the diagonal of C, as a share of itself."""
 LEAST = 1e-30
 """What is added for an input that is always 0: the weights that read it stay as they are."""
