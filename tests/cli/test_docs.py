@@ -38,6 +38,8 @@ HOW = {
     "--dry-run": EXECUTED,
     "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --out small "
     "--steps 400": EXECUTED,
+    "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --data self "
+    "--shares 0.7,0.3 --out small": EXECUTED,
     "nuteprune prune demo --sparsity 0.1,0.2,0.3 --out ladder --steps 90": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --set method=wanda": EXECUTED,
     "nuteprune prune huggyllama/llama-7b --config recipes/llama-7b.yaml --out small --dry-run": DRY,

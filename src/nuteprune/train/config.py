@@ -55,8 +55,8 @@ class NutePruneConfig(TrainingArguments):
             at the first step; without a ramp there are no teachers on the way. None: 0 for ranked
             gates, 0.5 for hard-concrete ones.
         freeze_share: share of the steps by which masks are frozen, if later than the ramp's end;
-            None: as `ramp_share`. Both 0: masks are frozen, and LoRA starts from the re-fit, before
-            the first step.
+            None: as `ramp_share`. Both 0: masks are frozen, and weights re-fitted, before the first
+            step.
 
     Parameters that control distillation:
 
@@ -71,8 +71,8 @@ class NutePruneConfig(TrainingArguments):
         lora_rank: rank of the adapters.
         lora_alpha: their scale is alpha / rank; None: 1.
         lora_targets: `all` projections or `qv` (queries and values, the paper's).
-        compensation: re-fit the output and down projections in closed form when masks freeze, as
-            low-rank start of LoRA.
+        compensation: re-fit the output and down projections in closed form when masks freeze: whole, or
+            as low-rank start of LoRA where weights are sharded or in 8 or 4 bits.
 
     Parameters of the run:
 

@@ -302,7 +302,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.teachers.record(self.gates.sparsity(), masks, lora, dtype)
 
     def freeze(self, target: float) -> None:
-        """Fix the masks, and start LoRA from the closed-form re-fit where that is asked for."""
+        """Fix the masks, and re-fit the weights that stay where that is asked for."""
         masks = self.gates.freeze(target)
         if self.args.compensation:
             bank, anatomy, args = self.coforward.bank, self.anatomy, self.args
@@ -470,7 +470,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def finalize(
         self, dense: PreTrainedModel | Callable[[], PreTrainedModel] | None = None
     ) -> PreTrainedModel:
-        """Freeze, merge, re-fit, fold and slice; uses the trainer's model up.
+        """Freeze, re-fit, merge, fold and slice; uses the trainer's model up.
 
         Args:
             dense: the model that is cut, loaded anew, its weights whole and as exact as they are
