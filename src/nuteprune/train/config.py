@@ -71,8 +71,8 @@ class NutePruneConfig(TrainingArguments):
         lora_rank: rank of the adapters.
         lora_alpha: their scale is alpha / rank; None: 1.
         lora_targets: `all` projections or `qv` (queries and values, the paper's).
-        compensation: re-fit the output and down projections in closed form when masks freeze: whole, or
-            as low-rank start of LoRA where weights are sharded or in 8 or 4 bits.
+        compensation: re-fit the output and down projections in closed form when masks freeze:
+            whole, or as low-rank start of LoRA where weights are sharded or in 8 or 4 bits.
 
     Parameters of the run:
 
