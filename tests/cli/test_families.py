@@ -34,6 +34,7 @@ def options(text: Path, **more: Any) -> list[Any]:
     return [*(x for pair in given.items() for x in pair), *MULTIPLES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", ["free", "uniform"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_dry_run_says_what_is_reached_or_which_gates_cannot_be(

@@ -166,6 +166,7 @@ class Padded(Dataset[Any]):
         return self.rows[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teachers", ["dense", "none"])
 def test_padding_counts_alike_however_a_step_is_parted(
     teachers: str, tiny_model, tmp_path: Path

@@ -40,6 +40,7 @@ def weights(trainer: RecoverTrainer) -> dict[str, torch.Tensor]:
 
 
 # Of families with the same linears, one: LoRA knows no others. Where it goes is tested for all.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama_mha", "phi3", "gemma2", "gpt_neox", "opt"])
 def test_merged_is_what_was_trained(name: str, tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
     model = tiny_model(name)
