@@ -46,6 +46,7 @@ def test_retention_is_dense_over_pruned(model: Path, text: Path, tmp_path: Path,
     assert "retained" not in stdout
 
 
+@pytest.mark.slow
 def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
