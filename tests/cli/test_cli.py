@@ -17,7 +17,7 @@ import torch
 
 from nuteprune.console import Output
 from nuteprune.export.loading import load_pruned
-from nuteprune.jobs import prune as pipeline
+from nuteprune.jobs import judging
 from nuteprune.jobs.folder import alone
 
 from .conftest import TINY
@@ -208,10 +208,10 @@ def test_home_is_found_where_the_shell_leaves_it(
 def test_a_model_that_computes_nothing_finite_is_no_success(
     model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "perplexities", lambda *_, **__: {"text": float("inf")})
+    monkeypatch.setattr(judging, "perplexities", lambda *_, **__: {"text": float("inf")})
     code, _, err = run(*options(model, text, tmp_path / "out"))
     assert code == 1
-    assert "perplexity is not finite" in err
+    assert "the perplexity of the dense model is not finite" in err
 
 
 def test_figures_that_are_not_finite_are_null(capsys: pytest.CaptureFixture[str]) -> None:
