@@ -426,7 +426,7 @@ def test_a_name_that_the_locale_cannot_express_is_refused_in_one_line(
 
 def test_a_name_within_a_file_may_be_the_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
-    monkeypatch.setattr("nuteprune.cli.inspect.read_record", lambda _: "größer".encode("ascii"))
+    monkeypatch.setattr("nuteprune.jobs.inspect.read_record", lambda _: "größer".encode("ascii"))
     code, _, err = run("inspect", ".")
     assert code == 2
     assert "'größer': names of files are ascii" in err

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.cli import evaluate
 from nuteprune.export.loading import load_pruned
+from nuteprune.jobs import evaluate
 from nuteprune.judge.tasks import Score
 
 Run = Callable[..., tuple[int, str, str]]

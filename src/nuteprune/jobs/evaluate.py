@@ -1,0 +1,220 @@
+"""The job of `eval`: models judged alike, be they dense, pruned, or in the middle of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.console import Output
+from nuteprune.data.specs import DEMO
+from nuteprune.data.tokens import check_ids, check_positions
+from nuteprune.errors import UserError
+from nuteprune.files import at_home
+from nuteprune.jobs.comparison import same_tokens
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
+from nuteprune.judge import protocols, texts
+from nuteprune.judge.copying import SEED, copying
+from nuteprune.judge.perplexity import perplexity
+from nuteprune.judge.provenance import calibrated_on, kind_of
+from nuteprune.judge.tasks import Tasks
+from nuteprune.judge.verdicts import Verdicts
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.midway import is_midway, load_midway
+from nuteprune.train.run_settings import read_settings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `eval` is asked to do; the command's options say what each is.
+
+    Args:
+        model: hub id, checkpoint folder, `demo`, or `OUT/run/checkpoint-N`.
+        against: the dense model; None: no comparison.
+        data: texts; None: those of the protocol, or `demo`.
+        protocol: how text is cut; None: as it suits each text.
+        changes: of the protocol: length, stride, joining, blocks; None where not given.
+        whole: all of the text, not its held-out part.
+        text_column: column of the text in structured files.
+        tasks: of lm-evaluation-harness, comma separated; None: none.
+        include_path: folder of task files.
+        limit: most questions per task.
+        fewshot: examples before each question.
+        batch_size: blocks or questions per forward pass.
+        device: `auto`, `cpu`, `cuda`.
+        dtype: what is computed in.
+        copying_seed: draws the tokens to copy.
+        base: where the model is now that a run prunes; None: where the run found it.
+        trust_remote_code: run Python code that comes with a tokenizer.
+    """
+
+    model: str
+    against: str | None = None
+    data: list[str] | None = None
+    protocol: str | None = None
+    changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    whole: bool = False
+    text_column: str | None = None
+    tasks: str | None = None
+    include_path: Path | None = None
+    limit: int | None = None
+    fewshot: int | None = None
+    batch_size: int = 4
+    device: str = "auto"
+    dtype: str = "auto"
+    copying_seed: int = SEED
+    base: str | None = None
+    trust_remote_code: bool = False
+
+
+def run(asked: Evaluation, output: Output) -> dict[str, Any]:
+    """Judge the models, print what was found, and return it.
+
+    Raises:
+        UserError: for anything that cannot work.
+    """
+    _check(asked)
+    names = [name for name in (asked.model, asked.against) if name is not None]
+    models = [judged(name, asked.base) for name in names]
+    questions = None
+    if asked.tasks is not None:
+        tasks = [x.strip() for x in asked.tasks.split(",") if x.strip()]
+        questions = Tasks(tasks, asked.include_path, asked.limit, asked.fewshot)
+    kind = pick_device(asked.device)
+    computed = pick_dtype(asked.dtype, kind)
+    tokenizer = load_tokenizer(models[0].source, asked.trust_remote_code)
+    cut: dict[str, texts.Blocks] = {}
+    if asked.data or asked.protocol or questions is None:
+        cut = _blocks(asked, tokenizer, _calibrated(models))
+        if asked.against is not None:
+            same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
+    verdicts = Verdicts(cut, questions)
+    with output.bars() as bars:
+        for i, one in enumerate(models):
+            bars.update("models", i, len(models), one.name)
+            loaded, sparsity = one.load(computed, kind)
+            verdicts.midway |= {one.name: sparsity} if sparsity is not None else {}
+            if cut:
+                found = _measure(one, loaded, cut, asked.batch_size, bars.update)
+                verdicts.perplexity[one.name] = found
+            own = load_tokenizer(one.source, asked.trust_remote_code)
+            verdicts.copying[one.name] = copying(
+                loaded, own, seed=asked.copying_seed, batch_size=asked.batch_size
+            )
+            if questions is not None:
+                verdicts.tasks[one.name] = questions.ask(loaded, own, asked.batch_size)
+            del loaded
+            gc.collect()
+        bars.update("models", len(models), len(models))
+    if asked.against is not None:
+        verdicts.compare(asked.model, asked.against)
+    verdicts.print(output)
+    stated = {"device": kind, "dtype": str(computed).removeprefix("torch.")}
+    return {"model": asked.model, "against": asked.against, **stated, **verdicts.to_dict()}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model to judge.
+
+    Args:
+        name: as the user named it.
+        source: the model whose files and tokenizer are read.
+        checkpoint: the trainer checkpoint to apply to it; None: none.
+    """
+
+    name: str
+    source: str
+    checkpoint: Path | None = None
+
+    def load(self, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, float | None]:
+        """Return the model on a device, and the sparsity of its masks if it is midway."""
+        model = load_model(self.source, dtype).to(device)  # type: ignore[arg-type]
+        return (model, None) if self.checkpoint is None else load_midway(model, self.checkpoint)
+
+
+def judged(name: str, base: str | None) -> Judged:
+    """Return what a user names: a model, or a trainer checkpoint of a run.
+
+    Args:
+        name: hub id, checkpoint folder, `demo`, or `OUT/run/checkpoint-N`.
+        base: where the model that the run prunes is now; None: where the run found it.
+
+    Raises:
+        UserError: if it cannot be told what model a run prunes.
+    """
+    folder = at_home(name)
+    if not is_midway(folder):
+        return Judged(name, name)
+    source = base or read_settings(folder.resolve().parent).get("model")
+    if not source:
+        raise UserError(
+            f"{name} is a checkpoint in the middle of a run, and holds only what the run has "
+            "learned; pass the model that it prunes as --base"
+        )
+    return Judged(name, str(source), folder)
+
+
+def _check(asked: Evaluation) -> None:
+    if asked.batch_size < 1:
+        raise UserError(f"--batch-size {asked.batch_size}: pass at least 1")
+    for_tasks = {"include-path": asked.include_path, "limit": asked.limit, "fewshot": asked.fewshot}
+    for name, value in for_tasks.items():
+        if value is not None and asked.tasks is None:
+            raise UserError(f"--{name} is for tasks; name some with --tasks")
+
+
+def _calibrated(models: Sequence[Judged]) -> list[str] | None:
+    """Return the texts that the models were calibrated on; None if no record tells."""
+    records = [record for x in models if (record := record_of(x.source)) is not None]
+    runs = [x.checkpoint.parent for x in models if x.checkpoint is not None]
+    records += [{"config": read_settings(run)} for run in runs]
+    return [spec for x in records for spec in calibrated_on(x)] if records else None
+
+
+def _blocks(
+    asked: Evaluation, tokenizer: PreTrainedTokenizerBase, calibrated: Sequence[str] | None
+) -> dict[str, texts.Blocks]:
+    """Cut each text by the protocol that was asked for, or by the one that suits it."""
+    protocol, whole = asked.protocol, asked.whole
+    named = protocols.protocol_named(protocol) if protocol else None
+    specs = asked.data or (list(named.texts) if named else [DEMO])
+    cut = {}
+    for spec in specs:
+        published = spec.partition("=")[0] in protocols.TEXTS
+        name = protocol or ("nuteprune" if published else protocols.HELD_OUT)
+        how = protocols.changed(protocols.protocol_named(name), **asked.changes)
+        kind = None if calibrated is None else kind_of(spec, calibrated)
+        found = texts.rows_of(spec, whole=whole, text_column=asked.text_column, tokenizer=tokenizer)
+        for source, read in found.items():
+            if source in cut:
+                raise UserError(
+                    f"two texts are called {source}: name each only once, or rename a file"
+                )
+            made = texts.make_blocks(source, read(), tokenizer, how)
+            part = "all" if whole or published else "held-out"
+            described = {"kind": kind, "protocol": name, "part": part, **made.described}
+            cut[source] = dataclasses.replace(made, described=described)
+    return cut
+
+
+def _measure(
+    one: Judged, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, update: Any
+) -> dict[str, float]:
+    vocabulary = Anatomy(loaded).embedding.weight.shape[0]
+    found = {}
+    for i, (source, blocks) in enumerate(cut.items()):
+        update(f"perplexity, {one.name}", i, len(cut), source)
+        check_ids(blocks.tokens_NT, vocabulary)
+        check_positions(blocks.tokens_NT.shape[1], loaded.config)
+        found[source] = perplexity(
+            loaded, blocks.tokens_NT, batch_size=batch_size, context=blocks.context_N
+        )
+    update(f"perplexity, {one.name}", len(cut), len(cut))
+    return found

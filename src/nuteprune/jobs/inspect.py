@@ -1,0 +1,188 @@
+"""The job of `inspect`: what a pruned checkpoint is made of, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from math import gcd, prod
+from pathlib import Path
+from typing import Any
+
+from nuteprune.console import Output, millions
+from nuteprune.export.checkpoint import recount
+from nuteprune.export.clients import warnings
+from nuteprune.export.gguf_fit import Source
+from nuteprune.export.loading import load_config
+from nuteprune.export.record import perplexities_of, read_record
+from nuteprune.gates.budget import Budget
+from nuteprune.model.families import Family, family_named
+from nuteprune.model.shape import Shape
+
+Tensors = Mapping[str, list[int]]
+
+
+def run(folder: Path, output: Output) -> dict[str, Any]:
+    """Print what a checkpoint is made of, and return it.
+
+    Raises:
+        UserError: if it is none that nuteprune wrote.
+    """
+    record, config = read_record(folder), load_config(folder)
+    counted = recount(folder)
+    family = family_named(config.model_type)
+    before, after = shapes_of(record)
+    source = Source(family, config, after, biases_of(family, counted["tensors"]))
+    parts = parts_of(source, before, counted["tensors"], record["params"])
+    multiples = multiples_of(source)
+    found = warnings(source)
+    if counted["total"] != record["params"]["after"]:
+        found.append(f"the files hold {counted['total']:,} parameters, the record says otherwise")
+    _print_layers(folder, record, output)
+    _print_parts(parts, record, output)
+    output.line(
+        f"Multiples   width {multiples['hidden']}, neurons {multiples['neurons']}, "
+        f"heads x head_dim {multiples['heads']}; tensor-parallel sizes "
+        f"{', '.join(map(str, multiples['tensor_parallel']))}"
+    )
+    found_before, found_after = perplexities_of(record)
+    for name, value in found_after.items():
+        dense = found_before.get(name)
+        change = f"{value:.2f}" if dense is None else f"{dense:.2f} -> {value:.2f}"
+        output.line(f"Perplexity  {name}: {change}")
+    output.line(f"Teachers    {record['teachers']['count']}")
+    if "recover" in record:
+        tuned = record["recover"]
+        output.line(f"Recovered   {tuned['steps']} steps on {tuned['data']} ({tuned['kind']})")
+    for line in found:
+        output.line(f"WARNING     {line}")
+    return {
+        **record,
+        "counted": counted["total"],
+        "parts": {k: {"before": x, "after": y} for k, (x, y) in parts.items()},
+        "multiples": multiples,
+        "warnings": found,
+    }
+
+
+def shapes_of(record: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    """Return the dimensions before and after pruning that a record states."""
+    keys = ("heads", "kv_heads", "neurons")
+    shapes = (
+        Shape.from_dict({"hidden": hidden, "layers": [{k: x[k] for k in keys} for x in layers]})
+        for hidden, layers in (
+            (record["hidden"]["before"], record["layers_before"]),
+            (record["hidden"]["after"], record["layers"]),
+        )
+    )
+    before, after = shapes
+    return before, after
+
+
+def biases_of(family: Family, tensors: Tensors) -> dict[str, bool]:
+    """Return for each projection path whether a checkpoint has a bias there."""
+    return {
+        p.path: any(name.endswith(f".{p.path}.bias") for name in tensors)
+        for p in family.projections
+    }
+
+
+def parts_of(
+    source: Source, before: Shape, tensors: Tensors, params: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
+    """Return the parameters of each part: before (by its dimensions), after (in the files).
+
+    Args:
+        source: the pruned model.
+        before: dimensions of the dense one.
+        tensors: what the files hold, name -> shape.
+        params: the record's counts of the dense model.
+    """
+    family, after = source.family, source.shape
+    budget = Budget(family, before, source.head_dim, source.biases)
+    forms = map(budget.attention, before.layers)
+    old = {"attention": sum(c * before.hidden + constant for c, constant in forms)}
+    # By subtraction: where all MLPs are gone, no file tells whether they had biases.
+    old["MLP"] = params["blocks_before"] - old["attention"]
+    prefix = f"{family.layers}."
+    paths = {"attention": family.attention, "MLP": family.mlp}
+    new = {
+        name: _count(
+            tensors,
+            (n for n in tensors if n.startswith(prefix) and any(f".{p.path}." in n for p in ps)),
+        )
+        for name, ps in paths.items()
+    }
+    outside = [n for n in tensors if not n.startswith((prefix, f"{family.final_norm}."))]
+    new["embedding and head"] = _count(tensors, outside)
+    old["embedding and head"] = new["embedding and head"] * before.hidden // after.hidden
+    new["norms"] = _count(tensors, tensors) - sum(new.values())
+    old["norms"] = params["before"] - sum(old.values())
+    return {name: (old[name], new[name]) for name in old}
+
+
+def _count(tensors: Tensors, names: Iterable[str]) -> int:
+    return sum(prod(tensors[name]) for name in names)
+
+
+def multiples_of(source: Source) -> dict[str, Any]:
+    """Return what divides the counts of all layers, and among how many devices layers split."""
+    layers = source.shape.layers
+    kv_heads = gcd(*(x.kv_heads for x in layers))
+    neurons = gcd(*(x.neurons for x in layers))
+    both = gcd(kv_heads, neurons)
+    return {
+        "hidden": _largest_power_of_two(source.shape.hidden),
+        "neurons": _largest_power_of_two(neurons),
+        "heads": _largest_power_of_two(gcd(*(x.heads for x in layers)) * source.head_dim),
+        "tensor_parallel": [x for x in range(1, both + 1) if both % x == 0],
+    }
+
+
+def _largest_power_of_two(number: int) -> int:
+    return number & -number
+
+
+def _print_layers(folder: Path, record: Mapping[str, Any], output: Output) -> None:
+    """Print the counts of each layer, of neighbours with the same ones once."""
+    changes = [
+        [_change(old[k], new[k]) for k in ("heads", "kv_heads", "neurons")]
+        for old, new in zip(record["layers_before"], record["layers"], strict=True)
+    ]
+    rows, first = [], 0
+    for cells, same in groupby(changes):
+        last = first + len(list(same)) - 1
+        rows.append([str(first) if first == last else f"{first}-{last}", *cells])
+        first = last + 1
+    output.table(
+        f"{folder}: {record.get('base_model') or 'pruned'}, {record['shapes']} shapes",
+        ["layer", "heads", "KV heads", "neurons"],
+        rows,
+    )
+
+
+def _print_parts(
+    parts: Mapping[str, tuple[int, int]], record: Mapping[str, Any], output: Output
+) -> None:
+    params, hidden = record["params"], record["hidden"]
+    shown = {
+        **parts,
+        "decoder projections": (params["blocks_before"], params["blocks_after"]),
+        "all": (params["before"], params["after"]),
+    }
+    output.table(
+        "Parameters",
+        ["", "before", "after", "gone"],
+        [
+            [name, millions(old), millions(new), f"{(old - new) / old:.2%}" if old else ""]
+            for name, (old, new) in shown.items()
+        ],
+    )
+    output.line(f"Width       {_change(hidden['before'], hidden['after'])}")
+    output.line(
+        f"Sparsity    {record['sparsity']:.3%} of the decoder projections (target "
+        f"{record['target']:.1%}), {record['total_sparsity']:.3%} of all parameters"
+    )
+
+
+def _change(before: int, after: int) -> str:
+    return str(after) if before == after else f"{before} -> {after}"
