@@ -102,4 +102,5 @@ def check_declared(settings: Any) -> None:
             continue
         low, high = limits
         if not low <= value <= high:  # nor is it a number if it compares with none
-            raise UserError(f"{name} is {value}; it must lie between {low:g} and {high:g}")
+            limit = f"at most {high:g}" if value > high else f"at least {low:g}"
+            raise UserError(f"{name} is {value}; it must be {limit}")
