@@ -26,6 +26,7 @@ LIBRARIES = [
     *("matplotlib.pyplot", "pytest"),
 ]
 """What the server imports; nothing of ours."""
+OUTPUTS = ("out", "err")
 
 
 def server() -> ForkServerContext:
@@ -55,6 +56,8 @@ class Forked:
 
     def __init__(self, arguments: Sequence[object], folder: Path, **environment: str) -> None:
         self.folder = folder
+        for name in OUTPUTS:
+            (folder / name).touch()
         words, variables = [str(x) for x in arguments], os.environ | environment
         self.process = server().Process(target=_become, args=(words, str(folder), dict(variables)))
         self.process.start()
@@ -77,7 +80,7 @@ class Forked:
         code = self.process.exitcode
         self.process.close()
         assert code is not None
-        texts = [(self.folder / name).read_text(errors="replace") for name in ("out", "err")]
+        texts = [(self.folder / name).read_text(errors="replace") for name in OUTPUTS]
         return Ended(code, *texts)
 
 
@@ -116,8 +119,8 @@ def _become(words: list[str], folder: str, environment: dict[str, str]) -> None:
     """Do in this process what `python` would do with these words."""
     os.environ.clear()
     os.environ.update(environment)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    for number, name in enumerate(OUTPUTS, start=1):
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY), number)
     import torch
 
     torch.set_num_threads(1)

@@ -163,6 +163,7 @@ def test_weights_of_strangers_in_pickles_run_nothing(tiny_model, tmp_path: Path)
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_run_of_strangers_is_resumed_without_running_its_pickles(
     name: str, tiny_inputs: tuple[Path, Path], tmp_path: Path, run: Run

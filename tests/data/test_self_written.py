@@ -7,8 +7,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from nuteprune.data.openings import Openings, openings
 from nuteprune.data.self_written import draw, write_text
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN
+from tests.forked import Forked
 
 CHAT = (
     "<s>{% for m in messages %}{{ m.role[0] }}{{ m.content }}</s>{% endfor %}"
@@ -359,26 +359,23 @@ def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> No
         " folder=folder / sys.argv[2], progress=told)))\n"
     )
 
-    def start(folder: str, world: int) -> list[subprocess.Popen[str]]:
-        command = [sys.executable, "-c", code, str(tmp_path), folder]
-        found = os.environ | {"WORLD_SIZE": str(world)}
-        return [
-            subprocess.Popen(
-                command, env=found | {"RANK": str(i)}, stdout=subprocess.PIPE, text=True
-            )
-            for i in range(world)
-        ]
+    def start(folder: str, world: int) -> list[Forked]:
+        found = []
+        for rank in range(world):
+            (said := tmp_path / f"said by {rank} of {world} in {folder}").mkdir()
+            place = {"RANK": str(rank), "WORLD_SIZE": str(world)}
+            found.append(Forked(["-c", code, tmp_path, folder], said, **place))
+        return found
 
     (alone,) = start("alone", 1)
-    told = alone.communicate()[0].splitlines()
+    told = alone.wait().out.splitlines()
     (killed,) = start("shared", 1)
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if int(line) > 500:
-            break
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    written = [x.communicate()[0].splitlines() for x in start("shared", 2)]
+    while not any(int(x) > 500 for x in (killed.folder / "out").read_text().split("\n")[:-1]):
+        assert killed.running()
+        time.sleep(0.01)
+    killed.send(signal.SIGKILL)
+    assert killed.wait().code == -signal.SIGKILL
+    written = [x.wait().out.splitlines() for x in start("shared", 2)]
     assert [x[-1] for x in written] == [told[-1]] * 2
     paths = [tmp_path / x / SELF_WRITTEN for x in ("alone", "shared")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
