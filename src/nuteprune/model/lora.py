@@ -53,11 +53,15 @@ class LoraBank:
         return lora | replaced
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor], computed: torch.dtype | None = None) -> None:
         """Take over weights that `state` returned, perhaps in another process.
 
         What stands in place of the base's weights is added to them as the change that it is: so a
         base that is more exact than the run was stays so.
+
+        Args:
+            state: the weights.
+            computed: the dtype that the run computed in; None: the one that `state` has.
 
         Raises:
             UserError: if they are not of this model and these settings.
@@ -75,7 +79,7 @@ class LoraBank:
             for name, module in layer:
                 if (new_OI := state.get(f"{name}.W")) is not None:
                     weight_OI = _base(module).weight
-                    new_OI = new_OI.to(weight_OI.device)
+                    new_OI = new_OI.to(weight_OI.device, computed or new_OI.dtype)
                     if weight_OI.dtype != new_OI.dtype:
                         change_OI = new_OI.float() - weight_OI.to(new_OI.dtype).float()
                         new_OI = weight_OI.float() + change_OI

@@ -39,12 +39,15 @@ class Finished:
 
 
 def with_lora(
-    dense: PreTrainedModel, lora: Mapping[str, Tensor], args: NutePruneConfig
+    dense: PreTrainedModel,
+    learned: Mapping[str, Tensor],
+    args: NutePruneConfig,
+    computed: torch.dtype,
 ) -> PeftModel:
-    """Wrap a dense model like a run's own, with LoRA weights of the run."""
+    """Wrap a dense model like a run's own, with what a run that computed in a dtype has learned."""
     config = lora_config(Anatomy(dense), args)
     peft_model = get_peft_model(dense.requires_grad_(False), config)
-    LoraBank(Anatomy(peft_model)).load(lora)
+    LoraBank(Anatomy(peft_model)).load(learned, computed)
     return cast(PeftModel, peft_model)
 
 

@@ -500,7 +500,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             self.coforward.bank.release()
             free_base(model)
             dense = dense if isinstance(dense, PreTrainedModel) else dense()
-            model = with_lora(dense, learned, self.args)
+            model = with_lora(dense, learned, self.args, self.computed_dtype)
         return self._finish(model, self.gates.snapshot(), self.targets[-1])
 
     def _check_unused(self) -> None:
@@ -521,7 +521,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         role = self.teachers.role(self.reached[index])
         assert role.masks is not None
         assert role.lora is not None
-        peft_model = with_lora(model, role.lora, self.args)
+        peft_model = with_lora(model, role.lora, self.args, self.computed_dtype)
         return self._finish(peft_model, role.masks, self.targets[index])
 
     def _finish(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
