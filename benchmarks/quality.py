@@ -1,12 +1,19 @@
-"""The quality table: pruned models side by side, by held-out perplexity, size and time.
+"""The quality table: pruned models side by side, by in-domain text, other text and copying.
 
     python benchmarks/quality.py                    # the whole table: some ten hours on two cores
     python benchmarks/quality.py --quick            # a small one: a quarter of an hour, reckoned
     python benchmarks/quality.py --only ablation    # one part: untrained, trained or ablation
     python benchmarks/quality.py --show             # what has been run so far; runs nothing
+    python benchmarks/quality.py --leave-out recipes        # judged by a source not trained on
+    python benchmarks/quality.py --other-text FOLDER        # and by jsonl files, a domain each
+
+With `--choose` models are judged by the 1st, 3rd, ... lines of other text, otherwise by the 2nd,
+4th, ...: what was chosen by is not what accepts. `--leave-out` calibrates and trains on the two
+other embedded sources, which DATA specs name as `demo:wikipedia,speeches`; its third source judges
+by its held-out stretches, odd or even alike.
 
 Each run is a JSON file written as it ends, and a started table goes on where it stopped. Runs use
-the package's own methods, so all share units, budget, re-fit and distillation.
+the package's own methods, so all share text, units, budget, re-fit and distillation.
 """
 
 from __future__ import annotations
@@ -16,18 +23,23 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from quality_plots import draw
-from quality_runs import Bench, Cell, Setting, write_json
+from quality_runs import SETTING, Bench, Cell, write_json
+from quality_tables import markdown, print_dense, print_trained, print_untrained
+from quality_text import Setting, files_of, rated
 
 from nuteprune import UserError
 from nuteprune.cli.app import quiet_libraries
-from nuteprune.console import Output, millions
+from nuteprune.console import Output
+from nuteprune.data.demo import TEXTS
+from nuteprune.data.specs import DEMO
+from nuteprune.files import file_sum
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.settings import read_given
 from nuteprune.jobs.sources import pick_device
@@ -153,22 +165,23 @@ def run(
         raise UserError(f"nothing has been run in {bench.folder} yet")
 
     def records_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        return [bench.run(cell) for cell in cells if bench.has(cell) or not show]
+        there = [cell for cell in cells if bench.has(cell) or not show]
+        return [rated(bench.shown(cell) if show else bench.run(cell), dense) for cell in there]
 
     dense = bench.dense()
     print_dense(dense, bench.setting, output)
     records: dict[str, list[dict[str, Any]]] = {}
     if "untrained" in parts:
         records["untrained"] = records_of(plan.untrained_cells())
-        print_untrained(records["untrained"], plan, output)
+        print_untrained(records["untrained"], output)
     if "trained" in parts:
         found = records_of(plan.trained_cells())
         found += records_of(plan.long_cells(best_baseline(found, plan)))
         records["trained"] = found
-        print_trained("Trained", found, dense, output)
+        print_trained("Trained", found, output)
     if "ablation" in parts:
         records["ablation"] = records_of(plan.ablation_cells())
-        print_trained("One factor at a time", records["ablation"], dense, output)
+        print_trained("One factor at a time", records["ablation"], output)
     file = bench.folder / "table.json"
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     table = {**earlier, "dense": dense, **records}
@@ -189,124 +202,98 @@ def best_baseline(records: Sequence[dict[str, Any]], plan: Plan) -> str:
     return min(found, key=lambda name: statistics.fmean(found[name])) if found else OURS
 
 
-def print_dense(dense: dict[str, Any], setting: Setting, output: Output) -> None:
-    """Print what is pruned and judged by."""
-    machine = dense["machine"]
-    each = ", ".join(f"{name} {x:.2f}" for name, x in dense["perplexity"].items())
-    output.line(
-        f"{setting.model}: {millions(dense['params'])} parameters; held-out perplexity "
-        f"{dense['mean']:.2f} ({each}), up to {setting.eval_blocks} x {setting.length} tokens each"
+def adapted(plan: Plan, options: argparse.Namespace) -> Plan:
+    """Return a plan with the methods, targets, seeds and steps that are asked for."""
+    given: dict[str, Any] = {}
+    if options.methods:
+        methods = options.methods.split(",")
+        if unknown := [x for x in methods if x not in METHODS]:
+            raise UserError(f"no method is called {unknown[0]}; pass some of {','.join(METHODS)}")
+        trained = [OURS if x == METHOD else x for x in methods]
+        given |= {"methods": methods, "trained": trained, "trained_once": ()}
+    try:
+        if options.targets:
+            targets = [float(x) for x in options.targets.split(",")]
+            given |= {"targets": targets, "trained_targets": targets}
+        if options.seeds:
+            given["seeds"] = [int(x) for x in options.seeds.split(",")]
+    except ValueError as error:
+        raise UserError(f"{error}: write numbers, separated by commas") from error
+    if options.steps:
+        given |= {"steps": options.steps, "long_steps": 0}
+    return replace(plan, **given)
+
+
+def setting_of(options: argparse.Namespace) -> Setting:
+    """Return what all cells of the table that is asked for share."""
+    settings = read_given(None, options.set, [NutePruneConfig])
+    data = options.data or [DEMO]
+    try:
+        shares = [float(x) for x in options.shares.split(",")] if options.shares else None
+    except ValueError as error:
+        raise UserError(f"{error}: write shares as numbers, such as 0.7,0.3") from error
+    files = files_of(options.other_text) if options.other_text else []
+    return Setting(
+        options.model,
+        data,
+        options.length,
+        QUICK_EVAL_BLOCKS if options.quick else Setting.eval_blocks,
+        pick_device(options.device),
+        options.dtype,
+        {**(QUICK_SETTINGS if options.quick else {}), **settings},
+        shares,
+        {file.stem: file_sum(file)[:16] for file in files},
+        options.leave_out,
+        options.choose,
     )
-    output.line(
-        f"{machine['accelerator'] or machine['processor']}, {machine['threads']} threads, "
-        f"{setting.dtype}; nuteprune {machine['nuteprune']}, torch {machine['torch']}"
-    )
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return mean and, of several values, their standard deviation."""
-    if not values:
-        return "-"
-    middle = statistics.fmean(values)
-    digits = 2 if middle < 100 else 1 if middle < 1000 else 0
-    text = f"{middle:.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
-
-
-def print_untrained(records: Sequence[dict[str, Any]], plan: Plan, output: Output) -> None:
-    """Print means over sources, without and with re-fit: a row per method, columns per target."""
-    if not records:
-        return
-    stages = {
-        "Nothing trained: perplexity": lambda record: record,
-        "Nothing trained, projections re-fitted: perplexity": lambda record: record["refitted"],
-    }
-    for title, stage in stages.items():
-        rows = []
-        for method in plan.methods:
-            mine = [r for r in records if r["label"] == method and "mean" in r]
-            if not mine:
-                continue
-            cells = [[stage(r)["mean"] for r in mine if r["target"] == t] for t in plan.targets]
-            seconds = [stage(r)["seconds"] for r in mine]
-            rows.append([method, *map(spread, cells), f"{statistics.fmean(seconds):.0f}"])
-        columns = ["method", *(f"{target:.0%}" for target in plan.targets), "seconds"]
-        output.table(title, columns, rows)
-    print_refused(records, output)
-
-
-def print_trained(
-    title: str, records: Sequence[dict[str, Any]], dense: dict[str, Any], output: Output
-) -> None:
-    """Print a row per method, target and number of steps, seeds summed up."""
-    if not records:
-        return
-    groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
-    for record in records:
-        if "mean" in record:
-            key = (record["label"], record["target"], record["steps"])
-            groups.setdefault(key, []).append(record)
-    sources = list(dense["perplexity"])
-    rows = []
-    for (label, target, steps), cells in sorted(groups.items(), key=lambda x: x[0][1:]):
-        each = [spread([c["perplexity"][s] for c in cells]) for s in sources]
-        means = [c["mean"] for c in cells]
-        ratio = f"{statistics.fmean(means) / dense['mean']:.3f}"
-        seconds = f"{statistics.fmean(c['seconds'] for c in cells):.0f}"
-        rows.append([label, f"{target:.0%}", str(steps), *each, spread(means), ratio, seconds])
-    columns = ["run", "target", "steps", *sources, "mean", "× dense", "seconds"]
-    output.table(f"{title}: perplexity", columns, rows)
-    print_refused(records, output)
-
-
-def print_refused(records: Sequence[dict[str, Any]], output: Output) -> None:
-    """Say which cells could not be run, and why."""
-    for record in records:
-        if "refused" in record:
-            output.line(f"{record['label']} at {record['target']:.0%}: {record['refused']}")
+def parser_of() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--model", default=DEMO, help="hub id, checkpoint folder, or demo")
+    add("--data", action="append", help="text, as `nuteprune prune --data` takes it")
+    add("--shares", help="of the tokens, for each --data, comma separated")
+    add("--other-text", type=Path, metavar="FOLDER", help="jsonl files to judge by, a domain each")
+    add("--leave-out", choices=list(TEXTS), help="train on the other embedded sources, judge this")
+    add("--choose", action="store_true", help="judge by odd lines: figures to choose settings by")
+    add("--out", type=Path, help="folder of the table")
+    add("--quick", action="store_true", help="a small table")
+    add("--only", choices=PARTS, help="one part of the table")
+    add("--methods", help="these alone, comma separated")
+    add("--targets", help="these alone, such as 0.2,0.5")
+    add("--seeds", help="these alone, such as 0,1")
+    add("--steps", type=int, help="of the trained part and the ablation; no longer runs")
+    add("--show", action="store_true", help="what has been run; run nothing")
+    add("--markdown", action="store_true", help="end with the trained rows as a page shows them")
+    add("--length", type=int, default=256, help="tokens per block")
+    add("--device", default="auto")
+    add("--dtype", default="bfloat16")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
+    add("--json", action="store_true", help="end with one JSON line")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", default="demo", help="hub id, checkpoint folder, or demo")
-    parser.add_argument("--data", default="demo", help="text, as `nuteprune prune --data` takes it")
-    parser.add_argument("--out", type=Path, help="folder of the table")
-    parser.add_argument("--quick", action="store_true", help="a small table")
-    parser.add_argument("--only", choices=PARTS, help="one part of the table")
-    parser.add_argument("--show", action="store_true", help="what has been run; run nothing")
-    parser.add_argument("--length", type=int, default=256, help="tokens per block")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs"
-    )
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    options = parser.parse_args(arguments)
+    options = parser_of().parse_args(arguments)
     quiet_libraries()
     output = Output(options.json)
     name = "quality-quick" if options.quick else "quality"
     out = options.out or Path(__file__).parent / "results" / name
+    begun = options.show and (out / SETTING).exists()
     try:
-        setting = Setting(
-            options.model,
-            options.data,
-            options.length,
-            QUICK_EVAL_BLOCKS if options.quick else Setting.eval_blocks,
-            pick_device(options.device),
-            options.dtype,
-            {
-                **(QUICK_SETTINGS if options.quick else {}),
-                **read_given(None, options.set, [NutePruneConfig]),
-            },
-        )
-        bench = Bench(setting, out, output.line)
-        plan = QUICK if options.quick else Plan()
+        setting = Setting.read(out / SETTING) if begun else setting_of(options)
+        plan = adapted(QUICK if options.quick else Plan(), options)
+        bench = Bench(setting, out, output.line, options.other_text)
         parts = [options.only] if options.only else PARTS
         table = run(plan, bench, output, parts, options.show)
     except UserError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
+    if options.markdown:
+        output.line(markdown(table.get("trained", [])))
     output.result({"out": str(out), **table})
     return 0
 

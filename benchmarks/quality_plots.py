@@ -44,10 +44,12 @@ class Point:
     params: float
     seconds: float
     mean: float
+    other: float | None = None
+    copying: float | None = None
 
     @property
     def label(self) -> str:
-        """What the legend calls it."""
+        """What runs of one line share."""
         return f"{self.method}, {f'{self.steps} steps' if self.steps else self.stage}"
 
 
@@ -63,11 +65,27 @@ def points_of(records: Sequence[Mapping[str, Any]]) -> list[Point]:
         if "refitted" in record:
             again = {**record, **record["refitted"]}
             groups[record["label"], "re-fitted", *where].append(again)
-    points = [
-        Point(*key, *(statistics.fmean(r[x] for r in rows) for x in ("params", "seconds", "mean")))
-        for key, rows in groups.items()
-    ]
+    points = [Point(*key, *_means(rows)) for key, rows in groups.items()]
     return sorted(points, key=lambda p: (tuple(STYLES).index(p.stage), p.label, p.target))
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the means of a point; None for what its records do not have."""
+    found = [statistics.fmean(row[x] for row in rows) for x in ("params", "seconds", "mean")]
+    other = [row.get("times_dense", {}).get("other_mean") for row in rows]
+    copied = [row.get("copying") for row in rows]
+    known = [None if None in x else statistics.fmean(x) for x in (other, copied)]
+    return [*found, *known]
+
+
+def legend(dots: Sequence[Point]) -> str:
+    """Return what the legend says of a line: other text and copying too, by growing target."""
+    text = dots[0].label
+    if all(p.other is not None for p in dots):
+        text += f"\nother text × {', '.join(f'{p.other:.2f}' for p in dots)}"
+    if all(p.copying is not None for p in dots):
+        text += f"\ncopying {', '.join(f'{p.copying:.0f}' for p in dots)} %"
+    return text
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -102,7 +120,7 @@ def draw(
             [p.mean for p in dots],
             _style(dots[0], short),
             color=colors[dots[0].method],
-            label=label,
+            label=legend(dots),
         )
     axes.plot(dense["params"] / 1e6, dense["mean"], "k*", markersize=12, label="dense")
     files = [_save(figure, folder / "perplexity-by-params.png")]
@@ -120,7 +138,7 @@ def draw(
             [p.mean for p in dots],
             marker=marker,
             color=colors[dots[0].method],
-            label=label,
+            label=legend(dots),
         )
     axes.axhline(dense["mean"], color="k", linewidth=0.8, label="dense")
     axes.set_xscale("log")

@@ -10,52 +10,29 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from quality_text import Judge, Setting, Texts
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.blocks import BlockDataset
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
-from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import install_weight
 from nuteprune.train.calibration import refit_on, score_on
 from nuteprune.train.config import METHOD
 from nuteprune.train.setup import make_allocator
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all cells of a table share; a folder holds the table of one setting.
-
-    Args:
-        model: hub id, checkpoint folder, or `demo`.
-        data: text whose training part is trained on and whose held-out part is judged.
-        length: tokens per block.
-        eval_blocks: held-out blocks per source.
-        device: `cpu`, `cuda`.
-        dtype: what is computed in.
-        settings: of `NutePruneConfig`, for all cells.
-    """
-
-    model: str = "demo"
-    data: str = "demo"
-    length: int = 256
-    eval_blocks: int = 24
-    device: str = "cpu"
-    dtype: str = "float32"
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +64,8 @@ OLD_NAME = "nuteprune"
 """What records of 0.1.0 call the default's method."""
 DENSE = "dense.json"
 """File of the dense model's record."""
+SETTING = "setting.json"
+"""File of what cells share."""
 
 
 class Bench:
@@ -96,23 +75,31 @@ class Bench:
         setting: what cells share.
         folder: where their files are.
         say: told about each cell in one line.
+        other_text: folder of other text, if the setting has some.
 
     Raises:
         UserError: if the folder holds a table of another setting.
     """
 
     def __init__(
-        self, setting: Setting, folder: Path, say: Callable[[str], None] = lambda line: None
+        self,
+        setting: Setting,
+        folder: Path,
+        say: Callable[[str], None] = lambda line: None,
+        other_text: Path | None = None,
     ) -> None:
         self.setting, self.folder, self.say = setting, folder, say
+        self.other_text = other_text
         self._scores: dict[tuple[str, int], tuple[dict[str, Tensor], float]] = {}
-        path = folder / "setting.json"
-        if path.exists() and json.loads(path.read_text()) != asdict(setting):
+        path = folder / SETTING
+        if path.exists() and Setting.read(path) != setting:
             raise UserError(
                 f"{folder} holds a table of other settings ({path.name}); name another --out"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(setting))
+        setting.mixture()  # tells of shares that do not fit
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, asdict(setting))
 
     # -- what cells need, made once
 
@@ -122,10 +109,14 @@ class Bench:
         return load_tokenizer(self.setting.model)
 
     @cached_property
-    def held_out(self) -> dict[str, Tensor]:
-        """Blocks to judge by."""
-        s = self.setting
-        return held_out_blocks(s.data, self.tokenizer, length=s.length, count=s.eval_blocks)
+    def texts(self) -> Texts:
+        """What cells are calibrated and trained on."""
+        return Texts(self.setting, self.tokenizer, self.folder)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What cells are judged by."""
+        return Judge(self.setting, self.tokenizer, self.texts.specs, self.other_text)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -155,14 +146,10 @@ class Bench:
             },
         )
 
-    def _text(self, config: NutePruneConfig) -> BlockDataset:
-        s = self.setting
-        # As much as the method that reads most, so that all re-fit and train on the same text.
-        reads = max(max(int(m.reads), m.reads_plain) for m in METHODS.values())
-        count = max(config.blocks, config.calibration_blocks * reads)
-        return training_blocks(
-            s.data, self.tokenizer, length=s.length, count=count, seed=config.seed
-        )
+    def text(self, model: PreTrainedModel, cell: Cell, config: NutePruneConfig) -> BlockDataset:
+        """Return what a cell is calibrated and trained on: the same for all methods."""
+        plain = self._config(replace(cell, settings={}), config.output_dir)
+        return self.texts.training(model, config, plain)
 
     # -- cells
 
@@ -178,6 +165,11 @@ class Bench:
     def has(self, cell: Cell) -> bool:
         """Return whether a cell has been run."""
         return (self.folder / cell.file_name).exists()
+
+    def shown(self, cell: Cell) -> dict[str, Any]:
+        """Return the record of a cell that has been run, by whatever settings."""
+        record: dict[str, Any] = json.loads((self.folder / cell.file_name).read_text("utf-8"))
+        return record
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's record: from its file, or else by running it."""
@@ -209,12 +201,10 @@ class Bench:
 
     def _judge_dense(self) -> dict[str, Any]:
         started = time.monotonic()
-        found = perplexities(self.anatomy.model, self.held_out, batch_size=4)
         return {
-            "perplexity": found,
-            "mean": mean(found),
+            **self.judge.figures(self.anatomy.model),
             "params": self.anatomy.parameters(),
-            "protocol": protocol(self.held_out),
+            "protocol": {**protocol(self.judge.held_out), **self.judge.protocol()},
             "seconds_to_judge": round(time.monotonic() - started, 1),
         }
 
@@ -223,7 +213,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             config = self._config(cell, folder)
         allocator = make_allocator(self.anatomy, config)
-        scores, scoring_seconds = self._score(config, allocator)
+        text = self.text(self.anatomy.model, cell, config)
+        scores, scoring_seconds = self._score(text, config, allocator)
         started = time.monotonic()
         shape = allocator.shape(scores, cell.target)
         masks = allocator.masks(shape, scores).to(self.setting.device)
@@ -232,7 +223,7 @@ class Bench:
         started = time.monotonic()
         with self._weights_put_back():
             install = install_weight(self.anatomy)
-            refit_on(self._text(config), config, self.anatomy, self._hooks, masks, install)
+            refit_on(text, config, self.anatomy, self._hooks, masks, install)
             refit_seconds = time.monotonic() - started
             refitted = self._judge_masked(masks)
         budget = allocator.budget
@@ -240,32 +231,26 @@ class Bench:
         return {
             "sparsity": removed / budget.before,
             "params": self.anatomy.parameters() - removed,
-            "perplexity": plain,
-            "mean": mean(plain),
+            **plain,
             "seconds": round(seconds, 3),
-            "refitted": {
-                "perplexity": refitted,
-                "mean": mean(refitted),
-                "seconds": round(seconds + refit_seconds, 3),
-            },
+            "refitted": {**refitted, "seconds": round(seconds + refit_seconds, 3)},
         }
 
     def _score(
-        self, config: NutePruneConfig, allocator: Allocator
+        self, text: BlockDataset, config: NutePruneConfig, allocator: Allocator
     ) -> tuple[dict[str, Tensor], float]:
         """Return a method's scores and the seconds they took; once per method and seed."""
         key = (config.method, config.seed)
         if key not in self._scores:
-            text = self._text(config)
             started = time.monotonic()
             scores = score_on(text, config, self.anatomy, self._hooks, allocator)
             self._scores[key] = (scores, time.monotonic() - started)
         return self._scores[key]
 
-    def _judge_masked(self, masks: Masks) -> dict[str, float]:
+    def _judge_masked(self, masks: Masks) -> dict[str, Any]:
         """Judge by masks: the same function as the sliced model's, without cutting anything."""
         with self._hooks.using(masks):
-            return perplexities(self.anatomy.model, self.held_out, batch_size=4)
+            return self.judge.figures(self.anatomy.model)
 
     @contextmanager
     def _weights_put_back(self) -> Iterator[None]:
@@ -288,15 +273,15 @@ class Bench:
             self.__dict__.pop(name, None)
         with tempfile.TemporaryDirectory() as folder:
             config = self._config(cell, folder)
-            text = self._text(config)
             model = self._load()
+            text = self.text(model, cell, config)
             started = time.monotonic()
             trainer = NutePruneTrainer(model, config, text, self.tokenizer)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             small = trainer.finalize()
             seconds = time.monotonic() - started
-        found = perplexities(small, self.held_out, batch_size=4)
+        found = self.judge.figures(small)
         after = sum(p.numel() for p in small.parameters())
         sparsity = trainer.allocator.budget.sparsity(trainer.finished.shape)
         teachers = len(trainer.teachers)
@@ -305,8 +290,7 @@ class Bench:
         return {
             "sparsity": sparsity,
             "params": after,
-            "perplexity": found,
-            "mean": mean(found),
+            **found,
             "seconds": round(seconds, 3),
             "teachers": teachers,
         }

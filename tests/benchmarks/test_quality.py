@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PrinterCallback
 
+import nuteprune
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError
 from nuteprune.console import Output
-from nuteprune.judge.perplexity import perplexities
+from nuteprune.data import demo as assets
+from nuteprune.judge.copying import copying
+from nuteprune.judge.perplexity import perplexities, perplexity
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = {"neuron_multiple": 4, "calibration_blocks": 8}
@@ -30,7 +34,8 @@ def load(name: str) -> Any:
     return module
 
 
-runs, plots, quality = (load(x) for x in ("quality_runs", "quality_plots", "quality"))
+texts, runs, tables = map(load, ("quality_text", "quality_runs", "quality_tables"))
+plots, quality = map(load, ("quality_plots", "quality"))
 
 BASELINES = ("fisher", "random")
 PLAN = quality.Plan(
@@ -50,13 +55,13 @@ PLAN = quality.Plan(
 @pytest.fixture
 def setting(tiny_model, tiny_tokenizer, tmp_path: Path) -> Any:
     folder = tmp_path / "model"
-    tiny_model("llama", vocab_size=300).save_pretrained(folder)
+    tiny_model("llama", vocab_size=300, max_position_embeddings=512).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     words = random.Random(0).choices(["student", "teacher", "gate", "mask", "head"], k=6000)
     text = tmp_path / "words.jsonl"
     rows = [{"text": " ".join(words[i : i + 20])} for i in range(0, 6000, 20)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return runs.Setting(str(folder), str(text), 32, 6, "cpu", "float32", SETTINGS)
+    return runs.Setting(str(folder), [str(text)], 32, 6, "cpu", "float32", SETTINGS)
 
 
 @pytest.mark.slow
@@ -82,6 +87,7 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
             assert "'nose' is not a kind of gate" in record["refused"]
             continue
         assert record["sparsity"] >= record["target"] - 1e-9
+        assert record["times_dense"]["in_domain"] == record["mean"] / table["dense"]["mean"]
         assert record["params"] < table["dense"]["params"]
         assert record["seconds"] > 0
         assert record["machine"]["torch"]
@@ -140,14 +146,189 @@ def test_an_untrained_cell_is_what_the_trainer_cuts_without_steps(
         use_cpu=True,
         **SETTINGS,
     )
-    text = bench._text(config)
-    trainer = NutePruneTrainer(bench._load(), config, text)
+    model = bench._load()
+    text = bench.text(model, cell, config)
+    trainer = NutePruneTrainer(model, config, text)
     trainer.remove_callback(PrinterCallback)
     small = trainer.finalize()
-    expected = perplexities(small, bench.held_out)
+    expected = perplexities(small, bench.judge.held_out)
     found = (record["refitted"] if refitted else record)["perplexity"]
     assert found == pytest.approx(expected, rel=1e-4)
     assert record["params"] == sum(p.numel() for p in small.parameters())
+
+
+def other_text(folder: Path) -> dict[str, list[str]]:
+    """Write two domains of other text, whose odd and even lines differ."""
+    folder.mkdir()
+    drawn = random.Random(1)
+    found = {}
+    for name, letters in (("code", "abcd"), ("fables", "vwxyz")):
+        lines = ["".join(drawn.choices(letters + str(i % 2), k=90)) for i in range(16)]
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": x}) + "\n" for x in lines)
+        )
+        found[name] = lines
+    return found
+
+
+@pytest.mark.parametrize("choose", [False, True])
+def test_other_text_is_half_of_the_lines(choose: bool, setting: Any, tmp_path: Path) -> None:
+    lines = other_text(tmp_path / "other")
+    setting = dataclasses.replace(setting, choose=choose)
+    bench = runs.Bench(setting, tmp_path / "table", other_text=tmp_path / "other")
+    dense, cell = bench.dense(), quality.Cell("magnitude", {"method": "magnitude"}, 0.3, 2, 0)
+    record = quality.rated(bench.run(cell), dense)
+
+    model, tokenizer = bench._load(), bench.tokenizer
+    for name, all_lines in lines.items():
+        # Counted from 1, as people count lines.
+        mine = [x for number, x in enumerate(all_lines, 1) if (number % 2 == 1) == choose]
+        joined = [i for x in mine for i in (*tokenizer.encode(x), tokenizer.eos_token_id)]
+        count = len(joined) // 256
+        assert 1 < count < 24
+        blocks = torch.tensor(joined[: 256 * count]).view(count, 256)
+        expected = perplexity(model, blocks)
+        assert dense["other"][name] == pytest.approx(expected, rel=1e-5)
+        assert record["times_dense"]["other"][name] == record["other"][name] / dense["other"][name]
+    product = statistics.geometric_mean(record["times_dense"]["other"].values())
+    assert record["times_dense"]["other_mean"] == product
+    seed = dense["protocol"]["copying_seed"]
+    assert (0 <= seed <= 9) == choose
+    assert dense["copying"] == copying(model, tokenizer, seed=seed).percent
+
+
+def test_all_cells_of_a_seed_share_the_text_of_prune(
+    setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Any]] = {"score_on": [], "refit_on": [], "NutePruneTrainer": []}
+
+    def watch(name: str, place: int) -> None:
+        real = getattr(runs, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            seen[name].append(arguments[place].blocks)
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(runs, name, call)
+
+    for name, place in (("score_on", 0), ("refit_on", 0), ("NutePruneTrainer", 2)):
+        watch(name, place)
+    bench = runs.Bench(setting, tmp_path / "table")
+    for method in ("surgeon", "random"):
+        for steps in (0, 3):
+            bench.run(quality.Cell(method, {"method": method}, 0.3, steps, 7))
+    bench.run(quality.Cell("no re-fit", {"compensation": False}, 0.3, 3, 7))
+    blocks = [x for found in seen.values() for x in found]
+    assert list(map(len, seen.values())) == [2, 2, 3]
+    assert all(torch.equal(x, blocks[0]) for x in blocks)
+
+    # The model has written it once, and writes the same for `prune`.
+    (file,) = (tmp_path / "table").rglob("*.jsonl")
+    real = NutePruneTrainer.train
+    trained: list[Any] = []
+    monkeypatch.setattr(
+        NutePruneTrainer, "train", lambda s, *x, **y: [trained.append(s), real(s, *x, **y)][1]
+    )
+    nuteprune.prune(
+        setting.model,
+        out=tmp_path / "pruned",
+        data=setting.data,
+        length=32,
+        dtype="float32",
+        device="cpu",
+        sparsity=0.3,
+        steps=3,
+        seed=7,
+        **SETTINGS,
+    )
+    assert (tmp_path / "pruned" / "run" / "self.jsonl").read_bytes() == file.read_bytes()
+    assert torch.equal(trained[0].train_dataset.blocks, blocks[0])
+
+
+@pytest.mark.parametrize("left", ["wikipedia", "recipes"])
+def test_a_source_that_is_left_out_judges_and_is_never_trained_on(
+    left: str, setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Words of one letter each: a source's own letter is in no other source.
+    letter = {"wikipedia": "q", "speeches": "j", "recipes": "z"}
+    documents = {
+        name: [f"{x * (20 + i % 50)} {i} " * 3 for i in range(2500)] for name, x in letter.items()
+    }
+    monkeypatch.setattr(assets, "documents", lambda: documents)
+    words = {"data": ["demo"], "leave_out": left}
+    # All of the data alone: what a model writes may have any letter.
+    setting = dataclasses.replace(setting, **words, shares=[1.0])
+    bench = runs.Bench(setting, tmp_path / "table")
+    with_self = dataclasses.replace(setting, shares=None).mixture()
+    assert with_self[0][1:] == ["self"]
+    assert with_self[1] == [0.5, 0.5]
+    cell = quality.Cell("random", {"method": "random"}, 0.3, 0, 0)
+    config = bench._config(cell, str(tmp_path))
+    decode = bench.tokenizer.decode
+    trained = "".join(map(decode, bench.text(bench._load(), cell, config).blocks))
+    assert {x for x in trained if x in "qjz"} == {*letter.values()} - {letter[left]}
+    assert set(bench.judge.held_out) == {*letter} - {left}
+    assert set(bench.judge.other) == {left}
+    accepted = bench.judge.other[left]
+    assert {x for x in "".join(map(decode, accepted)) if x in "qjz"} == {letter[left]}
+    chosen = runs.Bench(dataclasses.replace(setting, choose=True), tmp_path / "choose").judge.other
+    numbers = [
+        {x for x in "".join(map(decode, found)).split() if x.isdigit()}
+        for found in (accepted, chosen[left])
+    ]
+    assert all(len(x) > 5 for x in numbers)
+    assert len(numbers[0] & numbers[1]) <= 2  # numbers that a block's end has cut
+    assert set(bench.run(cell)["other"]) == {left}
+
+
+def test_text_that_is_trained_on_is_no_other_text(setting: Any, tmp_path: Path) -> None:
+    folder = Path(setting.data[0]).parent
+    bench = runs.Bench(setting, tmp_path / "table", other_text=folder)
+    with pytest.raises(UserError, match=r"words.jsonl is trained on"):
+        bench.dense()
+    with pytest.raises(UserError, match="no jsonl files"):
+        texts.files_of(tmp_path / "table")
+
+
+def test_tables_of_before_still_load(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    old = FOLDER / "results" / "quality"
+    for file in old.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert quality.main(["--show", "--markdown", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    (row,) = [x.split() for x in printed.splitlines() if x.split()[:3] == ["flap", "20%", "80"]][:1]
+    assert row[3:7] == ["32.66", "1.339", "-", "-"]
+    assert "| flap |" not in printed  # a page shows no row without copying
+
+
+def test_a_page_shows_rows_with_copying_alone() -> None:
+    times = {"in_domain": 1.2, "other": {"code": 2.0, "fables": 4.5}, "other_mean": 3.0}
+    row = {"label": "a", "target": 0.2, "steps": 80, "mean": 30.0, "seconds": 9.6}
+    row |= {"times_dense": times, "copying": 44.0}
+    shown = tables.markdown([row, row | {"copying": 45.0}, row | {"label": "b", "copying": None}])
+    assert shown.splitlines()[2:] == [
+        "| a | 20% | 80 | 30.00 ± 0.00 | 1.200 ± 0.000 | 3.000 ± 0.000 | 44.5 ± 0.7 | 2 | 10 |"
+    ]
+    (point,) = plots.points_of([row | {"params": 9}])
+    assert plots.legend([point]) == "a, 80 steps\nother text × 3.00\ncopying 44 %"
+
+
+def test_a_plan_is_cut_to_what_is_asked_for() -> None:
+    words = "--methods surgeon,flap --targets 0.2,0.5 --seeds 0,1 --steps 5 --shares 0.7,0.3"
+    options = quality.parser_of().parse_args([*words.split(), "--data", "demo", "--data", "self"])
+    plan = quality.adapted(quality.Plan(), options)
+    cells = [*plan.untrained_cells(), *plan.trained_cells()]
+    assert len(cells) == len(set(map(str, cells))) == 2 * 8
+    assert {c.settings["method"] for c in cells} == {"surgeon", "flap"}
+    assert {c.steps for c in plan.trained_cells()} == {5}
+    assert plan.long_cells("flap") == []
+    assert quality.setting_of(options).mixture() == (["demo", "self"], [0.7, 0.3])
+    options.methods = "flap,nose"
+    with pytest.raises(UserError, match="no method is called nose"):
+        quality.adapted(quality.Plan(), options)
+    options.shares = "0.7"
+    with pytest.raises(UserError, match="1 shares of 2 texts"):
+        quality.setting_of(options).mixture()
 
 
 def test_a_folder_holds_the_table_of_one_setting(setting: Any, tmp_path: Path) -> None:
@@ -160,7 +341,7 @@ def test_a_folder_holds_the_table_of_one_setting(setting: Any, tmp_path: Path) -
 def test_the_command_runs_a_part_and_ends_with_a_json_line(
     setting: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model", setting.model, "--data", setting.data, "--length", "32", "--quick"]
+    options = ["--model", setting.model, "--data", setting.data[0], "--length", "32", "--quick"]
     options += [
         "--out",
         str(tmp_path / "quick"),

@@ -52,6 +52,15 @@ class TestSources:
         found = iter_documents("demo")
         assert {name: list(texts) for name, texts in found.items()} == demo
 
+    def test_some_of_them_can_be_named(self, demo: dict[str, list[str]]) -> None:
+        for spec in ("demo:recipes,wikipedia", "demo:wikipedia,recipes"):
+            found = iter_documents(spec)
+            assert list(found) == ["wikipedia", "recipes"]
+            assert all(list(texts) == demo[name] for name, texts in found.items())
+        for spec in ("demo:", "demo:poems", "demo:recipes,", "demo:recipes:train"):
+            with pytest.raises(UserError, match="no embedded source is called"):
+                iter_documents(spec)
+
     def test_a_folder_is_one_source(self, tmp_path: Path) -> None:
         folder = tmp_path / "corpus"
         (folder / "deep").mkdir(parents=True)

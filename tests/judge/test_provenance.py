@@ -23,6 +23,10 @@ def test_every_text_that_a_model_learned_from_counts() -> None:
     [
         ("demo", "demo", True),
         ("demo", "self", False),
+        ("demo:recipes", "demo", True),
+        ("demo", "demo:recipes,speeches", True),
+        ("demo:recipes", "demo:speeches,recipes", True),
+        ("demo:wikipedia", "demo:speeches,recipes", False),
         ("folder/news.jsonl", "folder/news.jsonl", True),
         ("folder/news.jsonl", "folder", True),
         ("folder", "folder/news.jsonl", True),

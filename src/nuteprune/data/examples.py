@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from nuteprune.data import readers
 from nuteprune.data.columns import laid_out, row_document
 from nuteprune.data.conversations import Row, check_template, encode, stretches
-from nuteprune.data.specs import DEMO, SELF, hub_parts, local_files
+from nuteprune.data.specs import SELF, embedded, hub_parts, local_files
 from nuteprune.data.split import split
 from nuteprune.data.tokens import check_ids
 from nuteprune.distill.losses import IGNORED
@@ -112,7 +112,7 @@ def _rows(
         text_column: the column with the text or messages.
         plain: whether files of plain text may lie among those of rows; they are left out.
     """
-    if spec in (DEMO, SELF):
+    if spec == SELF or embedded(spec):
         return None
     files = local_files(spec)
     if files is None:

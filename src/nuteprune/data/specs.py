@@ -1,8 +1,9 @@
 """What a DATA spec names: its sources and their documents.
 
-A DATA spec is `demo` (three embedded sources), a `.txt`, `.jsonl`, `.json` or `.parquet` file, a
-folder of such files, or a dataset on the hub as `id[:config[:split]]`; to train on also `self`,
-text that the model writes itself (`nuteprune.data.self_written`).
+A DATA spec is `demo` (three embedded sources), `demo:speeches,recipes` (some of them, so that the
+others can judge), a `.txt`, `.jsonl`, `.json` or `.parquet` file, a folder of such files, or a
+dataset on the hub as `id[:config[:split]]`; to train on also `self`, text that the model writes
+itself (`nuteprune.data.self_written`).
 """
 
 from __future__ import annotations
@@ -69,14 +70,33 @@ def sources_of(
             f"{SELF} is text that the model writes to be trained on; pass other text here, "
             f"such as {DEMO}, or ./{SELF} if a folder is meant"
         )
-    if spec == DEMO:
-        return [Documents(name, partial(iter, texts)) for name, texts in assets.documents().items()]
+    if names := embedded(spec):
+        texts = assets.documents()
+        return [Documents(name, partial(iter, texts[name])) for name in names]
     options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
     if (files := local_files(spec)) is not None:
         read = partial(readers.file_documents, **options)
         name = at_home(spec).absolute().name or spec
         return [Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
     return [Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
+
+
+def embedded(spec: str) -> list[str]:
+    """Return which embedded sources a DATA spec names, in a fixed order; none if it is another.
+
+    Raises:
+        UserError: it names one that there is not.
+    """
+    demo, colon, given = spec.partition(":")
+    if demo != DEMO:
+        return []
+    names = given.split(",") if colon else list(assets.TEXTS)
+    if unknown := [x for x in names if x not in assets.TEXTS]:
+        raise UserError(
+            f"{spec!r}: no embedded source is called {unknown[0]!r}; pass {DEMO}, or some of "
+            f"{DEMO}:{','.join(assets.TEXTS)}"
+        )
+    return [x for x in assets.TEXTS if x in names]
 
 
 def local_files(spec: str) -> list[Path] | None:

@@ -53,6 +53,13 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
     return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
 
 
+def tokens_to_write(config: NutePruneConfig, share: float, length: int) -> int:
+    """Return how many tokens a model writes itself, for a share of a run's blocks of a length."""
+    calibrated = max(config.scored_blocks, config.refit_blocks)
+    blocks = max(calibrated, config.blocks / READINGS)
+    return max(length, round(share * blocks * length))
+
+
 class JobText:
     """Text of a job, for one model.
 
@@ -111,13 +118,11 @@ class JobText:
             return
         config, length = trainer.args, self._job.length
         share = self.shares[self.specs.index(SELF)] / sum(self.shares)
-        calibrated = max(config.scored_blocks, config.refit_blocks)
-        blocks = max(calibrated, config.blocks / READINGS)
         with trainer.model.disable_adapter():
             written = write_text(
                 trainer.anatomy.model,
                 self._tokenizer,
-                tokens=max(length, round(share * blocks * length)),
+                tokens=tokens_to_write(config, share, length),
                 length=length,
                 seed=config.seed,
                 folder=Path(cast(str, config.output_dir)),

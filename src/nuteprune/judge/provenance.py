@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from nuteprune.data.specs import DEMO
+from nuteprune.data.specs import embedded
 from nuteprune.files import at_home
 from nuteprune.judge.protocols import TEXTS
 
@@ -54,8 +54,8 @@ def _same_source(spec: str, calibrated: str) -> bool:
     if name in TEXTS:
         published = _hub_id(calibrated) in (name, TEXTS[name].repo.lower())
         return published or (bool(is_copy) and _same_source(path, calibrated))
-    if DEMO in (spec, calibrated):
-        return spec == calibrated
+    if (ours := embedded(spec)) or embedded(calibrated):
+        return bool({*ours} & {*embedded(calibrated)})
     judged, trained = (at_home(x).absolute().resolve() for x in (spec, calibrated))
     if judged.exists():
         # A path in a record may be of another machine or folder: then its name has to do.
