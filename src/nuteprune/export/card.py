@@ -13,6 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from nuteprune.files import at_home
 from nuteprune.run_folder import CARD
 
+OWN = "self"
+"""What records call text that the dense model wrote itself."""
 _PLOTS = "<!-- plots of the run -->", "<!-- end of plots -->"
 """What encloses the plots in a card, so that they can be put in later."""
 
@@ -95,7 +97,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         licence=f"{_plain(licence)}, that of the base model" if licence else "the base model's",
         layers=_layers(record),
         tuned=_tuned(record),
-        text=_plain(_public(str(record.get("config", {}).get("data", "not on record")))),
+        text=_calibrated_on(record.get("config", {})),
     )
 
 
@@ -229,7 +231,8 @@ def _protocols(record: Mapping[str, Any]) -> str:
     config, said = record.get("config", {}), []
     if measure := record.get("perplexity", {}).get("protocol", {}).get("measure"):
         data, judged = config.get("data"), config.get("eval_data")
-        text = " of what it was calibrated on (in-domain)" if data else ""
+        in_domain = data and data not in (OWN, [OWN])
+        text = " of what it was calibrated on (in-domain)" if in_domain else ""
         if judged not in (None, data):
             text = f" of {_plain(_public(str(judged)))}"
         said.append(f"Perplexity, on held-out text{text}: {measure}.")
@@ -256,6 +259,20 @@ def _layers(record: Mapping[str, Any]) -> str:
         parts.append(f"{low if low == high else f'{low} to {high}'} of {had} {what}")
     hidden = record["hidden"]
     return f"{len(after)}, with {', '.join(parts)}; width {hidden['after']} of {hidden['before']}."
+
+
+def _calibrated_on(config: Mapping[str, Any]) -> str:
+    """Return what text a model was calibrated and trained on, with the shares of several."""
+    data = config.get("data", "not on record")
+    specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
+    shares = config.get("shares") or [1.0] * len(specs)
+    parts = "" if len(specs) == 1 else "{:.0%} "
+    said = (
+        parts.format(share / sum(shares))
+        + ("text of the dense model's own" if spec == OWN else _plain(_public(spec)))
+        for spec, share in zip(specs, shares, strict=True)
+    )
+    return ", ".join(said)
 
 
 def _public(name: str) -> str:

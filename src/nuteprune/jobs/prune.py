@@ -42,7 +42,7 @@ from nuteprune.jobs.sources import (
     pick_dtype,
     stored_dtype,
 )
-from nuteprune.jobs.text import JobText
+from nuteprune.jobs.text import JobText, mixture
 from nuteprune.judge.perplexity import perplexities
 from nuteprune.judge.run_files import write_extra
 from nuteprune.judge.samples import side_by_side
@@ -278,7 +278,9 @@ def _prune(
 def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     """Return the settings that reproduce a run: the job's, and those that are not defaults."""
     target = {} if args.shape is not None else {"target_sparsity": args.target_sparsity}
-    return {**job.recorded(), **target, **chosen_settings(args)}
+    specs, shares = mixture(job, args.sharded)
+    text = {"data": specs, "shares": shares} if len(specs) > 1 else {"data": specs[0]}
+    return {**job.recorded(), **text, **target, **chosen_settings(args)}
 
 
 def one_shot(

@@ -93,7 +93,10 @@ def command(record: Mapping[str, Any], out: str) -> list[str]:
     parts = [f"nuteprune prune {shlex.quote(model)}"]
     rest = []
     for key, value in settings(record).items():
-        if key in OPTIONS:
+        if key == "data":
+            named = [value] if isinstance(value, str) else value
+            parts.extend(f"{OPTIONS[key]} {shlex.quote(spec)}" for spec in named)
+        elif key in OPTIONS:
             if value != "auto":
                 parts.append(f"{OPTIONS[key]} {shlex.quote(_plain(value))}")
         else:

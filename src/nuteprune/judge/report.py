@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from nuteprune.data.specs import SELF
 from nuteprune.errors import UserError
 from nuteprune.export.card import with_plots
 from nuteprune.files import atomic, write_text
@@ -243,8 +244,9 @@ def text_kind(record: Mapping[str, Any]) -> str | None:
     """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
     judged = record.get("config", {}).get("eval_data")
     calibrated = calibrated_on(record)
-    if judged is None:
-        return f"{IN_DOMAIN} text" if calibrated else None
+    if judged is None:  # then by the same sources, or by others where it was its own text alone
+        others = [spec for spec in calibrated if spec != SELF]
+        return (f"{IN_DOMAIN} text" if others else OTHER_TEXT) if calibrated else None
     return OTHER_TEXT if kind_of(str(judged), calibrated) == OTHER_TEXT else f"{IN_DOMAIN} text"
 
 

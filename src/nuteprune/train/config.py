@@ -246,8 +246,8 @@ class NutePruneConfig(TrainingArguments):
             )
         if self.lora_targets == "qv" and self.compensation:
             raise UserError(
-                "the re-fit starts LoRA of the output and down projections, which lora_targets qv "
-                "leaves without: set compensation to false"
+                "the re-fit puts weights in place beside LoRA, which lora_targets qv leaves the "
+                "output and down projections without: set compensation to false"
             )
         optimizer = OptimizerNames(self.optim).value
         if gate_type.trained and optimizer not in ASCENDING:
