@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
-from nuteprune.jobs import evaluate
+from nuteprune.jobs import evaluate, judging
+from nuteprune.judge.copying import Copying
 from nuteprune.judge.tasks import Score
 
 Run = Callable[..., tuple[int, str, str]]
@@ -186,6 +188,28 @@ def test_each_model_is_asked_with_its_own_tokenizer(
     assert code == 0, stderr
     ours, theirs = seen
     assert theirs == sentencepiece_tokenizer("the student").input_ids != ours
+
+
+def test_where_copying_cannot_be_measured_the_rest_is(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    measure, calls = judging.copying, []
+
+    def only_the_first(*args: Any, **how: Any) -> Copying:
+        calls.append(args)
+        if len(calls) > 1:
+            raise UserError("too few positions")
+        return measure(*args, **how)
+
+    monkeypatch.setattr(judging, "copying", only_the_first)
+    asked = ["--against", other, "--data", text, "--length", 24, *ASKED]
+    code, stdout, stderr = run("eval", model, *asked)
+    assert code == 0, stderr
+    found = last(stdout)
+    assert (list(found["copying"]), list(found["retention"])) == ([str(model)], ["perplexity"])
+    assert "Copying" not in stderr
 
 
 BAD = {

@@ -18,9 +18,10 @@ from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.comparison import same_tokens
+from nuteprune.jobs.judging import copies
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
 from nuteprune.judge import protocols, texts
-from nuteprune.judge.copying import SEED, copying
+from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.provenance import calibrated_on, kind_of
 from nuteprune.judge.tasks import Tasks
@@ -104,9 +105,9 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
                 found = _measure(one, loaded, cut, asked.batch_size, bars.update)
                 verdicts.perplexity[one.name] = found
             own = load_tokenizer(one.source, asked.trust_remote_code)
-            verdicts.copying[one.name] = copying(
-                loaded, own, seed=asked.copying_seed, batch_size=asked.batch_size
-            )
+            how = {"seed": asked.copying_seed, "batch_size": asked.batch_size}
+            copied = copies(loaded, own, **how)
+            verdicts.copying |= {one.name: copied} if copied is not None else {}
             if questions is not None:
                 verdicts.tasks[one.name] = questions.ask(loaded, own, asked.batch_size)
             del loaded

@@ -32,10 +32,18 @@ class Figures:
     texts: list[str]
 
 
-def copies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Copying | None:
-    """Return how a model copies; None where it has too few ids or positions to tell."""
+def copies(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **how: int
+) -> Copying | None:
+    """Return how a model copies; None where it has too few ids or positions to tell.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer.
+        **how: `seed` and `batch_size`, as `copying` takes them.
+    """
     try:
-        return copying(model, tokenizer)
+        return copying(model, tokenizer, **how)
     except UserError:
         return None
 

@@ -36,7 +36,7 @@ class Verdicts:
         blocks: text -> what perplexity is measured on; may be empty.
         questions: the tasks that were asked, None for none.
         perplexity: model -> text -> perplexity.
-        copying: model -> how well it copies from its context.
+        copying: model -> how well it copies from its context, where that can be measured.
         tasks: model -> task -> score.
         midway: model -> sparsity of its masks, of models in the middle of a run.
         retention: `perplexity`, `copying` and `tasks` -> text or task -> percent; see `compare`.
@@ -57,7 +57,7 @@ class Verdicts:
         if self.perplexity:
             ours, theirs = self.perplexity[model], self.perplexity[dense]
             self.retention["perplexity"] = retentions(ours, theirs, dict.fromkeys(ours, False))
-        if self.copying:
+        if {model, dense} <= self.copying.keys():
             shares = (self.copying[name].percent for name in (model, dense))
             self.retention["copying"] = {REPEAT: retention(*shares, higher_is_better=True)}
         if self.tasks:
@@ -93,7 +93,7 @@ class Verdicts:
 
     def print(self, output: Output) -> None:
         """Print tables, each with how its figures came about."""
-        names = list(self.perplexity or self.copying or self.tasks)
+        names = list(self.perplexity or self.tasks or self.copying)
         for label, name in zip(LABELS, names, strict=False):
             step = f", midway: masks at {self.midway[name]:.2%}" if name in self.midway else ""
             output.line(f"{label}: {name}{step}")
@@ -101,7 +101,7 @@ class Verdicts:
             texts = [name for name, x in self.blocks.items() if x.described.get("kind") == kind]
             if texts and self.perplexity:
                 self._print_perplexity(output, title, texts)
-        if self.copying:
+        if self.copying and self.copying.keys() == set(names):
             self._print_copying(output)
         if self.tasks:
             self._print_tasks(output)
