@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.data.blocks import training_blocks
@@ -19,6 +19,7 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import recover as recovery
 from nuteprune.jobs.folder import alone
 from nuteprune.jobs.sources import load_tokenizer
+from nuteprune.judge.copying import copying
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK: list[str] = ["--batch-size", "4", "--length", "24", "--learning-rate", "1e-2"]
@@ -71,7 +72,7 @@ def test_plain_text_lowers_perplexity_and_keeps_the_record(
     result, old = last(stdout), json.loads((pruned / "nuteprune.json").read_text())
     record = json.loads((out / "nuteprune.json").read_text())
     assert record.items() <= result.items()
-    changed = {"perplexity", "recover", "bytes_on_disk"}
+    changed = {"perplexity", "copying", "recover", "bytes_on_disk"}
     assert {k: v for k, v in record.items() if k not in changed} == {
         k: v for k, v in old.items() if k not in changed
     }
@@ -86,6 +87,9 @@ def test_plain_text_lowers_perplexity_and_keeps_the_record(
     )
     assert record["perplexity"]["after"]["text.txt"] < 0.9 * old["perplexity"]["after"]["text.txt"]
     small = load_pruned(out)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    assert record["copying"]["before"] == old["copying"]["before"]  # the dense model's
+    assert record["copying"]["after"] == copying(small, tokenizer).percent
     assert small.dtype == torch.bfloat16
     assert sum(p.numel() for p in small.parameters()) == record["params"]["after"]
     assert small.config.to_dict() == load_pruned(pruned).config.to_dict() | {

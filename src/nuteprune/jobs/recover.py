@@ -45,6 +45,7 @@ from nuteprune.jobs.folder import (
     nothing_left,
 )
 from nuteprune.jobs.job import RecoverJob, make_job, settings_of_user, what_it_is
+from nuteprune.jobs.judging import copies
 from nuteprune.jobs.progress import RecoveryProgress
 from nuteprune.jobs.show import print_recovered, print_recovery, sequences_per_step
 from nuteprune.jobs.sources import (
@@ -324,4 +325,7 @@ def _write(
     if "recover" in record:
         entry["earlier"] = record["recover"]
     new = {**record, "recover": entry, "perplexity": judged_again(record, entry)}
+    new.pop("copying", None)  # it was measured before the fine-tuning
+    if (copied := copies(small, tokenizer)) is not None and "copying" in record:
+        new["copying"] = {**record["copying"], "after": copied.percent}
     return {**result, **write_again(job.out, small, tokenizer, new)}
