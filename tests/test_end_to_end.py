@@ -71,7 +71,7 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     assert not stopped.value.code, err
     record = json.loads(out.splitlines()[-1])
     folder = tmp_path / demo_command.FOLDER
-    assert record["out"] == demo_command.FOLDER
+    assert record["out"] == str(demo_command.FOLDER)
     assert 0.2 <= record["sparsity"] <= 0.201
 
     dense = recount(assets.model_folder())["total"]
