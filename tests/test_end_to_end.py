@@ -19,8 +19,10 @@ from nuteprune.distill.teachers import Role
 from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
+from nuteprune.gates import cutting
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs.sources import load_model
+from nuteprune.judge import copying
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
@@ -65,6 +67,10 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     args = ["demo", "--steps", "4", "--batch-size", "1", "--length", "128", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["nuteprune", *args, *settings, "--json"])
     monkeypatch.chdir(tmp_path)
+    # What is measured by copying takes a minute of a core each time; here a part of it will do.
+    monkeypatch.setattr(cutting, "SEQUENCES", 1)
+    monkeypatch.setattr(cutting, "LENGTH", 16)
+    monkeypatch.setattr(copying, "SEQUENCES", 2)
     with pytest.raises(SystemExit) as stopped:
         main()
     out, err = capsys.readouterr()
