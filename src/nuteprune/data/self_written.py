@@ -82,8 +82,7 @@ def write_text(
     if most < 2 or tokens < 1:
         raise UserError(f"{tokens} tokens in blocks of {length}: pass a greater length")
     opening = openings(model, tokenizer, most=most, seed=seed)
-    fewest = -(-tokens // (most + len(end)))  # texts, if none ends early
-    size = -(-fewest // -(-fewest // _fitting(model, length)))  # in batches of one size
+    size = min(_fitting(model, length), -(-tokens // (most + len(end))))
     key = _key(model, opening, most, size, seed)
     path = folder / SELF_WRITTEN
     with writing(path):
