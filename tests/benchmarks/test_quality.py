@@ -290,7 +290,10 @@ def test_text_that_is_trained_on_is_no_other_text(setting: Any, tmp_path: Path) 
         texts.files_of(tmp_path / "table")
 
 
-def test_tables_of_before_still_load(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_tables_of_before_still_load(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # a table is whole where nobody says how wide
     old = FOLDER / "results" / "quality"
     for file in old.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())

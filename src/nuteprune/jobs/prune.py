@@ -279,7 +279,7 @@ def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     """Return the settings that reproduce a run: the job's, and those that are not defaults."""
     target = {} if args.shape is not None else {"target_sparsity": args.target_sparsity}
     specs, shares = mixture(job, args.sharded)
-    text = {"data": specs, "shares": shares} if len(specs) > 1 else {"data": specs[0]}
+    text = {"data": specs if len(specs) > 1 else specs[0], "shares": shares}
     return {**job.recorded(), **text, **target, **chosen_settings(args)}
 
 
