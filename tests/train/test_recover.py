@@ -192,5 +192,5 @@ def test_half_precision_weights_keep_their_dtype(
     [{"lora_rank": 0}, {"learning_rate": -1.0}, {"per_device_train_batch_size": 0}],
 )
 def test_senseless_settings_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="must lie between"):
+    with pytest.raises(UserError, match="must be at least"):
         RecoverConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
