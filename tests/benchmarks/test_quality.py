@@ -20,6 +20,8 @@ from nuteprune.data import demo as assets
 from nuteprune.judge.copying import copying
 from nuteprune.judge.perplexity import perplexities, perplexity
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = {"neuron_multiple": 4, "calibration_blocks": 8}
 

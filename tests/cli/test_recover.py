@@ -21,6 +21,8 @@ from nuteprune.jobs.folder import alone
 from nuteprune.jobs.sources import load_tokenizer
 from nuteprune.judge.copying import copying
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 QUICK: list[str] = ["--batch-size", "4", "--length", "24", "--learning-rate", "1e-2"]
 

@@ -16,6 +16,8 @@ from nuteprune.judge.perplexity import perplexities
 
 from .conftest import Run
 
+pytestmark = pytest.mark.slow
+
 STORED = {"float32": torch.float32, "float16": torch.float16}
 KEPT = ("embed_tokens.weight", "norm.weight", "lm_head.weight")
 """What pruning heads and neurons leaves alone."""

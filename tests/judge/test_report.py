@@ -25,6 +25,8 @@ from nuteprune.judge.report import kept_rows, verdict
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from nuteprune.train.state import RunState
 
+pytestmark = pytest.mark.slow
+
 write_report = partial(report.write_report, again=again)
 
 

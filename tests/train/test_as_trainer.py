@@ -21,6 +21,8 @@ from nuteprune.train.run_settings import chosen_settings
 
 from .conftest import LENGTH, make, metrics
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.arange(3, 15)[None]
 
 

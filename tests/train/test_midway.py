@@ -15,6 +15,8 @@ from nuteprune.train.midway import load_midway, run_config
 
 from .conftest import make
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.arange(3, 43).view(2, 20)
 
 

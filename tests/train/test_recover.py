@@ -18,6 +18,8 @@ from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.state import last_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def examples(count: int = 24) -> Examples:
     """Of different lengths, the first two tokens only read."""
