@@ -22,6 +22,8 @@ from nuteprune.jobs.folder import alone
 
 from .conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -15,6 +15,8 @@ from nuteprune.jobs import evaluate, judging
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.tasks import Score
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 ASKED = ["--device", "cpu", "--dtype", "float32", "--json"]
 

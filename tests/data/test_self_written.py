@@ -27,6 +27,8 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN
 from tests.forked import Forked
 
+pytestmark = pytest.mark.slow
+
 CHAT = (
     "<s>{% for m in messages %}{{ m.role[0] }}{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}a{% endif %}"

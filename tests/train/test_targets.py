@@ -17,6 +17,8 @@ from nuteprune.train.step_cost import seconds_per_step
 
 from .conftest import make
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.arange(3, 15)[None]
 
 
