@@ -79,9 +79,9 @@ def gates() -> str:
 
 def roles() -> str:
     """Return how one copy of the weights is teacher and student in a step."""
-    body = box(252, 92, 196, 60, "one intact model,|frozen, in memory once")
+    body = box(252, 92, 196, 60, "one dense model,|frozen, in memory once")
     body += box(24, 24, 168, 54, "masks and LoRA|of this step", "blue")
-    body += box(24, 166, 168, 54, "an earlier snapshot,|or none: intact", "green")
+    body += box(24, 166, 168, 54, "an earlier snapshot,|or none: dense", "green")
     body += arrow((192, 51), (300, 51), (300, 90)) + arrow((192, 193), (300, 193), (300, 154))
     body += arrow((448, 108), (508, 70)) + arrow((448, 136), (508, 174))
     body += box(510, 38, 186, 54, "student: hidden states,|next-token distribution", "blue")

@@ -63,6 +63,20 @@ def test_what_copying_hangs_on_is_raised_on_the_scale_of_the_scores(
     assert raised.tolist() == pytest.approx([3, 3, 3, 4, 270, 270])
 
 
+def test_the_surgeon_asks_what_copying_loses(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = list(torch.randint(3, 90, (2, 2, 16), generator=torch.Generator().manual_seed(0)))
+    found = []
+    for copies in (0.1, 0.0):  # a random model copies nothing, and counts as one that does
+        monkeypatch.setattr(cutting, "COPIES", copies)
+        model = tiny_model("llama").requires_grad_(False)
+        probe = a_probe(model, ("kv_groups", "neurons"), batches=ids, plain_batches=ids)
+        found.append(METHODS["surgeon"].score(probe))
+    plain, raised = found
+    assert torch.equal(plain["neurons"], raised["neurons"])
+    assert (raised["kv_groups"] >= plain["kv_groups"]).all()
+    assert (raised["kv_groups"] > plain["kv_groups"]).any()
+
+
 def test_a_change_of_units_changes_no_score(tiny_model) -> None:
     """A neuron's up row x a, its down column / a: the same function, so the same cost."""
     ids = list(torch.randint(3, 90, (4, 2, 16), generator=torch.Generator().manual_seed(0)))

@@ -74,7 +74,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         record: as `record.make_record` gives it.
         remote_code: whether the checkpoint brings its modeling file.
     """
-    record = _since_intact(record)
+    record = _since_dense(record)
     base_model = _public(record.get("base_model") or "the dense model")
     licence = record.get("license_name") or record.get("license")
     if link := record.get("license_link"):
@@ -106,7 +106,7 @@ def _again(record: Mapping[str, Any]) -> str:
     return f", in {times} runs one after the other" if times > 1 else ""
 
 
-def _since_intact(record: Mapping[str, Any]) -> dict[str, Any]:
+def _since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a model pruned several times with the counts of the dense model."""
     if not (history := record.get("history")):
         return dict(record)
