@@ -245,6 +245,16 @@ def test_metrics_of_logits_are_refused(tiny_model, tmp_path: Path) -> None:
         NutePruneTrainer(tiny_model("llama"), args, compute_metrics=lambda _: {})
 
 
+@pytest.mark.parametrize(
+    ("given", "told"), [(0.3, 0.3), ("0.3", 0.3), ([0.3], 0.3), ("0.1,0.3", [0.1, 0.3])]
+)
+def test_targets_are_told_alike_however_they_are_spelled(
+    given: Any, told: Any, tmp_path: Path
+) -> None:
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, target_sparsity=given)
+    assert chosen_settings(args) == {"target_sparsity": told}
+
+
 def test_the_record_has_what_was_set_and_leaves_other_accelerators_alone(tmp_path: Path) -> None:
     own = {"learning_rate": 1e-3, "gate_type": "hard_concrete", "seed": 7}
     for given in ({}, own, own | {"ramp_share": 0.25}, {"lr_scheduler_type": "cosine"}):

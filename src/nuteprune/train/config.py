@@ -218,6 +218,8 @@ class NutePruneConfig(TrainingArguments):
 
     def _check_targets(self) -> None:
         targets = self.targets
+        # However it was spelled, a record says the same.
+        self.target_sparsity = targets[0] if len(targets) == 1 else list(targets)
         for target in targets:
             if not 0 < target < 1:
                 raise UserError(
