@@ -283,7 +283,7 @@ class Bench:
             seconds = time.monotonic() - started
         found = self.judge.figures(small)
         after = sum(p.numel() for p in small.parameters())
-        sparsity = trainer.allocator.budget.sparsity(trainer.finished.shape)
+        sparsity = trainer.allocator.budget.sparsity(trainer.ending.finished.shape)
         teachers = len(trainer.teachers)
         del trainer, model, small
         gc.collect()  # a trainer and its callbacks hold each other

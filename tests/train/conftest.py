@@ -20,6 +20,7 @@ def make(
     out: Path,
     callbacks: list[Any] | None = None,
     eval_dataset: Any = None,
+    stored_dtype: torch.dtype | None = None,
     **settings: Any,
 ) -> Any:
     """Return a trainer for a tiny model; settings are those of its config."""
@@ -38,7 +39,12 @@ def make(
     }
     args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
     trainer = NutePruneTrainer(
-        model, args, blocks, callbacks=callbacks or [], eval_dataset=eval_dataset
+        model,
+        args,
+        blocks,
+        callbacks=callbacks or [],
+        eval_dataset=eval_dataset,
+        stored_dtype=stored_dtype,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -36,8 +36,9 @@ def test_the_finalized_model_stays_as_it_is_when_it_is_written(tiny_model, tmp_p
 def test_what_is_narrower_than_stored_makes_room_for_what_is_cut(
     tiny_model, tmp_path: Path
 ) -> None:
-    trainer = make(tiny_model("llama").bfloat16(), tmp_path / "run", max_steps=1)
-    trainer.stored_dtype = torch.float32
+    model = tiny_model("llama").bfloat16()
+    trainer = make(model, tmp_path / "run", stored_dtype=torch.float32, max_steps=1)
+    del model
     trainer.train()
     with pytest.raises(UserError, match="narrower than they are stored"):
         trainer.finalize()
@@ -88,7 +89,7 @@ def test_gradients_of_gates_that_are_not_finite_are_dropped(tiny_model, tmp_path
         parameter.grad = torch.ones_like(parameter)
     next(iter(trainer.gates.log_alpha.values())).grad.fill_(float("inf"))
     trainer._clip_grad_norm(trainer.model)
-    assert trainer.bad_steps.in_row == 1
+    assert trainer.pruning.bad_steps.in_row == 1
     assert all(bool((p.grad == 0).all()) for p in parameters)
 
 
@@ -98,9 +99,9 @@ def test_noise_differs_from_seed_to_seed(tiny_model, tmp_path: Path) -> None:
         trainer = make(
             tiny_model("llama"), tmp_path / str(seed), gate_type="hard_concrete", seed=seed
         )
-        trainer._warm = True
+        trainer.pruning.warm = True
         for step in (0, 1):
-            trainer._begin_step(step)
+            trainer.pruning.begin_step(step)
             seen.setdefault(seed, []).append(trainer.gates.masks(1).values["neurons"])
     drawn = [values for found in seen.values() for values in found]
     assert len({tuple(x.flatten().tolist()) for x in drawn}) == 4

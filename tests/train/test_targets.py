@@ -110,7 +110,7 @@ def test_a_run_with_several_targets_resumes_as_if_never_interrupted(
     for step in (3, 5, 8):
         again = make(tiny_model("llama"), tmp_path / "b", **settings)
         again.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{step}"))
-        assert again.reached == whole.reached
+        assert again.pruning.reached == whole.pruning.reached
         for name, value in whole.coforward.bank.state().items():
             assert torch.equal(again.coforward.bank.state()[name], value), name
         lines = [(tmp_path / x / "metrics.jsonl").read_text().splitlines() for x in "ab"]

@@ -152,7 +152,7 @@ def test_one_shot_masks_are_final_from_the_first_step(
     final = trainer.gates.snapshot().values
     assert len(seen) == 6
     assert all(torch.equal(masks[k], final[k]) for masks in seen for k in final)
-    scores = trainer.first_scores
+    scores = trainer.pruning.first_scores
     shape = trainer.allocator.shape(scores, 0.3)
     expected = trainer.allocator.masks(shape, scores).values
     assert all(torch.equal(final[k], expected[k]) for k in final)

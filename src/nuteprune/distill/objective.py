@@ -14,6 +14,7 @@ from nuteprune.distill.losses import (
     Head,
     LayerTerm,
     language_model_loss,
+    token_counts,
     token_kl,
     token_weights,
 )
@@ -83,3 +84,17 @@ def text_loss(passage: Passage, head: Head, inputs: Mapping[str, Tensor]) -> Ten
     assert passage.student_BTD is not None
     labels_BT = inputs["input_ids"].masked_fill(token_weights(inputs) == 0, IGNORED)
     return language_model_loss(passage.student_BTD, head, labels_BT)
+
+
+def by_tokens(
+    parts: Mapping[str, Tensor], inputs: Mapping[str, Tensor], mean_2: Tensor
+) -> dict[str, Tensor]:
+    """Return a micro-batch's terms, each weighted by its share of the step's tokens.
+
+    Args:
+        parts: the terms, each the mean over this micro-batch.
+        inputs: the micro-batch: `input_ids` (B, T) and maybe `attention_mask` (B, T).
+        mean_2: `token_counts` of the mean micro-batch of the step.
+    """
+    distilled, learned = (token_counts(inputs) / mean_2).unbind()
+    return {k: v * (learned if k == "lm" else distilled) for k, v in parts.items()}

@@ -195,7 +195,7 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
             raise RunFailed(
                 f"the target was missed: {record['sparsity']:.2%} of {record['target']:.2%}"
             )
-    return Result(records, held_out, trainer.first_scores)
+    return Result(records, held_out, trainer.pruning.first_scores)
 
 
 def make_trainer(
@@ -257,7 +257,7 @@ def _prune(
     *earlier, last = range(len(trainer.targets))
     for index in (last, *earlier):
         if index == last:
-            small = trainer.finalize(partial(_whole, job) if trainer.reloads else None)
+            small = trainer.finalize(partial(_whole, job) if trainer.ending.reloads else None)
         else:
             small = trainer.finalize_target(index, _whole(job))
         after = judge.figures("the pruned model", as_judged(small))

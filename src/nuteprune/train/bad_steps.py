@@ -1,18 +1,21 @@
-"""Steps with non-finite loss or gradients: counted on the device, their gradients dropped."""
+"""Gradients of a step: LoRA's are clipped; where they are not finite, counted and dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from nuteprune.errors import RunFailed
 
 MOST_IN_ROW = 3
 """A run stops after so many steps in a row that were not finite."""
 
 
 class BadSteps:
-    """Counts without waiting for the device; reading a count waits.
+    """Counts steps that are not finite without waiting for the device; reading a count waits.
 
     Args:
         device: where gradients are.
@@ -52,3 +55,42 @@ class BadSteps:
         for parameter in parameters:
             assert parameter.grad is not None
             parameter.grad = torch.where(bad, torch.zeros_like(parameter.grad), parameter.grad)
+
+    def check(self, step: int, learning_rate: float) -> None:
+        """Stop a run that does not come back to finite steps.
+
+        Args:
+            step: the one that has ended.
+            learning_rate: of the settings.
+
+        Raises:
+            RunFailed: after `MOST_IN_ROW` steps in a row.
+        """
+        if self.in_row >= MOST_IN_ROW:
+            raise RunFailed(
+                f"the loss or its gradients were not finite in {self.in_row} steps in a row, up to "
+                f"step {step}; lower learning_rate (now {learning_rate}), or use --dtype float32"
+            )
+
+
+def clip_lora(model: nn.Module, most: float, scale: float, bad_steps: BadSteps) -> Tensor:
+    """Clip the gradients of LoRA alone, and drop those of a step that is not finite.
+
+    Args:
+        model: the model, gates with it.
+        most: the norm to clip to.
+        scale: what the loss was multiplied by; the gradients are divided by it first.
+        bad_steps: counts.
+
+    Returns:
+        The norm of LoRA's gradients before they were clipped, a scalar.
+    """
+    trained = [p for p in model.parameters() if p.grad is not None]
+    if scale != 1:
+        torch._foreach_div_([cast(Tensor, p.grad) for p in trained], scale)
+    lora = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None])
+    total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    torch.nn.utils.clip_grads_with_norm_(lora, most, norm)
+    bad_steps.drop(total, trained)
+    return norm

@@ -1,23 +1,30 @@
-"""From a trained student to the smaller model: LoRA merged, masks folded, and cut to its shape."""
+"""From a trained student to a checkpoint: LoRA merged, masks folded, cut to its shape, written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.export.checkpoint import assemble, round_as_stored
+from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import as_stored, assemble, round_as_stored
+from nuteprune.export.loading import exact_dtype
+from nuteprune.export.record import write_pruned
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import LoraBank
+from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.pruning import Pruning
+from nuteprune.train.run_settings import chosen_settings
 from nuteprune.train.setup import lora_config
 
 
@@ -77,3 +84,116 @@ def finish(
     small, shape = assemble(anatomy, masks.to("cpu"))
     round_as_stored(small, stored_dtype)  # judged is what will be in the file
     return Finished(small, shape, masks.to("cpu"), target)
+
+
+class Ending:
+    """What becomes of a run's model: it is cut, once for each target, and written.
+
+    Args:
+        pruning: the run.
+    """
+
+    def __init__(self, pruning: Pruning) -> None:
+        self._pruning, self._ready, self._args = pruning, pruning.ready, pruning.args
+        self.finished: Finished | None = None
+        self._used_up = False
+
+    def check_unused(self) -> None:
+        """Refuse to go on with a model that is used up.
+
+        Raises:
+            UserError: if it is.
+        """
+        if self._used_up:
+            raise UserError(
+                "finalize() has used the trainer's model up, and what was learned with it: keep "
+                "what it returned. To go on from a checkpoint of the run, make a new trainer and "
+                "call train(resume_from_checkpoint=True)"
+            )
+
+    @property
+    def reloads(self) -> bool:
+        """Whether the model that is cut has to be loaded anew.
+
+        So it is where the run's own is not whole, or does not hold all values that are stored.
+        """
+        origin, own = self._ready.origin, self._ready.origin.computed_dtype
+        narrow = exact_dtype(origin.stored_dtype, own) != own
+        return self._args.sharded or is_packed(self._ready.anatomy.model) or narrow
+
+    def check_whole(self) -> None:
+        """Refuse to cut the run's own model where it has to be loaded anew.
+
+        Raises:
+            UserError: saying how.
+        """
+        if self.reloads:
+            raise UserError(
+                "weights that are sharded, in 8 or 4 bits, or narrower than they are stored cannot "
+                "be cut: load the model again, whole and in full precision, and call "
+                "finalize(dense=...) in one process"
+            )
+
+    def cut(self, dense: PreTrainedModel | Callable[[], PreTrainedModel] | None) -> PreTrainedModel:
+        """Return the smaller model of the last target, whose masks are final; see `finalize`."""
+        ready = self._ready
+        ready.hooks.remove()
+        self._used_up = True
+        model = ready.model
+        if dense is not None:
+            learned = self._pruning.bank.state()
+            self._pruning.bank.release()
+            free_base(model)
+            dense = dense if isinstance(dense, PreTrainedModel) else dense()
+            model = with_lora(dense, learned, self._args, ready.origin.computed_dtype)
+        return self._finish(model, ready.gates.snapshot(), ready.targets[-1])
+
+    def cut_earlier(self, index: int, dense: PreTrainedModel) -> PreTrainedModel:
+        """Return the smaller model of an earlier target; see `finalize_target`."""
+        ready = self._ready
+        role = ready.teachers.role(self._pruning.reached[index])
+        assert role.masks is not None
+        assert role.lora is not None
+        model = with_lora(dense, role.lora, self._args, ready.origin.computed_dtype)
+        return self._finish(model, role.masks, ready.targets[index])
+
+    def _finish(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
+        self.finished = finish(model, masks, target, self._ready.origin.stored_dtype)
+        return self.finished.model
+
+    def save(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, record: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write the model that was cut last, with its tokenizer, record and card.
+
+        Args:
+            folder: absent, empty, or with nothing but `run/` in it.
+            tokenizer: the model's.
+            record: what else the record is to hold; it wins over what is known here.
+
+        Returns:
+            The record as it was written.
+
+        Raises:
+            UserError: if nothing was cut yet, or the folder holds other files.
+        """
+        if self.finished is None:
+            raise UserError("there is nothing to save yet: call finalize() first")
+        ready, done, args = self._ready, self.finished, self._args
+        origin, budget = ready.origin, ready.allocator.budget
+        record = {**origin.entries, "config": chosen_settings(args), **record}
+        record.setdefault("perplexity", {"before": {}, "after": {}})
+        return write_pruned(
+            folder,
+            as_stored(done.model, origin.stored_dtype),
+            tokenizer,
+            params={"before": origin.parameters, "blocks_before": budget.before},
+            target=done.target,
+            before=budget.shape,
+            after=done.shape,
+            shapes=args.shapes,
+            teachers={"count": len(ready.teachers), "sparsities": ready.teachers.sparsities},
+            bad_steps=self._pruning.bad_steps.total,
+            seed=args.seed,
+            **record,
+        )

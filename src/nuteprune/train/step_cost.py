@@ -39,7 +39,7 @@ def trial_step(trainer: NutePruneTrainer, inputs: dict[str, Any], teacher: int =
         The loss.
     """
     trainer.gates.begin_step(trainer.targets[-1], trainer.args.seed)
-    trainer.teacher_index = teacher
+    trainer.pruning.teacher_index = teacher
     with trainer.student(inputs):
         loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()

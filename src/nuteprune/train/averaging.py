@@ -1,0 +1,38 @@
+"""What DDP averages over processes: trained weights, but neither sharded ones nor the penalty's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def leave_out(model: nn.Module, sharded: bool) -> None:
+    """Tell DDP what is none of its business.
+
+    The penalty, alike on all processes, is no part of the forward pass that DDP looks at; sharded
+    weights are FSDP's.
+
+    Args:
+        model: the model, its gates with it.
+        sharded: whether its frozen weights are shared out.
+    """
+    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        name
+        for name, p in model.named_parameters()
+        if ".lagrangian." in name or (sharded and not p.requires_grad)
+    ]
+
+
+def around_sharded(
+    model: nn.Module, accelerator: Accelerator, device: torch.device
+) -> DistributedDataParallel:
+    """Return DDP around a sharded model, whose trained weights are whole; accelerate refuses to."""
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    handler = accelerator.ddp_handler
+    settings: dict[str, Any] = handler.to_kwargs() if handler is not None else {}
+    here = None if device.type == "cpu" else [device]
+    return DistributedDataParallel(model, device_ids=here, **settings)
