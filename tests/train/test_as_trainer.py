@@ -198,7 +198,7 @@ def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) ->
     for filler in (0, 50):
         trainer = make(tiny_model("llama"), tmp_path / str(filler), max_steps=1)
         trainer.train_dataset = Padded(trainer.train_dataset, filler)
-        trainer.pruning.warm_start()
+        trainer.warm_start()
         trainer.pruning.freeze(0.3)
         found.append((trainer.pruning.first_scores, trainer.coforward.bank.state()))
     for ours, theirs in zip(*found, strict=True):

@@ -140,8 +140,12 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             )
         check_text(self.train_dataset)
         if not self.pruning.warm and not resume_from_checkpoint:
-            self.pruning.warm_start()
+            self.warm_start()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def warm_start(self) -> None:
+        """Score all units on calibration text and start the gates from the scores."""
+        self.pruning.warm_start()
 
     def check_optimizer(self) -> None:
         """Make the optimizer and its schedule once, so that settings fail before a run begins."""
@@ -268,7 +272,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def settle(self) -> None:
         """Have scores and final masks, if training has not led to them; all processes take part."""
         if not self.pruning.warm:
-            self.pruning.warm_start()
+            self.warm_start()
         if self.args.max_steps == 0:  # else `train` has written it
             if self.args.should_save:
                 write_settings(Path(cast(str, self.args.output_dir)), self.settings())
