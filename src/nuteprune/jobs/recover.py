@@ -22,9 +22,6 @@ from transformers import (
 )
 
 from nuteprune.console import Bars, Output, quiet_loading
-from nuteprune.data.blocks import training_blocks
-from nuteprune.data.examples import holds_instructions, read_examples
-from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
@@ -47,6 +44,13 @@ from nuteprune.jobs.folder import (
 from nuteprune.jobs.job import RecoverJob, make_job, settings_of_user, what_it_is
 from nuteprune.jobs.judging import copies
 from nuteprune.jobs.progress import RecoveryProgress
+from nuteprune.jobs.recover_text import (
+    INSTRUCTIONS,
+    TEXT,
+    check_room,
+    kind_of_text,
+    training_text,
+)
 from nuteprune.jobs.show import print_recovered, print_recovery, sequences_per_step
 from nuteprune.jobs.sources import (
     load_model,
@@ -68,7 +72,6 @@ from nuteprune.train.run_settings import check_same
 from nuteprune.train.settings import check_declared
 from nuteprune.train.state import last_checkpoint
 
-INSTRUCTIONS, TEXT = "instructions", "text"
 RATES = {INSTRUCTIONS: 1e-4, TEXT: 1e-3}
 """Kind of data -> rate of LoRA; the paper's for instructions, many of which take many steps."""
 EPOCHS = 2.0
@@ -146,16 +149,12 @@ def _tune(
     output: Output,
 ) -> Tuned | None:
     """Tune a model and write it; returns None in all processes of a run but the main one."""
-    kind = INSTRUCTIONS if holds_instructions(job.text, job.text_column) else TEXT
+    kind = kind_of_text(job)
     config = _config(job, kind)
     model, autocast = _load(job)
     config = _config(job, kind, **autocast)
-    training = _training_data(job, kind, config, tokenizer, model)
-    longest = max(len(item["input_ids"]) for item in cast(Any, training))
-    check_positions(longest, model.config)
-    for blocks in judged.values():
-        check_ids(blocks, _vocabulary(model))
-        check_positions(blocks.shape[1], model.config)
+    training = training_text(job, kind, config, tokenizer, model)
+    check_room(training, judged, model)
     with output.bars() as bars:
         with nothing_left(job.out), settings_of_user():
             trainer = RecoverTrainer(model, config, training, tokenizer, job=what_it_is(job))
@@ -227,37 +226,11 @@ def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
     )
 
 
-def _training_data(
-    job: RecoverJob,
-    kind: str,
-    config: RecoverConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-) -> Dataset[Any]:
-    each = sequences_per_step(config)
-    count = config.max_steps * each if config.max_steps > 0 else None
-    given: dict[str, Any] = {
-        "length": job.length,
-        "text_column": job.text_column,
-        "vocab_size": _vocabulary(model),
-    }
-    if kind == INSTRUCTIONS:
-        return read_examples(
-            job.text, tokenizer, most=count, template=job.template, seed=config.seed, **given
-        )
-    assert count is not None
-    return training_blocks(job.text, tokenizer, count=count, seed=config.seed, **given)
-
-
 def dense_twin(job: RecoverJob) -> RecoverJob:
     """Return the same for the dense model, in a folder of the run; resumed if it had begun."""
     out = job.out / RUN / DENSE
     resume = job.resume and last_checkpoint(out / RUN) is not None
     return replace(job, model=cast(str, job.against), out=out, resume=resume, against=None)
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(Anatomy(model).embedding.weight.shape[0])
 
 
 def _train(
@@ -286,7 +259,7 @@ def _settings(
     job: RecoverJob, kind: str, trainer: RecoverTrainer, training: Dataset[Any]
 ) -> dict[str, Any]:
     """Return what the record says of the recovery."""
-    job, args = job, trainer.args
+    args = trainer.args
     return {
         "data": job.text,
         "kind": kind,
