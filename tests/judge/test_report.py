@@ -21,7 +21,8 @@ from nuteprune.files import write_sums
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
-from nuteprune.judge.report import kept_rows, verdict
+from nuteprune.judge.headline import verdict
+from nuteprune.judge.report import kept_rows
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from nuteprune.train.state import RunState
 

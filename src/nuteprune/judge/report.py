@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import Any
 import jinja2
 import yaml
 
-from nuteprune.data.specs import SELF
 from nuteprune.errors import UserError
 from nuteprune.export.card import with_plots
 from nuteprune.files import atomic, write_text
 from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, Plot, percent
-from nuteprune.judge.perplexity import mean
+from nuteprune.judge.headline import headline, perplexities_of, verdict
 from nuteprune.judge.plots import Row
-from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, calibrated_on, kind_of
-from nuteprune.judge.run_files import RunFiles, read_run, teacher_sparsities
-from nuteprune.judge.units import THIN, count, duration, number, size
+from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run, teacher_sparsities
+from nuteprune.judge.units import count, duration, size
 from nuteprune.run_folder import CARD, REPORT
 
 PLOTS = "plots"
@@ -72,7 +69,7 @@ def draw(files: RunFiles) -> dict[str, Plot]:
 
 def _drawn(files: RunFiles) -> Iterator[Plot]:
     if files.record is not None:
-        before, after = _perplexities(files.record)
+        before, after = perplexities_of(files.record)
         if before:
             yield plots.perplexity_plot(before, after)
         yield plots.layers_plot(kept_rows(files.record))
@@ -82,11 +79,6 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
         yield plots.loss_plot(files.metrics)
     for kind, gate in files.gates.items():
         yield plots.gates_plot(kind, gate.scores, gate.kept)
-
-
-def pruning_steps(files: RunFiles) -> bool:
-    """Return whether a run's steps are those of a pruning, not of a recovery."""
-    return bool(files.metrics) and "sparsity" in files.metrics[-1]
 
 
 def kept_rows(record: Mapping[str, Any]) -> list[Row]:
@@ -156,150 +148,6 @@ def _ramped(metrics: Sequence[Mapping[str, Any]]) -> bool:
 def model_name(files: RunFiles) -> str:
     """Return what a run is called: its model, else its folder."""
     return str((files.record or {}).get("base_model") or files.folder.name)
-
-
-def verdict(files: RunFiles) -> str:
-    """Return a sentence that says how a run came out."""
-    record = files.record
-    if record is None:
-        last = files.metrics[-1]
-        if (files.folder / "config.json").is_file():
-            return (
-                f"This model was trained for {last['step']} steps; there is no nuteprune.json, so "
-                "it was not pruned by nuteprune."
-            )
-        at = f", at a sparsity of {percent(last['sparsity'], 1)}" if pruning_steps(files) else ""
-        return f"This run has not been finished: its last step on record is {last['step']}{at}."
-    parts = [
-        f"{percent(record['sparsity'], 1)} of the decoder is gone, "
-        f"{percent(record['total_sparsity'], 1)} of all parameters"
-    ]
-    if "recover" in record:
-        tuned = record["recover"]
-        parts.append(f"it was fine-tuned for {tuned['steps']:,} steps on {tuned['data']}")
-    before, after = _perplexities(record)
-    if before:
-        ratio = mean(after) / mean(before)
-        kind = text_kind(record) or "text"
-        parts.append(f"perplexity on held-out {kind} is {number(ratio)}{THIN}× the dense model's")
-    if copied := _copied(record):
-        then, now = (f"{number(share)}{THIN}%" for share in copied)
-        parts.append(f"it copies {now} of random tokens from its context ({then} before)")
-    if gains := _told_gains(files.speed):
-        span = dict.fromkeys((number(gains[0]), number(gains[-1])))
-        parts.append(f"it runs {' to '.join(span)}{THIN}× as fast")
-    # A run stores what it reached; rounding errors of its division are none of the reader's.
-    missed = record["sparsity"] < record["target"] - 1e-9
-    ending = f" The target of {percent(record['target'], 1)} was missed." if missed else ""
-    *most, final = parts
-    return (f"{'; '.join(most)}; and {final}" if most else final) + "." + ending
-
-
-def headline(
-    record: Mapping[str, Any], speed: Mapping[str, Any] | None
-) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
-    """Return the headline table: groups of rows (what, dense, pruned, change)."""
-    params = record["params"]
-    cells = [
-        _counted("all parameters", params["before"], params["after"], count),
-        _counted("in the decoder layers", params["blocks_before"], params["blocks_after"], count),
-    ]
-    if "bytes_on_disk" in record:
-        # The dtype is kept, so the dense file has the same bytes per parameter.
-        dense = record["bytes_on_disk"] / params["after"] * params["before"]
-        what, old, new, change = _counted("on disk", dense, record["bytes_on_disk"], size)
-        cells.append((what, f"≈{THIN}{old}", new, change))
-    hidden = record.get("hidden", {})
-    if hidden.get("before") != hidden.get("after"):
-        cells.append(_counted("width", hidden["before"], hidden["after"], "{:,}".format))
-    groups = [("Size", cells)]
-    before, after = _perplexities(record)
-    if before:
-        rows = [_compared(x, before[x], after[x], after[x] / before[x]) for x in before]
-        if len(before) > 1:
-            old_mean, new_mean = mean(before), mean(after)
-            rows.append(_compared("mean", old_mean, new_mean, new_mean / old_mean))
-        kind = text_kind(record)
-        title = f"Perplexity on {kind}" if kind else "Perplexity"
-        groups.append((f"{title}, lower is better", rows))
-    if copied := _copied(record):
-        old_share, new_share = copied
-        ratio = new_share / old_share if old_share else math.nan
-        row = _compared(f"tokens right,{THIN}%", old_share, new_share, ratio)
-        groups.append(("Copying from context, higher is better", [row]))
-    if speed is not None and speed["rows"]:
-        groups.append(
-            (
-                "Speed",
-                [
-                    _compared(f"{x['name']}, {x['unit']}", x["dense"], x["pruned"], _gain(x))
-                    for x in speed["rows"]
-                ],
-            )
-        )
-    return groups
-
-
-def text_kind(record: Mapping[str, Any]) -> str | None:
-    """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
-    judged = record.get("config", {}).get("eval_data")
-    calibrated = calibrated_on(record)
-    if judged is None:  # then by the same sources, or by others where it was its own text alone
-        others = [spec for spec in calibrated if spec != SELF]
-        return (f"{IN_DOMAIN} text" if others else OTHER_TEXT) if calibrated else None
-    return OTHER_TEXT if kind_of(str(judged), calibrated) == OTHER_TEXT else f"{IN_DOMAIN} text"
-
-
-def _copied(record: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the percentages of tokens copied before and after, None if they are not known."""
-    shares = (record.get("copying", {}).get(when) for when in ("before", "after"))
-    before, after = shares
-    return None if before is None or after is None else (float(before), float(after))
-
-
-def _perplexities(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return perplexities by source, of those that were measured on both models."""
-    ppl = record.get("perplexity", {})
-    before, after = ppl.get("before", {}), ppl.get("after", {})
-    both = [source for source in before if before[source] and after.get(source)]
-    return {x: before[x] for x in both}, {x: after[x] for x in both}
-
-
-def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, str, str, str]:
-    return what, show(before), show(after), f"−{percent((before - after) / before, 1)}"
-
-
-def _compared(what: str, before: float, after: float, ratio: float) -> tuple[str, str, str, str]:
-    return what, number(before), number(after), f"×{THIN}{number(ratio)}"
-
-
-def _gain(row: Mapping[str, Any]) -> float:
-    """Return how many times faster, or smaller, the pruned model is."""
-    if "gain" in row:
-        return float(row["gain"])
-    better, worse = row["pruned"], row["dense"]
-    if row["better"] == "lower":
-        better, worse = worse, better
-    return float(better / worse) if worse else math.nan
-
-
-def _told_gains(speed: Mapping[str, Any] | None) -> list[float]:
-    """Return the gains in speed that a verdict may state, growing; none if one row is doubtful.
-
-    Rows without a spread and a bound are doubtful. So are gains within their spread, and those
-    beyond what the work saved allows. To leave out the doubtful rows alone would pick the best.
-    """
-    rows = [row for row in (speed or {}).get("rows", []) if row["better"] == "higher"]
-    if not all(_is_sure(row) for row in rows):
-        return []
-    return sorted(_gain(row) for row in rows)
-
-
-def _is_sure(row: Mapping[str, Any]) -> bool:
-    if not all(key in row for key in ("gain", "low", "high", "bound")):
-        return False
-    differs = row["low"] > 1 or row["high"] < 1
-    return bool(differs and row["gain"] <= row["bound"])
 
 
 def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:

@@ -131,6 +131,11 @@ def write_extra(run: Path, name: str, content: Any) -> None:
     write_text(run / name, to_json(content, indent=2) + "\n")
 
 
+def pruning_steps(files: RunFiles) -> bool:
+    """Return whether a run's steps are those of a pruning, not of a recovery."""
+    return bool(files.metrics) and "sparsity" in files.metrics[-1]
+
+
 def teacher_sparsities(files: RunFiles) -> list[float] | None:
     """Return the sparsity of each teacher, from the record, else from the steps that made them.
 
