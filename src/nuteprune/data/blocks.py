@@ -139,28 +139,34 @@ def _drawn_blocks(
     if isinstance(text, Documents):
         rng = random.Random(f"{seed} {text.name}")
         found = _training_tokens(text, tokenizer, rng, length)
+        blocks = collect(found, count * length).view(count, length)
     else:
-        rng = random.Random(f"{seed} {SELF}")
-        found = _over_and_over(text, rng, length)
-    blocks = collect(found, count * length).view(count, length)
-    if not isinstance(text, Documents):
-        blocks = with_repeats(blocks, rng)
+        rng, own = random.Random(f"{seed} {SELF}"), written_blocks(count)
+        blocks = collect(_over_and_over(text, rng, length), own * length).view(own, length)
+        blocks = with_repeats(blocks, count - own, rng)
     return blocks[rng.sample(range(count), count)]
 
 
-def with_repeats(blocks_NT: Tensor, rng: random.Random) -> Tensor:
-    """Return blocks, every `REPEATS`-th of which is shuffled tokens of all of them, twice.
+def written_blocks(count: int) -> int:
+    """Return how many of so many blocks of `self` the model has written; the others are repeats."""
+    return count - count // REPEATS
+
+
+def with_repeats(blocks_NT: Tensor, count: int, rng: random.Random) -> Tensor:
+    """Return blocks, and behind them more of shuffled tokens of all of them, twice.
 
     Nothing but the context tells how the second half goes on, so a model that is fitted to it keeps
     what it copies by.
+
+    Args:
+        blocks_NT: the blocks.
+        count: how many come behind them.
+        rng: draws their tokens.
     """
-    count, length = blocks_NT.shape
-    all_M, blocks_NT = blocks_NT.flatten(), blocks_NT.clone()
+    length, all_M = blocks_NT.shape[1], blocks_NT.flatten()
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    for place in range(REPEATS - 1, count, REPEATS):
-        drawn = torch.randint(len(all_M), (-(-length // 2),), generator=generator)
-        blocks_NT[place] = all_M[drawn].repeat(2)[:length]
-    return blocks_NT
+    drawn_RT = torch.randint(len(all_M), (count, -(-length // 2)), generator=generator)
+    return torch.cat([blocks_NT, all_M[drawn_RT].repeat(1, 2)[:, :length]])
 
 
 def _over_and_over(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, written_blocks
 from nuteprune.data.self_written import write_text
 from nuteprune.data.specs import SELF
 from nuteprune.data.tokens import check_positions
@@ -57,7 +57,7 @@ def tokens_to_write(config: NutePruneConfig, share: float, length: int) -> int:
     """Return how many tokens a model writes itself, for a share of a run's blocks of a length."""
     calibrated = max(config.scored_blocks, config.refit_blocks)
     blocks = max(calibrated, config.blocks / READINGS)
-    return max(length, round(share * blocks * length))
+    return written_blocks(max(1, round(share * blocks))) * length
 
 
 class JobText:
