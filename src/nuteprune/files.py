@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -184,6 +185,30 @@ def damage(folder: Path, read: Callable[[str], bool] = lambda name: True) -> str
 def at_home(path: str | Path) -> Path:
     """Return a path with a leading `~` as the home folder; as it is where there is no such user."""
     return Path(os.path.expanduser(path))  # unlike Path.expanduser, which raises
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no file can have here, of which Python merely says that it is not there.
+
+    Raises:
+        UserError: naming it, and what to do.
+    """
+    try:
+        name.encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+    except UnicodeEncodeError as error:
+        advice = narrow_locale() or "the name is not UTF-8; rename it"
+        raise UserError(f"{name[:100]!r}: {advice}") from error
+
+
+def narrow_locale() -> str | None:
+    """Return what to do where the locale cannot express all names; None where it can."""
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower().replace("-", "") == "utf8":
+        return None
+    return (
+        f"names of files are {encoding} under this locale, so other letters cannot be read; set "
+        "PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8"
+    )
 
 
 def remove(path: Path) -> None:

@@ -434,6 +434,28 @@ def test_a_name_within_a_file_may_be_the_one(run: Run, monkeypatch: pytest.Monke
     assert "'größer': names of files are ascii" in err
 
 
+@pytest.mark.parametrize("setting", ["data", "eval_data"])
+def test_a_name_in_a_settings_file_may_be_the_one(
+    setting: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "größer.txt").write_text(text.read_text())
+    named = {"data": str(text), setting: str(tmp_path / "größer.txt")}
+    (tmp_path / "job.yaml").write_text(json.dumps(named))
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    out = tmp_path / "out"
+    words = [*options(model, text, out, data=None), "--config", tmp_path / "job.yaml"]
+    code, _, err = run(*words)
+    assert code == 2
+    assert "größer.txt': names of files are ascii under this locale" in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
 def test_a_name_that_is_not_unicode_is_refused(run: Run) -> None:
     code, _, err = run("inspect", "x\udcff")
     assert (code, err) == (2, "nuteprune: x�: the name is not UTF-8; rename it\n")

@@ -16,7 +16,7 @@ from io import TextIOWrapper
 import typer
 
 from nuteprune.errors import Interrupted, RunFailed, UserError
-from nuteprune.files import WRONG_PLACE
+from nuteprune.files import WRONG_PLACE, narrow_locale
 from nuteprune.processes import is_main
 
 LONGEST = 1000
@@ -92,9 +92,9 @@ def main() -> None:
         what = f"{error.filename}: " if error.filename else ""
         _fail(f"{what}{error.strerror or error}", 2 if error.errno in WRONG_PLACE else 1)
     except UnicodeEncodeError as error:  # a name that another file holds, or of the cache
-        if debug or not _narrow_locale():
+        if debug or not narrow_locale():
             raise
-        _fail(f"{str(error.object)[:100]!r}: {_narrow_locale()}", 2)
+        _fail(f"{str(error.object)[:100]!r}: {narrow_locale()}", 2)
     except Exception as error:
         # Usage errors of the parsing library that typer carries with it know their message.
         if debug:
@@ -117,18 +117,7 @@ def _check_names(arguments: list[str]) -> None:
     for name in (*arguments, here):
         if any("\udc80" <= letter <= "\udcff" for letter in name):
             shown = os.fsencode(name).decode("utf-8", "replace")
-            raise UserError(f"{shown}: {_narrow_locale() or 'the name is not UTF-8; rename it'}")
-
-
-def _narrow_locale() -> str | None:
-    """Return what to do where the locale cannot express all names; None where it can."""
-    encoding = sys.getfilesystemencoding()
-    if encoding.lower().replace("-", "") == "utf8":
-        return None
-    return (
-        f"names of files are {encoding} under this locale, so other letters cannot be read; set "
-        "PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8"
-    )
+            raise UserError(f"{shown}: {narrow_locale() or 'the name is not UTF-8; rename it'}")
 
 
 def _fail(message: str, code: int) -> None:

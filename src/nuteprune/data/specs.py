@@ -19,7 +19,7 @@ from nuteprune.data import demo as assets
 from nuteprune.data import readers
 from nuteprune.data.readers import Documents
 from nuteprune.errors import UserError
-from nuteprune.files import at_home
+from nuteprune.files import at_home, check_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,8 +103,9 @@ def local_files(spec: str) -> list[Path] | None:
     """Return the files of a DATA spec, None if it is no path.
 
     Raises:
-        UserError: it looks like a path, and nothing is there.
+        UserError: it looks like a path, and nothing is there, or nothing of that name can be.
     """
+    check_name(spec)
     path = at_home(spec)
     if spec and os.path.exists(path):
         return readers.text_files(path)

@@ -23,7 +23,7 @@ from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.loading import exact_dtype, load_pruned
 from nuteprune.export.record import origin_of, read_record
-from nuteprune.files import at_home
+from nuteprune.files import at_home, check_name
 from nuteprune.model.families import FAMILIES, family_named
 from nuteprune.run_folder import RECORD
 
@@ -39,6 +39,7 @@ def locate(model: str, progress: Callable[[str], None] = lambda message: None) -
     """Return where a model is: the cached folder for `demo`, else what was given."""
     if model == DEMO:
         return str(assets.model_folder(progress))
+    check_name(model)
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local and not at_home(model).is_dir():
         raise UserError(f"model {model} is neither a folder nor a hub id; check the path")
