@@ -186,30 +186,48 @@ def test_the_api_page_names_what_is_there() -> None:
             assert hasattr(found, member), f"{path}.{member}"
 
 
+def block_with(page: str, words: str) -> str:
+    """Return the one block of Python on a page that has such words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    (code,) = [block for block in blocks if words in block]
+    return code
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # transformers' own default
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+@pytest.mark.parametrize(
+    ("page", "writes"), [("README.md", False), ("docs/api.md", False), ("docs/api.md", True)]
+)
 def test_the_python_of_the_pages_runs_as_it_stands(
-    page: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    writes: bool,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    (code,) = [block for block in blocks if "NutePruneTrainer(" in block]
+    code = block_with(page, "NutePruneTrainer(")
     assert code.count('"Qwen/Qwen3-0.6B"') == 2
     assert "max_steps=400," in code
+    if writes:  # "before you make the trainer"
+        before, made, after = code.partition("trainer = NutePruneTrainer(")
+        written = block_with(page, "write_text(")
+        assert "tokens=50_000" in written
+        code = before + written.replace("tokens=50_000", "tokens=200") + made + after
     small = "max_steps=1, neuron_multiple=4, calibration_blocks=2,"
     code = code.replace("Qwen/Qwen3-0.6B", str(model)).replace("max_steps=400,", small)
     code = code.replace("my_text.jsonl", str(text)).replace("length=512", "length=24")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
     assert (tmp_path / "small" / "nuteprune.json").is_file()
+    assert (tmp_path / "small" / "run" / "self.jsonl").is_file() == writes
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
 def test_the_calls_of_the_pages_run_as_they_stand(page: str, in_workspace: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    (code,) = [block for block in blocks if "nuteprune.prune(" in block]
+    code = block_with(page, "nuteprune.prune(")
     for name in ("small", "better"):
         (in_workspace / name).unlink()  # the links to what the commands made
     tiny = 'steps=2, batch_size=2, device="cpu", dtype="float32"'
