@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from quality_plots import draw
 from quality_runs import SETTING, Bench, Cell, write_json
-from quality_tables import markdown, print_dense, print_trained, print_untrained
+from quality_tables import markdown, print_dense, print_part
 from quality_text import Setting, files_of, rated
 
 from nuteprune import UserError
@@ -173,15 +173,15 @@ def run(
     records: dict[str, list[dict[str, Any]]] = {}
     if "untrained" in parts:
         records["untrained"] = records_of(plan.untrained_cells())
-        print_untrained(records["untrained"], output)
+        print_part("untrained", records["untrained"], output)
     if "trained" in parts:
         found = records_of(plan.trained_cells())
         found += records_of(plan.long_cells(best_baseline(found, plan)))
         records["trained"] = found
-        print_trained("Trained", found, output)
+        print_part("trained", found, output)
     if "ablation" in parts:
         records["ablation"] = records_of(plan.ablation_cells())
-        print_trained("One factor at a time", records["ablation"], output)
+        print_part("ablation", records["ablation"], output)
     file = bench.folder / "table.json"
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     table = {**earlier, "dense": dense, **records}
@@ -266,7 +266,7 @@ def parser_of() -> argparse.ArgumentParser:
     add("--seeds", help="these alone, such as 0,1")
     add("--steps", type=int, help="of the trained part and the ablation; no longer runs")
     add("--show", action="store_true", help="what has been run; run nothing")
-    add("--markdown", action="store_true", help="end with the trained rows as a page shows them")
+    add("--markdown", action="store_true", help="end with the rows as a page shows them")
     add("--length", type=int, default=256, help="tokens per block")
     add("--device", default="auto")
     add("--dtype", default="bfloat16")
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"quality: {error}", file=sys.stderr)
         return 2
     if options.markdown:
-        output.line(markdown(table.get("trained", [])))
+        output.line(markdown(table, parts))
     output.result({"out": str(out), **table})
     return 0
 

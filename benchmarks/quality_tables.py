@@ -103,20 +103,26 @@ def refitted(record: Record) -> Record:
     return {**record, **record["refitted"]} if "refitted" in record else record
 
 
-def print_untrained(records: Sequence[Record], output: Output) -> None:
-    """Print what is left without training, without and with re-fit."""
-    stages: dict[str, Callable[[Record], Record]] = {
-        "Nothing trained": lambda record: record,
-        "Nothing trained, projections re-fitted": refitted,
-    }
-    for title, stage in stages.items():
-        print_rows(title, [stage(record) for record in records], output)
-    print_refused(records, output)
+STAGES: dict[str, Callable[[Record], Record]] = {
+    "Nothing trained": lambda record: record,
+    "Nothing trained, projections re-fitted": refitted,
+}
+"""The tables that untrained records make, and what each is of."""
+TRAINED = {"trained": "Trained", "ablation": "One factor at a time"}
+"""Part -> the table that its records make."""
 
 
-def print_trained(title: str, records: Sequence[Record], output: Output) -> None:
-    """Print what is left after training."""
-    print_rows(title, records, output)
+def sections(part: str, records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Return the tables of a part of the plan: titles and records."""
+    if part in TRAINED:
+        return [(TRAINED[part], list(records))]
+    return [(title, [stage(record) for record in records]) for title, stage in STAGES.items()]
+
+
+def print_part(part: str, records: Sequence[Record], output: Output) -> None:
+    """Print what is left by a part of the plan, and what could not be run."""
+    for title, found in sections(part, records):
+        print_rows(title, found, output)
     print_refused(records, output)
 
 
@@ -145,9 +151,17 @@ def print_refused(records: Sequence[Record], output: Output) -> None:
             output.line(f"{record['label']} at {record['target']:.0%}: {record['refused']}")
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """Return rows for a page; one of which copying is not known says too little to be shown."""
-    whole = [record for record in records if record.get("copying") is not None]
-    lines = [["run", "target", "steps", *COLUMNS], *rows_of(whole)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def markdown(table: Mapping[str, Any], parts: Sequence[str]) -> str:
+    """Return the rows that a table has as a page shows them, a table for each title.
+
+    Args:
+        table: what `table.json` holds.
+        parts: which parts of the plan, as far as it has them.
+    """
+    shown = []
+    for title, records in (x for part in parts for x in sections(part, table.get(part, ()))):
+        if rows := rows_of(records):
+            lines = [["run", "target", "steps", *COLUMNS], ["---"] * (3 + len(COLUMNS)), *rows]
+            body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            shown.append(f"{title}:\n\n{body}")
+    return "\n".join(shown)

@@ -303,17 +303,32 @@ def test_tables_of_before_still_load(
     printed = capsys.readouterr().out
     (row,) = [x.split() for x in printed.splitlines() if x.split()[:3] == ["flap", "20%", "80"]][:1]
     assert row[3:7] == ["32.66", "1.339", "-", "-"]
-    assert "| flap |" not in printed  # a page shows no row without copying
+    untrained, trained = printed.partition("\nTrained:\n\n")[::2]
+    assert "| flap | 20% | 80 | 32.66 | 1.339 | - | - | 1 |" in trained
+    assert "| fisher | 50% | 0 | 100.8 |" in untrained.partition("\nNothing trained:\n\n")[2]
+    assert "| 0 |" not in trained.partition("One factor at a time:")[0]
 
 
-def test_a_page_shows_rows_with_copying_alone() -> None:
+def test_a_page_shows_the_rows_of_each_part() -> None:
     times = {"in_domain": 1.2, "other": {"code": 2.0, "fables": 4.5}, "other_mean": 3.0}
     row = {"label": "a", "target": 0.2, "steps": 80, "mean": 30.0, "seconds": 9.6}
     row |= {"times_dense": times, "copying": 44.0}
-    shown = tables.markdown([row, row | {"copying": 45.0}, row | {"label": "b", "copying": None}])
-    assert shown.splitlines()[2:] == [
-        "| a | 20% | 80 | 30.00 ± 0.00 | 1.200 ± 0.000 | 3.000 ± 0.000 | 44.5 ± 0.7 | 2 | 10 |"
-    ]
+    raw = row | {"label": "b", "steps": 0, "copying": None}
+    refit = {"refitted": {"mean": 20.0, "copying": 60.0}}
+    table = {"trained": [row, row | {"copying": 45.0}], "untrained": [raw | refit]}
+    columns = ["run", "target", "steps", *tables.COLUMNS]
+    wanted = {
+        "Nothing trained": "|b|20%|0|30.00|1.200|3.000|-|1|10|",
+        "Nothing trained, projections re-fitted": "|b|20%|0|20.00|1.200|3.000|60.0|1|10|",
+        "Trained": "|a|20%|80|30.00±0.00|1.200±0.000|3.000±0.000|44.5±0.7|2|10|",
+    }
+    shown = tables.markdown(table, quality.PARTS).split("\n\n")
+    assert len(shown) == 6
+    assert shown[::2] == [f"{title}:" for title in wanted]
+    head = f"|{'|'.join(columns)}|\n{'|---' * len(columns)}|\n".replace(" ", "")
+    for cells, lines in zip(wanted.values(), shown[1::2], strict=True):
+        assert lines.replace(" ", "").strip() == head + cells
+    assert tables.markdown(table, ["ablation"]) == ""
     (point,) = plots.points_of([row | {"params": 9}])
     assert plots.legend([point]) == "a, 80 steps\nother text × 3.00\ncopying 44 %"
 
