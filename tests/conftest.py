@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.families import each
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -180,7 +182,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     return make
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture(params=each(TINY))
 def tiny_name(request: pytest.FixtureRequest) -> str:
     """Each name that `tiny_model` takes in turn."""
     return request.param

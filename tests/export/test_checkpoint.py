@@ -24,11 +24,11 @@ from nuteprune.export.record import weights_size
 from nuteprune.files import write_sums
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
+from tests.families import each_family
 
 from .conftest import logits, tensors
 
 LLAMA = FAMILIES["llama"]
-all_families = pytest.mark.parametrize("model_type", FAMILIES)
 
 
 def uniform(heads: int, kv_heads: int, neurons: int, hidden: int = 96) -> Shape:
@@ -43,7 +43,7 @@ def model(case: Callable) -> PreTrainedModel:
 # --- configs ---------------------------------------------------------------------------------
 
 
-@all_families
+@each_family
 def test_uniform_shapes_are_stock_models(case: Callable, tokens: Tensor, model_type: str) -> None:
     x = case(model_type)
     heads = 6 if x.family.head_dim_from_hidden else 2
@@ -131,7 +131,7 @@ def test_the_first_layer_must_keep_its_attention(case: Callable) -> None:
 # --- save and load ---------------------------------------------------------------------------
 
 
-@all_families
+@each_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_model_comes_back(
     case: Callable, tmp_path: Path, tokens: Tensor, model_type: str, dtype: torch.dtype
@@ -162,7 +162,7 @@ def test_large_weights_are_split(model: PreTrainedModel, tmp_path: Path, tokens:
     assert torch.equal(logits(load_pruned(tmp_path / "split"), tokens), logits(model, tokens))
 
 
-@all_families
+@each_family
 def test_tensors_have_the_names_that_stock_checkpoints_use(
     case: Callable, tmp_path: Path, model_type: str
 ) -> None:
@@ -173,7 +173,7 @@ def test_tensors_have_the_names_that_stock_checkpoints_use(
     assert ours.keys() < theirs.keys()
 
 
-@all_families
+@each_family
 def test_configs_state_rope_as_transformers_4_reads_it(
     case: Callable, tmp_path: Path, model_type: str
 ) -> None:

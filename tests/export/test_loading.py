@@ -17,11 +17,9 @@ from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import build, in_dtype, load_pruned
-from nuteprune.model.families import FAMILIES
+from tests.families import each_family
 
 from .conftest import logits, tensors
-
-all_families = pytest.mark.parametrize("model_type", FAMILIES)
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 # --- build -----------------------------------------------------------------------------------
 
 
-@all_families
+@each_family
 def test_build_holds_the_given_tensors(case: Callable, tokens: Tensor, model_type: str) -> None:
     original = case(model_type).pruned
     state = {name: x.detach().clone() for name, x in tensors(original).items()}
@@ -58,7 +56,7 @@ def test_build_holds_the_given_tensors(case: Callable, tokens: Tensor, model_typ
     assert tied == original.config.tie_word_embeddings
 
 
-@all_families
+@each_family
 def test_in_another_dtype_a_model_is_what_its_file_is(
     case: Callable, tmp_path: Path, tokens: Tensor, model_type: str
 ) -> None:

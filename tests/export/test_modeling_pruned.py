@@ -23,11 +23,11 @@ from nuteprune.export.config import pruned_config
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
+from tests.families import each, each_family
 
 from .conftest import HEADS, HIDDEN, NEURONS, logits, randomize, stock_config
 
 MAX_ERROR = 1e-5
-all_families = pytest.mark.parametrize("model_type", FAMILIES)
 
 # Runs where nuteprune cannot be imported: loads each folder as a user would and says what came out.
 CLIENT = """
@@ -84,7 +84,7 @@ def greedy(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("model_type", "implementation"),
     # transformers has no sdpa for gemma2, which bounds its attention logits
-    [(x, y) for x in FAMILIES for y in ("sdpa", "eager") if (x, y) != ("gemma2", "sdpa")],
+    each((x, y) for x in FAMILIES for y in ("sdpa", "eager") if (x, y) != ("gemma2", "sdpa")),
 )
 def test_logits_are_those_of_the_zero_padded_stock_model(
     case: Callable, tokens: Tensor, model_type: str, implementation: str
@@ -96,7 +96,7 @@ def test_logits_are_those_of_the_zero_padded_stock_model(
     torch.testing.assert_close(ours, theirs, atol=MAX_ERROR, rtol=MAX_ERROR)
 
 
-@all_families
+@each_family
 def test_nothing_is_left_of_removed_blocks(case: Callable, model_type: str) -> None:
     x = case(model_type)
     assert Anatomy(x.pruned).shape == x.shape
@@ -108,7 +108,7 @@ def test_nothing_is_left_of_removed_blocks(case: Callable, model_type: str) -> N
         assert not [name for name in names if name.startswith(f"{no_mlp}{path}.")]
 
 
-@all_families
+@each_family
 def test_caches_beams_and_padding_generate_what_no_cache_does(
     case: Callable, tokens: Tensor, model_type: str
 ) -> None:
@@ -126,7 +126,7 @@ def test_caches_beams_and_padding_generate_what_no_cache_does(
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@all_families
+@each_family
 def test_checkpointed_gradients_are_the_same(
     case: Callable, tokens: Tensor, model_type: str
 ) -> None:

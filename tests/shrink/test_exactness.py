@@ -19,6 +19,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
+from tests.families import each_family
 
 KINDS = (
     "heads",
@@ -61,7 +62,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("shapes", ["free", "uniform"])
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@each_family
 def test_masked_folded_sliced_and_saved_models_agree(
     model_type: str, kinds: str, shapes: str, tiny_model, tmp_path: Path
 ) -> None:
