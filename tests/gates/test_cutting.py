@@ -27,10 +27,11 @@ def a_probe(model, kinds: tuple[str, ...], told: list[int] | None = None, **more
 def test_losses_are_those_of_models_cut_by_hand(kind: str, width: int, tiny_model) -> None:
     model, told = tiny_model("llama"), []
     probe = a_probe(model, (kind,), told)
-    _, dense_STV, ids_ST = cutting._dense(probe)
+    dense = cutting.run_dense(probe)
+    ids_ST = dense.ids_ST
     length = ids_ST.shape[1] // 2
     assert torch.equal(ids_ST[:, :length], ids_ST[:, length:])
-    found = cutting.copying_losses(probe, kind, dense_STV, ids_ST)
+    found = cutting.copying_losses(probe, kind, dense)
     assert len(told) == len(model.model.layers)
 
     def log_chances(of) -> Tensor:
@@ -47,6 +48,23 @@ def test_losses_are_those_of_models_cut_by_hand(kind: str, width: int, tiny_mode
             nats = whole.exp() * (whole - log_chances(cut))
             expected.append(float(nats.sum(-1).mean()))
     assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_a_run_without_a_unit_begins_at_its_layer(tiny_model) -> None:
+    model, calls = tiny_model("llama"), [0, 0, 0]
+    probe = a_probe(model, ("kv_groups",))
+    dense = cutting.run_dense(probe)
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(
+            lambda *_, i=i: calls.__setitem__(i, calls[i] + 1)  # type: ignore[misc]
+        )
+    cutting.copying_losses(probe, "kv_groups", dense)
+    each = cutting.SEQUENCES  # two groups of a layer go together
+    assert calls == [each, 2 * each, 3 * each]
+    with torch.no_grad():  # and the model is as it was
+        length = dense.ids_ST.shape[1] // 2
+        logits_STV = model(dense.ids_ST, use_cache=False).logits[:, length - 1 : -1]
+    torch.testing.assert_close(logits_STV, dense.logits_STV)
 
 
 def test_what_copying_hangs_on_is_raised_on_the_scale_of_the_scores(

@@ -16,7 +16,7 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS, check_kinds
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
-from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
+from nuteprune.gates.surgeon import draw_tokens, inverse_of_correlations, surgeon_scores
 from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -361,6 +361,23 @@ def test_surgeon_is_the_least_rise_of_the_quadratic_loss(tiny_model, tiny_name: 
         close({kind: ours[kind]}, {kind: torch.stack(costs)})
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e5])
+def test_correlations_are_inverted_as_exactly_as_they_are(spread: float) -> None:
+    """In fp32 where that will do, else in fp64; against an inverse by singular values."""
+    random = torch.Generator().manual_seed(0)
+    rows_MI = torch.randn(60, 40, generator=random)
+    rows_MI[:, 1:] += spread * rows_MI[:, :1]
+    covariance_II = (rows_MI.double().T @ rows_MI.double()).fill_diagonal_(0)
+    size_I = rows_MI.double().square().sum(0).sqrt()
+    correlation_II = (covariance_II / size_I / size_I[:, None]).fill_diagonal_(1 + 1e-5).float()
+    found_II = inverse_of_correlations(correlation_II)
+    assert found_II.dtype == (torch.float32 if spread == 1 else torch.float64)
+    expected_II = torch.linalg.pinv(correlation_II.double(), rtol=0)
+    torch.testing.assert_close(
+        found_II.diag(), expected_II.diag(), rtol=1e-3, atol=0, check_dtype=False
+    )
+
+
 def test_the_surgeon_takes_the_first_layer_s_attention_last(tiny_model) -> None:
     it = probe(tiny_model("llama"), ("kv_groups", "heads", "neurons"))
     plain, ours = surgeon_scores(it), METHODS["surgeon"].score(it)
@@ -380,7 +397,7 @@ def test_a_model_of_one_layer_keeps_the_surgeon_s_scores(tiny_model) -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.0]]).expand(4000, 2, 3)
-    drawn = draw_tokens(logits, torch.Generator().manual_seed(0))
+    drawn = draw_tokens(logits.softmax(-1), torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 2)
     found = torch.stack([(drawn == token).float().mean(0) for token in range(3)], -1)
     torch.testing.assert_close(found, logits[0].softmax(-1), rtol=0, atol=0.03)
@@ -389,7 +406,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def inputs_and_slopes(model: Any, linear: Any) -> tuple[Tensor, Tensor]:
     """What a projection reads, and the gradients by what it writes of tokens drawn by sequence."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.cat([draw_tokens(model(x, use_cache=False).logits, generator) for x in BATCHES])
+    chances = [model(x, use_cache=False).logits.detach().softmax(-1) for x in BATCHES]
+    drawn = torch.cat([draw_tokens(chances_BTV, generator) for chances_BTV in chances])
     seen: dict[str, list[Tensor]] = {"x": [], "d": []}
 
     def hook(_: Any, args: Any, output: Tensor) -> None:

@@ -18,8 +18,8 @@ def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(
     random = torch.Generator().manual_seed(0)
     batches = [torch.randint(3, 90, (2, 10), generator=random) for _ in range(3)]
     text = Layerwise(anatomy, MaskHooks(anatomy), None, batches)
-    down = anatomy.projection(0, anatomy.family.mlp[-1])
-    alone = text.covariance(0, down)
+    last = anatomy.family.mlp[-1]
+    alone, down = text.covariance(0, last), anatomy.projection(0, last)
     seen: list[Tensor] = []
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
     found = text.advance(0, {"mlp": down})["mlp"]

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model import layerwise
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
@@ -228,3 +229,25 @@ def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) 
         ours, theirs = (x(tokens_NT[:4]).logits for x in (anatomy.model, reference))
     atol = 1e-3 * float(theirs.abs().max())
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("kept_bytes", "times"), [(2**30, 1), (0, 2)])
+def test_a_layer_goes_on_from_inputs_that_were_kept(
+    kept_bytes: int, times: int, tiny_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a block computes before its last projection, it computes once where there is room."""
+    monkeypatch.setattr(layerwise, "KEPT_BYTES", kept_bytes)
+    anatomy, hooks, masks = pruned(tiny_model)
+    assert all(not masks.mlp_input(i).all() for i in range(3))
+    random = torch.Generator().manual_seed(5)
+    batches = list(torch.randint(3, 90, (9, 24), generator=random).split(4))
+    calls = [0, 0, 0]
+
+    def count(layer: int) -> Any:
+        return lambda *_: calls.__setitem__(layer, calls[layer] + 1)
+
+    for i in range(3):
+        anatomy.model.get_submodule(f"model.layers.{i}.mlp.up_proj").register_forward_hook(count(i))
+    refit(anatomy, hooks, masks, batches, install_weight(anatomy))
+    # The first batch of each size goes through the first layer, to see how layers are called.
+    assert calls == [times * 3 + 2, times * 3, times * 3]

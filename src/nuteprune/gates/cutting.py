@@ -5,19 +5,24 @@ hardly exercise them. Where the model copies it is sure, so gradients are near z
 score these heads look cheap. So each unit is cut alone, and random tokens that repeat tell.
 Source: induction heads, Olsson et al. 2022 (arXiv 2209.11895).
 
+A unit of a layer changes nothing in front of that layer, so each run begins there, from what the
+dense model gave.
+
 Shape suffixes: S sequences, T tokens, B units that are cut at a time, V vocabulary, N units of one
 kind in the whole model.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
+from nuteprune.model.layerwise import giving, noting_outputs
 
 SEQUENCES, LENGTH = 3, 100
 """Sequences, and the tokens of each that come once more. 300 tokens tell the groups apart."""
@@ -25,8 +30,31 @@ COPIES = 0.1
 """Share of the repeat's tokens that a model gets right if it copies at all."""
 AT_ONCE = 4
 """Units that are cut at a time, each in a sequence of its own."""
+ROWS = 16
+"""Tokens whose logits are compared at a time: what a processor's caches can hold in fp32."""
 LOWEST_ID = 1 / 50
 """Share of the vocabulary that is left out at its beginning: bytes and special tokens."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model on sequences that repeat.
+
+    Args:
+        ids_ST: the sequences, each followed by itself.
+        logits_STV: of the repeats' tokens.
+        outputs: of each layer.
+    """
+
+    ids_ST: Tensor
+    logits_STV: Tensor
+    outputs: list[Any]
+
+    @property
+    def copied(self) -> float:
+        """The share of the repeats' tokens that it gets right."""
+        repeats_ST = self.ids_ST[:, self.ids_ST.shape[1] // 2 :]
+        return float((self.logits_STV.argmax(-1) == repeats_ST).float().mean())
 
 
 def copying_kept(probe: Probe, scores: Scores) -> Scores:
@@ -36,15 +64,15 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
     worse of both on one scale, since a mean would hide a switch.
     """
     kinds = [kind for kind in ("heads", "kv_groups") if kind in scores]
-    layers = len(probe.anatomy.layers)
-    copies, dense_STV, ids_ST = _dense(probe)
     raised = dict(scores)
+    dense = run_dense(probe)
+    copies = dense.copied >= COPIES
     for kind in kinds:
-        if copies < COPIES:
-            for _ in range(layers):
+        if not copies:
+            for _ in probe.anatomy.layers:
                 probe.progress()
             continue
-        losses_N = copying_losses(probe, kind, dense_STV, ids_ST)
+        losses_N = copying_losses(probe, kind, dense)
         relative_N = losses_N / losses_N.median().clamp(min=1e-12)
         raised[kind] = torch.maximum(scores[kind], scores[kind].median() * relative_N)
     return raised
@@ -59,51 +87,81 @@ def repeated(vocabulary: int, length: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _dense(probe: Probe) -> tuple[float, Tensor, Tensor]:
-    """Return the share that the dense model copies, its log-probabilities (S, T, V), the ids."""
+def run_dense(probe: Probe) -> Dense:
+    """Run the dense model on what `repeated` gives."""
     model = probe.anatomy.model
     vocabulary, device = probe.anatomy.embedding.weight.shape[0], next(model.parameters()).device
     positions = getattr(model.config, "max_position_embeddings", None) or 2 * LENGTH
     ids_ST = repeated(vocabulary, min(LENGTH, positions // 2), probe.seed).to(device)
-    with probe.hooks.using(None):
-        dense_STV = _repeats(probe, ids_ST)
-    right_ST = dense_STV.argmax(-1) == ids_ST[:, ids_ST.shape[1] // 2 :]
-    return float(right_ST.float().mean()), dense_STV, ids_ST
+    with probe.hooks.using(None), noting_outputs(probe.anatomy.layers) as outputs:
+        logits_STV = _repeats(probe, ids_ST)
+    return Dense(ids_ST, logits_STV, outputs)
 
 
 def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
-    """Return log-probabilities (B, T, V) of the repeat's tokens."""
+    """Return logits (B, T, V) of the repeat's tokens."""
     length = ids_BT.shape[1] // 2
-    model = probe.anatomy.model
     # The last token of the first time predicts the first one of the repeat.
-    logits = model(input_ids=ids_BT, use_cache=False, logits_to_keep=length + 1).logits
-    return cast(Tensor, logits[:, :-1].float().log_softmax(-1))
+    output: Any = probe.anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=length + 1)
+    logits_BTV: Tensor = output.logits[:, :-1]
+    return logits_BTV
 
 
 @torch.no_grad()
-def copying_losses(probe: Probe, kind: str, dense_STV: Tensor, ids_ST: Tensor) -> Tensor:
+def copying_losses(probe: Probe, kind: str, dense: Dense) -> Tensor:
     """Return the KL divergence (N,) from the dense model when each unit is cut alone.
 
     Args:
         probe: the model; `progress` is told of each layer.
         kind: `heads` or `kv_groups`.
-        dense_STV: the dense model's log-probabilities of the repeats.
-        ids_ST: the sequences, each followed by itself.
+        dense: what it does with all of them.
 
     Returns:
         The mean over the repeats' tokens, in nats, on the CPU.
     """
     layout, count = probe.layout, probe.layout.units(kind)
     losses_N, first = torch.zeros(count), 0
-    for size in layout.sizes[kind]:
+    for layer, size in enumerate(layout.sizes[kind]):
         for units in torch.arange(first, first + size).split(AT_ONCE):
-            values_BN = torch.ones(len(units), count, device=ids_ST.device)
+            values_BN = torch.ones(len(units), count, device=dense.ids_ST.device)
             values_BN[torch.arange(len(units)), units] = 0
-            with probe.hooks.using(Masks(layout, {kind: values_BN})):
-                for ids_T, dense_TV in zip(ids_ST, dense_STV, strict=True):
-                    cut_BTV = _repeats(probe, ids_T.expand(len(units), -1))
-                    nats_BTV = dense_TV.exp() * (dense_TV - cut_BTV)
-                    losses_N[units] += nats_BTV.sum(-1).mean(-1).cpu() / len(ids_ST)
+            masks = Masks(layout, {kind: values_BN})
+            losses_N[units] = _losses_from(probe, layer, masks, len(units), dense).cpu()
         first += size
         probe.progress()
     return losses_N
+
+
+def _losses_from(probe: Probe, layer: int, masks: Masks, count: int, dense: Dense) -> Tensor:
+    """Return the mean KL divergence (B,) under masks of B sequences, which close units of a layer.
+
+    The layers before it give what they gave in the dense model.
+    """
+    losses_B = torch.zeros(count, device=dense.ids_ST.device)
+    before = probe.anatomy.layers[:layer]
+    for s, (ids_T, dense_TV) in enumerate(zip(dense.ids_ST, dense.logits_STV, strict=True)):
+        given = [_of_sequence(output, s, count) for output in dense.outputs[:layer]]
+        with probe.hooks.using(masks), giving(before, given):
+            cut_BTV = _repeats(probe, ids_T.expand(count, -1))
+        losses_B += torch.stack([mean_kl(dense_TV, cut_TV) for cut_TV in cut_BTV])
+    return losses_B / len(dense.ids_ST)
+
+
+def _of_sequence(output: Any, sequence: int, count: int) -> Any:
+    """Return what a layer gave for one sequence, `count` times in a batch."""
+    if isinstance(output, tuple):
+        return (_of_sequence(output[0], sequence, count), *output[1:])
+    return output[sequence].expand(count, -1, -1)
+
+
+def mean_kl(p_TV: Tensor, q_TV: Tensor) -> Tensor:
+    """Return the mean over tokens of KL(p || q), both given as logits.
+
+    KL = sum p (z_p - z_q) + logsumexp(z_q) - logsumexp(z_p): no logarithm of each chance is held.
+    """
+    total = torch.zeros((), device=p_TV.device)
+    for p_RV, q_RV in zip(p_TV.split(ROWS), q_TV.split(ROWS), strict=True):
+        p_RV, q_RV = p_RV.float(), q_RV.float()
+        total += (q_RV.logsumexp(-1) - p_RV.logsumexp(-1)).sum()
+        total += (p_RV.softmax(-1) * p_RV.sub(q_RV)).sum()
+    return total / len(p_TV)

@@ -23,13 +23,12 @@ layer, W inputs of a unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.model.layerwise import Layerwise
@@ -38,6 +37,8 @@ DAMPING = 1e-2
 """What is added to the diagonal of C, as a share of itself."""
 LEAST = 1e-30
 """What is added for an input that is always 0: next to nothing, and so is its unit's cost."""
+ROUNDING = 1e-2
+"""How far C^-1 C may be from 1, along one direction, before it is computed in fp64."""
 INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
 """Kind of gate -> the block whose last projection reads its units."""
 
@@ -55,42 +56,73 @@ def surgeon_scores(probe: Probe) -> Scores:
         kinds = [kind for kind in probe.kinds if (kind, layer) in slopes]
         readers = {INPUTS[kind]: _reader(probe, INPUTS[kind], layer) for kind in kinds}
         watched = {block: module for block, module in readers.items() if module is not None}
-        inverses = {
-            block: damped_inverse(covariance_II / tokens)
-            for block, covariance_II in text.advance(layer, watched).items()
-        }
-        for kind in kinds:
-            found[kind].append(removal_costs(slopes[kind, layer], inverses[INPUTS[kind]]))
+        covariances = text.advance(layer, watched)
+        for block in watched:
+            chosen = [kind for kind in kinds if INPUTS[kind] == block]
+            costs = removal_costs(
+                [slopes[kind, layer] for kind in chosen], covariances.pop(block).div_(tokens)
+            )
+            for kind, costs_U in zip(chosen, costs, strict=True):
+                found[kind].append(costs_U)
         probe.progress()
     return {kind: torch.cat(parts) for kind, parts in found.items()}
 
 
-def draw_tokens(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
-    """Return tokens (B, T) drawn from the distributions of next tokens."""
-    chances_MV = logits_BTV.detach().float().softmax(-1).flatten(0, 1)
-    drawn_M = torch.multinomial(chances_MV, 1, generator=generator).flatten()
-    return drawn_M.view(logits_BTV.shape[:2])
+def draw_tokens(chances_BTV: Tensor, generator: torch.Generator) -> Tensor:
+    """Return next tokens (B, T) drawn from their chances."""
+    drawn_M = torch.multinomial(chances_BTV.flatten(0, 1), 1, generator=generator).flatten()
+    return drawn_M.view(chances_BTV.shape[:2])
 
 
-def damped_inverse(covariance_II: Tensor) -> Tensor:
-    """Return (C + damping)^-1 (I, I) in fp64.
+def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the gradient (B, T, V) of the loss by the logits, for tokens that the model draws.
+
+    The loss is the sum over sequences of each one's mean cross entropy.
+    """
+    slope_BTV = logits_BTV.float().softmax(-1)
+    drawn_BT1 = draw_tokens(slope_BTV, generator).unsqueeze(-1)
+    slope_BTV.scatter_add_(-1, drawn_BT1, slope_BTV.new_full((1, 1, 1), -1).expand_as(drawn_BT1))
+    return slope_BTV.div_(logits_BTV.shape[1])
+
+
+def removal_costs(slopes: Sequence[Tensor], covariance_II: Tensor) -> list[Tensor]:
+    """Return tr(S_u ([C^-1]_uu)^-1) (U,) of one projection's units, in fp32 on the CPU.
 
     Each input is damped by its own variance: a unit's cost is then the same in whatever units its
     activations are counted, and one massive activation does not damp all others.
+
+    Args:
+        slopes: S_u (U, W, W) of each kind's units, W = I / U.
+        covariance_II: C in fp32; used up.
     """
-    c_II = covariance_II.double()
-    diagonal_I = c_II.diagonal()
-    diagonal_I.add_(DAMPING * diagonal_I + LEAST)
-    return _inverse(c_II)
+    size_I = (covariance_II.diagonal() * (1 + DAMPING) + LEAST).sqrt()
+    correlation_II = covariance_II.div_(size_I).div_(size_I[:, None])
+    correlation_II.fill_diagonal_(1)
+    inverse_II = inverse_of_correlations(correlation_II)
+    found = []
+    for slope_UWW in slopes:
+        count, width = slope_UWW.shape[:2]
+        blocks = inverse_II.view(count, width, count, width).diagonal(dim1=0, dim2=2)
+        unexplained_UWW = _inverse(blocks.permute(2, 0, 1).double())
+        size_UW = size_I.view(count, width)
+        scaled_UWW = slope_UWW * size_UW[:, None] * size_UW[:, :, None]
+        found.append((scaled_UWW * unexplained_UWW).sum((1, 2)).float().cpu())
+    return found
 
 
-def removal_costs(slope_UWW: Tensor, inverse_II: Tensor) -> Tensor:
-    """Return tr(S_u ([C^-1]_uu)^-1) (U,) in fp32 on the CPU, for S_u (W, W) of each unit."""
-    count, width = slope_UWW.shape[:2]
-    blocks = inverse_II.view(count, width, count, width)
-    own_UWW = torch.stack([blocks[u, :, u] for u in range(count)])
-    unexplained_UWW = _inverse(own_UWW)
-    return (slope_UWW.to(unexplained_UWW) * unexplained_UWW).sum((1, 2)).float().cpu()
+def inverse_of_correlations(correlation_II: Tensor) -> Tensor:
+    """Return the inverse (I, I) of correlations: in fp32 if that is as exact as they are.
+
+    Damping bounds their condition, so it nearly always is. Told by a product with random signs.
+    """
+    generator = torch.Generator(correlation_II.device).manual_seed(0)
+    signs_I = torch.empty_like(correlation_II[0]).uniform_(-1, 1, generator=generator).sign()
+    factor_II, failed = torch.linalg.cholesky_ex(correlation_II)
+    if not failed:
+        inverse_II = torch.cholesky_inverse(factor_II)
+        if float((correlation_II @ (inverse_II @ signs_I) - signs_I).abs().max()) < ROUNDING:
+            return inverse_II
+    return _inverse(correlation_II.double())
 
 
 def _inverse(positive: Tensor) -> Tensor:
@@ -119,10 +151,8 @@ def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
     with _gradients_of_inputs(probe, take):
         for batch_BT in probe.batches:
             logits_BTV = probe.anatomy.model(input_ids=batch_BT.to(device), use_cache=False).logits
-            drawn_BT = draw_tokens(logits_BTV, generator)
-            loss = cross_entropy(logits_BTV.float().flatten(0, 1), drawn_BT.flatten())
-            # A mean over sequences; what is wanted are gradients of their sum.
-            (loss * len(batch_BT) * LOSS_SCALE).backward()
+            slope_BTV = drawn_slope(logits_BTV.detach(), generator).mul_(LOSS_SCALE)
+            logits_BTV.backward(slope_BTV.to(logits_BTV.dtype))
             probe.progress()
     return total
 

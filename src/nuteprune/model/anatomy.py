@@ -68,6 +68,11 @@ class Anatomy:
             module = child
         return module if hasattr(module, "in_features") else None
 
+    def block(self, layer: int, projection: Projection) -> nn.Module | None:
+        """Return the module that a layer's projection is part of, None if it is the layer."""
+        path = projection.path.rpartition(".")[0]
+        return self.layers[layer].get_submodule(path) if path else None
+
     def linear(self, layer: int, projection: Projection) -> nn.Linear | None:
         """Return a layer's projection without the LoRA wrapper, None if it is gone."""
         module = self.projection(layer, projection)

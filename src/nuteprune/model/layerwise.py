@@ -8,19 +8,24 @@ Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy, no_logits
+from nuteprune.model.families import Projection
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.sharding import gathered, is_sharded
 
 PANEL = 256
 """Columns of a product of inputs that are formed at once."""
+
+KEPT_BYTES = 2**30
+"""What may be held of a projection's inputs, so that a layer need not form them again."""
 
 
 class _Stop(Exception):
@@ -49,6 +54,7 @@ class Layerwise:
         self._batches_BTD: list[Tensor] = []
         # What else a layer is called with, by batch size: masks and rotary tables differ by layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._blocks: list[_Block] = []
         device = next(anatomy.model.parameters()).device
         for batch_BT in batches:
             ids_BT = batch_BT.to(device)
@@ -60,11 +66,19 @@ class Layerwise:
     def _calls(self, ids_BT: Tensor) -> list[dict[str, Any]]:
         """Return what each layer is called with beside hidden states."""
         found: list[dict[str, Any]] = []
+        first, *others = self._anatomy.layers
 
         def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(kwargs)
 
-        with _hooked(self._anatomy.layers, note, with_kwargs=True), self._hooks.using(self._masks):
+        with ExitStack() as stack:
+
+            def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+                stack.enter_context(giving(others, [output] * len(others)))
+
+            stack.enter_context(_hooked(self._anatomy.layers, note, with_kwargs=True))
+            stack.callback(first.register_forward_hook(skip).remove)
+            stack.enter_context(self._hooks.using(self._masks))
             self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=no_logits(ids_BT))
         return found
 
@@ -81,20 +95,29 @@ class Layerwise:
             pass
 
     @torch.no_grad()
-    def covariance(self, layer: int, module: nn.Module) -> Tensor:
-        """Return X^T X (I, I) of the unmasked inputs of a layer's projection, in fp32."""
-        products = _Products()
+    def covariance(self, layer: int, projection: Projection) -> Tensor:
+        """Return X^T X (I, I) of the unmasked inputs of a block's last projection, in fp32.
 
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            products.add(args[0])
-            raise _Stop
+        The layer goes on from these inputs when it runs again, if they fit in `KEPT_BYTES`.
 
-        # Before the masks' own hook, so that inputs are seen unmasked.
-        layers = self._anatomy.layers
-        with gathered(layers[layer]), _hooked([module], hook, prepend=True):
-            for hidden_BTD in self._batches_BTD:
-                self._until_stopped(self._run, layer, hidden_BTD)
-        return products.whole()
+        Args:
+            layer: where the text stands.
+            projection: the last one of a block of it.
+        """
+        module = self._anatomy.projection(layer, projection)
+        around = self._anatomy.block(layer, projection)
+        block = _Block(around, module, KEPT_BYTES // max(1, len(self._batches_BTD)))
+        with ExitStack() as stack:
+            stack.enter_context(gathered(self._anatomy.layers[layer]))
+            # Before the masks' own hook, so that inputs are seen unmasked.
+            stack.enter_context(_hooked([module], block.on_input, prepend=True))
+            if around is not None:
+                stack.callback(around.register_forward_hook(block.on_output).remove)
+            for i in range(len(self._batches_BTD)):
+                self._until_stopped(self._run, layer, i)
+        if block.inputs:
+            self._blocks.append(block)
+        return block.products.whole()
 
     @torch.no_grad()
     def advance(
@@ -119,13 +142,57 @@ class Layerwise:
             for name, module in (watched or {}).items():
                 stack.enter_context(_hooked([module], hook(name), prepend=True))
             stack.enter_context(self._hooks.using(self._masks))
-            self._batches_BTD = [self._run(layer, hidden_BTD) for hidden_BTD in self._batches_BTD]
+            for i in range(len(self._batches_BTD)):
+                self._batches_BTD[i] = self._run(layer, i)
+        self._blocks.clear()
         return {name: product.whole() for name, product in products.items()}
 
-    def _run(self, layer: int, hidden_BTD: Tensor) -> Tensor:
+    def _run(self, layer: int, batch: int) -> Tensor:
+        hidden_BTD = self._batches_BTD[batch]
         kwargs = self._kwargs[len(hidden_BTD)][layer]
-        output: Any = self._anatomy.layers[layer].forward(hidden_BTD, **kwargs)
+        forwards = {
+            block.module: partial(block.forward, batch)
+            for block in self._blocks
+            if block.module is not None
+        }
+        with in_place_of(list(forwards), list(forwards.values())):
+            output: Any = self._anatomy.layers[layer].forward(hidden_BTD, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+class _Block:
+    """A block of a layer, which can go on from what its last projection reads of each batch.
+
+    Args:
+        module: the block, None if it is no module of its own: then nothing is kept.
+        projection: its last one; the block gives what it gives.
+        most: bytes of a batch's inputs, of more nothing is kept.
+    """
+
+    def __init__(self, module: nn.Module | None, projection: nn.Module, most: int) -> None:
+        self.module, self._projection, self._most = module, projection, most
+        self.products = _Products()
+        self.inputs: list[Tensor] = []
+        self._output: Any = None
+
+    def on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in what the projection reads of the next batch; the run ends where it can."""
+        self.products.add(args[0])
+        keeps = self.module is not None and args[0].nbytes <= self._most
+        if keeps:
+            self.inputs.append(args[0])
+        if not keeps or self._output is not None:
+            raise _Stop
+
+    def on_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Note in which form the block gives what it gives."""
+        self._output = output
+        raise _Stop
+
+    def forward(self, batch: int, *_: Any, **__: Any) -> Any:
+        """Do what the block does, of a batch whose inputs were kept."""
+        written = self._projection(self.inputs[batch])
+        return (written, *self._output[1:]) if isinstance(self._output, tuple) else written
 
 
 class _Products:
@@ -146,7 +213,46 @@ class _Products:
     def whole(self) -> Tensor:
         """Return both triangles."""
         assert self._sum_II is not None
-        return self._sum_II.tril() + self._sum_II.tril(-1).T
+        for start in range(0, len(self._sum_II), PANEL):
+            below = slice(start + PANEL, None)
+            panel = slice(start, start + PANEL)
+            self._sum_II[panel, below] = self._sum_II[below, panel].T
+        return self._sum_II
+
+
+@contextmanager
+def in_place_of(
+    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Within this context, modules compute something else; their hooks stay."""
+    before = [vars(module).get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def giving(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> AbstractContextManager[None]:
+    """Return a context in which modules give what is known, whatever they read."""
+    return in_place_of(modules, [lambda *_, known=output, **__: known for output in outputs])
+
+
+@contextmanager
+def noting_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Within this context, collect what modules give, in the order in which they run."""
+    outputs: list[Any] = []
+    handles = [m.register_forward_hook(lambda _, __, y: outputs.append(y)) for m in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

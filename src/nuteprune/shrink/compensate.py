@@ -83,14 +83,15 @@ def refit(
             module = anatomy.projection(i, projection)
             if module is None or mask is None or bool((mask > 0).all()):
                 continue
-            covariance_II = text.covariance(i, module)
+            covariance_II = text.covariance(i, projection)
             weight_OI = _effective_weight(module)
             mask_I = mask.to(weight_OI)
             # LoRA may have made up for some of what is gone: asked for is what the base gave.
             wanted_OI = weight_of(_base(module)) if dense is None else dense(i, projection)
             target_OI = wanted_OI.float()
             fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI)
-            install(i, projection, Fit(fitted_OI, covariance_II * mask_I * mask_I[:, None]))
+            masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
+            install(i, projection, Fit(fitted_OI, masked_II))
         text.advance(i)
         progress()
 
@@ -108,22 +109,31 @@ def ridge_fit(
         mask_I: what the inputs will be multiplied by, 0 where they are gone.
         target_OI: the weight whose outputs, from all inputs, are wanted, fp32.
     """
-    kept_K = (mask_I > 0).nonzero().flatten()
-    inner_KK = covariance_II[kept_K][:, kept_K]
-    missing_OK = target_OI @ covariance_II[:, kept_K] - weight_OI[:, kept_K] @ inner_KK
-    update_KO = torch.linalg.solve(inner_KK + ridge_of(inner_KK), missing_OK.T)
+    kept_I = mask_I > 0
+    kept_K = kept_I.nonzero().flatten()
+    missing_OK = ((target_OI - weight_OI * kept_I) @ covariance_II)[:, kept_K]
+    update_KO = _solve(with_ridge(covariance_II, kept_K), missing_OK.T)
     fitted_OI = torch.zeros_like(weight_OI)
     fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
     return fitted_OI
 
 
-def ridge_of(covariance_KK: Tensor) -> Tensor:
-    """Return the diagonal matrix (K, K) that is added to C: each input's own share.
+def with_ridge(covariance_II: Tensor, kept_K: Tensor) -> Tensor:
+    """Return C of the kept inputs (K, K), each input's own share added to its diagonal.
 
     So the fit does not depend on the units that an input is counted in, and one massive activation
     does not pull the weights of all others back to where they were.
     """
-    return torch.diag(RIDGE * covariance_KK.diagonal() + LEAST)
+    inner_KK = covariance_II[kept_K[:, None], kept_K]
+    inner_KK.diagonal().mul_(1 + RIDGE).add_(LEAST)
+    return inner_KK
+
+
+def _solve(positive_KK: Tensor, wanted_KO: Tensor) -> Tensor:
+    factor_KK, failed = torch.linalg.cholesky_ex(positive_KK)
+    if failed:  # rounding, or values that are not finite
+        return cast(Tensor, torch.linalg.solve(positive_KK, wanted_KO))
+    return torch.cholesky_solve(wanted_KO, factor_KK)
 
 
 def install_weight(anatomy: Anatomy) -> Install:
@@ -169,8 +179,7 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values are those of (W' - W) C^1/2. R is `rank`, or less where fewer directions count.
     """
     kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()
-    inner_KK = fit.covariance_II[kept_K][:, kept_K].double()
-    inner_KK += ridge_of(inner_KK)
+    inner_KK = with_ridge(fit.covariance_II, kept_K).double()
     update_OK = (fit.weight_OI - base_OI.float())[:, kept_K].double()
     # Left singular vectors and values of U C^1/2, from U C U^T: many times cheaper than an SVD.
     squares_O, vectors_OO = torch.linalg.eigh(update_OK @ inner_KK @ update_OK.T)
