@@ -107,7 +107,7 @@ def check(model: PreTrainedModel, tokenizer: Any, folder: Path) -> list[list[int
     numbers = numbers_of(3, 0, size, most)
     for number in range(size):
         found = expected(model, opening, numbers[:, number], number, most)
-        assert texts[number] == (found if found[-1:] == end else found + end)
+        assert texts[number] == (found if found[-1] in opening.ends else found + end)
     assert sum(map(len, texts)) >= 300
     assert len(texts) % size == 0
     return texts
@@ -181,9 +181,9 @@ def test_a_chat_is_a_question_and_its_answer(model, tokenizer, tmp_path: Path) -
     # A question "x", an answer "y"; both are ended by eos. Any plain text ends at once.
     certain(model, {u: x, x: 2, a: y, y: 2} | dict.fromkeys(range(100, 120), 2))
     texts = write(model, tokenizer, tmp_path)
-    assert texts[1::2] == [[1, u, x, 2, a, y, 2]] * len(texts[1::2])
+    assert texts[3::4] == [[1, u, x, 2, a, y, 2]] * len(texts[3::4])
     rows = [json.loads(line) for line in (tmp_path / SELF_WRITTEN).read_text().splitlines()]
-    assert rows[1]["text"] == "<s>ux</s>ay"
+    assert rows[3]["text"] == "<s>ux</s>ay"
     assert [row["ids"] for row in rows] == texts
 
 
@@ -194,7 +194,7 @@ def test_an_answer_that_the_model_begins_itself_is_not_begun_again(
     opens, closes, x, y = (tokenizer(t, add_special_tokens=False).input_ids[0] for t in "[]xy")
     certain(model, {opens: x, x: closes, closes: y, y: 2})
     texts = write(model, tokenizer, tmp_path)
-    assert texts[1] == [opens, x, closes, y, 2]
+    assert texts[3] == [opens, x, closes, y, 2]
 
 
 @pytest.mark.parametrize(
@@ -214,15 +214,28 @@ def test_without_a_template_that_opens_a_question_all_texts_are_plain(
     assert write(model, tokenizer, tmp_path / "template") == plain
 
 
-def test_the_models_own_ends_count_and_eos_closes(model, tokenizer, tmp_path: Path) -> None:
+def test_the_models_own_ends_count_and_eos_closes_what_has_none(
+    model, tokenizer, tmp_path: Path
+) -> None:
     model.generation_config.eos_token_id = [2, 77]
     opening = openings(model, tokenizer, most=LENGTH, seed=3)
     assert opening.ends == {2, 77}
     texts = write(model, tokenizer, tmp_path, tokens=3000)
-    ended = [x for x in texts if 77 in x]
-    assert ended
-    assert all(x[x.index(77) :] == [77, 2] or x[0] == 77 for x in ended)
-    assert all(x[-1] == 2 for x in texts)
+    assert {x[-1] for x in texts} == {2, 77}
+    assert all(77 not in x[1:-1] for x in texts)
+
+
+def test_text_begins_after_what_stood_between_documents_in_pretraining(
+    model, tokenizer, tmp_path: Path
+) -> None:
+    """A chat model's eos ends a turn; after it comes the next turn, not a document."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    between = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert between not in (None, tokenizer.eos_token_id)
+    opening = openings(model, tokenizer, most=LENGTH, seed=3)
+    assert opening.start == (between,)
+    assert opening.ends == {tokenizer.eos_token_id, between}
+    check(model, tokenizer, tmp_path)
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer, tmp_path: Path) -> None:

@@ -13,6 +13,11 @@ from nuteprune.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+END_OF_TEXT = "<|endoftext|>"
+"""What many models saw between documents in pretraining, also those whose texts end otherwise now."""
+CHAT_EVERY = 4
+"""One text in so many is a chat. The others are of all that pretraining showed: a chat model's own
+talk alone has little code and few formats."""
 _QUESTION = "Xylophone"  # a word that no template has, to find where a user's turn is
 
 
@@ -39,14 +44,14 @@ class Openings:
     known: int
 
     def is_chat(self, number: int) -> bool:
-        """Return whether text `number` is a chat: every other one, if the model chats at all."""
-        return bool(self.asks) and number % 2 == 1
+        """Return whether text `number` is a chat, if the model chats at all."""
+        return bool(self.asks) and number % CHAT_EVERY == CHAT_EVERY - 1
 
     def given(self, number: int) -> tuple[int, ...]:
         """Return the tokens that text `number` begins with."""
         if self.is_chat(number):
             return self.asks
-        plain = number // 2 if self.asks else number
+        plain = number - number // CHAT_EVERY if self.asks else number
         return (self.firsts[plain % len(self.firsts)],)
 
 
@@ -63,13 +68,14 @@ def openings(
     """
     vocabulary: Any = model.get_input_embeddings().weight
     known = min(len(tokenizer), vocabulary.shape[0])
-    start = bos_of(tokenizer) or end_of(tokenizer)
+    between = _between_documents(tokenizer)
+    start = bos_of(tokenizer) or between
     asks, answers = _chat(tokenizer)
     if asks[: len(start)] == start:
         asks = asks[len(start) :]
     if len(asks) + len(answers) > most // 2 or max([*asks, *answers], default=0) >= known:
         asks = answers = []
-    ends = _ends(model, tokenizer)
+    ends = _ends(model, tokenizer) | set(between)
     firsts = _firsts(tokenizer, known)
     random.Random(f"{seed} first tokens").shuffle(firsts)
     return Openings(
@@ -81,6 +87,12 @@ def openings(
         asked=frozenset(ends.union(answers[:1]) & (ends | _special(tokenizer))),
         known=known,
     )
+
+
+def _between_documents(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token that stood between documents in pretraining; empty if there is none."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    return [added[END_OF_TEXT]] if END_OF_TEXT in added else end_of(tokenizer)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from nuteprune.data.openings import Openings, openings
+from nuteprune.data.openings import CHAT_EVERY, Openings, openings
 from nuteprune.data.tokens import bos_of, end_of
 from nuteprune.errors import UserError
 from nuteprune.files import writing
@@ -53,7 +53,7 @@ def write_text(
     """Let a model write text, drawn at temperature 1, and keep it in a file.
 
     A text begins with a token that is drawn, each time another one, after what the tokenizer
-    begins a text with, or after end-of-text. Where there is a chat template every other text is a
+    begins a text with, or after end-of-text. Where there is a chat template every fourth text is a
     chat instead: the model writes a user's question and the answer. It goes on to where the model
     ends it, or to a block's length.
 
@@ -98,8 +98,8 @@ def write_text(
             generator = torch.Generator().manual_seed(draws)
             for written in _write(model, opening, batch, most, generator):
                 progress(min(have + written, tokens), tokens)
-            ended = [x.ids if x.ids[-1:] == end else [*x.ids, *end] for x in batch]
-            lines = [_line(tokenizer, ids, number, key) for ids in ended]
+            ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
+            lines = [_line(tokenizer, opening, ids, number, key) for ids in ended]
             kept = _append(path, kept, "".join(lines).encode())
             texts += ended
         progress(tokens, tokens)
@@ -207,12 +207,14 @@ def _key(model: PreTrainedModel, opening: Openings, most: int, size: int, seed: 
     """Return what tells a file of the same text from one that another run has left."""
     weights = Anatomy(model).embedding.weight.flatten()[:64].tolist()
     facts = [weights, sorted(opening.ends), opening.known, opening.start, opening.firsts]
-    facts += [opening.asks, opening.answers, most, size, seed]
+    facts += [opening.asks, opening.answers, CHAT_EVERY, most, size, seed]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
-def _line(tokenizer: PreTrainedTokenizerBase, ids: list[int], batch: int, key: str) -> str:
-    text = tokenizer.decode(ids[:-1] if ids[-1:] == end_of(tokenizer) else ids)
+def _line(
+    tokenizer: PreTrainedTokenizerBase, opening: Openings, ids: list[int], batch: int, key: str
+) -> str:
+    text = tokenizer.decode(ids[:-1] if ids[-1] in opening.ends else ids)
     return json.dumps({"text": text, "ids": ids, "batch": batch, "key": key}) + "\n"
 
 
