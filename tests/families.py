@@ -1,4 +1,4 @@
-"""Which families a test is repeated for: all by `make test`, four by `make check`."""
+"""Which families a test is repeated for: four by `make check`, ten by `make test`, else all."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ import pytest
 QUICK = ("llama", "phi3", "gemma2", "gpt_neox")
 """Grouped queries; fused projections; norms behind the blocks and of 1 + w; LayerNorm, biases and
 parallel blocks."""
+MORE = ("llama_mha", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "opt")
+"""Those that `make test` repeats tests for too; `make test-hard` has the others."""
+
+
+def mark_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Return the marker of a test that is repeated for a family."""
+    if name in QUICK:
+        return ()
+    return (pytest.mark.slow if name in MORE else pytest.mark.hard,)
 
 
 def each(names: Iterable[Any]) -> list[Any]:
-    """Return families for `parametrize`, alone or first of a tuple; others are marked `slow`."""
+    """Return families for `parametrize`, alone or first of a tuple, with their markers."""
     found = []
     for name in names:
         values = name if isinstance(name, tuple) else (name,)
-        marks = () if values[0] in QUICK else (pytest.mark.slow,)
-        found.append(pytest.param(*values, marks=marks))
+        found.append(pytest.param(*values, marks=mark_of(values[0])))
     return found
 
 

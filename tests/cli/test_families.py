@@ -11,7 +11,9 @@ import pytest
 
 from nuteprune.export.loading import load_pruned
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import FAMILIES, GATE_KINDS
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import GATE_KINDS
+from tests.families import each_family
 
 SETTINGS = {"--data": None, "--steps": 0, "--batch-size": 1, "--length": 16, "--dtype": "float32"}
 MULTIPLES = ("--set", "neuron_multiple=4", "--set", "hidden_multiple=8", "--json")
@@ -36,7 +38,7 @@ def options(text: Path, **more: Any) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shapes", ["free", "uniform"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@each_family
 def test_a_dry_run_says_what_is_reached_or_which_gates_cannot_be(
     model_type: str, shapes: str, saved: Callable, text: Path, tmp_path: Path, run: Callable
 ) -> None:

@@ -18,7 +18,7 @@ from nuteprune.distill.losses import Head, layer_relative, token_kl
 from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
-from nuteprune.model.families import GATE_KINDS
+from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import lora_in_base_dtype
 from nuteprune.model.shape import LayerShape, Shape

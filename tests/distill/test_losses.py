@@ -9,6 +9,7 @@ from torch import Tensor
 from nuteprune.distill import losses
 from nuteprune.distill.losses import Head, language_model_loss, layer_mse, layer_relative, token_kl
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import FAMILIES
 
 B, T, D, V = 2, 5, 8, 32
 WEIGHT_BT = torch.tensor([[1.0, 1, 1, 1, 1], [1, 2, 1, 0, 0]])
@@ -91,8 +92,9 @@ def test_token_kl_in_half_precision_has_gradients_of_its_input_type() -> None:
     assert error < 0.02
 
 
-def test_a_models_logits_are_its_heads(tiny_model, tiny_name: str) -> None:
-    model = tiny_model(tiny_name)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_models_logits_are_its_heads(tiny_model, name: str) -> None:
+    model = tiny_model(name)
     anatomy = Anatomy(model)
     seen = []
     anatomy.final_norm.register_forward_hook(lambda _, __, output: seen.append(output))

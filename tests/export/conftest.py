@@ -18,7 +18,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import pruned_config
-from nuteprune.model.families import FAMILIES, Family
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
 
 HIDDEN, HEADS, KV_HEADS, NEURONS, VOCAB = 96, 6, 2, 96, 128
@@ -41,6 +42,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granite": {"attention_bias": True, "mlp_bias": True, "residual_multiplier": 0.5},
     "gpt_neox": {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.5}},
     "opt": {"word_embed_proj_dim": HIDDEN, "dropout": 0.0},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "vaultgemma": {"sliding_window": 6},
+    "exaone4": {"sliding_window": 6, "sliding_window_pattern": 2},
+    "olmo3": {"sliding_window": 6},
+    "cohere2": {"sliding_window": 6},
 }
 
 
@@ -65,7 +72,7 @@ def make_case(model_type: str) -> Case:
     original = stock_config(family)
     shape = uneven_shape(family)
     config = pruned_config(original, family, shape)
-    pruned = getattr(modeling_pruned, f"Pruned{family.causal_lm}")(config).eval()
+    pruned = getattr(modeling_pruned, f"Pruned{family.causal_lm}")(config).eval().float()
     randomize(pruned)
     return Case(family, shape, pruned, padded(pruned, original, family, shape))
 
@@ -77,13 +84,15 @@ def stock_config(family: Family) -> PreTrainedConfig:
     grouped = GROUPED if "kv_heads" in names else {}
     common = {"vocab_size": VOCAB, "num_hidden_layers": 3, "max_position_embeddings": 64}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    special = SPECIAL[family.model_type]
+    special = SPECIAL.get(family.model_type, {})
     return CONFIG_MAPPING[family.model_type](**sizes | grouped | common | tokens | special)
 
 
 def uneven_shape(family: Family) -> Shape:
     """Fewer heads within groups; no attention; a whole group less and no MLP."""
     first, last = ((4, 2), (3, 1)) if "kv_heads" in family.config_names else ((5, 5), (3, 3))
+    if family.refusal("heads"):
+        first = last = (HEADS, KV_HEADS)
     layers = (LayerShape(*first, 40), LayerShape(0, 0, 96), LayerShape(*last, 0))
     return Shape(HIDDEN, layers)
 
@@ -102,7 +111,7 @@ def padded(
     pruned: PreTrainedModel, original: PreTrainedConfig, family: Family, shape: Shape
 ) -> PreTrainedModel:
     """The stock model of the original size, zero wherever the pruned model has nothing."""
-    reference = getattr(transformers, family.causal_lm)(original).eval()
+    reference = getattr(transformers, family.causal_lm)(original).eval().float()
     ours = pruned.state_dict()
     for name, parameter in reference.named_parameters():
         if name in ours and ours[name].shape == parameter.shape:
@@ -164,7 +173,9 @@ def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's tensors as a state dict holds them, tied ones once."""
-    return dict(model.named_parameters())
+    stored = model.state_dict().keys()
+    buffers = {name: x for name, x in model.named_buffers() if name in stored}
+    return dict(model.named_parameters()) | buffers
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator, Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
-from nuteprune.model.families import FAMILIES, GATE_KINDS
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import LayerShape, Shape
 
 MULTI_HEAD, GROUPED = LayerShape(4, 4, 24), LayerShape(6, 2, 24)

@@ -10,7 +10,8 @@ from torch import Tensor
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import FAMILIES, GATE_KINDS
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import LayerShape, Shape
 
 SMALL, HIDDEN = LayerShape(2, 1, 20), 16
@@ -29,9 +30,9 @@ def smaller(tiny_model, name: str):
 
 
 def counted(model) -> tuple[int, int]:
-    """Parameters of the first layer's attention and MLP, norms left out."""
+    """Parameters of the first layer's attention and MLP, norms and activations left out."""
     first = Anatomy(model).layers[0]
-    named = [(n, p.numel()) for n, p in first.named_parameters() if "norm" not in n]
+    named = [(n, p.numel()) for n, p in first.named_parameters() if not re.search("norm|act", n)]
     attention = sum(size for name, size in named if re.search("attn|attention", name))
     return attention, sum(size for _, size in named) - attention
 

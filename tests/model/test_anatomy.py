@@ -55,10 +55,10 @@ def test_lora_on_queries_and_values_alone(tiny_model, tiny_name: str) -> None:
 def test_norms_are_all_of_those_over_the_width(tiny_model, tiny_name: str) -> None:
     anatomy = Anatomy(tiny_model(tiny_name))
     for layer in range(3):
-        every = {m for n, m in anatomy.layers[layer].named_modules() if "norm" in n}
-        wide = {m for m in every if m.weight.shape == (32,)}
+        wide = {m for n, m in anatomy.layers[layer].named_children() if "norm" in n}
         assert set(anatomy.norms(layer)) == wide
-    assert anatomy.final_norm.weight.shape == (32,)
+        assert {p.shape for m in wide for p in m.parameters()} <= {(32,)}
+    assert {p.shape for p in anatomy.final_norm.parameters()} <= {(32,)}
 
 
 def test_a_variant_that_the_entry_does_not_describe_is_refused(tiny_model) -> None:

@@ -4,7 +4,9 @@ import pytest
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from nuteprune.errors import UserError
-from nuteprune.model.families import FAMILIES, family_named
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import GATE_KINDS
+from nuteprune.model.lookup import family_named
 from nuteprune.model.unsupported import language_model_within, parts_without_gates
 
 
@@ -70,9 +72,12 @@ def test_a_pruned_checkpoint_is_of_its_stock_family() -> None:
 
 
 def test_what_a_family_cannot_take_is_refused_with_the_reason() -> None:
-    for kind in ("hidden", "heads", "neurons", "attn_block"):
+    means = ("gpt_neox", "opt", "starcoder2", "nemotron", "phi", "olmo", "stablelm")
+    joint = {"olmo2", "olmo3"}
+    expected = {"hidden": {*means, "cohere", "cohere2"}, "heads": joint, "kv_groups": joint}
+    for kind in GATE_KINDS:
         refused = {name for name, family in FAMILIES.items() if family.refusal(kind)}
-        assert refused == ({"gpt_neox", "opt"} if kind == "hidden" else set())
+        assert refused == expected.get(kind, set())
     reason = FAMILIES["opt"].refusal("hidden")
     assert reason is not None
     assert "LayerNorm" in reason

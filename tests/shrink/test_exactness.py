@@ -16,10 +16,11 @@ from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
-from tests.families import each_family
+from tests.families import MORE, QUICK, each_family
 
 KINDS = (
     "heads",
@@ -66,6 +67,21 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 def test_masked_folded_sliced_and_saved_models_agree(
     model_type: str, kinds: str, shapes: str, tiny_model, tmp_path: Path
 ) -> None:
+    check(model_type, kinds, shapes, tiny_model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+@pytest.mark.parametrize("model_type", [x for x in FAMILIES if x not in (*QUICK, *MORE)])
+def test_all_kinds_that_are_taken_agree_together(
+    model_type: str, shapes: str, tiny_model, tmp_path: Path
+) -> None:
+    refusal = FAMILIES[model_type].refusal
+    taken = [x for x in GATE_KINDS if not refusal(x, uniform=shapes == "uniform")]
+    check(model_type, ",".join(taken), shapes, tiny_model, tmp_path)
+
+
+def check(model_type: str, kinds: str, shapes: str, tiny_model, tmp_path: Path) -> None:
     family = FAMILIES[model_type]
     model = tiny_model(model_type)
     anatomy = Anatomy(model)

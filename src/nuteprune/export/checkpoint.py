@@ -27,12 +27,14 @@ from nuteprune.export.tokenizer import save_for_older
 from nuteprune.files import follow_umask, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import family_named
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import Shape
 from nuteprune.run_folder import RUN, SUMS, hidden
 from nuteprune.shrink.finalize import fold_masks
 from nuteprune.shrink.slicing import slice_state
 
+_BUFFERS = tuple(f".{path}" for family in FAMILIES.values() for path in family.buffers)
 PARTIAL = ".partial"
 """Folder in which a checkpoint is written before it is moved to its place."""
 
@@ -209,5 +211,6 @@ def recount(folder: str | os.PathLike[str]) -> dict[str, Any]:
     tensors: dict[str, list[int]] = {}
     for path in paths:
         with one_line(str(path)), safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if not name.endswith(_BUFFERS)]  # noqa: SIM118
+            tensors |= {name: file.get_slice(name).get_shape() for name in names}
     return {"total": sum(map(math.prod, tensors.values())), "tensors": tensors}

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.model.families import Family, Projection
+from nuteprune.model.family import Family, Projection
 from nuteprune.model.shape import LayerShape, Shape
 
 PREFIX = "pruned_"
@@ -19,10 +19,11 @@ PREFIX = "pruned_"
 _FREE_SHAPE_KEYS = (
     "allow_global_per_layer_attribute_access",
     "auto_map",
-    "logit_scale",
     "per_layer_config",
     "pruned",
 )
+_INVERSE_DIVISOR = "logit_scale"
+"""Added where a family divides logits; elsewhere it may be the family's own."""
 
 
 def pruned_config(
@@ -49,7 +50,8 @@ def pruned_config(
     if not shape.layers[0].attention:
         raise UserError("layer 0 must keep its attention: generation counts cached tokens there")
     names = family.config_names
-    values = {k: v for k, v in config.to_dict().items() if k not in _FREE_SHAPE_KEYS}
+    added = {*_FREE_SHAPE_KEYS, *([_INVERSE_DIVISOR] if family.logit_divisor else [])}
+    values = {k: v for k, v in config.to_dict().items() if k not in added}
     values[names["hidden"]] = shape.hidden
     values["head_dim"] = _head_dim(config)
     if epsilon is not None:
@@ -70,6 +72,8 @@ def _stock_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTr
         head_dim = values.pop("head_dim")
         if first.heads * head_dim != shape.hidden:
             return None
+    if family.heads_fill_width and first.heads * values["head_dim"] != shape.hidden:
+        return None
     stock = CONFIG_MAPPING[family.model_type]
     return _first_valid(stock, values, family.config_names["heads"], [first.heads])
 
@@ -91,7 +95,7 @@ def _free_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTra
         "allow_global_per_layer_attribute_access": True,
     }
     if family.logit_divisor:  # vLLM's Transformers backend knows the inverse alone
-        values["logit_scale"] = 1 / values[family.logit_divisor]
+        values[_INVERSE_DIVISOR] = 1 / values[family.logit_divisor]
     # At the top level, any head count will do that the stock class takes.
     heads, hidden = family.config_names["heads"], shape.hidden
     choices = [max(1, hidden // values["head_dim"])]

@@ -13,7 +13,7 @@ from typing import Any
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf_archs import ARCHS, BLOCK, Arch
-from nuteprune.model.families import Family
+from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -87,7 +87,7 @@ def choose(source: Source) -> Arch:
         if reason is None:
             return ARCHS[name]
         reasons.append(f"{name}: {reason}")
-    why = "; ".join(reasons) or "llama.cpp has no architecture that computes it"
+    why = "; ".join(reasons) or "no architecture of llama.cpp is known to compute it"
     raise UserError(f"{source.family.model_type} cannot be written as GGUF: {why}")
 
 

@@ -22,7 +22,8 @@ from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import PREFIX
 from nuteprune.files import damage
-from nuteprune.model.families import FAMILIES, family_named
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.lookup import family_named
 from nuteprune.run_folder import SUMS
 
 _UNREADABLE = (
@@ -111,7 +112,9 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     if model.dtype == dtype:
         return model
-    state = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+    stored = model.state_dict().keys()
+    buffers = [(name, x) for name, x in model.named_buffers() if name in stored]
+    state = {name: x.to(dtype) for name, x in (*model.named_parameters(), *buffers)}
     copied = build(copy.deepcopy(model.config), state)
     copied.generation_config = copy.deepcopy(model.generation_config)
     return copied

@@ -18,7 +18,7 @@ from nuteprune.export.card import LICENCE, inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.files import to_json, write_text
 from nuteprune.memory import peak
-from nuteprune.model.families import family_named
+from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import Shape
 from nuteprune.run_folder import CARD, RECORD
 

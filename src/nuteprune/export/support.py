@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from nuteprune.export.clients import CLIENTS
 from nuteprune.export.gguf_archs import ARCHS, Arch
-from nuteprune.model.families import FAMILIES, GATE_KINDS, Family
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import GATE_KINDS, Family
 
 _INTRO = """\
 # What is supported

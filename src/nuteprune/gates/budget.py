@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import Family, Projection
+from nuteprune.model.family import Family, Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
 
 

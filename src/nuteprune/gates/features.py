@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.gates.masks import Masks
-from nuteprune.model.families import Family, Projection
+from nuteprune.model.family import Family, Projection
 from nuteprune.model.narrow import Selection
 from nuteprune.model.shape import LayerShape, axis_sizes
 

@@ -26,7 +26,7 @@ from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
 from nuteprune.gates.units import chance, losses_of, over_columns, ranks, squared_weights
-from nuteprune.model.families import GATE_KINDS
+from nuteprune.model.family import GATE_KINDS
 
 
 def random(probe: Probe) -> Scores:

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nuteprune.model.families import Projection
+from nuteprune.model.family import Projection
 from nuteprune.model.narrow import Selection
 from nuteprune.model.shape import Shape
 

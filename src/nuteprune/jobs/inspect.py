@@ -15,7 +15,8 @@ from nuteprune.export.gguf_fit import Source
 from nuteprune.export.loading import load_config
 from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.gates.budget import Budget
-from nuteprune.model.families import Family, family_named
+from nuteprune.model.family import Family
+from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import Shape
 
 Tensors = Mapping[str, list[int]]

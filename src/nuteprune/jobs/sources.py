@@ -24,7 +24,8 @@ from nuteprune.errors import UserError
 from nuteprune.export.loading import exact_dtype, load_pruned
 from nuteprune.export.record import origin_of, read_record
 from nuteprune.files import at_home, check_name
-from nuteprune.model.families import FAMILIES, family_named
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.lookup import family_named
 from nuteprune.run_folder import RECORD
 
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import to_json, write_text
-from nuteprune.model.families import GATE_KINDS
+from nuteprune.model.family import GATE_KINDS
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGET
 from nuteprune.train.state import RunState, last_checkpoint
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.model.families import Family, Projection, family_named
+from nuteprune.model.family import Family, Projection
+from nuteprune.model.lookup import family_named
 from nuteprune.model.packed import count
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -86,15 +87,17 @@ class Anatomy:
 
     def norms(self, layer: int) -> Iterator[nn.Module]:
         """Yield a layer's norms over the hidden width that are still there."""
-        for path in self.family.attention_norms + self.family.mlp_norms:
+        for path in self.family.norms:
             module = self.layers[layer].get_submodule(path)
             if not isinstance(module, nn.Identity):
                 yield module
 
     def pre_norm(self, layer: int, block: str) -> nn.Module | None:
-        """Return the norm of what a block (`attn_block`, `mlp_block`) reads, None if it is gone."""
-        paths = self.family.mlp_norms if block == "mlp_block" else self.family.attention_norms
-        module = self.layers[layer].get_submodule(paths[0])
+        """Return the norm of what a block (`attn_block`, `mlp_block`) reads, None without one."""
+        family = self.family
+        own = family.mlp_norms if block == "mlp_block" else family.attention_norms
+        paths = [x for x in own + family.shared_norms if x not in (family.post_norms or ())]
+        module = self.layers[layer].get_submodule(paths[0]) if paths else nn.Identity()
         return None if isinstance(module, nn.Identity) else module
 
     def qk_norms(self, layer: int) -> tuple[nn.Module, ...]:
@@ -158,12 +161,11 @@ class Anatomy:
 
     def logit_scale(self) -> tuple[float, float | None]:
         """Return what happens to the head's output: (divisor, soft cap or None)."""
-        divisor = self.family.logit_divisor
-        cap = self.family.logit_softcap
-        return (
-            float(getattr(self.config, divisor)) if divisor else 1.0,
-            getattr(self.config, cap) if cap else None,
-        )
+        family, config = self.family, self.config
+        divisor = float(getattr(config, family.logit_divisor)) if family.logit_divisor else 1.0
+        if family.logit_multiplier:
+            divisor /= float(getattr(config, family.logit_multiplier))
+        return divisor, getattr(config, family.logit_softcap) if family.logit_softcap else None
 
     def parameters(self) -> int:
         """Count all parameters of the model, tied ones once, adapters not counted."""

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import Projection
+from nuteprune.model.family import Projection
 from nuteprune.model.narrow import Narrow, Selection
 
 

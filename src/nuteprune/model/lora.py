@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import Projection
+from nuteprune.model.family import Projection
 from nuteprune.model.packed import weight_of
 
 ADAPTER = "default"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import Projection
+from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.lora import LoraBank

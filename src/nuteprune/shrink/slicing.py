@@ -14,7 +14,7 @@ from torch import Tensor
 from nuteprune.gates.features import features, kept_rows, kept_units, live_groups
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import Projection
+from nuteprune.model.family import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
 from nuteprune.shrink.finalize import scale_norm
 
@@ -71,7 +71,7 @@ def slice_state(anatomy: Anatomy, masks: Masks) -> tuple[dict[str, Tensor], Shap
         index["hidden"] = width_D
         for projection in family.projections:
             _cut(state, prefix, projection, index, sizes)
-        for path in family.attention_norms + family.mlp_norms:
+        for path in family.norms:
             _select(state, f"{prefix}{path}.weight", width_D, 0)
     _select(state, f"{family.embedding}.weight", width_D, 1)
     _select(state, f"{family.final_norm}.weight", width_D, 0)

@@ -15,7 +15,7 @@ from nuteprune.gates.importance import METHODS, Method
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import Projection
+from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Install, refit
 from nuteprune.train.config import NutePruneConfig

@@ -13,7 +13,7 @@ from nuteprune.distill.objective import OBJECTIVES
 from nuteprune.errors import UserError
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
-from nuteprune.model.families import GATE_KINDS
+from nuteprune.model.family import GATE_KINDS
 from nuteprune.train.checks import check_trainer_settings
 from nuteprune.train.settings import CALL, HOW, check_declared, setting
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from itertools import filterfalse
 from typing import Any
 
 from peft import LoraConfig
@@ -19,6 +21,9 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape, kinds_of_cut
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
 
+DEFAULT_KINDS = ("kv_groups", "neurons")
+"""Kinds of gates where none are named, as far as the family takes them."""
+
 
 def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     """Return the allocator for a model under a run's constraints.
@@ -30,15 +35,15 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     floor = _chosen_shape(anatomy.shape, args)
     needed = _kinds_here(anatomy.shape, kinds_of_cut(anatomy.shape, floor)) if floor else ()
     asked = needed if needed and not args.gates else args.gate_kinds
-    kinds = _kinds_here(anatomy.shape, asked or ("kv_groups", "neurons"))
+    refused = partial(anatomy.family.refusal, uniform=args.shapes == "uniform")
+    kinds = _kinds_here(anatomy.shape, asked or tuple(filterfalse(refused, DEFAULT_KINDS)))
     if set(needed) - set(kinds):
         raise UserError(
             f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"
         )
     check_kinds(args.method, kinds)
     for kind in kinds:
-        reason = anatomy.family.refusal(kind, uniform=args.shapes == "uniform")
-        if reason:
+        if reason := refused(kind):
             raise UserError(f"gates on {kind} cannot be used here: {reason}")
     constraints = Constraints(
         kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor

@@ -1,0 +1,152 @@
+"""What a family's entry says: where the parts of a model type are, and what they mean.
+
+A *projection* is a linear module of a decoder layer. Its `rows` (outputs) and `columns` (inputs)
+are named by axis, so that counting and slicing need no knowledge of any model type:
+
+    hidden   the residual stream           q        query heads x head_dim
+    neurons  the MLP's inner width         kv       KV heads x head_dim
+    qkv      per head: query, key, value (head_dim each), interleaved
+
+Nobody but `families.py` knows a model type; nobody but `anatomy.py` follows these paths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+GATE_KINDS = ("heads", "kv_groups", "neurons", "hidden", "attn_block", "mlp_block")
+
+CONFIG_NAMES = MappingProxyType(
+    {
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "neurons": "intermediate_size",
+        "hidden": "hidden_size",
+        "epsilon": "rms_norm_eps",
+    }
+)
+ROPE_NAMES = MappingProxyType(
+    {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module of a decoder layer, its path relative to the layer."""
+
+    path: str
+    rows: tuple[str, ...]
+    columns: str
+
+    @property
+    def serves_queries_or_values(self) -> bool:
+        """Whether its outputs are queries or values, alone or fused with keys."""
+        return self.columns == "hidden" and "k_proj" not in self.path
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of one model type are, and what they mean."""
+
+    model_type: str
+    causal_lm: str
+    attention: tuple[Projection, ...]
+    """Projections of the attention block; the last one writes to the residual stream."""
+    mlp: tuple[Projection, ...]
+    """Projections of the MLP block; the last one writes to the residual stream."""
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    norm: Literal["rms", "rms_1p", "layer"] = "rms"
+    """`rms`: x/rms * w; `rms_1p`: x/rms * (1 + w); `layer`: LayerNorm."""
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    """Norms over the hidden width that serve the attention block alone."""
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    shared_norms: tuple[str, ...] = ()
+    """Norms over the hidden width that both blocks read: they stay with either."""
+    post_norms: tuple[str, str] | None = None
+    """Norms of what the attention and the MLP add to the residual stream, if there are any."""
+    attention_module: str = "self_attn"
+    mlp_modules: tuple[str, ...] = ("mlp",)
+    """Modules that make up the MLP; when it is removed, the last one yields zeros."""
+    counts_heads: bool = False
+    """The attention's forward pass reads head counts, so it cannot do with fewer for a while."""
+    qk_norms: tuple[str, ...] = ()
+    """Norms on queries and keys, in this order, that share the block norms' epsilon."""
+    joint_qk_norms: bool = False
+    """These run over all heads together, not over each."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the square root of the config's hidden size."""
+    head_dim_from_hidden: bool = False
+    """The stock class derives head_dim from hidden size and head count."""
+    heads_fill_width: bool = False
+    """The stock class's output projection is as wide as it is high: heads x head_dim = hidden."""
+    vllm_head_dim_from_hidden: bool = False
+    """vLLM's own class derives it so, whatever the config says."""
+    heads_divide_hidden: bool = False
+    """The stock config demands that the head count divides the hidden size."""
+    config_names: MappingProxyType[str, str] = field(default_factory=lambda: CONFIG_NAMES)
+    """Our word for a dimension -> the config's attribute."""
+    rope_names: MappingProxyType[str, str] = field(default_factory=lambda: ROPE_NAMES)
+    """Key of `rope_parameters` -> top-level key of config.json up to transformers 4."""
+    logit_divisor: str | None = None
+    """Config attribute by which logits are divided."""
+    logit_multiplier: str | None = None
+    """Config attribute by which logits are multiplied."""
+    logit_softcap: str | None = None
+    """Config attribute of the tanh bound on logits."""
+    attention_softcap: str | None = None
+    """Config attribute of the tanh bound on attention logits."""
+    multipliers: tuple[str, str] | None = None
+    """Config attributes by which embeddings, and what blocks write, are multiplied."""
+    buffers: tuple[str, ...] = ()
+    """Tensors of a decoder layer that files hold and that are no parameters."""
+    activation: str = "hidden_act"
+    """Config attribute that names the MLP's activation function."""
+    gguf: tuple[str, ...] = ()
+    """llama.cpp's architectures that compute the same (`export.gguf_archs`), best first."""
+    requires: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    """Config values that this entry describes; other checkpoints of the type are refused."""
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All projections of a decoder layer, attention first."""
+        return self.attention + self.mlp
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """All norms of a decoder layer over the hidden width."""
+        return self.attention_norms + self.mlp_norms + self.shared_norms
+
+    def refusal(self, kind: str, uniform: bool = False) -> str | None:
+        """Return why gates of `kind` cannot be used on this family, or None if they can.
+
+        Args:
+            kind: one of `GATE_KINDS`.
+            uniform: whether the result must be a model of the stock class.
+        """
+        if kind == "hidden" and self.norm == "layer":
+            return (
+                f"{self.model_type} normalises with LayerNorm, whose mean runs over the whole "
+                "width, so cutting hidden dimensions would change the model"
+            )
+        if kind in ("heads", "kv_groups") and self.joint_qk_norms:
+            return (
+                f"{self.model_type} normalises queries and keys over all heads together, so "
+                "cutting heads would change the model"
+            )
+        if uniform and kind in ("attn_block", "mlp_block"):
+            return "uniform shapes are alike in all layers, and a stock class has no missing blocks"
+        if uniform and kind in ("heads", "kv_groups") and self.head_dim_from_hidden:
+            return (
+                f"the stock {self.model_type} class computes head_dim from width and head count, "
+                "so it cannot have fewer heads; use --shapes free"
+            )
+        if uniform and kind in ("heads", "kv_groups", "hidden") and self.heads_fill_width:
+            return (
+                f"the stock {self.model_type} class wants heads x head_dim to be the width, so "
+                "neither can be cut alone; use --shapes free"
+            )
+        return None
