@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy, no_logits
-from nuteprune.model.families import Projection
+from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.sharding import gathered, is_sharded
 
