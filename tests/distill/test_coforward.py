@@ -224,7 +224,7 @@ def test_what_fixed_masks_keep_alone_is_computed(tiny_model, tiny_name: str, fix
                 features[1] = int((neurons > 0).sum()) if layer == 0 else 1
                 if masks is x.teacher.masks:
                     features[1] += -features[1] % 5
-                if anatomy.family.model_type not in ("phi3", "opt"):  # which count their heads
+                if not anatomy.family.counts_heads:
                     served = (masks.heads(layer).reshape(len(groups), -1) > 0).any(1)
                     kept = max(1, int(served.sum())) if layer == 0 else 1
                     features[0] = features[0] // len(groups) * kept

@@ -69,6 +69,8 @@ _POST_NORM = replace(
 )
 """Blocks read the residual stream as it is; what they write is normed."""
 
+_OLMO2 = replace(_POST_NORM, joint_qk_norms=True, counts_heads=True)
+
 _LAYER_NORM = replace(
     _PLAIN,
     norm="layer",
@@ -238,8 +240,8 @@ FAMILIES: dict[str, Family] = {
             post_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
         ),
         replace(_POST_NORM, model_type="exaone4", causal_lm="Exaone4ForCausalLM"),
-        replace(_POST_NORM, model_type="olmo2", causal_lm="Olmo2ForCausalLM", joint_qk_norms=True),
-        replace(_POST_NORM, model_type="olmo3", causal_lm="Olmo3ForCausalLM", joint_qk_norms=True),
+        replace(_OLMO2, model_type="olmo2", causal_lm="Olmo2ForCausalLM"),
+        replace(_OLMO2, model_type="olmo3", causal_lm="Olmo3ForCausalLM"),
         replace(
             _PLAIN,
             model_type="helium",
@@ -261,7 +263,6 @@ FAMILIES: dict[str, Family] = {
             model_type="nemotron",
             causal_lm="NemotronForCausalLM",
             mlp=_PLAIN_MLP,
-            counts_heads=True,
         ),
         replace(_LAYER_NORM, model_type="olmo", causal_lm="OlmoForCausalLM"),
         replace(
