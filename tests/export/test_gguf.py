@@ -293,7 +293,7 @@ def test_windows_that_llama_cpp_ignores_bound_the_context(
 
 ROPE_OF = {"yarn": {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0}}
 REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] = {
-    "no architecture": ("opt", (), "free", {}, "f16", "no architecture that computes it"),
+    "no architecture": ("opt", (), "free", {}, "f16", "is known to compute it"),
     "free gemma2": (
         "gemma2",
         ("neurons",),
