@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-"""What many models saw between documents in pretraining, also those whose texts end otherwise now."""
+"""What many models saw between documents in pretraining, also where texts end otherwise now."""
 CHAT_EVERY = 4
 """One text in so many is a chat. The others are of all that pretraining showed: a chat model's own
 talk alone has little code and few formats."""
