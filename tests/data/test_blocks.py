@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -20,49 +19,14 @@ from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.data.specs import iter_documents
 from nuteprune.errors import UserError
 
-WORDS = 2000
+from .conftest import WORDS, make_tokenizer, words, write_text
+
 WRITTEN = [[1500 + 3 * i, 1501 + 3 * i, WORDS + 1] for i in range(100)]
-
-
-def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token per word: w7 -> id 7."""
-    vocabulary = {f"w{i}": i for i in range(WORDS)}
-    vocabulary |= {token: WORDS + i for i, token in enumerate(["<unk>", *special.values()])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", model_max_length=8, **special
-    )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(eos_token="</s>", bos_token="<s>")
-
-
-def words(start: int, count: int) -> str:
-    return " ".join(f"w{i % WORDS}" for i in range(start, start + count))
 
 
 def many() -> list[str]:
     """Short documents, some of which are held out."""
     return [words(10 * i, 10) for i in range(200)]
-
-
-def write_text(folder: Path, documents: list[str], name: str = "a.txt") -> str:
-    path = folder / name
-    path.write_text("\n\n\n".join(documents))
-    return str(path)
-
-
-@pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    texts = {
-        name: [words(start + 10 * i, 10) for i in range(60)]
-        for name, start in [("wikipedia", 0), ("speeches", 600), ("recipes", 1200)]
-    }
-    monkeypatch.setattr(assets, "documents", lambda: texts)
-    return texts
 
 
 class TestBlocks:

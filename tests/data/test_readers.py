@@ -4,14 +4,12 @@ import contextlib
 import json
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nuteprune.data import readers
@@ -19,45 +17,7 @@ from nuteprune.data.blocks import held_out_blocks, training_blocks
 from nuteprune.data.specs import iter_documents
 from nuteprune.errors import UserError
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-WORDS = 2000
-
-
-def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token per word: w7 -> id 7."""
-    vocabulary = {f"w{i}": i for i in range(WORDS)}
-    vocabulary |= {token: WORDS + i for i, token in enumerate(["<unk>", *special.values()])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", model_max_length=8, **special
-    )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(eos_token="</s>", bos_token="<s>")
-
-
-def words(start: int, count: int) -> str:
-    return " ".join(f"w{i % WORDS}" for i in range(start, start + count))
-
-
-def write_text(folder: Path, documents: list[str], name: str = "a.txt") -> str:
-    path = folder / name
-    path.write_text("\n\n\n".join(documents))
-    return str(path)
-
-
-def write_rows(folder: Path, rows: list[object], name: str = "a.jsonl") -> str:
-    path = folder / name
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(path)
-
-
-def only(spec: str, **options: Any) -> list[str]:
-    (documents,) = iter_documents(spec, **options).values()
-    return list(documents)
+from .conftest import CHAT, only, words, write_rows, write_text
 
 
 class TestDocuments:

@@ -1,50 +1,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 
-from nuteprune.data import demo as assets
 from nuteprune.data.specs import iter_documents
 from nuteprune.errors import UserError
 
-WORDS = 2000
-
-
-def words(start: int, count: int) -> str:
-    return " ".join(f"w{i % WORDS}" for i in range(start, start + count))
-
-
-def write_text(folder: Path, documents: list[str], name: str = "a.txt") -> str:
-    path = folder / name
-    path.write_text("\n\n\n".join(documents))
-    return str(path)
-
-
-def write_rows(folder: Path, rows: list[object], name: str = "a.jsonl") -> str:
-    path = folder / name
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(path)
-
-
-def only(spec: str, **options: Any) -> list[str]:
-    (documents,) = iter_documents(spec, **options).values()
-    return list(documents)
-
-
-@pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    texts = {
-        name: [words(start + 10 * i, 10) for i in range(60)]
-        for name, start in [("wikipedia", 0), ("speeches", 600), ("recipes", 1200)]
-    }
-    monkeypatch.setattr(assets, "documents", lambda: texts)
-    return texts
+from .conftest import only, write_rows, write_text
 
 
 class TestSources:
