@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing.process
 import os
@@ -56,6 +57,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             patch.setattr(subprocess.Popen, "__init__", start)
             patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
         return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """Keep what is there at the start of a file out of later collections of garbage.
+
+    Trainer collects at each end of a training, and looks through all of the libraries for it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ starts an interpreter.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -123,6 +124,7 @@ def _become(words: list[str], folder: str, environment: dict[str, str]) -> None:
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY), number)
     import torch
 
+    gc.freeze()  # the libraries are no garbage, which Trainer would look for in them
     torch.set_num_threads(1)
     how, *rest = words
     if how == "-m":

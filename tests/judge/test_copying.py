@@ -49,11 +49,12 @@ def induction(ids_BT: Tensor) -> Tensor:
     """What came after the last earlier place of the same two tokens, else of the same token."""
     answers = torch.zeros_like(ids_BT)
     for row, ids in enumerate(ids_BT.tolist()):
+        last: dict[tuple[int, ...], int] = {}
         for at, token in enumerate(ids):
-            places = [i for i in range(at) if ids[i] == token]
-            better = [i for i in places if i and ids[i - 1] == ids[at - 1]]
-            chosen = better or places
-            answers[row, at] = ids[chosen[-1] + 1] if chosen else 0
+            pair = (ids[at - 1], token) if at else ()
+            chosen = last.get(pair, last.get((token,)))
+            answers[row, at] = 0 if chosen is None else ids[chosen + 1]
+            last[pair] = last[(token,)] = at
     return answers
 
 

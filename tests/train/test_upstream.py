@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import pytest
@@ -44,6 +45,11 @@ def test_each_private_method_that_is_overridden_is_on_the_list() -> None:
     assert overridden == set(PRIVATE)
 
 
+@cache
+def source_of_upstream() -> str:
+    return "".join(inspect.getsource(base) for base in Trainer.__mro__ if base is not object)
+
+
 @pytest.mark.parametrize("name", PRIVATE)
 def test_upstream_has_it_and_calls_it_as_we_expect(name: str) -> None:
     theirs = inspect.signature(getattr(Trainer, name)).parameters
@@ -53,5 +59,6 @@ def test_upstream_has_it_and_calls_it_as_we_expect(name: str) -> None:
             values = {parameter: object() for parameter in PRIVATE[name]}
             inspect.signature(vars(kind)[name]).bind(None, *values.values())
             inspect.signature(vars(kind)[name]).bind(None, **values)
-    source = "".join(inspect.getsource(base) for base in Trainer.__mro__ if base is not object)
-    assert source.count(f"self.{name}(") >= 1, "nobody calls it: what we override has no effect"
+    assert source_of_upstream().count(f"self.{name}(") >= 1, (
+        "nobody calls it: what we override has no effect"
+    )
