@@ -164,6 +164,28 @@ def test_texts_begin_with_tokens_that_differ_and_have_text(model, tokenizer, tmp
     assert [x[0] for x in other] != firsts[: len(other)]
 
 
+@pytest.mark.parametrize(("tokens", "batch"), [(300, 64), (300, 4), (20, 64)])
+def test_the_time_that_it_takes_is_that_of_whole_blocks(
+    tokens: int, batch: int, model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, step = [0.0], self_written._step
+
+    def slow(model: Any, ids: list[int], cache: Any) -> Any:
+        clock[0] += 3 + len(ids)
+        return step(model, ids, cache)
+
+    monkeypatch.setattr(self_written, "_step", slow)
+    monkeypatch.setattr(self_written, "BATCH", batch)
+    monkeypatch.setattr(self_written.time, "monotonic", lambda: clock[0])
+    told = self_written.seconds_to_write(model, tokens=tokens, length=LENGTH)
+    monkeypatch.setattr(
+        self_written, "draw", lambda logits, _: logits.new_full([len(logits)], 65).long()
+    )
+    started = clock[0]
+    write(model, tokenizer, tmp_path, tokens=tokens)
+    assert told == pytest.approx(clock[0] - started, rel=0.1)
+
+
 def certain(model: PreTrainedModel, follows: dict[int, int]) -> None:
     """Make a model surest of what follows each token, whatever came before."""
     with torch.no_grad():

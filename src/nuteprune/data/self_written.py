@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 BATCH = 64
 """Texts that are written together."""
 _CACHE_BYTES = 2**32  # most memory for keys and values; models with many get smaller batches
+
+TIMED = 4
+"""Positions that an estimate of time is taken from; the first ones warm up."""
 
 Progress = Callable[[int, int], None]
 
@@ -106,6 +110,27 @@ def write_text(
     while sum(map(len, texts[:-size])) >= tokens:  # of a call that asked for more
         del texts[-size:]
     return texts
+
+
+def seconds_to_write(model: PreTrainedModel, *, tokens: int, length: int) -> float:
+    """Return about how long `write_text` takes, by timing the first positions of a batch.
+
+    Texts are taken to fill their blocks, and later positions to cost no more than the first.
+
+    Args:
+        model: the model.
+        tokens: how many there are to be.
+        length: tokens per block.
+    """
+    size = min(_fitting(model, length), -(-tokens // length))
+    cache: dict[str, Any] = {}
+    seconds = []
+    for _ in range(TIMED):
+        started = time.monotonic()
+        logits_BV, cache = _step(model, [0] * size, cache)
+        draw(logits_BV, torch.zeros(size, dtype=torch.float64)).tolist()
+        seconds.append(time.monotonic() - started)
+    return min(seconds) * length * -(-tokens // (size * length))
 
 
 class _Text:

@@ -179,7 +179,7 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
         trainer = make_trainer(job, model, config, text.training, tokenizer, bars)
         print_plan(job, trainer, output)
         if job.dry_run:
-            plan = print_dry_run(trainer, output)
+            plan = print_dry_run(trainer, text.seconds_to_write(trainer), output)
             return Result({}, held_out, {}, plan) if is_main() else None
         if is_main() and job.resume:
             check_same(job.out / RUN, trainer.settings(), PruneJob, NutePruneConfig)

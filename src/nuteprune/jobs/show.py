@@ -107,8 +107,14 @@ def stage_starts(trainer: NutePruneTrainer) -> list[int]:
     return sorted({schedule.stage(step).first for step in range(max(1, schedule.steps))})
 
 
-def print_dry_run(trainer: NutePruneTrainer, output: Output) -> dict[str, Any]:
-    """Print which shapes can be had, and what the run will take, by timing a step; return both."""
+def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> dict[str, Any]:
+    """Print which shapes can be had, and what the run will take, by timing a step; return both.
+
+    Args:
+        trainer: a run that has not begun.
+        writing: the seconds that the model writes text, reckoned.
+        output: prints.
+    """
     args, budget = trainer.args, trainer.allocator.budget
     total = trainer.anatomy.parameters()
     scores = trainer.allocator.equal_scores()
@@ -122,12 +128,12 @@ def print_dry_run(trainer: NutePruneTrainer, output: Output) -> dict[str, Any]:
     # A scored or re-fitted block costs most of a step's share of one.
     blocks = args.scored_blocks + args.refit_blocks * len(trainer.targets)
     each = args.train_batch_size * args.gradient_accumulation_steps
-    seconds = step * (args.max_steps + blocks / each)
+    seconds = writing + step * (args.max_steps + blocks / each)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     memory = peak() + trained * BYTES_OF_ADAM
     output.line(
-        f"Cost    {step:.1f} s a step, {duration(seconds)} in all, {megabytes(memory)} of memory "
-        "in a step, by timing one"
+        f"Cost    {step:.1f} s a step, {duration(writing)} to write text, {duration(seconds)} in "
+        f"all, {megabytes(memory)} of memory in a step, by timing one"
     )
     output.line("Dry run nothing was written.")
     return {
@@ -135,6 +141,7 @@ def print_dry_run(trainer: NutePruneTrainer, output: Output) -> dict[str, Any]:
         "sparsity": [budget.sparsity(shape) for shape in shapes],
         "shape": [shape.to_dict() for shape in shapes],
         "seconds_per_step": step,
+        "seconds_writing": writing,
         "seconds": seconds,
         "memory_bytes": memory,
     }

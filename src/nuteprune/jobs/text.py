@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, written_blocks
-from nuteprune.data.self_written import write_text
+from nuteprune.data.self_written import seconds_to_write, write_text
 from nuteprune.data.specs import SELF
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
@@ -109,20 +109,34 @@ class JobText:
         spec = self._job.eval_data or self._job.specs
         return held_out_blocks(spec, self._tokenizer, count=self._job.eval_blocks, **self._shared)
 
+    def _to_write(self, config: NutePruneConfig) -> int:
+        """Return how many tokens the model writes itself, 0 if it has no share."""
+        if SELF not in self.specs:
+            return 0
+        share = self.shares[self.specs.index(SELF)] / sum(self.shares)
+        return tokens_to_write(config, share, self._job.length)
+
+    def seconds_to_write(self, trainer: NutePruneTrainer) -> float:
+        """Return about how long `let_write` will take; see `data.self_written`."""
+        if not (tokens := self._to_write(trainer.args)):
+            return 0.0
+        with trainer.model.disable_adapter():
+            model = trainer.anatomy.model
+            return seconds_to_write(model, tokens=tokens, length=self._job.length)
+
     def let_write(self, trainer: NutePruneTrainer, progress: Progress) -> None:
         """Let the trainer's model write its share of the training text, if it has one.
 
         What it has written is kept in the run's folder, and read from there on resume.
         """
-        if SELF not in self.specs:
-            return
         config, length = trainer.args, self._job.length
-        share = self.shares[self.specs.index(SELF)] / sum(self.shares)
+        if not (tokens := self._to_write(config)):
+            return
         with trainer.model.disable_adapter():
             written = write_text(
                 trainer.anatomy.model,
                 self._tokenizer,
-                tokens=tokens_to_write(config, share, length),
+                tokens=tokens,
                 length=length,
                 seed=config.seed,
                 folder=Path(cast(str, config.output_dir)),
