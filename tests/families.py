@@ -18,7 +18,7 @@ def mark_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
     """Return the marker of a test that is repeated for a family."""
     if name in QUICK:
         return ()
-    return (pytest.mark.slow if name in MORE else pytest.mark.hard,)
+    return (pytest.mark.slow(0.1) if name in MORE else pytest.mark.hard,)
 
 
 def each(names: Iterable[Any]) -> list[Any]:

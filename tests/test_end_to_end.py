@@ -28,7 +28,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 
-pytestmark = [pytest.mark.network, pytest.mark.slow]
+pytestmark = [pytest.mark.network, pytest.mark.slow(60)]
 
 SMALL = {
     "calibration_blocks": 4,

@@ -18,7 +18,7 @@ from nuteprune import load_pruned
 
 from .forked import Ended, python
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(10)
 
 OPTIONS = ["--sparsity", "0.3", "--length", "16", "--device", "cpu", "--dtype", "float32"]
 SETTINGS = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(10)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ import torch
 
 from tests.forked import python
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(10)
 
 SCRIPT = Path(__file__).with_name("sharded_step.py")
 
