@@ -308,7 +308,7 @@ def test_unsupported_and_non_causal_models_are_refused(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
     for change, expected in (
-        ({"model_type": "bert", "architectures": ["BertModel"]}, "supported: llama"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "it is an encoder, no dec"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal"),
     ):
         folder = tmp_path / str(change["architectures"])

@@ -7,7 +7,7 @@ from nuteprune.errors import UserError
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.lookup import family_named
-from nuteprune.model.unsupported import language_model_within, parts_without_gates
+from nuteprune.model.unsupported import is_encoder, language_model_within, parts_without_gates
 
 
 def test_an_unknown_type_is_refused_with_the_supported_ones_and_the_nearest() -> None:
@@ -49,6 +49,18 @@ def test_a_refusal_says_what_has_no_gates(model_type: str, parts: set[str]) -> N
     assert "which no gate here can cut; supported: llama" in told
     assert "one entry of data" not in told
     assert "nearest" not in told
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra", "deberta-v2"])
+def test_an_encoder_is_told_as_such(model_type: str) -> None:
+    with pytest.raises(UserError, match="it is an encoder, no decoder-only language model; supp"):
+        family_named(model_type, CONFIG_MAPPING[model_type]().to_dict())
+    config = CONFIG_MAPPING["modernbert"](architectures=["ModernBertForMaskedLM"]).to_dict()
+    assert is_encoder(config)
+    assert not is_encoder(CONFIG_MAPPING["bart"]().to_dict())  # a decoder is in it too
+    assert not is_encoder(CONFIG_MAPPING["bert"](is_decoder=True).to_dict())
+    decoders = (*FAMILIES, "gpt2", "bloom", "mixtral", "mamba2")
+    assert not [x for x in decoders if is_encoder(CONFIG_MAPPING[x]().to_dict())]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -9,7 +9,7 @@ from typing import Any
 from nuteprune.errors import UserError
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import Family
-from nuteprune.model.unsupported import language_model_within, parts_without_gates
+from nuteprune.model.unsupported import is_encoder, language_model_within, parts_without_gates
 
 
 def family_named(model_type: str, config: Mapping[str, Any] | None = None) -> Family:
@@ -42,6 +42,8 @@ def _why_not(model_type: str, config: Mapping[str, Any]) -> str:
     if within is not None:
         around = f" around a language model of type {within}" if within else ""
         return f": it is a model of several modalities{around}; {supported}"
+    if is_encoder(config):
+        return f": it is an encoder, no decoder-only language model; {supported}"
     if parts := parts_without_gates(config):
         return f": it has {', '.join(parts)}, which no gate here can cut; {supported}"
     longer = [name for name in FAMILIES if name.startswith(f"{model_type}_")]

@@ -20,6 +20,8 @@ RECURRENT = (
 """Sizes of layers that carry a state from token to token in place of attention."""
 RECURRENT_LAYERS = {"conv", "hybrid", "linear_attention", "mamba", "recurrent"}
 """Words for them in lists of layer types."""
+ENCODERS = ("type_vocab_size", "sinusoidal_pos_embds")
+"""Settings that encoders such as BERT have, and no decoder."""
 OTHER_MODALITIES = ("vision_config", "audio_config", "text_config")
 """Parts of a model for several modalities."""
 
@@ -42,6 +44,14 @@ def language_model_within(config: Mapping[str, Any]) -> str | None:
         return None
     text = config.get("text_config")
     return str(text.get("model_type", "")) if isinstance(text, Mapping) else ""
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Return whether a config is of an encoder such as BERT, which reads text and writes none."""
+    named = [str(name) for name in config.get("architectures") or ()]
+    masked = any(name.endswith("ForMaskedLM") for name in named)
+    alone = not (config.get("is_decoder") or config.get("is_encoder_decoder"))
+    return alone and (masked or any(name in config for name in ENCODERS))
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[str]:
