@@ -205,6 +205,7 @@ def with_tokenizer_code(folder: Path, mark: Path) -> None:
     path.write_text(json.dumps(about))
 
 
+@pytest.mark.slow
 def test_code_of_a_tokenizer_runs_only_when_the_user_says_so(
     tiny_inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
