@@ -136,6 +136,15 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def cache_of(model: PreTrainedModel, ids_BT: Any) -> Any:
+    """Return the KV cache that a model makes for itself of a prompt."""
+    import torch
+
+    with torch.no_grad():
+        output = model(input_ids=ids_BT, use_cache=True)
+    return output["cache" if "cache" in output else "past_key_values"]  # named by version
+
+
 # What sets a family's tiny model apart; without it each would have the sizes in `tiny_model` alone.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},

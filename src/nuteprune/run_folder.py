@@ -3,7 +3,8 @@
 OUT/
 config.json, model.safetensors, tokenizer files    the pruned checkpoint
 nuteprune.json  README.md  SHA256SUMS              its record, its card, its sums
-sparsity-0.2/, sparsity-0.3/                       checkpoints of several targets, instead
+sparsity-0.2/, sparsity-0.3/                       checkpoints of several targets, instead; or
+                                                   params-100M/ and so on: see `train.asked`
 run/
 settings.json                                    what the run is
 metrics.jsonl                                    a line per step
@@ -21,7 +22,7 @@ from pathlib import Path
 RECORD = "nuteprune.json"
 CARD = "README.md"
 SUMS = "SHA256SUMS"
-TARGET = "sparsity-"
+TARGETS = ("sparsity-", "params-", "size-", "memory-")
 """How the folders of several targets begin: each is a checkpoint, beside one run."""
 RUN = "run"
 SETTINGS = "settings.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nuteprune.errors import UserError
-from nuteprune.gates.allocate import Allocator, Constraints
+from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
+from nuteprune.gates.costs import Cost, Goal, Outside
 from nuteprune.gates.masks import Layout
+from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import LayerShape, Shape
@@ -289,3 +292,68 @@ def test_models_of_billions_come_within_a_tenth_of_a_point(
     step = 3 * 4096 * 32 * 32 if uniform else 0  # one multiple of neurons in each of 32 layers
     over = budget.sparsity(allocator.shape(scores, target)) - target
     assert 0 <= over <= max(0.001, step / budget.before)
+
+
+def other_cost(case: Case, seed: int) -> Cost:
+    """Prices at random: of parameters beside the projections, and of KV heads."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(0, high, (), generator=random))
+
+    layers = range(len(case.layers))
+    blocks = [tuple((draw(3), draw(20)) for _ in layers) for _ in range(2)]
+    outside = Outside(*blocks, rest=(draw(40), draw(100)))
+    return Cost(case.budget, outside, 2, tuple(draw(3000) for _ in layers), draw(50))
+
+
+@each_case
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(seed=st.integers(0, 2**32), share=st.floats(0.3, 0.99))
+def test_another_cost_is_minimised_as_exactly(name: str, seed: int, share: float) -> None:
+    case = CASES[name]
+    scores, cost = random_scores(case, seed), other_cost(case, seed)
+    costs = {shape: cost.total(shape) for shape in case.shapes}
+    before = cost.total(case.budget.shape)
+    goal = Goal(cost, share * before, "memory", "leave {:.1f}".format, "ask for more")
+    enough = [shape for shape in costs if costs[shape] <= goal.limit]
+    if not enough:
+        with pytest.raises(UserError, match=f"gates on .* leave {min(costs.values()):.1f} here"):
+            case.allocator.shape(scores, goal)
+        return
+    shape = case.allocator.shape(scores, goal)
+    assert shape in enough
+    parts = case.split(scores)
+    loss = case.loss(shape, parts)
+    # What is within 0.1 % of the dense model's cost counts as equally far.
+    near = 0.001 * before
+    close = [x for x in enough if goal.limit - costs[x] <= near]
+    assert loss <= min((case.loss(x, parts) for x in close), default=math.inf)
+
+
+def test_kv_heads_go_where_their_cache_is_dear() -> None:
+    case = Case((GROUPED, GROUPED), ("kv_groups", "neurons"))
+    scores = {k: torch.ones(case.allocator.layout.units(k)) for k in case.kinds}
+    scores["kv_groups"] *= 20  # by parameters alone, neurons go
+    plain = case.allocator.shape(scores, 0.2)
+    assert [x.kv_heads for x in plain.layers] == [2, 2]
+    cost = Cost(case.budget, kv_head=(100_000, 100_000))
+    asked = Goal(cost, 0.8 * cost.total(case.budget.shape), "memory", str, "ask for more")
+    assert sum(x.kv_heads for x in case.allocator.shape(scores, asked).layers) == 3
+
+
+@each_case
+def test_out_of_reach_names_the_gates_that_reach_further(name: str) -> None:
+    case = CASES[name]
+    with pytest.raises(UserError) as error:
+        case.allocator.shape(random_scores(case, 0), 0.999)
+    family = case.budget.family
+    for kind in GATE_KINDS:
+        said = re.search(rf"with {kind} they can remove at most ([\d.]+)%", str(error.value))
+        if kind in case.kinds or family.refusal(kind, case.uniform):
+            assert said is None
+        elif said:
+            wider = Case(case.layers, (*case.kinds, kind), case.uniform, case.model_type)
+            most = 1 - min(wider.shapes.values()) / case.budget.before
+            assert math.floor(1000 * most) / 10 == float(said[1])
+            assert most > case.allocator.maximum()

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble
-from nuteprune.gates.allocate import Allocator, Constraints
+from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS, check_kinds
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.options import Constraints
 from nuteprune.gates.probe import Probe
 from nuteprune.gates.surgeon import draw_tokens, inverse_of_correlations, surgeon_scores
 from nuteprune.gates.units import losses_of, unit_parameters

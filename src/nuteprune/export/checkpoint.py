@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,25 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
         factors = {key: full[key] for key in ("short_factor", "long_factor")}
         return keys | {"rope_scaling": {"type": "longrope", **factors}}
     return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}
+
+
+def header_bytes(
+    tensors: Mapping[str, tuple[Sequence[int], int]], dtype: torch.dtype, shard: int = 5 * 10**9
+) -> int:
+    """Return the most that a checkpoint's weight files hold beside the weights.
+
+    Args:
+        tensors: name -> (shape, elements) of each tensor; those that are written are no larger.
+        dtype: of the file.
+        shard: bytes at which weights are split into several files.
+    """
+    total = sum(size for _, size in tensors.values()) * dtype.itemsize
+    entries = {
+        name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [total, total]}
+        for name, (shape, _) in tensors.items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
+    return len(text.encode()) + 64 * (1 + 2 * total // shard)
 
 
 def recount(folder: str | os.PathLike[str]) -> dict[str, Any]:

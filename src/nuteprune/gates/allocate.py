@@ -6,14 +6,15 @@ the width, whole blocks), alike in all layers where shapes are uniform. Within a
 scores go first, so a block has few *options*; the options of all layers combine into a *frontier*
 (the least loss for every number of steps), one for attention, one for MLPs; the width is tried at
 each multiple. A model's parameters are hidden x coefficient + constant, so that the best
-combination is found by enumeration.
+combination is found by enumeration. So is a price in bytes or seconds: `costs` has the prices,
+`options` the ways to keep part of a block.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,36 +22,20 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.frontier import Array, Frontier, Option, alike, cheapest, frontier
+from nuteprune.gates.costs import Cost, Goal
+from nuteprune.gates.frontier import Frontier, alike, by_price, cheapest, frontier
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.options import Constraints, Options
 from nuteprune.gates.units import chance
+from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import LayerShape, Shape
 
 Scores = Mapping[str, Tensor]
 """Kind of gate -> (N,), the non-negative loss of removing each unit."""
 
 
-@dataclass(frozen=True)
-class Constraints:
-    """Which shapes may come out.
-
-    Args:
-        kinds: the kinds of gates in use; everything else stays whole.
-        uniform: the same counts in every layer.
-        neuron_multiple: neurons kept per layer are a multiple of it (or all of them).
-        hidden_multiple: the width kept is a multiple of it (or all of it).
-        floor: dimensions to keep at least, those that the user chose; None: no such wish.
-    """
-
-    kinds: tuple[str, ...]
-    uniform: bool = False
-    neuron_multiple: int = 32
-    hidden_multiple: int = 64
-    floor: Shape | None = None
-
-
 class Allocator:
-    """Finds a model's exportable shape of least loss at a sparsity.
+    """Finds a model's exportable shape of least loss at a sparsity, or at another limit.
 
     Args:
         budget: the model's parameter count.
@@ -64,37 +49,36 @@ class Allocator:
         self.budget = budget
         self.constraints = constraints
         self.layout = Layout(budget.shape, budget.head_dim)
-        # So that as many steps are as many neurons, whichever layers they come from.
-        counts = (layer.neurons for layer in budget.shape.layers)
-        self._neurons_per_step = math.gcd(constraints.neuron_multiple, *counts)
         if constraints.uniform and not budget.shape.uniform:
             raise UserError(
                 "uniform shapes need a model whose layers are alike, and this model's differ "
                 "already: use --shapes free"
             )
 
-    def shape(self, scores: Scores, sparsity: float) -> Shape:
-        """Return the shape of least loss that removes at least `sparsity` of the parameters.
+    def shape(self, scores: Scores, asked: float | Goal) -> Shape:
+        """Return the shape of least loss that costs no more than is asked.
 
         At most one smallest step (or 0.1 point) more than that goes.
 
         Args:
             scores: loss of removing each unit, for every kind in use.
-            sparsity: share of the projection parameters to remove, in [0, 1).
+            asked: share of the projection parameters to remove, in [0, 1), or another goal.
 
         Raises:
             UserError: if the gates cannot remove that much; names the most that they can.
         """
-        limit = self.budget.before * (1 - sparsity) + 1e-3
+        goal = asked if isinstance(asked, Goal) else self.goal(asked)
+        cost = goal.cost
         best: tuple[float, float] | None = None
         shape = self.budget.shape
         least = np.inf
-        frontiers = self._frontiers(scores)
-        slack = self._slack(*frontiers[0][2:])
+        frontiers = self._frontiers(scores, cost)
+        slack = self._slack(cost, *frontiers[0][2:])
         for width, width_loss, attention, mlp in frontiers:
+            limit = goal.limit - cost.rest(width)
             after_a, exact_m = attention.after(width), mlp.after(width)
             after_m = np.minimum.accumulate(exact_m)
-            least = min(least, after_a.min() + after_m[-1])
+            least = min(least, after_a.min() + after_m[-1] + cost.rest(width))
             # The first number of MLP steps that is enough, for each number of attention steps.
             enough = np.searchsorted(-after_m, -(limit - after_a), side="left")
             a = np.flatnonzero(enough < len(after_m))
@@ -109,14 +93,45 @@ class Allocator:
                 best = (float(excess[i]), float(loss[i]))
                 shape = self._assemble(width, attention.counts(int(a[i])), mlp.counts(int(m[i])))
         if best is None:
-            most = math.floor(1000 * (1 - least / self.budget.before)) / 10  # it can be reached
-            raise UserError(
-                f"sparsity {sparsity:.1%} is out of reach: gates on "
-                f"{', '.join(self.constraints.kinds)} can remove at most "
-                f"{most:.1f}% here, since every layer keeps at least "
-                "one KV head and one multiple of neurons; ask for less, or add kinds to --gates"
-            )
+            raise UserError(self._out_of_reach(goal, float(least)))
         return shape
+
+    def goal(self, sparsity: float) -> Goal:
+        """Return the goal of a sparsity, in [0, 1)."""
+        before = self.budget.before
+
+        def reach(least: float) -> str:
+            most = math.floor(1000 * (1 - least / before)) / 10  # it can be reached
+            return f"can remove at most {most:.1f}%"
+
+        return Goal(
+            Cost(self.budget),
+            before * (1 - sparsity) + 1e-3,
+            f"sparsity {sparsity:.1%}",
+            reach,
+            "ask for less",
+        )
+
+    def _out_of_reach(self, goal: Goal, least: float) -> str:
+        """Say how far the gates reach, and which others would reach further."""
+        kinds, family = self.constraints.kinds, self.budget.family
+        grouped = any(layer.heads_per_group > 1 for layer in self.budget.shape.layers)
+        further = []
+        for kind in GATE_KINDS:
+            alone = kind == "kv_groups" and not grouped  # such a group is a head
+            if kind in kinds or alone or family.refusal(kind, self.constraints.uniform):
+                continue
+            wider = replace(self.constraints, kinds=(*kinds, kind))
+            if (reached := Allocator(self.budget, wider).least(goal.cost)) < least:
+                further.append(f"with {kind} they {goal.reach(reached)}")
+        more = (
+            f"add kinds to --gates ({', '.join(further)})" if further else "no kind reaches further"
+        )
+        return (
+            f"{goal.name} is out of reach: gates on {', '.join(kinds)} {goal.reach(least)} here, "
+            "since every layer keeps at least one KV head and one multiple of neurons; "
+            f"{goal.instead}{', or ' if further else ': '}{more}"
+        )
 
     def equal_scores(self) -> dict[str, Tensor]:
         """Return scores (N,) of 1 for every kind in use: what is asked before units are scored."""
@@ -124,16 +139,24 @@ class Allocator:
 
     def chance(self, sparsity: float) -> Masks:
         """Return masks at a sparsity by chance: of about the shape that scores would lead to."""
-        scores = chance(self.budget, self.layout, self.constraints.kinds, seed=0)
+        scores = self.chance_scores()
         return self.masks(self.shape(scores, sparsity), scores)
+
+    def chance_scores(self) -> dict[str, Tensor]:
+        """Return scores (N,) by chance, with which each part loses about its share."""
+        return chance(self.budget, self.layout, self.constraints.kinds, seed=0)
 
     def maximum(self) -> float:
         """Return the largest sparsity that these constraints can express."""
+        return 1 - self.least(Cost(self.budget)) / self.budget.before
+
+    def least(self, cost: Cost) -> float:
+        """Return the least that these constraints can bring a cost down to."""
         after = [
-            a.after(width).min() + m.after(width).min()
-            for width, _, a, m in self._frontiers(self.equal_scores())
+            a.after(width).min() + m.after(width).min() + cost.rest(width)
+            for width, _, a, m in self._frontiers(self.equal_scores(), cost)
         ]
-        return 1 - float(min(after)) / self.budget.before
+        return float(min(after))
 
     def masks(self, shape: Shape, scores: Scores) -> Masks:
         """Return 0/1 masks that keep the highest scores within a shape.
@@ -151,114 +174,46 @@ class Allocator:
             values["hidden"].append(_top(scores["hidden"], shape.hidden))
         return Masks(self.layout, {kind: torch.cat(parts) for kind, parts in values.items()})
 
-    def _slack(self, attention: Frontier, mlp: Frontier) -> float:
+    def _slack(self, cost: Cost, attention: Frontier, mlp: Frontier) -> float:
         """How much more than the target may go: 0.1 point, or the smallest step."""
-        width = self.budget.shape.hidden
+        shape, before = self.budget.shape, cost.total(self.budget.shape)
         steps = [
-            (options[0].coefficient - option.coefficient) * width
-            + options[0].constant
-            - option.constant
+            options[0].price(shape.hidden) - option.price(shape.hidden)
             for options in (*attention.options, *mlp.options)
             for option in options[1:]
         ]
         if "hidden" in self.constraints.kinds:
-            steps.append(self.budget.before * self.constraints.hidden_multiple // width)
-        return max(0.001 * self.budget.before, min(steps, default=0))
+            steps.append(before * self.constraints.hidden_multiple // shape.hidden)
+        return max(0.001 * before, min((x for x in steps if x > 0), default=0))
 
-    def _frontiers(self, scores: Scores) -> list[tuple[int, float, Frontier, Frontier]]:
+    def _frontiers(self, scores: Scores, cost: Cost) -> list[tuple[int, float, Frontier, Frontier]]:
         """Return (width, loss of the width, attention frontier, MLP frontier) for each width."""
         parts = {
             k: [p.numpy() for p in v.detach().double().cpu().split(self.layout.sizes[k])]
             for k, v in scores.items()
         }
+        options = Options(cost, self.constraints, parts)
         layers = range(len(self.budget.shape.layers))
-        attention = [self._attention_options(parts, i) for i in layers]
-        mlp = [self._mlp_options(parts, i) for i in layers]
-        widths = self._widths(parts)
-        if not self.constraints.uniform:
-            joint = frontier(attention), frontier(mlp)
-            return [(width, loss, *joint) for width, loss in widths]
-        found = []
-        for width, loss in widths:
-            fitting = [
-                option
-                for option in alike(attention)
-                if not self.budget.family.heads_divide_hidden or width % option.kept[0] == 0
-            ]
-            if fitting:
-                found.append((width, loss, frontier([fitting]), frontier([alike(mlp)])))
-        return found
-
-    def _widths(self, parts: Mapping[str, list[Array]]) -> list[tuple[int, float]]:
-        width, multiple = self.budget.shape.hidden, self.constraints.hidden_multiple
-        if "hidden" not in parts:
-            return [(width, 0.0)]
-        gone = np.concatenate([[0.0], np.cumsum(np.sort(parts["hidden"][0]))])
-        floor = self.constraints.floor
-        kept = _counts(width, multiple, floor.hidden if floor else 0)
-        return [(k, float(gone[width - k])) for k in kept]
-
-    def _attention_options(self, parts: Mapping[str, list[Array]], layer: int) -> list[Option]:
-        whole = self.budget.shape.layers[layer]
-        if not whole.attention:
-            return [Option(0, 0.0, 0, 0, (0, 0))]
-        per_group = whole.heads_per_group
-        groups, inner = whole.kv_heads, per_group
-        group_G, head_GR = np.zeros(groups), np.zeros((groups, inner))
-        if "kv_groups" in parts:
-            group_G = parts["kv_groups"][layer]
-        if "heads" in parts:
-            head_GR = parts["heads"][layer].reshape(groups, inner)
-        cuts_groups = "kv_groups" in parts or ("heads" in parts and inner == 1)
-        cuts_heads = "heads" in parts and inner > 1
-        all_steps = groups * (inner + 1)
-        options = []
-        for r in range(inner, 0, -1) if cuts_heads else [inner]:
-            inside_G = np.sort(head_GR, axis=1)[:, : inner - r].sum(axis=1)
-            whole_G = group_G if "kv_groups" in parts else head_GR.sum(axis=1)
-            extra = np.concatenate([[0.0], np.cumsum(np.sort(whole_G - inside_G))])
-            for g in range(groups, 0, -1) if cuts_groups else [groups]:
-                kept = LayerShape(g * r, g, 0)
-                options.append(
-                    Option(
-                        all_steps - g * (r + 1),
-                        float(inside_G.sum() + extra[groups - g]),
-                        *self.budget.attention(kept),
-                        (kept.heads, kept.kv_heads),
-                    )
+        attention, mlp = [*map(options.attention, layers)], [*map(options.mlp, layers)]
+        uniform = self.constraints.uniform
+        if uniform:
+            attention, mlp = [alike(attention)], [alike(mlp)]
+        divide = uniform and self.budget.family.heads_divide_hidden
+        # Steps that stand for units are the same at any width, those of a price are not.
+        same = cost.by_units and not divide
+        found: list[tuple[int, float, Frontier, Frontier]] = []
+        for width, loss in options.widths():
+            fitting = [[o for o in x if not divide or width % o.kept[0] == 0] for x in attention]
+            if same and found:
+                found.append((width, loss, *found[0][2:]))
+            elif all(fitting):
+                priced = (
+                    (fitting, mlp)
+                    if cost.by_units
+                    else (by_price(fitting, width), by_price(mlp, width))
                 )
-        if "attn_block" in parts and layer > 0:
-            options.append(Option(all_steps, float(parts["attn_block"][layer][0]), 0, 0, (0, 0)))
-        floor = self._floor(layer)
-        return [o for o in options if o.kept[0] >= floor.heads and o.kept[1] >= floor.kv_heads]
-
-    def _floor(self, layer: int) -> LayerShape:
-        floor = self.constraints.floor
-        return floor.layers[layer] if floor else LayerShape(0, 0, 0)
-
-    def _mlp_options(self, parts: Mapping[str, list[Array]], layer: int) -> list[Option]:
-        total = self.budget.shape.layers[layer].neurons
-        if not total:
-            return [Option(0, 0.0, 0, 0, (0,))]
-        floor = self._floor(layer).neurons
-        kept = [total]
-        gone = np.zeros(total + 1)
-        if "neurons" in parts:
-            gone[1:] = np.cumsum(np.sort(parts["neurons"][layer]))
-            kept = _counts(total, self.constraints.neuron_multiple, floor)
-        options = [
-            Option(
-                -(-(total - n) // self._neurons_per_step),
-                float(gone[total - n]),
-                *self.budget.mlp(LayerShape(0, 0, n)),
-                (n,),
-            )
-            for n in kept
-        ]
-        if "mlp_block" in parts and not floor:
-            steps = total // self._neurons_per_step
-            options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, (0,)))
-        return options
+                found.append((width, loss, frontier(priced[0]), frontier(priced[1])))
+        return found
 
     def _assemble(
         self, width: int, attention: list[tuple[int, ...]], mlp: list[tuple[int, ...]]
@@ -268,12 +223,6 @@ class Allocator:
             attention, mlp = attention * count, mlp * count
         pairs = zip(attention, mlp, strict=True)
         return Shape(width, tuple(LayerShape(a[0], a[1], m[0]) for a, m in pairs))
-
-
-def _counts(total: int, multiple: int, floor: int) -> list[int]:
-    """Return what may be kept of `total`: all, the multiples, and the floor where there is one."""
-    multiples = range((total - 1) // multiple * multiple, floor, -multiple)
-    return [total, *multiples, *([floor] if 0 < floor < total else [])]
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

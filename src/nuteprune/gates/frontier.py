@@ -7,8 +7,9 @@ Shape suffix: S steps given up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +19,18 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Option:
-    """One way to keep part of a block: steps given up, loss, parameters kept, counts kept."""
+    """One way to keep part of a block: steps given up, loss, price of what stays, counts kept."""
 
     steps: int
     loss: float
-    coefficient: int
-    constant: int
+    coefficient: float
+    constant: float
     kept: tuple[int, ...]
     """(heads, KV heads) of an attention, (neurons,) of an MLP."""
+
+    def price(self, width: int) -> float:
+        """Return what it costs at a width."""
+        return self.coefficient * width + self.constant
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Frontier:
         return kept[::-1]
 
     def after(self, width: int) -> Array:
-        """Return the parameters (S,) that stay at a width, inf where nothing has so many steps."""
+        """Return the price (S,) of what stays at a width, inf where nothing has so many steps."""
         after_S = self.coefficient_S * width + self.constant_S
         return np.where(np.isfinite(self.loss_S), after_S, np.inf)
 
@@ -71,6 +76,34 @@ def frontier(layers: Sequence[Sequence[Option]]) -> Frontier:
         loss_S, coefficient_S, constant_S = best_S, grown[0], grown[1]
         picks.append(pick_S)
     return Frontier(loss_S, coefficient_S, constant_S, picks, layers)
+
+
+FINEST = 20_000
+"""Steps that the options of all layers may have together, where they stand for a price."""
+
+
+def by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[Option]]:
+    """Return the options of layers with steps that measure what their price falls by at a width.
+
+    The steps are exact where prices are whole numbers with a divisor that is large enough, else
+    rounded down: what an option costs is counted exactly all the same.
+
+    Args:
+        layers: the options of each layer, the whole one first.
+        width: the hidden width.
+    """
+    gone = [[max(0.0, own[0].price(width) - o.price(width)) for o in own] for own in layers]
+    amounts = [float(x) for own in gone for x in own]
+    most = sum(map(max, gone))
+    step = 0.0
+    if all(x.is_integer() for x in amounts):
+        step = math.gcd(*map(int, amounts))
+    if most > FINEST * step:
+        step = most / FINEST
+    return [
+        [replace(o, steps=int(x // (step or 1))) for o, x in zip(own, xs, strict=True)]
+        for own, xs in zip(layers, gone, strict=True)
+    ]
 
 
 def alike(layers: Sequence[Sequence[Option]]) -> list[Option]:

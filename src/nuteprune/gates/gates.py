@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Masks
 from nuteprune.processes import several
 
@@ -80,8 +81,8 @@ class Gates(nn.Module):
         """Return the step's masks without noise: what a teacher remembers."""
         raise NotImplementedError
 
-    def freeze(self, sparsity: float) -> Masks:
-        """Fix the masks, in an exportable shape at a sparsity."""
+    def freeze(self, asked: float | Goal) -> Masks:
+        """Fix the masks, in an exportable shape at a sparsity or another goal."""
         raise NotImplementedError
 
     def thaw(self) -> None:
@@ -121,8 +122,8 @@ class RankedGates(Gates):
         if not self.frozen:
             self._choose(sparsity)
 
-    def _choose(self, sparsity: float) -> None:
-        shape = self.allocator.shape(self.scores, sparsity)
+    def _choose(self, asked: float | Goal) -> None:
+        shape = self.allocator.shape(self.scores, asked)
         device = next(iter(self.scores.values())).device
         self._hard = self.allocator.masks(shape, self.scores).to(device)
         self._sparsity = self.allocator.budget.sparsity(shape)
@@ -167,9 +168,9 @@ class RankedGates(Gates):
         """Return the step's hard masks."""
         return self._hard
 
-    def freeze(self, sparsity: float) -> Masks:
+    def freeze(self, asked: float | Goal) -> Masks:
         """Fix the masks at the scores of the moment."""
-        self._choose(sparsity)
+        self._choose(asked)
         self.frozen = True
         return self._hard
 

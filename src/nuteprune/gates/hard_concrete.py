@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.costs import Goal
 from nuteprune.gates.gates import Gates, sparsity_of
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Lagrangian
@@ -134,12 +135,12 @@ class HardConcreteGates(Gates):
         return Masks(self.allocator.layout, values)
 
     @torch.no_grad()
-    def freeze(self, sparsity: float) -> Masks:
+    def freeze(self, asked: float | Goal) -> Masks:
         """Keep the units of highest probability in an exportable shape, with their soft values."""
         keep = {k: keep_probability(v) for k, v in self.log_alpha.items()}
         for kind, loss in losses_of(self.allocator.budget, keep).items():
             self.scores[kind].copy_(loss)
-        shape = self.allocator.shape(self.scores, sparsity)
+        shape = self.allocator.shape(self.scores, asked)
         hard = self.allocator.masks(shape, self.scores).values
         soft = {k: hard[k].to(v) * test_value(v) for k, v in self.log_alpha.items()}
         self._final = Masks(self.allocator.layout, soft)

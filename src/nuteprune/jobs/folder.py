@@ -15,7 +15,8 @@ from nuteprune.data.specs import DEMO, SELF
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, read_sums, remove, writing
 from nuteprune.jobs.job import Job
-from nuteprune.run_folder import CARD, RECORD, RUN, SUMS, TARGET, hidden
+from nuteprune.run_folder import CARD, RECORD, RUN, SUMS, TARGETS, hidden
+from nuteprune.train.asked import Asked
 from nuteprune.train.state import last_checkpoint
 
 
@@ -69,9 +70,9 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"cannot write to {there}: {error.strerror}; name another --out") from error
 
 
-def target_folder(job: Job, targets: Sequence[float], index: int) -> Path:
+def target_folder(job: Job, targets: Sequence[Asked], index: int) -> Path:
     """Return where the checkpoint of a target goes: to folders of their own where several do."""
-    return job.out if len(targets) == 1 else job.out / f"{TARGET}{targets[index]:g}"
+    return job.out if len(targets) == 1 else job.out / targets[index].folder
 
 
 def written_in(out: Path) -> set[str]:
@@ -81,7 +82,9 @@ def written_in(out: Path) -> set[str]:
     """
     named = {RUN, SUMS, RECORD, CARD, "additional_chat_templates", *read_sums(out)}
     matching = (
-        x.name for pattern in (f"{TARGET}*", ".*partial", ".*removed") for x in out.glob(pattern)
+        x.name
+        for pattern in (*(f"{name}*" for name in TARGETS), ".*partial", ".*removed")
+        for x in out.glob(pattern)
     )
     return {x.name for x in out.iterdir()} & (named | set(matching))
 

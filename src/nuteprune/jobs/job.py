@@ -21,6 +21,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.settings import check, read_given, read_mapping
 from nuteprune.jobs.sources import BITS, DTYPES, pick_dtype, place
+from nuteprune.train.asked import SETTINGS, check_one
 from nuteprune.train.settings import CALL, HOW, WHAT, declared, setting
 
 J = TypeVar("J", bound="Job")
@@ -257,11 +258,11 @@ def make_job(
     file = None if config is None else at_home(Path(config))
     settings = read_given(file, assignments, kinds)
     now = check({key: value for key, value in given.items() if value is not None}, kinds)
-    if "shape" in now and "target_sparsity" in now:
-        raise UserError("--sparsity and --shape both say how much is to go; pass one of them")
-    if "shape" in now or "target_sparsity" in now:  # of a settings file, over which options win
-        settings = {k: x for k, x in settings.items() if k not in ("shape", "target_sparsity")}
+    check_one(now, SETTINGS)
+    if SETTINGS.keys() & now.keys():  # of a settings file, over which options win
+        settings = {key: x for key, x in settings.items() if key not in SETTINGS}
     settings |= now
+    check_one(settings, SETTINGS)
     if isinstance(settings.get("shape"), str):
         settings["shape"] = read_mapping(at_home(settings["shape"]), "--shape")
     fields = {x.name for x in dataclasses.fields(kind)}

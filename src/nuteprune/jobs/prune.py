@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.data.blocks import BlockDataset
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.loading import in_dtype
 from nuteprune.export.record import write_pruned
@@ -49,10 +49,12 @@ from nuteprune.judge.samples import side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import RUN, SAMPLES
+from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.run_settings import check_same, chosen_settings
 from nuteprune.train.settings import check_declared
-from nuteprune.train.setup import make_allocator, run_targets
+from nuteprune.train.setup import make_allocator
+from nuteprune.train.targets import Prices, check_reached, run_targets
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -97,6 +99,7 @@ def prune(
         model: hub id, checkpoint folder, or `demo`.
         out: folder for the result.
         sparsity: share of the decoder layers' parameters to remove; several give a checkpoint each.
+            Instead: `params="100M"`, `size="200MB"`, or `memory="4GiB"` with `context=8192`.
         data: calibration and training text: a file, a folder, a hub dataset, `demo`, or `self`
             (text that the model writes itself); several are taken in equal shares, or by `shares`.
         steps: optimizer steps; 0 prunes without training.
@@ -122,8 +125,11 @@ def prune(
 
 def finished(job: PruneJob, output: Output) -> Result | None:
     """Do the job, print what came out, and write its report; see `run`."""
-    if not {"target_sparsity", "shape"} & set(job.settings):
-        raise UserError("no sparsity given: pass --sparsity, such as --sparsity 0.2, or --shape")
+    if not SETTINGS.keys() & job.settings.keys():
+        raise UserError(
+            "no target given: pass --sparsity, such as --sparsity 0.2, or one of "
+            f"{', '.join(option for option in SETTINGS.values() if option != '--sparsity')}"
+        )
     result = run(job, output)
     if result is not None and result.plan is None:
         print_results(result.records, output)
@@ -191,10 +197,7 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
     if not is_main():
         return None
     for record in records.values():
-        if record["sparsity"] < record["target"] - 1e-9:  # the division rounds
-            raise RunFailed(
-                f"the target was missed: {record['sparsity']:.2%} of {record['target']:.2%}"
-            )
+        check_reached(record)
     return Result(records, held_out, trainer.pruning.first_scores)
 
 
@@ -264,7 +267,7 @@ def _prune(
         if index == last:
             samples = side_by_side(tokenizer, judge.prompts_BT, before.texts, after.texts)
             write_extra(job.out / RUN, SAMPLES, samples)
-        folder = target_folder(job, trainer.targets, index)
+        folder = target_folder(job, [target.asked for target in trainer.goals], index)
         records[folder] = trainer.save_pruned(
             folder,
             **judge.entries(before, after),
@@ -277,7 +280,8 @@ def _prune(
 
 def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     """Return the settings that reproduce a run: the job's, and those that are not defaults."""
-    target = {} if args.shape is not None else {"target_sparsity": args.target_sparsity}
+    by_share = args.shape is None and args.asked[0].kind == "sparsity"
+    target = {"target_sparsity": args.target_sparsity} if by_share else {}
     specs, shares = mixture(job, args.sharded)
     text = {"data": specs if len(specs) > 1 else specs[0], "shares": shares}
     return {**job.recorded(), **text, **target, **chosen_settings(args)}
@@ -292,8 +296,8 @@ def one_shot(
     anatomy = Anatomy(model)
     config = trainer_config(job, out)
     allocator = make_allocator(anatomy, config)
-    target = run_targets(allocator, config)[-1]
-    masks = allocator.masks(allocator.shape(scores, target), scores)
+    target = run_targets(allocator, config, Prices.of(anatomy, stored, config))[-1]
+    masks = allocator.masks(allocator.shape(scores, target.goal), scores)
     params = {"before": anatomy.parameters(), "blocks_before": allocator.budget.before}
     small, shape = assemble(anatomy, masks)
     computed = pick_dtype(job.dtype, job.device)
@@ -305,7 +309,7 @@ def one_shot(
         as_stored(small, stored),
         None,
         params,
-        target=target,
+        target=target.sparsity,
         before=allocator.budget.shape,
         after=shape,
         perplexity={"before": {}, "after": after},

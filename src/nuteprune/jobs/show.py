@@ -22,8 +22,10 @@ from nuteprune.judge.report import write_report
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RECORD
+from nuteprune.train.asked import KINDS, spelled
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.step_cost import seconds_per_step
+from nuteprune.train.targets import Target, reached
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -33,7 +35,7 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
     shape = budget.shape
     total = trainer.anatomy.parameters()
     first = shape.layers[0]
-    targets = ", ".join(f"{target:.1%}" for target in trainer.targets)
+    targets = ", ".join(_told(target) for target in trainer.goals)
     goal = budget.before * trainer.targets[-1]
     output.line(
         f"Model   {job.model}: {trainer.anatomy.family.model_type}, {len(shape.layers)} layers, "
@@ -65,6 +67,12 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
             "Note    the text is the demo's, in English; what a model is taught on is what it "
             "keeps, so pass text of its use with --data"
         )
+
+
+def _told(target: Target) -> str:
+    """Return what a target is, in sparsity too."""
+    share = f"{target.sparsity:.1%}"
+    return share if target.asked.kind in ("sparsity", "shape") else f"{target.asked} = {share}"
 
 
 def print_recovery(
@@ -116,13 +124,17 @@ def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> 
         output: prints.
     """
     args, budget = trainer.args, trainer.allocator.budget
-    total = trainer.anatomy.parameters()
-    scores = trainer.allocator.equal_scores()
-    shapes = [trainer.allocator.shape(scores, target) for target in trainer.targets]
-    for target, shape in zip(trainer.targets, shapes, strict=True):
-        after = total - budget.before + budget.parameters(shape)
+    prices = trainer.prices
+    scores = trainer.allocator.chance_scores()
+    shapes = [trainer.allocator.shape(scores, target.goal) for target in trainer.goals]
+    counts = [int(prices.params.total(shape)) for shape in shapes]
+    sizes = [int(prices.size.total(shape)) for shape in shapes]
+    caches = [prices.cache(shape) for shape in shapes]
+    for i, (target, shape) in enumerate(zip(trainer.goals, shapes, strict=True)):
         output.line(
-            f"Reach   {budget.sparsity(shape):.3%} for {target:.1%}, {millions(after)} parameters"
+            f"Reach   {budget.sparsity(shape):.3%} for {_told(target)}: {millions(counts[i])} "
+            f"parameters, {megabytes(sizes[i])} on disk, and {megabytes(caches[i])} of KV cache "
+            f"for {prices.sequences} x {prices.context} tokens"
         )
     step = seconds_per_step(trainer)
     # A scored or re-fitted block costs most of a step's share of one.
@@ -139,6 +151,12 @@ def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> 
     return {
         "targets": list(trainer.targets),
         "sparsity": [budget.sparsity(shape) for shape in shapes],
+        "asked": [{"kind": x.asked.kind, "value": x.asked.value} for x in trainer.goals],
+        "parameters": counts,
+        "bytes": sizes,
+        "cache_bytes": caches,
+        "context": prices.context,
+        "sequences": prices.sequences,
         "shape": [shape.to_dict() for shape in shapes],
         "seconds_per_step": step,
         "seconds_writing": writing,
@@ -183,8 +201,14 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
     if (copied := record.get("copying")) is not None:
         rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in ("before", "after"))])
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
+    asked = record["asked"]
+    goal = f"target {record['target']:.1%}"
+    if asked["kind"] in KINDS:
+        say = millions if asked["kind"] == "params" else megabytes
+        wanted = spelled(asked["kind"], asked["value"])
+        goal = f"{asked['kind']} {say(reached(record))} of {wanted}"
     output.line(
-        f"Sparsity {record['sparsity']:.3%} (target {record['target']:.1%}); "
+        f"Sparsity {record['sparsity']:.3%} ({goal}); "
         f"{record['total_sparsity']:.2%} of all parameters are gone; "
         f"{megabytes(record['bytes_on_disk'])} on disk; {record['seconds']:.0f} s"
     )

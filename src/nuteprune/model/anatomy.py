@@ -159,6 +159,13 @@ class Anatomy:
         layers = r"\d+" if every else f"({'|'.join(map(str, there))})"
         return layers + r"\." + projection.path.replace(".", r"\.")
 
+    def cached_tokens(self, context: int) -> tuple[int, ...]:
+        """Return how many tokens of a context each layer's attention keeps keys and values of."""
+        window = int(getattr(self.config, "sliding_window", None) or context)
+        sliding = "sliding_attention"
+        kinds = getattr(self.config, "layer_types", None) or [sliding] * len(self.layers)
+        return tuple(min(context, window) if kind == sliding else context for kind in kinds)
+
     def logit_scale(self) -> tuple[float, float | None]:
         """Return what happens to the head's output: (divisor, soft cap or None)."""
         family, config = self.family, self.config

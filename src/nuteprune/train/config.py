@@ -14,6 +14,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.model.family import GATE_KINDS
+from nuteprune.train.asked import KINDS, Asked, check_one, several
 from nuteprune.train.checks import check_trainer_settings
 from nuteprune.train.settings import CALL, HOW, check_declared, setting
 
@@ -36,6 +37,13 @@ class NutePruneConfig(TrainingArguments):
     Args:
         target_sparsity: share of the decoder layers' projection parameters to remove, in (0, 1);
             several, comma separated or a list, give a checkpoint each: the run rests at each.
+        target_params: the most parameters that may stay, such as 100M, instead of a sparsity; all
+            of the model's, tied ones once. Several are given as sparsities are.
+        target_size: the most bytes of the weight file, such as 200MB, instead of a sparsity.
+        target_memory: the most bytes of the weight file and the KV cache of `sequences` sequences
+            of `context` tokens, such as 4GiB, instead of a sparsity.
+        context: tokens of each sequence's KV cache.
+        sequences: sequences at a time.
         shape: dimensions to cut to, instead of a target: see `model.shape.Shape.cut_to`.
         gates: kinds of gates, comma separated (`heads`, `kv_groups`, `neurons`, `hidden`,
             `attn_block`, `mlp_block`); None: heads (KV groups under grouped-query attention) and
@@ -86,6 +94,29 @@ class NutePruneConfig(TrainingArguments):
         "Share of the decoder layers' parameters to remove, such as 0.2. Several (0.2,0.3,0.5) "
         "give several checkpoints from one run.",
         option="--sparsity",
+    )
+    target_params: str | float | list[Any] | None = setting(
+        None,
+        "Parameters to end at, instead of --sparsity, such as 100M: all of the model's, tied once.",
+        option="--params",
+    )
+    target_size: str | float | list[Any] | None = setting(
+        None,
+        "Size of the weight file to end at, instead of --sparsity, such as 200MB or 190MiB; in "
+        "the checkpoint's dtype.",
+        option="--size",
+    )
+    target_memory: str | float | list[Any] | None = setting(
+        None,
+        "Memory of weights and KV cache to end at, instead of --sparsity, such as 4GiB; in the "
+        "checkpoint's dtype, at --context tokens.",
+        option="--memory",
+    )
+    context: int | None = setting(
+        None, "Tokens of a sequence's KV cache, for --memory.", bounds=(1, 1e9), option="--context"
+    )
+    sequences: int = setting(
+        1, "Sequences at a time, for --memory (default 1).", bounds=(1, 1e6), option="--sequences"
     )
     shape: dict[str, Any] | str | None = setting(
         None,
@@ -217,9 +248,18 @@ class NutePruneConfig(TrainingArguments):
                 )
 
     def _check_targets(self) -> None:
+        check_one(vars(self), [kind.setting for kind in KINDS.values()] + ["shape"])
         targets = self.targets
         # However it was spelled, a record says the same.
         self.target_sparsity = targets[0] if len(targets) == 1 else list(targets)
+        if (kind := KINDS.get(self.asked[0].kind)) is not None:
+            told = [asked.text for asked in self.asked]
+            setattr(self, kind.setting, told[0] if len(told) == 1 else told)
+        if self.target_memory is not None and self.context is None:
+            raise UserError(
+                f"memory is {self.target_memory} of weights and KV cache: say for how many tokens "
+                "with --context, such as --context 8192"
+            )
         for target in targets:
             if not 0 < target < 1:
                 raise UserError(
@@ -228,9 +268,10 @@ class NutePruneConfig(TrainingArguments):
                 )
         if any(a >= b for a, b in pairwise(targets)):
             raise UserError(f"targets are {', '.join(f'{t:g}' for t in targets)}; they must grow")
-        if 0 < self.max_steps < len(targets):
+        count = len(self.asked)
+        if 0 < self.max_steps < count:
             raise UserError(
-                f"{len(targets)} targets need at least {len(targets)} steps, one for each, or 0 to "
+                f"{count} targets need at least {count} steps, one for each, or 0 to "
                 f"prune without training; max_steps is {self.max_steps}"
             )
 
@@ -260,7 +301,7 @@ class NutePruneConfig(TrainingArguments):
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """The sparsities to reach, growing."""
+        """The sparsities to reach, growing, where it is sparsity that is asked for."""
         given = self.target_sparsity
         parts = given.split(",") if isinstance(given, str) else given
         try:
@@ -269,6 +310,16 @@ class NutePruneConfig(TrainingArguments):
             raise UserError(
                 f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.3,0.5"
             ) from error
+
+    @property
+    def asked(self) -> tuple[Asked, ...]:
+        """What is asked for, the largest model first; of a chosen shape what is left aside."""
+        for name, kind in KINDS.items():
+            if (given := getattr(self, kind.setting)) is not None:
+                about = {"context": self.context or 0, "sequences": self.sequences}
+                more = about if name == "memory" else {}
+                return tuple(Asked(name, value, more) for value in several(name, given))
+        return tuple(Asked("sparsity", value) for value in self.targets)
 
     @property
     def shares(self) -> tuple[float, float]:

@@ -36,7 +36,7 @@ class Finished:
         model: its weights rounded as they will be stored.
         shape: its dimensions.
         masks: what was kept of the dense model, on the CPU.
-        target: the sparsity that was asked for.
+        target: the sparsity that was asked for, or that what was asked for came to at first.
     """
 
     model: PreTrainedModel
@@ -183,12 +183,13 @@ class Ending:
         origin, budget = ready.origin, ready.allocator.budget
         record = {**origin.entries, "config": chosen_settings(args), **record}
         record.setdefault("perplexity", {"before": {}, "after": {}})
+        came_to, cache = budget.sparsity(done.shape), ready.prices.cache(done.shape)
+        record |= ready.target(done.target).record(came_to, cache)
         return write_pruned(
             folder,
             as_stored(done.model, origin.stored_dtype),
             tokenizer,
             params={"before": origin.parameters, "blocks_before": budget.before},
-            target=done.target,
             before=budget.shape,
             after=done.shape,
             shapes=args.shapes,

@@ -32,8 +32,8 @@ from nuteprune.train.setup import (
     lora_config,
     make_allocator,
     make_gates,
-    run_targets,
 )
+from nuteprune.train.targets import Prices, Target, run_targets
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Prepared:
         hooks: where masks multiply in it.
         coforward: the two roles that it plays.
         allocator: which shapes it can be cut to.
-        targets: the sparsities that it is to reach, growing.
+        prices: what a model of any shape costs.
+        goals: what it is to become, the largest first.
         schedule: when it reaches them.
         plan: which teacher serves when.
         teachers: none yet.
@@ -96,12 +97,22 @@ class Prepared:
     hooks: MaskHooks
     coforward: CoForward
     allocator: Allocator
-    targets: tuple[float, ...]
+    prices: Prices
+    goals: tuple[Target, ...]
     schedule: Schedule
     plan: Plan
     teachers: Teachers
     gates: Gates
     objective: Objective
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The sparsities that it is to reach, growing."""
+        return tuple(target.sparsity for target in self.goals)
+
+    def target(self, sparsity: float) -> Target:
+        """Return the target of one of `targets`."""
+        return self.goals[self.targets.index(sparsity)]
 
 
 def prepare(
@@ -126,8 +137,10 @@ def prepare(
     origin = Origin.of(dense, stored_dtype)
     allocator = make_allocator(dense, args)
     # Fails early, before the model is touched, if a target is out of reach.
-    targets = run_targets(allocator, args)
-    check_stock(dense, allocator, targets[-1])
+    prices = Prices.of(dense, origin.stored_dtype, args)
+    goals = run_targets(allocator, args, prices)
+    targets = tuple(target.sparsity for target in goals)
+    check_stock(dense, allocator, goals[-1].goal)
     model.requires_grad_(False)
     silence_dropout(model)
     set_seed(args.seed)  # LoRA starts from random values
@@ -152,7 +165,8 @@ def prepare(
         hooks=hooks,
         coforward=coforward,
         allocator=allocator,
-        targets=targets,
+        prices=prices,
+        goals=goals,
         schedule=schedule,
         plan=Plan.for_target(targets[-1], ramp_steps, args.teachers),
         teachers=Teachers(run / TEACHERS, allocator.layout, keep),

@@ -111,7 +111,7 @@ class Pruning:
 
     def freeze(self, target: float) -> None:
         """Fix the masks, and re-fit the weights that stay where that is asked for."""
-        masks = self.gates.freeze(target)
+        masks = self.gates.freeze(self.ready.target(target).goal)
         if not self.args.compensation:
             return
         bank, anatomy, args = self.bank, self.ready.anatomy, self.args

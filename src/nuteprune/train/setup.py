@@ -12,11 +12,13 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
-from nuteprune.gates.allocate import Allocator, Constraints
+from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
+from nuteprune.gates.costs import Goal
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import check_kinds
+from nuteprune.gates.options import Constraints
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape, kinds_of_cut
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
@@ -51,7 +53,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     return Allocator(Budget.of(anatomy), constraints)
 
 
-def check_stock(anatomy: Anatomy, allocator: Allocator, target: float) -> None:
+def check_stock(anatomy: Anatomy, allocator: Allocator, target: float | Goal) -> None:
     """Refuse uniform shapes that this checkpoint's stock config would not take.
 
     Raises:
@@ -88,18 +90,6 @@ def _kinds_here(whole: Shape, kinds: tuple[str, ...]) -> tuple[str, ...]:
     if any(layer.heads_per_group > 1 for layer in whole.layers):
         return kinds
     return tuple(dict.fromkeys("heads" if kind == "kv_groups" else kind for kind in kinds))
-
-
-def run_targets(allocator: Allocator, args: NutePruneConfig) -> tuple[float, ...]:
-    """Return the sparsities that a run is to reach, growing.
-
-    Raises:
-        UserError: if one is out of the gates' reach.
-    """
-    floor = allocator.constraints.floor
-    targets = (allocator.budget.sparsity(floor),) if floor else args.targets
-    allocator.shape(allocator.equal_scores(), targets[-1])
-    return targets
 
 
 def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:

@@ -89,6 +89,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         ready = prepare(model, args, stored_dtype)
         self.anatomy, self.hooks, self.coforward = ready.anatomy, ready.hooks, ready.coforward
         self.allocator, self.targets, self.schedule = ready.allocator, ready.targets, ready.schedule
+        self.goals, self.prices = ready.goals, ready.prices
         self.gates, self.teachers = ready.gates, ready.teachers
         self.objective: Objective = ready.objective
         self.computed_dtype = ready.origin.computed_dtype
@@ -255,7 +256,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def settings(self) -> dict[str, Any]:
         """Return what the run is, however its settings were spelled."""
         spelled: dict[str, Any] = {"gates": ",".join(self.kinds)}
-        if self.args.shape is None:
+        if self.goals[0].asked.kind == "sparsity":
             spelled["target_sparsity"] = list(self.targets)
         return {**run_settings(self.args, self._job), **spelled}
 

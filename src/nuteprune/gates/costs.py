@@ -1,0 +1,151 @@
+"""What may stay, priced: in parameters, or in bytes of the file and of the KV cache.
+
+Each part of a model has a *line*: coefficient x width + constant. The allocator minimises the loss
+under a limit on their sum, whatever the unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nuteprune.gates.budget import Budget
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.packed import count
+from nuteprune.model.shape import LayerShape, Shape
+
+Line = tuple[float, float]
+"""(coefficient of the hidden width, constant)."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Parameters that sparsity does not count.
+
+    Args:
+        attention: of each layer, those that go with its attention block.
+        mlp: of each layer, those that go with its MLP.
+        rest: embedding, head, final norm and whatever else stays.
+    """
+
+    attention: tuple[Line, ...]
+    mlp: tuple[Line, ...]
+    rest: Line
+
+    @classmethod
+    def of(cls, anatomy: Anatomy) -> Outside:
+        """Count a live model's, tied ones once."""
+        family, width = anatomy.family, anatomy.shape.hidden
+        norms = {f"{path}.weight" for path in (*family.attention_norms, *family.mlp_norms)}
+        blocks = {
+            "attention": (family.attention_module, *family.attention_norms),
+            "mlp": (*family.mlp_modules, *family.mlp_norms),
+        }
+        inside = tuple(f"{projection.path}." for projection in family.projections)
+        found = {where: [(0, 0)] * len(anatomy.layers) for where in blocks}
+        rest = (0, 0)
+        across = {f"{path}.weight" for path in (family.embedding, family.final_norm)}
+        for name, parameter in anatomy.model.named_parameters():
+            layer, path = _place(name, family.layers)
+            wide = name in across or parameter is anatomy.head.weight or path in norms
+            line = (count(parameter) // width, 0) if wide else (0, count(parameter))
+            if layer is None:
+                rest = _sum(rest, line)
+            elif not path.startswith(inside):
+                block = [b for b, paths in blocks.items() if _within(path, paths)]
+                if block:
+                    found[block[0]][layer] = _sum(found[block[0]][layer], line)
+                else:
+                    rest = _sum(rest, line)
+        return cls(tuple(found["attention"]), tuple(found["mlp"]), rest)
+
+
+def _place(name: str, layers: str) -> tuple[int | None, str]:
+    """Return a parameter's layer and its path in it, (None, its name) if it is in none."""
+    if not name.startswith(f"{layers}."):
+        return None, name
+    index, path = name.removeprefix(f"{layers}.").split(".", 1)
+    return int(index), path
+
+
+def _within(path: str, modules: tuple[str, ...]) -> bool:
+    return any(path.startswith(f"{module}.") for module in modules)
+
+
+def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] + b[0], a[1] + b[1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Prices of all that may stay of a model, in one unit.
+
+    Args:
+        budget: counts the parameters of projections.
+        outside: the other parameters; None where they cost nothing.
+        each: price of a parameter.
+        kv_head: of each layer, the price of a KV head beside its parameters; empty: none.
+        fixed: what is paid whatever stays.
+    """
+
+    budget: Budget
+    outside: Outside | None = None
+    each: int = 1
+    kv_head: tuple[int, ...] = ()
+    fixed: int = 0
+
+    @property
+    def by_units(self) -> bool:
+        """Whether equal parts cost the same whichever layer they are of."""
+        return not self.kv_head
+
+    def attention(self, index: int, kept: LayerShape) -> Line:
+        """Return the price of what stays of a layer's attention."""
+        coefficient, constant = map(float, self.budget.attention(kept))
+        if self.outside and kept.attention:
+            more = self.outside.attention[index]
+            coefficient, constant = coefficient + more[0], constant + more[1]
+        cached = self.kv_head[index] * kept.kv_heads if self.kv_head else 0
+        return self.each * coefficient, self.each * constant + cached
+
+    def mlp(self, index: int, kept: LayerShape) -> Line:
+        """Return the price of what stays of a layer's MLP."""
+        coefficient, constant = map(float, self.budget.mlp(kept))
+        if self.outside and kept.mlp:
+            more = self.outside.mlp[index]
+            coefficient, constant = coefficient + more[0], constant + more[1]
+        return self.each * coefficient, self.each * constant
+
+    def rest(self, width: int) -> float:
+        """Return the price of what is in no block, at a width."""
+        if self.outside is None:
+            return self.fixed
+        coefficient, constant = self.outside.rest
+        return self.each * (coefficient * width + constant) + self.fixed
+
+    def total(self, shape: Shape) -> float:
+        """Return the price of a model of a shape."""
+        total = self.rest(shape.hidden)
+        for i, layer in enumerate(shape.layers):
+            for coefficient, constant in (self.attention(i, layer), self.mlp(i, layer)):
+                total += coefficient * shape.hidden + constant
+        return total
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The most that a model may cost.
+
+    Args:
+        cost: the prices.
+        limit: the most, in their unit.
+        name: what is asked for, in an error's words.
+        reach: says how far gates reach, from the least that they leave.
+        instead: what to do where that is too little.
+    """
+
+    cost: Cost
+    limit: float
+    name: str
+    reach: Callable[[float], str]
+    instead: str

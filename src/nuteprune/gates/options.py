@@ -1,0 +1,131 @@
+"""The ways to keep part of a block: exportable steps, their loss and their price."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from nuteprune.gates.costs import Cost
+from nuteprune.gates.frontier import Array, Option
+from nuteprune.model.shape import LayerShape, Shape
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Which shapes may come out.
+
+    Args:
+        kinds: the kinds of gates in use; everything else stays whole.
+        uniform: the same counts in every layer.
+        neuron_multiple: neurons kept per layer are a multiple of it (or all of them).
+        hidden_multiple: the width kept is a multiple of it (or all of it).
+        floor: dimensions to keep at least, those that the user chose; None: no such wish.
+    """
+
+    kinds: tuple[str, ...]
+    uniform: bool = False
+    neuron_multiple: int = 32
+    hidden_multiple: int = 64
+    floor: Shape | None = None
+
+
+class Options:
+    """What each block of a model may become.
+
+    Args:
+        cost: prices what stays.
+        constraints: which shapes may come out.
+        parts: the loss of each unit, kind -> (n,) for each layer.
+    """
+
+    def __init__(
+        self, cost: Cost, constraints: Constraints, parts: Mapping[str, list[Array]]
+    ) -> None:
+        self.cost, self.constraints, self.parts = cost, constraints, parts
+        self._shape = cost.budget.shape
+        # So that as many steps are as many neurons, whichever layers they come from.
+        counts = (layer.neurons for layer in self._shape.layers)
+        self._neurons_per_step = math.gcd(constraints.neuron_multiple, *counts)
+
+    def widths(self) -> list[tuple[int, float]]:
+        """Return (width, loss) of all widths that may be kept, the whole one first."""
+        width, multiple = self._shape.hidden, self.constraints.hidden_multiple
+        if "hidden" not in self.parts:
+            return [(width, 0.0)]
+        gone = np.concatenate([[0.0], np.cumsum(np.sort(self.parts["hidden"][0]))])
+        floor = self.constraints.floor
+        kept = _counts(width, multiple, floor.hidden if floor else 0)
+        return [(k, float(gone[width - k])) for k in kept]
+
+    def attention(self, layer: int) -> list[Option]:
+        """Return what a layer's attention may become, the whole one first."""
+        whole, parts = self._shape.layers[layer], self.parts
+        if not whole.attention:
+            return [Option(0, 0.0, 0, 0, (0, 0))]
+        per_group = whole.heads_per_group
+        groups, inner = whole.kv_heads, per_group
+        group_G, head_GR = np.zeros(groups), np.zeros((groups, inner))
+        if "kv_groups" in parts:
+            group_G = parts["kv_groups"][layer]
+        if "heads" in parts:
+            head_GR = parts["heads"][layer].reshape(groups, inner)
+        cuts_groups = "kv_groups" in parts or ("heads" in parts and inner == 1)
+        cuts_heads = "heads" in parts and inner > 1
+        all_steps = groups * (inner + 1)
+        options = []
+        for r in range(inner, 0, -1) if cuts_heads else [inner]:
+            inside_G = np.sort(head_GR, axis=1)[:, : inner - r].sum(axis=1)
+            whole_G = group_G if "kv_groups" in parts else head_GR.sum(axis=1)
+            extra = np.concatenate([[0.0], np.cumsum(np.sort(whole_G - inside_G))])
+            for g in range(groups, 0, -1) if cuts_groups else [groups]:
+                kept = LayerShape(g * r, g, 0)
+                options.append(
+                    Option(
+                        all_steps - g * (r + 1),
+                        float(inside_G.sum() + extra[groups - g]),
+                        *self.cost.attention(layer, kept),
+                        (kept.heads, kept.kv_heads),
+                    )
+                )
+        if "attn_block" in parts and layer > 0:
+            options.append(Option(all_steps, float(parts["attn_block"][layer][0]), 0, 0, (0, 0)))
+        floor = self._floor(layer)
+        return [o for o in options if o.kept[0] >= floor.heads and o.kept[1] >= floor.kv_heads]
+
+    def mlp(self, layer: int) -> list[Option]:
+        """Return what a layer's MLP may become, the whole one first."""
+        total, parts = self._shape.layers[layer].neurons, self.parts
+        if not total:
+            return [Option(0, 0.0, 0, 0, (0,))]
+        floor = self._floor(layer).neurons
+        kept = [total]
+        gone = np.zeros(total + 1)
+        if "neurons" in parts:
+            gone[1:] = np.cumsum(np.sort(parts["neurons"][layer]))
+            kept = _counts(total, self.constraints.neuron_multiple, floor)
+        options = [
+            Option(
+                -(-(total - n) // self._neurons_per_step),
+                float(gone[total - n]),
+                *self.cost.mlp(layer, LayerShape(0, 0, n)),
+                (n,),
+            )
+            for n in kept
+        ]
+        if "mlp_block" in parts and not floor:
+            steps = total // self._neurons_per_step
+            options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, (0,)))
+        return options
+
+    def _floor(self, layer: int) -> LayerShape:
+        floor = self.constraints.floor
+        return floor.layers[layer] if floor else LayerShape(0, 0, 0)
+
+
+def _counts(total: int, multiple: int, floor: int) -> list[int]:
+    """Return what may be kept of `total`: all, the multiples, and the floor where there is one."""
+    multiples = range((total - 1) // multiple * multiple, floor, -multiple)
+    return [total, *multiples, *([floor] if 0 < floor < total else [])]

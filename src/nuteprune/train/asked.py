@@ -1,0 +1,143 @@
+"""What users ask for, as they write it: a share, parameters, or bytes; one of these a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from itertools import pairwise
+from typing import Any
+
+from nuteprune.errors import UserError
+
+_DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+PARAMETERS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3, "": 1}
+"""Unit of a count of parameters -> its size, the largest first."""
+BYTES = {
+    **{
+        f"{unit}B": size for unit, size in sorted((_BINARY | _DECIMAL).items(), key=lambda x: -x[1])
+    },
+    "B": 1,
+    "": 1,
+}
+"""Unit of a size -> its bytes, the largest first."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to say how large the result may be.
+
+    Args:
+        setting: the setting of `NutePruneConfig`.
+        option: the command's.
+        units: what numbers may be followed by.
+        such: an example.
+    """
+
+    setting: str
+    option: str
+    units: Mapping[str, int]
+    such: str
+
+
+KINDS = {
+    "params": Kind("target_params", "--params", PARAMETERS, "100M"),
+    "size": Kind("target_size", "--size", BYTES, "200MB"),
+    "memory": Kind("target_memory", "--memory", BYTES, "4GiB"),
+}
+"""Kind of target, as the record has it -> how it is written."""
+SETTINGS = {"target_sparsity": "--sparsity", "shape": "--shape"} | {
+    kind.setting: kind.option for kind in KINDS.values()
+}
+"""Settings that say how much is to go -> their option; a run has one of them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One target, as it was asked for.
+
+    Args:
+        kind: `sparsity`, `shape` or one of `KINDS`.
+        value: a share (`sparsity`, `shape`), parameters, or bytes.
+        about: what else it depends on, such as `context`.
+    """
+
+    kind: str
+    value: float
+    about: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The value as users write it, in one way alone."""
+        return spelled(self.kind, self.value)
+
+    @property
+    def folder(self) -> str:
+        """The name of its checkpoint's folder, where a run has several: see `run_folder`."""
+        return f"{self.kind}-{self.text}"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.text}"
+
+
+def spelled(kind: str, value: float) -> str:
+    """Return a target's value as users write it: `0.2`, `100M`, `200MB`, `4GiB`."""
+    if kind not in KINDS:
+        return f"{value:g}"
+    for unit, size in KINDS[kind].units.items():
+        share = Decimal(round(value)) / size
+        if share >= 1 and share == round(share, 3):
+            return f"{share.normalize():f}{unit}"
+    return str(round(value))
+
+
+def several(kind: str, given: Any) -> tuple[int, ...]:
+    """Return the values that are given for a kind of target, falling.
+
+    Args:
+        kind: one of `KINDS`.
+        given: a number, text such as `100M` or `120M,100M`, or a list of these.
+
+    Raises:
+        UserError: for what is no such value, or where they do not fall.
+    """
+    parts = given.split(",") if isinstance(given, str) else given
+    values = tuple(_value(kind, x) for x in (parts if isinstance(parts, list | tuple) else [parts]))
+    if any(a <= b for a, b in pairwise(values)):
+        told = ", ".join(spelled(kind, x) for x in values)
+        raise UserError(f"{kind} is {told}; several must fall, the largest model first")
+    return values
+
+
+def _value(kind: str, given: Any) -> int:
+    how = KINDS[kind]
+    units = [unit for unit in how.units if unit]
+    wanted = f"write a number above 0 with {', '.join(units)} or no unit, such as {how.such}"
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        given = str(Decimal(given)) if math.isfinite(given) else str(given)
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(given))
+    sizes = {unit.lower(): size for unit, size in how.units.items()}
+    if match is None or match[2].lower() not in sizes or len(match[1]) > 30:
+        raise UserError(f"{kind} is {str(given)[:60]!r}; {wanted}")
+    value = int(Decimal(match[1]) * sizes[match[2].lower()])
+    if not 0 < value < 10**18:
+        raise UserError(f"{kind} is {str(given)[:60]!r}; {wanted}")
+    return value
+
+
+def check_one(given: Mapping[str, Any], settings: Iterable[str]) -> None:
+    """Refuse more than one answer to how much is to go.
+
+    Args:
+        given: setting -> value, None where not given.
+        settings: those of `SETTINGS` that exclude each other.
+
+    Raises:
+        UserError: naming the first two.
+    """
+    named = [SETTINGS[x] for x in settings if given.get(x) is not None]
+    if len(named) > 1:
+        raise UserError(f"{named[0]} and {named[1]} both say how much is to go; pass one of them")

@@ -1,0 +1,175 @@
+"""From what is asked for to goals of the allocator: what a model costs in parameters and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from nuteprune.console import megabytes, millions
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.checkpoint import header_bytes
+from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.costs import Cost, Goal, Outside
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.packed import count
+from nuteprune.model.shape import Shape
+from nuteprune.train.asked import KINDS, Asked
+from nuteprune.train.config import NutePruneConfig
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one checkpoint of a run is to be.
+
+    Args:
+        asked: what was asked for.
+        goal: the same for the allocator.
+        sparsity: what it comes to: what was asked for, or before units are scored.
+    """
+
+    asked: Asked
+    goal: Goal
+    sparsity: float
+
+    def record(self, sparsity: float, cache_bytes: int) -> dict[str, Any]:
+        """Return what the record of a checkpoint says of its target.
+
+        Args:
+            sparsity: the checkpoint's.
+            cache_bytes: of its KV cache, at the context that was asked for.
+        """
+        asked = {"kind": self.asked.kind, "value": self.asked.value, **self.asked.about}
+        if self.asked.kind == "memory":
+            asked["cache_bytes"] = cache_bytes
+        share = self.asked.kind in ("sparsity", "shape")
+        return {"target": self.sparsity if share else sparsity, "asked": asked}
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a model of any shape costs.
+
+    Args:
+        params: in parameters, tied ones once.
+        size: in bytes of the file, at most.
+        memory: the same with the KV cache.
+        context: tokens of each sequence's cache.
+        sequences: sequences at a time.
+    """
+
+    params: Cost
+    size: Cost
+    memory: Cost
+    context: int
+    sequences: int
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, dtype: torch.dtype, args: NutePruneConfig) -> Prices:
+        """Return the prices of a live model that is stored in a dtype."""
+        allowed = getattr(anatomy.config, "max_position_embeddings", None)
+        context, sequences = args.context or allowed or 2048, args.sequences
+        params = Cost(Budget.of(anatomy), Outside.of(anatomy))
+        tensors = {name: (list(p.shape), count(p)) for name, p in anatomy.model.named_parameters()}
+        header = header_bytes(tensors, dtype)
+        size = Cost(params.budget, params.outside, dtype.itemsize, fixed=header)
+        token = 2 * anatomy.head_dim * dtype.itemsize * sequences  # of a KV head: key and value
+        cached = tuple(token * tokens for tokens in anatomy.cached_tokens(context))
+        memory = Cost(params.budget, params.outside, dtype.itemsize, cached, header)
+        return cls(params, size, memory, context, sequences)
+
+    def cache(self, shape: Shape) -> int:
+        """Return the bytes of the KV cache of a model of a shape."""
+        pairs = zip(self.memory.kv_head, shape.layers, strict=True)
+        return sum(each * layer.kv_heads for each, layer in pairs)
+
+    def goal(self, asked: Asked) -> Goal:
+        """Return the goal of what is asked for in parameters or bytes."""
+        cost = {"params": self.params, "size": self.size, "memory": self.memory}[asked.kind]
+
+        def reach(least: float) -> str:
+            return f"leave at least {self.told(asked.kind, least)}"
+
+        return Goal(cost, asked.value, str(asked), reach, "ask for more")
+
+    def told(self, kind: str, value: float) -> str:
+        """Return what a model has of a kind of target, for people."""
+        if kind == "params":
+            return f"{millions(value) if value >= 1e6 else f'{value:,.0f}'} parameters"
+        cache = f" with the KV cache of {self.sequences} x {self.context} tokens"
+        return megabytes(value) + cache * (kind == "memory")
+
+
+def run_targets(allocator: Allocator, args: NutePruneConfig, prices: Prices) -> tuple[Target, ...]:
+    """Return what a run is to reach, sparsities growing.
+
+    Raises:
+        UserError: if one is out of the gates' reach, or asks for no cut.
+    """
+    floor = allocator.constraints.floor
+    if floor:
+        share = allocator.budget.sparsity(floor)
+        found = [Target(Asked("shape", share), allocator.goal(share), share)]
+    elif args.asked[0].kind == "sparsity":
+        found = [Target(x, allocator.goal(x.value), x.value) for x in args.asked]
+    else:
+        found = [_target(allocator, x, prices) for x in args.asked]
+    allocator.shape(allocator.equal_scores(), found[-1].goal)
+    for a, b in pairwise(found):
+        if a.sparsity >= b.sparsity:
+            raise UserError(
+                f"{a.asked} and {b.asked} come to the same model here, at {a.sparsity:.1%} "
+                "sparsity: ask for two that are further apart"
+            )
+    return tuple(found)
+
+
+def _target(allocator: Allocator, asked: Asked, prices: Prices) -> Target:
+    """Return a target in parameters or bytes, with the sparsity that it comes to by chance."""
+    goal = prices.goal(asked)
+    before = goal.cost.total(allocator.budget.shape)
+    if before <= goal.limit:
+        raise UserError(
+            f"{asked} is no less than what the model has, {prices.told(asked.kind, before)}: "
+            "nothing is to go; ask for less"
+        )
+    shape = allocator.shape(allocator.chance_scores(), goal)
+    return Target(asked, goal, allocator.budget.sparsity(shape))
+
+
+def reached(record: Mapping[str, Any]) -> float:
+    """Return what a checkpoint has of what was asked for, from what was counted in its files.
+
+    Args:
+        record: its nuteprune.json.
+    """
+    asked = record["asked"]
+    return float(
+        {
+            "params": record["params"]["after"],
+            "size": record["bytes_on_disk"],
+            "memory": record["bytes_on_disk"] + asked.get("cache_bytes", 0),
+        }.get(asked["kind"], record["sparsity"])
+    )
+
+
+def check_reached(record: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that misses its target.
+
+    Raises:
+        RunFailed: saying by how much.
+    """
+    if record["sparsity"] < record["target"] - 1e-9:  # the division rounds
+        raise RunFailed(
+            f"the target was missed: {record['sparsity']:.2%} of {record['target']:.2%}"
+        )
+    asked = record["asked"]
+    if asked["kind"] in KINDS and reached(record) > asked["value"]:
+        raise RunFailed(
+            f"the target was missed: {reached(record):.0f} where {asked['kind']} was to be "
+            f"{asked['value']:.0f} at most"
+        )

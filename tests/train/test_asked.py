@@ -1,0 +1,101 @@
+"""What users ask for: read, told in one way, and refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nuteprune.errors import UserError
+from nuteprune.train.asked import KINDS, Asked, several, spelled
+from nuteprune.train.config import NutePruneConfig
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "value"),
+    [
+        ("params", "100M", 100_000_000),
+        ("params", "1.5b", 1_500_000_000),
+        ("params", 350_000, 350_000),
+        ("params", 1e8, 100_000_000),
+        ("size", "200MB", 200_000_000),
+        ("size", "200 mib", 200 * 1024 * 1024),
+        ("size", "0.5GB", 500_000_000),
+        ("size", "12345", 12_345),
+        ("memory", "4GiB", 4 * 1024**3),
+        ("memory", "300kB", 300_000),
+    ],
+)
+def test_values_are_read_as_they_are_written(kind: str, written: Any, value: int) -> None:
+    assert several(kind, written) == (value,)
+    assert several(kind, [written]) == (value,)
+    assert several(kind, spelled(kind, value)) == (value,)
+
+
+@given(kind=st.sampled_from(list(KINDS)), value=st.integers(1, 10**15))
+def test_what_is_told_can_be_asked_for(kind: str, value: int) -> None:
+    assert several(kind, spelled(kind, value)) == (value,)
+
+
+def test_values_are_told_in_the_unit_that_suits_them() -> None:
+    assert spelled("size", 200_000_000) == "200MB"
+    assert spelled("memory", 3 * 2**29) == "1.5GiB"
+    assert spelled("params", 134_515_008) == "134515.008K"
+    assert Asked("sparsity", 0.2).folder == "sparsity-0.2"
+    assert Asked("params", 1e8).folder == "params-100M"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "written",
+    ["-5M", "0", "12 apples", "M", "", "nan", "inf", float("nan"), -1, True, None, "1e999M", "4G"],
+)
+def test_what_is_no_value_is_refused_with_an_example(kind: str, written: Any) -> None:
+    with pytest.raises(UserError, match=f"^{kind} is .*such as {KINDS[kind].such}") as error:
+        several(kind, written)
+    assert "\n" not in str(error.value)
+
+
+def test_several_fall(tmp_path: Path) -> None:
+    assert several("size", "200MB,100MB") == (200_000_000, 100_000_000)
+    for given_ in ("100MB,200MB", [1000, "1kB"]):
+        with pytest.raises(UserError, match="largest model first"):
+            several("size", given_)
+
+
+def config(tmp_path: Path, **settings: Any) -> NutePruneConfig:
+    return NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_a_config_tells_its_targets_in_one_way(tmp_path: Path) -> None:
+    args = config(tmp_path, target_params=["120000K", 1e8])
+    assert args.target_params == ["120M", "100M"]
+    assert args.asked == (Asked("params", 120_000_000), Asked("params", 100_000_000))
+    args = config(tmp_path, target_memory="1048576KiB", context=2048)
+    assert args.target_memory == "1GiB"
+    assert args.asked[0].about == {"context": 2048, "sequences": 1}
+    assert config(tmp_path, target_sparsity="0.2,0.3").asked == (
+        Asked("sparsity", 0.2),
+        Asked("sparsity", 0.3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_params": "1M", "target_size": "1MB"}, "--params and --size both say how much"),
+        ({"target_memory": "1MB", "context": 4, "shape": {"neurons": 8}}, "--memory and --shape"),
+        ({"target_memory": "1MB"}, "say for how many tokens with --context"),
+        ({"target_memory": "1MB", "context": 0}, "context is 0; it must be at least 1"),
+        ({"target_memory": "1MB", "context": 1, "sequences": 0}, "sequences is 0"),
+        ({"target_params": "3M,2M,1M", "max_steps": 2}, "3 targets need at least 3 steps"),
+    ],
+)
+def test_settings_that_contradict_are_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, **settings)
