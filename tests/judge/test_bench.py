@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,13 @@ from nuteprune.judge.bench import (
     Work,
     advice,
     compare,
-    decode_rates,
     summarize,
     time_once,
+    told,
+    verdict,
 )
 from nuteprune.judge.worker import Worker
+from tests.conftest import cache_of
 from tests.forked import server
 
 SETTING = Setting(batch_size=2, length=6, new_tokens=3)
@@ -67,22 +70,6 @@ def test_a_pass_decodes_what_generate_does(calls) -> None:
     assert torch.equal(decoded, expected[:, 6:])
 
 
-def test_models_take_turns(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = {"a": tiny_model("llama"), "b": tiny_model("qwen3")}
-    seconds = {"a": iter([9.0, 1.0, 2.0, 4.0]), "b": iter([9.0, 0.5, 0.5, 9.0])}
-    order: list[str] = []
-
-    def fake(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Timing:
-        (name,) = (n for n, m in models.items() if m is model)
-        order.append(name)
-        return Timing(0.1, next(seconds[name]))
-
-    monkeypatch.setattr("nuteprune.judge.bench.time_once", fake)
-    rates = decode_rates(models, torch.zeros(2, 4, dtype=torch.long), new_tokens=8)
-    assert order == ["a", "b"] * 4
-    assert rates == {"a": 16 / 2.0, "b": 16 / 0.5}  # the first pass only warms up
-
-
 def test_work_is_that_of_the_modules(tiny_name: str, tiny_model) -> None:
     model = tiny_model(tiny_name)
     work = Work.of(model)
@@ -96,8 +83,16 @@ def test_work_is_that_of_the_modules(tiny_name: str, tiny_model) -> None:
     assert work.blocks == sum(linears.values())
     assert work.parameters == sum(p.numel() for p in model.parameters())
     assert work.parameters - work.moved == (0 if head is table else table.numel())
-    assert work.prefill(SETTING) == 2 * (6 * work.blocks + head.numel())
-    assert work.decode(SETTING) == 4 * work.moved
+    cache = cache_of(model, torch.tensor([[5]]))
+    assert work.cached == sum(x.keys.numel() + x.values.numel() for x in cache.layers)
+    heads = model.config.num_attention_heads * model.config.num_hidden_layers
+    assert work.queries == heads * 8
+    assert (work.attention_blocks, work.mlp_blocks) == (3, 3)
+    # Of 6 tokens the first meets one key and one value, the last six.
+    met = sum(2 * work.queries * (t + 1) for t in range(6))
+    assert work.prefill(SETTING) == 2 * (6 * work.blocks + head.numel() + met)
+    # Three steps read the cache of 7, 8 and 9 tokens, of two sequences.
+    assert work.decode(SETTING) == 4 * (work.moved + 2 * 8 * work.cached)
 
 
 def test_figures_are_medians_of_rates() -> None:
@@ -111,7 +106,7 @@ def test_figures_are_medians_of_rates() -> None:
 
 
 def test_speed_is_compared_pass_by_pass_and_with_what_was_cut() -> None:
-    dense, ours = Work(200, 160, 40, 200, 4, 96), Work(120, 80, 40, 120, 4, 96)
+    dense, ours = work(blocks=160, moved=200), work(blocks=80, moved=120)
     old = [Timing(4.0, 2.0), Timing(40.0, 20.0)]  # the machine was busy in the second pass
     new = [Timing(2.0, 1.0), Timing(20.0, 10.0)]
     found = compare(SETTING, new, old, ours, dense)
@@ -119,12 +114,50 @@ def test_speed_is_compared_pass_by_pass_and_with_what_was_cut() -> None:
     assert found["prefill"]["bound"] == pytest.approx((6 * 160 + 40) / (6 * 80 + 40))
     assert found["decode"]["bound"] == pytest.approx(200 / 120)
     assert found["decode"]["reached"] == pytest.approx(2.0 * 120 / 200)
+    # Attention over the context is among the work, and so are blocks that are called no more.
+    cut = work(blocks=80, moved=120, queries=8, cached=4, attention_blocks=1)
+    whole = work(blocks=160, moved=200, queries=16, cached=8)
+    found = compare(SETTING, new, old, cut, whole)
+    assert found["prefill"]["bound"] == found["decode"]["bound"] == 3
+    cut = dataclasses.replace(cut, attention_blocks=3)
+    found = compare(SETTING, new, old, cut, whole)
+    first = 6 * 160 + 40 + 16 * 42, 6 * 80 + 40 + 8 * 42
+    assert found["prefill"]["bound"] == pytest.approx(first[0] / first[1])
+    assert found["decode"]["bound"] == pytest.approx((200 + 2 * 8 * 8) / (120 + 2 * 8 * 4))
+
+
+def work(**changes: int) -> Work:
+    sizes = {"blocks": 160, "head": 40, "moved": 200, "queries": 0, "cached": 0} | changes
+    blocks = {"attention_blocks": 3, "mlp_blocks": 3} | changes
+    return Work(**{"parameters": 200, "bytes_per_parameter": 4, "neurons": 96, **sizes, **blocks})
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "high", "passes", "said"),
+    [
+        (1.05, 1.1, 1.15, 5, "faster"),
+        (0.8, 0.9, 0.95, 5, "slower"),
+        (0.99, 1.1, 1.15, 5, "none"),
+        (0.8, 0.9, 1.0, 5, "none"),
+        (1.05, 1.1, 1.15, 4, "none"),
+        (1.1, 1.21, 1.3, 5, "noise"),
+        (0.9, 1.21, 1.3, 5, "noise"),
+        (1.1, 1.2, 1.9, 5, "faster"),
+    ],
+)
+def test_a_ratio_says_no_more_than_its_spread_and_its_bound_let_it(
+    low: float, median: float, high: float, passes: int, said: str
+) -> None:
+    ratio = {"low": low, "median": median, "high": high, "bound": 1.2}
+    assert verdict(ratio, passes) == said
+    shown = told({**ratio, "verdict": said})
+    assert (f"{median:.2f}" in shown) == (said in ("faster", "slower"))
 
 
 def test_a_model_below_its_bound_is_told_why() -> None:
     good = {"prefill": {"reached": 1.0}, "decode": {"reached": 0.95}}
     bad = {"prefill": {"reached": 1.0}, "decode": {"reached": 0.5}}
-    odd, even = Work(1, 1, 1, 1, 4, 96), Work(1, 1, 1, 1, 4, 256)
+    odd, even = work(), work(neurons=256)
     assert advice([good], odd) == []
     why, remedy = advice([good, bad], odd)
     assert why.startswith("decode reaches 50%")

@@ -378,6 +378,14 @@ def test_the_verdict_states_no_speed_that_cannot_be_told(
     assert ("as fast" in verdict(both)) == (said is not None)
 
 
+def test_the_table_shows_no_gain_that_cannot_be_told(tmp_path: Path) -> None:
+    sure = SPEED["rows"][0]  # type: ignore[index]
+    rows = [{**sure, "name": "a", "gain": 1.34}, {**sure, "name": "b", "low": 0.9}]  # type: ignore[dict-item]
+    page = page_of(a_run(tmp_path / "out", a_record(), None, speed={"rows": rows}))
+    assert "a, tokens/s 10.00 12.00 noise (bound 1.33)" in page.text
+    assert "b, tokens/s 10.00 12.00 no difference measured" in page.text
+
+
 def test_the_report_says_what_text_is_judged_and_how_it_copies(tmp_path: Path) -> None:
     copying = {
         **{"before": 64.0, "after": 32.0},

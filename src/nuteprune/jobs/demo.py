@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
@@ -18,12 +16,14 @@ from nuteprune.export.record import weights_size
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import Result, one_shot, run
 from nuteprune.jobs.show import print_report
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
-from nuteprune.judge.bench import decode_rates
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype
+from nuteprune.jobs.timing import for_report, measure
+from nuteprune.judge.bench import PASSES, Setting, told
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples, write_extra
 from nuteprune.judge.samples import continuations
 from nuteprune.run_folder import RUN, SAMPLES, SPEED
+from nuteprune.train.asked import SETTINGS
 from nuteprune.train.state import last_checkpoint
 
 DEFAULTS = {"max_steps": 60, "target_sparsity": 0.2}
@@ -31,6 +31,7 @@ MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
 PROMPT = "The history of bread begins"
 FOLDER = Path("nuteprune-demo")
+TIMED = Setting(batch_size=1, length=256, new_tokens=32)
 
 
 def fetch(output: Output) -> None:
@@ -42,7 +43,7 @@ def fetch(output: Output) -> None:
 def with_defaults(job: PruneJob) -> PruneJob:
     """Return a job with the demo's own defaults where nothing else is said."""
     defaults = dict(DEFAULTS)
-    if "shape" in job.settings:
+    if SETTINGS.keys() & job.settings.keys():
         del defaults["target_sparsity"]
     if not MEMORY.keys() & job.settings.keys():
         defaults |= MEMORY
@@ -51,7 +52,7 @@ def with_defaults(job: PruneJob) -> PruneJob:
 
 
 def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
-    """Prune, compare and print; returns the record with `one_shot` and decoded tokens/s."""
+    """Prune, compare and print; returns the record with `one_shot` and what was measured."""
     result = run(with_defaults(job), output)
     if result is None:
         return None
@@ -80,52 +81,56 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     gc.collect()  # a trainer and its callbacks point at each other: make room for three models
     with tempfile.TemporaryDirectory() as folder:
         plain = one_shot(job, result.scores, result.held_out, Path(folder))
+        with output.bars() as bars:
+            names, kind = [str(out), DEMO], pick_device(job.device)
+            speed = measure(names, [TIMED], PASSES, None, kind, dtype, bars)
+        print_table(record, plain, speed, output)
         models = {
             "dense": load_model(DEMO, dtype),
             "one-shot": load_pruned(folder, dtype=dtype),
             "NutePrune": load_pruned(out, dtype=dtype),
         }
-        prompt_BT = next(iter(result.held_out.values()))[:1, :64]
-        rates = decode_rates(models, prompt_BT)
-        print_table(record, plain, rates, output)
         tokenizer = load_tokenizer(DEMO)
         ids_BT = tokenizer(PROMPT, return_tensors="pt").input_ids
         texts = {name: continuations(x, tokenizer, ids_BT)[0] for name, x in models.items()}
     for name in ("dense", "NutePrune"):
         output.line(f"{name}: {PROMPT}{texts[name]}")
     output.line()
-    keep_for_report(job.out / RUN, rates, texts)
+    keep_for_report(job.out / RUN, speed, texts)
     output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
     print_report(job, output)
     return {
         "out": str(out),
         **record,
         "one_shot": plain["perplexity"]["after"],
-        "decode_tokens_per_second": rates,
+        "decode_tokens_per_second": decoded(speed),
+        "speedup": speed["settings"][0]["speedup"],
     }
 
 
-def keep_for_report(run: Path, rates: Mapping[str, float], texts: Mapping[str, str]) -> None:
+def decoded(speed: Mapping[str, Any]) -> dict[str, float]:
+    """Return the median rates of decoding, in tokens per second."""
+    ours, dense = speed["settings"][0]["models"].values()
+    rates = {"dense": dense, "NutePrune": ours}
+    return {name: found["decode_tokens_per_second"]["median"] for name, found in rates.items()}
+
+
+def keep_for_report(run: Path, speed: dict[str, Any], texts: Mapping[str, str]) -> None:
     """Write down what the report shows beside the record: speed, and one more sample."""
-    speed = {
-        "name": "decode, batch 1",
-        "unit": "tokens/s",
-        "dense": rates["dense"],
-        "pruned": rates["NutePrune"],
-        "better": "higher",
-    }
-    conditions = f"cpu, {torch.get_num_threads()} threads"
-    write_extra(run, SPEED, {"conditions": conditions, "rows": [speed]})
+    write_extra(run, SPEED, {**speed, **for_report(speed)})
     sample = {"prompt": PROMPT, "dense": texts["dense"], "pruned": texts["NutePrune"]}
     write_extra(run, SAMPLES, [sample, *read_samples(run)])
 
 
 def print_table(
-    record: dict[str, Any], plain: dict[str, Any], rates: Mapping[str, float], output: Output
+    record: dict[str, Any], plain: dict[str, Any], speed: Mapping[str, Any], output: Output
 ) -> None:
     """Print parameters, size, held-out perplexity and speed of the three models."""
     sources = list(record["perplexity"]["before"])
     dense_size = weights_size(assets.model_folder())
+    ratios = speed["settings"][0]["speedup"]
+    phases = ("prefill", "decode")
+    times = {"dense": ["1 x"] * 2, "NutePrune": [told(ratios[phase]) for phase in phases]}
 
     def row(name: str, of: dict[str, Any], when: str, size: int) -> list[str]:
         ppl, copied = of["perplexity"][when], of.get("copying", {}).get(when)
@@ -135,7 +140,7 @@ def print_table(
             *cells,
             f"{mean(ppl):.2f}",
             "-" if copied is None else f"{copied:.0f} %",
-            f"{rates[name]:.1f}",
+            *times.get(name, ["-"] * 2),
         ]
 
     def written(name: str, of: dict[str, Any]) -> list[str]:
@@ -144,7 +149,7 @@ def print_table(
     output.line()
     output.table(
         f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; copied from context",
-        ["", "params", "on disk", *sources, "mean", "copies", "tok/s"],
+        ["", "params", "on disk", *sources, "mean", "copies", *phases],
         [
             row("dense", record, "before", dense_size),
             written("one-shot", plain),
@@ -155,5 +160,10 @@ def print_table(
     output.line(
         f"{record['total_sparsity']:.1%} of all parameters are gone; perplexity is {ratio:.2f} x "
         f"that of the dense model; {record['seconds']:.0f} s"
+    )
+    bounds = " and ".join(f"{x} {ratios[x]['bound']:.2f} x" for x in phases)
+    output.line(
+        f"Speed beside the dense model: medians of {speed['repeats']} pairs of passes, batch 1, "
+        f"{TIMED.length} + {TIMED.new_tokens} tokens. What is gone allows {bounds} at most"
     )
     output.line()

@@ -21,6 +21,8 @@ from nuteprune.model.anatomy import Anatomy
 
 GOOD = 0.9
 """Share of the bound that counts as reached."""
+PASSES = 5
+"""Fewer passes than this tell nothing of a difference."""
 _EASY_MULTIPLE = 128  # matrix sizes that kernels of all kinds tile evenly
 
 
@@ -50,6 +52,10 @@ class Work:
         moved: those that every decoded token reads: all but an embedding of which it reads a row.
         bytes_per_parameter: as the model is held in memory.
         neurons: greatest common divisor of the layers' neuron counts.
+        queries: features of all layers' queries.
+        cached: keys and values that all layers keep of a token.
+        attention_blocks: attention blocks, which are as many rounds of calls.
+        mlp_blocks: MLPs, likewise.
     """
 
     parameters: int
@@ -58,12 +64,16 @@ class Work:
     moved: int
     bytes_per_parameter: int
     neurons: int
+    queries: int
+    cached: int
+    attention_blocks: int
+    mlp_blocks: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Work:
         """Count a model."""
         anatomy = Anatomy(model)
-        everything = anatomy.parameters()
+        layers, everything = anatomy.shape.layers, anatomy.parameters()
         table = 0 if anatomy.tied else anatomy.embedding.weight.numel()
         return cls(
             everything,
@@ -71,16 +81,36 @@ class Work:
             anatomy.head.weight.numel(),
             everything - table,
             model.dtype.itemsize,
-            math.gcd(*(layer.neurons for layer in anatomy.shape.layers)),
+            math.gcd(*(layer.neurons for layer in layers)),
+            anatomy.head_dim * sum(layer.heads for layer in layers),
+            2 * anatomy.head_dim * sum(layer.kv_heads for layer in layers),
+            sum(layer.attention for layer in layers),
+            sum(layer.mlp for layer in layers),
         )
 
     def prefill(self, setting: Setting) -> int:
-        """Multiply-adds with weights in a prefill; the head serves only the last token."""
-        return setting.batch_size * (setting.length * self.blocks + self.head)
+        """Multiply-adds in a prefill; the head serves only the last token.
 
-    def decode(self, setting: Setting) -> int:
-        """Bytes of weights that a decoding step reads, whatever the batch."""
-        return self.moved * self.bytes_per_parameter
+        A token's queries meet the keys and the values of all tokens up to it.
+        """
+        met = self.queries * setting.length * (setting.length + 1)
+        return setting.batch_size * (setting.length * self.blocks + self.head + met)
+
+    def decode(self, setting: Setting) -> float:
+        """Bytes that a decoding step reads on average: weights, whatever the batch, and cache."""
+        held = setting.length + (setting.new_tokens + 1) / 2
+        return self.bytes_per_parameter * (self.moved + setting.batch_size * held * self.cached)
+
+    def calls(self, dense: Work) -> float:
+        """Return how many times fewer rounds of calls there are than in the dense model.
+
+        Of parts that take turns, none gains more than the part that gains most.
+        """
+        pairs = (
+            (dense.attention_blocks, self.attention_blocks),
+            (dense.mlp_blocks, self.mlp_blocks),
+        )
+        return max(old / max(1, new) for old, new in pairs)
 
 
 @dataclass(frozen=True)
@@ -140,33 +170,6 @@ def _wait(model: PreTrainedModel) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def decode_rates(
-    models: Mapping[str, PreTrainedModel],
-    prompt_BT: Tensor,
-    new_tokens: int = 32,
-    repeats: int = 3,
-) -> dict[str, float]:
-    """Measure decoding of models in one process, in turn, so that drift hits all alike.
-
-    Args:
-        models: name -> model.
-        prompt_BT: token ids that decoding starts from.
-        new_tokens: tokens decoded per repeat.
-        repeats: counted repeats, after one to warm up.
-
-    Returns:
-        Name -> median of tokens per second, over the whole batch, prompt not counted.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(repeats + 1):
-        for name, model in models.items():
-            timing = time_once(model, prompt_BT.to(model.device), new_tokens)
-            if repeat:
-                seconds[name].append(timing.decode)
-    tokens = new_tokens * prompt_BT.shape[0]
-    return {name: tokens / statistics.median(times) for name, times in seconds.items()}
-
-
 def summarize(setting: Setting, timings: Sequence[Timing]) -> dict[str, Any]:
     """Return one model's figures in one setting, fit for JSON.
 
@@ -190,7 +193,7 @@ def compare(
     dense: Sequence[Timing],
     our_work: Work,
     dense_work: Work,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Return how many times faster a model is than the dense one, and what its size allows.
 
     Args:
@@ -201,27 +204,57 @@ def compare(
         dense_work: what the dense one has.
 
     Returns:
-        Phase (`prefill`, `decode`) -> `median`, `low`, `high` of the paired ratios, `bound` (the
-        ratio of the work, that with the context left aside) and `reached`, the median's share of
-        the bound.
+        Phase (`prefill`, `decode`) -> `median`, `low`, `high` of the paired ratios, `bound` (what
+        the work and the calls that are gone allow), `reached`, the median's share of the bound,
+        and `verdict`.
     """
     pairs = list(zip(dense, ours, strict=True))
     ratios = {
         "prefill": [old.first_token / new.first_token for old, new in pairs],
         "decode": [old.decode / new.decode for old, new in pairs],
     }
+    calls = our_work.calls(dense_work)
     bounds = {
         "prefill": dense_work.prefill(setting) / our_work.prefill(setting),
         "decode": dense_work.decode(setting) / our_work.decode(setting),
     }
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for phase, values in ratios.items():
-        spread, bound = Spread.of(values), bounds[phase]
-        found[phase] = {**asdict(spread), "bound": bound, "reached": spread.median / bound}
+        spread, bound = Spread.of(values), max(bounds[phase], calls)
+        figures = {**asdict(spread), "bound": bound, "reached": spread.median / bound}
+        found[phase] = {**figures, "verdict": verdict(figures, len(values))}
     return found
 
 
-def advice(comparisons: Sequence[Mapping[str, Mapping[str, float]]], work: Work) -> list[str]:
+def verdict(ratio: Mapping[str, float], passes: int = PASSES) -> str:
+    """Return what a ratio of times says: `faster`, `slower`, `none` (no difference), or `noise`.
+
+    A ratio above its bound says that the machine was not the same for both.
+
+    Args:
+        ratio: `median`, `low`, `high` and `bound`.
+        passes: how many pairs of passes it is of; too few of them say nothing.
+    """
+    if ratio["median"] > ratio["bound"]:
+        return "noise"
+    if passes < PASSES or ratio["low"] <= 1 <= ratio["high"]:
+        return "none"
+    return "faster" if ratio["median"] > 1 else "slower"
+
+
+def told(ratio: Mapping[str, Any]) -> str:
+    """Return what a ratio of times says, for people.
+
+    Args:
+        ratio: `median`, `bound` and `verdict`.
+    """
+    found = ratio["verdict"]
+    if found == "noise":
+        return f"noise (bound {ratio['bound']:.2f})"
+    return "no difference measured" if found == "none" else f"{ratio['median']:.2f} x"
+
+
+def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -> list[str]:
     """Return what to say where a model stays below its bound.
 
     Args:

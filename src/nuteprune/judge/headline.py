@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nuteprune.data.specs import SELF
+from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, calibrated_on, kind_of
@@ -41,7 +42,7 @@ def verdict(files: RunFiles) -> str:
     if copied := _copied(record):
         then, now = (f"{number(share)}{THIN}%" for share in copied)
         parts.append(f"it copies {now} of random tokens from its context ({then} before)")
-    if gains := _told_gains(files.speed):
+    if gains := told_gains(files.speed):
         span = dict.fromkeys((number(gains[0]), number(gains[-1])))
         parts.append(f"it runs {' to '.join(span)}{THIN}× as fast")
     # A run stores what it reached; rounding errors of its division are none of the reader's.
@@ -88,7 +89,7 @@ def headline(
             (
                 "Speed",
                 [
-                    _compared(f"{x['name']}, {x['unit']}", x["dense"], x["pruned"], _gain(x))
+                    (f"{x['name']}, {x['unit']}", number(x["dense"]), number(x["pruned"]), _told(x))
                     for x in speed["rows"]
                 ],
             )
@@ -139,20 +140,28 @@ def _gain(row: Mapping[str, Any]) -> float:
     return float(better / worse) if worse else math.nan
 
 
-def _told_gains(speed: Mapping[str, Any] | None) -> list[float]:
+def told_gains(speed: Mapping[str, Any] | None) -> list[float]:
     """Return the gains in speed that a verdict may state, growing; none if one row is doubtful.
 
     Rows without a spread and a bound are doubtful. So are gains within their spread, and those
     beyond what the work saved allows. To leave out the doubtful rows alone would pick the best.
     """
     rows = [row for row in (speed or {}).get("rows", []) if row["better"] == "higher"]
-    if not all(_is_sure(row) for row in rows):
+    if not all(_verdict(row) in ("faster", "slower") for row in rows):
         return []
     return sorted(_gain(row) for row in rows)
 
 
-def _is_sure(row: Mapping[str, Any]) -> bool:
+def _verdict(row: Mapping[str, Any]) -> str | None:
+    """Return what a row's gain says; None where it has no spread or no bound to tell it by."""
     if not all(key in row for key in ("gain", "low", "high", "bound")):
-        return False
-    differs = row["low"] > 1 or row["high"] < 1
-    return bool(differs and row["gain"] <= row["bound"])
+        return None
+    return str(row.get("verdict") or bench.verdict({**row, "median": row["gain"]}))
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """Return a row's gain as the table shows it."""
+    found = _verdict(row)
+    if found in ("none", "noise"):
+        return bench.told({"median": row["gain"], "bound": row["bound"], "verdict": found})
+    return f"×{THIN}{number(_gain(row))}"

@@ -8,9 +8,9 @@ if something wrote them, two small files that the report shows as they are:
                   "pruned": number, "better": "higher" or "lower", "gain": number, "low": number,
                   "high": number, "bound": number}, ...], "notes": [text, ...]}: medians of a
                   benchmark. The gain says how many times better, where it is not the ratio of the
-                  two; low and high are its spread; the bound is what the work saved allows. Notes
-                  say what there is to say. All from the gain on may be left out; without spread
-                  and bound the verdict states no speed.
+                  two; low and high are its spread; the bound is what the work saved allows; the
+                  verdict is that of bench. Notes say what there is to say. All from the gain on
+                  may be left out; without spread and bound the verdict states no speed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import to_json, write_text
 from nuteprune.model.family import GATE_KINDS
-from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGET
+from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
 from nuteprune.train.state import RunState, last_checkpoint
 
 _RECORD_KEYS = ("sparsity", "target", "total_sparsity", "params", "layers", "layers_before")
@@ -91,7 +91,7 @@ def read_run(folder: Path) -> RunFiles:
     root = folder.parent if run == folder and folder.name == RUN else folder
     record = _record(root) if (root / RECORD).is_file() else _last_target(root)
     metrics = _metrics(run / METRICS)
-    if record is not None and not metrics and root.name.startswith(TARGET):
+    if record is not None and not metrics and root.name.startswith(TARGETS):
         shared = _metrics(root.parent / RUN / METRICS)
         metrics = [x for x in shared if x.get("target", 0) <= record["target"] + 1e-9]
     if record is None and not metrics:
@@ -155,7 +155,7 @@ def teacher_sparsities(files: RunFiles) -> list[float] | None:
 
 def _last_target(root: Path) -> dict[str, Any] | None:
     """Return the record of the highest target, where a run had several."""
-    found = [_record(path.parent) for path in root.glob(f"{TARGET}*/{RECORD}")]
+    found = [_record(x.parent) for name in TARGETS for x in root.glob(f"{name}*/{RECORD}")]
     return max(found, key=lambda record: record["target"], default=None)
 
 

@@ -1,0 +1,183 @@
+"""Speed as it is measured everywhere: models in processes of their own, in turns, pair by pair."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import PreTrainedModel
+
+from nuteprune.console import Bars
+from nuteprune.errors import UserError
+from nuteprune.export.record import weights_size
+from nuteprune.jobs.sources import load_model, locate
+from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize, told
+from nuteprune.judge.worker import Worker
+
+REPORTED = (
+    ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),
+    ("decode", "tokens/s", "decode_tokens_per_second", 1, "higher", "decode"),
+    ("first token", "ms", "first_token_seconds", 1000, "lower", "prefill"),
+)
+"""Rows of the report: name, unit, key of the figure and its scale, which way is better, phase."""
+
+
+def measure(
+    names: Sequence[str],
+    settings: Sequence[Setting],
+    repeats: int,
+    threads: int | None,
+    device: str,
+    dtype: torch.dtype,
+    bars: Bars,
+) -> dict[str, Any]:
+    """Time one model, or a model and the dense one.
+
+    Args:
+        names: the model, and the dense one if they are compared.
+        settings: what is timed.
+        repeats: counted passes of each, after one to warm up.
+        threads: on a CPU; None: as many as torch takes.
+        device: `cpu` or `cuda`.
+        dtype: what is computed in.
+        bars: where progress is shown.
+
+    Returns:
+        All figures, fit for JSON; see docs/json.md.
+
+    Raises:
+        UserError: if a model has too few positions.
+    """
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(name, partial(_load, name, dtype, device), threads))
+            for name in names
+        }
+        _check_positions(workers, settings)
+        timings = [_time(workers, setting, repeats, bars) for setting in settings]
+    found = _result(workers, settings, timings)
+    about = {"device": device, "dtype": str(dtype).removeprefix("torch."), "repeats": repeats}
+    return {**found, **about}
+
+
+def _load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    model = load_model(name, dtype)
+    model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+def _check_positions(workers: dict[str, Worker], settings: Sequence[Setting]) -> None:
+    for name, worker in workers.items():
+        longest = max(x.length + x.new_tokens for x in settings)
+        if worker.about.positions is not None and longest > worker.about.positions:
+            raise UserError(
+                f"{name} has {worker.about.positions} positions, and a prompt with its new tokens "
+                f"takes {longest}; pass smaller --lengths or --new-tokens"
+            )
+
+
+def _time(
+    workers: dict[str, Worker], setting: Setting, repeats: int, bars: Bars
+) -> dict[str, list[Timing]]:
+    """Let the workers take turns, in an order that turns round each time."""
+    timings: dict[str, list[Timing]] = {name: [] for name in workers}
+    what = f"batch {setting.batch_size}, prompt {setting.length}"
+    for repeat in range(repeats + 1):
+        for name in list(workers)[:: -1 if repeat % 2 else 1]:
+            timing = workers[name].time(setting)
+            if repeat:
+                timings[name].append(timing)
+        bars.update(what, repeat, repeats)
+    return timings
+
+
+def _result(
+    workers: dict[str, Worker],
+    settings: Sequence[Setting],
+    timings: Sequence[dict[str, list[Timing]]],
+) -> dict[str, Any]:
+    """Return all figures, fit for JSON."""
+    first = next(iter(workers.values()))
+    models = {
+        name: {
+            **dataclasses.asdict(worker.about.work),
+            "bytes_in_memory": worker.about.work.parameters * worker.about.work.bytes_per_parameter,
+            "bytes_on_disk": _on_disk(name),
+        }
+        for name, worker in workers.items()
+    }
+    measured = []
+    for setting, found in zip(settings, timings, strict=True):
+        entry: dict[str, Any] = {
+            **dataclasses.asdict(setting),
+            "models": {name: summarize(setting, passes) for name, passes in found.items()},
+        }
+        if len(workers) == 2:
+            (ours, dense), works = found.values(), [x.about.work for x in workers.values()]
+            entry["speedup"] = compare(setting, ours, dense, *works)
+        measured.append(entry)
+    faster = [entry["speedup"] for entry in measured if "speedup" in entry]
+    return {
+        "model": first.name,
+        "against": list(workers)[1] if len(workers) == 2 else None,
+        "hardware": first.about.hardware,
+        "threads": first.about.threads,
+        "attention": first.about.attention,
+        "models": models,
+        "settings": measured,
+        "advice": advice(faster, first.about.work),
+    }
+
+
+def _on_disk(name: str) -> int | None:
+    """Return the bytes of a model's weight files, None where they cannot be told."""
+    folder = Path(locate(name))
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (LocalEntryNotFoundError, HfHubHTTPError, ValueError):
+            return None
+    return weights_size(folder) or None
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Return what a measurement was made on and how, in a line."""
+    threads = ""
+    if found["device"] == "cpu":
+        threads = f", {found['threads']} thread{'s' if found['threads'] != 1 else ''}"
+    return (
+        f"{found['hardware']}{threads}, {found['dtype']}, {found['attention']} attention, KV "
+        f"cache; medians of {found['repeats']} passes"
+    )
+
+
+def for_report(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the medians as the report reads them: rows of dense next to pruned."""
+    rows = []
+    for setting in found["settings"]:
+        ours, dense = setting["models"].values()
+        size = f"batch {setting['batch_size']}, {setting['length']} tokens"
+        for name, unit, key, scale, better, phase in REPORTED:
+            old, new = (scale * x[key]["median"] for x in (dense, ours))
+            row = {"name": f"{name}, {size}", "unit": unit, "dense": old, "pruned": new}
+            ratio = setting["speedup"][phase]
+            kept = {k: ratio[k] for k in ("low", "high", "bound", "verdict")}
+            rows.append({**row, "better": better, "gain": ratio["median"], **kept})
+    shares = [_against_bound(setting) for setting in found["settings"]]
+    return {"conditions": conditions(found), "rows": rows, "notes": [*shares, *found["advice"]]}
+
+
+def _against_bound(setting: dict[str, Any]) -> str:
+    said = (
+        f"{phase} {told(ratio)}, where what is gone allows {ratio['bound']:.2f} x "
+        f"({ratio['reached']:.0%})"
+        for phase, ratio in setting["speedup"].items()
+    )
+    return f"batch {setting['batch_size']}, {setting['length']} tokens: {', '.join(said)}"
