@@ -81,6 +81,7 @@ TINY: dict[str, list[str]] = {
     "export": [],
     "inspect": [],
     "report": [],
+    "vocab": [],
 }
 """Command -> options that make it small; of an option that is given twice the last one counts."""
 TINY["demo"] = TINY["prune"]

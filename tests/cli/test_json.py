@@ -154,6 +154,14 @@ def test_export(run: Run) -> None:
     check(last(run, "export", "small", "--to", "gguf", "--out", "new.gguf"), schema("export"))
 
 
+def test_vocab(run: Run) -> None:
+    words = ("vocab", DENSE, "--data", "my_text.jsonl", "--keep", "280", "--out", "new")
+    known = merged(schema("prune"), schema("vocab"))
+    del known["perplexity.protocol"], known["peak_memory_bytes"]
+    known["peak_memory_bytes"] = ("integer", True)
+    check(last(run, *words), known)
+
+
 def test_report(run: Run) -> None:
     check(last(run, "report", "small"), schema("report"))
 

@@ -55,3 +55,22 @@ def test_a_recovery_is_made_again_from_the_target_that_it_was_of() -> None:
         "nuteprune recover out-1 --data demo --epochs 0.5 --out out",
     ]
     assert reproduce.commands({"recover": first}, "out") == []
+
+
+def test_a_target_of_another_kind_is_named_as_its_folder_is() -> None:
+    config = {"model": "demo", "target_size": ["200MB", "150MB"]}
+    record = {
+        "config": config,
+        "target": 0.33,
+        "asked": {"kind": "size", "value": 200_000_000},
+        "recover": {"data": "demo", "steps": 7},
+    }
+    pruning, tuning = (" ".join(parts) for parts in reproduce.commands(record, "out"))
+    assert pruning == "nuteprune prune demo --size 200MB,150MB --out out-0"
+    assert tuning.startswith("nuteprune recover out-0/size-200MB ")
+
+
+def test_a_vocabulary_is_cut_again_by_its_own_command() -> None:
+    record = {"config": {"model": "demo", "data": ["a b.txt"], "keep": 300}, "target": 0.0}
+    (parts,) = reproduce.commands(record, "out")
+    assert " ".join(parts) == "nuteprune vocab demo --data 'a b.txt' --keep 300 --out out"

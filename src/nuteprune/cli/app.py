@@ -40,7 +40,7 @@ def _root(
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
     # Imported here, so that libraries are quiet by the time they are loaded.
-    from nuteprune.cli import bench, demo, evaluate, export, inspect, prune, recover, report
+    from nuteprune.cli import bench, demo, evaluate, export, inspect, prune, recover, report, vocab
 
     app = typer.Typer(
         name="nuteprune",
@@ -58,6 +58,7 @@ def make_app() -> typer.Typer:
     app.command("export")(export.export)
     app.command("inspect")(inspect.inspect)
     app.command("report")(report.report)
+    app.command("vocab")(vocab.vocab)
     return app
 
 

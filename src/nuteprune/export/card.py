@@ -23,10 +23,9 @@ _CARD = """\
 {metadata}
 ---
 
-# {name}, {sparsity:.1%} of its decoder removed
+# {name}, {what}
 
-{base_model} with {sparsity:.1%} of the parameters of its decoder layers' projections physically
-removed ({total:.1%} of all parameters) by structured pruning{taught}
+{base_model} with {removed}{taught}
 ([arXiv 2402.09773](https://arxiv.org/abs/2402.09773)), made with `nuteprune` {version}.
 
 | | dense | pruned | |
@@ -83,8 +82,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         metadata=_metadata(record).to_yaml().strip(),
         name=_plain(_short(base_model)),
         base_model=_plain(base_model),
-        sparsity=record["sparsity"],
-        total=record["total_sparsity"],
+        **_said(record),
         taught=_taught(record) + _again(record),
         version=record["versions"]["nuteprune"],
         table=_table(record),
@@ -99,6 +97,24 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         tuned=_tuned(record),
         text=_calibrated_on(record.get("config", {})),
     )
+
+
+def _said(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is gone, for the title and for the first sentence."""
+    what, removed = [], []
+    if (share := record["sparsity"]) > 0:
+        what.append(f"{share:.1%} of its decoder removed")
+        removed.append(
+            f"{share:.1%} of the parameters of its decoder layers' projections physically\nremoved "
+            f"({record['total_sparsity']:.1%} of all parameters) by structured pruning"
+        )
+    vocab = record.get("vocab") or next(
+        (x["vocab"] for x in reversed(record.get("history", ())) if "vocab" in x), None
+    )
+    if vocab:
+        what.append(f"a vocabulary of {vocab['after']} tokens")
+        removed.append(f"a vocabulary of {vocab['after']} tokens")
+    return {"what": ", ".join(what), "removed": " and ".join(removed)}
 
 
 def _again(record: Mapping[str, Any]) -> str:

@@ -33,7 +33,10 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
     family = family_named(config.model_type)
     before, after = shapes_of(record)
     source = Source(family, config, after, biases_of(family, counted["tensors"]))
-    parts = parts_of(source, before, counted["tensors"], record["params"])
+    rows = record.get("vocab", {"before": 1, "after": 1})
+    parts = parts_of(
+        source, before, counted["tensors"], record["params"], (rows["before"], rows["after"])
+    )
     multiples = multiples_of(source)
     found = warnings(source)
     if counted["total"] != record["params"]["after"]:
@@ -88,7 +91,11 @@ def biases_of(family: Family, tensors: Tensors) -> dict[str, bool]:
 
 
 def parts_of(
-    source: Source, before: Shape, tensors: Tensors, params: Mapping[str, int]
+    source: Source,
+    before: Shape,
+    tensors: Tensors,
+    params: Mapping[str, int],
+    rows: tuple[int, int] = (1, 1),
 ) -> dict[str, tuple[int, int]]:
     """Return the parameters of each part: before (by its dimensions), after (in the files).
 
@@ -97,6 +104,7 @@ def parts_of(
         before: dimensions of the dense one.
         tensors: what the files hold, name -> shape.
         params: the record's counts of the dense model.
+        rows: of the embedding before and after, where some are gone.
     """
     family, after = source.family, source.shape
     budget = Budget(family, before, source.head_dim, source.biases)
@@ -115,7 +123,9 @@ def parts_of(
     }
     outside = [n for n in tensors if not n.startswith((prefix, f"{family.final_norm}."))]
     new["embedding and head"] = _count(tensors, outside)
-    old["embedding and head"] = new["embedding and head"] * before.hidden // after.hidden
+    old["embedding and head"] = (
+        new["embedding and head"] * before.hidden // after.hidden * rows[0] // rows[1]
+    )
     new["norms"] = _count(tensors, tensors) - sum(new.values())
     old["norms"] = params["before"] - sum(old.values())
     return {name: (old[name], new[name]) for name in old}

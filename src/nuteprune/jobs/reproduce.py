@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from nuteprune.jobs.job import PruneJob, RecoverJob
-from nuteprune.run_folder import TARGET
+from nuteprune.train.asked import KINDS, Asked
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.settings import CALL, declared, word
 
@@ -62,8 +62,10 @@ def commands(record: Mapping[str, Any], out: str) -> list[list[str]]:
     first = command(record, names[0])
     if not first:
         return []
-    if isinstance(settings(record).get("target_sparsity"), list):  # each has a folder of its own
-        names[0] += f"/{TARGET}{record['target']:g}"
+    targets = ("target_sparsity", *(kind.setting for kind in KINDS.values()))
+    if any(isinstance(settings(record).get(x), list) for x in targets):  # each has its own folder
+        asked = record.get("asked", {"kind": "sparsity", "value": record["target"]})
+        names[0] += f"/{Asked(asked['kind'], asked['value']).folder}"
     between = zip(tunings, names[:-1], names[1:], strict=True)
     return [first, *(_tuning(entry, *pair) for entry, *pair in between)]
 
@@ -90,6 +92,10 @@ def command(record: Mapping[str, Any], out: str) -> list[str]:
     model = record.get("config", {}).get("model")
     if model is None:
         return []
+    if (keep := record["config"].get("keep")) is not None:  # its vocabulary was cut
+        named = [f"--data {shlex.quote(spec)}" for spec in record["config"]["data"]]
+        start = f"nuteprune vocab {shlex.quote(model)}"
+        return [start, *named, f"--keep {keep}", f"--out {shlex.quote(out)}"]
     parts = [f"nuteprune prune {shlex.quote(model)}"]
     rest = []
     for key, value in settings(record).items():

@@ -1,0 +1,139 @@
+"""A checkpoint with fewer tokens: its embedding, its head, its settings and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.loading import build
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import family_named
+from nuteprune.shrink.vocabulary import Merges, cut_tokenizer, renumber
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files of a tokenizer that are kept; others hold the full vocabulary."""
+_TEMPLATE = "chat_template.jinja"
+
+
+def merges_of(tokenizer: PreTrainedTokenizerBase) -> Merges:
+    """Return what the tokens of a tokenizer are made of.
+
+    Raises:
+        UserError: if it is no BPE tokenizer that can spell any bytes.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"the tokenizer is a {type(tokenizer).__name__} without tokenizer.json; a vocabulary "
+            "can be made smaller of BPE tokenizers that have one"
+        )
+    return Merges(json.loads(backend.to_str()))
+
+
+@torch.no_grad()
+def cut_model(anatomy: Anatomy, kept: Sequence[int]) -> PreTrainedModel:
+    """Return a model of the same class with some of the rows of its embedding and head.
+
+    Args:
+        anatomy: the model; it stays as it is.
+        kept: ids that stay, growing.
+    """
+    model, new = anatomy.model, {old: i for i, old in enumerate(kept)}
+    rows = torch.tensor(list(kept))
+    cut = {id(x) for x in (anatomy.embedding.weight, anatomy.head.weight, anatomy.head.bias)}
+    state = {
+        name: p.detach()[rows].clone() if id(p) in cut else p.detach()
+        for name, p in model.named_parameters()
+    }
+    values = renumber(model.config.to_dict(), new) | {"vocab_size": len(kept)}
+    small = build(type(model.config).from_dict(values), state)
+    settings = renumber(model.generation_config.to_dict(), new)
+    small.generation_config = GenerationConfig.from_dict(settings)
+    return small
+
+
+def cut_tokenizer_of(
+    tokenizer: PreTrainedTokenizerBase, merges: Merges, kept: Sequence[int], model_type: str
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with some of the tokens, read back from its files.
+
+    Args:
+        tokenizer: the full one.
+        merges: of `merges_of`.
+        kept: ids that stay, growing.
+        model_type: of the model.
+    """
+    new = {old: i for i, old in enumerate(kept)}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokenizer.save_pretrained(folder)
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in (*_FILES, _TEMPLATE):
+                path.unlink()
+        content = json.dumps(cut_tokenizer(merges, kept), ensure_ascii=False)
+        (folder / _FILES[0]).write_text(content, encoding="utf-8")
+        settings = json.loads((folder / _FILES[1]).read_text(encoding="utf-8"))
+        named = settings.get("added_tokens_decoder")
+        if named:
+            settings["added_tokens_decoder"] = {new[int(i)]: x for i, x in named.items()}
+        text = json.dumps(settings, ensure_ascii=False)
+        (folder / _FILES[1]).write_text(text, encoding="utf-8")
+        config = PreTrainedConfig.from_dict({"model_type": family_named(model_type).model_type})
+        return AutoTokenizer.from_pretrained(folder, config=config)
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of what a tokenizer adds to text, and of its chat template."""
+    found = set(tokenizer("").input_ids)
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    if not tokenizer.chat_template:
+        return found
+    for begun in (False, True):
+        rendered = tokenizer.apply_chat_template(
+            turns[: 1 + (not begun)], tokenize=False, add_generation_prompt=begun
+        )
+        found |= set(tokenizer(str(rendered), add_special_tokens=False).input_ids)
+    return found
+
+
+def check_spelling(
+    full: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, texts: Iterable[str]
+) -> int:
+    """Hold a tokenizer to the one that it was cut from: the same text comes back of text.
+
+    Args:
+        full: the tokenizer before.
+        small: the tokenizer after.
+        texts: what is compared.
+
+    Returns:
+        How many texts there were.
+
+    Raises:
+        RunFailed: naming the first text that differs.
+    """
+    count = 0
+    for text in texts:
+        count += 1
+        before, after = (
+            x.decode(x(text, add_special_tokens=False).input_ids) for x in (full, small)
+        )
+        if before != after:
+            raise RunFailed(
+                f"the smaller tokenizer makes {after[:60]!r} of {text[:60]!r}, the full one "
+                f"{before[:60]!r}: this tokenizer cannot be cut"
+            )
+    return count

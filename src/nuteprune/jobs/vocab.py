@@ -1,0 +1,191 @@
+"""The job of `vocab`: a checkpoint with fewer tokens, those that a text needs most."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.console import Output, megabytes, millions
+from nuteprune.data.self_written import write_text
+from nuteprune.data.specs import SELF, iter_documents
+from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import as_stored
+from nuteprune.export.gguf_vocab import PROBES
+from nuteprune.export.record import write_pruned
+from nuteprune.export.vocabulary import (
+    check_spelling,
+    cut_model,
+    cut_tokenizer_of,
+    merges_of,
+    template_tokens,
+)
+from nuteprune.gates.budget import Budget
+from nuteprune.jobs.folder import alone, check_out, check_writable, clear
+from nuteprune.jobs.job import Job
+from nuteprune.jobs.sources import load_model, load_tokenizer, origin, stored_dtype
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
+
+MOST_CHARACTERS = 50_000_000
+"""Text that tokens are counted in; of more the rest is left aside."""
+SELF_TOKENS = 50_000
+"""Tokens that the model writes where it is its own text that is counted."""
+TOGETHER = 500
+"""Documents that are tokenized at a time."""
+
+
+def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
+    """Count, choose, cut and write; returns the record with the folder as `out`.
+
+    Args:
+        job: model, data and folder.
+        keep: tokens that are to stay.
+        output: where it is told.
+
+    Raises:
+        UserError: for anything that cannot work; nothing is written then.
+        RunFailed: if the tokenizer that is left does not spell what the full one does.
+    """
+    started = time.monotonic()
+    with alone(job.out):
+        check_out(job)
+        check_writable(job.out)
+        tokenizer = load_tokenizer(job.model, job.trust_remote_code)
+        merges = merges_of(tokenizer)
+        model = load_model(job.model, torch.bfloat16, exact=True)
+        anatomy = Anatomy(model)
+        _check_rows(job, merges, anatomy)
+        counted = _count(job, model, tokenizer, output)
+        kept = _chosen(anatomy, tokenizer, merges, counted, keep)
+        small = cut_model(anatomy, kept)
+        smaller = cut_tokenizer_of(tokenizer, merges, kept, model.config.model_type)
+        check_spelling(tokenizer, smaller, PROBES)
+        if job.overwrite:
+            clear(job.out)
+        record = write_pruned(
+            job.out,
+            as_stored(small, stored_dtype(model)),
+            smaller,
+            {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before},
+            **_unpruned(anatomy, keep),
+            **origin(job.model),
+            vocab=_vocab(anatomy, kept, counted),
+            config={"model": job.model, "data": job.specs, "keep": keep},
+            seconds=round(time.monotonic() - started, 1),
+        )
+    _print(job, record, output)
+    return {"out": str(job.out), **record}
+
+
+def _check_rows(job: Job, merges: Merges, anatomy: Anatomy) -> None:
+    rows = anatomy.embedding.weight.shape[0]
+    if max(merges.all_ids.values()) >= rows:
+        raise UserError(
+            f"the tokenizer of {job.model} has tokens up to number "
+            f"{max(merges.all_ids.values())}, the embedding only {rows} rows: it belongs to "
+            "another checkpoint"
+        )
+
+
+def _chosen(
+    anatomy: Anatomy,
+    tokenizer: PreTrainedTokenizerBase,
+    merges: Merges,
+    counted: Counter[int],
+    keep: int,
+) -> list[int]:
+    """Return the ids that stay, growing."""
+    needed = template_tokens(tokenizer) | tokens_in(anatomy.config.to_dict())
+    needed |= tokens_in(anatomy.model.generation_config.to_dict())
+    return choose(merges, [i for i, _ in counted.most_common()], keep, needed)
+
+
+def _count(
+    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Output
+) -> Counter[int]:
+    """Return how often each token is used in the text."""
+    counted: Counter[int] = Counter()
+    with output.bars() as bars:
+        for spec in job.specs:
+            if spec == SELF:
+                with tempfile.TemporaryDirectory() as scratch:
+                    written = write_text(
+                        model,
+                        tokenizer,
+                        tokens=SELF_TOKENS,
+                        length=job.length,
+                        seed=0,
+                        folder=Path(scratch),
+                        progress=lambda done, total: bars.update("writing text", done, total),
+                    )
+                counted.update(i for ids in written for i in ids)
+                continue
+            for name, documents in iter_documents(
+                spec, text_column=job.text_column, tokenizer=tokenizer
+            ).items():
+                read = 0
+                for texts in _parts(documents):
+                    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+                        counted.update(ids)
+                    read += sum(map(len, texts))
+                    bars.update(f"counting {name}", read, MOST_CHARACTERS)
+                    if read >= MOST_CHARACTERS:
+                        break
+    return counted
+
+
+def _parts(documents: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(documents)
+    while part := list(islice(texts, TOGETHER)):
+        yield part
+
+
+def _unpruned(anatomy: Anatomy, keep: int) -> dict[str, Any]:
+    """Return what the record says of layers, of which nothing goes."""
+    shape = anatomy.shape
+    return {
+        "target": 0.0,
+        "asked": {"kind": "vocab", "value": keep},
+        "before": shape,
+        "after": shape,
+        "shapes": "uniform" if shape.uniform else "free",
+        "teachers": {"count": 0, "sparsities": []},
+        "perplexity": {"before": {}, "after": {}},
+        "bad_steps": 0,
+        "seed": 0,
+    }
+
+
+def _vocab(anatomy: Anatomy, kept: list[int], counted: Counter[int]) -> dict[str, Any]:
+    used = max(1, counted.total())
+    return {
+        "before": anatomy.embedding.weight.shape[0],
+        "after": len(kept),
+        "covered": sum(counted[i] for i in kept) / used,
+    }
+
+
+def _print(job: Job, record: Mapping[str, Any], output: Output) -> None:
+    vocab, params = record["vocab"], record["params"]
+    output.table(
+        f"{job.model}: {vocab['after']} of {vocab['before']} tokens",
+        ["", "before", "after"],
+        [
+            ["tokens", str(vocab["before"]), str(vocab["after"])],
+            ["parameters", millions(params["before"]), millions(params["after"])],
+        ],
+    )
+    output.line(
+        f"{vocab['covered']:.2%} of the text's tokens stay whole; "
+        f"{record['total_sparsity']:.2%} of all parameters are gone; "
+        f"{megabytes(record['bytes_on_disk'])} on disk"
+    )
+    output.line(f"Saved   {job.out}")

@@ -1,0 +1,106 @@
+"""The command that cuts vocabularies, and what can be done with what it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nuteprune.export.loading import load_pruned
+
+pytestmark = pytest.mark.slow
+
+Run = Callable[..., tuple[int, str, str]]
+KEEP = 280
+
+
+def last(run: Run, *words: Any) -> dict[str, Any]:
+    code, stdout, stderr = run(*words, "--json")
+    assert code == 0, stderr
+    result = json.loads(stdout.splitlines()[-1])
+    assert isinstance(result, dict)
+    return result
+
+
+def test_a_stock_checkpoint_comes_out_that_all_else_takes(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "small"
+    found = last(run, "vocab", model, "--data", text, "--keep", KEEP, "--out", out)
+    loaded, dense = (AutoModelForCausalLM.from_pretrained(x) for x in (out, model))
+    tokenizer, full = (AutoTokenizer.from_pretrained(x) for x in (out, model))
+    assert type(loaded) is type(dense)
+    assert len(tokenizer) == loaded.config.vocab_size == loaded.lm_head.weight.shape[0] == KEEP
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    for name in ("bos", "eos", "pad"):
+        now = getattr(tokenizer, f"{name}_token")
+        assert now == getattr(full, f"{name}_token")
+        assert getattr(loaded.config, f"{name}_token_id") == tokenizer.convert_tokens_to_ids(now)
+    said = "Teacher 3 is less pruned than student 4, naïveté."
+    before, after = full(said).input_ids, tokenizer(said).input_ids
+    assert tokenizer.decode(after) == full.decode(before)
+    # The text's words stay; the embedding's rows are theirs.
+    rows = [dense.get_input_embeddings().weight[i] for i in before]
+    assert len(after) == len(before)
+    assert torch.equal(torch.stack(rows), loaded.get_input_embeddings().weight[after])
+    total = sum(p.numel() for p in dense.parameters())
+    params = {"before": total, "after": total - 32 * (300 - KEEP)}
+    assert found["params"].items() >= params.items()
+    assert found["vocab"] == {"before": 300, "after": KEEP, "covered": found["vocab"]["covered"]}
+    assert 0.9 < found["vocab"]["covered"] <= 1
+    assert found["asked"] == {"kind": "vocab", "value": KEEP}
+    assert f"vocabulary of {KEEP} tokens" in (out / "README.md").read_text()
+
+    told = last(run, "inspect", out)
+    assert told["counted"] == params["after"]
+    assert told["parts"]["embedding and head"] == {"before": 32 * 300, "after": 32 * KEEP}
+    few = ["--steps", 0, "--length", 24, "--device", "cpu", "--set", "calibration_blocks=2"]
+    few += ["--set", "eval_blocks=2", "--set", "neuron_multiple=4", "--shares", 1]
+    pruned = tmp_path / "pruned"
+    again = last(run, "prune", out, "--sparsity", 0.2, "--data", text, "--out", pruned, *few)
+    assert [x["vocab"]["after"] for x in again["history"]] == [KEEP]
+    assert load_pruned(pruned).config.vocab_size == KEEP
+    assert f"vocabulary of {KEEP} tokens" in (pruned / "README.md").read_text()
+    third = tmp_path / "third"
+    twice = last(run, "vocab", pruned, "--data", text, "--keep", 270, "--out", third)
+    assert [x["asked"]["kind"] for x in twice["history"]] == ["vocab", "sparsity"]
+    assert load_pruned(third).config.vocab_size == 270
+    exported = last(run, "export", third, "--to", "gguf", "--out", tmp_path / "a.gguf")
+    assert exported["texts_compared"] > 0  # llama.cpp splits them alike
+
+
+def test_the_models_own_text_can_be_counted(
+    model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nuteprune.jobs.vocab.SELF_TOKENS", 100)
+    out = tmp_path / "small"
+    words = ["vocab", model, "--data", "self", "--keep", KEEP, "--length", 24, "--out", out]
+    assert last(run, *words)["vocab"]["after"] == KEEP
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["small"]
+
+
+BAD: dict[str, tuple[list[Any], str]] = {
+    "too few": (["--keep", 100], "pass at least"),
+    "all": (["--keep", 300], "pass fewer"),
+    "no number": (["--keep", "many"], "many"),
+    "no text": (["--keep", KEEP, "--data", "no.txt"], "no.txt"),
+    "nothing said": ([], "--keep"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    words, expected = BAD[case]
+    named = [] if "--data" in words else ["--data", text]
+    code, _, stderr = run("vocab", model, "--out", tmp_path / "out", *named, *words)
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert (code, len(lines)) == (2, 1), stderr
+    assert expected in lines[0]
+    assert not (tmp_path / "out").exists()
