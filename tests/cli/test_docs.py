@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXECUTED = "executed, on the stand-ins of `workspace`"
 DRY = "needs the hub and an accelerator: executed with --dry-run, on stand-ins"
 PARSED = "needs the hub, other programs or several processes: its options are checked"
-LARGE = "no stand-in is as large: its options are checked, and test_targets.py runs its like"
+LARGE = "no stand-in is as large or as slow: its options are checked; other tests run its like"
 
 HOW = {
     "nuteprune demo --out first": EXECUTED,
@@ -43,6 +43,11 @@ HOW = {
     "--shares 0.7,0.3 --out small": EXECUTED,
     "nuteprune prune demo --sparsity 0.1,0.2,0.3 --out ladder --steps 90": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --set method=wanda": EXECUTED,
+    "nuteprune prune MODEL --speedup 1.3 --data DATA --out OUT": LARGE,
+    "nuteprune prune MODEL --speedup 1.2,1.5 --for both --speed-at 1x512+64 --data DATA "
+    "--out OUT": LARGE,
+    "nuteprune prune MODEL --speedup 1.3 --costs costs.json --data DATA --out OUT": LARGE,
+    "nuteprune bench MODEL --costs costs.json --lengths 256 --new-tokens 32 --device cpu": EXECUTED,
     "nuteprune prune MODEL --params 100M --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --size 200MB --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --memory 300MB --context 2048 --data DATA --out OUT": LARGE,

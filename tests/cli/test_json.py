@@ -154,6 +154,28 @@ def test_export(run: Run) -> None:
     check(last(run, "export", "small", "--to", "gguf", "--out", "new.gguf"), schema("export"))
 
 
+def test_a_table_of_costs_and_a_speedup(run: Run) -> None:
+    table = ("--costs", "costs.json", "--lengths", "8", "--new-tokens", "4", "--device", "cpu")
+    code, stdout, stderr = run("bench", DENSE, *table, "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout.splitlines()[-1])["out"] == "costs.json"
+    fast = ["prune", DENSE, "--speedup", "1.0001", "--speed-at", "1x8+4", "--costs", "costs.json"]
+    few = [*TINY["prune"], "--data", "my_text.jsonl", "--out", "new", "--json"]
+    code, stdout, stderr = run(*fast, *few)
+    assert stdout.endswith("}\n") == (code == 0)  # a busy machine may make it slower
+    if code == 0:
+        found = json.loads(stdout.splitlines()[-1])
+        check(found, schema("prune"), "asked.for", "asked.at", "speedup")
+    plan = [*fast, *few, "--dry-run"]
+    check(last_of(run, *plan), schema("--dry-run"), "expected_speedup")
+
+
+def last_of(run: Run, *words: str) -> dict[str, Any]:
+    code, stdout, stderr = run(*words)
+    assert code == 0, stderr
+    return dict(json.loads(stdout.splitlines()[-1]))
+
+
 def test_vocab(run: Run) -> None:
     words = ("vocab", DENSE, "--data", "my_text.jsonl", "--keep", "280", "--out", "new")
     known = merged(schema("prune"), schema("vocab"))

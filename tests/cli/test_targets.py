@@ -146,7 +146,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "a bit of a unit": (["--size", "1G"], "such as 200MB"),
     "negative": (["--size=-600kB"], "above 0"),
     "memory of no context": (["--memory", "700kB"], "--context 8192"),
-    "rising": (["--params", "150K,160K"], "largest model first"),
+    "rising": (["--params", "150K,160K"], "largest model comes first"),
     "out of reach": (["--params", "10K"], "leave at least"),
     "gates that reach further": (["--params", "10K"], "with attn_block they leave at least"),
     "more than there is": (["--size", "1GB"], "nothing is to go"),

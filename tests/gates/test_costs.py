@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from nuteprune.export.checkpoint import as_stored, save
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import FAMILIES, GATE_KINDS
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import GATE_KINDS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.targets import Prices
 from tests.conftest import TINY, cache_of

@@ -62,7 +62,7 @@ def test_what_is_no_value_is_refused_with_an_example(kind: str, written: Any) ->
 def test_several_fall(tmp_path: Path) -> None:
     assert several("size", "200MB,100MB") == (200_000_000, 100_000_000)
     for given_ in ("100MB,200MB", [1000, "1kB"]):
-        with pytest.raises(UserError, match="largest model first"):
+        with pytest.raises(UserError, match="largest model comes first"):
             several("size", given_)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,10 @@ def bench(
     save: Annotated[
         bool, typer.Option("--save", help=f"Also write MODEL/{RUN}/{SPEED} for the report.")
     ] = False,
+    costs: Annotated[
+        Path | None,
+        typer.Option(help="Write what MODEL's blocks cost to this file, for prune --speedup."),
+    ] = None,
     as_json: o.Json = False,
 ) -> None:
     """Measure how fast MODEL reads and writes, and the memory that it takes.
@@ -45,5 +50,6 @@ def bench(
         device=device or "auto",
         dtype=dtype or "auto",
         save=save,
+        costs=costs,
     )
     output.result(found)

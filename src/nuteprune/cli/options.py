@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import NoneType
@@ -74,8 +75,9 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
             plain: Any = bool if x.metadata["flag"] else _plain(hints[name])
             plain = list[str] if x.metadata["several"] else plain
             hint = Annotated[plain | None, typer.Option(option, help=x.metadata["help"])]
-            keyword = inspect.Parameter.KEYWORD_ONLY
-            found.append(inspect.Parameter(word(name, x), keyword, default=None, annotation=hint))
+            only = inspect.Parameter.KEYWORD_ONLY
+            called = name if keyword.iskeyword(word(name, x)) else word(name, x)  # as `for`
+            found.append(inspect.Parameter(called, only, default=None, annotation=hint))
     return found
 
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
@@ -67,6 +68,15 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
     # names are those of older versions (GPT-NeoX: embed_out, not lm_head).
     vars(model).pop("_weight_conversions", None)
     return model
+
+
+def unfilled(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model of a config whose weights are of no meaning, but finite: fit to be timed."""
+    with no_init_weights():
+        model: Any = _causal_lm(config.model_type)(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(1e-3)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.costs import Cost, Goal
+from nuteprune.gates.costs import Cost, Goal, Priced
 from nuteprune.gates.frontier import Frontier, alike, by_price, cheapest, frontier
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.options import Constraints, Options
@@ -150,7 +150,7 @@ class Allocator:
         """Return the largest sparsity that these constraints can express."""
         return 1 - self.least(Cost(self.budget)) / self.budget.before
 
-    def least(self, cost: Cost) -> float:
+    def least(self, cost: Priced) -> float:
         """Return the least that these constraints can bring a cost down to."""
         after = [
             a.after(width).min() + m.after(width).min() + cost.rest(width)
@@ -174,7 +174,7 @@ class Allocator:
             values["hidden"].append(_top(scores["hidden"], shape.hidden))
         return Masks(self.layout, {kind: torch.cat(parts) for kind, parts in values.items()})
 
-    def _slack(self, cost: Cost, attention: Frontier, mlp: Frontier) -> float:
+    def _slack(self, cost: Priced, attention: Frontier, mlp: Frontier) -> float:
         """How much more than the target may go: 0.1 point, or the smallest step."""
         shape, before = self.budget.shape, cost.total(self.budget.shape)
         steps = [
@@ -186,7 +186,9 @@ class Allocator:
             steps.append(before * self.constraints.hidden_multiple // shape.hidden)
         return max(0.001 * before, min((x for x in steps if x > 0), default=0))
 
-    def _frontiers(self, scores: Scores, cost: Cost) -> list[tuple[int, float, Frontier, Frontier]]:
+    def _frontiers(
+        self, scores: Scores, cost: Priced
+    ) -> list[tuple[int, float, Frontier, Frontier]]:
         """Return (width, loss of the width, attention frontier, MLP frontier) for each width."""
         parts = {
             k: [p.numpy() for p in v.detach().double().cpu().split(self.layout.sizes[k])]

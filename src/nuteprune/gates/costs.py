@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
@@ -74,6 +75,30 @@ def _within(path: str, modules: tuple[str, ...]) -> bool:
 
 def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     return a[0] + b[0], a[1] + b[1]
+
+
+class Priced(Protocol):
+    """What the allocator asks of prices, whatever their unit: see `Cost` and `gates.seconds`."""
+
+    @property
+    def budget(self) -> Budget:
+        """What a model is made of."""
+
+    @property
+    def by_units(self) -> bool:
+        """Whether equal parts cost the same whichever layer they are of."""
+
+    def attention(self, index: int, kept: LayerShape) -> Line:
+        """Return the price of what stays of a layer's attention."""
+
+    def mlp(self, index: int, kept: LayerShape) -> Line:
+        """Return the price of what stays of a layer's MLP."""
+
+    def rest(self, width: int) -> float:
+        """Return the price of what is in no block, at a width."""
+
+    def total(self, shape: Shape) -> float:
+        """Return the price of a model of a shape."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +169,7 @@ class Goal:
         instead: what to do where that is too little.
     """
 
-    cost: Cost
+    cost: Priced
     limit: float
     name: str
     reach: Callable[[float], str]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nuteprune.gates.costs import Cost
+from nuteprune.gates.costs import Priced
 from nuteprune.gates.frontier import Array, Option
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -42,7 +42,7 @@ class Options:
     """
 
     def __init__(
-        self, cost: Cost, constraints: Constraints, parts: Mapping[str, list[Array]]
+        self, cost: Priced, constraints: Constraints, parts: Mapping[str, list[Array]]
     ) -> None:
         self.cost, self.constraints, self.parts = cost, constraints, parts
         self._shape = cost.budget.shape

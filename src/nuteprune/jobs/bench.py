@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
-from nuteprune.jobs.sources import pick_device, pick_dtype, read_config
+from nuteprune.gates.seconds import PHASES
+from nuteprune.jobs.sources import load_model, pick_device, pick_dtype, read_config
+from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import conditions, for_report, measure
 from nuteprune.judge.bench import Setting, told
 from nuteprune.judge.run_files import write_extra
@@ -29,6 +33,7 @@ def run(
     device: str,
     dtype: str,
     save: bool,
+    costs: Path | None = None,
 ) -> dict[str, Any]:
     """Time the models in turns, print what was found, and return it.
 
@@ -44,6 +49,7 @@ def run(
         device: `auto`, `cpu`, `cuda`.
         dtype: what is computed in.
         save: also write it into the run's folder, for the report.
+        costs: write what the model's blocks cost to this file, and do nothing else.
 
     Raises:
         UserError: for anything that cannot work.
@@ -62,6 +68,8 @@ def run(
     computed = pick_dtype(dtype, kind)
     for name in names:
         read_config(name)
+    if costs is not None:
+        return _costs(model, at_home(costs), settings[0], kind, computed, threads, output)
     with output.bars() as bars:
         found = measure(names, settings, repeats, threads, kind, computed, bars)
     found["against"] = against  # a model may be its own dense one
@@ -70,6 +78,34 @@ def run(
         write_extra(target, SPEED, {**found, **for_report(found)})
         output.line(f"Written to {target / SPEED}")
     return found
+
+
+def _costs(
+    model: str,
+    path: Path,
+    setting: Setting,
+    device: str,
+    dtype: torch.dtype,
+    threads: int | None,
+    output: Output,
+) -> dict[str, Any]:
+    """Write the table that `prune --costs` takes, and return it with its path as `out`."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    table = write_table(path, load_model(model, dtype), setting, device, dtype)
+    rows = [
+        [f"{row['heads']} heads on {row['kv_heads']} KV heads", *_milliseconds(row)]
+        for row in table["attention"]
+    ]
+    rows += [[f"{row['neurons']} neurons", *_milliseconds(row)] for row in table["mlp"]]
+    rows.append(["all else", *_milliseconds(table["rest"])])
+    output.table("Milliseconds of a block", ["", "prompt", "token"], rows)
+    output.line(f"Written to {path}")
+    return {"out": str(path), **table}
+
+
+def _milliseconds(row: dict[str, Any]) -> list[str]:
+    return [f"{1000 * row[phase]:.3f}" for phase in PHASES]
 
 
 def _positive(number: int, option: str) -> int:

@@ -8,23 +8,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
-from nuteprune.export.loading import load_pruned
-from nuteprune.export.record import weights_size
+from nuteprune.export.checkpoint import as_stored, assemble
+from nuteprune.export.loading import in_dtype, load_pruned
+from nuteprune.export.record import weights_size, write_pruned
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune import Result, one_shot, run
-from nuteprune.jobs.show import print_report
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype
+from nuteprune.jobs.judging import copies
+from nuteprune.jobs.prune import Result, run, tell, trainer_config, whole
+from nuteprune.jobs.sources import (
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    stored_dtype,
+)
 from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import PASSES, Setting, told
-from nuteprune.judge.perplexity import mean
+from nuteprune.judge.perplexity import mean, perplexities
 from nuteprune.judge.run_files import read_samples, write_extra
 from nuteprune.judge.samples import continuations
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RUN, SAMPLES, SPEED
 from nuteprune.train.asked import SETTINGS
+from nuteprune.train.setup import make_allocator
 from nuteprune.train.state import last_checkpoint
+from nuteprune.train.targets import Prices, run_targets
 
 DEFAULTS = {"max_steps": 60, "target_sparsity": 0.2}
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -98,14 +110,44 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     output.line()
     keep_for_report(job.out / RUN, speed, texts)
     output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
-    print_report(job, output)
+    tell(job, result, output)
     return {
         "out": str(out),
         **record,
         "one_shot": plain["perplexity"]["after"],
         "decode_tokens_per_second": decoded(speed),
-        "speedup": speed["settings"][0]["speedup"],
+        "speedup": result.speedups.get(out, speed["settings"][0]["speedup"]),
     }
+
+
+def one_shot(
+    job: PruneJob, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path
+) -> dict[str, Any]:
+    """Write what the first ranking alone gives: nothing trained, nothing re-fitted."""
+    model = whole(job)
+    stored = stored_dtype(model)
+    anatomy = Anatomy(model)
+    config = trainer_config(job, out)
+    allocator = make_allocator(anatomy, config)
+    target = run_targets(allocator, config, Prices.of(anatomy, stored, config))[-1]
+    masks = allocator.masks(allocator.shape(scores, target.goal), scores)
+    params = {"before": anatomy.parameters(), "blocks_before": allocator.budget.before}
+    small, shape = assemble(anatomy, masks)
+    computed = pick_dtype(job.dtype, job.device)
+    judged = in_dtype(small, computed)
+    after = perplexities(judged, held_out, batch_size=4)
+    copied = copies(judged, load_tokenizer(job.model, job.trust_remote_code))
+    return write_pruned(
+        out,
+        as_stored(small, stored),
+        None,
+        params,
+        target=target.sparsity,
+        before=allocator.budget.shape,
+        after=shape,
+        perplexity={"before": {}, "after": after},
+        copying={"after": copied.percent} if copied else {},
+    )
 
 
 def decoded(speed: Mapping[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.loading import in_dtype
-from nuteprune.export.record import write_pruned
 from nuteprune.jobs.folder import (
     alone,
     check_out,
@@ -31,7 +29,7 @@ from nuteprune.jobs.folder import (
     target_folder,
 )
 from nuteprune.jobs.job import PruneJob, make_job, settings_of_user, what_it_is
-from nuteprune.jobs.judging import Judge, copies
+from nuteprune.jobs.judging import Judge
 from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.show import print_dry_run, print_plan, print_report, print_results
 from nuteprune.jobs.sources import (
@@ -42,8 +40,8 @@ from nuteprune.jobs.sources import (
     pick_dtype,
     stored_dtype,
 )
+from nuteprune.jobs.speed import check_speed, costs_for, judge_speed
 from nuteprune.jobs.text import JobText, mixture
-from nuteprune.judge.perplexity import perplexities
 from nuteprune.judge.run_files import write_extra
 from nuteprune.judge.samples import side_by_side
 from nuteprune.model.anatomy import Anatomy
@@ -53,8 +51,7 @@ from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.run_settings import check_same, chosen_settings
 from nuteprune.train.settings import check_declared
-from nuteprune.train.setup import make_allocator
-from nuteprune.train.targets import Prices, check_reached, run_targets
+from nuteprune.train.targets import check_reached
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -67,18 +64,22 @@ class Result:
         held_out: the text that they were judged by, source -> (N, T).
         scores: the units' scores before training, kind -> (N,).
         plan: what a dry run found, None of any other.
+        speedups: folder -> what was measured, where speed was asked for.
     """
 
     records: dict[Path, dict[str, Any]]
     held_out: Mapping[str, Tensor]
     scores: dict[str, Tensor]
     plan: dict[str, Any] | None = None
+    speedups: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return the record, with the folder as `out`; of several targets a list in `targets`."""
         if self.plan is not None:
             return self.plan
         lines = [{"out": str(folder), **record} for folder, record in self.records.items()]
+        for line, folder in zip(lines, self.records, strict=True):
+            line |= {"speedup": self.speedups[folder]} if folder in self.speedups else {}
         return lines[0] if len(lines) == 1 else {"targets": lines}
 
 
@@ -133,8 +134,20 @@ def finished(job: PruneJob, output: Output) -> Result | None:
     result = run(job, output)
     if result is not None and result.plan is None:
         print_results(result.records, output)
-        print_report(job, output)
+        tell(job, result, output)
     return result
+
+
+def tell(job: PruneJob, result: Result, output: Output) -> None:
+    """Measure the speed that was asked for, write the report, and hold the result to it.
+
+    Raises:
+        RunFailed: if it is too slow.
+    """
+    result.speedups = judge_speed(job, result.records, output)
+    print_report(job, output)
+    for folder, speedup in result.speedups.items():
+        check_speed(result.records[folder], speedup)
 
 
 def run(job: PruneJob, output: Output) -> Result | None:
@@ -182,6 +195,7 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
     text = JobText(job, config, tokenizer, Anatomy(model))
     held_out = text.held_out()
     with output.bars() as bars:
+        config.costs = costs_for(job, config, model, bars)
         trainer = make_trainer(job, model, config, text.training, tokenizer, bars)
         print_plan(job, trainer, output)
         if job.dry_run:
@@ -260,9 +274,9 @@ def _prune(
     *earlier, last = range(len(trainer.targets))
     for index in (last, *earlier):
         if index == last:
-            small = trainer.finalize(partial(_whole, job) if trainer.ending.reloads else None)
+            small = trainer.finalize(partial(whole, job) if trainer.ending.reloads else None)
         else:
-            small = trainer.finalize_target(index, _whole(job))
+            small = trainer.finalize_target(index, whole(job))
         after = judge.figures("the pruned model", as_judged(small))
         if index == last:
             samples = side_by_side(tokenizer, judge.prompts_BT, before.texts, after.texts)
@@ -287,36 +301,6 @@ def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     return {**job.recorded(), **text, **target, **chosen_settings(args)}
 
 
-def one_shot(
-    job: PruneJob, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path
-) -> dict[str, Any]:
-    """Write what the first ranking alone gives: nothing trained, nothing re-fitted."""
-    model = _whole(job)
-    stored = stored_dtype(model)
-    anatomy = Anatomy(model)
-    config = trainer_config(job, out)
-    allocator = make_allocator(anatomy, config)
-    target = run_targets(allocator, config, Prices.of(anatomy, stored, config))[-1]
-    masks = allocator.masks(allocator.shape(scores, target.goal), scores)
-    params = {"before": anatomy.parameters(), "blocks_before": allocator.budget.before}
-    small, shape = assemble(anatomy, masks)
-    computed = pick_dtype(job.dtype, job.device)
-    judged = in_dtype(small, computed)
-    after = perplexities(judged, held_out, batch_size=4)
-    copied = copies(judged, load_tokenizer(job.model, job.trust_remote_code))
-    return write_pruned(
-        out,
-        as_stored(small, stored),
-        None,
-        params,
-        target=target.sparsity,
-        before=allocator.budget.shape,
-        after=shape,
-        perplexity={"before": {}, "after": after},
-        copying={"after": copied.percent} if copied else {},
-    )
-
-
-def _whole(job: PruneJob) -> PreTrainedModel:
+def whole(job: PruneJob) -> PreTrainedModel:
     """Load the dense model to the CPU, its weights whole and as exact as they are stored."""
     return load_model(job.model, pick_dtype(job.dtype, job.device), exact=True)

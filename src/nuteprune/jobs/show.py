@@ -22,10 +22,10 @@ from nuteprune.judge.report import write_report
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RECORD
-from nuteprune.train.asked import KINDS, spelled
+from nuteprune.train.asked import spelled
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.step_cost import seconds_per_step
-from nuteprune.train.targets import Target, reached
+from nuteprune.train.targets import COUNTED, Target, reached
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -130,11 +130,13 @@ def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> 
     counts = [int(prices.params.total(shape)) for shape in shapes]
     sizes = [int(prices.size.total(shape)) for shape in shapes]
     caches = [prices.cache(shape) for shape in shapes]
+    faster = [x for shape in shapes if (x := prices.speedup(shape)) is not None]
     for i, (target, shape) in enumerate(zip(trainer.goals, shapes, strict=True)):
         output.line(
             f"Reach   {budget.sparsity(shape):.3%} for {_told(target)}: {millions(counts[i])} "
             f"parameters, {megabytes(sizes[i])} on disk, and {megabytes(caches[i])} of KV cache "
             f"for {prices.sequences} x {prices.context} tokens"
+            + (f"; expected to be {faster[i]:.2f} x as fast" if faster else "")
         )
     step = seconds_per_step(trainer)
     # A scored or re-fitted block costs most of a step's share of one.
@@ -155,6 +157,7 @@ def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> 
         "parameters": counts,
         "bytes": sizes,
         "cache_bytes": caches,
+        **({"expected_speedup": faster} if faster else {}),
         "context": prices.context,
         "sequences": prices.sequences,
         "shape": [shape.to_dict() for shape in shapes],
@@ -203,7 +206,7 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
     asked = record["asked"]
     goal = f"target {record['target']:.1%}"
-    if asked["kind"] in KINDS:
+    if asked["kind"] in COUNTED:
         say = millions if asked["kind"] == "params" else megabytes
         wanted = spelled(asked["kind"], asked["value"])
         goal = f"{asked['kind']} {say(reached(record))} of {wanted}"

@@ -179,5 +179,6 @@ def _against_bound(setting: dict[str, Any]) -> str:
         f"{phase} {told(ratio)}, where what is gone allows {ratio['bound']:.2f} x "
         f"({ratio['reached']:.0%})"
         for phase, ratio in setting["speedup"].items()
+        if phase != "both"
     )
     return f"batch {setting['batch_size']}, {setting['length']} tokens: {', '.join(said)}"

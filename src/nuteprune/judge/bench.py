@@ -204,20 +204,24 @@ def compare(
         dense_work: what the dense one has.
 
     Returns:
-        Phase (`prefill`, `decode`) -> `median`, `low`, `high` of the paired ratios, `bound` (what
-        the work and the calls that are gone allow), `reached`, the median's share of the bound,
-        and `verdict`.
+        Phase (`prefill`, `decode`, `both`) -> `median`, `low`, `high` of the paired ratios, `bound`
+        (what the work and the calls that are gone allow), `reached`, the median's share of the
+        bound, and `verdict`.
     """
     pairs = list(zip(dense, ours, strict=True))
     ratios = {
         "prefill": [old.first_token / new.first_token for old, new in pairs],
         "decode": [old.decode / new.decode for old, new in pairs],
+        "both": [
+            (old.first_token + old.decode) / (new.first_token + new.decode) for old, new in pairs
+        ],
     }
     calls = our_work.calls(dense_work)
     bounds = {
         "prefill": dense_work.prefill(setting) / our_work.prefill(setting),
         "decode": dense_work.decode(setting) / our_work.decode(setting),
     }
+    bounds["both"] = max(bounds.values())
     found: dict[str, dict[str, Any]] = {}
     for phase, values in ratios.items():
         spread, bound = Spread.of(values), max(bounds[phase], calls)

@@ -1,4 +1,4 @@
-"""What users ask for, as they write it: a share, parameters, or bytes; one of these a run."""
+"""What users ask for, as they write it: a share, parameters, bytes or speed; one of these a run."""
 
 from __future__ import annotations
 
@@ -35,18 +35,23 @@ class Kind:
         option: the command's.
         units: what numbers may be followed by.
         such: an example.
+        above: what it is more than.
+        whole: whether it is a whole number.
     """
 
     setting: str
     option: str
     units: Mapping[str, int]
     such: str
+    above: int = 0
+    whole: bool = True
 
 
 KINDS = {
     "params": Kind("target_params", "--params", PARAMETERS, "100M"),
     "size": Kind("target_size", "--size", BYTES, "200MB"),
     "memory": Kind("target_memory", "--memory", BYTES, "4GiB"),
+    "speedup": Kind("target_speedup", "--speedup", {"x": 1, "": 1}, "1.5", above=1, whole=False),
 }
 """Kind of target, as the record has it -> how it is written."""
 SETTINGS = {"target_sparsity": "--sparsity", "shape": "--shape"} | {
@@ -61,13 +66,13 @@ class Asked:
 
     Args:
         kind: `sparsity`, `shape` or one of `KINDS`.
-        value: a share (`sparsity`, `shape`), parameters, or bytes.
+        value: a share (`sparsity`, `shape`), parameters, bytes, or times as fast.
         about: what else it depends on, such as `context`.
     """
 
     kind: str
     value: float
-    about: Mapping[str, int] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -85,7 +90,7 @@ class Asked:
 
 def spelled(kind: str, value: float) -> str:
     """Return a target's value as users write it: `0.2`, `100M`, `200MB`, `4GiB`."""
-    if kind not in KINDS:
+    if kind not in KINDS or not KINDS[kind].whole:
         return f"{value:g}"
     for unit, size in KINDS[kind].units.items():
         share = Decimal(round(value)) / size
@@ -94,36 +99,40 @@ def spelled(kind: str, value: float) -> str:
     return str(round(value))
 
 
-def several(kind: str, given: Any) -> tuple[int, ...]:
-    """Return the values that are given for a kind of target, falling.
+def several(kind: str, given: Any) -> tuple[float, ...]:
+    """Return the values that are given for a kind of target, the largest model first.
 
     Args:
         kind: one of `KINDS`.
         given: a number, text such as `100M` or `120M,100M`, or a list of these.
 
     Raises:
-        UserError: for what is no such value, or where they do not fall.
+        UserError: for what is no such value, or where the models do not become smaller.
     """
     parts = given.split(",") if isinstance(given, str) else given
     values = tuple(_value(kind, x) for x in (parts if isinstance(parts, list | tuple) else [parts]))
-    if any(a <= b for a, b in pairwise(values)):
+    sizes = values if KINDS[kind].whole else [-x for x in values]  # the faster, the smaller
+    if any(a <= b for a, b in pairwise(sizes)):
         told = ", ".join(spelled(kind, x) for x in values)
-        raise UserError(f"{kind} is {told}; several must fall, the largest model first")
+        raise UserError(f"{kind} is {told}; of several the largest model comes first")
     return values
 
 
-def _value(kind: str, given: Any) -> int:
+def _value(kind: str, given: Any) -> float:
     how = KINDS[kind]
     units = [unit for unit in how.units if unit]
-    wanted = f"write a number above 0 with {', '.join(units)} or no unit, such as {how.such}"
+    wanted = (
+        f"write a number above {how.above} with {', '.join(units)} or no unit, such as {how.such}"
+    )
     if isinstance(given, int | float) and not isinstance(given, bool):
         given = str(Decimal(given)) if math.isfinite(given) else str(given)
     match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(given))
     sizes = {unit.lower(): size for unit, size in how.units.items()}
     if match is None or match[2].lower() not in sizes or len(match[1]) > 30:
         raise UserError(f"{kind} is {str(given)[:60]!r}; {wanted}")
-    value = int(Decimal(match[1]) * sizes[match[2].lower()])
-    if not 0 < value < 10**18:
+    exact = Decimal(match[1]) * sizes[match[2].lower()]
+    value = int(exact) if how.whole else float(exact)
+    if not how.above < value < 10**18:
         raise UserError(f"{kind} is {str(given)[:60]!r}; {wanted}")
     return value
 
@@ -141,3 +150,20 @@ def check_one(given: Mapping[str, Any], settings: Iterable[str]) -> None:
     named = [SETTINGS[x] for x in settings if given.get(x) is not None]
     if len(named) > 1:
         raise UserError(f"{named[0]} and {named[1]} both say how much is to go; pass one of them")
+
+
+def moment(text: str) -> tuple[int, int, int]:
+    """Return what speed is asked for at: sequences, tokens of a prompt, tokens after it.
+
+    Args:
+        text: such as `1x256+32`.
+
+    Raises:
+        UserError: if it is written otherwise.
+    """
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,7})\+(\d{1,7})", text)
+    if match is None or not all(numbers := tuple(map(int, match.groups()))):
+        raise UserError(
+            f"speed_at is {text[:60]!r}; write sequences x prompt + new tokens, such as 1x256+32"
+        )
+    return numbers[0], numbers[1], numbers[2]

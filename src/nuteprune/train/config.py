@@ -14,7 +14,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.model.family import GATE_KINDS
-from nuteprune.train.asked import KINDS, Asked, check_one, several
+from nuteprune.train.asked import KINDS, Asked, check_one, moment, several
 from nuteprune.train.checks import check_trainer_settings
 from nuteprune.train.settings import CALL, HOW, check_declared, setting
 
@@ -44,6 +44,11 @@ class NutePruneConfig(TrainingArguments):
             of `context` tokens, such as 4GiB, instead of a sparsity.
         context: tokens of each sequence's KV cache.
         sequences: sequences at a time.
+        target_speedup: how many times as fast the model is to be, such as 1.5, instead of a
+            sparsity; by the seconds of a table of costs. Blocks are then among the gates.
+        speed_for: what is to be faster: `decode`, `prefill` or `both`.
+        speed_at: sequences x prompt + new tokens at which it is, such as 1x256+32.
+        costs: the table, a file or its content; the commands measure one where none is given.
         shape: dimensions to cut to, instead of a target: see `model.shape.Shape.cut_to`.
         gates: kinds of gates, comma separated (`heads`, `kv_groups`, `neurons`, `hidden`,
             `attn_block`, `mlp_block`); None: heads (KV groups under grouped-query attention) and
@@ -117,6 +122,30 @@ class NutePruneConfig(TrainingArguments):
     )
     sequences: int = setting(
         1, "Sequences at a time, for --memory (default 1).", bounds=(1, 1e6), option="--sequences"
+    )
+    target_speedup: str | float | list[Any] | None = setting(
+        None,
+        "How many times as fast to end at, instead of --sparsity, such as 1.5: measured on the "
+        "run's device, or by --costs. Whole blocks are among the gates.",
+        option="--speedup",
+    )
+    speed_for: str = setting(
+        "decode",
+        "What is to be faster: decode (default), prefill, or both.",
+        choices=("decode", "prefill", "both"),
+        option="--for",
+    )
+    speed_at: str = setting(
+        "1x256+32",
+        "For --speedup: sequences x tokens of the prompt + tokens after it (default 1x256+32).",
+        option="--speed-at",
+    )
+    costs: dict[str, Any] | str | None = setting(
+        None,
+        "Table of what blocks cost, of nuteprune bench MODEL --costs FILE, perhaps on another "
+        "machine.",
+        option="--costs",
+        role=CALL,
     )
     shape: dict[str, Any] | str | None = setting(
         None,
@@ -255,6 +284,7 @@ class NutePruneConfig(TrainingArguments):
         if (kind := KINDS.get(self.asked[0].kind)) is not None:
             told = [asked.text for asked in self.asked]
             setattr(self, kind.setting, told[0] if len(told) == 1 else told)
+        moment(self.speed_at)
         if self.target_memory is not None and self.context is None:
             raise UserError(
                 f"memory is {self.target_memory} of weights and KV cache: say for how many tokens "
@@ -316,8 +346,11 @@ class NutePruneConfig(TrainingArguments):
         """What is asked for, the largest model first; of a chosen shape what is left aside."""
         for name, kind in KINDS.items():
             if (given := getattr(self, kind.setting)) is not None:
-                about = {"context": self.context or 0, "sequences": self.sequences}
-                more = about if name == "memory" else {}
+                about: dict[str, dict[str, Any]] = {
+                    "memory": {"context": self.context or 0, "sequences": self.sequences},
+                    "speedup": {"for": self.speed_for, "at": self.speed_at},
+                }
+                more = about.get(name, {})
                 return tuple(Asked(name, value, more) for value in several(name, given))
         return tuple(Asked("sparsity", value) for value in self.targets)
 

@@ -30,7 +30,7 @@ LEARNS = (
 NOT_KEPT = frozenset(
     (
         *("output_dir", "disable_tqdm", "use_cpu", "logging_dir", "report_to", "debug"),
-        *("dataloader_pin_memory", "accelerator_config", "sharded"),
+        *("dataloader_pin_memory", "accelerator_config", "sharded", "costs"),
         "ddp_find_unused_parameters",  # follows from the type of gates
         "hub_token",  # a secret
     )

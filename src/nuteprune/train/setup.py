@@ -25,6 +25,8 @@ from nuteprune.train.config import NutePruneConfig, RecoverConfig
 
 DEFAULT_KINDS = ("kv_groups", "neurons")
 """Kinds of gates where none are named, as far as the family takes them."""
+BLOCKS = ("attn_block", "mlp_block")
+"""More of them, where calls cost, not bytes."""
 
 
 def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
@@ -38,7 +40,14 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     needed = _kinds_here(anatomy.shape, kinds_of_cut(anatomy.shape, floor)) if floor else ()
     asked = needed if needed and not args.gates else args.gate_kinds
     refused = partial(anatomy.family.refusal, uniform=args.shapes == "uniform")
-    kinds = _kinds_here(anatomy.shape, asked or tuple(filterfalse(refused, DEFAULT_KINDS)))
+    speed = args.asked[0].kind == "speedup"
+    usual = (*DEFAULT_KINDS, *BLOCKS) if speed else DEFAULT_KINDS
+    kinds = _kinds_here(anatomy.shape, asked or tuple(filterfalse(refused, usual)))
+    if speed and "hidden" in kinds:
+        raise UserError(
+            "a speedup is asked for, and a table of costs is of blocks at one width: leave hidden "
+            "out of --gates"
+        )
     if set(needed) - set(kinds):
         raise UserError(
             f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"

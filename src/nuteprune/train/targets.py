@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,13 +13,15 @@ import torch
 from nuteprune.console import megabytes, millions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import header_bytes
+from nuteprune.files import at_home
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Outside
+from nuteprune.gates.seconds import Seconds, seconds_of
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import count
 from nuteprune.model.shape import Shape
-from nuteprune.train.asked import KINDS, Asked
+from nuteprune.train.asked import Asked
 from nuteprune.train.config import NutePruneConfig
 
 
@@ -60,6 +63,7 @@ class Prices:
         memory: the same with the KV cache.
         context: tokens of each sequence's cache.
         sequences: sequences at a time.
+        seconds: in seconds, where a table of costs is given.
     """
 
     params: Cost
@@ -67,6 +71,7 @@ class Prices:
     memory: Cost
     context: int
     sequences: int
+    seconds: Seconds | None = None
 
     @classmethod
     def of(cls, anatomy: Anatomy, dtype: torch.dtype, args: NutePruneConfig) -> Prices:
@@ -80,7 +85,11 @@ class Prices:
         token = 2 * anatomy.head_dim * dtype.itemsize * sequences  # of a KV head: key and value
         cached = tuple(token * tokens for tokens in anatomy.cached_tokens(context))
         memory = Cost(params.budget, params.outside, dtype.itemsize, cached, header)
-        return cls(params, size, memory, context, sequences)
+        seconds = None
+        if args.costs is not None:
+            table = args.costs if isinstance(args.costs, Mapping) else read_table(args.costs)
+            seconds = seconds_of(table, params.budget, args.speed_for)
+        return cls(params, size, memory, context, sequences, seconds)
 
     def cache(self, shape: Shape) -> int:
         """Return the bytes of the KV cache of a model of a shape."""
@@ -89,6 +98,8 @@ class Prices:
 
     def goal(self, asked: Asked) -> Goal:
         """Return the goal of what is asked for in parameters or bytes."""
+        if asked.kind == "speedup":
+            return self._faster(asked)
         cost = {"params": self.params, "size": self.size, "memory": self.memory}[asked.kind]
 
         def reach(least: float) -> str:
@@ -96,12 +107,50 @@ class Prices:
 
         return Goal(cost, asked.value, str(asked), reach, "ask for more")
 
+    def _faster(self, asked: Asked) -> Goal:
+        if self.seconds is None:
+            raise UserError(
+                f"{asked} needs a table of what blocks cost: pass costs, a file that nuteprune "
+                "bench MODEL --costs FILE writes"
+            )
+        before = self.seconds.total(self.seconds.budget.shape)
+
+        def reach(least: float) -> str:
+            return f"make it at most {before / least:.2f} x as fast"
+
+        return Goal(self.seconds, before / asked.value, str(asked), reach, "ask for less")
+
+    def speedup(self, shape: Shape) -> float | None:
+        """Return how many times as fast a model of a shape is expected to be; None: not known."""
+        if self.seconds is None:
+            return None
+        return self.seconds.total(self.seconds.budget.shape) / self.seconds.total(shape)
+
     def told(self, kind: str, value: float) -> str:
         """Return what a model has of a kind of target, for people."""
         if kind == "params":
             return f"{millions(value) if value >= 1e6 else f'{value:,.0f}'} parameters"
         cache = f" with the KV cache of {self.sequences} x {self.context} tokens"
         return megabytes(value) + cache * (kind == "memory")
+
+
+COUNTED = ("params", "size", "memory")
+"""Kinds of targets that files can be held to; speed is measured."""
+
+
+def read_table(path: str) -> dict[str, Any]:
+    """Return the content of a table of costs.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        table = json.loads(at_home(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --costs {path}: {error}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"--costs {path} is no table of costs: nuteprune bench writes one")
+    return table
 
 
 def run_targets(allocator: Allocator, args: NutePruneConfig, prices: Prices) -> tuple[Target, ...]:
@@ -168,7 +217,7 @@ def check_reached(record: Mapping[str, Any]) -> None:
             f"the target was missed: {record['sparsity']:.2%} of {record['target']:.2%}"
         )
     asked = record["asked"]
-    if asked["kind"] in KINDS and reached(record) > asked["value"]:
+    if asked["kind"] in COUNTED and reached(record) > asked["value"]:
         raise RunFailed(
             f"the target was missed: {reached(record):.0f} where {asked['kind']} was to be "
             f"{asked['value']:.0f} at most"

@@ -1,0 +1,135 @@
+"""What blocks cost in seconds, from a table that was measured on some machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nuteprune.errors import UserError
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.costs import Line
+from nuteprune.model.shape import LayerShape, Shape
+
+SCHEMA = 1
+PHASES = ("prefill", "decode")
+"""What a table tells apart: a prompt, and one token after it."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds that a model takes, block by block; counts between measured ones are interpolated.
+
+    Args:
+        budget: of the model, whose width stays.
+        attention_s: query heads per KV head -> KV heads -> seconds of an attention block.
+        mlp_s: neurons -> seconds of an MLP.
+        rest_s: seconds of all else.
+    """
+
+    budget: Budget
+    attention_s: Mapping[int, Mapping[int, float]]
+    mlp_s: Mapping[int, float]
+    rest_s: float
+
+    @property
+    def by_units(self) -> bool:
+        """Whether equal parts cost the same whichever layer they are of."""
+        return False
+
+    def attention(self, index: int, kept: LayerShape) -> Line:
+        """Return the seconds of what stays of a layer's attention."""
+        if not kept.attention:
+            return 0, 0
+        rows = {each: _at(row, kept.kv_heads) for each, row in self.attention_s.items()}
+        return 0, _at(rows, kept.heads_per_group)
+
+    def mlp(self, index: int, kept: LayerShape) -> Line:
+        """Return the seconds of what stays of a layer's MLP."""
+        return 0, _at(self.mlp_s, kept.neurons) if kept.mlp else 0
+
+    def rest(self, width: int) -> float:
+        """Return the seconds of what is in no block."""
+        return self.rest_s
+
+    def total(self, shape: Shape) -> float:
+        """Return the seconds of a model of a shape."""
+        blocks = (
+            line[1]
+            for i, layer in enumerate(shape.layers)
+            for line in (self.attention(i, layer), self.mlp(i, layer))
+        )
+        return self.rest_s + sum(blocks)
+
+
+def _at(points: Mapping[int, float], count: int) -> float:
+    known = sorted(points)
+    return float(np.interp(count, known, [points[x] for x in known]))
+
+
+def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:
+    """Return the costs that a table says, in one phase or, as `both`, in all of what it timed.
+
+    Args:
+        table: content of a table; docs/speed.md has the format.
+        budget: of the model that is to be cut.
+        phase: `prefill`, `decode` or `both`.
+
+    Raises:
+        UserError: if it is no table, or one of another model.
+    """
+    try:
+        check_model(table, budget)
+        each = {"prefill": 1, "decode": int(table["new_tokens"])}
+        weights = {k: n for k, n in each.items() if phase in (k, "both")}
+
+        def told(row: Mapping[str, Any]) -> float:
+            return float(sum(float(row[k]) * n for k, n in weights.items()))
+
+        attention: dict[int, dict[int, float]] = {}
+        for row in table["attention"]:
+            per_group = int(row["heads"]) // int(row["kv_heads"])
+            attention.setdefault(per_group, {})[int(row["kv_heads"])] = told(row)
+        mlp = {int(row["neurons"]): told(row) for row in table["mlp"]}
+        found = Seconds(budget, attention, mlp, told(table["rest"]))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the table of costs cannot be read ({type(error).__name__}: {error}); nuteprune bench "
+            "MODEL --costs FILE writes one"
+        ) from error
+    _check_reach(found, budget)
+    return found
+
+
+def check_model(table: Mapping[str, Any], budget: Budget) -> None:
+    """Refuse a table that was measured on blocks of another kind.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    here = {
+        "schema": SCHEMA,
+        "model_type": budget.family.model_type,
+        "hidden": budget.shape.hidden,
+        "head_dim": budget.head_dim,
+        "layers": len(budget.shape.layers),
+    }
+    for name, value in here.items():
+        if table[name] != value:
+            raise UserError(
+                f"the table of costs is of {name} {table[name]}, not {value}: measure this model "
+                "with nuteprune bench MODEL --costs FILE"
+            )
+
+
+def _check_reach(found: Seconds, budget: Budget) -> None:
+    for layer in budget.shape.layers:
+        rows = [max(row, default=0) for row in found.attention_s.values()]
+        if layer.neurons > max(found.mlp_s, default=0) or layer.kv_heads > min(rows, default=0):
+            raise UserError(
+                f"the table of costs says nothing of {layer.kv_heads} KV heads and "
+                f"{layer.neurons} neurons, which the model has: measure it with nuteprune bench "
+                "MODEL --costs FILE"
+            )

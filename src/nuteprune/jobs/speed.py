@@ -1,0 +1,116 @@
+"""Speed that is asked for: the table of costs before a run, the measurement after it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from nuteprune.console import Bars, Output
+from nuteprune.data.demo import cache_folder
+from nuteprune.errors import RunFailed
+from nuteprune.files import to_json, write_text
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.sources import pick_device, pick_dtype
+from nuteprune.jobs.timing import for_report, measure
+from nuteprune.judge.bench import PASSES, Setting, told
+from nuteprune.judge.block_times import cost_table
+from nuteprune.judge.run_files import write_extra
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.run_folder import RUN, SPEED
+from nuteprune.train.asked import moment
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.targets import read_table
+
+MISSED = 0.95
+"""Share of what was asked for that not even the fastest pair of passes may stay below."""
+
+
+def write_table(
+    path: Path, model: PreTrainedModel, setting: Setting, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Measure what the blocks of a model cost, and write the table."""
+    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    table = cost_table(model, setting, device, dtype, hardware)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, to_json(table, indent=1) + "\n")
+    return table
+
+
+def costs_for(
+    job: PruneJob, config: NutePruneConfig, model: PreTrainedModel, bars: Bars
+) -> dict[str, Any] | None:
+    """Return the table of costs of a run, measured once for each kind of model and machine.
+
+    Args:
+        job: the job.
+        config: its trainer's settings.
+        model: the dense model.
+        bars: where progress is shown.
+    """
+    if config.target_speedup is None or isinstance(config.costs, Mapping):
+        return config.costs  # type: ignore[return-value]
+    if config.costs is not None:
+        return read_table(config.costs)
+    device, anatomy = pick_device(job.device), Anatomy(model)
+    dtype = pick_dtype(job.dtype, device)
+    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    what = (hardware, dtype, torch.get_num_threads(), config.speed_at, anatomy.family.model_type)
+    told_ = repr((*what, anatomy.head_dim, anatomy.shape, anatomy.embedding.weight.shape[0]))
+    key = hashlib.sha256(told_.encode()).hexdigest()[:16]
+    path = cache_folder() / f"costs-{key}.json"
+    if path.is_file():
+        return read_table(str(path))
+    bars.update("timing blocks", 0, 1)
+    table = write_table(path, model, Setting(*moment(config.speed_at)), device, dtype)
+    bars.update("timing blocks", 1, 1)
+    return table
+
+
+def judge_speed(
+    job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output
+) -> dict[Path, dict[str, Any]]:
+    """Measure what was asked to be fast, as `bench` does; returns folder -> `speedup`.
+
+    Args:
+        job: the job.
+        records: folder -> record of each checkpoint.
+        output: where it is told.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for folder, record in records.items():
+        asked = record["asked"]
+        if asked["kind"] != "speedup":
+            continue
+        setting, device = Setting(*moment(asked["at"])), pick_device(job.device)
+        dtype = pick_dtype(job.dtype, device)
+        with output.bars() as bars:
+            names = [str(folder), job.model]
+            speed = measure(names, [setting], PASSES, None, device, dtype, bars)
+        write_extra(job.out / RUN, SPEED, {**speed, **for_report(speed)})
+        ratio = speed["settings"][0]["speedup"][asked["for"]]
+        output.line(
+            f"Speed   {asked['for']} at {asked['at']}: {told(ratio)}; passes in pairs give "
+            f"{ratio['low']:.2f} to {ratio['high']:.2f}, and {asked['value']:g} x was asked for"
+        )
+        found[folder] = speed["settings"][0]["speedup"]
+    return found
+
+
+def check_speed(record: Mapping[str, Any], speedup: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is slower than was asked for.
+
+    Raises:
+        RunFailed: if the whole spread lies below `MISSED` of it.
+    """
+    asked, ratio = record["asked"], speedup[record["asked"]["for"]]
+    if ratio["high"] < MISSED * asked["value"]:
+        raise RunFailed(
+            f"the target was missed: {asked['for']} is {ratio['low']:.2f} to {ratio['high']:.2f} x "
+            f"as fast, and {asked['value']:g} x was asked for; the checkpoint is written all the "
+            "same"
+        )

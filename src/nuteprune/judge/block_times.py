@@ -1,0 +1,193 @@
+"""What each kept count of each kind of block takes, timed as the model would run it.
+
+A model of a few layers is made that have the counts in turn, so that one pass visits them all.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from nuteprune.export.config import pruned_config
+from nuteprune.export.loading import unfilled
+from nuteprune.gates.seconds import PHASES, SCHEMA
+from nuteprune.judge.bench import PASSES, Setting, time_once
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.shape import LayerShape, Shape
+
+MOST_NEURONS, MOST_GROUPS = 12, 6
+"""Counts that are measured of a kind; between them it is interpolated."""
+
+Times = dict[str, list[float]]
+"""What was timed -> seconds of its calls in a pass: a prompt, then token by token."""
+
+
+def counts_timed(shape: Shape) -> tuple[list[LayerShape], list[int]]:
+    """Return the attentions (neurons 0) and the numbers of neurons that are measured."""
+    whole = max(shape.layers, key=lambda x: (x.kv_heads, x.heads))
+    neurons = max(layer.neurons for layer in shape.layers)
+    each = sorted({1, -(-whole.heads_per_group // 2), whole.heads_per_group})
+    groups = _spaced(whole.kv_heads, MOST_GROUPS)
+    attentions = [LayerShape(g * r, g, 0) for r in each for g in groups]
+    return attentions, _spaced(neurons, MOST_NEURONS)
+
+
+def _spaced(most: int, count: int) -> list[int]:
+    """Return about `count` numbers from 1 to `most`, in multiples where there is room for them."""
+    unit = max(1, most // 64 // 8 * 8)
+    steps = (max(1, round(most * i / count / unit) * unit) for i in range(1, count))
+    return sorted({1, *(min(x, most) for x in steps), most})
+
+
+def trial_model(anatomy: Anatomy, attentions: Sequence[LayerShape], neurons: Sequence[int]) -> Any:
+    """Return a model whose layers have the counts in turn; its weights are of no meaning."""
+    count = max(len(attentions), len(neurons))
+    layers = tuple(
+        LayerShape(
+            attentions[-1 - i % len(attentions)].heads,
+            attentions[-1 - i % len(attentions)].kv_heads,
+            neurons[-1 - i % len(neurons)],
+        )
+        for i in range(count)
+    )
+    config = copy.deepcopy(anatomy.config)
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        kinds = list(anatomy.config.layer_types)
+        config.layer_types = [kinds[i % len(kinds)] for i in range(count)]
+    shape = Shape(anatomy.shape.hidden, layers)
+    return unfilled(pruned_config(config, anatomy.family, shape))
+
+
+@contextmanager
+def watched(anatomy: Anatomy) -> Iterator[Times]:
+    """Note how long blocks and layers take within the context."""
+    found: Times = {}
+    hooks = []
+
+    def watch(name: str, first: nn.Module, last: nn.Module) -> None:
+        started: list[float] = []
+        calls = found.setdefault(name, [])
+        hooks.append(first.register_forward_pre_hook(lambda *_: started.append(_now(anatomy))))
+        hooks.append(
+            last.register_forward_hook(lambda *_: calls.append(_now(anatomy) - started.pop()))
+        )
+
+    try:
+        for i, layer in enumerate(anatomy.layers):
+            family = anatomy.family
+            ends = {"attn_block": family.attention_module, "mlp_block": family.mlp_modules[-1]}
+            for block, end in ends.items():
+                first = anatomy.pre_norm(i, block)
+                last = anatomy.post_norm(i, block) or layer.get_submodule(end)
+                assert first is not None
+                watch(f"{block} {i}", first, last)
+            watch(f"layer {i}", layer, layer)
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _now(anatomy: Anatomy) -> float:
+    if anatomy.model.device.type == "cuda":
+        torch.cuda.synchronize(anatomy.model.device)
+    return time.perf_counter()
+
+
+def cost_table(
+    model: PreTrainedModel, setting: Setting, device: str, dtype: torch.dtype, hardware: str
+) -> dict[str, Any]:
+    """Return what blocks of a model's kind take.
+
+    Args:
+        model: the model that is to be cut; its weights are not used.
+        setting: prompt and tokens that are timed.
+        device: where it is timed.
+        dtype: what is computed in.
+        hardware: what that is called.
+    """
+    dense = Anatomy(model)
+    attentions, neurons = counts_timed(dense.shape)
+    trial = Anatomy(trial_model(dense, attentions, neurons).to(device=device, dtype=dtype))
+    prompt_BT = torch.randint(
+        1, 100, (setting.batch_size, setting.length), generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    passes = []
+    for i in range(PASSES + 1):
+        with watched(trial) as found:
+            timing = time_once(trial.model, prompt_BT, setting.new_tokens)
+        if i:  # the first warms up
+            passes.append({**found, "all": [timing.first_token, timing.decode]})
+    return {
+        "schema": SCHEMA,
+        "model_type": dense.family.model_type,
+        "hidden": dense.shape.hidden,
+        "head_dim": dense.head_dim,
+        "layers": len(dense.layers),
+        "device": device,
+        "hardware": hardware,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "batch_size": setting.batch_size,
+        "length": setting.length,
+        "new_tokens": setting.new_tokens,
+        **table_of(passes, trial.shape, len(dense.layers)),
+    }
+
+
+def table_of(passes: Sequence[Times], shape: Shape, layers: int) -> dict[str, Any]:
+    """Return the rows of a table: medians over passes, and over layers of like counts.
+
+    Args:
+        passes: what `watched` noted in each, and under `all` the prompt's seconds and the rest's.
+        shape: of the model that was timed.
+        layers: of the model that the table is for.
+    """
+
+    def medians(names: Sequence[str]) -> dict[str, float]:
+        calls = [found[name] for found in passes for name in names]
+        values = ([x[0] for x in calls], [statistics.mean(x[1:]) for x in calls])
+        return dict(zip(PHASES, map(statistics.median, values), strict=True))
+
+    def named(block: str, **counts: int) -> dict[str, Any]:
+        fields = ("heads", "kv_heads", "neurons")
+        alike = [
+            f"{block} {i}"
+            for i, layer in enumerate(shape.layers)
+            if all(getattr(layer, k) == counts[k] for k in fields if k in counts)
+        ]
+        return {**counts, **medians(alike)}
+
+    attention = sorted({(x.heads, x.kv_heads) for x in shape.layers})
+    neurons = sorted({x.neurons for x in shape.layers})
+    return {
+        "attention": [named("attn_block", heads=h, kv_heads=g) for h, g in attention],
+        "mlp": [named("mlp_block", neurons=n) for n in neurons],
+        "rest": _rest(passes, len(shape.layers), layers),
+    }
+
+
+def _rest(passes: Sequence[Times], timed: int, layers: int) -> dict[str, float]:
+    """Return the seconds beside all blocks: in each layer, and before and after the layers."""
+    found: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for times in passes:
+        tokens = len(times["layer 0"]) - 1
+        for phase, part, count in (("prefill", slice(0, 1), 1), ("decode", slice(1, None), tokens)):
+            all_layers = sum(sum(times[f"layer {i}"][part]) for i in range(timed))
+            blocks = sum(
+                sum(times[f"{block} {i}"][part])
+                for block in ("attn_block", "mlp_block")
+                for i in range(timed)
+            )
+            outside = times["all"][PHASES.index(phase)] - all_layers
+            found[phase].append((outside + (all_layers - blocks) / timed * layers) / count)
+    return {phase: max(0.0, statistics.median(values)) for phase, values in found.items()}

@@ -1,0 +1,151 @@
+"""A speedup that is asked for: by a table, and held to a measurement whose timings are injected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nuteprune.jobs import timing
+from nuteprune.judge.bench import Setting, Timing
+from nuteprune.judge.worker import Worker
+
+pytestmark = pytest.mark.slow
+
+Run = Callable[..., tuple[int, str, str]]
+AT = "1x8+4"
+SMALL = [
+    *("--steps", "0", "--length", "24", "--device", "cpu", "--dtype", "float32", "--shares", "1"),
+    *("--set", "calibration_blocks=2", "--set", "eval_blocks=2", "--neuron-multiple", "4"),
+]
+TABLE: dict[str, Any] = {
+    **{"schema": 1, "model_type": "llama", "hidden": 32, "head_dim": 8, "layers": 3},
+    "new_tokens": 4,
+    "attention": [
+        {"heads": g * r, "kv_heads": g, "prefill": 8.0, "decode": 0.5 + g * r / 10}
+        for g in (1, 2)
+        for r in (1, 2)
+    ],
+    "mlp": [{"neurons": n, "prefill": 3.0 + n, "decode": 0.2 + n / 48} for n in (1, 24, 48)],
+    "rest": {"prefill": 1.0, "decode": 0.5},
+}
+
+
+def seconds(layers: list[dict[str, Any]], phase: str) -> float:
+    """Return what the table says of a record's layers, reckoned anew."""
+    total = TABLE["rest"][phase]
+    for layer in layers:
+        heads, neurons = layer["heads"], layer["neurons"]
+        decode = (0.5 + heads / 10) * bool(heads) + (0.2 + neurons / 48) * bool(neurons)
+        prefill = 8.0 * bool(heads) + (3 + neurons) * bool(neurons)
+        total += {"decode": decode, "prefill": prefill}[phase]
+    return float(total)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds of the passes of the result and of the dense model, by `ours` and `dense`."""
+    told = {"ours": 1.0, "dense": 1.3}
+
+    class Told(Worker):
+        def time(self, _: Setting) -> Timing:
+            who = "dense" if self.name.endswith("model0") else "ours"
+            return Timing(told[who], told[who])
+
+    monkeypatch.setattr(timing, "Worker", Told)
+    return told
+
+
+@pytest.fixture
+def words(model: Path, text: Path, tmp_path: Path) -> list[Any]:
+    table = tmp_path / "costs.json"
+    table.write_text(json.dumps(TABLE))
+    named = ["--data", text, "--out", tmp_path / "out", "--costs", table, "--speed-at", AT]
+    return ["prune", model, *named, *SMALL]
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_the_result_is_as_fast_as_is_asked_by_the_table(
+    phase: str, words: list[Any], passes: dict[str, float], run: Run
+) -> None:
+    code, stdout, stderr = run(*words, "--speedup", 1.3, "--for", phase, "--json")
+    assert code == 0, stderr
+    record = json.loads(stdout.splitlines()[-1])
+    before, after = (seconds(record[x], phase) for x in ("layers_before", "layers"))
+    assert 1.3 <= before / after < 1.45
+    assert record["asked"] == {"kind": "speedup", "value": 1.3, "for": phase, "at": AT}
+    assert record["target"] == record["sparsity"]
+    assert record["speedup"][phase]["median"] == pytest.approx(1.3)
+    assert f"Speed   {phase} at {AT}" in stderr
+    out = Path(record["out"])
+    assert json.loads((out / "run/speed.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(("ours", "expected"), [(1.05, 0), (1.06, 1)])
+def test_only_what_is_slower_than_95_percent_of_it_in_every_pass_has_failed(
+    ours: float, expected: int, words: list[Any], passes: dict[str, float], run: Run
+) -> None:
+    passes["ours"] = ours  # 1.238 and 1.226 times as fast; 0.95 of 1.3 is 1.235
+    code, _, stderr = run(*words, "--speedup", 1.3)
+    assert code == expected, stderr
+    last = stderr.splitlines()[-1] if code else ""
+    assert ("the target was missed" in last) == (code == 1)
+    assert (Path(words[words.index("--out") + 1]) / "model.safetensors").is_file()
+
+
+def test_a_dry_run_tells_the_speed_that_is_expected(words: list[Any], run: Run) -> None:
+    code, stdout, stderr = run(*words, "--sparsity", 0.3, "--dry-run", "--json")
+    assert code == 0, stderr
+    plan = json.loads(stdout.splitlines()[-1])
+    whole = [{"heads": 4, "neurons": 48}] * 3
+    faster = seconds(whole, "decode") / seconds(plan["shape"][0]["layers"], "decode")
+    assert plan["expected_speedup"] == [pytest.approx(faster)]
+
+
+def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
+    words = ["prune", model, "--data", text, "--out", tmp_path / "out", *SMALL]
+    asked = ["--speedup", 1.01, "--speed-at", AT, "--dry-run"]
+    for _ in range(2):
+        code, _, stderr = run(*words, *asked)
+        assert code == 0, stderr
+    (path,) = (tmp_path / "cache").iterdir()
+    assert "timing blocks" not in stderr
+    file = tmp_path / "new" / "costs.json"
+    short = ["--lengths", 8, "--new-tokens", 4, "--device", "cpu", "--dtype", "float32"]
+    code, stdout, stderr = run("bench", model, "--costs", file, *short, "--json")
+    assert code == 0, stderr
+    found = json.loads(stdout.splitlines()[-1])
+    written = json.loads(file.read_text())
+    assert written.keys() == json.loads(path.read_text()).keys()
+    assert found == {"out": str(file), **written}
+    assert {row["neurons"] for row in written["mlp"]} >= {1, 48}
+    assert run(*words, *asked, "--costs", file)[0] == 0
+
+
+BAD: dict[str, tuple[list[Any], str]] = {
+    "slower": (["--speedup", 0.9], "above 1"),
+    "falling": (["--speedup", "1.3,1.2"], "largest model comes first"),
+    "out of reach": (["--speedup", 99], "make it at most"),
+    "another phase": (["--speedup", 1.2, "--for", "training"], "decode, prefill, both"),
+    "another moment": (["--speedup", 1.2, "--speed-at", "256"], "such as 1x256+32"),
+    "the width": (["--speedup", 1.2, "--gates", "hidden"], "leave hidden out"),
+    "with another": (["--speedup", 1.2, "--params", "20K"], "both say how much"),
+    "no such table": (["--speedup", 1.2, "--costs", "no.json"], "cannot read --costs no.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_speeds_that_cannot_be_are_one_line_and_exit_code_2(
+    case: str, words: list[Any], run: Run
+) -> None:
+    more, expected = BAD[case]
+    code, _, stderr = run(*words, *more)
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert (code, len(lines)) == (2, 1), stderr
+    assert expected in lines[0]
