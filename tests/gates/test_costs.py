@@ -25,26 +25,26 @@ def prices(anatomy: Anatomy, folder: Path, dtype: torch.dtype, **settings: int) 
 
 
 @pytest.mark.filterwarnings("ignore:.*rope.*")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", TINY)
 def test_parameters_and_bytes_are_those_of_the_written_file(
-    name: str, dtype: torch.dtype, tiny_model, prune_at_random, tmp_path: Path
+    tiny_name: str, tiny_model, prune_at_random, tmp_path: Path
 ) -> None:
-    family = FAMILIES[TINY[name].get("model_type", name)]
+    dtype = torch.bfloat16 if tiny_name == "llama" else torch.float32
+    family = FAMILIES[TINY[tiny_name].get("model_type", tiny_name)]
     kinds = [kind for kind in GATE_KINDS if not family.refusal(kind)]
-    dense = Anatomy(tiny_model(name))
+    dense = Anatomy(tiny_model(tiny_name))
     priced = prices(dense, tmp_path / "run", dtype)
     assert priced.params.total(dense.shape) == dense.parameters()
     for i, cut in enumerate((kinds, [x for x in kinds if x in ("hidden", "neurons")])):
-        small = prune_at_random(tiny_model(name), cut, "free")
+        small = prune_at_random(tiny_model(tiny_name), cut, "free")
         save(as_stored(small, dtype), tmp_path / str(i))
         file = tmp_path / str(i) / "model.safetensors"
         with safe_open(file, framework="pt") as weights:
-            shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118
+            names = [x for x in weights.keys() if not x.endswith(family.buffers or ("/",))]  # noqa: SIM118
+            shapes = [weights.get_slice(name).get_shape() for name in names]
         shape = Anatomy(small).shape
         assert priced.params.total(shape) == sum(map(math.prod, shapes))
         # The header is counted as that of the dense model's file.
-        assert 0 <= priced.size.total(shape) - file.stat().st_size < 2500
+        assert 0 <= priced.size.total(shape) - file.stat().st_size < 4000
     assert shape.hidden < dense.shape.hidden or "hidden" not in kinds
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.loading import build
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.families import family_named
+from nuteprune.model.lookup import family_named
 from nuteprune.shrink.vocabulary import Merges, cut_tokenizer, renumber
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -54,9 +54,11 @@ def cut_model(anatomy: Anatomy, kept: Sequence[int]) -> PreTrainedModel:
     model, new = anatomy.model, {old: i for i, old in enumerate(kept)}
     rows = torch.tensor(list(kept))
     cut = {id(x) for x in (anatomy.embedding.weight, anatomy.head.weight, anatomy.head.bias)}
+    stored = model.state_dict().keys()
+    buffers = [(name, x) for name, x in model.named_buffers() if name in stored]
     state = {
         name: p.detach()[rows].clone() if id(p) in cut else p.detach()
-        for name, p in model.named_parameters()
+        for name, p in (*model.named_parameters(), *buffers)
     }
     values = renumber(model.config.to_dict(), new) | {"vocab_size": len(kept)}
     small = build(type(model.config).from_dict(values), state)

@@ -37,7 +37,7 @@ class Outside:
     def of(cls, anatomy: Anatomy) -> Outside:
         """Count a live model's, tied ones once."""
         family, width = anatomy.family, anatomy.shape.hidden
-        norms = {f"{path}.weight" for path in (*family.attention_norms, *family.mlp_norms)}
+        norms = {f"{path}.weight" for path in family.norms}
         blocks = {
             "attention": (family.attention_module, *family.attention_norms),
             "mlp": (*family.mlp_modules, *family.mlp_norms),

@@ -30,13 +30,20 @@ Times = dict[str, list[float]]
 """What was timed -> seconds of its calls in a pass: a prompt, then token by token."""
 
 
-def counts_timed(shape: Shape) -> tuple[list[LayerShape], list[int]]:
-    """Return the attentions (neurons 0) and the numbers of neurons that are measured."""
+def counts_timed(shape: Shape, heads: bool = True) -> tuple[list[LayerShape], list[int]]:
+    """Return the attentions (neurons 0) and the numbers of neurons that are measured.
+
+    Args:
+        shape: of the model that is to be cut.
+        heads: whether heads of it can be cut; else its attention is measured whole.
+    """
     whole = max(shape.layers, key=lambda x: (x.kv_heads, x.heads))
     neurons = max(layer.neurons for layer in shape.layers)
     each = sorted({1, -(-whole.heads_per_group // 2), whole.heads_per_group})
     groups = _spaced(whole.kv_heads, MOST_GROUPS)
     attentions = [LayerShape(g * r, g, 0) for r in each for g in groups]
+    if not heads:
+        attentions = [LayerShape(whole.heads, whole.kv_heads, 0)]
     return attentions, _spaced(neurons, MOST_NEURONS)
 
 
@@ -59,17 +66,17 @@ def trial_model(anatomy: Anatomy, attentions: Sequence[LayerShape], neurons: Seq
         for i in range(count)
     )
     config = copy.deepcopy(anatomy.config)
+    for name, values in vars(anatomy.config).items():  # some say things layer by layer
+        if isinstance(values, list) and len(values) == len(anatomy.layers):
+            setattr(config, name, [values[i % len(values)] for i in range(count)])
     config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):
-        kinds = list(anatomy.config.layer_types)
-        config.layer_types = [kinds[i % len(kinds)] for i in range(count)]
     shape = Shape(anatomy.shape.hidden, layers)
     return unfilled(pruned_config(config, anatomy.family, shape))
 
 
 @contextmanager
 def watched(anatomy: Anatomy) -> Iterator[Times]:
-    """Note how long blocks and layers take within the context."""
+    """Note how long blocks (without their norms) and layers take within the context."""
     found: Times = {}
     hooks = []
 
@@ -84,12 +91,12 @@ def watched(anatomy: Anatomy) -> Iterator[Times]:
     try:
         for i, layer in enumerate(anatomy.layers):
             family = anatomy.family
-            ends = {"attn_block": family.attention_module, "mlp_block": family.mlp_modules[-1]}
-            for block, end in ends.items():
-                first = anatomy.pre_norm(i, block)
-                last = anatomy.post_norm(i, block) or layer.get_submodule(end)
-                assert first is not None
-                watch(f"{block} {i}", first, last)
+            ends = {
+                "attn_block": (family.attention_module, family.attention_module),
+                "mlp_block": (family.mlp_modules[0], family.mlp_modules[-1]),
+            }
+            for block, paths in ends.items():
+                watch(f"{block} {i}", *map(layer.get_submodule, paths))
             watch(f"layer {i}", layer, layer)
         yield found
     finally:
@@ -116,7 +123,8 @@ def cost_table(
         hardware: what that is called.
     """
     dense = Anatomy(model)
-    attentions, neurons = counts_timed(dense.shape)
+    heads = not (dense.family.refusal("heads") and dense.family.refusal("kv_groups"))
+    attentions, neurons = counts_timed(dense.shape, heads)
     trial = Anatomy(trial_model(dense, attentions, neurons).to(device=device, dtype=dtype))
     prompt_BT = torch.randint(
         1, 100, (setting.batch_size, setting.length), generator=torch.Generator().manual_seed(0)

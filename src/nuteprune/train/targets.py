@@ -80,7 +80,11 @@ class Prices:
         context, sequences = args.context or allowed or 2048, args.sequences
         params = Cost(Budget.of(anatomy), Outside.of(anatomy))
         tensors = {name: (list(p.shape), count(p)) for name, p in anatomy.model.named_parameters()}
-        header = header_bytes(tensors, dtype)
+        stored = tuple(f".{path}" for path in anatomy.family.buffers)
+        named = anatomy.model.named_buffers()
+        buffers = {name: x for name, x in named if stored and name.endswith(stored)}
+        tensors |= {name: (list(x.shape), x.numel()) for name, x in buffers.items()}
+        header = header_bytes(tensors, dtype) + sum(x.nbytes for x in buffers.values())
         size = Cost(params.budget, params.outside, dtype.itemsize, fixed=header)
         token = 2 * anatomy.head_dim * dtype.itemsize * sequences  # of a KV head: key and value
         cached = tuple(token * tokens for tokens in anatomy.cached_tokens(context))
