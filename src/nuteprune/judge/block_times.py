@@ -126,9 +126,9 @@ def cost_table(
     heads = not (dense.family.refusal("heads") and dense.family.refusal("kv_groups"))
     attentions, neurons = counts_timed(dense.shape, heads)
     trial = Anatomy(trial_model(dense, attentions, neurons).to(device=device, dtype=dtype))
-    prompt_BT = torch.randint(
-        1, 100, (setting.batch_size, setting.length), generator=torch.Generator().manual_seed(0)
-    ).to(device)
+    rows, size = trial.embedding.weight.shape[0], (setting.batch_size, setting.length)
+    random = torch.Generator().manual_seed(0)
+    prompt_BT = torch.randint(rows, size, generator=random).to(device)
     passes = []
     for i in range(PASSES + 1):
         with watched(trial) as found:
