@@ -128,6 +128,16 @@ def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
     assert run(*words, *asked, "--costs", file)[0] == 0
 
 
+def test_several_processes_need_one_table(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nuteprune.jobs.speed.several_started", lambda: True)
+    words = ["prune", model, "--data", text, "--out", tmp_path / "out", *SMALL]
+    code, _, stderr = run(*words, "--speedup", 1.2)
+    assert code == 2
+    assert "needs one table for all" in stderr
+
+
 BAD: dict[str, tuple[list[Any], str]] = {
     "slower": (["--speedup", 0.9], "above 1"),
     "falling": (["--speedup", "1.3,1.2"], "largest model comes first"),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.console import Bars, Output
 from nuteprune.data.demo import cache_folder
-from nuteprune.errors import RunFailed
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import to_json, write_text
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
@@ -21,6 +21,7 @@ from nuteprune.judge.bench import PASSES, Setting, told
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.run_files import write_extra
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.processes import several_started
 from nuteprune.run_folder import RUN, SPEED
 from nuteprune.train.asked import moment
 from nuteprune.train.config import NutePruneConfig
@@ -51,11 +52,19 @@ def costs_for(
         config: its trainer's settings.
         model: the dense model.
         bars: where progress is shown.
+
+    Raises:
+        UserError: if several processes would each measure a table of their own.
     """
     if config.target_speedup is None or isinstance(config.costs, Mapping):
         return config.costs  # type: ignore[return-value]
     if config.costs is not None:
         return read_table(config.costs)
+    if several_started():
+        raise UserError(
+            "a speedup in a run of several processes needs one table for all: measure it with "
+            "nuteprune bench MODEL --costs FILE, and pass --costs FILE"
+        )
     device, anatomy = pick_device(job.device), Anatomy(model)
     dtype = pick_dtype(job.dtype, device)
     hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
