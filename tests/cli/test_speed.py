@@ -46,13 +46,13 @@ def seconds(layers: list[dict[str, Any]], phase: str) -> float:
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def passes(model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds of the passes of the result and of the dense model, by `ours` and `dense`."""
     told = {"ours": 1.0, "dense": 1.3}
 
     class Told(Worker):
         def time(self, _: Setting) -> Timing:
-            who = "dense" if self.name.endswith("model0") else "ours"
+            who = "dense" if Path(self.name) == model else "ours"
             return Timing(told[who], told[who])
 
     monkeypatch.setattr(timing, "Worker", Told)

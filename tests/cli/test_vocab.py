@@ -86,7 +86,7 @@ def test_the_models_own_text_can_be_counted(
 BAD: dict[str, tuple[list[Any], str]] = {
     "too few": (["--keep", 100], "pass at least"),
     "all": (["--keep", 300], "pass fewer"),
-    "no number": (["--keep", "many"], "many"),
+    "no number": (["--keep", "many"], "integer"),
     "no text": (["--keep", KEEP, "--data", "no.txt"], "no.txt"),
     "nothing said": ([], "--keep"),
 }
