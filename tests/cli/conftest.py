@@ -14,6 +14,8 @@ import pytest
 
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family_file import to_text
 from tests.forked import server
 from tests.undrawn import leave_blank
 
@@ -79,6 +81,7 @@ TINY: dict[str, list[str]] = {
         *("--device", "cpu", "--dtype", "float32"),
     ],
     "export": [],
+    "family": [],
     "inspect": [],
     "report": [],
     "vocab": [],
@@ -120,6 +123,7 @@ def workspace(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFacto
     (folder / "alpaca.json").write_text(json.dumps(asked))
     (folder / "my_instructions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in asked))
     shutil.copytree(Path(__file__).parents[2] / "recipes", folder / "recipes")
+    (folder / "family.yaml").write_text(to_text(FAMILIES["llama"]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

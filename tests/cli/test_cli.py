@@ -43,7 +43,18 @@ def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
     return ["prune", str(model), *flags, "--set", "neuron_multiple=4", *few]
 
 
-COMMANDS = ("prune", "demo", "eval", "bench", "recover", "export", "inspect", "report", "vocab")
+COMMANDS = (
+    "prune",
+    "demo",
+    "eval",
+    "bench",
+    "recover",
+    "export",
+    "family",
+    "inspect",
+    "report",
+    "vocab",
+)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -91,6 +91,8 @@ HOW = {
     "nuteprune export PRUNED --to gguf --out model.gguf --type q8_0": EXECUTED,
     "nuteprune export PRUNED --to onnx --out model.onnx": PARSED,
     "nuteprune vocab Qwen/Qwen3-0.6B --data my_text.jsonl --keep 32768 --out small": LARGE,
+    "nuteprune family MODEL --out family.yaml": EXECUTED,
+    "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --family family.yaml": EXECUTED,
     "nuteprune inspect small": EXECUTED,
     "nuteprune report small": EXECUTED,
 }

@@ -142,6 +142,10 @@ def test_recover(run: Run) -> None:
     check(dense, own)
 
 
+def test_family(run: Run) -> None:
+    check(last(run, "family", "MODEL"), schema("family"))
+
+
 def test_inspect(run: Run) -> None:
     record = {key: kind for key, kind in schema("prune").items() if key != "out"}
     known = merged(record, schema("inspect"))

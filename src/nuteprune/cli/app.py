@@ -40,7 +40,18 @@ def _root(
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
     # Imported here, so that libraries are quiet by the time they are loaded.
-    from nuteprune.cli import bench, demo, evaluate, export, inspect, prune, recover, report, vocab
+    from nuteprune.cli import (
+        bench,
+        demo,
+        evaluate,
+        export,
+        family,
+        inspect,
+        prune,
+        recover,
+        report,
+        vocab,
+    )
 
     app = typer.Typer(
         name="nuteprune",
@@ -56,6 +67,7 @@ def make_app() -> typer.Typer:
     app.command("bench")(bench.bench)
     app.command("recover")(recover.recover)
     app.command("export")(export.export)
+    app.command("family")(family.family)
     app.command("inspect")(inspect.inspect)
     app.command("report")(report.report)
     app.command("vocab")(vocab.vocab)

@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import PREFIX
+from nuteprune.export.own_family import bring_from
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import family_named
@@ -97,6 +98,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     kwargs = {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "use_safetensors")}
     with one_line(source):
         config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+    bring_from(source)
     model_type = config.get("model_type", "")
     if not model_type.startswith(PREFIX):
         model = _load(AutoModelForCausalLM, source, trust_remote_code=False, **kwargs)
@@ -152,6 +154,7 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     source = str(source)
     with one_line(source):
         values, _ = PreTrainedConfig.get_config_dict(source)
+    bring_from(source)
     config_class: Any = _causal_lm(values.get("model_type", ""), values).config_class
     with one_line(source):
         return config_class.from_dict(values)  # type: ignore[no-any-return]

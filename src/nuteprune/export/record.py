@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from nuteprune.errors import UserError
 from nuteprune.export.card import LICENCE, inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
+from nuteprune.export.own_family import of_record
 from nuteprune.files import to_json, write_text
 from nuteprune.memory import peak
 from nuteprune.model.lookup import family_named
@@ -108,6 +109,7 @@ def write_pruned(
     counted = recount(folder)
     if "license" not in record:
         record |= inherited_licence(record.get("base_model"))
+    record |= of_record(model.config.model_type)
     full = make_record(
         params={
             **params,

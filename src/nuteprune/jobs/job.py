@@ -105,6 +105,7 @@ class PruneJob(Job):
     """What `prune` is asked to do.
 
     Args:
+        family: YAML file with the entry of a model type that is not listed; None: it is.
         bits: 8 or 4: hold the dense model's projections in so many bits; None: in `dtype`.
         dry_run: say what would be done, and write nothing.
         shares: of the tokens, one for each of `data`; None: see `jobs.text.mixture`.
@@ -115,6 +116,12 @@ class PruneJob(Job):
         None,
         "Share of the tokens that each --data has, comma separated, such as 0.7,0.3.",
         option="--shares",
+    )
+    family: str | None = setting(
+        None,
+        "YAML file with the entry of MODEL's type, where it is not a listed one; "
+        "nuteprune family writes it.",
+        option="--family",
     )
     bits: int | None = setting(
         None,

@@ -19,6 +19,7 @@ from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.errors import UserError
 from nuteprune.export.loading import in_dtype
+from nuteprune.jobs.family import take
 from nuteprune.jobs.folder import (
     alone,
     check_out,
@@ -189,6 +190,8 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
 
 
 def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float) -> Result | None:
+    if job.family is not None:
+        take(Path(job.family), job.model)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     dtype = pick_dtype(job.dtype, job.device)
     model = load_model(job.model, dtype, job.bits, str(config.device))

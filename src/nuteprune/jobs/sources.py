@@ -22,6 +22,7 @@ from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.loading import exact_dtype, load_pruned
+from nuteprune.export.own_family import bring_from
 from nuteprune.export.record import origin_of, read_record
 from nuteprune.files import at_home, check_name
 from nuteprune.model.families import FAMILIES
@@ -87,6 +88,7 @@ def read_config(model: str) -> dict[str, Any]:
         values = _config_values(where)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {model}: {_told(error, model)}") from error
+    bring_from(where)
     model_type = str(values.get("model_type", ""))
     family = family_named(model_type, values)
     named = values.get("architectures") or [family.causal_lm]

@@ -72,7 +72,7 @@ class Family:
     mlp_modules: tuple[str, ...] = ("mlp",)
     """Modules that make up the MLP; when it is removed, the last one yields zeros."""
     counts_heads: bool = False
-    """The attention's forward pass reads head counts, so it cannot do with fewer for a while."""
+    """The attention counts its heads, or norms them all: it cannot do with fewer for a while."""
     qk_norms: tuple[str, ...] = ()
     """Norms on queries and keys, in this order, that share the block norms' epsilon."""
     joint_qk_norms: bool = False
@@ -110,6 +110,9 @@ class Family:
     requires: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
     """Config values that this entry describes; other checkpoints of the type are refused."""
 
+    refused: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Kind of gate, or "KIND uniform" -> why it is not exact, where no other fact says so."""
+
     @property
     def projections(self) -> tuple[Projection, ...]:
         """All projections of a decoder layer, attention first."""
@@ -127,6 +130,9 @@ class Family:
             kind: one of `GATE_KINDS`.
             uniform: whether the result must be a model of the stock class.
         """
+        for key in (kind, f"{kind} uniform")[: 1 + uniform]:
+            if key in self.refused:
+                return self.refused[key]
         if kind == "hidden" and self.norm == "layer":
             return (
                 f"{self.model_type} normalises with LayerNorm, whose mean runs over the whole "

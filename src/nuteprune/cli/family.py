@@ -1,0 +1,27 @@
+"""`nuteprune family`: an entry for a model type that is not listed, proposed and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nuteprune.cli import options as o
+from nuteprune.console import Output
+from nuteprune.jobs.family import run
+
+
+def family(
+    model: Annotated[
+        str, typer.Argument(help="Hub id, folder or config.json, or the name of a model type.")
+    ],
+    file: Annotated[
+        Path | None, typer.Option("--family", help="Check this entry in place of proposing one.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="YAML file to write the entry to.")] = None,
+    as_json: o.Json = False,
+) -> None:
+    """Propose an entry for a model type that is not listed, and say which gates hold with it."""
+    output = Output(as_json)
+    output.result(run(model, output, file, out))

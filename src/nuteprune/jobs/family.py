@@ -1,0 +1,172 @@
+"""The job of `family`: an entry for a model type that is not listed, proposed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from nuteprune.console import Output
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.gguf_archs import ARCHS
+from nuteprune.files import at_home, write_text
+from nuteprune.jobs.exactness import SHAPES, Found, examine, settled
+from nuteprune.jobs.sources import locate
+from nuteprune.model.axes import base_config
+from nuteprune.model.family import Family
+from nuteprune.model.family_file import FamilyFile, read_family, to_dict, to_text
+from nuteprune.model.lookup import bring_along, why_never
+from nuteprune.model.proposal import propose
+from nuteprune.model.small import config_named, small_config, small_model
+
+
+def run(
+    model: str, output: Output, file: Path | None = None, out: Path | None = None
+) -> dict[str, Any]:
+    """Propose an entry for a model's type, or take one from a file, and say what holds of it.
+
+    Args:
+        model: hub id, folder or config.json, or the name of a model type.
+        output: where to print.
+        file: an entry to check in place of proposing one.
+        out: where to write the entry, with what does not hold refused in it.
+
+    Raises:
+        UserError: if no entry can describe the type; with the reason.
+        RunFailed: if nothing of the entry holds.
+    """
+    config = config_of(model)
+    entry, found = checked(config, read_family(at_home(file)) if file else None)
+    rows = [[kind, *(_cell(found, kind, shapes) for shapes in SHAPES)] for kind in found]
+    output.table(f"Gates on {config.model_type}", ["kind", *SHAPES], rows)
+    for why in dict.fromkeys(
+        entry.refusal(k, uniform=x == "uniform") for k in found for x in SHAPES
+    ):
+        if why is not None:
+            output.line(f"refused    {why}")
+    if out is not None:
+        write_text(at_home(out), to_text(entry))
+        output.line(f"Entry      {out}; pass it as --family {out}")
+    else:
+        output.line(to_text(entry))
+    return {
+        "model_type": config.model_type,
+        "entry": to_dict(entry),
+        "held": {kind: [x for x, why in by.items() if why is None] for kind, by in found.items()},
+        "failed": {
+            kind: {x: why for x, why in by.items() if why is not None}
+            for kind, by in found.items()
+            if any(by.values())
+        },
+    }
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    """Return the config that a user names, checked to be of a decoder of attention and MLPs.
+
+    Raises:
+        UserError: if there is none, or it is of a model that no entry can describe.
+    """
+    path = at_home(model)
+    if path.is_file():
+        path = path.parent
+    if path.is_dir() or "/" in model:
+        where = str(path) if path.is_dir() else locate(model)
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        except Exception as error:  # whatever readers of configs raise
+            raise UserError(f"cannot load the config of {model}: {error}") from error
+    else:
+        config = config_named(model)
+    if never := why_never(config.to_dict()):
+        raise UserError(f"no entry can describe {config.model_type}: {never}")
+    return config
+
+
+def checked(config: PreTrainedConfig, file: FamilyFile | None = None) -> tuple[Family, Found]:
+    """Return an entry and what holds of it; kinds of gates of which nothing holds are refused.
+
+    Raises:
+        UserError: if no entry can describe the type, or the file's does not fit it.
+        RunFailed: if nothing holds of any entry.
+    """
+    problems, best = [], None
+    for family in [file.family] if file else _proposed(config):
+        small = _small(config, family)
+        if file:
+            _check_file(file, config, small)
+        try:
+            entry = settled(family, small)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        found = examine(entry, small)
+        held = sum(why is None for by in found.values() for why in by.values())
+        if held > (best[0] if best else 0):
+            best = held, replace(entry, refused=_refused(entry, found)), found
+        problems += [f"{kind}: {why}" for kind, by in found.items() for why in by.values() if why]
+    if best:
+        return best[1:]
+    raise RunFailed(f"no entry for {config.model_type} holds: {problems[0] if problems else ''}")
+
+
+def take(file: Path, model: str) -> Family:
+    """Let this process know the entry of a file, for a model, checked on a small one of its type.
+
+    Raises:
+        UserError: if the file is wrong, or its entry does not fit the model.
+    """
+    read = read_family(at_home(file))
+    config = config_of(model)
+    entry, _ = checked(config, read)
+    bring_along(entry)
+    return entry
+
+
+def _proposed(config: PreTrainedConfig) -> list[Family]:
+    try:
+        return propose(config)
+    except UserError:
+        raise
+    except Exception as error:  # modelling code that is none of ours, on sizes it was not made for
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"a small {config.model_type} cannot be looked at: {said}") from error
+
+
+def _small(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
+    """Return the small config that an entry is tried on."""
+    return (
+        small_config(config, head_dim=None)
+        if family.head_dim_from_hidden
+        else base_config(config)[0]
+    )
+
+
+def _check_file(file: FamilyFile, config: PreTrainedConfig, small: PreTrainedConfig) -> None:
+    if file.family.model_type != config.model_type:
+        raise file.wrong(
+            ("model_type",), f"it is {file.family.model_type}, and the model {config.model_type}"
+        )
+    if unknown := set(file.family.gguf) - ARCHS.keys():
+        raise file.wrong(("gguf",), f"{min(unknown)} is not one of {', '.join(ARCHS)}")
+    file.check_against(small, small_model(small))
+
+
+def _refused(entry: Family, found: Found) -> MappingProxyType[str, str]:
+    """Return the entry's refusals, and what did not hold when it was tried."""
+    failed = {
+        kind if shapes == "free" else f"{kind} {shapes}": f"when tried, {why}"
+        for kind, by in found.items()
+        for shapes, why in by.items()
+        if why is not None
+    }
+    return MappingProxyType({**entry.refused, **failed})
+
+
+def _cell(found: Found, kind: str, shapes: str) -> str:
+    if shapes not in found[kind]:
+        return "refused"
+    return "holds" if found[kind][shapes] is None else "does not hold"

@@ -1,0 +1,187 @@
+"""Which axes a small model's projections have: read off their sizes, as dimensions change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from nuteprune.errors import UserError
+from nuteprune.model.family import Projection
+from nuteprune.model.small import SIZES, names_of, small_config, small_model
+from nuteprune.model.watching import Passed
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What each weight's size is made of: projection path -> (rows, columns) in one model."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    linears: dict[str, tuple[int, int]]
+
+
+def base_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
+    """Return a small config that computes, and whether its heads must make up its width."""
+    problems = []
+    tried: tuple[tuple[dict[str, int | None], bool], ...] = (
+        ({}, False),
+        ({"head_dim": None}, False),
+        ({"head_dim": SIZES["hidden"] // SIZES["heads"]}, True),
+    )
+    for changes, fills_width in tried:
+        try:
+            small = small_config(config, **changes)
+            model = small_model(small)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        try:
+            with torch.no_grad():
+                model(torch.arange(3, 10)[None], use_cache=False)
+        except Exception as error:  # whatever a forward pass of sizes that do not fit raises
+            problems.append(
+                f"a small {config.model_type} does not compute: {' '.join(str(error).split())}"
+            )
+            continue
+        return small, fills_width
+    raise UserError(problems[0])
+
+
+def sizes_of(model: PreTrainedModel, passed: Passed) -> Sizes:
+    """Return the sizes of a small model's projections, checked to be alike in all layers.
+
+    Raises:
+        UserError: if layers differ, or a projection is none that an entry can state.
+    """
+    layers = list(model.get_submodule(passed.layers).children())
+    found = [
+        {
+            path: (module.out_features, module.in_features)
+            for path, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        for layer in layers
+    ]
+    for layer in layers:
+        if conv := [path for path, x in layer.named_modules() if isinstance(x, Conv1D)]:
+            raise UserError(
+                f"{model.config.model_type} keeps its weights transposed (Conv1D, in {conv[0]}), "
+                "which no entry states"
+            )
+    if any(x.keys() != found[0].keys() for x in found):
+        raise UserError(
+            f"{model.config.model_type} has layers of several kinds, which no entry states"
+        )
+    heads = names_of(model.config.to_dict()).get("heads")
+    if heads is None:
+        raise UserError(f"{model.config.model_type} states no number of attention heads")
+    embedding: Any = model.get_input_embeddings()
+    width = int(embedding.weight.shape[1])
+    own = getattr(model.config, "head_dim", None)
+    count = getattr(model.config, heads)
+    return Sizes(width, count, own or width // count, found[0])
+
+
+class Axes:
+    """Names the axes of projections, from what changes as one dimension of the config does."""
+
+    def __init__(self, config: PreTrainedConfig, small: PreTrainedConfig, sizes: Sizes) -> None:
+        self._config, self._sizes = config, sizes
+        names = names_of(small.to_dict())
+        stated = getattr(small, "head_dim", None)
+        self._neurons = self._changed("neurons", SIZES["neurons"] + 16, stated)
+        grouped = "kv_heads" in names
+        self._keys = self._changed("kv_heads", SIZES["heads"], stated) if grouped else {}
+        more = self._changed("heads", 2 * SIZES["heads"], stated)
+        # Where more heads change nothing, they are narrower: together they are the width.
+        self.head_dim_from_hidden = not any(columns for _, columns in more.values())
+        derived = sizes.hidden // sizes.heads
+        self.head_dim = derived if self.head_dim_from_hidden else sizes.head_dim
+
+    def _changed(self, word: str, size: int, head_dim: int | None) -> dict[str, tuple[int, int]]:
+        """Return by how much the rows and columns of each projection grow with a dimension."""
+        try:
+            config = small_config(self._config, head_dim=head_dim, **{word: size})
+            layers = small_model(config).modules()
+        except UserError:
+            return {}
+        paths = self._sizes.linears
+        for module in layers:
+            children = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
+            if paths.keys() <= children.keys():
+                grown = {path: children[path] for path in paths}
+                return {
+                    path: (x.out_features - paths[path][0], x.in_features - paths[path][1])
+                    for path, x in grown.items()
+                }
+        return {}
+
+    def blocks(self, passed: Passed) -> dict[str, tuple[Projection, ...]]:
+        """Return the projections of attention and MLP, in the order in which they are called."""
+        groups: dict[str, list[str]] = {"attention": [], "mlp": []}
+        for path in passed.called:
+            is_mlp = any(self._neurons.get(path, (0, 0)))
+            groups["mlp" if is_mlp else "attention"].append(path)
+        unused = self._sizes.linears.keys() - set(passed.called)
+        if unused or not all(len(group) > 1 for group in groups.values()):
+            raise UserError(
+                f"{self._config.model_type} has no layers of one attention and one MLP block "
+                "whose projections are linear modules"
+            )
+        return {
+            "attention": tuple(self._attention(groups["attention"])),
+            "mlp": tuple(self._mlp(groups["mlp"])),
+        }
+
+    def _mlp(self, paths: list[str]) -> Iterator[Projection]:
+        step = 16
+        for path in paths:
+            rows, columns = self._neurons[path]
+            wide = self._sizes.linears[path]
+            if columns == step and wide[0] == self._sizes.hidden:
+                yield Projection(path, ("hidden",), "neurons")
+            elif rows and rows % step == 0 and wide[1] == self._sizes.hidden:
+                yield Projection(path, ("neurons",) * (rows // step), "hidden")
+            else:
+                raise UserError(f"{path} of {wide} is neither read nor written by one MLP width")
+
+    def _attention(self, paths: list[str]) -> Iterator[Projection]:
+        sizes = self._sizes
+        together = sizes.heads * self.head_dim
+        kv_step = (SIZES["heads"] - SIZES["kv_heads"]) * self.head_dim
+        for path in paths[:-1]:
+            rows, columns = sizes.linears[path]
+            grown = self._keys.get(path, (0, 0))[0]
+            keys = grown // kv_step
+            queries = (rows - keys * SIZES["kv_heads"] * self.head_dim) // together
+            exact = keys * SIZES["kv_heads"] * self.head_dim + queries * together == rows
+            if columns != sizes.hidden or not exact:
+                raise UserError(
+                    f"{path} of {rows} x {columns} is not made of whole heads that read the "
+                    "residual stream"
+                )
+            yield Projection(path, self._heads_of(path, queries, keys), "hidden")
+        if sizes.linears[paths[-1]] != (sizes.hidden, together):
+            raise UserError(f"{paths[-1]} does not write heads to the residual stream")
+        yield Projection(paths[-1], ("hidden",), "q")
+
+    def _heads_of(self, path: str, queries: int, keys: int) -> tuple[str, ...]:
+        if keys or self._keys:
+            known = {(1, 0): ("q",), (0, 1): ("kv",), (1, 2): ("q", "kv", "kv")}
+            if (queries, keys) not in known:
+                raise UserError(
+                    f"{path} makes {queries} of all query heads and {keys} of all KV heads, which "
+                    "no entry states"
+                )
+            return known[queries, keys]
+        if queries == 3:
+            return ("q", "kv", "kv")
+        return ("q",) if re.search(r"q(uery)?(_|$)", path.rpartition(".")[2]) else ("kv",)

@@ -1,0 +1,271 @@
+"""A family's entry as a YAML file: written, and read with each mistake told by its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+import yaml
+from torch import nn
+from transformers import PreTrainedConfig
+
+from nuteprune.errors import UserError
+from nuteprune.model.family import GATE_KINDS, Family, Projection
+from nuteprune.model.shape import LayerShape, axis_sizes
+
+AXES = ("hidden", "q", "kv", "qkv", "neurons")
+ALWAYS = ("model_type", "causal_lm", "layers", "embedding", "final_norm", "norm")
+"""Written even where they are what an entry has without them."""
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FamilyFile:
+    """An entry that a user wrote.
+
+    Args:
+        family: the entry.
+        path: the file it is from.
+        lines: key, and key within a key -> line.
+    """
+
+    family: Family
+    path: Path
+    lines: Mapping[Key, int]
+
+    def wrong(self, key: Key, what: str) -> UserError:
+        """Return an error that names a line and its key."""
+        return _wrong(self.path, self.lines, key, what)
+
+    def check_against(self, config: PreTrainedConfig, model: nn.Module) -> None:
+        """Check the entry against a model: that its modules are there, and of the size it says.
+
+        Args:
+            config: a config of the type.
+            model: the causal LM that it makes, all layers alike.
+
+        Raises:
+            UserError: naming the line of what is not so.
+        """
+        family = self.family
+        for key in ("layers", "embedding", "final_norm"):
+            self._module(model, getattr(family, key), (key,))
+        layers = model.get_submodule(family.layers)
+        first = next(layers.children(), nn.Identity())
+        for key in ("attention_norms", "mlp_norms", "shared_norms", "post_norms", "qk_norms"):
+            for path in getattr(family, key) or ():
+                self._module(first, path, (key,))
+        self._module(first, family.attention_module, ("attention_module",))
+        for path in family.mlp_modules:
+            self._module(first, path, ("mlp_modules",))
+        sizes = self._sizes(config)
+        for block in ("attention", "mlp"):
+            for projection in getattr(family, block):
+                self._check_size(first, block, projection, sizes)
+
+    def _sizes(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Return the features of each axis in a model that a config makes."""
+        names, counts = self.family.config_names, {}
+        for word in ("heads", "neurons", "hidden"):
+            if word not in names:
+                raise self.wrong(("config_names",), f"it must name the config's {word}")
+        for word, name in names.items():
+            if not hasattr(config, name):
+                raise self.wrong(("config_names", word), f"the config has no {name}")
+            counts[word] = getattr(config, name)
+        heads, hidden = counts["heads"], counts["hidden"]
+        stated = None if self.family.head_dim_from_hidden else getattr(config, "head_dim", None)
+        layer = LayerShape(heads, counts.get("kv_heads", heads), counts["neurons"])
+        return {**axis_sizes(layer, stated or hidden // heads), "hidden": hidden}
+
+    def _module(self, parent: nn.Module, path: str, key: Key) -> nn.Module:
+        here = parent
+        for name in path.split("."):
+            children = dict(here.named_children())
+            if name not in children:
+                raise self.wrong(
+                    key,
+                    f"{path} is not in a {type(parent).__name__}: {type(here).__name__} has "
+                    f"{', '.join(children) or 'no modules'}",
+                )
+            here = children[name]
+        return here
+
+    def _check_size(
+        self, layer: nn.Module, block: str, projection: Projection, sizes: Mapping[str, int]
+    ) -> None:
+        key = (block, projection.path)
+        module = self._module(layer, projection.path, key)
+        if not isinstance(module, nn.Linear):
+            raise self.wrong(key, f"it is a {type(module).__name__}, not a linear module")
+        for side, axes, found in (
+            ("inputs", (projection.columns,), module.in_features),
+            ("outputs", projection.rows, module.out_features),
+        ):
+            expected = sum(sizes[axis] for axis in axes)
+            if found != expected:
+                raise self.wrong(
+                    key,
+                    f"{' '.join(axes)} would be {expected} {side} in the model that was tried, "
+                    f"and it has {found}",
+                )
+
+
+def to_text(family: Family) -> str:
+    """Return an entry as YAML, without what an entry has anyway."""
+    return yaml.safe_dump(to_dict(family), sort_keys=False, allow_unicode=True)
+
+
+def to_dict(family: Family) -> dict[str, Any]:
+    """Return an entry as plain data, without what an entry has anyway."""
+    found = {}
+    for field in fields(family):
+        value = getattr(family, field.name)
+        default = field.default
+        if default is MISSING and field.default_factory is not MISSING:
+            default = field.default_factory()
+        if value != default or field.name in ALWAYS:
+            found[field.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], Projection):
+        return {x.path: f"{x.columns} -> {' '.join(x.rows)}" for x in value}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_family(path: Path) -> FamilyFile:
+    """Return the entry that a file holds.
+
+    Raises:
+        UserError: if it cannot be read, or a line of it is wrong; names the line and its key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --family {path}: {error}") from error
+    try:
+        content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--family {path} is not valid YAML: {error}") from error
+    lines = dict(_lines(node))
+    return FamilyFile(from_dict(content, path, lines), path, lines)
+
+
+def _lines(node: Any) -> list[tuple[Key, int]]:
+    """Return the line of each key, and of each key within a key."""
+    found: list[tuple[Key, int]] = []
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        found.append(((str(key.value),), key.start_mark.line + 1))
+        for inner, _ in value.value if isinstance(value, yaml.MappingNode) else ():
+            found.append(((str(key.value), str(inner.value)), inner.start_mark.line + 1))
+    return found
+
+
+def _wrong(path: Path, lines: Mapping[Key, int], key: Key, what: str) -> UserError:
+    line = lines.get(key, lines.get(key[:1]))
+    where = f"{path}, line {line}" if line else str(path)
+    return UserError(f"{where}: {': '.join(key)}: {what}")
+
+
+def from_dict(content: Any, path: Path, lines: Mapping[Key, int] = MappingProxyType({})) -> Family:
+    """Return the entry that plain data describe; see `to_dict`.
+
+    Args:
+        content: the data.
+        path: where they are from, for errors.
+        lines: key, and key within a key -> line.
+
+    Raises:
+        UserError: naming the line and the key of what is wrong.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be a mapping of an entry's keys to values")
+    hints = get_type_hints(Family)
+    values = {}
+    for key, value in content.items():
+        if key not in hints:
+            near = get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise _wrong(path, lines, (str(key),), f"no such key{hint}")
+        values[key] = _read(
+            hints[key],
+            value,
+            lambda at, what, key=key: _wrong(  # type: ignore[misc]
+                path, lines, (key, *at), what
+            ),
+        )
+    for field in fields(Family):
+        needed = field.default is MISSING and field.default_factory is MISSING
+        if needed and field.name not in values:
+            raise UserError(f"{path}: the key {field.name} is missing")
+    family = Family(**values)
+    for kind in family.refused:
+        if kind not in GATE_KINDS:
+            raise _wrong(path, lines, ("refused", kind), f"not one of {', '.join(GATE_KINDS)}")
+    return family
+
+
+Wrong = Callable[[Key, str], UserError]
+
+
+def _read(hint: Any, value: Any, wrong: Wrong) -> Any:
+    """Return a value as a field of an entry has it."""
+    words = str(hint)
+    if "Projection" in words:
+        return _projections(value, wrong)
+    if "Literal" in words:
+        choices = hint.__args__
+        if value not in choices:
+            raise wrong((), f"{value!r} is not one of {', '.join(choices)}")
+        return value
+    if "MappingProxyType" in words:
+        if not isinstance(value, dict):
+            raise wrong((), f"{value!r} must be a mapping")
+        if "object" not in words:
+            for key, item in value.items():
+                if not isinstance(item, str):
+                    raise wrong((str(key),), f"{item!r} must be text")
+        return MappingProxyType(value)
+    if value is None and "None" in words:
+        return None
+    if "tuple" in words:
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise wrong((), f"{value!r} must be a list of names")
+        if "..." not in words and len(value) != 2:
+            raise wrong((), f"{value!r} must be two names: of the attention's, of the MLP's")
+        return tuple(value)
+    kind = bool if hint is bool else str
+    if not isinstance(value, kind):
+        raise wrong((), f"{value!r} must be {'true or false' if kind is bool else 'text'}")
+    return value
+
+
+def _projections(value: Any, wrong: Wrong) -> tuple[Projection, ...]:
+    if not isinstance(value, dict) or not value:
+        raise wrong(
+            (), f"{value!r} must map paths to axes, such as 'mlp.up_proj: hidden -> neurons'"
+        )
+    found = []
+    for path, axes in value.items():
+        columns, arrow, rows = str(axes).partition("->")
+        inputs, outputs = columns.split(), tuple(rows.split())
+        if not arrow or len(inputs) != 1 or not outputs:
+            raise wrong((str(path),), f"{axes!r}: write it as 'hidden -> q'")
+        if unknown := [x for x in (*inputs, *outputs) if x not in AXES]:
+            raise wrong((str(path),), f"{unknown[0]!r} is no axis; there are {', '.join(AXES)}")
+        found.append(Projection(str(path), outputs, inputs[0]))
+    if found[-1].rows != ("hidden",):
+        raise wrong(
+            (found[-1].path,), "the last projection must write to the residual stream: -> hidden"
+        )
+    if strays := [x for x in found[:-1] if x.columns != "hidden"]:
+        raise wrong((strays[0].path,), "all but the last must read the residual stream: hidden ->")
+    return tuple(found)
