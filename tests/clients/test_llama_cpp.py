@@ -27,6 +27,7 @@ pytestmark = pytest.mark.clients
 
 BLOCKS = ("attn_block", "mlp_block")
 FREE = ("kv_groups", "heads", "neurons", "hidden")
+GROUPS = ("kv_groups", "neurons", "hidden")
 GEMMA3_LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -132,6 +133,56 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
         "deci",
     ),
     "gpt_neox, uniform": ("gpt_neox", {}, ("neurons",), "uniform", "gptneox"),
+    "seed_oss, uniform": ("seed_oss", {}, GROUPS, "uniform", "llama"),
+    "seed_oss, free": ("seed_oss", {"attention_out_bias": False}, FREE, "free", "deci"),
+    "ernie4_5, uniform": ("ernie4_5", {"tie_word_embeddings": True}, GROUPS, "uniform", "llama"),
+    "ernie4_5, free": ("ernie4_5", {"use_bias": False}, FREE, "free", "deci"),
+    "ministral, uniform": ("ministral", {"sliding_window": 24}, GROUPS, "uniform", "llama"),
+    "helium, free": ("helium", {}, FREE, "free", "deci"),
+    "helium, blocks": ("helium", {"num_hidden_layers": 8}, BLOCKS, "free", "deci"),
+    "smollm3, uniform": (
+        "smollm3",
+        {"no_rope_layer_interval": 4, "num_hidden_layers": 4},
+        GROUPS,
+        "uniform",
+        "smollm3",
+    ),
+    "arcee, uniform": ("arcee", {"mlp_bias": False}, GROUPS, "uniform", "arcee"),
+    "hunyuan, uniform": ("hunyuan_v1_dense", {}, GROUPS, "uniform", "hunyuan-dense"),
+    "gemma, uniform": ("gemma", {"tie_word_embeddings": True}, GROUPS, "uniform", "gemma"),
+    "glm, uniform": ("glm", {}, ("neurons",), "uniform", "chatglm"),
+    "glm4, uniform": ("glm4", {}, GROUPS, "uniform", "glm4"),
+    "exaone4, uniform": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+        ("neurons",),
+        "uniform",
+        "exaone4",
+    ),
+    "olmo, uniform": ("olmo", {}, ("neurons",), "uniform", "olmo"),
+    "olmo2, uniform": ("olmo2", {"attention_bias": False}, ("neurons",), "uniform", "olmo2"),
+    "starcoder2, uniform": ("starcoder2", {}, ("neurons",), "uniform", "starcoder2"),
+    "nemotron, uniform": ("nemotron", {}, ("neurons",), "uniform", "nemotron"),
+    "stablelm, uniform": ("stablelm", {}, ("neurons",), "uniform", "stablelm"),
+    "phi, uniform": ("phi", {}, ("neurons",), "uniform", "phi2"),
+    "cohere, uniform": (
+        "cohere",
+        {"tie_word_embeddings": True},
+        ("neurons",),
+        "uniform",
+        "command-r",
+    ),
+    "cohere2, uniform": (
+        "cohere2",
+        {
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+        ("neurons",),
+        "uniform",
+        "cohere2",
+    ),
 }
 PROMPT = [40, 5, 77, 120, 9, 33, 250, 61, 14, 208, 99, 3]
 STEPS = 8

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from gguf import (
@@ -202,9 +202,10 @@ def _write_dimensions(
     writer.add_block_count(len(shape.layers))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    if family.norm == "layer":
-        writer.add_layer_norm_eps(cast(float, anatomy.final_norm.eps))
-        writer.add_parallel_residual(config.use_parallel_residual)
+    if family.norm.startswith("layer"):
+        writer.add_layer_norm_eps(_epsilon(anatomy.final_norm))
+        if hasattr(config, "use_parallel_residual"):
+            writer.add_parallel_residual(config.use_parallel_residual)
     else:
         writer.add_layer_norm_rms_eps(getattr(config, family.config_names["epsilon"]))
     _write_rope(writer, source)
@@ -213,12 +214,21 @@ def _write_dimensions(
     if arch.softcaps:
         writer.add_final_logit_softcapping(getattr(config, family.logit_softcap or ""))
         writer.add_attn_logit_softcapping(getattr(config, family.attention_softcap or ""))
+    if family.attention_clip and (bound := getattr(config, family.attention_clip)):
+        writer.add_clamp_kqv(bound)
+    if family.logit_multiplier:
+        writer.add_logit_scale(getattr(config, family.logit_multiplier))
     if arch.multipliers:
         embedding, residual = family.multipliers or ("", "")
         writer.add_embedding_scale(getattr(config, embedding))
         writer.add_residual_scale(getattr(config, residual))
         writer.add_attention_scale(anatomy.attention_scale(0))
         writer.add_logit_scale(getattr(config, family.logit_divisor or ""))
+
+
+def _epsilon(norm: Any) -> float:
+    """Return a LayerNorm's epsilon; OLMo's has no attribute, and the default."""
+    return float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
 
 
 def _context(arch: Arch, source: Source) -> int:

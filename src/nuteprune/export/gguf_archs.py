@@ -28,7 +28,13 @@ class Arch:
     optional_attention: bool = False
     """A layer without attention can be stated; elsewhere a head of zeros stands in."""
     interleaved_rope: bool = False
-    """Rotary pairs are neighbours, so the rows of queries and keys are reordered."""
+    """Rotary pairs are neighbours, so where a family's are halves apart, rows are reordered."""
+    unrotated_period: int | None = None
+    """Every n-th layer has no rotary embedding; None: all have it."""
+    pre_norms: bool = True
+    """Blocks read a norm of the stream; elsewhere they read it as it is."""
+    one_norm: bool = False
+    """Both blocks read one norm."""
     fused_qkv: bool = False
     fused_gate: bool = False
     """Gate and up projection are one tensor."""
@@ -48,6 +54,8 @@ class Arch:
     """Logits and attention logits are always bounded; elsewhere they never are."""
     window_period: int | None = None
     """Every n-th layer has full attention, the others a window; None: no windows."""
+    refuses_windows: bool = False
+    """A model with windows is none that it computes, however short the text."""
     multipliers: bool = False
     """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
     wide_scale_at: int | None = None
@@ -120,5 +128,65 @@ ARCHS: dict[str, Arch] = {
             biases=_ALL_BIASES,
             needs_biases=True,
         ),
+        Arch("gemma", activations=_GELU_TANH, head="never"),
+        replace(_LLAMA, name="arcee", activations=frozenset({"relu2"}), biases=frozenset()),
+        replace(_LLAMA, name="smollm3", biases=frozenset(), unrotated_period=4),
+        Arch(
+            "glm4",
+            interleaved_rope=True,
+            fused_gate=True,
+            partial_rotary=True,
+            biases=frozenset({"qkv"}),
+        ),
+        Arch("exaone4", square_attention=True, pre_norms=False, refuses_windows=True),
+        Arch("olmo2", pre_norms=False, refuses_windows=True),
+        Arch(
+            "starcoder2",
+            square_attention=True,
+            activations=_GELU_TANH,
+            biases=_ALL_BIASES,
+            needs_biases=True,
+        ),
+        Arch(
+            "nemotron",
+            square_attention=True,
+            activations=frozenset({"relu2"}),
+            partial_rotary=True,
+            head="always",
+            biases=_ALL_BIASES,
+        ),
+        Arch("stablelm", partial_rotary=True, head="always", biases=frozenset({"qkv"})),
+        Arch(
+            "phi2",
+            square_attention=True,
+            activations=_GELU_TANH,
+            partial_rotary=True,
+            head="always",
+            biases=_ALL_BIASES,
+            needs_biases=True,
+            one_norm=True,
+        ),
+        Arch("olmo", square_attention=True, interleaved_rope=True),
+        Arch(
+            "command-r", square_attention=True, interleaved_rope=True, head="never", one_norm=True
+        ),
+        Arch(
+            "cohere2",
+            square_attention=True,
+            interleaved_rope=True,
+            head="never",
+            one_norm=True,
+            window_period=4,
+        ),
+        Arch(
+            "chatglm",
+            square_attention=True,
+            interleaved_rope=True,
+            fused_qkv=True,
+            fused_gate=True,
+            partial_rotary=True,
+            biases=frozenset({"qkv"}),
+        ),
+        Arch("hunyuan-dense"),
     )
 }

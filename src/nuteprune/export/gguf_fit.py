@@ -99,6 +99,10 @@ def _misfits(arch: Arch, source: Source) -> Iterator[str]:
         yield (
             f"it rotates whole heads, not {source.rotary_dimensions} of {source.head_dim} features"
         )
+    if family.rope_pairs == "neighbours" and not arch.interleaved_rope:
+        yield "it rotates features of a head's halves together, not neighbours"
+    if (rotated := _rotated(arch, config)) is not None:
+        yield rotated
     kind = rope.get("rope_type", "default")
     if kind not in arch.rope_types:
         known = ", ".join(sorted(arch.rope_types))
@@ -111,6 +115,18 @@ def _misfits(arch: Arch, source: Source) -> Iterator[str]:
     if arch.needs_biases and (missing := arch.biases - source.biased):
         yield f"it needs biases on {', '.join(sorted(missing))}"
     yield from _special_misfits(arch, source)
+
+
+def _rotated(arch: Arch, config: Any) -> str | None:
+    """Return why an architecture rotates other layers than a model does, None if the same."""
+    given = getattr(config, "no_rope_layers", None)  # 1 where a layer has it
+    layers = config.num_hidden_layers
+    period = arch.unrotated_period
+    expected = [int(period is None or (i + 1) % period != 0) for i in range(layers)]
+    if list(given or [1] * layers) == expected:
+        return None
+    which = f"every {period}th" if period else "none"
+    return f"of its layers {which} has no rotary embedding, not those of no_rope_layers"
 
 
 def _shape_misfits(arch: Arch, source: Source) -> Iterator[str]:
@@ -147,6 +163,8 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
         yield "it always bounds logits, and this config does not"
     if not arch.softcaps and any(caps):
         yield "it does not bound logits, and this config does"
+    if arch.refuses_windows and source.window:
+        yield "none of its layers has a window"
     if arch.window_period is not None:
         kinds = getattr(config, "layer_types", None) or []
         full_at = arch.window_period - 1

@@ -85,10 +85,12 @@ def tensors(
     yield _name(MODEL_TENSOR.TOKEN_EMBD), embedding_VD * np.float32(embedding)
     if arch.head == "always" or (arch.head == "optional" and not (anatomy.tied and divisor == 1)):
         yield _name(MODEL_TENSOR.OUTPUT), _array(anatomy.head.weight) / np.float32(divisor)
+        if getattr(anatomy.head, "bias", None) is not None:
+            yield _name(MODEL_TENSOR.OUTPUT, kind="bias"), _array(anatomy.head.bias)
     yield from _norm(anatomy, MODEL_TENSOR.OUTPUT_NORM, anatomy.final_norm)
     yield from _rope(source)
     for i, (have, want) in enumerate(zip(anatomy.shape.layers, target.layers, strict=True)):
-        yield from _norms(anatomy, i, want)
+        yield from _norms(anatomy, arch, i, want)
         parts = _attention(anatomy, i, have) | _mlp(anatomy, i, have)
         if have.attention:
             factors["q"] = 1.0
@@ -101,7 +103,9 @@ def tensors(
             yield from _unit_qk_norms(anatomy, i)
         parts = {role: part.scaled(factors.get(role, 1.0)) for role, part in parts.items()}
         parts = _filled(parts, want, target.hidden, anatomy)
-        yield from _layer(i, _fused(parts, arch, want, anatomy.head_dim))
+        if arch.interleaved_rope and anatomy.family.rope_pairs == "halves":
+            parts = _reordered(parts, want, anatomy.head_dim)
+        yield from _layer(i, _fused(parts, arch))
 
 
 def _factors(anatomy: Anatomy, arch: Arch) -> tuple[float, float, dict[str, float]]:
@@ -128,15 +132,21 @@ def _norm(
     anatomy: Anatomy, tensor: MODEL_TENSOR, norm: Any, layer: int | None = None, factor: float = 1.0
 ) -> Iterator[tuple[str, Array]]:
     """Yield a norm's tensors; llama.cpp multiplies by w where some classes do by 1 + w."""
-    offset = np.float32(anatomy.family.norm == "rms_1p")
+    if getattr(norm, "weight", None) is None:
+        return
+    offset = np.float32(anatomy.family.norm.endswith("_1p"))
     yield _name(tensor, layer), (_array(norm.weight) + offset) * np.float32(factor)
     if getattr(norm, "bias", None) is not None:
         yield _name(tensor, layer, "bias"), _array(norm.bias) * np.float32(factor)
 
 
-def _norms(anatomy: Anatomy, layer: int, want: LayerShape) -> Iterator[tuple[str, Array]]:
+def _norms(
+    anatomy: Anatomy, arch: Arch, layer: int, want: LayerShape
+) -> Iterator[tuple[str, Array]]:
     written = {"attn_block": want.attention, "mlp_block": want.mlp}
     for kind, block, tensor in _LAYER_NORMS:
+        if kind == "pre_norm" and (not arch.pre_norms or (arch.one_norm and block == "mlp_block")):
+            continue
         norm: nn.Module | None = getattr(anatomy, kind)(layer, block)
         if norm is not None:
             yield from _norm(anatomy, tensor, norm, layer)
@@ -227,12 +237,20 @@ def _filled(parts: Parts, want: LayerShape, hidden: int, anatomy: Anatomy) -> Pa
     return {role: parts.get(role, empty).filled(*size) for role, size in sizes.items()}
 
 
-def _fused(parts: Parts, arch: Arch, shape: LayerShape, head_dim: int) -> Parts:
-    """Return the parts as the architecture stacks and orders them."""
+def _reordered(parts: Parts, shape: LayerShape, head_dim: int) -> Parts:
+    """Return the parts with the rows of queries and keys where pairs are neighbours."""
+    if "q" not in parts:
+        return parts
+    q, k = (
+        parts[role].rows(_interleaved(count, head_dim))
+        for role, count in (("q", shape.heads), ("k", shape.kv_heads))
+    )
+    return {**parts, "q": q, "k": k}
+
+
+def _fused(parts: Parts, arch: Arch) -> Parts:
+    """Return the parts as the architecture stacks them."""
     parts = dict(parts)
-    if arch.interleaved_rope and "q" in parts:
-        parts["q"] = parts["q"].rows(_interleaved(shape.heads, head_dim))
-        parts["k"] = parts["k"].rows(_interleaved(shape.kv_heads, head_dim))
     if arch.fused_qkv and "q" in parts:
         parts["qkv"] = _stacked([parts.pop(role) for role in ("q", "k", "v")])
     if arch.fused_gate:

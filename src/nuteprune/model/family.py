@@ -59,8 +59,8 @@ class Family:
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
-    norm: Literal["rms", "rms_1p", "layer"] = "rms"
-    """`rms`: x/rms * w; `rms_1p`: x/rms * (1 + w); `layer`: LayerNorm."""
+    norm: Literal["rms", "rms_1p", "layer", "layer_1p"] = "rms"
+    """`rms`: x/rms * w; `layer`: LayerNorm; with `_1p` 1 + w takes the place of w."""
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     """Norms over the hidden width that serve the attention block alone."""
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
@@ -99,6 +99,10 @@ class Family:
     """Config attribute of the tanh bound on logits."""
     attention_softcap: str | None = None
     """Config attribute of the tanh bound on attention logits."""
+    rope_pairs: Literal["halves", "neighbours"] = "halves"
+    """Features of a head that rotate together: of its two halves, or neighbours."""
+    attention_clip: str | None = None
+    """Config attribute of the bound on queries, keys and values."""
     multipliers: tuple[str, str] | None = None
     """Config attributes by which embeddings, and what blocks write, are multiplied."""
     buffers: tuple[str, ...] = ()
@@ -133,7 +137,7 @@ class Family:
         for key in (kind, f"{kind} uniform")[: 1 + uniform]:
             if key in self.refused:
                 return self.refused[key]
-        if kind == "hidden" and self.norm == "layer":
+        if kind == "hidden" and self.norm.startswith("layer"):
             return (
                 f"{self.model_type} normalises with LayerNorm, whose mean runs over the whole "
                 "width, so cutting hidden dimensions would change the model"

@@ -22,7 +22,7 @@ from nuteprune.model.family import CONFIG_NAMES, Family, Projection
 from nuteprune.model.small import names_of, small_config, small_model
 from nuteprune.model.watching import Passed, watch
 
-Norm = Literal["rms", "rms_1p", "layer"]
+Norm = Literal["rms", "rms_1p", "layer", "layer_1p"]
 
 
 def propose(config: PreTrainedConfig) -> list[Family]:
@@ -43,7 +43,8 @@ def propose(config: PreTrainedConfig) -> list[Family]:
     found = _norms(passed, blocks, axes.head_dim)
     norm = _norm_kind(model.get_submodule(passed.final_norm), sizes.hidden)
     names = names_of(small.to_dict())
-    words = [x for x in CONFIG_NAMES if x in names and (x != "epsilon" or norm != "layer")]
+    not_read = {"epsilon"} if norm.startswith("layer") else set()
+    words = [x for x in CONFIG_NAMES if x in names and x not in not_read]
     entry = Family(
         model_type=config.model_type,
         causal_lm=type(model).__name__,
@@ -133,15 +134,15 @@ def _norms(
 def _norm_kind(norm: nn.Module, width: int) -> Norm:
     """Return what a norm computes, told by its outputs."""
     x = torch.randn(5, width, generator=torch.Generator().manual_seed(2))
-    y = norm(x)
-    if torch.allclose(norm(x + 3.0), y, atol=1e-4):
-        return "layer"
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    y = norm(x) if bias is None else norm(x) - bias
+    centred = torch.allclose(norm(x + 3.0), norm(x), atol=1e-4)
+    x = x - x.mean(-1, keepdim=True) if centred else x
     unit = x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
-    weight = getattr(norm, "weight", None)
-    if weight is not None and torch.allclose(unit * weight, y, atol=1e-2):
-        return "rms"
+    if torch.allclose(unit if weight is None else unit * weight, y, atol=1e-2):
+        return "layer" if centred else "rms"
     if weight is not None and torch.allclose(unit * (1 + weight), y, atol=1e-2):
-        return "rms_1p"
+        return "layer_1p" if centred else "rms_1p"
     raise UserError(f"{type(norm).__name__} is neither RMSNorm (w or 1 + w) nor LayerNorm")
 
 
