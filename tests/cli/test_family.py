@@ -30,7 +30,7 @@ def _nothing_brought_along(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_type_that_is_not_listed_is_pruned_by_a_proposed_entry(
     tiny_tokenizer: Any, tmp_path: Path, run: Callable, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(config_of("internlm3"))
+    config = small_config(config_of("cwm"))
     config.vocab_size = 300
     model, entry, out = tmp_path / "model", tmp_path / "entry.yaml", tmp_path / "out"
     small_model(config).save_pretrained(model)
@@ -46,7 +46,7 @@ def test_a_type_that_is_not_listed_is_pruned_by_a_proposed_entry(
     assert said["held"]["hidden"] == said["held"]["heads"] == ["free", "uniform"]
     assert said["held"]["attn_block"] == ["free"]
     assert said["failed"] == {}
-    assert read_family(entry).family.causal_lm == "InternLM3ForCausalLM"
+    assert read_family(entry).family.causal_lm == "CwmForCausalLM"
 
     gates = {"gates": "kv_groups,neurons,hidden", "neuron_multiple": 8, "hidden_multiple": 8}
     record = nuteprune.prune(str(model), out=out, family=entry, quiet=True, **asked, **gates)
@@ -55,7 +55,7 @@ def test_a_type_that_is_not_listed_is_pruned_by_a_proposed_entry(
     assert record["family"] == said["entry"]
     monkeypatch.setattr(lookup, "_OWN", {})  # as in another process
     ours = load_pruned(out)
-    assert family_named("pruned_internlm3").causal_lm == "InternLM3ForCausalLM"
+    assert family_named("pruned_cwm").causal_lm == "CwmForCausalLM"
     theirs = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
     tokens = AutoTokenizer.from_pretrained(out)("the student", return_tensors="pt").input_ids
     with torch.no_grad():

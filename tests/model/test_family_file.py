@@ -38,7 +38,7 @@ def changed(tmp_path: Path) -> Callable[[str, str], Path]:
         (
             "final_norm:",
             "final_nrom:",
-            "line 13: final_nrom: no such key; did you mean final_norm?",
+            "line 14: final_nrom: no such key; did you mean final_norm?",
         ),
         ("heads_divide_hidden: true", "heads_divide_hidden: 3", "3 must be true or false"),
         ("hidden -> kv", "hidden -> keys", "self_attn.k_proj: 'keys' is no axis; there are hidden"),
@@ -47,7 +47,7 @@ def changed(tmp_path: Path) -> Callable[[str, str], Path]:
         ("q -> hidden", "q -> kv", "the last projection must write to the residual stream"),
         ("model_type: llama\n", "", "the key model_type is missing"),
         ("model_type: llama", "model_type: [", "is not valid YAML"),
-        ("norm: rms\n", "refused: {moods: no}\n", "refused: moods: not one of heads, kv_groups"),
+        ("norm: rms\n", "refused: {moods: never}\n", "refused: moods: not one of heads, kv_groups"),
         ("norm: rms\n", "post_norms: [a]\n", "must be two names"),
         ("norm: rms\n", "config_names: {heads: 3}\n", "config_names: heads: 3 must be text"),
     ],
@@ -73,7 +73,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         (
             "model.layers",
             "model.blocks",
-            "line 11: layers: model.blocks is not in a LlamaForCausal",
+            "line 12: layers: model.blocks is not in a LlamaForCausal",
         ),
         (
             "self_attn.k_proj",

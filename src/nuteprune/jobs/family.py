@@ -100,8 +100,9 @@ def checked(config: PreTrainedConfig, file: FamilyFile | None = None) -> tuple[F
             _check_file(file, config, small)
         try:
             entry = settled(family, small)
-        except UserError as error:
-            problems.append(str(error))
+        except Exception as error:  # of modelling code, on sizes that it was not made for
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            problems.append(kind + " ".join(str(error).split()))
             continue
         found = examine(entry, small)
         held = sum(why is None for by in found.values() for why in by.values())

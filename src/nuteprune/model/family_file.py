@@ -226,7 +226,7 @@ def _read(hint: Any, value: Any, wrong: Wrong) -> Any:
         if value not in choices:
             raise wrong((), f"{value!r} is not one of {', '.join(choices)}")
         return value
-    if "MappingProxyType" in words:
+    if "mappingproxy" in words.lower():
         if not isinstance(value, dict):
             raise wrong((), f"{value!r} must be a mapping")
         if "object" not in words:
