@@ -161,6 +161,7 @@ def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return logits
 
 
+@torch.no_grad()
 def _off(ours: Tensor, theirs: Tensor) -> str | None:
     """Return by how much logits are off, None if they are the same but for rounding."""
     error = float((ours - theirs).abs().max() / theirs.abs().max())
