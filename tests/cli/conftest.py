@@ -83,6 +83,7 @@ TINY: dict[str, list[str]] = {
     "export": [],
     "family": [],
     "inspect": [],
+    "plan": ["--steps", "4", "--length", "24", "--batch-size", "2", "--tflops", "1"],
     "report": [],
     "vocab": [],
 }

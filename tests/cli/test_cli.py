@@ -44,15 +44,7 @@ def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
 
 
 COMMANDS = (
-    "prune",
-    "demo",
-    "eval",
-    "bench",
-    "recover",
-    "export",
-    "family",
-    "inspect",
-    "report",
+    *("prune", "demo", "eval", "bench", "recover", "export", "family", "inspect", "plan", "report"),
     "vocab",
 )
 

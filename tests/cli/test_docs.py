@@ -94,6 +94,7 @@ HOW = {
     "nuteprune family MODEL --out family.yaml": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --family family.yaml": EXECUTED,
     "nuteprune inspect small": EXECUTED,
+    "nuteprune plan Qwen/Qwen3-8B --sparsity 0.2 --device-memory 24GiB": EXECUTED,
     "nuteprune report small": EXECUTED,
 }
 """Each command in a block of code of README and docs -> how it is held to work."""

@@ -146,6 +146,12 @@ def test_family(run: Run) -> None:
     check(last(run, "family", "MODEL"), schema("family"))
 
 
+def test_plan(run: Run) -> None:
+    check(last(run, "plan", DENSE), schema("plan"))
+    sized = last(run, "plan", DENSE, "--devices", "2", "--device-memory", "1GB")
+    check(sized, schema("plan"), "devices", "device_memory_bytes", "settings", "fits")
+
+
 def test_inspect(run: Run) -> None:
     record = {key: kind for key, kind in schema("prune").items() if key != "out"}
     known = merged(record, schema("inspect"))

@@ -47,6 +47,7 @@ def make_app() -> typer.Typer:
         export,
         family,
         inspect,
+        plan,
         prune,
         recover,
         report,
@@ -62,6 +63,7 @@ def make_app() -> typer.Typer:
     )
     app.callback()(_root)
     app.command("demo")(demo.demo)
+    app.command("plan")(plan.plan)
     app.command("prune")(prune.prune)
     app.command("eval")(evaluate.evaluate)
     app.command("bench")(bench.bench)

@@ -220,12 +220,21 @@ def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
     return found_B1[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
 
+def most_cached(model: PreTrainedModel, length: int) -> int:
+    """Return the bytes of keys and values that are held while a model writes blocks of a length."""
+    return _fitting(model, length) * _cached(model, length)
+
+
 def _fitting(model: PreTrainedModel, length: int) -> int:
     """Return how many texts are written together, by the size of their keys and values."""
+    return max(1, min(BATCH, _CACHE_BYTES // max(_cached(model, length), 1)))
+
+
+def _cached(model: PreTrainedModel, length: int) -> int:
+    """Return the bytes of keys and values of a text."""
     anatomy = Anatomy(model)
     heads = sum(layer.kv_heads for layer in anatomy.shape.layers)
-    text = 2 * length * heads * anatomy.head_dim * model.dtype.itemsize
-    return max(1, min(BATCH, _CACHE_BYTES // max(text, 1)))
+    return 2 * length * heads * anatomy.head_dim * model.dtype.itemsize
 
 
 def _key(model: PreTrainedModel, opening: Openings, most: int, size: int, seed: int) -> str:

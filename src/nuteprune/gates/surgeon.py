@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.model.layerwise import Layerwise
+from nuteprune.simulated import usual
 
 DAMPING = 1e-2
 """What is added to the diagonal of C, as a share of itself."""
@@ -118,9 +119,10 @@ def inverse_of_correlations(correlation_II: Tensor) -> Tensor:
     generator = torch.Generator(correlation_II.device).manual_seed(0)
     signs_I = torch.empty_like(correlation_II[0]).uniform_(-1, 1, generator=generator).sign()
     factor_II, failed = torch.linalg.cholesky_ex(correlation_II)
-    if not failed:
+    if usual(failed == 0):
         inverse_II = torch.cholesky_inverse(factor_II)
-        if float((correlation_II @ (inverse_II @ signs_I) - signs_I).abs().max()) < ROUNDING:
+        error_I = (correlation_II @ (inverse_II @ signs_I) - signs_I).abs()
+        if usual(error_I.max() < ROUNDING):
             return inverse_II
     return _inverse(correlation_II.double())
 

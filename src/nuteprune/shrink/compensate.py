@@ -26,6 +26,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.packed import weight_of
+from nuteprune.simulated import usual
 
 RIDGE = 1e-1
 """Ridge: what is added to the diagonal of C, as a share of itself."""
@@ -131,9 +132,10 @@ def with_ridge(covariance_II: Tensor, kept_K: Tensor) -> Tensor:
 
 def _solve(positive_KK: Tensor, wanted_KO: Tensor) -> Tensor:
     factor_KK, failed = torch.linalg.cholesky_ex(positive_KK)
-    if failed:  # rounding, or values that are not finite
-        return cast(Tensor, torch.linalg.solve(positive_KK, wanted_KO))
-    return torch.cholesky_solve(wanted_KO, factor_KK)
+    if usual(failed == 0):
+        return torch.cholesky_solve(wanted_KO, factor_KK)
+    # Rounding, or values that are not finite.
+    return cast(Tensor, torch.linalg.solve(positive_KK, wanted_KO))
 
 
 def install_weight(anatomy: Anatomy) -> Install:

@@ -110,7 +110,9 @@ def several(kind: str, given: Any) -> tuple[float, ...]:
         UserError: for what is no such value, or where the models do not become smaller.
     """
     parts = given.split(",") if isinstance(given, str) else given
-    values = tuple(_value(kind, x) for x in (parts if isinstance(parts, list | tuple) else [parts]))
+    values = tuple(
+        value_of(kind, x) for x in (parts if isinstance(parts, list | tuple) else [parts])
+    )
     sizes = values if KINDS[kind].whole else [-x for x in values]  # the faster, the smaller
     if any(a <= b for a, b in pairwise(sizes)):
         told = ", ".join(spelled(kind, x) for x in values)
@@ -118,8 +120,18 @@ def several(kind: str, given: Any) -> tuple[float, ...]:
     return values
 
 
-def _value(kind: str, given: Any) -> float:
-    how = KINDS[kind]
+def value_of(kind: str, given: Any, name: str = "") -> float:
+    """Return one value that is given for a kind of target, or for what is written like it.
+
+    Args:
+        kind: one of `KINDS`.
+        given: a number, or text such as `100M`.
+        name: what errors call it, if not by its kind.
+
+    Raises:
+        UserError: for what is no such value.
+    """
+    how, name = KINDS[kind], name or kind
     units = [unit for unit in how.units if unit]
     wanted = (
         f"write a number above {how.above} with {', '.join(units)} or no unit, such as {how.such}"
@@ -129,11 +141,11 @@ def _value(kind: str, given: Any) -> float:
     match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(given))
     sizes = {unit.lower(): size for unit, size in how.units.items()}
     if match is None or match[2].lower() not in sizes or len(match[1]) > 30:
-        raise UserError(f"{kind} is {str(given)[:60]!r}; {wanted}")
+        raise UserError(f"{name} is {str(given)[:60]!r}; {wanted}")
     exact = Decimal(match[1]) * sizes[match[2].lower()]
     value = int(exact) if how.whole else float(exact)
     if not how.above < value < 10**18:
-        raise UserError(f"{kind} is {str(given)[:60]!r}; {wanted}")
+        raise UserError(f"{name} is {str(given)[:60]!r}; {wanted}")
     return value
 
 

@@ -1,0 +1,61 @@
+"""`nuteprune plan`: what a run would take, from a config alone, and which settings make it fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nuteprune.cli import options as o
+from nuteprune.console import Output
+from nuteprune.errors import UserError
+from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.jobs.plan import Asked, run
+from nuteprune.train.asked import value_of
+from nuteprune.train.config import NutePruneConfig
+
+_NOT_ASKED = (
+    "out",
+    "data",
+    "eval_data",
+    "text_column",
+    "device",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "trust_remote_code",
+    "shares",
+    "bits",
+    "report_to",
+    "report-to",
+)
+
+
+@o.with_options(NutePruneConfig, PruneJob, but=_NOT_ASKED)
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="Hub id, folder with a config.json, config.json, or 'demo'."),
+    ],
+    devices: Annotated[int, typer.Option(help="Accelerators.")] = 1,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Memory of each, such as 24GiB: says what makes it fit.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="10^12 operations a second; default: measured here.")
+    ] = None,
+    config: o.Config = None,
+    assignments: o.Set = None,
+    as_json: o.Json = False,
+    **given: Any,
+) -> None:
+    """Say what pruning MODEL would take, phase by phase; no weights are read."""
+    if devices < 1 or (tflops is not None and not tflops > 0):
+        raise UserError("--devices and --tflops must be above 0")
+    output = Output(as_json)
+    asked = {"model": model, "out": Path("unused"), **given}
+    job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
+    memory = device_memory and value_of("memory", device_memory, "--device-memory")
+    rate = None if tflops is None else tflops * 1e12
+    output.result(run(job, Asked(devices, memory, rate), output))

@@ -1,0 +1,280 @@
+"""The job of `plan`: what a run would take, from a config alone, and which settings make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from nuteprune.console import Output, duration, megabytes, millions
+from nuteprune.errors import UserError
+from nuteprune.export.loading import load_config
+from nuteprune.files import at_home
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.prune import trainer_config
+from nuteprune.jobs.sources import locate, pick_dtype, read_config
+from nuteprune.model.lookup import family_named
+from nuteprune.train.phases import FORMULA, Phase, Run, disk
+from nuteprune.train.simulate import Simulation
+
+SPARE = 0.95
+"""Share of a device's memory that a run may take; allocators and libraries have the rest."""
+SLOWER = 4 / 3
+"""Work of a step whose student is computed twice, as a multiple."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is asked for, beside the run.
+
+    Args:
+        devices: how many there are.
+        memory: bytes of each; None: not said.
+        rate: floating-point operations a second; None: measured here.
+    """
+
+    devices: int = 1
+    memory: float | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings that take less memory.
+
+    Args:
+        settings: what to pass, in words of the command line.
+        peaks: phase -> bytes on a device.
+        factor: time of a step, as a multiple of that as asked.
+        how: whether it is simulated or by formula.
+    """
+
+    settings: str
+    peaks: Mapping[str, float]
+    factor: float
+    how: str
+
+    @property
+    def peak(self) -> float:
+        """The largest of all phases."""
+        return max(self.peaks.values())
+
+
+def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
+    """Print what a run would take, and return it.
+
+    Raises:
+        UserError: for a config without the facts that a plan needs, settings that cannot work, or
+            memory that cannot hold a single layer.
+    """
+    config = config_of(job.model)
+    named = job.dtype != "auto"
+    dtype = pick_dtype(job.dtype, job.device) if named else torch.bfloat16
+    with tempfile.TemporaryDirectory() as scratch:
+        args = trainer_config(dataclasses.replace(job, device="cpu"), Path(scratch))
+        if args.sharded:
+            raise UserError("a plan says by itself what sharding saves: pass --devices instead")
+        planned = Run.of(config, args, job.length, dtype)
+        sizes = planned.sizes
+        if asked.memory is not None and sizes.layer > SPARE * asked.memory:
+            raise UserError(
+                f"a device of {megabytes(asked.memory)} cannot hold even one layer of {job.model}, "
+                f"{megabytes(sizes.layer)} in {_name(dtype)}; name devices with more memory"
+            )
+        phases = [*planned.before_steps(), *planned.steps(), *planned.after_steps()]
+        variants = list(_variants(planned, phases, asked)) if asked.memory is not None else []
+    rate = asked.rate or measured_rate(dtype)
+    fits = next((v for v in variants if v.peak <= SPARE * (asked.memory or 0)), None)
+    result = {
+        "model": job.model,
+        "parameters": sizes.weights // dtype.itemsize,
+        "dtype": _name(dtype),
+        "targets": list(planned.targets),
+        "weights_bytes": sizes.weights,
+        "phases": [_entry(phase, rate) for phase in phases],
+        "peak_bytes": max(phase.need.peak for phase in phases),
+        "main_memory_bytes": sizes.weights,
+        "disk_bytes": disk(planned),
+        "seconds": sum(phase.need.flops for phase in phases) / rate,
+        "flops_per_second": rate,
+        "rate": "named" if asked.rate else "measured here",
+    }
+    if asked.memory is not None:
+        result |= {
+            "devices": asked.devices,
+            "device_memory_bytes": asked.memory,
+            "settings": [_choice(v, asked.memory) for v in variants],
+            "fits": fits.settings if fits else None,
+        }
+    _print(result, planned, output)
+    return result
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    """Return a model's config: of a checkpoint, of a folder with it alone, or the file itself.
+
+    Raises:
+        UserError: if there is none, or it lacks what a plan needs.
+    """
+    path = at_home(model)
+    where = str(path) if path.is_file() else locate(model)
+    if not path.is_file():
+        read_config(model)  # refuses what is no causal language model
+    config = load_config(where)
+    values, _ = PreTrainedConfig.get_config_dict(where)
+    names = family_named(config.model_type).config_names
+    needed = {"num_hidden_layers", "vocab_size"} | {
+        names[x] for x in ("heads", "neurons", "hidden") if x in names
+    }
+    if missing := sorted(needed - set(values)):
+        raise UserError(
+            f"the config of {model} has no {', '.join(missing)}, which a plan needs: pass the "
+            "config.json of the checkpoint itself"
+        )
+    return config
+
+
+def measured_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    """Return the floating-point operations a second of a product of matrices here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    rates: list[float] = []
+    started = time.monotonic()
+    while not rates or time.monotonic() - started < seconds:
+        begun = time.monotonic()
+        float((a @ a)[0, 0])
+        rates.append(2 * size**3 / (time.monotonic() - begun))
+    return max(rates)
+
+
+def _variants(planned: Run, phases: list[Phase], asked: Asked) -> Any:
+    """Yield settings that take less, those that cost least first."""
+    args, sizes = planned.args, planned.sizes
+    whole = {x.name: x.need.peak for x in phases if x.name != "saving"}
+    yield Variant("as asked", whole, 1.0, "simulated")
+    size = args.per_device_train_batch_size
+    less: dict[str, Any] = {}
+    words, factor = [], 1.0
+    if size > 1:
+        accumulated = size * args.gradient_accumulation_steps
+        less |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulated}
+        words.append(f"--batch-size 1 --set gradient_accumulation_steps={accumulated}")
+        whole = _with(planned, whole, less)
+        yield Variant(" ".join(words), whole, factor, "simulated")
+    if not args.gradient_checkpointing:
+        less |= {"gradient_checkpointing": True}
+        words.append("--gradient-checkpointing")
+        factor *= SLOWER
+        whole = _with(planned, whole, less)
+        yield Variant(" ".join(words), whole, factor, "simulated")
+    kept = sizes.refitted if args.compensation else 0
+    if asked.devices > 1:
+        gathered = 2 * sizes.layer + sizes.outside
+        saved = sizes.weights - sizes.weights / asked.devices - gathered
+        peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
+        peaks.pop("finalize", None)  # in main memory, by one process
+        yield Variant(" ".join([*words, "--set sharded=true"]), peaks, factor, FORMULA)
+    for bits in (8, 4):
+        saved = sizes.projections * (1 - bits / 8 / planned.dtype.itemsize)
+        peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
+        peaks.pop("finalize", None)
+        yield Variant(" ".join([*words, f"--bits {bits}"]), peaks, factor, FORMULA)
+
+
+def _with(planned: Run, whole: Mapping[str, float], less: Mapping[str, Any]) -> dict[str, float]:
+    """Return peaks under other settings of the steps."""
+    args = dataclasses.replace(planned.args, **less)
+    changed = dataclasses.replace(planned, args=args)
+    peaks = dict(whole)
+    for name in whole:
+        if name.startswith("step"):
+            moving, snapshot = "ramp" in name, "teachers" in name
+            need = changed.simulated(partial(Simulation.step, moving=moving, snapshot=snapshot))
+            peaks[name] = need.peak
+    return peaks
+
+
+def _entry(phase: Phase, rate: float) -> dict[str, Any]:
+    return {
+        "phase": phase.name,
+        "peak_bytes": round(phase.need.peak),
+        "flops": phase.need.flops,
+        "seconds": phase.need.flops / rate,
+        "how": phase.how,
+    }
+
+
+def _choice(variant: Variant, memory: float) -> dict[str, Any]:
+    return {
+        "settings": variant.settings,
+        "peak_bytes": round(variant.peak),
+        "phase": max(variant.peaks, key=lambda x: variant.peaks[x]),
+        "step_time": variant.factor,
+        "fits": variant.peak <= SPARE * memory,
+        "how": variant.how,
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:
+    args, config = planned.args, planned.config
+    output.line(
+        f"Model   {result['model']}: {config.model_type}, {config.num_hidden_layers} layers, "
+        f"{millions(result['parameters'])} parameters, {megabytes(result['weights_bytes'])} in "
+        f"{result['dtype']}"
+    )
+    output.line(
+        f"Run     {args.max_steps} steps of {args.per_device_train_batch_size} x "
+        f"{args.gradient_accumulation_steps} x {planned.length} tokens to "
+        f"{', '.join(f'{x:.0%}' for x in planned.targets)}; LoRA rank {args.lora_rank}"
+    )
+    rows = [
+        [
+            x["phase"],
+            megabytes(x["peak_bytes"]),
+            f"{x['flops'] / 1e12:,.0f}",
+            duration(x["seconds"]),
+            x["how"],
+        ]
+        for x in result["phases"]
+    ]
+    columns = ["phase", "peak on a device", "TFLOP", "time", "how"]
+    output.table("What each phase takes", columns, rows)
+    if "settings" in result:
+        memory = megabytes(result["device_memory_bytes"])
+        rows = [
+            [
+                x["settings"],
+                megabytes(x["peak_bytes"]),
+                x["phase"],
+                f"{x['step_time']:.2f}",
+                "yes" if x["fits"] else "no",
+                x["how"],
+            ]
+            for x in result["settings"]
+        ]
+        columns = ["settings", "peak", "of", "x step time", "fits", "how"]
+        output.table(f"On {result['devices']} x {memory}, cheapest first", columns, rows)
+        output.line(
+            f"Fits    {result['fits'] or 'none of these; take more memory or a smaller model'}"
+        )
+    written = sum(result["disk_bytes"].values())
+    output.line(
+        f"Disk    {megabytes(written)}; main memory: {megabytes(result['main_memory_bytes'])} of "
+        "weights, mapped from files, read at the start and at the end"
+    )
+    output.line(
+        f"Time    {duration(result['seconds'])} at {result['flops_per_second'] / 1e12:.2f} "
+        f"TFLOP/s, {result['rate']}; products alone are counted"
+    )

@@ -1,0 +1,99 @@
+"""Tensors without data: whether they are, what of them lives, and what is multiplied."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_SOLVE = torch.ops.aten.cholesky_solve
+FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.linalg_cholesky_ex: lambda a: _cubes(a) // 3,
+    torch.ops.aten.cholesky_inverse: lambda a: 2 * _cubes(a) // 3,
+    _SOLVE: lambda b, a: 2 * b.numel() * a.shape[-1],
+}
+"""What torch does not count, by the number of multiplications and additions of dense matrices."""
+
+
+def _cubes(a: Tensor) -> int:
+    return a.numel() * a.shape[-1]
+
+
+def usual(condition: Tensor) -> bool:
+    """Return whether a condition holds; of one without data, True: what is asked is the usual."""
+    return True if isinstance(condition, FakeTensor) else bool(condition)
+
+
+def without_data(model: nn.Module, device: str = "cpu") -> FakeTensorMode | None:
+    """Let a model's tensors on the meta device claim, without data, to be on another one.
+
+    Returns:
+        What their operations go through; None if the model has data.
+    """
+    mode, place = FakeTensorMode(allow_non_fake_inputs=True), torch.device(device)
+    made: dict[Tensor, Tensor] = {}
+
+    def claimed(tensor: Tensor) -> Tensor:
+        if tensor not in made:
+            fake: Any = FakeTensor(mode, tensor.detach(), place)
+            trained = tensor.requires_grad
+            is_weight = isinstance(tensor, nn.Parameter)
+            made[tensor] = nn.Parameter(fake, requires_grad=trained) if is_weight else fake
+        return made[tensor]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    tensors[name] = claimed(tensor)  # type: ignore[assignment]
+    return mode if made else None
+
+
+class Live(TorchDispatchMode):
+    """Counts the storages that operations make, while they live, and floating-point operations.
+
+    What an operation holds inside of itself, as a library's own buffers, is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation and count what it made."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        packet = func._overloadpacket
+        if packet in FLOPS:
+            self.flops += FLOPS[packet](*args[:2] if packet is _SOLVE else args[:1])
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage until it is let go, if it is not counted already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            size = storage.nbytes()
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._let_go, key, size)
+
+    def _let_go(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

@@ -1,0 +1,242 @@
+"""What each phase of a run takes: memory and work, from a config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from nuteprune.data.self_written import most_cached
+from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.schedule import Schedule
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.calibration import PLAIN_BATCH
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import make_allocator
+from nuteprune.train.simulate import (
+    JUDGED,
+    ONE_BY_ONE,
+    SHORT,
+    Need,
+    Simulation,
+    extended,
+    in_batches,
+    model_of,
+)
+from nuteprune.train.targets import Prices, run_targets
+
+SIMULATED = "simulated"
+FORMULA = "formula"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a run.
+
+    Args:
+        name: what users call it.
+        need: its peak in bytes, weights among them, and the work of all of it.
+        how: `SIMULATED`, or by a `FORMULA` where code would ask for data.
+    """
+
+    name: str
+    need: Need
+    how: str = SIMULATED
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of what a model is made of, in the dtype of the run.
+
+    Args:
+        weights: all, tied ones once.
+        projections: the decoder layers' projections.
+        layer: of one decoder layer, the largest.
+        outside: of what is in no layer: embedding, head, final norm.
+        refitted: what the re-fit puts beside the base's weights, at most.
+        adapters: LoRA, in fp32.
+        cached: keys and values while the model writes.
+    """
+
+    weights: int
+    projections: int
+    layer: int
+    outside: int
+    refitted: int
+    adapters: int
+    cached: int
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, args: NutePruneConfig, length: int) -> Sizes:
+        """Read them off a model, whose tensors may be without data."""
+        each = anatomy.model.dtype.itemsize
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers]
+        last, adapters = 0, 0
+        for i in range(len(layers)):
+            for projection in anatomy.family.projections:
+                linear = anatomy.linear(i, projection)
+                if linear is not None:
+                    adapters += args.lora_rank * (linear.in_features + linear.out_features)
+                    ends = (anatomy.family.attention[-1], anatomy.family.mlp[-1])
+                    last += linear.weight.numel() * (projection in ends)
+        total = anatomy.parameters()
+        return cls(
+            weights=total * each,
+            projections=Budget.of(anatomy).before * each,
+            layer=max(layers) * each,
+            outside=(total - sum(layers)) * each,
+            refitted=last * each,
+            adapters=adapters * 4,
+            cached=most_cached(anatomy.model, length),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to be planned.
+
+    Args:
+        config: of the dense model.
+        args: the run's settings.
+        length: tokens per block.
+        dtype: what is computed in.
+        sizes: of the model's parts.
+        allocator: which shapes it can be cut to.
+        targets: the sparsities that it is to reach, growing.
+    """
+
+    config: PreTrainedConfig
+    args: NutePruneConfig
+    length: int
+    dtype: torch.dtype
+    sizes: Sizes
+    allocator: Allocator
+    targets: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, config: PreTrainedConfig, args: NutePruneConfig, length: int, dtype: torch.dtype
+    ) -> Run:
+        """Look at the model of a config, without making its weights.
+
+        Raises:
+            UserError: for settings that this model cannot take.
+        """
+        with torch.device("meta"):
+            anatomy = Anatomy(model_of(config, dtype))
+        allocator = make_allocator(anatomy, args)
+        sizes, prices = Sizes.of(anatomy, args, length), Prices.of(anatomy, dtype, args)
+        targets = tuple(x.sparsity for x in run_targets(allocator, args, prices))
+        return cls(config, args, length, dtype, sizes, allocator, targets)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When it reaches its targets."""
+        return Schedule(self.targets, self.args.max_steps, *self.args.shares)
+
+    @property
+    def snapshots(self) -> bool:
+        """Whether teachers are met on the way."""
+        ramp_steps = self.schedule.stage(0).ramp_steps
+        return self.args.teachers == "numerous" and ramp_steps > 1
+
+    def simulated(
+        self, phase: Callable[[Simulation], Need], short: tuple[int, int] = SHORT
+    ) -> Need:
+        """Go through a phase without data."""
+        return extended(
+            self.config,
+            lambda config: phase(Simulation(config, self.args, self.length, self.dtype)),
+            short,
+        )
+
+    def before_steps(self) -> list[Phase]:
+        """Return what comes before the first step."""
+        args, method = self.args, METHODS[self.args.method]
+        judging = self.simulated(Simulation.judging)
+        block = judging.flops / JUDGED
+        found = [
+            Phase("judging the dense model", judging),
+            Phase("writing text", self._writing(block), FORMULA),
+        ]
+        if method.reads:
+            plain = args.calibration_blocks * method.reads_plain / PLAIN_BATCH
+            scoring = self._one_by_one(Simulation.scoring, plain)
+            # Forward, and backward to activations alone: twice a block's products.
+            more = (args.calibration_blocks - 1) * 2 * block
+            found.append(Phase("scoring", scoring + Need(0, more)))
+        units = sum(
+            self.allocator.layout.units(k)
+            for k in self.allocator.constraints.kinds
+            if k in ("heads", "kv_groups")
+        )
+        if method.cuts and units:
+            copying = self.simulated(Simulation.copying)
+            # Each unit alone, from its own layer on: half of the layers on the average.
+            turns = units / 2
+            found.append(
+                Phase("cutting units one by one", Need(copying.peak, copying.flops * turns))
+            )
+        if args.compensation:
+            batches = args.refit_blocks / args.per_device_train_batch_size
+            refit = self._one_by_one(Simulation.refitting, batches)
+            found.append(Phase("re-fit", refit))
+        return found
+
+    def _one_by_one(self, phase: Callable[[Simulation, int], Need], batches: float) -> Need:
+        """Go through a phase in which batches pass a layer together."""
+
+        def run(config: PreTrainedConfig) -> Need:
+            def few(count: int) -> Need:
+                return phase(Simulation(config, self.args, self.length, self.dtype), count)
+
+            return in_batches(few, batches)
+
+        return extended(self.config, run, ONE_BY_ONE)
+
+    def _writing(self, block: float) -> Need:
+        held = self.sizes.weights + self.sizes.adapters + self.sizes.cached
+        return Need(held, block * self.args.blocks / 2)
+
+    def steps(self) -> list[Phase]:
+        """Return the kinds of steps that the run has."""
+        args, schedule = self.args, self.schedule
+        each = args.gradient_accumulation_steps
+        first = schedule.stage(0)
+        ramp = min(args.max_steps, first.freeze_step) if args.max_steps else 0
+        found = []
+        if ramp > 0:
+            snapshots = self.snapshots
+            name = "step, ramp and teachers" if snapshots else "step, ramp"
+            need = self.simulated(lambda x: x.step(moving=True, snapshot=snapshots))
+            found.append(Phase(name, Need(need.peak, need.flops * each * ramp)))
+        if args.max_steps > ramp:
+            need = self.simulated(Simulation.step)
+            steps = args.max_steps - ramp
+            found.append(Phase("step, fixed masks", Need(need.peak, need.flops * each * steps)))
+        return found
+
+    def after_steps(self) -> list[Phase]:
+        """Return what comes after the last step."""
+        final = self.simulated(Simulation.finalizing)
+        saving = Need(self.sizes.weights, 0)
+        return [Phase("finalize", final), Phase("saving", saving, FORMULA)]
+
+
+def disk(run: Run) -> dict[str, float]:
+    """Return the bytes that a run writes, by what they are for."""
+    targets, sizes = run.targets, run.sizes
+    small = sizes.weights - targets[-1] * sizes.projections
+    teachers = 100 * targets[-1] if run.snapshots else 0
+    refitted = sizes.refitted if run.args.compensation else 0
+    checkpoint = 3 * sizes.adapters + refitted
+    return {
+        "result": small * len(targets),
+        "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
+        "teachers": teachers * sizes.adapters / 2,
+        "targets": (len(targets) - 1) * (sizes.adapters + 2 * refitted),
+    }

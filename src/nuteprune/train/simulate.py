@@ -1,0 +1,285 @@
+"""A run's phases on weights without data: what they hold and what they multiply, without doing it.
+
+The code is a run's own: text, masks and allocation are real, weights and activations are not. A
+decoder's layers are alike, so two short models say what a long one takes: each layer adds the same.
+What asks for data is left out; what that holds is added by formula where it is not small.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from nuteprune.distill.losses import Head
+from nuteprune.distill.teachers import DENSE, Role
+from nuteprune.gates.cutting import run_dense
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.probe import Probe
+from nuteprune.gates.surgeon import INPUTS, surgeon_scores
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.shrink.compensate import install_in_place, refit
+from nuteprune.shrink.finalize import fold_masks, merge_lora
+from nuteprune.shrink.slicing import slice_state
+from nuteprune.simulated import Live, without_data
+from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prepare import Prepared, prepare
+
+SHORT = (2, 4)
+"""Layers of the two models that are run in place of a long one."""
+ONE_BY_ONE = (1, 2)
+"""The same for what goes through a model layer by layer."""
+FEW = (2, 3)
+"""Batches that are run in place of many: each holds and multiplies the same."""
+JUDGED = 4
+"""Blocks that a job judges by in one pass."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a phase takes.
+
+    Args:
+        peak: bytes that live at most, weights among them.
+        flops: floating-point operations of products, of one time that the phase is gone through.
+    """
+
+    peak: float
+    flops: float
+
+    def __add__(self, other: Need) -> Need:
+        return Need(self.peak + other.peak, self.flops + other.flops)
+
+    def __sub__(self, other: Need) -> Need:
+        return self + other * -1
+
+    def __mul__(self, factor: float) -> Need:
+        return Need(self.peak * factor, self.flops * factor)
+
+
+class Simulation:
+    """A run that is made ready on a model without data.
+
+    Args:
+        config: of the dense model.
+        args: the run's settings.
+        length: tokens per block.
+        dtype: what is computed in.
+        model: with data, to measure what else is told; None: one without is made of the config.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        args: NutePruneConfig,
+        length: int,
+        dtype: torch.dtype,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        self.args, self._length = args, length
+        if model is None:
+            with torch.device("meta"):
+                model = model_of(config, dtype)
+        self.ready: Prepared = prepare(model, args)
+        self._mode = without_data(self.ready.model)
+        if args.gradient_checkpointing:
+            recompute(model, args.gradient_checkpointing_kwargs)
+        self._masks = self.ready.allocator.chance(self.ready.targets[-1])
+
+    @contextmanager
+    def _counting(self) -> Iterator[Live]:
+        with Live() as live:
+            for tensor in (*self.ready.model.parameters(), *self.ready.model.buffers()):
+                live.count(tensor)
+            yield live
+
+    def _text(self, blocks: int, size: int) -> list[Tensor]:
+        return list(torch.zeros(blocks, self._length, dtype=torch.long).split(size))
+
+    def judging(self) -> Need:
+        """Judge the dense model by a batch of held-out text."""
+        (ids_BT,) = self._text(JUDGED, JUDGED)
+        with self._counting() as live:
+            self._forward(ids_BT)
+        return Need(live.peak, live.flops)
+
+    @torch.no_grad()
+    def _forward(self, ids_BT: Tensor) -> None:
+        logits_BTV = self.ready.anatomy.model(input_ids=ids_BT, use_cache=False).logits
+        F.cross_entropy(logits_BTV[0, :-1].float(), ids_BT[0, 1:])
+
+    def scoring(self, batches: int) -> Need:
+        """Score the units: on one block for gradients, and batches of the other text.
+
+        Units are not cut one by one.
+        """
+        ready, method = self.ready, METHODS[self.args.method]
+        kinds = ready.allocator.constraints.kinds
+        block = self._text(1, 1)
+        plain = self._text(batches * PLAIN_BATCH, PLAIN_BATCH)
+        probe = Probe(ready.anatomy, ready.hooks, ready.allocator.budget, kinds, block, plain)
+        with self._counting() as live, frozen_parameters(ready.model):
+            if method.reads_plain:
+                surgeon_scores(replace(probe, kinds=tuple(k for k in kinds if k in INPUTS)))
+            elif method.reads:
+                self._forward(block[0])
+        return Need(live.peak, live.flops)
+
+    def copying(self) -> Need:
+        """Run the dense model on what repeats."""
+        probe = Probe(self.ready.anatomy, self.ready.hooks, self.ready.allocator.budget, ())
+        with self._counting() as live:
+            run_dense(probe)
+        return Need(live.peak, live.flops)
+
+    def refitting(self, batches: int) -> Need:
+        """Re-fit the projections, of all layers and at their most; the re-fitted weights stay."""
+        ready, size = self.ready, self.args.per_device_train_batch_size
+        bank = ready.coforward.bank
+        with self._counting() as live:
+            install = install_in_place(bank, ready.anatomy)
+            text = self._text(batches * size, size)
+            refit(ready.anatomy, ready.hooks, self._widest(), text, install, dense=bank.dense)
+        return Need(live.peak, live.flops)
+
+    def _widest(self) -> Masks:
+        """Return masks that close a single unit of each kind in each layer.
+
+        The widest layer decides what a re-fit holds, and each may be the one that keeps most.
+        """
+        layout, values = self._masks.layout, {}
+        for kind in self._masks.values:
+            parts = [torch.ones(size) for size in layout.sizes[kind]]
+            if kind in INPUTS:
+                for part in parts:
+                    part[-1:] = 0
+            values[kind] = torch.cat(parts)
+        return Masks(layout, values)
+
+    def step(self, moving: bool = False, snapshot: bool = False) -> Need:
+        """Do two optimizer steps, the second of which has all that a step finds.
+
+        Args:
+            moving: whether masks are not fixed yet.
+            snapshot: whether the teacher is an earlier snapshot, not the dense model.
+        """
+        ready = self.ready
+        size = self.args.per_device_train_batch_size
+        inputs = {"input_ids": torch.zeros(size, self._length, dtype=torch.long)}
+        lora = [p for n, p in ready.model.named_parameters() if "lora_" in n]
+        optimizer = torch.optim.AdamW(lora)
+        ready.model.train()
+        teacher, masks = DENSE, self._masks
+        if moving:
+            masks = self._moving(size)
+        if snapshot:
+            held = {k: torch.empty_like(v) for k, v in ready.coforward.bank.state().items()}
+            teacher = Role(self._masks, held)
+        flops = 0
+        with self._counting() as live:
+            if self.args.compensation and not moving:
+                self._stand_in()
+            for _ in range(2):
+                before = live.flops
+                self._micro_batch(masks, teacher, inputs)
+                optimizer.step()
+                ready.model.zero_grad()
+                flops = live.flops - before
+        ready.model.eval()
+        return Need(live.peak, flops)
+
+    @torch.no_grad()
+    def _stand_in(self) -> None:
+        """Put weights in place of those that a re-fit replaces."""
+        anatomy, bank = self.ready.anatomy, self.ready.coforward.bank
+        for i in range(len(anatomy.layers)):
+            for last, mask in (
+                (anatomy.family.attention[-1], self._masks.attention_input(i)),
+                (anatomy.family.mlp[-1], self._masks.mlp_input(i)),
+            ):
+                if mask is not None and not bool((mask > 0).all()):
+                    bank.set_weight(i, last, torch.empty_like(bank.dense(i, last)))
+
+    def _micro_batch(self, masks: Masks, teacher: Role, inputs: dict[str, Tensor]) -> None:
+        ready = self.ready
+        with ready.coforward.student(masks):
+            taught = None if ready.plan.kind == "none" else teacher
+            passage = ready.coforward.run(ready.model, inputs, taught)
+            parts = ready.objective.parts(passage, Head.of(ready.anatomy), inputs)
+            del passage
+            torch.stack(list(parts.values())).sum().backward()
+
+    def _moving(self, size: int) -> Masks:
+        """Return masks whose gradients are wanted, one for each sequence."""
+        layout = self._masks.layout
+        values = {}
+        for kind in self._masks.values:
+            open_BN = torch.ones(size, layout.units(kind), requires_grad=True)
+            values[kind] = open_BN if self._mode is None else self._mode.from_tensor(open_BN)
+        return Masks(layout, values)
+
+    def finalizing(self) -> Need:
+        """Merge, fold and slice; uses the model up."""
+        with self._counting() as live, torch.no_grad():
+            self.ready.hooks.remove()
+            anatomy = Anatomy(merge_lora(self.ready.model))
+            fold_masks(anatomy, self._masks)
+            slice_state(anatomy, self._masks)
+        return Need(live.peak, live.flops)
+
+
+def recompute(model: PreTrainedModel, how: dict[str, Any] | None) -> None:
+    """Let a model compute activations again instead of keeping them, as `Trainer` would."""
+    # Its newer name; releases that do not know it yet have the older one alone.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)(how)
+
+
+def model_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the stock model of a config, on the device of the moment."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.eval()
+    return model
+
+
+def extended(
+    config: PreTrainedConfig,
+    run: Callable[[PreTrainedConfig], Need],
+    short: tuple[int, int] = SHORT,
+) -> Need:
+    """Return what a phase takes of a model, by two with fewer layers where it has many.
+
+    Args:
+        config: of the whole model.
+        run: told a config, goes through the phase.
+        short: layers of the two.
+    """
+    layers, (few, more) = int(config.num_hidden_layers), short
+    if layers <= more:
+        return run(config)
+    first, second = run(shortened(config, few)), run(shortened(config, more))
+    return first + (second - first) * ((layers - few) / (more - few))
+
+
+def in_batches(run: Callable[[int], Need], count: float) -> Need:
+    """Return what a phase takes of many batches, by two that have few."""
+    few, more = FEW
+    first = run(few)
+    return first + (run(more) - first) * max(0.0, (count - few) / (more - few))
+
+
+def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return the config of the same model with fewer layers."""
+    values = copy.deepcopy(config.to_dict()) | {"num_hidden_layers": layers}
+    if isinstance(kinds := values.get("layer_types"), list):
+        values["layer_types"] = kinds[:layers]
+    return type(config).from_dict(values)

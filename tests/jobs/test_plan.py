@@ -1,0 +1,219 @@
+"""Plans without weights, against the same code with weights, and against arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from nuteprune.console import Output
+from nuteprune.errors import UserError
+from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.jobs.plan import Asked, config_of, run
+from nuteprune.simulated import Live
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.simulate import (
+    ONE_BY_ONE,
+    SHORT,
+    Need,
+    Simulation,
+    extended,
+    in_batches,
+    model_of,
+)
+
+pytestmark = [
+    # torch looks at what it is going to turn into a tensor without data.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 192,
+    "vocab_size": 300,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+}
+QWEN3_8B = {
+    **TINY,
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+}
+LLAMA_70B = {
+    **TINY,
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+}
+
+
+def config(**changes: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(**{**TINY, **changes})
+
+
+def settings(tmp_path: Path, **changes: Any) -> NutePruneConfig:
+    known = {"target_sparsity": 0.2, "use_cpu": True, "per_device_train_batch_size": 2}
+    return NutePruneConfig(output_dir=str(tmp_path / "run"), **known | changes)
+
+
+def written(folder: Path, values: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+def job(model: Path, **given: Any) -> PruneJob:
+    asked = {"model": str(model), "out": Path("unused"), "target_sparsity": 0.2, **given}
+    return make_job(PruneJob, NutePruneConfig, asked)
+
+
+def test_what_lives_is_counted_while_it_lives() -> None:
+    with Live() as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)[2:]  # of the same memory
+        assert live.now == live.peak == 4000
+        c = torch.ones(500, dtype=torch.float64)
+        del a
+        assert live.now == 8000  # `b` holds it
+        del b, c
+        assert (live.now, live.peak) == (0, 8000)
+        torch.ones(20, 30) @ torch.ones(30, 7)
+        assert live.flops == 2 * 20 * 30 * 7
+        torch.cholesky_inverse(torch.linalg.cholesky_ex(torch.eye(30))[0])
+        assert live.flops == 2 * 20 * 30 * 7 + 30**3 // 3 + 2 * 30**3 // 3
+
+
+PHASES = {
+    "judging": Simulation.judging,
+    "scoring": lambda x: x.scoring(2),
+    "re-fit": lambda x: x.refitting(2),
+    "step": Simulation.step,
+    "ramp": lambda x: x.step(moving=True),
+    "teachers": lambda x: x.step(moving=True, snapshot=True),
+    "finalize": Simulation.finalizing,
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.slow
+def test_a_phase_without_data_holds_what_it_holds_with_data(phase: str, tmp_path: Path) -> None:
+    found = []
+    for model in (None, model_of(config(), torch.float32)):
+        simulation = Simulation(config(), settings(tmp_path), 24, torch.float32, model)
+        found.append(PHASES[phase](simulation))
+    without, having = found
+    assert without.peak == pytest.approx(having.peak, rel=0.02)
+    assert without.flops == pytest.approx(having.flops, rel=0.02)
+
+
+@pytest.mark.parametrize(("phase", "short"), [("step", SHORT), ("re-fit", ONE_BY_ONE)])
+@pytest.mark.slow
+def test_few_layers_tell_of_many(phase: str, short: tuple[int, int], tmp_path: Path) -> None:
+    args = settings(tmp_path, gradient_checkpointing=phase == "step")
+
+    def of(values: PreTrainedConfig) -> Need:
+        return PHASES[phase](Simulation(values, args, 24, torch.float32))
+
+    ours, whole = extended(config(), of, short), of(config())
+    assert ours.peak == pytest.approx(whole.peak, rel=0.03)
+    assert ours.flops == pytest.approx(whole.flops, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.1, 0.4])
+def test_a_refit_of_any_masks_holds_no_more(sparsity: float, tmp_path: Path) -> None:
+    args = settings(tmp_path, target_sparsity=sparsity)
+    planned = Simulation(config(), args, 24, torch.float32).refitting(2)
+    real = Simulation(config(), args, 24, torch.float32)
+    real._widest = lambda: real._masks  # type: ignore[method-assign]
+    assert real.refitting(2).peak < planned.peak
+
+
+@pytest.mark.slow
+def test_few_batches_tell_of_many(tmp_path: Path) -> None:
+    def of(count: int) -> Need:
+        return Simulation(config(), settings(tmp_path), 24, torch.float32).refitting(count)
+
+    ours, whole = in_batches(of, 9), of(9)
+    assert ours.peak == pytest.approx(whole.peak, rel=0.01)
+    assert ours.flops == pytest.approx(whole.flops, rel=0.01)
+
+
+@pytest.mark.slow(seconds=10)
+def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = written(tmp_path / "model", TINY)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    asked = Asked(devices=2, memory=4e6, rate=1e9)
+    plan = run(job(model, length=24, dtype="float32"), asked, Output(quiet=True))
+    assert sorted(tmp_path.rglob("*")) == before
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192 + 2 * 64
+    assert plan["parameters"] == 5 * layer + 2 * 300 * 64 + 64
+    assert plan["weights_bytes"] == 4 * plan["parameters"]
+    names = [phase["phase"] for phase in plan["phases"]]
+    assert names[0] == "judging the dense model"
+    assert {"scoring", "re-fit", "step, fixed masks", "finalize", "saving"} <= set(names)
+    assert plan["seconds"] == pytest.approx(sum(x["flops"] for x in plan["phases"]) / 1e9)
+    sharded = next(x for x in plan["settings"] if "sharded" in x["settings"])
+    assert sharded["how"] == "formula"
+    peaks = [x["peak_bytes"] for x in plan["settings"][:3]]
+    assert peaks == sorted(peaks, reverse=True)
+    again = run(job(model / "config.json", length=24), asked, Output(quiet=True))
+    assert again["parameters"] == plan["parameters"]
+    assert again["weights_bytes"] == plan["weights_bytes"] / 2  # bfloat16 where nothing is said
+
+
+@pytest.mark.slow(seconds=5)
+def test_a_run_with_a_ramp_is_planned_with_one(tmp_path: Path) -> None:
+    model = written(tmp_path / "model", TINY)
+    given = job(model, length=24, ramp_share=0.5, max_steps=20)
+    plan = run(given, Asked(rate=1e9), Output(quiet=True))
+    names = [phase["phase"] for phase in plan["phases"]]
+    assert {"step, ramp and teachers", "step, fixed masks"} <= set(names)
+    assert plan["disk_bytes"]["teachers"] > 0
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
+    less = {k: v for k, v in TINY.items() if k not in ("intermediate_size", "vocab_size")}
+    with pytest.raises(UserError, match="no intermediate_size, vocab_size"):
+        config_of(str(written(tmp_path / "less", less)))
+    model = written(tmp_path / "model", TINY)
+    with pytest.raises(UserError, match="cannot hold even one layer"):
+        run(job(model), Asked(memory=50_000), Output(quiet=True))
+    with pytest.raises(UserError, match="--devices"):
+        run(job(model, sharded=True), Asked(), Output(quiet=True))
+    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+        config_of("./nothing")
+
+
+@pytest.mark.hard
+@pytest.mark.parametrize(
+    ("values", "billions"), [(QWEN3_8B, 8.19), (LLAMA_70B, 70.55)], ids=["8b", "70b"]
+)
+def test_large_models_are_planned(values: dict[str, Any], billions: float, tmp_path: Path) -> None:
+    """Their weights would not fit here; parameters by the published count."""
+    model = written(tmp_path / "model", values)
+    plan = run(job(model), Asked(8, 80e9, 4e14), Output(quiet=True))
+    assert plan["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
+    assert plan["peak_bytes"] > plan["weights_bytes"]
+    assert plan["fits"] is not None
