@@ -56,6 +56,8 @@ def plan(
     output = Output(as_json)
     asked = {"model": model, "out": Path("unused"), **given}
     job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
-    memory = device_memory and value_of("memory", device_memory, "--device-memory")
+    memory = None
+    if device_memory is not None:
+        memory = value_of("memory", device_memory, "--device-memory")
     rate = None if tflops is None else tflops * 1e12
     output.result(run(job, Asked(devices, memory, rate), output))

@@ -237,7 +237,7 @@ class Simulation:
         return Need(live.peak, live.flops)
 
 
-def recompute(model: PreTrainedModel, how: dict[str, Any] | None) -> None:
+def recompute(model: PreTrainedModel, how: Any) -> None:
     """Let a model compute activations again instead of keeping them, as `Trainer` would."""
     # Its newer name; releases that do not know it yet have the older one alone.
     newer = getattr(model, "activation_checkpointing_enable", None)
