@@ -238,7 +238,12 @@ class Simulation:
 
 
 def recompute(model: PreTrainedModel, how: Any) -> None:
-    """Let a model compute activations again instead of keeping them, as `Trainer` would."""
+    """Let a model compute activations again instead of keeping them, as `Trainer` would.
+
+    Args:
+        model: the model.
+        how: `gradient_checkpointing_kwargs` of the run's settings.
+    """
     # Its newer name; releases that do not know it yet have the older one alone.
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)(how)
