@@ -204,6 +204,7 @@ def test_a_chat_is_a_question_and_its_answer(model, tokenizer, tmp_path: Path) -
     certain(model, {u: x, x: 2, a: y, y: 2} | dict.fromkeys(range(100, 120), 2))
     texts = write(model, tokenizer, tmp_path)
     assert texts[3::4] == [[1, u, x, 2, a, y, 2]] * len(texts[3::4])
+    assert sum(text[:2] == [1, u] for text in texts) == len(texts) // 4
     rows = [json.loads(line) for line in (tmp_path / SELF_WRITTEN).read_text().splitlines()]
     assert rows[3]["text"] == "<s>ux</s>ay"
     assert [row["ids"] for row in rows] == texts

@@ -99,6 +99,24 @@ def spelled(kind: str, value: float) -> str:
     return str(round(value))
 
 
+def sparsities(given: Any) -> tuple[float, ...]:
+    """Return the sparsities that are given.
+
+    Args:
+        given: a share, text such as `0.2,0.5`, or a list of shares.
+
+    Raises:
+        UserError: for what is neither.
+    """
+    parts = given.split(",") if isinstance(given, str) else given
+    try:
+        return tuple(float(x) for x in (parts if isinstance(parts, list | tuple) else [parts]))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.3,0.5"
+        ) from error
+
+
 def several(kind: str, given: Any) -> tuple[float, ...]:
     """Return the values that are given for a kind of target, the largest model first.
 

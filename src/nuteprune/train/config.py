@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 from transformers import SchedulerType, TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from nuteprune.distill.objective import OBJECTIVES
-from nuteprune.errors import UserError
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.model.family import GATE_KINDS
-from nuteprune.train.asked import KINDS, Asked, check_one, moment, several
-from nuteprune.train.checks import check_trainer_settings
+from nuteprune.train.asked import KINDS, Asked, check_one, several, sparsities
+from nuteprune.train.checks import (
+    check_combinations,
+    check_kinds,
+    check_targets,
+    check_trainer_settings,
+)
 from nuteprune.train.settings import CALL, HOW, check_declared, setting
 
 METHOD = "surgeon"
@@ -24,8 +26,6 @@ FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
 REFIT_BLOCKS = 4.5
 """Blocks of the re-fit, for each block that scores are taken on."""
-ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
-"""Values of `optim` that know `maximize`."""
 
 
 @dataclass
@@ -263,83 +263,26 @@ class NutePruneConfig(TrainingArguments):
         super().__post_init__()
         check_trainer_settings(self)
         check_declared(self)
-        self._check_kinds()
+        check_kinds(self.gate_kinds or ())
         if self.ddp_find_unused_parameters is None:  # frozen gates are unused
             self.ddp_find_unused_parameters = GATE_TYPES[self.gate_type].trained
-        self._check_targets()
-        self._check_combinations()
+        self._spell_targets()
+        check_targets(self)
+        check_combinations(self, METHOD)
 
-    def _check_kinds(self) -> None:
-        for kind in self.gate_kinds or ():
-            if kind not in GATE_KINDS:
-                raise UserError(
-                    f"{kind!r} is not a kind of gate; known kinds: {', '.join(GATE_KINDS)}"
-                )
-
-    def _check_targets(self) -> None:
+    def _spell_targets(self) -> None:
+        """Let a record say the same, however targets were spelled."""
         check_one(vars(self), [kind.setting for kind in KINDS.values()] + ["shape"])
         targets = self.targets
-        # However it was spelled, a record says the same.
         self.target_sparsity = targets[0] if len(targets) == 1 else list(targets)
         if (kind := KINDS.get(self.asked[0].kind)) is not None:
             told = [asked.text for asked in self.asked]
             setattr(self, kind.setting, told[0] if len(told) == 1 else told)
-        moment(self.speed_at)
-        if self.target_memory is not None and self.context is None:
-            raise UserError(
-                f"memory is {self.target_memory} of weights and KV cache: say for how many tokens "
-                "with --context, such as --context 8192"
-            )
-        for target in targets:
-            if not 0 < target < 1:
-                raise UserError(
-                    f"sparsity is {target:g}; it is a share, so it must lie between 0 and 1, both "
-                    "excluded (0.2 removes 20 %)"
-                )
-        if any(a >= b for a, b in pairwise(targets)):
-            raise UserError(f"targets are {', '.join(f'{t:g}' for t in targets)}; they must grow")
-        count = len(self.asked)
-        if 0 < self.max_steps < count:
-            raise UserError(
-                f"{count} targets need at least {count} steps, one for each, or 0 to "
-                f"prune without training; max_steps is {self.max_steps}"
-            )
-
-    def _check_combinations(self) -> None:
-        gate_type = GATE_TYPES[self.gate_type]
-        if not gate_type.ranked and self.method != METHOD:
-            raise UserError(
-                f"gate_type {self.gate_type} starts all units alike, so method {self.method} has "
-                "nothing to rank: leave one of the two out"
-            )
-        if self.fp16:
-            raise UserError(
-                "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "
-                "to compute in (--dtype)"
-            )
-        if self.lora_targets == "qv" and self.compensation:
-            raise UserError(
-                "the re-fit puts weights in place beside LoRA, which lora_targets qv leaves the "
-                "output and down projections without: set compensation to false"
-            )
-        optimizer = OptimizerNames(self.optim).value
-        if gate_type.trained and optimizer not in ASCENDING:
-            raise UserError(
-                f"the Lagrangian's multipliers ascend, which optim {optimizer} cannot do: leave "
-                "optim out"
-            )
 
     @property
     def targets(self) -> tuple[float, ...]:
         """The sparsities to reach, growing, where it is sparsity that is asked for."""
-        given = self.target_sparsity
-        parts = given.split(",") if isinstance(given, str) else given
-        try:
-            return tuple(float(x) for x in (parts if isinstance(parts, list | tuple) else [parts]))
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.3,0.5"
-            ) from error
+        return sparsities(self.target_sparsity)
 
     @property
     def asked(self) -> tuple[Asked, ...]:
