@@ -31,12 +31,15 @@ MISSED = 0.95
 """Share of what was asked for that not even the fastest pair of passes may stay below."""
 
 
+def _hardware(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
 def write_table(
     path: Path, model: PreTrainedModel, setting: Setting, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Measure what the blocks of a model cost, and write the table."""
-    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    table = cost_table(model, setting, device, dtype, hardware)
+    table = cost_table(model, setting, device, dtype, _hardware(device))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, to_json(table, indent=1) + "\n")
     return table
@@ -67,8 +70,13 @@ def costs_for(
         )
     device, anatomy = pick_device(job.device), Anatomy(model)
     dtype = pick_dtype(job.dtype, device)
-    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    what = (hardware, dtype, torch.get_num_threads(), config.speed_at, anatomy.family.model_type)
+    what = (
+        _hardware(device),
+        dtype,
+        torch.get_num_threads(),
+        config.speed_at,
+        anatomy.family.model_type,
+    )
     told_ = repr((*what, anatomy.head_dim, anatomy.shape, anatomy.embedding.weight.shape[0]))
     key = hashlib.sha256(told_.encode()).hexdigest()[:16]
     path = cache_folder() / f"costs-{key}.json"
