@@ -39,7 +39,7 @@ PHASES = {
     "nuteprune.train.checkpoints:AtomicTrainer._save_checkpoint": "writing a checkpoint",
     "nuteprune.train.trainer:NutePruneTrainer.finalize": "finalizing",
     "nuteprune.train.trainer:NutePruneTrainer.finalize_target": "finalizing an earlier target",
-    "nuteprune.shrink.slicing:slice_state": "slicing",
+    "nuteprune.shrink.slicing:cut_state": "slicing",
     "nuteprune.export.loading:build": "building",
     "nuteprune.export.checkpoint:save": "exporting",
     "nuteprune.export.record:write_pruned": "writing the record",

@@ -123,7 +123,7 @@ def check(model_type: str, kinds: str, shapes: str, tiny_model, tmp_path: Path) 
 
 
 def test_folding_alone_gives_the_masked_model(tiny_model) -> None:
-    from nuteprune.shrink.finalize import fold_masks
+    from nuteprune.shrink.finalize import fold_layer, fold_outside
 
     model = tiny_model("llama")
     anatomy = Anatomy(model)
@@ -133,7 +133,9 @@ def test_folding_alone_gives_the_masked_model(tiny_model) -> None:
     with (hooks := MaskHooks(anatomy)).using(masks):
         masked = logits(model, tokens)
     hooks.remove()
-    fold_masks(anatomy, masks)
+    for layer in range(len(anatomy.layers)):
+        fold_layer(anatomy, masks, layer)
+    fold_outside(anatomy, masks)
     assert_same(logits(model, tokens), masked)
 
 

@@ -144,6 +144,13 @@ def test_a_trainer_finalizes_once(own: bool, tiny_model, tmp_path: Path) -> None
         assert torch.equal(small(tokens).logits, before)
 
 
+def test_another_model_is_not_cut_in_place_of_the_runs_own(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path / "run", gate_type="hard_concrete", max_steps=1)
+    trainer.train()
+    with pytest.raises(UserError, match="not the one that was trained: its dimensions differ"):
+        trainer.finalize(tiny_model("llama", intermediate_size=40))
+
+
 def test_a_pass_that_fails_leaves_no_masks_behind(
     tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
@@ -32,28 +34,27 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import Shape
 from nuteprune.run_folder import RUN, SUMS, hidden
-from nuteprune.shrink.finalize import fold_masks
-from nuteprune.shrink.slicing import slice_state
+from nuteprune.shrink.slicing import Tensors, cut_state, narrower_epsilon, shape_of
 
 _BUFFERS = tuple(f".{path}" for family in FAMILIES.values() for path in family.buffers)
 PARTIAL = ".partial"
 """Folder in which a checkpoint is written before it is moved to its place."""
 
 
-def assemble(anatomy: Anatomy, masks: Masks) -> tuple[PreTrainedModel, Shape]:
+def assemble(anatomy: Anatomy, masks: Masks, **how: Any) -> tuple[PreTrainedModel, Shape]:
     """Cut a dense or re-fitted model down to what masks keep.
 
     Args:
         anatomy: a model without adapters; it is used up.
-        masks: final masks in an exportable shape, on the model's device.
+        masks: final masks in an exportable shape.
+        **how: what more `cut_state` takes.
 
     Returns:
         The smaller model and its dimensions.
     """
-    fold_masks(anatomy, masks)
-    state, shape, epsilon = slice_state(anatomy, masks)
+    shape, epsilon = shape_of(masks), narrower_epsilon(anatomy, masks)
     config = pruned_config(anatomy.config, anatomy.family, shape, epsilon=epsilon)
-    small = build(config, state)
+    small = build(config, cut_state(anatomy, masks, **how))
     small.generation_config = copy.deepcopy(anatomy.model.generation_config)
     return small, shape
 
@@ -66,6 +67,36 @@ def round_as_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
+
+
+def rounded_as_stored(part: Tensors, dtype: torch.dtype) -> Tensors:
+    """Return tensors by name as `round_as_stored` gives parameters their values."""
+    return {
+        name: x if name.endswith(_BUFFERS) else x.to(dtype).to(x.dtype) for name, x in part.items()
+    }
+
+
+def mapped(part: Tensors, folder: Path) -> Tensors:
+    """Move tensors to a file, and return them as they are read from there when they are used.
+
+    The file has no name any more; its room is given back when nobody holds the tensors.
+
+    Args:
+        part: tensors by name, on the CPU.
+        folder: where there is room; made if it is not there.
+
+    Raises:
+        UserError: if nothing can be written there.
+        RunFailed: if writing went wrong on the way, as where the disk is full.
+    """
+    with writing(folder, "make room, then go on with --resume"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Some systems keep a file's name while it is in use.
+        with TemporaryDirectory(dir=folder, prefix=".cut-", ignore_cleanup_errors=True) as place:
+            path = Path(place) / "part.safetensors"
+            save_file({name: x.contiguous() for name, x in part.items()}, path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in part}
 
 
 def as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -305,5 +305,5 @@ def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
 
 
 def whole(job: PruneJob) -> PreTrainedModel:
-    """Load the dense model to the CPU, its weights whole and as exact as they are stored."""
-    return load_model(job.model, pick_dtype(job.dtype, job.device), exact=True)
+    """Load the dense model to the CPU, its weights whole and as they are stored."""
+    return load_model(job.model, None)

@@ -110,7 +110,7 @@ def _config_values(where: str) -> dict[str, Any]:
 
 def load_model(
     model: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     bits: int | None = None,
     device: str = "cpu",
     exact: bool = False,
@@ -119,7 +119,7 @@ def load_model(
 
     Args:
         model: as the user named it.
-        dtype: what is computed in.
+        dtype: what is computed in; None: what it is stored in.
         bits: 8 or 4: hold the projections' weights in so many bits; None: in `dtype`.
         device: where weights in 8 or 4 bits go; others are loaded to the CPU.
         exact: take a wider dtype where `dtype` does not hold all values that are stored.
@@ -128,8 +128,9 @@ def load_model(
         UserError: if it cannot be loaded or is not supported.
     """
     values = read_config(model)
-    packed = {} if bits is None else _packing(bits, dtype, device)
     stored = _stored_dtype(locate(model), values)
+    dtype = dtype or stored
+    packed = {} if bits is None else _packing(bits, dtype, device)
     if exact:
         dtype = exact_dtype(stored, dtype)
     loaded = load_pruned(locate(model), dtype=dtype, **packed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.helpers import disable_input_dtype_casting
@@ -17,6 +17,22 @@ from nuteprune.model.family import Projection
 from nuteprune.model.packed import weight_of
 
 ADAPTER = "default"
+
+
+class Part(NamedTuple):
+    """What a run has learned of a projection: scale x out @ in, added to its weight or to another.
+
+    `weight_OI`, where there is one, stands in place of the base's.
+    """
+
+    scale: float
+    in_RI: Tensor
+    out_OR: Tensor
+    weight_OI: Tensor | None
+
+
+Learned = dict[tuple[int, str], Part]
+"""What a run has learned: (layer, path of a projection) -> its part."""
 
 
 class LoraBank:
@@ -34,6 +50,14 @@ class LoraBank:
             [(f"{i}.{j}", module) for j, module in enumerate(anatomy.lora_layers(i))]
             for i in range(len(anatomy.layers))
         ]
+        # Looked up once, since adapters that are taken off are found no more.
+        self._places = {
+            (i, projection.path): (name, module)
+            for i, layer in enumerate(self._layers)
+            for name, module in layer
+            for projection in anatomy.family.projections
+            if anatomy.projection(i, projection) is module
+        }
         self._dense: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
@@ -52,16 +76,21 @@ class LoraBank:
         }
         return lora | replaced
 
+    def learned(self, state: Mapping[str, Tensor]) -> Learned:
+        """Return weights that `state` returned by the projection that they are of."""
+        return {
+            place: Part(
+                module.scaling[ADAPTER],
+                state[f"{name}.A"],
+                state[f"{name}.B"],
+                state.get(f"{name}.W"),
+            )
+            for place, (name, module) in self._places.items()
+        }
+
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor], computed: torch.dtype | None = None) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over weights that `state` returned, perhaps in another process.
-
-        What stands in place of the base's weights is added to them as the change that it is: so a
-        base that is more exact than the run was stays so.
-
-        Args:
-            state: the weights.
-            computed: the dtype that the run computed in; None: the one that `state` has.
 
         Raises:
             UserError: if they are not of this model and these settings.
@@ -78,22 +107,17 @@ class LoraBank:
         for layer in self._layers:
             for name, module in layer:
                 if (new_OI := state.get(f"{name}.W")) is not None:
-                    weight_OI = _base(module).weight
-                    new_OI = new_OI.to(weight_OI.device, computed or new_OI.dtype)
-                    if weight_OI.dtype != new_OI.dtype:
-                        change_OI = new_OI.float() - weight_OI.to(new_OI.dtype).float()
-                        new_OI = weight_OI.float() + change_OI
                     self._replace(name, module, new_OI)
 
     def dense(self, layer: int, projection: Projection) -> Tensor:
         """Return a projection's weight (O, I) in the base model, whatever stands in its place."""
-        name, module = self._named(layer, projection)
+        name, module = self._places[layer, projection.path]
         return self._dense.get(name, weight_of(_base(module)))
 
     @torch.no_grad()
     def set_weight(self, layer: int, projection: Projection, weight_OI: Tensor) -> None:
         """Put a weight in place of the base's, and let LoRA add nothing to it yet."""
-        name, module = self._named(layer, projection)
+        name, module = self._places[layer, projection.path]
         self._replace(name, module, weight_OI)
         cast(Tensor, module.lora_B[ADAPTER].weight).zero_()
 
@@ -106,10 +130,6 @@ class LoraBank:
         dense_OI = self._dense.setdefault(name, base.weight)
         new = nn.Parameter(weight_OI.to(dense_OI), requires_grad=False)
         base._parameters["weight"] = new
-
-    def _named(self, layer: int, projection: Projection) -> tuple[str, LoraLayer]:
-        wanted = self._anatomy.projection(layer, projection)
-        return next((name, x) for name, x in self._layers[layer] if x is wanted)
 
     @torch.no_grad()
     def set_delta(self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor) -> None:

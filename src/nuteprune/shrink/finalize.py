@@ -1,9 +1,10 @@
 """Merge LoRA and fold masks into the weights, in fp32.
 
 What comes out is the stock model at full size, with rows and columns of what is pruned set to
-zero. Slicing it changes no output.
+zero. Slicing it changes no output. Weights get other memory, not other values in the one they have:
+that may be a file's.
 
-Shape suffixes: O rows (output features), I columns (input features), D hidden width.
+Shape suffixes: O rows (output features), I columns (input features), R rank, D hidden width.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.lora import Learned, Part
 
 
 @torch.no_grad()
@@ -36,34 +38,78 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
             delta_OI = sum(
                 cast(Any, module).get_delta_weight(name).float() for name in module.lora_A
             )
-            weight.copy_((weight.float() + delta_OI).to(weight.dtype))
+            put(weight, weight.float() + delta_OI)
     return cast(PreTrainedModel, model.unload())
 
 
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter another value, rounded to its dtype."""
+    parameter.data = value.to(parameter.dtype)
+
+
 @torch.no_grad()
-def fold_masks(anatomy: Anatomy, masks: Masks) -> None:
-    """Multiply masks into the weights, in place: masked activations become plain ones.
+def merge_layer(anatomy: Anatomy, layer: int, learned: Learned, computed: torch.dtype) -> None:
+    """Add what a run has learned of a layer to its weights.
+
+    Args:
+        anatomy: the run's base model without adapters, or the same one as exact as it is stored.
+        layer: which one.
+        learned: what the run learned; the layer's parts are taken out.
+        computed: the dtype that the run computed in.
+    """
+    for projection in anatomy.family.projections:
+        part = learned.pop((layer, projection.path), None)
+        linear = anatomy.linear(layer, projection)
+        if part is not None and linear is not None:
+            put(linear.weight, _replaced(linear.weight, part, computed))
+            sides = (x.to(linear.weight.device) for x in (part.out_OR, part.in_RI))
+            out_OR, in_RI = sides
+            put(linear.weight, linear.weight.float() + ((out_OR @ in_RI) * part.scale).float())
+
+
+def _replaced(weight_OI: Tensor, part: Part, computed: torch.dtype) -> Tensor:
+    """Return the weight in place of another.
+
+    It counts as the change that it is: a base more exact than the run was stays so.
+    """
+    if part.weight_OI is None:
+        return weight_OI
+    new_OI = part.weight_OI.to(weight_OI.device, computed)
+    if weight_OI.dtype == computed:
+        return new_OI
+    return weight_OI.float() + (new_OI.float() - weight_OI.to(computed).float())
+
+
+@torch.no_grad()
+def fold_layer(anatomy: Anatomy, masks: Masks, layer: int) -> None:
+    """Multiply masks into a layer's weights: masked activations become plain ones.
 
     Heads and neurons scale columns of the output and down projections, block and hidden gates
-    scale their rows (block gates a post-norm where there is one), hidden gates also the embedding.
-    Where the head is tied to the embedding, the final norm divides the hidden gates out again.
+    scale their rows (block gates a post-norm where there is one).
     """
     family = anatomy.family
-    for i in range(len(anatomy.layers)):
-        for projection, columns, block in (
-            (family.attention[-1], masks.attention_input(i), "attn_block"),
-            (family.mlp[-1], masks.mlp_input(i), "mlp_block"),
-        ):
-            linear = anatomy.linear(i, projection)
-            if linear is None:
-                continue
-            fold_columns(linear, columns)
-            fold_rows(linear, masks.hidden)
-            gate, post_norm = masks.part(block, i), anatomy.post_norm(i, block)
-            if post_norm is None:
-                fold_rows(linear, gate)
-            elif gate is not None:
-                scale_norm(anatomy, post_norm, gate.to(cast(Tensor, post_norm.weight).device))
+    for projection, columns, block in (
+        (family.attention[-1], masks.attention_input(layer), "attn_block"),
+        (family.mlp[-1], masks.mlp_input(layer), "mlp_block"),
+    ):
+        linear = anatomy.linear(layer, projection)
+        if linear is None:
+            continue
+        fold_columns(linear, columns)
+        fold_rows(linear, masks.hidden)
+        gate, post_norm = masks.part(block, layer), anatomy.post_norm(layer, block)
+        if post_norm is None:
+            fold_rows(linear, gate)
+        elif gate is not None:
+            scale_norm(anatomy, post_norm, gate.to(cast(Tensor, post_norm.weight).device))
+
+
+@torch.no_grad()
+def fold_outside(anatomy: Anatomy, masks: Masks) -> None:
+    """Multiply hidden gates into the embedding.
+
+    Where the head is tied to it, the final norm divides them out again.
+    """
     if masks.hidden is not None:
         _fold_hidden(anatomy, masks.hidden)
 
@@ -72,7 +118,7 @@ def fold_columns(linear: nn.Linear, scale_I: Tensor | None) -> None:
     """Scale the columns of a weight."""
     if scale_I is not None:
         weight = linear.weight
-        weight.copy_((weight.float() * scale_I.to(weight.device)).to(weight.dtype))
+        put(weight, weight.float() * scale_I.to(weight.device))
 
 
 def fold_rows(linear: nn.Linear, scale_O: Tensor | None) -> None:
@@ -83,14 +129,14 @@ def fold_rows(linear: nn.Linear, scale_O: Tensor | None) -> None:
         if parameter is not None:
             scale = scale_O.to(parameter.device)
             scale = scale.unsqueeze(-1) if parameter.dim() == 2 else scale
-            parameter.copy_((parameter.float() * scale).to(parameter.dtype))
+            put(parameter, parameter.float() * scale)
 
 
 def _fold_hidden(anatomy: Anatomy, scale_D: Tensor) -> None:
     tied = anatomy.tied
     embedding = cast(Tensor, anatomy.embedding.weight)
     scale_D = scale_D.to(embedding.device)
-    embedding.copy_((embedding.float() * scale_D).to(embedding.dtype))
+    put(embedding, embedding.float() * scale_D)
     if tied:
         inverse_D = torch.where(scale_D > 0, 1 / scale_D.clamp(min=1e-12), torch.ones_like(scale_D))
         scale_norm(anatomy, anatomy.final_norm, inverse_D)
@@ -100,4 +146,4 @@ def scale_norm(anatomy: Anatomy, norm: nn.Module, factor: Tensor | float) -> Non
     """Multiply what an RMSNorm puts out by a factor, whether it stores w or w with 1 + w meant."""
     offset = 1.0 if anatomy.family.norm == "rms_1p" else 0.0
     weight = cast(Tensor, norm.weight)
-    weight.copy_(((weight.float() + offset) * factor - offset).to(weight.dtype))
+    put(weight, (weight.float() + offset) * factor - offset)

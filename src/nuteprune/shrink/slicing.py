@@ -1,4 +1,4 @@
-"""Cut pruned rows and columns out of a finalized model: smaller tensors, the same function.
+"""Cut pruned rows and columns out of a model, layer by layer: smaller tensors, the same function.
 
 Shape suffixes: O rows, I columns, D hidden width.
 """
@@ -6,17 +6,18 @@ Shape suffixes: O rows, I columns, D hidden width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nuteprune.gates.features import features, kept_rows, kept_units, live_groups
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
-from nuteprune.shrink.finalize import scale_norm
+from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale_norm
 
 
 def shape_of(masks: Masks) -> Shape:
@@ -41,43 +42,88 @@ def _open(gate: Tensor | None) -> bool:
     return gate is None or bool((gate > 0).all())
 
 
+Tensors = dict[str, Tensor]
+
+
+def as_it_is(layer: int | None) -> None:
+    """Cut a part's weights as they are."""
+
+
+def in_memory(part: Tensors) -> Tensors:
+    """Keep what was cut where it is."""
+    return part
+
+
 @torch.no_grad()
-def slice_state(anatomy: Anatomy, masks: Masks) -> tuple[dict[str, Tensor], Shape, float | None]:
-    """Return the weights of the smaller model.
+def cut_state(
+    anatomy: Anatomy,
+    masks: Masks,
+    begin: Callable[[int | None], None] = as_it_is,
+    hold: Callable[[Tensors], Tensors] = in_memory,
+) -> Tensors:
+    """Fold masks into a model's weights, and return those of the smaller model.
+
+    One layer at a time is worked on, and let go of when it is cut.
 
     Args:
-        anatomy: a finalized model: masks folded in, no adapters. Its norms and, where queries and
-            keys are normed, its q and k projections are rescaled in place when the width is cut.
+        anatomy: a model without adapters; it is used up.
         masks: what is kept (non-zero entries), in an exportable shape.
+        begin: told the layer that comes next, and None before what is in no layer: may still
+            change its weights.
+        hold: takes what was cut of such a part, and returns it as it is to be kept.
 
     Returns:
-        The state dict by the stock model's names, the shape, and the norms' epsilon where the
-        width was cut (None where it was not).
+        The state dict by the stock model's names.
     """
     shape = shape_of(masks)
-    epsilon = _rescale_for_width(anatomy, shape.hidden)
+    state: Tensors = {}
+    for i, layer in enumerate(anatomy.layers):
+        begin(i)
+        fold_layer(anatomy, masks, i)
+        state |= hold(_cut_layer(anatomy, masks, i, shape))
+        let_go(layer)
+    begin(None)
+    fold_outside(anatomy, masks)
+    state |= hold(_cut_outside(anatomy, masks, shape))
+    let_go(anatomy.model)
+    return state
+
+
+def let_go(module: nn.Module) -> None:
+    """Drop a module's parameters."""
+    for part in module.modules():
+        part._parameters = dict.fromkeys(part._parameters)
+
+
+def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, shape: Shape) -> Tensors:
+    family, width_D, kept = anatomy.family, kept_units(masks.hidden), shape.layers[layer]
+    _rescale_layer(anatomy, layer, shape)
+    prefix = f"{family.layers}.{layer}."
+    whole = anatomy.layers[layer].state_dict()
+    state = {prefix + name: x for name, x in whole.items() if not _gone(anatomy, name, kept)}
+    old = masks.layout.shape.layers[layer]
+    sizes = axis_sizes(old, anatomy.head_dim)
+    index = features(masks.heads(layer), masks.mlp_input(layer), old, anatomy.head_dim)
+    index["hidden"] = width_D
+    for projection in family.projections:
+        _cut(state, prefix, projection, index, sizes)
+    for path in family.norms:
+        _select(state, f"{prefix}{path}.weight", width_D, 0)
+    return state
+
+
+def _cut_outside(anatomy: Anatomy, masks: Masks, shape: Shape) -> Tensors:
     family, width_D = anatomy.family, kept_units(masks.hidden)
-    state = dict(anatomy.model.state_dict())
+    _rescale_outside(anatomy, shape)
+    whole = anatomy.model.state_dict()
+    state = {name: x for name, x in whole.items() if not name.startswith(f"{family.layers}.")}
     if anatomy.tied:
         state.pop("lm_head.weight", None)
-    for i, kept in enumerate(shape.layers):
-        prefix = f"{family.layers}.{i}."
-        for name in [n for n in state if n.startswith(prefix)]:
-            if _gone(anatomy, name.removeprefix(prefix), kept):
-                del state[name]
-        old = masks.layout.shape.layers[i]
-        sizes = axis_sizes(old, anatomy.head_dim)
-        index = features(masks.heads(i), masks.mlp_input(i), old, anatomy.head_dim)
-        index["hidden"] = width_D
-        for projection in family.projections:
-            _cut(state, prefix, projection, index, sizes)
-        for path in family.norms:
-            _select(state, f"{prefix}{path}.weight", width_D, 0)
     _select(state, f"{family.embedding}.weight", width_D, 1)
     _select(state, f"{family.final_norm}.weight", width_D, 0)
     if not anatomy.tied:
         _select(state, "lm_head.weight", width_D, 1)
-    return state, shape, epsilon
+    return state
 
 
 def _gone(anatomy: Anatomy, name: str, kept: LayerShape) -> bool:
@@ -94,7 +140,7 @@ def _gone(anatomy: Anatomy, name: str, kept: LayerShape) -> bool:
 
 
 def _cut(
-    state: dict[str, Tensor],
+    state: Tensors,
     prefix: str,
     projection: Projection,
     index: dict[str, Tensor | None],
@@ -109,35 +155,52 @@ def _cut(
     _select(state, f"{prefix}{projection.path}.bias", rows, 0)
 
 
-def _select(state: dict[str, Tensor], name: str, index: Tensor | None, dim: int) -> None:
+def _select(state: Tensors, name: str, index: Tensor | None, dim: int) -> None:
     if index is not None and name in state:
         state[name] = state[name].index_select(dim, index.to(state[name].device))
 
 
-def _rescale_for_width(anatomy: Anatomy, width: int) -> float | None:
-    """Make the full-size model's norms those of a narrower one; return the new epsilon.
+def narrower_epsilon(anatomy: Anatomy, masks: Masks) -> float | None:
+    """Return the norms' epsilon of the smaller model where its width is cut, None where it is not.
 
     With d - k dimensions always zero, x / sqrt(mean_d(x^2) + eps) equals
-    sqrt(d/k) x / sqrt(mean_k(x^2) + eps d/k).
+    sqrt(d/k) x / sqrt(mean_k(x^2) + eps d/k): weights are scaled by the first root.
     """
-    whole = anatomy.shape.hidden
+    whole, width = masks.layout.shape.hidden, shape_of(masks).hidden
     if width == whole:
         return None
-    family, ratio = anatomy.family, math.sqrt(whole / width)
-    for i in range(len(anatomy.layers)):
-        for norm in anatomy.norms(i):
-            scale_norm(anatomy, norm, ratio)
-        if family.qk_norms:
-            _rescale_queries_and_keys(anatomy, i, ratio)
-    scale_norm(anatomy, anatomy.final_norm, ratio)
-    if family.scaled_embedding:
-        tied = anatomy.tied
-        embedding = cast(Tensor, anatomy.embedding.weight)
-        embedding.copy_((embedding.float() * ratio).to(embedding.dtype))
-        if tied:
-            scale_norm(anatomy, anatomy.final_norm, 1 / ratio)
-    epsilon = getattr(anatomy.config, family.config_names["epsilon"])
+    epsilon = getattr(anatomy.config, anatomy.family.config_names["epsilon"])
     return float(epsilon) * whole / width
+
+
+def _ratio(anatomy: Anatomy, shape: Shape) -> float | None:
+    """Return what norms are scaled by, None where the width is not cut."""
+    whole = int(anatomy.embedding.weight.shape[1])
+    return None if shape.hidden == whole else math.sqrt(whole / shape.hidden)
+
+
+def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
+    """Make a layer's norms those of a narrower model."""
+    ratio = _ratio(anatomy, shape)
+    if ratio is None:
+        return
+    for norm in anatomy.norms(layer):
+        scale_norm(anatomy, norm, ratio)
+    if anatomy.family.qk_norms:
+        _rescale_queries_and_keys(anatomy, layer, ratio)
+
+
+def _rescale_outside(anatomy: Anatomy, shape: Shape) -> None:
+    """Make the final norm that of a narrower model, and what scales the embedding."""
+    ratio = _ratio(anatomy, shape)
+    if ratio is None:
+        return
+    scale_norm(anatomy, anatomy.final_norm, ratio)
+    if anatomy.family.scaled_embedding:
+        embedding = cast(Tensor, anatomy.embedding.weight)
+        put(embedding, embedding.float() * ratio)
+        if anatomy.tied:
+            scale_norm(anatomy, anatomy.final_norm, 1 / ratio)
 
 
 def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> None:
@@ -149,4 +212,4 @@ def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> Non
                 continue
             for parameter in (linear.weight, linear.bias):
                 if parameter is not None:
-                    parameter.copy_((parameter.float() * ratio).to(parameter.dtype))
+                    put(parameter, parameter.float() * ratio)

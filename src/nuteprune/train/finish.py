@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import as_stored, assemble, round_as_stored
+from nuteprune.export.checkpoint import as_stored, assemble, mapped, rounded_as_stored
 from nuteprune.export.loading import exact_dtype
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.lora import LoraBank
 from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape
-from nuteprune.shrink.finalize import merge_lora
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.shrink.finalize import merge_layer
+from nuteprune.shrink.slicing import Tensors
 from nuteprune.train.pruning import Pruning
 from nuteprune.train.run_settings import chosen_settings
-from nuteprune.train.setup import lora_config
 
 
 @dataclass(frozen=True)
@@ -45,45 +43,11 @@ class Finished:
     target: float
 
 
-def with_lora(
-    dense: PreTrainedModel,
-    learned: Mapping[str, Tensor],
-    args: NutePruneConfig,
-    computed: torch.dtype,
-) -> PeftModel:
-    """Wrap a dense model like a run's own, with what a run that computed in a dtype has learned."""
-    config = lora_config(Anatomy(dense), args)
-    peft_model = get_peft_model(dense.requires_grad_(False), config)
-    LoraBank(Anatomy(peft_model)).load(learned, computed)
-    return cast(PeftModel, peft_model)
-
-
 def free_base(model: PeftModel) -> None:
     """Drop a model's own weights, to make room for another; LoRA and gates stay."""
     for name, module in model.get_base_model().named_modules():
         if "lora_" not in name:
             module._parameters = dict.fromkeys(module._parameters)
-
-
-def finish(
-    model: PeftModel,
-    masks: Masks,
-    target: float,
-    stored_dtype: torch.dtype,
-) -> Finished:
-    """Merge, fold and slice.
-
-    Args:
-        model: a dense model with LoRA, its weights as exact as they are stored; it is used up.
-        masks: final ones.
-        target: the sparsity that they are for.
-        stored_dtype: of the file.
-    """
-    model.eval()
-    anatomy = Anatomy(merge_lora(model))
-    small, shape = assemble(anatomy, masks.to("cpu"))
-    round_as_stored(small, stored_dtype)  # judged is what will be in the file
-    return Finished(small, shape, masks.to("cpu"), target)
 
 
 class Ending:
@@ -136,17 +100,17 @@ class Ending:
 
     def cut(self, dense: PreTrainedModel | Callable[[], PreTrainedModel] | None) -> PreTrainedModel:
         """Return the smaller model of the last target, whose masks are final; see `finalize`."""
-        ready = self._ready
+        ready, bank = self._ready, self._pruning.bank
         ready.hooks.remove()
         self._used_up = True
-        model = ready.model
-        if dense is not None:
-            learned = self._pruning.bank.state()
-            self._pruning.bank.release()
-            free_base(model)
-            dense = dense if isinstance(dense, PreTrainedModel) else dense()
-            model = with_lora(dense, learned, self._args, ready.origin.computed_dtype)
-        return self._finish(model, ready.gates.snapshot(), ready.targets[-1])
+        learned = bank.state()
+        bank.release()
+        if dense is None:
+            base = cast(PreTrainedModel, ready.model.unload())
+        else:
+            free_base(ready.model)
+            base = dense if isinstance(dense, PreTrainedModel) else dense()
+        return self._finish(base, learned, ready.gates.snapshot(), ready.targets[-1])
 
     def cut_earlier(self, index: int, dense: PreTrainedModel) -> PreTrainedModel:
         """Return the smaller model of an earlier target; see `finalize_target`."""
@@ -154,12 +118,46 @@ class Ending:
         role = ready.teachers.role(self._pruning.reached[index])
         assert role.masks is not None
         assert role.lora is not None
-        model = with_lora(dense, role.lora, self._args, ready.origin.computed_dtype)
-        return self._finish(model, role.masks, ready.targets[index])
+        return self._finish(dense, dict(role.lora), role.masks, ready.targets[index])
 
-    def _finish(self, model: PeftModel, masks: Masks, target: float) -> PreTrainedModel:
-        self.finished = finish(model, masks, target, self._ready.origin.stored_dtype)
-        return self.finished.model
+    def _finish(
+        self, base: PreTrainedModel, state: dict[str, Tensor], masks: Masks, target: float
+    ) -> PreTrainedModel:
+        """Merge, fold and slice.
+
+        Args:
+            base: a dense model without adapters; it is used up.
+            state: what was learned, as `LoraBank.state` names it; it is used up.
+            masks: final ones.
+            target: the sparsity that they are for.
+        """
+        origin, anatomy = self._ready.origin, Anatomy(base.eval())
+        if anatomy.shape != masks.layout.shape:
+            raise UserError(
+                "the dense model given is not the one that was trained: its dimensions differ; "
+                "load the run's own model again"
+            )
+        learned = self._pruning.bank.learned(state)
+        state.clear()  # each part goes when it is merged
+        exact = torch.promote_types(
+            base.dtype, exact_dtype(origin.stored_dtype, origin.computed_dtype)
+        )
+
+        def begin(layer: int | None) -> None:
+            for parameter in (base if layer is None else anatomy.layers[layer]).parameters():
+                parameter.data = parameter.data.to(exact)
+            if layer is not None:
+                merge_layer(anatomy, layer, learned, origin.computed_dtype)
+
+        def hold(part: Tensors) -> Tensors:
+            part = rounded_as_stored(part, origin.stored_dtype)  # judged is what will be written
+            on_cpu = anatomy.embedding.weight.device.type == "cpu"
+            return mapped(part, Path(cast(str, self._args.output_dir))) if on_cpu else part
+
+        masks = masks.to("cpu")
+        small, shape = assemble(anatomy, masks, begin=begin, hold=hold)
+        self.finished = Finished(small, shape, masks, target)
+        return small
 
     def save(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, record: Mapping[str, Any]

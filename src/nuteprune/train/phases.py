@@ -236,6 +236,7 @@ def disk(run: Run) -> dict[str, float]:
     checkpoint = 3 * sizes.adapters + refitted
     return {
         "result": small * len(targets),
+        "cut": small,  # on CPUs, until it is written
         "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
         "teachers": teachers * sizes.adapters / 2,
         "targets": (len(targets) - 1) * (sizes.adapters + 2 * refitted),

@@ -27,8 +27,8 @@ from nuteprune.gates.probe import Probe
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.compensate import install_in_place, refit
-from nuteprune.shrink.finalize import fold_masks, merge_lora
-from nuteprune.shrink.slicing import slice_state
+from nuteprune.shrink.finalize import merge_layer
+from nuteprune.shrink.slicing import cut_state
 from nuteprune.simulated import Live, without_data
 from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
 from nuteprune.train.config import NutePruneConfig
@@ -229,11 +229,18 @@ class Simulation:
 
     def finalizing(self) -> Need:
         """Merge, fold and slice; uses the model up."""
-        with self._counting() as live, torch.no_grad():
-            self.ready.hooks.remove()
-            anatomy = Anatomy(merge_lora(self.ready.model))
-            fold_masks(anatomy, self._masks)
-            slice_state(anatomy, self._masks)
+        ready = self.ready
+        bank, computed = ready.coforward.bank, ready.origin.computed_dtype
+        with self._counting() as live:
+            ready.hooks.remove()
+            learned = bank.learned(bank.state())
+            anatomy = Anatomy(ready.model.unload())
+
+            def begin(layer: int | None) -> None:
+                if layer is not None:
+                    merge_layer(anatomy, layer, learned, computed)
+
+            cut_state(anatomy, self._masks, begin)
         return Need(live.peak, live.flops)
 
 
