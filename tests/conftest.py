@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.families import each
+from tests.families import MIXTURES, each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -193,6 +193,15 @@ TINY: dict[str, dict[str, Any]] = {
     "phi": {},
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 6},
+    "mixtral": {},
+    "olmoe": {"clip_qkv": 1.0, "num_experts_per_tok": 2},
+    "qwen3_moe": {"mlp_only_layers": [1], "norm_topk_prob": True, "num_experts_per_tok": 3},
+    "granitemoe": {"embedding_multiplier": 2.0, "logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "gpt_oss": {
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 
 
@@ -201,6 +210,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     """Makes a new model: `tiny_model(name, **config)`, name being a model type or `llama_mha`.
 
     Hidden 32, 3 layers, 4 heads of 8 (2 KV heads where the family groups), 48 neurons, 96 tokens;
+    mixtures have 6 experts of 24 neurons;
     all parameters random, norms and biases too, so that each of them matters to the output.
     """
     import torch
@@ -212,7 +222,8 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         settings = {"model_type": name} | TINY[name] | overrides
         family = FAMILIES[settings.pop("model_type")]
         names = family.config_names
-        sizes = {names["hidden"]: 32, names["heads"]: 4, names["neurons"]: 48}
+        counts = {"hidden": 32, "heads": 4, "neurons": 48, "experts": 6, "expert_neurons": 24}
+        sizes = {names[word]: count for word, count in counts.items() if word in names}
         grouped = {"num_key_value_heads": 2, "head_dim": 8} if "kv_heads" in names else {}
         common = {"vocab_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 64}
         tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -231,9 +242,9 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     return make
 
 
-@pytest.fixture(params=each(TINY))
+@pytest.fixture(params=each(name for name in TINY if name not in MIXTURES))
 def tiny_name(request: pytest.FixtureRequest) -> str:
-    """Each name that `tiny_model` takes in turn."""
+    """Each name of a dense model that `tiny_model` takes in turn."""
     return request.param
 
 

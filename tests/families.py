@@ -12,6 +12,10 @@ QUICK = ("llama", "phi3", "gemma2", "gpt_neox")
 parallel blocks."""
 MORE = ("llama_mha", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "opt")
 """Those that `make test` repeats tests for too; `make test-hard` has the others."""
+MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "granitemoe", "gpt_oss")
+"""Families with routed experts, which have tests of their own."""
+DENSE_KINDS = ("heads", "kv_groups", "neurons", "hidden", "attn_block", "mlp_block")
+"""Kinds of gates of families without."""
 
 
 def mark_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
@@ -31,9 +35,14 @@ def each(names: Iterable[Any]) -> list[Any]:
 
 
 def each_family(test: Callable[..., None]) -> Callable[..., None]:
-    """Repeat a test for each model type, as `model_type`."""
+    """Repeat a test for each type of dense models, as `model_type`."""
+    repeated: Callable[..., None] = pytest.mark.parametrize("model_type", each(dense()))(test)
+    return repeated
+
+
+def dense() -> list[str]:
+    """Return the families without routed experts."""
     # Not at the top: conftest.py says first what libraries read when they are imported.
     from nuteprune.model.families import FAMILIES
 
-    repeated: Callable[..., None] = pytest.mark.parametrize("model_type", each(FAMILIES))(test)
-    return repeated
+    return [name for name in FAMILIES if name not in MIXTURES]

@@ -18,10 +18,10 @@ from nuteprune.distill.losses import Head, layer_relative, token_kl
 from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
-from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import lora_in_base_dtype
 from nuteprune.model.shape import LayerShape, Shape
+from tests.families import DENSE_KINDS
 
 RANDOM = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(3, 96, (2, 10), generator=RANDOM)
@@ -60,7 +60,7 @@ def masks_of(anatomy: Anatomy, seed: int, *batch: int) -> Masks:
     """Masks of all kinds, 0 or soft; leaves of one row per sequence if `batch` is given."""
     layout, random = Layout(anatomy.shape, anatomy.head_dim), torch.Generator().manual_seed(seed)
     values = {}
-    for kind in GATE_KINDS:
+    for kind in DENSE_KINDS:
         size = (*batch, layout.units(kind))
         values[kind] = torch.rand(size, generator=random) + 0.3
         if not kind.endswith("block"):  # else nothing may be left to compare

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nuteprune.export.checkpoint import recount, save
-from nuteprune.model.families import FAMILIES
-from tests.families import each
+from tests.families import dense, each
 
 TOKENS = torch.tensor([[40, 5, 77, 12, 9, 33, 25, 61, 14, 8]])
 
@@ -45,7 +44,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("name", each(FAMILIES))
+@pytest.mark.parametrize("name", each(dense()))
 def test_pruned_models_are_saved_under_the_names_of_stock_checkpoints(
     name: str, tiny_model: Callable, prune_at_random: Callable, tmp_path: Path
 ) -> None:

@@ -21,8 +21,8 @@ from nuteprune.gates.costs import Cost, Goal, Outside
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES
-from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import LayerShape, Shape
+from tests.families import DENSE_KINDS
 
 MULTI_HEAD, GROUPED = LayerShape(4, 4, 24), LayerShape(6, 2, 24)
 
@@ -123,7 +123,7 @@ CASES = {
     "grouped": Case((GROUPED,) * 2, ("kv_groups", "neurons")),
     "heads in groups": Case((GROUPED,) * 3, ("heads",)),
     "heads and groups": Case((GROUPED,) * 2, ("kv_groups", "heads", "neurons")),
-    "everything": Case((LayerShape(4, 2, 24),) * 2, GATE_KINDS),
+    "everything": Case((LayerShape(4, 2, 24),) * 2, DENSE_KINDS),
     "odd neurons": Case((LayerShape(4, 4, 20), LayerShape(4, 4, 28)), ("neurons",)),
     "odd neurons or none": Case((LayerShape(4, 4, 20),) * 2, ("neurons", "mlp_block")),
     "groups of one head": Case((LayerShape(2, 2, 24), GROUPED), ("kv_groups", "heads", "neurons")),
@@ -348,7 +348,7 @@ def test_out_of_reach_names_the_gates_that_reach_further(name: str) -> None:
     with pytest.raises(UserError) as error:
         case.allocator.shape(random_scores(case, 0), 0.999)
     family = case.budget.family
-    for kind in GATE_KINDS:
+    for kind in DENSE_KINDS:
         said = re.search(rf"with {kind} they can remove at most ([\d.]+)%", str(error.value))
         if kind in case.kinds or family.refusal(kind, case.uniform):
             assert said is None

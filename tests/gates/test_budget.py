@@ -11,8 +11,8 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
-from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import LayerShape, Shape
+from tests.families import DENSE_KINDS
 
 SMALL, HIDDEN = LayerShape(2, 1, 20), 16
 
@@ -66,7 +66,7 @@ def case(name: str) -> tuple[Budget, tuple[str, ...]]:
     model_type, layer, biased = CASES[name]
     family = FAMILIES[model_type]
     biases = {p.path: p.path.endswith(biased) if biased else False for p in family.projections}
-    kinds = tuple(k for k in GATE_KINDS if k != "kv_groups" or layer.heads_per_group > 1)
+    kinds = tuple(k for k in DENSE_KINDS if k != "kv_groups" or layer.heads_per_group > 1)
     return Budget(family, Shape(2, (layer,)), 2, biases), kinds
 
 
@@ -130,7 +130,7 @@ def test_hard_masks_have_the_sparsity_of_their_shape(tiny_model, tiny_name: str)
     """Layer 0 keeps one head and 13 neurons, layer 1 no attention, layer 2 no MLP."""
     anatomy = Anatomy(tiny_model(tiny_name))
     budget, layout = Budget.of(anatomy), Layout(anatomy.shape, anatomy.head_dim)
-    keep = {kind: torch.ones(layout.units(kind)) for kind in GATE_KINDS}
+    keep = {kind: torch.ones(layout.units(kind)) for kind in DENSE_KINDS}
     keep["attn_block"][1] = keep["mlp_block"][2] = 0
     keep["neurons"][5:40] = 0
     keep["hidden"][10:] = 0

@@ -5,9 +5,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from nuteprune.errors import UserError
 from nuteprune.model.families import FAMILIES
-from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.lookup import family_named
 from nuteprune.model.unsupported import is_encoder, language_model_within, parts_without_gates
+from tests.families import DENSE_KINDS, MIXTURES, dense
+
+DENSE = dense()
 
 
 def test_an_unknown_type_is_refused_with_the_supported_ones_and_the_nearest() -> None:
@@ -28,8 +30,7 @@ MOE, MLA, STATE = "mixture of experts", "multi-head latent attention", "state-sp
 @pytest.mark.parametrize(
     ("model_type", "parts"),
     [
-        ("mixtral", {MOE}),
-        ("qwen3_moe", {MOE}),
+        ("phimoe", {MOE}),
         ("dbrx", {MOE}),
         ("minicpm3", {MLA}),
         ("deepseek_v3", {MOE, MLA}),
@@ -63,7 +64,7 @@ def test_an_encoder_is_told_as_such(model_type: str) -> None:
     assert not [x for x in decoders if is_encoder(CONFIG_MAPPING[x]().to_dict())]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", DENSE)
 def test_a_plain_decoder_has_nothing_without_gates(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type]().to_dict()
     assert parts_without_gates(config) == []
@@ -87,16 +88,18 @@ def test_what_a_family_cannot_take_is_refused_with_the_reason() -> None:
     means = ("gpt_neox", "opt", "starcoder2", "nemotron", "phi", "olmo", "stablelm")
     joint = {"olmo2", "olmo3"}
     expected = {"hidden": {*means, "cohere", "cohere2"}, "heads": joint, "kv_groups": joint}
-    for kind in GATE_KINDS:
-        refused = {name for name, family in FAMILIES.items() if family.refusal(kind)}
+    for kind in DENSE_KINDS:
+        refused = {name for name in DENSE if FAMILIES[name].refusal(kind)}
         assert refused == expected.get(kind, set())
+    for kind in ("experts", "expert_neurons"):
+        assert {x for x in FAMILIES if not FAMILIES[x].refusal(kind)} == set(MIXTURES)
     reason = FAMILIES["opt"].refusal("hidden")
     assert reason is not None
     assert "LayerNorm" in reason
     assert all(family.refusal("mlp_block", uniform=True) for family in FAMILIES.values())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", DENSE)
 def test_heads_need_to_divide_the_width_where_the_stock_config_says_so(model_type: str) -> None:
     family = FAMILIES[model_type]
     names = family.config_names

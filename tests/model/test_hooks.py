@@ -9,12 +9,12 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
+from tests.families import DENSE_KINDS
 
 TOKENS = torch.randint(3, 96, (3, 10), generator=torch.Generator().manual_seed(0))
 each_kind_and_all = pytest.mark.parametrize(
-    "kinds", [*((kind,) for kind in GATE_KINDS), GATE_KINDS], ids=[*GATE_KINDS, "all"]
+    "kinds", [*((kind,) for kind in DENSE_KINDS), DENSE_KINDS], ids=[*DENSE_KINDS, "all"]
 )
 
 
@@ -79,7 +79,7 @@ def test_open_gates_are_the_stock_model_bit_for_bit(tiny_model, tiny_name: str) 
     anatomy = Anatomy(model)
     layout, hooks = layout_of(anatomy), MaskHooks(anatomy)
     assert torch.equal(logits(model), stock)
-    ones = {kind: torch.ones(layout.units(kind)) for kind in GATE_KINDS}
+    ones = {kind: torch.ones(layout.units(kind)) for kind in DENSE_KINDS}
     for values in (ones, {k: v.expand(3, -1) for k, v in ones.items()}):
         with hooks.using(Masks(layout, values)):
             assert torch.equal(logits(model), stock)
@@ -105,7 +105,7 @@ def test_each_sequence_can_have_masks_of_its_own(tiny_model, tiny_name: str) -> 
     model = tiny_model(tiny_name)
     anatomy = Anatomy(model)
     layout, hooks = layout_of(anatomy), MaskHooks(anatomy)
-    values = random_values(layout, GATE_KINDS, len(TOKENS))
+    values = random_values(layout, DENSE_KINDS, len(TOKENS))
     with hooks.using(Masks(layout, values)):
         together = logits(model)
     for i, row in enumerate(TOKENS):
@@ -126,7 +126,7 @@ def test_masks_cover_the_lora_branch(tiny_model, tiny_name: str) -> None:
     merged = copy.deepcopy(adapted).merge_and_unload()
     assert not torch.allclose(logits(merged), logits(tiny_model(tiny_name)), atol=0.01)
     anatomy = Anatomy(adapted)
-    values = random_values(layout_of(anatomy), GATE_KINDS)
+    values = random_values(layout_of(anatomy), DENSE_KINDS)
     with MaskHooks(anatomy).using(Masks(layout_of(anatomy), values)):
         masked = logits(adapted)
     with MaskHooks(Anatomy(merged)).using(Masks(layout_of(anatomy), values)):

@@ -20,7 +20,7 @@ from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
-from tests.families import MORE, QUICK, each_family
+from tests.families import MORE, QUICK, dense, each_family
 
 KINDS = (
     "heads",
@@ -72,7 +72,7 @@ def test_masked_folded_sliced_and_saved_models_agree(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shapes", ["free", "uniform"])
-@pytest.mark.parametrize("model_type", [x for x in FAMILIES if x not in (*QUICK, *MORE)])
+@pytest.mark.parametrize("model_type", [x for x in dense() if x not in (*QUICK, *MORE)])
 def test_all_kinds_that_are_taken_agree_together(
     model_type: str, shapes: str, tiny_model, tmp_path: Path
 ) -> None:

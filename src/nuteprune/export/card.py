@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from nuteprune.files import at_home
+from nuteprune.model.shape import SAID
 from nuteprune.run_folder import CARD
 
 OWN = "self"
@@ -269,9 +270,11 @@ def _layers(record: Mapping[str, Any]) -> str:
     """Say what the layers kept, in one line."""
     before, after = record["layers_before"], record["layers"]
     parts = []
-    for key, what in (("heads", "query heads"), ("kv_heads", "KV heads"), ("neurons", "neurons")):
-        low, high = (pick(layer[key] for layer in after) for pick in (min, max))
-        had = max(layer[key] for layer in before)
+    for key, what in {**SAID, "heads": "query heads"}.items():
+        low, high = (pick(layer.get(key, 0) for layer in after) for pick in (min, max))
+        had = max(layer.get(key, 0) for layer in before)
+        if not had:
+            continue
         parts.append(f"{low if low == high else f'{low} to {high}'} of {had} {what}")
     hidden = record["hidden"]
     return f"{len(after)}, with {', '.join(parts)}; width {hidden['after']} of {hidden['before']}."

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.model.family import Family, Projection
-from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.model.shape import COUNTS, LayerShape, Shape
 
 PREFIX = "pruned_"
 """What the model type of a config with counts per layer begins with."""
@@ -58,7 +58,9 @@ def pruned_config(
         values[names["epsilon"]] = epsilon
     # One count for all layers: what a uniform model has, and the upper bound of any other.
     for word in _count_names(family):
-        values[names[word]] = max(1, *(getattr(layer, word) for layer in shape.layers))
+        most = max(getattr(layer, word) for layer in shape.layers)
+        if most or family.experts is None:  # no layer of a mixture may be dense
+            values[names[word]] = max(1, most)
     return _stock_config(values, family, shape) or _free_config(values, family, shape)
 
 
@@ -125,8 +127,7 @@ def _first_valid(
 
 def _count_names(family: Family) -> dict[str, str]:
     """Return the words for a layer's counts that the family knows -> config attribute."""
-    words = ("heads", "kv_heads", "neurons")
-    return {word: family.config_names[word] for word in words if word in family.config_names}
+    return {word: family.config_names[word] for word in COUNTS if word in family.config_names}
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
@@ -149,7 +150,14 @@ def _layout(family: Family) -> dict[str, Any]:
     def axes(projections: tuple[Projection, ...]) -> dict[str, str]:
         return {x.path: f"{x.columns} -> {' '.join(x.rows)}" for x in projections}
 
+    experts = family.experts
+    mixture = experts and {
+        "router": experts.router,
+        "projections": axes(experts.projections),
+        "transposed": experts.transposed,
+    }
     return {
+        **({"experts": mixture} if mixture else {}),
         "layers": family.layers,
         "counts": _count_names(family),
         "blocks": {

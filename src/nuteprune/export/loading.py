@@ -196,10 +196,11 @@ def _load(model_class: Any, source: str | None, **kwargs: Any) -> PreTrainedMode
 def _is_projection(name: str, model_type: str) -> bool:
     """Return whether a tensor is of a decoder projection of a supported family."""
     family = FAMILIES.get(model_type)
-    return family is not None and any(
-        f"{family.layers}." in name and name.endswith((f".{p.path}.weight", f".{p.path}.bias"))
-        for p in family.projections
-    )
+    if family is None or f"{family.layers}." not in name:
+        return False
+    stacks = family.experts.files if family.experts else ()
+    own = (f".{p.path}.{kind}" for p in family.projections for kind in ("weight", "bias"))
+    return name.endswith(tuple(own)) or any(path in name for path in stacks)
 
 
 def some(names: list[str]) -> str:

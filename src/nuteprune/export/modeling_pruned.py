@@ -20,12 +20,15 @@ config.json states. `PrunedXyz` is made from transformers' `Xyz` when it is aske
 serves every model type. What a layer consists of is data, under "pruned" in config.json:
 
     layers  path of the decoder layers in the causal LM
-    counts  our word ("heads", "neurons", perhaps "kv_heads") -> the config's attribute
+    counts  our word ("heads", "neurons", perhaps "kv_heads", "experts") -> the config's attribute
     blocks  for "attention" and "mlp": the modules that make up the block, the norms that serve it
             alone, and its projections with their axes, "inputs -> outputs"
+    experts  where the model is a mixture: its router, and its projections, each one tensor for all
+            experts of a layer; "transposed" where that is (experts, inputs, outputs)
 
-An axis is "hidden", "neurons", "q" or "kv" (heads x head_dim), or "qkv" (heads x 3 head_dim);
-"hidden -> q kv kv" is one linear module that yields all three.
+An axis is "hidden", "neurons", "q" or "kv" (heads x head_dim), "qkv" (heads x 3 head_dim), or
+"expert_neurons" (those of each expert); "hidden -> q kv kv" is one linear module that yields all
+three. Layers that lack a module are left as they are there.
 Each layer's counts are in "per_layer_config", as transformers >= 5.14 defines it; "skip" names
 the blocks that the layer does not have.
 """
@@ -106,6 +109,8 @@ def resize_layers(model, config):
                 remove_block(layer, block, ZerosAndNone if name == "attention" else Zeros)
             else:
                 resize_block(layer, block, config, counts)
+        if "experts" in config.pruned and "mlp" not in skip:
+            resize_experts(layer, config.pruned["experts"], config, counts)
 
 
 def remove_block(layer, block, nothing):
@@ -118,18 +123,20 @@ def remove_block(layer, block, nothing):
 
 def resize_block(layer, block, config, counts):
     """Replace a block's projections by ones of the stated size, and tell its modules the counts."""
-    count = {word: counts[name] for word, name in config.pruned["counts"].items()}
+    count = counts_by_word(config, counts)
     heads, kv_heads = count["heads"], count.get("kv_heads", count["heads"])
     axes = {
         "hidden": config.hidden_size,
-        "neurons": count["neurons"],
+        "neurons": count.get("neurons", 0),
         "q": heads * config.head_dim,
         "kv": kv_heads * config.head_dim,
         "qkv": heads * config.head_dim * 3,
     }
     for path, shape in block["projections"].items():
-        inputs, outputs = (sum(axes[axis] for axis in side.split()) for side in shape.split("->"))
-        old = layer.get_submodule(path)
+        inputs, outputs = sizes_of(shape, axes)
+        old = at(layer, path)
+        if old is None:
+            continue
         kept = {
             "bias": old.bias is not None,
             "device": old.weight.device,
@@ -146,6 +153,51 @@ def resize_block(layer, block, config, counts):
         module = layer.get_submodule(path)
         for name in told.keys() & vars(module).keys():
             setattr(module, name, told[name])
+
+
+def resize_experts(layer, experts, config, counts):
+    """Give a layer's stacked experts, and its router, the stated sizes; a dense layer has none."""
+    router, count = at(layer, experts["router"]), counts_by_word(config, counts)
+    axes = {"hidden": config.hidden_size, "expert_neurons": count["expert_neurons"]}
+    for path, shape in experts["projections"].items():
+        inputs, outputs = sizes_of(shape, axes)
+        parent, _, name = path.rpartition(".")
+        module = at(layer, parent)
+        if module is None or router is None:
+            return
+        sizes = (inputs, outputs) if experts["transposed"] else (outputs, inputs)
+        resize(module, name, (count["experts"], *sizes))
+        resize(module, f"{name}_bias", (count["experts"], outputs))
+        module.num_experts = count["experts"]
+    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
+        resize(router, name, (count["experts"], *tensor.shape[1:]))
+    router.num_experts = count["experts"]
+
+
+def resize(module, name, sizes):
+    """Replace a module's parameter or buffer, if it has it, by one of other sizes."""
+    old = getattr(module, name, None)
+    if old is None:
+        return
+    new = torch.empty(sizes, device=old.device, dtype=old.dtype)
+    setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
+
+def counts_by_word(config, counts):
+    """Return a layer's counts under our words."""
+    return {word: counts[name] for word, name in config.pruned["counts"].items()}
+
+
+def sizes_of(shape, axes):
+    """Return the inputs and outputs of a projection, from its axes."""
+    return (sum(axes[axis] for axis in side.split()) for side in shape.split("->"))
+
+
+def at(module, path):
+    """Return what is at a dotted path, None if it is not there."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def put(layer, path, module):

@@ -29,12 +29,11 @@ SCHEMA = 1
 def blocks_recount(tensors: Mapping[str, list[int]], model_type: str) -> int:
     """Count the parameters of decoder projections among the tensors of a written checkpoint."""
     family = family_named(model_type)
-    paths = tuple(f".{p.path}." for p in family.projections)
-    total = 0
-    for name, shape in tensors.items():
-        if name.startswith(f"{family.layers}.") and any(path in name for path in paths):
-            total += math.prod(shape)
-    return total
+    return sum(
+        math.prod(shape)
+        for name, shape in tensors.items()
+        if name.startswith(f"{family.layers}.") and any(path in name for path in family.files)
+    )
 
 
 def make_record(
@@ -61,13 +60,7 @@ def make_record(
         "total_sparsity": _gone(params["before"], params["after"]),
         "params": dict(params),
         "layers": [
-            {
-                "heads": layer.heads,
-                "kv_heads": layer.kv_heads,
-                "neurons": layer.neurons,
-                "attention": layer.attention,
-                "mlp": layer.mlp,
-            }
+            {**layer.to_dict(), "attention": layer.attention, "mlp": layer.mlp}
             for layer in after.layers
         ],
         "hidden": {"before": before.hidden, "after": after.hidden},

@@ -13,8 +13,9 @@ _INTRO = """\
 # What is supported
 
 This page is generated from the code (`python -m nuteprune.export.support`), and a test holds it
-to that. Every cell of the first table is run by `tests/shrink/test_exactness.py`: masked, sliced,
-saved and reloaded models give the same logits, or the combination is refused for the reason given.
+to that. Every cell of the first table is run by `tests/shrink/test_exactness.py`, mixtures of
+experts by `tests/shrink/test_mixtures.py`: masked, sliced, saved and reloaded models give the same
+logits, or the combination is refused for the reason given.
 
 ## Families and gates
 
@@ -24,9 +25,10 @@ stock class. Kinds of gates combine freely; a combination is refused where one o
 
 _ALWAYS = """\
 Always: layer 0 keeps its attention, and each layer one KV group and one multiple of neurons unless
-a block gate removes the block. `kv_groups` is the same as `heads` where each head has its own keys
-and values. Where the stock config demands that the head count divides the width (llama, gemma2),
-uniform shapes keep head counts that do.
+a block gate removes the block. A layer keeps at least as many experts as a token is routed to.
+`kv_groups` is the same as `heads` where each head has its own keys and values. Where the stock
+config demands that the head count divides the width (llama, gemma2), uniform shapes keep head
+counts that do.
 """
 
 _GGUF = """\

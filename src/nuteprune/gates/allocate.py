@@ -199,7 +199,7 @@ class Allocator:
         attention, mlp = [*map(options.attention, layers)], [*map(options.mlp, layers)]
         uniform = self.constraints.uniform
         if uniform:
-            attention, mlp = [alike(attention)], [alike(mlp)]
+            attention, mlp = [alike(attention)], [alike([mlp[i] for i in x]) for x in self._alike]
         divide = uniform and self.budget.family.heads_divide_hidden
         # Steps that stand for units are the same at any width, those of a price are not.
         same = cost.by_units and not divide
@@ -222,9 +222,17 @@ class Allocator:
     ) -> Shape:
         if self.constraints.uniform:
             count = len(self.budget.shape.layers)
-            attention, mlp = attention * count, mlp * count
+            of_layer = {i: kept for kept, same in zip(mlp, self._alike, strict=True) for i in same}
+            attention, mlp = attention * count, [of_layer[i] for i in range(count)]
         pairs = zip(attention, mlp, strict=True)
-        return Shape(width, tuple(LayerShape(a[0], a[1], m[0]) for a, m in pairs))
+        return Shape(width, tuple(LayerShape(*a, *m) for a, m in pairs))
+
+    @property
+    def _alike(self) -> list[list[int]]:
+        """The layers whose MLPs stay alike where shapes are uniform: with experts, and without."""
+        layers = self.budget.shape.layers
+        groups = [[i for i, x in enumerate(layers) if bool(x.experts) == y] for y in (False, True)]
+        return [group for group in groups if group]
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
@@ -233,6 +241,22 @@ def _top(scores: Tensor, count: int) -> Tensor:
     mask = torch.zeros_like(scores, dtype=torch.float32)
     mask[order[:count]] = 1.0
     return mask
+
+
+def _expert_masks(
+    old: LayerShape, new: LayerShape, scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the 0/1 masks of one layer's experts and of their neurons, as far as scored."""
+    masks: dict[str, Tensor] = {}
+    lost_E = torch.zeros(old.experts)
+    if "expert_neurons" in scores:
+        inner_EF = scores["expert_neurons"].reshape(old.experts, -1)
+        kept_EF = torch.stack([_top(row, new.expert_neurons) for row in inner_EF])
+        lost_E = (inner_EF * (1 - kept_EF.to(inner_EF))).sum(1)
+        masks["expert_neurons"] = kept_EF.flatten()
+    if "experts" in scores:
+        masks["experts"] = _top(scores["experts"] - lost_E.to(scores["experts"]), new.experts)
+    return masks
 
 
 def _layer_masks(
@@ -244,8 +268,10 @@ def _layer_masks(
         masks["attn_block"].zero_()
     if "mlp_block" in masks and not new.mlp:
         masks["mlp_block"].zero_()
-    if "neurons" in masks and new.mlp:
+    if "neurons" in masks and new.neurons:
         masks["neurons"] = _top(scores["neurons"], new.neurons)
+    if new.experts:
+        masks |= _expert_masks(old, new, scores)
     if not new.attention:
         return masks
     if "heads" in masks and old.heads_per_group > 1:

@@ -8,6 +8,7 @@ stream, so a model's count is hidden x coefficient + constant: the form that `al
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,21 +28,30 @@ class Budget:
         shape: the model's dimensions before pruning.
         head_dim: features per head.
         biases: projection path -> whether it has a bias.
+        per_token: how many routed experts a token goes through, 0 without any.
     """
 
     def __init__(
-        self, family: Family, shape: Shape, head_dim: int, biases: Mapping[str, bool]
+        self,
+        family: Family,
+        shape: Shape,
+        head_dim: int,
+        biases: Mapping[str, bool],
+        per_token: int = 0,
     ) -> None:
         self.family = family
         self.shape = shape
         self.head_dim = head_dim
         self.biases = dict(biases)
+        self.per_token = per_token
         self.before = self.parameters(shape)
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> Budget:
         """Return the budget of a live model."""
-        return cls(anatomy.family, anatomy.shape, anatomy.head_dim, anatomy.biases)
+        return cls(
+            anatomy.family, anatomy.shape, anatomy.head_dim, anatomy.biases, anatomy.per_token
+        )
 
     def attention(self, layer: LayerShape) -> tuple[int, int]:
         """Return (coefficient of hidden, constant) of an attention block's parameters."""
@@ -51,7 +61,18 @@ class Budget:
 
     def mlp(self, layer: LayerShape) -> tuple[int, int]:
         """Return (coefficient of hidden, constant) of an MLP block's parameters."""
-        return self._linear_form(self.family.mlp, layer) if layer.mlp else (0, 0)
+        coefficient, constant = (
+            self._linear_form(self.family.mlp, layer) if layer.neurons else (0, 0)
+        )
+        if layer.experts:
+            each = self._linear_form(self._stacks, layer)
+            coefficient += layer.experts * each[0]
+            constant += layer.experts * each[1]
+        return coefficient, constant
+
+    @property
+    def _stacks(self) -> tuple[Projection, ...]:
+        return self.family.experts.projections if self.family.experts else ()
 
     def _linear_form(
         self, projections: tuple[Projection, ...], layer: LayerShape
@@ -75,6 +96,11 @@ class Budget:
             for coefficient, constant in (self.attention(layer), self.mlp(layer)):
                 total += coefficient * shape.hidden + constant
         return total
+
+    def active(self, shape: Shape) -> int:
+        """Return how many projection parameters a token goes through in a model of that shape."""
+        layers = tuple(replace(x, experts=min(x.experts, self.per_token)) for x in shape.layers)
+        return self.parameters(Shape(shape.hidden, layers))
 
     def sparsity(self, shape: Shape) -> float:
         """Return the share of projection parameters that cutting to a shape removes."""
@@ -106,24 +132,43 @@ class Budget:
             neurons = keep.part("neurons", i)
             if neurons is not None:
                 sizes["neurons"] = neurons.sum()
-            for block, present, projections in (
-                ("attn_block", layer.attention, self.family.attention),
-                ("mlp_block", layer.mlp, self.family.mlp),
+            experts, sizes["expert_neurons"] = _expected_experts(keep, i, layer)
+            mlp = self._expected_block(self.family.mlp if layer.neurons else (), sizes, hidden)
+            mlp = mlp + self._expected_block(self._stacks, sizes, hidden, experts)
+            attention = self._expected_block(self.family.attention, sizes, hidden)
+            for block, present, count in (
+                ("attn_block", layer.attention, attention),
+                ("mlp_block", layer.mlp, mlp),
             ):
                 if present:
                     gate = keep.part(block, i)
-                    count = self._expected_block(projections, sizes, hidden)
                     total = total + (count if gate is None else gate.squeeze(-1) * count)
         return 1 - total / self.before
 
     def _expected_block(
-        self, projections: tuple[Projection, ...], sizes: Mapping[str, Any], hidden: Any
+        self,
+        projections: tuple[Projection, ...],
+        sizes: Mapping[str, Any],
+        hidden: Any,
+        times: Any = 1,
     ) -> Any:
+        """Return the parameters of projections, of which there are so many with a bias each."""
         count = 0
         for projection in projections:
             bias = self.biases[projection.path]
             if projection.columns == "hidden":
                 count = count + sum(sizes[axis] for axis in projection.rows) * (hidden + bias)
             else:
-                count = count + hidden * (sizes[projection.columns] + bias)
+                count = count + hidden * (sizes[projection.columns] + times * bias)
         return count
+
+
+def _expected_experts(keep: Masks, index: int, layer: LayerShape) -> tuple[Any, Any]:
+    """Return how many experts of a layer are kept, and how many neurons in all of them."""
+    experts, neurons = keep.part("experts", index), keep.part("expert_neurons", index)
+    count = layer.experts if experts is None else experts.sum()
+    if neurons is None:
+        return count, count * layer.expert_neurons
+    if experts is not None:
+        neurons = neurons.view(layer.experts, -1) * experts.unsqueeze(-1)
+    return count, neurons.sum()

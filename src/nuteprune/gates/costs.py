@@ -27,11 +27,13 @@ class Outside:
         attention: of each layer, those that go with its attention block.
         mlp: of each layer, those that go with its MLP.
         rest: embedding, head, final norm and whatever else stays.
+        expert: of each layer, those of its router that go with an expert; empty: no mixture.
     """
 
     attention: tuple[Line, ...]
     mlp: tuple[Line, ...]
     rest: Line
+    expert: tuple[Line, ...] = ()
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> Outside:
@@ -43,22 +45,29 @@ class Outside:
             "mlp": (*family.mlp_modules, *family.mlp_norms),
         }
         inside = tuple(f"{projection.path}." for projection in family.projections)
-        found = {where: [(0, 0)] * len(anatomy.layers) for where in blocks}
+        experts = family.experts
+        if experts is not None:
+            blocks["expert"] = (experts.router,)
+            inside += tuple(projection.path for projection in experts.projections)
+        found = {where: [(0, 0)] * len(anatomy.layers) for where in (*blocks, "expert")}
+        counts = [layer.experts for layer in anatomy.shape.layers]
         rest = (0, 0)
         across = {f"{path}.weight" for path in (family.embedding, family.final_norm)}
         for name, parameter in anatomy.model.named_parameters():
             layer, path = _place(name, family.layers)
+            block = [b for b, paths in blocks.items() if _within(path, paths)]
+            of_router = block[-1:] == ["expert"]
             wide = name in across or parameter is anatomy.head.weight or path in norms
+            wide |= of_router and parameter.dim() == 2
             line = (count(parameter) // width, 0) if wide else (0, count(parameter))
-            if layer is None:
+            if layer is None or not (block or path.startswith(inside)):
                 rest = _sum(rest, line)
+            elif of_router:
+                each = (line[0] // counts[layer], line[1] // counts[layer])
+                found["expert"][layer] = _sum(found["expert"][layer], each)
             elif not path.startswith(inside):
-                block = [b for b, paths in blocks.items() if _within(path, paths)]
-                if block:
-                    found[block[0]][layer] = _sum(found[block[0]][layer], line)
-                else:
-                    rest = _sum(rest, line)
-        return cls(tuple(found["attention"]), tuple(found["mlp"]), rest)
+                found[block[0]][layer] = _sum(found[block[0]][layer], line)
+        return cls(tuple(found["attention"]), tuple(found["mlp"]), rest, tuple(found["expert"]))
 
 
 def _place(name: str, layers: str) -> tuple[int | None, str]:
@@ -122,7 +131,7 @@ class Cost:
     @property
     def by_units(self) -> bool:
         """Whether equal parts cost the same whichever layer they are of."""
-        return not self.kv_head
+        return not (self.kv_head or any(x.experts for x in self.budget.shape.layers))
 
     def attention(self, index: int, kept: LayerShape) -> Line:
         """Return the price of what stays of a layer's attention."""
@@ -137,8 +146,11 @@ class Cost:
         """Return the price of what stays of a layer's MLP."""
         coefficient, constant = map(float, self.budget.mlp(kept))
         if self.outside and kept.mlp:
-            more = self.outside.mlp[index]
-            coefficient, constant = coefficient + more[0], constant + more[1]
+            parts = [(self.outside.mlp[index], 1)]
+            if kept.experts:
+                parts.append((self.outside.expert[index], kept.experts))
+            for more, times in parts:
+                coefficient, constant = coefficient + times * more[0], constant + times * more[1]
         return self.each * coefficient, self.each * constant
 
     def rest(self, width: int) -> float:

@@ -33,6 +33,8 @@ class Layout:
             "heads": tuple(x.heads for x in layers),
             "kv_groups": tuple(x.kv_heads for x in layers),
             "neurons": tuple(x.neurons for x in layers),
+            "experts": tuple(x.experts for x in layers),
+            "expert_neurons": tuple(x.experts * x.expert_neurons for x in layers),
             "attn_block": tuple(int(x.attention) for x in layers),
             "mlp_block": tuple(int(x.mlp) for x in layers),
             "hidden": (self.shape.hidden,),

@@ -97,28 +97,58 @@ class Options:
 
     def mlp(self, layer: int) -> list[Option]:
         """Return what a layer's MLP may become, the whole one first."""
-        total, parts = self._shape.layers[layer].neurons, self.parts
-        if not total:
-            return [Option(0, 0.0, 0, 0, (0,))]
-        floor = self._floor(layer).neurons
-        kept = [total]
-        gone = np.zeros(total + 1)
-        if "neurons" in parts:
-            gone[1:] = np.cumsum(np.sort(parts["neurons"][layer]))
-            kept = _counts(total, self.constraints.neuron_multiple, floor)
+        whole, parts = self._shape.layers[layer], self.parts
+        total = whole.neurons
+        if not whole.mlp:
+            return [Option(0, 0.0, 0, 0, (0, 0, 0))]
         options = [
             Option(
                 -(-(total - n) // self._neurons_per_step),
-                float(gone[total - n]),
-                *self.cost.mlp(layer, LayerShape(0, 0, n)),
-                (n,),
+                loss + more,
+                *self.cost.mlp(layer, LayerShape(0, 0, n, e, f)),
+                (n, e, f),
             )
-            for n in kept
+            for n, loss in self._neurons(layer)
+            for e, f, more in self._experts(layer)
         ]
-        if "mlp_block" in parts and not floor:
+        if "mlp_block" in parts and not self._floor(layer).mlp:
             steps = total // self._neurons_per_step
-            options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, (0,)))
+            options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, (0, 0, 0)))
         return options
+
+    def _neurons(self, layer: int) -> list[tuple[int, float]]:
+        """Return (neurons, loss) of what may be kept of those outside of experts."""
+        total = self._shape.layers[layer].neurons
+        if "neurons" not in self.parts or not total:
+            return [(total, 0.0)]
+        gone = np.concatenate([[0.0], np.cumsum(np.sort(self.parts["neurons"][layer]))])
+        floor = self._floor(layer).neurons
+        kept = _counts(total, self.constraints.neuron_multiple, floor)
+        return [(n, float(gone[total - n])) for n in kept]
+
+    def _experts(self, layer: int) -> list[tuple[int, int, float]]:
+        """Return (experts, neurons of each, loss) of what may be kept of routed experts."""
+        whole, parts, floor = self._shape.layers[layer], self.parts, self._floor(layer)
+        count, width = whole.experts, whole.expert_neurons
+        if not count:
+            return [(0, 0, 0.0)]
+        fewest = max(self.cost.budget.per_token, floor.experts) if "experts" in parts else count
+        whole_E, inner_EF = np.zeros(count), np.zeros((count, width))
+        widths = [width]
+        if "experts" in parts:
+            whole_E = parts["experts"][layer]
+        if "expert_neurons" in parts:
+            inner_EF = np.sort(parts["expert_neurons"][layer].reshape(count, width), axis=1)
+            widths = _counts(width, self.constraints.neuron_multiple, floor.expert_neurons)
+        found = []
+        for f in widths:
+            inside_E = inner_EF[:, : width - f].sum(axis=1)
+            extra = np.concatenate([[0.0], np.cumsum(np.sort(whole_E - inside_E))])
+            found += [
+                (e, f, float(inside_E.sum() + extra[count - e]))
+                for e in range(count, min(count, fewest) - 1, -1)
+            ]
+        return found
 
     def _floor(self, layer: int) -> LayerShape:
         floor = self.constraints.floor

@@ -6,6 +6,7 @@ Shape suffixes: O rows, I columns of a projection, N units of one kind in the wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,8 +34,15 @@ def unit_parameters(budget: Budget, kind: str) -> Tensor:
             present = layer.attention if kind == "attn_block" else layer.mlp
             counts += [_count(block(layer), shape.hidden)] * present
         elif kind == "neurons":
-            two, one = (budget.mlp(LayerShape(0, 0, n)) for n in (2, 1))
+            two, one = (budget.mlp(replace(layer, neurons=n)) for n in (2, 1))
             counts += [_count(two, shape.hidden) - _count(one, shape.hidden)] * layer.neurons
+        elif kind == "experts":
+            two, one = (budget.mlp(replace(layer, experts=n)) for n in (2, 1))
+            counts += [_count(two, shape.hidden) - _count(one, shape.hidden)] * layer.experts
+        elif kind == "expert_neurons":
+            two, one = (budget.mlp(replace(layer, experts=1, expert_neurons=n)) for n in (2, 1))
+            each = _count(two, shape.hidden) - _count(one, shape.hidden)
+            counts += [each] * (layer.experts * layer.expert_neurons)
         elif layer.attention:
             inner = layer.heads_per_group
             # A second head: of a group of its own, or beside the first.
@@ -89,6 +97,7 @@ def _layer_squares(
             projection.rows, rows_O.split([sizes[a] for a in projection.rows]), strict=True
         ):
             axes[axis] += part
+    experts_EF = _expert_squares(anatomy, index, hidden_D)
     heads_H = axes["q"].view(-1, head_dim).sum(1) + axes["qkv"].view(-1, 3 * head_dim).sum(1)
     keys_G = axes["kv"].view(-1, head_dim).sum(1)
     groups_G = keys_G
@@ -100,9 +109,34 @@ def _layer_squares(
         "heads": heads_H,
         "kv_groups": groups_G,
         "neurons": axes["neurons"],
+        "experts": experts_EF.sum(1),
+        "expert_neurons": experts_EF.flatten(),
         "attn_block": groups_G.sum()[None][: layer.attention],
-        "mlp_block": axes["neurons"].sum()[None][: layer.mlp],
+        "mlp_block": (axes["neurons"].sum() + experts_EF.sum())[None][: layer.mlp],
     }, hidden_D
+
+
+def _expert_squares(anatomy: Anatomy, index: int, hidden_D: Tensor) -> Tensor:
+    """Return the sums of squares (E, F) of a layer's experts; add those of hidden features."""
+    mixture = anatomy.mixture(index)
+    if mixture is None:
+        return torch.zeros(0, 0)
+    entry, found_EF = mixture.entry, torch.zeros(mixture.sizes)
+    for projection in entry.projections:
+        square = mixture.stack(projection).detach().float().cpu().square()
+        inner, outer = (1, 2) if (projection.columns == "hidden") != entry.transposed else (2, 1)
+        hidden_D += square.sum((0, inner))
+        rows = square.sum(outer)
+        bias = mixture.bias(projection)
+        if projection.columns == "hidden":
+            if bias is not None:
+                rows = rows + bias.detach().float().cpu().square()
+            stacked = (
+                (-1, len(projection.rows)) if entry.interleaved else (len(projection.rows), -1)
+            )
+            rows = rows.unflatten(1, stacked).sum(2 if entry.interleaved else 1)
+        found_EF += rows
+    return found_EF
 
 
 def over_columns(

@@ -17,7 +17,7 @@ from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.gates.budget import Budget
 from nuteprune.model.family import Family
 from nuteprune.model.lookup import family_named
-from nuteprune.model.shape import Shape
+from nuteprune.model.shape import COUNTS, SAID, Shape
 
 Tensors = Mapping[str, list[int]]
 
@@ -70,9 +70,10 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
 
 def shapes_of(record: Mapping[str, Any]) -> tuple[Shape, Shape]:
     """Return the dimensions before and after pruning that a record states."""
-    keys = ("heads", "kv_heads", "neurons")
     shapes = (
-        Shape.from_dict({"hidden": hidden, "layers": [{k: x[k] for k in keys} for x in layers]})
+        Shape.from_dict(
+            {"hidden": hidden, "layers": [{k: x[k] for k in COUNTS if k in x} for x in layers]}
+        )
         for hidden, layers in (
             (record["hidden"]["before"], record["layers_before"]),
             (record["hidden"]["after"], record["layers"]),
@@ -84,10 +85,15 @@ def shapes_of(record: Mapping[str, Any]) -> tuple[Shape, Shape]:
 
 def biases_of(family: Family, tensors: Tensors) -> dict[str, bool]:
     """Return for each projection path whether a checkpoint has a bias there."""
+    stacks = family.experts.projections if family.experts else ()
     return {
-        p.path: any(name.endswith(f".{p.path}.bias") for name in tensors)
-        for p in family.projections
+        **{p.path: _any_ends(tensors, f".{p.path}.bias") for p in family.projections},
+        **{p.path: _any_ends(tensors, f".{p.path}_bias") for p in stacks},
     }
+
+
+def _any_ends(tensors: Tensors, ending: str) -> bool:
+    return any(name.endswith(ending) for name in tensors)
 
 
 def parts_of(
@@ -113,21 +119,22 @@ def parts_of(
     # By subtraction: where all MLPs are gone, no file tells whether they had biases.
     old["MLP"] = params["blocks_before"] - old["attention"]
     prefix = f"{family.layers}."
-    paths = {"attention": family.attention, "MLP": family.mlp}
+    attention = tuple(f".{p.path}." for p in family.attention)
+    paths = {"attention": attention, "MLP": tuple(x for x in family.files if x not in attention)}
     new = {
         name: _count(
-            tensors,
-            (n for n in tensors if n.startswith(prefix) and any(f".{p.path}." in n for p in ps)),
+            tensors, (n for n in tensors if n.startswith(prefix) and any(x in n for x in inside))
         )
-        for name, ps in paths.items()
+        for name, inside in paths.items()
     }
     outside = [n for n in tensors if not n.startswith((prefix, f"{family.final_norm}."))]
     new["embedding and head"] = _count(tensors, outside)
     old["embedding and head"] = (
         new["embedding and head"] * before.hidden // after.hidden * rows[0] // rows[1]
     )
-    new["norms"] = _count(tensors, tensors) - sum(new.values())
-    old["norms"] = params["before"] - sum(old.values())
+    rest = "norms and routers" if family.experts else "norms"
+    new[rest] = _count(tensors, tensors) - sum(new.values())
+    old[rest] = params["before"] - sum(old.values())
     return {name: (old[name], new[name]) for name in old}
 
 
@@ -139,7 +146,7 @@ def multiples_of(source: Source) -> dict[str, Any]:
     """Return what divides the counts of all layers, and among how many devices layers split."""
     layers = source.shape.layers
     kv_heads = gcd(*(x.kv_heads for x in layers))
-    neurons = gcd(*(x.neurons for x in layers))
+    neurons = gcd(*(n for x in layers for n in (x.neurons, x.expert_neurons)))
     both = gcd(kv_heads, neurons)
     return {
         "hidden": _largest_power_of_two(source.shape.hidden),
@@ -155,8 +162,9 @@ def _largest_power_of_two(number: int) -> int:
 
 def _print_layers(folder: Path, record: Mapping[str, Any], output: Output) -> None:
     """Print the counts of each layer, of neighbours with the same ones once."""
+    words = {k: v for k, v in SAID.items() if any(x.get(k) for x in record["layers_before"])}
     changes = [
-        [_change(old[k], new[k]) for k in ("heads", "kv_heads", "neurons")]
+        [_change(old.get(k, 0), new.get(k, 0)) for k in words]
         for old, new in zip(record["layers_before"], record["layers"], strict=True)
     ]
     rows, first = [], 0
@@ -166,7 +174,7 @@ def _print_layers(folder: Path, record: Mapping[str, Any], output: Output) -> No
         first = last + 1
     output.table(
         f"{folder}: {record.get('base_model') or 'pruned'}, {record['shapes']} shapes",
-        ["layer", "heads", "KV heads", "neurons"],
+        ["layer", *words.values()],
         rows,
     )
 

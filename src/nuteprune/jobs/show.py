@@ -14,6 +14,7 @@ from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.data.examples import Examples
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
+from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.text import mixture
@@ -39,7 +40,7 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
     goal = budget.before * trainer.targets[-1]
     output.line(
         f"Model   {job.model}: {trainer.anatomy.family.model_type}, {len(shape.layers)} layers, "
-        f"{first.heads} heads on {first.kv_heads} KV heads, {first.neurons} neurons, "
+        f"{first.heads} heads on {first.kv_heads} KV heads, {_inner(budget)}, "
         f"width {shape.hidden}, {millions(total)} parameters"
     )
     output.line(
@@ -67,6 +68,14 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
             "Note    the text is the demo's, in English; what a model is taught on is what it "
             "keeps, so pass text of its use with --data"
         )
+
+
+def _inner(budget: Budget) -> str:
+    """Return what the MLPs of a model have inside."""
+    first = next((x for x in budget.shape.layers if x.experts), budget.shape.layers[0])
+    if not first.experts:
+        return f"{first.neurons} neurons"
+    return f"{first.experts} experts of {first.expert_neurons} neurons, {budget.per_token} a token"
 
 
 def _told(target: Target) -> str:

@@ -47,11 +47,11 @@ class Work:
 
     Args:
         parameters: all of them, tied ones once.
-        blocks: those of the decoder layers' projections.
+        blocks: those of the decoder layers' projections that a token goes through.
         head: those of the language head.
         moved: those that every decoded token reads: all but an embedding of which it reads a row.
         bytes_per_parameter: as the model is held in memory.
-        neurons: greatest common divisor of the layers' neuron counts.
+        neurons: greatest common divisor of the neuron counts of layers and of experts.
         queries: features of all layers' queries.
         cached: keys and values that all layers keep of a token.
         attention_blocks: attention blocks, which are as many rounds of calls.
@@ -75,13 +75,15 @@ class Work:
         anatomy = Anatomy(model)
         layers, everything = anatomy.shape.layers, anatomy.parameters()
         table = 0 if anatomy.tied else anatomy.embedding.weight.numel()
+        budget = Budget.of(anatomy)
+        active = budget.active(budget.shape)
         return cls(
             everything,
-            Budget.of(anatomy).before,
+            active,
             anatomy.head.weight.numel(),
-            everything - table,
+            everything - table - (budget.before - active),
             model.dtype.itemsize,
-            math.gcd(*(layer.neurons for layer in layers)),
+            math.gcd(*(n for x in layers for n in (x.neurons, x.expert_neurons))),
             anatomy.head_dim * sum(layer.heads for layer in layers),
             2 * anatomy.head_dim * sum(layer.kv_heads for layer in layers),
             sum(layer.attention for layer in layers),

@@ -19,6 +19,7 @@ from nuteprune.judge.headline import headline, perplexities_of, verdict
 from nuteprune.judge.plots import Row
 from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run, teacher_sparsities
 from nuteprune.judge.units import count, duration, size
+from nuteprune.model.shape import MLP_COUNTS, SAID
 from nuteprune.run_folder import CARD, REPORT
 
 PLOTS = "plots"
@@ -86,14 +87,15 @@ def kept_rows(record: Mapping[str, Any]) -> list[Row]:
     before, after = record["layers_before"], record["layers"]
 
     def row(name: str, key: str) -> Row:
-        return Row(name, [x[key] for x in after], [x[key] for x in before])
+        return Row(name, [x.get(key, 0) for x in after], [x.get(key, 0) for x in before])
 
     heads, groups = row("heads", "heads"), row("KV heads", "kv_heads")
     alike = all(
         h * gb == g * hb
         for h, hb, g, gb in zip(heads.kept, heads.before, groups.kept, groups.before, strict=True)
     )
-    return [heads, *([] if alike else [groups]), row("neurons", "neurons")]
+    inner = [x for x in MLP_COUNTS if any(layer.get(x) for layer in before)]
+    return [heads, *([] if alike else [groups]), *(row(SAID[x], x) for x in inner)]
 
 
 def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 from peft import PeftModel
@@ -15,10 +16,50 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.model.family import Family, Projection
+from nuteprune.model.family import Experts, Family, Projection
 from nuteprune.model.lookup import family_named
 from nuteprune.model.packed import count
 from nuteprune.model.shape import LayerShape, Shape
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Live views of a layer's routed experts.
+
+    Args:
+        entry: what the family's entry says of them.
+        block: the module that routes tokens to experts and adds up what they give.
+        router: scores the experts; has a row of weights for each.
+        experts: holds their stacked weights.
+        per_token: how many experts a token is routed to.
+    """
+
+    entry: Experts
+    block: nn.Module
+    router: Any
+    experts: Any
+    per_token: int
+
+    def stack(self, projection: Projection) -> nn.Parameter:
+        """Return a projection's weights: (experts, rows, columns), or as the entry has them."""
+        return cast(nn.Parameter, getattr(self.experts, projection.path.rpartition(".")[2]))
+
+    def bias(self, projection: Projection) -> nn.Parameter | None:
+        """Return a projection's biases (experts, rows), None if it has none."""
+        return getattr(self.experts, f"{projection.path.rpartition('.')[2]}_bias", None)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The number of experts, and of neurons of each."""
+        down = self.stack(self.entry.projections[-1])
+        return int(down.shape[0]), int(down.shape[1 if self.entry.transposed else 2])
+
+
+def _at(module: Any, path: str) -> Any:
+    """Return what is at a dotted path, None if it is gone."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 class Anatomy:
@@ -61,12 +102,7 @@ class Anatomy:
 
     def projection(self, layer: int, projection: Projection) -> Any:
         """Return a layer's projection (the LoRA layer where PEFT wraps it), None if it is gone."""
-        module: nn.Module = self.layers[layer]
-        for name in projection.path.split("."):
-            child = getattr(module, name, None)
-            if child is None:
-                return None
-            module = child
+        module = _at(self.layers[layer], projection.path)
         return module if hasattr(module, "in_features") else None
 
     def block(self, layer: int, projection: Projection) -> nn.Module | None:
@@ -78,6 +114,19 @@ class Anatomy:
         """Return a layer's projection without the LoRA wrapper, None if it is gone."""
         module = self.projection(layer, projection)
         return module.get_base_layer() if isinstance(module, LoraLayer) else module  # type: ignore[return-value]
+
+    def mixture(self, layer: int) -> Mixture | None:
+        """Return a layer's routed experts, None if it has none."""
+        experts, module = self.family.experts, self.layers[layer]
+        if experts is None or _at(module, experts.module) is None:
+            return None
+        return Mixture(
+            experts,
+            module.get_submodule(self.family.mlp_modules[-1]),
+            _at(module, experts.router),
+            _at(module, experts.module),
+            self.per_token,
+        )
 
     def post_norm(self, layer: int, block: str) -> nn.Module | None:
         """Return the norm of what a block (`attn_block`, `mlp_block`) writes, None without one."""
@@ -116,6 +165,12 @@ class Anatomy:
         return [m for m in modules if isinstance(m, LoraLayer)]
 
     @property
+    def per_token(self) -> int:
+        """How many routed experts a token goes through, 0 without any."""
+        experts = self.family.experts
+        return int(getattr(self.config, experts.per_token)) if experts else 0
+
+    @property
     def shape(self) -> Shape:
         """Dimensions, read from the modules themselves."""
         hidden = self.embedding.weight.shape[1]
@@ -132,7 +187,8 @@ class Anatomy:
                 rows = self.projection(layer, part).out_features // self.head_dim
                 kv_heads = (rows - part.rows.count("q") * heads) // part.rows.count("kv")
                 break
-        return LayerShape(heads, kv_heads, neurons)
+        mixture = self.mixture(layer)
+        return LayerShape(heads, kv_heads, neurons, *(mixture.sizes if mixture else (0, 0)))
 
     @property
     def biases(self) -> dict[str, bool]:
@@ -142,6 +198,9 @@ class Anatomy:
             modules = (self.linear(i, projection) for i in range(len(self.layers)))
             present = [m for m in modules if m is not None]
             found[projection.path] = any(m.bias is not None for m in present)
+        for projection in self.family.experts.projections if self.family.experts else ():
+            mixtures = map(self.mixture, range(len(self.layers)))
+            found[projection.path] = any(m.bias(projection) is not None for m in mixtures if m)
         return found
 
     def lora_targets(self, queries_and_values: bool = False) -> str:
@@ -150,11 +209,14 @@ class Anatomy:
         chosen = self.family.projections
         if queries_and_values:
             chosen = tuple(p for p in self.family.attention if p.serves_queries_or_values)
-        return rf"(.*\.)?{prefix}\.({'|'.join(map(self._everywhere, chosen))})"
+        found = filter(None, map(self._everywhere, chosen))
+        return rf"(.*\.)?{prefix}\.({'|'.join(found)})"
 
     def _everywhere(self, projection: Projection) -> str:
-        """Return the regular expression of a projection in the layers that have it."""
+        """Return the regular expression of a projection in the layers that have it, "" if none."""
         there = [i for i in range(len(self.layers)) if self.projection(i, projection) is not None]
+        if not there:
+            return ""
         every = len(there) == len(self.layers)
         layers = r"\d+" if every else f"({'|'.join(map(str, there))})"
         return layers + r"\." + projection.path.replace(".", r"\.")
@@ -201,13 +263,14 @@ def reading_head(anatomy: Anatomy) -> Iterator[list[Tensor]]:
 
 
 def silence_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0: one backbone in two roles must be one function.
+    """Set every dropout of a model to 0, and the noise of routers.
 
-    Modules alone are changed, not the config, which goes into the pruned checkpoint as it was.
+    One backbone in two roles must be one function. Modules alone are changed, not the config,
+    which goes into the pruned checkpoint as it was.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -19,6 +19,7 @@ from nuteprune.model.builds import (
     SHARED_NORM,
 )
 from nuteprune.model.family import Family, Projection
+from nuteprune.model.mixtures import MIXTURES
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -265,5 +266,6 @@ FAMILIES: dict[str, Family] = {
             gguf=("cohere2",),
             rope_pairs="neighbours",
         ),
+        *MIXTURES,
     )
 }

@@ -6,6 +6,7 @@ are named by axis, so that counting and slicing need no knowledge of any model t
     hidden   the residual stream           q        query heads x head_dim
     neurons  the MLP's inner width         kv       KV heads x head_dim
     qkv      per head: query, key, value (head_dim each), interleaved
+    expert_neurons  the inner width of each routed expert
 
 Nobody but `families.py` knows a model type; nobody but `anatomy.py` follows these paths.
 """
@@ -16,7 +17,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-GATE_KINDS = ("heads", "kv_groups", "neurons", "hidden", "attn_block", "mlp_block")
+GATE_KINDS = (
+    *("heads", "kv_groups", "neurons", "experts", "expert_neurons"),
+    *("hidden", "attn_block", "mlp_block"),
+)
 
 CONFIG_NAMES = MappingProxyType(
     {
@@ -27,6 +31,11 @@ CONFIG_NAMES = MappingProxyType(
         "epsilon": "rms_norm_eps",
     }
 )
+EXPERT_NAMES = MappingProxyType(
+    {k: v for k, v in CONFIG_NAMES.items() if k != "neurons"}
+    | {"experts": "num_local_experts", "expert_neurons": "intermediate_size"}
+)
+"""The same of a mixture whose layers all have experts."""
 ROPE_NAMES = MappingProxyType(
     {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 )
@@ -47,6 +56,36 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: stacked weights, and the router that picks some for each token.
+
+    A projection of theirs is one tensor for all experts of a layer, (experts, rows, columns); its
+    biases, if it has any, are beside it, under the same name with `_bias`.
+    """
+
+    projections: tuple[Projection, ...] = (
+        Projection("mlp.experts.gate_up_proj", ("expert_neurons", "expert_neurons"), "hidden"),
+        Projection("mlp.experts.down_proj", ("hidden",), "expert_neurons"),
+    )
+    """The last one writes what an expert adds to the residual stream."""
+    router: str = "mlp.gate"
+    """The module with a row for each expert; what it gives ends with weights and indices."""
+    per_token: str = "num_experts_per_tok"
+    """Config attribute: how many experts a token is routed to."""
+    transposed: bool = False
+    """Stacks are (experts, columns, rows)."""
+    interleaved: bool = False
+    """Rows of the same neuron, such as gate and up, stand side by side."""
+    files: tuple[str, ...] = (".experts.",)
+    """What the names of their tensors in files have in common, whatever else they are called."""
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds the stacks."""
+        return self.projections[-1].path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
 class Family:
     """Where the parts of one model type are, and what they mean."""
 
@@ -55,7 +94,10 @@ class Family:
     attention: tuple[Projection, ...]
     """Projections of the attention block; the last one writes to the residual stream."""
     mlp: tuple[Projection, ...]
-    """Projections of the MLP block; the last one writes to the residual stream."""
+    """Projections of the MLP block; the last one writes to the residual stream. Of a family with
+    experts these are of the layers that have none."""
+    experts: Experts | None = None
+    """What takes the place of the MLP's projections in layers with routed experts."""
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -123,6 +165,12 @@ class Family:
         return self.attention + self.mlp
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """What the names of projections, and of experts, have in files: one of these each."""
+        stacks = self.experts.files if self.experts else ()
+        return (*(f".{p.path}." for p in self.projections), *stacks)
+
+    @property
     def norms(self) -> tuple[str, ...]:
         """All norms of a decoder layer over the hidden width."""
         return self.attention_norms + self.mlp_norms + self.shared_norms
@@ -137,6 +185,8 @@ class Family:
         for key in (kind, f"{kind} uniform")[: 1 + uniform]:
             if key in self.refused:
                 return self.refused[key]
+        if kind in ("experts", "expert_neurons") and self.experts is None:
+            return "the model is no mixture of experts; use --gates neurons"
         if kind == "hidden" and self.norm.startswith("layer"):
             return (
                 f"{self.model_type} normalises with LayerNorm, whose mean runs over the whole "

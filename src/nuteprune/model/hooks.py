@@ -3,23 +3,24 @@
 Heads act on the input of the attention output projection, neurons on the input of the down
 projection, hidden gates on the first layer's input and on the output of both projections, block
 gates on what a block adds to the residual stream: after its post-norm where a family has one,
-since a norm would undo any factor but 0. Attach after PEFT has wrapped the model, so that masks
-cover the LoRA branch too. Masks may also say which rows and columns of
-a projection are computed at all (`model.narrow`).
+since a norm would undo any factor but 0. Routed experts are in `model.routing`. Attach after PEFT
+has wrapped the model, so that masks cover the LoRA branch too. Masks may also say which rows and
+columns of a projection are computed at all (`model.narrow`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
 from nuteprune.model.narrow import Narrow, Selection
+from nuteprune.model.routing import RoutedMasks
 
 
 class MaskSource(Protocol):
@@ -53,6 +54,13 @@ def scale(x: Tensor, mask: Tensor | None) -> Tensor:
     return (by_sequence * mask.unsqueeze(1)).reshape(x.shape)
 
 
+def _scaled(output: Any, mask: Tensor | None) -> Any:
+    """Scale what a block gives: features, or a tuple that begins with them."""
+    if isinstance(output, tuple):
+        return (scale(output[0], mask), *output[1:])
+    return scale(output, mask)
+
+
 class MaskHooks:
     """Multiplies a model's activations by the masks in use; without masks the model is stock.
 
@@ -73,6 +81,8 @@ class MaskHooks:
                 self._gate(attention, layer, "attn_block", anatomy.post_norm(layer, "attn_block"))
             if down is not None:
                 self._gate(down, layer, "mlp_block", anatomy.post_norm(layer, "mlp_block"))
+            if (mixture := anatomy.mixture(layer)) is not None:
+                self._route(mixture, layer)
             for projection in family.projections:
                 self._narrow(anatomy.projection(layer, projection), layer, projection)
 
@@ -89,15 +99,30 @@ class MaskHooks:
             read = source.attention_input if block == "attn_block" else source.mlp_input
             return (scale(args[0], read(layer)), *args[1:])
 
-        def hide(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            return None if self.masks is None else scale(output, self.masks.hidden)
-
-        def switch(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            return None if self.masks is None else scale(output, self.masks.part(block, layer))
-
         self._handles.append(module.register_forward_pre_hook(before))
+        self._write(module, layer, block, post_norm or module)
+
+    def _write(self, module: nn.Module, layer: int, block: str, last: nn.Module) -> None:
+        """Multiply what a module writes by the hidden mask, and what is added by the block's."""
+
+        def hide(_: nn.Module, __: Any, output: Any) -> Any:
+            return None if self.masks is None else _scaled(output, self.masks.hidden)
+
+        def switch(_: nn.Module, __: Any, output: Any) -> Any:
+            return None if self.masks is None else _scaled(output, self.masks.part(block, layer))
+
         self._handles.append(module.register_forward_hook(hide))
-        self._handles.append((post_norm or module).register_forward_hook(switch))
+        self._handles.append(last.register_forward_hook(switch))
+
+    def _route(self, mixture: Mixture, layer: int) -> None:
+        """Let masks decide which experts may be chosen, and what of each is heard."""
+
+        def part(kind: str) -> Callable[[], Tensor | None]:
+            return lambda: None if self.masks is None else self.masks.part(kind, layer)
+
+        routed = RoutedMasks(mixture, part("experts"), part("expert_neurons"))
+        self._handles.append(routed)
+        self._write(mixture.block, layer, "mlp_block", mixture.block)
 
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
         """Let a projection, and LoRA's two beside it, leave out what the masks in use say."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 from nuteprune.errors import UserError
@@ -11,11 +12,15 @@ from nuteprune.errors import UserError
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Counts of one decoder layer; 0 heads means no attention, 0 neurons means no MLP."""
+    """Counts of one decoder layer; 0 heads means no attention, 0 neurons and experts no MLP."""
 
     heads: int
     kv_heads: int
     neurons: int
+    experts: int = 0
+    """Routed experts."""
+    expert_neurons: int = 0
+    """Neurons of each of them."""
 
     @property
     def attention(self) -> bool:
@@ -25,12 +30,16 @@ class LayerShape:
     @property
     def mlp(self) -> bool:
         """Whether the layer still has its MLP block."""
-        return self.neurons > 0
+        return self.neurons > 0 or self.experts > 0
 
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads if self.kv_heads else 0
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the counts by name, those of experts where there are any."""
+        return {k: v for k in COUNTS if (v := getattr(self, k)) or k in DENSE_COUNTS}
 
 
 @dataclass(frozen=True)
@@ -42,17 +51,17 @@ class Shape:
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers have the same counts."""
-        return len(set(self.layers)) <= 1
+        """Whether all layers have the same counts; those with experts and those without each."""
+        heads = {(x.heads, x.kv_heads, x.mlp) for x in self.layers}
+        dense = {x.neurons for x in self.layers if not x.experts}
+        mixtures = {(x.neurons, x.experts, x.expert_neurons) for x in self.layers if x.experts}
+        return len(heads) <= 1 and len(dense) <= 1 and len(mixtures) <= 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain structure for JSON and YAML (the format that `--shape FILE` reads)."""
         return {
             "hidden": self.hidden,
-            "layers": [
-                {"heads": x.heads, "kv_heads": x.kv_heads, "neurons": x.neurons}
-                for x in self.layers
-            ],
+            "layers": [x.to_dict() for x in self.layers],
         }
 
     @classmethod
@@ -95,7 +104,19 @@ class Shape:
         )
 
 
-COUNTS = ("heads", "kv_heads", "neurons")
+DENSE_COUNTS = ("heads", "kv_heads", "neurons")
+COUNTS = (*DENSE_COUNTS, "experts", "expert_neurons")
+MLP_COUNTS = COUNTS[2:]
+SAID = MappingProxyType(
+    {
+        "heads": "heads",
+        "kv_heads": "KV heads",
+        "neurons": "neurons",
+        "experts": "experts",
+        "expert_neurons": "neurons of each expert",
+    }
+)
+"""A layer's counts, as people are told them."""
 
 
 def _check_count(what: str, count: Any, most: int, least: int) -> None:
@@ -113,7 +134,7 @@ def _cut_layer(index: int, whole: LayerShape, row: Any, common: Mapping[str, Any
             f"{', '.join((*COUNTS, 'attention', 'mlp'))}"
         )
     given = {**common, **row}
-    for block, names in (("attention", ("heads", "kv_heads")), ("mlp", ("neurons",))):
+    for block, names in (("attention", ("heads", "kv_heads")), ("mlp", MLP_COUNTS)):
         if row.get(block) is False:
             contrary = [name for name in names if row.get(name)]
             if contrary:
@@ -130,7 +151,13 @@ def _cut_layer(index: int, whole: LayerShape, row: Any, common: Mapping[str, Any
         kv_heads = heads // per_group if heads < whole.heads and heads % per_group == 0 else None
     kv_heads = whole.kv_heads if kv_heads is None else kv_heads
     heads = given.get("heads", kv_heads * per_group)
-    layer = LayerShape(heads, kv_heads, given.get("neurons", whole.neurons))
+    mlp = {name: given.get(name, getattr(whole, name)) for name in MLP_COUNTS}
+    layer = LayerShape(heads, kv_heads, **mlp)
+    if bool(layer.experts) != bool(layer.expert_neurons):
+        raise UserError(
+            f"layer {index} has {layer.experts} experts of {layer.expert_neurons} neurons; to "
+            "remove all of them, pass mlp: false"
+        )
     if bool(layer.heads) != bool(layer.kv_heads) or (kv_heads and heads % kv_heads):
         raise UserError(f"layer {index}: {heads} heads cannot share {kv_heads} KV heads evenly")
     if layer.heads_per_group > per_group:
@@ -151,6 +178,8 @@ def kinds_of_cut(whole: Shape, kept: Shape) -> tuple[str, ...]:
         "heads": any(b.heads_per_group < a.heads_per_group for a, b in alive),
         "kv_groups": any(b.kv_heads < a.kv_heads for a, b in alive),
         "neurons": any(0 < b.neurons < a.neurons for a, b in pairs),
+        "experts": any(0 < b.experts < a.experts for a, b in pairs),
+        "expert_neurons": any(0 < b.expert_neurons < a.expert_neurons for a, b in pairs),
         "hidden": kept.hidden < whole.hidden,
         "attn_block": any(a.attention and not b.attention for a, b in pairs),
         "mlp_block": any(a.mlp and not b.mlp for a, b in pairs),
@@ -165,4 +194,5 @@ def axis_sizes(layer: LayerShape, head_dim: int) -> dict[str, int]:
         "kv": layer.kv_heads * head_dim,
         "qkv": 3 * layer.heads * head_dim,
         "neurons": layer.neurons,
+        "expert_neurons": layer.expert_neurons,
     }

@@ -4,7 +4,8 @@ What comes out is the stock model at full size, with rows and columns of what is
 zero. Slicing it changes no output. Weights get other memory, not other values in the one they have:
 that may be a file's.
 
-Shape suffixes: O rows (output features), I columns (input features), R rank, D hidden width.
+Shape suffixes: O rows (output features), I columns (input features), R rank, D hidden width; of
+stacked experts: E experts, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.lora import Learned, Part
 
 
@@ -102,6 +103,39 @@ def fold_layer(anatomy: Anatomy, masks: Masks, layer: int) -> None:
             fold_rows(linear, gate)
         elif gate is not None:
             scale_norm(anatomy, post_norm, gate.to(cast(Tensor, post_norm.weight).device))
+    if (mixture := anatomy.mixture(layer)) is not None:
+        fold_experts(mixture, masks, layer)
+
+
+@torch.no_grad()
+def fold_experts(mixture: Mixture, masks: Masks, layer: int) -> None:
+    """Multiply a layer's masks into what its experts write.
+
+    Experts and neurons scale columns of the down projections; the block's and the hidden gates
+    scale rows.
+    """
+    kinds = ("experts", "expert_neurons", "mlp_block", "hidden")
+    if not any(kind in masks.values for kind in kinds):
+        return
+    down = mixture.entry.projections[-1]
+    count, width = mixture.sizes
+    weight, bias = mixture.stack(down), mixture.bias(down)
+    factor_E11 = torch.ones(count, 1, 1, device=weight.device)
+    for kind in ("experts", "mlp_block"):
+        if (part := masks.part(kind, layer)) is not None:
+            factor_E11 = factor_E11 * part.to(weight.device).view(-1, 1, 1)
+    rows_11R = torch.ones(1, 1, weight.shape[2 if mixture.entry.transposed else 1])
+    if masks.hidden is not None:
+        rows_11R = masks.hidden.view(1, 1, -1)
+    rows_11R = rows_11R.to(weight.device)
+    if bias is not None:
+        put(bias, bias.float() * (factor_E11 * rows_11R).squeeze(1))
+    scale_ERC = factor_E11 * rows_11R.transpose(1, 2)
+    if (part := masks.part("expert_neurons", layer)) is not None:
+        scale_ERC = scale_ERC * part.to(weight.device).view(count, 1, width)
+    if mixture.entry.transposed:
+        scale_ERC = scale_ERC.transpose(1, 2)
+    put(weight, weight.float() * scale_ERC)
 
 
 @torch.no_grad()

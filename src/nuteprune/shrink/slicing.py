@@ -17,6 +17,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
+from nuteprune.shrink.experts import cut_experts, kept_experts
 from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale_norm
 
 
@@ -30,9 +31,10 @@ def shape_of(masks: Masks) -> Shape:
         kept_neurons = old.neurons if neurons is None else int((neurons > 0).sum())
         if not _open(masks.part("attn_block", i)):
             kept = kv_heads = 0
+        experts = kept_experts(masks, i) if old.experts else (0, 0)
         if not _open(masks.part("mlp_block", i)):
-            kept_neurons = 0
-        layers.append(LayerShape(kept, kv_heads, kept_neurons))
+            kept_neurons, experts = 0, (0, 0)
+        layers.append(LayerShape(kept, kv_heads, kept_neurons, *experts))
     hidden = masks.hidden
     width = masks.layout.shape.hidden if hidden is None else int((hidden > 0).sum())
     return Shape(width, tuple(layers))
@@ -107,6 +109,8 @@ def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, shape: Shape) -> Tens
     index["hidden"] = width_D
     for projection in family.projections:
         _cut(state, prefix, projection, index, sizes)
+    if family.experts is not None and kept.experts:
+        cut_experts(state, prefix, family.experts, masks, layer, width_D)
     for path in family.norms:
         _select(state, f"{prefix}{path}.weight", width_D, 0)
     return state

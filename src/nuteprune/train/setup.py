@@ -18,6 +18,7 @@ from nuteprune.gates.costs import Goal
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import check_kinds
+from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape, kinds_of_cut
@@ -25,6 +26,8 @@ from nuteprune.train.config import NutePruneConfig, RecoverConfig
 
 DEFAULT_KINDS = ("kv_groups", "neurons")
 """Kinds of gates where none are named, as far as the family takes them."""
+MIXTURE_KINDS = ("experts",)
+"""The same of a mixture of experts, most of whose weights are theirs."""
 BLOCKS = ("attn_block", "mlp_block")
 """More of them, where calls cost, not bytes."""
 
@@ -36,12 +39,20 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         UserError: for gates that the model's family cannot take, and for dimensions chosen that
             the model or the gates cannot be cut to.
     """
-    floor = _chosen_shape(anatomy.shape, args)
+    floor = _chosen_shape(anatomy, args)
     needed = _kinds_here(anatomy.shape, kinds_of_cut(anatomy.shape, floor)) if floor else ()
     asked = needed if needed and not args.gates else args.gate_kinds
     refused = partial(anatomy.family.refusal, uniform=args.shapes == "uniform")
     speed = args.asked[0].kind == "speedup"
-    usual = (*DEFAULT_KINDS, *BLOCKS) if speed else DEFAULT_KINDS
+    whole = anatomy.shape
+    if speed and any(layer.experts for layer in whole.layers):
+        raise UserError(
+            "a speedup is asked for, and a table of costs is of dense blocks, not of a mixture of "
+            "experts: use --sparsity, --params or --active-params"
+        )
+    usual: tuple[str, ...] = (*DEFAULT_KINDS, *BLOCKS) if speed else DEFAULT_KINDS
+    if any(layer.experts for layer in whole.layers):
+        usual = MIXTURE_KINDS
     kinds = _kinds_here(anatomy.shape, asked or tuple(filterfalse(refused, usual)))
     if speed and "hidden" in kinds:
         raise UserError(
@@ -53,9 +64,12 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
             f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"
         )
     check_kinds(args.method, kinds)
+    layout = Layout(whole, anatomy.head_dim)
     for kind in kinds:
         if reason := refused(kind):
             raise UserError(f"gates on {kind} cannot be used here: {reason}")
+        if not layout.units(kind):
+            raise UserError(f"gates on {kind} cannot be used here: the model has none left to cut")
     constraints = Constraints(
         kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor
     )
@@ -80,13 +94,20 @@ def check_stock(anatomy: Anatomy, allocator: Allocator, target: float | Goal) ->
         )
 
 
-def _chosen_shape(whole: Shape, args: NutePruneConfig) -> Shape | None:
+def _chosen_shape(anatomy: Anatomy, args: NutePruneConfig) -> Shape | None:
     """Return the dimensions that the user chose, checked; None if it is by a target."""
     if args.shape is None:
         return None
     if not isinstance(args.shape, Mapping):
         raise UserError(f"shape is {args.shape!r}; it must map names to counts")
+    whole = anatomy.shape
     floor = whole.cut_to(args.shape)
+    few = [i for i, x in enumerate(floor.layers) if 0 < x.experts < anatomy.per_token]
+    if few:
+        raise UserError(
+            f"layer {few[0]} of the shape has {floor.layers[few[0]].experts} experts, and each "
+            f"token is routed to {anatomy.per_token}: keep at least {anatomy.per_token}"
+        )
     if floor == whole:
         raise UserError("the shape keeps everything: name fewer heads, neurons or width")
     if args.shapes == "uniform" and not floor.uniform:

@@ -1,0 +1,123 @@
+"""Masks of routed experts: who may be chosen, and what of each is heard.
+
+A removed expert has no row in its router, so none may win here: the router is run with the rows of
+the experts that stay, as it will be once the others are cut out. Whatever a family does with its
+scores (softmax before or after the choice, sigmoids with a correction, groups) is done so.
+
+Shape suffixes: B batch, S tokens of the batch, K experts of a token, E experts, F neurons of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from nuteprune.model.anatomy import Mixture
+
+Mask = Callable[[], Tensor | None]
+"""Asked at each call: multipliers (N,), or one row per sequence (B, N); None: all are open."""
+
+
+def live_experts(mask_E: Tensor, least: int) -> Tensor:
+    """Return which experts (E,) may be chosen: those above 0, the first ones where too few are.
+
+    Args:
+        mask_E: multipliers (E,) or (B, E); an expert goes if it is at 0 for all sequences.
+        least: how many a token is routed to.
+    """
+    live_E = (mask_E > 0).reshape(-1, mask_E.shape[-1]).any(0)
+    others = (~live_E).nonzero().flatten()
+    return live_E.index_fill(0, others[: max(0, least - int(live_E.sum()))], True)
+
+
+class RoutedMasks:
+    """Attaches masks to a layer's experts.
+
+    Args:
+        mixture: the experts.
+        experts: multipliers of the experts; at 0 they cannot be chosen.
+        neurons: multipliers of all neurons of the layer's experts, expert after expert.
+    """
+
+    def __init__(self, mixture: Mixture, experts: Mask, neurons: Mask) -> None:
+        self._mixture, self._experts, self._neurons = mixture, experts, neurons
+        self._route, self._compute = mixture.router.forward, mixture.experts.forward
+        self._before = [vars(x).get("forward") for x in (mixture.router, mixture.experts)]
+        mixture.router.forward = self._routed
+        mixture.experts.forward = self._computed
+
+    def _routed(self, hidden: Tensor) -> Any:
+        mask = self._experts()
+        if mask is None:
+            return self._route(hidden)
+        live_E = live_experts(mask, self._mixture.per_token)
+        if bool(live_E.all()):
+            return self._route(hidden)
+        kept = live_E.nonzero().flatten()
+        with rows_of(self._mixture.router, kept):
+            logits, *rest, index_SK = self._route(hidden)
+        # As wide as ever, for those who record what a router gives.
+        whole_SE = logits.new_full((*logits.shape[:-1], len(live_E)), -torch.inf)
+        return (whole_SE.index_copy(-1, kept, logits), *rest, kept[index_SK])
+
+    def _computed(self, hidden: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
+        if (mask := self._experts()) is not None:
+            row = _sequence_of_tokens(mask, index_SK)
+            weight_SK = weight_SK * mask.view(-1, mask.shape[-1])[row, index_SK].to(weight_SK)
+        if (mask := self._neurons()) is None:
+            return cast(Tensor, self._compute(hidden, index_SK, weight_SK))
+        experts, own = self._mixture.experts, self._mixture.experts._apply_gate
+        mask_BEF = mask.view(-1, *self._mixture.sizes)
+        # transformers sorts (token, expert) pairs by expert, and asks for all at once.
+        expert, pair = torch.sort(index_SK.reshape(-1))
+        row = _sequence_of_tokens(mask, index_SK).expand_as(index_SK).reshape(-1)[pair]
+
+        def gated(rows: Tensor) -> Tensor:
+            inner: Tensor = own(rows)
+            return inner * mask_BEF[row, expert].to(inner)
+
+        experts._apply_gate = gated
+        try:
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, index_SK, weight_SK)  # type: ignore[no-any-return]
+        finally:
+            del experts._apply_gate
+
+    def remove(self) -> None:
+        """Give the modules back what they had."""
+        for module, own in zip(
+            (self._mixture.router, self._mixture.experts), self._before, strict=True
+        ):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def _sequence_of_tokens(mask: Tensor, index_SK: Tensor) -> Tensor:
+    """Return each token's row (S, 1) of masks (B, N) or (N,)."""
+    rows = mask.shape[0] if mask.dim() == 2 else 1
+    each = len(index_SK) // rows
+    return torch.arange(rows, device=index_SK.device).repeat_interleave(each).unsqueeze(-1)
+
+
+@contextmanager
+def rows_of(router: nn.Module, kept: Tensor) -> Iterator[None]:
+    """Within this context, a router has the rows of some experts alone."""
+    whole: int = router.num_experts  # type: ignore[assignment]
+    held = [(own, dict(own)) for own in (router._parameters, router._buffers)]
+    for own, before in held:
+        for name, tensor in before.items():
+            if tensor is not None and len(tensor) == whole:
+                own[name] = tensor.index_select(0, kept)  # type: ignore[assignment]
+    router.num_experts = len(kept)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        router.num_experts = whole  # type: ignore[assignment]
+        for own, before in held:
+            own.update(before)  # type: ignore[arg-type]

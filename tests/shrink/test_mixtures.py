@@ -1,0 +1,180 @@
+"""Mixtures of experts: masked = sliced = saved and loaded; tokens that lose all their experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from nuteprune.export.checkpoint import assemble, save
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import GATE_KINDS
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.train.setup import make_allocator
+from tests.families import MIXTURES
+
+from .test_exactness import assert_same, check, logits, settings, soft_masks
+
+TOKENS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+each_mixture = pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(x, marks=() if x == "mixtral" else pytest.mark.slow(0.3)) for x in MIXTURES],
+)
+
+
+def layout_of(anatomy: Anatomy) -> Layout:
+    return Layout(anatomy.shape, anatomy.head_dim)
+
+
+def test_all_families_with_experts_are_tested() -> None:
+    assert {x for x, family in FAMILIES.items() if family.experts} == set(MIXTURES)
+
+
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+@pytest.mark.parametrize("kinds", ["experts", "experts,expert_neurons", "all"])
+@each_mixture
+def test_masked_folded_sliced_and_saved_models_agree(
+    model_type: str, kinds: str, shapes: str, tiny_model, tmp_path: Path
+) -> None:
+    refusal = FAMILIES[model_type].refusal
+    taken = [x for x in GATE_KINDS if not refusal(x, uniform=shapes == "uniform")]
+    check(model_type, ",".join(taken) if kinds == "all" else kinds, shapes, tiny_model, tmp_path)
+
+
+@each_mixture
+def test_open_gates_are_the_stock_model_bit_for_bit(model_type: str, tiny_model) -> None:
+    model = tiny_model(model_type)
+    stock = logits(model, TOKENS)
+    layout = layout_of(Anatomy(model))
+    ones = {kind: torch.ones(layout.units(kind)) for kind in GATE_KINDS}
+    for values in (ones, {k: v.expand(2, -1) for k, v in ones.items()}):
+        hooks = MaskHooks(Anatomy(model))
+        with hooks.using(Masks(layout, values)):
+            assert torch.equal(logits(model, TOKENS), stock)
+        hooks.remove()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def chosen(model: PreTrainedModel, anatomy: Anatomy, layer: int, tokens: Tensor) -> Tensor:
+    """The experts (tokens, k) that a layer's router picks."""
+    seen = []
+    mixture = anatomy.mixture(layer)
+    assert mixture is not None
+    hook = mixture.router.register_forward_hook(lambda _, __, output: seen.append(output[-1]))
+    logits(model, tokens)
+    hook.remove()
+    return seen[0]
+
+
+@each_mixture
+def test_a_token_whose_experts_are_all_gone_is_routed_as_in_the_sliced_model(
+    model_type: str, tiny_model
+) -> None:
+    model = tiny_model(model_type)
+    anatomy = Anatomy(model)
+    layout = layout_of(anatomy)
+    lost = chosen(model, anatomy, 0, TOKENS)[4]
+    masks = Masks.open(layout, ["experts"])
+    masks.part("experts", 0)[lost] = 0
+    with (hooks := MaskHooks(anatomy)).using(masks):
+        masked = logits(model, TOKENS)
+        now = chosen(model, anatomy, 0, TOKENS)
+    hooks.remove()
+    assert not set(now.flatten().tolist()) & set(lost.tolist())
+    assert now.shape == (18, anatomy.per_token)
+    small, shape = assemble(anatomy, masks)
+    assert shape.layers[0].experts == 6 - anatomy.per_token
+    assert_same(logits(small, TOKENS), masked)
+
+
+def test_removed_experts_lose_before_the_softmax(tiny_model) -> None:
+    """Mixtral by hand: scores of removed experts at -inf, then softmax, top 2, shares of 1."""
+    anatomy = Anatomy(tiny_model("mixtral"))
+    mixture = anatomy.mixture(1)
+    hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    masks = Masks.open(layout_of(anatomy), ["experts"])
+    masks.part("experts", 1)[torch.tensor([0, 3])] = 0
+    with MaskHooks(anatomy).using(masks), torch.no_grad():
+        scores, weights, index = mixture.router(hidden)
+        expected = hidden @ mixture.router.weight.T
+    expected[:, [0, 3]] = -torch.inf
+    torch.testing.assert_close(scores, expected)
+    best = expected.softmax(-1).topk(2)
+    assert torch.equal(index, best.indices)
+    torch.testing.assert_close(weights, best.values / best.values.sum(-1, keepdim=True))
+
+
+@each_mixture
+def test_padding_changes_nothing(model_type: str, tiny_model) -> None:
+    model = tiny_model(model_type)
+    anatomy = Anatomy(model)
+    masks, _ = soft_masks(make_allocator(anatomy, settings("experts", "free")), 0.5)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), TOKENS], 1)
+    seen = (padded > 0).long()
+    small, _ = assemble(anatomy, masks)
+    with torch.no_grad():
+        ours = small(input_ids=padded, attention_mask=seen, use_cache=False).logits[:, 3:]
+    assert_same(ours, logits(small, TOKENS))
+
+
+@each_mixture
+def test_each_sequence_can_have_masks_of_its_own(model_type: str, tiny_model) -> None:
+    """Soft ones: an expert goes only where it is at 0 for all."""
+    model = tiny_model(model_type)
+    layout, hooks = layout_of(Anatomy(model)), MaskHooks(Anatomy(model))
+    random = torch.Generator().manual_seed(2)
+    values = {
+        kind: 0.5 + torch.rand(2, layout.units(kind), generator=random)
+        for kind in ("experts", "expert_neurons")
+    }
+    with hooks.using(Masks(layout, values)):
+        together = logits(model, TOKENS)
+    for i, row in enumerate(TOKENS):
+        with hooks.using(Masks(layout, {k: v[i] for k, v in values.items()})):
+            alone = logits(model, row[None])[0]
+        torch.testing.assert_close(together[i], alone, atol=5e-5, rtol=1e-5)
+    assert not torch.allclose(together, logits(model, TOKENS), atol=0.01)
+
+
+def test_a_free_mixture_loads_as_remote_code(tiny_model, tmp_path: Path) -> None:
+    anatomy = Anatomy(tiny_model("mixtral"))
+    kinds = "experts,expert_neurons"
+    masks, _ = soft_masks(make_allocator(anatomy, settings(kinds, "free")), 0.4)
+    small, shape = assemble(anatomy, masks)
+    assert not shape.uniform
+    save(small, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert_same(logits(loaded, TOKENS), logits(small, TOKENS))
+    assert type(loaded).__module__.startswith("transformers_modules.")
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(logits(again, TOKENS), logits(loaded, TOKENS))
+
+
+def test_a_mixture_can_be_pruned_again(tiny_model) -> None:
+    first = Anatomy(tiny_model("gpt_oss"))
+    masks, _ = soft_masks(make_allocator(first, settings("experts", "free")), 0.4)
+    again = Anatomy(assemble(first, masks)[0])
+    allocator = make_allocator(again, settings("experts,expert_neurons", "free"))
+    masks, _ = soft_masks(allocator, 0.5)
+    with (hooks := MaskHooks(again)).using(masks):
+        masked = logits(again.model, TOKENS)
+    hooks.remove()
+    smaller, shape = assemble(again, masks)
+    assert_same(logits(smaller, TOKENS), masked)
+    assert allocator.budget.parameters(shape) < allocator.budget.before
+
+
+@each_mixture
+def test_active_parameters_are_those_of_the_experts_of_a_token(model_type: str, tiny_model) -> None:
+    """As many as a model has that holds no more experts than a token goes through."""
+    anatomy = Anatomy(tiny_model(model_type))
+    budget = Budget.of(anatomy)
+    few = Budget.of(Anatomy(tiny_model(model_type, num_local_experts=anatomy.per_token)))
+    assert budget.active(budget.shape) == few.before < budget.before
