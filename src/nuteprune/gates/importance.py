@@ -3,9 +3,9 @@
 Every method answers with scores in the form that the allocator takes: additive losses, of which
 the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`,
 `surgeon`) are taken as they are. Those that only rank come through `units.losses_of`, so that the
-allocator follows their ranking, made as each paper makes it: `magnitude` and `wanda` rank within a
-layer, so that all layers lose the same share; `taylor` within a kind; `flap` and `similarity`
-across all.
+allocator follows their ranking, made as each paper makes it: `magnitude`, `wanda`, `reap` and
+`frequency` rank within a layer, so that all layers lose the same share; `taylor` within a kind;
+`flap` and `similarity` across all.
 
 Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
 one kind in the whole model.
@@ -24,6 +24,7 @@ from nuteprune.gates.activations import Watched, watching_inputs, watching_strea
 from nuteprune.gates.cutting import copying_kept
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
+from nuteprune.gates.routed import hearing_experts
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
 from nuteprune.gates.units import chance, losses_of, over_columns, ranks, squared_weights
 from nuteprune.model.family import GATE_KINDS
@@ -143,6 +144,31 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
     return raised
 
 
+def reap(probe: Probe) -> Scores:
+    """Router-weighted expert activation: how much of an expert is heard, ranked within its layer.
+
+    S_j = mean over the tokens x that are routed to expert j of g_j(x) |f_j(x)|_2, with g_j the
+    weight that the layer gives the expert (after the top k are made to sum to 1, where the family
+    does that) and f_j(x) what the expert puts out. An expert that no token goes to has 0.
+    Source: REAP, equation 9 of Lasby et al. 2025 (arXiv 2510.13999); its public code
+    (CerebrasResearch/reap) gives the same numbers with `renormalize_router_weights`.
+    """
+    with hearing_experts(probe.anatomy) as heard:
+        probe.read()
+    return _ranked(probe, {"experts": torch.cat([layer.reap() for layer in heard])})
+
+
+def frequency(probe: Probe) -> Scores:
+    """How many tokens are routed to an expert, ranked within its layer.
+
+    The baseline that expert pruning is compared with: Muzio, Sun and He 2024 (SEER-MoE, arXiv
+    2404.05089).
+    """
+    with hearing_experts(probe.anatomy, loud=False) as heard:
+        probe.read()
+    return _ranked(probe, {"experts": torch.cat([layer.tokens_E.float() for layer in heard])})
+
+
 def similarity(probe: Probe) -> Scores:
     """How much a block turns the residual stream: 1 - mean over tokens of cos(before, after).
 
@@ -197,6 +223,8 @@ class Method:
 
 _INPUTS = ("heads", "kv_groups", "neurons")
 _ONLY_INPUTS = "it judges the inputs of the output and down projections"
+_EXPERTS = ("experts",)
+_ONLY_EXPERTS = "it judges whole routed experts"
 METHODS: dict[str, Method] = {
     "random": Method(random, reads=False),
     "magnitude": Method(magnitude, reads=False),
@@ -205,6 +233,8 @@ METHODS: dict[str, Method] = {
     "taylor": Method(taylor),
     "fisher": Method(fisher),
     "surgeon": Method(surgeon, reads_plain=3, cuts=True),
+    "reap": Method(reap, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
+    "frequency": Method(frequency, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
     "similarity": Method(
         similarity,
         ("attn_block", "mlp_block"),

@@ -156,7 +156,7 @@ class NutePruneConfig(TrainingArguments):
     gates: str | None = setting(
         None,
         f"Kinds of gates, comma separated: {', '.join(GATE_KINDS)}. Default: heads (KV groups "
-        "where heads share one) and neurons.",
+        "where heads share one) and neurons; of a mixture of experts, experts.",
         option="--gates",
     )
     shapes: str = setting(

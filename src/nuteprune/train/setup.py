@@ -21,6 +21,7 @@ from nuteprune.gates.importance import check_kinds
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape, kinds_of_cut
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
 
@@ -49,6 +50,11 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         raise UserError(
             "a speedup is asked for, and a table of costs is of dense blocks, not of a mixture of "
             "experts: use --sparsity, --params or --active-params"
+        )
+    if anatomy.per_token and is_packed(anatomy.model):
+        raise UserError(
+            "the model is a mixture of experts in 8 or 4 bits, and stacked experts are not cut in "
+            "that form: leave out --bits"
         )
     usual: tuple[str, ...] = (*DEFAULT_KINDS, *BLOCKS) if speed else DEFAULT_KINDS
     if any(layer.experts for layer in whole.layers):

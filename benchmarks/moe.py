@@ -1,0 +1,203 @@
+"""Half of the experts of a small mixture, removed by several scores, with the same distillation.
+
+    python benchmarks/moe.py --json benchmarks/results/moe.json     # half an hour on one core
+    python benchmarks/moe.py --show benchmarks/results/moe.json     # the table alone; runs nothing
+
+A Qwen3-MoE of 3 million parameters is trained on the training part of the embedded texts, once for
+each seed, and pruned to half of the experts of each layer by each method: without training, and
+with LoRA on attention, distilled from the dense model. Perplexity is of the held-out part of the
+same texts. A result that is on file already is not made again, so a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from nuteprune import prune
+from nuteprune.data.blocks import training_blocks
+from nuteprune.data.demo import documents
+from nuteprune.data.split import split
+from nuteprune.files import to_json
+
+METHODS = ("random", "frequency", "reap", "fisher")
+SEEDS = (0, 1)
+EXPERTS, PER_TOKEN, LAYERS, LENGTH, BATCH = 16, 2, 4, 128, 8
+TRAINED, DISTILLED = 600, 40
+"""Optimizer steps of the dense model, and after pruning."""
+VOCABULARY = 2048
+RATE = 3e-3
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what is not on file yet, print the table, and return the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file of results; those in it are kept")
+    parser.add_argument("--show", type=Path, help="print the table of such a file")
+    parser.add_argument("--trained", type=int, default=TRAINED, help="steps of the dense model")
+    parser.add_argument("--distilled", type=int, default=DISTILLED, help="steps after pruning")
+    args = parser.parse_args(arguments)
+    path = args.show or args.json
+    known = path is not None and path.is_file()
+    result = json.loads(path.read_text(encoding="utf-8")) if known else {"rows": []}
+    if args.show is None:
+        result |= {"settings": settings(args), "machine": platform.processor()}
+        with tempfile.TemporaryDirectory() as folder:
+            for row in rows(Path(folder), args, result["rows"]):
+                result["rows"].append(row)
+                if args.json:
+                    args.json.write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+    if args.json:
+        print(to_json(result))
+    return result
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the results depend on."""
+    sizes = {"experts": EXPERTS, "per_token": PER_TOKEN, "layers": LAYERS, "length": LENGTH}
+    return {**sizes, "batch": BATCH, "trained": args.trained, "distilled": args.distilled}
+
+
+def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[Any]:
+    """Yield a result for each seed, method and number of steps that has none yet."""
+    known = {(x["seed"], x["method"], x["steps"]) for x in done}
+    for seed in SEEDS:
+        todo = [
+            (method, steps)
+            for method in METHODS
+            for steps in (0, args.distilled)
+            if (seed, method, steps) not in known
+        ]
+        if not todo:
+            continue
+        dense = folder / f"dense-{seed}"
+        began = time.perf_counter()
+        train(dense, seed, args.trained)
+        print(f"seed {seed}: trained in {time.perf_counter() - began:.0f} s", flush=True)
+        for method, steps in todo:
+            record = prune(
+                model=str(dense),
+                data="demo",
+                shape={"experts": EXPERTS // 2},
+                out=folder / f"{seed}-{method}-{steps}",
+                method=method,
+                gates="experts",
+                shapes="uniform",
+                steps=steps,
+                batch_size=BATCH,
+                length=LENGTH,
+                shares=[1.0],
+                eval_blocks=48,
+                seed=seed,
+                dtype="float32",
+                quiet=True,
+            )
+            found = {when: record["perplexity"][when] for when in ("before", "after")}
+            row = {"seed": seed, "method": method, "steps": steps, "params": record["params"]}
+            print({**row, **found}, flush=True)
+            yield {**row, **found, "sparsity": record["sparsity"], "seconds": record["seconds"]}
+
+
+def train(folder: Path, seed: int, steps: int) -> None:
+    """Train a mixture on the embedded texts, and save it with its tokenizer."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            moe_intermediate_size=96,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            num_experts=EXPERTS,
+            num_experts_per_tok=PER_TOKEN,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.01,
+            output_router_logits=True,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=None,
+        )
+    )
+    blocks = training_blocks(
+        "demo", tokenizer, length=LENGTH, count=steps * BATCH, seed=seed
+    ).blocks
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
+    shape = LambdaLR(optimizer, lambda i: min((i + 1) / 50, math.cos(1.4 * i / max(1, steps))))
+    for batch in blocks.long().split(BATCH):
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        shape.step()
+        optimizer.zero_grad()
+    model.config.output_router_logits = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE of the texts' training part."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = (x for own in documents().values() for document in own for x in split(document)[0])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the table: the geometric mean of a seed's perplexities, and both seeds' apart."""
+    found = result["rows"]
+    if not found:
+        return "no results"
+    dense = {x["seed"]: geometric(x["before"]) for x in found}
+    steps = sorted({x["steps"] for x in found})
+    head = ["experts kept by", *(f"after {n} steps" if n else "one-shot" for n in steps)]
+    lines = [head, ["---"] * len(head)]
+    lines.append(["all (dense)", *[told(dense.values())] * len(steps)])
+    for method in dict.fromkeys(x["method"] for x in found):
+        cells = [
+            told(geometric(x["after"]) for x in found if (x["method"], x["steps"]) == (method, n))
+            for n in steps
+        ]
+        lines.append([method, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def geometric(values: dict[str, float]) -> float:
+    """Return the geometric mean of perplexities."""
+    return math.exp(mean(map(math.log, values.values())))
+
+
+def told(values: Any) -> str:
+    """Return the seeds' values."""
+    return " / ".join(f"{value:.1f}" for value in values)
+
+
+if __name__ == "__main__":
+    main()

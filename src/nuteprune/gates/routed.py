@@ -1,0 +1,67 @@
+"""What routed experts do on text: how often each is chosen, and how much of it is heard.
+
+Shape suffixes: S tokens, K experts of a token, E experts, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.model.anatomy import Anatomy, Mixture
+
+
+class Heard:
+    """Sums over the tokens that are routed to each expert of a layer, in fp64 on the CPU.
+
+    Args:
+        mixture: the layer's experts.
+        loud: whether to sum up norms too, for which each expert is computed once more.
+    """
+
+    def __init__(self, mixture: Mixture, loud: bool) -> None:
+        self._mixture, self._loud = mixture, loud
+        self.tokens_E = torch.zeros(mixture.sizes[0], dtype=torch.float64)
+        self.loud_E = torch.zeros(mixture.sizes[0], dtype=torch.float64)
+
+    def reap(self) -> Tensor:
+        """Return the mean (E,) over an expert's tokens of its weight x the norm of its output."""
+        return (self.loud_E / self.tokens_E.clamp(min=1)).float()
+
+    def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in a batch that is routed: what the experts read, indices, weights."""
+        hidden_SD, index_SK, weight_SK = args
+        chosen = index_SK.flatten()
+        self.tokens_E += torch.bincount(chosen.cpu(), minlength=len(self.tokens_E))
+        if not self._loud:
+            return
+        # As many tokens as there are pairs, each with one expert, which is heard in full.
+        each_SD = hidden_SD.repeat_interleave(index_SK.shape[-1], 0)
+        alone = torch.ones_like(weight_SK).view(-1, 1)
+        # `forward`, not a call: this hook must not run for it.
+        output_SD = self._mixture.experts.forward(each_SD, chosen.view(-1, 1), alone)
+        heard_S = weight_SK.flatten().double() * output_SD.double().norm(dim=-1)
+        self.loud_E.index_add_(0, chosen.cpu(), heard_S.cpu())
+
+
+@contextmanager
+def hearing_experts(anatomy: Anatomy, loud: bool = True) -> Iterator[list[Heard]]:
+    """Sum up what the experts of all layers do, layer after layer.
+
+    Yields:
+        The sums of each layer that has experts; complete when the model has read the text.
+    """
+    found, handles = [], []
+    for mixture in filter(None, map(anatomy.mixture, range(len(anatomy.layers)))):
+        heard = Heard(mixture, loud)
+        found.append(heard)
+        handles.append(mixture.experts.register_forward_pre_hook(heard.add))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,126 @@
+"""Scores of routed experts beside a naive loop: expert by expert, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nuteprune.errors import UserError
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.importance import METHODS, check_kinds
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.probe import Probe
+from nuteprune.gates.routed import hearing_experts
+from nuteprune.gates.units import losses_of, ranks, unit_parameters
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from tests.families import MIXTURES
+
+TOKENS = torch.randint(3, 96, (3, 8), generator=torch.Generator().manual_seed(0))
+BATCHES = [TOKENS[:2], TOKENS[2:]]
+
+
+def probe(model: Any, *kinds: str) -> Probe:
+    anatomy = Anatomy(model.requires_grad_(False))
+    return Probe(anatomy, MaskHooks(anatomy), Budget.of(anatomy), kinds, BATCHES, BATCHES)
+
+
+def told(model: Any, anatomy: Anatomy, layer: int) -> tuple[Tensor, Tensor]:
+    """By hand, of a layer of Mixtral: tokens of each expert (E,), and its mean of weight x norm."""
+    mixture, seen = anatomy.mixture(layer), []
+    assert mixture is not None
+    hook = mixture.router.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    with torch.no_grad():
+        for row in TOKENS:
+            model(row[None], use_cache=False)
+    hook.remove()
+    count, loud = torch.zeros(6), torch.zeros(6)
+    for x in torch.cat(seen):
+        best = (mixture.router.weight @ x).softmax(0).topk(2)
+        for weight, e in zip(best.values / best.values.sum(), best.indices, strict=True):
+            gate, up = (mixture.experts.gate_up_proj[e] @ x).split(24)
+            count[e] += 1
+            loud[e] += weight * (mixture.experts.down_proj[e] @ (F.silu(gate) * up)).norm()
+    return count, loud / count.clamp(min=1)
+
+
+def test_reap_and_frequency_are_what_a_loop_finds(tiny_model) -> None:
+    model = tiny_model("mixtral")
+    it = probe(model, "experts")
+    with hearing_experts(it.anatomy) as heard:
+        it.read()
+    by_hand = [told(model, it.anatomy, i) for i in range(3)]
+    for layer, (count, loud) in zip(heard, by_hand, strict=True):
+        assert torch.equal(layer.tokens_E.float(), count)
+        torch.testing.assert_close(layer.reap(), loud)
+    for name, found in (("frequency", 0), ("reap", 1)):
+        placed = ranks(it.layout, "experts", torch.cat([x[found] for x in by_hand]))
+        expected = losses_of(it.budget, {"experts": placed})["experts"]
+        torch.testing.assert_close(METHODS[name].score(it)["experts"], expected)
+
+
+@pytest.mark.parametrize("name", [x for x in METHODS if "experts" in METHODS[x].kinds])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_scores_of_experts_are_losses(name: str, model_type: str, tiny_model) -> None:
+    it = probe(tiny_model(model_type), "experts")
+    scores = METHODS[name].score(it)["experts"]
+    assert scores.shape == (18,)
+    assert bool((scores >= 0).all())
+    assert bool(scores.isfinite().all())
+    assert scores.unique().numel() > 1
+
+
+def test_fisher_is_the_squared_gradient_of_what_an_expert_adds(tiny_model) -> None:
+    """Against finite differences of the loss by one expert's mask, and one neuron's."""
+    it = probe(tiny_model("qwen3_moe"), "experts", "expert_neurons")
+    fisher = METHODS["fisher"].score(it)
+    for kind in it.kinds:
+        unit = int(fisher[kind].argmax())
+        squares = [_slope(it, kind, unit, row[None]) ** 2 for row in TOKENS]
+        assert float(fisher[kind][unit]) == pytest.approx(sum(squares) / 3, rel=0.02)
+
+
+@torch.no_grad()
+def _slope(it: Probe, kind: str, unit: int, ids_BT: Tensor) -> float:
+    losses = []
+    for value in (1.02, 0.98):
+        masks = Masks.open(it.layout, [kind])
+        masks.values[kind][unit] = value
+        with it.hooks.using(masks):
+            losses.append(float(it.anatomy.model(ids_BT, labels=ids_BT, use_cache=False).loss))
+    return (losses[0] - losses[1]) / 0.04
+
+
+def test_magnitude_is_of_all_weights_of_an_expert(tiny_model) -> None:
+    it = probe(tiny_model("gpt_oss"), "experts", "expert_neurons")
+    found = []
+    for i in range(3):
+        experts = it.anatomy.mixture(i).experts
+        rows = experts.gate_up_proj.square().sum((1, 2)) + experts.gate_up_proj_bias.square().sum(1)
+        found.append((rows + experts.down_proj.square().sum((1, 2))).sqrt())
+    placed = ranks(it.layout, "experts", torch.cat(found))
+    expected = losses_of(it.budget, {"experts": placed})["experts"]
+    ours = METHODS["magnitude"].score(probe(it.anatomy.model, "experts"))["experts"]
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_an_expert_takes_along_what_a_smaller_model_lacks(model_type: str, tiny_model) -> None:
+    budget = Budget.of(Anatomy(tiny_model(model_type)))
+    fewer = Budget.of(Anatomy(tiny_model(model_type, num_local_experts=5)))
+    mixtures = sum(x.experts > 0 for x in budget.shape.layers)
+    each = unit_parameters(budget, "experts")
+    assert (budget.before - fewer.before) / mixtures == each[0] == each[-1]
+    narrower = {budget.family.config_names["expert_neurons"]: 23}
+    thin = Budget.of(Anatomy(tiny_model(model_type, **narrower)))
+    one = unit_parameters(budget, "expert_neurons")
+    assert (budget.before - thin.before) / mixtures / 6 == one[0] == one[-1]
+
+
+def test_kinds_that_scores_of_experts_do_not_know_are_refused() -> None:
+    with pytest.raises(UserError, match="reap cannot score gates on heads: it judges whole routed"):
+        check_kinds("reap", ("experts", "heads"))
