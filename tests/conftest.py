@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.families import MIXTURES, each
+from tests.families import HYBRIDS, MIXTURES, each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -202,6 +202,41 @@ TINY: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 0],
+        },
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 0,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "mamba_rms_norm": True,
+        "ssm_multipliers": [0.5, 0.7, 0.9, 1.1, 1.3],
+        "ssm_out_multiplier": 0.7,
+        "attention_out_multiplier": 1.5,
+        "key_multiplier": 0.8,
+        "lm_head_multiplier": 0.5,
+    },
 }
 
 
@@ -245,6 +280,12 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 @pytest.fixture(params=each(name for name in TINY if name not in MIXTURES))
 def tiny_name(request: pytest.FixtureRequest) -> str:
     """Each name of a dense model that `tiny_model` takes in turn."""
+    return request.param
+
+
+@pytest.fixture(params=each(x for x in TINY if x not in HYBRIDS))
+def plain_name(request: pytest.FixtureRequest) -> str:
+    """Those of them whose layers all are attention and an MLP."""
     return request.param
 
 

@@ -16,6 +16,8 @@ MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "granitemoe", "gpt_oss")
 """Families with routed experts, which have tests of their own."""
 DENSE_KINDS = ("heads", "kv_groups", "neurons", "hidden", "attn_block", "mlp_block")
 """Kinds of gates of families without."""
+HYBRIDS = ("qwen3_5_text", "lfm2", "granitemoehybrid", "falcon_h1")
+"""Those whose layers are of several kinds, or whose layers have more than attention and an MLP."""
 
 
 def mark_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
@@ -32,6 +34,13 @@ def each(names: Iterable[Any]) -> list[Any]:
         values = name if isinstance(name, tuple) else (name,)
         found.append(pytest.param(*values, marks=mark_of(values[0])))
     return found
+
+
+def each_plain_family(test: Callable[..., None]) -> Callable[..., None]:
+    """Repeat a test for each model type whose layers are attention and MLP, as `model_type`."""
+    plain = each(x for x in dense() if x not in HYBRIDS)
+    repeated: Callable[..., None] = pytest.mark.parametrize("model_type", plain)(test)
+    return repeated
 
 
 def each_family(test: Callable[..., None]) -> Callable[..., None]:

@@ -48,6 +48,28 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 6, "sliding_window_pattern": 2},
     "olmo3": {"sliding_window": 6},
     "cohere2": {"sliding_window": 6},
+    "qwen3_5_text": {
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+    },
+    "lfm2": {"layer_types": ["full_attention", "conv", "conv"], "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": {
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_local_experts": 0,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "ssm_multipliers": [0.5, 0.7, 0.9, 1.1, 1.3],
+    },
 }
 
 
@@ -89,12 +111,31 @@ def stock_config(family: Family) -> PreTrainedConfig:
 
 
 def uneven_shape(family: Family) -> Shape:
-    """Fewer heads within groups; no attention; a whole group less and no MLP."""
+    """Fewer heads within groups; no attention; a whole group less and no MLP.
+
+    Of hybrids, layer 1 loses its mixer (falcon_h1: and its attention), and 2 has one.
+    """
     first, last = ((4, 2), (3, 1)) if "kv_heads" in family.config_names else ((5, 5), (3, 3))
     if family.refusal("heads"):
         first = last = (HEADS, KV_HEADS)
-    layers = (LayerShape(*first, 40), LayerShape(0, 0, 96), LayerShape(*last, 0))
+    if family.mixer and family.model_type != "falcon_h1":
+        last = (0, 0)
+    beside = family.model_type == "falcon_h1"
+    layers = (
+        LayerShape(*first, 40, mixer=beside),
+        LayerShape(0, 0, 96),
+        LayerShape(*last, 0, mixer=bool(family.mixer)),
+    )
     return Shape(HIDDEN, layers)
+
+
+def whole_shape(family: Family, heads: int, kv_heads: int, neurons: int) -> Shape:
+    """The same counts in all layers that have what is counted."""
+    layers = [LayerShape(heads, kv_heads, neurons, mixer=bool(family.mixer))] * 3
+    if family.mixer and family.model_type != "falcon_h1":
+        mixer = LayerShape(0, 0, neurons, mixer=True)
+        layers = [LayerShape(heads, kv_heads, neurons), mixer, mixer]
+    return Shape(HIDDEN, tuple(layers))
 
 
 @torch.no_grad()
@@ -119,11 +160,16 @@ def padded(
     for i, layer in enumerate(shape.layers):
         for projection in family.projections:
             path = f"{family.layers}.{i}.{projection.path}"
-            full = reference.get_submodule(path)
+            full = dict(reference.named_modules()).get(path)
+            if full is None:  # the layer is of another kind
+                continue
             full.weight.zero_()
             if full.bias is not None:
                 full.bias.zero_()
             if f"{path}.weight" not in ours:
+                continue
+            if projection in family.mixer:  # whole, or gone
+                full.weight.copy_(ours[f"{path}.weight"])
                 continue
             rows = places(projection.rows, layer, original)
             columns = places((projection.columns,), layer, original)
@@ -137,7 +183,7 @@ def places(axes: tuple[str, ...], layer: LayerShape, original: PreTrainedConfig)
     """Where a pruned axis, or several in a row, lies in the original one."""
     head_dim = getattr(original, "head_dim", None) or HIDDEN // HEADS
     kv_heads = getattr(original, "num_key_value_heads", None) or HEADS
-    ours, theirs = layer.heads_per_group, HEADS // kv_heads
+    ours, theirs = layer.heads_per_group or 1, HEADS // kv_heads
     heads = [j // ours * theirs + j % ours for j in range(layer.heads)]
     units: dict[str, tuple[list[int], int, int]] = {  # kept units, their number, their width
         "hidden": (list(range(HIDDEN)), HIDDEN, 1),
@@ -145,6 +191,7 @@ def places(axes: tuple[str, ...], layer: LayerShape, original: PreTrainedConfig)
         "q": (heads, HEADS, head_dim),
         "kv": (list(range(layer.kv_heads)), kv_heads, head_dim),
         "qkv": (heads, HEADS, 3 * head_dim),
+        "qgate": (heads, HEADS, 2 * head_dim),
     }
     found, offset = [], 0
     for axis in axes:

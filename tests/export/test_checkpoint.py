@@ -26,7 +26,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 from tests.families import MORE, QUICK, each, each_family
 
-from .conftest import logits, tensors
+from .conftest import logits, tensors, whole_shape
 
 LLAMA = FAMILIES["llama"]
 
@@ -48,7 +48,7 @@ def test_uniform_shapes_are_stock_models(case: Callable, tokens: Tensor, model_t
     x = case(model_type)
     heads = 6 if x.family.refusal("heads", uniform=True) else 2
     kv_heads = 2 if "kv_heads" in x.family.config_names else heads
-    config = pruned_config(x.reference.config, x.family, uniform(heads, kv_heads, 32))
+    config = pruned_config(x.reference.config, x.family, whole_shape(x.family, heads, kv_heads, 32))
     assert config.model_type == model_type
     assert type(config) is type(x.reference.config)
     stock = getattr(transformers, x.family.causal_lm)

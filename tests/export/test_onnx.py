@@ -18,10 +18,10 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export import onnx
 from nuteprune.export.checkpoint import save
 from nuteprune.export.onnx import Exporter, write_onnx
-from tests.families import each_family
+from tests.families import each_plain_family
 
 
-@each_family
+@each_plain_family
 @torch.no_grad()
 def test_prompt_and_decoding_with_an_explicit_cache_are_the_model(
     case: Callable, tokens: Tensor, model_type: str

@@ -37,12 +37,12 @@ def counted(model) -> tuple[int, int]:
     return attention, sum(size for _, size in named) - attention
 
 
-def test_a_shape_costs_what_a_stock_model_of_that_shape_has(tiny_model, tiny_name: str) -> None:
-    budget = Budget.of(Anatomy(tiny_model(tiny_name)))
-    model = smaller(tiny_model, tiny_name)
+def test_a_shape_costs_what_a_stock_model_of_that_shape_has(tiny_model, plain_name: str) -> None:
+    budget = Budget.of(Anatomy(tiny_model(plain_name)))
+    model = smaller(tiny_model, plain_name)
     small = Anatomy(model).shape
     attention, mlp = counted(model)
-    assert budget.before == 3 * sum(counted(tiny_model(tiny_name)))
+    assert budget.before == 3 * sum(counted(tiny_model(plain_name)))
     assert budget.parameters(small) == 3 * (attention + mlp)
     layer = small.layers[0]
     no_attention, no_mlp = LayerShape(0, 0, 20), LayerShape(layer.heads, layer.kv_heads, 0)
@@ -126,9 +126,9 @@ def test_gradients_of_expected_sparsity_are_finite_differences(name: str) -> Non
     assert torch.autograd.gradcheck(sparsity, leaves)
 
 
-def test_hard_masks_have_the_sparsity_of_their_shape(tiny_model, tiny_name: str) -> None:
+def test_hard_masks_have_the_sparsity_of_their_shape(tiny_model, plain_name: str) -> None:
     """Layer 0 keeps one head and 13 neurons, layer 1 no attention, layer 2 no MLP."""
-    anatomy = Anatomy(tiny_model(tiny_name))
+    anatomy = Anatomy(tiny_model(plain_name))
     budget, layout = Budget.of(anatomy), Layout(anatomy.shape, anatomy.head_dim)
     keep = {kind: torch.ones(layout.units(kind)) for kind in DENSE_KINDS}
     keep["attn_block"][1] = keep["mlp_block"][2] = 0

@@ -31,8 +31,8 @@ def test_the_counts_that_are_timed_reach_from_one_to_all() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*rope.*")
-def test_a_pass_visits_every_count_as_the_model_would_run_it(tiny_name: str, tiny_model) -> None:
-    dense = Anatomy(tiny_model(tiny_name))
+def test_a_pass_visits_every_count_as_the_model_would_run_it(plain_name: str, tiny_model) -> None:
+    dense = Anatomy(tiny_model(plain_name))
     heads = not dense.family.refusal("heads")
     attentions, neurons = counts_timed(dense.shape, heads)
     trial = Anatomy(trial_model(dense, attentions, neurons))

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
 
 UNGROUPED = ("llama_mha", "gpt_neox", "opt")
+BETWEEN_MIXERS = ("qwen3_5_text", "lfm2", "granitemoehybrid")
+"""The second of three layers has attention, the others have a mixer."""
 QUERIES_AND_VALUES = {
     "phi3": {"self_attn.qkv_proj"},
     "gpt_neox": {"attention.query_key_value"},
@@ -24,7 +29,11 @@ def test_dimensions_and_counts_are_the_models_own_with_and_without_lora(
     tiny_model, tiny_name: str
 ) -> None:
     model = tiny_model(tiny_name)
-    expected = Shape(32, (LayerShape(4, 4 if tiny_name in UNGROUPED else 2, 48),) * 3)
+    layer = LayerShape(4, 4 if tiny_name in UNGROUPED else 2, 48)
+    if tiny_name == "falcon_h1":
+        layer = replace(layer, mixer=True)
+    outer = LayerShape(0, 0, 48, mixer=True) if tiny_name in BETWEEN_MIXERS else layer
+    expected = Shape(32, (outer, layer, outer))
     parameters = sum(p.numel() for p in model.parameters())
     biases = {n.partition("layers.0.")[2] for n, _ in model.named_parameters() if "bias" in n}
 
@@ -39,8 +48,15 @@ def test_dimensions_and_counts_are_the_models_own_with_and_without_lora(
     check(Anatomy(model))
     anatomy = Anatomy(adapted(model))
     check(anatomy)
-    for layer in range(3):
-        assert len(anatomy.lora_layers(layer)) == len(anatomy.family.projections)
+    assert [len(anatomy.lora_layers(i)) for i in range(3)] == adapters(anatomy.family, tiny_name)
+
+
+def adapters(family: Family, name: str) -> list[int]:
+    """LoRA layers of each layer: not on what a mixer writes by."""
+    attention, mixer, mlp = len(family.attention), len(family.mixer[:-1]), len(family.mlp)
+    if name in BETWEEN_MIXERS:
+        return [mixer + mlp, attention + mlp, mixer + mlp]
+    return [attention + mixer + mlp] * 3
 
 
 def test_lora_on_queries_and_values_alone(tiny_model, tiny_name: str) -> None:
@@ -48,7 +64,9 @@ def test_lora_on_queries_and_values_alone(tiny_model, tiny_name: str) -> None:
     found = {n.partition(".lora_A.")[0] for n, _ in model.named_parameters() if ".lora_A." in n}
     expected = QUERIES_AND_VALUES.get(tiny_name, {"self_attn.q_proj", "self_attn.v_proj"})
     assert {n.partition("layers.")[2] for n in found} == {
-        f"{layer}.{path}" for layer in range(3) for path in expected
+        f"{layer}.{path}"
+        for layer in ([1] if tiny_name in BETWEEN_MIXERS else range(3))
+        for path in expected
     }
 
 
@@ -74,5 +92,5 @@ def test_lora_goes_around_blocks_that_are_gone(tiny_model, tiny_name: str) -> No
         setattr(layer, name, nn.Identity())
     anatomy = Anatomy(adapted(model))
     counts = [len(anatomy.lora_layers(i)) for i in range(3)]
-    every = len(family.projections)
-    assert counts == [every, len(family.attention), every]
+    first, second, third = adapters(family, tiny_name)
+    assert counts == [first, second - len(family.mlp), third]

@@ -7,7 +7,7 @@ from nuteprune.errors import UserError
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import family_named
 from nuteprune.model.unsupported import is_encoder, language_model_within, parts_without_gates
-from tests.families import DENSE_KINDS, MIXTURES, dense
+from tests.families import DENSE_KINDS, HYBRIDS, MIXTURES, dense
 
 DENSE = dense()
 
@@ -37,7 +37,6 @@ MOE, MLA, STATE = "mixture of experts", "multi-head latent attention", "state-sp
         ("jamba", {MOE, STATE}),
         ("mamba2", {STATE}),
         ("recurrent_gemma", {STATE}),
-        ("lfm2", {STATE}),
         ("qwen3_next", {MOE, STATE}),
         ("bart", {"an encoder"}),
     ],
@@ -64,7 +63,7 @@ def test_an_encoder_is_told_as_such(model_type: str) -> None:
     assert not [x for x in decoders if is_encoder(CONFIG_MAPPING[x]().to_dict())]
 
 
-@pytest.mark.parametrize("model_type", DENSE)
+@pytest.mark.parametrize("model_type", [x for x in DENSE if x not in HYBRIDS])
 def test_a_plain_decoder_has_nothing_without_gates(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type]().to_dict()
     assert parts_without_gates(config) == []
@@ -87,7 +86,8 @@ def test_a_pruned_checkpoint_is_of_its_stock_family() -> None:
 def test_what_a_family_cannot_take_is_refused_with_the_reason() -> None:
     means = ("gpt_neox", "opt", "starcoder2", "nemotron", "phi", "olmo", "stablelm")
     joint = {"olmo2", "olmo3"}
-    expected = {"hidden": {*means, "cohere", "cohere2"}, "heads": joint, "kv_groups": joint}
+    narrow = {*means, "cohere", "cohere2", "granitemoehybrid"}
+    expected = {"hidden": narrow, "heads": joint, "kv_groups": joint}
     for kind in DENSE_KINDS:
         refused = {name for name in DENSE if FAMILIES[name].refusal(kind)}
         assert refused == expected.get(kind, set())
@@ -103,7 +103,8 @@ def test_what_a_family_cannot_take_is_refused_with_the_reason() -> None:
 def test_heads_need_to_divide_the_width_where_the_stock_config_says_so(model_type: str) -> None:
     family = FAMILIES[model_type]
     names = family.config_names
-    sizes = {names["hidden"]: 32, names["heads"]: 3, names["neurons"]: 48}
+    sizes = {names["hidden"]: 32, names["heads"]: 3, names["neurons"]: 48, **family.requires}
+    sizes |= {"mamba_n_heads": 4} if family.mixer_module == "mamba" else {}
     grouped = {"num_key_value_heads": 3, "head_dim": 8} if "kv_heads" in names else {}
 
     def build() -> None:

@@ -43,24 +43,28 @@ def scaled_by_hand(model, kind: str, values: Tensor) -> None:
     """Multiply into a stock model's weights what a gate of a kind does, layer after layer."""
     family = Anatomy(model).family
     layers = model.get_submodule(family.layers)
-    size = len(values) // len(layers)
-    for i, layer in enumerate(layers):
-        attention = layer.get_submodule(family.attention[-1].path)
+    sizes = layout_of(Anatomy(model)).sizes[kind]
+    parts = values.split(sizes) if kind != "hidden" else [values] * len(layers)
+    for layer, mine in zip(layers, parts, strict=True):
+        named = dict(layer.named_modules())
+        attention = [named[x.path] for x in family.attention[-1:] if x.path in named]
+        mixing = attention + [named[x.path] for x in family.mixer[-1:] if x.path in named]
         down = layer.get_submodule(family.mlp[-1].path)
-        mine = values[i * size : (i + 1) * size]
         if kind in ("heads", "kv_groups"):
-            attention.weight *= mine.repeat_interleave(32 // size)
+            for linear in attention:
+                linear.weight *= mine.repeat_interleave(32 // len(mine))
         elif kind == "neurons":
             down.weight *= mine
         elif kind == "hidden":
-            for linear in (attention, down):
+            for linear in (*mixing, down):
                 scale_rows(linear, values)
         elif family.post_norms:  # which scales what the block adds, by w or 1 + w
             norm = layer.get_submodule(family.post_norms[kind == "mlp_block"])
             offset = 1 if family.norm == "rms_1p" else 0
             norm.weight.copy_((offset + norm.weight) * mine - offset)
         else:
-            scale_rows(attention if kind == "attn_block" else down, mine)
+            for linear in mixing if kind == "attn_block" else [down]:
+                scale_rows(linear, mine)
     if kind == "hidden":
         model.get_input_embeddings().weight *= values
         if family.model_type == "opt":

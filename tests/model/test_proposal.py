@@ -12,7 +12,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import Family
 from nuteprune.model.proposal import propose
 from nuteprune.model.small import SIZES, config_named, small_config, small_model
-from tests.families import each_family
+from tests.families import each_plain_family
 
 NOT_SEEN = {
     *("gguf", "rope_names", "requires", "vllm_head_dim_from_hidden", "multipliers", "buffers"),
@@ -34,7 +34,7 @@ def facts(family: Family) -> dict[str, object]:
     return found | {"attention": set(family.attention), "writer": family.attention[-1]}
 
 
-@each_family
+@each_plain_family
 def test_the_entry_of_a_listed_family_is_found_again(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type](**CONFIGS.get(model_type, {}))
     assert facts(FAMILIES[model_type]) in [facts(x) for x in propose(config)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
-from nuteprune.export.onnx import check_rope
+from nuteprune.export.onnx import check_mixers, check_rope
 
 SUPER_BLOCK = 256
 """Weights of a row that llama.cpp's K-quants store together."""
@@ -30,7 +30,7 @@ def _none(_: Source) -> Iterator[str]:
 
 
 def _vllm(source: Source) -> Iterator[str]:
-    bare = [i for i, x in enumerate(source.shape.layers) if not x.attention]
+    bare = [i for i, x in enumerate(source.shape.layers) if not x.mixes]
     if bare:
         yield f"it refuses layers without attention ({_listed(bare)}); prune without attn_block"
     first = source.shape.layers[0]
@@ -49,7 +49,7 @@ def _batching(source: Source) -> Iterator[str]:
 
 def _one_size(source: Source) -> Iterator[str]:
     first = source.shape.layers[0]
-    if not (source.shape.uniform and first.attention and first.mlp):
+    if not (source.shape.uniform and first.mixes and first.mlp):
         yield "it wants all layers whole and of one size; prune with --shapes uniform"
 
 
@@ -73,6 +73,7 @@ def _llama_cpp(source: Source) -> Iterator[str]:
 
 def _onnx(source: Source) -> Iterator[str]:
     try:
+        check_mixers(source.family)
         check_rope(source.config)
     except UserError as error:
         yield str(error)

@@ -45,13 +45,14 @@ def pruned_config(
         A new config.
 
     Raises:
-        UserError: if layer 0 has no attention.
+        UserError: if layer 0 has no attention, or no layer has where layers are of several kinds.
     """
-    if not shape.layers[0].attention:
+    counting = shape.layers if family.mixer else shape.layers[:1]
+    if not any(layer.attention for layer in counting):
         raise UserError("layer 0 must keep its attention: generation counts cached tokens there")
     names = family.config_names
     added = {*_FREE_SHAPE_KEYS, *([_INVERSE_DIVISOR] if family.logit_divisor else [])}
-    values = {k: v for k, v in config.to_dict().items() if k not in added}
+    values = {k: v for k, v in config.to_dict().items() if k not in added} | family.settles
     values[names["hidden"]] = shape.hidden
     values["head_dim"] = _head_dim(config)
     if epsilon is not None:
@@ -61,12 +62,23 @@ def pruned_config(
         most = max(getattr(layer, word) for layer in shape.layers)
         if most or family.experts is None:  # no layer of a mixture may be dense
             values[names[word]] = max(1, most)
-    return _stock_config(values, family, shape) or _free_config(values, family, shape)
+    width = _mixer_width(config, family, shape)
+    stock = _stock_config(values, family, shape) if width is None else None
+    return stock or _free_config(values, family, shape, width)
+
+
+def _mixer_width(config: PreTrainedConfig, family: Family, shape: Shape) -> int | None:
+    """Return the hidden size that mixers are to be made for where it is not the model's own."""
+    if not family.mixer_follows_width:
+        return None
+    earlier = getattr(config, "pruned", {}).get("blocks", {}).get("mixer", {})
+    width: int = earlier.get("width", getattr(config, family.config_names["hidden"]))
+    return None if width == shape.hidden else width
 
 
 def _stock_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTrainedConfig | None:
     """Return a config of the stock class, None if that cannot express the shape."""
-    first = shape.layers[0]
+    first = shape.layers[shape.first_attention]
     if not (shape.uniform and first.mlp):
         return None
     values = values | {"model_type": family.model_type, "architectures": [family.causal_lm]}
@@ -80,7 +92,9 @@ def _stock_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTr
     return _first_valid(stock, values, family.config_names["heads"], [first.heads])
 
 
-def _free_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTrainedConfig:
+def _free_config(
+    values: dict[str, Any], family: Family, shape: Shape, mixer_width: int | None
+) -> PreTrainedConfig:
     """Return a config with counts for each layer."""
     stock = CONFIG_MAPPING[family.model_type]
     classes = {
@@ -92,7 +106,7 @@ def _free_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTra
         "model_type": PREFIX + family.model_type,
         "architectures": [f"Pruned{family.causal_lm}"],
         "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
-        "pruned": _layout(family),
+        "pruned": _layout(family, mixer_width),
         "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
         "allow_global_per_layer_attribute_access": True,
     }
@@ -139,12 +153,13 @@ def _stated(family: Family, layer: LayerShape) -> dict[str, Any]:
     """Return a layer's entry of `per_layer_config`."""
     counts = {name: getattr(layer, word) for word, name in _count_names(family).items()}
     present = {name: count for name, count in counts.items() if count}
-    blocks = {"attention": layer.attention, "mlp": layer.mlp}
+    blocks = {"attention": layer.mixes, "mlp": layer.mlp}
+    blocks |= {"mixer": layer.mixes} if family.mixer else {}
     skip = [block for block, is_there in blocks.items() if not is_there]
     return {**present, "skip": skip} if skip else present
 
 
-def _layout(family: Family) -> dict[str, Any]:
+def _layout(family: Family, mixer_width: int | None = None) -> dict[str, Any]:
     """Return what `modeling_pruned.py` must know of a family."""
 
     def axes(projections: tuple[Projection, ...]) -> dict[str, str]:
@@ -156,6 +171,13 @@ def _layout(family: Family) -> dict[str, Any]:
         "projections": axes(experts.projections),
         "transposed": experts.transposed,
     }
+    mixer: dict[str, Any] = {
+        "modules": [family.mixer_module],
+        "norms": [],
+        "projections": axes(family.mixer),
+    }
+    if mixer_width is not None:
+        mixer["width"] = mixer_width
     return {
         **({"experts": mixture} if mixture else {}),
         "layers": family.layers,
@@ -171,5 +193,6 @@ def _layout(family: Family) -> dict[str, Any]:
                 "norms": list(family.mlp_norms),
                 "projections": axes(family.mlp),
             },
+            **({"mixer": mixer} if family.mixer else {}),
         },
     }

@@ -21,16 +21,18 @@ serves every model type. What a layer consists of is data, under "pruned" in con
 
     layers  path of the decoder layers in the causal LM
     counts  our word ("heads", "neurons", perhaps "kv_heads", "experts") -> the config's attribute
-    blocks  for "attention" and "mlp": the modules that make up the block, the norms that serve it
-            alone, and its projections with their axes, "inputs -> outputs"
+    blocks  for "attention", "mlp" and perhaps "mixer" (what else mixes tokens): the modules that
+            make up the block, the norms that serve it alone, and its projections with their axes,
+            "inputs -> outputs"; "width" is the hidden size that a mixer is made for, if another
     experts  where the model is a mixture: its router, and its projections, each one tensor for all
             experts of a layer; "transposed" where that is (experts, inputs, outputs)
 
-An axis is "hidden", "neurons", "q" or "kv" (heads x head_dim), "qkv" (heads x 3 head_dim), or
-"expert_neurons" (those of each expert); "hidden -> q kv kv" is one linear module that yields all
-three. Layers that lack a module are left as they are there.
+An axis is "hidden", "neurons", "q" or "kv" (heads x head_dim), "qkv" or "qgate" (heads x 3 or 2
+head_dim), "expert_neurons" (those of each expert), or "mixer" (whatever the mixer has);
+"hidden -> q kv kv" is one linear module that yields all three. Layers that lack a module are left
+as they are there.
 Each layer's counts are in "per_layer_config", as transformers >= 5.14 defines it; "skip" names
-the blocks that the layer does not have.
+the blocks that were removed.
 """
 
 import torch
@@ -39,12 +41,14 @@ from torch import nn
 
 
 class Zeros(nn.Module):
-    """Stands where a removed MLP wrote to the residual stream: adds nothing to it."""
+    """Stands where a removed MLP or mixer wrote to the residual stream: adds nothing to it."""
 
     def __init__(self, removed):
         super().__init__()
+        for name, buffer in removed.named_buffers(recurse=False):  # models set some from outside
+            self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states, *args, **kwargs):
         """Return zeros of the block's output shape."""
         return torch.zeros_like(hidden_states)
 
@@ -118,11 +122,19 @@ def remove_block(layer, block, nothing):
     *inner, last = block["modules"]
     for path in (*inner, *block["norms"]):
         put(layer, path, nn.Identity())
-    put(layer, last, nothing(layer.get_submodule(last)))
+    if (removed := at(layer, last)) is not None:  # else the layer is of another kind
+        put(layer, last, nothing(removed))
 
 
 def resize_block(layer, block, config, counts):
     """Replace a block's projections by ones of the stated size, and tell its modules the counts."""
+    first = block["modules"][0]
+    module = at(layer, first)
+    if module is None:  # the layer is of another kind
+        return
+    if "width" in block:
+        view = LayerConfig(config, {"hidden_size": block["width"]})
+        put(layer, first, type(module)(view, module.layer_idx))
     count = counts_by_word(config, counts)
     heads, kv_heads = count["heads"], count.get("kv_heads", count["heads"])
     axes = {
@@ -131,18 +143,22 @@ def resize_block(layer, block, config, counts):
         "q": heads * config.head_dim,
         "kv": kv_heads * config.head_dim,
         "qkv": heads * config.head_dim * 3,
+        "qgate": heads * config.head_dim * 2,
     }
     for path, shape in block["projections"].items():
-        inputs, outputs = sizes_of(shape, axes)
         old = at(layer, path)
         if old is None:
             continue
+        axes["mixer"] = old.in_features if shape.startswith("mixer") else old.out_features
+        inputs, outputs = sizes_of(shape, axes)
         kept = {
             "bias": old.bias is not None,
             "device": old.weight.device,
             "dtype": old.weight.dtype,
         }
         put(layer, path, nn.Linear(inputs, outputs, **kept))
+    if any("mixer" in shape for shape in block["projections"].values()):
+        return  # heads that it may count are not those of attention
     told = {
         "num_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -224,6 +240,11 @@ class PrunedModel:
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         resize_layers(self, config)
+
+    @classmethod
+    def is_custom_code(cls):
+        """Return False: what stock models set up is set up as in those, buffers too."""
+        return False
 
 
 def keep_file_names(stock, pruned):

@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import remove, sync, writing
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import Family
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -108,6 +109,19 @@ def check_rope(config: Any) -> None:
         )
 
 
+def check_mixers(family: Family) -> None:
+    """Refuse layers whose state is no keys and values.
+
+    Raises:
+        UserError: naming the type.
+    """
+    if family.mixer:
+        raise UserError(
+            f"{family.model_type} carries states from token to token in {family.mixer_module}, "
+            "which the graph's cache of keys and values does not hold; load the checkpoint itself"
+        )
+
+
 class Exporter:
     """A model with what its graph is called from outside.
 
@@ -118,6 +132,7 @@ class Exporter:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.anatomy = Anatomy(model)
+        check_mixers(self.anatomy.family)
         layers = self.anatomy.shape.layers
         self.kv_heads = {i: x.kv_heads for i, x in enumerate(layers) if x.attention}
         self.wrapped = ExplicitCache(model, [x.attention for x in layers]).eval()

@@ -60,7 +60,7 @@ def make_record(
         "total_sparsity": _gone(params["before"], params["after"]),
         "params": dict(params),
         "layers": [
-            {**layer.to_dict(), "attention": layer.attention, "mlp": layer.mlp}
+            {**layer.to_dict(), "attention": layer.mixes, "mlp": layer.mlp}
             for layer in after.layers
         ],
         "hidden": {"before": before.hidden, "after": after.hidden},

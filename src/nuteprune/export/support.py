@@ -24,11 +24,12 @@ stock class. Kinds of gates combine freely; a combination is refused where one o
 """
 
 _ALWAYS = """\
-Always: layer 0 keeps its attention, and each layer one KV group and one multiple of neurons unless
-a block gate removes the block. A layer keeps at least as many experts as a token is routed to.
-`kv_groups` is the same as `heads` where each head has its own keys and values. Where the stock
-config demands that the head count divides the width (llama, gemma2), uniform shapes keep head
-counts that do.
+Always: the first layer with attention keeps it, and each layer one KV group and one multiple of
+neurons unless a block gate removes the block. A layer keeps at least as many experts as a token is
+routed to. `kv_groups` is the same as `heads` where each head has its own keys and values. Where the
+stock config demands that the head count divides the width (llama, gemma2), uniform shapes keep head
+counts that do. In hybrids, heads and KV groups are those of layers with attention; a mixer (a
+recurrence, a convolution) stays whole, or goes with `attn_block`.
 """
 
 _GGUF = """\

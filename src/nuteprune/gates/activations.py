@@ -93,6 +93,7 @@ def watching_streams(anatomy: Anatomy, take: Take) -> Iterator[None]:
 
     A layer adds scale x (attention + MLP) to the stream, whatever the family; the scale (1 in
     most) is read off the stream itself, and what attention adds alone gives the stream in between.
+    Where mixers are, each part may have a scale of its own, and the MLP's norm reads the stream.
     """
     handles: list[Any] = []
     for i, layer in enumerate(anatomy.layers):
@@ -113,9 +114,15 @@ def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, take: Take) -> 
     def on_write(block: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda _, __, output: seen.__setitem__(block, _rows(output))
 
+    def on_middle(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen["between"] = _rows(args[0])
+
     def on_exit(_: nn.Module, __: Any, output: Any) -> None:
         before_MD = seen.pop("before")
         after_MD = _rows(output[0] if isinstance(output, tuple) else output)
+        if anatomy.family.mixer:
+            take(index, before_MD, seen.pop("between", after_MD), after_MD)
+            return
         nothing_MD = torch.zeros_like(before_MD)
         attention_MD = seen.pop("attn_block", nothing_MD)
         written_MD = attention_MD + seen.pop("mlp_block", nothing_MD)
@@ -124,14 +131,13 @@ def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, take: Take) -> 
         take(index, before_MD, before_MD + scale * attention_MD, after_MD)
 
     handles = [layer.register_forward_pre_hook(on_entry), layer.register_forward_hook(on_exit)]
-    for block, projections in (
-        ("attn_block", anatomy.family.attention),
-        ("mlp_block", anatomy.family.mlp),
-    ):
-        writer = anatomy.projection(index, projections[-1])
-        if writer is not None:
-            module = anatomy.post_norm(index, block) or writer
-            handles.append(module.register_forward_hook(on_write(block)))
+    if anatomy.family.mixer:
+        if (norm := anatomy.pre_norm(index, "mlp_block")) is not None:
+            handles.append(norm.register_forward_pre_hook(on_middle))
+        return handles
+    for block, writer in anatomy.writers(index):
+        module = anatomy.post_norm(index, block) or writer
+        handles.append(module.register_forward_hook(on_write(block)))
     return handles
 
 

@@ -199,10 +199,15 @@ class Allocator:
         attention, mlp = [*map(options.attention, layers)], [*map(options.mlp, layers)]
         uniform = self.constraints.uniform
         if uniform:
-            attention, mlp = [alike(attention)], [alike([mlp[i] for i in x]) for x in self._alike]
+            mixing, alike_mlps = self._layers_by_kind().values(), self._alike
+            attention = [alike([attention[i] for i in x]) for x in mixing]
+            mlp = [alike([mlp[i] for i in x]) for x in alike_mlps]
         divide = uniform and self.budget.family.heads_divide_hidden
         # Steps that stand for units are the same at any width, those of a price are not.
-        same = cost.by_units and not divide
+        # A mixer is as much as many heads, or few: its steps have to be those of its price.
+        whole_mixers = any(self.budget.mixer) and "attn_block" in self.constraints.kinds
+        by_units = cost.by_units and not whole_mixers
+        same = by_units and not divide
         found: list[tuple[int, float, Frontier, Frontier]] = []
         for width, loss in options.widths():
             fitting = [[o for o in x if not divide or width % o.kept[0] == 0] for x in attention]
@@ -210,9 +215,7 @@ class Allocator:
                 found.append((width, loss, *found[0][2:]))
             elif all(fitting):
                 priced = (
-                    (fitting, mlp)
-                    if cost.by_units
-                    else (by_price(fitting, width), by_price(mlp, width))
+                    (fitting, mlp) if by_units else (by_price(fitting, width), by_price(mlp, width))
                 )
                 found.append((width, loss, frontier(priced[0]), frontier(priced[1])))
         return found
@@ -222,10 +225,13 @@ class Allocator:
     ) -> Shape:
         if self.constraints.uniform:
             count = len(self.budget.shape.layers)
-            of_layer = {i: kept for kept, same in zip(mlp, self._alike, strict=True) for i in same}
-            attention, mlp = attention * count, [of_layer[i] for i in range(count)]
+            mixing, alike_mlps = self._layers_by_kind().values(), self._alike
+            kept_a = {i: kept for kept, same in zip(attention, mixing, strict=True) for i in same}
+            kept_m = {i: kept for kept, same in zip(mlp, alike_mlps, strict=True) for i in same}
+            attention, mlp = ([x[i] for i in range(count)] for x in (kept_a, kept_m))
         pairs = zip(attention, mlp, strict=True)
-        return Shape(width, tuple(LayerShape(*a, *m) for a, m in pairs))
+        layers = [replace(LayerShape(a[0], a[1], *m), mixer=bool(a[2])) for a, m in pairs]
+        return Shape(width, tuple(layers))
 
     @property
     def _alike(self) -> list[list[int]]:
@@ -233,6 +239,13 @@ class Allocator:
         layers = self.budget.shape.layers
         groups = [[i for i, x in enumerate(layers) if bool(x.experts) == y] for y in (False, True)]
         return [group for group in groups if group]
+
+    def _layers_by_kind(self) -> dict[tuple[bool, bool], list[int]]:
+        """Return the layers of each kind (whether they have heads, and a mixer), in order."""
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for i, layer in enumerate(self.budget.shape.layers):
+            kinds.setdefault((layer.attention, layer.mixer), []).append(i)
+        return kinds
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
@@ -264,7 +277,7 @@ def _layer_masks(
 ) -> dict[str, Tensor]:
     """Return one layer's 0/1 masks: the highest scores within the new counts."""
     masks = {k: torch.ones_like(v, dtype=torch.float32) for k, v in scores.items()}
-    if "attn_block" in masks and not new.attention:
+    if "attn_block" in masks and not new.mixes:
         masks["attn_block"].zero_()
     if "mlp_block" in masks and not new.mlp:
         masks["mlp_block"].zero_()

@@ -29,6 +29,7 @@ class Budget:
         head_dim: features per head.
         biases: projection path -> whether it has a bias.
         per_token: how many routed experts a token goes through, 0 without any.
+        inner: path of each of a mixer's projections -> its features inside of the mixer.
     """
 
     def __init__(
@@ -38,26 +39,44 @@ class Budget:
         head_dim: int,
         biases: Mapping[str, bool],
         per_token: int = 0,
+        inner: Mapping[str, int] | None = None,
     ) -> None:
         self.family = family
         self.shape = shape
         self.head_dim = head_dim
         self.biases = dict(biases)
         self.per_token = per_token
+        self.inner = dict(inner or {})
         self.before = self.parameters(shape)
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> Budget:
         """Return the budget of a live model."""
         return cls(
-            anatomy.family, anatomy.shape, anatomy.head_dim, anatomy.biases, anatomy.per_token
+            anatomy.family,
+            anatomy.shape,
+            anatomy.head_dim,
+            anatomy.biases,
+            anatomy.per_token,
+            anatomy.inner_sizes,
         )
 
     def attention(self, layer: LayerShape) -> tuple[int, int]:
         """Return (coefficient of hidden, constant) of an attention block's parameters."""
-        if not layer.attention:
-            return 0, 0
-        return self._linear_form(self.family.attention, layer)
+        heads = self._linear_form(self.family.attention, layer) if layer.attention else (0, 0)
+        mixer = self.mixer if layer.mixer else (0, 0)
+        return heads[0] + mixer[0], heads[1] + mixer[1]
+
+    @property
+    def mixer(self) -> tuple[int, int]:
+        """Return (coefficient of hidden, constant) of a mixer's parameters: it goes as a whole."""
+        coefficient = constant = 0
+        for projection in self.family.mixer:
+            size, bias = self.inner.get(projection.path, 0), self.biases[projection.path]
+            reads = projection.columns == "hidden"
+            coefficient += size + bias * (not reads)
+            constant += size * bias * reads
+        return coefficient, constant
 
     def mlp(self, layer: LayerShape) -> tuple[int, int]:
         """Return (coefficient of hidden, constant) of an MLP block's parameters."""
@@ -124,7 +143,7 @@ class Budget:
             if heads is not None and layer.attention:
                 groups = keep.part("kv_groups", i)
                 sizes["q"] = heads.sum() * self.head_dim
-                sizes["qkv"] = 3 * sizes["q"]
+                sizes["qkv"], sizes["qgate"] = 3 * sizes["q"], 2 * sizes["q"]
                 if layer.heads_per_group == 1:
                     sizes["kv"] = sizes["q"]
                 elif groups is not None:
@@ -135,9 +154,12 @@ class Budget:
             experts, sizes["expert_neurons"] = _expected_experts(keep, i, layer)
             mlp = self._expected_block(self.family.mlp if layer.neurons else (), sizes, hidden)
             mlp = mlp + self._expected_block(self._stacks, sizes, hidden, experts)
-            attention = self._expected_block(self.family.attention, sizes, hidden)
+            heads_there = self.family.attention if layer.attention else ()
+            coefficient, constant = self.mixer if layer.mixer else (0, 0)
+            attention = self._expected_block(heads_there, sizes, hidden)
+            attention = attention + coefficient * hidden + constant
             for block, present, count in (
-                ("attn_block", layer.attention, attention),
+                ("attn_block", layer.mixes, attention),
                 ("mlp_block", layer.mlp, mlp),
             ):
                 if present:

@@ -41,7 +41,7 @@ class Outside:
         family, width = anatomy.family, anatomy.shape.hidden
         norms = {f"{path}.weight" for path in family.norms}
         blocks = {
-            "attention": (family.attention_module, *family.attention_norms),
+            "attention": (*family.attention_modules, *family.attention_norms),
             "mlp": (*family.mlp_modules, *family.mlp_norms),
         }
         inside = tuple(f"{projection.path}." for projection in family.projections)
@@ -136,7 +136,7 @@ class Cost:
     def attention(self, index: int, kept: LayerShape) -> Line:
         """Return the price of what stays of a layer's attention."""
         coefficient, constant = map(float, self.budget.attention(kept))
-        if self.outside and kept.attention:
+        if self.outside and kept.mixes:
             more = self.outside.attention[index]
             coefficient, constant = coefficient + more[0], constant + more[1]
         cached = self.kv_head[index] * kept.kv_heads if self.kv_head else 0

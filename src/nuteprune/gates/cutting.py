@@ -122,7 +122,7 @@ def copying_losses(probe: Probe, kind: str, dense: Dense) -> Tensor:
     layout, count = probe.layout, probe.layout.units(kind)
     losses_N, first = torch.zeros(count), 0
     for layer, size in enumerate(layout.sizes[kind]):
-        for units in torch.arange(first, first + size).split(AT_ONCE):
+        for units in torch.arange(first, first + size).split(AT_ONCE) if size else ():
             values_BN = torch.ones(len(units), count, device=dense.ids_ST.device)
             values_BN[torch.arange(len(units)), units] = 0
             masks = Masks(layout, {kind: values_BN})

@@ -33,10 +33,11 @@ def features(
         Indices on the CPU, None where all features are kept.
     """
     heads = kept_units(heads_H)
-    index: dict[str, Tensor | None] = dict.fromkeys(("q", "kv", "qkv"))
+    index: dict[str, Tensor | None] = dict.fromkeys(("q", "kv", "qkv", "qgate", "mixer"))
     if heads_H is not None and heads is not None:
         index["q"] = _spread(heads, head_dim)
         index["qkv"] = _spread(heads, 3 * head_dim)
+        index["qgate"] = _spread(heads, 2 * head_dim)
         index["kv"] = _spread(live_groups(heads_H, layer).nonzero().flatten().cpu(), head_dim)
     return {**index, "neurons": kept_units(neurons_F)}
 

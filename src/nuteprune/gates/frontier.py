@@ -26,7 +26,7 @@ class Option:
     coefficient: float
     constant: float
     kept: tuple[int, ...]
-    """(heads, KV heads) of an attention, (neurons,) of an MLP."""
+    """(heads, KV heads, whether a mixer) of an attention, (neurons,) of an MLP."""
 
     def price(self, width: int) -> float:
         """Return what it costs at a width."""

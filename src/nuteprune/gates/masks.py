@@ -35,7 +35,7 @@ class Layout:
             "neurons": tuple(x.neurons for x in layers),
             "experts": tuple(x.experts for x in layers),
             "expert_neurons": tuple(x.experts * x.expert_neurons for x in layers),
-            "attn_block": tuple(int(x.attention) for x in layers),
+            "attn_block": tuple(int(x.mixes) for x in layers),
             "mlp_block": tuple(int(x.mlp) for x in layers),
             "hidden": (self.shape.hidden,),
         }

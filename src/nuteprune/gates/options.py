@@ -64,7 +64,7 @@ class Options:
         """Return what a layer's attention may become, the whole one first."""
         whole, parts = self._shape.layers[layer], self.parts
         if not whole.attention:
-            return [Option(0, 0.0, 0, 0, (0, 0))]
+            return self._mixer(layer)
         per_group = whole.heads_per_group
         groups, inner = whole.kv_heads, per_group
         group_G, head_GR = np.zeros(groups), np.zeros((groups, inner))
@@ -81,19 +81,29 @@ class Options:
             whole_G = group_G if "kv_groups" in parts else head_GR.sum(axis=1)
             extra = np.concatenate([[0.0], np.cumsum(np.sort(whole_G - inside_G))])
             for g in range(groups, 0, -1) if cuts_groups else [groups]:
-                kept = LayerShape(g * r, g, 0)
+                kept = LayerShape(g * r, g, 0, mixer=whole.mixer)
                 options.append(
                     Option(
                         all_steps - g * (r + 1),
                         float(inside_G.sum() + extra[groups - g]),
                         *self.cost.attention(layer, kept),
-                        (kept.heads, kept.kv_heads),
+                        (kept.heads, kept.kv_heads, whole.mixer),
                     )
                 )
-        if "attn_block" in parts and layer > 0:
-            options.append(Option(all_steps, float(parts["attn_block"][layer][0]), 0, 0, (0, 0)))
+        if "attn_block" in parts and layer != self._shape.first_attention:
+            loss = float(parts["attn_block"][layer][0])
+            options.append(Option(all_steps, loss, 0, 0, (0, 0, False)))
         floor = self._floor(layer)
         return [o for o in options if o.kept[0] >= floor.heads and o.kept[1] >= floor.kv_heads]
+
+    def _mixer(self, layer: int) -> list[Option]:
+        """Return what becomes of a layer without heads: its mixer stays as a whole or goes."""
+        whole, parts = self._shape.layers[layer], self.parts
+        kept = LayerShape(0, 0, 0, mixer=whole.mixer)
+        options = [Option(0, 0.0, *self.cost.attention(layer, kept), (0, 0, whole.mixer))]
+        if whole.mixer and "attn_block" in parts and not self._floor(layer).mixer:
+            options.append(Option(1, float(parts["attn_block"][layer][0]), 0, 0, (0, 0, False)))
+        return options
 
     def mlp(self, layer: int) -> list[Option]:
         """Return what a layer's MLP may become, the whole one first."""

@@ -31,7 +31,7 @@ def unit_parameters(budget: Budget, kind: str) -> Tensor:
     for layer in shape.layers:
         if kind in BLOCKS:
             block = budget.attention if kind == "attn_block" else budget.mlp
-            present = layer.attention if kind == "attn_block" else layer.mlp
+            present = layer.mixes if kind == "attn_block" else layer.mlp
             counts += [_count(block(layer), shape.hidden)] * present
         elif kind == "neurons":
             two, one = (budget.mlp(replace(layer, neurons=n)) for n in (2, 1))
@@ -79,12 +79,16 @@ def _layer_squares(
     """Return the sums of squares of a layer's units, by kind, and of each hidden feature (D,)."""
     head_dim, sizes = anatomy.head_dim, axis_sizes(layer, anatomy.head_dim)
     axes = {axis: torch.zeros(size) for axis, size in sizes.items()}
-    hidden_D = torch.zeros(anatomy.shape.hidden)
+    hidden_D, mixer = torch.zeros(anatomy.shape.hidden), torch.zeros(())
     for projection in anatomy.family.projections:
         linear = anatomy.linear(index, projection)
         if linear is None:
             continue
         square_OI = weight_of(linear).float().cpu().square()
+        if projection in anatomy.family.mixer:
+            hidden_D += square_OI.sum(0 if projection.columns == "hidden" else 1)
+            mixer = mixer + square_OI.sum()
+            continue
         if projection.columns != "hidden":
             axes[projection.columns] += square_OI.sum(0)
             hidden_D += square_OI.sum(1)
@@ -98,7 +102,11 @@ def _layer_squares(
         ):
             axes[axis] += part
     experts_EF = _expert_squares(anatomy, index, hidden_D)
-    heads_H = axes["q"].view(-1, head_dim).sum(1) + axes["qkv"].view(-1, 3 * head_dim).sum(1)
+    per_head = {"q": 1, "qkv": 3, "qgate": 2}
+    heads_H = sum(
+        (axes[axis].view(-1, many * head_dim).sum(1) for axis, many in per_head.items()),
+        torch.zeros(layer.heads),
+    )
     keys_G = axes["kv"].view(-1, head_dim).sum(1)
     groups_G = keys_G
     if layer.attention:
@@ -111,7 +119,7 @@ def _layer_squares(
         "neurons": axes["neurons"],
         "experts": experts_EF.sum(1),
         "expert_neurons": experts_EF.flatten(),
-        "attn_block": groups_G.sum()[None][: layer.attention],
+        "attn_block": (groups_G.sum() + mixer)[None][: layer.mixes],
         "mlp_block": (axes["neurons"].sum() + experts_EF.sum())[None][: layer.mlp],
     }, hidden_D
 

@@ -70,9 +70,10 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
 
 def shapes_of(record: Mapping[str, Any]) -> tuple[Shape, Shape]:
     """Return the dimensions before and after pruning that a record states."""
+    keys = (*COUNTS, "mixer")
     shapes = (
         Shape.from_dict(
-            {"hidden": hidden, "layers": [{k: x[k] for k in COUNTS if k in x} for x in layers]}
+            {"hidden": hidden, "layers": [{k: x[k] for k in keys if k in x} for x in layers]}
         )
         for hidden, layers in (
             (record["hidden"]["before"], record["layers_before"]),
@@ -96,6 +97,16 @@ def _any_ends(tensors: Tensors, ending: str) -> bool:
     return any(name.endswith(ending) for name in tensors)
 
 
+def inner_of(family: Family, tensors: Tensors) -> dict[str, int]:
+    """Return the path of each of a mixer's projections -> its features inside of the mixer."""
+    return {
+        p.path: shape[0 if p.columns == "hidden" else 1]
+        for p in family.mixer
+        for name, shape in tensors.items()
+        if name.endswith(f".{p.path}.weight")
+    }
+
+
 def parts_of(
     source: Source,
     before: Shape,
@@ -113,13 +124,14 @@ def parts_of(
         rows: of the embedding before and after, where some are gone.
     """
     family, after = source.family, source.shape
-    budget = Budget(family, before, source.head_dim, source.biases)
+    inner = inner_of(family, tensors)
+    budget = Budget(family, before, source.head_dim, source.biases, inner=inner)
     forms = map(budget.attention, before.layers)
     old = {"attention": sum(c * before.hidden + constant for c, constant in forms)}
     # By subtraction: where all MLPs are gone, no file tells whether they had biases.
     old["MLP"] = params["blocks_before"] - old["attention"]
     prefix = f"{family.layers}."
-    attention = tuple(f".{p.path}." for p in family.attention)
+    attention = tuple(f".{p.path}." for p in (*family.attention, *family.mixer))
     paths = {"attention": attention, "MLP": tuple(x for x in family.files if x not in attention)}
     new = {
         name: _count(

@@ -86,7 +86,7 @@ class Work:
             math.gcd(*(n for x in layers for n in (x.neurons, x.expert_neurons))),
             anatomy.head_dim * sum(layer.heads for layer in layers),
             2 * anatomy.head_dim * sum(layer.kv_heads for layer in layers),
-            sum(layer.attention for layer in layers),
+            sum(layer.mixes for layer in layers),
             sum(layer.mlp for layer in layers),
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
 from nuteprune.gates.seconds import PHASES, SCHEMA
@@ -123,6 +124,11 @@ def cost_table(
         hardware: what that is called.
     """
     dense = Anatomy(model)
+    if dense.family.mixer:
+        raise UserError(
+            f"blocks of {dense.family.model_type} cannot be timed by count: its layers are of "
+            "several kinds; ask for --sparsity, --params, --size or --memory"
+        )
     heads = not (dense.family.refusal("heads") and dense.family.refusal("kv_groups"))
     attentions, neurons = counts_timed(dense.shape, heads)
     trial = Anatomy(trial_model(dense, attentions, neurons).to(device=device, dtype=dtype))

@@ -141,6 +141,26 @@ class Anatomy:
             if not isinstance(module, nn.Identity):
                 yield module
 
+    def writers(self, layer: int) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (block, module) of what a layer adds to the residual stream, before any scale.
+
+        The module is an output or down projection, or a mixer: fused kernels may read the weights
+        of its projections past their hooks.
+        """
+        attention = self.projection(layer, self.family.attention[-1])
+        if attention is not None:
+            yield "attn_block", attention
+        if self.mixes_otherwise(layer):
+            yield "attn_block", self.layers[layer].get_submodule(self.family.mixer_module)
+        down = self.projection(layer, self.family.mlp[-1])
+        if down is not None:
+            yield "mlp_block", down
+
+    def mixes_otherwise(self, layer: int) -> bool:
+        """Return whether a layer has a mixer, in place of attention or beside it."""
+        last = self.family.mixer[-1:]
+        return any(self.projection(layer, x) is not None for x in last)
+
     def pre_norm(self, layer: int, block: str) -> nn.Module | None:
         """Return the norm of what a block (`attn_block`, `mlp_block`) reads, None without one."""
         family = self.family
@@ -188,7 +208,19 @@ class Anatomy:
                 kv_heads = (rows - part.rows.count("q") * heads) // part.rows.count("kv")
                 break
         mixture = self.mixture(layer)
-        return LayerShape(heads, kv_heads, neurons, *(mixture.sizes if mixture else (0, 0)))
+        experts = mixture.sizes if mixture else (0, 0)
+        return LayerShape(heads, kv_heads, neurons, *experts, mixer=self.mixes_otherwise(layer))
+
+    @property
+    def inner_sizes(self) -> dict[str, int]:
+        """Return the path of each of a mixer's projections -> its features inside of the mixer."""
+        found = {}
+        for projection in self.family.mixer:
+            modules = (self.linear(i, projection) for i in range(len(self.layers)))
+            for module in filter(None, modules):
+                reads = projection.columns == "hidden"
+                found[projection.path] = module.out_features if reads else module.in_features
+        return found
 
     @property
     def biases(self) -> dict[str, bool]:
@@ -204,9 +236,12 @@ class Anatomy:
         return found
 
     def lora_targets(self, queries_and_values: bool = False) -> str:
-        """Return the regular expression by which PEFT finds every projection (or Q and V)."""
+        """Return the regular expression by which PEFT finds the projections (or Q and V).
+
+        Those by which mixers write are left out: fused kernels read their weights past LoRA.
+        """
         prefix = self.family.layers.replace(".", r"\.")
-        chosen = self.family.projections
+        chosen = tuple(p for p in self.family.projections if p not in self.family.mixer[-1:])
         if queries_and_values:
             chosen = tuple(p for p in self.family.attention if p.serves_queries_or_values)
         found = filter(None, map(self._everywhere, chosen))

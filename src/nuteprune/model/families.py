@@ -19,6 +19,7 @@ from nuteprune.model.builds import (
     SHARED_NORM,
 )
 from nuteprune.model.family import Family, Projection
+from nuteprune.model.hybrids import HYBRIDS
 from nuteprune.model.mixtures import MIXTURES
 
 FAMILIES: dict[str, Family] = {
@@ -267,5 +268,6 @@ FAMILIES: dict[str, Family] = {
             rope_pairs="neighbours",
         ),
         *MIXTURES,
+        *HYBRIDS,
     )
 }

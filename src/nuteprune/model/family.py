@@ -7,6 +7,8 @@ are named by axis, so that counting and slicing need no knowledge of any model t
     neurons  the MLP's inner width         kv       KV heads x head_dim
     qkv      per head: query, key, value (head_dim each), interleaved
     expert_neurons  the inner width of each routed expert
+    qgate    per head: query and its gate (head_dim each), interleaved
+    mixer    what is inside of a recurrent or convolutional mixer, which no gate cuts
 
 Nobody but `families.py` knows a model type; nobody but `anatomy.py` follows these paths.
 """
@@ -98,6 +100,13 @@ class Family:
     experts these are of the layers that have none."""
     experts: Experts | None = None
     """What takes the place of the MLP's projections in layers with routed experts."""
+    mixer: tuple[Projection, ...] = ()
+    """Projections of what mixes tokens in other layers than attention, or beside it: a recurrence
+    or a convolution; the last one writes to the residual stream."""
+    mixer_module: str = ""
+    """The module that these are part of."""
+    mixer_follows_width: bool = False
+    """The stock class derives the mixer's inner width from the hidden size."""
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -155,14 +164,21 @@ class Family:
     """llama.cpp's architectures that compute the same (`export.gguf_archs`), best first."""
     requires: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
     """Config values that this entry describes; other checkpoints of the type are refused."""
+    settles: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    """Config values of a cut model, where the dense one's would change its counts."""
 
     refused: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Kind of gate, or "KIND uniform" -> why it is not exact, where no other fact says so."""
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All projections of a decoder layer, attention first."""
-        return self.attention + self.mlp
+        """All projections of a decoder layer, attention first; a layer has those of its kind."""
+        return self.attention + self.mixer + self.mlp
+
+    @property
+    def attention_modules(self) -> tuple[str, ...]:
+        """Modules that mix tokens: a layer has one of them, or both side by side."""
+        return (self.attention_module, *([self.mixer_module] if self.mixer else []))
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -196,6 +212,11 @@ class Family:
             return (
                 f"{self.model_type} normalises queries and keys over all heads together, so "
                 "cutting heads would change the model"
+            )
+        if uniform and kind == "hidden" and self.mixer_follows_width:
+            return (
+                f"the stock {self.model_type} class derives the inner width of its mixers from the "
+                "hidden size, so it cannot be narrower outside of them; use --shapes free"
             )
         if uniform and kind in ("attn_block", "mlp_block"):
             return "uniform shapes are alike in all layers, and a stock class has no missing blocks"

@@ -17,7 +17,7 @@ from nuteprune.errors import UserError
 from nuteprune.model.family import GATE_KINDS, Family, Projection
 from nuteprune.model.shape import LayerShape, axis_sizes
 
-AXES = ("hidden", "q", "kv", "qkv", "neurons")
+AXES = ("hidden", "q", "kv", "qkv", "qgate", "mixer", "neurons")
 ALWAYS = ("model_type", "causal_lm", "layers", "embedding", "final_norm", "norm")
 """Written even where they are what an entry has without them."""
 Key = tuple[str, ...]

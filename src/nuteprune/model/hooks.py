@@ -1,11 +1,11 @@
 """Where masks multiply: forward hooks on stock modules, never copies of modelling code.
 
 Heads act on the input of the attention output projection, neurons on the input of the down
-projection, hidden gates on the first layer's input and on the output of both projections, block
-gates on what a block adds to the residual stream: after its post-norm where a family has one,
-since a norm would undo any factor but 0. Routed experts are in `model.routing`. Attach after PEFT
-has wrapped the model, so that masks cover the LoRA branch too. Masks may also say which rows and
-columns of a projection are computed at all (`model.narrow`).
+projection, hidden gates on the first layer's input and on the output of both projections and of
+mixers, block gates on what a block adds to the residual stream: after its post-norm where a family
+has one, since a norm would undo any factor but 0. Routed experts are in `model.routing`. Attach
+after PEFT has wrapped the model, so that masks cover the LoRA branch too. Masks may also say which
+rows and columns of a projection are computed at all (`model.narrow`).
 """
 
 from __future__ import annotations
@@ -72,18 +72,13 @@ class MaskHooks:
     def __init__(self, anatomy: Anatomy, masks: MaskSource | None = None) -> None:
         self._masks = masks
         self._handles: list[Any] = []
-        family = anatomy.family
         self._handles.append(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
         for layer in range(len(anatomy.layers)):
-            attention = anatomy.projection(layer, family.attention[-1])
-            down = anatomy.projection(layer, family.mlp[-1])
-            if attention is not None:
-                self._gate(attention, layer, "attn_block", anatomy.post_norm(layer, "attn_block"))
-            if down is not None:
-                self._gate(down, layer, "mlp_block", anatomy.post_norm(layer, "mlp_block"))
+            for block, module in anatomy.writers(layer):
+                self._gate(module, layer, block, anatomy.post_norm(layer, block))
             if (mixture := anatomy.mixture(layer)) is not None:
                 self._route(mixture, layer)
-            for projection in family.projections:
+            for projection in anatomy.family.projections:
                 self._narrow(anatomy.projection(layer, projection), layer, projection)
 
     def _on_embedding(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -99,7 +94,8 @@ class MaskHooks:
             read = source.attention_input if block == "attn_block" else source.mlp_input
             return (scale(args[0], read(layer)), *args[1:])
 
-        self._handles.append(module.register_forward_pre_hook(before))
+        if hasattr(module, "in_features"):  # else it is a mixer, on whose units no gate is
+            self._handles.append(module.register_forward_pre_hook(before))
         self._write(module, layer, block, post_norm or module)
 
     def _write(self, module: nn.Module, layer: int, block: str, last: nn.Module) -> None:

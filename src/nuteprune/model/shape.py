@@ -12,7 +12,11 @@ from nuteprune.errors import UserError
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Counts of one decoder layer; 0 heads means no attention, 0 neurons and experts no MLP."""
+    """Counts of one decoder layer; 0 heads means no attention, 0 neurons and experts no MLP.
+
+    `mixer` says whether something else mixes tokens, in place of attention or beside it: a
+    recurrence or a convolution, which no gate cuts. With its attention it is one block.
+    """
 
     heads: int
     kv_heads: int
@@ -21,11 +25,17 @@ class LayerShape:
     """Routed experts."""
     expert_neurons: int = 0
     """Neurons of each of them."""
+    mixer: bool = False
 
     @property
     def attention(self) -> bool:
-        """Whether the layer still has its attention block."""
+        """Whether the layer still has attention heads."""
         return self.heads > 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the layer still has its attention block: heads, a mixer, or both."""
+        return self.attention or self.mixer
 
     @property
     def mlp(self) -> bool:
@@ -38,8 +48,9 @@ class LayerShape:
         return self.heads // self.kv_heads if self.kv_heads else 0
 
     def to_dict(self) -> dict[str, int]:
-        """Return the counts by name, those of experts where there are any."""
-        return {k: v for k in COUNTS if (v := getattr(self, k)) or k in DENSE_COUNTS}
+        """Return the counts by name, those of experts and whether a mixer where there are any."""
+        names = (*COUNTS, "mixer")
+        return {k: v for k in names if (v := getattr(self, k)) or k in DENSE_COUNTS}
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,17 @@ class Shape:
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers have the same counts; those with experts and those without each."""
-        heads = {(x.heads, x.kv_heads, x.mlp) for x in self.layers}
+        """Whether all layers of a kind have the same counts: with heads, with experts, without."""
+        heads = {(x.heads, x.kv_heads) for x in self.layers if x.attention or not x.mixer}
         dense = {x.neurons for x in self.layers if not x.experts}
         mixtures = {(x.neurons, x.experts, x.expert_neurons) for x in self.layers if x.experts}
-        return len(heads) <= 1 and len(dense) <= 1 and len(mixtures) <= 1
+        whole = {x.mlp for x in self.layers}
+        return all(len(x) <= 1 for x in (heads, whole, dense, mixtures))
+
+    @property
+    def first_attention(self) -> int:
+        """The first layer with attention heads, where generation counts cached tokens."""
+        return next((i for i, x in enumerate(self.layers) if x.attention), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain structure for JSON and YAML (the format that `--shape FILE` reads)."""
@@ -98,7 +115,7 @@ class Shape:
         return Shape(
             hidden,
             tuple(
-                _cut_layer(i, whole, row, common)
+                _cut_layer(i, whole, row, common, i == self.first_attention)
                 for i, (whole, row) in enumerate(zip(self.layers, rows, strict=True))
             ),
         )
@@ -124,10 +141,12 @@ def _check_count(what: str, count: Any, most: int, least: int) -> None:
         raise UserError(f"{what} is {count!r}; it must be a whole number from {least} to {most}")
 
 
-def _cut_layer(index: int, whole: LayerShape, row: Any, common: Mapping[str, Any]) -> LayerShape:
+def _cut_layer(
+    index: int, whole: LayerShape, row: Any, common: Mapping[str, Any], first: bool
+) -> LayerShape:
     if not isinstance(row, Mapping):
         raise UserError(f"layer {index} of the shape is {row!r}; it must map names to counts")
-    unknown = set(row) - {*COUNTS, "attention", "mlp"}
+    unknown = set(row) - {*COUNTS, "attention", "mixer", "mlp"}
     if unknown:
         raise UserError(
             f"layer {index} of the shape has an unknown key {min(unknown)!r}; known: "
@@ -151,8 +170,10 @@ def _cut_layer(index: int, whole: LayerShape, row: Any, common: Mapping[str, Any
         kv_heads = heads // per_group if heads < whole.heads and heads % per_group == 0 else None
     kv_heads = whole.kv_heads if kv_heads is None else kv_heads
     heads = given.get("heads", kv_heads * per_group)
+    # What mixes tokens is one block: without its heads, a layer that had some has no mixer either.
+    mixer = whole.mixer and row.get("attention") is not False and bool(heads or not whole.heads)
     mlp = {name: given.get(name, getattr(whole, name)) for name in MLP_COUNTS}
-    layer = LayerShape(heads, kv_heads, **mlp)
+    layer = LayerShape(heads, kv_heads, **mlp, mixer=mixer)
     if bool(layer.experts) != bool(layer.expert_neurons):
         raise UserError(
             f"layer {index} has {layer.experts} experts of {layer.expert_neurons} neurons; to "
@@ -165,8 +186,8 @@ def _cut_layer(index: int, whole: LayerShape, row: Any, common: Mapping[str, Any
             f"layer {index}: {heads} heads on {kv_heads} KV heads are more for each than the "
             f"model's {per_group}"
         )
-    if index == 0 and whole.attention and not layer.attention:
-        raise UserError("layer 0 must keep an attention block: give it at least one head")
+    if first and whole.attention and not layer.attention:
+        raise UserError(f"layer {index} must keep an attention block: give it at least one head")
     return layer
 
 
@@ -181,7 +202,7 @@ def kinds_of_cut(whole: Shape, kept: Shape) -> tuple[str, ...]:
         "experts": any(0 < b.experts < a.experts for a, b in pairs),
         "expert_neurons": any(0 < b.expert_neurons < a.expert_neurons for a, b in pairs),
         "hidden": kept.hidden < whole.hidden,
-        "attn_block": any(a.attention and not b.attention for a, b in pairs),
+        "attn_block": any(a.mixes and not b.mixes for a, b in pairs),
         "mlp_block": any(a.mlp and not b.mlp for a, b in pairs),
     }
     return tuple(kind for kind, wanted in found.items() if wanted)
@@ -193,6 +214,7 @@ def axis_sizes(layer: LayerShape, head_dim: int) -> dict[str, int]:
         "q": layer.heads * head_dim,
         "kv": layer.kv_heads * head_dim,
         "qkv": 3 * layer.heads * head_dim,
+        "qgate": 2 * layer.heads * head_dim,
         "neurons": layer.neurons,
         "expert_neurons": layer.expert_neurons,
     }

@@ -91,6 +91,7 @@ def fold_layer(anatomy: Anatomy, masks: Masks, layer: int) -> None:
     family = anatomy.family
     for projection, columns, block in (
         (family.attention[-1], masks.attention_input(layer), "attn_block"),
+        *((x, None, "attn_block") for x in family.mixer[-1:]),
         (family.mlp[-1], masks.mlp_input(layer), "mlp_block"),
     ):
         linear = anatomy.linear(layer, projection)

@@ -29,12 +29,13 @@ def shape_of(masks: Masks) -> Shape:
         kept = old.heads if heads is None else int((heads > 0).sum())
         kv_heads = old.kv_heads if heads is None else int(live_groups(heads, old).sum())
         kept_neurons = old.neurons if neurons is None else int((neurons > 0).sum())
-        if not _open(masks.part("attn_block", i)):
+        mixes = _open(masks.part("attn_block", i))
+        if not mixes:
             kept = kv_heads = 0
         experts = kept_experts(masks, i) if old.experts else (0, 0)
         if not _open(masks.part("mlp_block", i)):
             kept_neurons, experts = 0, (0, 0)
-        layers.append(LayerShape(kept, kv_heads, kept_neurons, *experts))
+        layers.append(LayerShape(kept, kv_heads, kept_neurons, *experts, mixer=old.mixer and mixes))
     hidden = masks.hidden
     width = masks.layout.shape.hidden if hidden is None else int((hidden > 0).sum())
     return Shape(width, tuple(layers))
@@ -134,7 +135,7 @@ def _gone(anatomy: Anatomy, name: str, kept: LayerShape) -> bool:
     """Return whether a layer's tensor belongs to a block that was removed."""
     family = anatomy.family
     parts = {
-        True: ((family.attention_module, *family.attention_norms), kept.attention),
+        True: ((*family.attention_modules, *family.attention_norms), kept.mixes),
         False: ((*family.mlp_modules, *family.mlp_norms), kept.mlp),
     }
     return any(
@@ -165,13 +166,15 @@ def _select(state: Tensors, name: str, index: Tensor | None, dim: int) -> None:
 
 
 def narrower_epsilon(anatomy: Anatomy, masks: Masks) -> float | None:
-    """Return the norms' epsilon of the smaller model where its width is cut, None where it is not.
+    """Return the norms' epsilon of the smaller model where it changes, None where it does not.
 
     With d - k dimensions always zero, x / sqrt(mean_d(x^2) + eps) equals
-    sqrt(d/k) x / sqrt(mean_k(x^2) + eps d/k): weights are scaled by the first root.
+    sqrt(d/k) x / sqrt(mean_k(x^2) + eps d/k): weights are scaled by the first root. Mixers have
+    norms inside that share the epsilon and cannot be made up for. There x, the residual stream, is
+    divided by the root, and the epsilon stays.
     """
     whole, width = masks.layout.shape.hidden, shape_of(masks).hidden
-    if width == whole:
+    if width == whole or anatomy.family.mixer:
         return None
     epsilon = getattr(anatomy.config, anatomy.family.config_names["epsilon"])
     return float(epsilon) * whole / width
@@ -190,7 +193,9 @@ def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
         return
     for norm in anatomy.norms(layer):
         scale_norm(anatomy, norm, ratio)
-    if anatomy.family.qk_norms:
+    if anatomy.family.mixer:
+        _narrow_stream(anatomy, layer, ratio)
+    elif anatomy.family.qk_norms:
         _rescale_queries_and_keys(anatomy, layer, ratio)
 
 
@@ -200,11 +205,22 @@ def _rescale_outside(anatomy: Anatomy, shape: Shape) -> None:
     if ratio is None:
         return
     scale_norm(anatomy, anatomy.final_norm, ratio)
-    if anatomy.family.scaled_embedding:
+    in_embedding = 1 / ratio if anatomy.family.mixer else ratio
+    if anatomy.family.scaled_embedding or anatomy.family.mixer:
         embedding = cast(Tensor, anatomy.embedding.weight)
-        put(embedding, embedding.float() * ratio)
+        put(embedding, embedding.float() * in_embedding)
         if anatomy.tied:
-            scale_norm(anatomy, anatomy.final_norm, 1 / ratio)
+            scale_norm(anatomy, anatomy.final_norm, 1 / in_embedding)
+
+
+def _narrow_stream(anatomy: Anatomy, layer: int, ratio: float) -> None:
+    """Divide what a layer writes to the residual stream."""
+    family = anatomy.family
+    for projection in (family.attention[-1], family.mixer[-1], family.mlp[-1]):
+        linear = anatomy.linear(layer, projection)
+        for parameter in (linear.weight, linear.bias) if linear is not None else ():
+            if parameter is not None:
+                put(parameter, parameter.float() / ratio)
 
 
 def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> None:

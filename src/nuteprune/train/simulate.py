@@ -275,11 +275,18 @@ def extended(
         run: told a config, goes through the phase.
         short: layers of the two.
     """
-    layers, (few, more) = int(config.num_hidden_layers), short
+    layers, period = int(config.num_hidden_layers), _until_all_kinds(config)
+    few, more = max(short[0], period), max(short[1], 2 * period)
     if layers <= more:
         return run(config)
     first, second = run(shortened(config, few)), run(shortened(config, more))
     return first + (second - first) * ((layers - few) / (more - few))
+
+
+def _until_all_kinds(config: PreTrainedConfig) -> int:
+    """Return how many layers from the first there are until each kind was there."""
+    kinds = getattr(config, "layer_types", None) or [""]
+    return 1 + max(kinds.index(kind) for kind in set(kinds))
 
 
 def in_batches(run: Callable[[int], Need], count: float) -> Need:
