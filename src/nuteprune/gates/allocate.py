@@ -230,7 +230,7 @@ class Allocator:
             kept_m = {i: kept for kept, same in zip(mlp, alike_mlps, strict=True) for i in same}
             attention, mlp = ([x[i] for i in range(count)] for x in (kept_a, kept_m))
         pairs = zip(attention, mlp, strict=True)
-        layers = [replace(LayerShape(a[0], a[1], *m), mixer=bool(a[2])) for a, m in pairs]
+        layers = [LayerShape(a[0], a[1], m[0], m[1], m[2], bool(a[2])) for a, m in pairs]
         return Shape(width, tuple(layers))
 
     @property
