@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble, save
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks
@@ -16,7 +17,9 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
+from nuteprune.train.targets import Prices, run_targets
 from tests.families import MIXTURES
 
 from .test_exactness import assert_same, check, logits, settings, soft_masks
@@ -177,4 +180,62 @@ def test_active_parameters_are_those_of_the_experts_of_a_token(model_type: str, 
     anatomy = Anatomy(tiny_model(model_type))
     budget = Budget.of(anatomy)
     few = Budget.of(Anatomy(tiny_model(model_type, num_local_experts=anatomy.per_token)))
-    assert budget.active(budget.shape) == few.before < budget.before
+    assert budget.before - budget.idle(budget.shape) == few.before < budget.before
+
+
+@each_mixture
+def test_parameters_are_counted_with_the_rows_of_routers(model_type: str, tiny_model) -> None:
+    dense = Anatomy(tiny_model(model_type))
+    args = settings("experts,expert_neurons", "free")
+    priced = Prices.of(dense, torch.float32, args)
+    masks, _ = soft_masks(make_allocator(dense, args), 0.5)
+    assert priced.params.total(dense.shape) == dense.parameters()
+    small, shape = assemble(dense, masks)
+    assert priced.params.total(shape) == sum(p.numel() for p in small.parameters())
+    found = priced.of_a_token(shape)
+    assert found["active_after"] == sum(p.numel() for p in small.parameters()) - sum(
+        p.numel() // len(p) * (len(p) - dense.per_token)
+        for name, p in small.named_parameters()
+        if ".experts." in name
+    )
+
+
+def test_active_parameters_can_be_asked_for(tiny_model) -> None:
+    anatomy = Anatomy(tiny_model("mixtral"))
+    args = NutePruneConfig(
+        output_dir="unused", gates="expert_neurons", target_active_params=26_000, neuron_multiple=2
+    )
+    priced, allocator = Prices.of(anatomy, torch.float32, args), make_allocator(anatomy, args)
+    (target,) = run_targets(allocator, args, priced)
+    shape = allocator.shape(allocator.chance_scores(), target.goal)
+    assert 25_000 < priced.of_a_token(shape)["active_after"] <= 26_000
+    few = NutePruneConfig(output_dir="unused", gates="experts", target_active_params=20_000)
+    with pytest.raises(UserError, match=r"leave at least .* a token goes through .* since every"):
+        run_targets(make_allocator(anatomy, few), few, priced)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "asked", "words"),
+    [
+        ("llama", {"gates": "experts"}, "no mixture of experts; use --gates neurons"),
+        ("mixtral", {"gates": "neurons"}, "those of experts; use --gates expert_neurons"),
+        ("mixtral", {"shape": {"experts": 1}}, "1 experts, and each token is routed to 2: keep"),
+        ("mixtral", {"shape": {"experts": 0}}, "0 experts of 24 neurons; to remove all"),
+        ("mixtral", {"target_speedup": 1.5}, "not of a mixture of experts: use --sparsity"),
+        ("mixtral", {"gates": "experts,heads", "method": "reap"}, "reap cannot score gates on he"),
+    ],
+)
+def test_what_a_mixture_cannot_take_is_refused_in_a_line(
+    model_type: str, asked: dict, words: str, tiny_model
+) -> None:
+    with pytest.raises(UserError, match=words):
+        make_allocator(
+            Anatomy(tiny_model(model_type)), NutePruneConfig(output_dir="unused", **asked)
+        )
+
+
+def test_quantised_experts_are_refused(tiny_model) -> None:
+    model = tiny_model("mixtral")
+    model.is_quantized = True
+    with pytest.raises(UserError, match="stacked experts are not cut in that form: leave out"):
+        make_allocator(Anatomy(model), NutePruneConfig(output_dir="unused"))

@@ -227,7 +227,9 @@ def _table(record: Mapping[str, Any]) -> str:
         for what, before, after in (
             ("parameters", "before", "after"),
             ("in decoder layers", "blocks_before", "blocks_after"),
+            ("active per token", "active_before", "active_after"),
         )
+        if before in params
     ]
     rows += [
         f"| perplexity{since}, {_plain(source)} | {old:.2f} | {ppl['after'][source]:.2f} | "

@@ -48,7 +48,8 @@ def make_record(
 
     Args:
         target: sparsity asked for.
-        params: `before`, `after` (all, tied once), `blocks_before`, `blocks_after`, counted.
+        params: `before`, `after` (all, tied once), `blocks_before`, `blocks_after`, counted; of a
+            mixture also `active_before`, `active_after`: what a token goes through.
         before: dimensions of the dense model.
         after: dimensions of the pruned one.
         **rest: further keys: shapes, teachers, perplexity, seconds, seed, config and so on.
@@ -91,7 +92,8 @@ def write_pruned(
         folder: where to; see `checkpoint.save`.
         model: the pruned model, in the dtype that it is to be stored in.
         tokenizer: its tokenizer, if it has one.
-        params: `before` and `blocks_before`, counted on the dense model.
+        params: `before` and `blocks_before`, counted on the dense model, and what a token goes
+            through.
         **record: what else `make_record` takes; `base_model` among it. Its `license` is read
             from the base model's card where it is not given; None where that is unknown.
 

@@ -116,10 +116,14 @@ class Budget:
                 total += coefficient * shape.hidden + constant
         return total
 
-    def active(self, shape: Shape) -> int:
-        """Return how many projection parameters a token goes through in a model of that shape."""
-        layers = tuple(replace(x, experts=min(x.experts, self.per_token)) for x in shape.layers)
-        return self.parameters(Shape(shape.hidden, layers))
+    def of_a_token(self, layer: LayerShape) -> LayerShape:
+        """Return the part of a layer that one token goes through."""
+        return replace(layer, experts=min(layer.experts, self.per_token))
+
+    def idle(self, shape: Shape) -> int:
+        """Return how many parameters a token does not go through: those of other experts."""
+        layers = tuple(map(self.of_a_token, shape.layers))
+        return self.parameters(shape) - self.parameters(Shape(shape.hidden, layers))
 
     def sparsity(self, shape: Shape) -> float:
         """Return the share of projection parameters that cutting to a shape removes."""

@@ -120,6 +120,7 @@ class Cost:
         each: price of a parameter.
         kv_head: of each layer, the price of a KV head beside its parameters; empty: none.
         fixed: what is paid whatever stays.
+        active: whether experts cost nothing that a token does not go through.
     """
 
     budget: Budget
@@ -127,6 +128,7 @@ class Cost:
     each: int = 1
     kv_head: tuple[int, ...] = ()
     fixed: int = 0
+    active: bool = False
 
     @property
     def by_units(self) -> bool:
@@ -144,7 +146,8 @@ class Cost:
 
     def mlp(self, index: int, kept: LayerShape) -> Line:
         """Return the price of what stays of a layer's MLP."""
-        coefficient, constant = map(float, self.budget.mlp(kept))
+        counted = self.budget.of_a_token(kept) if self.active else kept
+        coefficient, constant = map(float, self.budget.mlp(counted))
         if self.outside and kept.mlp:
             parts = [(self.outside.mlp[index], 1)]
             if kept.experts:

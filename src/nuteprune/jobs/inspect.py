@@ -200,6 +200,8 @@ def _print_parts(
         "decoder projections": (params["blocks_before"], params["blocks_after"]),
         "all": (params["before"], params["after"]),
     }
+    if "active_before" in params:
+        shown["active per token"] = (params["active_before"], params["active_after"])
     output.table(
         "Parameters",
         ["", "before", "after", "gone"],

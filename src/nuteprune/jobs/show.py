@@ -26,7 +26,7 @@ from nuteprune.run_folder import RECORD
 from nuteprune.train.asked import spelled
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.step_cost import seconds_per_step
-from nuteprune.train.targets import COUNTED, Target, reached
+from nuteprune.train.targets import COUNTED, PARAMETERS, Target, reached
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -139,11 +139,13 @@ def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> 
     counts = [int(prices.params.total(shape)) for shape in shapes]
     sizes = [int(prices.size.total(shape)) for shape in shapes]
     caches = [prices.cache(shape) for shape in shapes]
+    active = [of["active_after"] for shape in shapes if (of := prices.of_a_token(shape))]
     faster = [x for shape in shapes if (x := prices.speedup(shape)) is not None]
     for i, (target, shape) in enumerate(zip(trainer.goals, shapes, strict=True)):
         output.line(
             f"Reach   {budget.sparsity(shape):.3%} for {_told(target)}: {millions(counts[i])} "
-            f"parameters, {megabytes(sizes[i])} on disk, and {megabytes(caches[i])} of KV cache "
+            f"parameters{f', {millions(active[i])} of them active per token' if active else ''}, "
+            f"{megabytes(sizes[i])} on disk, and {megabytes(caches[i])} of KV cache "
             f"for {prices.sequences} x {prices.context} tokens"
             + (f"; expected to be {faster[i]:.2f} x as fast" if faster else "")
         )
@@ -164,6 +166,7 @@ def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> 
         "sparsity": [budget.sparsity(shape) for shape in shapes],
         "asked": [{"kind": x.asked.kind, "value": x.asked.value} for x in trainer.goals],
         "parameters": counts,
+        **({"active_parameters": active} if active else {}),
         "bytes": sizes,
         "cache_bytes": caches,
         **({"expected_speedup": faster} if faster else {}),
@@ -195,16 +198,23 @@ def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> Non
         print_result(folder, record, output)
 
 
+COUNTS_SHOWN = (
+    ("parameters", ""),
+    ("  in decoder layers", "blocks_"),
+    ("  active per token", "active_"),
+)
+"""Counts of parameters that are shown -> what their keys in a record begin with."""
+
+
 def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> None:
     """Print one checkpoint's record as a table and two lines."""
     ppl, params = record["perplexity"], record["params"]
     rows = [
-        ["parameters", millions(params["before"]), millions(params["after"])],
-        [
-            "  in decoder layers",
-            millions(params["blocks_before"]),
-            millions(params["blocks_after"]),
-        ],
+        *(
+            [what, *(millions(params[f"{of}{when}"]) for when in ("before", "after"))]
+            for what, of in COUNTS_SHOWN
+            if f"{of}before" in params
+        ),
         *(
             [f"perplexity, {name}", f"{ppl['before'][name]:.2f}", f"{ppl['after'][name]:.2f}"]
             for name in ppl["before"]
@@ -216,7 +226,7 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
     asked = record["asked"]
     goal = f"target {record['target']:.1%}"
     if asked["kind"] in COUNTED:
-        say = millions if asked["kind"] == "params" else megabytes
+        say = millions if asked["kind"] in PARAMETERS else megabytes
         wanted = spelled(asked["kind"], asked["value"])
         goal = f"{asked['kind']} {say(reached(record))} of {wanted}"
     output.line(

@@ -76,12 +76,12 @@ class Work:
         layers, everything = anatomy.shape.layers, anatomy.parameters()
         table = 0 if anatomy.tied else anatomy.embedding.weight.numel()
         budget = Budget.of(anatomy)
-        active = budget.active(budget.shape)
+        idle = budget.idle(budget.shape)
         return cls(
             everything,
-            active,
+            budget.before - idle,
             anatomy.head.weight.numel(),
-            everything - table - (budget.before - active),
+            everything - table - idle,
             model.dtype.itemsize,
             math.gcd(*(n for x in layers for n in (x.neurons, x.expert_neurons))),
             anatomy.head_dim * sum(layer.heads for layer in layers),

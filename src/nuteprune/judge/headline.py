@@ -61,6 +61,9 @@ def headline(
         _counted("all parameters", params["before"], params["after"], count),
         _counted("in the decoder layers", params["blocks_before"], params["blocks_after"], count),
     ]
+    if "active_before" in params:
+        active = (params["active_before"], params["active_after"])
+        cells.append(_counted("active per token", *active, count))
     if "bytes_on_disk" in record:
         # The dtype is kept, so the dense file has the same bytes per parameter.
         dense = record["bytes_on_disk"] / params["after"] * params["before"]

@@ -49,6 +49,7 @@ class Kind:
 
 KINDS = {
     "params": Kind("target_params", "--params", PARAMETERS, "100M"),
+    "active_params": Kind("target_active_params", "--active-params", PARAMETERS, "3B"),
     "size": Kind("target_size", "--size", BYTES, "200MB"),
     "memory": Kind("target_memory", "--memory", BYTES, "4GiB"),
     "speedup": Kind("target_speedup", "--speedup", {"x": 1, "": 1}, "1.5", above=1, whole=False),

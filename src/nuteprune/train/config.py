@@ -39,6 +39,8 @@ class NutePruneConfig(TrainingArguments):
             several, comma separated or a list, give a checkpoint each: the run rests at each.
         target_params: the most parameters that may stay, such as 100M, instead of a sparsity; all
             of the model's, tied ones once. Several are given as sparsities are.
+        target_active_params: the most parameters that a token may go through, such as 3B, instead
+            of a sparsity: of a mixture of experts, without the experts that it is not routed to.
         target_size: the most bytes of the weight file, such as 200MB, instead of a sparsity.
         target_memory: the most bytes of the weight file and the KV cache of `sequences` sequences
             of `context` tokens, such as 4GiB, instead of a sparsity.
@@ -104,6 +106,12 @@ class NutePruneConfig(TrainingArguments):
         None,
         "Parameters to end at, instead of --sparsity, such as 100M: all of the model's, tied once.",
         option="--params",
+    )
+    target_active_params: str | float | list[Any] | None = setting(
+        None,
+        "Parameters that a token goes through to end at, instead of --sparsity, such as 3B: of a "
+        "mixture, without the experts that it is not routed to.",
+        option="--active-params",
     )
     target_size: str | float | list[Any] | None = setting(
         None,

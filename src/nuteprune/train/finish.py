@@ -187,7 +187,11 @@ class Ending:
             folder,
             as_stored(done.model, origin.stored_dtype),
             tokenizer,
-            params={"before": origin.parameters, "blocks_before": budget.before},
+            params={
+                "before": origin.parameters,
+                "blocks_before": budget.before,
+                **ready.prices.of_a_token(done.shape),
+            },
             before=budget.shape,
             after=done.shape,
             shapes=args.shapes,

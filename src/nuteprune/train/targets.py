@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +59,7 @@ class Prices:
 
     Args:
         params: in parameters, tied ones once.
+        active: in those that a token goes through.
         size: in bytes of the file, at most.
         memory: the same with the KV cache.
         context: tokens of each sequence's cache.
@@ -67,6 +68,7 @@ class Prices:
     """
 
     params: Cost
+    active: Cost
     size: Cost
     memory: Cost
     context: int
@@ -79,6 +81,7 @@ class Prices:
         allowed = getattr(anatomy.config, "max_position_embeddings", None)
         context, sequences = args.context or allowed or 2048, args.sequences
         params = Cost(Budget.of(anatomy), Outside.of(anatomy))
+        active = replace(params, active=True)
         tensors = {name: (list(p.shape), count(p)) for name, p in anatomy.model.named_parameters()}
         stored = tuple(f".{path}" for path in anatomy.family.buffers)
         named = anatomy.model.named_buffers()
@@ -93,18 +96,31 @@ class Prices:
         if args.costs is not None:
             table = args.costs if isinstance(args.costs, Mapping) else read_table(args.costs)
             seconds = seconds_of(table, params.budget, args.speed_for)
-        return cls(params, size, memory, context, sequences, seconds)
+        return cls(params, active, size, memory, context, sequences, seconds)
 
     def cache(self, shape: Shape) -> int:
         """Return the bytes of the KV cache of a model of a shape."""
         pairs = zip(self.memory.kv_head, shape.layers, strict=True)
         return sum(each * layer.kv_heads for each, layer in pairs)
 
+    def of_a_token(self, shape: Shape) -> dict[str, int]:
+        """Return what a record says of parameters that a token goes through, {} if through all."""
+        whole = self.active.budget.shape
+        if not self.active.budget.idle(whole):
+            return {}
+        pair = (int(self.active.total(x)) for x in (whole, shape))
+        return dict(zip(("active_before", "active_after"), pair, strict=True))
+
     def goal(self, asked: Asked) -> Goal:
         """Return the goal of what is asked for in parameters or bytes."""
         if asked.kind == "speedup":
             return self._faster(asked)
-        cost = {"params": self.params, "size": self.size, "memory": self.memory}[asked.kind]
+        cost: Cost = {
+            "params": self.params,
+            "active_params": self.active,
+            "size": self.size,
+            "memory": self.memory,
+        }[asked.kind]
 
         def reach(least: float) -> str:
             return f"leave at least {self.told(asked.kind, least)}"
@@ -132,13 +148,16 @@ class Prices:
 
     def told(self, kind: str, value: float) -> str:
         """Return what a model has of a kind of target, for people."""
-        if kind == "params":
-            return f"{millions(value) if value >= 1e6 else f'{value:,.0f}'} parameters"
+        if kind in PARAMETERS:
+            each = " a token goes through" * (kind == "active_params")
+            return f"{millions(value) if value >= 1e6 else f'{value:,.0f}'} parameters{each}"
         cache = f" with the KV cache of {self.sequences} x {self.context} tokens"
         return megabytes(value) + cache * (kind == "memory")
 
 
-COUNTED = ("params", "size", "memory")
+PARAMETERS = ("params", "active_params")
+"""Kinds of targets in parameters."""
+COUNTED = (*PARAMETERS, "size", "memory")
 """Kinds of targets that files can be held to; speed is measured."""
 
 
@@ -204,6 +223,7 @@ def reached(record: Mapping[str, Any]) -> float:
     return float(
         {
             "params": record["params"]["after"],
+            "active_params": record["params"].get("active_after", record["params"]["after"]),
             "size": record["bytes_on_disk"],
             "memory": record["bytes_on_disk"] + asked.get("cache_bytes", 0),
         }.get(asked["kind"], record["sparsity"])
