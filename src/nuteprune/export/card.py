@@ -39,11 +39,11 @@ _CARD = """\
 ## How to load
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
 folder = "."  # this checkpoint: a folder, or its id on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder{stock})
-model = AutoModelForCausalLM.from_pretrained(folder{remote})
+{read} = {reader}.from_pretrained(folder{stock})
+model = {auto}.from_pretrained(folder{remote})
 ```
 
 {how}
@@ -54,13 +54,28 @@ model = AutoModelForCausalLM.from_pretrained(folder{remote})
   may add to the latter, and has been judged by the figures above alone.
 - Licence: {licence}.
 - Layers: {layers}
-- Text: {text}. {tuned}`nuteprune.json` has all settings, versions and counts.
+- Text: {text}. {wrapped}{tuned}`nuteprune.json` has all settings, versions and counts.
 """
 
 _FREE = """\
 Its layers differ in size, so a short modeling file travels with the weights (`modeling_pruned.py`:
 it builds the stock layers at the sizes that `config.json` states). Without remote code:
 `from nuteprune import load_pruned; model = load_pruned(folder)`."""
+
+_ALONE = {
+    "auto": "AutoModelForCausalLM",
+    "reader": "AutoTokenizer",
+    "read": "tokenizer",
+    "wrapped": "",
+}
+_WRAPPED = {
+    "auto": "AutoModelForImageTextToText",
+    "reader": "AutoProcessor",
+    "read": "processor",
+    "wrapped": "Its language model alone was pruned, and calibration saw no images: what it makes "
+    "of\n  them was not judged. All else is the base model's, bit for bit. ",
+}
+"""What differs where the language model is inside of a model of several modalities."""
 
 _STOCK = (
     "All layers have the same size: it is a model of the stock class, and no extra code is needed."
@@ -93,6 +108,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         stock=", trust_remote_code=False" if remote_code else "",
         remote=", trust_remote_code=True" if remote_code else "",
         how=_FREE if remote_code else _STOCK,
+        **(_WRAPPED if record.get("wrapper") else _ALONE),
         licence=f"{_plain(licence)}, that of the base model" if licence else "the base model's",
         layers=_layers(record),
         tuned=_tuned(record),

@@ -27,6 +27,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, one_line, some
 from nuteprune.export.tokenizer import save_for_older
+from nuteprune.export.wrapping import Around
 from nuteprune.files import follow_umask, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
@@ -113,6 +114,7 @@ def save(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    around: Around | None = None,
     *,
     max_shard_size: str = "5GB",
 ) -> None:
@@ -125,6 +127,7 @@ def save(
         model: what `build` or `load_pruned` returned.
         folder: where to; absent, empty, or with nothing but `run/` and hidden files in it.
         tokenizer: the tokenizer to save along.
+        around: where a model of several modalities has its processor's files from.
         max_shard_size: size at which the weights are split into several files.
 
     Raises:
@@ -134,7 +137,7 @@ def save(
     folder = Path(folder)
     partial = folder / PARTIAL  # beside it might be another file system
     with writing(folder, "make room and do the same again; for a run, with --resume"):
-        _write_beside(partial, folder, model, tokenizer, max_shard_size)
+        _write_beside(partial, folder, model, tokenizer, around, max_shard_size)
 
 
 def _write_beside(
@@ -142,6 +145,7 @@ def _write_beside(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    around: Around | None,
     max_shard_size: str,
 ) -> None:
     try:
@@ -157,6 +161,8 @@ def _write_beside(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             save_for_older(partial)
+        if around is not None:
+            around.copy_processor(partial)
         follow_umask(partial)
         write_sums(partial)
         _move(partial, folder)

@@ -16,12 +16,13 @@ from nuteprune.model.shape import COUNTS, LayerShape, Shape
 PREFIX = "pruned_"
 """What the model type of a config with counts per layer begins with."""
 
-_FREE_SHAPE_KEYS = (
+FREE_SHAPE_KEYS = (
     "allow_global_per_layer_attribute_access",
     "auto_map",
     "per_layer_config",
     "pruned",
 )
+"""What a config with counts per layer states beside the stock class's values."""
 _INVERSE_DIVISOR = "logit_scale"
 """Added where a family divides logits; elsewhere it may be the family's own."""
 
@@ -51,7 +52,7 @@ def pruned_config(
     if not any(layer.attention for layer in counting):
         raise UserError("layer 0 must keep its attention: generation counts cached tokens there")
     names = family.config_names
-    added = {*_FREE_SHAPE_KEYS, *([_INVERSE_DIVISOR] if family.logit_divisor else [])}
+    added = {*FREE_SHAPE_KEYS, *([_INVERSE_DIVISOR] if family.logit_divisor else [])}
     values = {k: v for k, v in config.to_dict().items() if k not in added} | family.settles
     values[names["hidden"]] = shape.hidden
     values["head_dim"] = _head_dim(config)

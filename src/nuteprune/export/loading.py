@@ -23,9 +23,11 @@ from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import PREFIX
 from nuteprune.export.own_family import bring_from
+from nuteprune.export.wrapping import language_config
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import family_named
+from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
 from nuteprune.run_folder import SUMS
 
 _UNREADABLE = (
@@ -83,6 +85,8 @@ def unfilled(config: PreTrainedConfig) -> PreTrainedModel:
 def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Load a causal LM, pruned or stock, without running code that comes with it.
 
+    Of a model of several modalities, that is the language model inside.
+
     Args:
         source: a folder or the name of a model on the hub.
         kwargs: what `from_pretrained` takes, such as `dtype` or `device_map`; no remote code is
@@ -100,8 +104,12 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
         config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
     bring_from(source)
     model_type = config.get("model_type", "")
-    if not model_type.startswith(PREFIX):
-        model = _load(AutoModelForCausalLM, source, trust_remote_code=False, **kwargs)
+    if wrapper_of(model_type):
+        inner = language_config(config)
+        of_it = _causal_lm(inner.model_type)
+        model = _load(of_it, source, stock=True, config=inner, key_mapping=KEY_MAPPING, **kwargs)
+    elif not model_type.startswith(PREFIX):
+        model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     else:
         model = _load(_causal_lm(model_type), source, use_safetensors=True, **kwargs)
     # Last, since what does not fit can be told more clearly.
@@ -155,6 +163,9 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     with one_line(source):
         values, _ = PreTrainedConfig.get_config_dict(source)
     bring_from(source)
+    if wrapper_of(str(values.get("model_type", ""))):
+        with one_line(source):
+            return language_config(values)
     config_class: Any = _causal_lm(values.get("model_type", ""), values).config_class
     with one_line(source):
         return config_class.from_dict(values)  # type: ignore[no-any-return]
@@ -167,14 +178,15 @@ def _causal_lm(model_type: str, config: Mapping[str, Any] | None = None) -> type
     return getattr(transformers, name)  # type: ignore[no-any-return]
 
 
-def _load(model_class: Any, source: str | None, **kwargs: Any) -> PreTrainedModel:
+def _load(
+    model_class: Any, source: str | None, *, stock: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """Call `from_pretrained`, but refuse what it would make up: weights that do not fit."""
     with one_line(source or "the pruned model"), _quiet():
         model, info = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     # Stock checkpoints may carry more than their class reads, and always have; but no projections.
-    stock = model_class is AutoModelForCausalLM
     wrong = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": [

@@ -95,8 +95,10 @@ class LayerConfig:
 
 def counts_by_layer(config):
     """Return each layer's counts by config attribute, and its "skip" list if it has one."""
+    # A wrapper's language model states them with the rest; else they are where transformers looks.
     # The serialised form is the one that all versions share: {"0": {"intermediate_size": 8}, ...}
-    stated = {int(index): counts for index, counts in config.to_dict()["per_layer_config"].items()}
+    per_layer = config.pruned.get("per_layer_config") or config.to_dict()["per_layer_config"]
+    stated = {int(index): counts for index, counts in per_layer.items()}
     top = {name: getattr(config, name) for name in config.pruned["counts"].values()}
     return [top | stated.get(index, {}) for index in range(config.num_hidden_layers)]
 
@@ -222,6 +224,13 @@ def put(layer, path, module):
     setattr(layer.get_submodule(parent), name, module)
 
 
+AUTO_CLASSES = {
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "Model": "AutoModel",
+}
+
+
 class PrunedConfig:
     """What a pruned config adds to its stock class."""
 
@@ -239,7 +248,7 @@ class PrunedModel:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        resize_layers(self, config)
+        resize_layers(self, config.get_text_config())
 
     @classmethod
     def is_custom_code(cls):
@@ -253,7 +262,11 @@ def keep_file_names(stock, pruned):
         from transformers import conversion_mapping
     except ImportError:  # transformers 4 uses the modules' own names
         return
-    if renamings := conversion_mapping.get_checkpoint_conversion_mapping(stock):
+    renamings = conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__)
+    if renamings is None and hasattr(stock.config_class, "text_config"):  # else by its own type
+        stated = stock.config_class.model_type
+        renamings = conversion_mapping.get_checkpoint_conversion_mapping(stated)
+    if renamings:
         conversion_mapping.register_checkpoint_conversion_mapping(pruned, renamings, overwrite=True)
 
 
@@ -271,8 +284,8 @@ def __getattr__(name):
         config_class = "Pruned" + stock.config_class.__name__
         members.update(
             config_class=globals().get(config_class) or __getattr__(config_class),
-            _auto_class="AutoModel" if name.endswith("Model") else "AutoModelForCausalLM",
+            _auto_class=next(auto for end, auto in AUTO_CLASSES.items() if name.endswith(end)),
         )
-        keep_file_names(stock.__name__, name)
+        keep_file_names(stock, name)
     globals()[name] = made = type(name, bases, members)
     return made

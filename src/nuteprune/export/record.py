@@ -17,10 +17,12 @@ from nuteprune.errors import UserError
 from nuteprune.export.card import LICENCE, inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.own_family import of_record
+from nuteprune.export.wrapping import Around
 from nuteprune.files import to_json, write_text
 from nuteprune.memory import peak
 from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import Shape
+from nuteprune.model.wrappers import of_language_model
 from nuteprune.run_folder import CARD, RECORD
 
 SCHEMA = 1
@@ -28,7 +30,7 @@ SCHEMA = 1
 
 def blocks_recount(tensors: Mapping[str, list[int]], model_type: str) -> int:
     """Count the parameters of decoder projections among the tensors of a written checkpoint."""
-    family = family_named(model_type)
+    family, tensors = family_named(model_type), of_language_model(tensors)
     return sum(
         math.prod(shape)
         for name, shape in tensors.items()
@@ -84,6 +86,7 @@ def write_pruned(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     params: Mapping[str, int],
+    around: Around | None = None,
     **record: Any,
 ) -> dict[str, Any]:
     """Write a pruned checkpoint with its record and its card; counts come from what was written.
@@ -94,13 +97,19 @@ def write_pruned(
         tokenizer: its tokenizer, if it has one.
         params: `before` and `blocks_before`, counted on the dense model, and what a token goes
             through.
+        around: what else the model's checkpoint has, to be written with it; None: nothing.
         **record: what else `make_record` takes; `base_model` among it. Its `license` is read
             from the base model's card where it is not given; None where that is unknown.
 
     Returns:
         The record as it was written.
     """
-    save(model, folder, tokenizer)
+    params, whole = {**params}, model
+    if around is not None:
+        whole, outside = around.put(model)
+        params["before"] += outside
+        record["wrapper"] = around.wrapper.conditional
+    save(whole, folder, tokenizer, around)
     counted = recount(folder)
     if "license" not in record:
         record |= inherited_licence(record.get("base_model"))
@@ -115,7 +124,7 @@ def write_pruned(
         bytes_on_disk=weights_size(folder),
         peak_memory_bytes=peak(),
     )
-    return _write_texts(folder, model, full)
+    return _write_texts(folder, whole, full)
 
 
 def write_again(
@@ -123,6 +132,7 @@ def write_again(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     record: Mapping[str, Any],
+    around: Around | None = None,
 ) -> dict[str, Any]:
     """Write a pruned checkpoint whose weights have changed and whose shape has not.
 
@@ -131,12 +141,14 @@ def write_again(
         model: the model, in the dtype that it is to be stored in.
         tokenizer: its tokenizer.
         record: the record it had, with what has changed.
+        around: as in `write_pruned`.
 
     Returns:
         The record as it was written; sizes are those of the written files.
     """
-    save(model, folder, tokenizer)
-    return _write_texts(folder, model, {**record, "bytes_on_disk": weights_size(folder)})
+    whole = model if around is None else around.put(model)[0]
+    save(whole, folder, tokenizer, around)
+    return _write_texts(folder, whole, {**record, "bytes_on_disk": weights_size(folder)})
 
 
 def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from nuteprune.export.clients import CLIENTS
 from nuteprune.export.gguf_archs import ARCHS, Arch
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS, Family
+from nuteprune.model.wrappers import WRAPPERS
 
 _INTRO = """\
 # What is supported
@@ -30,6 +31,17 @@ routed to. `kv_groups` is the same as `heads` where each head has its own keys a
 stock config demands that the head count divides the width (llama, gemma2), uniform shapes keep head
 counts that do. In hybrids, heads and KV groups are those of layers with attention; a mixer (a
 recurrence, a convolution) stays whole, or goes with `attn_block`.
+"""
+
+_WRAPPERS = """\
+## Models of several modalities
+
+`prune` loads such a checkpoint by its `architectures`, prunes the language model inside, leaves
+all else bit for bit as it is, copies the processor's files and writes the whole back: a model of
+the same class (uniform), or one with the modeling file (free). Gates on `hidden` are refused, since
+what is made of images is as wide as the language model. `--text-only` writes the language model
+alone, with any gates. Calibration sees no images. `eval`, `bench` and `export` take the language
+model; `vocab` refuses. `tests/export/test_wrapping.py` runs each of them with an image.
 """
 
 _GGUF = """\
@@ -92,13 +104,28 @@ def _gguf() -> str:
     return _table(["family", "uniform", "free"], rows)
 
 
+def _wrappers() -> str:
+    rows = [[x.model_type, f"`{x.conditional}`"] for x in WRAPPERS.values()]
+    return _table(["model type", "class"], rows)
+
+
 def support_page() -> str:
     """Return the text of docs/support.md."""
     clients = _table(
         ["program", "uniform", "free", "run by"],
         [[x.name, x.uniform, x.free, x.run_by] for x in CLIENTS],
     )
-    parts = [_INTRO, *_gates(), _ALWAYS, "## Programs\n", clients, _GGUF, _gguf()]
+    parts = [
+        _INTRO,
+        *_gates(),
+        _ALWAYS,
+        "## Programs\n",
+        clients,
+        _WRAPPERS,
+        _wrappers(),
+        _GGUF,
+        _gguf(),
+    ]
     return "\n".join(parts)
 
 

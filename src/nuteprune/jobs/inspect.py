@@ -18,6 +18,7 @@ from nuteprune.gates.budget import Budget
 from nuteprune.model.family import Family
 from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import COUNTS, SAID, Shape
+from nuteprune.model.wrappers import of_language_model
 
 Tensors = Mapping[str, list[int]]
 
@@ -32,11 +33,14 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
     counted = recount(folder)
     family = family_named(config.model_type)
     before, after = shapes_of(record)
-    source = Source(family, config, after, biases_of(family, counted["tensors"]))
+    tensors = of_language_model(counted["tensors"])
+    outside = _count(counted["tensors"], counted["tensors"]) - _count(tensors, tensors)
+    source = Source(family, config, after, biases_of(family, tensors))
     rows = record.get("vocab", {"before": 1, "after": 1})
-    parts = parts_of(
-        source, before, counted["tensors"], record["params"], (rows["before"], rows["after"])
-    )
+    params = {**record["params"], "before": record["params"]["before"] - outside}
+    parts = parts_of(source, before, tensors, params, (rows["before"], rows["after"]))
+    if outside:
+        parts["other modalities"] = (outside, outside)
     multiples = multiples_of(source)
     found = warnings(source)
     if counted["total"] != record["params"]["after"]:

@@ -107,6 +107,7 @@ class PruneJob(Job):
     Args:
         family: YAML file with the entry of a model type that is not listed; None: it is.
         bits: 8 or 4: hold the dense model's projections in so many bits; None: in `dtype`.
+        text_only: of a model of several modalities, write the language model alone.
         dry_run: say what would be done, and write nothing.
         shares: of the tokens, one for each of `data`; None: see `jobs.text.mixture`.
         settings: of `NutePruneConfig`, as far as they are given.
@@ -128,6 +129,12 @@ class PruneJob(Job):
         f"{' or '.join(map(str, BITS))}: load the frozen dense model in so many bits while "
         "training; the result keeps full precision.",
         option="--bits",
+    )
+    text_only: bool | None = setting(
+        None,
+        "Of a model of several modalities, write the pruned language model alone, without towers.",
+        option="--text-only",
+        flag=True,
     )
     dry_run: bool = setting(
         False, "Say what would be done; write nothing.", option="--dry-run", flag=True, role=CALL

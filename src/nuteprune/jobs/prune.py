@@ -19,6 +19,7 @@ from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.errors import UserError
 from nuteprune.export.loading import in_dtype
+from nuteprune.export.wrapping import Around
 from nuteprune.jobs.family import take
 from nuteprune.jobs.folder import (
     alone,
@@ -34,6 +35,7 @@ from nuteprune.jobs.judging import Judge
 from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.show import print_dry_run, print_plan, print_report, print_results
 from nuteprune.jobs.sources import (
+    around,
     load_model,
     load_tokenizer,
     origin,
@@ -200,6 +202,7 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
     with output.bars() as bars:
         config.costs = costs_for(job, config, model, bars)
         trainer = make_trainer(job, model, config, text.training, tokenizer, bars)
+        check_width(job, trainer)
         print_plan(job, trainer, output)
         if job.dry_run:
             plan = print_dry_run(trainer, text.seconds_to_write(trainer), output)
@@ -216,6 +219,24 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
     for record in records.values():
         check_reached(record)
     return Result(records, held_out, trainer.pruning.first_scores)
+
+
+def check_width(job: PruneJob, trainer: NutePruneTrainer) -> None:
+    """Refuse to make a language model narrower than what its wrapper puts into it.
+
+    Raises:
+        UserError: naming what to do instead.
+    """
+    if "hidden" in trainer.allocator.constraints.kinds and _around(job) is not None:
+        raise UserError(
+            f"gates on hidden cannot be used here: what {job.model} makes of images is as wide as "
+            "its language model; leave hidden out of --gates, or pass --text-only"
+        )
+
+
+def _around(job: PruneJob) -> Around | None:
+    """Return what is written around the pruned language model."""
+    return None if job.text_only else around(job.model)
 
 
 def make_trainer(
@@ -287,6 +308,7 @@ def _prune(
         folder = target_folder(job, [target.asked for target in trainer.goals], index)
         records[folder] = trainer.save_pruned(
             folder,
+            _around(job),
             **judge.entries(before, after),
             **provenance,
             config=recorded(job, trainer.args),

@@ -53,6 +53,7 @@ from nuteprune.jobs.recover_text import (
 )
 from nuteprune.jobs.show import print_recovered, print_recovery, sequences_per_step
 from nuteprune.jobs.sources import (
+    around,
     load_model,
     load_tokenizer,
     pick_device,
@@ -293,7 +294,8 @@ def _write(
     as_stored(small, stored_dtype(small))
     result = {"out": str(job.out), "recover": entry}
     if record is None:
-        save(small, job.out, tokenizer)
+        outside = around(job.model)
+        save(small if outside is None else outside.put(small)[0], job.out, tokenizer, outside)
         return {**result, "bytes_on_disk": weights_size(job.out)}
     if "recover" in record:
         entry["earlier"] = record["recover"]
@@ -301,4 +303,4 @@ def _write(
     new.pop("copying", None)  # it was measured before the fine-tuning
     if (copied := copies(small, tokenizer)) is not None and "copying" in record:
         new["copying"] = {**record["copying"], "after": copied.percent}
-    return {**result, **write_again(job.out, small, tokenizer, new)}
+    return {**result, **write_again(job.out, small, tokenizer, new, around(job.model))}

@@ -21,12 +21,15 @@ from transformers import (
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
+from nuteprune.export.config import PREFIX
 from nuteprune.export.loading import exact_dtype, load_pruned
 from nuteprune.export.own_family import bring_from
 from nuteprune.export.record import origin_of, read_record
+from nuteprune.export.wrapping import Around, language_config
 from nuteprune.files import at_home, check_name
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import family_named
+from nuteprune.model.wrappers import wrapper_of
 from nuteprune.run_folder import RECORD
 
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
@@ -76,7 +79,7 @@ def record_of(model: str) -> dict[str, Any] | None:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """Return a model's config, checked to be a causal LM of a supported family.
+    """Return a model's config, checked to be, or to have inside, a supported causal LM.
 
     Raises:
         UserError: if there is no such model, or it is not one that can be pruned.
@@ -90,15 +93,25 @@ def read_config(model: str) -> dict[str, Any]:
         raise UserError(f"cannot load model {model}: {_told(error, model)}") from error
     bring_from(where)
     model_type = str(values.get("model_type", ""))
-    family = family_named(model_type, values)
-    named = values.get("architectures") or [family.causal_lm]
+    if (wrapper := wrapper_of(model_type)) is not None:
+        language_config(values)  # refuses what is not supported
+        expected = wrapper.conditional
+    else:
+        expected = family_named(model_type, values).causal_lm
+    named = values.get("architectures") or [expected]
     named = named if isinstance(named, list) else [named]
-    if not any(str(name).removeprefix("Pruned") == family.causal_lm for name in named):
+    if not any(str(name).removeprefix("Pruned") == expected for name in named):
         raise UserError(
             f"{model} is a {', '.join(map(str, named))}, not a causal language model; "
             f"supported: {', '.join(f.causal_lm for f in FAMILIES.values())}"
         )
     return values
+
+
+def around(model: str) -> Around | None:
+    """Return what a model of several modalities has around its language model, None for others."""
+    wrapper = wrapper_of(str(read_config(model)["model_type"]))
+    return None if wrapper is None else Around(locate(model), wrapper)
 
 
 def _config_values(where: str) -> dict[str, Any]:
@@ -116,6 +129,8 @@ def load_model(
     exact: bool = False,
 ) -> PreTrainedModel:
     """Load a supported causal LM to compute in `dtype`, and note the dtype it is stored in.
+
+    Of a model of several modalities, that is the language model inside.
 
     Args:
         model: as the user named it.
@@ -178,7 +193,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         UserError: if it has none that can be loaded.
     """
     # Named by its config alone, so that a pruned checkpoint's own config class is not asked for.
-    model_type = family_named(read_config(model)["model_type"]).model_type
+    model_type = str(read_config(model)["model_type"]).removeprefix(PREFIX)
     config = PreTrainedConfig.from_dict({"model_type": model_type})
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -30,7 +30,7 @@ from nuteprune.export.vocabulary import (
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.folder import alone, check_out, check_writable, clear
 from nuteprune.jobs.job import Job
-from nuteprune.jobs.sources import load_model, load_tokenizer, origin, stored_dtype
+from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
 
@@ -58,6 +58,11 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
     with alone(job.out):
         check_out(job)
         check_writable(job.out)
+        if around(job.model) is not None:
+            raise UserError(
+                f"{job.model} is a model of several modalities, whose processor has tokens of its "
+                "own: nuteprune prune --text-only writes its language model, which can be cut"
+            )
         tokenizer = load_tokenizer(job.model, job.trust_remote_code)
         merges = merges_of(tokenizer)
         model = load_model(job.model, torch.bfloat16, exact=True)

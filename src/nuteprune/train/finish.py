@@ -16,6 +16,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored, assemble, mapped, rounded_as_stored
 from nuteprune.export.loading import exact_dtype
 from nuteprune.export.record import write_pruned
+from nuteprune.export.wrapping import Around
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import is_packed
@@ -160,7 +161,11 @@ class Ending:
         return small
 
     def save(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, record: Mapping[str, Any]
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        record: Mapping[str, Any],
+        around: Around | None = None,
     ) -> dict[str, Any]:
         """Write the model that was cut last, with its tokenizer, record and card.
 
@@ -168,6 +173,7 @@ class Ending:
             folder: absent, empty, or with nothing but `run/` in it.
             tokenizer: the model's.
             record: what else the record is to hold; it wins over what is known here.
+            around: what else the checkpoint has that the model is from; None: nothing.
 
         Returns:
             The record as it was written.
@@ -187,6 +193,7 @@ class Ending:
             folder,
             as_stored(done.model, origin.stored_dtype),
             tokenizer,
+            around=around,
             params={
                 "before": origin.parameters,
                 "blocks_before": budget.before,

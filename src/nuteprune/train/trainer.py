@@ -28,6 +28,7 @@ from transformers import (
 from nuteprune.distill.losses import Head, amplified, token_counts
 from nuteprune.distill.objective import Objective, by_tokens, text_loss
 from nuteprune.errors import UserError
+from nuteprune.export.wrapping import Around
 from nuteprune.train.averaging import around_sharded
 from nuteprune.train.bad_steps import clip_lora
 from nuteprune.train.calibration import Progress, check_text, silent
@@ -312,11 +313,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """
         return self.ending.cut_earlier(index, model)
 
-    def save_pruned(self, folder: str | os.PathLike[str], **record: Any) -> dict[str, Any]:
+    def save_pruned(
+        self, folder: str | os.PathLike[str], around: Around | None = None, **record: Any
+    ) -> dict[str, Any]:
         """Write the finalized model, its tokenizer, record and card.
 
         Args:
             folder: absent, empty, or with nothing but `run/` in it.
+            around: what else the checkpoint has that the model is from; None: nothing.
             **record: what else the record is to hold, such as `perplexity`; `base_model` where it
                 is not the folder or hub id that the model was loaded from.
 
@@ -327,7 +331,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             UserError: if nothing was finalized yet, or the folder holds other files.
         """
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        written = self.ending.save(Path(folder), tokenizer, record)
+        written = self.ending.save(Path(folder), tokenizer, record, around)
         self.saved = Path(folder)
         return written
 

@@ -1,0 +1,154 @@
+"""Language models inside of models of several modalities: taken out, and put back when pruned."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from nuteprune.errors import UserError
+from nuteprune.export import modeling_pruned
+from nuteprune.export.config import FREE_SHAPE_KEYS, PREFIX
+from nuteprune.model.lookup import family_named
+from nuteprune.model.wrappers import INSIDE, Wrapper, own_name, wrapper_name, wrapper_of
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+"""What turns images into tensors, beside the tokenizer's own files."""
+
+
+def language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the config of the language model in a wrapper.
+
+    Args:
+        values: the wrapper's config.json.
+
+    Raises:
+        UserError: if it has none, or one of a type that is not supported.
+    """
+    wrapper = wrapper_of(str(values["model_type"]))
+    assert wrapper is not None
+    if not isinstance(values.get("text_config"), Mapping):
+        raise UserError(f"a {wrapper.model_type} config without text_config has no language model")
+    stock: Any = CONFIG_MAPPING[wrapper.model_type]
+    config = stock.from_dict({**values, "model_type": wrapper.model_type})
+    text: PreTrainedConfig = config.get_text_config()
+    text.tie_word_embeddings = config.tie_word_embeddings
+    family = family_named(text.model_type, text.to_dict())
+    if (pruned := getattr(text, "pruned", None)) is None:
+        return text
+    per_layer = {"per_layer_config": pruned["per_layer_config"]}
+    inner = {key: x for key, x in pruned.items() if key not in per_layer}
+    free = {
+        "model_type": PREFIX + family.model_type,
+        "architectures": [f"Pruned{family.causal_lm}"],
+        "pruned": {**inner, "layers": family.layers},
+        "allow_global_per_layer_attribute_access": True,
+        **per_layer,
+    }
+    config_class = getattr(modeling_pruned, f"Pruned{type(text).__name__}")
+    return config_class.from_dict({**text.to_dict(), **free})  # type: ignore[no-any-return]
+
+
+def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a wrapper's config around a pruned language model's.
+
+    Args:
+        whole: the wrapper's before, stock or pruned; it stays as it is.
+        text: the pruned language model's.
+    """
+    wrapper = wrapper_of(whole.model_type)
+    assert wrapper is not None
+    stock: Any = CONFIG_MAPPING[wrapper.model_type]
+    given = text.to_dict()
+    dropped = (*FREE_SHAPE_KEYS, "architectures", "transformers_version")
+    inner = {key: x for key, x in given.items() if key not in dropped}
+    inner["model_type"] = given["model_type"].removeprefix(PREFIX)
+    values = {key: x for key, x in whole.to_dict().items() if key != "auto_map"}
+    values |= {"model_type": wrapper.model_type, "architectures": [wrapper.conditional]}
+    if "pruned" not in given:
+        return stock.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
+    path = INSIDE + given["pruned"]["layers"].partition(".")[2]
+    inner["pruned"] = {
+        **given["pruned"],
+        "layers": path,
+        "per_layer_config": given["per_layer_config"],
+    }
+    classes = {
+        "AutoConfig": stock.__name__,
+        "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
+        "AutoModelForImageTextToText": wrapper.conditional,
+    }
+    values |= {
+        "model_type": PREFIX + wrapper.model_type,
+        "architectures": [f"Pruned{wrapper.conditional}"],
+        "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
+    }
+    config_class = getattr(modeling_pruned, f"Pruned{stock.__name__}")
+    return config_class.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
+
+
+class Around:
+    """What a checkpoint has around its language model, which stays bit for bit as it is.
+
+    Args:
+        source: the checkpoint, a folder or the name of a model on the hub.
+        wrapper: what it is.
+    """
+
+    def __init__(self, source: str, wrapper: Wrapper) -> None:
+        self.source, self.wrapper = source, wrapper
+
+    def put(self, small: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+        """Return the whole model around a pruned language model, fit to be saved.
+
+        Args:
+            small: the language model, in the dtype that the checkpoint is stored in.
+
+        Returns:
+            The model, and how many parameters are not the language model's.
+        """
+        whole = self._load(small.dtype)
+        outside = {k: x for k, x in whole.state_dict().items() if own_name(k) is None}
+        config = wrapped_config(whole.config, small.config)
+        with torch.device("meta"):
+            model: Any = _class_of(config)(config)
+        inside = {wrapper_name(k): x for k, x in small.state_dict().items()}
+        given: dict[str, Tensor] = {**outside, **inside}
+        missing, unexpected = model.load_state_dict(given, strict=False, assign=True)
+        if wrong := [*unexpected, *(x for x in missing if x != "lm_head.weight")]:
+            raise UserError(f"{self.source} does not go around its language model: {min(wrong)}")
+        model.tie_weights()
+        model.generation_config = whole.generation_config
+        count = sum(p.numel() for k, p in whole.named_parameters() if own_name(k) is None)
+        return model.eval(), count
+
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        values, _ = PreTrainedConfig.get_config_dict(self.source)
+        pruned = str(values["model_type"]).startswith(PREFIX)
+        holder: Any = modeling_pruned if pruned else transformers
+        name = f"Pruned{self.wrapper.conditional}" if pruned else self.wrapper.conditional
+        return getattr(holder, name).from_pretrained(self.source, dtype=dtype)  # type: ignore[no-any-return]
+
+    def copy_processor(self, folder: Path) -> None:
+        """Copy the files by which images are read into a folder, as they are."""
+        for name in PROCESSOR_FILES:
+            found = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
+            if found is not None:
+                shutil.copyfile(found, folder / name)
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    name = config.architectures[0]  # type: ignore[index]
+    return getattr(modeling_pruned if name.startswith("Pruned") else transformers, name)

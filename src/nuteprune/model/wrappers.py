@@ -1,0 +1,65 @@
+"""Models of several modalities: which hold a language model, and what its tensors are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+INSIDE = "model.language_model."
+"""Where the language model's base is in a wrapper, whose head is beside it."""
+_FILES = (("language_model.model.", "model."), (INSIDE, "model."))
+"""What tensors of a language model begin with in a wrapper's files -> in its own."""
+_HEADS = (("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head."))
+KEY_MAPPING = {f"^{theirs}".replace(".", r"\."): own for theirs, own in (*_FILES, _HEADS[0])}
+"""The same as transformers' `from_pretrained` takes it."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model type of several modalities around a language model of some family.
+
+    Args:
+        model_type: the config's.
+        conditional: the class of its checkpoints.
+    """
+
+    model_type: str
+    conditional: str
+
+
+WRAPPERS = {
+    x.model_type: x
+    for x in (
+        Wrapper("gemma3", "Gemma3ForConditionalGeneration"),
+        Wrapper("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+        Wrapper("mistral3", "Mistral3ForConditionalGeneration"),
+    )
+}
+
+
+def wrapper_of(model_type: str) -> Wrapper | None:
+    """Return the wrapper of a config's `model_type`, that of a pruned checkpoint too."""
+    return WRAPPERS.get(model_type.removeprefix("pruned_"))
+
+
+def own_name(name: str) -> str | None:
+    """Return what a wrapper's tensor is called in its language model, None if it is of none."""
+    for theirs, own in (*_FILES, *_HEADS):
+        if name.startswith(theirs):
+            return own + name.removeprefix(theirs)
+    return None
+
+
+def wrapper_name(name: str) -> str:
+    """Return what a language model's tensor is called in a wrapper."""
+    return INSIDE + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+def of_language_model(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the tensors of a checkpoint's language model, by its own names."""
+    if not any("language_model." in name for name in tensors):
+        return dict(tensors)
+    return {own: x for name, x in tensors.items() if (own := own_name(name)) is not None}

@@ -1,0 +1,98 @@
+"""Models of several modalities through the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from nuteprune.jobs.reproduce import commands
+from nuteprune.model.wrappers import WRAPPERS, own_name
+from tests.wrapped import inputs, wrapper
+
+SETTINGS = ("--steps", 0, "--shares", 1, "--length", 16, "--batch-size", 1, "--dtype", "float32")
+
+
+@pytest.fixture
+def saved(tiny_tokenizer: Any, tmp_path: Path) -> Callable[[str], Path]:
+    def save(name: str) -> Path:
+        wrapper(name).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "processor_config.json").write_text("{}")
+        return tmp_path / name
+
+    return save
+
+
+def options(model: Path, text: Path, out: Path, *more: Any) -> list[Any]:
+    common = ("--sparsity", 0.2, "--set", "neuron_multiple=8", "--json")
+    return ["prune", model, "--data", text, "--out", out, *common, *SETTINGS, *more]
+
+
+@pytest.mark.slow(6)
+@pytest.mark.parametrize(("name", "shapes"), [("gemma3", "free"), ("qwen3_5", "uniform")])
+def test_a_wrapper_is_pruned_and_still_sees(
+    name: str,
+    shapes: str,
+    saved: Callable,
+    text: Path,
+    tmp_path: Path,
+    run: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, out = saved(name), tmp_path / "out"
+    gates = "neurons,mlp_block" if shapes == "free" else "kv_groups,neurons"
+    more = ("--shapes", shapes, "--gates", gates)
+    code, stdout, err = run(*options(model, text, out, *more))
+    assert code == 0, err
+    record = json.loads(stdout.splitlines()[-1])
+    dense = wrapper(name)
+    assert record["wrapper"] == WRAPPERS[name].conditional
+    assert record["params"]["before"] == sum(p.numel() for p in dense.parameters())
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    how = {"trust_remote_code": "Pruned" in (out / "config.json").read_text()}
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(out, **how).eval()
+    assert record["params"]["after"] == sum(p.numel() for p in loaded.parameters())
+    for path, parameter in loaded.named_parameters():
+        if own_name(path) is None:
+            assert torch.equal(parameter, dense.get_parameter(path))
+    made = loaded.generate(**inputs(name), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert made.shape[1] == inputs(name)["input_ids"].shape[1] + 3
+    assert (out / "processor_config.json").read_text() == "{}"
+    card = (out / "README.md").read_text()
+    assert "calibration saw no images" in card
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    code, stdout, err = run("inspect", out, "--json")
+    assert code == 0, err
+    parts = json.loads(stdout.splitlines()[-1])["parts"]
+    for when in ("before", "after"):
+        assert sum(x[when] for x in parts.values()) == record["params"][when]
+
+
+@pytest.mark.slow(4)
+def test_the_language_model_alone_can_be_written(
+    saved: Callable, text: Path, tmp_path: Path, run: Callable
+) -> None:
+    model, out = saved("gemma3"), tmp_path / "out"
+    refused = options(model, text, out, "--gates", "hidden", "--set", "hidden_multiple=8")
+    code, _, err = run(*refused)
+    assert code == 2
+    assert "what" in err
+    assert "is as wide as its language model" in err
+    assert "--text-only" in err
+    assert not out.exists()
+    code, stdout, err = run(*refused, "--text-only")
+    assert code == 0, err
+    record = json.loads(stdout.splitlines()[-1])
+    assert "wrapper" not in record
+    assert record["hidden"]["after"] < record["hidden"]["before"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert type(loaded).__name__.removeprefix("Pruned") == "Gemma3ForCausalLM"
+    assert "saw no images" not in (out / "README.md").read_text()
+    assert "text_only" in " ".join(commands(record, "again")[0])

@@ -1,0 +1,138 @@
+"""Language models inside of models of several modalities: pruned, with all around them kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import assemble, recount, save
+from nuteprune.export.loading import load_config, load_pruned
+from nuteprune.export.record import blocks_recount
+from nuteprune.export.wrapping import Around
+from nuteprune.gates.masks import Masks
+from nuteprune.jobs.sources import read_config
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.wrappers import WRAPPERS, of_language_model, own_name
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import make_allocator
+from tests.wrapped import CONFIGS, inputs, wrapper
+
+
+@pytest.fixture
+def saved(tiny_tokenizer: Any, tmp_path: Path) -> Callable[[str], Path]:
+    def save_it(name: str) -> Path:
+        folder = tmp_path / name
+        wrapper(name).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text('{"do_resize": true}')
+        return folder
+
+    return save_it
+
+
+def cut(language_model: PreTrainedModel, shapes: str) -> tuple[PreTrainedModel, Masks]:
+    kinds = "kv_groups,neurons" + (",attn_block,mlp_block" if shapes == "free" else "")
+    anatomy = Anatomy(language_model)
+    settings = {"gates": kinds, "shapes": shapes, "neuron_multiple": 8}
+    allocator = make_allocator(anatomy, NutePruneConfig(output_dir="unused", **settings))
+    random = torch.Generator().manual_seed(0)
+    units = {k: allocator.layout.units(k) for k in allocator.constraints.kinds}
+    scores = {k: torch.rand(n, generator=random) for k, n in units.items()}
+    shape = allocator.shape(scores, 0.5 * allocator.maximum())
+    masks = allocator.masks(shape, scores)
+    return assemble(anatomy, masks)[0], masks
+
+
+@torch.no_grad()
+def through_masks(name: str, folder: Path, masks: Masks, given: dict[str, Tensor]) -> Tensor:
+    """Logits of the dense language model under masks, of what the dense wrapper puts into it."""
+    whole, seen = wrapper(name), {}
+    inner = whole.model.language_model
+    handle = inner.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    whole(**given, use_cache=False)
+    handle.remove()
+    alone = load_pruned(folder, dtype=torch.float32)
+    names = ("inputs_embeds", "position_ids", "attention_mask")
+    with MaskHooks(Anatomy(alone)).using(masks):
+        return alone(**{k: seen[k] for k in names}, use_cache=False).logits
+
+
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_whole_around_a_pruned_language_model_is_the_masked_one(
+    name: str, shapes: str, saved: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, given = saved(name), inputs(name)
+    small, masks = cut(load_pruned(source, dtype=torch.float32), shapes)
+    around = Around(str(source), WRAPPERS[name])
+    whole, outside = around.put(small)
+    save(whole, tmp_path / "out", around=around)
+    expected = through_masks(name, source, masks, given)
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    how = {"trust_remote_code": shapes == "free"}
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", **how).eval()
+    assert type(loaded).__name__.removeprefix("Pruned") == WRAPPERS[name].conditional
+    with torch.no_grad():
+        ours = loaded(**given, use_cache=False).logits
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert not torch.allclose(
+        ours,
+        loaded(**given | {"pixel_values": 0 * given["pixel_values"]}, use_cache=False).logits,
+        atol=1e-3,
+    )
+
+    dense = wrapper(name)
+    kept = {k: x for k, x in loaded.named_parameters() if own_name(k) is None}
+    assert all(torch.equal(x, dense.get_parameter(k)) for k, x in kept.items())
+    assert outside == sum(x.numel() for x in kept.values()) > 0
+    again = load_pruned(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        alone = again(input_ids=ids, use_cache=False).logits
+        assert torch.allclose(loaded(input_ids=ids, use_cache=False).logits, alone, atol=1e-5)
+    assert load_config(tmp_path / "out").model_type == again.config.model_type
+    tensors = recount(tmp_path / "out")["tensors"]
+    assert blocks_recount(tensors, again.config.model_type) == sum(
+        p.numel()
+        for n, p in again.named_parameters()
+        if any(f".{x.path}." in n for x in Anatomy(again).family.projections)
+    )
+    assert len(of_language_model(tensors)) == len(list(again.parameters()))
+    text = (tmp_path / "out" / "preprocessor_config.json").read_text()
+    assert text == '{"do_resize": true}'
+
+    greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    cached, plain = (loaded.generate(**given, use_cache=use, **greedy) for use in (True, False))
+    assert torch.equal(cached, plain)
+    if shapes == "free":  # layers follow a change of the attention implementation
+        loaded.set_attn_implementation("eager")
+        with torch.no_grad():
+            eager = loaded(**given, use_cache=False).logits
+        assert (eager - ours).abs().max() <= 1e-4 * ours.abs().max()
+        inner = loaded.model.language_model.modules()
+        assert {m.config._attn_implementation for m in inner if hasattr(m, "config")} == {"eager"}
+
+
+def test_what_is_no_language_model_is_refused(saved: Callable) -> None:
+    folder = saved("gemma3")
+    values = json.loads((folder / "config.json").read_text())
+    for change, told in (
+        ({"text_config": None}, "without text_config has no language model"),
+        ({"architectures": ["Gemma3Model"]}, "is a Gemma3Model, not a causal language model"),
+        ({"text_config": {"model_type": "mamba"}}, "'mamba' is not supported"),
+    ):
+        (folder / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(UserError, match=told):
+            read_config(str(folder))
