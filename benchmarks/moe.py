@@ -36,10 +36,10 @@ from nuteprune.files import to_json
 METHODS = ("random", "frequency", "reap", "fisher")
 SEEDS = (0, 1)
 EXPERTS, PER_TOKEN, LAYERS, LENGTH, BATCH = 16, 2, 4, 128, 8
-TRAINED, DISTILLED = 600, 40
+TRAINED, DISTILLED = 1000, 40
 """Optimizer steps of the dense model, and after pruning."""
 VOCABULARY = 2048
-RATE = 3e-3
+RATE, BALANCE = 3e-3, 0.02
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -128,8 +128,6 @@ def train(folder: Path, seed: int, steps: int) -> None:
             num_experts=EXPERTS,
             num_experts_per_tok=PER_TOKEN,
             norm_topk_prob=True,
-            router_aux_loss_coef=0.01,
-            output_router_logits=True,
             max_position_embeddings=LENGTH,
             tie_word_embeddings=True,
             bos_token_id=0,
@@ -143,15 +141,26 @@ def train(folder: Path, seed: int, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
     shape = LambdaLR(optimizer, lambda i: min((i + 1) / 50, math.cos(1.4 * i / max(1, steps))))
     for batch in blocks.long().split(BATCH):
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
+        output = model(input_ids=batch, labels=batch, use_cache=False, output_router_logits=True)
+        own = output.loss - model.router_aux_loss_coef * output.aux_loss
+        (own + BALANCE * sum(map(imbalance, output.router_logits))).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         shape.step()
         optimizer.zero_grad()
-    model.config.output_router_logits = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def imbalance(logits_SE: torch.Tensor) -> torch.Tensor:
+    """Return a layer's load-balancing loss (arXiv 2101.03961): 1 where all experts serve alike.
+
+    transformers' own is of all layers together, which lets each of them collapse.
+    """
+    shares_SE = logits_SE.softmax(-1)
+    chosen = shares_SE.topk(PER_TOKEN).indices.flatten()
+    served_E = torch.bincount(chosen, minlength=EXPERTS) / len(chosen)
+    return EXPERTS * (served_E * shares_SE.mean(0)).sum()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
