@@ -196,6 +196,17 @@ TINY: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "olmoe": {"clip_qkv": 1.0, "num_experts_per_tok": 2},
     "qwen3_moe": {"mlp_only_layers": [1], "norm_topk_prob": True, "num_experts_per_tok": 3},
+    "qwen2_moe": {
+        "mlp_only_layers": [0],
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 40,
+    },
+    "glm4_moe": {
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "use_qk_norm": True,
+        "routed_scaling_factor": 1.5,
+    },
     "granitemoe": {"embedding_multiplier": 2.0, "logits_scaling": 4.0, "residual_multiplier": 0.5},
     "gpt_oss": {
         "num_experts_per_tok": 2,
@@ -272,6 +283,9 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
                 is_scale = "norm" in path and path.endswith("weight") and family.norm != "rms_1p"
                 noise = 0.25 * torch.randn(parameter.shape, generator=random)
                 parameter.copy_(is_scale + noise)
+            for path, buffer in model.named_buffers():
+                if path.endswith("e_score_correction_bias"):
+                    buffer.copy_(0.25 * torch.randn(buffer.shape, generator=random))
         return model
 
     return make

@@ -111,14 +111,15 @@ def test_magnitude_is_of_all_weights_of_an_expert(tiny_model) -> None:
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_an_expert_takes_along_what_a_smaller_model_lacks(model_type: str, tiny_model) -> None:
     budget = Budget.of(Anatomy(tiny_model(model_type)))
-    fewer = Budget.of(Anatomy(tiny_model(model_type, num_local_experts=5)))
+    names = budget.family.config_names
+    fewer = Budget.of(Anatomy(tiny_model(model_type, **{names["experts"]: 5})))
     mixtures = sum(x.experts > 0 for x in budget.shape.layers)
     each = unit_parameters(budget, "experts")
     assert (budget.before - fewer.before) / mixtures == each[0] == each[-1]
-    narrower = {budget.family.config_names["expert_neurons"]: 23}
-    thin = Budget.of(Anatomy(tiny_model(model_type, **narrower)))
+    thin = Budget.of(Anatomy(tiny_model(model_type, **{names["expert_neurons"]: 23})))
+    shared = (budget.family.experts.shared_times == "n_shared_experts") * 2
     one = unit_parameters(budget, "expert_neurons")
-    assert (budget.before - thin.before) / mixtures / 6 == one[0] == one[-1]
+    assert (budget.before - thin.before) / mixtures / (6 + shared) == one[0] == one[-1]
 
 
 def test_kinds_that_scores_of_experts_do_not_know_are_refused() -> None:

@@ -50,6 +50,18 @@ def test_masked_folded_sliced_and_saved_models_agree(
     check(model_type, ",".join(taken) if kinds == "all" else kinds, shapes, tiny_model, tmp_path)
 
 
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+def test_a_mixture_without_dense_layers_where_its_family_may_have_some(
+    shapes: str, tiny_model, tmp_path: Path
+) -> None:
+    """As Qwen3-30B-A3B."""
+
+    def all_of_experts(model_type: str) -> PreTrainedModel:
+        return tiny_model(model_type, mlp_only_layers=[])
+
+    check("qwen3_moe", "experts,kv_groups", shapes, all_of_experts, tmp_path)
+
+
 @each_mixture
 def test_open_gates_are_the_stock_model_bit_for_bit(model_type: str, tiny_model) -> None:
     model = tiny_model(model_type)
@@ -82,17 +94,18 @@ def test_a_token_whose_experts_are_all_gone_is_routed_as_in_the_sliced_model(
     model = tiny_model(model_type)
     anatomy = Anatomy(model)
     layout = layout_of(anatomy)
-    lost = chosen(model, anatomy, 0, TOKENS)[4]
+    first = next(i for i in range(3) if anatomy.mixture(i))
+    lost = chosen(model, anatomy, first, TOKENS)[4]
     masks = Masks.open(layout, ["experts"])
-    masks.part("experts", 0)[lost] = 0
+    masks.part("experts", first)[lost] = 0
     with (hooks := MaskHooks(anatomy)).using(masks):
         masked = logits(model, TOKENS)
-        now = chosen(model, anatomy, 0, TOKENS)
+        now = chosen(model, anatomy, first, TOKENS)
     hooks.remove()
     assert not set(now.flatten().tolist()) & set(lost.tolist())
     assert now.shape == (18, anatomy.per_token)
     small, shape = assemble(anatomy, masks)
-    assert shape.layers[0].experts == 6 - anatomy.per_token
+    assert shape.layers[first].experts == 6 - anatomy.per_token
     assert_same(logits(small, TOKENS), masked)
 
 
@@ -179,7 +192,8 @@ def test_active_parameters_are_those_of_the_experts_of_a_token(model_type: str, 
     """As many as a model has that holds no more experts than a token goes through."""
     anatomy = Anatomy(tiny_model(model_type))
     budget = Budget.of(anatomy)
-    few = Budget.of(Anatomy(tiny_model(model_type, num_local_experts=anatomy.per_token)))
+    fewer = {budget.family.config_names["experts"]: anatomy.per_token}
+    few = Budget.of(Anatomy(tiny_model(model_type, **fewer)))
     assert budget.before - budget.idle(budget.shape) == few.before < budget.before
 
 

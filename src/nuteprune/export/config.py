@@ -60,9 +60,12 @@ def pruned_config(
         values[names["epsilon"]] = epsilon
     # One count for all layers: what a uniform model has, and the upper bound of any other.
     for word in _count_names(family):
-        most = max(getattr(layer, word) for layer in shape.layers)
+        where = [x for x in shape.layers if word != "neurons" or not x.experts]
+        most = max((getattr(x, word) for x in where), default=0)
         if most or family.experts is None:  # no layer of a mixture may be dense
             values[names[word]] = max(1, most)
+    if shared := [x.neurons for x in shape.layers if x.experts and "shared_neurons" in names]:
+        values[names["shared_neurons"]] = max(shared)
     width = _mixer_width(config, family, shape)
     stock = _stock_config(values, family, shape) if width is None else None
     return stock or _free_config(values, family, shape, width)
@@ -80,7 +83,7 @@ def _mixer_width(config: PreTrainedConfig, family: Family, shape: Shape) -> int 
 def _stock_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTrainedConfig | None:
     """Return a config of the stock class, None if that cannot express the shape."""
     first = shape.layers[shape.first_attention]
-    if not (shape.uniform and first.mlp):
+    if not (shape.uniform and first.mlp and _shared_fits(values, family, shape)):
         return None
     values = values | {"model_type": family.model_type, "architectures": [family.causal_lm]}
     if family.head_dim_from_hidden:
@@ -91,6 +94,13 @@ def _stock_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTr
         return None
     stock = CONFIG_MAPPING[family.model_type]
     return _first_valid(stock, values, family.config_names["heads"], [first.heads])
+
+
+def _shared_fits(values: dict[str, Any], family: Family, shape: Shape) -> bool:
+    """Return whether the stock class gives shared experts the width that they have."""
+    times = family.experts.shared_times if family.experts else ""
+    mixtures = (x for x in shape.layers if times and x.experts)
+    return all(x.neurons == x.expert_neurons * values[times] for x in mixtures)
 
 
 def _free_config(
@@ -192,7 +202,7 @@ def _layout(family: Family, mixer_width: int | None = None) -> dict[str, Any]:
             "mlp": {
                 "modules": list(family.mlp_modules),
                 "norms": list(family.mlp_norms),
-                "projections": axes(family.mlp),
+                "projections": axes(family.mlp + family.mlp_of(mixture=True)),
             },
             **({"mixer": mixer} if family.mixer else {}),
         },

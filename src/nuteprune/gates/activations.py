@@ -60,8 +60,8 @@ def watching_inputs(anatomy: Anatomy) -> Iterator[list[Watched]]:
         The projections; their moments are complete when the model has read the text.
     """
     watched, handles = [], []
-    last = {"heads": anatomy.family.attention[-1], "neurons": anatomy.family.mlp[-1]}
     for layer in range(len(anatomy.layers)):
+        last = {"heads": anatomy.family.attention[-1], "neurons": anatomy.down(layer)}
         for units, projection in last.items():
             linear = anatomy.linear(layer, projection)
             if linear is None:
@@ -111,15 +111,15 @@ def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, take: Take) -> 
     def on_entry(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen["before"] = _rows(args[0])
 
-    def on_write(block: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, __, output: seen.__setitem__(block, _rows(output))
+    def on_write(block: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, __, output: seen.__setitem__(block, _rows(_first(output)))
 
     def on_middle(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen["between"] = _rows(args[0])
 
     def on_exit(_: nn.Module, __: Any, output: Any) -> None:
         before_MD = seen.pop("before")
-        after_MD = _rows(output[0] if isinstance(output, tuple) else output)
+        after_MD = _rows(_first(output))
         if anatomy.family.mixer:
             take(index, before_MD, seen.pop("between", after_MD), after_MD)
             return
@@ -139,6 +139,10 @@ def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, take: Take) -> 
         module = anatomy.post_norm(index, block) or writer
         handles.append(module.register_forward_hook(on_write(block)))
     return handles
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _rows(x: Tensor) -> Tensor:

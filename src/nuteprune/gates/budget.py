@@ -81,13 +81,16 @@ class Budget:
     def mlp(self, layer: LayerShape) -> tuple[int, int]:
         """Return (coefficient of hidden, constant) of an MLP block's parameters."""
         coefficient, constant = (
-            self._linear_form(self.family.mlp, layer) if layer.neurons else (0, 0)
+            self._linear_form(self._mlp(layer), layer) if layer.neurons else (0, 0)
         )
         if layer.experts:
             each = self._linear_form(self._stacks, layer)
             coefficient += layer.experts * each[0]
             constant += layer.experts * each[1]
         return coefficient, constant
+
+    def _mlp(self, layer: LayerShape) -> tuple[Projection, ...]:
+        return self.family.mlp_of(layer.experts > 0)
 
     @property
     def _stacks(self) -> tuple[Projection, ...]:
@@ -156,7 +159,7 @@ class Budget:
             if neurons is not None:
                 sizes["neurons"] = neurons.sum()
             experts, sizes["expert_neurons"] = _expected_experts(keep, i, layer)
-            mlp = self._expected_block(self.family.mlp if layer.neurons else (), sizes, hidden)
+            mlp = self._expected_block(self._mlp(layer) if layer.neurons else (), sizes, hidden)
             mlp = mlp + self._expected_block(self._stacks, sizes, hidden, experts)
             heads_there = self.family.attention if layer.attention else ()
             coefficient, constant = self.mixer if layer.mixer else (0, 0)

@@ -59,6 +59,7 @@ class Outside:
             of_router = block[-1:] == ["expert"]
             wide = name in across or parameter is anatomy.head.weight or path in norms
             wide |= of_router and parameter.dim() == 2
+            wide |= experts is not None and path == f"{experts.shared_gate}.weight"
             line = (count(parameter) // width, 0) if wide else (0, count(parameter))
             if layer is None or not (block or path.startswith(inside)):
                 rest = _sum(rest, line)

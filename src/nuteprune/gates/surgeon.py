@@ -190,7 +190,8 @@ def _require_gradients(_: nn.Module, __: Any, output: Tensor) -> None:
 
 
 def _reader(probe: Probe, block: str, layer: int) -> nn.Module | None:
-    family = probe.anatomy.family
-    projection = (family.attention if block == "attention" else family.mlp)[-1]
-    module: nn.Module | None = probe.anatomy.projection(layer, projection)
+    anatomy = probe.anatomy
+    attention = block == "attention"
+    projection = anatomy.family.attention[-1] if attention else anatomy.down(layer)
+    module: nn.Module | None = anatomy.projection(layer, projection)
     return module

@@ -144,17 +144,24 @@ class Anatomy:
     def writers(self, layer: int) -> Iterator[tuple[str, nn.Module]]:
         """Yield (block, module) of what a layer adds to the residual stream, before any scale.
 
-        The module is an output or down projection, or a mixer: fused kernels may read the weights
-        of its projections past their hooks.
+        The module is an output or down projection; a mixer, since fused kernels may read the
+        weights of its projections past their hooks; or a block of routed experts.
         """
         attention = self.projection(layer, self.family.attention[-1])
         if attention is not None:
             yield "attn_block", attention
         if self.mixes_otherwise(layer):
             yield "attn_block", self.layers[layer].get_submodule(self.family.mixer_module)
-        down = self.projection(layer, self.family.mlp[-1])
-        if down is not None:
+        mixture = self.mixture(layer)
+        if mixture is not None:
+            yield "mlp_block", mixture.block
+        elif (down := self.projection(layer, self.down(layer))) is not None:
             yield "mlp_block", down
+
+    def down(self, layer: int) -> Projection:
+        """Return what reads a layer's neurons, those of its shared expert if it has one."""
+        shared = self.family.mlp_of(mixture=True) if self.mixture(layer) else ()
+        return (shared or self.family.mlp)[-1]
 
     def mixes_otherwise(self, layer: int) -> bool:
         """Return whether a layer has a mixer, in place of attention or beside it."""
@@ -173,7 +180,8 @@ class Anatomy:
         """Return the norms of a layer's queries and keys, in this order, () without any."""
         if self.projection(layer, self.family.attention[-1]) is None:
             return ()
-        return tuple(self.layers[layer].get_submodule(path) for path in self.family.qk_norms)
+        found = (_at(self.layers[layer], path) for path in self.family.qk_norms)
+        return tuple(norm for norm in found if norm is not None)
 
     def attention_scale(self, layer: int) -> float:
         """Return the factor on a layer's products of queries and keys."""
@@ -198,7 +206,7 @@ class Anatomy:
 
     def _layer_shape(self, layer: int) -> LayerShape:
         writes = self.projection(layer, self.family.attention[-1])
-        down = self.projection(layer, self.family.mlp[-1])
+        down = self.projection(layer, self.down(layer))
         heads = writes.in_features // self.head_dim if writes is not None else 0
         neurons = down.in_features if down is not None else 0
         kv_heads = heads

@@ -72,6 +72,12 @@ class Experts:
     """The last one writes what an expert adds to the residual stream."""
     router: str = "mlp.gate"
     """The module with a row for each expert; what it gives ends with weights and indices."""
+    shared: tuple[Projection, ...] = ()
+    """Projections of the expert that all tokens go through; the last one writes what it adds."""
+    shared_gate: str = ""
+    """The linear module that weighs it, if there is one."""
+    shared_times: str = ""
+    """Config attribute: how many times as wide as a routed expert the stock class makes it."""
     per_token: str = "num_experts_per_tok"
     """Config attribute: how many experts a token is routed to."""
     transposed: bool = False
@@ -170,10 +176,16 @@ class Family:
     refused: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Kind of gate, or "KIND uniform" -> why it is not exact, where no other fact says so."""
 
+    def mlp_of(self, mixture: bool) -> tuple[Projection, ...]:
+        """Return the projections of a layer's neurons: with routed experts, of the shared one."""
+        if not mixture:
+            return self.mlp
+        return self.experts.shared if self.experts else ()
+
     @property
     def projections(self) -> tuple[Projection, ...]:
         """All projections of a decoder layer, attention first; a layer has those of its kind."""
-        return self.attention + self.mixer + self.mlp
+        return self.attention + self.mixer + self.mlp + self.mlp_of(mixture=True)
 
     @property
     def attention_modules(self) -> tuple[str, ...]:

@@ -75,7 +75,14 @@ class MaskHooks:
         self._handles.append(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
         for layer in range(len(anatomy.layers)):
             for block, module in anatomy.writers(layer):
-                self._gate(module, layer, block, anatomy.post_norm(layer, block))
+                self._write(module, layer, block, anatomy.post_norm(layer, block))
+            reads = {
+                "attn_block": anatomy.projection(layer, anatomy.family.attention[-1]),
+                "mlp_block": anatomy.projection(layer, anatomy.down(layer)),
+            }
+            for block, module in reads.items():
+                if module is not None:
+                    self._gate(module, layer, block)
             if (mixture := anatomy.mixture(layer)) is not None:
                 self._route(mixture, layer)
             for projection in anatomy.family.projections:
@@ -86,7 +93,9 @@ class MaskHooks:
             return None
         return (scale(args[0], self.masks.hidden), *args[1:])
 
-    def _gate(self, module: nn.Module, layer: int, block: str, post_norm: nn.Module | None) -> None:
+    def _gate(self, module: nn.Module, layer: int, block: str) -> None:
+        """Multiply what a block's last projection reads by the masks of its units."""
+
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self.masks is None:
                 return None
@@ -94,11 +103,11 @@ class MaskHooks:
             read = source.attention_input if block == "attn_block" else source.mlp_input
             return (scale(args[0], read(layer)), *args[1:])
 
-        if hasattr(module, "in_features"):  # else it is a mixer, on whose units no gate is
-            self._handles.append(module.register_forward_pre_hook(before))
-        self._write(module, layer, block, post_norm or module)
+        self._handles.append(module.register_forward_pre_hook(before))
 
-    def _write(self, module: nn.Module, layer: int, block: str, last: nn.Module) -> None:
+    def _write(
+        self, module: nn.Module, layer: int, block: str, post_norm: nn.Module | None
+    ) -> None:
         """Multiply what a module writes by the hidden mask, and what is added by the block's."""
 
         def hide(_: nn.Module, __: Any, output: Any) -> Any:
@@ -108,7 +117,7 @@ class MaskHooks:
             return None if self.masks is None else _scaled(output, self.masks.part(block, layer))
 
         self._handles.append(module.register_forward_hook(hide))
-        self._handles.append(last.register_forward_hook(switch))
+        self._handles.append((post_norm or module).register_forward_hook(switch))
 
     def _route(self, mixture: Mixture, layer: int) -> None:
         """Let masks decide which experts may be chosen, and what of each is heard."""
@@ -116,9 +125,7 @@ class MaskHooks:
         def part(kind: str) -> Callable[[], Tensor | None]:
             return lambda: None if self.masks is None else self.masks.part(kind, layer)
 
-        routed = RoutedMasks(mixture, part("experts"), part("expert_neurons"))
-        self._handles.append(routed)
-        self._write(mixture.block, layer, "mlp_block", mixture.block)
+        self._handles.append(RoutedMasks(mixture, part("experts"), part("expert_neurons")))
 
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
         """Let a projection, and LoRA's two beside it, leave out what the masks in use say."""

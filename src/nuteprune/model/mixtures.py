@@ -11,6 +11,15 @@ from nuteprune.model.family import CONFIG_NAMES, EXPERT_NAMES, Experts, Projecti
 _ALL_EXPERTS = MappingProxyType(
     {"neurons": "all of its neurons are those of experts; use --gates expert_neurons"}
 )
+_SHARED_WIDTH = (
+    "the stock class makes the shared expert as wide as the routed ones; use --shapes free"
+)
+
+
+def _within(module: str) -> tuple[Projection, ...]:
+    """Return a gated MLP's projections, of a shared expert in the MLP."""
+    return tuple(replace(x, path=x.path.replace("mlp.", f"mlp.{module}.")) for x in GATED_MLP)
+
 
 MIXTRAL = replace(
     PLAIN,
@@ -20,6 +29,22 @@ MIXTRAL = replace(
     experts=Experts(),
     config_names=EXPERT_NAMES,
     refused=_ALL_EXPERTS,
+    gguf=(),
+)
+
+QWEN3_MOE = replace(
+    PLAIN,
+    model_type="qwen3_moe",
+    causal_lm="Qwen3MoeForCausalLM",
+    qk_norms=QK_NORMS,
+    experts=Experts(),
+    config_names=MappingProxyType(
+        {
+            **CONFIG_NAMES,
+            "experts": "num_local_experts",
+            "expert_neurons": "moe_intermediate_size",
+        }
+    ),
     gguf=(),
 )
 
@@ -38,20 +63,31 @@ MIXTURES = (
             {**_ALL_EXPERTS, "hidden": "its norms of queries and keys are as wide as the model"}
         ),
     ),
+    QWEN3_MOE,
     replace(
-        PLAIN,
-        model_type="qwen3_moe",
-        causal_lm="Qwen3MoeForCausalLM",
-        qk_norms=QK_NORMS,
-        experts=Experts(),
+        QWEN3_MOE,
+        model_type="qwen2_moe",
+        causal_lm="Qwen2MoeForCausalLM",
+        qk_norms=(),
+        experts=Experts(shared=_within("shared_expert"), shared_gate="mlp.shared_expert_gate"),
         config_names=MappingProxyType(
             {
-                **CONFIG_NAMES,
-                "experts": "num_local_experts",
-                "expert_neurons": "moe_intermediate_size",
+                **QWEN3_MOE.config_names,
+                "experts": "num_experts",
+                "shared_neurons": "shared_expert_intermediate_size",
             }
         ),
-        gguf=(),
+    ),
+    replace(
+        QWEN3_MOE,
+        model_type="glm4_moe",
+        causal_lm="Glm4MoeForCausalLM",
+        experts=Experts(shared=_within("shared_experts"), shared_times="n_shared_experts"),
+        buffers=("mlp.gate.e_score_correction_bias",),
+        requires=MappingProxyType({"n_group": 1}),
+        refused=MappingProxyType(
+            {"neurons uniform": _SHARED_WIDTH, "expert_neurons uniform": _SHARED_WIDTH}
+        ),
     ),
     replace(
         MIXTRAL,

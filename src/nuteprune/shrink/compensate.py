@@ -79,7 +79,7 @@ def refit(
     for i in range(len(anatomy.layers)):
         for projection, mask in (
             (anatomy.family.attention[-1], masks.attention_input(i)),
-            (anatomy.family.mlp[-1], masks.mlp_input(i)),
+            (anatomy.down(i), masks.mlp_input(i)),
         ):
             module = anatomy.projection(i, projection)
             if module is None or mask is None or bool((mask > 0).all()):

@@ -71,6 +71,8 @@ def cut_experts(
         state[name] = _take(stack, axes[projection.columns], 3 - row_dim)
         if (bias := f"{name}_bias") in state:
             state[bias] = _take(_take(state[bias], experts, 0), rows, 1)
+    if (gate := f"{prefix}{entry.shared_gate}.weight") in state:
+        state[gate] = _take(state[gate], width_D, 1)
     for name in [x for x in state if x.startswith(f"{prefix}{entry.router}.")]:
         if len(state[name]) == whole.experts:
             state[name] = _take(state[name], experts, 0)

@@ -92,7 +92,7 @@ def fold_layer(anatomy: Anatomy, masks: Masks, layer: int) -> None:
     for projection, columns, block in (
         (family.attention[-1], masks.attention_input(layer), "attn_block"),
         *((x, None, "attn_block") for x in family.mixer[-1:]),
-        (family.mlp[-1], masks.mlp_input(layer), "mlp_block"),
+        (anatomy.down(layer), masks.mlp_input(layer), "mlp_block"),
     ):
         linear = anatomy.linear(layer, projection)
         if linear is None:

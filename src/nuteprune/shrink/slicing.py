@@ -195,7 +195,7 @@ def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
         scale_norm(anatomy, norm, ratio)
     if anatomy.family.mixer:
         _narrow_stream(anatomy, layer, ratio)
-    elif anatomy.family.qk_norms:
+    elif anatomy.qk_norms(layer):
         _rescale_queries_and_keys(anatomy, layer, ratio)
 
 
@@ -216,7 +216,7 @@ def _rescale_outside(anatomy: Anatomy, shape: Shape) -> None:
 def _narrow_stream(anatomy: Anatomy, layer: int, ratio: float) -> None:
     """Divide what a layer writes to the residual stream."""
     family = anatomy.family
-    for projection in (family.attention[-1], family.mixer[-1], family.mlp[-1]):
+    for projection in (family.attention[-1], family.mixer[-1], anatomy.down(layer)):
         linear = anatomy.linear(layer, projection)
         for parameter in (linear.weight, linear.bias) if linear is not None else ():
             if parameter is not None:

@@ -81,7 +81,7 @@ class Sizes:
                 linear = anatomy.linear(i, projection)
                 if linear is not None:
                     adapters += args.lora_rank * (linear.in_features + linear.out_features)
-                    ends = (anatomy.family.attention[-1], anatomy.family.mlp[-1])
+                    ends = (anatomy.family.attention[-1], anatomy.down(i))
                     last += linear.weight.numel() * (projection in ends)
         total = anatomy.parameters()
         return cls(

@@ -204,7 +204,7 @@ class Simulation:
         for i in range(len(anatomy.layers)):
             for last, mask in (
                 (anatomy.family.attention[-1], self._masks.attention_input(i)),
-                (anatomy.family.mlp[-1], self._masks.mlp_input(i)),
+                (anatomy.down(i), self._masks.mlp_input(i)),
             ):
                 if mask is not None and not bool((mask > 0).all()):
                     bank.set_weight(i, last, torch.empty_like(bank.dense(i, last)))
