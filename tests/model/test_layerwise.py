@@ -19,7 +19,7 @@ def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(
     batches = [torch.randint(3, 90, (2, 10), generator=random) for _ in range(3)]
     text = Layerwise(anatomy, MaskHooks(anatomy), None, batches)
     last = anatomy.family.mlp[-1]
-    alone, down = text.covariance(0, last), anatomy.projection(0, last)
+    (alone, _), down = text.covariance(0, last), anatomy.projection(0, last)
     seen: list[Tensor] = []
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
     found = text.advance(0, {"mlp": down})["mlp"]

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import LoraBank
+from nuteprune.shrink.finalize import merge_layer
 
 TOKENS = torch.arange(3, 27).view(2, 12)
 
@@ -29,7 +30,8 @@ def logits(model):
 def changed(bank: LoraBank, anatomy: Anatomy) -> torch.Tensor:
     """Put another weight in place of layer 1's down projection; returns it."""
     down = anatomy.family.mlp[-1]
-    new = bank.dense(1, down) + 0.05 * torch.randn(bank.dense(1, down).shape)
+    old = anatomy.linear(1, down).weight
+    new = old + 0.05 * torch.randn(old.shape)
     bank.set_weight(1, down, new)
     return new
 
@@ -66,12 +68,12 @@ def test_a_base_that_is_more_exact_stays_so(tiny_model) -> None:
     """What was re-fitted in bfloat16 is a change of the stored weights, not a rounding of them."""
     half = wrapped(tiny_model("llama").bfloat16())
     bank, down = LoraBank(Anatomy(half)), Anatomy(half).family.mlp[-1]
-    bank.set_weight(1, down, bank.dense(1, down).clone())  # a re-fit that changes nothing
-    exact = wrapped(tiny_model("llama"))
-    theirs = LoraBank(Anatomy(exact))
-    before = theirs.dense(1, down).clone()
-    learned = {k: v.float() for k, v in bank.state().items()}  # as the file of a target has it
-    for state, computed in ((bank.state(), None), (learned, torch.bfloat16)):
-        theirs.load(state, computed)
-        linear = Anatomy(exact).linear(1, down)
-        assert torch.equal(linear.weight, before)
+    same = Anatomy(half).linear(1, down).weight.clone()  # a re-fit that changes nothing
+    bank.set_weight(1, down, same)
+    written = {k: v.float() for k, v in bank.state().items()}  # as the file of a target has it
+    for state in (bank.state(), written):
+        exact = Anatomy(tiny_model("llama"))
+        before = exact.linear(1, down).weight.clone()
+        merge_layer(exact, 1, bank.learned(state), torch.bfloat16)
+        assert torch.equal(exact.linear(1, down).weight, before)
+        assert not torch.equal(before, same.float())

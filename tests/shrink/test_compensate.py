@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.shrink import compensate
 from nuteprune.shrink.compensate import (
+    FEEDBACK,
     RIDGE,
     Fit,
     install_in_place,
@@ -119,6 +122,14 @@ WRITES = {
     "gpt_neox": ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
     "gemma2": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
 }
+NORMS = ("input_layernorm", "post_attention_layernorm")
+READS = {
+    "llama": [f"model.layers.{{}}.{norm}" for norm in NORMS],
+    "granite": [f"model.layers.{{}}.{norm}" for norm in NORMS],
+    "gpt_neox": [f"gpt_neox.layers.{{}}.{norm}" for norm in NORMS],
+    "gemma2": [None, None],  # what blocks write goes through a norm
+}
+"""What blocks read the residual stream through, where what they write is added to it."""
 KIND_OF_HEADS = {"gpt_neox": "heads"}
 
 
@@ -136,9 +147,21 @@ def chosen(anatomy: Anatomy, heads: str) -> Masks:
     return Masks(layout, values)
 
 
+def reads(model: nn.Module, path: str, tokens_NT: Tensor) -> Tensor:
+    """Return what a module of a model reads, rows (M, I)."""
+    read: list[Tensor] = []
+    hook = model.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: read.append(args[0].flatten(0, 1))
+    )
+    model(tokens_NT, use_cache=False)
+    hook.remove()
+    return read[0]
+
+
 @torch.no_grad()
 def fitted_anew(
     model: nn.Module,
+    intact: nn.Module,
     name: str,
     bases: dict[str, Tensor],
     masks: Masks,
@@ -150,6 +173,7 @@ def fitted_anew(
 
     Args:
         model: the stock model in float64, LoRA merged.
+        intact: the same without LoRA.
         name: of its family.
         bases: path -> weight without LoRA, whose outputs are wanted.
         masks: the masks; they are multiplied into the weights.
@@ -157,21 +181,20 @@ def fitted_anew(
     """
     found = {}
     for i in range(3):
-        for place, mask in zip(
-            WRITES[name], (masks.attention_input(i), masks.mlp_input(i)), strict=True
+        for place, norm, mask in zip(
+            WRITES[name], READS[name], (masks.attention_input(i), masks.mlp_input(i)), strict=True
         ):
             path = place.format(i)
             linear: Any = model.get_submodule(path)
-            read: list[Tensor] = []
-            hook = linear.register_forward_pre_hook(lambda _, args, to=read: to.append(args[0]))
-            model(tokens_NT, use_cache=False)
-            hook.remove()
-            x_MI = read[0].flatten(0, 1)
+            x_MI = reads(model, path, tokens_NT)
             kept_I = mask > 0
             weight_OI = linear.weight.clone()
             if not kept_I.all():
                 x_MK = x_MI[:, kept_I]
                 missing_MO = x_MI @ bases[path].T - x_MK @ weight_OI[:, kept_I].T
+                if norm is not None:
+                    theirs, ours = (reads(x, norm.format(i), tokens_NT) for x in (intact, model))
+                    missing_MO += FEEDBACK * (theirs - ours)
                 size = x_MK.shape[1]
                 inputs = torch.cat([x_MK, (RIDGE * x_MK.square().sum(0)).sqrt().diag()])
                 outputs = torch.cat([missing_MO, torch.zeros(size, len(weight_OI)).double()])
@@ -190,7 +213,8 @@ def fitted_anew(
 def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) -> None:
     random = torch.Generator().manual_seed(5)
     tokens_NT = torch.randint(3, 90, (40, 24), generator=random)
-    reference = tiny_model(name).double().requires_grad_(False)
+    intact = tiny_model(name).double().requires_grad_(False)
+    reference = deepcopy(intact)
     paths = [place.format(i) for i in range(3) for place in WRITES[name]]
     bases = {path: reference.get_submodule(path).weight.clone() for path in paths}
     model: Any = tiny_model(name).requires_grad_(False)
@@ -212,9 +236,9 @@ def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) 
         "lora": install_lora(bank, anatomy, 32),
         "in place": install_in_place(bank, anatomy),
     }[how]
-    dense = bank.dense if lora else None
+    dense = bank.as_dense if lora else nullcontext
     refit(anatomy, hooks, masks, list(tokens_NT.split(8)), install, dense=dense)
-    expected = fitted_anew(reference, name, bases, masks, tokens_NT)
+    expected = fitted_anew(reference, intact, name, bases, masks, tokens_NT)
     for i in range(3):
         for place, mask in zip(
             WRITES[name], (masks.attention_input(i), masks.mlp_input(i)), strict=True
@@ -249,5 +273,6 @@ def test_a_layer_goes_on_from_inputs_that_were_kept(
     for i in range(3):
         anatomy.model.get_submodule(f"model.layers.{i}.mlp.up_proj").register_forward_hook(count(i))
     refit(anatomy, hooks, masks, batches, install_weight(anatomy))
-    # The first batch of each size goes through the first layer, to see how layers are called.
-    assert calls == [times * 3 + 2, times * 3, times * 3]
+    # In the dense model too; and the first batch of each size goes through the first layer, to see
+    # how layers are called.
+    assert calls == [(1 + times) * 3 + 4, (1 + times) * 3, (1 + times) * 3]

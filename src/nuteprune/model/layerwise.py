@@ -28,6 +28,10 @@ KEPT_BYTES = 2**30
 """What may be held of a projection's inputs, so that a layer need not form them again."""
 
 
+Read = Sequence[Tensor]
+"""What a module reads (B, T, D), of each batch."""
+
+
 class _Stop(Exception):
     """Ends a forward pass where nothing that follows is wanted."""
 
@@ -95,7 +99,9 @@ class Layerwise:
             pass
 
     @torch.no_grad()
-    def covariance(self, layer: int, projection: Projection) -> Tensor:
+    def covariance(
+        self, layer: int, projection: Projection, norm: nn.Module | None = None, other: Read = ()
+    ) -> tuple[Tensor, Tensor | None]:
         """Return X^T X (I, I) of the unmasked inputs of a block's last projection, in fp32.
 
         The layer goes on from these inputs when it runs again, if they fit in `KEPT_BYTES`.
@@ -103,21 +109,42 @@ class Layerwise:
         Args:
             layer: where the text stands.
             projection: the last one of a block of it.
+            norm: what the block reads the residual stream through.
+            other: what `norm` reads of the same text in another model, as `reads` returns it.
+
+        Returns:
+            X^T X, and (other - H)^T X (D, I) of what `norm` reads here, H; None without a norm.
         """
         module = self._anatomy.projection(layer, projection)
         around = self._anatomy.block(layer, projection)
-        block = _Block(around, module, KEPT_BYTES // max(1, len(self._batches_BTD)))
+        block = _Block(around, module, KEPT_BYTES // max(1, len(self._batches_BTD)), other)
         with ExitStack() as stack:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
             # Before the masks' own hook, so that inputs are seen unmasked.
             stack.enter_context(_hooked([module], block.on_input, prepend=True))
+            if norm is not None:
+                stack.enter_context(_hooked([norm], block.on_read))
             if around is not None:
                 stack.callback(around.register_forward_hook(block.on_output).remove)
             for i in range(len(self._batches_BTD)):
                 self._until_stopped(self._run, layer, i)
         if block.inputs:
             self._blocks.append(block)
-        return block.products.whole()
+        return block.products.whole(), block.missing_DI
+
+    @torch.no_grad()
+    def reads(self, layer: int, norms: Mapping[str, nn.Module]) -> dict[str, Read]:
+        """Take the text through a layer, to the next, and return what norms of it read."""
+        found: dict[str, list[Tensor]] = {name: [] for name in norms}
+
+        def hook(name: str) -> Any:
+            return lambda _, args: found[name].append(args[0])
+
+        with ExitStack() as stack:
+            for name, module in norms.items():
+                stack.enter_context(_hooked([module], hook(name)))
+            self.advance(layer)
+        return dict(found)
 
     @torch.no_grad()
     def advance(
@@ -167,17 +194,31 @@ class _Block:
         module: the block, None if it is no module of its own: then nothing is kept.
         projection: its last one; the block gives what it gives.
         most: bytes of a batch's inputs, of more nothing is kept.
+        other: what another model has, of each batch, in place of what `on_read` is told.
     """
 
-    def __init__(self, module: nn.Module | None, projection: nn.Module, most: int) -> None:
+    def __init__(
+        self, module: nn.Module | None, projection: nn.Module, most: int, other: Read
+    ) -> None:
         self.module, self._projection, self._most = module, projection, most
         self.products = _Products()
+        self.missing_DI: Tensor | None = None
         self.inputs: list[Tensor] = []
+        self._other, self._lack_ND = iter(other), torch.empty(0)
         self._output: Any = None
+
+    def on_read(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in what the block reads of the next batch, which runs before `on_input`."""
+        self._lack_ND = (next(self._other).float() - args[0].float()).flatten(0, -2)
 
     def on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Take in what the projection reads of the next batch; the run ends where it can."""
         self.products.add(args[0])
+        if len(self._lack_ND):
+            missing_DI = self._lack_ND.T @ args[0].flatten(0, -2).float()
+            self.missing_DI = (
+                missing_DI if self.missing_DI is None else self.missing_DI + missing_DI
+            )
         keeps = self.module is not None and args[0].nbytes <= self._most
         if keeps:
             self.inputs.append(args[0])

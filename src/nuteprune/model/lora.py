@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.model.packed import weight_of
 
 ADAPTER = "default"
 
@@ -109,11 +108,6 @@ class LoraBank:
                 if (new_OI := state.get(f"{name}.W")) is not None:
                     self._replace(name, module, new_OI)
 
-    def dense(self, layer: int, projection: Projection) -> Tensor:
-        """Return a projection's weight (O, I) in the base model, whatever stands in its place."""
-        name, module = self._places[layer, projection.path]
-        return self._dense.get(name, weight_of(_base(module)))
-
     @torch.no_grad()
     def set_weight(self, layer: int, projection: Projection, weight_OI: Tensor) -> None:
         """Put a weight in place of the base's, and let LoRA add nothing to it yet."""
@@ -161,6 +155,10 @@ class LoraBank:
         """Run a decoder layer with other weights of `state`, or with none, for a while."""
         with self._base_weights(layer, lora or {}), self._lora(layer, lora):
             yield
+
+    def as_dense(self, layer: int) -> AbstractContextManager[None]:
+        """Run a decoder layer as it is in the base model for a while."""
+        return self.using(layer, None)
 
     @contextmanager
     def _base_weights(self, layer: int, state: Mapping[str, Tensor]) -> Iterator[None]:

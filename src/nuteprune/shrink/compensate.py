@@ -4,6 +4,7 @@ Once heads and neurons are chosen, each output and down projection is fitted by 
 so that from the kept inputs alone it gives what it gave from all of them:
 W' = W C[:, kept] (C[kept, kept] + ridge)^-1 with C = X^T X over calibration activations. Layers
 are fitted in order, each on the activations of the already pruned and fitted layers before it.
+These have left the residual stream off the dense model's: a fit makes up for half of that too.
 Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
 re-fitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
 
@@ -13,6 +14,7 @@ Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept col
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.units import BLOCKS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
@@ -32,6 +35,10 @@ RIDGE = 1e-1
 """Ridge: what is added to the diagonal of C, as a share of itself."""
 LEAST = 1e-30
 """What is added for an input that is always 0: the weights that read it stay as they are."""
+
+FEEDBACK = 0.5
+"""How much of what the residual stream lacks, where a block reads it, the block is to make up for.
+All of it fits noise: see docs/log.md."""
 
 NOTHING = 1e-4
 """A direction of the update smaller than this share of the largest is rounding."""
@@ -62,7 +69,7 @@ def refit(
     batches: Sequence[Tensor],
     install: Install,
     progress: Callable[[], None] = lambda: None,
-    dense: Callable[[int, Projection], Tensor] | None = None,
+    dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Fit the output and down projections of all layers, in order.
 
@@ -73,34 +80,53 @@ def refit(
         batches: token ids (B, T) of calibration text, T the same in all.
         install: puts each fit into the model at once.
         progress: called after each layer.
-        dense: the weight (O, I) whose outputs are wanted of a layer's projection; None: the base's.
+        dense: a context in which a layer has the dense model's weights, whatever is in their place.
     """
-    text = Layerwise(anatomy, hooks, masks, batches)
+    family = anatomy.family
+    text, intact = (Layerwise(anatomy, hooks, x, batches) for x in (masks, None))
     for i in range(len(anatomy.layers)):
-        for projection, mask in (
-            (anatomy.family.attention[-1], masks.attention_input(i)),
-            (anatomy.down(i), masks.mlp_input(i)),
+        norms = _norms_before(anatomy, i)
+        with dense(i):
+            read = intact.reads(i, norms)
+        for block, projection, mask in (
+            ("attn_block", family.attention[-1], masks.attention_input(i)),
+            ("mlp_block", anatomy.down(i), masks.mlp_input(i)),
         ):
             module = anatomy.projection(i, projection)
             if module is None or mask is None or bool((mask > 0).all()):
                 continue
-            covariance_II = text.covariance(i, projection)
+            norm, theirs = norms.get(block), read.get(block, ())
+            covariance_II, missing_OI = text.covariance(i, projection, norm, theirs)
             weight_OI = _effective_weight(module)
             mask_I = mask.to(weight_OI)
-            # LoRA may have made up for some of what is gone: asked for is what the base gave.
-            wanted_OI = weight_of(_base(module)) if dense is None else dense(i, projection)
-            target_OI = wanted_OI.float()
-            fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI)
+            with dense(i):  # LoRA may have made up for some of what is gone
+                target_OI = weight_of(_base(module)).float()
+            more_OI = None if missing_OI is None else FEEDBACK * missing_OI
+            fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI, more_OI)
             masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
             install(i, projection, Fit(fitted_OI, masked_II))
         text.advance(i)
         progress()
 
 
+def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
+    """Return block -> norm of what it reads, where what it writes is added to that as it is."""
+    found = {}
+    for block in BLOCKS:
+        norm = anatomy.pre_norm(layer, block)
+        if norm is not None and anatomy.post_norm(layer, block) is None:
+            found[block] = norm
+    return found
+
+
 def ridge_fit(
-    weight_OI: Tensor, covariance_II: Tensor, mask_I: Tensor, target_OI: Tensor
+    weight_OI: Tensor,
+    covariance_II: Tensor,
+    mask_I: Tensor,
+    target_OI: Tensor,
+    more_OI: Tensor | None = None,
 ) -> Tensor:
-    """Return the weight (O, I) that from the kept columns of X alone best gives X target^T.
+    """Return the weight (O, I) that from the kept columns of X alone best gives X target^T + E.
 
     Soft masks are taken into account: the input is X * mask, and so is the fit.
 
@@ -109,10 +135,14 @@ def ridge_fit(
         covariance_II: X^T X of the unmasked inputs, fp32.
         mask_I: what the inputs will be multiplied by, 0 where they are gone.
         target_OI: the weight whose outputs, from all inputs, are wanted, fp32.
+        more_OI: E^T X of what is wanted beyond that, fp32; None: nothing.
     """
     kept_I = mask_I > 0
     kept_K = kept_I.nonzero().flatten()
-    missing_OK = ((target_OI - weight_OI * kept_I) @ covariance_II)[:, kept_K]
+    missing_OI = (target_OI - weight_OI * kept_I) @ covariance_II
+    if more_OI is not None:
+        missing_OI += more_OI
+    missing_OK = missing_OI[:, kept_K]
     update_KO = _solve(with_ridge(covariance_II, kept_K), missing_OK.T)
     fitted_OI = torch.zeros_like(weight_OI)
     fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from nuteprune.gates.importance import METHODS, Method
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Install, refit
 from nuteprune.train.config import NutePruneConfig
@@ -67,7 +66,7 @@ def refit_on(
     masks: Masks,
     install: Install,
     progress: Progress = silent,
-    dense: Callable[[int, Projection], Tensor] | None = None,
+    dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Re-fit the output and down projections to frozen masks; see `shrink.compensate.refit`."""
     blocks, size = args.refit_blocks, args.per_device_train_batch_size

@@ -119,7 +119,7 @@ class Pruning:
         if args.sharded or is_packed(anatomy.model):  # no place for whole weights there
             install = install_lora(bank, anatomy, args.lora_rank)
         text, hooks, tell = self._text(), self.ready.hooks, self._progress
-        refit_on(text, args, anatomy, hooks, masks, install, tell, bank.dense)
+        refit_on(text, args, anatomy, hooks, masks, install, tell, bank.as_dense)
         agree(bank.state().values())
 
     def figures(self) -> dict[str, float]:

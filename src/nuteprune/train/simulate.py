@@ -148,7 +148,7 @@ class Simulation:
         with self._counting() as live:
             install = install_in_place(bank, ready.anatomy)
             text = self._text(batches * size, size)
-            refit(ready.anatomy, ready.hooks, self._widest(), text, install, dense=bank.dense)
+            refit(ready.anatomy, ready.hooks, self._widest(), text, install, dense=bank.as_dense)
         return Need(live.peak, live.flops)
 
     def _widest(self) -> Masks:
@@ -206,8 +206,9 @@ class Simulation:
                 (anatomy.family.attention[-1], self._masks.attention_input(i)),
                 (anatomy.down(i), self._masks.mlp_input(i)),
             ):
-                if mask is not None and not bool((mask > 0).all()):
-                    bank.set_weight(i, last, torch.empty_like(bank.dense(i, last)))
+                linear = anatomy.linear(i, last)
+                if linear is not None and mask is not None and not bool((mask > 0).all()):
+                    bank.set_weight(i, last, torch.empty_like(linear.weight))
 
     def _micro_batch(self, masks: Masks, teacher: Role, inputs: dict[str, Tensor]) -> None:
         ready = self.ready
