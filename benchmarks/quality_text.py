@@ -96,7 +96,7 @@ class Texts:
 
     Text depends on the seed and the number of steps, not on the method, so that all methods share
     it. What the dense model writes is kept in the table's folder. As for `prune`, longer runs have
-    more of it; untrained cells have as much as those of up to 144 steps of four blocks.
+    more of it, and untrained cells less.
 
     Args:
         setting: what cells share.

@@ -24,8 +24,10 @@ from nuteprune.train.trainer import NutePruneTrainer
 GUARD = 0.5
 """Share of the text that the model writes itself, where nothing else is said. Calibrated on one
 kind of text alone, a model keeps that and forgets the rest; see docs/quality.md."""
+ONCE = 320
+"""Blocks of training up to which the model writes all of its share: 80 steps of 4."""
 READINGS = 4
-"""Most times that training reads what the model has written."""
+"""Most times that longer training reads what the model has written."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,7 +58,7 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
 def tokens_to_write(config: NutePruneConfig, share: float, length: int) -> int:
     """Return how many tokens a model writes itself, for a share of a run's blocks of a length."""
     calibrated = max(config.scored_blocks, config.refit_blocks)
-    blocks = max(calibrated, config.blocks / READINGS)
+    blocks = max(calibrated, min(config.blocks, ONCE), config.blocks / READINGS)
     return written_blocks(max(1, round(share * blocks))) * length
 
 
