@@ -63,6 +63,17 @@ def test_a_type_that_is_not_listed_is_pruned_by_a_proposed_entry(
     judged = ["--data", text, "--length", 16, "--blocks", 2, "--dtype", "float32"]
     code, _, err = run("eval", out, "--against", model, *judged)
     assert code == 0, err
+    for dense, command in (
+        (("eval", model), judged),
+        (("bench", model), ["--lengths", 8, "--batch-sizes", 1, "--new-tokens", 2, "--repeats", 1]),
+        (("plan", model), ["--sparsity", 0.3, "--length", 16]),
+    ):
+        monkeypatch.setattr(lookup, "_OWN", {})
+        code, _, err = run(*dense, *command)
+        assert code == 2
+        assert "'cwm' is not supported" in err
+        code, _, err = run(*dense, *command, "--family", entry)
+        assert code == 0, err
     monkeypatch.setattr(lookup, "_OWN", {})
     code, stdout, err = run("inspect", out, "--json")
     assert code == 0, err

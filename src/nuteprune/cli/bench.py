@@ -10,6 +10,7 @@ import typer
 from nuteprune.cli import options as o
 from nuteprune.console import Output
 from nuteprune.jobs.bench import run
+from nuteprune.jobs.family import take
 from nuteprune.run_folder import RUN, SPEED
 
 
@@ -30,6 +31,7 @@ def bench(
         Path | None,
         typer.Option(help="Write what MODEL's blocks cost to this file, for prune --speedup."),
     ] = None,
+    family: o.Family = None,
     as_json: o.Json = False,
 ) -> None:
     """Measure how fast MODEL reads and writes, and the memory that it takes.
@@ -38,6 +40,7 @@ def bench(
     so that what else the machine does hits both alike.
     """
     output = Output(as_json)
+    take(family, against or model)
     found = run(
         model,
         against,

@@ -10,6 +10,7 @@ import typer
 from nuteprune.cli import options as o
 from nuteprune.console import Output
 from nuteprune.jobs.evaluate import Evaluation, run
+from nuteprune.jobs.family import take
 from nuteprune.judge import protocols
 from nuteprune.judge.copying import SEED as COPYING_SEED
 
@@ -64,6 +65,7 @@ def evaluate(
         str | None,
         typer.Option(help="Where the model is now that OUT/run/checkpoint-N prunes."),
     ] = None,
+    family: o.Family = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
@@ -73,6 +75,7 @@ def evaluate(
     perplexity on the held-out part of the embedded texts is measured.
     """
     output = Output(as_json)
+    take(family, against or model)
     changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}
     asked = Evaluation(
         model,

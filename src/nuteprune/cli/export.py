@@ -17,6 +17,7 @@ from nuteprune.export.gguf import FILE_TYPES, write_gguf
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.onnx import require_packages, write_onnx
 from nuteprune.files import at_home
+from nuteprune.jobs.family import take
 from nuteprune.jobs.sources import load_tokenizer, locate, read_config
 
 TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
@@ -42,6 +43,7 @@ def export(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    family: o.Family = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
@@ -60,6 +62,7 @@ def export(
         )
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
+    take(family, model)
     read_config(model)
     if to == "onnx":
         _export_onnx(model, out, output)

@@ -11,11 +11,11 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from nuteprune.jobs.job import Job
+from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.train.settings import declared, word
 
 Command = Callable[..., None]
-_JOB = declared(Job)
+_JOB, _PRUNE = declared(Job), declared(PruneJob)
 
 
 def _option(name: str) -> Any:
@@ -30,6 +30,7 @@ Device = Annotated[str | None, _option("device")]
 Dtype = Annotated[str | None, _option("dtype")]
 TextColumn = Annotated[str | None, _option("text_column")]
 TrustRemoteCode = Annotated[bool, _option("trust_remote_code")]
+Family = Annotated[str | None, typer.Option("--family", help=_PRUNE["family"].metadata["help"])]
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")

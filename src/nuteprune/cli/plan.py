@@ -24,6 +24,8 @@ _NOT_ASKED = (
     "resume",
     "overwrite",
     "dry_run",
+    "text-only",
+    "text_only",
     "trust_remote_code",
     "shares",
     "bits",

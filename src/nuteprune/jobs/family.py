@@ -114,17 +114,19 @@ def checked(config: PreTrainedConfig, file: FamilyFile | None = None) -> tuple[F
     raise RunFailed(f"no entry for {config.model_type} holds: {problems[0] if problems else ''}")
 
 
-def take(file: Path, model: str) -> Family:
+def take(file: str | None, model: str) -> None:
     """Let this process know the entry of a file, for a model, checked on a small one of its type.
+
+    Args:
+        file: its path; None: the type is a listed one, and nothing is done.
+        model: as the user named it.
 
     Raises:
         UserError: if the file is wrong, or its entry does not fit the model.
     """
-    read = read_family(at_home(file))
-    config = config_of(model)
-    entry, _ = checked(config, read)
-    bring_along(entry)
-    return entry
+    if file is not None:
+        entry, _ = checked(config_of(model), read_family(at_home(file)))
+        bring_along(entry)
 
 
 def _proposed(config: PreTrainedConfig) -> list[Family]:

@@ -18,6 +18,7 @@ from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
+from nuteprune.jobs.family import take
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import trainer_config
 from nuteprune.jobs.sources import locate, pick_dtype, read_config
@@ -75,6 +76,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         UserError: for a config without the facts that a plan needs, settings that cannot work, or
             memory that cannot hold a single layer.
     """
+    take(job.family, job.model)
     config = config_of(job.model)
     named = job.dtype != "auto"
     dtype = pick_dtype(job.dtype, job.device) if named else torch.bfloat16

@@ -192,8 +192,7 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
 
 
 def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float) -> Result | None:
-    if job.family is not None:
-        take(Path(job.family), job.model)
+    take(job.family, job.model)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     dtype = pick_dtype(job.dtype, job.device)
     model = load_model(job.model, dtype, job.bits, str(config.device))

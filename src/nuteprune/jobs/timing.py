@@ -20,6 +20,8 @@ from nuteprune.export.record import weights_size
 from nuteprune.jobs.sources import load_model, locate
 from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize, told
 from nuteprune.judge.worker import Worker
+from nuteprune.model.family_file import from_dict, to_dict
+from nuteprune.model.lookup import all_brought_along, bring_along
 
 REPORTED = (
     ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),
@@ -55,9 +57,12 @@ def measure(
     Raises:
         UserError: if a model has too few positions.
     """
+    own = tuple(map(to_dict, all_brought_along()))
     with ExitStack() as stack:
         workers = {
-            name: stack.enter_context(Worker(name, partial(_load, name, dtype, device), threads))
+            name: stack.enter_context(
+                Worker(name, partial(_load, name, dtype, device, own), threads)
+            )
             for name in names
         }
         _check_positions(workers, settings)
@@ -67,7 +72,12 @@ def measure(
     return {**found, **about}
 
 
-def _load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _load(
+    name: str, dtype: torch.dtype, device: str, own: tuple[dict[str, Any], ...] = ()
+) -> PreTrainedModel:
+    """Load a model in a process of its own, which is told the families that users brought."""
+    for entry in own:
+        bring_along(from_dict(entry, Path("--family")))
     model = load_model(name, dtype)
     model.to(device)  # type: ignore[arg-type]
     return model

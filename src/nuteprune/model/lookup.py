@@ -44,6 +44,11 @@ def brought_along(model_type: str) -> Family | None:
     return _OWN.get(model_type.removeprefix("pruned_"))
 
 
+def all_brought_along() -> tuple[Family, ...]:
+    """Return the entries that users brought along."""
+    return tuple(_OWN.values())
+
+
 @contextmanager
 def knowing(family: Family) -> Iterator[None]:
     """Know a family by an entry for a while."""
