@@ -123,21 +123,23 @@ def copying_losses(probe: Probe, kind: str, dense: Dense) -> Tensor:
     losses_N, first = torch.zeros(count), 0
     for layer, size in enumerate(layout.sizes[kind]):
         for units in torch.arange(first, first + size).split(AT_ONCE) if size else ():
-            values_BN = torch.ones(len(units), count, device=dense.ids_ST.device)
-            values_BN[torch.arange(len(units)), units] = 0
-            masks = Masks(layout, {kind: values_BN})
-            losses_N[units] = _losses_from(probe, layer, masks, len(units), dense).cpu()
+            losses_N[units] = losses_of(probe, kind, layer, units, dense).cpu()
         first += size
         probe.progress()
     return losses_N
 
 
-def _losses_from(probe: Probe, layer: int, masks: Masks, count: int, dense: Dense) -> Tensor:
-    """Return the mean KL divergence (B,) under masks of B sequences, which close units of a layer.
+@torch.no_grad()
+def losses_of(probe: Probe, kind: str, layer: int, units_B: Tensor, dense: Dense) -> Tensor:
+    """Return the mean KL divergence (B,) when each of some units of a layer is cut alone.
 
     The layers before it give what they gave in the dense model.
     """
-    losses_B = torch.zeros(count, device=dense.ids_ST.device)
+    device, count = dense.ids_ST.device, len(units_B)
+    values_BN = torch.ones(count, probe.layout.units(kind), device=device)
+    values_BN[torch.arange(count), units_B] = 0
+    masks = Masks(probe.layout, {kind: values_BN})
+    losses_B = torch.zeros(count, device=device)
     before = probe.anatomy.layers[:layer]
     for s, (ids_T, dense_TV) in enumerate(zip(dense.ids_ST, dense.logits_STV, strict=True)):
         given = [_of_sequence(output, s, count) for output in dense.outputs[:layer]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,9 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
                 f"{megabytes(sizes.layer)} in {_name(dtype)}; name devices with more memory"
             )
         phases = [*planned.before_steps(), *planned.steps(), *planned.after_steps()]
-        variants = list(_variants(planned, phases, asked)) if asked.memory is not None else []
+        variants = (
+            list(variants_of(planned, phases, (asked.devices,))) if asked.memory is not None else []
+        )
     rate = asked.rate or measured_rate(dtype)
     fits = next((v for v in variants if v.peak <= SPARE * (asked.memory or 0)), None)
     result = {
@@ -157,8 +159,14 @@ def measured_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) ->
     return max(rates)
 
 
-def _variants(planned: Run, phases: list[Phase], asked: Asked) -> Any:
-    """Yield settings that take less, those that cost least first."""
+def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) -> Iterator[Variant]:
+    """Yield settings that take less, those that cost least first.
+
+    Args:
+        planned: the run as asked.
+        phases: its phases.
+        counts: numbers of devices that weights may be sharded over.
+    """
     args, sizes = planned.args, planned.sizes
     whole = {x.name: x.need.peak for x in phases if x.name != "saving"}
     yield Variant("as asked", whole, 1.0, "simulated")
@@ -178,9 +186,9 @@ def _variants(planned: Run, phases: list[Phase], asked: Asked) -> Any:
         whole = _with(planned, whole, less)
         yield Variant(" ".join(words), whole, factor, "simulated")
     kept = sizes.refitted if args.compensation else 0
-    if asked.devices > 1:
+    for count in (x for x in counts if x > 1):
         gathered = 2 * sizes.layer + sizes.outside
-        saved = sizes.weights - sizes.weights / asked.devices - gathered
+        saved = sizes.weights - sizes.weights / count - gathered
         peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
         peaks.pop("finalize", None)  # in main memory, by one process
         yield Variant(" ".join([*words, "--set sharded=true"]), peaks, factor, FORMULA)

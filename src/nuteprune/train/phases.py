@@ -220,23 +220,27 @@ class Run:
             found.append(Phase("step, fixed masks", Need(need.peak, need.flops * each * steps)))
         return found
 
+    @property
+    def small(self) -> float:
+        """Bytes of the smallest result."""
+        return self.sizes.weights - self.targets[-1] * self.sizes.projections
+
     def after_steps(self) -> list[Phase]:
         """Return what comes after the last step."""
         final = self.simulated(Simulation.finalizing)
-        saving = Need(self.sizes.weights, 0)
+        saving = Need(self.small + self.sizes.adapters, 0)
         return [Phase("finalize", final), Phase("saving", saving, FORMULA)]
 
 
 def disk(run: Run) -> dict[str, float]:
     """Return the bytes that a run writes, by what they are for."""
     targets, sizes = run.targets, run.sizes
-    small = sizes.weights - targets[-1] * sizes.projections
     teachers = 100 * targets[-1] if run.snapshots else 0
     refitted = sizes.refitted if run.args.compensation else 0
     checkpoint = 3 * sizes.adapters + refitted
     return {
-        "result": small * len(targets),
-        "cut": small,  # on CPUs, until it is written
+        "result": run.small * len(targets),
+        "cut": run.small,  # on CPUs, until it is written
         "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
         "teachers": teachers * sizes.adapters / 2,
         "targets": (len(targets) - 1) * (sizes.adapters + 2 * refitted),

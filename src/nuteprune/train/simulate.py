@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.distill.losses import Head
 from nuteprune.distill.teachers import DENSE, Role
-from nuteprune.gates.cutting import run_dense
+from nuteprune.gates.cutting import AT_ONCE, losses_of, run_dense
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
@@ -135,11 +135,17 @@ class Simulation:
         return Need(live.peak, live.flops)
 
     def copying(self) -> Need:
-        """Run the dense model on what repeats."""
-        probe = Probe(self.ready.anatomy, self.ready.hooks, self.ready.allocator.budget, ())
+        """Run the dense model on what repeats, and cut the first units; work is the former's."""
+        ready, layout = self.ready, self.ready.allocator.layout
+        probe = Probe(ready.anatomy, ready.hooks, ready.allocator.budget, ())
         with self._counting() as live:
-            run_dense(probe)
-        return Need(live.peak, live.flops)
+            dense = run_dense(probe)
+            flops = live.flops
+            for kind in {"heads", "kv_groups"} & set(ready.allocator.constraints.kinds):
+                sizes = layout.sizes[kind]
+                layer = next(i for i, size in enumerate(sizes) if size)
+                losses_of(probe, kind, layer, torch.arange(min(AT_ONCE, sizes[layer])), dense)
+        return Need(live.peak, flops)
 
     def refitting(self, batches: int) -> Need:
         """Re-fit the projections, of all layers and at their most; the re-fitted weights stay."""
@@ -234,7 +240,10 @@ class Simulation:
         bank, computed = ready.coforward.bank, ready.origin.computed_dtype
         with self._counting() as live:
             ready.hooks.remove()
+            if self.args.compensation:
+                self._stand_in()
             learned = bank.learned(bank.state())
+            bank.release()
             anatomy = Anatomy(ready.model.unload())
 
             def begin(layer: int | None) -> None:

@@ -302,6 +302,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if dense is None:
             self.ending.check_whole()
         self.settle()
+        if self.optimizer is not None:
+            self.optimizer.state.clear()  # moments of what is not trained any more
         return self.ending.cut(dense)
 
     def finalize_target(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
