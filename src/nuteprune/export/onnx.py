@@ -115,6 +115,11 @@ def check_mixers(family: Family) -> None:
     Raises:
         UserError: naming the type.
     """
+    if family.experts:
+        raise UserError(
+            f"{family.model_type} routes tokens to experts, and a graph would keep the routes of "
+            "the text that it is traced with; serve the checkpoint itself"
+        )
     if family.mixer:
         raise UserError(
             f"{family.model_type} carries states from token to token in {family.mixer_module}, "

@@ -192,7 +192,8 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
         peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
         peaks.pop("finalize", None)  # in main memory, by one process
         yield Variant(" ".join([*words, "--set sharded=true"]), peaks, factor, FORMULA)
-    for bits in (8, 4):
+    # Stacked experts are not cut in fewer bits.
+    for bits in () if planned.allocator.budget.per_token else (8, 4):
         saved = sizes.projections * (1 - bits / 8 / planned.dtype.itemsize)
         peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
         peaks.pop("finalize", None)

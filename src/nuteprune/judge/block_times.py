@@ -124,10 +124,11 @@ def cost_table(
         hardware: what that is called.
     """
     dense = Anatomy(model)
-    if dense.family.mixer:
+    if dense.family.mixer or dense.per_token:
+        why = "its layers are of several kinds" if dense.family.mixer else "it routes to experts"
         raise UserError(
-            f"blocks of {dense.family.model_type} cannot be timed by count: its layers are of "
-            "several kinds; ask for --sparsity, --params, --size or --memory"
+            f"blocks of {dense.family.model_type} cannot be timed by count: {why}; ask for "
+            "--sparsity, --params, --size or --memory"
         )
     heads = not (dense.family.refusal("heads") and dense.family.refusal("kv_groups"))
     attentions, neurons = counts_timed(dense.shape, heads)

@@ -29,6 +29,8 @@ DEFAULT_KINDS = ("kv_groups", "neurons")
 """Kinds of gates where none are named, as far as the family takes them."""
 MIXTURE_KINDS = ("experts",)
 """The same of a mixture of experts, most of whose weights are theirs."""
+STACK_MULTIPLE = 8
+"""What the kernel that multiplies stacked experts asks of their sizes, in bfloat16."""
 BLOCKS = ("attn_block", "mlp_block")
 """More of them, where calls cost, not bytes."""
 
@@ -76,10 +78,30 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
             raise UserError(f"gates on {kind} cannot be used here: {reason}")
         if not layout.units(kind):
             raise UserError(f"gates on {kind} cannot be used here: the model has none left to cut")
+    _check_rows_of_stacks(anatomy, args, kinds, floor)
     constraints = Constraints(
         kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor
     )
     return Allocator(Budget.of(anatomy), constraints)
+
+
+def _check_rows_of_stacks(
+    anatomy: Anatomy, args: NutePruneConfig, kinds: tuple[str, ...], floor: Shape | None
+) -> None:
+    """Refuse sizes that stacked experts cannot be multiplied at.
+
+    Raises:
+        UserError: naming a multiple that will do.
+    """
+    multiples = {"expert_neurons": "neuron_multiple", "hidden": "hidden_multiple"}
+    for kind, name in multiples.items() if anatomy.per_token else ():
+        sizes = [floor.hidden, *(x.expert_neurons for x in floor.layers)] if floor else []
+        wrong = [size for size in (getattr(args, name), *sizes) if size % STACK_MULTIPLE]
+        if kind in kinds and wrong:
+            raise UserError(
+                f"experts of {wrong[0]} cannot be multiplied together: rows of a stack are whole "
+                f"multiples of 16 bytes; pass {name} and counts as multiples of {STACK_MULTIPLE}"
+            )
 
 
 def check_stock(anatomy: Anatomy, allocator: Allocator, target: float | Goal) -> None:
