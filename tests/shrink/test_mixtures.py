@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -13,6 +14,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble, save
 from nuteprune.export.onnx import check_mixers
 from nuteprune.gates.budget import Budget
+from nuteprune.gates.features import NarrowMasks
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.judge.bench import Setting
 from nuteprune.judge.block_times import cost_table
@@ -159,6 +161,41 @@ def test_each_sequence_can_have_masks_of_its_own(model_type: str, tiny_model) ->
             alone = logits(model, row[None])[0]
         torch.testing.assert_close(together[i], alone, atol=5e-5, rtol=1e-5)
     assert not torch.allclose(together, logits(model, TOKENS), atol=0.01)
+
+
+@each_mixture
+def test_the_student_computes_what_is_masked_with_checkpointing_or_without(
+    model_type: str, tiny_model
+) -> None:
+    """LoRA's gradients too; it is on attention alone."""
+    grads, outputs = [], []
+    for checkpointing in (False, True):
+        model = tiny_model(model_type).requires_grad_(False)
+        targets = Anatomy(model).lora_targets()
+        config = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, config).train()
+        lora = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
+        assert lora
+        assert all(".self_attn." in n for n in lora)
+        for parameter in lora.values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        if checkpointing:
+            adapted.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        anatomy = Anatomy(adapted)
+        masks, _ = soft_masks(
+            make_allocator(anatomy, settings("experts,expert_neurons", "free")), 0.5
+        )
+        with MaskHooks(anatomy).using(NarrowMasks(masks, anatomy.family)):
+            output = adapted(input_ids=TOKENS, use_cache=False).logits
+            output.square().mean().backward()
+        outputs.append(output.detach())
+        grads.append({n: p.grad for n, p in lora.items()})
+    assert_same(outputs[0], outputs[1])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
+    assert max(float(x.abs().max()) for x in grads[0].values()) > 1e-3
 
 
 def test_a_free_mixture_loads_as_remote_code(tiny_model, tmp_path: Path) -> None:

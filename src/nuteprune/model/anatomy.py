@@ -246,10 +246,14 @@ class Anatomy:
     def lora_targets(self, queries_and_values: bool = False) -> str:
         """Return the regular expression by which PEFT finds the projections (or Q and V).
 
-        Those by which mixers write are left out: fused kernels read their weights past LoRA.
+        Those by which mixers write are left out: fused kernels read their weights past LoRA. So is
+        all of a mixture but attention: PEFT takes the names of its other MLPs for those of stacked
+        experts, on which it would put LoRA.
         """
         prefix = self.family.layers.replace(".", r"\.")
         chosen = tuple(p for p in self.family.projections if p not in self.family.mixer[-1:])
+        if self.family.experts is not None:
+            chosen = self.family.attention
         if queries_and_values:
             chosen = tuple(p for p in self.family.attention if p.serves_queries_or_values)
         found = filter(None, map(self._everywhere, chosen))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
@@ -84,7 +85,9 @@ def refit(
     """
     family = anatomy.family
     text, intact = (Layerwise(anatomy, hooks, x, batches) for x in (masks, None))
-    for i in range(len(anatomy.layers)):
+    layers = range(len(anatomy.layers))
+    adapted = any(map(anatomy.lora_layers, layers))
+    for i in layers:
         norms = _norms_before(anatomy, i)
         with dense(i):
             read = intact.reads(i, norms)
@@ -95,6 +98,8 @@ def refit(
             module = anatomy.projection(i, projection)
             if module is None or mask is None or bool((mask > 0).all()):
                 continue
+            if adapted and not isinstance(module, LoraLayer):
+                continue  # in a mixture: see `Anatomy.lora_targets`
             norm, theirs = norms.get(block), read.get(block, ())
             covariance_II, missing_OI = text.covariance(i, projection, norm, theirs)
             weight_OI = _effective_weight(module)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -213,7 +214,10 @@ class Simulation:
                 (anatomy.down(i), self._masks.mlp_input(i)),
             ):
                 linear = anatomy.linear(i, last)
-                if linear is not None and mask is not None and not bool((mask > 0).all()):
+                adapted = isinstance(anatomy.projection(i, last), LoraLayer)
+                if linear is None or mask is None or not adapted:
+                    continue
+                if not bool((mask > 0).all()):
                     bank.set_weight(i, last, torch.empty_like(linear.weight))
 
     def _micro_batch(self, masks: Masks, teacher: Role, inputs: dict[str, Tensor]) -> None:
