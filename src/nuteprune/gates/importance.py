@@ -24,7 +24,7 @@ from nuteprune.gates.activations import Watched, watching_inputs, watching_strea
 from nuteprune.gates.cutting import copying_kept
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
-from nuteprune.gates.routed import hearing_experts
+from nuteprune.gates.routed import hearing_experts, in_order_of_reap
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
 from nuteprune.gates.units import chance, losses_of, over_columns, ranks, squared_weights
 from nuteprune.model.family import GATE_KINDS
@@ -112,8 +112,9 @@ def surgeon(probe: Probe) -> Scores:
     tr(S_u ([C^-1]_uu)^-1) with S_u the second moment of the loss's gradients by the unit's outputs
     and C that of all inputs of the projection that reads them: a unit is cheap if the loss
     does not depend on it, or if the other inputs can predict it: the re-fit then makes up for it.
-    Hidden width and blocks have no re-fit, so they keep their Fisher score, which estimates the
-    same loss.
+    Hidden width, blocks and experts have no re-fit, so they keep their Fisher score, which
+    estimates the same loss. Which experts of a layer go first is REAP's order, which did better
+    (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
     `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
@@ -124,6 +125,8 @@ def surgeon(probe: Probe) -> Scores:
     scores = first_attention_last(probe.layout, copying_kept(probe, scores))
     if others:
         scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
+    if "experts" in others:
+        scores["experts"] = in_order_of_reap(probe, scores["experts"])
     return {kind: scores[kind] for kind in probe.kinds}
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nuteprune.gates.probe import Probe
 from nuteprune.model.anatomy import Anatomy, Mixture
 
 
@@ -65,3 +67,23 @@ def hearing_experts(anatomy: Anatomy, loud: bool = True) -> Iterator[list[Heard]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def in_order_of_reap(probe: Probe, losses: Tensor) -> Tensor:
+    """Return each layer's losses given to its experts anew: the least to what is heard least.
+
+    Args:
+        probe: the model and its text.
+        losses: of removing each expert (N,).
+    """
+    with hearing_experts(probe.anatomy) as heard:
+        replace(probe, progress=lambda: None).read()
+    sizes = probe.layout.sizes["experts"]
+    parts = []
+    for loss_E, reap_E in zip(
+        losses.split(sizes), torch.cat([x.reap() for x in heard]).split(sizes), strict=True
+    ):
+        placed_E = torch.empty_like(loss_E)
+        placed_E[reap_E.argsort(stable=True)] = loss_E.sort().values
+        parts.append(placed_E)
+    return torch.cat(parts)
