@@ -13,9 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob, make_job
-from nuteprune.jobs.plan import Asked, config_of, run
+from nuteprune.jobs.plan import Asked, _with, config_of, run
 from nuteprune.simulated import Live
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.phases import Run
 from nuteprune.train.simulate import (
     ONE_BY_ONE,
     SHORT,
@@ -191,6 +192,17 @@ def test_a_run_with_a_ramp_is_planned_with_one(tmp_path: Path) -> None:
     names = [phase["phase"] for phase in plan["phases"]]
     assert {"step, ramp and teachers", "step, fixed masks"} <= set(names)
     assert plan["disk_bytes"]["teachers"] > 0
+
+
+@pytest.mark.slow(seconds=3)
+def test_settings_that_take_less_are_planned_as_if_asked_for(tmp_path: Path) -> None:
+    less = {"gradient_checkpointing": True}
+    plain = Run.of(config(), settings(tmp_path), 48, torch.float32)
+    asked = Run.of(config(), settings(tmp_path, **less), 48, torch.float32)
+    peaks = {phase.name: phase.need.peak for phase in plain.steps()}
+    (step,) = asked.steps()
+    assert _with(plain, peaks, less) == {step.name: step.need.peak}
+    assert step.need.peak < 0.9 * peaks[step.name]
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tempfile
 import time
@@ -202,7 +203,9 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
 
 def _with(planned: Run, whole: Mapping[str, float], less: Mapping[str, Any]) -> dict[str, float]:
     """Return peaks under other settings of the steps."""
-    args = dataclasses.replace(planned.args, **less)
+    # Not made anew, since that lets settings of before win under their other names.
+    args = copy.copy(planned.args)
+    vars(args).update(less)
     changed = dataclasses.replace(planned, args=args)
     peaks = dict(whole)
     for name in whole:
