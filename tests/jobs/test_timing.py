@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from nuteprune.console import Output
 from nuteprune.jobs import timing
+from nuteprune.jobs.engines import Ready
 from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import Setting, Timing, Work
 from nuteprune.judge.headline import told_gains
-from nuteprune.judge.worker import About
+from nuteprune.judge.runners import About
 
 BOUND = 1.25
 WORKS = {
@@ -23,6 +24,10 @@ WORKS = {
 }
 ALONE = {"small": 0.85, "dense": 1.0}
 """Seconds of a pass on a machine that does nothing else: 1.18 times faster."""
+
+ENGINE: Any = SimpleNamespace(
+    device="cpu", dtype="float32", prepare=lambda *_: Ready(lambda: None, None)
+)
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def injected(monkeypatch: pytest.MonkeyPatch) -> Any:
         class Fake:
             def __init__(self, name: str, *_: Any) -> None:
                 self.name = name
-                self.about = About(WORKS[name], None, "sdpa", 1, "CPU")
+                self.about = About(WORKS[name], None, "none", "sdpa", 1, "CPU")
 
             def time(self, _: Setting) -> Timing:
                 order.append(self.name)
@@ -49,10 +54,9 @@ def injected(monkeypatch: pytest.MonkeyPatch) -> Any:
                 pass
 
         monkeypatch.setattr(timing, "Worker", Fake)
-        monkeypatch.setattr(timing, "_on_disk", lambda _: None)
         settings = [Setting(1, 8, 4)]
         with Output(quiet=True).bars() as bars:
-            found = measure(["small", "dense"], settings, repeats, 1, "cpu", torch.float32, bars)
+            found = measure(["small", "dense"], settings, repeats, ENGINE, bars)
         return found, order
 
     return measured

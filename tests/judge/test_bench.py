@@ -23,6 +23,7 @@ from nuteprune.judge.bench import (
     told,
     verdict,
 )
+from nuteprune.judge.runners import TorchRunner
 from nuteprune.judge.worker import Worker
 from tests.conftest import cache_of
 from tests.forked import server
@@ -30,13 +31,18 @@ from tests.forked import server
 SETTING = Setting(batch_size=2, length=6, new_tokens=3)
 
 
-def kill_process() -> PreTrainedModel:
+def load(folder: str) -> TorchRunner:
+    torch.set_num_threads(1)
+    return TorchRunner(load_pruned(folder))
+
+
+def kill_process() -> TorchRunner:
     import os
 
     os._exit(9)
 
 
-def refuse() -> PreTrainedModel:
+def refuse() -> TorchRunner:
     raise UserError("no such model")
 
 
@@ -175,7 +181,7 @@ def folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
-    with Worker("tiny", partial(load_pruned, str(folder)), threads=1) as worker:
+    with Worker("tiny", partial(load, str(folder))) as worker:
         timing = worker.time(SETTING)
         assert timing.first_token > 0
         assert timing.decode > 0

@@ -10,6 +10,7 @@ import typer
 from nuteprune.cli import options as o
 from nuteprune.console import Output
 from nuteprune.jobs.bench import run
+from nuteprune.jobs.engines import ENGINES
 from nuteprune.jobs.family import take
 from nuteprune.run_folder import RUN, SPEED
 
@@ -17,6 +18,13 @@ from nuteprune.run_folder import RUN, SPEED
 def bench(
     model: o.Model,
     against: Annotated[str | None, typer.Option(help="The dense model, timed in turns.")] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What runs them: transformers, or llama.cpp (exports them; --dtype float16, "
+            "bfloat16 or float32 is then the type of the files)."
+        ),
+    ] = next(iter(ENGINES)),
     batch_sizes: Annotated[str, typer.Option(help="Sequences at a time, with commas.")] = "1,4",
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt, with commas.")] = "256",
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
@@ -45,6 +53,7 @@ def bench(
         model,
         against,
         output,
+        engine=engine,
         batch_sizes=batch_sizes,
         lengths=lengths,
         new_tokens=new_tokens,

@@ -11,7 +11,8 @@ from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
 from nuteprune.gates.seconds import PHASES
-from nuteprune.jobs.sources import load_model, pick_device, pick_dtype, read_config
+from nuteprune.jobs.engines import Transformers, pick_engine
+from nuteprune.jobs.sources import load_model, read_config
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import conditions, for_report, measure
 from nuteprune.judge.bench import Setting, told
@@ -25,6 +26,7 @@ def run(
     against: str | None,
     output: Output,
     *,
+    engine: str,
     batch_sizes: str,
     lengths: str,
     new_tokens: int,
@@ -41,13 +43,14 @@ def run(
         model: the checkpoint.
         against: the dense model; None: no comparison.
         output: where it is printed.
+        engine: what runs the models, one of `ENGINES`.
         batch_sizes: sequences at a time, comma separated.
         lengths: tokens of the prompt, comma separated.
         new_tokens: tokens decoded after the prompt.
         repeats: counted passes, after one to warm up.
         threads: on a CPU; None: as many as torch takes.
         device: `auto`, `cpu`, `cuda`.
-        dtype: what is computed in.
+        dtype: what is computed in; in llama.cpp, what the exported files hold.
         save: also write it into the run's folder, for the report.
         costs: write what the model's blocks cost to this file, and do nothing else.
 
@@ -64,14 +67,18 @@ def run(
         _positive(threads, "--threads")
     names = [model] if against in (None, model) else [model, str(against)]
     target = _target(names) if save else None
-    kind = pick_device(device)
-    computed = pick_dtype(dtype, kind)
+    chosen = pick_engine(engine, device, dtype, threads)
     for name in names:
         read_config(name)
     if costs is not None:
-        return _costs(model, at_home(costs), settings[0], kind, computed, threads, output)
+        if not isinstance(chosen, Transformers):
+            raise UserError(
+                f"--costs times blocks in transformers, and --engine {engine} has none of them; "
+                "leave one of the two out"
+            )
+        return _costs(model, at_home(costs), settings[0], chosen, output)
     with output.bars() as bars:
-        found = measure(names, settings, repeats, threads, kind, computed, bars)
+        found = measure(names, settings, repeats, chosen, bars)
     found["against"] = against  # a model may be its own dense one
     _print(found, output)
     if target is not None:
@@ -81,18 +88,13 @@ def run(
 
 
 def _costs(
-    model: str,
-    path: Path,
-    setting: Setting,
-    device: str,
-    dtype: torch.dtype,
-    threads: int | None,
-    output: Output,
+    model: str, path: Path, setting: Setting, engine: Transformers, output: Output
 ) -> dict[str, Any]:
     """Write the table that `prune --costs` takes, and return it with its path as `out`."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    table = write_table(path, load_model(model, dtype), setting, device, dtype)
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    loaded = load_model(model, engine.computed)
+    table = write_table(path, loaded, setting, engine.device, engine.computed)
     rows = [
         [f"{row['heads']} heads on {row['kv_heads']} KV heads", *_milliseconds(row)]
         for row in table["attention"]

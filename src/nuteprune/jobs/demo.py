@@ -16,13 +16,13 @@ from nuteprune.data.specs import DEMO
 from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.loading import in_dtype, load_pruned
 from nuteprune.export.record import weights_size, write_pruned
+from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.judging import copies
 from nuteprune.jobs.prune import Result, run, tell, trainer_config, whole
 from nuteprune.jobs.sources import (
     load_model,
     load_tokenizer,
-    pick_device,
     pick_dtype,
     stored_dtype,
 )
@@ -94,8 +94,8 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         plain = one_shot(job, result.scores, result.held_out, Path(folder))
         with output.bars() as bars:
-            names, kind = [str(out), DEMO], pick_device(job.device)
-            speed = measure(names, [TIMED], PASSES, None, kind, dtype, bars)
+            engine = Transformers.asked(job.device, job.dtype)
+            speed = measure([str(out), DEMO], [TIMED], PASSES, engine, bars)
         print_table(record, plain, speed, output)
         models = {
             "dense": load_model(DEMO, dtype),

@@ -14,6 +14,7 @@ from nuteprune.console import Bars, Output
 from nuteprune.data.demo import cache_folder
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import to_json, write_text
+from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
 from nuteprune.jobs.timing import for_report, measure
@@ -103,11 +104,10 @@ def judge_speed(
         asked = record["asked"]
         if asked["kind"] != "speedup":
             continue
-        setting, device = Setting(*moment(asked["at"])), pick_device(job.device)
-        dtype = pick_dtype(job.dtype, device)
+        setting = Setting(*moment(asked["at"]))
+        engine = Transformers.asked(job.device, job.dtype)
         with output.bars() as bars:
-            names = [str(folder), job.model]
-            speed = measure(names, [setting], PASSES, None, device, dtype, bars)
+            speed = measure([str(folder), job.model], [setting], PASSES, engine, bars)
         write_extra(job.out / RUN, SPEED, {**speed, **for_report(speed)})
         ratio = speed["settings"][0]["speedup"][asked["for"]]
         output.line(

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import PreTrainedModel
-
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
-from nuteprune.export.record import weights_size
-from nuteprune.jobs.sources import load_model, locate
+from nuteprune.jobs.engines import Engine, Ready
 from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize, told
 from nuteprune.judge.worker import Worker
-from nuteprune.model.family_file import from_dict, to_dict
-from nuteprune.model.lookup import all_brought_along, bring_along
 
 REPORTED = (
     ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),
@@ -35,9 +27,7 @@ def measure(
     names: Sequence[str],
     settings: Sequence[Setting],
     repeats: int,
-    threads: int | None,
-    device: str,
-    dtype: torch.dtype,
+    engine: Engine,
     bars: Bars,
 ) -> dict[str, Any]:
     """Time one model, or a model and the dense one.
@@ -46,9 +36,7 @@ def measure(
         names: the model, and the dense one if they are compared.
         settings: what is timed.
         repeats: counted passes of each, after one to warm up.
-        threads: on a CPU; None: as many as torch takes.
-        device: `cpu` or `cuda`.
-        dtype: what is computed in.
+        engine: what runs them.
         bars: where progress is shown.
 
     Returns:
@@ -57,30 +45,14 @@ def measure(
     Raises:
         UserError: if a model has too few positions.
     """
-    own = tuple(map(to_dict, all_brought_along()))
     with ExitStack() as stack:
-        workers = {
-            name: stack.enter_context(
-                Worker(name, partial(_load, name, dtype, device, own), threads)
-            )
-            for name in names
-        }
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ready = {name: engine.prepare(name, folder / str(i), bars) for i, name in enumerate(names)}
+        workers = {name: stack.enter_context(Worker(name, one.load)) for name, one in ready.items()}
         _check_positions(workers, settings)
         timings = [_time(workers, setting, repeats, bars) for setting in settings]
-    found = _result(workers, settings, timings)
-    about = {"device": device, "dtype": str(dtype).removeprefix("torch."), "repeats": repeats}
-    return {**found, **about}
-
-
-def _load(
-    name: str, dtype: torch.dtype, device: str, own: tuple[dict[str, Any], ...] = ()
-) -> PreTrainedModel:
-    """Load a model in a process of its own, which is told the families that users brought."""
-    for entry in own:
-        bring_along(from_dict(entry, Path("--family")))
-    model = load_model(name, dtype)
-    model.to(device)  # type: ignore[arg-type]
-    return model
+    found = _result(workers, ready, settings, timings)
+    return {**found, "device": engine.device, "dtype": engine.dtype, "repeats": repeats}
 
 
 def _check_positions(workers: dict[str, Worker], settings: Sequence[Setting]) -> None:
@@ -110,6 +82,7 @@ def _time(
 
 def _result(
     workers: dict[str, Worker],
+    ready: dict[str, Ready],
     settings: Sequence[Setting],
     timings: Sequence[dict[str, list[Timing]]],
 ) -> dict[str, Any]:
@@ -119,7 +92,7 @@ def _result(
         name: {
             **dataclasses.asdict(worker.about.work),
             "bytes_in_memory": worker.about.work.parameters * worker.about.work.bytes_per_parameter,
-            "bytes_on_disk": _on_disk(name),
+            "bytes_on_disk": ready[name].bytes_on_disk,
         }
         for name, worker in workers.items()
     }
@@ -137,6 +110,7 @@ def _result(
     return {
         "model": first.name,
         "against": list(workers)[1] if len(workers) == 2 else None,
+        "engine": first.about.engine,
         "hardware": first.about.hardware,
         "threads": first.about.threads,
         "attention": first.about.attention,
@@ -146,25 +120,14 @@ def _result(
     }
 
 
-def _on_disk(name: str) -> int | None:
-    """Return the bytes of a model's weight files, None where they cannot be told."""
-    folder = Path(locate(name))
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(name, local_files_only=True))
-        except (LocalEntryNotFoundError, HfHubHTTPError, ValueError):
-            return None
-    return weights_size(folder) or None
-
-
 def conditions(found: dict[str, Any]) -> str:
     """Return what a measurement was made on and how, in a line."""
     threads = ""
     if found["device"] == "cpu":
         threads = f", {found['threads']} thread{'s' if found['threads'] != 1 else ''}"
     return (
-        f"{found['hardware']}{threads}, {found['dtype']}, {found['attention']} attention, KV "
-        f"cache; medians of {found['repeats']} passes"
+        f"{found['engine']}, {found['hardware']}{threads}, {found['dtype']}, "
+        f"{found['attention']} attention, KV cache; medians of {found['repeats']} passes"
     )
 
 

@@ -1,0 +1,178 @@
+"""The engines that speed is measured in: each brings a model to where a worker loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from nuteprune.console import Bars
+from nuteprune.errors import UserError
+from nuteprune.export.gguf import write_gguf
+from nuteprune.export.record import weights_size
+from nuteprune.jobs.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
+from nuteprune.judge.bench import Work
+from nuteprune.judge.llama_cpp import LlamaCppRunner, require_binding
+from nuteprune.judge.runners import Runner, TorchRunner
+from nuteprune.model.family_file import from_dict, to_dict
+from nuteprune.model.lookup import all_brought_along, bring_along
+
+AUTO = "auto"
+GGUF_TYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that a worker can load.
+
+    Args:
+        load: loads it, in the worker's process.
+        bytes_on_disk: of the files that it is loaded from; None where they cannot be told.
+    """
+
+    load: Callable[[], Runner]
+    bytes_on_disk: int | None
+
+
+class Engine(Protocol):
+    """What runs models: `device` and `dtype` are told, `prepare` makes a model ready for it."""
+
+    @property
+    def device(self) -> str:
+        """The kind of hardware: `cpu` or `cuda`."""
+
+    @property
+    def dtype(self) -> str:
+        """What weights are held in, by torch's name."""
+
+    def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
+        """Make a model ready.
+
+        Args:
+            model: as the user named it.
+            place: a path that is free for it, in a folder that lives as long as the workers.
+            bars: where progress is shown.
+        """
+
+
+@dataclass(frozen=True)
+class Transformers:
+    """Plain transformers, which loads a checkpoint as it is.
+
+    Args:
+        device: `cpu` or `cuda`.
+        computed: what is computed in.
+        threads: on a CPU; None: as many as torch takes.
+    """
+
+    device: str
+    computed: torch.dtype
+    threads: int | None = None
+
+    @classmethod
+    def asked(cls, device: str, dtype: str, threads: int | None = None) -> Transformers:
+        """Return the engine for what options say, `auto` among them."""
+        kind = pick_device(device)
+        return cls(kind, pick_dtype(dtype, kind), threads)
+
+    @property
+    def dtype(self) -> str:
+        """What weights are held in, by torch's name."""
+        return str(self.computed).removeprefix("torch.")
+
+    def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
+        """Make a model ready; nothing is written."""
+        own = tuple(map(to_dict, all_brought_along()))
+        return Ready(partial(self._load, model, own), _on_disk(model))
+
+    def _load(self, model: str, own: tuple[dict[str, Any], ...]) -> TorchRunner:
+        """Load a model in a process of its own, which is told the families that users brought."""
+        for entry in own:
+            bring_along(from_dict(entry, Path("--family")))
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        loaded = load_model(model, self.computed)
+        loaded.to(self.device)  # type: ignore[arg-type]
+        return TorchRunner(loaded)
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp on the CPU, which loads GGUF files: a model is exported first.
+
+    Args:
+        stored: what the file holds matrices in.
+        threads: None: as many as torch takes.
+    """
+
+    stored: torch.dtype
+    threads: int | None = None
+    device = "cpu"
+
+    @classmethod
+    def asked(cls, device: str, dtype: str, threads: int | None) -> LlamaCpp:
+        """Return the engine for what options say, `auto` among them.
+
+        Raises:
+            UserError: if its binding is not installed, or another device is asked for.
+        """
+        require_binding()
+        if device not in (AUTO, cls.device):
+            raise UserError(f"device {device}: llama.cpp is timed on the CPU; leave --device out")
+        # The exporter's default, whatever the hardware: what people run.
+        return cls(pick_dtype("float16" if dtype == AUTO else dtype, cls.device), threads)
+
+    @property
+    def dtype(self) -> str:
+        """What weights are held in, by torch's name."""
+        return str(self.stored).removeprefix("torch.")
+
+    def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
+        """Export a model."""
+        loaded, file = load_model(model, None), place.with_suffix(".gguf")
+        written = write_gguf(
+            loaded,
+            load_tokenizer(model),
+            file,
+            type_name=GGUF_TYPES[self.stored],
+            progress=lambda done, total: bars.update(f"exporting {model}", done, total),
+        )
+        work = replace(Work.of(loaded), bytes_per_parameter=self.stored.itemsize)
+        positions = getattr(loaded.config, "max_position_embeddings", None)
+        load = partial(LlamaCppRunner, str(file), work, positions, self.threads)
+        return Ready(load, written.bytes)
+
+
+ENGINES: dict[str, Callable[[str, str, int | None], Engine]] = {
+    "transformers": Transformers.asked,
+    "llama.cpp": LlamaCpp.asked,
+}
+"""Name -> what makes the engine of device, dtype and threads; the default first."""
+
+
+def pick_engine(name: str, device: str, dtype: str, threads: int | None) -> Engine:
+    """Return the engine that options name.
+
+    Raises:
+        UserError: if it is unknown, or cannot run here so.
+    """
+    if name not in ENGINES:
+        raise UserError(f"--engine {name} is unknown; pass one of {', '.join(ENGINES)}")
+    return ENGINES[name](device, dtype, threads)
+
+
+def _on_disk(model: str) -> int | None:
+    """Return the bytes of a model's weight files, None where they cannot be told."""
+    folder = Path(locate(model))
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except (LocalEntryNotFoundError, HfHubHTTPError, ValueError):
+            return None
+    return weights_size(folder) or None
