@@ -21,14 +21,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from nuteprune.cli.app import main
 from nuteprune.errors import UserError
 from nuteprune.export import gguf as export
+from nuteprune.export.checkpoint import assemble
 from nuteprune.export.gguf import metadata, read_back, write_gguf
 from nuteprune.export.gguf_archs import ARCHS, BLOCK
-from nuteprune.export.gguf_fit import mended
+from nuteprune.export.gguf_fit import check_super_blocks, mended
 from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
 from nuteprune.export.gguf_vocab import read_vocabulary as read
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import make_allocator
 from tests.forked import python
 
 VOCAB = 300
@@ -618,3 +621,58 @@ def test_a_killed_export_leaves_the_old_file_or_none(
     assert run(*command[1:])[0] == 0  # the same again goes on as if nothing had been
     assert metadata(out)["general.architecture"] == "deci"
     assert sorted(x.name for x in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+def wide(tiny_model: Callable) -> PreTrainedModel:
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "intermediate_size": 1536}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
+    return tiny_model("llama", hidden_size=1024, **sizes, **heads)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_rows_fit_k_quants_where_it_is_asked_for(
+    asked: bool, tiny_model: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    anatomy = Anatomy(wide(tiny_model))
+    args = NutePruneConfig(output_dir="unused", for_quantization=asked)
+    allocator = make_allocator(anatomy, args)
+    random = torch.Generator().manual_seed(0)
+    units = {kind: allocator.layout.units(kind) for kind in allocator.constraints.kinds}
+    scores = {kind: torch.rand(n, generator=random) for kind, n in units.items()}
+    masks = allocator.masks(allocator.shape(scores, 0.43), scores)
+    small, _ = assemble(anatomy, masks)
+    assert any(x.neurons < 1536 for x in Anatomy(small).shape.layers)
+    assert any(x.heads < 8 for x in Anatomy(small).shape.layers)
+    write_gguf(small, tiny_tokenizer, tmp_path / "model.gguf", type_name="bf16")
+    rows = [x.shape for x in GGUFReader(tmp_path / "model.gguf").tensors if len(x.shape) > 1]
+    assert len(rows) == 1 + 1 + 2 * 7
+    torn = [x for x in rows if x[0] % 256]
+    assert bool(torn) == (not asked)
+
+
+@pytest.mark.parametrize(
+    ("config", "gates", "said"),
+    [
+        ({"hidden_size": 576}, "neurons", "width is 576"),
+        ({"head_dim": 32}, "kv_groups,neurons", "kv_groups has 64 features"),
+        ({}, "heads,neurons", "heads has 128 features"),
+        ({"hidden_size": 576}, "neurons,hidden", ""),
+        ({"head_dim": 32}, "neurons", ""),
+    ],
+)
+def test_what_k_quants_cannot_store_whole_is_refused(
+    config: dict[str, int], gates: str, said: str
+) -> None:
+    sizes = {"hidden_size": 1024, "head_dim": 128} | config
+    layer = LayerShape(heads=8, kv_heads=4, neurons=1536)
+    how = Shape(sizes["hidden_size"], (layer,)), sizes["head_dim"], gates.split(",")
+    if not said:
+        check_super_blocks(*how)
+        return
+    with pytest.raises(UserError, match=said):
+        check_super_blocks(*how)
+
+
+def test_multiples_of_one_s_own_stay_multiples() -> None:
+    args = NutePruneConfig(output_dir="unused", for_quantization=True, neuron_multiple=96)
+    assert (args.neuron_multiple, args.hidden_multiple) == (768, 256)

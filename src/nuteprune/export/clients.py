@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nuteprune.errors import UserError
+from nuteprune.export.gguf_archs import SUPER_BLOCK
 from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
 from nuteprune.export.onnx import check_mixers, check_rope
-
-SUPER_BLOCK = 256
-"""Weights of a row that llama.cpp's K-quants store together."""
 
 
 @dataclass(frozen=True)

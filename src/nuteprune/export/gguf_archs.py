@@ -13,6 +13,8 @@ from nuteprune.model.shape import Shape
 
 BLOCK = 32
 """Weights of a row that Q8_0 and Q4_0 quantize together."""
+SUPER_BLOCK = 256
+"""Weights of a row that llama.cpp's K-quants store together."""
 
 _SILU = frozenset({"silu", "swish"})
 _GELU_TANH = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})

@@ -6,13 +6,13 @@ reason against it is taken. What would be taken and computed wrong is refused or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_archs import ARCHS, BLOCK, Arch
+from nuteprune.export.gguf_archs import ARCHS, BLOCK, SUPER_BLOCK, Arch
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -241,3 +241,30 @@ def check_rows(shape: Shape, head_dim: int, type_name: str) -> None:
                 f"{layer.heads} heads of {head_dim}, {layer.heads * head_dim} features: {instead}, "
                 f"or keep heads in multiples of {BLOCK // gcd(BLOCK, head_dim)} (--shape)"
             )
+
+
+def check_super_blocks(shape: Shape, head_dim: int, kinds: Collection[str]) -> None:
+    """Refuse a cut after which K-quants could not store rows: they take blocks of `SUPER_BLOCK`.
+
+    Args:
+        shape: of the model before the cut.
+        head_dim: features of a head.
+        kinds: kinds of gates.
+
+    Raises:
+        UserError: naming what is no multiple, and what to do instead.
+    """
+    if shape.hidden % SUPER_BLOCK and "hidden" not in kinds:
+        raise UserError(
+            f"the width is {shape.hidden}, no multiple of the {SUPER_BLOCK} weights that K-quants "
+            "store together, so no cut of other kinds makes its rows fit: leave "
+            "--for-quantization out and export with --type q8_0 or q4_0, or add hidden to --gates"
+        )
+    for layer in filter(lambda x: x.heads, shape.layers):
+        for kind, heads in (("heads", 1), ("kv_groups", layer.heads_per_group)):
+            if kind in kinds and heads * head_dim % SUPER_BLOCK:
+                raise UserError(
+                    f"a unit of {kind} has {heads * head_dim} features, no multiple of the "
+                    f"{SUPER_BLOCK} weights that K-quants store together: with --for-quantization "
+                    "leave it out of --gates, such as --gates neurons"
+                )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, ClassVar
 
 from transformers import SchedulerType, TrainingArguments
 
 from nuteprune.distill.objective import OBJECTIVES
+from nuteprune.export.gguf_archs import SUPER_BLOCK
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.model.family import GATE_KINDS
@@ -58,6 +60,8 @@ class NutePruneConfig(TrainingArguments):
         shapes: `free` (each layer its own counts) or `uniform` (the same in all).
         neuron_multiple: neurons kept per layer are a multiple of it.
         hidden_multiple: the width kept is a multiple of it.
+        for_quantization: both multiples are multiples of 256 too, which K-quants store together;
+            gates that could not keep rows whole are refused.
 
     Parameters that control how units are chosen:
 
@@ -185,6 +189,12 @@ class NutePruneConfig(TrainingArguments):
         bounds=(1, 1e6),
         option="--hidden-multiple",
     )
+    for_quantization: bool = setting(
+        False,
+        f"Both in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants store together.",
+        option="--for-quantization",
+        flag=True,
+    )
 
     method: str = setting(
         METHOD,
@@ -272,6 +282,9 @@ class NutePruneConfig(TrainingArguments):
         check_trainer_settings(self)
         check_declared(self)
         check_kinds(self.gate_kinds or ())
+        if self.for_quantization:
+            self.neuron_multiple = lcm(self.neuron_multiple, SUPER_BLOCK)
+            self.hidden_multiple = lcm(self.hidden_multiple, SUPER_BLOCK)
         if self.ddp_find_unused_parameters is None:  # frozen gates are unused
             self.ddp_find_unused_parameters = GATE_TYPES[self.gate_type].trained
         self._spell_targets()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
+from nuteprune.export.gguf_fit import check_super_blocks
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Goal
@@ -79,6 +80,8 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         if not layout.units(kind):
             raise UserError(f"gates on {kind} cannot be used here: the model has none left to cut")
     _check_rows_of_stacks(anatomy, args, kinds, floor)
+    if args.for_quantization:
+        check_super_blocks(whole, anatomy.head_dim, kinds)
     constraints = Constraints(
         kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor
     )
