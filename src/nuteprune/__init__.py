@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nuteprune.export.loading import load_pruned
     from nuteprune.jobs.prune import prune
     from nuteprune.jobs.recover import recover
+    from nuteprune.jobs.vocab import vocab
     from nuteprune.train.config import NutePruneConfig
     from nuteprune.train.trainer import NutePruneTrainer
 
@@ -21,6 +22,7 @@ _HOMES = {
     "load_pruned": "nuteprune.export.loading",
     "prune": "nuteprune.jobs.prune",
     "recover": "nuteprune.jobs.recover",
+    "vocab": "nuteprune.jobs.vocab",
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "load_pruned",
     "prune",
     "recover",
+    "vocab",
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import nuteprune
 from nuteprune.export.loading import load_pruned
 
 pytestmark = pytest.mark.slow
@@ -66,7 +67,8 @@ def test_a_stock_checkpoint_comes_out_that_all_else_takes(
     assert load_pruned(pruned).config.vocab_size == KEEP
     assert f"vocabulary of {KEEP} tokens" in (pruned / "README.md").read_text()
     third = tmp_path / "third"
-    twice = last(run, "vocab", pruned, "--data", text, "--keep", 270, "--out", third)
+    twice = nuteprune.vocab(str(pruned), data=str(text), keep=270, out=third, quiet=True)
+    assert Path(twice["out"]) == third
     assert [x["asked"]["kind"] for x in twice["history"]] == ["vocab", "sparsity"]
     assert load_pruned(third).config.vocab_size == 270
     exported = last(run, "export", third, "--to", "gguf", "--out", tmp_path / "a.gguf")

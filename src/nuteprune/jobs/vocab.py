@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.console import Output, megabytes, millions
+from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.data.self_written import write_text
 from nuteprune.data.specs import SELF, iter_documents
 from nuteprune.errors import UserError
@@ -29,7 +30,7 @@ from nuteprune.export.vocabulary import (
 )
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.folder import alone, check_out, check_writable, clear
-from nuteprune.jobs.job import Job
+from nuteprune.jobs.job import Job, make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
@@ -40,6 +41,37 @@ SELF_TOKENS = 50_000
 """Tokens that the model writes where it is its own text that is counted."""
 TOGETHER = 500
 """Documents that are tokenized at a time."""
+
+
+def vocab(
+    model: str,
+    *,
+    out: str | os.PathLike[str],
+    keep: int,
+    data: str | Sequence[str] | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Make a model's vocabulary smaller, as `nuteprune vocab` does.
+
+    Args:
+        model: hub id, checkpoint folder, or `demo`.
+        out: folder for the result, a stock checkpoint of the same class.
+        keep: tokens that are to stay.
+        data: text that tells which: a file, a folder, a hub dataset, `demo`, or `self`.
+        quiet: print nothing.
+        **settings: the command's other options by name.
+
+    Returns:
+        The record (nuteprune.json) with the folder as `out`.
+
+    Raises:
+        UserError: for anything that cannot work; nothing is written then.
+        RunFailed: if the tokenizer that is left does not spell what the full one does.
+    """
+    job = make_job(Job, None, {"model": model, "out": out, "data": data, **settings})
+    with quiet_loading():
+        return run(job, keep, Output(quiet=quiet))
 
 
 def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
