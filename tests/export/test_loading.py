@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.checkpoint import save
-from nuteprune.export.loading import build, in_dtype, load_pruned
+from nuteprune.export.loading import build, in_dtype, load_config, load_pruned
 from tests.families import each_family
 
 from .conftest import logits, tensors
@@ -258,3 +258,11 @@ def test_a_missing_shard_is_named(model: PreTrainedModel, tmp_path: Path) -> Non
     gone.unlink()
     with pytest.raises(UserError, match=rf"cannot load .*{gone.name}"):
         load_pruned(tmp_path / "split")
+
+
+def test_layers_that_contradict_their_list_of_kinds_are_refused_in_a_line(tmp_path: Path) -> None:
+    values = {"model_type": "lfm2", "num_hidden_layers": 4, "layer_types": ["conv"] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"`num_hidden_layers` \(4\) must be equal") as told:
+        load_config(tmp_path)
+    assert "\n" not in str(told.value)
