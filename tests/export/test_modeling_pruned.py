@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,8 +226,10 @@ def run_client(folders: Path, tmp_path: Path, *arguments: str, **environment: st
     return done.stdout.splitlines()
 
 
-def check_client(lines: list[str], per_family: int) -> None:
-    assert len(lines) == 1 + per_family * len(dense())
+def check_client(lines: list[str], per_family: int, families: int) -> None:
+    names = Counter(line.split()[0] for line in lines[1:])
+    assert len(names) == families
+    assert set(names.values()) == {per_family}
     for line in lines[1:]:
         _, what, value = line.split()
         assert value == "True" if what == "generated" else float(value) < 3 * MAX_ERROR, line
@@ -235,7 +238,7 @@ def check_client(lines: list[str], per_family: int) -> None:
 @pytest.mark.slow
 def test_a_fresh_process_needs_nothing_but_the_folder(folders: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    check_client(run_client(folders, tmp_path, str(again)), per_family=4)
+    check_client(run_client(folders, tmp_path, str(again)), per_family=4, families=len(dense()))
     shipped = Path(modeling_pruned.__file__).read_bytes()
     for model_type in dense():
         first, second = folders / model_type, again / model_type
@@ -246,13 +249,29 @@ def test_a_fresh_process_needs_nothing_but_the_folder(folders: Path, tmp_path: P
         assert before["auto_map"] == after["auto_map"]
 
 
+NOT_IN_4_57 = {
+    "apertus": "its activation is another one there",
+    "stablelm": "takes heads x head size for the width",
+    "ministral3": "younger",
+    "qwen3_5_text": "younger",
+    "granitemoehybrid": "names kinds of layers otherwise",
+    "falcon_h1": "keeps its state in another class",
+}
+"""Families whose free shapes transformers 4.57 cannot load, and why."""
+
+
 @pytest.mark.clients
 def test_transformers_4_57_computes_the_same(
     folders: Path, tmp_path: Path, transformers_4: Path
 ) -> None:
-    lines = run_client(folders, tmp_path, PYTHONPATH=str(transformers_4))
+    names = [x for x in dense() if x not in NOT_IN_4_57]
+    older = tmp_path / "older"
+    older.mkdir()
+    for name in names:
+        (older / name).symlink_to(folders / name)
+    lines = run_client(older, tmp_path, PYTHONPATH=str(transformers_4))
     assert lines[0] == "transformers 4.57.6"
-    check_client(lines, per_family=3)
+    check_client(lines, per_family=3, families=len(names))
 
 
 KINDS = {
