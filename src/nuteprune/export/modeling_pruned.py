@@ -248,7 +248,8 @@ class PrunedModel:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        resize_layers(self, config.get_text_config())
+        # transformers before 4.45 knows no config within another.
+        resize_layers(self, getattr(config, "get_text_config", lambda: config)())
 
     @classmethod
     def is_custom_code(cls):
