@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -104,6 +105,8 @@ class Watch:
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
         self._phase: str | None = None
+        self._changes = 0
+        give_back()  # what is free already must not hide what comes
         self._base = anonymous()
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -113,20 +116,26 @@ class Watch:
             time.sleep(PAUSE)
 
     def _note(self) -> None:
-        phase, held = self._phase, anonymous() - self._base
-        if phase is not None and phase is self._phase:  # else it ended meanwhile
+        changes, phase = self._changes, self._phase
+        held = anonymous() - self._base
+        if phase is not None and changes == self._changes:  # else another one came meanwhile
             self.peaks[phase] = max(held, self.peaks.get(phase, 0))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Let what is held inside this context count as a phase's, but for phases inside it."""
-        ctypes.CDLL(None).malloc_trim(0)  # else the phases before would count too
-        outer, self._phase = self._phase, name
+        outer = self._phase
+        self._change(name)
         try:
             yield
             self._note()
         finally:
-            self._phase = outer
+            self._change(outer)
+
+    def _change(self, phase: str | None) -> None:
+        give_back()  # else what the phase before has freed would count too
+        self._changes += 1
+        self._phase = phase
 
     def around(self, module: Any, function: str, name: Callable[[], str]) -> None:
         """Make a phase of each call of a module's function."""
@@ -137,6 +146,12 @@ class Watch:
                 return inner(*args, **kwargs)
 
         setattr(module, function, watched)
+
+
+def give_back() -> None:
+    """Return what this process has freed to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def anonymous() -> int:
