@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tests.conftest import TINY
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -34,20 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eoi_token_index": 292,
     },
     "qwen3_5": {
-        "text_config": TEXT
-        | {
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 4,
-            "linear_value_head_dim": 8,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [1, 1, 0],
-            },
-        },
+        "text_config": TEXT | TINY["qwen3_5_text"],
         "vision_config": TOWER
         | {"depth": 2, "num_heads": 2, "temporal_patch_size": 1, "num_position_embeddings": 16}
         | {"out_hidden_size": 32},

@@ -21,9 +21,17 @@ from nuteprune.export.config import pruned_config
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
+from tests.conftest import TINY
 
 HIDDEN, HEADS, KV_HEADS, NEURONS, VOCAB = 96, 6, 2, 96, 128
 GROUPED = {"num_key_value_heads": KV_HEADS, "head_dim": HIDDEN // HEADS}
+
+
+def hybrid(name: str, mixer: str) -> dict[str, Any]:
+    """A tiny hybrid whose layer 0 is of attention, which `uneven_shape` cuts."""
+    return TINY[name] | {"layer_types": ["full_attention", mixer, mixer]}
+
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e3}},
     "mistral": {"sliding_window": 6},
@@ -48,28 +56,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 6, "sliding_window_pattern": 2},
     "olmo3": {"sliding_window": 6},
     "cohere2": {"sliding_window": 6},
-    "qwen3_5_text": {
-        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 16,
-    },
-    "lfm2": {"layer_types": ["full_attention", "conv", "conv"], "block_auto_adjust_ff_dim": False},
-    "granitemoehybrid": {
-        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
-        "num_local_experts": 0,
-        "mamba_n_heads": 8,
-        "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
-    },
-    "falcon_h1": {
-        "mamba_d_ssm": 64,
-        "mamba_n_heads": 8,
-        "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
-        "ssm_multipliers": [0.5, 0.7, 0.9, 1.1, 1.3],
-    },
+    "qwen3_5_text": hybrid("qwen3_5_text", "linear_attention"),
+    "lfm2": hybrid("lfm2", "conv"),
+    "granitemoehybrid": hybrid("granitemoehybrid", "linear_attention"),
+    "falcon_h1": TINY["falcon_h1"] | {"mamba_d_ssm": 64, "mamba_n_heads": 8},
 }
 
 
