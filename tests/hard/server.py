@@ -30,10 +30,10 @@ from typing import Any
 MODULES = ("nuteprune.cli.app", "nuteprune.cli.demo", "nuteprune.cli.prune", "nuteprune.cli.report")
 LAZY = ("transformers.models.llama.modeling_llama", "transformers.trainer", "datasets", "pyarrow")
 PHASES = {
-    "nuteprune.train.trainer:NutePruneTrainer.warm_start": "scoring",
+    "nuteprune.train.pruning:Pruning.warm_start": "scoring",
     "nuteprune.train.trainer:NutePruneTrainer.training_step": "stepping",
-    "nuteprune.train.trainer:NutePruneTrainer.end_step": "ending a step",
-    "nuteprune.train.trainer:NutePruneTrainer.freeze": "freezing",
+    "nuteprune.train.pruning:Pruning.end_step": "ending a step",
+    "nuteprune.train.pruning:Pruning.freeze": "freezing",
     "nuteprune.train.checkpoints:AtomicTrainer._load_from_checkpoint": "resuming",
     "nuteprune.distill.teachers:Teachers.record": "recording a teacher",
     "nuteprune.train.checkpoints:AtomicTrainer._save_checkpoint": "writing a checkpoint",
@@ -45,13 +45,20 @@ PHASES = {
     "nuteprune.export.record:write_pruned": "writing the record",
     "nuteprune.judge.report:write_report": "reporting",
     "nuteprune.export.gguf:write_gguf": "writing GGUF",
-    "nuteprune.jobs.job:clear": "clearing",
-    "nuteprune.jobs.job:clear_result": "clearing a result",
+    "nuteprune.jobs.folder:clear": "clearing",
+    "nuteprune.jobs.folder:clear_result": "clearing a result",
     "nuteprune.data.demo:fetch": "downloading",
     "nuteprune.data.demo:_convert": "converting",
     "nuteprune.judge.perplexity:perplexities": "measuring",
 }
 """Functions that are events at their beginning and end -> what events inside them are part of."""
+
+
+def owner_of(place: str) -> tuple[Any, str]:
+    """Return the module or class that holds a function of `PHASES`, and the function's name."""
+    module_name, _, path = place.partition(":")
+    *outer, name = path.split(".")
+    return functools.reduce(getattr, outer, importlib.import_module(module_name)), name
 
 
 class Faults:
@@ -78,9 +85,7 @@ class Faults:
 
     def wrap(self, place: str, phase: str) -> None:
         """Make a function's beginning and end events."""
-        module_name, _, path = place.partition(":")
-        *outer, name = path.split(".")
-        owner = functools.reduce(getattr, outer, importlib.import_module(module_name))
+        owner, name = owner_of(place)
         original = getattr(owner, name)
 
         @functools.wraps(original)

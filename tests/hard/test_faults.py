@@ -17,8 +17,7 @@ from safetensors import safe_open
 from nuteprune.files import file_sum
 
 from .conftest import Ended, Server
-
-pytestmark = pytest.mark.hard
+from .server import PHASES, owner_of
 
 SETTINGS = {
     "max_steps": 12,
@@ -98,6 +97,13 @@ def go_on(server: Server, args: list[str], out: Path) -> Ended:
     return ended
 
 
+@pytest.mark.parametrize("place", PHASES)
+def test_what_is_watched_exists(place: str) -> None:
+    """Quick, so that a function that moves takes its line in `PHASES` with it."""
+    assert callable(getattr(*owner_of(place), None))
+
+
+@pytest.mark.hard
 @pytest.mark.parametrize(("kind", "count"), [("two targets", 40), ("stochastic gates", 20)])
 def test_a_killed_run_ends_as_if_never_interrupted(
     kind: str, count: int, server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path
@@ -159,6 +165,7 @@ def tiny_demo(server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path) ->
     return {"asset": asset | {"member": "tiny_model/tiny.gguf"}, "environ": environ}
 
 
+@pytest.mark.hard
 def test_a_killed_download_conversion_or_export_is_done_again(
     server: Server, tiny_demo: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -194,6 +201,7 @@ def test_a_killed_download_conversion_or_export_is_done_again(
     assert {"downloading", "converting", "writing GGUF"} <= killed.keys()
 
 
+@pytest.mark.hard
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
