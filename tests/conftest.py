@@ -145,6 +145,20 @@ def cache_of(model: PreTrainedModel, ids_BT: Any) -> Any:
     return output["cache" if "cache" in output else "past_key_values"]  # named by version
 
 
+DELTA_NET: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 0],
+    },
+}
+
 # What sets a family's tiny model apart; without it each would have the sizes in `tiny_model` alone.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -213,19 +227,30 @@ TINY: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 4,
-        "linear_value_head_dim": 8,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [1, 1, 0],
-        },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
     },
+    "llama4_text": {
+        "moe_layers": [0, 2],
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 6,
+        "floor_scale": 4,
+        "attention_bias": True,
+    },
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_next": DELTA_NET | {"mlp_only_layers": [2], "num_experts_per_tok": 2},
+    "qwen3_5_moe_text": DELTA_NET | {"num_experts_per_tok": 3},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],

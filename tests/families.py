@@ -12,7 +12,10 @@ QUICK = ("llama", "phi3", "gemma2", "gpt_neox")
 parallel blocks."""
 MORE = ("llama_mha", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "opt")
 """Those that `make test` repeats tests for too; `make test-hard` has the others."""
-MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "glm4_moe", "granitemoe", "gpt_oss")
+MIXTURES = (
+    *("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "glm4_moe", "granitemoe", "gpt_oss"),
+    *("qwen3_next", "qwen3_5_moe_text", "deepseek_v3", "llama4_text"),
+)
 """Families with routed experts, which have tests of their own."""
 DENSE_KINDS = ("heads", "kv_groups", "neurons", "hidden", "attn_block", "mlp_block")
 """Kinds of gates of families without."""

@@ -53,6 +53,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+CONFIGS["qwen3_5_moe"] = CONFIGS["qwen3_5"] | {
+    "text_config": CONFIGS["qwen3_5"]["text_config"]
+    | EXPERTS
+    | {"shared_expert_intermediate_size": 16}
+}
+
 
 def wrapper(name: str) -> PreTrainedModel:
     """A new model: all parameters random, norms and biases too."""
@@ -78,7 +85,7 @@ def inputs(name: str) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(2)
     ids = torch.tensor([[5, 9, IMAGE, IMAGE, IMAGE, IMAGE, 7, 8, 30]])
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if name == "qwen3_5":
+    if name.startswith("qwen3_5"):
         patches = torch.randn(16, 3 * 4 * 4, generator=random)
         kinds = (ids == IMAGE).int()
         grid = torch.tensor([[1, 4, 4]])

@@ -35,7 +35,14 @@ def options(model: Path, text: Path, out: Path, *more: Any) -> list[Any]:
 
 
 @pytest.mark.slow(6)
-@pytest.mark.parametrize(("name", "shapes"), [("gemma3", "free"), ("qwen3_5", "uniform")])
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("gemma3", "free"),
+        ("qwen3_5", "uniform"),
+        pytest.param("qwen3_5_moe", "uniform", marks=pytest.mark.hard),
+    ],
+)
 def test_a_wrapper_is_pruned_and_still_sees(
     name: str,
     shapes: str,
@@ -47,6 +54,7 @@ def test_a_wrapper_is_pruned_and_still_sees(
 ) -> None:
     model, out = saved(name), tmp_path / "out"
     gates = "neurons,mlp_block" if shapes == "free" else "kv_groups,neurons"
+    gates += ",experts" if name == "qwen3_5_moe" else ""
     more = ("--shapes", shapes, "--gates", gates)
     code, stdout, err = run(*options(model, text, out, *more))
     assert code == 0, err
@@ -73,6 +81,15 @@ def test_a_wrapper_is_pruned_and_still_sees(
     parts = json.loads(stdout.splitlines()[-1])["parts"]
     for when in ("before", "after"):
         assert sum(x[when] for x in parts.values()) == record["params"][when]
+
+
+@pytest.mark.slow(2)
+def test_a_mixture_within_a_wrapper_is_written_in_uniform_shapes(
+    saved: Callable, text: Path, tmp_path: Path, run: Callable
+) -> None:
+    code, _, err = run(*options(saved("qwen3_5_moe"), text, tmp_path / "out", "--shapes", "free"))
+    assert code == 2
+    assert "within a model of several modalities; pass --shapes uniform, or --text-only" in err
 
 
 @pytest.mark.slow(4)

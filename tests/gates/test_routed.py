@@ -127,7 +127,7 @@ def test_an_expert_takes_along_what_a_smaller_model_lacks(model_type: str, tiny_
     each = unit_parameters(budget, "experts")
     assert (budget.before - fewer.before) / mixtures == each[0] == each[-1]
     thin = Budget.of(Anatomy(tiny_model(model_type, **{names["expert_neurons"]: 23})))
-    shared = (budget.family.experts.shared_times == "n_shared_experts") * 2
+    shared = {"": 0, "n_shared_experts": 2, 1: 1}[budget.family.experts.shared_times]
     one = unit_parameters(budget, "expert_neurons")
     assert (budget.before - thin.before) / mixtures / (6 + shared) == one[0] == one[-1]
 

@@ -99,8 +99,10 @@ def _stock_config(values: dict[str, Any], family: Family, shape: Shape) -> PreTr
 def _shared_fits(values: dict[str, Any], family: Family, shape: Shape) -> bool:
     """Return whether the stock class gives shared experts the width that they have."""
     times = family.experts.shared_times if family.experts else ""
-    mixtures = (x for x in shape.layers if times and x.experts)
-    return all(x.neurons == x.expert_neurons * values[times] for x in mixtures)
+    if not times:
+        return True
+    count = values[times] if isinstance(times, str) else times
+    return all(x.neurons == x.expert_neurons * count for x in shape.layers if x.experts)
 
 
 def _free_config(
@@ -117,7 +119,7 @@ def _free_config(
         "model_type": PREFIX + family.model_type,
         "architectures": [f"Pruned{family.causal_lm}"],
         "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
-        "pruned": _layout(family, mixer_width),
+        "pruned": _layout(family, mixer_width) | _own_head_dim(values, family),
         "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
         "allow_global_per_layer_attribute_access": True,
     }
@@ -134,6 +136,12 @@ def _free_config(
     if config is None:
         raise UserError(f"{stock.__name__} takes no head count at a hidden size of {hidden}")
     return config
+
+
+def _own_head_dim(values: dict[str, Any], family: Family) -> dict[str, int]:
+    """Return what heads write where the config's `head_dim` is something else."""
+    name = family.config_names.get("head_dim")
+    return {"head_dim": values[name]} if name else {}
 
 
 def _first_valid(
@@ -198,6 +206,7 @@ def _layout(family: Family, mixer_width: int | None = None) -> dict[str, Any]:
                 "modules": [family.attention_module],
                 "norms": list(family.attention_norms),
                 "projections": axes(family.attention),
+                **({"per_head": list(family.per_head)} if family.per_head else {}),
             },
             "mlp": {
                 "modules": list(family.mlp_modules),

@@ -23,12 +23,14 @@ serves every model type. What a layer consists of is data, under "pruned" in con
     counts  our word ("heads", "neurons", perhaps "kv_heads", "experts") -> the config's attribute
     blocks  for "attention", "mlp" and perhaps "mixer" (what else mixes tokens): the modules that
             make up the block, the norms that serve it alone, and its projections with their axes,
-            "inputs -> outputs"; "width" is the hidden size that a mixer is made for, if another
+            "inputs -> outputs"; "width" is the hidden size that a mixer is made for, if another;
+            "per_head" are parameters with an entry for each query head
+    head_dim  features of a head that the output projection reads, where the config's are others
     experts  where the model is a mixture: its router, and its projections, each one tensor for all
             experts of a layer; "transposed" where that is (experts, inputs, outputs)
 
 An axis is "hidden", "neurons", "q" or "kv" (heads x head_dim), "qkv" or "qgate" (heads x 3 or 2
-head_dim), "expert_neurons" (those of each expert), or "mixer" (whatever the mixer has);
+head_dim), "expert_neurons" (those of each expert), or "mixer" or "latent" (whatever is there);
 "hidden -> q kv kv" is one linear module that yields all three. Layers that lack a module are left
 as they are there.
 Each layer's counts are in "per_layer_config", as transformers >= 5.14 defines it; "skip" names
@@ -126,6 +128,8 @@ def remove_block(layer, block, nothing):
         put(layer, path, nn.Identity())
     if (removed := at(layer, last)) is not None:  # else the layer is of another kind
         put(layer, last, nothing(removed))
+    if nothing is Zeros and getattr(layer, "is_moe_layer", False):  # it would expect two results
+        layer.is_moe_layer = False
 
 
 def resize_block(layer, block, config, counts):
@@ -139,20 +143,24 @@ def resize_block(layer, block, config, counts):
         put(layer, first, type(module)(view, module.layer_idx))
     count = counts_by_word(config, counts)
     heads, kv_heads = count["heads"], count.get("kv_heads", count["heads"])
+    head_dim = config.pruned.get("head_dim", config.head_dim)
     axes = {
         "hidden": config.hidden_size,
         "neurons": count.get("neurons", 0),
-        "q": heads * config.head_dim,
-        "kv": kv_heads * config.head_dim,
-        "qkv": heads * config.head_dim * 3,
-        "qgate": heads * config.head_dim * 2,
+        "q": heads * head_dim,
+        "kv": kv_heads * head_dim,
+        "qkv": heads * head_dim * 3,
+        "qgate": heads * head_dim * 2,
     }
     for path, shape in block["projections"].items():
         old = at(layer, path)
         if old is None:
             continue
-        axes["mixer"] = old.in_features if shape.startswith("mixer") else old.out_features
-        inputs, outputs = sizes_of(shape, axes)
+        whole = (old.in_features, old.out_features)  # what a mixer or a latent keeps
+        inputs, outputs = (
+            sum(axes.get(axis, size) for axis in side.split())
+            for side, size in zip(shape.split("->"), whole, strict=True)
+        )
         kept = {
             "bias": old.bias is not None,
             "device": old.weight.device,
@@ -161,6 +169,9 @@ def resize_block(layer, block, config, counts):
         put(layer, path, nn.Linear(inputs, outputs, **kept))
     if any("mixer" in shape for shape in block["projections"].values()):
         return  # heads that it may count are not those of attention
+    for path in block.get("per_head", ()):
+        parent, _, name = path.rpartition(".")
+        resize(layer.get_submodule(parent), name, (heads,))
     told = {
         "num_heads": heads,
         "num_key_value_heads": kv_heads,

@@ -2,7 +2,8 @@
 
 What counts are the weights and biases of the decoder layers' projections (the paper's
 convention); embeddings, head and norms do not. Every projection reads or writes the residual
-stream, so a model's count is hidden x coefficient + constant: the form that `allocate` solves.
+stream, or is of a fixed size, so a model's count is hidden x coefficient + constant: the form that
+`allocate` solves.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Budget:
         head_dim: features per head.
         biases: projection path -> whether it has a bias.
         per_token: how many routed experts a token goes through, 0 without any.
-        inner: path of each of a mixer's projections -> its features inside of the mixer.
+        inner: `Anatomy.inner_sizes`, of what no gate cuts.
     """
 
     def __init__(
@@ -103,8 +104,11 @@ class Budget:
         coefficient = constant = 0
         for projection in projections:
             bias = self.biases[projection.path]
-            if projection.columns == "hidden":
-                rows = sum(sizes[axis] for axis in projection.rows)
+            inner = self.inner.get(projection.path, 0)
+            if projection.inside:
+                constant += inner
+            elif projection.columns == "hidden":
+                rows = sum(sizes.get(axis, inner) for axis in projection.rows)
                 coefficient += rows
                 constant += rows * bias
             else:
@@ -185,8 +189,12 @@ class Budget:
         count = 0
         for projection in projections:
             bias = self.biases[projection.path]
-            if projection.columns == "hidden":
-                count = count + sum(sizes[axis] for axis in projection.rows) * (hidden + bias)
+            inner = self.inner.get(projection.path, 0)
+            if projection.inside:
+                count = count + inner
+            elif projection.columns == "hidden":
+                rows = sum(sizes.get(axis, inner) for axis in projection.rows)
+                count = count + rows * (hidden + bias)
             else:
                 count = count + hidden * (sizes[projection.columns] + times * bias)
         return count

@@ -28,12 +28,14 @@ class Outside:
         mlp: of each layer, those that go with its MLP.
         rest: embedding, head, final norm and whatever else stays.
         expert: of each layer, those of its router that go with an expert; empty: no mixture.
+        head: of each layer, how many go with a query head; empty: none.
     """
 
     attention: tuple[Line, ...]
     mlp: tuple[Line, ...]
     rest: Line
     expert: tuple[Line, ...] = ()
+    head: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> Outside:
@@ -51,7 +53,7 @@ class Outside:
             inside += tuple(projection.path for projection in experts.projections)
         found = {where: [(0, 0)] * len(anatomy.layers) for where in (*blocks, "expert")}
         counts = [layer.experts for layer in anatomy.shape.layers]
-        rest = (0, 0)
+        rest, heads = (0, 0), [0] * len(anatomy.layers)
         across = {f"{path}.weight" for path in (family.embedding, family.final_norm)}
         for name, parameter in anatomy.model.named_parameters():
             layer, path = _place(name, family.layers)
@@ -63,12 +65,15 @@ class Outside:
             line = (count(parameter) // width, 0) if wide else (0, count(parameter))
             if layer is None or not (block or path.startswith(inside)):
                 rest = _sum(rest, line)
+            elif path in family.per_head:
+                heads[layer] += count(parameter) // anatomy.shape.layers[layer].heads
             elif of_router:
                 each = (line[0] // counts[layer], line[1] // counts[layer])
                 found["expert"][layer] = _sum(found["expert"][layer], each)
             elif not path.startswith(inside):
                 found[block[0]][layer] = _sum(found[block[0]][layer], line)
-        return cls(tuple(found["attention"]), tuple(found["mlp"]), rest, tuple(found["expert"]))
+        attention, mlp, expert = (tuple(found[x]) for x in ("attention", "mlp", "expert"))
+        return cls(attention, mlp, rest, expert, tuple(heads))
 
 
 def _place(name: str, layers: str) -> tuple[int | None, str]:
@@ -141,7 +146,8 @@ class Cost:
         coefficient, constant = map(float, self.budget.attention(kept))
         if self.outside and kept.mixes:
             more = self.outside.attention[index]
-            coefficient, constant = coefficient + more[0], constant + more[1]
+            of_heads = kept.heads * self.outside.head[index] if self.outside.head else 0
+            coefficient, constant = coefficient + more[0], constant + more[1] + of_heads
         cached = self.kv_head[index] * kept.kv_heads if self.kv_head else 0
         return self.each * coefficient, self.each * constant + cached
 

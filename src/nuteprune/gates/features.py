@@ -12,6 +12,9 @@ from nuteprune.model.family import Family, Projection
 from nuteprune.model.narrow import Selection
 from nuteprune.model.shape import LayerShape, axis_sizes
 
+UNITED = ("q", "kv", "qkv", "qgate", "mixer", "latent")
+"""Axes whose features belong to heads, or stay together."""
+
 
 def live_groups(heads_H: Tensor, layer: LayerShape) -> Tensor:
     """Return which KV heads of a layer (G,) serve a query head that is kept."""
@@ -33,7 +36,7 @@ def features(
         Indices on the CPU, None where all features are kept.
     """
     heads = kept_units(heads_H)
-    index: dict[str, Tensor | None] = dict.fromkeys(("q", "kv", "qkv", "qgate", "mixer"))
+    index: dict[str, Tensor | None] = dict.fromkeys(UNITED)
     if heads_H is not None and heads is not None:
         index["q"] = _spread(heads, head_dim)
         index["qkv"] = _spread(heads, 3 * head_dim)

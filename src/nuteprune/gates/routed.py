@@ -49,6 +49,13 @@ class Heard:
         heard_S = weight_SK.flatten().double() * output_SD.double().norm(dim=-1)
         self.loud_E.index_add_(0, chosen.cpu(), heard_S.cpu())
 
+    def add_weighed(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Take in a batch that all experts read, weighed before: (E x S, D), and what they give."""
+        count = len(self.tokens_E)
+        read_ESD, output_ESD = (x.view(count, -1, x.shape[-1]) for x in (args[0], output))
+        self.tokens_E += (read_ESD != 0).any(-1).sum(1).cpu()
+        self.loud_E += output_ESD.double().norm(dim=-1).sum(1).cpu()
+
 
 @contextmanager
 def hearing_experts(anatomy: Anatomy, loud: bool = True) -> Iterator[list[Heard]]:
@@ -61,7 +68,10 @@ def hearing_experts(anatomy: Anatomy, loud: bool = True) -> Iterator[list[Heard]
     for mixture in filter(None, map(anatomy.mixture, range(len(anatomy.layers)))):
         heard = Heard(mixture, loud)
         found.append(heard)
-        handles.append(mixture.experts.register_forward_pre_hook(heard.add))
+        if mixture.entry.weighed_first:
+            handles.append(mixture.experts.register_forward_hook(heard.add_weighed))
+        else:
+            handles.append(mixture.experts.register_forward_pre_hook(heard.add))
     try:
         yield found
     finally:

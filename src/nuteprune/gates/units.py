@@ -79,15 +79,16 @@ def _layer_squares(
     """Return the sums of squares of a layer's units, by kind, and of each hidden feature (D,)."""
     head_dim, sizes = anatomy.head_dim, axis_sizes(layer, anatomy.head_dim)
     axes = {axis: torch.zeros(size) for axis, size in sizes.items()}
-    hidden_D, mixer = torch.zeros(anatomy.shape.hidden), torch.zeros(())
+    hidden_D, uncut = torch.zeros(anatomy.shape.hidden), torch.zeros(())
     for projection in anatomy.family.projections:
         linear = anatomy.linear(index, projection)
         if linear is None:
             continue
         square_OI = weight_of(linear).float().cpu().square()
-        if projection in anatomy.family.mixer:
-            hidden_D += square_OI.sum(0 if projection.columns == "hidden" else 1)
-            mixer = mixer + square_OI.sum()
+        if projection in anatomy.family.uncut:
+            if not projection.inside:
+                hidden_D += square_OI.sum(0 if projection.columns == "hidden" else 1)
+            uncut = uncut + square_OI.sum()
             continue
         if projection.columns != "hidden":
             axes[projection.columns] += square_OI.sum(0)
@@ -119,7 +120,7 @@ def _layer_squares(
         "neurons": axes["neurons"],
         "experts": experts_EF.sum(1),
         "expert_neurons": experts_EF.flatten(),
-        "attn_block": (groups_G.sum() + mixer)[None][: layer.mixes],
+        "attn_block": (groups_G.sum() + uncut)[None][: layer.mixes],
         "mlp_block": (axes["neurons"].sum() + experts_EF.sum())[None][: layer.mlp],
     }, hidden_D
 

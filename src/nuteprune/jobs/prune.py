@@ -201,7 +201,7 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
     with output.bars() as bars:
         config.costs = costs_for(job, config, model, bars)
         trainer = make_trainer(job, model, config, text.training, tokenizer, bars)
-        check_width(job, trainer)
+        check_wrapper(job, trainer)
         print_plan(job, trainer, output)
         if job.dry_run:
             plan = print_dry_run(trainer, text.seconds_to_write(trainer), output)
@@ -220,13 +220,21 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
     return Result(records, held_out, trainer.pruning.first_scores)
 
 
-def check_width(job: PruneJob, trainer: NutePruneTrainer) -> None:
-    """Refuse to make a language model narrower than what its wrapper puts into it.
+def check_wrapper(job: PruneJob, trainer: NutePruneTrainer) -> None:
+    """Refuse what cannot be put back into a wrapper: a narrower model, a mixture of free shapes.
 
     Raises:
         UserError: naming what to do instead.
     """
-    if "hidden" in trainer.allocator.constraints.kinds and _around(job) is not None:
+    if _around(job) is None:
+        return
+    constraints = trainer.allocator.constraints
+    if trainer.allocator.budget.per_token and not constraints.uniform:
+        raise UserError(
+            f"free shapes cannot be used here: {job.model} holds a mixture of experts within a "
+            "model of several modalities; pass --shapes uniform, or --text-only"
+        )
+    if "hidden" in constraints.kinds:
         raise UserError(
             f"gates on hidden cannot be used here: what {job.model} makes of images is as wide as "
             "its language model; leave hidden out of --gates, or pass --text-only"

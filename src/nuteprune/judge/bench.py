@@ -85,7 +85,7 @@ class Work:
             model.dtype.itemsize,
             math.gcd(*(n for x in layers for n in (x.neurons, x.expert_neurons))),
             anatomy.head_dim * sum(layer.heads for layer in layers),
-            2 * anatomy.head_dim * sum(layer.kv_heads for layer in layers),
+            round(anatomy.cached_features * sum(layer.kv_heads for layer in layers)),
             sum(layer.mixes for layer in layers),
             sum(layer.mlp for layer in layers),
         )

@@ -91,7 +91,7 @@ class Anatomy:
         self.final_norm = self.model.get_submodule(self.family.final_norm)
         self.head: Any = self.model.get_output_embeddings()
         self.head_dim: int = (
-            getattr(self.config, "head_dim", None)
+            getattr(self.config, self.family.config_names.get("head_dim", "head_dim"), None)
             or self.config.hidden_size // self.config.num_attention_heads
         )
 
@@ -221,14 +221,33 @@ class Anatomy:
 
     @property
     def inner_sizes(self) -> dict[str, int]:
-        """Return the path of each of a mixer's projections -> its features inside of the mixer."""
+        """Return the size of what no gate cuts inside of a mixer, or of latent attention.
+
+        Path of a projection -> its features there, or its weights where both of its sides are.
+        """
         found = {}
-        for projection in self.family.mixer:
+        for projection in self.family.uncut:
             modules = (self.linear(i, projection) for i in range(len(self.layers)))
             for module in filter(None, modules):
                 reads = projection.columns == "hidden"
                 found[projection.path] = module.out_features if reads else module.in_features
+                if projection.inside:
+                    found[projection.path] = module.out_features * module.in_features
         return found
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups routers divide experts, 1 where they do not."""
+        experts = self.family.experts
+        return int(getattr(self.config, experts.groups) or 1) if experts and experts.groups else 1
+
+    @property
+    def cached_features(self) -> float:
+        """What a cache holds of a token, for each KV head."""
+        if latent := self.family.latent:
+            cached = sum(int(getattr(self.config, x)) for x in latent)
+            return cached / int(self.config.num_attention_heads)
+        return 2 * self.head_dim
 
     @property
     def biases(self) -> dict[str, bool]:

@@ -9,6 +9,7 @@ are named by axis, so that counting and slicing need no knowledge of any model t
     expert_neurons  the inner width of each routed expert
     qgate    per head: query and its gate (head_dim each), interleaved
     mixer    what is inside of a recurrent or convolutional mixer, which no gate cuts
+    latent   what is inside of latent attention: shared by heads, or theirs, which no gate cuts
 
 Nobody but `families.py` knows a model type; nobody but `anatomy.py` follows these paths.
 """
@@ -52,6 +53,11 @@ class Projection:
     columns: str
 
     @property
+    def inside(self) -> bool:
+        """Whether it neither reads nor writes the residual stream."""
+        return "hidden" not in (self.columns, *self.rows)
+
+    @property
     def serves_queries_or_values(self) -> bool:
         """Whether its outputs are queries or values, alone or fused with keys."""
         return self.columns == "hidden" and "k_proj" not in self.path
@@ -76,8 +82,13 @@ class Experts:
     """Projections of the expert that all tokens go through; the last one writes what it adds."""
     shared_gate: str = ""
     """The linear module that weighs it, if there is one."""
-    shared_times: str = ""
-    """Config attribute: how many times as wide as a routed expert the stock class makes it."""
+    shared_times: str | int = ""
+    """How many times as wide as a routed expert the stock class makes it, or the config attribute
+    that says so; "": it has a width of its own."""
+    groups: str = ""
+    """Config attribute: into how many groups of one size the router divides them, if it may."""
+    weighed_first: bool = False
+    """All of them read all tokens, weighed before: by 0 where they are not chosen."""
     per_token: str = "num_experts_per_tok"
     """Config attribute: how many experts a token is routed to."""
     transposed: bool = False
@@ -130,6 +141,8 @@ class Family:
     """Modules that make up the MLP; when it is removed, the last one yields zeros."""
     counts_heads: bool = False
     """The attention counts its heads, or norms them all: it cannot do with fewer for a while."""
+    per_head: tuple[str, ...] = ()
+    """Parameters of a decoder layer with an entry for each query head."""
     qk_norms: tuple[str, ...] = ()
     """Norms on queries and keys, in this order, that share the block norms' epsilon."""
     joint_qk_norms: bool = False
@@ -142,6 +155,8 @@ class Family:
     """The stock class's output projection is as wide as it is high: heads x head_dim = hidden."""
     vllm_head_dim_from_hidden: bool = False
     """vLLM's own class derives it so, whatever the config says."""
+    latent: tuple[str, ...] = ()
+    """Config attributes whose sum is what a cache holds of a token, whatever the heads."""
     heads_divide_hidden: bool = False
     """The stock config demands that the head count divides the hidden size."""
     config_names: MappingProxyType[str, str] = field(default_factory=lambda: CONFIG_NAMES)
@@ -188,6 +203,12 @@ class Family:
         return self.attention + self.mixer + self.mlp + self.mlp_of(mixture=True)
 
     @property
+    def uncut(self) -> tuple[Projection, ...]:
+        """Projections of which one side at least is what no gate cuts."""
+        sides = ((p, {p.columns, *p.rows}) for p in self.attention + self.mixer)
+        return tuple(p for p, axes in sides if axes & {"mixer", "latent"})
+
+    @property
     def attention_modules(self) -> tuple[str, ...]:
         """Modules that mix tokens: a layer has one of them, or both side by side."""
         return (self.attention_module, *([self.mixer_module] if self.mixer else []))
@@ -224,6 +245,11 @@ class Family:
             return (
                 f"{self.model_type} normalises queries and keys over all heads together, so "
                 "cutting heads would change the model"
+            )
+        if kind in ("heads", "kv_groups") and self.latent:
+            return (
+                f"keys and values of {self.model_type} come from latents that its heads share "
+                "(multi-head latent attention), and no gate cuts what follows from them"
             )
         if uniform and kind == "hidden" and self.mixer_follows_width:
             return (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
 from nuteprune.model.narrow import Narrow, Selection
-from nuteprune.model.routing import RoutedMasks
+from nuteprune.model.routing import masks_of
 
 
 class MaskSource(Protocol):
@@ -125,7 +125,7 @@ class MaskHooks:
         def part(kind: str) -> Callable[[], Tensor | None]:
             return lambda: None if self.masks is None else self.masks.part(kind, layer)
 
-        self._handles.append(RoutedMasks(mixture, part("experts"), part("expert_neurons")))
+        self._handles.append(masks_of(mixture, part("experts"), part("expert_neurons")))
 
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
         """Let a projection, and LoRA's two beside it, leave out what the masks in use say."""

@@ -9,7 +9,7 @@ from nuteprune.model.builds import LLAMA, PLAIN, QK_NORMS
 from nuteprune.model.family import CONFIG_NAMES, Projection
 
 
-def _mixer(module: str, *reads: str) -> tuple[Projection, ...]:
+def mixer(module: str, *reads: str) -> tuple[Projection, ...]:
     """Return a mixer's projections: those that read the stream, and the one that writes to it."""
     return (
         *(Projection(f"{module}.{name}", ("mixer",), "hidden") for name in reads),
@@ -17,27 +17,29 @@ def _mixer(module: str, *reads: str) -> tuple[Projection, ...]:
     )
 
 
-HYBRIDS = (
-    replace(
-        PLAIN,
-        model_type="qwen3_5_text",
-        causal_lm="Qwen3_5ForCausalLM",
-        attention=(
-            Projection("self_attn.q_proj", ("qgate",), "hidden"),
-            *LLAMA.attention[1:],
-        ),
-        mixer=_mixer("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-        mixer_module="linear_attn",
-        norm="rms_1p",
-        qk_norms=QK_NORMS,
-        gguf=(),
+QWEN3_5 = replace(
+    PLAIN,
+    model_type="qwen3_5_text",
+    causal_lm="Qwen3_5ForCausalLM",
+    attention=(
+        Projection("self_attn.q_proj", ("qgate",), "hidden"),
+        *LLAMA.attention[1:],
     ),
+    mixer=mixer("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    mixer_module="linear_attn",
+    norm="rms_1p",
+    qk_norms=QK_NORMS,
+    gguf=(),
+)
+
+HYBRIDS = (
+    QWEN3_5,
     replace(
         PLAIN,
         model_type="lfm2",
         causal_lm="Lfm2ForCausalLM",
         attention=(*LLAMA.attention[:-1], Projection("self_attn.out_proj", ("hidden",), "q")),
-        mixer=_mixer("conv", "in_proj"),
+        mixer=mixer("conv", "in_proj"),
         mixer_module="conv",
         mixer_follows_width=True,
         mlp=(
@@ -58,7 +60,7 @@ HYBRIDS = (
         PLAIN,
         model_type="granitemoehybrid",
         causal_lm="GraniteMoeHybridForCausalLM",
-        mixer=_mixer("mamba", "in_proj"),
+        mixer=mixer("mamba", "in_proj"),
         mixer_module="mamba",
         mlp=(
             Projection("shared_mlp.input_linear", ("neurons", "neurons"), "hidden"),
@@ -82,7 +84,7 @@ HYBRIDS = (
         PLAIN,
         model_type="falcon_h1",
         causal_lm="FalconH1ForCausalLM",
-        mixer=_mixer("mamba", "in_proj"),
+        mixer=mixer("mamba", "in_proj"),
         mixer_module="mamba",
         mlp=tuple(replace(x, path=x.path.replace("mlp.", "feed_forward.")) for x in LLAMA.mlp),
         mlp_modules=("feed_forward",),

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from nuteprune.model.builds import GATED_MLP, PLAIN, QK_NORMS
 from nuteprune.model.family import CONFIG_NAMES, EXPERT_NAMES, Experts, Projection
+from nuteprune.model.hybrids import QWEN3_5, mixer
 
 _ALL_EXPERTS = MappingProxyType(
     {"neurons": "all of its neurons are those of experts; use --gates expert_neurons"}
@@ -17,8 +18,8 @@ _SHARED_WIDTH = (
 
 
 def _within(module: str) -> tuple[Projection, ...]:
-    """Return a gated MLP's projections, of a shared expert in the MLP."""
-    return tuple(replace(x, path=x.path.replace("mlp.", f"mlp.{module}.")) for x in GATED_MLP)
+    """Return a gated MLP's projections where they are of another module."""
+    return tuple(replace(x, path=x.path.replace("mlp.", f"{module}.")) for x in GATED_MLP)
 
 
 MIXTRAL = replace(
@@ -48,6 +49,97 @@ QWEN3_MOE = replace(
     gguf=(),
 )
 
+QWEN2_MOE = replace(
+    QWEN3_MOE,
+    model_type="qwen2_moe",
+    causal_lm="Qwen2MoeForCausalLM",
+    qk_norms=(),
+    experts=Experts(shared=_within("mlp.shared_expert"), shared_gate="mlp.shared_expert_gate"),
+    config_names=MappingProxyType(
+        {
+            **QWEN3_MOE.config_names,
+            "experts": "num_experts",
+            "shared_neurons": "shared_expert_intermediate_size",
+        }
+    ),
+)
+
+QWEN3_NEXT = replace(
+    QWEN3_5,
+    model_type="qwen3_next",
+    causal_lm="Qwen3NextForCausalLM",
+    mixer=mixer("linear_attn", "in_proj_qkvz", "in_proj_ba"),
+    experts=QWEN2_MOE.experts,
+    config_names=QWEN2_MOE.config_names,
+)
+
+GLM4_MOE = replace(
+    QWEN3_MOE,
+    model_type="glm4_moe",
+    causal_lm="Glm4MoeForCausalLM",
+    experts=Experts(
+        shared=_within("mlp.shared_experts"), shared_times="n_shared_experts", groups="n_group"
+    ),
+    buffers=("mlp.gate.e_score_correction_bias",),
+    refused=MappingProxyType(
+        {"neurons uniform": _SHARED_WIDTH, "expert_neurons uniform": _SHARED_WIDTH}
+    ),
+)
+
+DEEPSEEK_V3 = replace(
+    GLM4_MOE,
+    model_type="deepseek_v3",
+    causal_lm="DeepseekV3ForCausalLM",
+    attention=(
+        Projection("self_attn.q_proj", ("latent",), "hidden"),  # or the next two
+        Projection("self_attn.q_a_proj", ("latent",), "hidden"),
+        Projection("self_attn.q_b_proj", ("latent",), "latent"),
+        Projection("self_attn.kv_a_proj_with_mqa", ("latent",), "hidden"),
+        Projection("self_attn.kv_b_proj", ("latent",), "latent"),
+        Projection("self_attn.o_proj", ("hidden",), "q"),
+    ),
+    counts_heads=True,
+    qk_norms=(),
+    latent=("kv_lora_rank", "qk_rope_head_dim"),
+    config_names=MappingProxyType(
+        {**GLM4_MOE.config_names, "experts": "n_routed_experts", "head_dim": "v_head_dim"}
+    ),
+    rope_pairs="neighbours",
+)
+
+LLAMA4 = replace(
+    PLAIN,
+    model_type="llama4_text",
+    causal_lm="Llama4ForCausalLM",
+    mlp=_within("feed_forward"),
+    mlp_modules=("feed_forward",),
+    qk_norms=("self_attn.qk_norm",),
+    experts=Experts(
+        projections=(
+            Projection(
+                "feed_forward.experts.gate_up_proj", ("expert_neurons", "expert_neurons"), "hidden"
+            ),
+            Projection("feed_forward.experts.down_proj", ("hidden",), "expert_neurons"),
+        ),
+        router="feed_forward.router",
+        shared=_within("feed_forward.shared_expert"),
+        shared_times=1,
+        transposed=True,
+        weighed_first=True,
+    ),
+    config_names=MappingProxyType(
+        {
+            **CONFIG_NAMES,
+            "neurons": "intermediate_size_mlp",
+            "experts": "num_local_experts",
+            "expert_neurons": "intermediate_size",
+        }
+    ),
+    rope_pairs="neighbours",
+    refused=GLM4_MOE.refused,
+    gguf=(),
+)
+
 MIXTURES = (
     MIXTRAL,
     replace(
@@ -64,31 +156,20 @@ MIXTURES = (
         ),
     ),
     QWEN3_MOE,
+    QWEN2_MOE,
+    QWEN3_NEXT,
     replace(
-        QWEN3_MOE,
-        model_type="qwen2_moe",
-        causal_lm="Qwen2MoeForCausalLM",
-        qk_norms=(),
-        experts=Experts(shared=_within("shared_expert"), shared_gate="mlp.shared_expert_gate"),
+        QWEN3_5,
+        model_type="qwen3_5_moe_text",
+        causal_lm="Qwen3_5MoeForCausalLM",
+        experts=QWEN2_MOE.experts,
+        # No layer is without experts, so neurons are those of shared ones.
         config_names=MappingProxyType(
-            {
-                **QWEN3_MOE.config_names,
-                "experts": "num_experts",
-                "shared_neurons": "shared_expert_intermediate_size",
-            }
+            {**QWEN2_MOE.config_names, "neurons": "shared_expert_intermediate_size"}
         ),
     ),
-    replace(
-        QWEN3_MOE,
-        model_type="glm4_moe",
-        causal_lm="Glm4MoeForCausalLM",
-        experts=Experts(shared=_within("shared_experts"), shared_times="n_shared_experts"),
-        buffers=("mlp.gate.e_score_correction_bias",),
-        requires=MappingProxyType({"n_group": 1}),
-        refused=MappingProxyType(
-            {"neurons uniform": _SHARED_WIDTH, "expert_neurons uniform": _SHARED_WIDTH}
-        ),
-    ),
+    GLM4_MOE,
+    DEEPSEEK_V3,
     replace(
         MIXTRAL,
         model_type="granitemoe",
@@ -114,12 +195,9 @@ MIXTURES = (
         model_type="gpt_oss",
         causal_lm="GptOssForCausalLM",
         experts=Experts(router="mlp.router", transposed=True, interleaved=True),
-        refused=MappingProxyType(
-            {
-                **_ALL_EXPERTS,
-                "heads": "each of its heads has an attention sink, which no gate cuts yet",
-                "kv_groups": "each of its heads has an attention sink, which no gate cuts yet",
-            }
-        ),
+        # While heads are masked, attention wants a sink for each.
+        per_head=("self_attn.sinks",),
+        counts_heads=True,
     ),
+    LLAMA4,
 )

@@ -98,6 +98,65 @@ class RoutedMasks:
                 module.forward = own
 
 
+class WeighedMasks(RoutedMasks):
+    """The same where all experts read all tokens, weighed before; the arguments are the same.
+
+    What experts read is (E x S, D): expert after expert, 0 where a token is not theirs.
+    """
+
+    def _routed(self, hidden: Tensor) -> Any:
+        mask = self._experts()
+        if mask is None:
+            return self._route(hidden)
+        live_E = live_experts(mask, self._mixture.per_token)
+        if bool(live_E.all()):
+            return self._route(hidden)
+        kept = live_E.nonzero().flatten()
+        with rows_of(self._mixture.router, kept):
+            scores, logits = self._route(hidden)
+        wide = (*scores.shape[:-1], len(live_E))
+        return (
+            scores.new_zeros(wide).index_copy(-1, kept, scores),
+            logits.new_full(wide, -torch.inf).index_copy(-1, kept, logits),
+        )
+
+    def _computed(self, read: Tensor, *_: Any) -> Tensor:
+        count, width = self._mixture.sizes
+        given, neurons = read.view(count, -1, read.shape[-1]), self._neurons()
+        if neurons is None:
+            output = self._compute(read).view_as(given)
+        else:
+            # Where sequences have masks of their own, each goes through other weights.
+            rows = neurons.view(-1, count, width)
+            parts = given.chunk(len(rows), 1)
+            output = torch.cat(
+                [self._masked(part, row) for part, row in zip(parts, rows, strict=True)], 1
+            )
+        if (mask := self._experts()) is not None:
+            mask_BE = mask.view(-1, count)
+            each = given.shape[1] // len(mask_BE)
+            output = output * mask_BE.T.repeat_interleave(each, 1).unsqueeze(-1).to(output)
+        masked: Tensor = output.view_as(read)
+        return masked
+
+    def _masked(self, given: Tensor, neurons_EF: Tensor) -> Tensor:
+        """Return what experts put out (E, S, D) with masks in their down projections."""
+        down = self._mixture.entry.projections[-1].path.rpartition(".")[2]
+        own = self._mixture.experts._parameters
+        whole = own[down]
+        own[down] = whole * neurons_EF.unsqueeze(-1).to(whole)
+        try:
+            return cast(Tensor, self._compute(given.flatten(0, 1))).view_as(given)
+        finally:
+            own[down] = whole
+
+
+def masks_of(mixture: Mixture, experts: Mask, neurons: Mask) -> RoutedMasks:
+    """Attach masks to a layer's experts, however they are computed."""
+    kind = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
+    return kind(mixture, experts, neurons)
+
+
 def _sequence_of_tokens(mask: Tensor, index_SK: Tensor) -> Tensor:
     """Return each token's row (S, 1) of masks (B, N) or (N,)."""
     rows = mask.shape[0] if mask.dim() == 2 else 1

@@ -35,6 +35,7 @@ WRAPPERS = {
     for x in (
         Wrapper("gemma3", "Gemma3ForConditionalGeneration"),
         Wrapper("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+        Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
         Wrapper("mistral3", "Mistral3ForConditionalGeneration"),
     )
 }

@@ -114,6 +114,8 @@ def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, shape: Shape) -> Tens
         cut_experts(state, prefix, family.experts, masks, layer, width_D)
     for path in family.norms:
         _select(state, f"{prefix}{path}.weight", width_D, 0)
+    for path in family.per_head:
+        _select(state, f"{prefix}{path}", kept_units(masks.heads(layer)), 0)
     return state
 
 
@@ -216,11 +218,16 @@ def _rescale_outside(anatomy: Anatomy, shape: Shape) -> None:
 def _narrow_stream(anatomy: Anatomy, layer: int, ratio: float) -> None:
     """Divide what a layer writes to the residual stream."""
     family = anatomy.family
+    parts: list[Tensor | None] = []
     for projection in (family.attention[-1], family.mixer[-1], anatomy.down(layer)):
-        linear = anatomy.linear(layer, projection)
-        for parameter in (linear.weight, linear.bias) if linear is not None else ():
-            if parameter is not None:
-                put(parameter, parameter.float() / ratio)
+        if (linear := anatomy.linear(layer, projection)) is not None:
+            parts += [linear.weight, linear.bias]
+    if (mixture := anatomy.mixture(layer)) is not None:
+        down = mixture.entry.projections[-1]
+        parts += [mixture.stack(down), mixture.bias(down)]
+    for parameter in parts:
+        if parameter is not None:
+            put(parameter, parameter.float() / ratio)
 
 
 def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> None:

@@ -46,7 +46,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     floor = _chosen_shape(anatomy, args)
     needed = _kinds_here(anatomy.shape, kinds_of_cut(anatomy.shape, floor)) if floor else ()
     asked = needed if needed and not args.gates else args.gate_kinds
-    refused = partial(anatomy.family.refusal, uniform=args.shapes == "uniform")
+    refused = partial(_refusal, anatomy, uniform=args.shapes == "uniform")
     speed = args.asked[0].kind == "speedup"
     whole = anatomy.shape
     if speed and any(layer.experts for layer in whole.layers):
@@ -61,7 +61,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         )
     usual: tuple[str, ...] = (*DEFAULT_KINDS, *BLOCKS) if speed else DEFAULT_KINDS
     if any(layer.experts for layer in whole.layers):
-        usual = MIXTURE_KINDS
+        usual = ("expert_neurons",) if refused("experts") else MIXTURE_KINDS
     kinds = _kinds_here(anatomy.shape, asked or tuple(filterfalse(refused, usual)))
     if speed and "hidden" in kinds:
         raise UserError(
@@ -86,6 +86,16 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor
     )
     return Allocator(Budget.of(anatomy), constraints)
+
+
+def _refusal(anatomy: Anatomy, kind: str, uniform: bool) -> str | None:
+    """Return why gates of a kind cannot be used on a model, None if they can."""
+    if kind == "experts" and anatomy.groups > 1:
+        return (
+            f"its routers choose among {anatomy.groups} groups of experts first, which would have "
+            "to stay whole; use --gates expert_neurons"
+        )
+    return anatomy.family.refusal(kind, uniform=uniform)
 
 
 def _check_rows_of_stacks(

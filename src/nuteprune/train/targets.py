@@ -89,8 +89,8 @@ class Prices:
         tensors |= {name: (list(x.shape), x.numel()) for name, x in buffers.items()}
         header = header_bytes(tensors, dtype) + sum(x.nbytes for x in buffers.values())
         size = Cost(params.budget, params.outside, dtype.itemsize, fixed=header)
-        token = 2 * anatomy.head_dim * dtype.itemsize * sequences  # of a KV head: key and value
-        cached = tuple(token * tokens for tokens in anatomy.cached_tokens(context))
+        token = anatomy.cached_features * dtype.itemsize * sequences
+        cached = tuple(round(token * tokens) for tokens in anatomy.cached_tokens(context))
         memory = Cost(params.budget, params.outside, dtype.itemsize, cached, header)
         seconds = None
         if args.costs is not None:
