@@ -24,15 +24,14 @@ serves every model type. What a layer consists of is data, under "pruned" in con
     blocks  for "attention", "mlp" and perhaps "mixer" (what else mixes tokens): the modules that
             make up the block, the norms that serve it alone, and its projections with their axes,
             "inputs -> outputs"; "width" is the hidden size that a mixer is made for, if another;
-            "per_head" are parameters with an entry for each query head
-    head_dim  features of a head that the output projection reads, where the config's are others
+            "per_head" are parameters with an entry for each head
+    head_dim  features of a head that are written, where the config's are others
     experts  where the model is a mixture: its router, and its projections, each one tensor for all
             experts of a layer; "transposed" where that is (experts, inputs, outputs)
 
 An axis is "hidden", "neurons", "q" or "kv" (heads x head_dim), "qkv" or "qgate" (heads x 3 or 2
-head_dim), "expert_neurons" (those of each expert), or "mixer" or "latent" (whatever is there);
-"hidden -> q kv kv" is one linear module that yields all three. Layers that lack a module are left
-as they are there.
+head_dim), "expert_neurons" (of each expert), or "mixer" or "latent" (whatever is there); "hidden ->
+q kv kv" is one linear module that yields all three. Layers that lack a module stay as they are.
 Each layer's counts are in "per_layer_config", as transformers >= 5.14 defines it; "skip" names
 the blocks that were removed.
 """
@@ -156,11 +155,7 @@ def resize_block(layer, block, config, counts):
         old = at(layer, path)
         if old is None:
             continue
-        whole = (old.in_features, old.out_features)  # what a mixer or a latent keeps
-        inputs, outputs = (
-            sum(axes.get(axis, size) for axis in side.split())
-            for side, size in zip(shape.split("->"), whole, strict=True)
-        )
+        inputs, outputs = sizes_of(shape, axes, (old.in_features, old.out_features))
         kept = {
             "bias": old.bias is not None,
             "device": old.weight.device,
@@ -217,9 +212,10 @@ def counts_by_word(config, counts):
     return {word: counts[name] for word, name in config.pruned["counts"].items()}
 
 
-def sizes_of(shape, axes):
-    """Return the inputs and outputs of a projection, from its axes."""
-    return (sum(axes[axis] for axis in side.split()) for side in shape.split("->"))
+def sizes_of(shape, axes, whole=(0, 0)):
+    """Return the inputs and outputs of a projection, from its axes: of a mixer or latent, all."""
+    sides = zip(shape.split("->"), whole, strict=True)
+    return (sum(axes.get(axis, size) for axis in side.split()) for side, size in sides)
 
 
 def at(module, path):
