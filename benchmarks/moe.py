@@ -17,7 +17,7 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -180,7 +180,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the table: the geometric mean of a seed's perplexities, and both seeds' apart."""
+    """Return the table of geometric means over the texts: the seeds' mean, and each seed's."""
     found = result["rows"]
     if not found:
         return "no results"
@@ -203,9 +203,10 @@ def geometric(values: dict[str, float]) -> float:
     return math.exp(mean(map(math.log, values.values())))
 
 
-def told(values: Any) -> str:
-    """Return the seeds' values."""
-    return " / ".join(f"{value:.1f}" for value in values)
+def told(values: Iterable[float]) -> str:
+    """Return the mean of the seeds' values, and each of them."""
+    each = list(values)
+    return f"{mean(each):.1f} ({', '.join(f'{value:.1f}' for value in each)})"
 
 
 if __name__ == "__main__":
