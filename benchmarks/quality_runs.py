@@ -131,7 +131,8 @@ class Bench:
         model = load_model(self.setting.model, pick_dtype(self.setting.dtype, self.setting.device))
         return model.to(self.setting.device).requires_grad_(False)  # type: ignore[arg-type]
 
-    def _config(self, cell: Cell, folder: str) -> NutePruneConfig:
+    def config(self, cell: Cell, folder: str) -> NutePruneConfig:
+        """Return the settings of a cell's run."""
         return NutePruneConfig(
             output_dir=folder,
             **{
@@ -148,7 +149,7 @@ class Bench:
 
     def text(self, model: PreTrainedModel, cell: Cell, config: NutePruneConfig) -> BlockDataset:
         """Return what a cell is calibrated and trained on: the same for all methods."""
-        plain = self._config(replace(cell, settings={}), config.output_dir)
+        plain = self.config(replace(cell, settings={}), config.output_dir)
         return self.texts.training(model, config, plain)
 
     # -- cells
@@ -211,21 +212,16 @@ class Bench:
     def _score_only(self, cell: Cell) -> dict[str, Any]:
         """Mask the dense model by one-shot scores, judge it, re-fit it, and judge it again."""
         with tempfile.TemporaryDirectory() as folder:
-            config = self._config(cell, folder)
+            config = self.config(cell, folder)
         allocator = make_allocator(self.anatomy, config)
         text = self.text(self.anatomy.model, cell, config)
-        scores, scoring_seconds = self._score(text, config, allocator)
+        scores, scoring_seconds = self.score(text, config, allocator)
         started = time.monotonic()
         shape = allocator.shape(scores, cell.target)
         masks = allocator.masks(shape, scores).to(self.setting.device)
         seconds = scoring_seconds + time.monotonic() - started
         plain = self._judge_masked(masks)
-        started = time.monotonic()
-        with self._weights_put_back():
-            install = install_weight(self.anatomy)
-            refit_on(text, config, self.anatomy, self._hooks, masks, install)
-            refit_seconds = time.monotonic() - started
-            refitted = self._judge_masked(masks)
+        refitted, refit_seconds = self.refitted(text, config, masks)
         budget = allocator.budget
         removed = budget.before - budget.parameters(shape)
         return {
@@ -236,7 +232,18 @@ class Bench:
             "refitted": {**refitted, "seconds": round(seconds + refit_seconds, 3)},
         }
 
-    def _score(
+    def refitted(
+        self, text: BlockDataset, config: NutePruneConfig, masks: Masks
+    ) -> tuple[dict[str, Any], float]:
+        """Return the figures of the model that is re-fitted to masks, and the seconds it took."""
+        started = time.monotonic()
+        with self._weights_put_back():
+            install = install_weight(self.anatomy)
+            refit_on(text, config, self.anatomy, self._hooks, masks, install)
+            seconds = time.monotonic() - started
+            return self._judge_masked(masks), seconds
+
+    def score(
         self, text: BlockDataset, config: NutePruneConfig, allocator: Allocator
     ) -> tuple[dict[str, Tensor], float]:
         """Return a method's scores and the seconds they took; once per method and seed."""
@@ -272,7 +279,7 @@ class Bench:
         for name in ("_hooks", "anatomy"):  # one model in memory
             self.__dict__.pop(name, None)
         with tempfile.TemporaryDirectory() as folder:
-            config = self._config(cell, folder)
+            config = self.config(cell, folder)
             model = self._load()
             text = self.text(model, cell, config)
             started = time.monotonic()

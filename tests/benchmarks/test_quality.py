@@ -265,7 +265,7 @@ def test_a_source_that_is_left_out_judges_and_is_never_trained_on(
     assert with_self[0][1:] == ["self"]
     assert with_self[1] == [0.5, 0.5]
     cell = quality.Cell("random", {"method": "random"}, 0.3, 0, 0)
-    config = bench._config(cell, str(tmp_path))
+    config = bench.config(cell, str(tmp_path))
     decode = bench.tokenizer.decode
     trained = "".join(map(decode, bench.text(bench._load(), cell, config).blocks))
     assert {x for x in trained if x in "qjz"} == {*letter.values()} - {letter[left]}

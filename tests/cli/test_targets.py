@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 
 import nuteprune
 from nuteprune.export.loading import load_pruned
+from nuteprune.jobs import judging
+from nuteprune.judge import copying
 from nuteprune.judge.run_files import read_run
+from nuteprune.judge.samples import continuations
 from tests.conftest import cache_of
 
 pytestmark = pytest.mark.slow
@@ -27,13 +31,18 @@ SMALL = [
 ]
 
 
-def counted(folder: Path) -> tuple[int, int]:
-    """Return the parameters in a file and its bytes, read as the format says, without libraries."""
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of a file's tensors, read as the format says, without libraries."""
     raw = (folder / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     tensors = json.loads(raw[8 : 8 + length])
-    shapes = [x["shape"] for name, x in tensors.items() if name != "__metadata__"]
-    return sum(map(math.prod, shapes)), len(raw)
+    return {name: x["shape"] for name, x in tensors.items() if name != "__metadata__"}
+
+
+def counted(folder: Path) -> tuple[int, int]:
+    """Return the parameters in a file and its bytes."""
+    size = (folder / "model.safetensors").stat().st_size
+    return sum(map(math.prod, shapes(folder).values())), size
 
 
 def cached(folder: Path, sequences: int = 1) -> int:
@@ -77,6 +86,43 @@ def test_the_result_is_at_most_a_percent_below_what_is_asked(
     assert record["target"] == record["sparsity"] > 0
     about = {"context": CONTEXT, "sequences": 3, "cache_bytes": cache} if kind == "memory" else {}
     assert record["asked"] == {"kind": kind, "value": asked, **about}
+
+
+@pytest.mark.network
+@pytest.mark.slow(20)
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["--params", "100M"], 100_000_000),
+        (["--size", "200MB"], 200_000_000),
+        (["--memory", "300MB", "--context", "2048"], 300_000_000),
+    ],
+)
+def test_so_it_is_for_the_demo_model(
+    words: list[str],
+    asked: int,
+    text: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What is said of quality is not looked at here, and takes most of the time.
+    monkeypatch.setattr(copying, "SEQUENCES", 1)
+    monkeypatch.setattr(judging, "continuations", partial(continuations, new_tokens=1))
+    out = tmp_path / "out"
+    named = ["prune", "demo", *words, "--data", text, "--shares", 1, "--out", out, *SMALL]
+    fast = ["--method", "magnitude", "--set", "compensation=false", "--dtype", "bfloat16"]
+    code, _, stderr = run(*named, *fast, "--neuron-multiple", 8)
+    assert code == 0, stderr
+    params, size = counted(out)
+    features = sum(
+        shape[0]
+        for name, shape in shapes(out).items()
+        if name.endswith(("k_proj.weight", "v_proj.weight"))
+    )
+    cache = 2048 * 2 * features  # bfloat16, as the checkpoint is
+    found = {"--params": params, "--size": size, "--memory": size + cache}[words[0]]
+    assert 0.99 * asked <= found <= asked
 
 
 def test_several_give_a_checkpoint_each_and_the_report_of_each_says_how(

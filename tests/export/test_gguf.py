@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -278,6 +279,8 @@ def test_values_of_every_type(
     assert types["token_embd.weight"] == types["output.weight"] == ends
     padded = [note for note in written.notes if "multiple of 32" in note]
     assert bool(padded) == type_name.startswith("q")
+    torn = [note for note in written.notes if "K-quants store blocks of 256" in note]
+    assert len(torn) == (type_name in ("f16", "bf16"))
 
 
 def test_windows_that_llama_cpp_ignores_bound_the_context(
@@ -643,11 +646,13 @@ def test_rows_fit_k_quants_where_it_is_asked_for(
     small, _ = assemble(anatomy, masks)
     assert any(x.neurons < 1536 for x in Anatomy(small).shape.layers)
     assert any(x.heads < 8 for x in Anatomy(small).shape.layers)
-    write_gguf(small, tiny_tokenizer, tmp_path / "model.gguf", type_name="bf16")
+    written = write_gguf(small, tiny_tokenizer, tmp_path / "model.gguf", type_name="bf16")
     rows = [x.shape for x in GGUFReader(tmp_path / "model.gguf").tensors if len(x.shape) > 1]
     assert len(rows) == 1 + 1 + 2 * 7
     torn = [x for x in rows if x[0] % 256]
     assert bool(torn) == (not asked)
+    said = [re.findall(r"\d+", note.split("rows of")[1]) for note in written.notes]
+    assert {int(x) for numbers in said for x in numbers} == {int(x[0]) for x in torn}
 
 
 @pytest.mark.parametrize(

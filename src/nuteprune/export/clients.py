@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_archs import SUPER_BLOCK
-from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
+from nuteprune.export.gguf_fit import Source, check_rows, choose, mended, torn_rows
 from nuteprune.export.onnx import check_mixers, check_rope
 
 
@@ -59,14 +58,7 @@ def _llama_cpp(source: Source) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    rows = {shape.hidden} | {x.neurons for x in shape.layers}
-    rows |= {x.heads * source.head_dim for x in shape.layers}
-    odd = sorted(x for x in rows if x % SUPER_BLOCK)
-    if odd:
-        yield (
-            f"K-quants store blocks of {SUPER_BLOCK}, so rows of {_listed(odd)} would be stored "
-            "in other types, larger or coarser"
-        )
+    yield from torn_rows(shape, source.head_dim)
 
 
 def _onnx(source: Source) -> Iterator[str]:

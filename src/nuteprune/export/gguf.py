@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf_archs import Arch
-from nuteprune.export.gguf_fit import Source, check_rows, choose, mended
+from nuteprune.export.gguf_fit import Source, check_rows, choose, mended, torn_rows
 from nuteprune.export.gguf_tensors import tensors
 from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
 from nuteprune.files import atomic, writing
@@ -55,6 +55,8 @@ FILE_TYPES: dict[str, FileType] = {
     "f32": FileType(Q.F32, Q.F32, LlamaFileType.ALL_F32),
 }
 """What `--type` takes. Vectors and norms are always float32, as llama.cpp wants them."""
+TO_QUANTIZE = ("f16", "bf16")
+"""Those that llama.cpp's own quantizer is given: K-quants are made of them."""
 
 _ROPE_SCALING = {"linear": RopeScalingType.LINEAR, "longrope": RopeScalingType.LONGROPE}
 _F16_MAX = float(np.finfo(np.float16).max)
@@ -116,6 +118,8 @@ def write_gguf(
             f"the context length is {_context(arch, source)}, the model's attention window: "
             "llama.cpp lets this architecture attend to everything"
         )
+    if type_name in TO_QUANTIZE:
+        notes += torn_rows(shape, source.head_dim)
     infos = list(_tensor_infos(anatomy, arch, source, shape, type_name))
     with writing(path, "make room and do the same again"):
         path.parent.mkdir(parents=True, exist_ok=True)

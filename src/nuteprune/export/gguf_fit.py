@@ -243,6 +243,17 @@ def check_rows(shape: Shape, head_dim: int, type_name: str) -> None:
             )
 
 
+def torn_rows(shape: Shape, head_dim: int) -> list[str]:
+    """Return a line on rows that K-quants cannot store whole, none where there are no such rows."""
+    rows = {shape.hidden, *(n for x in shape.layers for n in (x.neurons, x.heads * head_dim))}
+    odd = sorted(x for x in rows if x % SUPER_BLOCK)
+    more = f" and {len(odd) - 6} more" * (len(odd) > 6)
+    return [
+        f"K-quants store blocks of {SUPER_BLOCK}, so rows of {', '.join(map(str, odd[:6]))}{more} "
+        "would be stored in other types, larger or coarser"
+    ][: len(odd)]
+
+
 def check_super_blocks(shape: Shape, head_dim: int, kinds: Collection[str]) -> None:
     """Refuse a cut after which K-quants could not store rows: they take blocks of `SUPER_BLOCK`.
 
