@@ -78,6 +78,7 @@ def parser_of() -> argparse.ArgumentParser:
     add("--speedups", default="1.3,1.6", help="of decoding, comma separated")
     add("--at", default="1x256+32", help="what is timed, as --speed-at says it")
     add("--passes", type=int, default=speed.PASSES, help="counted passes of each pair")
+    add("--length", type=int, default=256, help="tokens of a block")
     add("--eval-blocks", type=int, default=EVAL_BLOCKS, help="held-out blocks of each source")
     add("--threads", type=int, default=1)
     add("--dtype", default="bfloat16")
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     setting = Setting(
         args.model,
         args.data or [DEMO],
+        length=args.length,
         eval_blocks=args.eval_blocks,
         dtype=args.dtype,
         settings={**settings, "gates": ",".join((*DEFAULT_KINDS, *BLOCKS))},

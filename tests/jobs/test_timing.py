@@ -101,15 +101,17 @@ def test_too_few_passes_tell_nothing(injected: Any) -> None:
     assert both(found["settings"][0]["speedup"]) == {"none"}
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_no_load_makes_a_verdict_above_the_bound_or_within_the_spread(
-    seed: int, injected: Any
-) -> None:
-    drawn = random.Random(seed)
-    found, _ = injected(iter([drawn.choice([1, 1, 1.2, 2, 4]) for _ in range(12)]))
-    for ratio in found["settings"][0]["speedup"].values():
-        if ratio["verdict"] in ("faster", "slower"):
-            assert ratio["median"] <= BOUND
-            assert not ratio["low"] <= 1 <= ratio["high"]
-    told = told_gains(for_report(found))
-    assert all(x <= BOUND for x in told)
+def test_no_load_makes_a_verdict_above_the_bound_or_within_the_spread(injected: Any) -> None:
+    said: set[str] = set()
+    for seed in range(200):
+        drawn = random.Random(seed)
+        busy = [1, 1, 1.2, 2, 4][: drawn.randint(2, 5)]  # some machines are less loaded
+        found, _ = injected(iter([drawn.choice(busy) for _ in range(12)]))
+        for ratio in found["settings"][0]["speedup"].values():
+            said.add(ratio["verdict"])
+            if ratio["verdict"] in ("faster", "slower"):
+                assert ratio["median"] <= BOUND
+                assert not ratio["low"] <= 1 <= ratio["high"]
+        told = told_gains(for_report(found))
+        assert all(x <= BOUND for x in told)
+    assert said == {"faster", "slower", "none", "noise"}
