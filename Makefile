@@ -18,7 +18,7 @@ demo: $(STAMP) ## prune the embedded model; options: make demo ARGS="--steps 100
 	@$(BIN)/nuteprune demo $(ARGS)
 
 check: lint ## lint and the quick tests, within a minute: while you work
-	$(PYTEST) $(PARALLEL) -m "not slow and not network and not clients and not hard" $(ARGS)
+	$(PYTEST) $(PARALLEL) --hypothesis-profile=quick -m "not slow and not network and not clients and not hard" $(ARGS)
 
 test: lint ## lint and the test suite; options for pytest: make test ARGS="-k gates"
 	$(PYTEST) $(PARALLEL) $(ARGS)
@@ -33,6 +33,8 @@ test-hard: $(STAMP) ## long fault-injection and soak tests
 check test test-clients test-hard: export OMP_WAIT_POLICY ?= PASSIVE
 # A process per core, and so a thread per process.
 check test: export OMP_NUM_THREADS ?= 1
+# Compiled tests are kept: else each process compiles them anew, for seconds.
+check test: export PYTHONDONTWRITEBYTECODE =
 
 lint: $(STAMP) ## ruff, mypy and the order of imports
 	$(BIN)/ruff check .

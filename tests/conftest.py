@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from tests.families import HYBRIDS, MIXTURES, each
 
@@ -29,6 +30,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums come out the same on any m
 
 STARTS_PYTHON = ("slow", "network", "clients", "hard")
 """Markers of tests that may start interpreters, which import for seconds."""
+
+settings.register_profile("quick", max_examples=20)  # of make check; the default is 100
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import the tests; bitsandbytes would load torch's compiler meanwhile, for a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

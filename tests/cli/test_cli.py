@@ -61,6 +61,7 @@ def test_no_command_is_a_question_for_help(run: Run) -> None:
     code, stdout, stderr = run()
     assert (code, stderr) == (0, "")
     assert len(stdout.splitlines()) > 10
+    assert "..." not in stdout.replace("[ARGS]...", "")  # each command's line is shown whole
     assert stdout == run("--help")[1]
 
 

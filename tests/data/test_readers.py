@@ -157,7 +157,9 @@ JSON_PIECES = ['{"text": ', '"a"', "}", "\n", "[", "]", ",", "{", ":", "null", "
 
 
 @settings(
-    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5 * settings().max_examples,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     content=st.binary(max_size=60)

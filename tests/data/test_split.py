@@ -52,9 +52,7 @@ def a_file_each(folder: Path, documents: list[str]) -> None:
 SPECS = [text_file, json_lines, parquet_table, a_file_each]
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(SHORT | LONG, min_size=1, max_size=6, unique=True),
     others=st.lists(SHORT, max_size=300),
@@ -98,7 +96,8 @@ def test_no_character_of_held_out_text_is_trained_on_by_any_spec_that_holds_it(
 def test_a_file_is_split_alone_as_it_is_within_its_folder(tmp_path: Path) -> None:
     """What was wrong: a source of less than 256 documents had a rule of its own."""
     for i in range(300):
-        (tmp_path / f"{i}.txt").write_text(f"document {i}\n\n\nand {i} once more\n\n\n{book(i)}")
+        text = f"document {i}\n\n\nand {i} once more\n\n\n{book(i, words=3000)}"
+        (tmp_path / f"{i}.txt").write_text(text)
     (folder,) = iter_documents(str(tmp_path)).values()
     within = list(held_out_part(folder))
     alone = []

@@ -19,7 +19,7 @@ from tests.families import dense, each
 TOKENS = torch.tensor([[40, 5, 77, 12, 9, 33, 25, 61, 14, 8]])
 
 
-@pytest.fixture(params=["llama", "qwen3", "gpt_neox"])
+@pytest.fixture(params=each(["llama", "qwen3", "gpt_neox"]))
 def folder(
     request: pytest.FixtureRequest,
     tiny_model: Callable,

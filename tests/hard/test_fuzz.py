@@ -364,7 +364,7 @@ def test_bad_input_is_one_line_and_nothing_written(
     holds()
 
 
-@settings(max_examples=MANY, deadline=None, database=None, derandomize=True)
+@settings(max_examples=5 * settings().max_examples, deadline=None, database=None, derandomize=True)
 @given(documents)
 def test_any_file_of_settings_is_settings_or_a_user_error(content: bytes) -> None:
     """The reader alone, so that the normal suite has the time for as many."""

@@ -23,6 +23,7 @@ def _nothing_brought_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "_OWN", {})
 
 
+@pytest.mark.slow(2)
 def test_what_does_not_hold_of_an_entry_is_refused_in_it(tmp_path: Path) -> None:
     """GPT-NeoX has queries, keys and values head by head: an entry that says otherwise is wrong."""
     text = to_text(FAMILIES["gpt_neox"]).replace("hidden -> qkv", "hidden -> q kv kv")

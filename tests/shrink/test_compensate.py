@@ -208,8 +208,15 @@ def fitted_anew(
     return found
 
 
-@pytest.mark.parametrize("how", ["plain", "lora", "in place"])
-@pytest.mark.parametrize("name", WRITES)
+# LoRA does not ask what the family is: one shows it quickly.
+REFITS = [
+    pytest.param(name, how, marks=() if name == "llama" or how == "plain" else pytest.mark.slow)
+    for name in WRITES
+    for how in ("plain", "lora", "in place")
+]
+
+
+@pytest.mark.parametrize(("name", "how"), REFITS)
 def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) -> None:
     random = torch.Generator().manual_seed(5)
     tokens_NT = torch.randint(3, 90, (40, 24), generator=random)

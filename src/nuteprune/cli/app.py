@@ -34,7 +34,7 @@ def _root(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Make a language model physically smaller and faster, with its quality kept."""
+    """Make a language model physically smaller by structured pruning."""
 
 
 def make_app() -> typer.Typer:

@@ -42,7 +42,7 @@ def bench(
     family: o.Family = None,
     as_json: o.Json = False,
 ) -> None:
-    """Measure how fast MODEL reads and writes, and the memory that it takes.
+    """Measure how fast MODEL reads and writes, and its memory.
 
     Prompts are random tokens. Each model has a process of its own; with --against they take turns,
     so that what else the machine does hits both alike.

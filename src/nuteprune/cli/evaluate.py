@@ -69,10 +69,11 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure how good MODEL is: perplexity on text, copying from context, zero-shot tasks.
+    """Measure how good MODEL is: perplexity, copying, tasks.
 
-    MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without --data and --tasks,
-    perplexity on the held-out part of the embedded texts is measured.
+    Perplexity is on text, copying from context; tasks are zero-shot unless --fewshot says
+    otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without --data and
+    --tasks, perplexity on the held-out part of the embedded texts is measured.
     """
     output = Output(as_json)
     take(family, against or model)

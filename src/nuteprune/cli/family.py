@@ -22,6 +22,9 @@ def family(
     out: Annotated[Path | None, typer.Option(help="YAML file to write the entry to.")] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Propose an entry for a model type that is not listed, and say which gates hold with it."""
+    """Propose an entry for a model type that is not listed.
+
+    The entry is tried on a small model: the gates that hold with it are named.
+    """
     output = Output(as_json)
     output.result(run(model, output, file, out))

@@ -52,7 +52,10 @@ def plan(
     as_json: o.Json = False,
     **given: Any,
 ) -> None:
-    """Say what pruning MODEL would take, phase by phase; no weights are read."""
+    """Say what memory and time it would take to prune MODEL.
+
+    Phase by phase, from the config alone: no weights are read.
+    """
     if devices < 1 or (tflops is not None and not tflops > 0):
         raise UserError("--devices and --tflops must be above 0")
     output = Output(as_json)

@@ -20,7 +20,7 @@ def prune(
     as_json: o.Json = False,
     **given: Any,
 ) -> None:
-    """Make MODEL smaller by SPARSITY, keeping its quality with text from DATA."""
+    """Make MODEL smaller by SPARSITY, guided by text from DATA."""
     output = Output(as_json)
     asked = {"model": model, "out": out, **given}
     job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())

@@ -20,7 +20,10 @@ def report(
     ],
     as_json: o.Json = False,
 ) -> None:
-    """Write RUN's report: one HTML page that needs no network, and its plots as PNG."""
+    """Write RUN's report: one HTML page, and its plots as PNG.
+
+    The page needs no network.
+    """
     output = Output(as_json)
     page = write_report(folder, again)
     plots = sorted((page.parent / PLOTS).glob("*.png"))

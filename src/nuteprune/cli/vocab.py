@@ -8,13 +8,13 @@ import typer
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
-from nuteprune.jobs.job import Job, make_job
-from nuteprune.jobs.vocab import run
+from nuteprune.jobs.job import make_job
+from nuteprune.jobs.vocab import VocabJob, run
 
 _NOT_HERE = ("eval_data", "device", "dtype", "resume")
 
 
-@o.with_options(Job, but=_NOT_HERE)
+@o.with_options(VocabJob, but=_NOT_HERE)
 def vocab(
     model: o.Model,
     out: o.Out,
@@ -22,10 +22,11 @@ def vocab(
     as_json: o.Json = False,
     **given: Any,
 ) -> None:
-    """Keep KEEP of MODEL's tokens: those that DATA needs most, and all that spell any text.
+    """Keep KEEP of MODEL's tokens: those that DATA needs most.
 
-    Embedding and head are cut to these rows. The result is a stock checkpoint of the same class.
+    All that spell any text are among them. Embedding and head are cut to these rows. The result is
+    a stock checkpoint of the same class.
     """
     output = Output(as_json)
-    job = make_job(Job, None, {"model": model, "out": out, **given})
+    job = make_job(VocabJob, None, {"model": model, "out": out, **given})
     output.result(run(job, keep, output))

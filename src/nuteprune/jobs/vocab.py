@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.data.self_written import write_text
-from nuteprune.data.specs import SELF, iter_documents
+from nuteprune.data.specs import DEMO, SELF, iter_documents
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.gguf_vocab import PROBES
@@ -34,6 +35,7 @@ from nuteprune.jobs.job import Job, make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
+from nuteprune.train.settings import setting
 
 MOST_CHARACTERS = 50_000_000
 """Text that tokens are counted in; of more the rest is left aside."""
@@ -41,6 +43,24 @@ SELF_TOKENS = 50_000
 """Tokens that the model writes where it is its own text that is counted."""
 TOGETHER = 500
 """Documents that are tokenized at a time."""
+
+
+@dataclass
+class VocabJob(Job):
+    """What `vocab` is asked to do.
+
+    Args:
+        data: text that tells which tokens stay.
+    """
+
+    data: list[str] | str = setting(
+        DEMO,
+        "Text that tells which tokens stay: a .txt, .jsonl, .json or .parquet file, a folder of "
+        "them, a hub dataset id[:config[:split]], 'demo' (default: three small English texts), or "
+        "'self' (text that the model writes itself). May be repeated.",
+        option="--data",
+        several=True,
+    )
 
 
 def vocab(
@@ -69,7 +89,7 @@ def vocab(
         UserError: for anything that cannot work; nothing is written then.
         RunFailed: if the tokenizer that is left does not spell what the full one does.
     """
-    job = make_job(Job, None, {"model": model, "out": out, "data": data, **settings})
+    job = make_job(VocabJob, None, {"model": model, "out": out, "data": data, **settings})
     with quiet_loading():
         return run(job, keep, Output(quiet=quiet))
 
