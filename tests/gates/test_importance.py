@@ -18,7 +18,14 @@ from nuteprune.gates.importance import METHODS, check_kinds
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.options import Constraints
 from nuteprune.gates.probe import Probe
-from nuteprune.gates.surgeon import draw_tokens, inverse_of_correlations, surgeon_scores
+from nuteprune.gates.surgeon import (
+    ROUNDS,
+    draw_tokens,
+    inverse_of_correlations,
+    removal_costs,
+    removals,
+    surgeon_scores,
+)
 from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -340,32 +347,81 @@ def test_a_model_that_has_lost_blocks_is_scored_like_any_other(name: str, tiny_m
     assert all(bool(v.isfinite().all()) for v in scores.values())
 
 
-def test_surgeon_is_the_least_rise_of_the_quadratic_loss(tiny_model, tiny_name: str) -> None:
+def least_rise(v_OI: Tensor, c_II: Tensor, gone: Tensor) -> float:
+    """tr(E C E^T) of the best change E of V that leaves nothing of some columns, by `lstsq`."""
+    kept = c_II.diagonal() > 1e-20  # inputs that are always 0 (a ReLU's) cost nothing
+    kept[gone] = False
+    root_II = torch.linalg.cholesky(c_II)
+    lost_IO = (v_OI[:, gone] @ root_II[gone]).T
+    change_OI = torch.zeros_like(v_OI)
+    change_OI[:, gone] = -v_OI[:, gone]
+    change_OI[:, kept] = torch.linalg.lstsq(root_II[kept].T, lost_IO).solution.T
+    return float(torch.trace(change_OI @ c_II @ change_OI.T))
+
+
+def test_surgeon_takes_first_what_costs_least(tiny_model, tiny_name: str) -> None:
     """Against least squares: the other columns of the weight are moved by `lstsq`."""
     model = tiny_model(tiny_name)
     it = probe(model, INPUTS)
     ours = surgeon_scores(it)
     lasts = {"heads": Anatomy(model).family.attention[-1], "neurons": Anatomy(model).family.mlp[-1]}
     for kind in INPUTS:
-        costs = []
-        for i in range(len(Anatomy(model).layers)):
+        parts = dict(enumerate(ours[kind].split(it.layout.sizes[kind])))
+        for i, costs_U in parts.items():
             linear = Anatomy(model).linear(i, lasts["neurons" if kind == "neurons" else "heads"])
             if linear is None:  # in a layer of another kind
                 continue
             x, d = inputs_and_slopes(model, linear)
-            weight, g = linear.weight.double(), d.T @ d / len(TOKENS)
             c = x.T @ x / len(x)
             c += torch.diag(0.01 * c.diagonal() + 1e-30)
-            root = torch.linalg.cholesky(c)
-            for u in torch.arange(len(c)).view(it.layout.sizes[kind][i], -1):
-                # Inputs that are always 0 (a ReLU's) take part in nothing, and cost nothing.
-                kept = c.diagonal() > 1e-20
-                kept[u] = False
-                moved = torch.linalg.lstsq(root[kept].T, (weight[:, u] @ root[u]).T).solution.T
-                change = torch.zeros_like(weight)
-                change[:, u], change[:, kept] = -weight[:, u], moved
-                costs.append(torch.trace(change.T @ g @ change @ c))
-        close({kind: ours[kind]}, {kind: torch.stack(costs)})
+            weight = linear.weight.double()
+            slopes = (d @ weight).square().sum(0) / len(TOKENS)
+            v = weight / weight.norm(dim=0) * slopes.sqrt()
+            units = torch.arange(len(c)).view(len(costs_U), -1)
+            alone = torch.tensor([least_rise(v, c, unit) for unit in units])
+            first = alone.argsort()[: -(-len(units) // ROUNDS)]
+            together = least_rise(v, c, units[first].flatten())
+            assert float(costs_U[first].sum()) == pytest.approx(together, rel=1e-3, abs=1e-12)
+            assert float(costs_U.sort()[0][: len(first)].sum()) == pytest.approx(
+                together, rel=1e-3, abs=1e-12
+            )
+
+
+@pytest.mark.parametrize(("count", "width"), [(8, 1), (6, 3), (60, 1)])
+def test_each_unit_that_goes_leaves_the_others_dearer(count: int, width: int) -> None:
+    """Each round takes what costs least beyond what is gone, against `lstsq` on all that is."""
+    random = torch.Generator().manual_seed(count)
+    inputs = count * width
+    x = torch.randn(200, inputs, generator=random, dtype=torch.float64)
+    x[:, : inputs // 2] += x[:, -1:] + x[:, -2:-1]
+    c = x.T @ x / len(x)
+    v = torch.randn(5, inputs, generator=random, dtype=torch.float64)
+    units, gone = torch.arange(inputs).view(count, width), torch.tensor([], dtype=torch.long)
+    before, left = 0.0, set(range(count))
+    for round_, costs in removals(v, torch.linalg.inv(c), count):
+        alone = {u: least_rise(v, c, torch.cat([gone, units[u]])) - before for u in left}
+        cheapest = sorted(left, key=lambda u: alone[u])[: len(round_)]
+        assert round_.tolist() == cheapest
+        gone = torch.cat([gone, units[round_].flatten()])
+        after, left = least_rise(v, c, gone), left - set(cheapest)
+        assert float(costs.sum()) == pytest.approx(after - before, rel=1e-6)
+        shares = torch.tensor([alone[u] for u in cheapest], dtype=torch.float64)
+        torch.testing.assert_close(costs / costs.sum(), shares / shares.sum())
+        before = after
+    assert not left
+    assert before == pytest.approx(float(torch.trace(v @ c @ v.T)))
+
+
+def test_of_two_units_that_do_the_same_one_is_free() -> None:
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = x[:, 0]
+    weight, lengths = torch.tensor([[1.0, 1.0, 0.6]]), torch.tensor([1.0, 1.0, 0.6])
+    (costs,) = removal_costs(weight, lengths, x.T @ x / len(x), [3])
+    twins, other = costs[:2].sort()[0], costs[2]
+    assert twins[0] < 0.05 * other
+    # The other of the two does the work of both, twice the weight: it goes last.
+    assert other < twins[1]
+    assert twins[1] == pytest.approx(4, rel=0.3)
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e5])

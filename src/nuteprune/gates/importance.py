@@ -107,17 +107,19 @@ def fisher(probe: Probe) -> Scores:
 
 
 def surgeon(probe: Probe) -> Scores:
-    """Loss that removing the unit costs once the other inputs of its projection make up for it.
+    """Loss that removing the unit costs once the inputs that are left make up for it.
 
     tr(S_u ([C^-1]_uu)^-1) with S_u the second moment of the loss's gradients by the unit's outputs
     and C that of all inputs of the projection that reads them: a unit is cheap if the loss
     does not depend on it, or if the other inputs can predict it: the re-fit then makes up for it.
+    The cheapest units of a layer go first, and the others cost what they cost without these.
     Hidden width, blocks and experts have no re-fit, so they keep their Fisher score, which
     estimates the same loss. Which experts of a layer go first is REAP's order, which did better
     (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
     `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
-    See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
+    See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
+    ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
     """
     read = tuple(kind for kind in probe.kinds if kind in INPUTS)
     others = tuple(kind for kind in probe.kinds if kind not in INPUTS)
