@@ -183,6 +183,35 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
         "uniform",
         "cohere2",
     ),
+    "mixtral": (
+        "mixtral",
+        {},
+        ("experts", "expert_neurons", "kv_groups", "hidden"),
+        "uniform",
+        "llama",
+    ),
+    "olmoe": (
+        "olmoe",
+        {"clip_qkv": None, "num_key_value_heads": 4},
+        ("experts", "expert_neurons"),
+        "uniform",
+        "olmoe",
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"mlp_only_layers": []},
+        ("experts", "expert_neurons", "kv_groups", "hidden"),
+        "uniform",
+        "qwen3moe",
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"mlp_only_layers": []},
+        ("experts", "neurons"),
+        "uniform",
+        "qwen2moe",
+    ),
+    "granitemoe": ("granitemoe", {}, ("experts", "expert_neurons"), "uniform", "granitemoe"),
 }
 PROMPT = [40, 5, 77, 120, 9, 33, 250, 61, 14, 208, 99, 3]
 STEPS = 8

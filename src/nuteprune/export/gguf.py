@@ -149,7 +149,7 @@ def _tensor_infos(
     kind = FILE_TYPES[type_name]
     for name, values in tensors(anatomy, arch, source, shape):
         stored = Q.F32
-        if values.ndim > 1:
+        if values.ndim > 1 and ".ffn_gate_inp." not in name:  # routers stay as they are
             stored = kind.matrices if name.startswith("blk.") else kind.ends
         if stored == Q.F16 and np.abs(values).max() > _F16_MAX:
             raise UserError(
@@ -192,7 +192,7 @@ def _write_dimensions(
 ) -> None:
     """Write the keys from which llama.cpp builds the model."""
     config, family, head_dim = source.config, source.family, source.head_dim
-    counts = [[x.heads, x.kv_heads, x.neurons] for x in shape.layers]
+    counts = [[x.heads, x.kv_heads, x.expert_neurons or x.neurons] for x in shape.layers]
     heads, kv_heads, neurons = (list(x) for x in zip(*counts, strict=True))
     for add, values in (
         (writer.add_head_count, heads),
@@ -200,6 +200,7 @@ def _write_dimensions(
         (writer.add_feed_forward_length, neurons),
     ):
         add(values if arch.per_layer else values[0])
+    _write_experts(writer, anatomy, arch, shape)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(_context(arch, source))
     writer.add_embedding_length(shape.hidden)
@@ -228,6 +229,18 @@ def _write_dimensions(
         writer.add_residual_scale(getattr(config, residual))
         writer.add_attention_scale(anatomy.attention_scale(0))
         writer.add_logit_scale(getattr(config, family.logit_divisor or ""))
+
+
+def _write_experts(writer: GGUFWriter, anatomy: Anatomy, arch: Arch, shape: Shape) -> None:
+    first = shape.layers[0]
+    if arch.experts is None:
+        return
+    writer.add_expert_count(first.experts)
+    writer.add_expert_used_count(anatomy.per_token)
+    if arch.experts.own_width:
+        writer.add_expert_feed_forward_length(first.expert_neurons)
+    if arch.experts.shared:
+        writer.add_expert_shared_feed_forward_length(first.neurons)
 
 
 def _epsilon(norm: Any) -> float:

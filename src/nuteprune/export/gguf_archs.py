@@ -21,6 +21,22 @@ _GELU_TANH = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
 
 
 @dataclass(frozen=True)
+class Experts:
+    """How one of llama.cpp's architectures routes tokens to experts."""
+
+    sums_to_one: bool = True
+    """Weights of a token's experts are made to sum to 1."""
+    own_width: bool = True
+    """Their width has a key of its own; elsewhere it is the feed-forward length."""
+    shared: bool = False
+    """There is a shared expert, weighed by a gate."""
+    joint_key_norm: bool = False
+    """Its norm of keys is as wide as the model."""
+    always: bool = True
+    """It has no form without experts."""
+
+
+@dataclass(frozen=True)
 class Arch:
     """One of llama.cpp's architectures."""
 
@@ -62,6 +78,13 @@ class Arch:
     """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
     wide_scale_at: int | None = None
     """With that many layers, attention is scaled by sqrt(heads / hidden), not by head_dim."""
+    experts: Experts | None = None
+    """What all of its layers have in place of an MLP."""
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other entries: its name, but where experts are a way to use it."""
+        return f"{self.name}, experts" if self.experts and not self.experts.always else self.name
 
     def attention_scale(self, shape: Shape, head_dim: int) -> float:
         """Return the factor that it puts on products of queries and keys."""
@@ -71,6 +94,7 @@ class Arch:
 
 
 _ALL_BIASES = frozenset({"qkv", "o", "mlp"})
+_QKV_O = frozenset({"qkv", "o"})
 _LLAMA = Arch(
     "llama",
     interleaved_rope=True,
@@ -83,7 +107,7 @@ _GEMMA2 = Arch(
 )
 
 ARCHS: dict[str, Arch] = {
-    arch.name: arch
+    arch.key: arch
     for arch in (
         _LLAMA,
         replace(
@@ -91,7 +115,7 @@ ARCHS: dict[str, Arch] = {
             name="deci",
             per_layer=True,
             optional_attention=True,
-            biases=frozenset({"qkv", "o"}),
+            biases=_QKV_O,
         ),
         replace(
             _QWEN3,
@@ -120,6 +144,29 @@ ARCHS: dict[str, Arch] = {
             wide_scale_at=62,
         ),
         replace(_LLAMA, name="granite", multipliers=True),
+        replace(_LLAMA, biases=_QKV_O, experts=Experts(own_width=False, always=False)),
+        replace(
+            _LLAMA,
+            name="granitemoe",
+            multipliers=True,
+            biases=frozenset(),
+            experts=Experts(own_width=False),
+        ),
+        replace(_QWEN3, name="qwen3moe", experts=Experts()),
+        replace(
+            _QWEN3,
+            name="qwen2moe",
+            square_attention=True,
+            biases=frozenset({"qkv"}),
+            experts=Experts(sums_to_one=False, shared=True),
+        ),
+        replace(
+            _QWEN3,
+            name="olmoe",
+            square_attention=True,
+            head="always",
+            experts=Experts(sums_to_one=False, own_width=False, joint_key_norm=True),
+        ),
         Arch(
             "gptneox",
             fused_qkv=True,

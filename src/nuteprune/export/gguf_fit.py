@@ -12,7 +12,7 @@ from math import gcd
 from typing import Any
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_archs import ARCHS, BLOCK, SUPER_BLOCK, Arch
+from nuteprune.export.gguf_archs import ARCHS, BLOCK, SUPER_BLOCK, Arch, Experts
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -93,6 +93,8 @@ def choose(source: Source) -> Arch:
 
 def _misfits(arch: Arch, source: Source) -> Iterator[str]:
     """Yield why an architecture cannot express a model."""
+    if arch.experts is not None:
+        yield from _expert_misfits(arch.experts, source)
     yield from _shape_misfits(arch, source)
     family, config, rope = source.family, source.config, source.rope
     if source.rotary_dimensions != source.head_dim and not arch.partial_rotary:
@@ -178,8 +180,25 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
             yield "its sliding layers rotate by theta 10000, unscaled"
 
 
+def _expert_misfits(experts: Experts, source: Source) -> Iterator[str]:
+    family, config = source.family, source.config
+    dense = [i for i, layer in enumerate(source.shape.layers) if not layer.experts]
+    if dense:
+        yield f"all of its layers have experts, but layer {dense[0]} has none"
+    if getattr(config, "norm_topk_prob", True) != experts.sums_to_one:
+        does = "" if experts.sums_to_one else "not "
+        yield f"weights of a token's experts do {does}sum to 1 there (norm_topk_prob)"
+    if experts.joint_key_norm and source.shape.layers[0].heads_per_group > 1:
+        yield "each of its heads has keys of its own, and here heads share them"
+    if family.attention_clip and getattr(config, family.attention_clip):
+        yield f"it does not bound queries, keys and values ({family.attention_clip})"
+
+
 def _counts(layer: LayerShape) -> str:
-    return f"{layer.heads}/{layer.kv_heads} heads and {layer.neurons} neurons"
+    mlp = f"{layer.neurons} neurons"
+    if layer.experts:
+        mlp = f"{layer.experts} experts of {layer.expert_neurons} neurons"
+    return f"{layer.heads}/{layer.kv_heads} heads and {mlp}"
 
 
 def mended(shape: Shape, arch: Arch, quantized: bool) -> tuple[Shape, list[str]]:
@@ -199,6 +218,8 @@ def mended(shape: Shape, arch: Arch, quantized: bool) -> tuple[Shape, list[str]]
     """
     layers, notes = list(shape.layers), []
     for i, layer in enumerate(layers):
+        if layer.experts:  # alike in all layers, so nothing is missing
+            continue
         heads = layer.attention or arch.optional_attention
         neurons = layer.neurons or BLOCK
         if quantized:
@@ -240,6 +261,12 @@ def check_rows(shape: Shape, head_dim: int, type_name: str) -> None:
                 f"--type {type_name} stores rows in blocks of {BLOCK}, and layer {i} has "
                 f"{layer.heads} heads of {head_dim}, {layer.heads * head_dim} features: {instead}, "
                 f"or keep heads in multiples of {BLOCK // gcd(BLOCK, head_dim)} (--shape)"
+            )
+        inner = [x for x in (layer.expert_neurons, layer.experts and layer.neurons) if x % BLOCK]
+        if inner:
+            raise UserError(
+                f"--type {type_name} stores rows in blocks of {BLOCK}, and layer {i} has experts "
+                f"of {inner[0]} neurons: {instead}, or prune with --set neuron_multiple={BLOCK}"
             )
 
 

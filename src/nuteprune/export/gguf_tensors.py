@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.export.gguf_archs import Arch
 from nuteprune.export.gguf_fit import Source
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
 
@@ -91,7 +91,7 @@ def tensors(
     yield from _rope(source)
     for i, (have, want) in enumerate(zip(anatomy.shape.layers, target.layers, strict=True)):
         yield from _norms(anatomy, arch, i, want)
-        parts = _attention(anatomy, i, have) | _mlp(anatomy, i, have)
+        parts = _attention(anatomy, i, have) | ({} if have.experts else _mlp(anatomy, i, have))
         if have.attention:
             factors["q"] = 1.0
             if not arch.multipliers:
@@ -106,6 +106,8 @@ def tensors(
         if arch.interleaved_rope and anatomy.family.rope_pairs == "halves":
             parts = _reordered(parts, want, anatomy.head_dim)
         yield from _layer(i, _fused(parts, arch))
+        if (mixture := anatomy.mixture(i)) is not None:
+            yield from _experts(anatomy, mixture, i, factors.get("down", 1.0))
 
 
 def _factors(anatomy: Anatomy, arch: Arch) -> tuple[float, float, dict[str, float]]:
@@ -203,6 +205,26 @@ def _mlp(anatomy: Anatomy, layer: int, shape: LayerShape) -> Parts:
     return dict(zip(("gate", "up", "down")[-len(parts) :], parts, strict=True))
 
 
+def _experts(
+    anatomy: Anatomy, mixture: Mixture, layer: int, factor: float
+) -> Iterator[tuple[str, Array]]:
+    """Yield a layer's router, stacks (E, O, I) and shared expert."""
+    yield _name(MODEL_TENSOR.FFN_GATE_INP, layer), _array(mixture.router.weight)
+    gated, down = (_array(mixture.stack(x)) for x in mixture.entry.projections)
+    gate, up = np.split(gated, 2, axis=1)
+    yield _name(MODEL_TENSOR.FFN_GATE_EXP, layer), gate
+    yield _name(MODEL_TENSOR.FFN_UP_EXP, layer), up
+    yield _name(MODEL_TENSOR.FFN_DOWN_EXP, layer), down * np.float32(factor)
+    roles = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
+    for role, projection in zip(roles, mixture.entry.shared, strict=False):
+        linear = anatomy.linear(layer, projection)
+        assert linear is not None
+        yield _name(role, layer), _array(linear.weight)
+    if mixture.entry.shared_gate:
+        weigh: Any = anatomy.layers[layer].get_submodule(mixture.entry.shared_gate)
+        yield _name(MODEL_TENSOR.FFN_GATE_INP_SHEXP, layer), _array(weigh.weight)[0]
+
+
 def _unstacked(
     anatomy: Anatomy, layer: int, projection: Projection, shape: LayerShape
 ) -> list[Part]:
@@ -230,9 +252,10 @@ def _filled(parts: Parts, want: LayerShape, hidden: int, anatomy: Anatomy) -> Pa
     if want.attention:
         q, kv = want.heads * head_dim, want.kv_heads * head_dim
         sizes |= {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
-    gated = sum(len(p.rows) for p in anatomy.family.mlp[:-1]) > 1
-    sizes |= {"gate": (want.neurons, hidden)} if gated else {}
-    sizes |= {"up": (want.neurons, hidden), "down": (hidden, want.neurons)}
+    if not want.experts:
+        gated = sum(len(p.rows) for p in anatomy.family.mlp[:-1]) > 1
+        sizes |= {"gate": (want.neurons, hidden)} if gated else {}
+        sizes |= {"up": (want.neurons, hidden), "down": (hidden, want.neurons)}
     empty = Part(np.zeros((0, 0), np.float32))
     return {role: parts.get(role, empty).filled(*size) for role, size in sizes.items()}
 

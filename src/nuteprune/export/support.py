@@ -83,6 +83,7 @@ def _conditions(arch: Arch, family: Family) -> str:
         (arch.square_attention and not family.head_dim_from_hidden, "heads and width whole"),
         (arch.head == "never", "tied embeddings"),
         (arch.refuses_windows, "no windows"),
+        (arch.experts is not None, "experts in all layers"),
         (not arch.partial_rotary and "phi3" in family.gguf, "fully rotary heads"),
         (family.multipliers and not arch.multipliers, "multipliers folded into the weights"),
     ]

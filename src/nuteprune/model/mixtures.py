@@ -30,7 +30,7 @@ MIXTRAL = replace(
     experts=Experts(),
     config_names=EXPERT_NAMES,
     refused=_ALL_EXPERTS,
-    gguf=(),
+    gguf=("llama, experts",),
 )
 
 QWEN3_MOE = replace(
@@ -46,7 +46,7 @@ QWEN3_MOE = replace(
             "expert_neurons": "moe_intermediate_size",
         }
     ),
-    gguf=(),
+    gguf=("qwen3moe",),
 )
 
 QWEN2_MOE = replace(
@@ -62,6 +62,7 @@ QWEN2_MOE = replace(
             "shared_neurons": "shared_expert_intermediate_size",
         }
     ),
+    gguf=("qwen2moe",),
 )
 
 QWEN3_NEXT = replace(
@@ -81,6 +82,7 @@ GLM4_MOE = replace(
         shared=_within("mlp.shared_experts"), shared_times="n_shared_experts", groups="n_group"
     ),
     buffers=("mlp.gate.e_score_correction_bias",),
+    gguf=(),
     refused=MappingProxyType(
         {"neurons uniform": _SHARED_WIDTH, "expert_neurons uniform": _SHARED_WIDTH}
     ),
@@ -151,6 +153,7 @@ MIXTURES = (
         counts_heads=True,
         config_names=MappingProxyType({**EXPERT_NAMES, "experts": "num_experts"}),
         attention_clip="clip_qkv",
+        gguf=("olmoe",),
         refused=MappingProxyType(
             {**_ALL_EXPERTS, "hidden": "its norms of queries and keys are as wide as the model"}
         ),
@@ -189,6 +192,7 @@ MIXTURES = (
         ),
         logit_divisor="logits_scaling",
         multipliers=("embedding_multiplier", "residual_multiplier"),
+        gguf=("granitemoe",),
     ),
     replace(
         MIXTRAL,
@@ -198,6 +202,7 @@ MIXTURES = (
         # While heads are masked, attention wants a sink for each.
         per_head=("self_attn.sinks",),
         counts_heads=True,
+        gguf=(),
     ),
     LLAMA4,
 )
