@@ -26,15 +26,15 @@ test: lint ## lint and the test suite; options for pytest: make test ARGS="-k ga
 test-clients: $(STAMP) ## load exported models in other programs
 	$(PYTEST) -m clients $(ARGS)
 
-test-hard: $(STAMP) ## long fault-injection and soak tests
-	$(PYTEST) -m hard $(ARGS)
+test-hard: $(STAMP) ## long fault-injection and soak tests, and families that `make test` leaves out
+	$(PYTEST) $(PARALLEL) -m hard $(ARGS)
 
 # Idle threads sleep: tiny models on few cores otherwise spend their time spinning.
 check test test-clients test-hard: export OMP_WAIT_POLICY ?= PASSIVE
 # A process per core, and so a thread per process.
-check test: export OMP_NUM_THREADS ?= 1
+check test test-hard: export OMP_NUM_THREADS ?= 1
 # Compiled tests are kept: else each process compiles them anew, for seconds.
-check test: export PYTHONDONTWRITEBYTECODE =
+check test test-hard: export PYTHONDONTWRITEBYTECODE =
 
 lint: $(STAMP) ## ruff, mypy and the order of imports
 	$(BIN)/ruff check .

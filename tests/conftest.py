@@ -42,12 +42,13 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
 
 
+@pytest.hookimpl(trylast=True)  # of what -m has left
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first: what is quick fills up the end of a run."""
     seconds: Counter[Path] = Counter()
     for item in items:
-        if slow := item.get_closest_marker("slow"):
-            seconds[item.path] += slow.args[0] if slow.args else 1
+        if mark := item.get_closest_marker("hard") or item.get_closest_marker("slow"):
+            seconds[item.path] += mark.args[0] if mark.args else 1
     items.sort(key=lambda item: -seconds[item.path])
 
 
