@@ -17,7 +17,8 @@ from nuteprune.cli.app import main
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export import onnx
 from nuteprune.export.checkpoint import save
-from nuteprune.export.onnx import Exporter, write_onnx
+from nuteprune.export.onnx import write_onnx
+from nuteprune.export.onnx_graph import Exporter, check_rope
 from tests.families import each_plain_family
 
 
@@ -147,9 +148,9 @@ def test_frequencies_that_follow_the_length_are_refused(rope_type: str, nested: 
     still = {"rope_type": "llama3", "rope_theta": 5e3}
     rope = {"full_attention": rope, "sliding_attention": still} if nested else rope
     with pytest.raises(UserError, match=f"rope_type {rope_type} .*--to gguf"):
-        onnx.check_rope(SimpleNamespace(rope_parameters=rope))
-    onnx.check_rope(SimpleNamespace(rope_parameters=still))
-    onnx.check_rope(SimpleNamespace())
+        check_rope(SimpleNamespace(rope_parameters=rope))
+    check_rope(SimpleNamespace(rope_parameters=still))
+    check_rope(SimpleNamespace())
 
 
 # --- the command -----------------------------------------------------------------------------

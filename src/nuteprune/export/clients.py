@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf_fit import Source, check_rows, choose, mended, torn_rows
-from nuteprune.export.onnx import check_mixers, check_rope
+from nuteprune.export.onnx_graph import check_mixers, check_rope
 
 
 @dataclass(frozen=True)

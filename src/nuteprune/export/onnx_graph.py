@@ -1,0 +1,224 @@
+"""A decoder as one ONNX graph, for prompts and decoding: the KV cache is in its inputs and outputs.
+
+Inputs and outputs have the names that exporters of decoders agree on (docs/onnx.md). Shapes:
+B sequences, T tokens, P tokens in the cache, S = P + T, K KV heads of the layer, H features per
+head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from nuteprune.errors import UserError
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import Family
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class ExplicitCache(nn.Module):
+    """A causal LM whose cache goes in and comes out as tensors: a pure function, as a graph is.
+
+    Args:
+        model: a causal LM, pruned or not.
+        attends: for each layer whether it has attention, and so keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel, attends: Sequence[bool]) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = [i for i, has in enumerate(attends) if has]
+        taken = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in taken else "past_key_values"  # by version
+
+    def forward(
+        self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, past: Sequence[KeyValue]
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Return the logits (B, T, V) and the cache with the new tokens, (B, K, S, H) each.
+
+        Args:
+            ids_BT: the new tokens.
+            mask_BS: 0 for padding, over cached and new tokens.
+            position_BT: the new tokens' positions.
+            past: keys and values (B, K, P, H) of each layer that has attention.
+        """
+        # Without a config, windowed layers keep all they have seen; their masks hide the rest.
+        cache = DynamicCache()
+        for layer, (key_BKPH, value_BKPH) in zip(self.layers, past, strict=True):
+            cache.update(key_BKPH, value_BKPH, layer)
+        logits_BTV = self.model(
+            input_ids=ids_BT,
+            attention_mask=mask_BS,
+            position_ids=position_BT,
+            **{self.cache_name: cache},
+        ).logits
+        layers: list[Any] = cache.layers
+        return logits_BTV, [(layers[i].keys, layers[i].values) for i in self.layers]
+
+
+def check_rope(config: Any) -> None:
+    """Refuse rotary frequencies that depend on the length of the text.
+
+    Tracing would keep those of a short one, and a comparison over a short text would not tell.
+
+    Raises:
+        UserError: naming the type.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Some types have one set of parameters per kind of attention.
+    kinds = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)}
+    if found := kinds & {"dynamic", "longrope"}:
+        raise UserError(
+            f"rope_type {found.pop()} changes its frequencies with the length of the text, which "
+            "a traced graph cannot; export --to gguf, or load the checkpoint itself"
+        )
+
+
+def check_mixers(family: Family) -> None:
+    """Refuse layers whose state is no keys and values.
+
+    Raises:
+        UserError: naming the type.
+    """
+    if family.experts:
+        raise UserError(
+            f"{family.model_type} routes tokens to experts, and a graph would keep the routes of "
+            "the text that it is traced with; serve the checkpoint itself"
+        )
+    if family.mixer:
+        raise UserError(
+            f"{family.model_type} carries states from token to token in {family.mixer_module}, "
+            "which the graph's cache of keys and values does not hold; load the checkpoint itself"
+        )
+
+
+class Exporter:
+    """A model with what its graph is called from outside.
+
+    Args:
+        model: a float32 causal LM of a supported family.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.anatomy = Anatomy(model)
+        check_mixers(self.anatomy.family)
+        layers = self.anatomy.shape.layers
+        self.kv_heads = {i: x.kv_heads for i, x in enumerate(layers) if x.attention}
+        self.wrapped = ExplicitCache(model, [x.attention for x in layers]).eval()
+        parts = [f"{i}.{part}" for i in self.kv_heads for part in ("key", "value")]
+        self.past_names = [f"past_key_values.{part}" for part in parts]
+        self.inputs = ["input_ids", "attention_mask", "position_ids", *self.past_names]
+        self.outputs = ["logits", *(f"present.{part}" for part in parts)]
+
+    def past(self, batch: int, length: int) -> list[KeyValue]:
+        """Return a cache of zeros for each layer that has attention."""
+        shapes = ((batch, k, length, self.anatomy.head_dim) for k in self.kv_heads.values())
+        return [(torch.zeros(x), torch.zeros(x)) for x in shapes]
+
+    def graph(self) -> Any:
+        """Trace the model and return it as an `onnx_ir.Model`, which holds the model's weights."""
+        batch, tokens, past, total = (
+            torch.export.Dim(x) for x in ("batch", "tokens", "past", "total")
+        )
+        # Any sizes do, but 0 and 1, which tracing would take for constants.
+        ids_BT, position_BT = torch.ones(2, 3, dtype=torch.long), torch.tensor([[2, 3, 4]] * 2)
+        mask_BS = torch.ones(2, 5, dtype=torch.long)
+        of_cache = {0: batch, 2: past}
+        with _eager(self.model), _quiet():
+            program: Any = torch.onnx.export(
+                self.wrapped,
+                (ids_BT, mask_BS, position_BT, self.past(2, 2)),
+                dynamo=True,
+                dynamic_shapes=(
+                    {0: batch, 1: tokens},
+                    {0: batch, 1: total},
+                    {0: batch, 1: tokens},
+                    [(of_cache, of_cache) for _ in self.kv_heads],
+                ),
+                input_names=self.inputs,
+                output_names=self.outputs,
+                verbose=False,
+            )
+        _forget_origins(program.model)
+        return program.model
+
+    @torch.no_grad()
+    def error(self, file: Path) -> float:
+        """Run a file in ONNX Runtime: a padded prompt, then token by token with the cache.
+
+        Returns:
+            Largest deviation from the model's own logits without a cache, relative to the largest.
+        """
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        random = torch.Generator().manual_seed(0)
+        ids_BS = torch.randint(3, self.model.config.vocab_size, (2, 12), generator=random)
+        mask_BS = torch.ones_like(ids_BS)
+        mask_BS[0, :3] = 0
+        position_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
+        expected_BSV = self.model(
+            input_ids=ids_BS, attention_mask=mask_BS, position_ids=position_BS, use_cache=False
+        ).logits.numpy()
+        cache = [x.numpy() for pair in self.past(2, 0) for x in pair]
+        worst = 0.0
+        for start, end in ((0, 9), (9, 10), (10, 12)):
+            new = slice(start, end)
+            given = (ids_BS[:, new], mask_BS[:, :end], position_BS[:, new])
+            feed = dict(zip(self.inputs, [x.numpy() for x in given] + cache, strict=True))
+            logits_BTV, *cache = _run(session, feed)
+            seen = mask_BS[:, new].numpy().astype(bool)
+            worst = max(worst, float(np.abs(logits_BTV - expected_BSV[:, new])[seen].max()))
+        return worst / float(np.abs(expected_BSV).max())
+
+
+def _forget_origins(graph: Any) -> None:
+    """Remove notes on where nodes came from: they name folders of this machine, and are large."""
+    for part in (graph, graph.graph, *graph.graph.all_nodes(), *graph.graph.initializers.values()):
+        part.metadata_props.clear()
+        for value in getattr(part, "outputs", ()):
+            value.metadata_props.clear()
+
+
+def _run(session: Any, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    """Return a session's outputs; what a graph does not read (positions, in some) is left out."""
+    read = {x.name for x in session.get_inputs()}
+    return session.run(None, {k: v for k, v in feed.items() if k in read})  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Let attention be plain products and softmax for a while, which every runtime computes."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from telling of its own deprecations and of packages that nobody needs here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
