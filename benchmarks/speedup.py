@@ -12,6 +12,7 @@ files. A quarter of an hour on one core. What is there already is kept in --out.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -79,7 +80,7 @@ def parser_of() -> argparse.ArgumentParser:
     add("--at", default="1x256+32", help="what is timed, as --speed-at says it")
     add("--passes", type=int, default=speed.PASSES, help="counted passes of each pair")
     add("--length", type=int, default=256, help="tokens of a block")
-    add("--eval-blocks", type=int, default=EVAL_BLOCKS, help="held-out blocks of each source")
+    add("--eval-blocks", type=int, default=EVAL_BLOCKS, help="blocks of each text")
     add("--threads", type=int, default=1)
     add("--dtype", default="bfloat16")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method")
@@ -104,12 +105,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         other_text={file.stem: file_sum(file)[:16] for file in files},
         choose=True,
     )
-    found = Comparison(args, Bench(setting, args.out, print, args.other_text))
+    bench = Bench(setting, args.out, print, args.other_text)
+    bench.judge.other = {name: x[: args.eval_blocks] for name, x in bench.judge.other.items()}
+    found = Comparison(args, bench)
     dense = found.bench.dense()
     rows = [row for x in args.speedups.split(",") for row in found.rows(float(x))]
     for row in rows:
         row["times_dense"] = times_dense(row, dense)
-    about = {"at": args.at, "passes": args.passes, "dtype": args.dtype, "gates": setting.settings}
+    about = {"at": args.at, "passes": args.passes, "dtype": args.dtype, **setting.settings}
     return {"about": about, "costs": found.costs, "dense": dense, "rows": rows}
 
 
@@ -215,8 +218,14 @@ class Comparison:
         }
 
     def _judged(self, shape: Shape) -> dict[str, Any]:
-        masks = self.allocator.masks(shape, self.scores)
-        return self.bench.refitted(self.text, self.config, masks)[0]
+        """Return the figures of a shape's model, which take the longest: kept as soon as known."""
+        name = hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
+        path = self.bench.folder / f"judged-{name}.json"
+        if not path.exists():
+            masks = self.allocator.masks(shape, self.scores)
+            write_json(path, self.bench.refitted(self.text, self.config, masks)[0])
+        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return figures
 
 
 def by_seconds(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_a_table_has_medians_by_count() -> None:
             **{f"attn_block {i}": [10.0 + n, 1.0, 3.0] for i in range(3)},
             **{f"mlp_block {i}": [20.0 * (1 + i), 4.0, 4.0] for i in range(3)},
             **{f"layer {i}": [10.0 + n + 20 * (1 + i) + 2, 7.0, 9.0] for i in range(3)},
-            "all": [3 * (12.0 + n) + 120 + 5, 3 * 16.0 + 6],
+            "model": [3 * (12.0 + n) + 120 + 5, 3 * 7.0 + 3, 3 * 9.0 + 3],
         }
         for n in (0.0, 1.0, 50.0)
     ]
@@ -73,6 +75,18 @@ def test_a_table_has_medians_by_count() -> None:
     ]
     # 5 outside of the layers and 2 in each; 3 for a token, and 2 of 8 in each layer.
     assert found["rest"] == {"prefill": 5 + 2 * 30, "decode": pytest.approx(3 + 2 * 30)}
+
+
+def test_a_single_thread_is_timed_by_its_own_clock(tiny_model, monkeypatch) -> None:
+    anatomy = Anatomy(tiny_model("llama"))
+    monkeypatch.setattr(anatomy.layers[1].mlp, "forward", lambda x: time.sleep(0.2) or x)
+    found = {}
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with watched(anatomy) as found[threads]:
+            anatomy.model(torch.full((1, 4), 3))
+    for name in ("mlp_block 1", "layer 1", "model"):
+        assert found[1][name][0] < 0.1 < found[2][name][0]
 
 
 def test_the_table_of_a_model_prices_it(tiny_model) -> None:

@@ -27,6 +27,8 @@ from nuteprune.model.shape import LayerShape, Shape
 MOST_NEURONS, MOST_GROUPS = 12, 6
 """Counts that are measured of a kind; between them it is interpolated."""
 
+BLOCKS, MODEL = ("attn_block", "mlp_block"), "model"
+"""What is timed, beside the layers."""
 Times = dict[str, list[float]]
 """What was timed -> seconds of its calls in a pass: a prompt, then token by token."""
 
@@ -77,7 +79,7 @@ def trial_model(anatomy: Anatomy, attentions: Sequence[LayerShape], neurons: Seq
 
 @contextmanager
 def watched(anatomy: Anatomy) -> Iterator[Times]:
-    """Note how long blocks (without their norms) and layers take within the context."""
+    """Note how long blocks (without their norms), layers and the model take within the context."""
     found: Times = {}
     hooks = []
 
@@ -99,6 +101,7 @@ def watched(anatomy: Anatomy) -> Iterator[Times]:
             for block, paths in ends.items():
                 watch(f"{block} {i}", *map(layer.get_submodule, paths))
             watch(f"layer {i}", layer, layer)
+        watch(MODEL, anatomy.model, anatomy.model)
         yield found
     finally:
         for hook in hooks:
@@ -106,9 +109,12 @@ def watched(anatomy: Anatomy) -> Iterator[Times]:
 
 
 def _now(anatomy: Anatomy) -> float:
-    if anatomy.model.device.type == "cuda":
+    kind = anatomy.model.device.type
+    if kind == "cuda":
         torch.cuda.synchronize(anatomy.model.device)
-    return time.perf_counter()
+    # A single thread's own time is not lengthened by what else the machine does.
+    alone = kind == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time() if alone else time.perf_counter()
 
 
 def cost_table(
@@ -139,9 +145,9 @@ def cost_table(
     passes = []
     for i in range(PASSES + 1):
         with watched(trial) as found:
-            timing = time_once(trial.model, prompt_BT, setting.new_tokens)
+            time_once(trial.model, prompt_BT, setting.new_tokens)
         if i:  # the first warms up
-            passes.append({**found, "all": [timing.first_token, timing.decode]})
+            passes.append(found)
     return {
         "schema": SCHEMA,
         "model_type": dense.family.model_type,
@@ -160,18 +166,16 @@ def cost_table(
 
 
 def table_of(passes: Sequence[Times], shape: Shape, layers: int) -> dict[str, Any]:
-    """Return the rows of a table: medians over passes, and over layers of like counts.
+    """Return the rows of a table: medians over passes, tokens, and layers of like counts.
 
     Args:
-        passes: what `watched` noted in each, and under `all` the prompt's seconds and the rest's.
+        passes: what `watched` noted in each.
         shape: of the model that was timed.
         layers: of the model that the table is for.
     """
 
     def medians(names: Sequence[str]) -> dict[str, float]:
-        calls = [found[name] for found in passes for name in names]
-        values = ([x[0] for x in calls], [statistics.mean(x[1:]) for x in calls])
-        return dict(zip(PHASES, map(statistics.median, values), strict=True))
+        return _medians([found[name] for found in passes for name in names])
 
     def named(block: str, **counts: int) -> dict[str, Any]:
         fields = ("heads", "kv_heads", "neurons")
@@ -191,18 +195,23 @@ def table_of(passes: Sequence[Times], shape: Shape, layers: int) -> dict[str, An
     }
 
 
+def _medians(calls: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the median seconds of a prompt, and of a token after it, of calls in that order."""
+    prompts, tokens = [x[0] for x in calls], [token for x in calls for token in x[1:]]
+    return dict(zip(PHASES, map(statistics.median, (prompts, tokens)), strict=True))
+
+
 def _rest(passes: Sequence[Times], timed: int, layers: int) -> dict[str, float]:
     """Return the seconds beside all blocks: in each layer, and before and after the layers."""
-    found: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    rests = []
     for times in passes:
-        tokens = len(times["layer 0"]) - 1
-        for phase, part, count in (("prefill", slice(0, 1), 1), ("decode", slice(1, None), tokens)):
-            all_layers = sum(sum(times[f"layer {i}"][part]) for i in range(timed))
-            blocks = sum(
-                sum(times[f"{block} {i}"][part])
-                for block in ("attn_block", "mlp_block")
-                for i in range(timed)
-            )
-            outside = times["all"][PHASES.index(phase)] - all_layers
-            found[phase].append((outside + (all_layers - blocks) / timed * layers) / count)
-    return {phase: max(0.0, statistics.median(values)) for phase, values in found.items()}
+        blocks = [times[f"{block} {i}"] for block in BLOCKS for i in range(timed)]
+        layer_s = [sum(x) for x in zip(*(times[f"layer {i}"] for i in range(timed)), strict=True)]
+        block_s = [sum(x) for x in zip(*blocks, strict=True)]
+        rests.append(
+            [
+                whole - inside + (inside - inner) / timed * layers
+                for whole, inside, inner in zip(times[MODEL], layer_s, block_s, strict=True)
+            ]
+        )
+    return {phase: max(0.0, seconds) for phase, seconds in _medians(rests).items()}
