@@ -143,8 +143,9 @@ def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> 
     faster = [x for shape in shapes if (x := prices.speedup(shape)) is not None]
     for i, (target, shape) in enumerate(zip(trainer.goals, shapes, strict=True)):
         output.line(
-            f"Reach   {budget.sparsity(shape):.3%} for {_told(target)}: {millions(counts[i])} "
-            f"parameters{f', {millions(active[i])} of them active per token' if active else ''}, "
+            f"Reach   {_told(target)} asked, {budget.sparsity(shape):.3%} gone: "
+            f"{millions(counts[i])} parameters"
+            f"{f', {millions(active[i])} of them active per token' if active else ''}, "
             f"{megabytes(sizes[i])} on disk, and {megabytes(caches[i])} of KV cache "
             f"for {prices.sequences} x {prices.context} tokens"
             + (f"; expected to be {faster[i]:.2f} x as fast" if faster else "")
