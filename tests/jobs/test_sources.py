@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nuteprune.errors import UserError
-from nuteprune.jobs.sources import pick_device
+from nuteprune.jobs.sources import load_model, pick_device, stored_dtype
+from nuteprune.model.packed import is_packed
 
 
 def test_one_accelerator_is_chosen_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -11,3 +17,35 @@ def test_one_accelerator_is_chosen_outside(monkeypatch: pytest.MonkeyPatch) -> N
     assert pick_device("cuda:0") == pick_device("cuda") == pick_device("auto") == "cuda"
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
         pick_device("cuda:1")
+
+
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+"""What three bits of an FP4 number stand for; the fourth is the sign."""
+
+
+def test_experts_in_mxfp4_are_unpacked(tiny_model, tmp_path: Path) -> None:
+    """Beside the format's own words: 32 numbers of four bits share a power of two."""
+    tiny_model("gpt_oss", intermediate_size=32).to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    random = torch.Generator().manual_seed(0)
+    expected = {}
+    for name in [x for x in tensors if x.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        drawn = torch.randint(0, 16, (experts, rows, columns), generator=random)
+        powers = torch.randint(120, 127, (experts, rows, columns // 32), generator=random)
+        signs = 1 - 2 * (drawn >> 3)
+        numbers = signs * VALUES[drawn & 7] * 2.0 ** (powers.repeat_interleave(32, -1) - 127)
+        expected[name] = numbers.mT
+        low, high = drawn.view(experts, rows, -1, 16, 2).unbind(-1)
+        tensors[f"{name}_blocks"] = (low + 16 * high).to(torch.uint8)
+        tensors[f"{name}_scales"] = powers.to(torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_model(str(tmp_path), None)
+    assert not is_packed(model)
+    assert "quantization_config" not in model.config.to_dict()
+    assert model.dtype == stored_dtype(model) == torch.bfloat16
+    for name, values in expected.items():
+        assert torch.equal(model.get_parameter(name).float(), values)

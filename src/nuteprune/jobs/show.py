@@ -17,6 +17,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.jobs.reproduce import again
+from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
 from nuteprune.jobs.text import mixture
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
@@ -63,6 +64,12 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
         f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {said}"
     )
+    if held_in_mxfp4(read_config(job.model)):
+        stored = str(stored_dtype(model)).removeprefix("torch.")
+        output.line(
+            f"Note    the experts are in MXFP4 and are unpacked: what is written is {stored}, nearly "
+            "four times as large for each of them"
+        )
     if job.specs == [DEMO] and job.model != DEMO:
         output.line(
             "Note    the text is the demo's, in English; what a model is taught on is what it "

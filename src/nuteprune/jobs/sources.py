@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.quantization_config import Mxfp4Config
 
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
@@ -146,11 +147,19 @@ def load_model(
     stored = _stored_dtype(locate(model), values)
     dtype = dtype or stored
     packed = {} if bits is None else _packing(bits, dtype, device)
+    if not packed and held_in_mxfp4(values):
+        packed = {"quantization_config": Mxfp4Config(dequantize=True)}
     if exact:
         dtype = exact_dtype(stored, dtype)
     loaded = load_pruned(locate(model), dtype=dtype, **packed)
     setattr(loaded, STORED_DTYPE, stored)
     return loaded
+
+
+def held_in_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint holds its experts in MXFP4: they are unpacked to be cut."""
+    held = config.get("quantization_config")
+    return isinstance(held, Mapping) and held.get("quant_method") == "mxfp4"
 
 
 def _stored_dtype(where: str, config: dict[str, Any]) -> torch.dtype:

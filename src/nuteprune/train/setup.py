@@ -57,7 +57,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     if anatomy.per_token and is_packed(anatomy.model):
         raise UserError(
             "the model is a mixture of experts in 8 or 4 bits, and stacked experts are not cut in "
-            "that form: leave out --bits"
+            "that form: leave out --bits, or pass a checkpoint that is not quantised"
         )
     usual: tuple[str, ...] = (*DEFAULT_KINDS, *BLOCKS) if speed else DEFAULT_KINDS
     if any(layer.experts for layer in whole.layers):
