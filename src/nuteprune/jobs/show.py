@@ -67,8 +67,8 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
     if held_in_mxfp4(read_config(job.model)):
         stored = str(stored_dtype(model)).removeprefix("torch.")
         output.line(
-            f"Note    the experts are in MXFP4 and are unpacked: what is written is {stored}, nearly "
-            "four times as large for each of them"
+            f"Note    the experts are in MXFP4 and are unpacked: what is written is {stored}, "
+            "nearly four times as large for each of them"
         )
     if job.specs == [DEMO] and job.model != DEMO:
         output.line(
