@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
+from nuteprune.model.head import last_logits
 from nuteprune.model.layerwise import giving, noting_outputs
 
 SEQUENCES, LENGTH = 3, 100
@@ -102,9 +103,7 @@ def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
     """Return logits (B, T, V) of the repeat's tokens."""
     length = ids_BT.shape[1] // 2
     # The last token of the first time predicts the first one of the repeat.
-    output: Any = probe.anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=length + 1)
-    logits_BTV: Tensor = output.logits[:, :-1]
-    return logits_BTV
+    return last_logits(probe.anatomy.model, ids_BT, length + 1)[:, :-1]
 
 
 @torch.no_grad()

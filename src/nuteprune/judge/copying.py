@@ -19,6 +19,7 @@ from nuteprune.data.tokens import bos_of
 from nuteprune.errors import UserError
 from nuteprune.judge.perplexity import evaluating
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.head import last_logits
 
 SEQUENCES: Final = 32
 LENGTH: Final = 100
@@ -138,7 +139,6 @@ def _count(model: PreTrainedModel, drawn_NT: Tensor, bos: list[int], batch_size:
             first = drawn_BT.new_tensor(bos).expand(len(drawn_BT), len(bos))
             ids_BT = torch.cat([first, drawn_BT, drawn_BT], dim=1)
             # The last token of the first time predicts the first one of the repeat.
-            logits = model(input_ids=ids_BT, use_cache=False, logits_to_keep=length + 1).logits
-            likeliest_BT = logits[:, :-1].argmax(-1)
+            likeliest_BT = last_logits(model, ids_BT, length + 1)[:, :-1].argmax(-1)
             right += int((likeliest_BT == drawn_BT.to(likeliest_BT.device)).sum())
     return right

@@ -1,0 +1,29 @@
+"""Logits of a text's last tokens, without a copy of the language head for each sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def last_logits(model: PreTrainedModel, ids_BT: Tensor, count: int) -> Tensor:
+    """Return the logits (B, count, V) of the last tokens.
+
+    The last tokens of several sequences do not lie beside each other. What lies apart torch
+    multiplies sequence by sequence, in half precision each with a copy of the whole head.
+
+    Args:
+        model: a causal LM.
+        ids_BT: token ids.
+        count: tokens of each sequence.
+    """
+    head: Any = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        output: Any = model(input_ids=ids_BT, use_cache=False, logits_to_keep=count)
+    finally:
+        handle.remove()
+    logits_BTV: Tensor = output.logits
+    return logits_BTV
