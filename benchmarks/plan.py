@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,21 @@ class Watch:
         setattr(module, function, watched)
 
 
+class Unwatched(Watch):
+    """Nobody looks, and nothing is given back for it: a run as it is."""
+
+    def __init__(self) -> None:
+        self.peaks = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Do nothing."""
+        yield
+
+    def around(self, module: Any, function: str, name: Callable[[], str]) -> None:
+        """Do nothing."""
+
+
 def give_back() -> None:
     """Return what this process has freed to the system."""
     gc.collect()
@@ -162,7 +178,7 @@ def anonymous() -> int:
     raise SystemExit("plan.py: /proc/self/status has no RssAnon; this needs Linux 4.5 or newer")
 
 
-def measured(cell: Cell, model: str, out: str) -> dict[str, int]:
+def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[str, int]:
     """Go through a run and return its phases' peaks in bytes."""
     from nuteprune import NutePruneTrainer
     from nuteprune.data.blocks import BlockDataset
@@ -171,7 +187,7 @@ def measured(cell: Cell, model: str, out: str) -> dict[str, int]:
     from nuteprune.judge.perplexity import perplexities
     from nuteprune.train import pruning
 
-    watch = Watch()
+    watch = watching()
     dense = load_model(model, getattr(torch, cell.dtype))
     random = torch.Generator().manual_seed(0)
     args = cell.arguments(out)
@@ -213,23 +229,18 @@ def few_losses(probe: Any, kind: str, dense: Any) -> torch.Tensor:
 
 
 def planned(cell: Cell, model: str) -> dict[str, int]:
-    """Return what the plan says of the same, weights that are mapped from files left out."""
+    """Return what the plan says of the same."""
     from nuteprune.jobs.plan import config_of
     from nuteprune.jobs.sources import read_config
-    from nuteprune.train.phases import Run
+    from nuteprune.train.phases import Run, on_cpu
 
     config, dtype = config_of(model), getattr(torch, cell.dtype)
-    with tempfile.TemporaryDirectory() as out:
-        run = Run.of(config, cell.arguments(out), cell.length, dtype)
-        phases = [*run.before_steps(), *run.steps(), *run.after_steps()]
     values = read_config(model)
     mapped = str(values.get("dtype") or values.get("torch_dtype")) == cell.dtype
-    sizes, less = run.sizes, {"saving": run.small}
-    if mapped:
-        less |= {phase.name: sizes.weights for phase in phases if phase.name != "saving"}
-        # What re-fits replaced is let go of first.
-        less["finalize"] -= sizes.refitted
-    return {phase.name: round(phase.need.peak - less.get(phase.name, 0)) for phase in phases}
+    with tempfile.TemporaryDirectory() as out:
+        run = Run.of(config, cell.arguments(out), cell.length, dtype)
+        phases = run.phases()
+    return {name: round(peak) for name, peak in on_cpu(run, phases, mapped).items()}
 
 
 def llama_1b(folder: Path) -> None:
@@ -246,7 +257,10 @@ def in_a_process(cell: Cell, model: str) -> dict[str, int]:
     """Return what `measured` finds in a process of its own."""
     with tempfile.TemporaryDirectory() as out:
         words = [sys.executable, __file__, "--one", json.dumps([asdict(cell), model, out])]
-        found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+        # What is freed goes back at once: a plan is of what is held, not of the allocator's heap.
+        given = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+        run = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=given)
+        found = run.stdout
     peaks: dict[str, int] = json.loads(found.splitlines()[-1])
     return peaks
 
@@ -279,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(arguments)
     if args.one:
         values, model, out = json.loads(args.one)
-        print(json.dumps(measured(Cell(**values), model, out)))
+        print(json.dumps(measured(Cell(**values), model, out, Watch)))
         return []
     results = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -69,7 +69,7 @@ def planned(name: str) -> dict[str, Any]:
             gradient_accumulation_steps=ACCUMULATED,
         )
         run = Run.of(config, args, LENGTH, torch.bfloat16)
-        phases = [*run.before_steps(), *run.steps(), *run.after_steps()]
+        phases = run.phases()
         variants = list(variants_of(run, phases, DEVICES))
     columns = {"as asked": {x.name: x.need.peak for x in phases}}
     sharded = iter(DEVICES)

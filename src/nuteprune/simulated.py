@@ -22,6 +22,11 @@ FLOPS: dict[Any, Callable[..., int]] = {
 """What torch does not count, by the number of multiplications and additions of dense matrices."""
 
 
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+"""Products of matrices, as torch breaks up layers and their gradients."""
+HALF = (torch.bfloat16, torch.float16)
+
+
 def _cubes(a: Tensor) -> int:
     return a.numel() * a.shape[-1]
 
@@ -59,12 +64,14 @@ def without_data(model: nn.Module, device: str = "cpu") -> FakeTensorMode | None
 class Live(TorchDispatchMode):
     """Counts the storages that operations make, while they live, and floating-point operations.
 
-    What an operation holds inside of itself, as a library's own buffers, is not seen.
+    What an operation holds inside of itself, as a library's own buffers, is not seen. `sizes` are
+    those of products in half precision: a CPU's library makes a kernel for each, and keeps it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0
+        self.sizes: set[Any] = set()
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -77,6 +84,9 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.count(tensor)
         packet = func._overloadpacket
+        if packet in PRODUCTS and result.dtype in HALF:
+            sides = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.sizes.add(tuple((*x.shape, *x.stride()) for x in sides))
         if packet in FLOPS:
             self.flops += FLOPS[packet](*args[:2] if packet is _SOLVE else args[:1])
         elif packet in flop_registry:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from nuteprune.console import Output
@@ -16,7 +17,7 @@ from nuteprune.jobs.job import PruneJob, make_job
 from nuteprune.jobs.plan import Asked, _with, config_of, run
 from nuteprune.simulated import Live
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.phases import Run
+from nuteprune.train.phases import KERNEL, Phase, Run, on_cpu
 from nuteprune.train.simulate import (
     ONE_BY_ONE,
     SHORT,
@@ -102,6 +103,29 @@ def test_what_lives_is_counted_while_it_lives() -> None:
         assert live.flops == 2 * 20 * 30 * 7
         torch.cholesky_inverse(torch.linalg.cholesky_ex(torch.eye(30))[0])
         assert live.flops == 2 * 20 * 30 * 7 + 30**3 // 3 + 2 * 30**3 // 3
+
+
+def test_sizes_of_products_in_half_precision_are_counted_once() -> None:
+    with Live() as live:
+        for rows, columns in ((4, 5), (4, 5), (4, 6)):
+            nn.functional.linear(torch.ones(rows, 3).half(), torch.ones(columns, 3).half())
+            torch.ones(rows, 3) @ torch.ones(3, columns)
+    assert len(live.sizes) == 2
+
+
+def test_a_cpu_maps_weights_and_keeps_kernels(tmp_path: Path) -> None:
+    planned = Run.of(config(), settings(tmp_path), 24, torch.bfloat16)
+    needs = {"scoring": 3, "re-fit": 0, "step, fixed masks": 2, "finalize": 0, "saving": 0}
+    phases = [Phase(name, Need(1e9, 0, sizes)) for name, sizes in needs.items()]
+    held = on_cpu(planned, phases, mapped=True)
+    last = 2 * 5 * (64 * 64 + 64 * 192)  # output and down projections, in bfloat16
+    assert held["scoring"] == 1e9 - planned.sizes.weights + 3 * KERNEL
+    assert held["re-fit"] == held["scoring"] - last
+    assert held["step, fixed masks"] == held["re-fit"] + 2 * KERNEL
+    assert held["finalize"] == held["scoring"] + 2 * KERNEL
+    copied = on_cpu(planned, phases, mapped=False)
+    assert copied["step, fixed masks"] == held["step, fixed masks"] + planned.sizes.weights
+    assert copied["saving"] == held["saving"]
 
 
 PHASES = {

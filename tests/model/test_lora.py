@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,6 +14,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import LoraBank
 from nuteprune.shrink.finalize import merge_layer
 
+MAPS = Path("/proc/self/maps")
 TOKENS = torch.arange(3, 27).view(2, 12)
 
 
@@ -49,6 +53,21 @@ def test_a_weight_in_place_is_the_student_s_alone(tiny_model) -> None:
     torch.testing.assert_close(logits(model), logits(by_hand))
     bank.clear()
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.skipif(not MAPS.is_file(), reason="asks Linux what is mapped")
+def test_a_weight_in_place_is_read_from_a_file_that_goes_with_it(
+    tiny_model, tmp_path: Path
+) -> None:
+    anatomy = Anatomy(wrapped(tiny_model("llama")))
+    bank = LoraBank(anatomy, tmp_path)
+    new = changed(bank, anatomy)
+    assert torch.equal(anatomy.linear(1, anatomy.family.mlp[-1]).weight, new)
+    assert str(tmp_path) in MAPS.read_text()
+    assert list(tmp_path.iterdir()) == []  # its name is gone already
+    bank.clear()
+    gc.collect()
+    assert str(tmp_path) not in MAPS.read_text()
 
 
 def test_state_and_load_are_the_same_student_to_the_bit(tiny_model) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import mapped
 from nuteprune.gates.masks import Masks
+from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.slicing import Tensors, cut_state
 from nuteprune.train.config import NutePruneConfig

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -51,14 +52,19 @@ class CoForward:
         hooks: where masks multiply in it.
         layer_term: distance of a layer's outputs (student, teacher, weights) -> scalar;
             None: no layer terms.
+        folder: where a CPU has weights in place of the base's, see `LoraBank`.
     """
 
     def __init__(
-        self, anatomy: Anatomy, hooks: MaskHooks, layer_term: LayerTerm | None = None
+        self,
+        anatomy: Anatomy,
+        hooks: MaskHooks,
+        layer_term: LayerTerm | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.anatomy = anatomy
         self.hooks = hooks
-        self.bank = LoraBank(anatomy)
+        self.bank = LoraBank(anatomy, folder)
         self.layer_term = layer_term
         self._fixed: dict[str, NarrowMasks] = {}
 

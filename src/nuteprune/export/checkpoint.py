@@ -10,12 +10,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
@@ -75,29 +73,6 @@ def rounded_as_stored(part: Tensors, dtype: torch.dtype) -> Tensors:
     return {
         name: x if name.endswith(_BUFFERS) else x.to(dtype).to(x.dtype) for name, x in part.items()
     }
-
-
-def mapped(part: Tensors, folder: Path) -> Tensors:
-    """Move tensors to a file, and return them as they are read from there when they are used.
-
-    The file has no name any more; its room is given back when nobody holds the tensors.
-
-    Args:
-        part: tensors by name, on the CPU.
-        folder: where there is room; made if it is not there.
-
-    Raises:
-        UserError: if nothing can be written there.
-        RunFailed: if writing went wrong on the way, as where the disk is full.
-    """
-    with writing(folder, "make room, then go on with --resume"):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Some systems keep a file's name while it is in use.
-        with TemporaryDirectory(dir=folder, prefix=".cut-", ignore_cleanup_errors=True) as place:
-            path = Path(place) / "part.safetensors"
-            save_file({name: x.contiguous() for name, x in part.items()}, path)
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in part}
 
 
 def as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -92,7 +92,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
                 f"a device of {megabytes(asked.memory)} cannot hold even one layer of {job.model}, "
                 f"{megabytes(sizes.layer)} in {_name(dtype)}; name devices with more memory"
             )
-        phases = [*planned.before_steps(), *planned.steps(), *planned.after_steps()]
+        phases = planned.phases()
         variants = (
             list(variants_of(planned, phases, (asked.devices,))) if asked.memory is not None else []
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nuteprune.errors import UserError
+from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 
@@ -41,10 +43,12 @@ class LoraBank:
 
     Args:
         anatomy: a model wrapped by PEFT.
+        folder: where weights in place of the base's are, mapped from there, on CPUs; None: in
+            memory.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
+    def __init__(self, anatomy: Anatomy, folder: Path | None = None) -> None:
+        self._anatomy, self.folder = anatomy, folder
         self._layers: list[list[tuple[str, LoraLayer]]] = [
             [(f"{i}.{j}", module) for j, module in enumerate(anatomy.lora_layers(i))]
             for i in range(len(anatomy.layers))
@@ -122,8 +126,10 @@ class LoraBank:
     def _replace(self, name: str, module: LoraLayer, weight_OI: Tensor) -> None:
         base = _base(module)
         dense_OI = self._dense.setdefault(name, base.weight)
-        new = nn.Parameter(weight_OI.to(dense_OI), requires_grad=False)
-        base._parameters["weight"] = new
+        new_OI = weight_OI.to(dense_OI)
+        if self.folder is not None:  # the base's are mapped from their files too
+            new_OI = mapped({name: new_OI}, self.folder)[name]
+        base._parameters["weight"] = nn.Parameter(new_OI, requires_grad=False)
 
     @torch.no_grad()
     def set_delta(self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor) -> None:

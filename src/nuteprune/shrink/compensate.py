@@ -106,8 +106,10 @@ def refit(
             mask_I = mask.to(weight_OI)
             with dense(i):  # LoRA may have made up for some of what is gone
                 target_OI = weight_of(_base(module)).float()
-            more_OI = None if missing_OI is None else FEEDBACK * missing_OI
-            fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI, more_OI)
+            if missing_OI is not None:
+                missing_OI.mul_(FEEDBACK)
+            fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI, missing_OI)
+            del weight_OI, target_OI, missing_OI  # large, as what follows
             masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
             install(i, projection, Fit(fitted_OI, masked_II))
         text.advance(i)
@@ -144,11 +146,13 @@ def ridge_fit(
     """
     kept_I = mask_I > 0
     kept_K = kept_I.nonzero().flatten()
-    missing_OI = (target_OI - weight_OI * kept_I) @ covariance_II
+    missing_OI = (weight_OI * kept_I).neg_().add_(target_OI) @ covariance_II
     if more_OI is not None:
         missing_OI += more_OI
     missing_OK = missing_OI[:, kept_K]
-    update_KO = _solve(with_ridge(covariance_II, kept_K), missing_OK.T)
+    del missing_OI
+    update_KO = _solve(covariance_II, kept_K, missing_OK.T)
+    del missing_OK
     fitted_OI = torch.zeros_like(weight_OI)
     fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
     return fitted_OI
@@ -165,12 +169,13 @@ def with_ridge(covariance_II: Tensor, kept_K: Tensor) -> Tensor:
     return inner_KK
 
 
-def _solve(positive_KK: Tensor, wanted_KO: Tensor) -> Tensor:
-    factor_KK, failed = torch.linalg.cholesky_ex(positive_KK)
+def _solve(covariance_II: Tensor, kept_K: Tensor, wanted_KO: Tensor) -> Tensor:
+    # What is factored is not held: it is large, and hardly ever wanted again.
+    factor_KK, failed = torch.linalg.cholesky_ex(with_ridge(covariance_II, kept_K))
     if usual(failed == 0):
         return torch.cholesky_solve(wanted_KO, factor_KK)
     # Rounding, or values that are not finite.
-    return cast(Tensor, torch.linalg.solve(positive_KK, wanted_KO))
+    return cast(Tensor, torch.linalg.solve(with_ridge(covariance_II, kept_K), wanted_KO))
 
 
 def install_weight(anatomy: Anatomy) -> Install:

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import as_stored, assemble, mapped, rounded_as_stored
+from nuteprune.export.checkpoint import as_stored, assemble, rounded_as_stored
 from nuteprune.export.loading import exact_dtype
 from nuteprune.export.record import write_pruned
 from nuteprune.export.wrapping import Around
 from nuteprune.gates.masks import Masks
+from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape
@@ -152,8 +153,7 @@ class Ending:
 
         def hold(part: Tensors) -> Tensors:
             part = rounded_as_stored(part, origin.stored_dtype)  # judged is what will be written
-            on_cpu = anatomy.embedding.weight.device.type == "cpu"
-            return mapped(part, Path(cast(str, self._args.output_dir))) if on_cpu else part
+            return mapped(part, Path(cast(str, self._args.output_dir)))
 
         masks = masks.to("cpu")
         small, shape = assemble(anatomy, masks, begin=begin, hold=hold)

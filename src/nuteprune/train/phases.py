@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -31,6 +31,9 @@ from nuteprune.train.targets import Prices, run_targets
 
 SIMULATED = "simulated"
 FORMULA = "formula"
+KERNEL = 0.57e6
+"""Bytes of the kernel that oneDNN makes on CPUs for each size of a product in half precision, and
+keeps: measured, with torch 2.13."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,10 @@ class Run:
             short,
         )
 
+    def phases(self) -> list[Phase]:
+        """Return all phases, in their order."""
+        return [*self.before_steps(), *self.steps(), *self.after_steps()]
+
     def before_steps(self) -> list[Phase]:
         """Return what comes before the first step."""
         args, method = self.args, METHODS[self.args.method]
@@ -179,7 +186,7 @@ class Run:
             # Each unit alone, from its own layer on: half of the layers on the average.
             turns = units / 2
             found.append(
-                Phase("cutting units one by one", Need(copying.peak, copying.flops * turns))
+                Phase("cutting units one by one", replace(copying, flops=copying.flops * turns))
             )
         if args.compensation:
             batches = args.refit_blocks / args.per_device_train_batch_size
@@ -213,11 +220,11 @@ class Run:
             snapshots = self.snapshots
             name = "step, ramp and teachers" if snapshots else "step, ramp"
             need = self.simulated(lambda x: x.step(moving=True, snapshot=snapshots))
-            found.append(Phase(name, Need(need.peak, need.flops * each * ramp)))
+            found.append(Phase(name, replace(need, flops=need.flops * each * ramp)))
         if args.max_steps > ramp:
             need = self.simulated(Simulation.step)
             steps = args.max_steps - ramp
-            found.append(Phase("step, fixed masks", Need(need.peak, need.flops * each * steps)))
+            found.append(Phase("step, fixed masks", replace(need, flops=need.flops * each * steps)))
         return found
 
     @property
@@ -232,6 +239,30 @@ class Run:
         return [Phase("finalize", final), Phase("saving", saving, FORMULA)]
 
 
+def on_cpu(run: Run, phases: Sequence[Phase], mapped: bool) -> dict[str, float]:
+    """Return the bytes that phases hold on a CPU and that no file stands behind, at most.
+
+    Weights are mapped from files. Kernels are there beside what lives: those of all phases so far.
+
+    Args:
+        run: the run.
+        phases: of it, in their order.
+        mapped: whether the run computes in the dtype that weights are stored in; else they are a
+            copy.
+    """
+    found, sizes = {}, 0.0
+    refitted = run.sizes.refitted if run.args.compensation else 0
+    for phase in phases:
+        sizes += phase.need.sizes
+        files = run.sizes.weights if mapped else 0.0
+        if phase.name.startswith(("re-fit", "step")):
+            files += refitted
+        if phase.name == "saving":
+            files = run.small
+        found[phase.name] = phase.need.peak - files + sizes * KERNEL
+    return found
+
+
 def disk(run: Run) -> dict[str, float]:
     """Return the bytes that a run writes, by what they are for."""
     targets, sizes = run.targets, run.sizes
@@ -240,7 +271,8 @@ def disk(run: Run) -> dict[str, float]:
     checkpoint = 3 * sizes.adapters + refitted
     return {
         "result": run.small * len(targets),
-        "cut": run.small,  # on CPUs, until it is written
+        "refitted": refitted,  # on CPUs
+        "cut": run.small,  # the same, until it is written
         "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
         "teachers": teachers * sizes.adapters / 2,
         "targets": (len(targets) - 1) * (sizes.adapters + 2 * refitted),

@@ -148,7 +148,8 @@ def prepare(
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
     objective = TEXT if args.teachers == "none" else OBJECTIVES[args.objective]
-    coforward = CoForward(anatomy, hooks, objective.layer_distance)
+    run, keep = Path(cast(str, args.output_dir)), args.device.type != "cpu"
+    coforward = CoForward(anatomy, hooks, objective.layer_distance, run)
     ramp, freeze = args.shares
     schedule = Schedule(targets, args.max_steps, ramp, freeze)
     ramp_steps = schedule.stage(0).ramp_steps * len(targets)
@@ -157,7 +158,6 @@ def prepare(
     if args.sharded:
         shard_base(anatomy, all_processes(args.device))
     leave_out(peft_model, args.sharded)
-    run, keep = Path(cast(str, args.output_dir)), args.device.type != "cpu"
     return Prepared(
         origin=origin,
         model=peft_model,

@@ -52,19 +52,26 @@ class Need:
     Args:
         peak: bytes that live at most, weights among them.
         flops: floating-point operations of products, of one time that the phase is gone through.
+        sizes: how many sizes of products in half precision there are.
     """
 
     peak: float
     flops: float
+    sizes: float = 0
+
+    @classmethod
+    def of(cls, live: Live) -> Need:
+        """Return what was counted."""
+        return cls(live.peak, live.flops, len(live.sizes))
 
     def __add__(self, other: Need) -> Need:
-        return Need(self.peak + other.peak, self.flops + other.flops)
+        return Need(self.peak + other.peak, self.flops + other.flops, self.sizes + other.sizes)
 
     def __sub__(self, other: Need) -> Need:
         return self + other * -1
 
     def __mul__(self, factor: float) -> Need:
-        return Need(self.peak * factor, self.flops * factor)
+        return Need(self.peak * factor, self.flops * factor, self.sizes * factor)
 
 
 class Simulation:
@@ -91,6 +98,7 @@ class Simulation:
             with torch.device("meta"):
                 model = model_of(config, dtype)
         self.ready: Prepared = prepare(model, args)
+        self.ready.coforward.bank.folder = None  # a device's memory is planned
         self._mode = without_data(self.ready.model)
         if args.gradient_checkpointing:
             recompute(model, args.gradient_checkpointing_kwargs)
@@ -111,7 +119,7 @@ class Simulation:
         (ids_BT,) = self._text(JUDGED, JUDGED)
         with self._counting() as live:
             self._forward(ids_BT)
-        return Need(live.peak, live.flops)
+        return Need.of(live)
 
     @torch.no_grad()
     def _forward(self, ids_BT: Tensor) -> None:
@@ -133,7 +141,7 @@ class Simulation:
                 surgeon_scores(replace(probe, kinds=tuple(k for k in kinds if k in INPUTS)))
             elif method.reads:
                 self._forward(block[0])
-        return Need(live.peak, live.flops)
+        return Need.of(live)
 
     def copying(self) -> Need:
         """Run the dense model on what repeats, and cut the first units; work is the former's."""
@@ -146,7 +154,7 @@ class Simulation:
                 sizes = layout.sizes[kind]
                 layer = next(i for i, size in enumerate(sizes) if size)
                 losses_of(probe, kind, layer, torch.arange(min(AT_ONCE, sizes[layer])), dense)
-        return Need(live.peak, flops)
+        return replace(Need.of(live), flops=flops)
 
     def refitting(self, batches: int) -> Need:
         """Re-fit the projections, of all layers and at their most; the re-fitted weights stay."""
@@ -156,7 +164,7 @@ class Simulation:
             install = install_in_place(bank, ready.anatomy)
             text = self._text(batches * size, size)
             refit(ready.anatomy, ready.hooks, self._widest(), text, install, dense=bank.as_dense)
-        return Need(live.peak, live.flops)
+        return Need.of(live)
 
     def _widest(self) -> Masks:
         """Return masks that close a single unit of each kind in each layer.
@@ -202,7 +210,7 @@ class Simulation:
                 ready.model.zero_grad()
                 flops = live.flops - before
         ready.model.eval()
-        return Need(live.peak, flops)
+        return replace(Need.of(live), flops=flops)
 
     @torch.no_grad()
     def _stand_in(self) -> None:
@@ -255,7 +263,7 @@ class Simulation:
                     merge_layer(anatomy, layer, learned, computed)
 
             cut_state(anatomy, self._masks, begin)
-        return Need(live.peak, live.flops)
+        return Need.of(live)
 
 
 def recompute(model: PreTrainedModel, how: Any) -> None:

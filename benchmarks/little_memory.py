@@ -1,0 +1,259 @@
+"""A run in less memory than its model's weights take: a memory cgroup of Linux is the judge.
+
+    python benchmarks/little_memory.py --size 3b --json benchmarks/results/little-memory.json
+
+A LLaMA of random weights is scored, re-fitted, trained for two steps, cut and written, twice: free,
+where the peak of each phase's anonymous memory is measured, and within a limit, where nobody looks.
+What is written has to be the same, byte for byte. The limit is of all memory: the process, its
+libraries, and what it has read of files, which the system may drop and read again. It needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from plan import Cell, Unwatched, Watch, measured
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and the memory that a run on it is to do with.
+
+    Args:
+        shape: of its config.
+        limit: bytes.
+        length: tokens per block.
+        settings: of the trainer, beside those that all have.
+    """
+
+    shape: dict[str, int]
+    limit: float
+    length: int = 128
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+SIZES = {
+    "300m": Size(
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "intermediate_size": 2048,
+            "vocab_size": 1000,
+        },
+        0.8e9,
+        32,
+    ),
+    "800m": Size(
+        {
+            "hidden_size": 1536,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "intermediate_size": 3072,
+            "vocab_size": 1000,
+        },
+        0.82e9,
+        32,
+        {"neuron_multiple": 128},
+    ),
+    "1b": Size(
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 8192,
+            "vocab_size": 32000,
+        },
+        1.6e9,
+    ),
+    "3b": Size(
+        {
+            "hidden_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "intermediate_size": 8192,
+            "vocab_size": 32000,
+        },
+        3.0e9,
+    ),
+}
+"""1b and 3b have the shapes of Llama 3.2, with a smaller vocabulary."""
+SETTINGS: dict[str, Any] = {
+    "calibration_blocks": 2,
+    "per_device_train_batch_size": 1,
+    "lora_rank": 8,
+}
+TOO_MUCH = "x = bytearray(4 * 10**9); print(len(x))"
+
+
+class Cgroup:
+    """A memory cgroup of Linux, version 1 or 2.
+
+    Args:
+        limit: bytes, swap included.
+
+    Raises:
+        OSError: where none can be made.
+    """
+
+    def __init__(self, limit: float) -> None:
+        root, files = Path("/sys/fs/cgroup"), ("memory.max", "memory.swap.max")
+        self._peak, second = "memory.peak", "0"
+        if not (root / "cgroup.controllers").exists():
+            root = root / "memory"
+            files = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
+            self._peak, second = "memory.max_usage_in_bytes", str(int(limit))
+        self.folder = root / f"nuteprune-{os.getpid()}"
+        self.folder.mkdir()
+        for file, value in zip(files, (str(int(limit)), second), strict=True):
+            if (self.folder / file).exists():
+                (self.folder / file).write_text(value)
+
+    def enter(self) -> None:
+        """Put the calling process into it."""
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    @property
+    def peak(self) -> int:
+        """The most that was ever held in it, in bytes, files among it; 0 if the system is old."""
+        path = self.folder / self._peak
+        return int(path.read_text()) if path.exists() else 0
+
+
+@contextmanager
+def limited(limit: float) -> Iterator[Cgroup]:
+    """Make a cgroup that kills a process that takes too much.
+
+    Raises:
+        OSError: where none can be made, or it does not kill.
+    """
+    made = Cgroup(limit)
+    try:
+        code = subprocess.run([sys.executable, "-c", TOO_MUCH], preexec_fn=made.enter).returncode
+        if code != -signal.SIGKILL:
+            raise OSError(f"a process that allocates 4 GB in it is not killed: it ends with {code}")
+        yield made
+    finally:
+        made.folder.rmdir()
+
+
+def write_model(size: Size, folder: Path) -> int:
+    """Write a model of random weights in bfloat16 and return their bytes."""
+    from transformers import AutoConfig
+
+    from nuteprune.train.simulate import model_of
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"], **size.shape)
+    model = model_of(config, torch.bfloat16)
+    model.save_pretrained(folder)
+    return sum(p.nbytes for p in model.parameters())
+
+
+def evict(folder: Path) -> None:
+    """Drop files from memory, so that what reads them next has to answer for them."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run.
+
+    Args:
+        code: with which it ended.
+        seconds: that it took.
+        peaks: phase -> bytes, where somebody looked.
+        sums: file of weights -> SHA-256.
+    """
+
+    code: int
+    seconds: float
+    peaks: dict[str, int]
+    sums: dict[str, str]
+
+
+def done(size: Size, model: Path, out: Path, enter: Callable[[], None] | None) -> Done:
+    """Do a run in a process of its own, watched if it is free."""
+    cell = asdict(Cell("little", str(model), "bfloat16", size.length, SETTINGS | size.settings))
+    words = [sys.executable, __file__, "--one", json.dumps([cell, str(out), enter is None])]
+    begun = time.monotonic()
+    ended = subprocess.run(words, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+    seconds = time.monotonic() - begun
+    files = sorted((out / "small").glob("*.safetensors"))
+    sums = {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in files}
+    peaks = json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else {}
+    return Done(ended.returncode, seconds, peaks, sums)
+
+
+def compared(size: Size, limit: float, scratch: Path) -> dict[str, Any]:
+    """Do a run without and with a limit, print how they went, and return it."""
+    weights = write_model(size, scratch / "model")
+    print(f"weights {weights / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB", flush=True)
+    free = done(size, scratch / "model", scratch / "free", None)
+    for phase, peak in free.peaks.items():
+        print(f"{phase:28}{peak / 1e6:8.0f} MB", flush=True)
+    evict(scratch / "model")
+    with limited(limit) as cgroup:
+        bound = done(size, scratch / "model", scratch / "bound", cgroup.enter)
+        most = cgroup.peak
+    same = free.sums == bound.sums and bool(free.sums)
+    print(f"free {free.seconds:.0f} s; limited {bound.seconds:.0f} s, exit code {bound.code}")
+    print(f"most in the cgroup {most / 1e9:.2f} GB; the same bytes: {same}")
+    return {
+        **asdict(size),
+        "limit": limit,
+        "weights": weights,
+        "phases": free.peaks,
+        "free_seconds": free.seconds,
+        "limited_seconds": bound.seconds,
+        "limited_code": bound.code,
+        "limited_peak": most,
+        "same": same,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Do both runs and return what `--json` writes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", choices=sorted(SIZES), default="3b")
+    parser.add_argument("--limit", type=float, help="bytes, in place of the size's own")
+    parser.add_argument("--folder", help="where there is room for the model and two results")
+    parser.add_argument("--json", metavar="FILE", help="where to write all figures")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.one:
+        cell, out, look = json.loads(args.one)
+        watching = Watch if look else Unwatched
+        print(json.dumps(measured(Cell(**cell), cell["model"], out, watching)))
+        return {}
+    size = SIZES[args.size]
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        result = compared(size, args.limit or size.limit, Path(scratch))
+    if args.json:
+        Path(args.json).write_text(json.dumps({args.size: result}) + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()
