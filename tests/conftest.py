@@ -8,7 +8,7 @@ import multiprocessing.process
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums come out the same on any machine's core count
 
+QUICK = 0.05
+"""Seconds of a test without a marker, about."""
 STARTS_PYTHON = ("slow", "network", "clients", "hard")
 """Markers of tests that may start interpreters, which import for seconds."""
 
@@ -45,10 +47,10 @@ def pytest_collection() -> Generator[None, object, object]:
 @pytest.hookimpl(trylast=True)  # of what -m has left
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first: what is quick fills up the end of a run."""
-    seconds: Counter[Path] = Counter()
+    seconds: dict[Path, float] = defaultdict(float)
     for item in items:
-        if mark := item.get_closest_marker("hard") or item.get_closest_marker("slow"):
-            seconds[item.path] += mark.args[0] if mark.args else 1
+        mark = item.get_closest_marker("hard") or item.get_closest_marker("slow")
+        seconds[item.path] += QUICK if mark is None else mark.args[0] if mark.args else 1
     items.sort(key=lambda item: -seconds[item.path])
 
 

@@ -103,7 +103,7 @@ def test_what_is_watched_exists(place: str) -> None:
     assert callable(getattr(*owner_of(place), None))
 
 
-@pytest.mark.hard
+@pytest.mark.hard(60)
 @pytest.mark.parametrize(("kind", "count"), [("two targets", 40), ("stochastic gates", 20)])
 def test_a_killed_run_ends_as_if_never_interrupted(
     kind: str, count: int, server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path
@@ -165,7 +165,7 @@ def tiny_demo(server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path) ->
     return {"asset": asset | {"member": "tiny_model/tiny.gguf"}, "environ": environ}
 
 
-@pytest.mark.hard
+@pytest.mark.hard(60)
 def test_a_killed_download_conversion_or_export_is_done_again(
     server: Server, tiny_demo: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_killed_download_conversion_or_export_is_done_again(
     assert {"downloading", "converting", "writing GGUF"} <= killed.keys()
 
 
-@pytest.mark.hard
+@pytest.mark.hard(60)
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -345,7 +345,8 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
-    "count", [pytest.param(FEW, marks=pytest.mark.slow), pytest.param(MANY, marks=pytest.mark.hard)]
+    "count",
+    [pytest.param(FEW, marks=pytest.mark.slow), pytest.param(MANY, marks=pytest.mark.hard(20))],
 )
 def test_bad_input_is_one_line_and_nothing_written(
     entry: str, count: int, good: tuple[Path, Path]

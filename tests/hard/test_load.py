@@ -20,7 +20,7 @@ from nuteprune.data.blocks import BlockDataset
 
 from .conftest import Server
 
-pytestmark = pytest.mark.hard
+pytestmark = pytest.mark.hard(10)
 
 OPTIONS = ["--length", "16", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"]
 SETTINGS = ["--set=calibration_blocks=2", "--set=lora_rank=2"]

@@ -57,7 +57,8 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
         dense = found_before.get(name)
         change = f"{value:.2f}" if dense is None else f"{dense:.2f} -> {value:.2f}"
         output.line(f"Perplexity  {name}: {change}")
-    output.line(f"Teachers    {record['teachers']['count']}")
+    if count := record["teachers"]["count"]:  # the dense model alone leaves none
+        output.line(f"Teachers    {count} snapshots on the way")
     if "recover" in record:
         tuned = record["recover"]
         output.line(f"Recovered   {tuned['steps']} steps on {tuned['data']} ({tuned['kind']})")
