@@ -172,7 +172,7 @@ def _print_setting(setting: dict[str, Any], where: str, output: Output) -> None:
     ]
     columns = ["", *LABELS[: len(models)]]
     if "speedup" in setting:
-        columns += ["times faster", "bound", "reached", "so"]
+        columns += ["times faster", "bound", "reached", "verdict"]
         for cells, phase in zip(rows, ("prefill", "decode"), strict=False):
             ratio = setting["speedup"][phase]
             share = f"{ratio['reached']:.0%}"
