@@ -211,6 +211,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
         "uniform",
         "qwen2moe",
     ),
+    "lfm2": ("lfm2", {}, ("neurons",), "uniform", "lfm2"),
     "granitemoe": ("granitemoe", {}, ("experts", "expert_neurons"), "uniform", "granitemoe"),
 }
 PROMPT = [40, 5, 77, 120, 9, 33, 250, 61, 14, 208, 99, 3]

@@ -58,6 +58,8 @@ FILE_TYPES: dict[str, FileType] = {
 TO_QUANTIZE = ("f16", "bf16")
 """Those that llama.cpp's own quantizer is given: K-quants are made of them."""
 
+_WHOLE = (".ffn_gate_inp.", ".shortconv.conv.")
+"""Routers and convolutions, which stay in float32."""
 _ROPE_SCALING = {"linear": RopeScalingType.LINEAR, "longrope": RopeScalingType.LONGROPE}
 _F16_MAX = float(np.finfo(np.float16).max)
 
@@ -149,7 +151,7 @@ def _tensor_infos(
     kind = FILE_TYPES[type_name]
     for name, values in tensors(anatomy, arch, source, shape):
         stored = Q.F32
-        if values.ndim > 1 and ".ffn_gate_inp." not in name:  # routers stay as they are
+        if values.ndim > 1 and not any(x in name for x in _WHOLE):
             stored = kind.matrices if name.startswith("blk.") else kind.ends
         if stored == Q.F16 and np.abs(values).max() > _F16_MAX:
             raise UserError(
@@ -194,12 +196,15 @@ def _write_dimensions(
     config, family, head_dim = source.config, source.family, source.head_dim
     counts = [[x.heads, x.kv_heads, x.expert_neurons or x.neurons] for x in shape.layers]
     heads, kv_heads, neurons = (list(x) for x in zip(*counts, strict=True))
-    for add, values in (
-        (writer.add_head_count, heads),
-        (writer.add_head_count_kv, kv_heads),
-        (writer.add_feed_forward_length, neurons),
+    for add, values, by_layer in (
+        (writer.add_head_count, heads, arch.per_layer),
+        # Where there are none, an architecture with convolutions has one of them.
+        (writer.add_head_count_kv, kv_heads, arch.per_layer or arch.convolutions),
+        (writer.add_feed_forward_length, neurons, arch.per_layer),
     ):
-        add(values if arch.per_layer else values[0])
+        add(values if by_layer else max(values))
+    if arch.convolutions:
+        writer.add_shortconv_l_cache(config.conv_L_cache)
     _write_experts(writer, anatomy, arch, shape)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(_context(arch, source))

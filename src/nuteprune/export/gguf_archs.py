@@ -78,6 +78,10 @@ class Arch:
     """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
     wide_scale_at: int | None = None
     """With that many layers, attention is scaled by sqrt(heads / hidden), not by head_dim."""
+    convolutions: bool = False
+    """Layers without attention are short convolutions over the width, which has a key of theirs."""
+    final_norm: str = "output_norm"
+    """Name of the norm that the language head reads."""
     experts: Experts | None = None
     """What all of its layers have in place of an MLP."""
 
@@ -237,5 +241,12 @@ ARCHS: dict[str, Arch] = {
             biases=frozenset({"qkv"}),
         ),
         Arch("hunyuan-dense"),
+        Arch(
+            "lfm2",
+            square_attention=True,
+            optional_attention=True,
+            convolutions=True,
+            final_norm="token_embd_norm",
+        ),
     )
 }

@@ -7,7 +7,7 @@ reason against it is taken. What would be taken and computed wrong is refused or
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -87,7 +87,10 @@ def choose(source: Source) -> Arch:
         if reason is None:
             return ARCHS[name]
         reasons.append(f"{name}: {reason}")
-    why = "; ".join(reasons) or "no architecture of llama.cpp is known to compute it"
+    none = "no architecture of llama.cpp is known to compute it"
+    if source.family.mixer:
+        none = "its recurrent layers are not written yet"
+    why = "; ".join(reasons) or none
     raise UserError(f"{source.family.model_type} cannot be written as GGUF: {why}")
 
 
@@ -109,7 +112,7 @@ def _misfits(arch: Arch, source: Source) -> Iterator[str]:
     if kind not in arch.rope_types:
         known = ", ".join(sorted(arch.rope_types))
         yield f"rope_type {kind} is not among those that it is known to compute alike ({known})"
-    activation = getattr(config, family.activation)
+    activation = getattr(config, family.activation, "silu")  # LFM2 has no other
     if activation not in arch.activations:
         yield f"its activation is {min(arch.activations)}, not {activation}"
     if extra := source.biased - arch.biases:
@@ -132,10 +135,11 @@ def _rotated(arch: Arch, config: Any) -> str | None:
 
 
 def _shape_misfits(arch: Arch, source: Source) -> Iterator[str]:
-    shape, first = source.shape, source.shape.layers[0]
+    shape = source.shape
+    first = shape.layers[shape.first_attention if arch.convolutions else 0]
     if not arch.per_layer:
         for i, layer in enumerate(shape.layers):
-            if layer != first:
+            if layer != (_convolution(first) if arch.convolutions and layer.mixer else first):
                 yield (
                     f"it has one size for all layers, but layer {i} has {_counts(layer)} and "
                     f"layer 0 {_counts(first)}; prune with --shapes uniform"
@@ -154,6 +158,11 @@ def _shape_misfits(arch: Arch, source: Source) -> Iterator[str]:
         )
 
 
+def _convolution(layer: LayerShape) -> LayerShape:
+    """Return what a layer would be with a convolution in place of attention."""
+    return replace(layer, heads=0, kv_heads=0, mixer=True)
+
+
 def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
     config, family = source.config, source.family
     caps = [
@@ -161,6 +170,8 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
         for name in (family.logit_softcap, family.attention_softcap)
         if name
     ]
+    if arch.convolutions and getattr(config, "conv_bias", False):
+        yield "its convolutions have no biases (conv_bias)"
     if arch.softcaps and not all(caps):
         yield "it always bounds logits, and this config does not"
     if not arch.softcaps and any(caps):
@@ -224,7 +235,8 @@ def mended(shape: Shape, arch: Arch, quantized: bool) -> tuple[Shape, list[str]]
         neurons = layer.neurons or BLOCK
         if quantized:
             neurons = -(-neurons // BLOCK) * BLOCK
-        layers[i] = LayerShape(layer.heads if heads else 1, layer.kv_heads if heads else 1, neurons)
+        counts = (layer.heads if heads else 1, layer.kv_heads if heads else 1)
+        layers[i] = LayerShape(*counts, neurons, mixer=layer.mixer)
     for what, count in (
         ("without an MLP got one of zeros", sum(not x.mlp for x in shape.layers)),
         (

@@ -87,7 +87,8 @@ def tensors(
         yield _name(MODEL_TENSOR.OUTPUT), _array(anatomy.head.weight) / np.float32(divisor)
         if getattr(anatomy.head, "bias", None) is not None:
             yield _name(MODEL_TENSOR.OUTPUT, kind="bias"), _array(anatomy.head.bias)
-    yield from _norm(anatomy, MODEL_TENSOR.OUTPUT_NORM, anatomy.final_norm)
+    (final,) = (x for x, name in TENSOR_NAMES.items() if name == arch.final_norm)
+    yield from _norm(anatomy, final, anatomy.final_norm)
     yield from _rope(source)
     for i, (have, want) in enumerate(zip(anatomy.shape.layers, target.layers, strict=True)):
         yield from _norms(anatomy, arch, i, want)
@@ -106,6 +107,8 @@ def tensors(
         if arch.interleaved_rope and anatomy.family.rope_pairs == "halves":
             parts = _reordered(parts, want, anatomy.head_dim)
         yield from _layer(i, _fused(parts, arch))
+        if have.mixer:
+            yield from _convolution(anatomy, i)
         if (mixture := anatomy.mixture(i)) is not None:
             yield from _experts(anatomy, mixture, i, factors.get("down", 1.0))
 
@@ -203,6 +206,18 @@ def _mlp(anatomy: Anatomy, layer: int, shape: LayerShape) -> Parts:
         return {}
     parts = [x for p in anatomy.family.mlp for x in _unstacked(anatomy, layer, p, shape)]
     return dict(zip(("gate", "up", "down")[-len(parts) :], parts, strict=True))
+
+
+def _convolution(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
+    """Yield a short convolution's projections, and its taps (D, L)."""
+    names = (MODEL_TENSOR.SHORTCONV_INPROJ, MODEL_TENSOR.SHORTCONV_OUTPROJ)
+    for tensor, projection in zip(names, anatomy.family.mixer, strict=True):
+        linear = anatomy.linear(layer, projection)
+        assert linear is not None
+        yield _name(tensor, layer), _array(linear.weight)
+    block = anatomy.layers[layer].get_submodule(anatomy.family.mixer_module)
+    (taps,) = (x for x in block.children() if isinstance(x, nn.Conv1d))
+    yield _name(MODEL_TENSOR.SHORTCONV_CONV, layer), _array(taps.weight).squeeze(1)
 
 
 def _experts(

@@ -99,9 +99,9 @@ def _gguf() -> str:
             ", else ".join(_conditions(x, family) for x in archs if x.per_layer == per_layer)
             for per_layer in (False, True)
         )
-        rows.append([name, uniform or "no architecture", free or "no: `--shapes uniform`"])
-        if not archs:
-            rows[-1][2] = "no architecture"
+        none = "recurrent layers are not written" if family.mixer else "no architecture"
+        without = "no: `--shapes uniform`" if archs else none
+        rows.append([name, uniform or none, free or without])
     return _table(["family", "uniform", "free"], rows)
 
 

@@ -54,7 +54,7 @@ HYBRIDS = (
         final_norm="model.embedding_norm",
         config_names=MappingProxyType({**CONFIG_NAMES, "epsilon": "norm_eps"}),
         settles=MappingProxyType({"block_auto_adjust_ff_dim": False}),
-        gguf=(),
+        gguf=("lfm2",),
     ),
     replace(
         PLAIN,

@@ -65,5 +65,11 @@ def _parts(config: Mapping[str, Any]) -> Iterator[str]:
     kinds = {str(kind) for kinds in listed if isinstance(kinds, list) for kind in kinds}
     if kinds & RECURRENT_LAYERS or any(config.get(name) for name in RECURRENT):
         yield "state-space, recurrent or convolutional layers"
+    if config.get("hidden_size_per_layer_input"):
+        yield "embeddings that each layer reads besides the residual stream"
+    if config.get("num_kv_shared_layers"):
+        yield "layers that attend to keys and values of earlier ones"
+    if any(config.get("activation_sparsity_pattern") or ()):
+        yield "neurons that are switched off by how all of them compare"
     if config.get("is_encoder_decoder"):
         yield "an encoder"
