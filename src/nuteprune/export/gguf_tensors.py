@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import MODEL_TENSOR, TENSOR_NAMES
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.export.gguf_archs import Arch
+from nuteprune.export.gguf_blocks import Array, array_of, convolution, experts, name_of
 from nuteprune.export.gguf_fit import Source
-from nuteprune.model.anatomy import Anatomy, Mixture
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
 
-Array = NDArray[np.float32]
 Parts = dict[str, "Part"]
 _LAYER_NORMS = (
     ("pre_norm", "attn_block", MODEL_TENSOR.ATTN_NORM),
@@ -81,12 +81,12 @@ def tensors(
         target: `gguf_fit.mended`'s shape.
     """
     embedding, divisor, factors = _factors(anatomy, arch)
-    embedding_VD = _array(anatomy.embedding.weight)
-    yield _name(MODEL_TENSOR.TOKEN_EMBD), embedding_VD * np.float32(embedding)
+    embedding_VD = array_of(anatomy.embedding.weight)
+    yield name_of(MODEL_TENSOR.TOKEN_EMBD), embedding_VD * np.float32(embedding)
     if arch.head == "always" or (arch.head == "optional" and not (anatomy.tied and divisor == 1)):
-        yield _name(MODEL_TENSOR.OUTPUT), _array(anatomy.head.weight) / np.float32(divisor)
+        yield name_of(MODEL_TENSOR.OUTPUT), array_of(anatomy.head.weight) / np.float32(divisor)
         if getattr(anatomy.head, "bias", None) is not None:
-            yield _name(MODEL_TENSOR.OUTPUT, kind="bias"), _array(anatomy.head.bias)
+            yield name_of(MODEL_TENSOR.OUTPUT, kind="bias"), array_of(anatomy.head.bias)
     (final,) = (x for x, name in TENSOR_NAMES.items() if name == arch.final_norm)
     yield from _norm(anatomy, final, anatomy.final_norm)
     yield from _rope(source)
@@ -108,9 +108,9 @@ def tensors(
             parts = _reordered(parts, want, anatomy.head_dim)
         yield from _layer(i, _fused(parts, arch))
         if have.mixer:
-            yield from _convolution(anatomy, i)
+            yield from convolution(anatomy, i)
         if (mixture := anatomy.mixture(i)) is not None:
-            yield from _experts(anatomy, mixture, i, factors.get("down", 1.0))
+            yield from experts(anatomy, mixture, i, factors.get("down", 1.0))
 
 
 def _factors(anatomy: Anatomy, arch: Arch) -> tuple[float, float, dict[str, float]]:
@@ -121,18 +121,6 @@ def _factors(anatomy: Anatomy, arch: Arch) -> tuple[float, float, dict[str, floa
     return embedding, anatomy.logit_scale()[0], {"o": residual, "down": residual}
 
 
-def _array(tensor: Tensor) -> Array:
-    return tensor.detach().to("cpu", torch.float32).numpy()
-
-
-def _name(
-    tensor: MODEL_TENSOR,
-    layer: int | None = None,
-    kind: Literal["weight", "bias"] = "weight",
-) -> str:
-    return f"{TENSOR_NAMES[tensor].format(bid=layer)}.{kind}"
-
-
 def _norm(
     anatomy: Anatomy, tensor: MODEL_TENSOR, norm: Any, layer: int | None = None, factor: float = 1.0
 ) -> Iterator[tuple[str, Array]]:
@@ -140,9 +128,9 @@ def _norm(
     if getattr(norm, "weight", None) is None:
         return
     offset = np.float32(anatomy.family.norm.endswith("_1p"))
-    yield _name(tensor, layer), (_array(norm.weight) + offset) * np.float32(factor)
+    yield name_of(tensor, layer), (array_of(norm.weight) + offset) * np.float32(factor)
     if getattr(norm, "bias", None) is not None:
-        yield _name(tensor, layer, "bias"), _array(norm.bias) * np.float32(factor)
+        yield name_of(tensor, layer, "bias"), array_of(norm.bias) * np.float32(factor)
 
 
 def _norms(
@@ -156,7 +144,7 @@ def _norms(
         if norm is not None:
             yield from _norm(anatomy, tensor, norm, layer)
         elif kind == "pre_norm" and written[block]:  # what it feeds is zero
-            yield _name(tensor, layer), np.ones(anatomy.shape.hidden, np.float32)
+            yield name_of(tensor, layer), np.ones(anatomy.shape.hidden, np.float32)
 
 
 def _qk_norms(
@@ -172,7 +160,7 @@ def _qk_norms(
 def _unit_qk_norms(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
     if anatomy.family.qk_norms:
         for tensor in (MODEL_TENSOR.ATTN_Q_NORM, MODEL_TENSOR.ATTN_K_NORM):
-            yield _name(tensor, layer), np.ones(anatomy.head_dim, np.float32)
+            yield name_of(tensor, layer), np.ones(anatomy.head_dim, np.float32)
 
 
 def _rope(source: Source) -> Iterator[tuple[str, Array]]:
@@ -181,13 +169,13 @@ def _rope(source: Source) -> Iterator[tuple[str, Array]]:
     if rope.get("rope_type") == "llama3":
         scaled = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))[0]
         steps = torch.arange(0, source.head_dim, 2, dtype=torch.float64) / source.head_dim
-        yield _name(MODEL_TENSOR.ROPE_FREQS), _array(rope["rope_theta"] ** -steps / scaled)
+        yield name_of(MODEL_TENSOR.ROPE_FREQS), array_of(rope["rope_theta"] ** -steps / scaled)
     if rope.get("rope_type") == "longrope":
         for tensor, key in (
             (MODEL_TENSOR.ROPE_FACTORS_LONG, "long_factor"),
             (MODEL_TENSOR.ROPE_FACTORS_SHORT, "short_factor"),
         ):
-            yield _name(tensor), np.array(rope[key], np.float32)
+            yield name_of(tensor), np.array(rope[key], np.float32)
 
 
 def _attention(anatomy: Anatomy, layer: int, shape: LayerShape) -> Parts:
@@ -208,45 +196,13 @@ def _mlp(anatomy: Anatomy, layer: int, shape: LayerShape) -> Parts:
     return dict(zip(("gate", "up", "down")[-len(parts) :], parts, strict=True))
 
 
-def _convolution(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
-    """Yield a short convolution's projections, and its taps (D, L)."""
-    names = (MODEL_TENSOR.SHORTCONV_INPROJ, MODEL_TENSOR.SHORTCONV_OUTPROJ)
-    for tensor, projection in zip(names, anatomy.family.mixer, strict=True):
-        linear = anatomy.linear(layer, projection)
-        assert linear is not None
-        yield _name(tensor, layer), _array(linear.weight)
-    block = anatomy.layers[layer].get_submodule(anatomy.family.mixer_module)
-    (taps,) = (x for x in block.children() if isinstance(x, nn.Conv1d))
-    yield _name(MODEL_TENSOR.SHORTCONV_CONV, layer), _array(taps.weight).squeeze(1)
-
-
-def _experts(
-    anatomy: Anatomy, mixture: Mixture, layer: int, factor: float
-) -> Iterator[tuple[str, Array]]:
-    """Yield a layer's router, stacks (E, O, I) and shared expert."""
-    yield _name(MODEL_TENSOR.FFN_GATE_INP, layer), _array(mixture.router.weight)
-    gated, down = (_array(mixture.stack(x)) for x in mixture.entry.projections)
-    gate, up = np.split(gated, 2, axis=1)
-    yield _name(MODEL_TENSOR.FFN_GATE_EXP, layer), gate
-    yield _name(MODEL_TENSOR.FFN_UP_EXP, layer), up
-    yield _name(MODEL_TENSOR.FFN_DOWN_EXP, layer), down * np.float32(factor)
-    roles = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
-    for role, projection in zip(roles, mixture.entry.shared, strict=False):
-        linear = anatomy.linear(layer, projection)
-        assert linear is not None
-        yield _name(role, layer), _array(linear.weight)
-    if mixture.entry.shared_gate:
-        weigh: Any = anatomy.layers[layer].get_submodule(mixture.entry.shared_gate)
-        yield _name(MODEL_TENSOR.FFN_GATE_INP_SHEXP, layer), _array(weigh.weight)[0]
-
-
 def _unstacked(
     anatomy: Anatomy, layer: int, projection: Projection, shape: LayerShape
 ) -> list[Part]:
     """Return the maps that a module stacks, in the order of its axes."""
     linear = anatomy.linear(layer, projection)
     assert linear is not None
-    whole = Part(_array(linear.weight), None if linear.bias is None else _array(linear.bias))
+    whole = Part(array_of(linear.weight), None if linear.bias is None else array_of(linear.bias))
     if projection.rows == ("qkv",):
         rows = np.arange(linear.out_features).reshape(shape.heads, 3, anatomy.head_dim)
         return [whole.rows(rows[:, j].reshape(-1)) for j in range(3)]
@@ -312,6 +268,6 @@ def _interleaved(heads: int, head_dim: int) -> NDArray[np.int64]:
 
 def _layer(layer: int, parts: Parts) -> Iterator[tuple[str, Array]]:
     for role, part in parts.items():
-        yield _name(_PROJECTIONS[role], layer), part.weight_OI
+        yield name_of(_PROJECTIONS[role], layer), part.weight_OI
         if part.bias_O is not None:
-            yield _name(_PROJECTIONS[role], layer, "bias"), part.bias_O
+            yield name_of(_PROJECTIONS[role], layer, "bias"), part.bias_O

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.probe import Probe
-from nuteprune.model.anatomy import Anatomy, Mixture
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.mixture import Mixture
 
 
 class Heard:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from nuteprune.model.anatomy import Mixture
+from nuteprune.model.mixture import Mixture
 
 Mask = Callable[[], Tensor | None]
 """Asked at each call: multipliers (N,), or one row per sequence (B, N); None: all are open."""

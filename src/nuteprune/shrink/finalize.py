@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy, Mixture
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Learned, Part
+from nuteprune.model.mixture import Mixture
 
 
 @torch.no_grad()

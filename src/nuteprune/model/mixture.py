@@ -1,0 +1,43 @@
+"""Live views of a layer's routed experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from nuteprune.model.family import Experts, Projection
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Live views of a layer's routed experts.
+
+    Args:
+        entry: what the family's entry says of them.
+        block: the module that routes tokens to experts and adds up what they give.
+        router: scores the experts; has a row of weights for each.
+        experts: holds their stacked weights.
+        per_token: how many experts a token is routed to.
+    """
+
+    entry: Experts
+    block: nn.Module
+    router: Any
+    experts: Any
+    per_token: int
+
+    def stack(self, projection: Projection) -> nn.Parameter:
+        """Return a projection's weights: (experts, rows, columns), or as the entry has them."""
+        return cast(nn.Parameter, getattr(self.experts, projection.path.rpartition(".")[2]))
+
+    def bias(self, projection: Projection) -> nn.Parameter | None:
+        """Return a projection's biases (experts, rows), None if it has none."""
+        return getattr(self.experts, f"{projection.path.rpartition('.')[2]}_bias", None)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The number of experts, and of neurons of each."""
+        down = self.stack(self.entry.projections[-1])
+        return int(down.shape[0]), int(down.shape[1 if self.entry.transposed else 2])
