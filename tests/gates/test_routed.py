@@ -63,6 +63,28 @@ def test_reap_and_frequency_are_what_a_loop_finds(tiny_model) -> None:
         torch.testing.assert_close(METHODS[name].score(it)["experts"], expected)
 
 
+@torch.no_grad()
+def test_experts_that_read_weighed_tokens_are_heard_as_they_are(tiny_model) -> None:
+    """Llama 4's weights are on what its experts read, so a loud one is loud after them."""
+    it, seen = probe(tiny_model("llama4_text"), "experts"), []
+    mixture = it.anatomy.mixture(2)
+    assert mixture is not None
+    hook = mixture.router.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    with hearing_experts(it.anatomy) as heard:
+        it.read()
+    hook.remove()
+    count, loud = torch.zeros(6), torch.zeros(6)
+    for x in torch.cat(seen):
+        scores = mixture.router.weight @ x
+        best = int(scores.argmax())
+        gate, up = (scores[best].sigmoid() * x @ mixture.experts.gate_up_proj[best]).split(24)
+        count[best] += 1
+        loud[best] += (F.silu(gate) * up @ mixture.experts.down_proj[best]).norm()
+    assert len(heard) == 2
+    assert torch.equal(heard[1].tokens_E.float(), count)
+    torch.testing.assert_close(heard[1].reap(), loud / count.clamp(min=1))
+
+
 @pytest.mark.parametrize("name", [x for x in METHODS if "experts" in METHODS[x].kinds])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_scores_of_experts_are_losses(name: str, model_type: str, tiny_model) -> None:

@@ -50,6 +50,22 @@ def test_a_refusal_says_what_has_no_gates(model_type: str, parts: set[str]) -> N
     assert "nearest" not in told
 
 
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        (
+            "gemma3n_text",
+            "embeddings that each layer reads .* keys and values of earlier ones, neu",
+        ),
+        ("gemma4_text", "embeddings that each layer reads besides the residual stream, which no"),
+        ("nemotron_h", "state-space, recurrent or convolutional layers, which no gate here can"),
+    ],
+)
+def test_what_is_special_about_a_type_is_named(model_type: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        family_named(model_type, CONFIG_MAPPING[model_type]().to_dict())
+
+
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra", "deberta-v2"])
 def test_an_encoder_is_told_as_such(model_type: str) -> None:
     with pytest.raises(UserError, match="it is an encoder, no decoder-only language model; supp"):

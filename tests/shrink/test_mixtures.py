@@ -25,6 +25,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.targets import Prices, run_targets
+from tests.conftest import cache_of
 from tests.families import MIXTURES
 
 from .test_exactness import assert_same, check, logits, settings, soft_masks
@@ -261,6 +262,16 @@ def test_parameters_are_counted_with_the_rows_of_routers(model_type: str, tiny_m
         for name, p in small.named_parameters()
         if ".experts." in name
     )
+
+
+def test_latent_attention_is_priced_by_what_it_caches(tiny_model) -> None:
+    anatomy = Anatomy(tiny_model("deepseek_v3"))
+    args = settings("experts", "free")
+    args.context, args.sequences = 9, 2
+    prices = Prices.of(anatomy, torch.float32, args)
+    kept = cache_of(anatomy.model, TOKENS).layers
+    held = sum(x.keys.nbytes + x.values.nbytes for x in kept)
+    assert prices.cache(anatomy.shape) == held
 
 
 def test_active_parameters_can_be_asked_for(tiny_model) -> None:

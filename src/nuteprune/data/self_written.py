@@ -234,7 +234,7 @@ def _cached(model: PreTrainedModel, length: int) -> int:
     """Return the bytes of keys and values of a text."""
     anatomy = Anatomy(model)
     heads = sum(layer.kv_heads for layer in anatomy.shape.layers)
-    return 2 * length * heads * anatomy.head_dim * model.dtype.itemsize
+    return round(anatomy.cached_features * length * heads * model.dtype.itemsize)
 
 
 def _key(model: PreTrainedModel, opening: Openings, most: int, size: int, seed: int) -> str:
