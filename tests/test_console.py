@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from nuteprune.console import Bars
+from nuteprune.console import Bars, Output
 
 
 class Clock:
@@ -78,3 +78,16 @@ def test_a_terminal_shows_it_in_the_bar(clock: Clock) -> None:
             clock.now += 20
         bars.progress.refresh()
     assert "about 3 min left" in file.getvalue()  # 8 of 20 s
+
+
+@pytest.mark.parametrize("width", [40, 60, 120])
+def test_a_table_loses_no_figures_on_a_narrow_terminal(width: int) -> None:
+    output, file = Output(), io.StringIO()
+    output.console = Console(file=file, width=width)
+    settings = "--batch-size 1 --set gradient_accumulation_steps=4 --gradient-checkpointing"
+    output.table("Settings", ["settings", "peak", "time"], [[settings, "99.0 MB", "1.00"]])
+    assert max(map(len, file.getvalue().splitlines())) <= width
+    assert {"99.0", "MB", "1.00"} <= set(file.getvalue().split())
+    assert "…" not in file.getvalue()
+    if width == 120:
+        assert settings in file.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +25,17 @@ WIDE = 200
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Let transformers draw no bars of its own for a while."""
+    """Let transformers draw no bars of its own for a while, nor libraries speak to one another."""
     from transformers.utils import logging as transformers_logging  # tables need none of it
 
     drawn = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # peft asks transformers by the attribute's old name.
+            old_name = "`is_gradient_checkpointing` is deprecated"
+            warnings.filterwarnings("ignore", old_name, FutureWarning)
+            yield
     finally:
         if drawn:
             transformers_logging.enable_progress_bar()
@@ -62,7 +67,8 @@ class Output:
         """Print a table for people; the first column is text, the others numbers."""
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+            # On a narrow terminal cells take several lines: cut off, they would lose figures.
+            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         # Apart from the table, which would break it into lines of its own width.
