@@ -29,8 +29,8 @@ from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.shrink.compensate import install_weight
-from nuteprune.train.calibration import refit_on, score_on
+from nuteprune.shrink.compensate import Install, install_weight
+from nuteprune.train.calibration import refit_on, score_in_rounds, stops_before
 from nuteprune.train.config import METHOD
 from nuteprune.train.setup import make_allocator
 
@@ -90,7 +90,7 @@ class Bench:
     ) -> None:
         self.setting, self.folder, self.say = setting, folder, say
         self.other_text = other_text
-        self._scores: dict[tuple[str, int], tuple[dict[str, Tensor], float]] = {}
+        self._scores: dict[tuple[Any, ...], tuple[dict[str, Tensor], float]] = {}
         path = folder / SETTING
         if path.exists() and Setting.read(path) != setting:
             raise UserError(
@@ -215,7 +215,7 @@ class Bench:
             config = self.config(cell, folder)
         allocator = make_allocator(self.anatomy, config)
         text = self.text(self.anatomy.model, cell, config)
-        scores, scoring_seconds = self.score(text, config, allocator)
+        scores, scoring_seconds = self.score(text, config, allocator, cell.target)
         started = time.monotonic()
         shape = allocator.shape(scores, cell.target)
         masks = allocator.masks(shape, scores).to(self.setting.device)
@@ -237,20 +237,28 @@ class Bench:
     ) -> tuple[dict[str, Any], float]:
         """Return the figures of the model that is re-fitted to masks, and the seconds it took."""
         started = time.monotonic()
-        with self._weights_put_back():
-            install = install_weight(self.anatomy)
+        with self._weights_put_back() as install:
             refit_on(text, config, self.anatomy, self._hooks, masks, install)
             seconds = time.monotonic() - started
             return self._judge_masked(masks), seconds
 
     def score(
-        self, text: BlockDataset, config: NutePruneConfig, allocator: Allocator
+        self, text: BlockDataset, config: NutePruneConfig, allocator: Allocator, target: float
     ) -> tuple[dict[str, Tensor], float]:
-        """Return a method's scores and the seconds they took; once per method and seed."""
-        key = (config.method, config.seed)
+        """Return a method's scores and the seconds they took; once where they are the same."""
+        stops = stops_before(target, config, allocator.constraints.kinds)
+        key = (config.method, config.seed, *stops)
         if key not in self._scores:
             started = time.monotonic()
-            scores = score_on(text, config, self.anatomy, self._hooks, allocator)
+            scores = score_in_rounds(
+                text,
+                config,
+                self.anatomy,
+                self._hooks,
+                allocator,
+                target,
+                self._weights_put_back,
+            )
             self._scores[key] = (scores, time.monotonic() - started)
         return self._scores[key]
 
@@ -260,15 +268,15 @@ class Bench:
             return self.judge.figures(self.anatomy.model)
 
     @contextmanager
-    def _weights_put_back(self) -> Iterator[None]:
-        """Undo what a re-fit has done to output and down projections."""
+    def _weights_put_back(self) -> Iterator[Install]:
+        """Give what installs a re-fit, and undo what it did to output and down projections."""
         family = self.anatomy.family
         last = (family.attention[-1], family.mlp[-1])
         layers = range(len(self.anatomy.layers))
         linears = [x for i in layers for p in last if (x := self.anatomy.linear(i, p)) is not None]
         weights = [linear.weight.detach().clone() for linear in linears]
         try:
-            yield
+            yield install_weight(self.anatomy)
         finally:
             with torch.no_grad():
                 for linear, weight in zip(linears, weights, strict=True):

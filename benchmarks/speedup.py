@@ -147,7 +147,7 @@ class Comparison:
         path = self.bench.folder / "scores.safetensors"
         if not path.exists():
             print("scoring", flush=True)
-            scores, _ = self.bench.score(self.text, self.config, self.allocator)
+            scores, _ = self.bench.score(self.text, self.config, self.allocator, self.cell.target)
             save_file({kind: x.contiguous() for kind, x in scores.items()}, path)
         return load_file(path)
 

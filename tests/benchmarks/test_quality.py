@@ -202,7 +202,7 @@ def test_other_text_is_half_of_the_lines(choose: bool, setting: Any, tmp_path: P
 def test_all_cells_of_a_seed_share_the_text_of_prune(
     setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, list[Any]] = {"score_on": [], "refit_on": [], "NutePruneTrainer": []}
+    seen: dict[str, list[Any]] = {"score_in_rounds": [], "refit_on": [], "NutePruneTrainer": []}
 
     def watch(name: str, place: int) -> None:
         real = getattr(runs, name)
@@ -213,7 +213,7 @@ def test_all_cells_of_a_seed_share_the_text_of_prune(
 
         monkeypatch.setattr(runs, name, call)
 
-    for name, place in (("score_on", 0), ("refit_on", 0), ("NutePruneTrainer", 2)):
+    for name, place in (("score_in_rounds", 0), ("refit_on", 0), ("NutePruneTrainer", 2)):
         watch(name, place)
     bench = runs.Bench(setting, tmp_path / "table")
     for method in ("surgeon", "random"):

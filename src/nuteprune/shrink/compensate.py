@@ -13,8 +13,8 @@ Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept col
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -201,6 +201,22 @@ def install_in_place(bank: LoraBank, anatomy: Anatomy) -> Install:
         bank.set_weight(layer, projection, torch.where(kept_I, fit.weight_OI, weight_OI))
 
     return install
+
+
+@contextmanager
+def trying_out(bank: LoraBank) -> Iterator[Install]:
+    """Give an `Install` of the whole fit, with zeros where inputs are gone, and undo it at the end.
+
+    The model then needs no masks to be the pruned one.
+    """
+
+    def install(layer: int, projection: Projection, fit: Fit) -> None:
+        bank.set_weight(layer, projection, fit.weight_OI)
+
+    try:
+        yield install
+    finally:
+        bank.clear()
 
 
 def install_lora(bank: LoraBank, anatomy: Anatomy, rank: int) -> Install:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS, Method
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.packed import is_packed
 from nuteprune.shrink.compensate import Install, refit
 from nuteprune.train.config import NutePruneConfig
 
@@ -24,9 +27,73 @@ Progress = Callable[[str, int, int], None]
 PLAIN_BATCH = 4
 """Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
 
+Trial = Callable[[], AbstractContextManager[Install]]
+"""Lets a re-fit change the model's weights for a while."""
+MOST_AT_ONCE = 0.3
+"""Most of the projections that goes by scores of one model. They say little of what is left then;
+see docs/log.md."""
+
 
 def silent(what: str, done: int, total: int) -> None:
     """Tell nobody of progress."""
+
+
+def stops_before(
+    target: float, args: NutePruneConfig, kinds: Collection[str], packed: bool = False
+) -> list[float]:
+    """Return the sparsities on the way to a target at which what is left is scored again.
+
+    There are none on a ramp, which re-estimates scores itself, and none without a re-fit of whole
+    weights: heads and neurons alone have one.
+    """
+    refitted = args.compensation and set(kinds) <= set(INPUTS)
+    whole = not (args.sharded or packed)
+    if any(args.shares) or not (METHODS[args.method].reads and refitted and whole):
+        return []
+    rounds = math.ceil(target / MOST_AT_ONCE - 1e-9)
+    return [target * i / rounds for i in range(1, rounds)]
+
+
+def score_in_rounds(
+    dataset: Any,
+    args: NutePruneConfig,
+    anatomy: Anatomy,
+    hooks: MaskHooks,
+    allocator: Allocator,
+    target: float,
+    trial: Trial,
+    progress: Progress = silent,
+    dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> Scores:
+    """Score the units of a dense model, and those that are left at each stop once more.
+
+    At a stop the units that go by the scores so far are cut and the others re-fitted, for a while.
+    Units that have gone keep the scores by which they went.
+
+    Args:
+        dataset: the training text.
+        args: the run's settings.
+        anatomy: the dense model.
+        hooks: where masks multiply in it.
+        allocator: which shapes it can be cut to.
+        target: the largest sparsity that is to be reached.
+        trial: a context that gives what installs a re-fit, and takes the re-fit back at its end.
+        progress: told about scoring and re-fit.
+        dense: see `shrink.compensate.refit`.
+
+    Raises:
+        RunFailed: if scores are not finite.
+    """
+    scores = score_on(dataset, args, anatomy, hooks, allocator, progress)
+    packed, kinds = is_packed(anatomy.model), allocator.constraints.kinds
+    for sparsity in stops_before(target, args, kinds, packed):
+        masks = allocator.masks(allocator.shape(scores, sparsity), scores)
+        with trial() as install:
+            on_device = masks.to(str(anatomy.embedding.weight.device))
+            refit_on(dataset, args, anatomy, hooks, on_device, install, progress, dense)
+            again = score_on(dataset, args, anatomy, hooks, allocator, progress)
+        scores = {k: torch.where(masks.values[k] > 0, again[k], scores[k]) for k in scores}
+    return scores
 
 
 def score_on(

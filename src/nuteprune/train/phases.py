@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,7 +14,7 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.calibration import PLAIN_BATCH
+from nuteprune.train.calibration import PLAIN_BATCH, stops_before
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.simulate import (
@@ -170,12 +170,14 @@ class Run:
             Phase("judging the dense model", judging),
             Phase("writing text", self._writing(block), FORMULA),
         ]
+        stops = stops_before(self.targets[-1], args, self.allocator.constraints.kinds)
+        rounds = 1 + len(stops)
         if method.reads:
             plain = args.calibration_blocks * method.reads_plain / PLAIN_BATCH
             scoring = self._one_by_one(Simulation.scoring, plain)
             # Forward, and backward to activations alone: twice a block's products.
             more = (args.calibration_blocks - 1) * 2 * block
-            found.append(Phase("scoring", scoring + Need(0, more)))
+            found.append(Phase("scoring", (scoring + Need(0, more)).times(rounds)))
         units = sum(
             self.allocator.layout.units(k)
             for k in self.allocator.constraints.kinds
@@ -185,13 +187,11 @@ class Run:
             copying = self.simulated(Simulation.copying)
             # Each unit alone, from its own layer on: half of the layers on the average.
             turns = units / 2
-            found.append(
-                Phase("cutting units one by one", replace(copying, flops=copying.flops * turns))
-            )
+            found.append(Phase("cutting units one by one", copying.times(turns * rounds)))
         if args.compensation:
             batches = args.refit_blocks / args.per_device_train_batch_size
             refit = self._one_by_one(Simulation.refitting, batches)
-            found.append(Phase("re-fit", refit))
+            found.append(Phase("re-fit", refit.times(rounds)))
         return found
 
     def _one_by_one(self, phase: Callable[[Simulation, int], Need], batches: float) -> Need:
@@ -220,11 +220,11 @@ class Run:
             snapshots = self.snapshots
             name = "step, ramp and teachers" if snapshots else "step, ramp"
             need = self.simulated(lambda x: x.step(moving=True, snapshot=snapshots))
-            found.append(Phase(name, replace(need, flops=need.flops * each * ramp)))
+            found.append(Phase(name, need.times(each * ramp)))
         if args.max_steps > ramp:
             need = self.simulated(Simulation.step)
             steps = args.max_steps - ramp
-            found.append(Phase("step, fixed masks", replace(need, flops=need.flops * each * steps)))
+            found.append(Phase("step, fixed masks", need.times(each * steps)))
         return found
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.masks import Masks
 from nuteprune.model.packed import is_packed
 from nuteprune.processes import agree
-from nuteprune.shrink.compensate import install_in_place, install_lora
+from nuteprune.shrink.compensate import install_in_place, install_lora, trying_out
 from nuteprune.train.bad_steps import BadSteps
-from nuteprune.train.calibration import Progress, refit_on, score_on
+from nuteprune.train.calibration import Progress, refit_on, score_in_rounds
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.setup import make_gates
@@ -51,8 +52,16 @@ class Pruning:
         """Score all units on calibration text and start the gates from the scores."""
         ready, args = self.ready, self.args
         if GATE_TYPES[args.gate_type].ranked:
-            scores = score_on(
-                self._text(), args, ready.anatomy, ready.hooks, ready.allocator, self._progress
+            scores = score_in_rounds(
+                self._text(),
+                args,
+                ready.anatomy,
+                ready.hooks,
+                ready.allocator,
+                ready.targets[-1],
+                partial(trying_out, self.bank),
+                self._progress,
+                self.bank.as_dense,
             )
             fresh = make_gates(ready.allocator, scores, args)
             self.gates.load_state_dict(fresh.state_dict())

@@ -73,6 +73,10 @@ class Need:
     def __mul__(self, factor: float) -> Need:
         return Need(self.peak * factor, self.flops * factor, self.sizes * factor)
 
+    def times(self, count: float) -> Need:
+        """Return what it takes to go through the phase so many times."""
+        return replace(self, flops=self.flops * count)
+
 
 class Simulation:
     """A run that is made ready on a model without data.

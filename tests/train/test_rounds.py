@@ -1,0 +1,85 @@
+"""Scoring in rounds: what is left at a stop is scored as the smaller model that it is."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nuteprune import NutePruneConfig
+from nuteprune.data.blocks import BlockDataset
+from nuteprune.export.checkpoint import assemble
+from nuteprune.gates import surgeon
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.shrink.compensate import install_weight, trying_out
+from nuteprune.train.calibration import refit_on, score_in_rounds, score_on, stops_before
+from nuteprune.train.prepare import prepare
+from nuteprune.train.setup import make_allocator
+
+TEXT = BlockDataset(torch.randint(3, 96, (40, 16), generator=torch.Generator().manual_seed(0)))
+KINDS = ("kv_groups", "neurons")
+
+
+def settings(folder: Path, **more: Any) -> NutePruneConfig:
+    common = {"use_cpu": True, "calibration_blocks": 4, "neuron_multiple": 4, "max_steps": 2}
+    return NutePruneConfig(output_dir=str(folder), **{**common, **more})
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "stops"),
+    [
+        (0.3, {}, []),
+        (0.5, {}, [0.25]),
+        (0.6, {}, [0.3]),
+        (0.75, {"method": "taylor"}, [0.25, 0.5]),
+        (0.5, {"method": "random"}, []),
+        (0.5, {"ramp_share": 0.5}, []),
+        (0.5, {"compensation": False}, []),
+        (0.5, {"sharded": True}, []),
+    ],
+)
+def test_stops_on_the_way(target: float, more: Any, stops: list[float], tmp_path: Path) -> None:
+    args = settings(tmp_path, **more)
+    assert stops_before(target, args, KINDS) == pytest.approx(stops)
+    assert stops_before(target, args, (*KINDS, "hidden")) == []
+    assert stops_before(target, args, KINDS, packed=True) == []
+
+
+@pytest.mark.parametrize("method", ["surgeon", "fisher"])
+def test_what_is_left_is_scored_as_the_smaller_model(
+    method: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against scores of a model that is cut in fact."""
+    monkeypatch.setattr(surgeon, "ROUNDS", 1000)  # one unit at a time, in both
+    model, args = tiny_model("llama"), settings(tmp_path, method=method)
+    dense = deepcopy(model)
+    ready = prepare(model, args)
+    plain = [p.clone() for p in ready.model.parameters()]
+    scores = score_in_rounds(
+        TEXT,
+        args,
+        ready.anatomy,
+        ready.hooks,
+        ready.allocator,
+        0.5,
+        lambda: trying_out(ready.coforward.bank),
+    )
+    assert all(map(torch.equal, plain, ready.model.parameters()))
+
+    anatomy = Anatomy(dense.requires_grad_(False))
+    hooks, allocator = MaskHooks(anatomy), make_allocator(anatomy, args)
+    first = score_on(TEXT, args, anatomy, hooks, allocator)
+    masks = allocator.masks(allocator.shape(first, 0.25), first)
+    refit_on(TEXT, args, anatomy, hooks, masks, install_weight(anatomy))
+    small, _ = assemble(anatomy, masks)
+    left = Anatomy(small.requires_grad_(False))
+    again = score_on(TEXT, args, left, MaskHooks(left), make_allocator(left, args))
+    for kind in KINDS:
+        kept = masks.values[kind] > 0
+        assert int((~kept).sum()) > 0 or kind == "kv_groups"
+        torch.testing.assert_close(scores[kind][kept], again[kind], rtol=2e-3, atol=1e-9)
+        torch.testing.assert_close(scores[kind][~kept], first[kind][~kept])
