@@ -25,7 +25,7 @@ from nuteprune.export import gguf as export
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.gguf import metadata, read_back, write_gguf
 from nuteprune.export.gguf_archs import ARCHS, BLOCK
-from nuteprune.export.gguf_fit import check_super_blocks, mended
+from nuteprune.export.gguf_fit import check_super_blocks, mended, torn_rows
 from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
 from nuteprune.export.gguf_vocab import read_vocabulary as read
 from nuteprune.model.anatomy import Anatomy
@@ -710,6 +710,13 @@ def test_what_k_quants_cannot_store_whole_is_refused(
         return
     with pytest.raises(UserError, match=said):
         check_super_blocks(*how)
+
+
+def test_rows_of_experts_are_among_those_that_do_not_fit() -> None:
+    layers = LayerShape(4, 2, 512), LayerShape(4, 2, 0, experts=8, expert_neurons=320)
+    (said,) = torn_rows(Shape(1024, layers), head_dim=64)
+    assert "rows of 320 would" in said
+    assert torn_rows(Shape(1024, layers[:1]), head_dim=64) == []
 
 
 def test_multiples_of_one_s_own_stay_multiples() -> None:

@@ -284,7 +284,8 @@ def check_rows(shape: Shape, head_dim: int, type_name: str) -> None:
 
 def torn_rows(shape: Shape, head_dim: int) -> list[str]:
     """Return a line on rows that K-quants cannot store whole, none where there are no such rows."""
-    rows = {shape.hidden, *(n for x in shape.layers for n in (x.neurons, x.heads * head_dim))}
+    counts = ((x.neurons, x.expert_neurons, x.heads * head_dim) for x in shape.layers)
+    rows = {shape.hidden, *(count for layer in counts for count in layer)}
     odd = sorted(x for x in rows if x % SUPER_BLOCK)
     more = f" and {len(odd) - 6} more" * (len(odd) > 6)
     return [
