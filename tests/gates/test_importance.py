@@ -142,7 +142,7 @@ def test_wanda_is_weights_times_norms_of_inputs(tiny_model) -> None:
     close(ours, expected_losses({kind: by_rank(rows) for kind, rows in scores.items()}))
 
 
-def test_flap_is_standardised_variance_times_weights(tiny_model) -> None:
+def test_flap_is_standardised_variance_times_weights_squared_in_attention(tiny_model) -> None:
     model = tiny_model("llama")
     ours = METHODS["flap"].score(probe(model, INPUTS))
     scores: dict[str, list[Tensor]] = {kind: [] for kind in INPUTS}
@@ -150,7 +150,8 @@ def test_flap_is_standardised_variance_times_weights(tiny_model) -> None:
         for kind in INPUTS:
             linear = layer.mlp.down_proj if kind == "neurons" else layer.self_attn.o_proj
             x = inputs[kind == "neurons"]
-            metric = x.var(0, unbiased=False) * linear.weight.norm(dim=0) ** 2
+            metric = x.double().var(0, unbiased=False) * linear.weight.double().norm(dim=0) ** 2
+            metric = metric if kind == "neurons" else metric**2
             metric = (metric - metric.mean()) / metric.std()
             scores[kind] += [unit.mean() for unit in units_of(metric, kind)]
     close(ours, expected_losses({kind: torch.stack(x) for kind, x in scores.items()}))

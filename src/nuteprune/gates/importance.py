@@ -67,15 +67,19 @@ def wanda(probe: Probe) -> Scores:
 def flap(probe: Probe) -> Scores:
     """How much a unit's outputs fluctuate, standardised in each layer, ranked across the model.
 
-    S_j = Var(X_j) |W_:j|_2^2 for each input j of the output and down projections; z-scores of S
-    within the projection; the mean of them over a unit. Source: FLAP's WIFV metric and adaptive
-    structure, An et al. 2023 (arXiv 2312.11983). In place of its bias compensation there is the
-    re-fit that all methods share.
+    S_j = Var(X_j) |W_:j|_2^2 for each input j of the output and down projections, in attention the
+    square of that; z-scores of S within the projection; the mean of them over a unit. Source:
+    FLAP's WIFV metric and adaptive structure, An et al. 2023 (arXiv 2312.11983). The square is in
+    its public code alone (CASIA-LMC-Lab/FLAP); with it less of attention goes, which did better
+    (docs/log.md). In place of its bias compensation there is the re-fit that all methods share.
     """
     columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     for watched in _read_inputs(probe):
         norm_I = watched.weight_OI.float().square().sum(0).cpu()
         metric_I = watched.moments.variance * norm_I
+        metric_I /= metric_I.mean().clamp(min=1e-30)  # z-scores are the same; squares stay in range
+        if watched.units == "heads":
+            metric_I.square_()
         scaled_I = (metric_I - metric_I.mean()) / metric_I.std().clamp(min=1e-30)
         columns[watched.units].append(scaled_I)
     means = {kind: over_columns(probe.layout, kind, columns, mean=True) for kind in probe.kinds}
