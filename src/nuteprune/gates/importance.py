@@ -69,8 +69,8 @@ def flap(probe: Probe) -> Scores:
 
     S_j = Var(X_j) |W_:j|_2^2 for each input j of the output and down projections, in attention the
     square of that; z-scores of S within the projection; the mean of them over a unit. Source:
-    FLAP's WIFV metric and adaptive structure, An et al. 2023 (arXiv 2312.11983). The square is in
-    its public code alone (CASIA-LMC-Lab/FLAP); with it less of attention goes, which did better
+    FLAP's WIFV metric and adaptive structure, An et al. 2023 (arXiv 2312.11983), the square as in
+    its public code (CASIA-LMC-Lab/FLAP): less of attention goes then, which did better
     (docs/log.md). In place of its bias compensation there is the re-fit that all methods share.
     """
     columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
@@ -90,7 +90,8 @@ def taylor(probe: Probe) -> Scores:
     """First-order change of the loss: mean over sequences of |d loss / d mask|, ranked by kind.
 
     The gradient of a unit's mask at 1 is the sum of w d loss / d w over the unit's weights in the
-    output or down projection: LLM-Pruner's vector-wise importance without gradients of weights.
+    output or down projection: LLM-Pruner's vector-wise importance of that projection, but of each
+    sequence by itself, and without gradients of weights (docs/log.md has both side by side).
     Ranks run over all units of a kind in the model (its global option, the better one by far where
     tried), so that attention and MLPs lose the same share, but not each layer. As losses the values
     would mislead: gradients of many small units cancel, their sizes add up.
