@@ -47,6 +47,13 @@ def test_counts_between_measured_ones_are_interpolated() -> None:
     assert decode.total(cut) == pytest.approx(10 * (0.5 + (3 + 5) / 2 + 4 + 1.6))
 
 
+def test_fewer_neurons_never_cost_more_than_were_timed_of_more() -> None:
+    noisy = [{"neurons": n, "prefill": 1.0, "decode": s} for n, s in ((1, 4), (8, 9), (24, 6))]
+    seconds = seconds_of(table(mlp=noisy), CASE.budget, "decode")
+    found = [seconds.mlp(0, LayerShape(6, 2, n))[1] for n in (1, 8, 16, 24)]
+    assert found == pytest.approx([40, 60, 60, 60])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

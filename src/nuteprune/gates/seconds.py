@@ -65,8 +65,10 @@ class Seconds:
 
 
 def _at(points: Mapping[int, float], count: int) -> float:
+    """Return the seconds of a count: no more than a larger one took, which is noise of timing."""
     known = sorted(points)
-    return float(np.interp(count, known, [points[x] for x in known]))
+    least = np.minimum.accumulate([points[x] for x in reversed(known)])[::-1]
+    return float(np.interp(count, known, least))
 
 
 def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:

@@ -6,6 +6,7 @@ A model of a few layers is made that have the counts in turn, so that one pass v
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ from nuteprune.model.shape import LayerShape, Shape
 
 MOST_NEURONS, MOST_GROUPS = 12, 6
 """Counts that are measured of a kind; between them it is interpolated."""
+MULTIPLE = 64
+"""The counts are multiples of it, where there are so many."""
 
 BLOCKS, MODEL = ("attn_block", "mlp_block"), "model"
 """What is timed, beside the layers."""
@@ -51,8 +54,11 @@ def counts_timed(shape: Shape, heads: bool = True) -> tuple[list[LayerShape], li
 
 
 def _spaced(most: int, count: int) -> list[int]:
-    """Return about `count` numbers from 1 to `most`, in multiples where there is room for them."""
-    unit = max(1, most // 64 // 8 * 8)
+    """Return about `count` numbers from 1 to `most`, in multiples where there is room for them.
+
+    Multiples are powers of 2, as in models that are cut: other counts take longer than larger ones.
+    """
+    unit = min(MULTIPLE, 2 ** int(math.log2(max(1, most / count))))
     steps = (max(1, round(most * i / count / unit) * unit) for i in range(1, count))
     return sorted({1, *(min(x, most) for x in steps), most})
 
