@@ -28,22 +28,25 @@ SETTINGS = {
     "ramp_share": 0.5,
 }
 OPTIONS = ["--length", "16", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"]
-RUNS = {
-    "two targets": (["--sparsity", "0.2,0.4"], {}),
-    "stochastic gates": (["--sparsity", "0.4"], {"gate_type": "hard_concrete", "save_steps": 4}),
+RUNS: dict[str, dict[str, Any]] = {
+    "two targets": {},
+    "stochastic gates": {"gate_type": "hard_concrete", "save_steps": 4},
 }
+# At their published rate, stochastic gates move too little in 12 steps for a teacher on the way:
+# the first target leaves the only one.
+LEAST_TEACHERS = {"two targets": 3, "stochastic gates": 1}
 
 
 def command(inputs: tuple[Path, Path], out: Path, kind: str) -> list[str]:
     model, text = inputs
-    asked, changes = RUNS[kind]
-    settings = [f"--set={k}={v}" for k, v in {**SETTINGS, **changes}.items()]
+    settings = [f"--set={k}={v}" for k, v in {**SETTINGS, **RUNS[kind]}.items()]
     return [
         "prune",
         str(model),
         "--data",
         str(text),
-        *asked,
+        "--sparsity",
+        "0.2,0.4",
         *OPTIONS,
         *settings,
         "--out",
@@ -112,7 +115,7 @@ def test_a_killed_run_ends_as_if_never_interrupted(
     reference = server.run(command(tiny_inputs, whole, kind), tmp_path / "whole")
     assert reference.code == 0, reference.said
     expected = facts(whole)
-    assert len([x for x in expected if "teachers" in x]) >= 3
+    assert len([x for x in expected if "teachers" in x]) >= LEAST_TEACHERS[kind]
     args = command(tiny_inputs, out, kind)
     killed: Counter[str] = Counter()
     draw = random.Random(0)
