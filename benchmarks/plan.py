@@ -236,11 +236,11 @@ def planned(cell: Cell, model: str) -> dict[str, int]:
 
     config, dtype = config_of(model), getattr(torch, cell.dtype)
     values = read_config(model)
-    mapped = str(values.get("dtype") or values.get("torch_dtype")) == cell.dtype
+    stored = getattr(torch, str(values.get("dtype") or values.get("torch_dtype")))
     with tempfile.TemporaryDirectory() as out:
         run = Run.of(config, cell.arguments(out), cell.length, dtype)
         phases = run.phases()
-    return {name: round(peak) for name, peak in on_cpu(run, phases, mapped).items()}
+    return {name: round(peak) for name, peak in on_cpu(run, phases, stored).items()}
 
 
 def llama_1b(folder: Path) -> None:

@@ -117,15 +117,15 @@ def test_a_cpu_maps_weights_and_keeps_kernels(tmp_path: Path) -> None:
     planned = Run.of(config(), settings(tmp_path), 24, torch.bfloat16)
     needs = {"scoring": 3, "re-fit": 0, "step, fixed masks": 2, "finalize": 0, "saving": 0}
     phases = [Phase(name, Need(1e9, 0, sizes)) for name, sizes in needs.items()]
-    held = on_cpu(planned, phases, mapped=True)
+    held = on_cpu(planned, phases, torch.bfloat16)
     last = 2 * 5 * (64 * 64 + 64 * 192)  # output and down projections, in bfloat16
     assert held["scoring"] == 1e9 - planned.sizes.weights + 3 * KERNEL
     assert held["re-fit"] == held["scoring"] - last
     assert held["step, fixed masks"] == held["re-fit"] + 2 * KERNEL
     assert held["finalize"] == held["scoring"] + 2 * KERNEL
-    copied = on_cpu(planned, phases, mapped=False)
+    copied = on_cpu(planned, phases, torch.float32)
     assert copied["step, fixed masks"] == held["step, fixed masks"] + planned.sizes.weights
-    assert copied["saving"] == held["saving"]
+    assert copied["saving"] == held["saving"] + 2 * planned.small  # in float32
 
 
 PHASES = {

@@ -239,7 +239,7 @@ class Run:
         return [Phase("finalize", final), Phase("saving", saving, FORMULA)]
 
 
-def on_cpu(run: Run, phases: Sequence[Phase], mapped: bool) -> dict[str, float]:
+def on_cpu(run: Run, phases: Sequence[Phase], stored: torch.dtype) -> dict[str, float]:
     """Return the bytes that phases hold on a CPU and that no file stands behind, at most.
 
     Weights are mapped from files. Kernels are there beside what lives: those of all phases so far.
@@ -247,10 +247,10 @@ def on_cpu(run: Run, phases: Sequence[Phase], mapped: bool) -> dict[str, float]:
     Args:
         run: the run.
         phases: of it, in their order.
-        mapped: whether the run computes in the dtype that weights are stored in; else they are a
-            copy.
+        stored: dtype of the checkpoint. If the run computes in another, its weights are a copy, and
+            so is the result in the file's dtype.
     """
-    found, sizes = {}, 0.0
+    found, sizes, mapped = {}, 0.0, stored == run.dtype
     refitted = run.sizes.refitted if run.args.compensation else 0
     for phase in phases:
         sizes += phase.need.sizes
@@ -258,7 +258,7 @@ def on_cpu(run: Run, phases: Sequence[Phase], mapped: bool) -> dict[str, float]:
         if phase.name.startswith(("re-fit", "step")):
             files += refitted
         if phase.name == "saving":
-            files = run.small
+            files = run.small * (1 if mapped else 1 - stored.itemsize / run.dtype.itemsize)
         found[phase.name] = phase.need.peak - files + sizes * KERNEL
     return found
 
