@@ -336,7 +336,7 @@ def tiny_name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=each(x for x in TINY if x not in HYBRIDS))
+@pytest.fixture(params=each(x for x in TINY if x not in (*HYBRIDS, *MIXTURES)))
 def plain_name(request: pytest.FixtureRequest) -> str:
     """Those of them whose layers all are attention and an MLP."""
     return request.param
