@@ -185,7 +185,7 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     from nuteprune.gates import cutting, importance
     from nuteprune.jobs.sources import load_model, stored_dtype
     from nuteprune.judge.perplexity import perplexities
-    from nuteprune.train import pruning
+    from nuteprune.train import calibration, pruning
 
     watch = watching()
     dense = load_model(model, getattr(torch, cell.dtype))
@@ -198,7 +198,7 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     stored = stored_dtype(dense)
     trainer = NutePruneTrainer(dense, args, BlockDataset(tokens), stored_dtype=stored)
     del dense
-    watch.around(pruning, "score_on", lambda: "scoring")
+    watch.around(calibration, "score_on", lambda: "scoring")
     watch.around(importance, "copying_kept", lambda: "cutting units one by one")
     cutting.copying_losses = few_losses
     watch.around(pruning, "refit_on", lambda: "re-fit")
