@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 
 LIBRARIES = [
     *("torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "peft"),
@@ -35,6 +37,25 @@ def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     return context
+
+
+def workers() -> SimpleNamespace:
+    """Return a context for `judge.worker`: the server's, with this process's environment.
+
+    The server has that of the test that it was started by, and so have its forks.
+    """
+
+    def process(target: Any, args: tuple[Any, ...], daemon: bool) -> Any:
+        words = (dict(os.environ), target, args)
+        return server().Process(target=_within, args=words, daemon=daemon)
+
+    return SimpleNamespace(Pipe=server().Pipe, Process=process)
+
+
+def _within(environment: dict[str, str], target: Any, args: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*args)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family_file import to_text
-from tests.forked import server
+from tests.forked import workers
 from tests.undrawn import leave_blank
 
 Run = Callable[..., tuple[int, str, str]]
@@ -25,7 +25,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(autouse=True)
 def workers_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that `bench` times need no interpreters of their own: tests/judge starts one."""
-    contexts = SimpleNamespace(get_context=lambda _: server())
+    contexts = SimpleNamespace(get_context=lambda _: workers())
     monkeypatch.setattr("nuteprune.judge.worker.multiprocessing", contexts)
 
 

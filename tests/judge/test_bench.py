@@ -26,7 +26,7 @@ from nuteprune.judge.bench import (
 from nuteprune.judge.runners import TorchRunner
 from nuteprune.judge.worker import Worker
 from tests.conftest import cache_of
-from tests.forked import server
+from tests.forked import workers
 
 SETTING = Setting(batch_size=2, length=6, new_tokens=3)
 
@@ -194,7 +194,7 @@ def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_worker_hands_errors_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    forked = SimpleNamespace(get_context=lambda _: server())
+    forked = SimpleNamespace(get_context=lambda _: workers())
     monkeypatch.setattr("nuteprune.judge.worker.multiprocessing", forked)
     with pytest.raises(UserError, match="no such model"):
         Worker("tiny", refuse)
