@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import nuteprune
 from nuteprune.data import demo as assets
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.gguf import write_gguf
@@ -297,6 +298,24 @@ def test_sentencepiece_tokens(
     assert answer["texts"] == [
         sentencepiece_tokenizer(text, add_special_tokens=False).input_ids for text in texts
     ]
+
+
+@pytest.mark.network
+def test_tokens_of_a_smaller_vocabulary(start: Callable, tmp_path: Path) -> None:
+    """`nuteprune vocab` on the real model, then GGUF: spelled as the tokenizer beside it spells."""
+    small = tmp_path / "small"
+    nuteprune.vocab("demo", keep=8192, data="demo", out=small, quiet=True)
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    assert len(tokenizer) <= model.get_input_embeddings().weight.shape[0] < 8500
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", type_name="f16")
+    texts = [x[-1][:2000] for x in assets.documents().values()]
+    texts += [*PROBES, "def f(x):\n    return {x: 'äöü 漢字 🙂'}\n\n\t# 1,234.56 "]
+    prompt = tokenizer("The history of bread begins").input_ids
+    answer = start("llama-cpp", "llama_cpp_client.py").ask(
+        file=str(tmp_path / "m.gguf"), prompt=prompt, steps=1, texts=texts
+    )
+    assert answer["texts"] == [tokenizer(x, add_special_tokens=False).input_ids for x in texts]
 
 
 @pytest.mark.network
