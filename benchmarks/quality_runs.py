@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError
+from nuteprune.cli.app import quiet_libraries
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
@@ -316,6 +318,23 @@ def write_json(path: Path, data: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def results(
+    args: argparse.Namespace,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Return what a script finds, or what `--show` names; print its table, and write `--json`."""
+    quiet_libraries()
+    if args.show:
+        found: dict[str, Any] = json.loads(args.show.read_text(encoding="utf-8"))
+    else:
+        found = run(args)
+        if args.json:
+            write_json(args.json, found)
+    print(table(found))
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -23,11 +23,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from quality_runs import Bench, Cell, machine, write_json
+from quality_runs import Bench, Cell, machine, results, write_json
 from quality_text import Setting, files_of, times_dense
 from safetensors.torch import load_file, save_file
 
-from nuteprune.cli.app import quiet_libraries
 from nuteprune.console import Output
 from nuteprune.data.specs import DEMO
 from nuteprune.export.checkpoint import save
@@ -57,16 +56,7 @@ HALVINGS = 12
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is not there yet, print the table, and return the results."""
-    args = parser_of().parse_args(arguments)
-    quiet_libraries()
-    if args.show:
-        result: dict[str, Any] = json.loads(args.show.read_text(encoding="utf-8"))
-    else:
-        result = run(args)
-        if args.json:
-            write_json(args.json, result)
-    print(table(result))
-    return result
+    return results(parser_of().parse_args(arguments), run, table)
 
 
 def parser_of() -> argparse.ArgumentParser:

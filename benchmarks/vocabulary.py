@@ -12,7 +12,6 @@ beginnings of a few, each read after the token that ends a text.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -24,12 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.nn.functional as F
-from quality_runs import machine, write_json
+from quality_runs import machine, results
 from quality_text import domains_of, half
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune import vocab
-from nuteprune.cli.app import quiet_libraries
 from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import end_of
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
@@ -41,16 +39,7 @@ Domains = Mapping[str, Sequence[str]]
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print the table, and return the results."""
-    args = parser_of().parse_args(arguments)
-    quiet_libraries()
-    if args.show:
-        result: dict[str, Any] = json.loads(args.show.read_text(encoding="utf-8"))
-    else:
-        result = run(args)
-        if args.json:
-            write_json(args.json, result)
-    print(table(result))
-    return result
+    return results(parser_of().parse_args(arguments), run, table)
 
 
 def parser_of() -> argparse.ArgumentParser:

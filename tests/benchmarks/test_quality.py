@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import random
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,15 @@ from nuteprune.console import Output
 from nuteprune.data import demo as assets
 from nuteprune.judge.copying import copying
 from nuteprune.judge.perplexity import perplexities, perplexity
+from tests.scripts import FOLDER, script
 
 pytestmark = pytest.mark.slow
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = {"neuron_multiple": 4, "calibration_blocks": 8}
 
 
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-texts, runs, tables = map(load, ("quality_text", "quality_runs", "quality_tables"))
-plots, quality = map(load, ("quality_plots", "quality"))
+texts, runs, tables = map(script, ("quality_text", "quality_runs", "quality_tables"))
+plots, quality = map(script, ("quality_plots", "quality"))
 
 BASELINES = ("fisher", "random")
 PLAN = quality.Plan(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from tests.scripts import script
+
 COSTS: dict[str, Any] = {
     **{"schema": 1, "model_type": "llama", "hidden": 32, "head_dim": 8, "layers": 3},
     "new_tokens": 4,
@@ -24,17 +23,7 @@ COSTS: dict[str, Any] = {
 }
 
 
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-texts, runs, speedup = map(load, ("quality_text", "quality_runs", "speedup"))
+texts, runs, speedup = map(script, ("quality_text", "quality_runs", "speedup"))
 
 
 @pytest.fixture

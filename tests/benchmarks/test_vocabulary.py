@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nuteprune
+from tests.scripts import script
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_, _, vocabulary = map(load, ("quality_text", "quality_runs", "vocabulary"))
+_, _, vocabulary = map(script, ("quality_text", "quality_runs", "vocabulary"))
 
 
 def nats(model: Any, tokenizer: Any, text: str) -> float:

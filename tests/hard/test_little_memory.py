@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.scripts import script
+
 pytestmark = pytest.mark.hard
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_, little = map(load, ("plan", "little_memory"))
+_, little = map(script, ("plan", "little_memory"))
 
 
 def test_a_model_is_pruned_in_less_memory_than_its_weights_and_libraries_take(

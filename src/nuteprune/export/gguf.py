@@ -26,6 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf_archs import Arch
+from nuteprune.export.gguf_blocks import taps_of
 from nuteprune.export.gguf_fit import Source, check_rows, choose, mended, torn_rows
 from nuteprune.export.gguf_tensors import tensors
 from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
@@ -204,7 +205,8 @@ def _write_dimensions(
     ):
         add(values if by_layer else max(values))
     if arch.convolutions:
-        writer.add_shortconv_l_cache(config.conv_L_cache)
+        layer = next(i for i, x in enumerate(shape.layers) if x.mixer)
+        writer.add_shortconv_l_cache(taps_of(anatomy, layer).shape[1])
     _write_experts(writer, anatomy, arch, shape)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(_context(arch, source))

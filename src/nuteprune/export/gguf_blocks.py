@@ -41,9 +41,14 @@ def convolution(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
         linear = anatomy.linear(layer, projection)
         assert linear is not None
         yield name_of(tensor, layer), array_of(linear.weight)
+    yield name_of(MODEL_TENSOR.SHORTCONV_CONV, layer), taps_of(anatomy, layer)
+
+
+def taps_of(anatomy: Anatomy, layer: int) -> Array:
+    """Return the taps (D, L) of a layer's short convolution."""
     block = anatomy.layers[layer].get_submodule(anatomy.family.mixer_module)
     (taps,) = (x for x in block.children() if isinstance(x, nn.Conv1d))
-    yield name_of(MODEL_TENSOR.SHORTCONV_CONV, layer), array_of(taps.weight).squeeze(1)
+    return array_of(taps.weight).squeeze(1)
 
 
 def experts(

@@ -112,7 +112,7 @@ def _misfits(arch: Arch, source: Source) -> Iterator[str]:
     if kind not in arch.rope_types:
         known = ", ".join(sorted(arch.rope_types))
         yield f"rope_type {kind} is not among those that it is known to compute alike ({known})"
-    activation = getattr(config, family.activation, "silu")  # LFM2 has no other
+    activation = getattr(config, family.activation, "silu")  # unsaid, it is built in
     if activation not in arch.activations:
         yield f"its activation is {min(arch.activations)}, not {activation}"
     if extra := source.biased - arch.biases:

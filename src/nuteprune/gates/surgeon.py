@@ -155,7 +155,7 @@ def removals(weight_OI: Tensor, inverse_II: Tensor, count: int) -> Iterator[tupl
         # How each input that stays makes up for those that go.
         moved_RK = _inverse(inner_RR.double()).to(outer_RK) @ outer_RK
         weight_OI = weight_OI[:, k_K] - weight_OI[:, r_R] @ moved_RK
-        inverse_II = inverse_II[k_K[:, None], k_K].addmm_(outer_RK.T, moved_RK, alpha=-1)
+        inverse_II = inverse_II[k_K[:, None], k_K].sub_(outer_RK.T @ moved_RK)
         left_U = left_U[stay]
 
 

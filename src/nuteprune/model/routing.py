@@ -51,12 +51,15 @@ class RoutedMasks:
         mixture.router.forward = self._routed
         mixture.experts.forward = self._computed
 
-    def _routed(self, hidden: Tensor) -> Any:
-        mask = self._experts()
-        if mask is None:
-            return self._route(hidden)
+    def _live(self) -> Tensor | None:
+        """Return which experts can be chosen (E,), None if all can."""
+        if (mask := self._experts()) is None:
+            return None
         live_E = live_experts(mask, self._mixture.per_token)
-        if bool(live_E.all()):
+        return None if bool(live_E.all()) else live_E
+
+    def _routed(self, hidden: Tensor) -> Any:
+        if (live_E := self._live()) is None:
             return self._route(hidden)
         kept = live_E.nonzero().flatten()
         with rows_of(self._mixture.router, kept):
@@ -105,11 +108,7 @@ class WeighedMasks(RoutedMasks):
     """
 
     def _routed(self, hidden: Tensor) -> Any:
-        mask = self._experts()
-        if mask is None:
-            return self._route(hidden)
-        live_E = live_experts(mask, self._mixture.per_token)
-        if bool(live_E.all()):
+        if (live_E := self._live()) is None:
             return self._route(hidden)
         kept = live_E.nonzero().flatten()
         with rows_of(self._mixture.router, kept):
