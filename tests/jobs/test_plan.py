@@ -219,6 +219,21 @@ def test_a_run_with_a_ramp_is_planned_with_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(seconds=3)
+@pytest.mark.slow(seconds=10)
+def test_each_round_of_scoring_is_planned(tmp_path: Path) -> None:
+    def work(sparsity: float, **more: Any) -> dict[str, float]:
+        args = settings(tmp_path, target_sparsity=sparsity, **more)
+        run = Run.of(config(), args, 24, torch.float32)
+        return {phase.name: phase.need.flops for phase in run.before_steps()}
+
+    one, three, ramp = work(0.3), work(0.7), work(0.7, ramp_share=0.5)
+    for name in one:
+        repeated = name in ("scoring", "cutting units one by one", "re-fit")
+        assert three[name] == (3 if repeated else 1) * one[name], name
+        assert ramp[name] == one[name], name
+    assert "cutting units one by one" in one
+
+
 def test_settings_that_take_less_are_planned_as_if_asked_for(tmp_path: Path) -> None:
     less = {"gradient_checkpointing": True}
     plain = Run.of(config(), settings(tmp_path), 48, torch.float32)
