@@ -18,8 +18,9 @@ def run(job: dict) -> dict:
         type_k="f32",
         type_v="f32",
     )
-    # The binding asks for embeddings too, and hybrids would then give no logits.
-    model._lib.llama_set_embeddings(model._ctx, False)
+    # The binding asks for embeddings too. A hybrid then gives no logits; others die without.
+    if job.get("hybrid"):
+        model._lib.llama_set_embeddings(model._ctx, False)
     texts = [model.tokenize(text, add_special=False) for text in job.get("texts", ())]
     tokens, past, logits, made = job["prompt"], 0, None, []
     for _ in range(job["steps"]):
