@@ -80,14 +80,22 @@ def ready(environment: Environment) -> Path:
     folder = Path(chosen) if chosen else user_cache_path("nuteprune") / "clients"
     home = folder / environment.name
     python, unfinished = home / "bin" / "python", folder / f".{environment.name}.unfinished"
-    if python.exists() and not unfinished.exists():
-        return python
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
-    venv.create(home, clear=True, with_pip=True)
-    if environment.shares_ours:
+    fresh = not python.exists() or unfinished.exists()
+    if fresh:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        venv.create(home, clear=True, with_pip=True)
+    if environment.shares_ours:  # told each time: the checkout that made it may be gone
         at = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
         (home / at / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    if fresh:
+        install(environment, python)
+        unfinished.unlink()
+    return python
+
+
+def install(environment: Environment, python: Path) -> None:
+    """Install what an environment has."""
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     how = ["--only-binary", ":all:"]
     if environment.source_only:
@@ -97,8 +105,6 @@ def ready(environment: Environment) -> Path:
     subprocess.run([*pip, "install", *how, *environment.requirements], check=True)
     if environment.harmful:
         subprocess.run([*pip, "uninstall", "--yes", *environment.harmful], check=True)
-    unfinished.unlink()
-    return python
 
 
 @pytest.fixture(scope="session")
