@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, layer_relative, token_kl
 from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import lora_in_base_dtype
@@ -39,10 +40,7 @@ def small_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def adapted(model) -> PeftModel:
     model.requires_grad_(False)
-    targets = Anatomy(model).lora_targets()
-    made = get_peft_model(
-        model, LoraConfig(r=2, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
-    )
+    made = add_lora(Anatomy(model), r=2, lora_alpha=6)
     fill(made, seed=1)
     return made
 
@@ -157,7 +155,7 @@ def install(model: PeftModel, lora: Mapping[str, Tensor]) -> None:
     anatomy = Anatomy(model)
     for key, value in lora.items():
         layer, place, side = key.split(".")
-        module = anatomy.lora_layers(int(layer))[int(place)]
+        module = list(anatomy.lora_layers(int(layer)).values())[int(place)]
         getattr(module, f"lora_{side}")["default"].weight.data.copy_(value)
 
 
@@ -239,8 +237,7 @@ def test_where_queries_and_values_alone_have_lora_fixed_masks_change_no_gradient
     found = []
     for narrow in (True, False):
         model = tiny_model(tiny_name).requires_grad_(False)
-        targets = Anatomy(model).lora_targets(queries_and_values=True)
-        made = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        made = add_lora(Anatomy(model), queries_and_values=True, r=2)
         fill(made, seed=1)
         anatomy = Anatomy(made)
         coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)

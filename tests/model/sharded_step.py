@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -18,6 +17,7 @@ from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, layer_relative, token_kl
 from nuteprune.distill.teachers import Role
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.sharding import average_gradients, shard_base
@@ -26,8 +26,7 @@ folder, out, how, checkpointing = sys.argv[1:]
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 base = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
-settings = LoraConfig(r=2, lora_alpha=6, target_modules=Anatomy(base).lora_targets())
-model = get_peft_model(base, settings).train()
+model = add_lora(Anatomy(base), r=2, lora_alpha=6).train()
 if checkpointing == "1":
     base.gradient_checkpointing_enable()
 random = torch.Generator().manual_seed(1)

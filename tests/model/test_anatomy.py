@@ -3,10 +3,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from nuteprune.errors import UserError
+from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
@@ -21,8 +21,7 @@ QUERIES_AND_VALUES = {
 
 
 def adapted(model, queries_and_values: bool = False):
-    targets = Anatomy(model).lora_targets(queries_and_values)
-    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    return add_lora(Anatomy(model), queries_and_values, r=2)
 
 
 def test_dimensions_and_counts_are_the_models_own_with_and_without_lora(

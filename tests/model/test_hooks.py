@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from tests.families import DENSE_KINDS
@@ -120,8 +120,7 @@ def test_each_sequence_can_have_masks_of_its_own(tiny_model, tiny_name: str) -> 
 
 def test_masks_cover_the_lora_branch(tiny_model, tiny_name: str) -> None:
     model = tiny_model(tiny_name, tie_word_embeddings=False)
-    config = LoraConfig(r=2, target_modules=Anatomy(model).lora_targets(), task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config)
+    adapted = add_lora(Anatomy(model), r=2)
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from nuteprune.errors import UserError
+from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import LoraBank
 from nuteprune.shrink.finalize import merge_layer
@@ -19,11 +19,8 @@ TOKENS = torch.arange(3, 27).view(2, 12)
 
 
 def wrapped(model):
-    targets = Anatomy(model).lora_targets()
     torch.manual_seed(1)
-    return get_peft_model(
-        model.requires_grad_(False), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    )
+    return add_lora(Anatomy(model.requires_grad_(False)), r=2)
 
 
 def logits(model):

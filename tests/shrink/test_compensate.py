@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model import layerwise
+from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
@@ -115,19 +115,31 @@ def test_refit_lowers_the_distance_to_the_intact_model(tiny_model) -> None:
     assert (fitted - dense).norm() < (plain - dense).norm()
 
 
-# What differs in a re-fit: grouped queries, biases, blocks side by side, norms after the blocks.
+# What differs in a re-fit: grouped queries, biases, blocks side by side, norms after the blocks,
+# shared experts beside routed ones, and such that are weighed.
 WRITES = {
     "llama": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
     "granite": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
     "gpt_neox": ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
     "gemma2": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "glm4_moe": (
+        "model.layers.{}.self_attn.o_proj",
+        "model.layers.{}.mlp.shared_experts.down_proj",
+    ),
+    "qwen2_moe": (
+        "model.layers.{}.self_attn.o_proj",
+        "model.layers.{}.mlp.shared_expert.down_proj",
+    ),
 }
+ALL_WITH_EXPERTS = {"glm4_moe": {"first_k_dense_replace": 0}, "qwen2_moe": {"mlp_only_layers": []}}
 NORMS = ("input_layernorm", "post_attention_layernorm")
 READS = {
     "llama": [f"model.layers.{{}}.{norm}" for norm in NORMS],
     "granite": [f"model.layers.{{}}.{norm}" for norm in NORMS],
     "gpt_neox": [f"gpt_neox.layers.{{}}.{norm}" for norm in NORMS],
     "gemma2": [None, None],  # what blocks write goes through a norm
+    "glm4_moe": [f"model.layers.{{}}.{norm}" for norm in NORMS],
+    "qwen2_moe": ["model.layers.{}.input_layernorm", None],
 }
 """What blocks read the residual stream through, where what they write is added to it."""
 KIND_OF_HEADS = {"gpt_neox": "heads"}
@@ -151,7 +163,7 @@ def reads(model: nn.Module, path: str, tokens_NT: Tensor) -> Tensor:
     """Return what a module of a model reads, rows (M, I)."""
     read: list[Tensor] = []
     hook = model.get_submodule(path).register_forward_pre_hook(
-        lambda _, args: read.append(args[0].flatten(0, 1))
+        lambda _, args: read.append(args[0].reshape(-1, args[0].shape[-1]))
     )
     model(tokens_NT, use_cache=False)
     hook.remove()
@@ -220,14 +232,15 @@ REFITS = [
 def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) -> None:
     random = torch.Generator().manual_seed(5)
     tokens_NT = torch.randint(3, 90, (40, 24), generator=random)
-    intact = tiny_model(name).double().requires_grad_(False)
+    changes = ALL_WITH_EXPERTS.get(name, {})
+    intact = tiny_model(name, **changes).double().requires_grad_(False)
+    intact.set_experts_implementation("eager")  # which alone takes float64
     reference = deepcopy(intact)
     paths = [place.format(i) for i in range(3) for place in WRITES[name]]
     bases = {path: reference.get_submodule(path).weight.clone() for path in paths}
-    model: Any = tiny_model(name).requires_grad_(False)
+    model: Any = tiny_model(name, **changes).requires_grad_(False)
     if lora := how != "plain":
-        targets = Anatomy(model).lora_targets()
-        model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules=targets))
+        model = add_lora(Anatomy(model), r=32, lora_alpha=64)
         for path, module in model.get_base_model().named_modules():
             if hasattr(module, "lora_A"):
                 down, up = module.lora_A["default"].weight, module.lora_B["default"].weight

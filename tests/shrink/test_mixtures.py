@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,10 +19,13 @@ from nuteprune.gates.features import NarrowMasks
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.judge.bench import Setting
 from nuteprune.judge.block_times import cost_table
+from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
+from nuteprune.shrink.finalize import merge_layer
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.targets import Prices, run_targets
@@ -172,19 +176,12 @@ def test_each_sequence_can_have_masks_of_its_own(model_type: str, tiny_model) ->
 def test_the_student_computes_what_is_masked_with_checkpointing_or_without(
     model_type: str, tiny_model
 ) -> None:
-    """LoRA's gradients too; it is on attention alone."""
+    """LoRA's gradients too."""
     grads, outputs = [], []
     for checkpointing in (False, True):
         model = tiny_model(model_type).requires_grad_(False)
-        targets = Anatomy(model).lora_targets()
-        config = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-        torch.manual_seed(0)
-        adapted = get_peft_model(model, config).train()
+        adapted = with_random_lora(model).train()
         lora = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
-        assert lora
-        assert all(".self_attn." in n for n in lora)
-        for parameter in lora.values():
-            torch.nn.init.normal_(parameter, std=0.1)
         if checkpointing:
             adapted.enable_input_require_grads()
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -201,6 +198,61 @@ def test_the_student_computes_what_is_masked_with_checkpointing_or_without(
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
     assert max(float(x.abs().max()) for x in grads[0].values()) > 1e-3
+
+
+def with_random_lora(model: PreTrainedModel) -> PeftModel:
+    torch.manual_seed(0)
+    adapted = add_lora(Anatomy(model), r=2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return adapted
+
+
+@each_mixture
+def test_lora_is_on_all_that_is_no_stack(model_type: str, tiny_model) -> None:
+    """But on what mixers write by, and on the gate of one row that weighs a shared expert."""
+    model = tiny_model(model_type)
+    without = ("shared_expert_gate", "linear_attn.out_proj")
+    expected = {
+        name
+        for name, module in model.model.layers.named_modules()
+        if (isinstance(module, torch.nn.Linear) or "Router" in type(module).__name__)
+        and not name.endswith(without)
+    }
+    names = [n for n, p in add_lora(Anatomy(model), r=2).named_parameters() if p.requires_grad]
+    assert {n.partition("layers.")[2].partition(".lora_")[0] for n in names} == expected
+    assert all(".lora_" in n for n in names)
+
+
+@each_mixture
+def test_what_lora_learned_is_cut_with_its_experts(model_type: str, tiny_model) -> None:
+    """Rows of routers too; the teacher has nothing of it."""
+    model = tiny_model(model_type).requires_grad_(False)
+    stock = logits(model, TOKENS)
+    adapted = with_random_lora(model)
+    anatomy = Anatomy(adapted)
+    bank, hooks = LoraBank(anatomy), MaskHooks(anatomy)
+    with ExitStack() as stack:
+        for layer in range(3):
+            stack.enter_context(bank.as_dense(layer))
+        assert torch.equal(logits(anatomy.model, TOKENS), stock)
+    refusal = anatomy.family.refusal
+    kinds = ",".join(x for x in GATE_KINDS if not refusal(x) and "block" not in x)
+    masks, _ = soft_masks(make_allocator(anatomy, settings(kinds, "free")), 0.5)
+    with hooks.using(NarrowMasks(masks, anatomy.family)):
+        masked = logits(adapted, TOKENS)
+        first = next(i for i in range(3) if anatomy.mixture(i))
+        anatomy.lora_layers(first)[anatomy.family.experts.router].enable_adapters(False)
+        assert not torch.allclose(logits(adapted, TOKENS), masked, atol=0.01)
+    hooks.remove()
+    learned, base = bank.learned(bank.state()), Anatomy(adapted.unload())
+    for layer in range(3):
+        merge_layer(base, layer, learned, torch.float32)
+    assert not learned
+    small, shape = assemble(base, masks)
+    assert min(x.experts for x in shape.layers if x.experts) < 6
+    assert_same(logits(small, TOKENS), masked)
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,13 @@ class Anatomy:
 
     def linear(self, layer: int, projection: Projection) -> nn.Linear | None:
         """Return a layer's projection without the LoRA wrapper, None if it is gone."""
-        module = self.projection(layer, projection)
-        return module.get_base_layer() if isinstance(module, LoraLayer) else module  # type: ignore[return-value]
+        module = self.without_lora(layer, projection.path)
+        return module if hasattr(module, "in_features") else None
+
+    def without_lora(self, layer: int, path: str) -> Any:
+        """Return what is at a path of a layer without the LoRA wrapper, None if it is gone."""
+        module = _at(self.layers[layer], path)
+        return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
     def mixture(self, layer: int) -> Mixture | None:
         """Return a layer's routed experts, None if it has none."""
@@ -154,10 +159,10 @@ class Anatomy:
         """Return the factor on a layer's products of queries and keys."""
         return float(self.layers[layer].get_submodule(self.family.attention_module).scaling)  # type: ignore[arg-type]
 
-    def lora_layers(self, layer: int) -> list[LoraLayer]:
-        """Return the LoRA layers of a decoder layer, in the order of the family's projections."""
-        modules = (self.projection(layer, p) for p in self.family.projections)
-        return [m for m in modules if isinstance(m, LoraLayer)]
+    def lora_layers(self, layer: int) -> dict[str, LoraLayer]:
+        """Return a layer's LoRA layers by path: projections in the family's order, the router."""
+        modules = {path: _at(self.layers[layer], path) for path in self.family.adapted}
+        return {path: m for path, m in modules.items() if isinstance(m, LoraLayer)}
 
     @property
     def per_token(self) -> int:
@@ -228,31 +233,6 @@ class Anatomy:
             mixtures = map(self.mixture, range(len(self.layers)))
             found[projection.path] = any(m.bias(projection) is not None for m in mixtures if m)
         return found
-
-    def lora_targets(self, queries_and_values: bool = False) -> str:
-        """Return the regular expression by which PEFT finds the projections (or Q and V).
-
-        Those by which mixers write are left out: fused kernels read their weights past LoRA. So is
-        all of a mixture but attention: PEFT takes the names of its other MLPs for those of stacked
-        experts, on which it would put LoRA.
-        """
-        prefix = self.family.layers.replace(".", r"\.")
-        chosen = tuple(p for p in self.family.projections if p not in self.family.mixer[-1:])
-        if self.family.experts is not None:
-            chosen = self.family.attention
-        if queries_and_values:
-            chosen = tuple(p for p in self.family.attention if p.serves_queries_or_values)
-        found = filter(None, map(self._everywhere, chosen))
-        return rf"(.*\.)?{prefix}\.({'|'.join(found)})"
-
-    def _everywhere(self, projection: Projection) -> str:
-        """Return the regular expression of a projection in the layers that have it, "" if none."""
-        there = [i for i in range(len(self.layers)) if self.projection(i, projection) is not None]
-        if not there:
-            return ""
-        every = len(there) == len(self.layers)
-        layers = r"\d+" if every else f"({'|'.join(map(str, there))})"
-        return layers + r"\." + projection.path.replace(".", r"\.")
 
     def cached_tokens(self, context: int) -> tuple[int, ...]:
         """Return how many tokens of a context each layer's attention keeps keys and values of."""

@@ -203,6 +203,12 @@ class Family:
         return self.attention + self.mixer + self.mlp + self.mlp_of(mixture=True)
 
     @property
+    def adapted(self) -> tuple[str, ...]:
+        """Paths of what LoRA may be on in a decoder layer."""
+        routers = (self.experts.router,) if self.experts else ()
+        return (*(p.path for p in self.projections), *routers)
+
+    @property
     def uncut(self) -> tuple[Projection, ...]:
         """Projections of which one side at least is what no gate cuts."""
         sides = ((p, {p.columns, *p.rows}) for p in self.attention + self.mixer)

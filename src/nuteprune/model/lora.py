@@ -49,18 +49,15 @@ class LoraBank:
 
     def __init__(self, anatomy: Anatomy, folder: Path | None = None) -> None:
         self._anatomy, self.folder = anatomy, folder
-        self._layers: list[list[tuple[str, LoraLayer]]] = [
-            [(f"{i}.{j}", module) for j, module in enumerate(anatomy.lora_layers(i))]
-            for i in range(len(anatomy.layers))
-        ]
         # Looked up once, since adapters that are taken off are found no more.
-        self._places = {
-            (i, projection.path): (name, module)
-            for i, layer in enumerate(self._layers)
-            for name, module in layer
-            for projection in anatomy.family.projections
-            if anatomy.projection(i, projection) is module
+        self._places: dict[tuple[int, str], tuple[str, LoraLayer]] = {
+            (i, path): (f"{i}.{j}", module)
+            for i in range(len(anatomy.layers))
+            for j, (path, module) in enumerate(anatomy.lora_layers(i).items())
         }
+        self._layers: list[list[tuple[str, LoraLayer]]] = [[] for _ in anatomy.layers]
+        for (i, _), found in self._places.items():
+            self._layers[i].append(found)
         self._dense: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
@@ -209,6 +206,21 @@ class LoraBank:
         finally:
             for (linear, _), weight in zip(sides, own, strict=True):
                 linear._parameters["weight"] = weight
+
+
+def delta_of(module: LoraLayer) -> Tensor:
+    """Return what LoRA adds to a weight (O, I), in LoRA's dtype.
+
+    PEFT's own `get_delta_weight` rounds it to the weight's where it wraps a bare parameter.
+    """
+    in_RI, out_OR = (cast(Tensor, x[ADAPTER].weight) for x in (module.lora_A, module.lora_B))
+    delta_OI: Tensor = (out_OR @ in_RI) * module.scaling[ADAPTER]
+    return delta_OI
+
+
+def without_lora(module: nn.Module) -> nn.Module:
+    """Return what is inside of a LoRA wrapper, or the module itself."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _base(module: LoraLayer) -> nn.Linear:

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from nuteprune.model.lora import delta_of, without_lora
 from nuteprune.model.mixture import Mixture
 
 Mask = Callable[[], Tensor | None]
@@ -47,6 +49,7 @@ class RoutedMasks:
     def __init__(self, mixture: Mixture, experts: Mask, neurons: Mask) -> None:
         self._mixture, self._experts, self._neurons = mixture, experts, neurons
         self._route, self._compute = mixture.router.forward, mixture.experts.forward
+        self._route_alone = without_lora(mixture.router).forward
         self._before = [vars(x).get("forward") for x in (mixture.router, mixture.experts)]
         mixture.router.forward = self._routed
         mixture.experts.forward = self._computed
@@ -63,7 +66,7 @@ class RoutedMasks:
             return self._route(hidden)
         kept = live_E.nonzero().flatten()
         with rows_of(self._mixture.router, kept):
-            logits, *rest, index_SK = self._route(hidden)
+            logits, *rest, index_SK = self._route_alone(hidden)
         # As wide as ever, for those who record what a router gives.
         whole_SE = logits.new_full((*logits.shape[:-1], len(live_E)), -torch.inf)
         return (whole_SE.index_copy(-1, kept, logits), *rest, kept[index_SK])
@@ -112,7 +115,7 @@ class WeighedMasks(RoutedMasks):
             return self._route(hidden)
         kept = live_E.nonzero().flatten()
         with rows_of(self._mixture.router, kept):
-            scores, logits = self._route(hidden)
+            scores, logits = self._route_alone(hidden)
         wide = (*scores.shape[:-1], len(live_E))
         return (
             scores.new_zeros(wide).index_copy(-1, kept, scores),
@@ -165,17 +168,22 @@ def _sequence_of_tokens(mask: Tensor, index_SK: Tensor) -> Tensor:
 
 @contextmanager
 def rows_of(router: nn.Module, kept: Tensor) -> Iterator[None]:
-    """Within this context, a router has the rows of some experts alone."""
-    whole: int = router.num_experts  # type: ignore[assignment]
-    held = [(own, dict(own)) for own in (router._parameters, router._buffers)]
+    """Within this context, a router has the rows of some experts alone, and LoRA's in its own."""
+    plain, added = without_lora(router), {}
+    if isinstance(router, LoraLayer) and not router.disable_adapters:
+        added["weight"] = delta_of(router)
+    whole: int = plain.num_experts  # type: ignore[assignment]
+    held = [(own, dict(own)) for own in (plain._parameters, plain._buffers)]
     for own, before in held:
         for name, tensor in before.items():
             if tensor is not None and len(tensor) == whole:
+                if name in added:
+                    tensor = tensor + added[name].to(tensor)
                 own[name] = tensor.index_select(0, kept)  # type: ignore[assignment]
-    router.num_experts = len(kept)  # type: ignore[assignment]
+    plain.num_experts = len(kept)  # type: ignore[assignment]
     try:
         yield
     finally:
-        router.num_experts = whole  # type: ignore[assignment]
+        plain.num_experts = whole  # type: ignore[assignment]
         for own, before in held:
             own.update(before)  # type: ignore[arg-type]

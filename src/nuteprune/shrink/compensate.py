@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
@@ -86,7 +85,6 @@ def refit(
     family = anatomy.family
     text, intact = (Layerwise(anatomy, hooks, x, batches) for x in (masks, None))
     layers = range(len(anatomy.layers))
-    adapted = any(map(anatomy.lora_layers, layers))
     for i in layers:
         norms = _norms_before(anatomy, i)
         with dense(i):
@@ -98,8 +96,6 @@ def refit(
             module = anatomy.projection(i, projection)
             if module is None or mask is None or bool((mask > 0).all()):
                 continue
-            if adapted and not isinstance(module, LoraLayer):
-                continue  # in a mixture: see `Anatomy.lora_targets`
             norm, theirs = norms.get(block), read.get(block, ())
             covariance_II, missing_OI = text.covariance(i, projection, norm, theirs)
             weight_OI = _effective_weight(module)
@@ -118,10 +114,11 @@ def refit(
 
 def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
     """Return block -> norm of what it reads, where what it writes is added to that as it is."""
-    found = {}
+    found, mixture = {}, anatomy.mixture(layer)
     for block in BLOCKS:
         norm = anatomy.pre_norm(layer, block)
-        if norm is not None and anatomy.post_norm(layer, block) is None:
+        weighed = mixture is not None and block == "mlp_block" and mixture.entry.shared_gate
+        if norm is not None and anatomy.post_norm(layer, block) is None and not weighed:
             found[block] = norm
     return found
 

@@ -10,7 +10,7 @@ stacked experts: E experts, R rows, C columns.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.lora import Learned, Part
+from nuteprune.model.lora import Learned, Part, delta_of
 from nuteprune.model.mixture import Mixture
 
 
@@ -37,10 +37,7 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             weight = cast(nn.Linear, module.get_base_layer()).weight
-            delta_OI = sum(
-                cast(Any, module).get_delta_weight(name).float() for name in module.lora_A
-            )
-            put(weight, weight.float() + delta_OI)
+            put(weight, weight.float() + delta_of(module).float())
     return cast(PreTrainedModel, model.unload())
 
 
@@ -59,14 +56,14 @@ def merge_layer(anatomy: Anatomy, layer: int, learned: Learned, computed: torch.
         learned: what the run learned; the layer's parts are taken out.
         computed: the dtype that the run computed in.
     """
-    for projection in anatomy.family.projections:
-        part = learned.pop((layer, projection.path), None)
-        linear = anatomy.linear(layer, projection)
-        if part is not None and linear is not None:
-            put(linear.weight, _replaced(linear.weight, part, computed))
-            sides = (x.to(linear.weight.device) for x in (part.out_OR, part.in_RI))
+    for path in anatomy.family.adapted:
+        part = learned.pop((layer, path), None)
+        module = anatomy.without_lora(layer, path)
+        if part is not None and module is not None:
+            put(module.weight, _replaced(module.weight, part, computed))
+            sides = (x.to(module.weight.device) for x in (part.out_OR, part.in_RI))
             out_OR, in_RI = sides
-            put(linear.weight, linear.weight.float() + ((out_OR @ in_RI) * part.scale).float())
+            put(module.weight, module.weight.float() + ((out_OR @ in_RI) * part.scale).float())
 
 
 def _replaced(weight_OI: Tensor, part: Part, computed: torch.dtype) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
@@ -16,7 +15,7 @@ from nuteprune.run_folder import STATE
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.settings import WHAT, declared
-from nuteprune.train.setup import lora_config, make_allocator
+from nuteprune.train.setup import make_allocator, with_lora
 from nuteprune.train.state import RunState
 
 
@@ -56,7 +55,7 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
     args, state = run_config(checkpoint), RunState.load(checkpoint)
     dense = Anatomy(model)
     allocator = make_allocator(dense, args) if isinstance(args, NutePruneConfig) else None
-    anatomy = Anatomy(get_peft_model(model, lora_config(dense, args)))
+    anatomy = Anatomy(with_lora(dense, args))
     try:
         LoraBank(anatomy).load(state.lora)
     except UserError as error:

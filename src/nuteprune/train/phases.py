@@ -80,12 +80,12 @@ class Sizes:
         layers = [sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers]
         last, adapters = 0, 0
         for i in range(len(layers)):
-            for projection in anatomy.family.projections:
-                linear = anatomy.linear(i, projection)
-                if linear is not None:
-                    adapters += args.lora_rank * (linear.in_features + linear.out_features)
-                    ends = (anatomy.family.attention[-1], anatomy.down(i))
-                    last += linear.weight.numel() * (projection in ends)
+            ends = (anatomy.family.attention[-1].path, anatomy.down(i).path)
+            for path in anatomy.family.adapted:
+                module = anatomy.without_lora(i, path)
+                if module is not None:
+                    adapters += args.lora_rank * sum(module.weight.shape)
+                    last += module.weight.numel() * (path in ends)
         total = anatomy.parameters()
         return cls(
             weights=total * each,
@@ -110,6 +110,8 @@ class Run:
         sizes: of the model's parts.
         allocator: which shapes it can be cut to.
         targets: the sparsities that it is to reach, growing.
+        of_a_token: `active_before` and `active_after` at each target; empty where there are no
+            experts.
     """
 
     config: PreTrainedConfig
@@ -119,6 +121,7 @@ class Run:
     sizes: Sizes
     allocator: Allocator
     targets: tuple[float, ...]
+    of_a_token: tuple[dict[str, int], ...]
 
     @classmethod
     def of(
@@ -133,8 +136,11 @@ class Run:
             anatomy = Anatomy(model_of(config, dtype))
         allocator = make_allocator(anatomy, args)
         sizes, prices = Sizes.of(anatomy, args, length), Prices.of(anatomy, dtype, args)
-        targets = tuple(x.sparsity for x in run_targets(allocator, args, prices))
-        return cls(config, args, length, dtype, sizes, allocator, targets)
+        goals, scores = run_targets(allocator, args, prices), allocator.chance_scores()
+        targets = tuple(x.sparsity for x in goals)
+        each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
+        found = tuple(x for x in each if x)
+        return cls(config, args, length, dtype, sizes, allocator, targets, found)
 
     @property
     def schedule(self) -> Schedule:

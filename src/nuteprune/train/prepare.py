@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import set_seed
 
@@ -29,9 +29,9 @@ from nuteprune.train.checks import check_checkpointing, check_shards, check_whol
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import (
     check_stock,
-    lora_config,
     make_allocator,
     make_gates,
+    with_lora,
 )
 from nuteprune.train.targets import Prices, Target, run_targets
 
@@ -144,7 +144,7 @@ def prepare(
     model.requires_grad_(False)
     silence_dropout(model)
     set_seed(args.seed)  # LoRA starts from random values
-    peft_model = cast(PeftModel, get_peft_model(model, lora_config(dense, args)))
+    peft_model = with_lora(dense, args)
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
     objective = TEXT if args.teachers == "none" else OBJECTIVES[args.objective]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_whole
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.run_settings import run_settings
-from nuteprune.train.setup import lora_config
+from nuteprune.train.setup import with_lora
 from nuteprune.train.state import RunState
 
 
@@ -63,7 +63,7 @@ class RecoverTrainer(AtomicTrainer):
         self._job = dict(job or {"model": model.config._name_or_path})
         model.requires_grad_(False)
         set_seed(args.seed)  # LoRA starts from random values
-        wrapped = get_peft_model(model, lora_config(Anatomy(model), args))
+        wrapped = with_lora(Anatomy(model), args)
         self.anatomy = Anatomy(wrapped)
         self.bank = LoraBank(self.anatomy)
         super().__init__(

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import filterfalse
 from typing import Any
 
-from peft import LoraConfig
+from peft import PeftModel
 from torch import Tensor
 
 from nuteprune.errors import UserError
@@ -21,6 +21,7 @@ from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import check_kinds
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
+from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape, kinds_of_cut
@@ -168,15 +169,11 @@ def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePru
     return GATE_TYPES[args.gate_type].make(allocator, scores)
 
 
-def lora_config(anatomy: Anatomy, args: NutePruneConfig | RecoverConfig) -> LoraConfig:
-    """Return PEFT's settings: adapters on all projections, or on those that make Q and V."""
-    if isinstance(args, NutePruneConfig):
-        more: dict[str, Any] = {"target_modules": anatomy.lora_targets(args.lora_targets == "qv")}
-    else:
-        more = {"target_modules": anatomy.lora_targets(), "lora_dropout": args.lora_dropout}
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_scale_alpha,
-        task_type="CAUSAL_LM",
-        **more,
+def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftModel:
+    """Wrap a model with a run's LoRA: on all projections, or on those that make Q and V."""
+    more: dict[str, Any] = (
+        {"queries_and_values": args.lora_targets == "qv"}
+        if isinstance(args, NutePruneConfig)
+        else {"lora_dropout": args.lora_dropout}
     )
+    return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_scale_alpha, **more)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -226,8 +225,7 @@ class Simulation:
                 (anatomy.down(i), self._masks.mlp_input(i)),
             ):
                 linear = anatomy.linear(i, last)
-                adapted = isinstance(anatomy.projection(i, last), LoraLayer)
-                if linear is None or mask is None or not adapted:
+                if linear is None or mask is None:
                     continue
                 if not bool((mask > 0).all()):
                     bank.set_weight(i, last, torch.empty_like(linear.weight))
