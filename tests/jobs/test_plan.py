@@ -208,6 +208,29 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert again["weights_bytes"] == plan["weights_bytes"] / 2  # bfloat16 where nothing is said
 
 
+def test_a_mixture_is_planned_with_what_a_token_goes_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Run, "phases", lambda _: [Phase("any", Need(1, 1))]
+    )  # the others tell of them
+    mixture = TINY | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 8,
+    }
+    model = written(tmp_path / "model", mixture)
+    given = {"target_sparsity": None, "shape": {"experts": 4}, "shapes": "uniform"}
+    plan = run(job(model, **given), Asked(rate=1e9), Output(quiet=True))
+    expert, row, layers = 3 * 64 * 32, 64, 5
+    assert plan["targets"] == [pytest.approx(4 * expert / (8 * expert + 2 * 64 * 64 + 2 * 32 * 64))]
+    gone = layers * (4 * (expert + row) + 2 * expert)  # two stay and are idle
+    assert plan["active_parameters"] == [plan["parameters"] - gone]
+
+
 @pytest.mark.slow(seconds=5)
 def test_a_run_with_a_ramp_is_planned_with_one(tmp_path: Path) -> None:
     model = written(tmp_path / "model", TINY)

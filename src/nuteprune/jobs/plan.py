@@ -96,13 +96,14 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         variants = (
             list(variants_of(planned, phases, (asked.devices,))) if asked.memory is not None else []
         )
-    rate = asked.rate or measured_rate(dtype)
+    rate, of_a_token = asked.rate or measured_rate(dtype), planned.of_a_token
     fits = next((v for v in variants if v.peak <= SPARE * (asked.memory or 0)), None)
-    result = {
+    result: dict[str, Any] = {
         "model": job.model,
         "parameters": sizes.weights // dtype.itemsize,
         "dtype": _name(dtype),
         "targets": list(planned.targets),
+        **({"active_parameters": [x["active_after"] for x in of_a_token]} if of_a_token else {}),
         "weights_bytes": sizes.weights,
         "phases": [_entry(phase, rate) for phase in phases],
         "peak_bytes": max(phase.need.peak for phase in phases),
@@ -253,6 +254,9 @@ def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:
         f"{args.gradient_accumulation_steps} x {planned.length} tokens to "
         f"{', '.join(f'{x:.0%}' for x in planned.targets)}; LoRA rank {args.lora_rank}"
     )
+    if active := planned.of_a_token:
+        after = ", ".join(millions(x["active_after"]) for x in active)
+        output.line(f"Active  {millions(active[0]['active_before'])} per token, then {after}")
     rows = [
         [
             x["phase"],
