@@ -59,6 +59,18 @@ CONFIGS["qwen3_5_moe"] = CONFIGS["qwen3_5"] | {
     | EXPERTS
     | {"shared_expert_intermediate_size": 16}
 }
+CONFIGS["llama4"] = {
+    "text_config": TEXT
+    | {"moe_layers": [0, 2], "num_local_experts": 6, "intermediate_size_mlp": 48}
+    | {"intermediate_size": 24, "attention_chunk_size": 16},
+    "vision_config": TOWER
+    | SIGHT
+    | {"intermediate_size": 64, "projector_input_dim": 24, "projector_output_dim": 24}
+    | {"vision_output_dim": 24},
+    "image_token_index": IMAGE,
+    "boi_token_index": 291,
+    "eoi_token_index": 292,
+}
 
 
 def wrapper(name: str) -> PreTrainedModel:

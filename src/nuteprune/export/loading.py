@@ -208,7 +208,7 @@ def _load(
 def _is_projection(name: str, model_type: str) -> bool:
     """Return whether a tensor is of a decoder projection of a supported family."""
     family = FAMILIES.get(model_type)
-    if family is None or f"{family.layers}." not in name:
+    if family is None or not name.startswith(f"{family.layers}."):
         return False
     stacks = family.experts.files if family.experts else ()
     own = (f".{p.path}.{kind}" for p in family.projections for kind in ("weight", "bias"))

@@ -17,7 +17,7 @@ from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import FREE_SHAPE_KEYS, PREFIX
 from nuteprune.model.lookup import family_named
-from nuteprune.model.wrappers import INSIDE, Wrapper, own_name, wrapper_name, wrapper_of
+from nuteprune.model.wrappers import Wrapper, own_name, wrapper_of
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -79,7 +79,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     values |= {"model_type": wrapper.model_type, "architectures": [wrapper.conditional]}
     if "pruned" not in given:
         return stock.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
-    path = INSIDE + given["pruned"]["layers"].partition(".")[2]
+    path = wrapper.inside + given["pruned"]["layers"].partition(".")[2]
     inner["pruned"] = {
         **given["pruned"],
         "layers": path,
@@ -124,10 +124,11 @@ class Around:
         config = wrapped_config(whole.config, small.config)
         with torch.device("meta"):
             model: Any = _class_of(config)(config)
-        inside = {wrapper_name(k): x for k, x in small.state_dict().items()}
+        inside = {self.wrapper.name_of(k): x for k, x in small.state_dict().items()}
         given: dict[str, Tensor] = {**outside, **inside}
         missing, unexpected = model.load_state_dict(given, strict=False, assign=True)
-        if wrong := [*unexpected, *(x for x in missing if x != "lm_head.weight")]:
+        head = f"{self.wrapper.head}weight"  # missing where it is the embedding
+        if wrong := [*unexpected, *(x for x in missing if x != head)]:
             raise UserError(f"{self.source} does not go around its language model: {min(wrong)}")
         model.tie_weights()
         model.generation_config = whole.generation_config

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-INSIDE = "model.language_model."
-"""Where the language model's base is in a wrapper, whose head is beside it."""
-_FILES = (("language_model.model.", "model."), (INSIDE, "model."))
+_FILES = (("language_model.model.", "model."), ("model.language_model.", "model."))
 """What tensors of a language model begin with in a wrapper's files -> in its own."""
 _HEADS = (("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head."))
 KEY_MAPPING = {f"^{theirs}".replace(".", r"\."): own for theirs, own in (*_FILES, _HEADS[0])}
@@ -24,10 +22,21 @@ class Wrapper:
     Args:
         model_type: the config's.
         conditional: the class of its checkpoints.
+        inside: what the names of the language model's base begin with in that class.
+        head: the same of its head.
     """
 
     model_type: str
     conditional: str
+    inside: str = "model.language_model."
+    head: str = "lm_head."
+
+    def name_of(self, name: str) -> str:
+        """Return what a language model's tensor is called in the wrapper."""
+        for own, theirs in (("model.", self.inside), ("lm_head.", self.head)):
+            if name.startswith(own):
+                return theirs + name.removeprefix(own)
+        return name
 
 
 WRAPPERS = {
@@ -37,6 +46,12 @@ WRAPPERS = {
         Wrapper("qwen3_5", "Qwen3_5ForConditionalGeneration"),
         Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
         Wrapper("mistral3", "Mistral3ForConditionalGeneration"),
+        Wrapper(
+            "llama4",
+            "Llama4ForConditionalGeneration",
+            inside="language_model.model.",
+            head="language_model.lm_head.",
+        ),
     )
 }
 
@@ -52,11 +67,6 @@ def own_name(name: str) -> str | None:
         if name.startswith(theirs):
             return own + name.removeprefix(theirs)
     return None
-
-
-def wrapper_name(name: str) -> str:
-    """Return what a language model's tensor is called in a wrapper."""
-    return INSIDE + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def of_language_model(tensors: Mapping[str, T]) -> dict[str, T]:
