@@ -25,7 +25,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.shrink.finalize import merge_layer
+from nuteprune.shrink.finalize import merge_layer, merge_lora
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.targets import Prices, run_targets
@@ -220,7 +220,8 @@ def test_lora_is_on_all_that_is_no_stack(model_type: str, tiny_model) -> None:
         if (isinstance(module, torch.nn.Linear) or "Router" in type(module).__name__)
         and not name.endswith(without)
     }
-    names = [n for n, p in add_lora(Anatomy(model), r=2).named_parameters() if p.requires_grad]
+    adapted = add_lora(Anatomy(model), r=2, lora_dropout=0.5)
+    names = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert {n.partition("layers.")[2].partition(".lora_")[0] for n in names} == expected
     assert all(".lora_" in n for n in names)
 
@@ -253,6 +254,16 @@ def test_what_lora_learned_is_cut_with_its_experts(model_type: str, tiny_model) 
     small, shape = assemble(base, masks)
     assert min(x.experts for x in shape.layers if x.experts) < 6
     assert_same(logits(small, TOKENS), masked)
+
+
+def test_what_recovery_learned_is_merged_into_routers_too(tiny_model) -> None:
+    adapted = with_random_lora(tiny_model("qwen2_moe").requires_grad_(False))
+    learned, stock = logits(adapted, TOKENS), tiny_model("qwen2_moe")
+    merged = merge_lora(adapted)
+    assert_same(logits(merged, TOKENS), learned)
+    routers = [x for x, _ in stock.named_parameters() if x.endswith("mlp.gate.weight")]
+    assert routers
+    assert not any(torch.equal(merged.get_parameter(x), stock.get_parameter(x)) for x in routers)
 
 
 @pytest.mark.parametrize(
