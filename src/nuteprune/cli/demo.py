@@ -24,7 +24,10 @@ def demo(
     as_json: o.Json = False,
     **given: Any,
 ) -> None:
-    """Prune SmolLM2-135M-Instruct on real text; no arguments needed."""
+    """Prune SmolLM2-135M-Instruct on real text; no arguments needed.
+
+    Without --out the result is in ./nuteprune-demo, or -2, -3, ... where that is taken.
+    """
     output = Output(as_json)
     fetch(output)
     folder = out or (begun_folder if given["resume"] else free_folder)(FOLDER)

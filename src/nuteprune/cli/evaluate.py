@@ -63,7 +63,7 @@ def evaluate(
     ] = COPYING_SEED,
     base: Annotated[
         str | None,
-        typer.Option(help="Where the model is now that OUT/run/checkpoint-N prunes."),
+        typer.Option(help="Where the dense model of OUT/run/checkpoint-N is, if it was moved."),
     ] = None,
     family: o.Family = None,
     trust_remote_code: o.TrustRemoteCode = False,

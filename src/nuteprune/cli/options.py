@@ -33,7 +33,8 @@ TrustRemoteCode = Annotated[bool, _option("trust_remote_code")]
 Family = Annotated[str | None, typer.Option("--family", help=_PRUNE["family"].metadata["help"])]
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="One setting, key=value (docs/recipes.md lists them); repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
 

@@ -20,7 +20,10 @@ def prune(
     as_json: o.Json = False,
     **given: Any,
 ) -> None:
-    """Make MODEL smaller by SPARSITY, guided by text from DATA."""
+    """Make MODEL smaller by SPARSITY, guided by text from DATA.
+
+    --dry-run says first which shapes can be had, and what time and memory the run would take.
+    """
     output = Output(as_json)
     asked = {"model": model, "out": out, **given}
     job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())

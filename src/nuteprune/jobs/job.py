@@ -70,9 +70,9 @@ class Job:
         256, "Tokens per sequence (default 256).", bounds=(2, 1e7), option="--length"
     )
     eval_blocks: int = setting(24, "Held-out blocks per source.", bounds=(1, 1e6), role=HOW)
-    device: str = setting("auto", "auto, cpu or cuda.", option="--device", role=HOW)
+    device: str = setting("auto", "auto (default), cpu or cuda.", option="--device", role=HOW)
     dtype: str = setting(
-        "auto", f"What is computed in: auto, {', '.join(DTYPES)}.", option="--dtype"
+        "auto", f"What is computed in: auto (default), {', '.join(DTYPES)}.", option="--dtype"
     )
     resume: bool = setting(
         False, "Go on from the last checkpoint in --out.", option="--resume", flag=True, role=CALL
@@ -115,7 +115,8 @@ class PruneJob(Job):
 
     shares: list[float] | str | None = setting(
         None,
-        "Share of the tokens that each --data has, comma separated, such as 0.7,0.3.",
+        "Share of the tokens that each --data has, comma separated, such as 0.7,0.3. With one "
+        "--data, 1 leaves out text that the model writes.",
         option="--shares",
     )
     family: str | None = setting(
@@ -132,7 +133,7 @@ class PruneJob(Job):
     )
     text_only: bool | None = setting(
         None,
-        "Of a model of several modalities, write the pruned language model alone, without towers.",
+        "Of a model of several modalities, write the pruned language model alone.",
         option="--text-only",
         flag=True,
     )
@@ -218,7 +219,9 @@ class RecoverJob(Job):
         choices=TEMPLATES,
         option="--template",
     )
-    seed: int = setting(42, "Seed of everything random.", bounds=(0, 2**31 - 1), option="--seed")
+    seed: int = setting(
+        42, "Seed of everything random (42).", bounds=(0, 2**31 - 1), option="--seed"
+    )
     report_to: str = setting(
         "none",
         "Trackers that follow the run: tensorboard, wandb, trackio; comma separated.",

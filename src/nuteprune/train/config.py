@@ -102,19 +102,19 @@ class NutePruneConfig(TrainingArguments):
 
     target_sparsity: float | list[float] | str = setting(
         0.2,
-        "Share of the decoder layers' parameters to remove, such as 0.2. Several (0.2,0.3,0.5) "
+        "Share of the decoder layers' parameters to remove (default 0.2). Several (0.2,0.3,0.5) "
         "give several checkpoints from one run.",
         option="--sparsity",
     )
     target_params: str | float | list[Any] | None = setting(
         None,
-        "Parameters to end at, instead of --sparsity, such as 100M: all of the model's, tied once.",
+        "Parameters to end at, instead of --sparsity, such as 100M: all of them, tied ones once.",
         option="--params",
     )
     target_active_params: str | float | list[Any] | None = setting(
         None,
-        "Parameters that a token goes through to end at, instead of --sparsity, such as 3B: of a "
-        "mixture, without the experts that it is not routed to.",
+        "Active parameters to end at, instead of --sparsity, such as 3B: of a mixture of experts, "
+        "without those that a token is not routed to.",
         option="--active-params",
     )
     target_size: str | float | list[Any] | None = setting(
@@ -137,8 +137,8 @@ class NutePruneConfig(TrainingArguments):
     )
     target_speedup: str | float | list[Any] | None = setting(
         None,
-        "How many times as fast to end at, instead of --sparsity, such as 1.5: measured on the "
-        "run's device, or by --costs. Whole blocks are among the gates.",
+        "Speed to end at, instead of --sparsity, such as 1.5 times the dense model's: measured on "
+        "the run's device, or by --costs. Whole blocks may go too.",
         option="--speedup",
     )
     speed_for: str = setting(
@@ -154,8 +154,8 @@ class NutePruneConfig(TrainingArguments):
     )
     costs: dict[str, Any] | str | None = setting(
         None,
-        "Table of what blocks cost, of nuteprune bench MODEL --costs FILE, perhaps on another "
-        "machine.",
+        "For --speedup: a table of what blocks cost, from nuteprune bench MODEL --costs FILE, "
+        "perhaps of another machine. Default: measured by the run.",
         option="--costs",
         role=CALL,
     )
@@ -173,7 +173,8 @@ class NutePruneConfig(TrainingArguments):
     )
     shapes: str = setting(
         "free",
-        "free: each layer keeps its own counts. uniform: the same in all layers, a stock model.",
+        "free (default): each layer keeps its own counts. uniform: the same in all layers, a "
+        "stock model.",
         choices=("free", "uniform"),
         option="--shapes",
     )
@@ -191,14 +192,14 @@ class NutePruneConfig(TrainingArguments):
     )
     for_quantization: bool = setting(
         False,
-        f"Both in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants store together.",
+        f"Neurons and width in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants need.",
         option="--for-quantization",
         flag=True,
     )
 
     method: str = setting(
         METHOD,
-        f"How units are ranked: {', '.join(METHODS)}.",
+        f"How units are ranked (default {METHOD}): {', '.join(METHODS)}.",
         choices=tuple(METHODS),
         option="--method",
     )
@@ -254,7 +255,9 @@ class NutePruneConfig(TrainingArguments):
     gradient_checkpointing: bool | None = setting(
         None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
     )
-    seed: int = setting(42, "Seed of everything random.", bounds=(0, 2**31 - 1), option="--seed")
+    seed: int = setting(
+        42, "Seed of everything random (default 42).", bounds=(0, 2**31 - 1), option="--seed"
+    )
     report_to: str | list[str] | None = setting(
         "none",
         "Trackers that follow the run: tensorboard, wandb, trackio or another of Trainer's, comma "
