@@ -16,7 +16,9 @@ from nuteprune.judge.report import PLOTS, write_report
 def report(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="The --out folder of prune, finished or not."),
+        typer.Argument(
+            metavar="RUN", help="The --out folder of prune or recover, finished or not."
+        ),
     ],
     as_json: o.Json = False,
 ) -> None:
