@@ -50,7 +50,7 @@ def make_record(
 
     Args:
         target: sparsity asked for.
-        params: `before`, `after` (all, tied ones once), `blocks_before`, `blocks_after`, counted; of a
+        params: `before`, `after` (all, tied once), `blocks_before`, `blocks_after`, counted; of a
             mixture also `active_before`, `active_after`: what a token goes through.
         before: dimensions of the dense model.
         after: dimensions of the pruned one.
