@@ -66,11 +66,12 @@ class Live(TorchDispatchMode):
 
     What an operation holds inside of itself, as a library's own buffers, is not seen. `sizes` are
     those of products in half precision: a CPU's library makes a kernel for each, and keeps it.
+    `fine` are those of `flops` that are not in half precision.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
+        self.now = self.peak = self.flops = self.fine = 0
         self.sizes: set[Any] = set()
         self._known: set[int] = set()
 
@@ -87,10 +88,13 @@ class Live(TorchDispatchMode):
         if packet in PRODUCTS and result.dtype in HALF:
             sides = [x for x in args if isinstance(x, Tensor)][-2:]
             self.sizes.add(tuple((*x.shape, *x.stride()) for x in sides))
+        work = 0
         if packet in FLOPS:
-            self.flops += FLOPS[packet](*args[:2] if packet is _SOLVE else args[:1])
+            work = FLOPS[packet](*args[:2] if packet is _SOLVE else args[:1])
         elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+            work = flop_registry[packet](*args, **kwargs, out_val=result)
+        self.flops += work
+        self.fine += work * (args[0].dtype not in HALF) if work else 0
         return result
 
     def count(self, tensor: Tensor) -> None:

@@ -18,6 +18,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family_file import to_text
 from tests.forked import workers
 from tests.undrawn import leave_blank
+from tests.unplanned import leave_unplanned
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -47,6 +48,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def pictures_are_blank(monkeypatch: pytest.MonkeyPatch) -> None:
     """See tests/undrawn.py; test_report.py has a fixture of this name that does nothing."""
     leave_blank(monkeypatch.setattr)
+
+
+@pytest.fixture(autouse=True)
+def phases_are_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See tests/unplanned.py."""
+    leave_unplanned(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")

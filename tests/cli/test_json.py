@@ -108,7 +108,7 @@ def test_prune_to_several_targets(run: Run) -> None:
 
 
 def test_a_dry_run(run: Run) -> None:
-    check(last(run, *PRUNE, "--dry-run"), schema("--dry-run"))
+    check(last(run, *PRUNE, "--dry-run"), schema("--dry-run"), "phases")
 
 
 def test_demo(run: Run) -> None:

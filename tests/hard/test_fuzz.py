@@ -24,6 +24,7 @@ from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.settings import read_given
 from nuteprune.train.config import NutePruneConfig
+from tests.unplanned import leave_unplanned
 
 FEW, MANY = 8, 500
 
@@ -337,6 +338,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from transformers.utils import logging
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    leave_unplanned(monkeypatch.setattr)
     level = logging.get_verbosity()
     with warnings.catch_warnings():
         yield

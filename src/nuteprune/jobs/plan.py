@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
 from nuteprune.jobs.family import take
 from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.planned import Rate, entry, in_bits, print_phases, sharded
 from nuteprune.jobs.prune import trainer_config
 from nuteprune.jobs.sources import locate, pick_dtype, read_config
 from nuteprune.model.lookup import family_named
@@ -96,7 +96,9 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         variants = (
             list(variants_of(planned, phases, (asked.devices,))) if asked.memory is not None else []
         )
-    rate, of_a_token = asked.rate or measured_rate(dtype), planned.of_a_token
+    rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype)
+    entries = [entry(phase, rate, phase.need.peak) for phase in phases]
+    of_a_token = planned.of_a_token
     fits = next((v for v in variants if v.peak <= SPARE * (asked.memory or 0)), None)
     result: dict[str, Any] = {
         "model": job.model,
@@ -105,12 +107,13 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         "targets": list(planned.targets),
         **({"active_parameters": [x["active_after"] for x in of_a_token]} if of_a_token else {}),
         "weights_bytes": sizes.weights,
-        "phases": [_entry(phase, rate) for phase in phases],
+        "phases": entries,
         "peak_bytes": max(phase.need.peak for phase in phases),
         "main_memory_bytes": sizes.weights,
         "disk_bytes": disk(planned),
-        "seconds": sum(phase.need.flops for phase in phases) / rate,
-        "flops_per_second": rate,
+        "seconds": sum(x["seconds"] for x in entries),
+        "flops_per_second": rate.plain,
+        "fine_flops_per_second": rate.fine,
         "rate": "named" if asked.rate else "measured here",
     }
     if asked.memory is not None:
@@ -148,19 +151,6 @@ def config_of(model: str) -> PreTrainedConfig:
     return config
 
 
-def measured_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
-    """Return the floating-point operations a second of a product of matrices here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    rates: list[float] = []
-    started = time.monotonic()
-    while not rates or time.monotonic() - started < seconds:
-        begun = time.monotonic()
-        float((a @ a)[0, 0])
-        rates.append(2 * size**3 / (time.monotonic() - begun))
-    return max(rates)
-
-
 def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) -> Iterator[Variant]:
     """Yield settings that take less, those that cost least first.
 
@@ -169,7 +159,7 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
         phases: its phases.
         counts: numbers of devices that weights may be sharded over.
     """
-    args, sizes = planned.args, planned.sizes
+    args = planned.args
     whole = {x.name: x.need.peak for x in phases if x.name != "saving"}
     yield Variant("as asked", whole, 1.0, "simulated")
     size = args.per_device_train_batch_size
@@ -187,18 +177,13 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
         factor *= SLOWER
         whole = _with(planned, whole, less)
         yield Variant(" ".join(words), whole, factor, "simulated")
-    kept = sizes.refitted if args.compensation else 0
+    on_device = {k: v for k, v in whole.items() if k != "finalize"}  # that in main memory
     for count in (x for x in counts if x > 1):
-        gathered = 2 * sizes.layer + sizes.outside
-        saved = sizes.weights - sizes.weights / count - gathered
-        peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
-        peaks.pop("finalize", None)  # in main memory, by one process
+        peaks = sharded(planned, on_device, count)
         yield Variant(" ".join([*words, "--set sharded=true"]), peaks, factor, FORMULA)
     # Stacked experts are not cut in fewer bits.
     for bits in () if planned.allocator.budget.per_token else (8, 4):
-        saved = sizes.projections * (1 - bits / 8 / planned.dtype.itemsize)
-        peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
-        peaks.pop("finalize", None)
+        peaks = in_bits(planned, on_device, bits)
         yield Variant(" ".join([*words, f"--bits {bits}"]), peaks, factor, FORMULA)
 
 
@@ -215,16 +200,6 @@ def _with(planned: Run, whole: Mapping[str, float], less: Mapping[str, Any]) -> 
             need = changed.simulated(partial(Simulation.step, moving=moving, snapshot=snapshot))
             peaks[name] = need.peak
     return peaks
-
-
-def _entry(phase: Phase, rate: float) -> dict[str, Any]:
-    return {
-        "phase": phase.name,
-        "peak_bytes": round(phase.need.peak),
-        "flops": phase.need.flops,
-        "seconds": phase.need.flops / rate,
-        "how": phase.how,
-    }
 
 
 def _choice(variant: Variant, memory: float) -> dict[str, Any]:
@@ -257,18 +232,7 @@ def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:
     if active := planned.of_a_token:
         after = ", ".join(millions(x["active_after"]) for x in active)
         output.line(f"Active  {millions(active[0]['active_before'])} per token, then {after}")
-    rows = [
-        [
-            x["phase"],
-            megabytes(x["peak_bytes"]),
-            f"{x['flops'] / 1e12:,.0f}",
-            duration(x["seconds"]),
-            x["how"],
-        ]
-        for x in result["phases"]
-    ]
-    columns = ["phase", "peak on a device", "TFLOP", "time", "how"]
-    output.table("What each phase takes", columns, rows)
+    print_phases(result["phases"], "peak on a device", output)
     if "settings" in result:
         memory = megabytes(result["device_memory_bytes"])
         rows = [

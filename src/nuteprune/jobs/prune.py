@@ -20,6 +20,7 @@ from nuteprune.data.blocks import BlockDataset
 from nuteprune.errors import UserError
 from nuteprune.export.loading import in_dtype
 from nuteprune.export.wrapping import Around
+from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.family import take
 from nuteprune.jobs.folder import (
     alone,
@@ -33,7 +34,7 @@ from nuteprune.jobs.folder import (
 from nuteprune.jobs.job import PruneJob, make_job, settings_of_user, what_it_is
 from nuteprune.jobs.judging import Judge
 from nuteprune.jobs.progress import StepProgress
-from nuteprune.jobs.show import print_dry_run, print_plan, print_report, print_results
+from nuteprune.jobs.show import print_plan, print_report, print_results
 from nuteprune.jobs.sources import (
     around,
     load_model,
@@ -204,7 +205,8 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
         check_wrapper(job, trainer)
         print_plan(job, trainer, output)
         if job.dry_run:
-            plan = print_dry_run(trainer, text.seconds_to_write(trainer), output)
+            judged = sum(map(len, held_out.values()))
+            plan = print_dry_run(job, trainer, text.seconds_to_write(trainer), judged, output)
             return Result({}, held_out, {}, plan) if is_main() else None
         if is_main() and job.resume:
             check_same(job.out / RUN, trainer.settings(), PruneJob, NutePruneConfig)

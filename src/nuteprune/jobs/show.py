@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from nuteprune.console import Output, duration, megabytes, millions
+from nuteprune.console import Output, megabytes, millions
 from nuteprune.data.examples import Examples
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
@@ -21,12 +21,10 @@ from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
 from nuteprune.jobs.text import mixture
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
-from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RECORD
 from nuteprune.train.asked import spelled
 from nuteprune.train.recover import RecoverTrainer
-from nuteprune.train.step_cost import seconds_per_step
 from nuteprune.train.targets import COUNTED, PARAMETERS, Target, reached
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -37,7 +35,7 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
     shape = budget.shape
     total = trainer.anatomy.parameters()
     first = shape.layers[0]
-    targets = ", ".join(_told(target) for target in trainer.goals)
+    targets = ", ".join(told(target) for target in trainer.goals)
     goal = budget.before * trainer.targets[-1]
     output.line(
         f"Model   {job.model}: {trainer.anatomy.family.model_type}, {len(shape.layers)} layers, "
@@ -85,7 +83,7 @@ def _inner(budget: Budget) -> str:
     return f"{first.experts} experts of {first.expert_neurons} neurons, {budget.per_token} a token"
 
 
-def _told(target: Target) -> str:
+def told(target: Target) -> str:
     """Return what a target is, in sparsity too."""
     share = f"{target.sparsity:.1%}"
     return share if target.asked.kind in ("sparsity", "shape") else f"{target.asked} = {share}"
@@ -129,67 +127,6 @@ def stage_starts(trainer: NutePruneTrainer) -> list[int]:
     """Return the first step of each target's share of the run."""
     schedule = trainer.schedule
     return sorted({schedule.stage(step).first for step in range(max(1, schedule.steps))})
-
-
-def print_dry_run(trainer: NutePruneTrainer, writing: float, output: Output) -> dict[str, Any]:
-    """Print which shapes can be had, and what the run will take, by timing a step; return both.
-
-    Args:
-        trainer: a run that has not begun.
-        writing: the seconds that the model writes text, reckoned.
-        output: prints.
-    """
-    args, budget = trainer.args, trainer.allocator.budget
-    prices = trainer.prices
-    scores = trainer.allocator.chance_scores()
-    shapes = [trainer.allocator.shape(scores, target.goal) for target in trainer.goals]
-    counts = [int(prices.params.total(shape)) for shape in shapes]
-    sizes = [int(prices.size.total(shape)) for shape in shapes]
-    caches = [prices.cache(shape) for shape in shapes]
-    active = [of["active_after"] for shape in shapes if (of := prices.of_a_token(shape))]
-    faster = [x for shape in shapes if (x := prices.speedup(shape)) is not None]
-    for i, (target, shape) in enumerate(zip(trainer.goals, shapes, strict=True)):
-        output.line(
-            f"Reach   {_told(target)} asked, {budget.sparsity(shape):.3%} gone: "
-            f"{millions(counts[i])} parameters"
-            f"{f', {millions(active[i])} of them active per token' if active else ''}, "
-            f"{megabytes(sizes[i])} on disk, and {megabytes(caches[i])} of KV cache "
-            f"for {prices.sequences} x {prices.context} tokens"
-            + (f"; expected to be {faster[i]:.2f} x as fast" if faster else "")
-        )
-    step = seconds_per_step(trainer)
-    # A scored or re-fitted block costs most of a step's share of one.
-    blocks = args.scored_blocks + args.refit_blocks * len(trainer.targets)
-    each = args.train_batch_size * args.gradient_accumulation_steps
-    seconds = writing + step * (args.max_steps + blocks / each)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    memory = peak() + trained * BYTES_OF_ADAM
-    output.line(
-        f"Cost    {step:.1f} s a step, {duration(writing)} to write text, {duration(seconds)} in "
-        f"all, {megabytes(memory)} of memory in a step, by timing one"
-    )
-    output.line("Dry run nothing was written.")
-    return {
-        "targets": list(trainer.targets),
-        "sparsity": [budget.sparsity(shape) for shape in shapes],
-        "asked": [{"kind": x.asked.kind, "value": x.asked.value} for x in trainer.goals],
-        "parameters": counts,
-        **({"active_parameters": active} if active else {}),
-        "bytes": sizes,
-        "cache_bytes": caches,
-        **({"expected_speedup": faster} if faster else {}),
-        "context": prices.context,
-        "sequences": prices.sequences,
-        "shape": [shape.to_dict() for shape in shapes],
-        "seconds_per_step": step,
-        "seconds_writing": writing,
-        "seconds": seconds,
-        "memory_bytes": memory,
-    }
-
-
-BYTES_OF_ADAM = 8
-"""Per trained parameter: two moments in fp32, which a single step does not make."""
 
 
 def print_report(job: PruneJob, output: Output) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.self_written import most_cached
 from nuteprune.gates.allocate import Allocator
@@ -44,11 +45,13 @@ class Phase:
         name: what users call it.
         need: its peak in bytes, weights among them, and the work of all of it.
         how: `SIMULATED`, or by a `FORMULA` where code would ask for data.
+        steps: optimizer steps in it.
     """
 
     name: str
     need: Need
     how: str = SIMULATED
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class Run:
         targets: the sparsities that it is to reach, growing.
         of_a_token: `active_before` and `active_after` at each target; empty where there are no
             experts.
+        kind: the model's class; None: the stock one of the config.
+        judged: blocks of held-out text; None: not known, and one batch is gone through.
     """
 
     config: PreTrainedConfig
@@ -122,10 +127,18 @@ class Run:
     allocator: Allocator
     targets: tuple[float, ...]
     of_a_token: tuple[dict[str, int], ...]
+    kind: type[PreTrainedModel] | None = None
+    judged: int | None = None
 
     @classmethod
     def of(
-        cls, config: PreTrainedConfig, args: NutePruneConfig, length: int, dtype: torch.dtype
+        cls,
+        config: PreTrainedConfig,
+        args: NutePruneConfig,
+        length: int,
+        dtype: torch.dtype,
+        kind: type[PreTrainedModel] | None = None,
+        judged: int | None = None,
     ) -> Run:
         """Look at the model of a config, without making its weights.
 
@@ -133,14 +146,14 @@ class Run:
             UserError: for settings that this model cannot take.
         """
         with torch.device("meta"):
-            anatomy = Anatomy(model_of(config, dtype))
+            anatomy = Anatomy(model_of(config, dtype, kind))
         allocator = make_allocator(anatomy, args)
         sizes, prices = Sizes.of(anatomy, args, length), Prices.of(anatomy, dtype, args)
         goals, scores = run_targets(allocator, args, prices), allocator.chance_scores()
         targets = tuple(x.sparsity for x in goals)
         each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
         found = tuple(x for x in each if x)
-        return cls(config, args, length, dtype, sizes, allocator, targets, found)
+        return cls(config, args, length, dtype, sizes, allocator, targets, found, kind, judged)
 
     @property
     def schedule(self) -> Schedule:
@@ -157,23 +170,25 @@ class Run:
         self, phase: Callable[[Simulation], Need], short: tuple[int, int] = SHORT
     ) -> Need:
         """Go through a phase without data."""
-        return extended(
-            self.config,
-            lambda config: phase(Simulation(config, self.args, self.length, self.dtype)),
-            short,
-        )
+        return extended(self.config, lambda config: phase(self._simulation(config)), short)
+
+    def _simulation(self, config: PreTrainedConfig) -> Simulation:
+        return Simulation(config, self.args, self.length, self.dtype, kind=self.kind)
 
     def phases(self) -> list[Phase]:
         """Return all phases, in their order."""
         return [*self.before_steps(), *self.steps(), *self.after_steps()]
 
+    @cached_property
+    def _judging(self) -> Need:
+        return self.simulated(Simulation.judging)
+
     def before_steps(self) -> list[Phase]:
         """Return what comes before the first step."""
         args, method = self.args, METHODS[self.args.method]
-        judging = self.simulated(Simulation.judging)
-        block = judging.flops / JUDGED
+        block = self._judging.flops / JUDGED
         found = [
-            Phase("judging the dense model", judging),
+            Phase("judging the dense model", self._judging.times((self.judged or JUDGED) / JUDGED)),
             Phase("writing text", self._writing(block), FORMULA),
         ]
         stops = stops_before(self.targets[-1], args, self.allocator.constraints.kinds)
@@ -204,10 +219,7 @@ class Run:
         """Go through a phase in which batches pass a layer together."""
 
         def run(config: PreTrainedConfig) -> Need:
-            def few(count: int) -> Need:
-                return phase(Simulation(config, self.args, self.length, self.dtype), count)
-
-            return in_batches(few, batches)
+            return in_batches(lambda count: phase(self._simulation(config), count), batches)
 
         return extended(self.config, run, ONE_BY_ONE)
 
@@ -226,11 +238,11 @@ class Run:
             snapshots = self.snapshots
             name = "step, ramp and teachers" if snapshots else "step, ramp"
             need = self.simulated(lambda x: x.step(moving=True, snapshot=snapshots))
-            found.append(Phase(name, need.times(each * ramp)))
+            found.append(Phase(name, need.times(each * ramp), steps=ramp))
         if args.max_steps > ramp:
             need = self.simulated(Simulation.step)
             steps = args.max_steps - ramp
-            found.append(Phase("step, fixed masks", need.times(each * steps)))
+            found.append(Phase("step, fixed masks", need.times(each * steps), steps=steps))
         return found
 
     @property
@@ -242,7 +254,14 @@ class Run:
         """Return what comes after the last step."""
         final = self.simulated(Simulation.finalizing)
         saving = Need(self.small + self.sizes.adapters, 0)
-        return [Phase("finalize", final), Phase("saving", saving, FORMULA)]
+        found = [Phase("finalize", final), Phase("saving", saving, FORMULA)]
+        if self.judged is not None:
+            gone = self.sizes.weights - self.small
+            passes = len(self.targets) * self.judged / JUDGED
+            less = self.small / self.sizes.weights
+            need = (self._judging - Need(gone, 0)).times(less * passes)
+            found.append(Phase("judging the results", need, FORMULA))
+        return found
 
 
 def on_cpu(run: Run, phases: Sequence[Phase], stored: torch.dtype) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.distill.losses import Head
 from nuteprune.distill.teachers import DENSE, Role
+from nuteprune.errors import UserError
 from nuteprune.gates.cutting import AT_ONCE, losses_of, run_dense
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
@@ -44,6 +45,10 @@ JUDGED = 4
 """Blocks that a job judges by in one pass."""
 
 
+class Unplanned(UserError):
+    """A model that cannot be gone through without data, as a mixture in fp32."""
+
+
 @dataclass(frozen=True)
 class Need:
     """What a phase takes.
@@ -52,29 +57,31 @@ class Need:
         peak: bytes that live at most, weights among them.
         flops: floating-point operations of products, of one time that the phase is gone through.
         sizes: how many sizes of products in half precision there are.
+        fine: those of `flops` that are not in half precision.
     """
 
     peak: float
     flops: float
     sizes: float = 0
+    fine: float = 0
 
     @classmethod
     def of(cls, live: Live) -> Need:
         """Return what was counted."""
-        return cls(live.peak, live.flops, len(live.sizes))
+        return cls(live.peak, live.flops, len(live.sizes), live.fine)
 
     def __add__(self, other: Need) -> Need:
-        return Need(self.peak + other.peak, self.flops + other.flops, self.sizes + other.sizes)
+        return Need(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: Need) -> Need:
         return self + other * -1
 
     def __mul__(self, factor: float) -> Need:
-        return Need(self.peak * factor, self.flops * factor, self.sizes * factor)
+        return Need(*(x * factor for x in astuple(self)))
 
     def times(self, count: float) -> Need:
         """Return what it takes to go through the phase so many times."""
-        return replace(self, flops=self.flops * count)
+        return replace(self, flops=self.flops * count, fine=self.fine * count)
 
 
 class Simulation:
@@ -86,6 +93,7 @@ class Simulation:
         length: tokens per block.
         dtype: what is computed in.
         model: with data, to measure what else is told; None: one without is made of the config.
+        kind: the model's class; None: the stock one of the config.
     """
 
     def __init__(
@@ -95,11 +103,12 @@ class Simulation:
         length: int,
         dtype: torch.dtype,
         model: PreTrainedModel | None = None,
+        kind: type[PreTrainedModel] | None = None,
     ) -> None:
         self.args, self._length = args, length
         if model is None:
             with torch.device("meta"):
-                model = model_of(config, dtype)
+                model = model_of(config, dtype, kind)
         self.ready: Prepared = prepare(model, args)
         self.ready.coforward.bank.folder = None  # a device's memory is planned
         self._mode = without_data(self.ready.model)
@@ -152,12 +161,12 @@ class Simulation:
         probe = Probe(ready.anatomy, ready.hooks, ready.allocator.budget, ())
         with self._counting() as live:
             dense = run_dense(probe)
-            flops = live.flops
+            flops, fine = live.flops, live.fine
             for kind in {"heads", "kv_groups"} & set(ready.allocator.constraints.kinds):
                 sizes = layout.sizes[kind]
                 layer = next(i for i, size in enumerate(sizes) if size)
                 losses_of(probe, kind, layer, torch.arange(min(AT_ONCE, sizes[layer])), dense)
-        return replace(Need.of(live), flops=flops)
+        return replace(Need.of(live), flops=flops, fine=fine)
 
     def refitting(self, batches: int) -> Need:
         """Re-fit the projections, of all layers and at their most; the re-fitted weights stay."""
@@ -202,18 +211,17 @@ class Simulation:
         if snapshot:
             held = {k: torch.empty_like(v) for k, v in ready.coforward.bank.state().items()}
             teacher = Role(self._masks, held)
-        flops = 0
+        flops = fine = 0
         with self._counting() as live:
             if self.args.compensation and not moving:
                 self._stand_in()
             for _ in range(2):
-                before = live.flops
+                flops, fine = live.flops, live.fine
                 self._micro_batch(masks, teacher, inputs)
                 optimizer.step()
                 ready.model.zero_grad()
-                flops = live.flops - before
         ready.model.eval()
-        return replace(Need.of(live), flops=flops)
+        return replace(Need.of(live), flops=live.flops - flops, fine=live.fine - fine)
 
     @torch.no_grad()
     def _stand_in(self) -> None:
@@ -280,9 +288,12 @@ def recompute(model: PreTrainedModel, how: Any) -> None:
     (newer or model.gradient_checkpointing_enable)(how)
 
 
-def model_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the stock model of a config, on the device of the moment."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+def model_of(
+    config: PreTrainedConfig, dtype: torch.dtype, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """Return a model of a config, of the stock class or another, on the device of the moment."""
+    make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
+    model: PreTrainedModel = make(config, dtype=dtype)
     model.eval()
     return model
 
@@ -298,12 +309,22 @@ def extended(
         config: of the whole model.
         run: told a config, goes through the phase.
         short: layers of the two.
+
+    Raises:
+        Unplanned: if its code asks for data.
     """
     layers, period = int(config.num_hidden_layers), _until_all_kinds(config)
     few, more = max(short[0], period), max(short[1], 2 * period)
-    if layers <= more:
-        return run(config)
-    first, second = run(shortened(config, few)), run(shortened(config, more))
+    try:
+        if layers <= more or hasattr(config, "pruned"):  # whose layers are not alike
+            return run(config)
+        first, second = run(shortened(config, few)), run(shortened(config, more))
+    except RuntimeError as error:  # of torch, which has several kinds for it
+        said = str(error).partition("\n")[0]
+        raise Unplanned(
+            f"a run on {config.model_type} cannot be planned, since its code wants to see data "
+            f"({said}); let prune do it with --steps 1, and look at its peak_memory_bytes"
+        ) from error
     return first + (second - first) * ((layers - few) / (more - few))
 
 

@@ -1,0 +1,94 @@
+"""What is said of a plan's phases, whether a run is only planned or about to begin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nuteprune.console import Output, duration, megabytes
+from nuteprune.train.phases import Phase, Run
+from nuteprune.train.simulate import Need
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Floating-point operations a second.
+
+    Args:
+        plain: in the dtype of the run.
+        fine: in fp32 and finer, as of all that scoring and re-fit invert.
+    """
+
+    plain: float
+    fine: float
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype, plain: float | None = None) -> Rate:
+        """Measure here what is not known of a run in `dtype`."""
+        plain = plain or measured_rate(dtype)
+        return cls(plain, plain if dtype == torch.float32 else measured_rate(torch.float32))
+
+    def seconds(self, need: Need) -> float:
+        """Return how long work takes."""
+        return (need.flops - need.fine) / self.plain + need.fine / self.fine
+
+
+def measured_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    """Return the floating-point operations a second of a product of matrices here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    rates: list[float] = []
+    started = time.monotonic()
+    while not rates or time.monotonic() - started < seconds:
+        begun = time.monotonic()
+        float((a @ a)[0, 0])
+        rates.append(2 * size**3 / (time.monotonic() - begun))
+    return max(rates)
+
+
+def entry(phase: Phase, rate: Rate, peak: float) -> dict[str, Any]:
+    """Return what JSON says of a phase, which holds `peak` bytes."""
+    return {
+        "phase": phase.name,
+        "peak_bytes": round(peak),
+        "flops": phase.need.flops,
+        "seconds": rate.seconds(phase.need),
+        "how": phase.how,
+    }
+
+
+def print_phases(entries: Sequence[Mapping[str, Any]], where: str, output: Output) -> None:
+    """Print them as a table, whose peaks are `where`."""
+    rows = [
+        [
+            x["phase"],
+            megabytes(x["peak_bytes"]),
+            f"{x['flops'] / 1e12:,.{0 if x['flops'] >= 1e13 else 2}f}",
+            duration(x["seconds"]),
+            x["how"],
+        ]
+        for x in entries
+    ]
+    output.table("What each phase takes", ["phase", where, "TFLOP", "time", "how"], rows)
+
+
+def sharded(run: Run, peaks: Mapping[str, float], count: int) -> dict[str, float]:
+    """Return peaks of phases on a device where weights are sharded over so many."""
+    sizes = run.sizes
+    gathered = 2 * sizes.layer + sizes.outside
+    return _without(run, peaks, sizes.weights - sizes.weights / count - gathered)
+
+
+def in_bits(run: Run, peaks: Mapping[str, float], bits: int) -> dict[str, float]:
+    """Return peaks of phases on a device where projections are held in so many bits."""
+    return _without(run, peaks, run.sizes.projections * (1 - bits / 8 / run.dtype.itemsize))
+
+
+def _without(run: Run, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
+    # Their re-fit is in low rank.
+    refitted = run.sizes.refitted if run.args.compensation else 0
+    return {k: v - saved - refitted * k.startswith(("step", "re-fit")) for k, v in peaks.items()}

@@ -1,0 +1,94 @@
+"""What a dry run says of a run's phases, against the plan of the config and against arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from nuteprune import NutePruneTrainer
+from nuteprune.console import Output
+from nuteprune.data.blocks import BlockDataset
+from nuteprune.jobs.dry_run import print_dry_run
+from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.jobs.planned import Rate
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.phases import FORMULA, Run, on_cpu
+from nuteprune.train.simulate import Need
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
+]
+LENGTH, JUDGED = 16, 12
+
+
+def found(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Do a dry run of a model, which took 5 s to write."""
+    given = {"target_sparsity": 0.2, "max_steps": 3, "neuron_multiple": 4, "length": LENGTH}
+    asked = {"model": "unused", "out": folder, **given}
+    job = make_job(PruneJob, NutePruneConfig, asked)
+    args = NutePruneConfig(output_dir=str(folder), use_cpu=True, **job.settings)
+    tokens = torch.randint(3, 90, (args.blocks, LENGTH))
+    trainer = NutePruneTrainer(model, args, BlockDataset(tokens))
+    return print_dry_run(job, trainer, 5.0, JUDGED, Output(quiet=True))
+
+
+def test_work_in_fp32_has_a_rate_of_its_own() -> None:
+    assert Rate(plain=100.0, fine=10.0).seconds(Need(0, flops=700, fine=200)) == 5 + 20
+
+
+@pytest.mark.slow(seconds=8)
+def test_all_phases_are_planned_at_the_rate_of_a_real_step(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    config = tiny_model("llama").config
+    dry = found(tiny_model("llama"), tmp_path)
+    phases = {x["phase"]: x for x in dry["phases"]}
+    args = NutePruneConfig(
+        output_dir=str(tmp_path), use_cpu=True, target_sparsity=0.2, max_steps=3, neuron_multiple=4
+    )
+    plan = Run.of(config, args, LENGTH, torch.float32)
+    planned = plan.phases()
+    peaks = on_cpu(plan, planned, torch.float32)
+    assert list(phases) == [*peaks, "judging the results"]
+    for phase in planned:
+        assert phases[phase.name]["peak_bytes"] == round(peaks[phase.name])
+    assert phases["step, fixed masks"]["seconds"] == pytest.approx(3 * dry["seconds_per_step"])
+    assert phases["writing text"]["seconds"] == 5
+    rate = phases["step, fixed masks"]["flops"] / phases["step, fixed masks"]["seconds"]
+    assert phases["re-fit"]["seconds"] == pytest.approx(phases["re-fit"]["flops"] / rate)
+    # Three batches of four blocks each.
+    judging = {x.name: x.need.flops for x in planned}["judging the dense model"]
+    assert phases["judging the dense model"]["flops"] == 3 * judging
+    assert phases["judging the results"]["how"] == FORMULA
+    assert dry["seconds"] == pytest.approx(sum(x["seconds"] for x in dry["phases"]))
+
+
+@pytest.mark.slow(seconds=5)
+def test_inversions_take_time_too(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """In half precision they are the work that is not: wide MLPs take their cube."""
+    neurons = 384
+    config = tiny_model("llama", intermediate_size=neurons).config
+    args = NutePruneConfig(
+        output_dir=str(tmp_path), use_cpu=True, target_sparsity=0.2, neuron_multiple=4
+    )
+    phases = Run.of(config, args, LENGTH, torch.bfloat16).before_steps()
+    needs = {phase.name: phase.need for phase in phases}
+    assert needs["scoring"].fine > config.num_hidden_layers * neurons**3
+    assert needs["re-fit"].fine > config.num_hidden_layers * neurons**3 / 3
+    assert needs["judging the dense model"].fine == 0
+
+
+def test_what_cannot_be_planned_is_reckoned_by_steps(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry = found(tiny_model("mixtral"), tmp_path)
+    assert "phases" not in dry
+    assert dry["seconds"] > 5 + 3 * dry["seconds_per_step"]
