@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ def test_work_in_fp32_has_a_rate_of_its_own() -> None:
 def test_all_phases_are_planned_at_the_rate_of_a_real_step(
     tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
-    config = tiny_model("llama").config
-    dry = found(tiny_model("llama"), tmp_path)
+    model = tiny_model("llama", num_hidden_layers=2)
+    config = copy.deepcopy(model.config)
+    dry = found(model, tmp_path)
     phases = {x["phase"]: x for x in dry["phases"]}
     args = NutePruneConfig(
         output_dir=str(tmp_path), use_cpu=True, target_sparsity=0.2, max_steps=3, neuron_multiple=4
@@ -75,7 +77,7 @@ def test_inversions_take_time_too(
 ) -> None:
     """In half precision they are the work that is not: wide MLPs take their cube."""
     neurons = 384
-    config = tiny_model("llama", intermediate_size=neurons).config
+    config = tiny_model("llama", intermediate_size=neurons, num_hidden_layers=2).config
     args = NutePruneConfig(
         output_dir=str(tmp_path), use_cpu=True, target_sparsity=0.2, neuron_multiple=4
     )
@@ -83,7 +85,7 @@ def test_inversions_take_time_too(
     needs = {phase.name: phase.need for phase in phases}
     assert needs["scoring"].fine > config.num_hidden_layers * neurons**3
     assert needs["re-fit"].fine > config.num_hidden_layers * neurons**3 / 3
-    assert needs["judging the dense model"].fine == 0
+    assert needs["judging the dense model"].fine < needs["judging the dense model"].flops
 
 
 def test_what_cannot_be_planned_is_reckoned_by_steps(

@@ -322,8 +322,8 @@ def extended(
     except RuntimeError as error:  # of torch, which has several kinds for it
         said = str(error).partition("\n")[0]
         raise Unplanned(
-            f"a run on {config.model_type} cannot be planned, since its code wants to see data "
-            f"({said}); let prune do it with --steps 1, and look at its peak_memory_bytes"
+            f"a run on {config.model_type} cannot be planned: its code does not go without data "
+            f"({said}); pass --dtype bfloat16, or do one with --steps 1: it says what it held"
         ) from error
     return first + (second - first) * ((layers - few) / (more - few))
 
