@@ -85,7 +85,7 @@ def read_run(folder: Path) -> RunFiles:
         UserError: if there is no run, or one of its files is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; pass the --out folder of a nuteprune prune")
+        raise UserError(f"{folder} is not a folder; pass the --out folder of prune or recover")
     folder = folder.resolve()
     run = folder if (folder / METRICS).is_file() or folder.name == RUN else folder / RUN
     root = folder.parent if run == folder and folder.name == RUN else folder

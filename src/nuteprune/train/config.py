@@ -102,8 +102,8 @@ class NutePruneConfig(TrainingArguments):
 
     target_sparsity: float | list[float] | str = setting(
         0.2,
-        "Share of the decoder layers' parameters to remove (default 0.2). Several (0.2,0.3,0.5) "
-        "give several checkpoints from one run.",
+        "Share of the decoder layers' parameters to remove, such as 0.2 (demo's default). Several "
+        "(0.2,0.3,0.5) give several checkpoints from one run.",
         option="--sparsity",
     )
     target_params: str | float | list[Any] | None = setting(
