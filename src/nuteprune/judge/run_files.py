@@ -97,7 +97,7 @@ def read_run(folder: Path) -> RunFiles:
     if record is None and not metrics:
         raise UserError(
             f"{root} has neither {RECORD} nor a step in {RUN}/{METRICS}; pass the --out folder "
-            "of a nuteprune prune"
+            "of prune or recover"
         )
     speed = _json(run / SPEED)
     if speed is not None:
