@@ -35,13 +35,14 @@ for p in lora:
     p.data.normal_(generator=random).mul_(0.2)
 anatomy = Anatomy(model)
 coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
+of_masks = torch.Generator().manual_seed(5)  # all blocks keep something
 layout = Layout(anatomy.shape, anatomy.head_dim)
 
 
 def masks() -> dict[str, torch.Tensor]:
-    """Values of KV groups and neurons, soft or 0."""
-    units = {kind: layout.units(kind) for kind in ("kv_groups", "neurons")}
-    drawn = {kind: torch.rand(count, generator=random) for kind, count in units.items()}
+    """Values of KV groups, neurons and experts, soft or 0."""
+    units = {kind: layout.units(kind) for kind in ("kv_groups", "neurons", "experts")}
+    drawn = {k: torch.rand(count, generator=of_masks) for k, count in units.items() if count}
     return {kind: value * (value > 0.3) for kind, value in drawn.items()}
 
 

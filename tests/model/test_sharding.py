@@ -23,8 +23,8 @@ def step(model: Path, out: Path, processes: int, how: str, checkpointing: bool) 
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [("llama_mha", False), ("gemma2", True)],
-    ids=["tied", "softcap and checkpointing"],
+    [("llama_mha", False), ("gemma2", True), ("mixtral", True)],
+    ids=["tied", "softcap and checkpointing", "experts and checkpointing"],
 )
 def test_sharded_is_replicated_is_one_process(
     tiny_model, name: str, checkpointing: bool, tmp_path: Path

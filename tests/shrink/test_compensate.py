@@ -115,6 +115,17 @@ def test_refit_lowers_the_distance_to_the_intact_model(tiny_model) -> None:
     assert (fitted - dense).norm() < (plain - dense).norm()
 
 
+def test_no_text_is_read_where_nothing_has_lost_inputs(tiny_model) -> None:
+    anatomy, ticks = Anatomy(tiny_model("mixtral")), []
+    masks = Masks.open(Layout(anatomy.shape, anatomy.head_dim), ["experts"])
+    masks.values["experts"][0] = 0
+    read = anatomy.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("text was read"))
+    text, install = [torch.arange(3, 12)[None]], install_weight(anatomy)
+    refit(anatomy, MaskHooks(anatomy), masks, text, install, lambda: ticks.append(1))
+    read.remove()
+    assert len(ticks) == 3  # a bar gets to its end all the same
+
+
 # What differs in a re-fit: grouped queries, biases, blocks side by side, norms after the blocks,
 # shared experts beside routed ones, and such that are weighed.
 WRITES = {

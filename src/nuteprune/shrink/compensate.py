@@ -82,22 +82,21 @@ def refit(
         progress: called after each layer.
         dense: a context in which a layer has the dense model's weights, whatever is in their place.
     """
-    family = anatomy.family
+    ends = [_without_inputs(anatomy, masks, i) for i in range(len(anatomy.layers))]
+    if not any(ends):  # as where whole experts go and nothing else
+        for _ in ends:
+            progress()
+        return
     text, intact = (Layerwise(anatomy, hooks, x, batches) for x in (masks, None))
-    layers = range(len(anatomy.layers))
-    for i in layers:
+    for i, found in enumerate(ends):
         norms = _norms_before(anatomy, i)
         with dense(i):
             read = intact.reads(i, norms)
-        for block, projection, mask in (
-            ("attn_block", family.attention[-1], masks.attention_input(i)),
-            ("mlp_block", anatomy.down(i), masks.mlp_input(i)),
-        ):
+        for block, projection, mask in found:
             module = anatomy.projection(i, projection)
-            if module is None or mask is None or bool((mask > 0).all()):
-                continue
-            norm, theirs = norms.get(block), read.get(block, ())
-            covariance_II, missing_OI = text.covariance(i, projection, norm, theirs)
+            covariance_II, missing_OI = text.covariance(
+                i, projection, norms.get(block), read.pop(block, ())
+            )
             weight_OI = _effective_weight(module)
             mask_I = mask.to(weight_OI)
             with dense(i):  # LoRA may have made up for some of what is gone
@@ -108,8 +107,26 @@ def refit(
             del weight_OI, target_OI, missing_OI  # large, as what follows
             masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
             install(i, projection, Fit(fitted_OI, masked_II))
+        read.clear()  # large, as what the next layer's norms read
         text.advance(i)
         progress()
+
+
+def _without_inputs(
+    anatomy: Anatomy, masks: Masks, layer: int
+) -> list[tuple[str, Projection, Tensor]]:
+    """Return (block, projection, mask) of a layer's output projections that lost inputs."""
+    ends = (
+        ("attn_block", anatomy.family.attention[-1], masks.attention_input(layer)),
+        ("mlp_block", anatomy.down(layer), masks.mlp_input(layer)),
+    )
+    return [
+        (block, projection, mask)
+        for block, projection, mask in ends
+        if mask is not None
+        and not bool((mask > 0).all())
+        and anatomy.projection(layer, projection) is not None
+    ]
 
 
 def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
