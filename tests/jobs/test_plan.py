@@ -164,6 +164,19 @@ def test_few_layers_tell_of_many(phase: str, short: tuple[int, int], tmp_path: P
     assert ours.flops == pytest.approx(whole.flops, rel=0.03)
 
 
+def test_layers_that_are_not_alike_are_gone_through_all() -> None:
+    pruned, seen = config(), []
+
+    def note(of: PreTrainedConfig) -> Need:
+        seen.append(of.num_hidden_layers)
+        return Need(peak=of.num_hidden_layers, flops=0)
+
+    assert extended(pruned, note).peak == 5
+    pruned.pruned = {}  # as a checkpoint with counts per layer states them
+    assert extended(pruned, note).peak == 5
+    assert seen == [*SHORT, 5]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.1, 0.4])
 def test_a_refit_of_any_masks_holds_no_more(sparsity: float, tmp_path: Path) -> None:
