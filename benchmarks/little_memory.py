@@ -59,31 +59,31 @@ SIZES = {
         0.8e9,
         32,
     ),
-    "800m": Size(
-        {
-            "hidden_size": 1536,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 24,
-            "num_key_value_heads": 8,
-            "intermediate_size": 3072,
-            "vocab_size": 1000,
-        },
-        0.82e9,
-        32,
-        {"neuron_multiple": 128},
-    ),
     "1b": Size(
         {
             "hidden_size": 2048,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
             "num_key_value_heads": 8,
-            "intermediate_size": 8192,
+            "intermediate_size": 4096,
             "vocab_size": 32000,
         },
-        1.6e9,
+        1.4e9,
     ),
     "3b": Size(
+        {
+            "hidden_size": 3072,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 16,
+            "head_dim": 128,
+            "num_key_value_heads": 4,
+            "intermediate_size": 3072,
+            "vocab_size": 32000,
+        },
+        3.0e9,
+        32,
+    ),
+    "llama-3b": Size(
         {
             "hidden_size": 3072,
             "num_hidden_layers": 28,
@@ -95,7 +95,8 @@ SIZES = {
         3.0e9,
     ),
 }
-"""1b and 3b have the shapes of Llama 3.2, with a smaller vocabulary."""
+"""llama-3b has the shapes of Llama 3.2, with a smaller vocabulary. The others are deeper and
+narrower: inverses grow with the cube of a layer's neurons, and take most of a run here."""
 SETTINGS: dict[str, Any] = {
     "calibration_blocks": 2,
     "per_device_train_batch_size": 1,
