@@ -327,6 +327,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "rank 0": (["--lora-rank", "0"], "at least 1"),
     "no batch": (["--batch-size", "0"], "at least 1"),
     "no such data": (["--data", "nope.txt"], "nope.txt"),
+    "two texts": (["--data", "demo", "--data", "nope.txt"], "not demo, nope.txt"),
+    "text of its own": (["--data", "self"], "recover writes no text itself"),
     "no such text to judge by": (["--eval-data", "nope.txt"], "nope.txt"),
     "no such dense model": (["--against", "./nope"], "nope"),
     "no such model": (["MODEL", "./nope"], "nope"),

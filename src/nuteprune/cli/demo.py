@@ -15,7 +15,7 @@ from nuteprune.train.config import NutePruneConfig
 @o.with_options(
     NutePruneConfig,
     PruneJob,
-    but=("data", "eval_data", "text_column", "trust_remote_code"),
+    but=("data", "eval_data", "text_column", "trust_remote_code", "family", "text_only"),
 )
 def demo(
     out: o.OptionalOut = None,

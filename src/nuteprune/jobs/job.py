@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nuteprune.data.conversations import TEMPLATES
-from nuteprune.data.specs import DEMO
+from nuteprune.data.specs import DEMO, SELF
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.settings import check, read_given, read_mapping
@@ -179,6 +179,7 @@ class RecoverJob(Job):
         "What to learn: rows of chat messages or of instruction, input and output, or plain text; "
         "a file, a folder, a hub dataset id[:config[:split]], or 'demo' (default).",
         option="--data",
+        several=True,
     )
     eval_data: str | None = setting(
         None,
@@ -244,10 +245,16 @@ class RecoverJob(Job):
         """The one DATA spec.
 
         Raises:
-            UserError: if several are named.
+            UserError: if several are named, or text that a dense model would write.
         """
         if len(self.specs) != 1:
-            raise UserError(f"recover learns from one text; pass one --data, not {self.data}")
+            raise UserError(
+                f"recover learns from one text; pass one --data, not {', '.join(self.specs)}"
+            )
+        if self.specs[0] == SELF:
+            raise UserError(
+                f"recover writes no text itself: pass --data FILE, or prune with --data {SELF}"
+            )
         return self.specs[0]
 
 
