@@ -2,7 +2,8 @@
 
 Its tensors say that they are on cuda:0. As there, one of them may not meet a tensor of the CPU in
 an operation, unless that is a single number, an index, or what is copied. Operations whose result
-the program reads, for which an accelerator would be waited for, are counted.
+the program reads, for which an accelerator would be waited for, are counted. So is what is copied
+there.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
+    _disable_current_modes,
     return_and_correct_aliasing,
 )
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import TrainingArguments
+
+from nuteprune.mapped import mapped
+from nuteprune.model import offload
+from nuteprune.simulated import Live
+from nuteprune.train import finish
 
 DEVICE = torch.device("cuda:0")
 ATEN = torch.ops.aten
@@ -80,7 +87,8 @@ class There(Tensor):
 class SecondDevice(TorchDispatchMode):
     """Within this mode there is the second device.
 
-    `reads` counts operations that wait for it, by the function that asks.
+    `reads` counts operations that wait for it, by the function that asks, `arrivals` the tensors that
+    were copied there from the CPU: what of them lives, and `arrived`, the bytes of all.
     """
 
     current: SecondDevice
@@ -89,10 +97,19 @@ class SecondDevice(TorchDispatchMode):
         super().__init__()
         SecondDevice.current = self
         self.reads: Counter[str] = Counter()
+        self.arrivals = Live()
+        self.arrived = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not {type(x) for x in given} <= {Tensor, nn.Parameter, There}:
+            if func is ATEN._to_copy.default and kwargs.get("device") != torch.device("cpu"):
+                return args[0].detach()  # it says that it is there already
+            return NotImplemented  # to be taken apart by those whose type it is
+        if func._overloadpacket is ATEN.to:  # below autograd it comes whole
+            with self:
+                return func.decompose(*args, **kwargs)
         ours = any(isinstance(x, There) for x in given)
         others = [x for x in given if not isinstance(x, There) and x.dim() > 0]
         if ours and func in INDEXED:
@@ -116,6 +133,9 @@ class SecondDevice(TorchDispatchMode):
         result = func(*plain[0], **plain[1])
         if result_is_ours:
             result = tree_map(lambda x: There(x) if isinstance(x, Tensor) else x, result)
+            if func in COPIES and not ours:
+                self.arrivals.count(result.inner)
+                self.arrived += result.inner.nbytes
         return return_and_correct_aliasing(func, args, kwargs, result)
 
 
@@ -143,6 +163,18 @@ class Autocast(torch.autocast):
         Autocast.dtype = self.before
 
 
+def _let_weights_be_away(patch: pytest.MonkeyPatch) -> None:
+    """Let weights that are offloaded say that they are on the second device, as `There` does."""
+    make = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+    shell = staticmethod(lambda cls, *args, **how: make(cls, *args, **{**how, "device": "meta"}))
+    patch.setattr(Tensor, "_make_wrapper_subclass", shell)
+    for name in ("device", "is_meta", "is_cpu", "is_cuda"):
+        patch.setattr(offload.Away, name, vars(There)[name], raising=False)
+    outside = _disable_current_modes()(mapped)  # safetensors cannot read within a mode
+    for module in (offload, finish):
+        patch.setattr(module, "mapped", outside)
+
+
 @contextmanager
 def second_device(patch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
     """Within this context there is the second device, and Trainer trains on it."""
@@ -152,6 +184,7 @@ def second_device(patch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
     patch.setattr(TrainingArguments, "device", DEVICE)
     patch.setattr(Accelerator, "device", DEVICE)
+    _let_weights_be_away(patch)
     # The model is there already. Moving it again would give it parameters that nobody optimizes.
     patch.setattr(Accelerator, "prepare_model", lambda self, model, *args, **kwargs: model)
     before = torch.__future__.get_overwrite_module_params_on_conversion()

@@ -29,6 +29,7 @@ _NOT_ASKED = (
     "trust_remote_code",
     "shares",
     "bits",
+    "offload",
     "report_to",
     "report-to",
 )

@@ -85,6 +85,8 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         args = trainer_config(dataclasses.replace(job, device="cpu"), Path(scratch))
         if args.sharded:
             raise UserError("a plan says by itself what sharding saves: pass --devices instead")
+        if args.offload:
+            raise UserError("a plan says by itself what offload saves: pass --device-memory instead")
         planned = Run.of(config, args, job.length, dtype)
         sizes = planned.sizes
         if asked.memory is not None and sizes.layer > SPARE * asked.memory:
@@ -185,6 +187,12 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
     for bits in () if planned.allocator.budget.per_token else (8, 4):
         peaks = in_bits(planned, on_device, bits)
         yield Variant(" ".join([*words, f"--bits {bits}"]), peaks, factor, FORMULA)
+    if not planned.allocator.budget.family.mixer:  # those stay where they are needed
+        # Two layers: one, and re-fitted weights beside the teacher's.
+        saved = sizes.weights - sizes.outside - 2 * sizes.layer
+        peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
+        peaks.pop("finalize", None)  # in main memory
+        yield Variant(" ".join([*words, "--offload"]), peaks, factor, FORMULA)
 
 
 def _with(planned: Run, whole: Mapping[str, float], less: Mapping[str, Any]) -> dict[str, float]:

@@ -49,10 +49,13 @@ from nuteprune.jobs.text import JobText, mixture
 from nuteprune.judge.run_files import write_extra
 from nuteprune.judge.samples import side_by_side
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
 from nuteprune.run_folder import RUN, SAMPLES
 from nuteprune.train.asked import SETTINGS
+from nuteprune.train.checks import check_offload
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prepare import offload_if_asked
 from nuteprune.train.run_settings import check_same, chosen_settings
 from nuteprune.train.settings import check_declared
 from nuteprune.train.targets import check_reached
@@ -193,6 +196,7 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
 
 
 def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float) -> Result | None:
+    check_offload(config, packed=job.bits is not None)
     take(job.family, job.model)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     dtype = pick_dtype(job.dtype, job.device)
@@ -289,7 +293,9 @@ def _prune(
     judge = Judge(held_out, tokenizer, bars)
 
     def as_judged(small: PreTrainedModel) -> PreTrainedModel:
-        return cast(PreTrainedModel, in_dtype(small, computed).to(place))  # type: ignore[arg-type]
+        small = in_dtype(small, computed).requires_grad_(False)
+        offload_if_asked(Anatomy(small), trainer.args, trainer.pruning.ready.origin)
+        return cast(PreTrainedModel, small.to(place))  # type: ignore[arg-type]
 
     before = None
     if is_main() and not apart:
@@ -311,6 +317,8 @@ def _prune(
         else:
             small = trainer.finalize_target(index, whole(job))
         after = judge.figures("the pruned model", as_judged(small))
+        if trainer.args.offload:  # as it is written
+            bring_home(small)
         if index == last:
             samples = side_by_side(tokenizer, judge.prompts_BT, before.texts, after.texts)
             write_extra(job.out / RUN, SAMPLES, samples)

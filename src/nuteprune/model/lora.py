@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nuteprune.errors import UserError
-from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
+from nuteprune.model.offload import home_of, like
 
 ADAPTER = "default"
 
@@ -69,7 +69,7 @@ class LoraBank:
             for side, parts in (("A", module.lora_A), ("B", module.lora_B))
         }
         replaced = {
-            f"{name}.W": _base(module).weight
+            f"{name}.W": home_of(_base(module).weight)
             for layer in self._layers
             for name, module in layer
             if name in self._dense
@@ -123,9 +123,8 @@ class LoraBank:
     def _replace(self, name: str, module: LoraLayer, weight_OI: Tensor) -> None:
         base = _base(module)
         dense_OI = self._dense.setdefault(name, base.weight)
-        new_OI = weight_OI.to(dense_OI)
-        if self.folder is not None:  # the base's are mapped from their files too
-            new_OI = mapped({name: new_OI}, self.folder)[name]
+        # In a folder, since the base's are mapped from their files too.
+        new_OI = like(dense_OI, weight_OI.to(dense_OI), self.folder)
         base._parameters["weight"] = nn.Parameter(new_OI, requires_grad=False)
 
     @torch.no_grad()

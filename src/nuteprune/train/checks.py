@@ -58,6 +58,32 @@ def check_shards(sharded: bool, processes: int, packed: bool) -> None:
         raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
 
 
+def check_offload(args: NutePruneConfig, packed: bool) -> None:
+    """Refuse to keep layers off the device where that cannot be done, or would save nothing.
+
+    Args:
+        args: the run's settings.
+        packed: whether weights are in 8 or 4 bits.
+
+    Raises:
+        UserError: saying what to leave out.
+    """
+    if not args.offload:
+        return
+    if packed:
+        raise UserError("weights in 8 or 4 bits cannot be offloaded: leave out --bits or --offload")
+    if args.sharded or args.world_size > 1:
+        raise UserError(
+            "offload is for one process, and several share weights out by sharded: leave out one "
+            "of the two"
+        )
+    if args.bf16:
+        raise UserError(
+            "bf16 casts weights, and the casts would wait for the backward pass on the device: "
+            "with offload use --dtype bfloat16 instead"
+        )
+
+
 def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
     """Refuse re-entrant activation checkpointing: its backward passes end at each layer's edge.
 

@@ -98,6 +98,8 @@ class NutePruneConfig(TrainingArguments):
     Args:
         sharded: share the dense model's weights out over the run's processes (FSDP2); gates and
             LoRA stay whole in each.
+        offload: keep the dense model's decoder layers in main memory, or on disk where they are
+            mapped from files; each comes to the device as it is read.
     """
 
     target_sparsity: float | list[float] | str = setting(
@@ -230,6 +232,14 @@ class NutePruneConfig(TrainingArguments):
     lora_targets: str = setting("all", "all, or qv (the paper's).", choices=("all", "qv"))
     compensation: bool = setting(True, "Re-fit projections in closed form when masks freeze.")
     sharded: bool = setting(False, "Share the dense model's weights out over processes.", role=CALL)
+    offload: bool = setting(
+        False,
+        "Keep the dense model's layers in main memory or on disk; each comes to the device as it "
+        "is needed.",
+        option="--offload",
+        flag=True,
+        role=HOW,
+    )
 
     # Of TrainingArguments: other defaults, or an option of their own.
     max_steps: int = setting(

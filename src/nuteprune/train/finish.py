@@ -20,6 +20,7 @@ from nuteprune.export.wrapping import Around
 from nuteprune.gates.masks import Masks
 from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.offload import bring_home
 from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape
 from nuteprune.shrink.finalize import merge_layer
@@ -109,6 +110,8 @@ class Ending:
         bank.release()
         if dense is None:
             base = cast(PreTrainedModel, ready.model.unload())
+            if self._args.offload:
+                bring_home(base)
         else:
             free_base(ready.model)
             base = dense if isinstance(dense, PreTrainedModel) else dense()

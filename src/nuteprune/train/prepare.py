@@ -21,11 +21,17 @@ from nuteprune.gates.gates import Gates
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.offload import offload
 from nuteprune.model.packed import is_packed, make_trainable
 from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.run_folder import RECORD, TEACHERS
 from nuteprune.train.averaging import leave_out
-from nuteprune.train.checks import check_checkpointing, check_shards, check_whole
+from nuteprune.train.checks import (
+    check_checkpointing,
+    check_offload,
+    check_shards,
+    check_whole,
+)
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import (
     check_stock,
@@ -115,6 +121,22 @@ class Prepared:
         return self.goals[self.targets.index(sparsity)]
 
 
+def offload_if_asked(anatomy: Anatomy, args: NutePruneConfig, origin: Origin) -> None:
+    """Let the frozen layers of a run's model, dense or pruned, stay off its device.
+
+    Args:
+        anatomy: the model.
+        args: the run's settings, which may ask for it.
+        origin: what is known of the dense model.
+    """
+    if not args.offload:
+        return
+    # Else the checkpoint's own files stand behind them.
+    converted = origin.computed_dtype != origin.stored_dtype
+    on_disk = converted and args.device.type == "cpu"
+    offload(anatomy, args.device, Path(cast(str, args.output_dir)) if on_disk else None)
+
+
 def prepare(
     model: PreTrainedModel, args: NutePruneConfig, stored_dtype: torch.dtype | None = None
 ) -> Prepared:
@@ -130,6 +152,7 @@ def prepare(
             gates' reach, or what no run can do; before anything is changed.
     """
     check_whole(args)
+    check_offload(args, is_packed(model))
     check_shards(args.sharded, args.world_size, is_packed(model))
     check_checkpointing(model, args)
     make_trainable(model)
@@ -158,6 +181,7 @@ def prepare(
     if args.sharded:
         shard_base(anatomy, all_processes(args.device))
     leave_out(peft_model, args.sharded)
+    offload_if_asked(anatomy, args, origin)
     return Prepared(
         origin=origin,
         model=peft_model,

@@ -1,0 +1,159 @@
+"""Weights that stay in main memory, or on disk, and come to the device as they are read.
+
+A weight that is away says that it is on the device, and has no data there. An operation that reads
+it gets a copy of them, and so does the backward pass: what autograd keeps is the weight itself. So
+nothing that reads weights need know of it. Copies of the layer that was read last are kept, and
+both roles of a co-forward pass read the same ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from nuteprune.mapped import mapped
+from nuteprune.model.anatomy import Anatomy
+
+
+class Desk:
+    """Copies on a device of one layer's weights: of the one that was read last.
+
+    Args:
+        device: where they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._layer: int | None = None
+        self._copies: dict[Tensor, Tensor] = {}
+
+    def copy_of(self, home: Tensor, layer: int) -> Tensor:
+        """Return a layer's weight as it is here."""
+        if layer != self._layer:
+            self._layer, self._copies = layer, {}
+        if home not in self._copies:
+            self._copies[home] = home.to(self.device)
+        return self._copies[home]
+
+
+class Away(Tensor):
+    """A weight, or a view of one, whose data are not where it says.
+
+    Args:
+        view: of `home`, what this is.
+        home: the weight where it stays, contiguous.
+        layer: the decoder layer that it is of.
+        desk: where it is read.
+    """
+
+    view_of_home: Tensor
+    home: Tensor
+    layer: int
+    desk: Desk
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, view: Tensor, home: Tensor, layer: int, desk: Desk) -> Away:
+        """Make a shell without data."""
+        shell: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            view.shape,
+            strides=view.stride(),
+            storage_offset=view.storage_offset() - home.storage_offset(),
+            dtype=view.dtype,
+            device=desk.device,
+        )
+        shell.view_of_home, shell.home, shell.layer, shell.desk = view, home, layer, desk
+        return shell
+
+    def here(self) -> Tensor:
+        """Return it on the device."""
+        view, copy = self.view_of_home, self.desk.copy_of(self.home, self.layer)
+        start = view.storage_offset() - self.home.storage_offset()
+        return copy.as_strided(view.shape, view.stride(), copy.storage_offset() + start)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation on the device; a view of a weight that is away is away too."""
+        kwargs = kwargs or {}
+        if func.is_view:
+            this, *others = args
+            views = func(this.view_of_home, *others, **kwargs)
+
+            def away(view: Any) -> Any:
+                is_view = isinstance(view, Tensor)
+                return cls(view, this.home, this.layer, this.desk) if is_view else view
+
+            return return_and_correct_aliasing(func, args, kwargs, tree_map(away, views))
+        if func._schema.is_mutable and isinstance(args[0], Away):
+            raise RuntimeError(f"{func} would write to a copy of a weight that is away")
+        there = tree_map(lambda x: x.here() if isinstance(x, Away) else x, (args, kwargs))
+        return func(*there[0], **there[1])
+
+
+def offload(anatomy: Anatomy, device: torch.device, folder: Path | None = None) -> None:
+    """Let a model's decoder layers stay where they are, in place; the rest is not moved.
+
+    That goes for frozen matrices: norms and biases are small. Mixers are left out, since their fused
+    kernels may read memory past all operations.
+
+    Args:
+        anatomy: the model, adapters on it or none.
+        device: where the model is to run.
+        folder: where weights in main memory are put, and mapped from; None: they stay in memory.
+    """
+    desk = Desk(torch.empty(0, device=device).device)  # with its index, as what is moved there
+    made: dict[Tensor, nn.Parameter] = {}
+    mixer = f"{anatomy.family.mixer_module}." if anatomy.family.mixer else None
+    for i, layer in enumerate(anatomy.layers):
+        for path, module in layer.named_modules():
+            if mixer is not None and f"{path}.".startswith(mixer):
+                continue
+            for name, weight in module._parameters.items():
+                if weight is None or weight.requires_grad or weight.dim() < 2:
+                    continue
+                if weight not in made:  # else it is shared
+                    made[weight] = _away(weight, i, desk, folder)
+                module._parameters[name] = made[weight]
+
+
+def _away(weight: Tensor, layer: int, desk: Desk, folder: Path | None) -> nn.Parameter:
+    home = weight.detach().to("cpu").contiguous()
+    if folder is not None:
+        home = mapped({"weight": home}, folder)["weight"]
+    return nn.Parameter(Away(home, home, layer, desk), requires_grad=False)
+
+
+def like(weight: Tensor, value: Tensor, folder: Path | None) -> Tensor:
+    """Return a value that stands in place of a weight: away, if that is.
+
+    Args:
+        weight: the weight.
+        value: on its device, in its dtype.
+        folder: where a CPU's values are put, and mapped from; None: they stay in memory.
+    """
+    if isinstance(weight, Away):
+        return _away(value, weight.layer, weight.desk, folder)
+    return value if folder is None else mapped({"weight": value}, folder)["weight"]
+
+
+def home_of(weight: Tensor) -> Tensor:
+    """Return a weight where it stays; one that is not away as it is."""
+    return weight.home if isinstance(weight, Away) else weight
+
+
+def bring_home(model: PreTrainedModel) -> None:
+    """Give a model back what `offload` took, in place, and take the rest of it to the CPU."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if isinstance(weight, Away):
+                plain = made.setdefault(weight, nn.Parameter(weight.home, requires_grad=False))
+                module._parameters[name] = plain
+    model.to("cpu")  # type: ignore[arg-type]
