@@ -87,8 +87,8 @@ class There(Tensor):
 class SecondDevice(TorchDispatchMode):
     """Within this mode there is the second device.
 
-    `reads` counts operations that wait for it, by the function that asks, `arrivals` the tensors that
-    were copied there from the CPU: what of them lives, and `arrived`, the bytes of all.
+    `reads` counts operations that wait for it, by the function that asks. `arrivals` counts what
+    lives of the tensors that were copied there from the CPU, `arrived` the bytes of all of them.
     """
 
     current: SecondDevice

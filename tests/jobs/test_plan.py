@@ -214,7 +214,11 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert plan["seconds"] == pytest.approx(sum(x["flops"] for x in plan["phases"]) / 1e9)
     sharded = next(x for x in plan["settings"] if "sharded" in x["settings"])
     assert sharded["how"] == "formula"
+    away = next(x for x in plan["settings"] if "--offload" in x["settings"])
+    assert away["how"] == "formula"
     peaks = [x["peak_bytes"] for x in plan["settings"][:3]]
+    # Two of five layers are there.
+    assert away["peak_bytes"] <= peaks[-1] - 3 * 4 * layer
     assert peaks == sorted(peaks, reverse=True)
     again = run(job(model / "config.json", length=24), asked, Output(quiet=True))
     assert again["parameters"] == plan["parameters"]
@@ -289,6 +293,8 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         run(job(model), Asked(memory=50_000), Output(quiet=True))
     with pytest.raises(UserError, match="--devices"):
         run(job(model, sharded=True), Asked(), Output(quiet=True))
+    with pytest.raises(UserError, match="what offload saves: use --device-memory"):
+        run(job(model, offload=True), Asked(), Output(quiet=True))
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         config_of("./nothing")
 

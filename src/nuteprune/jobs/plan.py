@@ -86,7 +86,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         if args.sharded:
             raise UserError("a plan says by itself what sharding saves: pass --devices instead")
         if args.offload:
-            raise UserError("a plan says by itself what offload saves: pass --device-memory instead")
+            raise UserError("a plan says by itself what offload saves: use --device-memory")
         planned = Run.of(config, args, job.length, dtype)
         sizes = planned.sizes
         if asked.memory is not None and sizes.layer > SPARE * asked.memory:

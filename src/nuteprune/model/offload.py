@@ -9,7 +9,7 @@ both roles of a co-forward pass read the same ones.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Away(Tensor):
     @staticmethod
     def __new__(cls, view: Tensor, home: Tensor, layer: int, desk: Desk) -> Away:
         """Make a shell without data."""
-        shell: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        shell: Any = Tensor._make_wrapper_subclass(
             cls,
             view.shape,
             strides=view.stride(),
@@ -70,7 +70,7 @@ class Away(Tensor):
             device=desk.device,
         )
         shell.view_of_home, shell.home, shell.layer, shell.desk = view, home, layer, desk
-        return shell
+        return cast(Away, shell)
 
     def here(self) -> Tensor:
         """Return it on the device."""
@@ -79,7 +79,9 @@ class Away(Tensor):
         return copy.as_strided(view.shape, view.stride(), copy.storage_offset() + start)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run an operation on the device; a view of a weight that is away is away too."""
         kwargs = kwargs or {}
         if func.is_view:
@@ -100,8 +102,8 @@ class Away(Tensor):
 def offload(anatomy: Anatomy, device: torch.device, folder: Path | None = None) -> None:
     """Let a model's decoder layers stay where they are, in place; the rest is not moved.
 
-    That goes for frozen matrices: norms and biases are small. Mixers are left out, since their fused
-    kernels may read memory past all operations.
+    That goes for frozen matrices: norms and biases are small. Mixers are left out, since their
+    fused kernels may read memory past all operations.
 
     Args:
         anatomy: the model, adapters on it or none.
