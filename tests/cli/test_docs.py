@@ -63,6 +63,7 @@ HOW = {
     "nuteprune prune huggyllama/llama-7b --config recipes/paper.yaml --data c4.jsonl "
     "--out small": DRY,
     "nuteprune prune MODEL --sparsity 0.3 --data DATA --out small --bits 8": EXECUTED,
+    "nuteprune prune MODEL --sparsity 0.3 --data DATA --out small --offload": PARSED,
     "torchrun --nproc_per_node 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
     "torchrun --nproc_per_node 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
