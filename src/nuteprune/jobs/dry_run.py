@@ -7,7 +7,7 @@ from typing import Any
 
 from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.planned import Rate, entry, in_bits, print_phases, sharded
+from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.show import told
 from nuteprune.jobs.sources import stored_dtype
 from nuteprune.memory import peak
@@ -102,7 +102,7 @@ def _planned(
         Unplanned: if the model cannot be gone through without data.
     """
     model, args, dtype = trainer.anatomy.model, copy.copy(trainer.args), trainer.computed_dtype
-    args.sharded = False  # what that saves is by formula
+    args.sharded = args.offload = False  # what these save is by formula
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     run = Run.of(config, args, job.length, dtype, type(model), judged)
@@ -129,7 +129,7 @@ def _peaks(
     if job.bits:
         return peaks | in_bits(run, inside, job.bits)
     if trainer.args.device.type != "cpu":
-        return peaks
+        return peaks | (offloaded(run, inside) if trainer.args.offload else {})
     return on_cpu(run, phases, stored_dtype(trainer.anatomy.model))
 
 

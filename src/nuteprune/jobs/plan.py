@@ -20,7 +20,7 @@ from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
 from nuteprune.jobs.family import take
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.planned import Rate, entry, in_bits, print_phases, sharded
+from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune import trainer_config
 from nuteprune.jobs.sources import locate, pick_dtype, read_config
 from nuteprune.model.lookup import family_named
@@ -187,11 +187,8 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
     for bits in () if planned.allocator.budget.per_token else (8, 4):
         peaks = in_bits(planned, on_device, bits)
         yield Variant(" ".join([*words, f"--bits {bits}"]), peaks, factor, FORMULA)
-    if not planned.allocator.budget.family.mixer:  # those stay where they are needed
-        # Two layers: one, and re-fitted weights beside the teacher's.
-        saved = sizes.weights - sizes.outside - 2 * sizes.layer
-        peaks = {k: v - saved - kept * k.startswith(("step", "re-fit")) for k, v in whole.items()}
-        peaks.pop("finalize", None)  # in main memory
+    if not planned.allocator.budget.family.mixer:  # mixers stay on the device
+        peaks = offloaded(planned, on_device)
         yield Variant(" ".join([*words, "--offload"]), peaks, factor, FORMULA)
 
 

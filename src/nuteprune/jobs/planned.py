@@ -88,7 +88,14 @@ def in_bits(run: Run, peaks: Mapping[str, float], bits: int) -> dict[str, float]
     return _without(run, peaks, run.sizes.projections * (1 - bits / 8 / run.dtype.itemsize))
 
 
+def offloaded(run: Run, peaks: Mapping[str, float]) -> dict[str, float]:
+    """Return peaks of phases on a device that has one layer at a time."""
+    sizes = run.sizes
+    # Room of two: re-fitted weights are beside the teacher's.
+    return _without(run, peaks, sizes.weights - sizes.outside - 2 * sizes.layer)
+
+
 def _without(run: Run, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
-    # Their re-fit is in low rank.
+    # Their re-fit is in low rank, or off the device.
     refitted = run.sizes.refitted if run.args.compensation else 0
     return {k: v - saved - refitted * k.startswith(("step", "re-fit")) for k, v in peaks.items()}

@@ -103,7 +103,7 @@ def offload(anatomy: Anatomy, device: torch.device, folder: Path | None = None) 
     """Let a model's decoder layers stay where they are, in place; the rest is not moved.
 
     That goes for frozen matrices: norms and biases are small. Mixers are left out, since their
-    fused kernels may read memory past all operations.
+    fused kernels may read memory past all operations; and routers, on whose weights PEFT works.
 
     Args:
         anatomy: the model, adapters on it or none.
@@ -112,10 +112,12 @@ def offload(anatomy: Anatomy, device: torch.device, folder: Path | None = None) 
     """
     desk = Desk(torch.empty(0, device=device).device)  # with its index, as what is moved there
     made: dict[Tensor, nn.Parameter] = {}
-    mixer = f"{anatomy.family.mixer_module}." if anatomy.family.mixer else None
+    family = anatomy.family
+    staying = [family.mixer_module] if family.mixer else []
+    staying += [family.experts.router] if family.experts else []
     for i, layer in enumerate(anatomy.layers):
         for path, module in layer.named_modules():
-            if mixer is not None and f"{path}.".startswith(mixer):
+            if any(f"{path}.".startswith(f"{x}.") for x in staying):
                 continue
             for name, weight in module._parameters.items():
                 if weight is None or weight.requires_grad or weight.dim() < 2:
