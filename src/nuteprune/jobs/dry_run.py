@@ -11,7 +11,7 @@ from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases
 from nuteprune.jobs.show import told
 from nuteprune.jobs.sources import stored_dtype
 from nuteprune.memory import peak
-from nuteprune.train.phases import Phase, Run, on_cpu
+from nuteprune.train.phases import FORMULA, Phase, Run, on_cpu
 from nuteprune.train.simulate import Unplanned
 from nuteprune.train.step_cost import seconds_per_step
 from nuteprune.train.trainer import NutePruneTrainer
@@ -113,6 +113,8 @@ def _planned(
     peaks = _peaks(job, trainer, run, phases)
     entries = [entry(phase, rate, peaks[phase.name]) for phase in phases]
     for x in entries:
+        if job.bits or trainer.args.sharded:  # so is what they save
+            x |= {"how": FORMULA}
         if x["phase"] == "writing text":
             x |= {"seconds": writing, "how": MEASURED}
     return {"phases": entries, "seconds": sum(x["seconds"] for x in entries)}
