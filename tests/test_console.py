@@ -91,3 +91,21 @@ def test_a_table_loses_no_figures_on_a_narrow_terminal(width: int) -> None:
     assert "…" not in file.getvalue()
     if width == 120:
         assert settings in file.getvalue()
+
+
+def test_names_keep_their_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    output, name = Output(), "a[old].txt [/b]"
+    output.table(name, ["", name], [[name, "1"]])
+    with output.bars() as bars:
+        bars.update(name, 1, 1, name)
+    stdout, stderr = capsys.readouterr()
+    assert (stdout.count(name), stderr.count(name)) == (3, 2)
+
+
+def test_a_bar_on_a_terminal_keeps_brackets() -> None:
+    text = io.StringIO()
+    bars = Bars(Console(file=text, force_terminal=True, width=120))
+    with bars.progress:
+        bars.update("a[old]", 1, 1, "[/b]")
+    assert "a[old]" in text.getvalue()
+    assert "[/b]" in text.getvalue()

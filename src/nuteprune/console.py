@@ -54,14 +54,17 @@ class Output:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         quiet = quiet or not is_main()
-        self.console = Console(stderr=as_json, highlight=False, soft_wrap=False, quiet=quiet)
+        # No markup: names of files and models may have brackets.
+        self.console = Console(
+            stderr=as_json, highlight=False, markup=False, soft_wrap=False, quiet=quiet
+        )
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = WIDE
-        self.progress_console = Console(stderr=True, highlight=False, quiet=quiet)
+        self.progress_console = Console(stderr=True, highlight=False, markup=False, quiet=quiet)
 
     def line(self, text: str = "") -> None:
         """Print a line for people."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table for people; the first column is text, the others numbers."""
@@ -104,12 +107,12 @@ class Bars:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
