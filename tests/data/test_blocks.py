@@ -244,6 +244,15 @@ class TestShares:
             with pytest.raises(UserError, match=r"self \(what .* written\): [06] tokens"):
                 training_blocks("self", tokenizer, length=8, count=1, seed=0, written=written)
 
+    def test_a_share_may_be_less_than_a_block(
+        self, demo: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        how = {"length": 8, "count": 4, "seed": 0}
+        both = training_blocks(
+            ["demo", "self"], tokenizer, shares=[1000, 1], written=WRITTEN, **how
+        )
+        assert torch.equal(both.blocks, training_blocks("demo", tokenizer, **how).blocks)
+
     @pytest.mark.parametrize(
         ("specs", "shares"),
         [(["demo"], [0.5, 0.5]), (["demo", "self"], [1]), (["demo", "self"], [1, 0]), ([], None)]

@@ -165,6 +165,8 @@ def with_repeats(blocks_NT: Tensor, count: int, rng: random.Random) -> Tensor:
     """
     length, all_M = blocks_NT.shape[1], blocks_NT.flatten()
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    if not count:  # nor may there be tokens to draw from
+        return blocks_NT
     drawn_RT = torch.randint(len(all_M), (count, -(-length // 2)), generator=generator)
     return torch.cat([blocks_NT, all_M[drawn_RT].repeat(1, 2)[:, :length]])
 
