@@ -17,6 +17,7 @@ from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import build, in_dtype, load_config, load_pruned
+from nuteprune.jobs.sources import read_config
 from tests.families import each_family
 
 from .conftest import logits, tensors
@@ -177,6 +178,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "cannot load .*[Pp]adding_idx",
     ),
     "no JSON": (lambda x: (x / "config.json").write_text('{"a'), "cannot load .*JSON"),
+    "JSON, but no config": (lambda x: (x / "config.json").write_text("null"), "no mapping"),
+    "a list for a config": (lambda x: (x / "config.json").write_text("[1]"), "no mapping"),
+    "a number for a type": (
+        lambda x: change_config(x, lambda c: c.update(model_type=5)),
+        "no mapping that names a model_type",
+    ),
     "no config": (lambda x: (x / "config.json").unlink(), "cannot load .*config.json"),
     "an unknown type": (
         lambda x: change_config(x, lambda c: c.update(model_type="pruned_llamas")),
@@ -195,6 +202,10 @@ def test_damage_is_told_in_one_line(
     with pytest.raises(UserError) as error:
         load_pruned(folder)
     assert re.search(message, str(error.value))
+    if "no mapping" in message:
+        for read in (load_config, read_config):
+            with pytest.raises(UserError, match=message):
+                read(str(folder))
     assert "\n" not in str(error.value)
     assert "REPORT" not in capfd.readouterr().err
 

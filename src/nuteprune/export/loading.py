@@ -101,9 +101,9 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     source = str(source)
     kwargs = {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "use_safetensors")}
     with one_line(source):
-        config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+        config = config_values(source, **kwargs)
     bring_from(source)
-    model_type = config.get("model_type", "")
+    model_type = config["model_type"]
     if wrapper_of(model_type):
         inner = language_config(config)
         of_it = _causal_lm(inner.model_type)
@@ -161,14 +161,35 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     """
     source = str(source)
     with one_line(source):
-        values, _ = PreTrainedConfig.get_config_dict(source)
+        values = config_values(source)
     bring_from(source)
-    if wrapper_of(str(values.get("model_type", ""))):
+    if wrapper_of(values["model_type"]):
         with one_line(source):
             return language_config(values)
-    config_class: Any = _causal_lm(values.get("model_type", ""), values).config_class
+    config_class: Any = _causal_lm(values["model_type"], values).config_class
     with one_line(source):
         return config_class.from_dict(values)  # type: ignore[no-any-return]
+
+
+def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
+    """Return what a checkpoint's config.json says; `model_type` is "" where it does not say.
+
+    Args:
+        source: a folder or the name of a model on the hub.
+        kwargs: what `from_pretrained` takes.
+
+    Raises:
+        OSError, ValueError: if there is none, or it is no config.
+    """
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+    except TypeError as error:  # it looks for keys in whatever JSON there is
+        raise ValueError("its config.json is no mapping of names to values") from error
+    if not values:
+        raise OSError("there is no config.json, here or in the cache")
+    if not isinstance(values, dict) or not isinstance(values.get("model_type", ""), str):
+        raise ValueError("its config.json is no mapping that names a model_type")
+    return {"model_type": "", **values}
 
 
 def _causal_lm(model_type: str, config: Mapping[str, Any] | None = None) -> type[PreTrainedModel]:

@@ -23,7 +23,7 @@ from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.config import PREFIX
-from nuteprune.export.loading import exact_dtype, load_pruned
+from nuteprune.export.loading import config_values, exact_dtype, load_pruned
 from nuteprune.export.own_family import bring_from
 from nuteprune.export.record import origin_of, read_record
 from nuteprune.export.wrapping import Around, language_config
@@ -89,11 +89,11 @@ def read_config(model: str) -> dict[str, Any]:
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
         raise UserError(f"{model} has no config.json: it is not a Hugging Face checkpoint")
     try:
-        values = _config_values(where)
+        values = config_values(where)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {model}: {_told(error, model)}") from error
     bring_from(where)
-    model_type = str(values.get("model_type", ""))
+    model_type = values["model_type"]
     if (wrapper := wrapper_of(model_type)) is not None:
         language_config(values)  # refuses what is not supported
         expected = wrapper.conditional
@@ -111,15 +111,8 @@ def read_config(model: str) -> dict[str, Any]:
 
 def around(model: str) -> Around | None:
     """Return what a model of several modalities has around its language model, None for others."""
-    wrapper = wrapper_of(str(read_config(model)["model_type"]))
+    wrapper = wrapper_of(read_config(model)["model_type"])
     return None if wrapper is None else Around(locate(model), wrapper)
-
-
-def _config_values(where: str) -> dict[str, Any]:
-    values, _ = PreTrainedConfig.get_config_dict(where)
-    if not values:
-        raise OSError("there is no such checkpoint, here or in the cache")
-    return dict(values)
 
 
 def load_model(
@@ -202,7 +195,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         UserError: if it has none that can be loaded.
     """
     # Named by its config alone, so that a pruned checkpoint's own config class is not asked for.
-    model_type = str(read_config(model)["model_type"]).removeprefix(PREFIX)
+    model_type = read_config(model)["model_type"].removeprefix(PREFIX)
     config = PreTrainedConfig.from_dict({"model_type": model_type})
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
