@@ -190,6 +190,9 @@ def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
         assert worker.about.work == Work.of(load_pruned(folder))
         with pytest.raises(RunFailed, match="Error"):
             worker.time(Setting(1, 0, 1))
+        worker._process.join()
+        with pytest.raises(RunFailed, match="ended with code 0"):
+            worker.time(SETTING)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -44,14 +45,15 @@ class Worker:
 
     def time(self, setting: Setting) -> Timing:
         """Time one pass."""
-        self._pipe.send(setting)
+        with suppress(BrokenPipeError):  # it has ended; why, is told where its answer is missing
+            self._pipe.send(setting)
         timing: Timing = self._answer()
         return timing
 
     def _answer(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise RunFailed(
                 f"the process that measured {self.name} ended with code {self._process.exitcode}; "
