@@ -75,9 +75,14 @@ def test_our_own_blocks_begin_with_bos_as_those_of_training_do(
     assert (made.context_N == 1).all()
 
 
-def test_plain_text_is_no_copy_of_a_published_text(tmp_path: Path) -> None:
+def test_plain_text_is_no_copy_of_a_published_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "wiki.test.txt").write_text("a\n\nb")
-    for path in (tmp_path / "wiki.test.txt", tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_text('{"text": "a"}')
+    for path in (tmp_path / "wiki.test.txt", tmp_path, "~/rows"):
         with pytest.raises(UserError, match="one Parquet or JSON file"):
             rows_of(f"wikitext2={path}")
 

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,7 @@ from nuteprune.data.specs import iter_documents, local_files
 from nuteprune.data.split import held_out_part
 from nuteprune.data.tokens import after, bos_of, collect, tokens_of, too_short
 from nuteprune.errors import UserError
+from nuteprune.files import at_home
 from nuteprune.judge.protocols import END_OF_TEXT, JOININGS, TEXTS, Protocol
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def rows_of(
     if is_copy and name in TEXTS:
         text = TEXTS[name]
         files = local_files(path)
-        if files is not None and (Path(path).is_dir() or files[0].suffix.lower() == ".txt"):
+        if files is not None and (at_home(path).is_dir() or files[0].suffix.lower() == ".txt"):
             raise UserError(
                 f"{spec}: a copy of {name} is one Parquet or JSON file of its rows, which plain "
                 "text and folders do not tell apart; pass that, or --data FILE as text of your own"
