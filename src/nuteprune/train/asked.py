@@ -111,7 +111,7 @@ def sparsities(given: Any) -> tuple[float, ...]:
     """
     parts = given.split(",") if isinstance(given, str) else given
     try:
-        return tuple(float(x) for x in (parts if isinstance(parts, list | tuple) else [parts]))
+        return tuple(float(x) for x in _each(parts))
     except (TypeError, ValueError) as error:
         raise UserError(
             f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.3,0.5"
@@ -129,14 +129,17 @@ def several(kind: str, given: Any) -> tuple[float, ...]:
         UserError: for what is no such value, or where the models do not become smaller.
     """
     parts = given.split(",") if isinstance(given, str) else given
-    values = tuple(
-        value_of(kind, x) for x in (parts if isinstance(parts, list | tuple) else [parts])
-    )
+    values = tuple(value_of(kind, x) for x in _each(parts))
     sizes = values if KINDS[kind].whole else [-x for x in values]  # the faster, the smaller
     if any(a <= b for a, b in pairwise(sizes)):
         told = ", ".join(spelled(kind, x) for x in values)
         raise UserError(f"{kind} is {told}; of several the largest model comes first")
     return values
+
+
+def _each(parts: Any) -> Any:
+    """Return the values of a list; what is none, or an empty one, is itself no right value."""
+    return parts if isinstance(parts, list | tuple) and parts else [parts]
 
 
 def value_of(kind: str, given: Any, name: str = "") -> float:
