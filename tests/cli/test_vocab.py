@@ -71,6 +71,10 @@ def test_a_stock_checkpoint_comes_out_that_all_else_takes(
     assert Path(twice["out"]) == third
     assert [x["asked"]["kind"] for x in twice["history"]] == ["vocab", "sparsity"]
     assert load_pruned(third).config.vocab_size == 270
+    tuned = tmp_path / "tuned"
+    few = ["--data", text, "--steps", 1, "--length", 24, "--device", "cpu"]
+    learned = last(run, "recover", out, "--out", tuned, *few)
+    assert learned["recover"]["perplexity"]["protocol"]["block_length"] == {text.name: 24}
     exported = last(run, "export", third, "--to", "gguf", "--out", tmp_path / "a.gguf")
     assert exported["texts_compared"] > 0  # llama.cpp splits them alike
 

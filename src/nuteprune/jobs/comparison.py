@@ -32,7 +32,9 @@ def judged_text(
     if job.eval_data is None and record is not None:
         config = record.get("config", {})
         if "data" in config:
-            size |= {"length": config["length"], "count": config.get("eval_blocks", size["count"])}
+            # What `vocab` wrote says what text was counted, and of no blocks.
+            for key, name in (("length", "length"), ("count", "eval_blocks")):
+                size[key] = config.get(name, size[key])
             text = config.get("eval_data") or config["data"]
             try:
                 return held_out_blocks(
