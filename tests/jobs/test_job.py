@@ -74,9 +74,9 @@ def test_the_settings_of_a_run_are_few() -> None:
         NutePruneConfig.__annotations__
     )
     inherited = {x.name for x in dataclasses.fields(NutePruneConfig.__mro__[1])}
-    # Five targets beside sparsity, what a cache, a speed and a table of costs are of, and the
-    # multiples that a quantization wants.
-    assert len(own - inherited) == 18 + 5 + 5 + 1
+    # Five targets beside sparsity, what a cache, a speed and a table of costs are of, the
+    # multiples that a quantization wants, and layers that stay off the device.
+    assert len(own - inherited) == 18 + 5 + 5 + 1 + 1
 
 
 @pytest.mark.parametrize(
