@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nuteprune.train.extrapolate import Need
 from nuteprune.train.phases import Run
-from nuteprune.train.simulate import Need
 
 
 def leave_unplanned(replace: Callable[[Any, str, Any], None]) -> None:

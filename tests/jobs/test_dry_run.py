@@ -18,8 +18,8 @@ from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.job import PruneJob, make_job
 from nuteprune.jobs.planned import Rate
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.extrapolate import Need
 from nuteprune.train.phases import FORMULA, Run, on_cpu
-from nuteprune.train.simulate import Need
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),

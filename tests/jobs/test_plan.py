@@ -17,16 +17,9 @@ from nuteprune.jobs.job import PruneJob, make_job
 from nuteprune.jobs.plan import Asked, _with, config_of, run
 from nuteprune.simulated import Live
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches
 from nuteprune.train.phases import KERNEL, Phase, Run, on_cpu
-from nuteprune.train.simulate import (
-    ONE_BY_ONE,
-    SHORT,
-    Need,
-    Simulation,
-    extended,
-    in_batches,
-    model_of,
-)
+from nuteprune.train.simulate import Simulation, model_of
 
 pytestmark = [
     # torch looks at what it is going to turn into a tensor without data.

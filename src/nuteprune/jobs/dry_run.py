@@ -11,8 +11,8 @@ from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases
 from nuteprune.jobs.show import told
 from nuteprune.jobs.sources import stored_dtype
 from nuteprune.memory import peak
+from nuteprune.train.extrapolate import Unplanned
 from nuteprune.train.phases import FORMULA, Phase, Run, on_cpu
-from nuteprune.train.simulate import Unplanned
 from nuteprune.train.step_cost import seconds_per_step
 from nuteprune.train.trainer import NutePruneTrainer
 

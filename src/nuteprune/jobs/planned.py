@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from nuteprune.console import Output, duration, megabytes
+from nuteprune.train.extrapolate import Need
 from nuteprune.train.phases import Phase, Run
-from nuteprune.train.simulate import Need
 
 
 @dataclass(frozen=True)

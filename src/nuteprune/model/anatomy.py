@@ -29,6 +29,11 @@ def _at(module: Any, path: str) -> Any:
     return module
 
 
+def without_lora(module: Any) -> Any:
+    """Return what is inside of a LoRA wrapper, or the module itself."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
 class Anatomy:
     """The parts of one model, found by its family's entry.
 
@@ -84,8 +89,7 @@ class Anatomy:
 
     def without_lora(self, layer: int, path: str) -> Any:
         """Return what is at a path of a layer without the LoRA wrapper, None if it is gone."""
-        module = _at(self.layers[layer], path)
-        return module.get_base_layer() if isinstance(module, LoraLayer) else module
+        return without_lora(_at(self.layers[layer], path))
 
     def mixture(self, layer: int) -> Mixture | None:
         """Return a layer's routed experts, None if it has none."""

@@ -217,11 +217,6 @@ def delta_of(module: LoraLayer) -> Tensor:
     return delta_OI
 
 
-def without_lora(module: nn.Module) -> nn.Module:
-    """Return what is inside of a LoRA wrapper, or the module itself."""
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
-
-
 def _base(module: LoraLayer) -> nn.Linear:
     return cast(nn.Linear, module.get_base_layer())
 

@@ -18,7 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from nuteprune.model.lora import delta_of, without_lora
+from nuteprune.model.anatomy import without_lora
+from nuteprune.model.lora import delta_of
 from nuteprune.model.mixture import Mixture
 
 Mask = Callable[[], Tensor | None]
@@ -172,18 +173,18 @@ def rows_of(router: nn.Module, kept: Tensor) -> Iterator[None]:
     plain, added = without_lora(router), {}
     if isinstance(router, LoraLayer) and not router.disable_adapters:
         added["weight"] = delta_of(router)
-    whole: int = plain.num_experts  # type: ignore[assignment]
+    whole: int = plain.num_experts
     held = [(own, dict(own)) for own in (plain._parameters, plain._buffers)]
     for own, before in held:
         for name, tensor in before.items():
             if tensor is not None and len(tensor) == whole:
                 if name in added:
                     tensor = tensor + added[name].to(tensor)
-                own[name] = tensor.index_select(0, kept)  # type: ignore[assignment]
-    plain.num_experts = len(kept)  # type: ignore[assignment]
+                own[name] = tensor.index_select(0, kept)
+    plain.num_experts = len(kept)
     try:
         yield
     finally:
-        plain.num_experts = whole  # type: ignore[assignment]
+        plain.num_experts = whole
         for own, before in held:
-            own.update(before)  # type: ignore[arg-type]
+            own.update(before)

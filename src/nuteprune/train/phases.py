@@ -17,17 +17,9 @@ from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.calibration import PLAIN_BATCH, stops_before
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches
 from nuteprune.train.setup import make_allocator
-from nuteprune.train.simulate import (
-    JUDGED,
-    ONE_BY_ONE,
-    SHORT,
-    Need,
-    Simulation,
-    extended,
-    in_batches,
-    model_of,
-)
+from nuteprune.train.simulate import JUDGED, Simulation, model_of
 from nuteprune.train.targets import Prices, run_targets
 
 SIMULATED = "simulated"
