@@ -18,6 +18,7 @@ from nuteprune.judge.bench import (
     Work,
     advice,
     compare,
+    experts_met,
     summarize,
     time_once,
     told,
@@ -100,6 +101,31 @@ def test_work_is_that_of_the_modules(tiny_name: str, tiny_model) -> None:
     assert work.prefill(SETTING) == 2 * (6 * work.blocks + head.numel() + met)
     # Three steps read the cache of 7, 8 and 9 tokens, of two sequences.
     assert work.decode(SETTING) == 4 * (work.moved + 2 * 8 * work.cached)
+
+
+@pytest.mark.parametrize(("experts", "per_token"), [(16, 2), (64, 8), (8, 8)])
+def test_a_batch_meets_as_many_experts_as_drawn_tokens_do(experts: int, per_token: int) -> None:
+    drawn = torch.rand(4000, 12, experts, generator=torch.Generator().manual_seed(0))
+    chosen = drawn.topk(per_token).indices
+    for tokens in (1, 2, 5, 12):
+        met = torch.zeros(4000, experts).scatter_(1, chosen[:, :tokens].flatten(1), 1.0)
+        expected = pytest.approx(float(met.sum(1).mean()), rel=0.01)
+        assert experts_met(experts, per_token, tokens) == expected
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "llama4_text"])
+def test_a_larger_batch_reads_more_experts(model_type: str, tiny_model) -> None:
+    model = tiny_model(model_type)
+    experts = [m for name, m in model.named_modules() if name.endswith(".experts")]
+    stacks = [sum(p.numel() for p in m.parameters()) for m in experts]
+    work = Work.of(model)
+    assert [n * each for n, each in work.stacks] == stacks
+    one, five = (work.decode(Setting(n, 6, 3)) for n in (1, 5))
+    cache = 8 * work.cached
+    assert one == 4 * (work.moved + cache)
+    share = experts_met(6, work.per_token, 5) / 6
+    others = work.moved - sum(stacks) * work.per_token / 6
+    assert five == pytest.approx(4 * (others + share * sum(stacks) + 5 * cache))
 
 
 def test_figures_are_medians_of_rates() -> None:

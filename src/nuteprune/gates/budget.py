@@ -84,11 +84,12 @@ class Budget:
         coefficient, constant = (
             self._linear_form(self._mlp(layer), layer) if layer.neurons else (0, 0)
         )
-        if layer.experts:
-            each = self._linear_form(self._stacks, layer)
-            coefficient += layer.experts * each[0]
-            constant += layer.experts * each[1]
-        return coefficient, constant
+        each = self.expert(layer)
+        return coefficient + layer.experts * each[0], constant + layer.experts * each[1]
+
+    def expert(self, layer: LayerShape) -> tuple[int, int]:
+        """Return (coefficient of hidden, constant) of one routed expert's parameters."""
+        return self._linear_form(self._stacks, layer)
 
     def _mlp(self, layer: LayerShape) -> tuple[Projection, ...]:
         return self.family.mlp_of(layer.experts > 0)

@@ -37,10 +37,9 @@ def unit_parameters(budget: Budget, kind: str) -> Tensor:
             two, one = (budget.mlp(replace(layer, neurons=n)) for n in (2, 1))
             counts += [_count(two, shape.hidden) - _count(one, shape.hidden)] * layer.neurons
         elif kind == "experts":
-            two, one = (budget.mlp(replace(layer, experts=n)) for n in (2, 1))
-            counts += [_count(two, shape.hidden) - _count(one, shape.hidden)] * layer.experts
+            counts += [_count(budget.expert(layer), shape.hidden)] * layer.experts
         elif kind == "expert_neurons":
-            two, one = (budget.mlp(replace(layer, experts=1, expert_neurons=n)) for n in (2, 1))
+            two, one = (budget.expert(replace(layer, expert_neurons=n)) for n in (2, 1))
             each = _count(two, shape.hidden) - _count(one, shape.hidden)
             counts += [each] * (layer.experts * layer.expert_neurons)
         elif layer.attention:

@@ -49,13 +49,16 @@ class Work:
         parameters: all of them, tied ones once.
         blocks: those of the decoder layers' projections that a token goes through.
         head: those of the language head.
-        moved: those that every decoded token reads: all but an embedding of which it reads a row.
+        moved: those that a decoded token reads: without an embedding of which it reads a row, and
+            without the experts that it is not routed to.
         bytes_per_parameter: as the model is held in memory.
         neurons: greatest common divisor of the neuron counts of layers and of experts.
         queries: features of all layers' queries.
         cached: keys and values that all layers keep of a token.
         attention_blocks: attention blocks, which are as many rounds of calls.
         mlp_blocks: MLPs, likewise.
+        per_token: routed experts that a token goes through.
+        stacks: (routed experts, parameters of each) of each layer that has some.
     """
 
     parameters: int
@@ -68,6 +71,8 @@ class Work:
     cached: int
     attention_blocks: int
     mlp_blocks: int
+    per_token: int = 0
+    stacks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Work:
@@ -77,6 +82,7 @@ class Work:
         table = 0 if anatomy.tied else anatomy.embedding.weight.numel()
         budget = Budget.of(anatomy)
         idle = budget.idle(budget.shape)
+        routed = [(layer.experts, budget.expert(layer)) for layer in layers if layer.experts]
         return cls(
             everything,
             budget.before - idle,
@@ -88,6 +94,8 @@ class Work:
             round(anatomy.cached_features * sum(layer.kv_heads for layer in layers)),
             sum(layer.mixes for layer in layers),
             sum(layer.mlp for layer in layers),
+            budget.per_token,
+            tuple((n, each[0] * budget.shape.hidden + each[1]) for n, each in routed),
         )
 
     def prefill(self, setting: Setting) -> int:
@@ -99,9 +107,16 @@ class Work:
         return setting.batch_size * (setting.length * self.blocks + self.head + met)
 
     def decode(self, setting: Setting) -> float:
-        """Bytes that a decoding step reads on average: weights, whatever the batch, and cache."""
+        """Bytes that a decoding step reads on average: weights and cache.
+
+        Weights are read once for the whole batch, those of an expert if any token goes through it.
+        """
         held = setting.length + (setting.new_tokens + 1) / 2
-        return self.bytes_per_parameter * (self.moved + setting.batch_size * held * self.cached)
+        read = setting.batch_size * held * self.cached + self.moved
+        for experts, each in self.stacks:
+            met = experts_met(experts, self.per_token, setting.batch_size)
+            read += (met - self.per_token) * each
+        return self.bytes_per_parameter * read
 
     def calls(self, dense: Work) -> float:
         """Return how many times fewer rounds of calls there are than in the dense model.
@@ -113,6 +128,15 @@ class Work:
             (dense.mlp_blocks, self.mlp_blocks),
         )
         return max(old / max(1, new) for old, new in pairs)
+
+
+def experts_met(experts: int, per_token: int, tokens: int) -> float:
+    """Return how many of a layer's experts some tokens go through, on average.
+
+    E (1 - (1 - k / E)^B): routing is taken as even, and tokens as independent. Routing that prefers
+    some experts meets fewer.
+    """
+    return experts * (1 - (1 - per_token / experts) ** tokens)
 
 
 @dataclass(frozen=True)
