@@ -28,6 +28,7 @@ from nuteprune.data.tokens import bos_of, end_of
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.decoding import heads_as_tokens
 from nuteprune.processes import several_started
 from nuteprune.run_folder import SELF_WRITTEN
 
@@ -198,7 +199,8 @@ def _step(
     training = model.training
     model.eval()
     try:
-        made: Any = model(input_ids=ids_B1, use_cache=True, **cache)
+        with heads_as_tokens():
+            made: Any = model(input_ids=ids_B1, use_cache=True, **cache)
     finally:
         model.train(training)
     name = "cache" if "cache" in made else "past_key_values"  # by version
