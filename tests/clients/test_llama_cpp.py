@@ -46,6 +46,30 @@ LONG_ROPE = {
     "long_factor": [2.0, 3.0],
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+LATENT_YARN = YARN | {"rope_theta": 1e4, "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 0.7}
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "moe_layers": [1, 3],
+    "no_rope_layers": [1, 1, 1, 0],
+    "attention_chunk_size": 8192,
+    "floor_scale": 8192,
+    "attention_bias": False,
+}
+QWEN3_NEXT = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_value_head_dim": 4,
+    "mlp_only_layers": [],
+    "shared_expert_intermediate_size": 40,
+}
 # what is pruned: (model, config, gates, shapes) -> architecture
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
     "llama, uniform": ("llama", {}, ("kv_groups", "neurons", "hidden"), "uniform", "llama"),
@@ -214,6 +238,72 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
     ),
     "lfm2": ("lfm2", {}, ("neurons",), "uniform", "lfm2"),
     "granitemoe": ("granitemoe", {}, ("experts", "expert_neurons"), "uniform", "granitemoe"),
+    "glm4_moe": ("glm4_moe", {}, ("experts", "kv_groups", "hidden"), "uniform", "glm4moe"),
+    "glm4_moe, biases": (
+        "glm4_moe",
+        {"attention_bias": True, "use_qk_norm": False, "first_k_dense_replace": 2},
+        ("experts", "kv_groups"),
+        "uniform",
+        "glm4moe",
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"rope_parameters": YARN, "head_dim": 64},
+        ("experts", "kv_groups", "hidden"),
+        "uniform",
+        "gpt-oss",
+    ),
+    "gpt_oss, thinner": (
+        "gpt_oss",
+        {"rope_parameters": YARN, "head_dim": 64},
+        ("expert_neurons", "heads"),
+        "uniform",
+        "gpt-oss",
+    ),
+    "llama4": ("llama4_text", LLAMA4, ("experts", "kv_groups", "hidden"), "uniform", "llama4"),
+    "llama4, llama3 rope": (
+        "llama4_text",
+        LLAMA4 | {"moe_layers": [0, 1, 2, 3], "rope_parameters": LLAMA3_ROPE},
+        ("experts", "heads"),
+        "uniform",
+        "llama4",
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"rms_norm_eps": 1e-3},
+        ("experts", "hidden"),
+        "uniform",
+        "deepseek2",
+    ),
+    "deepseek_v3, yarn": (
+        "deepseek_v3",
+        {"rope_parameters": LATENT_YARN, "first_k_dense_replace": 0},
+        ("experts",),
+        "uniform",
+        "deepseek2",
+    ),
+    "deepseek_v3, direct queries": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "num_hidden_layers": 27},
+        ("experts",),
+        "uniform",
+        "deepseek2",
+    ),
+    "deepseek_v3, groups": ("deepseek_v3", {"n_group": 2}, ("hidden",), "uniform", "deepseek2"),
+    "qwen3_next": (
+        "qwen3_next",
+        QWEN3_NEXT,
+        ("experts", "expert_neurons", "neurons", "hidden"),
+        "uniform",
+        "qwen3next",
+    ),
+    "qwen3_next, heads": (
+        "qwen3_next",
+        QWEN3_NEXT,
+        ("kv_groups", "expert_neurons"),
+        "uniform",
+        "qwen3next",
+    ),
 }
 PROMPT = [40, 5, 77, 120, 9, 33, 250, 61, 14, 208, 99, 3]
 STEPS = 8
@@ -255,7 +345,7 @@ def test_logits_and_greedy_tokens(
         prompt=PROMPT,
         steps=STEPS,
         texts=PROBES,
-        hybrid=arch == "lfm2",
+        hybrid=arch in ("lfm2", "qwen3next"),
     )
     error = np.abs(np.array(answer["logits"]) - logits).max()
     # gpt_neox: llama.cpp approximates its GELU by tanh

@@ -24,8 +24,9 @@ from nuteprune.errors import UserError
 from nuteprune.export import gguf as export
 from nuteprune.export.checkpoint import assemble
 from nuteprune.export.gguf import metadata, read_back, write_gguf
-from nuteprune.export.gguf_archs import ARCHS, BLOCK
-from nuteprune.export.gguf_fit import check_super_blocks, mended, torn_rows
+from nuteprune.export.gguf_arch import BLOCK
+from nuteprune.export.gguf_archs import ARCHS
+from nuteprune.export.gguf_rows import check_super_blocks, mended, torn_rows
 from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
 from nuteprune.export.gguf_vocab import read_vocabulary as read
 from nuteprune.model.anatomy import Anatomy
@@ -208,6 +209,45 @@ def test_granite_states_its_multipliers_or_has_them_folded_in(
     assert_same(found["blk.0.ffn_down.weight"], 0.5 * model.model.layers[0].mlp.down_proj.weight)
 
 
+def test_gpt_oss_has_halves_biases_and_sinks_apart(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("gpt_oss", ("experts", "heads"), "uniform")
+    written = write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f16")
+    found = dequantized(tmp_path / "m.gguf")
+    layer = model.model.layers[1]
+    experts, half = layer.mlp.experts, {"rtol": 2**-11, "atol": 1e-7}
+    for j, name in enumerate(("gate", "up")):
+        rows = experts.gate_up_proj.detach()[:, :, j::2].transpose(1, 2)
+        np.testing.assert_allclose(found[f"blk.1.ffn_{name}_exps.weight"], rows, **half)
+        assert_same(found[f"blk.1.ffn_{name}_exps.bias"], experts.gate_up_proj_bias[:, j::2])
+    assert_same(found["blk.1.ffn_down_exps.bias"], experts.down_proj_bias)
+    assert_same(found["blk.1.ffn_gate_inp.bias"], layer.mlp.router.bias)
+    assert_same(found["blk.1.attn_sinks.weight"], layer.self_attn.sinks)
+    assert written.parameters == sum(p.numel() for p in model.parameters())
+    assert "rounds where YaRN's ramp begins" in written.notes[0]
+
+
+def test_latents_have_keys_and_values_apart(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    sizes = {"moe_intermediate_size": 32, "n_shared_experts": 1, "kv_lora_rank": 32}
+    model = make("deepseek_v3", num_hidden_layers=2, q_lora_rank=32, **sizes)
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
+    found, keys = dequantized(tmp_path / "m.gguf"), metadata(tmp_path / "m.gguf")
+    attention, latent = model.model.layers[1].self_attn, torch.randn(32)
+    key, value = attention.kv_b_proj(latent).detach().view(4, 14).split([6, 8], dim=1)
+    back = found["blk.1.attn_k_b.weight"].transpose(0, 2, 1) @ latent.numpy()
+    np.testing.assert_allclose(back, key, atol=1e-5)
+    np.testing.assert_allclose(found["blk.1.attn_v_b.weight"] @ latent.numpy(), value, atol=1e-5)
+    cached = [keys[f"deepseek2.attention.{x}_length"] for x in ("key", "value")]
+    assert cached == [32 + 4, 32]  # of one head
+    write_gguf(model, tiny_tokenizer, tmp_path / "q.gguf", type_name="q8_0")
+    types = {x.name: x.tensor_type.name for x in GGUFReader(tmp_path / "q.gguf").tensors}
+    assert types["blk.1.attn_k_b.weight"] == "F16"  # rows of 6
+    assert types["blk.1.attn_v_b.weight"] == types["blk.1.ffn_up_exps.weight"] == "Q8_0"
+
+
 def test_what_is_missing_is_zero_where_llama_cpp_would_go_wrong(
     make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -297,6 +337,12 @@ def test_windows_that_llama_cpp_ignores_bound_the_context(
 
 # --- what is refused -------------------------------------------------------------------------
 
+LLAMA4 = {"moe_layers": [0, 1, 2], "no_rope_layers": [1, 1, 1], "attention_bias": False}
+LLAMA4 |= {"attention_chunk_size": 8192, "floor_scale": 8192}
+YARN = {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 16}
+QWEN3_NEXT = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+QWEN3_NEXT |= {"mlp_only_layers": []}
 ROPE_OF = {"yarn": {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0}}
 REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] = {
     "no architecture": ("opt", (), "free", {}, "f16", "is known to compute it"),
@@ -406,6 +452,103 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] 
         {"num_key_value_heads": 4},
         "f16",
         "does not bound queries, .*clip_qkv",
+    ),
+    "experts of every third layer": (
+        "llama4_text",
+        (),
+        "free",
+        LLAMA4 | {"moe_layers": [0, 2]},
+        "f16",
+        "every n-th of its layers has experts, but layer 1 has none",
+    ),
+    "unnormed queries": (
+        "llama4_text",
+        (),
+        "free",
+        LLAMA4 | {"use_qk_norm": False},
+        "f16",
+        r"with 6 experts it norms queries and keys \(use_qk_norm",
+    ),
+    "short chunks": (
+        "llama4_text",
+        (),
+        "free",
+        LLAMA4 | {"attention_chunk_size": 6},
+        "f16",
+        "its attention_chunk_size is 8192, not 6",
+    ),
+    "another bound": (
+        "gpt_oss",
+        (),
+        "free",
+        {"swiglu_limit": 0.5},
+        "f16",
+        "its swiglu_limit is 7.0, not 0.5",
+    ),
+    "scaled attention": (
+        "gpt_oss",
+        (),
+        "free",
+        {"rope_parameters": YARN | {"attention_factor": 1.1}},
+        "f16",
+        r"from the scaling factor \(attention_factor",
+    ),
+    "two scales": (
+        "deepseek_v3",
+        (),
+        "free",
+        {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}},
+        "f16",
+        "takes YaRN with one mscale",
+    ),
+    "one scale": (
+        "gpt_oss",
+        (),
+        "free",
+        {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+        "f16",
+        "takes YaRN with no mscale",
+    ),
+    "other pairs": (
+        "deepseek_v3",
+        (),
+        "free",
+        {"rope_interleave": False},
+        "f16",
+        "its rope_interleave is True, not False",
+    ),
+    "queries by count": (
+        "deepseek_v3",
+        (),
+        "free",
+        {"num_hidden_layers": 26},
+        "f16",
+        "with 26 layers its queries come straight from the width",
+    ),
+    "groups of experts": (
+        "glm4_moe",
+        (),
+        "free",
+        {"n_group": 2},
+        "f16",
+        r"not groups first \(n_group",
+    ),
+    "a dense layer between": (
+        "qwen3_next",
+        (),
+        "free",
+        QWEN3_NEXT | {"mlp_only_layers": [2], "linear_value_head_dim": 4},
+        "f16",
+        "but layer 2 has none",
+    ),
+    "wide values": ("qwen3_next", (), "free", QWEN3_NEXT, "f16", "values as wide as keys"),
+    "attention at no distance": (
+        "qwen3_next",
+        (),
+        "free",
+        QWEN3_NEXT | {"layer_types": ["linear_attention"] + ["full_attention"] * 3},
+        "f16",
+        "every n-th of its layers has attention",
     ),
     "narrow experts": (
         "mixtral",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_fit import Source, check_rows, choose, mended, torn_rows
+from nuteprune.export.gguf_fit import Source, choose
+from nuteprune.export.gguf_rows import check_rows, mended, torn_rows
 from nuteprune.export.onnx_graph import check_mixers, check_rope
 
 

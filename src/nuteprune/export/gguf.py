@@ -16,18 +16,17 @@ from gguf import (
     GGUFReader,
     GGUFWriter,
     LlamaFileType,
-    RopeScalingType,
     TokenType,
     quants,
 )
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_archs import Arch
-from nuteprune.export.gguf_blocks import taps_of
-from nuteprune.export.gguf_fit import Source, check_rows, choose, mended, torn_rows
+from nuteprune.export.gguf_arch import BLOCK, Arch
+from nuteprune.export.gguf_fit import Source, choose
+from nuteprune.export.gguf_keys import context_length, write_dimensions
+from nuteprune.export.gguf_rows import check_rows, mended, torn_rows
 from nuteprune.export.gguf_tensors import tensors
 from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
 from nuteprune.files import atomic, writing
@@ -56,12 +55,12 @@ FILE_TYPES: dict[str, FileType] = {
     "f32": FileType(Q.F32, Q.F32, LlamaFileType.ALL_F32),
 }
 """What `--type` takes. Vectors and norms are always float32, as llama.cpp wants them."""
+_QUANTIZED = (Q.Q8_0, Q.Q4_0)
 TO_QUANTIZE = ("f16", "bf16")
 """Those that llama.cpp's own quantizer is given: K-quants are made of them."""
 
-_WHOLE = (".ffn_gate_inp.", ".shortconv.conv.")
-"""Routers and convolutions, which stay in float32."""
-_ROPE_SCALING = {"linear": RopeScalingType.LINEAR, "longrope": RopeScalingType.LONGROPE}
+_WHOLE = (".ffn_gate_inp.", ".shortconv.conv.", ".ssm_conv1d.", ".bias")
+"""Routers, convolutions and experts' biases, which stay in float32."""
 _F16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -118,8 +117,13 @@ def write_gguf(
     vocabulary = read_vocabulary(tokenizer, len(anatomy.embedding.weight), pre_tokenizer)
     if source.window and arch.window_period is None:
         notes.append(
-            f"the context length is {_context(arch, source)}, the model's attention window: "
+            f"the context length is {context_length(arch, source)}, the model's attention window: "
             "llama.cpp lets this architecture attend to everything"
+        )
+    if source.rope.get("rope_type") == "yarn" and not source.rope.get("truncate", True):
+        notes.append(
+            "llama.cpp rounds where YaRN's ramp begins and ends to whole features, and this model "
+            "does not: its logits differ there, the more so the longer the text (docs/gguf.md)"
         )
     if type_name in TO_QUANTIZE:
         notes += torn_rows(shape, source.head_dim)
@@ -129,7 +133,7 @@ def write_gguf(
         with atomic(path) as partial:
             writer = GGUFWriter(partial, arch.name)
             _write_general(writer, name or path.stem, kind)
-            _write_dimensions(writer, anatomy, arch, source, shape)
+            write_dimensions(writer, anatomy, arch, source, shape)
             _write_vocabulary(writer, vocabulary)
             _write_tensors(writer, infos, tensors(anatomy, arch, source, shape), progress)
             compared = check_vocabulary(read_back(partial), tokenizer)
@@ -154,6 +158,8 @@ def _tensor_infos(
         stored = Q.F32
         if values.ndim > 1 and not any(x in name for x in _WHOLE):
             stored = kind.matrices if name.startswith("blk.") else kind.ends
+        if stored in _QUANTIZED and values.shape[-1] % BLOCK:
+            stored = Q.F16  # a row that no gate cuts; the others were checked
         if stored == Q.F16 and np.abs(values).max() > _F16_MAX:
             raise UserError(
                 f"{name} has values beyond {_F16_MAX:.0f}, the largest of --type f16: pass bf16"
@@ -188,91 +194,6 @@ def _write_general(writer: GGUFWriter, name: str, kind: FileType) -> None:
     writer.add_name(name)
     writer.add_file_type(kind.label)
     writer.add_quantization_version(GGML_QUANT_VERSION)
-
-
-def _write_dimensions(
-    writer: GGUFWriter, anatomy: Anatomy, arch: Arch, source: Source, shape: Shape
-) -> None:
-    """Write the keys from which llama.cpp builds the model."""
-    config, family, head_dim = source.config, source.family, source.head_dim
-    counts = [[x.heads, x.kv_heads, x.expert_neurons or x.neurons] for x in shape.layers]
-    heads, kv_heads, neurons = (list(x) for x in zip(*counts, strict=True))
-    for add, values, by_layer in (
-        (writer.add_head_count, heads, arch.per_layer),
-        # Where there are none, an architecture with convolutions has one of them.
-        (writer.add_head_count_kv, kv_heads, arch.per_layer or arch.convolutions),
-        (writer.add_feed_forward_length, neurons, arch.per_layer),
-    ):
-        add(values if by_layer else max(values))
-    if arch.convolutions:
-        layer = next(i for i, x in enumerate(shape.layers) if x.mixer)
-        writer.add_shortconv_l_cache(taps_of(anatomy, layer).shape[1])
-    _write_experts(writer, anatomy, arch, shape)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(_context(arch, source))
-    writer.add_embedding_length(shape.hidden)
-    writer.add_block_count(len(shape.layers))
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    if family.norm.startswith("layer"):
-        writer.add_layer_norm_eps(_epsilon(anatomy.final_norm))
-        if hasattr(config, "use_parallel_residual"):
-            writer.add_parallel_residual(config.use_parallel_residual)
-    else:
-        writer.add_layer_norm_rms_eps(getattr(config, family.config_names["epsilon"]))
-    _write_rope(writer, source)
-    if arch.window_period is not None:
-        writer.add_sliding_window(source.window or 0)
-    if arch.softcaps:
-        writer.add_final_logit_softcapping(getattr(config, family.logit_softcap or ""))
-        writer.add_attn_logit_softcapping(getattr(config, family.attention_softcap or ""))
-    if family.attention_clip and (bound := getattr(config, family.attention_clip)):
-        writer.add_clamp_kqv(bound)
-    if family.logit_multiplier:
-        writer.add_logit_scale(getattr(config, family.logit_multiplier))
-    if arch.multipliers:
-        embedding, residual = family.multipliers or ("", "")
-        writer.add_embedding_scale(getattr(config, embedding))
-        writer.add_residual_scale(getattr(config, residual))
-        writer.add_attention_scale(anatomy.attention_scale(0))
-        writer.add_logit_scale(getattr(config, family.logit_divisor or ""))
-
-
-def _write_experts(writer: GGUFWriter, anatomy: Anatomy, arch: Arch, shape: Shape) -> None:
-    first = shape.layers[0]
-    if arch.experts is None:
-        return
-    writer.add_expert_count(first.experts)
-    writer.add_expert_used_count(anatomy.per_token)
-    if arch.experts.own_width:
-        writer.add_expert_feed_forward_length(first.expert_neurons)
-    if arch.experts.shared:
-        writer.add_expert_shared_feed_forward_length(first.neurons)
-
-
-def _epsilon(norm: Any) -> float:
-    """Return a LayerNorm's epsilon; OLMo's has no attribute, and the default."""
-    return float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
-
-
-def _context(arch: Arch, source: Source) -> int:
-    """Return the context length; with windows that llama.cpp ignores, what all layers see."""
-    longest = int(source.config.max_position_embeddings)
-    return longest if arch.window_period is not None else min(longest, source.window or longest)
-
-
-def _write_rope(writer: GGUFWriter, source: Source) -> None:
-    rope, kind = source.rope, source.rope.get("rope_type", "default")
-    writer.add_rope_dimension_count(source.rotary_dimensions)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if kind in _ROPE_SCALING:
-        writer.add_rope_scaling_type(_ROPE_SCALING[kind])
-    if kind == "linear":
-        writer.add_rope_scaling_factor(rope["factor"])
-    if kind == "longrope":
-        factor = ROPE_INIT_FUNCTIONS[kind](source.config, "cpu")[1]
-        writer.add_rope_scaling_attn_factors(factor)
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def _write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:

@@ -1,102 +1,13 @@
-"""What llama.cpp's architectures can express: data alone.
-
-llama.cpp reads most shapes from metadata and checks tensors against them, but some it takes
-without a word and computes something else: those are what the flags below are about. Found by
-running models through it (docs/gguf.md); source: its `src/models/*.cpp`.
-"""
+"""What llama.cpp's architectures can express: data alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import MappingProxyType
 
-from nuteprune.model.shape import Shape
+from nuteprune.export.gguf_arch import Arch, Experts
 
-BLOCK = 32
-"""Weights of a row that Q8_0 and Q4_0 quantize together."""
-SUPER_BLOCK = 256
-"""Weights of a row that llama.cpp's K-quants store together."""
-
-_SILU = frozenset({"silu", "swish"})
 _GELU_TANH = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
-
-
-@dataclass(frozen=True)
-class Experts:
-    """How one of llama.cpp's architectures routes tokens to experts."""
-
-    sums_to_one: bool = True
-    """Weights of a token's experts are made to sum to 1."""
-    own_width: bool = True
-    """Their width has a key of its own; elsewhere it is the feed-forward length."""
-    shared: bool = False
-    """There is a shared expert, weighed by a gate."""
-    joint_key_norm: bool = False
-    """Its norm of keys is as wide as the model."""
-    always: bool = True
-    """It has no form without experts."""
-
-
-@dataclass(frozen=True)
-class Arch:
-    """One of llama.cpp's architectures."""
-
-    name: str
-    per_layer: bool = False
-    """Head counts and widths may differ between layers."""
-    optional_attention: bool = False
-    """A layer without attention can be stated; elsewhere a head of zeros stands in."""
-    interleaved_rope: bool = False
-    """Rotary pairs are neighbours, so where a family's are halves apart, rows are reordered."""
-    unrotated_period: int | None = None
-    """Every n-th layer has no rotary embedding; None: all have it."""
-    pre_norms: bool = True
-    """Blocks read a norm of the stream; elsewhere they read it as it is."""
-    one_norm: bool = False
-    """Both blocks read one norm."""
-    fused_qkv: bool = False
-    fused_gate: bool = False
-    """Gate and up projection are one tensor."""
-    square_attention: bool = False
-    """Heads x head_dim must be the width."""
-    partial_rotary: bool = False
-    """Part of each head may be left unrotated."""
-    rope_types: frozenset[str] = frozenset({"default"})
-    activations: frozenset[str] = _SILU
-    head: str = "optional"
-    """Tensor of the language head: `optional`, `always` there, or `never` (the embedding's)."""
-    biases: frozenset[str] = frozenset()
-    """Which biases it adds: those of `qkv`, `o`, `mlp`."""
-    needs_biases: bool = False
-    """All of these must be there."""
-    softcaps: bool = False
-    """Logits and attention logits are always bounded; elsewhere they never are."""
-    window_period: int | None = None
-    """Every n-th layer has full attention, the others a window; None: no windows."""
-    refuses_windows: bool = False
-    """A model with windows is none that it computes, however short the text."""
-    multipliers: bool = False
-    """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
-    wide_scale_at: int | None = None
-    """With that many layers, attention is scaled by sqrt(heads / hidden), not by head_dim."""
-    convolutions: bool = False
-    """Layers without attention are short convolutions over the width, which has a key of theirs."""
-    final_norm: str = "output_norm"
-    """Name of the norm that the language head reads."""
-    experts: Experts | None = None
-    """What all of its layers have in place of an MLP."""
-
-    @property
-    def key(self) -> str:
-        """What tells it from the other entries: its name, but where experts are a way to use it."""
-        return f"{self.name}, experts" if self.experts and not self.experts.always else self.name
-
-    def attention_scale(self, shape: Shape, head_dim: int) -> float:
-        """Return the factor that it puts on products of queries and keys."""
-        if len(shape.layers) == self.wide_scale_at:
-            return float((shape.hidden // shape.layers[0].heads) ** -0.5)
-        return float(head_dim**-0.5)
-
-
 _ALL_BIASES = frozenset({"qkv", "o", "mlp"})
 _QKV_O = frozenset({"qkv", "o"})
 _LLAMA = Arch(
@@ -162,7 +73,7 @@ ARCHS: dict[str, Arch] = {
             name="qwen2moe",
             square_attention=True,
             biases=frozenset({"qkv"}),
-            experts=Experts(sums_to_one=False, shared=True),
+            experts=Experts(sums_to_one=False, shared="own"),
         ),
         replace(
             _QWEN3,
@@ -170,6 +81,62 @@ ARCHS: dict[str, Arch] = {
             square_attention=True,
             head="always",
             experts=Experts(sums_to_one=False, own_width=False, joint_key_norm=True),
+        ),
+        replace(
+            _QWEN3,
+            name="glm4moe",
+            rope_types=frozenset({"default"}),
+            partial_rotary=True,
+            biases=frozenset({"qkv"}),
+            mlp_norm="post_attention_norm",
+            experts=Experts(shared="times", dense="first", states_weights=True),
+        ),
+        Arch(
+            "gpt-oss",
+            head="always",
+            rope_types=frozenset({"default", "yarn"}),
+            biases=_QKV_O,
+            needs_biases=True,
+            window_period=2,
+            mlp_norm="post_attention_norm",
+            experts=Experts(),
+            built_in=MappingProxyType({"swiglu_alpha": 1.702, "swiglu_limit": 7.0}),
+        ),
+        Arch(
+            "llama4",
+            interleaved_rope=True,
+            unrotated_period=4,
+            rope_types=frozenset({"default", "llama3"}),
+            biases=frozenset({"qkv"}),
+            window_period=4,
+            chunked=True,
+            unnormed_at=128,
+            experts=Experts(shared="once", dense="between"),
+            built_in=MappingProxyType(
+                {
+                    "attention_chunk_size": 8192,
+                    "attn_temperature_tuning": True,
+                    "floor_scale": 8192,
+                    "attn_scale": 0.1,
+                }
+            ),
+        ),
+        Arch(
+            "deepseek2",
+            interleaved_rope=True,
+            partial_rotary=True,
+            rope_types=frozenset({"default", "yarn"}),
+            latent=True,
+            experts=Experts(shared="times", dense="first", states_weights=True, groups=True),
+            built_in=MappingProxyType({"rope_interleave": True}),
+        ),
+        Arch(
+            "qwen3next",
+            partial_rotary=True,
+            optional_attention=True,
+            mixer="delta_net",
+            mlp_norm="post_attention_norm",
+            experts=Experts(shared="own"),
         ),
         Arch(
             "gptneox",
@@ -245,7 +212,7 @@ ARCHS: dict[str, Arch] = {
             "lfm2",
             square_attention=True,
             optional_attention=True,
-            convolutions=True,
+            mixer="convolution",
             final_norm="token_embd_norm",
         ),
     )

@@ -1,12 +1,14 @@
-"""What is in a layer besides attention and an MLP, as llama.cpp wants it: experts, convolutions.
+"""What is in a layer besides plain attention and an MLP, as llama.cpp wants it.
 
-Shape suffixes: D hidden width, E experts, O rows (outputs), I columns (inputs), L taps.
+Experts, latent attention, and what mixes tokens otherwise: convolutions and delta rules.
+
+Shape suffixes: D hidden width, E experts, O rows (outputs), I columns (inputs), L taps, H heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import Projection
 from nuteprune.model.mixture import Mixture
 
 Array = NDArray[np.float32]
@@ -51,16 +54,124 @@ def taps_of(anatomy: Anatomy, layer: int) -> Array:
     return array_of(taps.weight).squeeze(1)
 
 
+def delta_net(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
+    """Yield a gated delta rule's tensors: rows by kind, not by head of the keys."""
+    config = anatomy.config
+    block = anatomy.layers[layer].get_submodule(anatomy.family.mixer_module)
+    mixed, rates, out = (anatomy.linear(layer, x) for x in anatomy.family.mixer)
+    assert mixed is not None
+    assert rates is not None
+    assert out is not None
+    keys = config.linear_key_head_dim
+    values = config.linear_value_head_dim * config.linear_num_value_heads
+    values //= config.linear_num_key_heads
+    # Beside each head of the keys stand its query, key, values and what gates these.
+    by_head = array_of(mixed.weight).reshape(config.linear_num_key_heads, -1, mixed.in_features)
+    *qkv, gate = (
+        x.reshape(-1, mixed.in_features)
+        for x in np.split(by_head, np.cumsum([keys, keys, values]), axis=1)
+    )
+    yield name_of(MODEL_TENSOR.ATTN_QKV, layer), np.concatenate(qkv)
+    yield name_of(MODEL_TENSOR.ATTN_GATE, layer), gate
+    yield name_of(MODEL_TENSOR.SSM_CONV1D, layer), taps_of(anatomy, layer)
+    yield name_of(MODEL_TENSOR.SSM_BETA_ALPHA, layer), array_of(rates.weight)
+    own = dict(block.named_parameters(recurse=False))
+    yield name_of(MODEL_TENSOR.SSM_DT, layer, "bias"), array_of(own["dt_bias"])
+    decay = name_of(MODEL_TENSOR.SSM_A, layer).removesuffix(".weight")
+    yield decay, -np.exp(array_of(own["A_log"]))
+    (norm,) = (x for x in block.children() if cast(Tensor, x.weight).ndim == 1)
+    yield name_of(MODEL_TENSOR.SSM_NORM, layer), array_of(cast(Tensor, norm.weight))
+    yield name_of(MODEL_TENSOR.SSM_OUT, layer), array_of(out.weight)
+
+
+def latent_attention(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
+    """Yield the maps to latents and back; keys and values of a head apart.
+
+    llama.cpp norms latents with the model's epsilon, and stock classes with one of their own.
+    Multiplied by the root of their ratio, what is normed comes out the same.
+    """
+    config = anatomy.config
+    direct, q_a, q_b, kv_a, kv_b, out = (
+        None if linear is None else array_of(linear.weight)
+        for linear in (anatomy.linear(layer, x) for x in anatomy.family.attention)
+    )
+    q_norm, kv_norm = (_at(anatomy, layer, x) for x in anatomy.family.latent_norms)
+    epsilon = float(getattr(config, anatomy.family.config_names["epsilon"]))
+    if direct is not None:
+        yield name_of(MODEL_TENSOR.ATTN_Q, layer), direct
+    if q_a is not None and q_b is not None:
+        factor = np.float32((epsilon / q_norm.variance_epsilon) ** 0.5)
+        yield name_of(MODEL_TENSOR.ATTN_Q_A, layer), q_a * factor
+        yield name_of(MODEL_TENSOR.ATTN_Q_A_NORM, layer), array_of(q_norm.weight)
+        yield name_of(MODEL_TENSOR.ATTN_Q_B, layer), q_b
+    assert kv_a is not None
+    assert kv_b is not None
+    assert out is not None
+    factors_O = np.ones(len(kv_a), np.float32)
+    factors_O[: kv_b.shape[1]] = (epsilon / kv_norm.variance_epsilon) ** 0.5
+    yield name_of(MODEL_TENSOR.ATTN_KV_A_MQA, layer), kv_a * factors_O[:, None]
+    yield name_of(MODEL_TENSOR.ATTN_KV_A_NORM, layer), array_of(kv_norm.weight)
+    heads_HOI = kv_b.reshape(-1, config.qk_nope_head_dim + anatomy.head_dim, kv_b.shape[1])
+    keys, values = np.split(heads_HOI, [config.qk_nope_head_dim], axis=1)
+    yield name_of(MODEL_TENSOR.ATTN_K_B, layer), keys.transpose(0, 2, 1)
+    yield name_of(MODEL_TENSOR.ATTN_V_B, layer), values
+    yield name_of(MODEL_TENSOR.ATTN_OUT, layer), out
+
+
+def _at(anatomy: Anatomy, layer: int, path: str) -> Any:
+    """Return a module of a layer, None if the checkpoint has none there."""
+    block, _, name = path.rpartition(".")
+    return getattr(anatomy.layers[layer].get_submodule(block), name)
+
+
+def sinks(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
+    """Yield what a layer's heads attend to beside tokens."""
+    for path in anatomy.family.per_head:
+        yield (
+            name_of(MODEL_TENSOR.ATTN_SINKS, layer),
+            array_of(anatomy.layers[layer].get_parameter(path)),
+        )
+
+
 def experts(
     anatomy: Anatomy, mixture: Mixture, layer: int, factor: float
 ) -> Iterator[tuple[str, Array]]:
-    """Yield a layer's router, stacks (E, O, I) and shared expert."""
+    """Yield a layer's router, stacks (E, O, I) with biases (E, O), and shared expert."""
     yield name_of(MODEL_TENSOR.FFN_GATE_INP, layer), array_of(mixture.router.weight)
-    gated, down = (array_of(mixture.stack(x)) for x in mixture.entry.projections)
-    gate, up = np.split(gated, 2, axis=1)
+    if getattr(mixture.router, "bias", None) is not None:
+        yield name_of(MODEL_TENSOR.FFN_GATE_INP, layer, "bias"), array_of(mixture.router.bias)
+    for path in anatomy.family.buffers:
+        name = name_of(MODEL_TENSOR.FFN_EXP_PROBS_B, layer, "bias")
+        yield name, array_of(anatomy.layers[layer].get_buffer(path))
+    gated, down = mixture.entry.projections
+    gate, up = _halves(mixture, _stack(mixture, gated))
     yield name_of(MODEL_TENSOR.FFN_GATE_EXP, layer), gate
     yield name_of(MODEL_TENSOR.FFN_UP_EXP, layer), up
-    yield name_of(MODEL_TENSOR.FFN_DOWN_EXP, layer), down * np.float32(factor)
+    yield name_of(MODEL_TENSOR.FFN_DOWN_EXP, layer), _stack(mixture, down) * np.float32(factor)
+    if (bias := mixture.bias(gated)) is not None:
+        gate, up = _halves(mixture, array_of(bias))
+        yield name_of(MODEL_TENSOR.FFN_GATE_EXP, layer, "bias"), gate
+        yield name_of(MODEL_TENSOR.FFN_UP_EXP, layer, "bias"), up
+    if (bias := mixture.bias(down)) is not None:
+        yield name_of(MODEL_TENSOR.FFN_DOWN_EXP, layer, "bias"), array_of(bias) * np.float32(factor)
+    yield from _shared_expert(anatomy, mixture, layer)
+
+
+def _stack(mixture: Mixture, projection: Projection) -> Array:
+    """Return a projection's weights (E, O, I)."""
+    stacked = array_of(mixture.stack(projection))
+    return np.ascontiguousarray(stacked.swapaxes(1, 2)) if mixture.entry.transposed else stacked
+
+
+def _halves(mixture: Mixture, rows: Array) -> tuple[Array, Array]:
+    """Return the gate's and the up projection's rows, of weights (E, O, I) or biases (E, O)."""
+    if mixture.entry.interleaved:
+        return rows[:, ::2].copy(), rows[:, 1::2].copy()
+    gate, up = np.split(rows, 2, axis=1)
+    return gate, up
+
+
+def _shared_expert(anatomy: Anatomy, mixture: Mixture, layer: int) -> Iterator[tuple[str, Array]]:
     roles = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
     for role, projection in zip(roles, mixture.entry.shared, strict=False):
         linear = anatomy.linear(layer, projection)

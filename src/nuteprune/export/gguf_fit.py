@@ -1,22 +1,24 @@
 """Whether llama.cpp can express a model: the architecture to write it as, or the reason why not.
 
 A family names the architectures that compute what it does (`Family.gguf`); the first without a
-reason against it is taken. What would be taken and computed wrong is refused or mended here.
+reason against it is taken. What would be taken and computed wrong is refused here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
-from math import gcd
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_archs import ARCHS, BLOCK, SUPER_BLOCK, Arch, Experts
+from nuteprune.export.gguf_arch import Arch, Experts
+from nuteprune.export.gguf_archs import ARCHS
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+_DIRECT_QUERIES = (26, 27)
+"""Layers of models whose queries come from no latent, which llama.cpp tells by the count."""
+_SLIDING, _CHUNKED, _FULL = "sliding_attention", "chunked_attention", "full_attention"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Source:
     def head_dim(self) -> int:
         """Features per head."""
         config = self.config
-        own = getattr(config, "head_dim", None)
+        own = getattr(config, self.family.config_names.get("head_dim", "head_dim"), None)
         return int(own or config.hidden_size // config.num_attention_heads)
 
     @property
@@ -55,7 +57,9 @@ class Source:
 
     @property
     def rotary_dimensions(self) -> int:
-        """Features per head that are rotated."""
+        """Features per head that are rotated; of latent attention those that stand beside it."""
+        if self.family.latent:
+            return int(getattr(self.config, self.family.latent[1]))
         return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
 
     @property
@@ -97,7 +101,7 @@ def choose(source: Source) -> Arch:
 def _misfits(arch: Arch, source: Source) -> Iterator[str]:
     """Yield why an architecture cannot express a model."""
     if arch.experts is not None:
-        yield from _expert_misfits(arch.experts, source)
+        yield from _expert_misfits(arch, arch.experts, source)
     yield from _shape_misfits(arch, source)
     family, config, rope = source.family, source.config, source.rope
     if source.rotary_dimensions != source.head_dim and not arch.partial_rotary:
@@ -112,6 +116,8 @@ def _misfits(arch: Arch, source: Source) -> Iterator[str]:
     if kind not in arch.rope_types:
         known = ", ".join(sorted(arch.rope_types))
         yield f"rope_type {kind} is not among those that it is known to compute alike ({known})"
+    if kind == "yarn":
+        yield from _yarn_misfits(arch, rope)
     activation = getattr(config, family.activation, "silu")  # unsaid, it is built in
     if activation not in arch.activations:
         yield f"its activation is {min(arch.activations)}, not {activation}"
@@ -120,6 +126,16 @@ def _misfits(arch: Arch, source: Source) -> Iterator[str]:
     if arch.needs_biases and (missing := arch.biases - source.biased):
         yield f"it needs biases on {', '.join(sorted(missing))}"
     yield from _special_misfits(arch, source)
+
+
+def _yarn_misfits(arch: Arch, rope: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why an architecture scales attention otherwise than a model does under YaRN."""
+    if rope.get("attention_factor") is not None:
+        yield "it derives YaRN's factor on attention from the scaling factor (attention_factor)"
+    given, expected = rope.get("mscale"), rope.get("mscale_all_dim") if arch.latent else None
+    if given != expected or (arch.latent and not given):
+        needs = "one mscale and mscale_all_dim" if arch.latent else "no mscale"
+        yield f"it takes YaRN with {needs}"
 
 
 def _rotated(arch: Arch, config: Any) -> str | None:
@@ -136,15 +152,13 @@ def _rotated(arch: Arch, config: Any) -> str | None:
 
 def _shape_misfits(arch: Arch, source: Source) -> Iterator[str]:
     shape = source.shape
-    first = shape.layers[shape.first_attention if arch.convolutions else 0]
-    if not arch.per_layer:
-        for i, layer in enumerate(shape.layers):
-            if layer != (_convolution(first) if arch.convolutions and layer.mixer else first):
-                yield (
-                    f"it has one size for all layers, but layer {i} has {_counts(layer)} and "
-                    f"layer 0 {_counts(first)}; prune with --shapes uniform"
-                )
-                break
+    first = shape.layers[shape.first_attention if arch.mixer else 0]
+    if not arch.per_layer and (pair := _uneven(arch, shape)) is not None:
+        here, there = pair
+        yield (
+            f"it has one size for all layers, but layer {here} has {_counts(shape.layers[here])} "
+            f"and layer {there} {_counts(shape.layers[there])}; prune with --shapes uniform"
+        )
     if not first.attention:
         yield "layer 0 has no attention"
     if arch.square_attention and first.heads * source.head_dim != shape.hidden:
@@ -158,9 +172,18 @@ def _shape_misfits(arch: Arch, source: Source) -> Iterator[str]:
         )
 
 
-def _convolution(layer: LayerShape) -> LayerShape:
-    """Return what a layer would be with a convolution in place of attention."""
-    return replace(layer, heads=0, kv_heads=0, mixer=True)
+def _uneven(arch: Arch, shape: Shape) -> tuple[int, int] | None:
+    """Return a layer and one before it of other sizes, though both are of one kind."""
+    seen: dict[tuple[str, bool], tuple[int, tuple[int, ...]]] = {}
+    for i, x in enumerate(shape.layers):
+        for kind, size in (
+            (("attention", bool(arch.mixer) and x.mixer), (x.heads, x.kv_heads)),
+            (("mlp", x.experts > 0), (x.neurons, x.experts, x.expert_neurons)),
+        ):
+            before, expected = seen.setdefault(kind, (i, size))
+            if size != expected:
+                return i, before
+    return None
 
 
 def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
@@ -170,8 +193,15 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
         for name in (family.logit_softcap, family.attention_softcap)
         if name
     ]
-    if arch.convolutions and getattr(config, "conv_bias", False):
+    if arch.mixer == "convolution" and getattr(config, "conv_bias", False):
         yield "its convolutions have no biases (conv_bias)"
+    if arch.mixer == "delta_net":
+        yield from _delta_net_misfits(source)
+    if arch.latent:
+        yield from _latent_misfits(source)
+    for name, value in arch.built_in.items():
+        if getattr(config, name) != value:
+            yield f"its {name} is {value}, not {getattr(config, name)}"
     if arch.softcaps and not all(caps):
         yield "it always bounds logits, and this config does not"
     if not arch.softcaps and any(caps):
@@ -181,8 +211,9 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
     if arch.window_period is not None:
         kinds = getattr(config, "layer_types", None) or []
         full_at = arch.window_period - 1
+        other = _CHUNKED if arch.chunked else _SLIDING
         expected = [
-            _FULL if i % arch.window_period == full_at else _SLIDING for i in range(len(kinds))
+            _FULL if i % arch.window_period == full_at else other for i in range(len(kinds))
         ]
         if list(kinds) != expected:
             yield f"every {arch.window_period}th of its layers has full attention, not {kinds}"
@@ -191,12 +222,60 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
             yield "its sliding layers rotate by theta 10000, unscaled"
 
 
-def _expert_misfits(experts: Experts, source: Source) -> Iterator[str]:
-    family, config = source.family, source.config
-    dense = [i for i, layer in enumerate(source.shape.layers) if not layer.experts]
-    if dense:
-        yield f"all of its layers have experts, but layer {dense[0]} has none"
-    if getattr(config, "norm_topk_prob", True) != experts.sums_to_one:
+def _delta_net_misfits(source: Source) -> Iterator[str]:
+    config, layers = source.config, source.shape.layers
+    period = source.shape.first_attention + 1
+    if [x.attention for x in layers] != [(i + 1) % period == 0 for i in range(len(layers))]:
+        yield "every n-th of its layers has attention, and here they are at no such distance"
+    if config.linear_key_head_dim != config.linear_value_head_dim:
+        yield "heads of its recurrent layers have values as wide as keys (linear_value_head_dim)"
+
+
+def _latent_misfits(source: Source) -> Iterator[str]:
+    layers = len(source.shape.layers)
+    if source.config.q_lora_rank is not None and layers in _DIRECT_QUERIES:
+        yield f"with {layers} layers its queries come straight from the width (q_lora_rank)"
+
+
+def _dense_at(experts: Experts, shape: Shape) -> list[int]:
+    """Return which layers have an MLP in place of experts, as the architecture has them."""
+    dense = [i for i, x in enumerate(shape.layers) if not x.experts]
+    if experts.dense == "first":
+        return list(range(len(dense)))
+    if experts.dense == "between":
+        step = expert_period(shape)
+        return [i for i in range(len(shape.layers)) if (i + 1) % step]
+    return []
+
+
+def expert_period(shape: Shape) -> int:
+    """Return n where every n-th layer has experts, if it is so."""
+    return next((i for i, x in enumerate(shape.layers) if x.experts), 0) + 1
+
+
+_WHERE = {
+    "": "all of its layers have experts",
+    "first": "all of its layers after the first ones have experts",
+    "between": "every n-th of its layers has experts",
+}
+
+
+def _expert_misfits(arch: Arch, experts: Experts, source: Source) -> Iterator[str]:
+    family, config, shape = source.family, source.config, source.shape
+    dense = [i for i, layer in enumerate(shape.layers) if not layer.experts]
+    if dense != _dense_at(experts, shape):
+        yield f"{_WHERE[experts.dense]}, but layer {dense[0]} has none"
+    if arch.unnormed_at is not None:
+        count = max(x.experts for x in shape.layers)
+        normed = count != arch.unnormed_at
+        if config.use_qk_norm != normed:
+            does = "norms queries and keys" if normed else "leaves queries and keys as they are"
+            yield f"with {count} experts it {does} (use_qk_norm)"
+    groups = family.experts.groups if family.experts else ""
+    if groups and not experts.groups and (getattr(config, groups) or 1) > 1:
+        yield f"its routers choose among all experts, not groups first ({groups})"
+    sums = getattr(config, "norm_topk_prob", True)
+    if not experts.states_weights and sums != experts.sums_to_one:
         does = "" if experts.sums_to_one else "not "
         yield f"weights of a token's experts do {does}sum to 1 there (norm_topk_prob)"
     if experts.joint_key_norm and source.shape.layers[0].heads_per_group > 1:
@@ -210,112 +289,3 @@ def _counts(layer: LayerShape) -> str:
     if layer.experts:
         mlp = f"{layer.experts} experts of {layer.expert_neurons} neurons"
     return f"{layer.heads}/{layer.kv_heads} heads and {mlp}"
-
-
-def mended(shape: Shape, arch: Arch, quantized: bool) -> tuple[Shape, list[str]]:
-    """Return the shape to write: with zeros where llama.cpp would go wrong on nothing.
-
-    A layer with attention and no MLP would lose its attention, and no MLP in the last layer ends
-    the process, so a missing MLP becomes `BLOCK` neurons of zeros, and a missing attention, where
-    it cannot be stated, one head. Where rows are quantized, neurons are filled up to whole blocks.
-
-    Args:
-        shape: the model's dimensions.
-        arch: what it is written as.
-        quantized: whether rows must be whole blocks.
-
-    Returns:
-        The shape, and a line about each kind of zeros.
-    """
-    layers, notes = list(shape.layers), []
-    for i, layer in enumerate(layers):
-        if layer.experts:  # alike in all layers, so nothing is missing
-            continue
-        heads = layer.attention or arch.optional_attention
-        neurons = layer.neurons or BLOCK
-        if quantized:
-            neurons = -(-neurons // BLOCK) * BLOCK
-        counts = (layer.heads if heads else 1, layer.kv_heads if heads else 1)
-        layers[i] = LayerShape(*counts, neurons, mixer=layer.mixer)
-    for what, count in (
-        ("without an MLP got one of zeros", sum(not x.mlp for x in shape.layers)),
-        (
-            "without attention got one head of zeros",
-            sum(x.heads != y.heads for x, y in zip(layers, shape.layers, strict=True)),
-        ),
-        (
-            f"got zeros to make neurons a multiple of {BLOCK}",
-            sum(
-                x.mlp and x.neurons != y.neurons for x, y in zip(shape.layers, layers, strict=True)
-            ),
-        ),
-    ):
-        if count:
-            notes.append(f"{count} layer{'s' if count > 1 else ''} {what}")
-    return Shape(shape.hidden, tuple(layers)), notes
-
-
-def check_rows(shape: Shape, head_dim: int, type_name: str) -> None:
-    """Refuse rows that a quantized type cannot hold: it stores blocks of `BLOCK` weights.
-
-    Raises:
-        UserError: naming the rows and what would make them fit.
-    """
-    instead = "pass --type f16 or bf16"
-    if shape.hidden % BLOCK:
-        raise UserError(
-            f"--type {type_name} stores rows in blocks of {BLOCK}, and the width is "
-            f"{shape.hidden}: {instead}, or prune with --set hidden_multiple={BLOCK}"
-        )
-    for i, layer in enumerate(shape.layers):
-        if layer.heads * head_dim % BLOCK:
-            raise UserError(
-                f"--type {type_name} stores rows in blocks of {BLOCK}, and layer {i} has "
-                f"{layer.heads} heads of {head_dim}, {layer.heads * head_dim} features: {instead}, "
-                f"or keep heads in multiples of {BLOCK // gcd(BLOCK, head_dim)} (--shape)"
-            )
-        inner = [x for x in (layer.expert_neurons, layer.experts and layer.neurons) if x % BLOCK]
-        if inner:
-            raise UserError(
-                f"--type {type_name} stores rows in blocks of {BLOCK}, and layer {i} has experts "
-                f"of {inner[0]} neurons: {instead}, or prune with --neuron-multiple {BLOCK}"
-            )
-
-
-def torn_rows(shape: Shape, head_dim: int) -> list[str]:
-    """Return a line on rows that K-quants cannot store whole, none where there are no such rows."""
-    counts = ((x.neurons, x.expert_neurons, x.heads * head_dim) for x in shape.layers)
-    rows = {shape.hidden, *(count for layer in counts for count in layer)}
-    odd = sorted(x for x in rows if x % SUPER_BLOCK)
-    more = f" and {len(odd) - 6} more" * (len(odd) > 6)
-    return [
-        f"K-quants store blocks of {SUPER_BLOCK}, so rows of {', '.join(map(str, odd[:6]))}{more} "
-        "would be stored in other types, larger or coarser"
-    ][: len(odd)]
-
-
-def check_super_blocks(shape: Shape, head_dim: int, kinds: Collection[str]) -> None:
-    """Refuse a cut after which K-quants could not store rows: they take blocks of `SUPER_BLOCK`.
-
-    Args:
-        shape: of the model before the cut.
-        head_dim: features of a head.
-        kinds: kinds of gates.
-
-    Raises:
-        UserError: naming what is no multiple, and what to do instead.
-    """
-    if shape.hidden % SUPER_BLOCK and "hidden" not in kinds:
-        raise UserError(
-            f"the width is {shape.hidden}, no multiple of the {SUPER_BLOCK} weights that K-quants "
-            "store together, so no cut of other kinds makes its rows fit: leave "
-            "--for-quantization out and export with --type q8_0 or q4_0, or add hidden to --gates"
-        )
-    for layer in filter(lambda x: x.heads, shape.layers):
-        for kind, heads in (("heads", 1), ("kv_groups", layer.heads_per_group)):
-            if kind in kinds and heads * head_dim % SUPER_BLOCK:
-                raise UserError(
-                    f"a unit of {kind} has {heads * head_dim} features, no multiple of the "
-                    f"{SUPER_BLOCK} weights that K-quants store together: with --for-quantization "
-                    "leave it out of --gates, such as --gates neurons"
-                )

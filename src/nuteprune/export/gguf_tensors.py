@@ -16,8 +16,17 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nuteprune.export.gguf_archs import Arch
-from nuteprune.export.gguf_blocks import Array, array_of, convolution, experts, name_of
+from nuteprune.export.gguf_arch import Arch
+from nuteprune.export.gguf_blocks import (
+    Array,
+    array_of,
+    convolution,
+    delta_net,
+    experts,
+    latent_attention,
+    name_of,
+    sinks,
+)
 from nuteprune.export.gguf_fit import Source
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
@@ -87,19 +96,21 @@ def tensors(
         yield name_of(MODEL_TENSOR.OUTPUT), array_of(anatomy.head.weight) / np.float32(divisor)
         if getattr(anatomy.head, "bias", None) is not None:
             yield name_of(MODEL_TENSOR.OUTPUT, kind="bias"), array_of(anatomy.head.bias)
-    (final,) = (x for x, name in TENSOR_NAMES.items() if name == arch.final_norm)
-    yield from _norm(anatomy, final, anatomy.final_norm)
+    yield from _norm(anatomy, _called(arch.final_norm), anatomy.final_norm)
     yield from _rope(source)
     for i, (have, want) in enumerate(zip(anatomy.shape.layers, target.layers, strict=True)):
         yield from _norms(anatomy, arch, i, want)
         parts = _attention(anatomy, i, have) | ({} if have.experts else _mlp(anatomy, i, have))
-        if have.attention:
+        if anatomy.family.latent:
+            yield from latent_attention(anatomy, i)
+        elif have.attention:
             factors["q"] = 1.0
             if not arch.multipliers:
                 factors["q"] = anatomy.attention_scale(i) / arch.attention_scale(
                     source.shape, anatomy.head_dim
                 )
             yield from _qk_norms(anatomy, i, factors)
+            yield from sinks(anatomy, i)
         elif want.attention:
             yield from _unit_qk_norms(anatomy, i)
         parts = {role: part.scaled(factors.get(role, 1.0)) for role, part in parts.items()}
@@ -108,9 +119,14 @@ def tensors(
             parts = _reordered(parts, want, anatomy.head_dim)
         yield from _layer(i, _fused(parts, arch))
         if have.mixer:
-            yield from convolution(anatomy, i)
+            yield from (convolution if arch.mixer == "convolution" else delta_net)(anatomy, i)
         if (mixture := anatomy.mixture(i)) is not None:
             yield from experts(anatomy, mixture, i, factors.get("down", 1.0))
+
+
+def _called(name: str) -> MODEL_TENSOR:
+    """Return the tensor that files call so, but for a layer's number."""
+    return next(x for x, full in TENSOR_NAMES.items() if full.rpartition(".")[2] == name)
 
 
 def _factors(anatomy: Anatomy, arch: Arch) -> tuple[float, float, dict[str, float]]:
@@ -140,6 +156,8 @@ def _norms(
     for kind, block, tensor in _LAYER_NORMS:
         if kind == "pre_norm" and (not arch.pre_norms or (arch.one_norm and block == "mlp_block")):
             continue
+        if kind == "pre_norm" and block == "mlp_block":
+            tensor = _called(arch.mlp_norm)
         norm: nn.Module | None = getattr(anatomy, kind)(layer, block)
         if norm is not None:
             yield from _norm(anatomy, tensor, norm, layer)
@@ -152,7 +170,8 @@ def _qk_norms(
 ) -> Iterator[tuple[str, Array]]:
     """Yield the norms of queries and keys; a factor on queries belongs behind their norm."""
     names = (MODEL_TENSOR.ATTN_Q_NORM, MODEL_TENSOR.ATTN_K_NORM)
-    for tensor, norm in zip(names, anatomy.qk_norms(layer), strict=False):
+    weighted = (x for x in anatomy.qk_norms(layer) if getattr(x, "weight", None) is not None)
+    for tensor, norm in zip(names, weighted, strict=False):
         factor = factors.pop("q") if tensor == MODEL_TENSOR.ATTN_Q_NORM else 1.0
         yield from _norm(anatomy, tensor, norm, layer, factor)
 
@@ -180,7 +199,7 @@ def _rope(source: Source) -> Iterator[tuple[str, Array]]:
 
 def _attention(anatomy: Anatomy, layer: int, shape: LayerShape) -> Parts:
     """Return a layer's queries, keys, values and output; nothing if it has no attention."""
-    if not shape.attention:
+    if not shape.attention or anatomy.family.latent:
         return {}
     *reads, writes = anatomy.family.attention
     parts = [x for p in reads for x in _unstacked(anatomy, layer, p, shape)]
@@ -220,12 +239,18 @@ def _filled(parts: Parts, want: LayerShape, hidden: int, anatomy: Anatomy) -> Pa
     """Return the parts at the size that is written, zero where the model has nothing."""
     head_dim = anatomy.head_dim
     sizes: dict[str, tuple[int, int]] = {}
-    if want.attention:
+    if want.attention and not anatomy.family.latent:
         q, kv = want.heads * head_dim, want.kv_heads * head_dim
-        sizes |= {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+        gated = anatomy.family.attention[0].rows == ("qgate",)
+        sizes |= {
+            "q": (q * (1 + gated), hidden),
+            "k": (kv, hidden),
+            "v": (kv, hidden),
+            "o": (hidden, q),
+        }
     if not want.experts:
-        gated = sum(len(p.rows) for p in anatomy.family.mlp[:-1]) > 1
-        sizes |= {"gate": (want.neurons, hidden)} if gated else {}
+        two = sum(len(p.rows) for p in anatomy.family.mlp[:-1]) > 1
+        sizes |= {"gate": (want.neurons, hidden)} if two else {}
         sizes |= {"up": (want.neurons, hidden), "down": (hidden, want.neurons)}
     empty = Part(np.zeros((0, 0), np.float32))
     return {role: parts.get(role, empty).filled(*size) for role, size in sizes.items()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from nuteprune.export.clients import CLIENTS
-from nuteprune.export.gguf_archs import ARCHS, Arch
+from nuteprune.export.gguf_arch import Arch
+from nuteprune.export.gguf_archs import ARCHS
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS, Family
 from nuteprune.model.wrappers import WRAPPERS
@@ -83,7 +84,7 @@ def _conditions(arch: Arch, family: Family) -> str:
         (arch.square_attention and not family.head_dim_from_hidden, "heads and width whole"),
         (arch.head == "never", "tied embeddings"),
         (arch.refuses_windows, "no windows"),
-        (arch.experts is not None, "experts in all layers"),
+        (arch.experts is not None and not arch.experts.dense, "experts in all layers"),
         (not arch.partial_rotary and "phi3" in family.gguf, "fully rotary heads"),
         (family.multipliers and not arch.multipliers, "multipliers folded into the weights"),
     ]

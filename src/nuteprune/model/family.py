@@ -156,7 +156,10 @@ class Family:
     vllm_head_dim_from_hidden: bool = False
     """vLLM's own class derives it so, whatever the config says."""
     latent: tuple[str, ...] = ()
-    """Config attributes whose sum is what a cache holds of a token, whatever the heads."""
+    """Config attributes whose sum is what a cache holds of a token, whatever the heads: the size
+    of the latent, and the features that are rotated beside it."""
+    latent_norms: tuple[str, ...] = ()
+    """Norms of the latents of queries, and of keys and values."""
     heads_divide_hidden: bool = False
     """The stock config demands that the head count divides the hidden size."""
     config_names: MappingProxyType[str, str] = field(default_factory=lambda: CONFIG_NAMES)

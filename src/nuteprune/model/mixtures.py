@@ -72,6 +72,7 @@ QWEN3_NEXT = replace(
     mixer=mixer("linear_attn", "in_proj_qkvz", "in_proj_ba"),
     experts=QWEN2_MOE.experts,
     config_names=QWEN2_MOE.config_names,
+    gguf=("qwen3next",),
 )
 
 GLM4_MOE = replace(
@@ -82,7 +83,7 @@ GLM4_MOE = replace(
         shared=_within("mlp.shared_experts"), shared_times="n_shared_experts", groups="n_group"
     ),
     buffers=("mlp.gate.e_score_correction_bias",),
-    gguf=(),
+    gguf=("glm4moe",),
     refused=MappingProxyType(
         {"neurons uniform": _SHARED_WIDTH, "expert_neurons uniform": _SHARED_WIDTH}
     ),
@@ -103,10 +104,12 @@ DEEPSEEK_V3 = replace(
     counts_heads=True,
     qk_norms=(),
     latent=("kv_lora_rank", "qk_rope_head_dim"),
+    latent_norms=("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
     config_names=MappingProxyType(
         {**GLM4_MOE.config_names, "experts": "n_routed_experts", "head_dim": "v_head_dim"}
     ),
     rope_pairs="neighbours",
+    gguf=("deepseek2",),
 )
 
 LLAMA4 = replace(
@@ -139,7 +142,7 @@ LLAMA4 = replace(
     ),
     rope_pairs="neighbours",
     refused=GLM4_MOE.refused,
-    gguf=(),
+    gguf=("llama4",),
 )
 
 MIXTURES = (
@@ -202,7 +205,7 @@ MIXTURES = (
         # While heads are masked, attention wants a sink for each.
         per_head=("self_attn.sinks",),
         counts_heads=True,
-        gguf=(),
+        gguf=("gpt-oss",),
     ),
     LLAMA4,
 )

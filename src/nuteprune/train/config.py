@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import SchedulerType, TrainingArguments
 
 from nuteprune.distill.objective import OBJECTIVES
-from nuteprune.export.gguf_archs import SUPER_BLOCK
+from nuteprune.export.gguf_arch import SUPER_BLOCK
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.model.family import GATE_KINDS

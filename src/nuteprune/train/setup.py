@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
-from nuteprune.export.gguf_fit import check_super_blocks
+from nuteprune.export.gguf_rows import check_super_blocks
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Goal
