@@ -282,6 +282,16 @@ def test_logits_of_kept_tokens_are_equal_to_the_bit(
     assert check_spelling(tokenizer, smaller, fuzzed(50)) == 50
 
 
+def test_a_template_that_refuses_turns_without_words_keeps_its_tokens() -> None:
+    refusing = "{% if not messages[0].content %}{{ raise_exception('say something') }}{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=qwen(), chat_template=refusing + CHAT)
+    chat = [{"role": "user", "content": "?"}]
+    said = set(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids)
+    turns = set(tokenizer("user?").input_ids)
+    assert said - turns
+    assert said - turns <= template_tokens(tokenizer)
+
+
 def test_settings_are_counted_anew() -> None:
     values = {
         "eos_token_id": [5, 9],

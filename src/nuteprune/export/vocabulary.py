@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from transformers import (
     AutoTokenizer,
@@ -104,9 +105,12 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if not tokenizer.chat_template:
         return found
     for begun in (False, True):
-        rendered = tokenizer.apply_chat_template(
-            turns[: 1 + (not begun)], tokenize=False, add_generation_prompt=begun
-        )
+        try:
+            rendered = tokenizer.apply_chat_template(
+                turns[: 1 + (not begun)], tokenize=False, add_generation_prompt=begun
+            )
+        except (jinja2.TemplateError, TypeError, ValueError):
+            rendered = tokenizer.get_chat_template()  # it refuses turns without words
         found |= set(tokenizer(str(rendered), add_special_tokens=False).input_ids)
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nuteprune.data.specs import SELF
+from nuteprune.export.record import perplexities_of
 from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
@@ -34,7 +35,7 @@ def verdict(files: RunFiles) -> str:
     if "recover" in record:
         tuned = record["recover"]
         parts.append(f"it was fine-tuned for {tuned['steps']:,} steps on {tuned['data']}")
-    before, after = perplexities_of(record)
+    before, after = judged_on_both(record)
     if before:
         ratio = mean(after) / mean(before)
         kind = text_kind(record) or "text"
@@ -73,7 +74,7 @@ def headline(
     if hidden.get("before") != hidden.get("after"):
         cells.append(_counted("width", hidden["before"], hidden["after"], "{:,}".format))
     groups = [("Size", cells)]
-    before, after = perplexities_of(record)
+    before, after = judged_on_both(record)
     if before:
         rows = [_compared(x, before[x], after[x], after[x] / before[x]) for x in before]
         if len(before) > 1:
@@ -117,11 +118,10 @@ def _copied(record: Mapping[str, Any]) -> tuple[float, float] | None:
     return None if before is None or after is None else (float(before), float(after))
 
 
-def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+def judged_on_both(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """Return perplexities by source, of those that were measured on both models."""
-    ppl = record.get("perplexity", {})
-    before, after = ppl.get("before", {}), ppl.get("after", {})
-    both = [source for source in before if before[source] and after.get(source)]
+    before, after = perplexities_of(record)
+    both = [source for source in before if source in after]
     return {x: before[x] for x in both}, {x: after[x] for x in both}
 
 

@@ -15,7 +15,7 @@ from nuteprune.export.card import with_plots
 from nuteprune.files import atomic, write_text
 from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, Plot, percent
-from nuteprune.judge.headline import headline, perplexities_of, verdict
+from nuteprune.judge.headline import headline, judged_on_both, verdict
 from nuteprune.judge.plots import Row
 from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run, teacher_sparsities
 from nuteprune.judge.units import count, duration, size
@@ -70,7 +70,7 @@ def draw(files: RunFiles) -> dict[str, Plot]:
 
 def _drawn(files: RunFiles) -> Iterator[Plot]:
     if files.record is not None:
-        before, after = perplexities_of(files.record)
+        before, after = judged_on_both(files.record)
         if before:
             yield plots.perplexity_plot(before, after)
         yield plots.layers_plot(kept_rows(files.record))
