@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from nuteprune import load_pruned
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.mixture import Mixture
 
 from .forked import Ended, python
 
@@ -99,6 +104,45 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     with torch.no_grad():
         ours, theirs = (load_pruned(x)(tokens).logits for x in (one, two))
     assert torch.allclose(ours, theirs, atol=1e-3 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("mixtral", {"shapes": "uniform", "method": "reap", "gates": "experts"}),
+        ("qwen2_moe", {"gates": "experts,expert_neurons,neurons,kv_groups"}),
+    ],
+    ids=["reap, uniform", "surgeon, free"],
+)
+def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
+    name: str, how: dict[str, Any], tiny_inputs: Inputs, tiny_model: Callable, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
+    same = {**how, "adam_epsilon": 1e-2, "shares": 1, "compensation": False, "neuron_multiple": 8}
+    said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
+    asked = command(tiny_inputs, two, batch_size=4, sharded=True, **same)
+    assert said(python(*QUICK, *asked, processes=2)).count("Saved") == 1
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    files = [load_file(x / "model.safetensors") for x in (one, two)]
+    # No LoRA is on the stacks of experts: they are the dense model's, cut.
+    stacks = [{k: v for k, v in x.items() if ".experts." in k} for x in files]
+    assert stacks[0]
+    assert all(torch.equal(v, stacks[1][k]) for k, v in stacks[0].items())
+    models = [load_pruned(x) for x in (one, two)]
+    counts = [[mixture.sizes for mixture in mixtures(model)] for model in models]
+    assert counts[0] == counts[1]
+    assert any(experts < 6 for experts, _ in counts[0])
+    tokens = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        ours, theirs = (x(tokens).logits for x in models)
+    assert torch.allclose(ours, theirs, atol=1e-4 * float(ours.abs().max()))
+
+
+def mixtures(model: PreTrainedModel) -> list[Mixture]:
+    """The routed experts of each layer that has them."""
+    anatomy = Anatomy(model)
+    return list(filter(None, map(anatomy.mixture, range(len(anatomy.layers)))))
 
 
 def test_weights_are_shared_out_by_the_trainer(tiny_inputs: Inputs, tmp_path: Path) -> None:

@@ -63,13 +63,13 @@ LLAMA4 = {
     "floor_scale": 8192,
     "attention_bias": False,
 }
-QWEN3_NEXT = {
+DELTA_NET = {
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_value_head_dim": 4,
-    "mlp_only_layers": [],
-    "shared_expert_intermediate_size": 40,
 }
+SHARED = DELTA_NET | {"shared_expert_intermediate_size": 40}
+QWEN3_NEXT = SHARED | {"mlp_only_layers": []}
 # what is pruned: (model, config, gates, shapes) -> architecture
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
     "llama, uniform": ("llama", {}, ("kv_groups", "neurons", "hidden"), "uniform", "llama"),
@@ -304,6 +304,20 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
         "uniform",
         "qwen3next",
     ),
+    "qwen3_5": (
+        "qwen3_5_text",
+        DELTA_NET | {"linear_num_value_heads": 6},
+        ("kv_groups", "neurons", "hidden"),
+        "uniform",
+        "qwen35",
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        SHARED,
+        ("experts", "expert_neurons", "neurons", "kv_groups"),
+        "uniform",
+        "qwen35moe",
+    ),
 }
 PROMPT = [40, 5, 77, 120, 9, 33, 250, 61, 14, 208, 99, 3]
 STEPS = 8
@@ -345,7 +359,7 @@ def test_logits_and_greedy_tokens(
         prompt=PROMPT,
         steps=STEPS,
         texts=PROBES,
-        hybrid=arch in ("lfm2", "qwen3next"),
+        hybrid=arch in ("lfm2", "qwen3next", "qwen35moe"),
     )
     error = np.abs(np.array(answer["logits"]) - logits).max()
     # gpt_neox: llama.cpp approximates its GELU by tanh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +20,21 @@ SIZES = {
     **{"intermediate_size": 192, "vocab_size": 128},
 }
 LESS = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+EXPERTS = {
+    "qwen3_moe": {"mlp_only_layers": [], "moe_intermediate_size": 64, "num_local_experts": 8},
+    "mixtral": {"intermediate_size": 64},
+    "olmoe": {"num_key_value_heads": 8, "clip_qkv": None, "intermediate_size": 64},
+}
 HEADS = ("kv_groups", "heads", "neurons")
 PROMPT, STEPS = [40, 5, 77, 120, 9, 33, 25, 61, 14, 108, 99, 3], 8
 
 
-def own_sizes(name: str) -> dict[str, int]:
+def own_sizes(name: str) -> dict[str, Any]:
     """The sizes that a family's config knows of."""
     if name == "opt":
         return LESS | {"ffn_dim": 192, "word_embed_proj_dim": 256}
+    if name in EXPERTS:
+        return SIZES | EXPERTS[name]
     return SIZES if "kv_heads" in FAMILIES[name].config_names else LESS
 
 
@@ -47,6 +55,10 @@ def own_sizes(name: str) -> dict[str, int]:
         ("granite", HEADS, "free"),
         ("gpt_neox", ("heads", "neurons"), "free"),
         ("opt", ("heads", "neurons"), "free"),
+        ("qwen3_moe", ("experts", "kv_groups"), "uniform"),
+        ("mixtral", ("experts", "expert_neurons", "kv_groups"), "uniform"),
+        ("olmoe", ("experts",), "uniform"),
+        ("qwen3_moe", ("experts", "kv_groups"), "free"),
     ],
 )
 def test_greedy_tokens(

@@ -89,9 +89,10 @@ class Arch:
     """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
     wide_scale_at: int | None = None
     """With that many layers, attention is scaled by sqrt(heads / hidden), not by head_dim."""
-    mixer: Literal["", "convolution", "delta_net"] = ""
+    mixer: Literal["", "convolution", "delta_net", "tiled_delta_net"] = ""
     """What layers without attention have instead: a short convolution over the width, or a gated
-    delta rule in every layer but the n-th."""
+    delta rule in every layer but the n-th. Tiled, its value heads are ordered by their place among
+    those of a key head, then by key head."""
     latent: bool = False
     """Keys and values come from latents that heads share."""
     unnormed_at: int | None = None

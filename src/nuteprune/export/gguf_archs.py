@@ -20,6 +20,13 @@ _QWEN3 = Arch("qwen3", rope_types=frozenset({"default", "linear"}))
 _GEMMA2 = Arch(
     "gemma2", activations=_GELU_TANH, head="never", softcaps=True, window_period=2, wide_scale_at=46
 )
+_QWEN3_5 = Arch(
+    "qwen35",
+    partial_rotary=True,
+    optional_attention=True,
+    mixer="tiled_delta_net",
+    mlp_norm="post_attention_norm",
+)
 
 ARCHS: dict[str, Arch] = {
     arch.key: arch
@@ -130,14 +137,9 @@ ARCHS: dict[str, Arch] = {
             experts=Experts(shared="times", dense="first", states_weights=True, groups=True),
             built_in=MappingProxyType({"rope_interleave": True}),
         ),
-        Arch(
-            "qwen3next",
-            partial_rotary=True,
-            optional_attention=True,
-            mixer="delta_net",
-            mlp_norm="post_attention_norm",
-            experts=Experts(shared="own"),
-        ),
+        _QWEN3_5,
+        replace(_QWEN3_5, name="qwen35moe", experts=Experts(shared="own")),
+        replace(_QWEN3_5, name="qwen3next", mixer="delta_net", experts=Experts(shared="own")),
         Arch(
             "gptneox",
             fused_qkv=True,

@@ -41,9 +41,7 @@ def convolution(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
     """Yield a short convolution's projections, and its taps (D, L)."""
     names = (MODEL_TENSOR.SHORTCONV_INPROJ, MODEL_TENSOR.SHORTCONV_OUTPROJ)
     for tensor, projection in zip(names, anatomy.family.mixer, strict=True):
-        linear = anatomy.linear(layer, projection)
-        assert linear is not None
-        yield name_of(tensor, layer), array_of(linear.weight)
+        yield name_of(tensor, layer), _weight(anatomy, layer, projection)
     yield name_of(MODEL_TENSOR.SHORTCONV_CONV, layer), taps_of(anatomy, layer)
 
 
@@ -54,34 +52,61 @@ def taps_of(anatomy: Anatomy, layer: int) -> Array:
     return array_of(taps.weight).squeeze(1)
 
 
-def delta_net(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
-    """Yield a gated delta rule's tensors: rows by kind, not by head of the keys."""
+def delta_net(anatomy: Anatomy, layer: int, tiled: bool) -> Iterator[tuple[str, Array]]:
+    """Yield a gated delta rule's tensors.
+
+    Args:
+        anatomy: the model.
+        layer: which layer.
+        tiled: whether value heads are ordered by their place among those of a key head first.
+    """
     config = anatomy.config
+    groups = config.linear_num_key_heads
     block = anatomy.layers[layer].get_submodule(anatomy.family.mixer_module)
-    mixed, rates, out = (anatomy.linear(layer, x) for x in anatomy.family.mixer)
-    assert mixed is not None
-    assert rates is not None
-    assert out is not None
-    keys = config.linear_key_head_dim
-    values = config.linear_value_head_dim * config.linear_num_value_heads
-    values //= config.linear_num_key_heads
-    # Beside each head of the keys stand its query, key, values and what gates these.
-    by_head = array_of(mixed.weight).reshape(config.linear_num_key_heads, -1, mixed.in_features)
-    *qkv, gate = (
-        x.reshape(-1, mixed.in_features)
-        for x in np.split(by_head, np.cumsum([keys, keys, values]), axis=1)
-    )
-    yield name_of(MODEL_TENSOR.ATTN_QKV, layer), np.concatenate(qkv)
-    yield name_of(MODEL_TENSOR.ATTN_GATE, layer), gate
-    yield name_of(MODEL_TENSOR.SSM_CONV1D, layer), taps_of(anatomy, layer)
-    yield name_of(MODEL_TENSOR.SSM_BETA_ALPHA, layer), array_of(rates.weight)
+    *reads, out = (_weight(anatomy, layer, x) for x in anatomy.family.mixer)
+
+    def ordered(heads: Array) -> Array:
+        """Return what has a row, or several, for each value head, in the file's order."""
+        each = heads.reshape(groups, config.linear_num_value_heads // groups, -1, *heads.shape[1:])
+        return (each.swapaxes(0, 1) if tiled else each).reshape(heads.shape)
+
+    keys = 2 * groups * config.linear_key_head_dim
+    qkv, gate, *rates = reads if len(reads) == 4 else _apart(anatomy, *reads)
+    taps = taps_of(anatomy, layer)
+    for name, rows in ((MODEL_TENSOR.ATTN_QKV, qkv), (MODEL_TENSOR.SSM_CONV1D, taps)):
+        yield name_of(name, layer), np.concatenate([rows[:keys], ordered(rows[keys:])])
+    yield name_of(MODEL_TENSOR.ATTN_GATE, layer), ordered(gate)
+    if len(reads) == 4:
+        yield name_of(MODEL_TENSOR.SSM_BETA, layer), ordered(rates[0])
+        yield name_of(MODEL_TENSOR.SSM_ALPHA, layer), ordered(rates[1])
+    else:
+        yield name_of(MODEL_TENSOR.SSM_BETA_ALPHA, layer), rates[0]
     own = dict(block.named_parameters(recurse=False))
-    yield name_of(MODEL_TENSOR.SSM_DT, layer, "bias"), array_of(own["dt_bias"])
+    yield name_of(MODEL_TENSOR.SSM_DT, layer, "bias"), ordered(array_of(own["dt_bias"]))
     decay = name_of(MODEL_TENSOR.SSM_A, layer).removesuffix(".weight")
-    yield decay, -np.exp(array_of(own["A_log"]))
+    yield decay, -np.exp(ordered(array_of(own["A_log"])))
     (norm,) = (x for x in block.children() if cast(Tensor, x.weight).ndim == 1)
     yield name_of(MODEL_TENSOR.SSM_NORM, layer), array_of(cast(Tensor, norm.weight))
-    yield name_of(MODEL_TENSOR.SSM_OUT, layer), array_of(out.weight)
+    yield name_of(MODEL_TENSOR.SSM_OUT, layer), ordered(out.T).T
+
+
+def _apart(anatomy: Anatomy, mixed: Array, rates: Array) -> tuple[Array, Array, Array]:
+    """Return rows by kind where beside each key head stand its query, key, values and gates."""
+    config = anatomy.config
+    groups, keys = config.linear_num_key_heads, config.linear_key_head_dim
+    values = config.linear_value_head_dim * config.linear_num_value_heads // groups
+    by_head = mixed.reshape(groups, -1, mixed.shape[1])
+    *qkv, gate = (
+        x.reshape(-1, mixed.shape[1])
+        for x in np.split(by_head, np.cumsum([keys, keys, values]), axis=1)
+    )
+    return np.concatenate(qkv), gate, rates
+
+
+def _weight(anatomy: Anatomy, layer: int, projection: Projection) -> Array:
+    linear = anatomy.linear(layer, projection)
+    assert linear is not None
+    return array_of(linear.weight)
 
 
 def latent_attention(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
@@ -174,9 +199,7 @@ def _halves(mixture: Mixture, rows: Array) -> tuple[Array, Array]:
 def _shared_expert(anatomy: Anatomy, mixture: Mixture, layer: int) -> Iterator[tuple[str, Array]]:
     roles = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
     for role, projection in zip(roles, mixture.entry.shared, strict=False):
-        linear = anatomy.linear(layer, projection)
-        assert linear is not None
-        yield name_of(role, layer), array_of(linear.weight)
+        yield name_of(role, layer), _weight(anatomy, layer, projection)
     if mixture.entry.shared_gate:
         weigh: Any = anatomy.layers[layer].get_submodule(mixture.entry.shared_gate)
         yield name_of(MODEL_TENSOR.FFN_GATE_INP_SHEXP, layer), array_of(weigh.weight)[0]

@@ -195,7 +195,7 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
     ]
     if arch.mixer == "convolution" and getattr(config, "conv_bias", False):
         yield "its convolutions have no biases (conv_bias)"
-    if arch.mixer == "delta_net":
+    if arch.mixer.endswith("delta_net"):
         yield from _delta_net_misfits(source)
     if arch.latent:
         yield from _latent_misfits(source)

@@ -18,6 +18,8 @@ _ROPE_SCALING = {
     "longrope": RopeScalingType.LONGROPE,
     "yarn": RopeScalingType.YARN,
 }
+_SECTIONS = (11, 11, 10)
+"""What transformers takes where a config does not say which frequencies are of which position."""
 
 
 def write_dimensions(
@@ -104,6 +106,8 @@ def _write_mixers(writer: GGUFWriter, anatomy: Anatomy, arch: Arch, source: Sour
     writer.add_ssm_time_step_rank(config.linear_num_value_heads)
     writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
     writer.add_full_attention_interval(shape.first_attention + 1)
+    if arch.mixer == "tiled_delta_net":  # of images' positions; those of text are all one
+        writer.add_rope_dimension_sections([*source.rope.get("mrope_section", _SECTIONS), 0])
 
 
 def _write_experts(writer: GGUFWriter, anatomy: Anatomy, arch: Arch, source: Source) -> None:

@@ -119,7 +119,10 @@ def tensors(
             parts = _reordered(parts, want, anatomy.head_dim)
         yield from _layer(i, _fused(parts, arch))
         if have.mixer:
-            yield from (convolution if arch.mixer == "convolution" else delta_net)(anatomy, i)
+            if arch.mixer == "convolution":
+                yield from convolution(anatomy, i)
+            else:
+                yield from delta_net(anatomy, i, tiled=arch.mixer == "tiled_delta_net")
         if (mixture := anatomy.mixture(i)) is not None:
             yield from experts(anatomy, mixture, i, factors.get("down", 1.0))
 

@@ -29,7 +29,7 @@ QWEN3_5 = replace(
     mixer_module="linear_attn",
     norm="rms_1p",
     qk_norms=QK_NORMS,
-    gguf=(),
+    gguf=("qwen35",),
 )
 
 HYBRIDS = (

@@ -173,6 +173,7 @@ MIXTURES = (
         config_names=MappingProxyType(
             {**QWEN2_MOE.config_names, "neurons": "shared_expert_intermediate_size"}
         ),
+        gguf=("qwen35moe",),
     ),
     GLM4_MOE,
     DEEPSEEK_V3,
