@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from nuteprune.data.specs import DEMO, SELF
+from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob, RecoverJob, make_job
 from nuteprune.jobs.settings import RENAMED, RENAMED_VALUES
 from nuteprune.jobs.text import mixture
+from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
 from nuteprune.train.settings import declared
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nuteprune.data.readers import Documents, split_long
-from nuteprune.data.specs import DEMO, SELF, sources_of
+from nuteprune.data.specs import DEMO, sources_of
 from nuteprune.data.split import held_out_part, split
 from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
+from nuteprune.run_folder import SELF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

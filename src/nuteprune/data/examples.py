@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 from nuteprune.data import readers
 from nuteprune.data.columns import laid_out, row_document
 from nuteprune.data.conversations import Row, check_template, encode, stretches
-from nuteprune.data.specs import SELF, embedded, hub_parts, local_files
+from nuteprune.data.specs import embedded, hub_parts, local_files
 from nuteprune.data.split import split
 from nuteprune.data.tokens import check_ids
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
+from nuteprune.run_folder import SELF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

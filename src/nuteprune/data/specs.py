@@ -20,12 +20,12 @@ from nuteprune.data import readers
 from nuteprune.data.readers import Documents
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, check_name
+from nuteprune.run_folder import SELF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO = "demo"
-SELF = "self"
 
 _HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:\\]*){0,2}")
 

@@ -12,10 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from nuteprune.files import at_home
 from nuteprune.model.shape import SAID
-from nuteprune.run_folder import CARD
+from nuteprune.run_folder import CARD, SELF
 
-OWN = "self"
-"""What records call text that the dense model wrote itself."""
 _PLOTS = "<!-- plots of the run -->", "<!-- end of plots -->"
 """What encloses the plots in a card, so that they can be put in later."""
 
@@ -266,7 +264,7 @@ def _protocols(record: Mapping[str, Any]) -> str:
     config, said = record.get("config", {}), []
     if measure := record.get("perplexity", {}).get("protocol", {}).get("measure"):
         data, judged = config.get("data"), config.get("eval_data")
-        in_domain = data and data not in (OWN, [OWN])
+        in_domain = data and data not in (SELF, [SELF])
         text = " of what it was calibrated on (in-domain)" if in_domain else ""
         if judged not in (None, data):
             text = f" of {_plain(_public(str(judged)))}"
@@ -306,7 +304,7 @@ def _calibrated_on(config: Mapping[str, Any]) -> str:
     parts = "" if len(specs) == 1 else "{:.0%} "
     said = (
         parts.format(share / sum(shares))
-        + ("text of the dense model's own" if spec == OWN else _plain(_public(spec)))
+        + ("text of the dense model's own" if spec == SELF else _plain(_public(spec)))
         for spec, share in zip(specs, shares, strict=True)
     )
     return ", ".join(said)

@@ -55,7 +55,8 @@ def pruned_config(
     added = {*FREE_SHAPE_KEYS, *([_INVERSE_DIVISOR] if family.logit_divisor else [])}
     values = {k: v for k, v in config.to_dict().items() if k not in added} | family.settles
     values[names["hidden"]] = shape.hidden
-    values["head_dim"] = _head_dim(config)
+    if "head_dim" not in names:  # else the config's `head_dim` is something else, and stays
+        values["head_dim"] = family.head_dim(config)
     if epsilon is not None:
         values[names["epsilon"]] = epsilon
     # One count for all layers: what a uniform model has, and the upper bound of any other.
@@ -161,11 +162,6 @@ def _first_valid(
 def _count_names(family: Family) -> dict[str, str]:
     """Return the words for a layer's counts that the family knows -> config attribute."""
     return {word: family.config_names[word] for word in COUNTS if word in family.config_names}
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    given: int | None = getattr(config, "head_dim", None)
-    return given or int(config.hidden_size // config.num_attention_heads)
 
 
 def _stated(family: Family, layer: LayerShape) -> dict[str, Any]:

@@ -40,9 +40,7 @@ class Source:
     @property
     def head_dim(self) -> int:
         """Features per head."""
-        config = self.config
-        own = getattr(config, self.family.config_names.get("head_dim", "head_dim"), None)
-        return int(own or config.hidden_size // config.num_attention_heads)
+        return self.family.head_dim(self.config)
 
     @property
     def tied(self) -> bool:

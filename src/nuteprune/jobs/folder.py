@@ -11,11 +11,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nuteprune.data.specs import DEMO, SELF
+from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, read_sums, remove, writing
 from nuteprune.jobs.job import Job
-from nuteprune.run_folder import CARD, RECORD, RUN, SUMS, TARGETS, hidden
+from nuteprune.run_folder import CARD, RECORD, RUN, SELF, SUMS, TARGETS, hidden
 from nuteprune.train.asked import Asked
 from nuteprune.train.state import last_checkpoint
 

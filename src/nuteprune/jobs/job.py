@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nuteprune.data.conversations import TEMPLATES
-from nuteprune.data.specs import DEMO, SELF
+from nuteprune.data.specs import DEMO
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.settings import check, read_given, read_mapping
 from nuteprune.jobs.sources import BITS, DTYPES, pick_dtype, place
+from nuteprune.run_folder import SELF
 from nuteprune.train.asked import SETTINGS, check_one
 from nuteprune.train.settings import CALL, HOW, WHAT, declared, setting
 

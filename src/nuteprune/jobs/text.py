@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.console import megabytes
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, written_blocks
 from nuteprune.data.self_written import seconds_to_write, write_text
-from nuteprune.data.specs import SELF
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.trainer import NutePruneTrainer
 

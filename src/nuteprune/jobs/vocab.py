@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.data.self_written import write_text
-from nuteprune.data.specs import DEMO, SELF, iter_documents
+from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.gguf_vocab import PROBES
@@ -34,6 +34,7 @@ from nuteprune.jobs.folder import alone, check_out, check_writable, clear
 from nuteprune.jobs.job import Job, make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.run_folder import SELF
 from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
 from nuteprune.train.settings import setting
 

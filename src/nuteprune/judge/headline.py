@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nuteprune.data.specs import SELF
 from nuteprune.export.record import perplexities_of
 from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
@@ -14,6 +13,7 @@ from nuteprune.judge.perplexity import mean
 from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, calibrated_on, kind_of
 from nuteprune.judge.run_files import RunFiles, pruning_steps
 from nuteprune.judge.units import THIN, count, number, size
+from nuteprune.run_folder import SELF
 
 
 def verdict(files: RunFiles) -> str:

@@ -62,10 +62,7 @@ class Anatomy:
         self.embedding: Any = self.model.get_submodule(self.family.embedding)
         self.final_norm = self.model.get_submodule(self.family.final_norm)
         self.head: Any = self.model.get_output_embeddings()
-        self.head_dim: int = (
-            getattr(self.config, self.family.config_names.get("head_dim", "head_dim"), None)
-            or self.config.hidden_size // self.config.num_attention_heads
-        )
+        self.head_dim = self.family.head_dim(self.config)
 
     @property
     def tied(self) -> bool:

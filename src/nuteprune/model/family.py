@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 GATE_KINDS = (
     *("heads", "kv_groups", "neurons", "experts", "expert_neurons"),
@@ -232,6 +232,17 @@ class Family:
     def norms(self) -> tuple[str, ...]:
         """All norms of a decoder layer over the hidden width."""
         return self.attention_norms + self.mlp_norms + self.shared_norms
+
+    def head_dim(self, config: Any) -> int:
+        """Return the features that a head writes: what the config states, else its width's share.
+
+        Args:
+            config: the config of a model of the family, stock or pruned.
+        """
+        names = self.config_names
+        stated = names.get("head_dim", "head_dim")
+        own = None if self.head_dim_from_hidden else getattr(config, stated, None)
+        return int(own or getattr(config, names["hidden"]) // getattr(config, names["heads"]))
 
     def refusal(self, kind: str, uniform: bool = False) -> str | None:
         """Return why gates of `kind` cannot be used on this family, or None if they can.

@@ -78,9 +78,8 @@ class FamilyFile:
                 raise self.wrong(("config_names", word), f"the config has no {name}")
             counts[word] = getattr(config, name)
         heads, hidden = counts["heads"], counts["hidden"]
-        stated = None if self.family.head_dim_from_hidden else getattr(config, "head_dim", None)
         layer = LayerShape(heads, counts.get("kv_heads", heads), counts["neurons"])
-        return {**axis_sizes(layer, stated or hidden // heads), "hidden": hidden}
+        return {**axis_sizes(layer, self.family.head_dim(config)), "hidden": hidden}
 
     def _module(self, parent: nn.Module, path: str, key: Key) -> nn.Module:
         here = parent
