@@ -30,8 +30,9 @@ from nuteprune.gates.masks import Masks
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.shrink.compensate import Install, install_weight
+from nuteprune.shrink.compensate import Fit, Install
 from nuteprune.train.calibration import refit_on, score_in_rounds, stops_before
 from nuteprune.train.config import METHOD
 from nuteprune.train.setup import make_allocator
@@ -277,8 +278,14 @@ class Bench:
         layers = range(len(self.anatomy.layers))
         linears = [x for i in layers for p in last if (x := self.anatomy.linear(i, p)) is not None]
         weights = [linear.weight.detach().clone() for linear in linears]
+
+        def install(layer: int, projection: Projection, fit: Fit) -> None:
+            linear = self.anatomy.linear(layer, projection)
+            assert linear is not None
+            linear.weight.copy_(fit.weight_OI)
+
         try:
-            yield install_weight(self.anatomy)
+            yield install
         finally:
             with torch.no_grad():
                 for linear, weight in zip(linears, weights, strict=True):

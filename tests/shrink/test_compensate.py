@@ -21,13 +21,13 @@ from nuteprune.shrink.compensate import (
     Fit,
     install_in_place,
     install_lora,
-    install_weight,
     low_rank,
     refit,
     ridge_fit,
 )
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
+from tests.refits import install_weight
 
 
 def correlated(rows: int = 400, columns: int = 12) -> torch.Tensor:

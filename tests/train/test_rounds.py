@@ -15,10 +15,11 @@ from nuteprune.export.checkpoint import assemble
 from nuteprune.gates import surgeon
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.shrink.compensate import install_weight, trying_out
+from nuteprune.shrink.compensate import trying_out
 from nuteprune.train.calibration import refit_on, score_in_rounds, score_on, stops_before
 from nuteprune.train.prepare import prepare
 from nuteprune.train.setup import make_allocator
+from tests.refits import install_weight
 
 TEXT = BlockDataset(torch.randint(3, 96, (40, 16), generator=torch.Generator().manual_seed(0)))
 KINDS = ("kv_groups", "neurons")

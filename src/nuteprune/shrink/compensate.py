@@ -192,17 +192,6 @@ def _solve(covariance_II: Tensor, kept_K: Tensor, wanted_KO: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.solve(with_ridge(covariance_II, kept_K), wanted_KO))
 
 
-def install_weight(anatomy: Anatomy) -> Install:
-    """Return an `Install` that overwrites the weights of a model without adapters."""
-
-    def install(layer: int, projection: Projection, fit: Fit) -> None:
-        linear = anatomy.linear(layer, projection)
-        assert linear is not None
-        linear.weight.copy_(fit.weight_OI.to(linear.weight.dtype))
-
-    return install
-
-
 def install_in_place(bank: LoraBank, anatomy: Anatomy) -> Install:
     """Return an `Install` by which the student has the whole fit in place of a base weight.
 
