@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nuteprune.data import self_written
+from nuteprune.data import self_written, writing
 from nuteprune.data.openings import Openings, openings
-from nuteprune.data.self_written import draw, write_text
+from nuteprune.data.self_written import write_text
+from nuteprune.data.writing import draw
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN
 from tests.forked import Forked
@@ -168,18 +169,18 @@ def test_texts_begin_with_tokens_that_differ_and_have_text(model, tokenizer, tmp
 def test_the_time_that_it_takes_is_that_of_whole_blocks(
     tokens: int, batch: int, model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, step = [0.0], self_written._step
+    clock, step = [0.0], writing._step
 
     def slow(model: Any, ids: list[int], cache: Any) -> Any:
         clock[0] += 3 + len(ids)
         return step(model, ids, cache)
 
-    monkeypatch.setattr(self_written, "_step", slow)
-    monkeypatch.setattr(self_written, "BATCH", batch)
-    monkeypatch.setattr(self_written.time, "monotonic", lambda: clock[0])
-    told = self_written.seconds_to_write(model, tokens=tokens, length=LENGTH)
+    monkeypatch.setattr(writing, "_step", slow)
+    monkeypatch.setattr(writing, "BATCH", batch)
+    monkeypatch.setattr(writing.time, "monotonic", lambda: clock[0])
+    told = writing.seconds_to_write(model, tokens=tokens, length=LENGTH)
     monkeypatch.setattr(
-        self_written, "draw", lambda logits, _: logits.new_full([len(logits)], 65).long()
+        writing, "draw", lambda logits, _: logits.new_full([len(logits)], 65).long()
     )
     started = clock[0]
     write(model, tokenizer, tmp_path, tokens=tokens)
@@ -278,14 +279,14 @@ def test_bfloat16_writes_as_well(model, tokenizer, tmp_path: Path) -> None:
 class TestFile:
     @pytest.fixture(autouse=True)
     def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(self_written, "BATCH", 4)
+        monkeypatch.setattr(writing, "BATCH", 4)
 
     def test_a_whole_one_is_read_and_nothing_written(
         self, model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         texts = write(model, tokenizer, tmp_path)
         whole = (tmp_path / SELF_WRITTEN).read_bytes()
-        monkeypatch.setattr(self_written, "_write", None)
+        monkeypatch.setattr(self_written, "write_batch", None)
         assert write(model, tokenizer, tmp_path) == texts
         fewer = write(model, tokenizer, tmp_path, tokens=100)
         assert fewer == texts[: len(fewer)]
@@ -363,9 +364,9 @@ class TestFile:
 
 def test_a_models_cache_bounds_the_batch(model, monkeypatch: pytest.MonkeyPatch) -> None:
     # 3 layers of 2 KV heads of 8, keys and values, 4 bytes: 384 bytes per token
-    fits: Callable[[int], int] = lambda length: self_written._fitting(model, length)  # noqa: E731
+    fits: Callable[[int], int] = lambda length: writing.fitting(model, length)  # noqa: E731
     assert fits(LENGTH) == 64
-    monkeypatch.setattr(self_written, "_CACHE_BYTES", 384 * LENGTH * 10 + 1)
+    monkeypatch.setattr(writing, "_CACHE_BYTES", 384 * LENGTH * 10 + 1)
     assert [fits(LENGTH), fits(2 * LENGTH), fits(1000)] == [10, 5, 1]
 
 
@@ -386,8 +387,8 @@ def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> No
         "import sys, json\n"
         "from pathlib import Path\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from nuteprune.data import self_written\n"
-        "self_written.BATCH = 4\n"
+        "from nuteprune.data import self_written, writing\n"
+        "writing.BATCH = 4\n"
         "folder = Path(sys.argv[1])\n"
         "model = AutoModelForCausalLM.from_pretrained(folder / 'model')\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder / 'model')\n"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from nuteprune.export import card as card_module
-from nuteprune.export.card import inherited_licence, model_card, with_plots
+from nuteprune.export import card_metadata
+from nuteprune.export.card import model_card, with_plots
+from nuteprune.export.card_metadata import inherited_licence
 
 
 def a_record(**changes: Any) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def test_the_licence_is_that_of_the_base_models_card(
         asked.append(source)
         return ModelCard("---\nlicense: gemma\n---\n")
 
-    monkeypatch.setattr(card_module.ModelCard, "load", load)
+    monkeypatch.setattr(card_metadata.ModelCard, "load", load)
     assert inherited_licence("owner/model") == {"license": "gemma"}
     assert inherited_licence(None) == {"license": None}
     assert inherited_licence("demo") == {"license": None}

@@ -15,8 +15,9 @@ from nuteprune import NutePruneTrainer
 from nuteprune.console import Output
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.jobs.dry_run import print_dry_run
-from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate
+from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import Need
 from nuteprune.train.phases import FORMULA, Run, on_cpu

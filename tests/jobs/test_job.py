@@ -10,8 +10,8 @@ import pytest
 
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.jobs.job import PruneJob, RecoverJob, make_job
-from nuteprune.jobs.settings import RENAMED, RENAMED_VALUES
+from nuteprune.jobs.job import PruneJob, RecoverJob
+from nuteprune.jobs.settings import RENAMED, RENAMED_VALUES, make_job
 from nuteprune.jobs.text import mixture
 from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig, RecoverConfig

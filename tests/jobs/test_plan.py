@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from nuteprune.console import Output
 from nuteprune.errors import UserError
-from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Asked, _with, config_of, run
+from nuteprune.jobs.settings import make_job
 from nuteprune.simulated import Live
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches

@@ -8,7 +8,8 @@ from nuteprune.cli import options as o
 from nuteprune.console import Output
 from nuteprune.data.specs import DEMO
 from nuteprune.jobs.demo import FOLDER, begun_folder, fetch, finished, free_folder
-from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
 
 

@@ -10,8 +10,9 @@ import typer
 from nuteprune.cli import options as o
 from nuteprune.console import Output
 from nuteprune.errors import UserError
-from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Asked, run
+from nuteprune.jobs.settings import make_job
 from nuteprune.train.asked import value_of
 from nuteprune.train.config import NutePruneConfig
 

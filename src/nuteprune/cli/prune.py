@@ -6,8 +6,9 @@ from typing import Any
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
-from nuteprune.jobs.job import PruneJob, make_job
+from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import finished
+from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
-from nuteprune.jobs.job import RecoverJob, make_job
+from nuteprune.jobs.job import RecoverJob
 from nuteprune.jobs.recover import finished
+from nuteprune.jobs.settings import make_job
 
 
 @o.with_options(RecoverJob)

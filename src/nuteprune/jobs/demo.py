@@ -19,7 +19,8 @@ from nuteprune.export.record import weights_size, write_pruned
 from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.judging import copies
-from nuteprune.jobs.prune import Result, run, tell, trainer_config, whole
+from nuteprune.jobs.prune import Result, run, tell, whole
+from nuteprune.jobs.prune_trainer import trainer_config
 from nuteprune.jobs.sources import (
     load_model,
     load_tokenizer,

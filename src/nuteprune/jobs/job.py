@@ -1,4 +1,4 @@
-"""What a job is asked to do: its settings, each declared once, from options, YAML and keywords.
+"""What a job is asked to do: its settings, each declared once.
 
 The command line, the Python calls, `--set`, YAML files, records and commands that reproduce a run
 are derived from what the dataclasses here and in `train.config` declare.
@@ -6,26 +6,16 @@ are derived from what the dataclasses here and in `train.config` declare.
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nuteprune.data.conversations import TEMPLATES
 from nuteprune.data.specs import DEMO
-from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import at_home
-from nuteprune.jobs.settings import check, read_given, read_mapping
+from nuteprune.errors import UserError
 from nuteprune.jobs.sources import BITS, DTYPES, pick_dtype, place
 from nuteprune.run_folder import SELF
-from nuteprune.train.asked import SETTINGS, check_one
 from nuteprune.train.settings import CALL, HOW, WHAT, declared, setting
-
-J = TypeVar("J", bound="Job")
 
 
 @dataclass
@@ -259,63 +249,8 @@ class RecoverJob(Job):
         return self.specs[0]
 
 
-def make_job(
-    kind: type[J],
-    trainer: type | None,
-    given: Mapping[str, Any],
-    config: str | os.PathLike[str] | None = None,
-    assignments: Iterable[str] = (),
-) -> J:
-    """Return a job from a settings file, `--set`, and options or keywords, the later winning.
-
-    Args:
-        kind: the dataclass of the job.
-        trainer: the dataclass of its trainer's settings, which go into `settings`; None for none.
-        given: options or keywords by the word that users have for them, or by full name; None
-            where not given.
-        config: YAML file with settings.
-        assignments: `key=value`, the value in YAML.
-
-    Raises:
-        UserError: for an unknown setting, a value of the wrong type, or two that contradict.
-    """
-    kinds = [kind, *([trainer] if trainer else [])]
-    file = None if config is None else at_home(Path(config))
-    settings = read_given(file, assignments, kinds)
-    now = check({key: value for key, value in given.items() if value is not None}, kinds)
-    check_one(now, SETTINGS)
-    if SETTINGS.keys() & now.keys():  # of a settings file, over which options win
-        settings = {key: x for key, x in settings.items() if key not in SETTINGS}
-    settings |= now
-    check_one(settings, SETTINGS)
-    if isinstance(settings.get("shape"), str):
-        settings["shape"] = read_mapping(at_home(settings["shape"]), "--shape")
-    fields = {x.name for x in dataclasses.fields(kind)}
-    own = {key: settings.pop(key) for key in list(settings) if key in fields}
-    own["out"] = at_home(own["out"])  # of `--out=~/x` the shell leaves it
-    if trainer is not None:
-        own["settings"] = settings
-    return kind(**own)
-
-
 def what_it_is(job: Job) -> dict[str, Any]:
     """Return what of a job says what its run is, for settings.json: paths and dtype resolved."""
     dtype = str(pick_dtype(job.dtype, job.device)).removeprefix("torch.")
     named = {"model": place(job.model), "data": [place(x) for x in job.specs], "dtype": dtype}
     return {**job.recorded(), **named}
-
-
-@contextmanager
-def settings_of_user() -> Iterator[None]:
-    """Tell in one line what libraries say of settings, which they check in many places.
-
-    Raises:
-        UserError: in place of any other error.
-    """
-    try:
-        yield
-    except (UserError, RunFailed):
-        raise
-    except Exception as error:
-        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise UserError(f"these settings cannot work ({said}); check the options") from error

@@ -21,7 +21,7 @@ from nuteprune.files import at_home
 from nuteprune.jobs.family import take
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
-from nuteprune.jobs.prune import trainer_config
+from nuteprune.jobs.prune_trainer import trainer_config
 from nuteprune.jobs.sources import locate, pick_dtype, read_config
 from nuteprune.model.lookup import family_named
 from nuteprune.train.phases import FORMULA, Phase, Run, disk

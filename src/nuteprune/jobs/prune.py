@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Bars, Output, quiet_loading
-from nuteprune.data.blocks import BlockDataset
 from nuteprune.errors import UserError
 from nuteprune.export.loading import in_dtype
-from nuteprune.export.wrapping import Around
 from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.family import take
 from nuteprune.jobs.folder import (
@@ -31,18 +29,16 @@ from nuteprune.jobs.folder import (
     nothing_left,
     target_folder,
 )
-from nuteprune.jobs.job import PruneJob, make_job, settings_of_user, what_it_is
+from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.judging import Judge
-from nuteprune.jobs.progress import StepProgress
+from nuteprune.jobs.prune_trainer import check_wrapper, make_trainer, outside, trainer_config
+from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.show import print_plan, print_report, print_results
 from nuteprune.jobs.sources import (
-    around,
     load_model,
     load_tokenizer,
     origin,
-    pick_device,
     pick_dtype,
-    stored_dtype,
 )
 from nuteprune.jobs.speed import check_speed, costs_for, judge_speed
 from nuteprune.jobs.text import JobText, mixture
@@ -179,22 +175,6 @@ def run(job: PruneJob, output: Output) -> Result | None:
             return _run(job, trainer_config(job, folder / RUN), output, started)
 
 
-def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
-    """Return the settings of a job's trainer.
-
-    Args:
-        job: the job.
-        folder: the run's folder.
-
-    Raises:
-        UserError: if they cannot work.
-    """
-    bookkeeping = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
-    here = {"disable_tqdm": True, "use_cpu": pick_device(job.device) == "cpu"}
-    with settings_of_user():
-        return NutePruneConfig(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
-
-
 def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float) -> Result | None:
     check_offload(config, packed=job.bits is not None)
     take(job.family, job.model)
@@ -224,57 +204,6 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
     for record in records.values():
         check_reached(record)
     return Result(records, held_out, trainer.pruning.first_scores)
-
-
-def check_wrapper(job: PruneJob, trainer: NutePruneTrainer) -> None:
-    """Refuse what cannot be put back into a wrapper: a narrower model, a mixture of free shapes.
-
-    Raises:
-        UserError: naming what to do instead.
-    """
-    if _around(job) is None:
-        return
-    constraints = trainer.allocator.constraints
-    if trainer.allocator.budget.per_token and not constraints.uniform:
-        raise UserError(
-            f"free shapes cannot be used here: {job.model} holds a mixture of experts within a "
-            "model of several modalities; pass --shapes uniform, or --text-only"
-        )
-    if "hidden" in constraints.kinds:
-        raise UserError(
-            f"gates on hidden cannot be used here: what {job.model} makes of images is as wide as "
-            "its language model; leave hidden out of --gates, or pass --text-only"
-        )
-
-
-def _around(job: PruneJob) -> Around | None:
-    """Return what is written around the pruned language model."""
-    return None if job.text_only else around(job.model)
-
-
-def make_trainer(
-    job: PruneJob,
-    model: PreTrainedModel,
-    config: NutePruneConfig,
-    training: BlockDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    bars: Bars,
-) -> NutePruneTrainer:
-    """Return a trainer that shows its progress."""
-    with settings_of_user():
-        trainer = NutePruneTrainer(
-            model,
-            config,
-            training,
-            tokenizer,
-            progress=bars.update,
-            stored_dtype=stored_dtype(model),
-            job=what_it_is(job),
-        )
-        trainer.check_optimizer()
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(StepProgress(trainer, bars))
-    return trainer
 
 
 def _prune(
@@ -325,7 +254,7 @@ def _prune(
         folder = target_folder(job, [target.asked for target in trainer.goals], index)
         records[folder] = trainer.save_pruned(
             folder,
-            _around(job),
+            outside(job),
             **judge.entries(before, after),
             **provenance,
             config=recorded(job, trainer.args),

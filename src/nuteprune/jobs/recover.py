@@ -41,7 +41,7 @@ from nuteprune.jobs.folder import (
     clear_result,
     nothing_left,
 )
-from nuteprune.jobs.job import RecoverJob, make_job, settings_of_user, what_it_is
+from nuteprune.jobs.job import RecoverJob, what_it_is
 from nuteprune.jobs.judging import copies
 from nuteprune.jobs.progress import RecoveryProgress
 from nuteprune.jobs.recover_text import (
@@ -51,6 +51,7 @@ from nuteprune.jobs.recover_text import (
     kind_of_text,
     training_text,
 )
+from nuteprune.jobs.settings import make_job, settings_of_user
 from nuteprune.jobs.show import print_recovered, print_recovery, sequences_per_step
 from nuteprune.jobs.sources import (
     around,

@@ -1,24 +1,30 @@
-"""Settings as users give them, in YAML, `--set key=value` or keywords: checked keys and types."""
+"""Settings as users give them, in YAML, `--set key=value` or keywords: checked, and made a job."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import reprlib
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 
-from nuteprune.errors import UserError
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.files import at_home
+from nuteprune.jobs.job import Job
+from nuteprune.train.asked import SETTINGS, check_one
 from nuteprune.train.settings import CALL, declared, word
+
+J = TypeVar("J", bound=Job)
 
 _STEPS, _EVAL = "pass --steps", "score a checkpoint with nuteprune eval OUT/run/checkpoint-N"
 _SHARDED, _HUB = "pass sharded=true instead, see docs/scale.md", "upload the result with hf upload"
@@ -73,6 +79,45 @@ RENAMED_VALUES = {
     ("compensation", "finalize"): "pass true, which re-fits when masks freeze",
 }
 """Values of settings of 0.1.0 that are gone -> what to do instead."""
+
+
+def make_job(
+    kind: type[J],
+    trainer: type | None,
+    given: Mapping[str, Any],
+    config: str | os.PathLike[str] | None = None,
+    assignments: Iterable[str] = (),
+) -> J:
+    """Return a job from a settings file, `--set`, and options or keywords, the later winning.
+
+    Args:
+        kind: the dataclass of the job.
+        trainer: the dataclass of its trainer's settings, which go into `settings`; None for none.
+        given: options or keywords by the word that users have for them, or by full name; None
+            where not given.
+        config: YAML file with settings.
+        assignments: `key=value`, the value in YAML.
+
+    Raises:
+        UserError: for an unknown setting, a value of the wrong type, or two that contradict.
+    """
+    kinds = [kind, *([trainer] if trainer else [])]
+    file = None if config is None else at_home(Path(config))
+    settings = read_given(file, assignments, kinds)
+    now = check({key: value for key, value in given.items() if value is not None}, kinds)
+    check_one(now, SETTINGS)
+    if SETTINGS.keys() & now.keys():  # of a settings file, over which options win
+        settings = {key: x for key, x in settings.items() if key not in SETTINGS}
+    settings |= now
+    check_one(settings, SETTINGS)
+    if isinstance(settings.get("shape"), str):
+        settings["shape"] = read_mapping(at_home(settings["shape"]), "--shape")
+    fields = {x.name for x in dataclasses.fields(kind)}
+    own = {key: settings.pop(key) for key in list(settings) if key in fields}
+    own["out"] = at_home(own["out"])  # of `--out=~/x` the shell leaves it
+    if trainer is not None:
+        own["settings"] = settings
+    return kind(**own)
 
 
 def _known(kinds: Sequence[type], call: bool) -> dict[str, tuple[str, Any]]:
@@ -210,3 +255,19 @@ def _finite(key: str, value: Any) -> Any:
 
 def _short(text: object) -> str:
     return textwrap.shorten(str(text), 200, placeholder=" ...")
+
+
+@contextmanager
+def settings_of_user() -> Iterator[None]:
+    """Tell in one line what libraries say of settings, which they check in many places.
+
+    Raises:
+        UserError: in place of any other error.
+    """
+    try:
+        yield
+    except (UserError, RunFailed):
+        raise
+    except Exception as error:
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise UserError(f"these settings cannot work ({said}); check the options") from error

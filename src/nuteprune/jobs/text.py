@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, written_blocks
-from nuteprune.data.self_written import seconds_to_write, write_text
+from nuteprune.data.self_written import write_text
 from nuteprune.data.tokens import check_positions
+from nuteprune.data.writing import seconds_to_write
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.model.anatomy import Anatomy
@@ -119,7 +120,7 @@ class JobText:
         return tokens_to_write(config, share, self._job.length)
 
     def seconds_to_write(self, trainer: NutePruneTrainer) -> float:
-        """Return about how long `let_write` will take; see `data.self_written`."""
+        """Return about how long `let_write` will take; see `data.writing`."""
         if not (tokens := self._to_write(trainer.args)):
             return 0.0
         with trainer.model.disable_adapter():

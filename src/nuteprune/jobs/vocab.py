@@ -31,7 +31,8 @@ from nuteprune.export.vocabulary import (
 )
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.folder import alone, check_out, check_writable, clear
-from nuteprune.jobs.job import Job, make_job
+from nuteprune.jobs.job import Job
+from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import SELF

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nuteprune.data.self_written import most_cached
+from nuteprune.data.writing import most_cached
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS

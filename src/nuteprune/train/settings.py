@@ -1,8 +1,8 @@
 """How a setting is declared: name, default, help, choices, bounds and option, all in one place.
 
-Settings are fields of dataclasses: `train.config` and `train.recover` declare those of a run,
-`jobs.job` those of a whole job. Checks, the command line, YAML files, `--set`, records and commands
-that reproduce a run are derived from the declarations.
+Settings are fields of dataclasses: `train.config` declares those of a run, `jobs.job` those of a
+whole job. Checks, the command line, YAML files, `--set`, records and commands that reproduce a run
+are derived from the declarations.
 """
 
 from __future__ import annotations

@@ -1,0 +1,165 @@
+"""How a model writes: a batch of texts, one token of each at a time.
+
+All texts of a batch take one token at a time from the first position on, be it given or drawn, so
+that none is padded. A text's draws depend on its place alone, not on what the others write.
+
+Shape suffixes: B texts of a batch, V token ids.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nuteprune.data.openings import Openings
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.decoding import heads_as_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH = 64
+"""Texts that are written together."""
+_CACHE_BYTES = 2**32  # most memory for keys and values; models with many get smaller batches
+
+TIMED = 4
+"""Positions that an estimate of time is taken from; the first ones warm up."""
+
+
+class Text:
+    """A text that is being written: which of its tokens are given, and when it ends.
+
+    Args:
+        opening: how texts begin.
+        number: which text it is.
+    """
+
+    def __init__(self, opening: Openings, number: int) -> None:
+        self.opening = opening
+        self.given = deque(opening.given(number))
+        self.asks = opening.is_chat(number)
+        self.ids: list[int] = []
+        self.ended = False
+
+    def take(self, drawn: int) -> int:
+        """Go on by a token: the next that is given, or else the one that the model draws."""
+        answers = self.opening.answers
+        if self.ended:
+            return self.ids[-1]
+        if self.asks and not self.given and drawn in self.opening.asked:
+            self.asks = False
+            self.given.extend(answers)
+        if self.given:
+            self.ids.append(self.given.popleft())
+            return self.ids[-1]
+        self.ids.append(drawn)
+        if self.asks and tuple(self.ids[-len(answers) :]) == answers:
+            self.asks = False  # some models go on to the answer by themselves
+        self.ended = drawn in self.opening.ends
+        return drawn
+
+
+def write_batch(
+    model: PreTrainedModel,
+    opening: Openings,
+    batch: Sequence[Text],
+    most: int,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Write a batch of texts; yields how many tokens there are, position by position.
+
+    Args:
+        model: the model.
+        opening: how texts begin, and what ends them.
+        batch: the texts, with nothing written yet.
+        most: tokens that a text has at most.
+        generator: draws the numbers (B,) by which tokens are drawn.
+    """
+    total = len(opening.start) + most
+    cache: dict[str, Any] = {}
+    drawn_B = torch.zeros(len(batch), dtype=torch.long)
+    for position in range(total):
+        if position < len(opening.start):
+            next_B = [opening.start[position]] * len(batch)
+        else:
+            next_B = [x.take(i) for x, i in zip(batch, drawn_B.tolist(), strict=True)]
+        yield sum(len(x.ids) for x in batch)
+        if position == total - 1 or all(x.ended for x in batch):
+            return
+        numbers_B = torch.rand(len(batch), generator=generator, dtype=torch.float64)
+        logits_BV, cache = _step(model, next_B, cache)
+        drawn_B = draw(logits_BV[:, : opening.known], numbers_B)
+
+
+@torch.no_grad()
+def _step(
+    model: PreTrainedModel, next_B: list[int], cache: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    ids_B1 = torch.tensor(next_B, device=model.device)[:, None]
+    training = model.training
+    model.eval()
+    try:
+        with heads_as_tokens():
+            made: Any = model(input_ids=ids_B1, use_cache=True, **cache)
+    finally:
+        model.train(training)
+    name = "cache" if "cache" in made else "past_key_values"  # by version
+    return made.logits[:, -1], {name: made[name]}
+
+
+def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
+    """Draw token ids (B,) at temperature 1: where each number falls in the summed probabilities.
+
+    Args:
+        logits_BV: the model's logits.
+        numbers_B: evenly distributed in [0, 1).
+    """
+    # Apple's GPUs know no 64 bits.
+    dtype = torch.float32 if logits_BV.device.type == "mps" else torch.float64
+    sums_BV = logits_BV.to(dtype).softmax(-1).cumsum(-1)
+    sought_B = numbers_B.to(logits_BV.device, dtype) * sums_BV[:, -1]
+    found_B1 = torch.searchsorted(sums_BV, sought_B[:, None], right=True)
+    return found_B1[:, 0].clamp(max=logits_BV.shape[1] - 1)
+
+
+def seconds_to_write(model: PreTrainedModel, *, tokens: int, length: int) -> float:
+    """Return about how long it takes to write text, by timing the first positions of a batch.
+
+    Texts are taken to fill their blocks, and later positions to cost no more than the first.
+
+    Args:
+        model: the model.
+        tokens: how many there are to be.
+        length: tokens per block.
+    """
+    size = min(fitting(model, length), -(-tokens // length))
+    cache: dict[str, Any] = {}
+    seconds = []
+    for _ in range(TIMED):
+        started = time.monotonic()
+        logits_BV, cache = _step(model, [0] * size, cache)
+        draw(logits_BV, torch.zeros(size, dtype=torch.float64)).tolist()
+        seconds.append(time.monotonic() - started)
+    return min(seconds) * length * -(-tokens // (size * length))
+
+
+def most_cached(model: PreTrainedModel, length: int) -> int:
+    """Return the bytes of keys and values that are held while a model writes blocks of a length."""
+    return fitting(model, length) * _cached(model, length)
+
+
+def fitting(model: PreTrainedModel, length: int) -> int:
+    """Return how many texts are written together, by the size of their keys and values."""
+    return max(1, min(BATCH, _CACHE_BYTES // max(_cached(model, length), 1)))
+
+
+def _cached(model: PreTrainedModel, length: int) -> int:
+    """Return the bytes of keys and values of a text."""
+    anatomy = Anatomy(model)
+    heads = sum(layer.kv_heads for layer in anatomy.shape.layers)
+    return round(anatomy.cached_features * length * heads * model.dtype.itemsize)
