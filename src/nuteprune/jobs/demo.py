@@ -204,9 +204,9 @@ def print_table(
         f"{record['total_sparsity']:.1%} of all parameters are gone; perplexity is {ratio:.2f} x "
         f"that of the dense model; {record['seconds']:.0f} s"
     )
-    bounds = " and ".join(f"{x} {ratios[x]['bound']:.2f} x" for x in phases)
+    bounds = ", ".join(f"{x} {ratios[x]['bound']:.2f} x" for x in phases)
     output.line(
         f"Speed beside the dense model: medians of {speed['repeats']} pairs of passes, batch 1, "
-        f"{TIMED.length} + {TIMED.new_tokens} tokens. What is gone allows {bounds} at most"
+        f"{TIMED.length} + {TIMED.new_tokens} tokens. Bound: {bounds}"
     )
     output.line()

@@ -149,9 +149,8 @@ def for_report(found: dict[str, Any]) -> dict[str, Any]:
 
 def _against_bound(setting: dict[str, Any]) -> str:
     said = (
-        f"{phase} {told(ratio)}, where what is gone allows {ratio['bound']:.2f} x "
-        f"({ratio['reached']:.0%})"
+        f"{phase} {told(ratio)}, {ratio['reached']:.0%} of its bound {ratio['bound']:.2f} x"
         for phase, ratio in setting["speedup"].items()
         if phase != "both"
     )
-    return f"batch {setting['batch_size']}, {setting['length']} tokens: {', '.join(said)}"
+    return f"batch {setting['batch_size']}, {setting['length']} tokens: {'; '.join(said)}"
