@@ -14,42 +14,53 @@ from nuteprune.model.wrappers import WRAPPERS
 _INTRO = """\
 # What is supported
 
-This page is generated from the code (`python -m nuteprune.export.support`), and a test holds it
-to that. Every cell of the first table is run by `tests/shrink/test_exactness.py`, mixtures of
-experts by `tests/shrink/test_mixtures.py`: masked, sliced, saved and reloaded models give the same
-logits, or the combination is refused for the reason given.
+This page is generated from the code (`python -m nuteprune.export.support`). A test holds it to
+that.
+
+Tests run every cell of the first table: `tests/shrink/test_exactness.py`, and for mixtures of
+experts `tests/shrink/test_mixtures.py`. Either the masked, the sliced and the reloaded model give
+the same logits, or the combination is refused for the reason given.
 
 ## Families and gates
 
-`free`: each layer keeps its own counts. `uniform`: the same counts in every layer, a model of the
-stock class. Kinds of gates combine freely; a combination is refused where one of its kinds is.
+- `free`: each layer keeps its own counts.
+- `uniform`: all layers keep the same counts. The result is a model of the stock class.
+- Kinds of gates combine freely. A combination is refused where one of its kinds is.
 """
 
 _ALWAYS = """\
-Always: the first layer with attention keeps it, and each layer one KV group and one multiple of
-neurons unless a block gate removes the block. A layer keeps at least as many experts as a token is
-routed to. `kv_groups` is the same as `heads` where each head has its own keys and values. Where the
-stock config demands that the head count divides the width (llama, gemma2), uniform shapes keep head
-counts that do. In hybrids, heads and KV groups are those of layers with attention; a mixer (a
-recurrence, a convolution) stays whole, or goes with `attn_block`.
+What holds for all:
+
+- The first layer with attention keeps it.
+- Each layer keeps one KV group and one multiple of neurons, unless a block gate removes the block.
+- A layer keeps at least as many experts as a token is routed to.
+- Where each head has its own keys and values, `kv_groups` is the same as `heads`.
+- Some stock configs demand that the head count divides the width (llama, gemma2). Uniform shapes
+  then keep head counts that do.
+- In hybrids, heads and KV groups are those of layers with attention. A mixer (a recurrence, a
+  convolution) stays whole, or goes with `attn_block`.
 """
 
 _WRAPPERS = """\
 ## Models of several modalities
 
-`prune` loads such a checkpoint by its `architectures`, prunes the language model inside, leaves
-all else bit for bit as it is, copies the processor's files and writes the whole back: a model of
-the same class (uniform), or one with the modeling file (free). Gates on `hidden` are refused, since
-what is made of images is as wide as the language model. `--text-only` writes the language model
-alone, with any gates. Calibration sees no images. `eval`, `bench` and `export` take the language
-model; `vocab` refuses. `tests/export/test_wrapping.py` runs each of them with an image.
+`prune` knows such a checkpoint by its `architectures`. It prunes the language model inside, and
+writes the whole back: a model of the same class (uniform), or one with the modeling file (free).
+
+- All else stays as it is, bit for bit. The processor's files are copied.
+- Calibration sees no images.
+- Gates on `hidden` are refused: what is made of images is as wide as the language model.
+- `--text-only` writes the language model alone, with any gates.
+- `eval`, `bench` and `export` take the language model. `vocab` refuses.
+
+`tests/export/test_wrapping.py` runs each type with an image.
 """
 
 _GGUF = """\
 ## GGUF
 
-The architecture of llama.cpp that `nuteprune export --to gguf` writes, the first that fits;
-[gguf.md](gguf.md) has the details.
+The architecture of llama.cpp that `nuteprune export --to gguf` writes. Where several are named, it
+is the first that fits. [gguf.md](gguf.md) has the details.
 """
 
 

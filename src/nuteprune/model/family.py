@@ -258,34 +258,34 @@ class Family:
             return "the model is no mixture of experts; use --gates neurons"
         if kind == "hidden" and self.norm.startswith("layer"):
             return (
-                f"{self.model_type} normalises with LayerNorm, whose mean runs over the whole "
-                "width, so cutting hidden dimensions would change the model"
+                "LayerNorm takes its mean over the whole width, so cutting the width would change "
+                "the model"
             )
         if kind in ("heads", "kv_groups") and self.joint_qk_norms:
             return (
-                f"{self.model_type} normalises queries and keys over all heads together, so "
-                "cutting heads would change the model"
+                "queries and keys are normalised over all heads together, so cutting heads would "
+                "change the model"
             )
         if kind in ("heads", "kv_groups") and self.latent:
             return (
-                f"keys and values of {self.model_type} come from latents that its heads share "
-                "(multi-head latent attention), and no gate cuts what follows from them"
+                "keys and values come from latents that heads share (multi-head latent attention), "
+                "which no gate cuts"
             )
         if uniform and kind == "hidden" and self.mixer_follows_width:
             return (
-                f"the stock {self.model_type} class derives the inner width of its mixers from the "
-                "hidden size, so it cannot be narrower outside of them; use --shapes free"
+                "the stock class derives the inner width of its mixers from the hidden size, so "
+                "that cannot be cut alone; use --shapes free"
             )
         if uniform and kind in ("attn_block", "mlp_block"):
-            return "uniform shapes are alike in all layers, and a stock class has no missing blocks"
+            return "a stock class lacks no block in any layer; use --shapes free"
         if uniform and kind in ("heads", "kv_groups") and self.head_dim_from_hidden:
             return (
-                f"the stock {self.model_type} class computes head_dim from width and head count, "
-                "so it cannot have fewer heads; use --shapes free"
+                "the stock class computes head_dim from width and head count, so it cannot have "
+                "fewer heads; use --shapes free"
             )
         if uniform and kind in ("heads", "kv_groups", "hidden") and self.heads_fill_width:
             return (
-                f"the stock {self.model_type} class wants heads x head_dim to be the width, so "
-                "neither can be cut alone; use --shapes free"
+                "the stock class wants heads x head_dim to be the width, so neither can be cut "
+                "alone; use --shapes free"
             )
         return None

@@ -73,9 +73,8 @@ HYBRIDS = (
         requires=MappingProxyType({"num_local_experts": 0}),
         refused=MappingProxyType(
             {
-                "hidden": "the config class of granitemoehybrid demands that the inner width of "
-                "its mixers is a multiple of the hidden size, so it cannot be narrower outside of "
-                "them"
+                "hidden": "the config class demands that the inner width of the mixers is a "
+                "multiple of the hidden size, so that cannot be cut alone"
             }
         ),
         gguf=(),
