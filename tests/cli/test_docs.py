@@ -72,7 +72,8 @@ HOW = {
     "--out small": PARSED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --report-to tensorboard": PARSED,
     "nuteprune eval small --against Qwen/Qwen3-0.6B --data my_text.jsonl": EXECUTED,
-    "nuteprune eval better --against demo": EXECUTED,
+    "nuteprune eval small --against demo --data demo --data code.jsonl "
+    "--data medicine.jsonl": PARSED,
     "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
     "nuteprune eval out/run/checkpoint-200 --against Qwen/Qwen3-0.6B "
     "--data my_text.jsonl": EXECUTED,
@@ -86,8 +87,8 @@ HOW = {
     "nuteprune bench better --against huggyllama/llama-7b --batch-sizes 1,8 "
     "--lengths 512": EXECUTED,
     "nuteprune recover small --data my_instructions.jsonl --out better": EXECUTED,
-    "nuteprune recover small --out better --steps 10 --batch-size 4": EXECUTED,
-    "nuteprune recover small --out better --steps 10 --batch-size 4 --against demo": EXECUTED,
+    "nuteprune recover small --out better --steps 100": EXECUTED,
+    "nuteprune recover small --out better --steps 100 --against demo": EXECUTED,
     "nuteprune recover demo --out dense-tuned --steps 10 --batch-size 4": EXECUTED,
     "nuteprune recover small --against Qwen/Qwen3-0.6B --data my_text.jsonl --out better": EXECUTED,
     "nuteprune recover small --against huggyllama/llama-7b --data alpaca.json "

@@ -8,7 +8,7 @@ import typer
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
-from nuteprune.jobs.job import make_job
+from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.vocab import VocabJob, run
 
 _NOT_HERE = ("eval_data", "device", "dtype", "resume")
@@ -24,8 +24,8 @@ def vocab(
 ) -> None:
     """Keep KEEP of MODEL's tokens: those that DATA needs most.
 
-    All that spell any text are among them. Embedding and head are cut to these rows. The result is
-    a stock checkpoint of the same class.
+    The 256 bytes are among them, so any text can still be spelled. Embedding and head are cut to
+    these rows. The result is a stock checkpoint of the same class.
     """
     output = Output(as_json)
     job = make_job(VocabJob, None, {"model": model, "out": out, **given})
