@@ -41,6 +41,7 @@ from nuteprune.jobs.settings import read_given
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import conditions, measure
 from nuteprune.judge import bench as speed
+from nuteprune.judge import work as timed
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape
 from nuteprune.train.asked import moment
@@ -116,7 +117,7 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, bench: Bench) -> None:
         self.args, self.bench = args, bench
-        self.at = speed.Setting(*moment(args.at))
+        self.at = timed.Setting(*moment(args.at))
         self.engine = Transformers.asked("cpu", args.dtype, args.threads)
         self.cell = Cell("speedup", {}, 0.2, 0, seed=0)
         self.config = bench.config(self.cell, str(bench.folder / "unused"))

@@ -13,9 +13,10 @@ from nuteprune.console import Output
 from nuteprune.jobs import timing
 from nuteprune.jobs.engines import Ready
 from nuteprune.jobs.timing import for_report, measure
-from nuteprune.judge.bench import Setting, Timing, Work
+from nuteprune.judge.bench import Timing
 from nuteprune.judge.headline import told_gains
 from nuteprune.judge.runners import About
+from nuteprune.judge.work import Setting, Work
 
 BOUND = 1.25
 WORKS = {

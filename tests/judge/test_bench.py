@@ -12,19 +12,17 @@ from transformers import PreTrainedModel
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.judge.bench import (
-    Setting,
     Spread,
     Timing,
-    Work,
     advice,
     compare,
-    experts_met,
     summarize,
     time_once,
     told,
     verdict,
 )
 from nuteprune.judge.runners import TorchRunner
+from nuteprune.judge.work import Setting, Work, experts_met
 from nuteprune.judge.worker import Worker
 from tests.conftest import cache_of
 from tests.forked import workers

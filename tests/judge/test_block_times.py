@@ -9,7 +9,7 @@ import torch
 
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.seconds import seconds_of
-from nuteprune.judge.bench import Setting, time_once
+from nuteprune.judge.bench import time_once
 from nuteprune.judge.block_times import (
     cost_table,
     counts_timed,
@@ -17,6 +17,7 @@ from nuteprune.judge.block_times import (
     trial_model,
     watched,
 )
+from nuteprune.judge.work import Setting
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import LayerShape, Shape
 

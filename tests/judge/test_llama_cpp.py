@@ -8,8 +8,8 @@ import pytest
 from gguf import GGUFWriter
 
 from nuteprune.errors import RunFailed
-from nuteprune.judge.bench import Setting, Work
 from nuteprune.judge.llama_cpp import LlamaCppRunner
+from nuteprune.judge.work import Setting, Work
 from tests.stand_in_llama_cpp import Library, install
 
 TOKENS = 40

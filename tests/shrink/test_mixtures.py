@@ -17,8 +17,8 @@ from nuteprune.export.onnx_graph import check_mixers
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.features import NarrowMasks
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.judge.bench import Setting
 from nuteprune.judge.block_times import cost_table
+from nuteprune.judge.work import Setting
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES

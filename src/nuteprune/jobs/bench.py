@@ -15,9 +15,10 @@ from nuteprune.jobs.engines import Transformers, pick_engine
 from nuteprune.jobs.sources import load_model, read_config
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import conditions, for_report, measure
-from nuteprune.judge.bench import Setting, told
+from nuteprune.judge.bench import told
 from nuteprune.judge.run_files import write_extra
 from nuteprune.judge.verdicts import LABELS
+from nuteprune.judge.work import Setting
 from nuteprune.run_folder import RECORD, RUN, SPEED
 
 

@@ -28,10 +28,11 @@ from nuteprune.jobs.sources import (
     stored_dtype,
 )
 from nuteprune.jobs.timing import for_report, measure
-from nuteprune.judge.bench import PASSES, Setting, told
+from nuteprune.judge.bench import PASSES, told
 from nuteprune.judge.perplexity import mean, perplexities
 from nuteprune.judge.run_files import read_samples, write_extra
 from nuteprune.judge.samples import continuations
+from nuteprune.judge.work import Setting
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RUN, SAMPLES, SPEED
 from nuteprune.train.asked import SETTINGS

@@ -62,8 +62,8 @@ from nuteprune.jobs.sources import (
     record_of,
     stored_dtype,
 )
-from nuteprune.judge.bench import Work
 from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.judge.work import Work
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main

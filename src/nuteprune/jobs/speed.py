@@ -18,9 +18,10 @@ from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
 from nuteprune.jobs.timing import for_report, measure
-from nuteprune.judge.bench import PASSES, Setting, told
+from nuteprune.judge.bench import PASSES, told
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.run_files import write_extra
+from nuteprune.judge.work import Setting
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import several_started
 from nuteprune.run_folder import RUN, SPEED

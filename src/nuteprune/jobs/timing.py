@@ -12,7 +12,8 @@ from typing import Any
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
 from nuteprune.jobs.engines import Engine, Ready
-from nuteprune.judge.bench import Setting, Timing, advice, compare, summarize, told
+from nuteprune.judge.bench import Timing, advice, compare, summarize, told
+from nuteprune.judge.work import Setting
 from nuteprune.judge.worker import Worker
 
 REPORTED = (

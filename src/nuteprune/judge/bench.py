@@ -1,11 +1,10 @@
-"""Speed of models, measured side by side: timings, medians, and the bound of the cut.
+"""Speed of models, measured side by side: timings, medians, and what they say beside the bound.
 
 Shape suffixes: B sequences of a batch, T tokens of a prompt.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -16,127 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.gates.budget import Budget
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.judge.work import Setting, Work
 
 GOOD = 0.9
 """Share of the bound that counts as reached."""
 PASSES = 5
 """Fewer passes than this tell nothing of a difference."""
 _EASY_MULTIPLE = 128  # matrix sizes that kernels of all kinds tile evenly
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is timed.
-
-    Args:
-        batch_size: sequences at a time.
-        length: tokens of each prompt.
-        new_tokens: tokens decoded after it.
-    """
-
-    batch_size: int
-    length: int
-    new_tokens: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """How much of a model has to be moved and multiplied.
-
-    Args:
-        parameters: all of them, tied ones once.
-        blocks: those of the decoder layers' projections that a token goes through.
-        head: those of the language head.
-        moved: those that a decoded token reads: without an embedding of which it reads a row, and
-            without the experts that it is not routed to.
-        bytes_per_parameter: as the model is held in memory.
-        neurons: greatest common divisor of the neuron counts of layers and of experts.
-        queries: features of all layers' queries.
-        cached: keys and values that all layers keep of a token.
-        attention_blocks: attention blocks, which are as many rounds of calls.
-        mlp_blocks: MLPs, likewise.
-        per_token: routed experts that a token goes through.
-        stacks: (routed experts, parameters of each) of each layer that has some.
-    """
-
-    parameters: int
-    blocks: int
-    head: int
-    moved: int
-    bytes_per_parameter: int
-    neurons: int
-    queries: int
-    cached: int
-    attention_blocks: int
-    mlp_blocks: int
-    per_token: int = 0
-    stacks: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Work:
-        """Count a model."""
-        anatomy = Anatomy(model)
-        layers, everything = anatomy.shape.layers, anatomy.parameters()
-        table = 0 if anatomy.tied else anatomy.embedding.weight.numel()
-        budget = Budget.of(anatomy)
-        idle = budget.idle(budget.shape)
-        routed = [(layer.experts, budget.expert(layer)) for layer in layers if layer.experts]
-        return cls(
-            everything,
-            budget.before - idle,
-            anatomy.head.weight.numel(),
-            everything - table - idle,
-            model.dtype.itemsize,
-            math.gcd(*(n for x in layers for n in (x.neurons, x.expert_neurons))),
-            anatomy.head_dim * sum(layer.heads for layer in layers),
-            round(anatomy.cached_features * sum(layer.kv_heads for layer in layers)),
-            sum(layer.mixes for layer in layers),
-            sum(layer.mlp for layer in layers),
-            budget.per_token,
-            tuple((n, each[0] * budget.shape.hidden + each[1]) for n, each in routed),
-        )
-
-    def prefill(self, setting: Setting) -> int:
-        """Multiply-adds in a prefill; the head serves only the last token.
-
-        A token's queries meet the keys and the values of all tokens up to it.
-        """
-        met = self.queries * setting.length * (setting.length + 1)
-        return setting.batch_size * (setting.length * self.blocks + self.head + met)
-
-    def decode(self, setting: Setting) -> float:
-        """Bytes that a decoding step reads on average: weights and cache.
-
-        Weights are read once for the whole batch, those of an expert if any token goes through it.
-        """
-        held = setting.length + (setting.new_tokens + 1) / 2
-        read = setting.batch_size * held * self.cached + self.moved
-        for experts, each in self.stacks:
-            met = experts_met(experts, self.per_token, setting.batch_size)
-            read += (met - self.per_token) * each
-        return self.bytes_per_parameter * read
-
-    def calls(self, dense: Work) -> float:
-        """Return how many times fewer rounds of calls there are than in the dense model.
-
-        Of parts that take turns, none gains more than the part that gains most.
-        """
-        pairs = (
-            (dense.attention_blocks, self.attention_blocks),
-            (dense.mlp_blocks, self.mlp_blocks),
-        )
-        return max(old / max(1, new) for old, new in pairs)
-
-
-def experts_met(experts: int, per_token: int, tokens: int) -> float:
-    """Return how many of a layer's experts some tokens go through, on average.
-
-    E (1 - (1 - k / E)^B): routing is taken as even, and tokens as independent. Routing that prefers
-    some experts meets fewer.
-    """
-    return experts * (1 - (1 - per_token / experts) ** tokens)
 
 
 @dataclass(frozen=True)

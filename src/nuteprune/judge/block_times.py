@@ -21,7 +21,8 @@ from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
 from nuteprune.gates.seconds import PHASES, SCHEMA
-from nuteprune.judge.bench import PASSES, Setting, time_once
+from nuteprune.judge.bench import PASSES, time_once
+from nuteprune.judge.work import Setting
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import LayerShape, Shape
 

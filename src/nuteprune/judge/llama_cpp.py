@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.judge.bench import Setting, Timing, Work
+from nuteprune.judge.bench import Timing
 from nuteprune.judge.runners import About
+from nuteprune.judge.work import Setting, Work
 
 BINDING = "llama_cpp_py_sync"
 CACHES = {4: 0, 2: 1}

@@ -9,7 +9,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from nuteprune.judge.bench import Setting, Timing, Work, time_once
+from nuteprune.judge.bench import Timing, time_once
+from nuteprune.judge.work import Setting, Work
 from nuteprune.model.anatomy import Anatomy
 
 

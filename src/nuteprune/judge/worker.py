@@ -14,8 +14,9 @@ from typing import Any
 
 from nuteprune import memory
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.judge.bench import Setting, Timing
+from nuteprune.judge.bench import Timing
 from nuteprune.judge.runners import About, Runner
+from nuteprune.judge.work import Setting
 
 
 class Worker:

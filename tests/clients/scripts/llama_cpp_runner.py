@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 
-from nuteprune.judge.bench import Setting, Work
 from nuteprune.judge.llama_cpp import LlamaCppRunner
+from nuteprune.judge.work import Setting, Work
 
 
 def greedy(job: dict) -> list[list[int]]:
