@@ -58,7 +58,7 @@ class Job:
         None, "Column of the text in structured files.", option="--text-column"
     )
     length: int = setting(
-        256, "Tokens per sequence (default 256).", bounds=(2, 1e7), option="--length"
+        256, "Tokens per sequence (default {default}).", bounds=(2, 1e7), option="--length"
     )
     eval_blocks: int = setting(24, "Held-out blocks per source.", bounds=(1, 1e6), role=HOW)
     device: str = setting("auto", "auto (default), cpu or cuda.", option="--device", role=HOW)
@@ -197,13 +197,24 @@ class RecoverJob(Job):
         option="--learning-rate",
     )
     lora_rank: int = setting(
-        8, "Rank of LoRA, on all projections (8).", bounds=(1, 1e5), option="--lora-rank"
+        8,
+        "Rank of LoRA, on all projections (default {default}).",
+        bounds=(1, 1e5),
+        option="--lora-rank",
     )
     batch_size: int = setting(
-        8, "Sequences per forward pass (8).", bounds=(1, 1e6), option="--batch-size", role=HOW
+        8,
+        "Sequences per forward pass (default {default}).",
+        bounds=(1, 1e6),
+        option="--batch-size",
+        role=HOW,
     )
     accumulation: int = setting(
-        1, "Forward passes per step (1).", bounds=(1, 1e6), option="--accumulation", role=HOW
+        1,
+        "Forward passes per step (default {default}).",
+        bounds=(1, 1e6),
+        option="--accumulation",
+        role=HOW,
     )
     template: str = setting(
         "auto",
@@ -212,7 +223,7 @@ class RecoverJob(Job):
         option="--template",
     )
     seed: int = setting(
-        42, "Seed of everything random (42).", bounds=(0, 2**31 - 1), option="--seed"
+        42, "Seed of everything random (default {default}).", bounds=(0, 2**31 - 1), option="--seed"
     )
     report_to: str = setting(
         "none",
@@ -225,7 +236,7 @@ class RecoverJob(Job):
     )
     save_steps: int = setting(
         50,
-        "Steps between checkpoints of the run (50).",
+        "Steps between checkpoints of the run (default {default}).",
         bounds=(1, 1e9),
         option="--save-steps",
         role=HOW,

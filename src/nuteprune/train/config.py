@@ -135,7 +135,10 @@ class NutePruneConfig(TrainingArguments):
         None, "Tokens of a sequence's KV cache, for --memory.", bounds=(1, 1e9), option="--context"
     )
     sequences: int = setting(
-        1, "Sequences at a time, for --memory (default 1).", bounds=(1, 1e6), option="--sequences"
+        1,
+        "Sequences at a time, for --memory (default {default}).",
+        bounds=(1, 1e6),
+        option="--sequences",
     )
     target_speedup: str | float | list[Any] | None = setting(
         None,
@@ -151,7 +154,7 @@ class NutePruneConfig(TrainingArguments):
     )
     speed_at: str = setting(
         "1x256+32",
-        "For --speedup: sequences x tokens of the prompt + tokens after it (default 1x256+32).",
+        "For --speedup: sequences x tokens of the prompt + tokens after it (default {default}).",
         option="--speed-at",
     )
     costs: dict[str, Any] | str | None = setting(
@@ -182,13 +185,13 @@ class NutePruneConfig(TrainingArguments):
     )
     neuron_multiple: int = setting(
         32,
-        "Neurons kept per layer are a multiple of it (default 32).",
+        "Neurons kept per layer are a multiple of it (default {default}).",
         bounds=(1, 1e6),
         option="--neuron-multiple",
     )
     hidden_multiple: int = setting(
         64,
-        "The width kept is a multiple of it (default 64).",
+        "The width kept is a multiple of it (default {default}).",
         bounds=(1, 1e6),
         option="--hidden-multiple",
     )
@@ -244,14 +247,14 @@ class NutePruneConfig(TrainingArguments):
     # Of TrainingArguments: other defaults, or an option of their own.
     max_steps: int = setting(
         80,
-        "Optimizer steps (default 80; demo 60). 0 prunes without training.",
+        "Optimizer steps (default {default}; demo 60). 0 prunes without training.",
         bounds=(0, 1e9),
         option="--steps",
         role=HOW,
     )
     per_device_train_batch_size: int = setting(
         4,
-        "Sequences per forward pass of each process (default 4).",
+        "Sequences per forward pass of each process (default {default}).",
         bounds=(1, 1e6),
         option="--batch-size",
         role=HOW,
@@ -266,7 +269,7 @@ class NutePruneConfig(TrainingArguments):
         None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
     )
     seed: int = setting(
-        42, "Seed of everything random (default 42).", bounds=(0, 2**31 - 1), option="--seed"
+        42, "Seed of everything random (default {default}).", bounds=(0, 2**31 - 1), option="--seed"
     )
     report_to: str | list[str] | None = setting(
         "none",

@@ -47,7 +47,7 @@ def setting(
 
     Args:
         default: its default; none: it must be given.
-        help: one line for the user.
+        help: one line for the user; `{default}` in it stands for the default.
         choices: the names that it may be.
         bounds: its smallest and largest value.
         option: its option on the command line, such as `--steps`; None: `--set` reaches it.
@@ -56,7 +56,7 @@ def setting(
         role: `WHAT`, `HOW` or `CALL`.
     """
     facts = {
-        "help": help,
+        "help": help.replace("{default}", str(default)),
         "choices": tuple(choices),
         "bounds": bounds,
         "option": option,
