@@ -28,6 +28,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums come out the same on any machine's core count
 
+Run = Callable[..., tuple[int, str, str]]
+"""Calls the command line; see `run`."""
 QUICK = 0.05
 """Seconds of a test without a marker, about."""
 STARTS_PYTHON = ("slow", "network", "clients", "hard")
@@ -84,6 +86,21 @@ def libraries_are_no_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls the command line; returns exit code, stdout and stderr."""
+    from nuteprune.cli.app import main
+
+    def call(*args: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nuteprune", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

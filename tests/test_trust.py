@@ -7,25 +7,22 @@ import json
 import pickle
 import re
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 import pytest
 import torch
 
 import nuteprune
-from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.files import write_sums
 from nuteprune.jobs.sources import load_tokenizer
+from tests.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
 SOURCE = Path(nuteprune.__file__).parent
 REPOSITORY = SOURCE.parents[1]
 
@@ -121,20 +118,6 @@ def test_dependencies_are_bounded() -> None:
 
 
 # --- files that would do harm if they could -----------------------------------------------------
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls the command line; returns exit code, stdout and stderr."""
-
-    def call(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nuteprune", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 class Harm:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,28 +18,12 @@ from tests.forked import workers
 from tests.undrawn import leave_blank
 from tests.unplanned import leave_unplanned
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture(autouse=True)
 def workers_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that `bench` times need no interpreters of their own: tests/judge starts one."""
     contexts = SimpleNamespace(get_context=lambda _: workers())
     monkeypatch.setattr("nuteprune.judge.worker.multiprocessing", contexts)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls the command line; returns exit code, stdout and stderr."""
-
-    def call(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nuteprune", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from nuteprune.jobs import timing
-from nuteprune.judge.bench import Setting, Timing
+from nuteprune.judge.bench import Timing
+from nuteprune.judge.work import Setting
+from tests.conftest import Run
 from tests.stand_in_llama_cpp import install
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., tuple[int, str, str]]
 SHORT = [
     *("--batch-sizes", "1,2", "--lengths", "4", "--new-tokens", "2", "--repeats", "2"),
     *("--device", "cpu", "--dtype", "float32", "--threads", "1"),

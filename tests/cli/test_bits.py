@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Run
+from tests.conftest import Run
 
 
 @pytest.mark.slow

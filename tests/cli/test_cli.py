@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from nuteprune.console import Output
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import judging
 from nuteprune.jobs.folder import alone
+from tests.conftest import Run
 
 from .conftest import TINY
 
 pytestmark = pytest.mark.slow
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from nuteprune import load_pruned
 from nuteprune.export.loading import load_config
 from nuteprune.export.modeling_pruned import PrunedLlamaForCausalLM
-
-from .conftest import Run
+from tests.conftest import Run
 
 # As 0.1.0 wrote them, after six steps with settings that later versions may not know.
 LAYERS = [(4, 2, 40), (2, 1, 32), (4, 2, 16)]

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import evaluate, judging
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.tasks import Score
+from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., tuple[int, str, str]]
 ASKED = ["--device", "cpu", "--dtype", "float32", "--json"]
 
 

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nuteprune.cli.app import main
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
+from tests.conftest import Run
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nuteprune", "inspect", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
+def run(run: Run) -> Run:
+    """Calls `nuteprune inspect`."""
+    return partial(run, "inspect")
 
 
 def count(model: Any, *names: str) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import Run
+
 from .conftest import TINY
 
-Run = Callable[..., tuple[int, str, str]]
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 DENSE = "Qwen/Qwen3-0.6B"
 PRUNE = ["prune", DENSE, "--sparsity", "0.2", "--data", "my_text.jsonl", "--out", "new"]

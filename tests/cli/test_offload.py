@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Run
+from tests.conftest import Run
 
 
 @pytest.mark.slow(seconds=6)

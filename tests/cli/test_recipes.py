@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-Run = Callable[..., tuple[int, str, str]]
+from tests.conftest import Run
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 FAMILY = {
     "llama-7b": "llama_mha",

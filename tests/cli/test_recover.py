@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from nuteprune.jobs import recover as recovery
 from nuteprune.jobs.folder import alone
 from nuteprune.jobs.sources import load_tokenizer
 from nuteprune.judge.copying import copying
+from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., tuple[int, str, str]]
 QUICK: list[str] = ["--batch-size", "4", "--length", "24", "--learning-rate", "1e-2"]
 
 

@@ -8,38 +8,20 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from nuteprune.cli.app import main
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.settings import read_given
 from nuteprune.train.config import NutePruneConfig
-
-Run = Callable[..., tuple[int, str, str]]
+from tests.conftest import Run
 
 
 @pytest.fixture
 def pictures_are_blank() -> None:
     """They are drawn here."""
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls the command line; returns exit code, stdout and stderr."""
-
-    def call(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nuteprune", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def test_help(run: Run) -> None:

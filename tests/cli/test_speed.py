@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nuteprune.jobs import timing
-from nuteprune.judge.bench import Setting, Timing
+from nuteprune.judge.bench import Timing
+from nuteprune.judge.work import Setting
 from nuteprune.judge.worker import Worker
+from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., tuple[int, str, str]]
 AT = "1x8+4"
 SMALL = [
     *("--steps", "0", "--length", "24", "--device", "cpu", "--dtype", "float32", "--shares", "1"),

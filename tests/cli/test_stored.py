@@ -13,8 +13,7 @@ from torch import Tensor
 from nuteprune import load_pruned
 from nuteprune.data.blocks import held_out_blocks
 from nuteprune.judge.perplexity import perplexities
-
-from .conftest import Run
+from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
 

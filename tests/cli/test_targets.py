@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from nuteprune.jobs import judging
 from nuteprune.judge import copying
 from nuteprune.judge.run_files import read_run
 from nuteprune.judge.samples import continuations
-from tests.conftest import cache_of
+from tests.conftest import Run, cache_of
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., tuple[int, str, str]]
 CONTEXT = 40
 SMALL = [
     *("--steps", "0", "--length", "24", "--device", "cpu", "--dtype", "float32"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import pytest
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-Run = Callable[..., tuple[int, str, str]]
+from tests.conftest import Run
+
 EVERY_RUN = {"loss", "learning_rate", "sparsity", "target", "teacher", "teachers", "bad_steps"}
 PARTS = {"token_kl", "layer"}
 LAGRANGIAN = {"penalty", "lambda1", "lambda2"}

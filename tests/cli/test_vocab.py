@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nuteprune
 from nuteprune.export.loading import load_pruned
+from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., tuple[int, str, str]]
 KEEP = 280
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from nuteprune.export.config import pruned_config
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
-from tests.conftest import TINY
+from tests.conftest import TINY, Run
 
 HIDDEN, HEADS, KV_HEADS, NEURONS, VOCAB = 96, 6, 2, 96, 128
 GROUPED = {"num_key_value_heads": KV_HEADS, "head_dim": HIDDEN // HEADS}
@@ -206,6 +206,12 @@ def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
     subprocess.run([*pip, *packages], check=True)
     return folder
+
+
+@pytest.fixture
+def run(run: Run) -> Run:
+    """Calls `nuteprune export`."""
+    return partial(run, "export")
 
 
 def tensors(model: PreTrainedModel) -> dict[str, Tensor]:

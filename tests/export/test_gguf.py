@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from gguf import GGUFReader, TokenType, quants
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from nuteprune.cli.app import main
 from nuteprune.errors import UserError
 from nuteprune.export import gguf as export
 from nuteprune.export.checkpoint import assemble
@@ -706,20 +704,6 @@ def test_other_kinds_of_tokenizer_are_refused(make: Callable, tmp_path: Path) ->
 
 
 # --- the command -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nuteprune", "export", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.cli.app import main
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export import onnx
 from nuteprune.export.checkpoint import save
@@ -154,20 +152,6 @@ def test_frequencies_that_follow_the_length_are_refused(rope_type: str, nested: 
 
 
 # --- the command -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nuteprune", "export", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def test_the_command(case: Callable, tmp_path: Path, run: Callable, fake: dict[str, Any]) -> None:
