@@ -81,7 +81,7 @@ def test_passes_are_in_turns_and_the_first_counts_for_nothing(injected: Any) -> 
 @pytest.mark.parametrize(
     ("slow", "said"),
     [
-        ({"dense": 1.5}, "noise"),  # 1.76 times faster than what is gone allows
+        ({"dense": 1.5}, "noise"),  # 1.76 times faster: beyond the bound
         ({"small": 1 / 0.85}, "none"),
         ({"small": 1.5}, "slower"),
     ],
