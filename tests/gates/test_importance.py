@@ -18,14 +18,13 @@ from nuteprune.gates.importance import METHODS, check_kinds
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.options import Constraints
 from nuteprune.gates.probe import Probe
-from nuteprune.gates.surgeon import (
+from nuteprune.gates.removal import (
     ROUNDS,
-    draw_tokens,
     inverse_of_correlations,
     removal_costs,
     removals,
-    surgeon_scores,
 )
+from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
 from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks

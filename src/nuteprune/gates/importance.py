@@ -25,7 +25,7 @@ from nuteprune.gates.cutting import copying_kept
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.gates.routed import hearing_experts, in_order_of_reap
-from nuteprune.gates.surgeon import INPUTS, surgeon_scores
+from nuteprune.gates.surgeon import has_cost, surgeon_scores
 from nuteprune.gates.units import chance, losses_of, over_columns, ranks, squared_weights
 from nuteprune.model.family import GATE_KINDS
 
@@ -118,16 +118,16 @@ def surgeon(probe: Probe) -> Scores:
     and C that of all inputs of the projection that reads them: a unit is cheap if the loss
     does not depend on it, or if the other inputs can predict it: the re-fit then makes up for it.
     The cheapest units of a layer go first, and the others cost what they cost without these.
-    Hidden width, blocks and experts have no re-fit, so they keep their Fisher score, which
-    estimates the same loss. Which experts of a layer go first is REAP's order, which did better
-    (docs/moe.md).
+    Neurons of routed experts have their own: see `gates.expert_neurons`. Hidden width, blocks and
+    experts have no re-fit, so they keep their Fisher score, which estimates the same loss. Which
+    experts of a layer go first is REAP's order, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
     `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
     ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
     """
-    read = tuple(kind for kind in probe.kinds if kind in INPUTS)
-    others = tuple(kind for kind in probe.kinds if kind not in INPUTS)
+    read = tuple(kind for kind in probe.kinds if has_cost(probe.anatomy, kind))
+    others = tuple(kind for kind in probe.kinds if kind not in read)
     scores = surgeon_scores(replace(probe, kinds=read)) if read else {}
     scores = first_attention_last(probe.layout, copying_kept(probe, scores))
     if others:

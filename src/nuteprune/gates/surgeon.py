@@ -1,62 +1,57 @@
-"""What removing units costs once the weights that stay are re-fitted to make up for them.
+"""What removing units costs once the weights that stay make up for them, measured on text.
 
-The loss is taken as quadratic in a projection's weight W (O, I), with the curvature of its inputs
-C = X^T X / M and of its outputs, S = D^T D / M of the gradients D. Cutting the columns u out of W
-and moving the others so that the loss rises least costs
-
-    tr(V_u^T V_u  ([C^-1]_uu)^-1),    V = S^1/2 W.
-
-The first factor is the second moment of the gradients of X_u. The second is the part of X_u that
-the other inputs cannot predict. What has gone predicts nothing any more, and those that stay have
-made up for it. So units go one after another, and after each round the others cost what they cost
-without those: C^-1 and V follow in closed form. At once, two units that do the same would both be
-free, and layers that can spare some units would lose most.
-
-V is not held. The second moments of the gradients of X_i, which are measured, tell the length of
-its column i; that of W tells its direction.
+The maths is that of `gates.removal`: a projection's inputs have a curvature C, and the loss's
+gradients by them second moments. Neurons of a routed expert have those of its own down projection;
+see `gates.expert_neurons`.
 
 The loss is the cross entropy of tokens that the model itself draws: its curvature is that of the KL
 divergence from the dense model, which distillation minimises. Gradients need little text. C needs
 more, to tell rare inputs from predictable ones, but no gradients.
 
-Source: optimal brain surgeon (Hassibi and Stork 1993) with the curvature of K-FAC (Martens and
-Grosse 2015, arXiv 1503.05671), for structures of language models: LLM Surgeon (van der Ouderaa et
-al. 2024, arXiv 2312.17244); one unit after another, ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv
-2302.04089). The move is the closed-form re-fit of `shrink.compensate`; the curvature here is that
-of the dense model.
+The move is the closed-form re-fit of `shrink.compensate`; the curvature here is that of the dense
+model. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
 
-Shape suffixes: B batch, T tokens, M = B x T, I inputs of a projection, O its outputs, U units of a
-kind in a layer, W inputs of a unit, R inputs that go in a round, K inputs that stay.
+Shape suffixes: B batch, T tokens, M = B x T, V vocabulary, I inputs of a projection, U units of a
+kind in a layer, E experts, F neurons of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nuteprune.gates.expert_neurons import neuron_costs, noting_routed, watched_experts
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
+from nuteprune.gates.removal import removal_costs
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.model.layerwise import Layerwise
+from nuteprune.model.layerwise import Layerwise, in_place_of
 from nuteprune.model.packed import weight_of
-from nuteprune.simulated import usual
 
-DAMPING = 1e-2
-"""What is added to the diagonal of C, as a share of itself."""
-LEAST = 1e-30
-"""What is added for an input that is always 0: next to nothing, and so is its unit's cost."""
-ROUNDING = 1e-2
-"""How far C^-1 C may be from 1, along one direction, before it is computed in fp64."""
-ROUNDS = 24
-"""Rounds in which the units of a layer go."""
 INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
-"""Kind of gate -> the block whose last projection reads its units."""
+"""Kind of gate -> the block whose last projection reads its units, and is re-fitted."""
+READ = {**INPUTS, "expert_neurons": "experts"}
+"""The same of all kinds that have this cost."""
 
 Key = tuple[str, int]
 """A block, and a layer."""
+Take = Callable[[str, int, Tensor], None]
+"""Told (block, layer, sums of squared gradients over some tokens (I,))."""
+
+
+def has_cost(anatomy: Anatomy, kind: str) -> bool:
+    """Return whether this module tells what units of a kind cost.
+
+    Experts that read all tokens, weighed before, do not show their neurons.
+    """
+    experts = anatomy.family.experts
+    hidden = kind == "expert_neurons" and experts is not None and experts.weighed_first
+    return kind in READ and not hidden
 
 
 def surgeon_scores(probe: Probe) -> Scores:
@@ -66,12 +61,17 @@ def surgeon_scores(probe: Probe) -> Scores:
     tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
     found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
     for layer in range(len(probe.anatomy.layers)):
-        blocks = [block for block, i in slopes if i == layer]
-        covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
+        blocks = [block for block, i in slopes if i == layer and block != "experts"]
+        mixture = probe.anatomy.mixture(layer) if ("experts", layer) in slopes else None
+        with noting_routed(mixture) as routed:
+            covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
+        if mixture is not None:
+            slopes_EF = slopes["experts", layer].view(mixture.sizes)
+            found["expert_neurons"].append(neuron_costs(mixture, routed, slopes_EF).flatten())
         for block in blocks:
             covariance_II = covariances.pop(block).div_(tokens)
             lengths_I = slopes[block, layer].sqrt()
-            kinds = [kind for kind in probe.kinds if INPUTS[kind] == block]
+            kinds = [kind for kind in probe.kinds if READ[kind] == block]
             counts = [probe.layout.sizes[kind][layer] for kind in kinds]
             linear = probe.anatomy.linear(layer, _read_by(probe, block, layer))
             assert linear is not None
@@ -99,106 +99,6 @@ def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
     return slope_BTV.div_(logits_BTV.shape[1])
 
 
-def removal_costs(
-    weight_OI: Tensor, lengths_I: Tensor, covariance_II: Tensor, counts: Sequence[int]
-) -> list[Tensor]:
-    """Return the cost (U,) of removing each of a projection's units, on the CPU.
-
-    Added up from the cheapest on, costs are those of removing so many together. None is less than
-    that of a unit that goes before it.
-
-    Each input is damped by its own variance: a unit's cost is then the same in whatever units its
-    activations are counted, and one massive activation does not damp all others.
-
-    Args:
-        weight_OI: the projection's weight.
-        lengths_I: |V_i|: roots of the second moments of the loss's gradients by the inputs.
-        covariance_II: C in fp32; used up.
-        counts: units of each kind that the inputs are shared out to.
-    """
-    size_I = (covariance_II.diagonal() * (1 + DAMPING) + LEAST).sqrt()
-    correlation_II = covariance_II.div_(size_I).div_(size_I[:, None])
-    correlation_II.fill_diagonal_(1)
-    inverse_II = inverse_of_correlations(correlation_II)
-    scaled_OI = weight_OI * (size_I * lengths_I / weight_OI.norm(dim=0).clamp(min=LEAST))
-    found = []
-    for count in counts:
-        rounds = list(removals(scaled_OI.to(inverse_II), inverse_II, count))
-        order_U, costs_U = (torch.cat(parts) for parts in zip(*rounds, strict=True))
-        found.append(torch.zeros(count).to(costs_U).index_copy(0, order_U, costs_U.cummax(0)[0]))
-    return [costs_U.float().cpu() for costs_U in found]
-
-
-def removals(weight_OI: Tensor, inverse_II: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Remove all units in rounds, the cheapest first, and yield (units, their costs).
-
-    The costs of a round's units, added up, are that of removing them together.
-
-    Args:
-        weight_OI: V, its columns scaled as the inputs are.
-        inverse_II: C^-1.
-        count: the number of units.
-    """
-    width, step = len(inverse_II) // count, -(-count // ROUNDS)
-    left_U = torch.arange(count, device=inverse_II.device)
-    for _ in range(-(-count // step)):
-        parts_UOW = weight_OI.view(len(weight_OI), -1, width).transpose(0, 1)
-        costs_U = _rise(parts_UOW, _diagonal_blocks(inverse_II, width))
-        order_U = costs_U.argsort(stable=True)
-        gone, stay = order_U[:step], order_U[step:].sort()[0]
-        r_R, k_K = _inputs_of(gone, width), _inputs_of(stay, width)
-        inner_RR = inverse_II[r_R[:, None], r_R]
-        together = _rise(weight_OI[:, r_R], inner_RR)
-        alone_U = costs_U[gone]
-        yield left_U[gone], alone_U * (together / alone_U.sum().clamp(min=LEAST))
-        outer_RK = inverse_II[r_R[:, None], k_K]
-        # How each input that stays makes up for those that go.
-        moved_RK = _inverse(inner_RR.double()).to(outer_RK) @ outer_RK
-        weight_OI = weight_OI[:, k_K] - weight_OI[:, r_R] @ moved_RK
-        inverse_II = inverse_II[k_K[:, None], k_K].sub_(outer_RK.T @ moved_RK)
-        left_U = left_U[stay]
-
-
-def _rise(weight_OW: Tensor, inverse_WW: Tensor) -> Tensor:
-    """Return tr(V_u^T V_u ([C^-1]_uu)^-1) of units (..., O, W), given [C^-1]_uu (..., W, W)."""
-    moments_WW = weight_OW.transpose(-1, -2) @ weight_OW
-    rise: Tensor = (moments_WW * _inverse(inverse_WW.double())).sum((-1, -2))
-    return rise.to(weight_OW)
-
-
-def _diagonal_blocks(matrix_II: Tensor, width: int) -> Tensor:
-    """Return the blocks (U, W, W) on the diagonal of a matrix."""
-    count = len(matrix_II) // width
-    return matrix_II.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def _inputs_of(units: Tensor, width: int) -> Tensor:
-    """Return the indices of the inputs of some units."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
-def inverse_of_correlations(correlation_II: Tensor) -> Tensor:
-    """Return the inverse (I, I) of correlations: in fp32 if that is as exact as they are.
-
-    Damping bounds their condition, so it nearly always is. Told by a product with random signs.
-    """
-    generator = torch.Generator(correlation_II.device).manual_seed(0)
-    signs_I = torch.empty_like(correlation_II[0]).uniform_(-1, 1, generator=generator).sign()
-    factor_II, failed = torch.linalg.cholesky_ex(correlation_II)
-    if usual(failed == 0):
-        inverse_II = torch.cholesky_inverse(factor_II)
-        error_I = (correlation_II @ (inverse_II @ signs_I) - signs_I).abs()
-        if usual(error_I.max() < ROUNDING):
-            return inverse_II
-    return _inverse(correlation_II.double())
-
-
-def _inverse(positive: Tensor) -> Tensor:
-    """Return the inverse of positive definite matrices (..., I, I)."""
-    inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(positive))
-    return inverse
-
-
 def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
     """Return the second moments (I,) of the loss's gradients by the inputs of last projections.
 
@@ -209,9 +109,8 @@ def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
     total: dict[Key, Tensor] = {}
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
-    def take(block: str, layer: int, grad_MI: Tensor) -> None:
-        slope_I = (grad_MI / LOSS_SCALE).square().sum(0) / sequences
-        key = block, layer
+    def take(block: str, layer: int, squares_I: Tensor) -> None:
+        slope_I, key = squares_I / LOSS_SCALE**2 / sequences, (block, layer)
         total[key] = total[key] + slope_I if key in total else slope_I
 
     with _gradients_of_inputs(probe, take):
@@ -224,26 +123,27 @@ def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
 
 
 @contextmanager
-def _gradients_of_inputs(probe: Probe, take: Callable[[str, int, Tensor], None]) -> Iterator[None]:
-    """Tell the gradients (M, I) by what last projections read, as a backward pass forms them."""
-    handles = [probe.anatomy.embedding.register_forward_hook(_require_gradients)]
-    for block in dict.fromkeys(INPUTS[kind] for kind in probe.kinds):
-        for layer in range(len(probe.anatomy.layers)):
-            module = _reader(probe, block, layer)
-            if module is not None:
-                handles.append(module.register_forward_pre_hook(_watching(block, layer, take)))
-    try:
+def _gradients_of_inputs(probe: Probe, take: Take) -> Iterator[None]:
+    """Tell the squared gradients by what last projections read, as a backward pass forms them."""
+    anatomy = probe.anatomy
+    with ExitStack() as stack:
+        stack.callback(anatomy.embedding.register_forward_hook(_require_gradients).remove)
+        for block in dict.fromkeys(READ[kind] for kind in probe.kinds):
+            for layer in range(len(anatomy.layers)):
+                told = partial(take, block, layer)
+                if block == "experts":
+                    mixture = anatomy.mixture(layer)
+                    if mixture is not None:
+                        watched = watched_experts(mixture, told)
+                        stack.enter_context(in_place_of([mixture.experts], [watched]))
+                elif (module := _reader(probe, block, layer)) is not None:
+                    stack.callback(module.register_forward_pre_hook(_watching(told)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _watching(
-    block: str, layer: int, take: Callable[[str, int, Tensor], None]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _watching(take: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        args[0].register_hook(lambda grad: take(block, layer, grad.flatten(0, -2).float()))
+        args[0].register_hook(lambda grad: take(grad.flatten(0, -2).float().square().sum(0)))
 
     return hook
 

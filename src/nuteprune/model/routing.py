@@ -4,7 +4,8 @@ A removed expert has no row in its router, so none may win here: the router is r
 the experts that stay, as it will be once the others are cut out. Whatever a family does with its
 scores (softmax before or after the choice, sigmoids with a correction, groups) is done so.
 
-Shape suffixes: B batch, S tokens of the batch, K experts of a token, E experts, F neurons of each.
+Shape suffixes: B batch, S tokens of the batch, K experts of a token, P = S x K, E experts, F
+neurons of each, D hidden width.
 """
 
 from __future__ import annotations
@@ -78,21 +79,13 @@ class RoutedMasks:
             weight_SK = weight_SK * mask.view(-1, mask.shape[-1])[row, index_SK].to(weight_SK)
         if (mask := self._neurons()) is None:
             return cast(Tensor, self._compute(hidden, index_SK, weight_SK))
-        experts, own = self._mixture.experts, self._mixture.experts._apply_gate
         mask_BEF = mask.view(-1, *self._mixture.sizes)
-        # transformers sorts (token, expert) pairs by expert, and asks for all at once.
-        expert, pair = torch.sort(index_SK.reshape(-1))
-        row = _sequence_of_tokens(mask, index_SK).expand_as(index_SK).reshape(-1)[pair]
+        row_P = _sequence_of_tokens(mask, index_SK).expand_as(index_SK).reshape(-1)
 
-        def gated(rows: Tensor) -> Tensor:
-            inner: Tensor = own(rows)
-            return inner * mask_BEF[row, expert].to(inner)
+        def masked(inner_PF: Tensor, expert_P: Tensor, pair_P: Tensor) -> Tensor:
+            return inner_PF * mask_BEF[row_P[pair_P], expert_P].to(inner_PF)
 
-        experts._apply_gate = gated
-        try:
-            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, index_SK, weight_SK)  # type: ignore[no-any-return]
-        finally:
-            del experts._apply_gate
+        return computed_with(self._mixture.experts, masked, hidden, index_SK, weight_SK)
 
     def remove(self) -> None:
         """Give the modules back what they had."""
@@ -158,6 +151,26 @@ def masks_of(mixture: Mixture, experts: Mask, neurons: Mask) -> RoutedMasks:
     """Attach masks to a layer's experts, however they are computed."""
     kind = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
     return kind(mixture, experts, neurons)
+
+
+Neurons = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Given what neurons of experts are (P, F), by pairs of a token and its expert that are sorted by
+expert, the expert (P,), and the pair's place (P,) among those of (S, K). Returns what goes on in
+their place."""
+
+
+def computed_with(
+    experts: Any, neurons: Neurons, hidden_SD: Tensor, index_SK: Tensor, weight_SK: Tensor
+) -> Tensor:
+    """Return what experts give (S, D), with something else in place of their neurons."""
+    own = experts._apply_gate
+    # transformers sorts (token, expert) pairs by expert, and asks for all at once.
+    expert_P, pair_P = torch.sort(index_SK.reshape(-1))
+    experts._apply_gate = lambda rows: neurons(own(rows), expert_P, pair_P)
+    try:
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_SD, index_SK, weight_SK)  # type: ignore[no-any-return]
+    finally:
+        del experts._apply_gate
 
 
 def _sequence_of_tokens(mask: Tensor, index_SK: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from nuteprune.distill.losses import Head
 from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.gates.cutting import AT_ONCE, losses_of, run_dense
+from nuteprune.gates.expert_neurons import neuron_costs
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
@@ -101,12 +102,25 @@ class Simulation:
         block = self._text(1, 1)
         plain = self._text(batches * PLAIN_BATCH, PLAIN_BATCH)
         probe = Probe(ready.anatomy, ready.hooks, ready.allocator.budget, kinds, block, plain)
+        experts = Need(0, 0)
         with self._counting() as live, frozen_parameters(ready.model):
             if method.reads_plain:
                 surgeon_scores(replace(probe, kinds=tuple(k for k in kinds if k in INPUTS)))
+                if "expert_neurons" in kinds:
+                    experts = self._pricing_neurons(live)
             elif method.reads:
                 self._forward(block[0])
-        return Need.of(live)
+        return Need.of(live) + experts
+
+    def _pricing_neurons(self, live: Live) -> Need:
+        """Price the neurons of an expert that no token reaches; return what others multiply."""
+        anatomy = self.ready.anatomy
+        mixtures = list(filter(None, map(anatomy.mixture, range(len(anatomy.layers)))))
+        nothing_EF = torch.zeros(mixtures[0].sizes)
+        flops, fine = live.flops, live.fine
+        neuron_costs(mixtures[0], [], nothing_EF[:1])
+        others = len(mixtures) * len(nothing_EF) - 1
+        return Need(0, (live.flops - flops) * others, fine=(live.fine - fine) * others)
 
     def copying(self) -> Need:
         """Run the dense model on what repeats, and cut the first units; work is the former's."""

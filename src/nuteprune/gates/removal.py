@@ -1,0 +1,143 @@
+"""What removing units costs once the weights that stay are re-fitted to make up for them.
+
+The loss is taken as quadratic in a projection's weight W (O, I), with the curvature of its inputs
+C = X^T X / M and of its outputs, S = D^T D / M of the gradients D. Cutting the columns u out of W
+and moving the others so that the loss rises least costs
+
+    tr(V_u^T V_u  ([C^-1]_uu)^-1),    V = S^1/2 W.
+
+The first factor is the second moment of the gradients of X_u. The second is the part of X_u that
+the other inputs cannot predict. What has gone predicts nothing any more, and those that stay have
+made up for it. So units go one after another, and after each round the others cost what they cost
+without those: C^-1 and V follow in closed form. At once, two units that do the same would both be
+free, and layers that can spare some units would lose most.
+
+V is not held. The second moments of the gradients of X_i, which are measured, tell the length of
+its column i; that of W tells its direction.
+
+Source: optimal brain surgeon (Hassibi and Stork 1993) with the curvature of K-FAC (Martens and
+Grosse 2015, arXiv 1503.05671), for structures of language models: LLM Surgeon (van der Ouderaa et
+al. 2024, arXiv 2312.17244); one unit after another, ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv
+2302.04089).
+
+Shape suffixes: I inputs of a projection, O its outputs, U units of a kind, W inputs of a unit, R
+inputs that go in a round, K inputs that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nuteprune.simulated import usual
+
+DAMPING = 1e-2
+"""What is added to the diagonal of C, as a share of itself."""
+LEAST = 1e-30
+"""What is added for an input that is always 0: next to nothing, and so is its unit's cost."""
+ROUNDING = 1e-2
+"""How far C^-1 C may be from 1, along one direction, before it is computed in fp64."""
+ROUNDS = 24
+"""Rounds in which the units of a layer go."""
+
+
+def removal_costs(
+    weight_OI: Tensor, lengths_I: Tensor, covariance_II: Tensor, counts: Sequence[int]
+) -> list[Tensor]:
+    """Return the cost (U,) of removing each of a projection's units, on the CPU.
+
+    Added up from the cheapest on, costs are those of removing so many together. None is less than
+    that of a unit that goes before it.
+
+    Each input is damped by its own variance: a unit's cost is then the same in whatever units its
+    activations are counted, and one massive activation does not damp all others.
+
+    Args:
+        weight_OI: the projection's weight.
+        lengths_I: |V_i|: roots of the second moments of the loss's gradients by the inputs.
+        covariance_II: C in fp32; used up.
+        counts: units of each kind that the inputs are shared out to.
+    """
+    size_I = (covariance_II.diagonal() * (1 + DAMPING) + LEAST).sqrt()
+    correlation_II = covariance_II.div_(size_I).div_(size_I[:, None])
+    correlation_II.fill_diagonal_(1)
+    inverse_II = inverse_of_correlations(correlation_II)
+    scaled_OI = weight_OI * (size_I * lengths_I / weight_OI.norm(dim=0).clamp(min=LEAST))
+    found = []
+    for count in counts:
+        rounds = list(removals(scaled_OI.to(inverse_II), inverse_II, count))
+        order_U, costs_U = (torch.cat(parts) for parts in zip(*rounds, strict=True))
+        found.append(torch.zeros(count).to(costs_U).index_copy(0, order_U, costs_U.cummax(0)[0]))
+    return [costs_U.float().cpu() for costs_U in found]
+
+
+def removals(weight_OI: Tensor, inverse_II: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Remove all units in rounds, the cheapest first, and yield (units, their costs).
+
+    The costs of a round's units, added up, are that of removing them together.
+
+    Args:
+        weight_OI: V, its columns scaled as the inputs are.
+        inverse_II: C^-1.
+        count: the number of units.
+    """
+    width, step = len(inverse_II) // count, -(-count // ROUNDS)
+    left_U = torch.arange(count, device=inverse_II.device)
+    for _ in range(-(-count // step)):
+        parts_UOW = weight_OI.view(len(weight_OI), -1, width).transpose(0, 1)
+        costs_U = _rise(parts_UOW, _diagonal_blocks(inverse_II, width))
+        order_U = costs_U.argsort(stable=True)
+        gone, stay = order_U[:step], order_U[step:].sort()[0]
+        r_R, k_K = _inputs_of(gone, width), _inputs_of(stay, width)
+        inner_RR = inverse_II[r_R[:, None], r_R]
+        together = _rise(weight_OI[:, r_R], inner_RR)
+        alone_U = costs_U[gone]
+        yield left_U[gone], alone_U * (together / alone_U.sum().clamp(min=LEAST))
+        outer_RK = inverse_II[r_R[:, None], k_K]
+        # How each input that stays makes up for those that go.
+        moved_RK = _inverse(inner_RR.double()).to(outer_RK) @ outer_RK
+        weight_OI = weight_OI[:, k_K] - weight_OI[:, r_R] @ moved_RK
+        inverse_II = inverse_II[k_K[:, None], k_K].sub_(outer_RK.T @ moved_RK)
+        left_U = left_U[stay]
+
+
+def _rise(weight_OW: Tensor, inverse_WW: Tensor) -> Tensor:
+    """Return tr(V_u^T V_u ([C^-1]_uu)^-1) of units (..., O, W), given [C^-1]_uu (..., W, W)."""
+    moments_WW = weight_OW.transpose(-1, -2) @ weight_OW
+    rise: Tensor = (moments_WW * _inverse(inverse_WW.double())).sum((-1, -2))
+    return rise.to(weight_OW)
+
+
+def _diagonal_blocks(matrix_II: Tensor, width: int) -> Tensor:
+    """Return the blocks (U, W, W) on the diagonal of a matrix."""
+    count = len(matrix_II) // width
+    return matrix_II.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _inputs_of(units: Tensor, width: int) -> Tensor:
+    """Return the indices of the inputs of some units."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def inverse_of_correlations(correlation_II: Tensor) -> Tensor:
+    """Return the inverse (I, I) of correlations: in fp32 if that is as exact as they are.
+
+    Damping bounds their condition, so it nearly always is. Told by a product with random signs.
+    """
+    generator = torch.Generator(correlation_II.device).manual_seed(0)
+    signs_I = torch.empty_like(correlation_II[0]).uniform_(-1, 1, generator=generator).sign()
+    factor_II, failed = torch.linalg.cholesky_ex(correlation_II)
+    if usual(failed == 0):
+        inverse_II = torch.cholesky_inverse(factor_II)
+        error_I = (correlation_II @ (inverse_II @ signs_I) - signs_I).abs()
+        if usual(error_I.max() < ROUNDING):
+            return inverse_II
+    return _inverse(correlation_II.double())
+
+
+def _inverse(positive: Tensor) -> Tensor:
+    """Return the inverse of positive definite matrices (..., I, I)."""
+    inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(positive))
+    return inverse
