@@ -363,7 +363,8 @@ def test_the_command_runs_a_part_and_ends_with_a_json_line(
     assert quality.main(options) == 0
     captured = capsys.readouterr()
     line = json.loads(captured.out)  # nothing else is on stdout
-    assert {r["label"] for r in line["untrained"]} == {*quality.METHODS} - {"reap", "frequency"}
+    experts = {"reconstruction", "reap", "frequency"}
+    assert {r["label"] for r in line["untrained"]} == {*quality.METHODS} - experts
     assert "wanda" in captured.err
     assert quality.main([*options, "--set", "nonsense=1"]) == 2
     assert "unknown setting 'nonsense'" in capsys.readouterr().err

@@ -48,10 +48,8 @@ HOW = {
     "nuteprune prune MODEL --speedup 1.3 --costs costs.json --data DATA --out OUT": LARGE,
     "nuteprune bench MODEL --costs costs.json --lengths 256 --new-tokens 32 --device cpu": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.3 --for-quantization --data DATA --out OUT": LARGE,
-    "nuteprune prune MODEL --shape half.yaml --shapes uniform --method reap --data DATA "
-    "--out OUT": LARGE,
-    "nuteprune prune MODEL --sparsity 0.45 --shapes uniform --method reap --data DATA "
-    "--out OUT": LARGE,
+    "nuteprune prune MODEL --shape half.yaml --shapes uniform --data DATA --out OUT": LARGE,
+    "nuteprune prune MODEL --sparsity 0.45 --shapes uniform --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --params 100M --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --size 200MB --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --memory 300MB --context 2048 --data DATA --out OUT": LARGE,

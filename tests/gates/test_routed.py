@@ -117,14 +117,16 @@ def _slope(it: Probe, kind: str, unit: int, ids_BT: Tensor) -> float:
     return (losses[0] - losses[1]) / 0.04
 
 
-def test_the_default_has_the_order_of_reap_and_the_sizes_of_fisher(tiny_model) -> None:
+def test_the_default_has_the_order_of_a_reconstruction_and_the_sizes_of_fisher(tiny_model) -> None:
     it = probe(tiny_model("qwen3_moe"), "experts", "kv_groups")
     ours = METHODS["surgeon"].score(it)["experts"].split([6, 6])
     alone = probe(it.anatomy.model, "experts")
-    reap, fisher = (METHODS[x].score(alone)["experts"].split([6, 6]) for x in ("reap", "fisher"))
-    for mine, order, sizes in zip(ours, reap, fisher, strict=True):
-        assert torch.equal(mine.argsort(), order.argsort())
-        torch.testing.assert_close(mine.sort().values, sizes.sort().values)
+    order, sizes = (
+        METHODS[x].score(alone)["experts"].split([6, 6]) for x in ("reconstruction", "fisher")
+    )
+    for mine, first, size in zip(ours, order, sizes, strict=True):
+        assert torch.equal(mine.argsort(), first.argsort())
+        torch.testing.assert_close(mine.sort().values, size.sort().values)
 
 
 def test_magnitude_is_of_all_weights_of_an_expert(tiny_model) -> None:

@@ -3,9 +3,9 @@
 Every method answers with scores in the form that the allocator takes: additive losses, of which
 the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`,
 `surgeon`) are taken as they are. Those that only rank come through `units.losses_of`, so that the
-allocator follows their ranking, made as each paper makes it: `magnitude`, `wanda`, `reap` and
-`frequency` rank within a layer, so that all layers lose the same share; `taylor` within a kind;
-`flap` and `similarity` across all.
+allocator follows their ranking, made as each paper makes it: `magnitude`, `wanda` and the scores of
+experts rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
+and `similarity` across all.
 
 Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
 one kind in the whole model.
@@ -24,9 +24,10 @@ from nuteprune.gates.activations import Watched, watching_inputs, watching_strea
 from nuteprune.gates.cutting import copying_kept
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
-from nuteprune.gates.routed import hearing_experts, in_order_of_reap
+from nuteprune.gates.rerouting import reconstruction, removal_order
+from nuteprune.gates.routed import frequency, reap
 from nuteprune.gates.surgeon import has_cost, surgeon_scores
-from nuteprune.gates.units import chance, losses_of, over_columns, ranks, squared_weights
+from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked, squared_weights
 from nuteprune.model.family import GATE_KINDS
 
 
@@ -46,7 +47,7 @@ def magnitude(probe: Probe) -> Scores:
     Fang and Wang 2023, arXiv 2305.11627).
     """
     squares = squared_weights(probe.anatomy, probe.kinds)
-    return _ranked(probe, {kind: value.sqrt() for kind, value in squares.items()})
+    return ranked(probe, {kind: value.sqrt() for kind, value in squares.items()})
 
 
 def wanda(probe: Probe) -> Scores:
@@ -61,7 +62,7 @@ def wanda(probe: Probe) -> Scores:
         size_I = watched.weight_OI.float().abs().sum(0).cpu()
         columns[watched.units].append(size_I * watched.moments.norm)
     scores = {kind: over_columns(probe.layout, kind, columns) for kind in probe.kinds}
-    return _ranked(probe, scores)
+    return ranked(probe, scores)
 
 
 def flap(probe: Probe) -> Scores:
@@ -97,7 +98,7 @@ def taylor(probe: Probe) -> Scores:
     would mislead: gradients of many small units cancel, their sizes add up.
     Source: Molchanov et al. 2017 (arXiv 1611.06440); Ma, Fang and Wang 2023 (arXiv 2305.11627).
     """
-    return _ranked(probe, _mask_gradients(probe, torch.abs), by_layer=False)
+    return ranked(probe, _mask_gradients(probe, torch.abs), by_layer=False)
 
 
 def fisher(probe: Probe) -> Scores:
@@ -120,7 +121,7 @@ def surgeon(probe: Probe) -> Scores:
     The cheapest units of a layer go first, and the others cost what they cost without these.
     Neurons of routed experts have their own: see `gates.expert_neurons`. Hidden width, blocks and
     experts have no re-fit, so they keep their Fisher score, which estimates the same loss. Which
-    experts of a layer go first is REAP's order, which did better (docs/moe.md).
+    experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
     `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
@@ -133,7 +134,8 @@ def surgeon(probe: Probe) -> Scores:
     if others:
         scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
     if "experts" in others:
-        scores["experts"] = in_order_of_reap(probe, scores["experts"])
+        places = removal_order(replace(probe, progress=lambda: None))
+        scores["experts"] = in_order(probe.layout.sizes["experts"], scores["experts"], places)
     return {kind: scores[kind] for kind in probe.kinds}
 
 
@@ -152,31 +154,6 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
         first, rest = scores[kind].split([layout.sizes[kind][0], sum(layout.sizes[kind][1:])])
         raised[kind] = torch.cat([first + rest.max(), rest]) if len(rest) else first
     return raised
-
-
-def reap(probe: Probe) -> Scores:
-    """Router-weighted expert activation: how much of an expert is heard, ranked within its layer.
-
-    S_j = mean over the tokens x that are routed to expert j of g_j(x) |f_j(x)|_2, with g_j the
-    weight that the layer gives the expert (after the top k are made to sum to 1, where the family
-    does that) and f_j(x) what the expert puts out. An expert that no token goes to has 0.
-    Source: REAP, equation 9 of Lasby et al. 2025 (arXiv 2510.13999); its public code
-    (CerebrasResearch/reap) gives the same numbers with `renormalize_router_weights`.
-    """
-    with hearing_experts(probe.anatomy) as heard:
-        probe.read()
-    return _ranked(probe, {"experts": torch.cat([layer.reap() for layer in heard])})
-
-
-def frequency(probe: Probe) -> Scores:
-    """How many tokens are routed to an expert, ranked within its layer.
-
-    The baseline that expert pruning is compared with: Muzio, Sun and He 2024 (SEER-MoE, arXiv
-    2404.05089).
-    """
-    with hearing_experts(probe.anatomy, loud=False) as heard:
-        probe.read()
-    return _ranked(probe, {"experts": torch.cat([layer.tokens_E.float() for layer in heard])})
 
 
 def similarity(probe: Probe) -> Scores:
@@ -243,6 +220,9 @@ METHODS: dict[str, Method] = {
     "taylor": Method(taylor),
     "fisher": Method(fisher),
     "surgeon": Method(surgeon, reads_plain=3, cuts=True),
+    "reconstruction": Method(
+        reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, reads_plain=1
+    ),
     "reap": Method(reap, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
     "frequency": Method(frequency, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
     "similarity": Method(
@@ -273,11 +253,6 @@ def _read_inputs(probe: Probe) -> list[Watched]:
     with watching_inputs(probe.anatomy) as watched:
         probe.read()
     return watched
-
-
-def _ranked(probe: Probe, scores: Scores, by_layer: bool = True) -> Scores:
-    placed = {kind: ranks(probe.layout, kind, value, by_layer) for kind, value in scores.items()}
-    return losses_of(probe.budget, placed)
 
 
 def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores:

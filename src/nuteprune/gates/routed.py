@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.probe import Probe
+from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.units import ranked
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.mixture import Mixture
 
@@ -80,21 +80,26 @@ def hearing_experts(anatomy: Anatomy, loud: bool = True) -> Iterator[list[Heard]
             handle.remove()
 
 
-def in_order_of_reap(probe: Probe, losses: Tensor) -> Tensor:
-    """Return each layer's losses given to its experts anew: the least to what is heard least.
+def reap(probe: Probe) -> Scores:
+    """Router-weighted expert activation: how much of an expert is heard, ranked within its layer.
 
-    Args:
-        probe: the model and its text.
-        losses: of removing each expert (N,).
+    S_j = mean over the tokens x that are routed to expert j of g_j(x) |f_j(x)|_2, with g_j the
+    weight that the layer gives the expert (after the top k are made to sum to 1, where the family
+    does that) and f_j(x) what the expert puts out. An expert that no token goes to has 0.
+    Source: REAP, equation 9 of Lasby et al. 2025 (arXiv 2510.13999); its public code
+    (CerebrasResearch/reap) gives the same numbers with `renormalize_router_weights`.
     """
     with hearing_experts(probe.anatomy) as heard:
-        replace(probe, progress=lambda: None).read()
-    sizes = probe.layout.sizes["experts"]
-    parts = []
-    for loss_E, reap_E in zip(
-        losses.split(sizes), torch.cat([x.reap() for x in heard]).split(sizes), strict=True
-    ):
-        placed_E = torch.empty_like(loss_E)
-        placed_E[reap_E.argsort(stable=True)] = loss_E.sort().values
-        parts.append(placed_E)
-    return torch.cat(parts)
+        probe.read()
+    return ranked(probe, {"experts": torch.cat([layer.reap() for layer in heard])})
+
+
+def frequency(probe: Probe) -> Scores:
+    """How many tokens are routed to an expert, ranked within its layer.
+
+    The baseline that expert pruning is compared with: Muzio, Sun and He 2024 (SEER-MoE, arXiv
+    2404.05089).
+    """
+    with hearing_experts(probe.anatomy, loud=False) as heard:
+        probe.read()
+    return ranked(probe, {"experts": torch.cat([layer.tokens_E.float() for layer in heard])})

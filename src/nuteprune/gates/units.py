@@ -5,7 +5,7 @@ Shape suffixes: O rows, I columns of a projection, N units of one kind in the wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
+from nuteprune.gates.probe import Probe, Scores
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import weight_of
 from nuteprune.model.shape import LayerShape, axis_sizes
@@ -179,6 +180,27 @@ def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> T
     for part in scores.split(sizes):
         place = part.argsort(stable=True).argsort(stable=True)
         parts.append((place.float() + 0.5) / max(1, len(part)))
+    return torch.cat(parts)
+
+
+def ranked(probe: Probe, scores: Mapping[str, Tensor], by_layer: bool = True) -> Scores:
+    """Return losses by which the allocator follows a ranking: see `ranks` and `losses_of`."""
+    placed = {kind: ranks(probe.layout, kind, value, by_layer) for kind, value in scores.items()}
+    return losses_of(probe.budget, placed)
+
+
+def in_order(sizes: Sequence[int], losses: Tensor, places: Tensor) -> Tensor:
+    """Return each layer's losses given to its units anew: the least to the one of least place.
+
+    Args:
+        sizes: units of each layer.
+        losses: of removing each unit (N,).
+        places: that units go by (N,).
+    """
+    parts = []
+    for loss_U, place_U in zip(losses.split(sizes), places.split(sizes), strict=True):
+        order_U = place_U.argsort(stable=True)
+        parts.append(torch.empty_like(loss_U).index_copy(0, order_U, loss_U.sort().values))
     return torch.cat(parts)
 
 
