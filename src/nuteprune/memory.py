@@ -1,7 +1,8 @@
-"""Peak memory of this process: the accelerator's, or else main memory."""
+"""Memory of this process: its peak, on the accelerator or else in main memory; freed memory."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from contextlib import suppress
@@ -18,6 +19,15 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # not Linux, or /proc may only be read
         _RESET.write_text("5")
+
+
+def give_back() -> None:
+    """Return what was freed to the system, which the C library keeps as long as it may need it.
+
+    It costs milliseconds, so it is called between layers, not between operations.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak() -> int:

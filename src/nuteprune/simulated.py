@@ -21,6 +21,11 @@ FLOPS: dict[Any, Callable[..., int]] = {
 }
 """What torch does not count, by the number of multiplications and additions of dense matrices."""
 
+INSIDE: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.multinomial: lambda chances, *_: chances.nbytes,  # noise for each chance
+    _SOLVE: lambda _, factor, *__: factor.nbytes,  # a copy for LAPACK
+}
+"""Bytes that operations hold inside of themselves, where they are many: measured on a CPU."""
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 """Products of matrices, as torch breaks up layers and their gradients."""
@@ -64,16 +69,16 @@ def without_data(model: nn.Module, device: str = "cpu") -> FakeTensorMode | None
 class Live(TorchDispatchMode):
     """Counts the storages that operations make, while they live, and floating-point operations.
 
-    What an operation holds inside of itself, as a library's own buffers, is not seen. `sizes` are
-    those of products in half precision: a CPU's library makes a kernel for each, and keeps it.
-    `fine` are those of `flops` that are not in half precision.
+    `now` and `peak` are bytes. Of what an operation holds inside of itself, `INSIDE` alone is
+    counted. `sizes` are those of products in half precision: a CPU's library makes a kernel for
+    each, and keeps it. `fine` are those of `flops` that are not in half precision.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.flops = self.fine = 0
         self.sizes: set[Any] = set()
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -85,6 +90,8 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.count(tensor)
         packet = func._overloadpacket
+        if packet in INSIDE:
+            self.peak = max(self.peak, self.now + INSIDE[packet](*args))
         if packet in PRODUCTS and result.dtype in HALF:
             sides = [x for x in args if isinstance(x, Tensor)][-2:]
             self.sizes.add(tuple((*x.shape, *x.stride()) for x in sides))
@@ -102,12 +109,17 @@ class Live(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            size = storage.nbytes()
-            self._known.add(key)
-            self.now += size
+            self._known[key] = storage.nbytes()
+            self.now += self._known[key]
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._let_go, key, size)
+            weakref.finalize(storage, self._let_go, key)
 
-    def _let_go(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def leave(self, tensor: Tensor) -> None:
+        """Count a tensor's storage no more, though it lives: a file stands behind it."""
+        self.count(tensor)
+        key = tensor.untyped_storage()._cdata
+        self.now -= self._known[key]
+        self._known[key] = 0
+
+    def _let_go(self, key: int) -> None:
+        self.now -= self._known.pop(key)

@@ -55,9 +55,8 @@ def test_all_phases_are_planned_at_the_rate_of_a_real_step(
     args = NutePruneConfig(
         output_dir=str(tmp_path), use_cpu=True, target_sparsity=0.2, max_steps=3, neuron_multiple=4
     )
-    plan = Run.of(config, args, LENGTH, torch.float32)
-    planned = plan.phases()
-    peaks = on_cpu(plan, planned, torch.float32)
+    planned = Run.of(config, args, LENGTH, torch.float32, stored=torch.float32).phases()
+    peaks = on_cpu(planned)
     assert list(phases) == [*peaks, "judging the results"]
     for phase in planned:
         assert phases[phase.name]["peak_bytes"] == round(peaks[phase.name])

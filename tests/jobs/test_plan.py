@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, PreTrainedConfig
 
 from nuteprune.console import Output
@@ -107,19 +109,82 @@ def test_sizes_of_products_in_half_precision_are_counted_once() -> None:
     assert len(live.sizes) == 2
 
 
-def test_a_cpu_maps_weights_and_keeps_kernels(tmp_path: Path) -> None:
-    planned = Run.of(config(), settings(tmp_path), 24, torch.bfloat16)
-    needs = {"scoring": 3, "re-fit": 0, "step, fixed masks": 2, "finalize": 0, "saving": 0}
-    phases = [Phase(name, Need(1e9, 0, sizes)) for name, sizes in needs.items()]
-    held = on_cpu(planned, phases, torch.bfloat16)
-    last = 2 * 5 * (64 * 64 + 64 * 192)  # output and down projections, in bfloat16
-    assert held["scoring"] == 1e9 - planned.sizes.weights + 3 * KERNEL
-    assert held["re-fit"] == held["scoring"] - last
-    assert held["step, fixed masks"] == held["re-fit"] + 2 * KERNEL
-    assert held["finalize"] == held["scoring"] + 2 * KERNEL
-    copied = on_cpu(planned, phases, torch.float32)
-    assert copied["step, fixed masks"] == held["step, fixed masks"] + planned.sizes.weights
-    assert copied["saving"] == held["saving"] + 2 * planned.small  # in float32
+def test_what_a_file_stands_behind_is_not_counted() -> None:
+    with Live() as live:
+        a = torch.zeros(1000)
+        live.leave(a)
+        b = a.view(10, 100)
+        assert live.now == 0
+        c = torch.ones(10)
+        assert (live.now, live.peak) == (40, 4000)
+        del a, b, c
+        assert live.now == 0
+
+
+INSIDE: dict[str, Callable[[], Any]] = {
+    "multinomial": lambda: torch.multinomial(torch.ones(64, 5000), 1),
+    "cholesky_solve": lambda: torch.cholesky_solve(torch.ones(500, 3), torch.eye(500)),
+}
+
+
+@pytest.mark.parametrize("operation", INSIDE)
+def test_what_operations_hold_inside_is_counted(operation: str) -> None:
+    """PyTorch's profiler sees each allocation, and counts them on its own."""
+    act, now, most = INSIDE[operation], 0, 0
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        act()
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    with Live() as live:
+        act()
+    assert live.peak == pytest.approx(most, rel=0.02)
+
+
+def test_a_cpu_keeps_kernels() -> None:
+    needs = {"scoring": 3, "re-fit": 0, "step, fixed masks": 2}
+    held = on_cpu([Phase(name, Need(1e9, 0, sizes)) for name, sizes in needs.items()])
+    assert held["scoring"] == held["re-fit"] == 1e9 + 3 * KERNEL
+    assert held["step, fixed masks"] == 1e9 + 5 * KERNEL
+
+
+@pytest.mark.slow
+def test_a_cpu_maps_weights(tmp_path: Path) -> None:
+    def of(dtype: torch.dtype, stored: torch.dtype | None, layers: int = 2) -> Simulation:
+        values, args = config(num_hidden_layers=layers), settings(tmp_path)
+        return Simulation(values, args, 24, dtype, stored=stored)
+
+    half, whole = torch.bfloat16, torch.float32
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192 + 2 * 64
+    weights, downs = 2 * layer + 2 * 300 * 64 + 64, 2 * 64 * 192
+    last = downs + 2 * 64 * 64  # output projections, where heads go
+    gone = of(half, None).judging() - of(half, half).judging()
+    assert gone.peak == 2 * weights
+    gone = of(half, None).step() - of(half, half).step()
+    assert 2 * (weights + downs) <= gone.peak <= 2 * (weights + last)  # re-fitted ones too
+    gone = of(whole, None).step() - of(whole, half).step()
+    assert 4 * downs <= gone.peak <= 4 * last  # weights are a copy in another dtype
+    gone = of(half, None).refitting(2) - of(half, half).refitting(2)
+    assert 2 * weights < gone.peak <= 2 * (weights + last)
+    # Cut layers go to files one by one: two layers more are two layers' LoRA more.
+    more = of(half, half, 4).finalizing().peak - of(half, half).finalizing().peak
+    lora = 4 * 32 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 192))
+    assert more == pytest.approx(2 * lora, abs=2 * layer / 4)
+
+
+def test_what_is_saved_on_a_cpu_is_mapped(tmp_path: Path) -> None:
+    def saved(dtype: torch.dtype, stored: torch.dtype | None) -> tuple[float, float]:
+        run = Run.of(config(), settings(tmp_path), 24, dtype, stored=stored)
+        object.__setattr__(run, "simulated", lambda *_: Need(0, 0))
+        return run.after_steps()[-1].need.peak - run.sizes.adapters, run.small
+
+    half, whole = torch.bfloat16, torch.float32
+    held, small = saved(half, None)
+    assert held == small
+    assert saved(half, half)[0] == 0
+    held, small = saved(whole, half)
+    assert held == pytest.approx(small / 2)  # a copy in the file's dtype
 
 
 PHASES = {

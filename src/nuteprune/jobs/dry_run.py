@@ -105,7 +105,9 @@ def _planned(
     args.sharded = args.offload = False  # what these save is by formula
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
-    run = Run.of(config, args, job.length, dtype, type(model), judged)
+    whole = trainer.args.device.type == "cpu" and not (job.bits or trainer.args.sharded)
+    stored = stored_dtype(model) if whole else None
+    run = Run.of(config, args, job.length, dtype, type(model), judged, stored)
     phases = run.phases()
     timed = next((x for x in phases if x.steps), None)
     plain = timed.need.flops / timed.steps / step if timed else None
@@ -130,9 +132,9 @@ def _peaks(
         return peaks | sharded(run, inside, trainer.args.world_size)
     if job.bits:
         return peaks | in_bits(run, inside, job.bits)
-    if trainer.args.device.type != "cpu":
-        return peaks | (offloaded(run, inside) if trainer.args.offload else {})
-    return on_cpu(run, phases, stored_dtype(trainer.anatomy.model))
+    if run.stored is not None:
+        return on_cpu(phases)
+    return peaks | (offloaded(run, inside) if trainer.args.offload else {})
 
 
 def _where(trainer: NutePruneTrainer) -> str:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks, MaskSource
@@ -59,6 +60,7 @@ class Layerwise:
         # What else a layer is called with, by batch size: masks and rotary tables differ by layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._blocks: list[_Block] = []
+        give_back()
         device = next(anatomy.model.parameters()).device
         for batch_BT in batches:
             ids_BT = batch_BT.to(device)
@@ -172,6 +174,7 @@ class Layerwise:
             for i in range(len(self._batches_BTD)):
                 self._batches_BTD[i] = self._run(layer, i)
         self._blocks.clear()
+        give_back()
         return {name: product.whole() for name, product in products.items()}
 
     def _run(self, layer: int, batch: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nuteprune.gates.features import features, kept_rows, kept_units, live_groups
 from nuteprune.gates.masks import Masks
+from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
@@ -85,6 +86,7 @@ def cut_state(
         fold_layer(anatomy, masks, i)
         state |= hold(_cut_layer(anatomy, masks, i, shape))
         let_go(layer)
+        give_back()
     begin(None)
     fold_outside(anatomy, masks)
     state |= hold(_cut_outside(anatomy, masks, shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -109,6 +110,9 @@ class Run:
             experts.
         kind: the model's class; None: the stock one of the config.
         judged: blocks of held-out text; None: not known, and one batch is gone through.
+        stored: dtype of the checkpoint, if the run is on a CPU. Peaks are then of what no file
+            stands behind: weights are mapped, unless the run computes in another dtype. None: a
+            device, which holds all.
     """
 
     config: PreTrainedConfig
@@ -121,6 +125,7 @@ class Run:
     of_a_token: tuple[dict[str, int], ...]
     kind: type[PreTrainedModel] | None = None
     judged: int | None = None
+    stored: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -131,6 +136,7 @@ class Run:
         dtype: torch.dtype,
         kind: type[PreTrainedModel] | None = None,
         judged: int | None = None,
+        stored: torch.dtype | None = None,
     ) -> Run:
         """Look at the model of a config, without making its weights.
 
@@ -145,7 +151,8 @@ class Run:
         targets = tuple(x.sparsity for x in goals)
         each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
         found = tuple(x for x in each if x)
-        return cls(config, args, length, dtype, sizes, allocator, targets, found, kind, judged)
+        end = (targets, found, kind, judged, stored)
+        return cls(config, args, length, dtype, sizes, allocator, *end)
 
     @property
     def schedule(self) -> Schedule:
@@ -165,7 +172,8 @@ class Run:
         return extended(self.config, lambda config: phase(self._simulation(config)), short)
 
     def _simulation(self, config: PreTrainedConfig) -> Simulation:
-        return Simulation(config, self.args, self.length, self.dtype, kind=self.kind)
+        how: dict[str, Any] = {"kind": self.kind, "stored": self.stored}
+        return Simulation(config, self.args, self.length, self.dtype, **how)
 
     def phases(self) -> list[Phase]:
         """Return all phases, in their order."""
@@ -216,8 +224,13 @@ class Run:
         return extended(self.config, run, ONE_BY_ONE)
 
     def _writing(self, block: float) -> Need:
-        held = self.sizes.weights + self.sizes.adapters + self.sizes.cached
+        held = self._weights + self.sizes.adapters + self.sizes.cached
         return Need(held, block * self.args.blocks / 2)
+
+    @property
+    def _weights(self) -> float:
+        """Bytes of the dense model that count."""
+        return 0 if self.stored == self.dtype else self.sizes.weights
 
     def steps(self) -> list[Phase]:
         """Return the kinds of steps that the run has."""
@@ -245,10 +258,14 @@ class Run:
     def after_steps(self) -> list[Phase]:
         """Return what comes after the last step."""
         final = self.simulated(Simulation.finalizing)
-        saving = Need(self.small + self.sizes.adapters, 0)
+        saved = self.small
+        if self.stored is not None:  # mapped, and copied to be written in another dtype
+            differs = self.stored != self.dtype
+            saved *= differs * self.stored.itemsize / self.dtype.itemsize
+        saving = Need(saved + self.sizes.adapters, 0)
         found = [Phase("finalize", final), Phase("saving", saving, FORMULA)]
         if self.judged is not None:
-            gone = self.sizes.weights - self.small
+            gone = self._weights - (self.small if self.stored is None else 0)
             passes = len(self.targets) * self.judged / JUDGED
             less = self.small / self.sizes.weights
             need = (self._judging - Need(gone, 0)).times(less * passes)
@@ -256,27 +273,15 @@ class Run:
         return found
 
 
-def on_cpu(run: Run, phases: Sequence[Phase], stored: torch.dtype) -> dict[str, float]:
-    """Return the bytes that phases hold on a CPU and that no file stands behind, at most.
+def on_cpu(phases: Sequence[Phase]) -> dict[str, float]:
+    """Return the bytes that phases of a run on a CPU hold at most, in their order.
 
-    Weights are mapped from files. Kernels are there beside what lives: those of all phases so far.
-
-    Args:
-        run: the run.
-        phases: of it, in their order.
-        stored: dtype of the checkpoint. If the run computes in another, its weights are a copy, and
-            so is the result in the file's dtype.
+    Kernels are there beside what lives: those of all phases so far.
     """
-    found, sizes, mapped = {}, 0.0, stored == run.dtype
-    refitted = run.sizes.refitted if run.args.compensation else 0
+    found, sizes = {}, 0.0
     for phase in phases:
         sizes += phase.need.sizes
-        files = run.sizes.weights if mapped else 0.0
-        if phase.name.startswith(("re-fit", "step")):
-            files += refitted
-        if phase.name == "saving":
-            files = run.small * (1 if mapped else 1 - stored.itemsize / run.dtype.itemsize)
-        found[phase.name] = phase.need.peak - files + sizes * KERNEL
+        found[phase.name] = phase.need.peak + sizes * KERNEL
     return found
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.distill.losses import Head
 from nuteprune.distill.teachers import DENSE, Role
+from nuteprune.export.checkpoint import rounded_as_stored
 from nuteprune.gates.cutting import AT_ONCE, losses_of, run_dense
 from nuteprune.gates.expert_neurons import neuron_costs
 from nuteprune.gates.importance import METHODS
@@ -25,9 +26,10 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
 from nuteprune.gates.surgeon import INPUTS, surgeon_scores
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.shrink.compensate import install_in_place, refit
+from nuteprune.model.family import Projection
+from nuteprune.shrink.compensate import Fit, install_in_place, refit
 from nuteprune.shrink.finalize import merge_layer
-from nuteprune.shrink.slicing import cut_state
+from nuteprune.shrink.slicing import Tensors, cut_state
 from nuteprune.simulated import Live, without_data
 from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
 from nuteprune.train.config import NutePruneConfig
@@ -48,6 +50,8 @@ class Simulation:
         dtype: what is computed in.
         model: with data, to measure what else is told; None: one without is made of the config.
         kind: the model's class; None: the stock one of the config.
+        stored: dtype of the checkpoint, if the run is on a CPU. What is mapped from files is not
+            counted then. None: a device, which holds all.
     """
 
     def __init__(
@@ -58,13 +62,15 @@ class Simulation:
         dtype: torch.dtype,
         model: PreTrainedModel | None = None,
         kind: type[PreTrainedModel] | None = None,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.args, self._length = args, length
+        self._dtype, self._stored = dtype, stored
         if model is None:
             with torch.device("meta"):
                 model = model_of(config, dtype, kind)
         self.ready: Prepared = prepare(model, args)
-        self.ready.coforward.bank.folder = None  # a device's memory is planned
+        self.ready.coforward.bank.folder = None  # no data, so nothing to write
         self._mode = without_data(self.ready.model)
         if args.gradient_checkpointing:
             recompute(model, args.gradient_checkpointing_kwargs)
@@ -73,9 +79,23 @@ class Simulation:
     @contextmanager
     def _counting(self) -> Iterator[Live]:
         with Live() as live:
-            for tensor in (*self.ready.model.parameters(), *self.ready.model.buffers()):
-                live.count(tensor)
+            self._count_model(live)
             yield live
+
+    def _count_model(self, live: Live) -> None:
+        model, copied = self.ready.model, self._stored != self._dtype
+        for parameter in model.parameters():
+            live.count(parameter)
+            if not (copied or parameter.requires_grad):
+                self._file(live, parameter)
+        for buffer in model.buffers():
+            live.count(buffer)
+        live.peak = live.now
+
+    def _file(self, live: Live, tensor: Tensor) -> None:
+        """Put a tensor into a file, if the run does that: on a CPU."""
+        if self._stored is not None:
+            live.leave(tensor)
 
     def _text(self, blocks: int, size: int) -> list[Tensor]:
         return list(torch.zeros(blocks, self._length, dtype=torch.long).split(size))
@@ -139,8 +159,15 @@ class Simulation:
         """Re-fit the projections, of all layers and at their most; the re-fitted weights stay."""
         ready, size = self.ready, self.args.per_device_train_batch_size
         bank = ready.coforward.bank
+        put = install_in_place(bank, ready.anatomy)
         with self._counting() as live:
-            install = install_in_place(bank, ready.anatomy)
+
+            def install(layer: int, projection: Projection, fit: Fit) -> None:
+                put(layer, projection, fit)
+                linear = ready.anatomy.linear(layer, projection)
+                assert linear is not None
+                self._file(live, linear.weight)
+
             text = self._text(batches * size, size)
             refit(ready.anatomy, ready.hooks, self._widest(), text, install, dense=bank.as_dense)
         return Need.of(live)
@@ -181,7 +208,7 @@ class Simulation:
         flops = fine = 0
         with self._counting() as live:
             if self.args.compensation and not moving:
-                self._stand_in()
+                self._stand_in(live)
             for _ in range(2):
                 flops, fine = live.flops, live.fine
                 self._micro_batch(masks, teacher, inputs)
@@ -191,7 +218,7 @@ class Simulation:
         return replace(Need.of(live), flops=live.flops - flops, fine=live.fine - fine)
 
     @torch.no_grad()
-    def _stand_in(self) -> None:
+    def _stand_in(self, live: Live) -> None:
         """Put weights in place of those that a re-fit replaces."""
         anatomy, bank = self.ready.anatomy, self.ready.coforward.bank
         for i in range(len(anatomy.layers)):
@@ -204,6 +231,7 @@ class Simulation:
                     continue
                 if not bool((mask > 0).all()):
                     bank.set_weight(i, last, torch.empty_like(linear.weight))
+                    self._file(live, linear.weight)
 
     def _micro_batch(self, masks: Masks, teacher: Role, inputs: dict[str, Tensor]) -> None:
         ready = self.ready
@@ -230,7 +258,7 @@ class Simulation:
         with self._counting() as live:
             ready.hooks.remove()
             if self.args.compensation:
-                self._stand_in()
+                self._stand_in(live)
             learned = bank.learned(bank.state())
             bank.release()
             anatomy = Anatomy(ready.model.unload())
@@ -239,7 +267,13 @@ class Simulation:
                 if layer is not None:
                     merge_layer(anatomy, layer, learned, computed)
 
-            cut_state(anatomy, self._masks, begin)
+            def hold(part: Tensors) -> Tensors:
+                part = rounded_as_stored(part, self._stored or computed)
+                for tensor in part.values():
+                    self._file(live, tensor)
+                return part
+
+            cut_state(anatomy, self._masks, begin, hold)
         return Need.of(live)
 
 
