@@ -50,7 +50,8 @@ def removal_order(probe: Probe) -> Tensor:
     text = Layerwise(anatomy, probe.hooks, None, probe.plain_batches)
     parts = []
     for layer, module in enumerate(anatomy.layers):
-        mixture, read = anatomy.mixture(layer), []
+        mixture = anatomy.mixture(layer)
+        read: list[Tensor] = []
         if mixture is None:
             text.advance(layer)
         else:
