@@ -12,7 +12,7 @@ from nuteprune.jobs.text import READINGS, tokens_to_write
 from nuteprune.train.config import NutePruneConfig
 
 
-@pytest.mark.parametrize(("steps", "readings"), [(1, 1), (80, 1), (400, READINGS)])
+@pytest.mark.parametrize(("steps", "readings"), [(1, 1), (400, 1), (1600, READINGS)])
 def test_a_model_writes_what_is_read_and_no_more(
     steps: int, readings: int, tiny_tokenizer, tmp_path: Path
 ) -> None:

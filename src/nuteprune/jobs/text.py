@@ -25,8 +25,8 @@ from nuteprune.train.trainer import NutePruneTrainer
 GUARD = 0.5
 """Share of the text that the model writes itself, where nothing else is said. Calibrated on one
 kind of text alone, a model keeps that and forgets the rest; see docs/quality.md."""
-ONCE = 320
-"""Blocks of training up to which the model writes all of its share: 80 steps of 4."""
+ONCE = 1600
+"""Blocks of training up to which the model writes all of its share: 400 steps of 4."""
 READINGS = 4
 """Most times that longer training reads what the model has written."""
 
