@@ -1,12 +1,13 @@
-"""Half of the experts of a small mixture, removed by several scores, with the same distillation.
+"""Half of a small mixture's experts, or of their neurons, removed by several scores.
 
     python benchmarks/moe.py --json benchmarks/results/moe.json     # half an hour on one core
     python benchmarks/moe.py --show benchmarks/results/moe.json     # the table alone; runs nothing
 
 A Qwen3-MoE of 3 million parameters is trained on the training part of the embedded texts, once for
-each seed, and pruned to half of the experts of each layer by each method: without training, and
-with LoRA on attention, distilled from the dense model. Perplexity is of the held-out part of the
-same texts. A result that is on file already is not made again, so a stopped run goes on.
+each seed, and pruned by each method to half of the experts of each layer: without training, and
+with LoRA on attention and routers, distilled from the dense model. The same to half of the neurons
+of each expert, without training. Perplexity is of the held-out part of the same texts. A result
+that is on file already is not made again, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -33,13 +34,20 @@ from nuteprune.data.demo import documents
 from nuteprune.data.split import split
 from nuteprune.files import to_json
 
-METHODS = ("random", "frequency", "reap", "fisher")
 SEEDS = (0, 1)
 EXPERTS, PER_TOKEN, LAYERS, LENGTH, BATCH = 16, 2, 4, 128, 8
 TRAINED, DISTILLED = 1000, 40
 """Optimizer steps of the dense model, and after pruning."""
+WIDTH = 96
 VOCABULARY = 2048
 RATE, BALANCE = 3e-3, 0.02
+EXPERT_METHODS = ("random", "frequency", "reap", "fisher", "reconstruction")
+CASES = {
+    "experts": (EXPERTS // 2, EXPERT_METHODS, (0, DISTILLED)),
+    "expert_neurons": (WIDTH // 2, ("random", "fisher", "surgeon"), (0,)),
+}
+"""Kind of gate -> how many are kept of a layer or an expert, by which methods, and after how many
+steps."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="file of results; those in it are kept")
     parser.add_argument("--show", type=Path, help="print the table of such a file")
     parser.add_argument("--trained", type=int, default=TRAINED, help="steps of the dense model")
-    parser.add_argument("--distilled", type=int, default=DISTILLED, help="steps after pruning")
+    parser.add_argument("--models", type=Path, help="folder that keeps the dense models")
     args = parser.parse_args(arguments)
     path = args.show or args.json
     known = path is not None and path.is_file()
@@ -60,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 result["rows"].append(row)
                 if args.json:
                     args.json.write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
+    print(tables(result))
     if args.json:
         print(to_json(result))
     return result
@@ -69,33 +77,35 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the results depend on."""
     sizes = {"experts": EXPERTS, "per_token": PER_TOKEN, "layers": LAYERS, "length": LENGTH}
-    return {**sizes, "batch": BATCH, "trained": args.trained, "distilled": args.distilled}
+    return {**sizes, "batch": BATCH, "trained": args.trained, "distilled": DISTILLED}
 
 
 def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[Any]:
-    """Yield a result for each seed, method and number of steps that has none yet."""
-    known = {(x["seed"], x["method"], x["steps"]) for x in done}
+    """Yield a result for each seed, kind of gate, method and number of steps that has none yet."""
+    known = {(x["seed"], x["gates"], x["method"], x["steps"]) for x in done}
     for seed in SEEDS:
         todo = [
-            (method, steps)
-            for method in METHODS
-            for steps in (0, args.distilled)
-            if (seed, method, steps) not in known
+            (gates, method, steps)
+            for gates, (_, methods, all_steps) in CASES.items()
+            for method in methods
+            for steps in all_steps
+            if (seed, gates, method, steps) not in known
         ]
         if not todo:
             continue
-        dense = folder / f"dense-{seed}"
-        began = time.perf_counter()
-        train(dense, seed, args.trained)
-        print(f"seed {seed}: trained in {time.perf_counter() - began:.0f} s", flush=True)
-        for method, steps in todo:
+        dense = (args.models or folder) / f"dense-{seed}-{args.trained}"
+        if not dense.is_dir():
+            began = time.perf_counter()
+            train(dense, seed, args.trained)
+            print(f"seed {seed}: trained in {time.perf_counter() - began:.0f} s", flush=True)
+        for gates, method, steps in todo:
             record = prune(
                 model=str(dense),
                 data="demo",
-                shape={"experts": EXPERTS // 2},
-                out=folder / f"{seed}-{method}-{steps}",
+                shape={gates: CASES[gates][0]},
+                out=folder / f"{seed}-{gates}-{method}-{steps}",
                 method=method,
-                gates="experts",
+                gates=gates,
                 shapes="uniform",
                 steps=steps,
                 batch_size=BATCH,
@@ -107,7 +117,8 @@ def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> 
                 quiet=True,
             )
             found = {when: record["perplexity"][when] for when in ("before", "after")}
-            row = {"seed": seed, "method": method, "steps": steps, "params": record["params"]}
+            row = {"seed": seed, "gates": gates, "method": method, "steps": steps}
+            row["params"] = record["params"]
             print({**row, **found}, flush=True)
             yield {**row, **found, "sparsity": record["sparsity"], "seconds": record["seconds"]}
 
@@ -120,7 +131,7 @@ def train(folder: Path, seed: int, steps: int) -> None:
         Qwen3MoeConfig(
             vocab_size=VOCABULARY,
             hidden_size=128,
-            moe_intermediate_size=96,
+            moe_intermediate_size=WIDTH,
             num_hidden_layers=LAYERS,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -179,14 +190,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
 
 
-def table(result: dict[str, Any]) -> str:
+def tables(result: dict[str, Any]) -> str:
+    """Return a table for each kind of gate that has results."""
+    kinds = dict.fromkeys(x["gates"] for x in result["rows"])
+    found = [table(kind, [x for x in result["rows"] if x["gates"] == kind]) for kind in kinds]
+    return "\n\n".join(found) or "no results"
+
+
+def table(kind: str, found: list[dict[str, Any]]) -> str:
     """Return the table of geometric means over the texts: the seeds' mean, and each seed's."""
-    found = result["rows"]
-    if not found:
-        return "no results"
     dense = {x["seed"]: geometric(x["before"]) for x in found}
     steps = sorted({x["steps"] for x in found})
-    head = ["experts kept by", *(f"after {n} steps" if n else "one-shot" for n in steps)]
+    head = [f"{kind} kept by", *(f"after {n} steps" if n else "one-shot" for n in steps)]
     lines = [head, ["---"] * len(head)]
     lines.append(["all (dense)", *[told(dense.values())] * len(steps)])
     for method in dict.fromkeys(x["method"] for x in found):
@@ -206,7 +221,7 @@ def geometric(values: dict[str, float]) -> float:
 def told(values: Iterable[float]) -> str:
     """Return the mean of the seeds' values, and each of them."""
     each = list(values)
-    return f"{mean(each):.1f} ({', '.join(f'{value:.1f}' for value in each)})"
+    return "-" if not each else f"{mean(each):.1f} ({', '.join(f'{value:.1f}' for value in each)})"
 
 
 if __name__ == "__main__":
