@@ -257,7 +257,10 @@ class Run:
 
     def after_steps(self) -> list[Phase]:
         """Return what comes after the last step."""
-        final = self.simulated(Simulation.finalizing)
+        # Few layers hold most when what is in none is cut. Many copied ones hold most before that.
+        whole = self.config.num_hidden_layers
+        copied = self.stored not in (None, self.dtype)
+        final = self.simulated(Simulation.finalizing, (whole, whole) if copied else SHORT)
         saved = self.small
         if self.stored is not None:  # mapped, and copied to be written in another dtype
             differs = self.stored != self.dtype
