@@ -64,6 +64,7 @@ class TestErrors:
             (None, {"role": "user", "content": "hi"}, "no chat template; pass a model"),
             ("{{ raise_exception('no') }}", {"role": "user", "content": "hi"}, "refuses .*no"),
             ("{{ 1 + 'a' }}", {"role": "user", "content": "hi"}, "refuses"),
+            ("{{ 1 / 0 }}", {"role": "user", "content": "hi"}, "refuses .*by zero"),
             (CHAT, {"from": "human", "value": "hi"}, "not chat messages"),
             (CHAT, {"role": "user", "content": [1]}, "not chat messages"),
         ],

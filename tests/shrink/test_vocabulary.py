@@ -284,6 +284,7 @@ def test_logits_of_kept_tokens_are_equal_to_the_bit(
 
 def test_a_template_that_refuses_turns_without_words_keeps_its_tokens() -> None:
     refusing = "{% if not messages[0].content %}{{ raise_exception('say something') }}{% endif %}"
+    refusing += "{{ 1 // messages[0].content | length }}"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=qwen(), chat_template=refusing + CHAT)
     chat = [{"role": "user", "content": "?"}]
     said = set(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids)

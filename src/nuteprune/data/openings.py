@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nuteprune.data.columns import render
-from nuteprune.data.tokens import bos_of, end_of
+from nuteprune.data.tokens import bos_of, end_of, texts_of
 from nuteprune.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _firsts(tokenizer: PreTrainedTokenizerBase, known: int) -> list[int]:
     """Return the tokens that are text by themselves, or all where none is."""
     special = _special(tokenizer)
     ordinary = [i for i in range(known) if i not in special]
-    texts = tokenizer.batch_decode([[i] for i in ordinary])
+    texts = texts_of(tokenizer, [[i] for i in ordinary])
     whole = [i for i, x in zip(ordinary, texts, strict=True) if x.strip() and "\ufffd" not in x]
     return whole or ordinary or list(range(known))
 

@@ -46,6 +46,27 @@ def tokens_of(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Itera
             yield [*tokens, *end]
 
 
+def texts_of(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]], **how: bool
+) -> list[str]:
+    """Return the text of each row of tokens; none where a tokenizer fails on one.
+
+    Tokenizers of Python code may, on ids that only fill up a model's vocabulary.
+
+    Args:
+        tokenizer: the tokenizer.
+        rows: token ids.
+        **how: what `decode` takes, such as `skip_special_tokens`.
+    """
+    rows = list(rows)
+    try:
+        return list(tokenizer.batch_decode(rows, **how))
+    except Exception:
+        if len(rows) < 2:
+            return [""] * len(rows)
+        return [text for row in rows for text in texts_of(tokenizer, [row], **how)]
+
+
 def after(first: Sequence[int], blocks_NT: Tensor) -> Tensor:
     """Return blocks (N, T) with the same tokens before each of them."""
     start = torch.tensor(list(first), dtype=blocks_NT.dtype)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from transformers import (
     AutoTokenizer,
@@ -109,8 +108,8 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
             rendered = tokenizer.apply_chat_template(
                 turns[: 1 + (not begun)], tokenize=False, add_generation_prompt=begun
             )
-        except (jinja2.TemplateError, TypeError, ValueError):
-            rendered = tokenizer.get_chat_template()  # it refuses turns without words
+        except Exception:  # it refuses turns without words, or goes wrong in another way
+            rendered = tokenizer.chat_template  # as it is written
         found |= set(tokenizer(str(rendered), add_special_tokens=False).input_ids)
     return found
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nuteprune.data.tokens import texts_of
+
 PROMPTS = 3
 PROMPT_TOKENS = 32
 NEW_TOKENS = 40
@@ -43,7 +45,7 @@ def continuations(
         do_sample=False,
         pad_token_id=next(token for token in padding if token is not None),
     )
-    texts = tokenizer.batch_decode(made_BT[:, length:], skip_special_tokens=True)
+    texts = texts_of(tokenizer, made_BT[:, length:].tolist(), skip_special_tokens=True)
     return [text.rstrip() for text in texts]
 
 
@@ -54,7 +56,7 @@ def side_by_side(
     pruned: Sequence[str],
 ) -> list[dict[str, str]]:
     """Return samples as the report reads them: rows of `prompt`, `dense` and `pruned`."""
-    told = tokenizer.batch_decode(prompts_BT, skip_special_tokens=True)
+    told = texts_of(tokenizer, prompts_BT.tolist(), skip_special_tokens=True)
     return [
         {"prompt": prompt, "dense": one, "pruned": other}
         for prompt, one, other in zip(told, dense, pruned, strict=True)
