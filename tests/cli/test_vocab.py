@@ -65,6 +65,8 @@ def test_a_stock_checkpoint_comes_out_that_all_else_takes(
     assert [x["vocab"]["after"] for x in again["history"]] == [KEEP]
     assert load_pruned(pruned).config.vocab_size == KEEP
     assert f"vocabulary of {KEEP} tokens" in (pruned / "README.md").read_text()
+    whole = 1 - again["params"]["blocks_after"] / found["params"]["blocks_before"]
+    assert f"In all      {whole:.3%} and " in run("inspect", pruned)[1]
     third = tmp_path / "third"
     twice = nuteprune.vocab(str(pruned), data=str(text), keep=270, out=third, quiet=True)
     assert Path(twice["out"]) == third

@@ -255,7 +255,9 @@ def test_words_of_others_do_no_harm(nasty: str, tmp_path: Path) -> None:
     config = {"model": nasty, "data": nasty, nasty: nasty}
     folder = a_run(
         tmp_path / "out",
-        a_record(base_model=nasty, perplexity=perplexity, config=config, versions={nasty: nasty}),
+        a_record(
+            base_model=nasty, perplexity=perplexity, config=config, versions={"nuteprune": nasty}
+        ),
         some_steps(),
         samples=[{"prompt": nasty, "dense": nasty, "pruned": nasty}],
         speed={
@@ -413,6 +415,31 @@ def test_a_missed_target_is_said(tmp_path: Path) -> None:
     assert "missed" not in verdict(rounded)
 
 
+def test_a_model_that_was_cut_before_is_not_called_the_dense_one(tmp_path: Path) -> None:
+    first = a_record(
+        params={"before": 4000, "after": 2000, "blocks_before": 3200, "blocks_after": 1500}
+    )
+    page = page_of(a_run(tmp_path / "out", a_record(history=[first]), None)).text
+    assert "20.0 % of the decoder is gone" in page
+    assert "(with the runs before, 62.5 % and 57.5 % of the dense model)" in page
+    assert "× what it was before this run" in page
+    assert "dense is the model that this run began with" in page
+
+
+def test_a_change_from_nothing_is_no_ratio(tmp_path: Path) -> None:
+    copying = {"before": 0.0, "after": 1.0}
+    page = page_of(a_run(tmp_path / "out", a_record(copying=copying), None)).text
+    assert "tokens right" in page
+    assert "nan" not in page
+
+
+def test_of_a_vocabulary_no_file_of_settings_is_shown(tmp_path: Path) -> None:
+    config = {"model": "owner/model", "data": ["text.txt"], "keep": 290}
+    page = page_of(a_run(tmp_path / "out", a_record(config=config), None)).text
+    assert "nuteprune vocab owner/model" in page
+    assert "--config" not in page
+
+
 def test_kv_heads_are_shown_where_they_tell_more_than_heads() -> None:
     record = a_record()
     assert [row.name for row in kept_rows(record)] == ["heads", "neurons"]
@@ -474,6 +501,15 @@ def test_a_trainers_own_folder_will_do(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/metrics.jsonl").write_text(json.dumps(some_steps(1)[0]) + "\n")
     assert write_report(tmp_path / "mine") == (tmp_path / "mine/report.html").resolve()
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_folder_may_be_called_run(below: str, tmp_path: Path) -> None:
+    out = a_run(tmp_path / "run", a_record(), some_steps())
+    a_run(tmp_path / "sparsity-0.5", a_record(target=0.5), None)  # none of its targets
+    assert write_report(out / below) == out / "run" / "report.html"
+    assert (files := read_run(out / below)).record is not None
+    assert (files.record["target"], len(files.metrics)) == (0.2, 6)
 
 
 def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:

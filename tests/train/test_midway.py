@@ -56,6 +56,12 @@ def test_a_checkpoint_is_the_student_of_its_step(
         assert torch.equal(model(TOKENS).logits, student.logits)
     assert sparsity is not None
     assert 0 <= sparsity < 0.4
+    file = tmp_path / "checkpoint-4" / "nuteprune_state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged or was changed.*judge another checkpoint"):
+        load_midway(tiny_model("llama"), tmp_path / "checkpoint-4")
 
 
 def test_the_settings_are_those_of_the_run_to_the_letter(tiny_model, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         record: as `record.make_record` gives it.
         remote_code: whether the checkpoint brings its modeling file.
     """
-    record = _since_dense(record)
+    record = since_dense(record)
     base_model = _public(record.get("base_model") or "the dense model")
     licence = record.get("license_name") or record.get("license")
     if link := record.get("license_link"):
@@ -96,7 +96,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         base_model=_plain(base_model),
         **_said(record),
         taught=_taught(record) + _again(record),
-        version=record["versions"]["nuteprune"],
+        version=record.get("versions", {}).get("nuteprune", "of an unknown version"),
         table=_table(record),
         protocol=_protocols(record),
         plots="\n".join(_PLOTS),
@@ -135,7 +135,7 @@ def _again(record: Mapping[str, Any]) -> str:
     return f", in {times} runs one after the other" if times > 1 else ""
 
 
-def _since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
+def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a model pruned several times with the counts of the dense model."""
     if not (history := record.get("history")):
         return dict(record)
@@ -153,12 +153,19 @@ def _since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _taught(record: Mapping[str, Any]) -> str:
-    config = record.get("config", {})
+    """Say who taught it in the runs that pruned it; where a vocabulary is cut nobody does."""
+    runs = [x for x in (*record.get("history", ()), record) if "vocab" not in x]
+    found = sorted({teacher for run in runs if (teacher := _teacher(run))})
+    return f" with distillation from {' and '.join(found)}" if found else ""
+
+
+def _teacher(run: Mapping[str, Any]) -> str:
+    config = run.get("config", {})
     if config.get("teachers") == "none" or config.get("max_steps") == 0:
         return ""
     asked = config.get("teachers", "numerous") == "numerous"  # stops are kept as teachers too
-    numerous = asked and record.get("teachers", {}).get("count")
-    return f" with distillation from {'numerous teachers' if numerous else 'the dense model'}"
+    numerous = asked and run.get("teachers", {}).get("count")
+    return "numerous teachers" if numerous else "the dense model"
 
 
 def with_plots(card: str, plots: Mapping[str, str]) -> str:

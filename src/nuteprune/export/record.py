@@ -18,13 +18,14 @@ from nuteprune.export.card import model_card
 from nuteprune.export.card_metadata import LICENCE, inherited_licence
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.own_family import of_record
+from nuteprune.export.record_form import misfit
 from nuteprune.export.wrapping import Around
 from nuteprune.files import to_json, write_text
 from nuteprune.memory import peak
 from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import Shape
 from nuteprune.model.wrappers import of_language_model
-from nuteprune.run_folder import CARD, RECORD
+from nuteprune.run_folder import CARD, RECORD, TARGETS
 
 SCHEMA = 1
 
@@ -194,6 +195,12 @@ def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[s
     return tuple({k: v for k, v in x.items() if v is not None} for x in (before, after))  # type: ignore[return-value]
 
 
+def inside(folder: Path) -> str:
+    """Return which checkpoints of several targets are in a folder, as an error's line ends."""
+    found = sorted(x.parent.name for name in TARGETS for x in folder.glob(f"{name}*/{RECORD}"))
+    return f"; the run in it had several targets: pass {folder / found[0]}" if found else ""
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the record of a pruned checkpoint.
 
@@ -202,11 +209,18 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     if not path.is_file():
-        raise UserError(f"{folder} has no {RECORD}: it is not a checkpoint that nuteprune wrote")
+        raise UserError(
+            f"{folder} has no {RECORD}: it is not a checkpoint that nuteprune wrote{inside(folder)}"
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; {_ELSEWHERE}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise UserError(f"{path} is not of schema {SCHEMA}; it needs another nuteprune version")
+    if found := misfit(record):
+        raise UserError(f"{path} is damaged: {found}; {_ELSEWHERE}")
     return record
+
+
+_ELSEWHERE = "take the file from where the checkpoint came"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Output, millions
+from nuteprune.export.card import since_dense
 from nuteprune.export.checkpoint import recount
 from nuteprune.export.clients import warnings
 from nuteprune.export.gguf_fit import Source
@@ -57,11 +58,13 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
         dense = found_before.get(name)
         change = f"{value:.2f}" if dense is None else f"{dense:.2f} -> {value:.2f}"
         output.line(f"Perplexity  {name}: {change}")
-    if count := record["teachers"]["count"]:  # the dense model alone leaves none
+    if count := record.get("teachers", {}).get("count"):  # the dense model alone leaves none
         output.line(f"Teachers    {count} snapshots on the way")
     if "recover" in record:
         tuned = record["recover"]
-        output.line(f"Recovered   {tuned['steps']} steps on {tuned['data']} ({tuned['kind']})")
+        output.line(
+            f"Recovered   {tuned['steps']} steps on {tuned['data']} ({tuned.get('kind', 'text')})"
+        )
     for line in found:
         output.line(f"WARNING     {line}")
     return {
@@ -190,7 +193,7 @@ def _print_layers(folder: Path, record: Mapping[str, Any], output: Output) -> No
         rows.append([str(first) if first == last else f"{first}-{last}", *cells])
         first = last + 1
     output.table(
-        f"{folder}: {record.get('base_model') or 'pruned'}, {record['shapes']} shapes",
+        f"{folder}: {record.get('base_model') or 'pruned'}, {record.get('shapes', 'free')} shapes",
         ["layer", *words.values()],
         rows,
     )
@@ -220,6 +223,12 @@ def _print_parts(
         f"Sparsity    {record['sparsity']:.3%} of the decoder projections (target "
         f"{record['target']:.1%}), {record['total_sparsity']:.3%} of all parameters"
     )
+    if record.get("history"):
+        whole = since_dense(record)
+        output.line(
+            f"In all      {whole['sparsity']:.3%} and {whole['total_sparsity']:.3%} of the dense "
+            "model, with the runs before this one"
+        )
 
 
 def _change(before: int, after: int) -> str:

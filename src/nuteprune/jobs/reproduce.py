@@ -117,7 +117,8 @@ def recipe(record: Mapping[str, Any]) -> str:
 
 def again(record: Mapping[str, Any], out: str) -> tuple[list[list[str]], str]:
     """Return the commands and the settings that make a checkpoint again, for its report."""
-    return commands(record, out), recipe(record) if record else ""
+    by_options_alone = "keep" in record.get("config", {})  # `vocab` reads no file
+    return commands(record, out), recipe(record) if record and not by_options_alone else ""
 
 
 def _plain(value: Any) -> str:

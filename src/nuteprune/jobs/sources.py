@@ -25,7 +25,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.config import PREFIX
 from nuteprune.export.loading import config_values, exact_dtype, load_pruned
 from nuteprune.export.own_family import bring_from
-from nuteprune.export.record import origin_of, read_record
+from nuteprune.export.record import inside, origin_of, read_record
 from nuteprune.export.wrapping import Around, language_config
 from nuteprune.files import at_home, check_name
 from nuteprune.model.families import FAMILIES
@@ -87,7 +87,9 @@ def read_config(model: str) -> dict[str, Any]:
     """
     where = locate(model)
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
-        raise UserError(f"{model} has no config.json: it is not a Hugging Face checkpoint")
+        raise UserError(
+            f"{model} has no config.json: it is not a Hugging Face checkpoint{inside(Path(where))}"
+        )
     try:
         values = config_values(where)
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nuteprune.export.card import since_dense
 from nuteprune.export.record import perplexities_of
 from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
@@ -32,6 +33,12 @@ def verdict(files: RunFiles) -> str:
         f"{percent(record['sparsity'], 1)} of the decoder is gone, "
         f"{percent(record['total_sparsity'], 1)} of all parameters"
     ]
+    if record.get("history"):
+        whole = since_dense(record)
+        parts[0] += (
+            f" (with the runs before, {percent(whole['sparsity'], 1)} and "
+            f"{percent(whole['total_sparsity'], 1)} of the dense model)"
+        )
     if "recover" in record:
         tuned = record["recover"]
         parts.append(f"it was fine-tuned for {tuned['steps']:,} steps on {tuned['data']}")
@@ -39,7 +46,8 @@ def verdict(files: RunFiles) -> str:
     if before:
         ratio = mean(after) / mean(before)
         kind = text_kind(record) or "text"
-        parts.append(f"perplexity on held-out {kind} is {number(ratio)}{THIN}× the dense model's")
+        whose = "what it was before this run" if record.get("history") else "the dense model's"
+        parts.append(f"perplexity on held-out {kind} is {number(ratio)}{THIN}× {whose}")
     if copied := _copied(record):
         then, now = (f"{number(share)}{THIN}%" for share in copied)
         parts.append(f"it copies {now} of random tokens from its context ({then} before)")
@@ -130,7 +138,8 @@ def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, st
 
 
 def _compared(what: str, before: float, after: float, ratio: float) -> tuple[str, str, str, str]:
-    return what, number(before), number(after), f"×{THIN}{number(ratio)}"
+    change = "" if math.isnan(ratio) else f"×{THIN}{number(ratio)}"
+    return what, number(before), number(after), change
 
 
 def _gain(row: Mapping[str, Any]) -> float:

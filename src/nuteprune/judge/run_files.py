@@ -32,7 +32,6 @@ from nuteprune.model.family import GATE_KINDS
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
 from nuteprune.train.state import RunState, last_checkpoint
 
-_RECORD_KEYS = ("sparsity", "target", "total_sparsity", "params", "layers", "layers_before")
 _SAMPLE_KEYS = ("prompt", "dense", "pruned")
 _SPEED_NUMBERS = ("gain", "low", "high", "bound")
 _SPEED_KEYS = ("name", "unit", "dense", "pruned", "better")
@@ -87,9 +86,10 @@ def read_run(folder: Path) -> RunFiles:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; pass the --out folder of prune or recover")
     folder = folder.resolve()
-    run = folder if (folder / METRICS).is_file() or folder.name == RUN else folder / RUN
+    named_so = folder.name == RUN and not (folder / RUN).is_dir()  # an output folder may be as well
+    run = folder if (folder / METRICS).is_file() or named_so else folder / RUN
     root = folder.parent if run == folder and folder.name == RUN else folder
-    record = _record(root) if (root / RECORD).is_file() else _last_target(root)
+    record = read_record(root) if (root / RECORD).is_file() else _last_target(root)
     metrics = _metrics(run / METRICS)
     if record is not None and not metrics and root.name.startswith(TARGETS):
         shared = _metrics(root.parent / RUN / METRICS)
@@ -155,16 +155,8 @@ def teacher_sparsities(files: RunFiles) -> list[float] | None:
 
 def _last_target(root: Path) -> dict[str, Any] | None:
     """Return the record of the highest target, where a run had several."""
-    found = [_record(x.parent) for name in TARGETS for x in root.glob(f"{name}*/{RECORD}")]
+    found = [read_record(x.parent) for name in TARGETS for x in root.glob(f"{name}*/{RECORD}")]
     return max(found, key=lambda record: record["target"], default=None)
-
-
-def _record(root: Path) -> dict[str, Any]:
-    record = read_record(root)
-    missing = [key for key in _RECORD_KEYS if key not in record]
-    if missing:
-        raise UserError(f"{root / RECORD} is damaged: it lacks {', '.join(missing)}")
-    return record
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
+from nuteprune.files import damage
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.run_folder import STATE
+from nuteprune.run_folder import SETTINGS, STATE
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.settings import WHAT, declared
@@ -35,7 +36,10 @@ def run_config(checkpoint: Path) -> NutePruneConfig | RecoverConfig:
     kind = NutePruneConfig if "method" in settings else RecoverConfig
     what = [name for name, x in declared(kind).items() if x.metadata["role"] == WHAT]
     given = {name: settings[name] for name in what if name in settings}
-    return kind(output_dir=str(checkpoint), use_cpu=True, **given)
+    try:
+        return kind(output_dir=str(checkpoint), use_cpu=True, **given)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.parent / SETTINGS} is damaged: {error}") from error
 
 
 def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedModel, float | None]:
@@ -52,6 +56,8 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
     Raises:
         UserError: if the checkpoint is not of this model.
     """
+    if found := damage(checkpoint, lambda name: name == STATE):
+        raise UserError(f"{found}; judge another checkpoint of the run")
     args, state = run_config(checkpoint), RunState.load(checkpoint)
     dense = Anatomy(model)
     allocator = make_allocator(dense, args) if isinstance(args, NutePruneConfig) else None

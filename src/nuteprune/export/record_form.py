@@ -1,0 +1,114 @@
+"""What a record must be like to be read: the types of its keys, and what is wrong with one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Leaf(NamedTuple):
+    """A value: what to call what it must be, and whether one is that."""
+
+    named: str
+    fits: Callable[[Any], bool]
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(x, str) for x in value)
+    )
+
+
+def _figures(value: Any) -> bool:
+    # What was not finite is null; 0.1.0 wrote it as it was.
+    return isinstance(value, dict) and all(
+        x is None or (type(x) in (int, float) and x > 0) for x in value.values()
+    )
+
+
+NUMBER = Leaf("a finite number", _number)
+COUNT = Leaf("a count", lambda x: type(x) is int and x >= 0)
+SIZE = Leaf("a count above 0", lambda x: type(x) is int and x > 0)
+TEXT = Leaf("text", lambda x: isinstance(x, str))
+TEXTS = Leaf("text or a list of texts", _texts)
+OBJECT = Leaf("an object", lambda x: isinstance(x, dict))
+FIGURES = Leaf("an object of numbers above 0", _figures)
+NUMBERS = Leaf("a list of numbers", lambda x: isinstance(x, list) and all(map(_number, x)))
+
+Form = Leaf | Mapping[str, Any] | list[Any]
+"""A value, an object by key (`?` ends one that may be missing), or a list of one form."""
+
+
+def _or_null(leaf: Leaf) -> Leaf:
+    return Leaf(f"{leaf.named} or null", lambda x: x is None or leaf.fits(x))
+
+
+_BEFORE_AFTER = {"before": SIZE, "after": SIZE}
+_LAYER = {"heads": COUNT, "kv_heads": COUNT, "neurons": COUNT}
+_JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
+_COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
+_TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
+_TUNED["earlier?"] = _TUNED
+RECORD: dict[str, Any] = {
+    "target": NUMBER,
+    "sparsity": NUMBER,
+    "total_sparsity": NUMBER,
+    "params": {**_BEFORE_AFTER, "blocks_before": SIZE, "blocks_after": SIZE}
+    | {"active_before?": SIZE, "active_after?": SIZE},
+    "layers": [_LAYER | {"experts?": COUNT, "expert_neurons?": COUNT}],
+    "layers_before": [_LAYER | {"experts?": COUNT, "expert_neurons?": COUNT}],
+    "hidden": _BEFORE_AFTER,
+    "shapes?": TEXT,
+    **dict.fromkeys(("base_model?", "license?", "license_name?", "license_link?"), _or_null(TEXT)),
+    "teachers?": {"count": COUNT, "sparsities?": NUMBERS},
+    "perplexity?": _JUDGED,
+    "copying?": {"before?": _or_null(NUMBER), "after?": _or_null(NUMBER), "protocol?": _COPIED},
+    "asked?": {"kind": TEXT, "value": NUMBER},
+    "config?": {"model?": _or_null(TEXT), "data?": TEXTS, "length?": SIZE, "eval_blocks?": SIZE}
+    | dict.fromkeys(("eval_data?", "text_column?"), _or_null(TEXT)),
+    "vocab?": _BEFORE_AFTER,
+    "recover?": _TUNED,
+    "versions?": {"nuteprune?": TEXT},
+    "bytes_on_disk?": SIZE,
+    "peak_memory_bytes?": NUMBER,
+    "seconds?": NUMBER,
+    "seed?": COUNT,
+}
+"""The keys that readers of a record go by; see docs/json.md. It may have others."""
+RECORD["history?"] = [RECORD]
+
+
+def misfit(record: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a record, None if it can be read."""
+    if found := _misfit(record, RECORD, ""):
+        return found
+    for one in (record, *record.get("history", ())):
+        before, after = len(one["layers_before"]), len(one["layers"])
+        if before != after:
+            return f"layers are {after}, and layers_before {before}"
+    return None
+
+
+def _misfit(value: Any, form: Form, where: str) -> str | None:
+    if isinstance(form, Leaf):
+        return None if form.fits(value) else f"{where} is not {form.named}"
+    if isinstance(form, list):
+        if not isinstance(value, list) or not value:
+            return f"{where} is not a list, or an empty one"
+        parts = [(x, form[0], f"{where}[{i}]") for i, x in enumerate(value)]
+    else:
+        if not isinstance(value, dict):
+            return f"{where} is not an object"
+        parts = []
+        for key, inner in form.items():
+            name, prefix = key.removesuffix("?"), f"{where}." if where else ""
+            if name not in value and name == key:
+                return f"it lacks {prefix}{name}"
+            if name in value:
+                parts.append((value[name], inner, prefix + name))
+    return next((found for part in parts if (found := _misfit(*part))), None)
