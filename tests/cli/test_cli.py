@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from nuteprune.console import Output
+from nuteprune.errors import Interrupted
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import judging
 from nuteprune.jobs.folder import alone
@@ -150,6 +152,67 @@ def test_resume_and_overwrite(model: Path, text: Path, tmp_path: Path, run: Run)
     (out / "run/checkpoint-3").rmdir()
     assert run(*saving, "--resume")[0] == 0
     assert (out / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 4])
+def test_killed_before_its_first_checkpoint_a_run_keeps_what_its_model_wrote(
+    steps: int,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(*options(model, text, whole, steps=steps))[0] == 0
+    asked = options(model, text, out, steps=steps)
+    with monkeypatch.context() as patch:
+        patch.setattr("nuteprune.jobs.prune._prune", stop)
+        assert run(*asked)[0] == 130
+    written = (out / "run" / "self.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("nuteprune.data.self_written.write_batch", None)  # it writes nothing again
+        code, _, err = run(*asked, "--resume")
+    assert code == 0, err
+    assert (out / "run" / "self.jsonl").read_bytes() == written
+    for name in ("model.safetensors", "run/settings.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--length", "2"], "no room for text: pass a greater length"),
+        (["--set", "dataloader_persistent_workers=true"], "needs num_workers > 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_removed(
+    change: list[str], message: str, model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("the user's")
+    code, _, err = run(*options(model, text, out), *change, "--overwrite")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert message in err
+    assert [x.name for x in out.iterdir()] == ["mine"]
+
+
+def test_of_several_processes_one_says_that_a_run_was_stopped(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr("nuteprune.jobs.prune.run", stop)
+    for rank, line in (("0", "nuteprune: stopped\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = run(*options(model, text, tmp_path / "out"))
+        assert (code, err) == (143, line)
 
 
 @pytest.mark.slow

@@ -313,7 +313,7 @@ class TestFile:
         write(model, tokenizer, tmp_path)
         return model, tokenizer, (tmp_path / SELF_WRITTEN).read_bytes(), tmp_path
 
-    @pytest.mark.parametrize("change", ["seed", "length", "model", "template"])
+    @pytest.mark.parametrize("change", ["seed", "length", "model", "last layer", "template"])
     def test_one_of_another_run_is_not_kept(
         self, change: str, made: tuple[Any, Any, bytes, Path], tiny_model
     ) -> None:
@@ -321,6 +321,9 @@ class TestFile:
         changes: dict[str, Any] = {}
         if change in ("seed", "length"):
             changes = {change: 20}
+        elif change == "last layer":  # as of a model that was tuned from the other
+            with torch.no_grad():
+                model.model.layers[-1].self_attn.v_proj.weight[0] += 1
         elif change == "model":
             with torch.no_grad():
                 model.model.embed_tokens.weight[0] += 1

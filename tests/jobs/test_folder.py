@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from nuteprune.errors import UserError
-from nuteprune.jobs.folder import check_out
+from nuteprune.files import at_home
+from nuteprune.jobs.folder import check_out, clear_result
 from nuteprune.jobs.job import Job
 
 
@@ -16,3 +17,28 @@ def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -
     job = Job("demo", tmp_path / "out", eval_data=str(text), overwrite=True)
     with pytest.raises(UserError, match="holds the eval data"):
         check_out(job)
+
+
+def test_what_is_only_called_like_a_target_stays(tmp_path: Path) -> None:
+    for name in ("size-200MB", "sparsity-1e-05", "memory-4GiB", "speedup-1.25"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    mine = ("memory-notes", "size-2.txt", "params-old")
+    for name in (mine[0], mine[2]):
+        (tmp_path / name).mkdir()
+    (tmp_path / mine[1]).write_text("the user's")
+    clear_result(tmp_path)
+    assert sorted(x.name for x in tmp_path.iterdir()) == sorted(mine)
+
+
+@pytest.mark.parametrize("out", ["..", "../..", "~", "~/.."])
+def test_what_is_around_the_user_is_not_overwritten(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here/small", "home"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here" / "small")
+    check_out(Job("demo", Path(), overwrite=True))  # but an output folder that the user is in
+    with pytest.raises(UserError, match="--overwrite would remove all of it; name another"):
+        check_out(Job("demo", at_home(out), overwrite=True))

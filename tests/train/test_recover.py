@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from nuteprune.data.examples import Examples
 from nuteprune.distill.losses import IGNORED
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
@@ -139,6 +140,74 @@ def test_resumed_is_never_interrupted(tiny_model, tiny_tokenizer, tmp_path: Path
         for path in (tmp_path / "a/metrics.jsonl", tmp_path / "b/metrics.jsonl")
     ]
     assert lines[0] == lines[1]
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal at the end of a step, or of the training (step 0)."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            signal.raise_signal(self.number)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if not self.step:
+            signal.raise_signal(self.number)
+
+
+def test_resumed_after_the_last_step_takes_no_more(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    # Three steps to a pass: half of one ends within it.
+    settings: dict[str, Any] = {"save_strategy": "steps", "max_steps": -1, "num_train_epochs": 0.5}
+    whole = make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(), **settings)
+    whole.train()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert before.count("\n") == 2
+    again = make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[name])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_stops_as_in_any_other(
+    number: int, tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    data, save = examples(), {"save_strategy": "steps"}
+    trainer = make(tiny_model("llama"), tmp_path, tiny_tokenizer, data, **save)
+    trainer.callback_handler.callbacks.insert(0, SignalAt(4, number))  # before what listens
+    with pytest.raises(Interrupted, match="stopped after step 4 of 4, which is saved"):
+        trainer.train()
+    again = make(tiny_model("llama"), tmp_path, tiny_tokenizer, data, **save)
+    again.train(resume_from_checkpoint=True)
+    for name, value in weights(trainer).items():
+        assert torch.equal(value, weights(again)[name])
+
+
+def test_a_signal_after_the_last_step_is_not_lost(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples())
+    trainer.add_callback(SignalAt(0, signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_checkpoint_whose_sums_are_damaged_is_none(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    save = {"save_strategy": "steps", "save_steps": 2}
+    make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(), **save).train()
+    (tmp_path / "checkpoint-4" / "SHA256SUMS").write_bytes(b"\xff" * 40)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_a_checkpoint_cut_short_is_none(

@@ -91,7 +91,7 @@ def main() -> None:
         _check_names(arguments)
         code = make_app()(arguments, standalone_mode=False, prog_name="nuteprune")
     except Interrupted as stop:
-        _fail(str(stop), 128 + stop.signal)
+        _fail(str(stop) if is_main() else "", 128 + stop.signal)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except (UserError, RunFailed) as error:

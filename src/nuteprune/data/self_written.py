@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from nuteprune.data.openings import CHAT_EVERY, Openings, openings
-from nuteprune.data.tokens import bos_of, end_of
+from nuteprune.data.tokens import bos_of, end_of, texts_of
 from nuteprune.data.writing import Text, fitting, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
@@ -66,10 +66,9 @@ def write_text(
         UserError: the folder is no place to write to, or the length leaves no room for text.
         RunFailed: writing the file failed on the way.
     """
-    end = end_of(tokenizer)
-    most = length - len(bos_of(tokenizer)) - len(end)  # as `training_blocks` cuts them
-    if most < 2 or tokens < 1:
-        raise UserError(f"{tokens} tokens in blocks of {length}: pass a greater length")
+    end, most = end_of(tokenizer), room(tokenizer, length)
+    if tokens < 1:
+        raise UserError(f"{tokens} tokens to write: pass at least 1")
     opening = openings(model, tokenizer, most=most, seed=seed)
     size = min(fitting(model, length), -(-tokens // (most + len(end))))
     key = _key(model, opening, most, size, seed)
@@ -97,9 +96,24 @@ def write_text(
     return texts
 
 
+def room(tokenizer: PreTrainedTokenizerBase, length: int) -> int:
+    """Return how many tokens of a block a text has at most, as `training_blocks` cuts them.
+
+    Raises:
+        UserError: if the length leaves no room for text.
+    """
+    most = length - len(bos_of(tokenizer)) - len(end_of(tokenizer))
+    if most < 2:
+        raise UserError(f"blocks of {length} tokens have no room for text: pass a greater length")
+    return most
+
+
 def _key(model: PreTrainedModel, opening: Openings, most: int, size: int, seed: int) -> str:
     """Return what tells a file of the same text from one that another run has left."""
-    weights = Anatomy(model).embedding.weight.flatten()[:64].tolist()
+    anatomy = Anatomy(model)
+    # Of models that were tuned from one another the embedding may be the same.
+    own = [x for name, x in anatomy.layers[-1].named_parameters() if "lora_" not in name]
+    weights = [x.flatten()[:64].tolist() for x in (anatomy.embedding.weight, *own)]
     facts = [weights, sorted(opening.ends), opening.known, opening.start, opening.firsts]
     facts += [opening.asks, opening.answers, CHAT_EVERY, most, size, seed]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
@@ -108,7 +122,7 @@ def _key(model: PreTrainedModel, opening: Openings, most: int, size: int, seed: 
 def _line(
     tokenizer: PreTrainedTokenizerBase, opening: Openings, ids: list[int], batch: int, key: str
 ) -> str:
-    text = tokenizer.decode(ids[:-1] if ids[-1] in opening.ends else ids)
+    [text] = texts_of(tokenizer, [ids[:-1] if ids[-1] in opening.ends else ids])
     return json.dumps({"text": text, "ids": ids, "batch": batch, "key": key}) + "\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,9 +16,12 @@ from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, read_sums, remove, writing
 from nuteprune.jobs.job import Job
-from nuteprune.run_folder import CARD, RECORD, RUN, SELF, SUMS, TARGETS, hidden
+from nuteprune.run_folder import CARD, RECORD, RUN, SELF, SELF_WRITTEN, SUMS, TARGETS, hidden
 from nuteprune.train.asked import Asked
 from nuteprune.train.state import last_checkpoint
+
+_TARGET = re.compile(rf"({'|'.join(TARGETS)})\d[\w.+-]*")
+"""Names of the folders of several targets, as `train.asked` spells them."""
 
 
 def check_out(job: Job) -> None:
@@ -34,10 +38,15 @@ def check_out(job: Job) -> None:
         place = at_home(named)
         if place.exists() and place.resolve().is_relative_to(out.resolve()):
             raise UserError(f"--out {out} holds the {what} {named}; name another folder")
+    if job.overwrite and any(x.is_relative_to(out.resolve()) for x in _around_the_user()):
+        raise UserError(
+            f"--out {out} holds the home folder or the one that you are in, and --overwrite would "
+            "remove all of it; name another folder"
+        )
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     if job.resume:
-        if last_checkpoint(out / RUN) is None:
+        if not (goes_on(job) or (out / RUN / SELF_WRITTEN).is_file()):
             raise UserError(
                 f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
                 "anew without --resume, with --overwrite if the folder is not empty"
@@ -54,6 +63,20 @@ def check_out(job: Job) -> None:
             f"--out {out} is not empty; name another folder, or pass --overwrite to replace it or "
             "--resume to go on with it"
         )
+
+
+def _around_the_user() -> Iterator[Path]:
+    yield at_home("~").resolve()
+    with suppress(OSError):  # a folder that is gone
+        yield Path.cwd().parent
+
+
+def goes_on(job: Job) -> bool:
+    """Return whether a job goes on from a checkpoint of its run.
+
+    A run that is resumed before its first one begins anew, with the text that its model wrote.
+    """
+    return job.resume and last_checkpoint(job.out / RUN) is not None
 
 
 def check_writable(folder: Path) -> None:
@@ -81,12 +104,9 @@ def written_in(out: Path) -> set[str]:
     The sums name a checkpoint's files, and are the first of them to come and the last to go.
     """
     named = {RUN, SUMS, RECORD, CARD, "additional_chat_templates", *read_sums(out)}
-    matching = (
-        x.name
-        for pattern in (*(f"{name}*" for name in TARGETS), ".*partial", ".*removed")
-        for x in out.glob(pattern)
-    )
-    return {x.name for x in out.iterdir()} & (named | set(matching))
+    matching = {x.name for pattern in (".*partial", ".*removed") for x in out.glob(pattern)}
+    targets = {x.name for x in out.iterdir() if _TARGET.fullmatch(x.name) and x.is_dir()}
+    return {x.name for x in out.iterdir()} & (named | matching | targets)
 
 
 def clear_result(out: Path, overwrite: bool = False) -> None:

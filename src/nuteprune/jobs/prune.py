@@ -26,6 +26,7 @@ from nuteprune.jobs.folder import (
     check_writable,
     clear,
     clear_result,
+    goes_on,
     nothing_left,
     target_folder,
 )
@@ -192,9 +193,9 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
             judged = sum(map(len, held_out.values()))
             plan = print_dry_run(job, trainer, text.seconds_to_write(trainer), judged, output)
             return Result({}, held_out, {}, plan) if is_main() else None
-        if is_main() and job.resume:
+        if goes_on(job):  # a process that went on would tell of the others' silence instead
             check_same(job.out / RUN, trainer.settings(), PruneJob, NutePruneConfig)
-        elif is_main() and job.overwrite:
+        elif is_main() and job.overwrite and not job.resume:
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
         text.let_write(trainer, bars.update)
@@ -230,7 +231,7 @@ def _prune(
     if is_main() and not apart:
         before = judge.figures("the dense model", trainer.anatomy.model)
     if trainer.args.max_steps > 0:
-        trainer.train(resume_from_checkpoint=job.resume or None)
+        trainer.train(resume_from_checkpoint=goes_on(job) or None)
     trainer.settle()
     if not is_main():
         return {}

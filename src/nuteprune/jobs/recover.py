@@ -164,7 +164,7 @@ def _tune(
         progress = RecoveryProgress(bars)
         trainer.add_callback(progress)
         print_recovery(job, trainer, training, record, output)
-        if is_main() and job.resume:
+        if job.resume:
             check_same(job.out / RUN, trainer.settings(), RecoverJob, RecoverConfig)
         elif is_main() and job.overwrite:
             clear(job.out)

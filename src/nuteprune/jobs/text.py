@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, written_blocks
-from nuteprune.data.self_written import write_text
+from nuteprune.data.self_written import room, write_text
 from nuteprune.data.tokens import check_positions
 from nuteprune.data.writing import seconds_to_write
 from nuteprune.errors import UserError
@@ -92,6 +92,8 @@ class JobText:
             "vocab_size": model.embedding.weight.shape[0],
         }
         self.specs, self.shares = mixture(job, config.sharded)
+        if SELF in self.specs:
+            room(tokenizer, job.length)  # fails before anything is removed or written
         # Until the model has written its own, something of the same size stands in for it.
         self.training = self._blocks([[0] * job.length])
 

@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
 from nuteprune.processes import several
-from nuteprune.run_folder import METRICS
+from nuteprune.run_folder import METRICS, SELF_WRITTEN
 from nuteprune.train.run_settings import check_same, write_settings
 from nuteprune.train.state import RunState, last_checkpoint
 
@@ -41,7 +41,7 @@ class StopSignals(TrainerCallback):
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = self.obeyed = 0
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, _: Any) -> None:
@@ -61,6 +61,7 @@ class StopSignals(TrainerCallback):
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.received = int(flag)
         if self.received:
+            self.obeyed = self.received
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
@@ -116,7 +117,7 @@ class AtomicTrainer(Trainer):
             check_checkpoint(Path(checkpoint))
             check_same(run, self.settings(), type(self.args))
             state = trainer_state(Path(checkpoint))
-            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one more
+            if 0 < self._steps() <= state.global_step:  # Trainer would take one more
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
                 return None
@@ -135,13 +136,22 @@ class AtomicTrainer(Trainer):
         finally:
             signals.restore()
             self.remove_callback(signals)
-        if signals.received and self.state.global_step < self.state.max_steps:
+        if signals.obeyed:
             raise Interrupted(
                 f"stopped after step {self.state.global_step} of {self.state.max_steps}, which is "
                 "saved; go on with the same command and --resume",
-                signals.received,
+                signals.obeyed,
             )
+        if signals.received:  # it came after the last step
+            signal.raise_signal(signals.received)
         return result
+
+    def _steps(self) -> int:
+        """Return how many steps there are in all, also where passes over the text are counted."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        counted = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return int(counted[-1])
 
     def _to_resume(self, asked: str | bool | None) -> str | None:
         """Return the checkpoint that is asked for, True being the newest one."""
@@ -169,6 +179,8 @@ class AtomicTrainer(Trainer):
 
     def _how_to_go_on(self) -> str:
         last = last_checkpoint(self.metrics_file.parent)
+        if last is None and (self.metrics_file.parent / SELF_WRITTEN).is_file():
+            return "make room, then begin anew with the same command and --resume, which keeps text"
         if last is None:
             return "make room, then start anew with --overwrite: no checkpoint was written yet"
         return f"make room, then go on from {last.name} with the same command and --resume"

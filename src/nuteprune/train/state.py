@@ -115,5 +115,8 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    names = read_sums(checkpoint)
+    try:
+        names = read_sums(checkpoint)
+    except UserError:
+        return False
     return bool(names) and all((checkpoint / name).is_file() for name in names)

@@ -150,7 +150,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.pruning.warm_start()
 
     def check_optimizer(self) -> None:
-        """Make the optimizer and its schedule once, so that settings fail before a run begins."""
+        """Make optimizer, schedule and loader once, so that settings fail before a run begins."""
+        if self.train_dataset is not None:
+            self.get_train_dataloader()
         self.create_optimizer_and_scheduler(max(1, self.args.max_steps))
         self.optimizer = self.lr_scheduler = None
 
