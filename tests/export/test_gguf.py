@@ -246,6 +246,27 @@ def test_latents_have_keys_and_values_apart(
     assert types["blk.1.attn_v_b.weight"] == types["blk.1.ffn_up_exps.weight"] == "Q8_0"
 
 
+def test_value_heads_of_qwen3_5_are_ordered_by_place_first(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    sizes = {"linear_num_value_heads": 6, "linear_value_head_dim": 4, "num_hidden_layers": 2}
+    model = make("qwen3_5_text", layer_types=["linear_attention", "full_attention"], **sizes)
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
+    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    mixer = model.model.layers[0].linear_attn
+    heads = [0, 3, 1, 4, 2, 5]  # of 2 key heads, with three value heads each
+    rows = torch.arange(24).view(6, 4)[heads].flatten()
+    assert_same(found["blk.0.attn_gate.weight"], mixer.in_proj_z.weight[rows])
+    assert_same(found["blk.0.attn_qkv.weight"][16:], mixer.in_proj_qkv.weight[16:][rows])
+    assert_same(found["blk.0.attn_qkv.weight"][:16], mixer.in_proj_qkv.weight[:16])
+    assert_same(found["blk.0.ssm_conv1d.weight"][16:], mixer.conv1d.weight[16:, 0][rows])
+    assert_same(found["blk.0.ssm_beta.weight"], mixer.in_proj_b.weight[heads])
+    assert_same(found["blk.0.ssm_dt.bias"], mixer.dt_bias[heads])
+    assert_same(found["blk.0.ssm_out.weight"], mixer.out_proj.weight[:, rows])
+    assert keys["qwen35.full_attention_interval"] == 2
+    assert keys["qwen35.rope.dimension_sections"] == [1, 1, 0, 0]
+
+
 def test_what_is_missing_is_zero_where_llama_cpp_would_go_wrong(
     make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
