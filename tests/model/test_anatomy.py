@@ -52,8 +52,9 @@ def test_dimensions_and_counts_are_the_models_own_with_and_without_lora(
 
 def test_a_head_dim_that_the_stock_class_does_not_read_is_not_read_here(tiny_model) -> None:
     model = tiny_model("gpt_neox", head_dim=4)
-    heads = Anatomy(model).shape.layers[0].heads
-    assert Anatomy(model).head_dim * heads == model.gpt_neox.layers[0].attention.dense.in_features
+    assert model.config.head_dim == 4
+    heads, output = model.config.num_attention_heads, model.gpt_neox.layers[0].attention.dense
+    assert Anatomy(model).head_dim * heads == output.in_features
 
 
 def adapters(family: Family, name: str) -> list[int]:
