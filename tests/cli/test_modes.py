@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import TINY, Run
+from tests.conftest import Run
+
+from .conftest import TINY
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows knows no umask")
 

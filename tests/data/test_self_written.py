@@ -357,11 +357,14 @@ class TestFile:
                 write(model, tokenizer, tmp_path)
         assert write(model, tokenizer, tmp_path) == expected
 
-    @pytest.mark.parametrize(("tokens", "length"), [(0, 24), (10, 2)])
+    @pytest.mark.parametrize(
+        ("tokens", "length", "remedy"),
+        [(0, 24, "pass at least 1"), (10, 2, "pass a greater length")],
+    )
     def test_sizes_that_make_no_text(
-        self, tokens: int, length: int, model, tokenizer, tmp_path: Path
+        self, tokens: int, length: int, remedy: str, model, tokenizer, tmp_path: Path
     ) -> None:
-        with pytest.raises(UserError, match="pass a greater length"):
+        with pytest.raises(UserError, match=remedy):
             write(model, tokenizer, tmp_path, tokens=tokens, length=length)
 
 

@@ -363,7 +363,7 @@ def test_active_parameters_can_be_asked_for(tiny_model) -> None:
         ("mixtral", {"target_speedup": 1.5}, "not of a mixture of experts: use --sparsity"),
         ("mixtral", {"gates": "experts,heads", "method": "reap"}, "reap cannot score gates on he"),
         ("deepseek_v3", {"gates": "experts"}, "among 2 groups of experts first, which would have"),
-        ("deepseek_v3", {"gates": "heads"}, "latents that its heads share"),
+        ("deepseek_v3", {"gates": "heads"}, "latents that heads share"),
     ],
 )
 def test_what_a_mixture_cannot_take_is_refused_in_a_line(

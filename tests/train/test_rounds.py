@@ -12,7 +12,7 @@ import torch
 from nuteprune import NutePruneConfig
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.export.checkpoint import assemble
-from nuteprune.gates import surgeon
+from nuteprune.gates import removal
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import trying_out
@@ -55,7 +55,7 @@ def test_what_is_left_is_scored_as_the_smaller_model(
     method: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against scores of a model that is cut in fact."""
-    monkeypatch.setattr(surgeon, "ROUNDS", 1000)  # one unit at a time, in both
+    monkeypatch.setattr(removal, "ROUNDS", 1000)  # one unit at a time, in both
     model, args = tiny_model("llama"), settings(tmp_path, method=method)
     dense = deepcopy(model)
     ready = prepare(model, args)

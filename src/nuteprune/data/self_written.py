@@ -20,6 +20,7 @@ from nuteprune.data.writing import Text, fitting, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.offload import home_of
 from nuteprune.processes import several_started
 from nuteprune.run_folder import SELF_WRITTEN
 
@@ -113,7 +114,7 @@ def _key(model: PreTrainedModel, opening: Openings, most: int, size: int, seed: 
     anatomy = Anatomy(model)
     # Of models that were tuned from one another the embedding may be the same.
     own = [x for name, x in anatomy.layers[-1].named_parameters() if "lora_" not in name]
-    weights = [x.flatten()[:64].tolist() for x in (anatomy.embedding.weight, *own)]
+    weights = [home_of(x).flatten()[:64].tolist() for x in (anatomy.embedding.weight, *own)]
     facts = [weights, sorted(opening.ends), opening.known, opening.start, opening.firsts]
     facts += [opening.asks, opening.answers, CHAT_EVERY, most, size, seed]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()

@@ -32,6 +32,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.layerwise import Layerwise, in_place_of
 from nuteprune.model.packed import weight_of
+from nuteprune.model.sharding import gathered
 
 INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
 """Kind of gate -> the block whose last projection reads its units, and is re-fitted."""
@@ -67,7 +68,9 @@ def surgeon_scores(probe: Probe) -> Scores:
             covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
         if mixture is not None:
             slopes_EF = slopes["experts", layer].view(mixture.sizes)
-            found["expert_neurons"].append(neuron_costs(mixture, routed, slopes_EF).flatten())
+            with gathered(probe.anatomy.layers[layer]):
+                costs_EF = neuron_costs(mixture, routed, slopes_EF)
+            found["expert_neurons"].append(costs_EF.flatten())
         for block in blocks:
             covariance_II = covariances.pop(block).div_(tokens)
             lengths_I = slopes[block, layer].sqrt()
