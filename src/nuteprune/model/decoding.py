@@ -2,7 +2,7 @@
 
 Under grouped-query attention the stock function reads the keys and values of a group once for each
 query head on CPUs, in a kernel made for many tokens. For one token the heads of a group can take
-the place of tokens: the same sums, a tenth of the time at 64 texts of 256 tokens.
+the place of tokens: the same sums, a fifth of the time at 64 texts of 256 tokens.
 
 Shape suffixes: B texts, H query heads, K KV heads, G query heads of a KV head, S tokens of queries,
 T tokens of keys, D features of a head.
