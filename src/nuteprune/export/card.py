@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.export.card_metadata import metadata, short_name
+from nuteprune.gates.budget import gone
 from nuteprune.model.shape import SAID
 from nuteprune.run_folder import SELF
 
@@ -145,8 +146,8 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **record,
         "params": params,
-        "sparsity": 1 - params["blocks_after"] / params["blocks_before"],
-        "total_sparsity": 1 - params["after"] / params["before"],
+        "sparsity": gone(params["blocks_before"], params["blocks_after"]),
+        "total_sparsity": gone(params["before"], params["after"]),
         "layers_before": first["layers_before"],
         "hidden": {"before": first["hidden"]["before"], "after": record["hidden"]["after"]},
     }

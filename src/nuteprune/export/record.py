@@ -21,6 +21,7 @@ from nuteprune.export.own_family import of_record
 from nuteprune.export.record_form import misfit
 from nuteprune.export.wrapping import Around
 from nuteprune.files import to_json, write_text
+from nuteprune.gates.budget import gone
 from nuteprune.memory import peak
 from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import Shape
@@ -61,8 +62,8 @@ def make_record(
     return {
         "schema": SCHEMA,
         "target": target,
-        "sparsity": _gone(params["blocks_before"], params["blocks_after"]),
-        "total_sparsity": _gone(params["before"], params["after"]),
+        "sparsity": gone(params["blocks_before"], params["blocks_after"]),
+        "total_sparsity": gone(params["before"], params["after"]),
         "params": dict(params),
         "layers": [
             {**layer.to_dict(), "attention": layer.mixes, "mlp": layer.mlp}
@@ -76,11 +77,6 @@ def make_record(
             **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
         },
     }
-
-
-def _gone(before: int, after: int) -> float:
-    """Return the share that is gone; unlike 1 - after / before, 20 % comes out as 0.2."""
-    return (before - after) / before
 
 
 def write_pruned(

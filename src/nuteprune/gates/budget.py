@@ -135,7 +135,7 @@ class Budget:
 
     def sparsity(self, shape: Shape) -> float:
         """Return the share of projection parameters that cutting to a shape removes."""
-        return (self.before - self.parameters(shape)) / self.before
+        return gone(self.before, self.parameters(shape))
 
     def expected_sparsity(self, keep: Masks) -> Tensor:
         """Return the expected sparsity, differentiable in the units' keep probabilities.
@@ -199,6 +199,11 @@ class Budget:
             else:
                 count = count + hidden * (sizes[projection.columns] + times * bias)
         return count
+
+
+def gone(before: float, after: float) -> float:
+    """Return the share that is gone; unlike 1 - after / before, 20 % comes out as 0.2."""
+    return (before - after) / before
 
 
 def _expected_experts(keep: Masks, index: int, layer: LayerShape) -> tuple[Any, Any]:

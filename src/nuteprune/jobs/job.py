@@ -17,6 +17,13 @@ from nuteprune.jobs.sources import BITS, DTYPES, pick_dtype, place
 from nuteprune.run_folder import SELF
 from nuteprune.train.settings import CALL, HOW, WHAT, declared, setting
 
+INSTRUCTIONS, TEXT = "instructions", "text"
+"""Kinds of data that `recover` learns."""
+RATES = {INSTRUCTIONS: 1e-4, TEXT: 1e-3}
+"""Rates of its LoRA; the paper's for instructions, many of which take many steps."""
+EPOCHS, STEPS = 2, 200
+"""How long it learns: passes over instructions, steps on plain text."""
+
 
 @dataclass
 class Job:
@@ -152,9 +159,9 @@ class RecoverJob(Job):
 
     Args:
         against: the dense model, to be tuned in the same way for comparison; None: no comparison.
-        steps: optimizer steps; None: by epochs, for plain text 200.
-        epochs: passes over instruction data; None: 2.
-        learning_rate: None: by the kind of data.
+        steps: optimizer steps; None: by epochs, for plain text `STEPS`.
+        epochs: passes over instruction data; None: `EPOCHS`.
+        learning_rate: None: by the kind of data, `RATES`.
         lora_rank: rank of LoRA, on all projections.
         batch_size: sequences per forward pass.
         accumulation: forward passes per step.
@@ -185,14 +192,22 @@ class RecoverJob(Job):
         role=CALL,
     )
     steps: int | None = setting(
-        None, "Optimizer steps (plain text: 200).", bounds=(1, 1e9), option="--steps", role=HOW
+        None,
+        f"Optimizer steps (plain text: {STEPS}).",
+        bounds=(1, 1e9),
+        option="--steps",
+        role=HOW,
     )
     epochs: float | None = setting(
-        None, "Passes over instruction data (2).", bounds=(1e-9, 1e9), option="--epochs", role=HOW
+        None,
+        f"Passes over instruction data ({EPOCHS}).",
+        bounds=(1e-9, 1e9),
+        option="--epochs",
+        role=HOW,
     )
     learning_rate: float | None = setting(
         None,
-        "Learning rate of LoRA (1e-4; plain text: 1e-3).",
+        f"Learning rate of LoRA ({RATES[INSTRUCTIONS]}; plain text: {RATES[TEXT]}).",
         bounds=(1e-12, 1e3),
         option="--learning-rate",
     )

@@ -41,16 +41,18 @@ from nuteprune.jobs.folder import (
     clear_result,
     nothing_left,
 )
-from nuteprune.jobs.job import RecoverJob, what_it_is
+from nuteprune.jobs.job import (
+    EPOCHS,
+    INSTRUCTIONS,
+    RATES,
+    STEPS,
+    TEXT,
+    RecoverJob,
+    what_it_is,
+)
 from nuteprune.jobs.judging import copies
 from nuteprune.jobs.progress import RecoveryProgress
-from nuteprune.jobs.recover_text import (
-    INSTRUCTIONS,
-    TEXT,
-    check_room,
-    kind_of_text,
-    training_text,
-)
+from nuteprune.jobs.recover_text import check_room, kind_of_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
 from nuteprune.jobs.show import print_recovered, print_recovery, sequences_per_step
 from nuteprune.jobs.sources import (
@@ -73,11 +75,6 @@ from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.run_settings import check_same
 from nuteprune.train.settings import check_declared
 from nuteprune.train.state import last_checkpoint
-
-RATES = {INSTRUCTIONS: 1e-4, TEXT: 1e-3}
-"""Kind of data -> rate of LoRA; the paper's for instructions, many of which take many steps."""
-EPOCHS = 2.0
-STEPS = 200
 
 
 def recover(

@@ -12,12 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.data.blocks import training_blocks
 from nuteprune.data.examples import holds_instructions, read_examples
 from nuteprune.data.tokens import check_ids, check_positions
-from nuteprune.jobs.job import RecoverJob
+from nuteprune.jobs.job import INSTRUCTIONS, TEXT, RecoverJob
 from nuteprune.jobs.show import sequences_per_step
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import RecoverConfig
-
-INSTRUCTIONS, TEXT = "instructions", "text"
 
 
 def kind_of_text(job: RecoverJob) -> str:

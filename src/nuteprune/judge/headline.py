@@ -8,6 +8,7 @@ from typing import Any
 
 from nuteprune.export.card import since_dense
 from nuteprune.export.record import perplexities_of
+from nuteprune.gates.budget import gone
 from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
@@ -134,7 +135,7 @@ def judged_on_both(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[st
 
 
 def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, str, str, str]:
-    return what, show(before), show(after), f"−{percent((before - after) / before, 1)}"
+    return what, show(before), show(after), f"−{percent(gone(before, after), 1)}"
 
 
 def _compared(what: str, before: float, after: float, ratio: float) -> tuple[str, str, str, str]:
