@@ -524,8 +524,9 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
     assert "neither nuteprune.json nor" in refusal(empty)
     assert not list(empty.iterdir())
     broken = a_run(tmp_path / "broken", a_record(), some_steps())
-    (broken / "run/metrics.jsonl").write_text('{"step": 1}\n[2]\n{"step": 3}\n')
-    assert "line 2" in refusal(broken)
+    for line in ("[2]", '{"loss": 1.0}', '{"step": "two"}', '{"step": 2, "loss": "low"}'):
+        (broken / "run/metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        assert "damaged in line 2" in refusal(broken)
     record = a_record()
     del record["params"]
     assert "lacks params" in refusal(a_run(tmp_path / "partial", record, None))

@@ -170,13 +170,22 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             step = json.loads(line)
-            step["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path} is damaged in line {number}: no step can be read") from error
-        steps.append(step)
+        except ValueError:
+            step = None
+        if _is_step(step):
+            steps.append(step)
+        elif number < len(lines):
+            raise UserError(f"{path} is damaged in line {number}: no step can be read")
     return steps
+
+
+def _is_step(line: Any) -> bool:
+    """Return whether a line holds a step: its number and figures, None where there is none."""
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("step"), int)
+        and all(x is None or isinstance(x, int | float) for x in line.values())
+    )
 
 
 def _json(path: Path) -> Any:
