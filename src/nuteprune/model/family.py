@@ -77,7 +77,8 @@ class Experts:
     )
     """The last one writes what an expert adds to the residual stream."""
     router: str = "mlp.gate"
-    """The module with a row for each expert; what it gives ends with weights and indices."""
+    """The module with a row for each expert; it gives logits, weights and indices, or scores of
+    all experts and logits where these are weighed first."""
     shared: tuple[Projection, ...] = ()
     """Projections of the expert that all tokens go through; the last one writes what it adds."""
     shared_gate: str = ""
@@ -89,6 +90,8 @@ class Experts:
     """Config attribute: into how many groups of one size the router divides them, if it may."""
     weighed_first: bool = False
     """All of them read all tokens, weighed before: by 0 where they are not chosen."""
+    sigmoid: bool = False
+    """The router gives each expert a probability of its own, not a share of one."""
     per_token: str = "num_experts_per_tok"
     """Config attribute: how many experts a token is routed to."""
     transposed: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from nuteprune.model.family import Experts, Projection
 
@@ -27,6 +27,10 @@ class Mixture:
     router: Any
     experts: Any
     per_token: int
+
+    def logits(self, routed: tuple[Tensor, ...]) -> Tensor:
+        """Return the logits (tokens, experts) in what the router gives."""
+        return routed[1 if self.entry.weighed_first else 0]
 
     def stack(self, projection: Projection) -> nn.Parameter:
         """Return a projection's weights: (experts, rows, columns), or as the entry has them."""

@@ -80,7 +80,10 @@ GLM4_MOE = replace(
     model_type="glm4_moe",
     causal_lm="Glm4MoeForCausalLM",
     experts=Experts(
-        shared=_within("mlp.shared_experts"), shared_times="n_shared_experts", groups="n_group"
+        shared=_within("mlp.shared_experts"),
+        shared_times="n_shared_experts",
+        groups="n_group",
+        sigmoid=True,
     ),
     buffers=("mlp.gate.e_score_correction_bias",),
     gguf=("glm4moe",),
@@ -131,6 +134,7 @@ LLAMA4 = replace(
         shared_times=1,
         transposed=True,
         weighed_first=True,
+        sigmoid=True,
     ),
     config_names=MappingProxyType(
         {

@@ -27,16 +27,24 @@ Mask = Callable[[], Tensor | None]
 """Asked at each call: multipliers (N,), or one row per sequence (B, N); None: all are open."""
 
 
-def live_experts(mask_E: Tensor, least: int) -> Tensor:
-    """Return which experts (E,) may be chosen: those above 0, the first ones where too few are.
+def kept_experts(mask_E: Tensor | None, least: int) -> Tensor | None:
+    """Return which experts may be chosen: those above 0, and the first ones where too few are.
 
     Args:
         mask_E: multipliers (E,) or (B, E); an expert goes if it is at 0 for all sequences.
         least: how many a token is routed to.
+
+    Returns:
+        Their indices, None if all may.
     """
+    if mask_E is None:
+        return None
     live_E = (mask_E > 0).reshape(-1, mask_E.shape[-1]).any(0)
+    if bool(live_E.all()):
+        return None
     others = (~live_E).nonzero().flatten()
-    return live_E.index_fill(0, others[: max(0, least - int(live_E.sum()))], True)
+    live_E = live_E.index_fill(0, others[: max(0, least - int(live_E.sum()))], True)
+    return live_E.nonzero().flatten()
 
 
 class RoutedMasks:
@@ -56,22 +64,19 @@ class RoutedMasks:
         mixture.router.forward = self._routed
         mixture.experts.forward = self._computed
 
-    def _live(self) -> Tensor | None:
-        """Return which experts can be chosen (E,), None if all can."""
-        if (mask := self._experts()) is None:
-            return None
-        live_E = live_experts(mask, self._mixture.per_token)
-        return None if bool(live_E.all()) else live_E
+    def _kept(self) -> Tensor | None:
+        """Return the experts that can be chosen, None if all can."""
+        return kept_experts(self._experts(), self._mixture.per_token)
 
     def _routed(self, hidden: Tensor) -> Any:
-        if (live_E := self._live()) is None:
+        if (kept := self._kept()) is None:
             return self._route(hidden)
-        kept = live_E.nonzero().flatten()
         with rows_of(self._mixture.router, kept):
             logits, *rest, index_SK = self._route_alone(hidden)
         # As wide as ever, for those who record what a router gives.
-        whole_SE = logits.new_full((*logits.shape[:-1], len(live_E)), -torch.inf)
-        return (whole_SE.index_copy(-1, kept, logits), *rest, kept[index_SK])
+        wide = (*logits.shape[:-1], self._mixture.sizes[0])
+        whole_SE = logits.new_full(wide, -torch.inf).index_copy(-1, kept, logits)
+        return (whole_SE, *rest, kept[index_SK])
 
     def _computed(self, hidden: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
         if (mask := self._experts()) is not None:
@@ -105,12 +110,11 @@ class WeighedMasks(RoutedMasks):
     """
 
     def _routed(self, hidden: Tensor) -> Any:
-        if (live_E := self._live()) is None:
+        if (kept := self._kept()) is None:
             return self._route(hidden)
-        kept = live_E.nonzero().flatten()
         with rows_of(self._mixture.router, kept):
             scores, logits = self._route_alone(hidden)
-        wide = (*scores.shape[:-1], len(live_E))
+        wide = (*scores.shape[:-1], self._mixture.sizes[0])
         return (
             scores.new_zeros(wide).index_copy(-1, kept, scores),
             logits.new_full(wide, -torch.inf).index_copy(-1, kept, logits),

@@ -83,6 +83,8 @@ class NutePruneConfig(TrainingArguments):
         teachers: `numerous` (snapshots on the way), `dense` (the dense model alone), or `none`:
             the text itself is learned, by the language-model loss.
         objective: `relative` (token KL, and layer terms relative to the teacher's norm) or `paper`.
+        routing_weight: of a mixture of experts, weight of the term that keeps the student's routers
+            near the teacher's: their KL divergence, averaged over tokens and layers. 0: none.
 
     Parameters that control LoRA and the re-fit:
 
@@ -226,6 +228,12 @@ class NutePruneConfig(TrainingArguments):
     )
     objective: str = setting(
         "relative", "relative, or paper (its weights and layer terms).", choices=tuple(OBJECTIVES)
+    )
+
+    routing_weight: float = setting(
+        0.0,
+        "Weight of the term that keeps a mixture's routers near the teacher's; 0 (default): none.",
+        bounds=(0, 1e6),
     )
 
     lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))

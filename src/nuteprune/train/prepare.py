@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -170,9 +170,11 @@ def prepare(
     peft_model = with_lora(dense, args)
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
-    objective = TEXT if args.teachers == "none" else OBJECTIVES[args.objective]
+    taught = replace(OBJECTIVES[args.objective], routing_weight=args.routing_weight)
+    objective = TEXT if args.teachers == "none" else taught
     run, keep = Path(cast(str, args.output_dir)), args.device.type != "cpu"
-    coforward = CoForward(anatomy, hooks, objective.layer_distance, run)
+    routing = objective.routing_weight > 0
+    coforward = CoForward(anatomy, hooks, objective.layer_distance, routing, run)
     ramp, freeze = args.shares
     schedule = Schedule(targets, args.max_steps, ramp, freeze)
     ramp_steps = schedule.stage(0).ramp_steps * len(targets)

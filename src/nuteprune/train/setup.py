@@ -42,8 +42,13 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
 
     Raises:
         UserError: for gates that the model's family cannot take, and for dimensions chosen that
-            the model or the gates cannot be cut to.
+            the model or the gates cannot be cut to; for a term of routers where there are none.
     """
+    if args.routing_weight and not any(layer.experts for layer in anatomy.shape.layers):
+        raise UserError(
+            f"routing_weight is {args.routing_weight:g}, and the model has no routers, which a "
+            "mixture of experts has: leave it out"
+        )
     floor = _chosen_shape(anatomy, args)
     needed = _kinds_here(anatomy.shape, kinds_of_cut(anatomy.shape, floor)) if floor else ()
     asked = needed if needed and not args.gates else args.gate_kinds
