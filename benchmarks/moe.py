@@ -1,12 +1,13 @@
 """Half of a small mixture's experts, or of their neurons, removed by several scores.
 
-    python benchmarks/moe.py --json benchmarks/results/moe.json     # half an hour on one core
+    python benchmarks/moe.py --json benchmarks/results/moe.json     # an hour on one core
     python benchmarks/moe.py --show benchmarks/results/moe.json     # the table alone; runs nothing
 
 A Qwen3-MoE of 3 million parameters is trained on the training part of the embedded texts, once for
 each seed, and pruned by each method to half of the experts of each layer: without training, and
-with LoRA on attention and routers, distilled from the dense model. The same to half of the neurons
-of each expert, without training. Perplexity is of the held-out part of the same texts. A result
+with LoRA on attention and routers, distilled from the dense model, and so with a term that keeps
+routers near the dense model's. The same to half of the neurons of each expert, without training.
+Perplexity is of the held-out part of the same texts. A result
 that is on file already is not made again, so a stopped run goes on.
 """
 
@@ -41,13 +42,15 @@ TRAINED, DISTILLED = 1000, 40
 WIDTH = 96
 VOCABULARY = 2048
 RATE, BALANCE = 3e-3, 0.02
-EXPERT_METHODS = ("random", "frequency", "reap", "fisher", "reconstruction")
+EXPERT_METHODS = ("random", "frequency", "reap", "fisher", "reconstruction", "surgeon")
 CASES = {
     "experts": (EXPERTS // 2, EXPERT_METHODS, (0, DISTILLED)),
     "expert_neurons": (WIDTH // 2, ("random", "fisher", "surgeon"), (0,)),
 }
 """Kind of gate -> how many are kept of a layer or an expert, by which methods, and after how many
 steps."""
+ROUTING_METHODS, ROUTING_WEIGHTS = ("reconstruction", "surgeon"), (0.1, 1.0)
+"""Weights of the routers' term that experts are removed with too, and by which methods."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -81,16 +84,10 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[Any]:
-    """Yield a result for each seed, kind of gate, method and number of steps that has none yet."""
-    known = {(x["seed"], x["gates"], x["method"], x["steps"]) for x in done}
+    """Yield a result for each seed and case that has none yet."""
+    known = {(x["seed"], x["gates"], x["method"], x["steps"], weight_of(x)) for x in done}
     for seed in SEEDS:
-        todo = [
-            (gates, method, steps)
-            for gates, (_, methods, all_steps) in CASES.items()
-            for method in methods
-            for steps in all_steps
-            if (seed, gates, method, steps) not in known
-        ]
+        todo = [case for case in cases() if (seed, *case) not in known]
         if not todo:
             continue
         dense = (args.models or folder) / f"dense-{seed}-{args.trained}"
@@ -98,16 +95,17 @@ def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> 
             began = time.perf_counter()
             train(dense, seed, args.trained)
             print(f"seed {seed}: trained in {time.perf_counter() - began:.0f} s", flush=True)
-        for gates, method, steps in todo:
+        for gates, method, steps, weight in todo:
             record = prune(
                 model=str(dense),
                 data="demo",
                 shape={gates: CASES[gates][0]},
-                out=folder / f"{seed}-{gates}-{method}-{steps}",
+                out=folder / f"{seed}-{gates}-{method}-{steps}-{weight}",
                 method=method,
                 gates=gates,
                 shapes="uniform",
                 steps=steps,
+                routing_weight=weight,
                 batch_size=BATCH,
                 length=LENGTH,
                 shares=[1.0],
@@ -118,9 +116,22 @@ def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> 
             )
             found = {when: record["perplexity"][when] for when in ("before", "after")}
             row = {"seed": seed, "gates": gates, "method": method, "steps": steps}
-            row["params"] = record["params"]
+            row |= {"routing_weight": weight, "params": record["params"]}
             print({**row, **found}, flush=True)
             yield {**row, **found, "sparsity": record["sparsity"], "seconds": record["seconds"]}
+
+
+def cases() -> Iterator[tuple[str, str, int, float]]:
+    """Yield (kind of gate, method, steps, weight of the routers' term)."""
+    for gates, (_, methods, all_steps) in CASES.items():
+        yield from ((gates, method, steps, 0.0) for method in methods for steps in all_steps)
+    for weight in ROUTING_WEIGHTS:
+        yield from (("experts", method, DISTILLED, weight) for method in ROUTING_METHODS)
+
+
+def weight_of(row: dict[str, Any]) -> float:
+    """Return the weight of a result's term of routers."""
+    return float(row.get("routing_weight", 0.0))
 
 
 def train(folder: Path, seed: int, steps: int) -> None:
@@ -200,17 +211,24 @@ def tables(result: dict[str, Any]) -> str:
 def table(kind: str, found: list[dict[str, Any]]) -> str:
     """Return the table of geometric means over the texts: the seeds' mean, and each seed's."""
     dense = {x["seed"]: geometric(x["before"]) for x in found}
-    steps = sorted({x["steps"] for x in found})
-    head = [f"{kind} kept by", *(f"after {n} steps" if n else "one-shot" for n in steps)]
+    columns = sorted({(weight_of(x), x["steps"]) for x in found})
+    head = [f"{kind} kept by", *(title(n, weight) for weight, n in columns)]
     lines = [head, ["---"] * len(head)]
-    lines.append(["all (dense)", *[told(dense.values())] * len(steps)])
+    lines.append(["all (dense)", *[told(dense.values())] * len(columns)])
     for method in dict.fromkeys(x["method"] for x in found):
+        own = [x for x in found if x["method"] == method]
         cells = [
-            told(geometric(x["after"]) for x in found if (x["method"], x["steps"]) == (method, n))
-            for n in steps
+            told(geometric(x["after"]) for x in own if (weight_of(x), x["steps"]) == column)
+            for column in columns
         ]
         lines.append([method, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def title(steps: int, weight: float) -> str:
+    """Return the head of a column."""
+    after = f"after {steps} steps" if steps else "one-shot"
+    return f"{after}, routing_weight {weight:g}" if weight else after
 
 
 def geometric(values: dict[str, float]) -> float:
