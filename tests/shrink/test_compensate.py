@@ -14,17 +14,16 @@ from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.shrink import compensate
+from nuteprune.shrink import ridge
 from nuteprune.shrink.compensate import (
     FEEDBACK,
-    RIDGE,
     Fit,
     install_in_place,
     install_lora,
     low_rank,
     refit,
-    ridge_fit,
 )
+from nuteprune.shrink.ridge import RIDGE, ridge_fit
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.refits import install_weight
@@ -37,7 +36,7 @@ def correlated(rows: int = 400, columns: int = 12) -> torch.Tensor:
 
 
 def test_ridge_fit_is_least_squares_as_the_ridge_vanishes(monkeypatch) -> None:
-    monkeypatch.setattr(compensate, "RIDGE", 0.0)
+    monkeypatch.setattr(ridge, "RIDGE", 0.0)
     x, weight = correlated(), torch.randn(5, 12)
     mask = torch.ones(12)
     mask[[1, 4, 7]] = 0

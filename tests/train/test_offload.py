@@ -41,6 +41,10 @@ def written(model: Any, out: Path, stored: str, **settings: Any) -> tuple[bytes,
         param("llama", "bfloat16", {"gate_type": "hard_concrete"}, marks=hard),
         param("llama", "float32", {"method": "wanda"}, marks=hard),
         param("qwen3_moe", "bfloat16", {"neuron_multiple": 8}, marks=hard),
+        param(
+            *("qwen3_moe", "bfloat16", {"neuron_multiple": 8, "gates": "expert_neurons"}),
+            marks=slow(3),
+        ),
     ],
 )
 def test_a_run_on_a_cpu_writes_the_same(

@@ -75,20 +75,20 @@ def neuron_costs(mixture: Mixture, routed: Routed, slopes_EF: Tensor) -> Tensor:
         routed: what they were called with on calibration text.
         slopes_EF: second moments of the loss's gradients by the neurons.
     """
-    down = mixture.stack(mixture.entry.projections[-1])
+    down = mixture.stack(mixture.down)
     found = []
     for expert, slopes_F in enumerate(slopes_EF):
         weight = down[expert].float()
         weight_DF = weight.T if mixture.entry.transposed else weight
-        covariance_FF = _covariance(mixture, routed, expert)
+        covariance_FF = neuron_covariance(mixture, routed, expert)
         found += removal_costs(weight_DF, slopes_F.sqrt(), covariance_FF, [len(slopes_F)])
     return torch.stack(found)
 
 
-def _covariance(mixture: Mixture, routed: Routed, expert: int) -> Tensor:
+def neuron_covariance(mixture: Mixture, routed: Routed, expert: int) -> Tensor:
     """Return C (F, F) of an expert's neurons, in fp32; zeros where no token is routed to it."""
     width, heard = mixture.sizes[1], 0.0
-    sum_FF = torch.zeros(width, width, device=mixture.stack(mixture.entry.projections[-1]).device)
+    sum_FF = torch.zeros(width, width, device=mixture.stack(mixture.down).device)
     for hidden_SD, index_SK, weight_SK in routed:
         token_P, place_P = (index_SK == expert).nonzero(as_tuple=True)
         for rows_P, weight_P in zip(

@@ -135,6 +135,20 @@ class Layerwise:
         return block.products.whole(), block.missing_DI
 
     @torch.no_grad()
+    def calls(self, layer: int, module: nn.Module) -> list[tuple[Any, ...]]:
+        """Return what a module of a layer is called with, of each batch."""
+        found: list[tuple[Any, ...]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args)
+            raise _Stop
+
+        with _hooked([module], note):
+            for i in range(len(self._batches_BTD)):
+                self._until_stopped(self._run, layer, i)
+        return found
+
+    @torch.no_grad()
     def reads(self, layer: int, norms: Mapping[str, nn.Module]) -> dict[str, Read]:
         """Take the text through a layer, to the next, and return what norms of it read."""
         found: dict[str, list[Tensor]] = {name: [] for name in norms}

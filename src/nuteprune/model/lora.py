@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,17 +23,34 @@ ADAPTER = "default"
 class Part(NamedTuple):
     """What a run has learned of a projection: scale x out @ in, added to its weight or to another.
 
-    `weight_OI`, where there is one, stands in place of the base's.
+    `weight_OI`, where there is one, stands in place of the base's. A stack has nothing added.
     """
 
     scale: float
-    in_RI: Tensor
-    out_OR: Tensor
+    in_RI: Tensor | None
+    out_OR: Tensor | None
     weight_OI: Tensor | None
 
 
 Learned = dict[tuple[int, str], Part]
 """What a run has learned: (layer, path of a projection) -> its part."""
+
+
+class _Place(NamedTuple):
+    """Where a run learns: a name, what holds the base's weight under which name, LoRA beside it."""
+
+    name: str
+    holder: nn.Module
+    key: str
+    lora: LoraLayer | None
+
+    @property
+    def weight(self) -> Any:
+        return self.holder._parameters[self.key]
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.holder._parameters[self.key] = value
 
 
 class LoraBank:
@@ -50,43 +67,37 @@ class LoraBank:
     def __init__(self, anatomy: Anatomy, folder: Path | None = None) -> None:
         self._anatomy, self.folder = anatomy, folder
         # Looked up once, since adapters that are taken off are found no more.
-        self._places: dict[tuple[int, str], tuple[str, LoraLayer]] = {
-            (i, path): (f"{i}.{j}", module)
-            for i in range(len(anatomy.layers))
-            for j, (path, module) in enumerate(anatomy.lora_layers(i).items())
-        }
-        self._layers: list[list[tuple[str, LoraLayer]]] = [[] for _ in anatomy.layers]
-        for (i, _), found in self._places.items():
-            self._layers[i].append(found)
+        self._places: dict[tuple[int, str], _Place] = {}
+        self._layers: list[list[_Place]] = []
+        for i in range(len(anatomy.layers)):
+            found = _places(anatomy, i)
+            self._layers.append(list(found.values()))
+            self._places |= {(i, path): place for path, place in found.items()}
         self._dense: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights of now (not copies), by layer, projection and side (`A`, `B`, `W`)."""
         lora = {
-            f"{name}.{side}": cast(Tensor, parts[ADAPTER].weight)
+            key: cast(Tensor, linear.weight)
             for layer in self._layers
-            for name, module in layer
-            for side, parts in (("A", module.lora_A), ("B", module.lora_B))
+            for linear, key in _sides(layer)
         }
         replaced = {
-            f"{name}.W": home_of(_base(module).weight)
-            for layer in self._layers
-            for name, module in layer
-            if name in self._dense
+            f"{place.name}.W": home_of(place.weight)
+            for place in self._places.values()
+            if place.name in self._dense
         }
         return lora | replaced
 
     def learned(self, state: Mapping[str, Tensor]) -> Learned:
         """Return weights that `state` returned by the projection that they are of."""
-        return {
-            place: Part(
-                module.scaling[ADAPTER],
-                state[f"{name}.A"],
-                state[f"{name}.B"],
-                state.get(f"{name}.W"),
-            )
-            for place, (name, module) in self._places.items()
-        }
+        found = {}
+        for where, (name, _, _, lora) in self._places.items():
+            scale = 1.0 if lora is None else lora.scaling[ADAPTER]
+            part = Part(scale, *(state.get(f"{name}.{x}") for x in "ABW"))
+            if lora is not None or part.weight_OI is not None:
+                found[where] = part
+        return found
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -104,28 +115,33 @@ class LoraBank:
             )
         for key, value in lora.items():
             own[key].copy_(value)
-        for layer in self._layers:
-            for name, module in layer:
-                if (new_OI := state.get(f"{name}.W")) is not None:
-                    self._replace(name, module, new_OI)
+        for place in self._places.values():
+            if (new_OI := state.get(f"{place.name}.W")) is not None:
+                self._replace(place, new_OI)
 
     @torch.no_grad()
     def set_weight(self, layer: int, projection: Projection, weight_OI: Tensor) -> None:
-        """Put a weight in place of the base's, and let LoRA add nothing to it yet."""
-        name, module = self._places[layer, projection.path]
-        self._replace(name, module, weight_OI)
-        cast(Tensor, module.lora_B[ADAPTER].weight).zero_()
+        """Put a weight in place of the base's, and let LoRA add nothing to it yet.
+
+        Args:
+            layer: its layer.
+            projection: the projection, perhaps the last one of routed experts.
+            weight_OI: the weight, of experts their stack.
+        """
+        place = self._places[layer, projection.path]
+        self._replace(place, weight_OI)
+        if place.lora is not None:
+            cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
 
     def release(self) -> None:
         """Let go of base weights that others stand in place of; there is no way back then."""
         self._dense.clear()
 
-    def _replace(self, name: str, module: LoraLayer, weight_OI: Tensor) -> None:
-        base = _base(module)
-        dense_OI = self._dense.setdefault(name, base.weight)
+    def _replace(self, place: _Place, weight_OI: Tensor) -> None:
+        dense_OI = self._dense.setdefault(place.name, place.weight)
         # In a folder, since the base's are mapped from their files too.
         new_OI = like(dense_OI, weight_OI.to(dense_OI), self.folder)
-        base._parameters["weight"] = nn.Parameter(new_OI, requires_grad=False)
+        place.weight = nn.Parameter(new_OI, requires_grad=False)
 
     @torch.no_grad()
     def set_delta(self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor) -> None:
@@ -146,11 +162,11 @@ class LoraBank:
     @torch.no_grad()
     def clear(self) -> None:
         """Go back to the base model's weights, with LoRA adding nothing, as before any step."""
-        for layer in self._layers:
-            for name, module in layer:
-                cast(Tensor, module.lora_B[ADAPTER].weight).zero_()
-                if name in self._dense:
-                    _base(module)._parameters["weight"] = cast(Any, self._dense.pop(name))
+        for place in self._places.values():
+            if place.lora is not None:
+                cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
+            if place.name in self._dense:
+                place.weight = self._dense.pop(place.name)
 
     @contextmanager
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -166,23 +182,22 @@ class LoraBank:
     def _base_weights(self, layer: int, state: Mapping[str, Tensor]) -> Iterator[None]:
         """Swap what stands in place of base weights: for others, or for the base's own."""
         swapped = [
-            (base, base._parameters["weight"], state.get(f"{name}.W", self._dense.get(name)))
-            for name, module in self._layers[layer]
-            if name in self._dense or f"{name}.W" in state
-            for base in (_base(module),)
+            (place, place.weight, state.get(f"{place.name}.W", self._dense.get(place.name)))
+            for place in self._layers[layer]
+            if place.name in self._dense or f"{place.name}.W" in state
         ]
-        for base, _, weight in swapped:
-            base._parameters["weight"] = cast(Any, weight)
+        for place, _, weight in swapped:
+            place.weight = weight
         try:
             yield
         finally:
-            for base, own, _ in swapped:
-                base._parameters["weight"] = own
+            for place, own, _ in swapped:
+                place.weight = own
 
     @contextmanager
     def _lora(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
         if lora is None:
-            modules = [module for _, module in self._layers[layer]]
+            modules = [place.lora for place in self._layers[layer] if place.lora is not None]
             before = [module._disable_adapters for module in modules]
             for module in modules:
                 module._disable_adapters = True
@@ -192,14 +207,10 @@ class LoraBank:
                 for module, disabled in zip(modules, before, strict=True):
                     module._disable_adapters = disabled
             return
-        sides = [
-            (parts[ADAPTER], f"{name}.{side}")
-            for name, module in self._layers[layer]
-            for side, parts in (("A", module.lora_A), ("B", module.lora_B))
-        ]
+        sides = list(_sides(self._layers[layer]))
         own = [linear._parameters["weight"] for linear, _ in sides]
         for linear, key in sides:
-            linear._parameters["weight"] = lora[key]  # type: ignore[assignment]
+            linear._parameters["weight"] = lora[key]
         try:
             yield
         finally:
@@ -217,8 +228,24 @@ def delta_of(module: LoraLayer) -> Tensor:
     return delta_OI
 
 
-def _base(module: LoraLayer) -> nn.Linear:
-    return cast(nn.Linear, module.get_base_layer())
+def _places(anatomy: Anatomy, layer: int) -> dict[str, _Place]:
+    """Return path -> place: where LoRA is, and what stacked experts write by."""
+    found = {
+        path: _Place(f"{layer}.{i}", module.get_base_layer(), "weight", module)
+        for i, (path, module) in enumerate(anatomy.lora_layers(layer).items())
+    }
+    if (mixture := anatomy.mixture(layer)) is not None:
+        path = mixture.down.path
+        found[path] = _Place(f"{layer}.experts", mixture.experts, path.rpartition(".")[2], None)
+    return found
+
+
+def _sides(places: Iterable[_Place]) -> Iterator[tuple[Any, str]]:
+    """Yield LoRA's linear modules, and what their weights are called in a state."""
+    for place in places:
+        if place.lora is not None:
+            yield place.lora.lora_A[ADAPTER], f"{place.name}.A"
+            yield place.lora.lora_B[ADAPTER], f"{place.name}.B"
 
 
 @contextmanager

@@ -41,7 +41,12 @@ class Mixture:
         return getattr(self.experts, f"{projection.path.rpartition('.')[2]}_bias", None)
 
     @property
+    def down(self) -> Projection:
+        """What reads neurons, and writes what an expert adds."""
+        return self.entry.projections[-1]
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """The number of experts, and of neurons of each."""
-        down = self.stack(self.entry.projections[-1])
+        down = self.stack(self.down)
         return int(down.shape[0]), int(down.shape[1 if self.entry.transposed else 2])

@@ -141,7 +141,7 @@ class WeighedMasks(RoutedMasks):
 
     def _masked(self, given: Tensor, neurons_EF: Tensor) -> Tensor:
         """Return what experts put out (E, S, D) with masks in their down projections."""
-        down = self._mixture.entry.projections[-1].path.rpartition(".")[2]
+        down = self._mixture.down.path.rpartition(".")[2]
         own = self._mixture.experts._parameters
         whole = own[down]
         own[down] = whole * neurons_EF.unsqueeze(-1).to(whole)

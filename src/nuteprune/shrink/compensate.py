@@ -1,14 +1,15 @@
 """Closed-form re-fit of the output and down projections to the inputs that are left.
 
 Once heads and neurons are chosen, each output and down projection is fitted by ridge regression
-so that from the kept inputs alone it gives what it gave from all of them:
-W' = W C[:, kept] (C[kept, kept] + ridge)^-1 with C = X^T X over calibration activations. Layers
-are fitted in order, each on the activations of the already pruned and fitted layers before it.
-These have left the residual stream off the dense model's: a fit makes up for half of that too.
+so that from the kept inputs alone it gives what it gave from all of them (`shrink.ridge`), routed
+experts each for itself (`shrink.stacks`). Layers are fitted in order, each on the activations of
+the already pruned and fitted layers before it. These have left the residual stream off the dense
+model's: a fit makes up for half of that too, but for those of routed experts.
 Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
 re-fitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
 
-Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept columns.
+Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept columns, E experts, F
+neurons of each.
 """
 
 from __future__ import annotations
@@ -28,13 +29,10 @@ from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.lora import LoraBank
+from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
-from nuteprune.simulated import usual
-
-RIDGE = 1e-1
-"""Ridge: what is added to the diagonal of C, as a share of itself."""
-LEAST = 1e-30
-"""What is added for an input that is always 0: the weights that read it stay as they are."""
+from nuteprune.shrink.ridge import ridge_fit, with_ridge
+from nuteprune.shrink.stacks import fitted_stack, lost_neurons
 
 FEEDBACK = 0.5
 """How much of what the residual stream lacks, where a block reads it, the block is to make up for.
@@ -60,6 +58,9 @@ class Fit:
 Install = Callable[[int, Projection, Fit], None]
 """Puts the fit of (layer, projection) into the model, before the next one is made."""
 
+InstallStack = Callable[[int, Projection, Tensor], None]
+"""The same of a stack of routed experts."""
+
 
 @torch.no_grad()
 def refit(
@@ -70,6 +71,7 @@ def refit(
     install: Install,
     progress: Callable[[], None] = lambda: None,
     dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    install_stack: InstallStack | None = None,
 ) -> None:
     """Fit the output and down projections of all layers, in order.
 
@@ -81,9 +83,12 @@ def refit(
         install: puts each fit into the model at once.
         progress: called after each layer.
         dense: a context in which a layer has the dense model's weights, whatever is in their place.
+        install_stack: puts routed experts' fits into the model; None: these stay as they are.
     """
-    ends = [_without_inputs(anatomy, masks, i) for i in range(len(anatomy.layers))]
-    if not any(ends):  # as where whole experts go and nothing else
+    layers = range(len(anatomy.layers))
+    ends = [_without_inputs(anatomy, masks, i) for i in layers]
+    thin = [None if install_stack is None else lost_neurons(anatomy, masks, i) for i in layers]
+    if not any(ends) and all(x is None for x in thin):  # as where whole experts go alone
         for _ in ends:
             progress()
         return
@@ -108,6 +113,13 @@ def refit(
             masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
             install(i, projection, Fit(fitted_OI, masked_II))
         read.clear()  # large, as what the next layer's norms read
+        if install_stack is not None and (mask_EF := thin[i]) is not None:
+            mixture = cast(Mixture, anatomy.mixture(i))
+            with dense(i):
+                target = mixture.stack(mixture.down)
+            routed = text.calls(i, mixture.experts)
+            install_stack(i, mixture.down, fitted_stack(mixture, routed, mask_EF, target))
+            del target, routed  # large
         text.advance(i)
         progress()
 
@@ -138,58 +150,6 @@ def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
         if norm is not None and anatomy.post_norm(layer, block) is None and not weighed:
             found[block] = norm
     return found
-
-
-def ridge_fit(
-    weight_OI: Tensor,
-    covariance_II: Tensor,
-    mask_I: Tensor,
-    target_OI: Tensor,
-    more_OI: Tensor | None = None,
-) -> Tensor:
-    """Return the weight (O, I) that from the kept columns of X alone best gives X target^T + E.
-
-    Soft masks are taken into account: the input is X * mask, and so is the fit.
-
-    Args:
-        weight_OI: the weight that the ridge pulls towards, fp32.
-        covariance_II: X^T X of the unmasked inputs, fp32.
-        mask_I: what the inputs will be multiplied by, 0 where they are gone.
-        target_OI: the weight whose outputs, from all inputs, are wanted, fp32.
-        more_OI: E^T X of what is wanted beyond that, fp32; None: nothing.
-    """
-    kept_I = mask_I > 0
-    kept_K = kept_I.nonzero().flatten()
-    missing_OI = (weight_OI * kept_I).neg_().add_(target_OI) @ covariance_II
-    if more_OI is not None:
-        missing_OI += more_OI
-    missing_OK = missing_OI[:, kept_K]
-    del missing_OI
-    update_KO = _solve(covariance_II, kept_K, missing_OK.T)
-    del missing_OK
-    fitted_OI = torch.zeros_like(weight_OI)
-    fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
-    return fitted_OI
-
-
-def with_ridge(covariance_II: Tensor, kept_K: Tensor) -> Tensor:
-    """Return C of the kept inputs (K, K), each input's own share added to its diagonal.
-
-    So the fit does not depend on the units that an input is counted in, and one massive activation
-    does not pull the weights of all others back to where they were.
-    """
-    inner_KK = covariance_II[kept_K[:, None], kept_K]
-    inner_KK.diagonal().mul_(1 + RIDGE).add_(LEAST)
-    return inner_KK
-
-
-def _solve(covariance_II: Tensor, kept_K: Tensor, wanted_KO: Tensor) -> Tensor:
-    # What is factored is not held: it is large, and hardly ever wanted again.
-    factor_KK, failed = torch.linalg.cholesky_ex(with_ridge(covariance_II, kept_K))
-    if usual(failed == 0):
-        return torch.cholesky_solve(wanted_KO, factor_KK)
-    # Rounding, or values that are not finite.
-    return cast(Tensor, torch.linalg.solve(with_ridge(covariance_II, kept_K), wanted_KO))
 
 
 def install_in_place(bank: LoraBank, anatomy: Anatomy) -> Install:

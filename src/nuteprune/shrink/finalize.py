@@ -61,9 +61,13 @@ def merge_layer(anatomy: Anatomy, layer: int, learned: Learned, computed: torch.
         module = anatomy.without_lora(layer, path)
         if part is not None and module is not None:
             put(module.weight, _replaced(module.weight, part, computed))
-            sides = (x.to(module.weight.device) for x in (part.out_OR, part.in_RI))
+            sides = (cast(Tensor, x).to(module.weight.device) for x in (part.out_OR, part.in_RI))
             out_OR, in_RI = sides
             put(module.weight, module.weight.float() + ((out_OR @ in_RI) * part.scale).float())
+    if (mixture := anatomy.mixture(layer)) is not None:
+        stack = mixture.stack(mixture.down)
+        if (part := learned.pop((layer, mixture.down.path), None)) is not None:
+            put(stack, _replaced(stack, part, computed))
 
 
 def _replaced(weight_OI: Tensor, part: Part, computed: torch.dtype) -> Tensor:
@@ -116,7 +120,7 @@ def fold_experts(mixture: Mixture, masks: Masks, layer: int) -> None:
     kinds = ("experts", "expert_neurons", "mlp_block", "hidden")
     if not any(kind in masks.values for kind in kinds):
         return
-    down = mixture.entry.projections[-1]
+    down = mixture.down
     count, width = mixture.sizes
     weight, bias = mixture.stack(down), mixture.bias(down)
     factor_E11 = torch.ones(count, 1, 1, device=weight.device)

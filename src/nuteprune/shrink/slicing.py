@@ -225,7 +225,7 @@ def _narrow_stream(anatomy: Anatomy, layer: int, ratio: float) -> None:
         if (linear := anatomy.linear(layer, projection)) is not None:
             parts += [linear.weight, linear.bias]
     if (mixture := anatomy.mixture(layer)) is not None:
-        down = mixture.entry.projections[-1]
+        down = mixture.down
         parts += [mixture.stack(down), mixture.bias(down)]
     for parameter in parts:
         if parameter is not None:

@@ -19,7 +19,7 @@ from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed
-from nuteprune.shrink.compensate import Install, refit
+from nuteprune.shrink.compensate import Install, InstallStack, refit
 from nuteprune.train.config import NutePruneConfig
 
 Progress = Callable[[str, int, int], None]
@@ -134,12 +134,13 @@ def refit_on(
     install: Install,
     progress: Progress = silent,
     dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    install_stack: InstallStack | None = None,
 ) -> None:
     """Re-fit the output and down projections to frozen masks; see `shrink.compensate.refit`."""
     blocks, size = args.refit_blocks, args.per_device_train_batch_size
     batches = calibration_batches(dataset, blocks, size)
     tick = counted(progress, "re-fitting projections", len(anatomy.layers))
-    refit(anatomy, hooks, masks, batches, install, tick, dense)
+    refit(anatomy, hooks, masks, batches, install, tick, dense, install_stack)
 
 
 def check_text(dataset: Any) -> None:

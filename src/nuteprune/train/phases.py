@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,8 +70,17 @@ class Sizes:
     cached: int
 
     @classmethod
-    def of(cls, anatomy: Anatomy, args: NutePruneConfig, length: int) -> Sizes:
-        """Read them off a model, whose tensors may be without data."""
+    def of(
+        cls, anatomy: Anatomy, args: NutePruneConfig, length: int, kinds: Collection[str]
+    ) -> Sizes:
+        """Read them off a model, whose tensors may be without data.
+
+        Args:
+            anatomy: the model.
+            args: the run's settings.
+            length: tokens per block.
+            kinds: of gates.
+        """
         each = anatomy.model.dtype.itemsize
         layers = [sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers]
         last, adapters = 0, 0
@@ -82,6 +91,8 @@ class Sizes:
                 if module is not None:
                     adapters += args.lora_rank * sum(module.weight.shape)
                     last += module.weight.numel() * (path in ends)
+            if "expert_neurons" in kinds and (mixture := anatomy.mixture(i)) is not None:
+                last += mixture.stack(mixture.down).numel() * (not mixture.entry.weighed_first)
         total = anatomy.parameters()
         return cls(
             weights=total * each,
@@ -146,7 +157,8 @@ class Run:
         with torch.device("meta"):
             anatomy = Anatomy(model_of(config, dtype, kind))
         allocator = make_allocator(anatomy, args)
-        sizes, prices = Sizes.of(anatomy, args, length), Prices.of(anatomy, dtype, args)
+        sizes = Sizes.of(anatomy, args, length, allocator.constraints.kinds)
+        prices = Prices.of(anatomy, dtype, args)
         goals, scores = run_targets(allocator, args, prices), allocator.chance_scores()
         targets = tuple(x.sparsity for x in goals)
         each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)

@@ -124,11 +124,12 @@ class Pruning:
         if not self.args.compensation:
             return
         bank, anatomy, args = self.bank, self.ready.anatomy, self.args
-        install = install_in_place(bank, anatomy)
+        install, stacks = install_in_place(bank, anatomy), True
         if args.sharded or is_packed(anatomy.model):  # no place for whole weights there
-            install = install_lora(bank, anatomy, args.lora_rank)
-        text, hooks, tell = self._text(), self.ready.hooks, self._progress
-        refit_on(text, args, anatomy, hooks, masks, install, tell, bank.as_dense)
+            install, stacks = install_lora(bank, anatomy, args.lora_rank), False
+        text, hooks, tell, dense = self._text(), self.ready.hooks, self._progress, bank.as_dense
+        put = bank.set_weight if stacks else None
+        refit_on(text, args, anatomy, hooks, masks, install, tell, dense, put)
         agree(bank.state().values())
 
     def figures(self) -> dict[str, float]:

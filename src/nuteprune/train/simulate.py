@@ -20,7 +20,6 @@ from nuteprune.distill.losses import Head
 from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.export.checkpoint import rounded_as_stored
 from nuteprune.gates.cutting import AT_ONCE, losses_of, run_dense
-from nuteprune.gates.expert_neurons import neuron_costs
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
@@ -35,6 +34,7 @@ from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import Need
 from nuteprune.train.prepare import Prepared, prepare
+from nuteprune.train.simulate_experts import pricing, refitting, thin_experts
 
 JUDGED = 4
 """Blocks that a job judges by in one pass."""
@@ -127,20 +127,10 @@ class Simulation:
             if method.reads_plain:
                 surgeon_scores(replace(probe, kinds=tuple(k for k in kinds if k in INPUTS)))
                 if "expert_neurons" in kinds:
-                    experts = self._pricing_neurons(live)
+                    experts = pricing(ready.anatomy, live)
             elif method.reads:
                 self._forward(block[0])
         return Need.of(live) + experts
-
-    def _pricing_neurons(self, live: Live) -> Need:
-        """Price the neurons of an expert that no token reaches; return what others multiply."""
-        anatomy = self.ready.anatomy
-        mixtures = list(filter(None, map(anatomy.mixture, range(len(anatomy.layers)))))
-        nothing_EF = torch.zeros(mixtures[0].sizes)
-        flops, fine = live.flops, live.fine
-        neuron_costs(mixtures[0], [], nothing_EF[:1])
-        others = len(mixtures) * len(nothing_EF) - 1
-        return Need(0, (live.flops - flops) * others, fine=(live.fine - fine) * others)
 
     def copying(self) -> Need:
         """Run the dense model on what repeats, and cut the first units; work is the former's."""
@@ -170,7 +160,17 @@ class Simulation:
 
             text = self._text(batches * size, size)
             refit(ready.anatomy, ready.hooks, self._widest(), text, install, dense=bank.as_dense)
-        return Need.of(live)
+            experts = refitting(ready.anatomy, self._masks, live)
+            self._stand_in_stacks(live)
+        return Need.of(live) + experts
+
+    @torch.no_grad()
+    def _stand_in_stacks(self, live: Live) -> None:
+        """Put stacks in place of those that a re-fit of experts replaces."""
+        for i, mixture in thin_experts(self.ready.anatomy, self._masks):
+            stack = torch.empty_like(mixture.stack(mixture.down))
+            self.ready.coforward.bank.set_weight(i, mixture.down, stack)
+            self._file(live, mixture.stack(mixture.down))
 
     def _widest(self) -> Masks:
         """Return masks that close a single unit of each kind in each layer.
@@ -220,6 +220,7 @@ class Simulation:
     @torch.no_grad()
     def _stand_in(self, live: Live) -> None:
         """Put weights in place of those that a re-fit replaces."""
+        self._stand_in_stacks(live)
         anatomy, bank = self.ready.anatomy, self.ready.coforward.bank
         for i in range(len(anatomy.layers)):
             for last, mask in (

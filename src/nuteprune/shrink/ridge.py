@@ -1,0 +1,72 @@
+"""Ridge regression of a weight on what its inputs that are left give.
+
+W' = W C[:, kept] (C[kept, kept] + ridge)^-1 with C = X^T X over the inputs X.
+
+Shape suffixes: O rows, I columns, K kept columns.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from nuteprune.simulated import usual
+
+RIDGE = 1e-1
+"""Ridge: what is added to the diagonal of C, as a share of itself."""
+LEAST = 1e-30
+"""What is added for an input that is always 0: the weights that read it stay as they are."""
+
+
+def ridge_fit(
+    weight_OI: Tensor,
+    covariance_II: Tensor,
+    mask_I: Tensor,
+    target_OI: Tensor,
+    more_OI: Tensor | None = None,
+) -> Tensor:
+    """Return the weight (O, I) that from the kept columns of X alone best gives X target^T + E.
+
+    Soft masks are taken into account: the input is X * mask, and so is the fit.
+
+    Args:
+        weight_OI: the weight that the ridge pulls towards, fp32.
+        covariance_II: X^T X of the unmasked inputs, fp32.
+        mask_I: what the inputs will be multiplied by, 0 where they are gone.
+        target_OI: the weight whose outputs, from all inputs, are wanted, fp32.
+        more_OI: E^T X of what is wanted beyond that, fp32; None: nothing.
+    """
+    kept_I = mask_I > 0
+    kept_K = kept_I.nonzero().flatten()
+    missing_OI = (weight_OI * kept_I).neg_().add_(target_OI) @ covariance_II
+    if more_OI is not None:
+        missing_OI += more_OI
+    missing_OK = missing_OI[:, kept_K]
+    del missing_OI
+    update_KO = _solve(covariance_II, kept_K, missing_OK.T)
+    del missing_OK
+    fitted_OI = torch.zeros_like(weight_OI)
+    fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
+    return fitted_OI
+
+
+def with_ridge(covariance_II: Tensor, kept_K: Tensor) -> Tensor:
+    """Return C of the kept inputs (K, K), each input's own share added to its diagonal.
+
+    So the fit does not depend on the units that an input is counted in, and one massive activation
+    does not pull the weights of all others back to where they were.
+    """
+    inner_KK = covariance_II[kept_K[:, None], kept_K]
+    inner_KK.diagonal().mul_(1 + RIDGE).add_(LEAST)
+    return inner_KK
+
+
+def _solve(covariance_II: Tensor, kept_K: Tensor, wanted_KO: Tensor) -> Tensor:
+    # What is factored is not held: it is large, and hardly ever wanted again.
+    factor_KK, failed = torch.linalg.cholesky_ex(with_ridge(covariance_II, kept_K))
+    if usual(failed == 0):
+        return torch.cholesky_solve(wanted_KO, factor_KK)
+    # Rounding, or values that are not finite.
+    return cast(Tensor, torch.linalg.solve(with_ridge(covariance_II, kept_K), wanted_KO))

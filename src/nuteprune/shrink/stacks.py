@@ -1,0 +1,62 @@
+"""Closed-form re-fit of routed experts, each on its own tokens.
+
+An expert is heard as g x its output, with g the router's weight of a token. So its down projection
+is fitted to give, from the neurons that are left, what it gave from all of them: over the tokens
+that the pruned model routes to it, squared errors counted g^2 times.
+
+Shape suffixes: E experts, F neurons of each, K kept ones, D hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nuteprune.gates.expert_neurons import Routed, neuron_covariance
+from nuteprune.gates.masks import Masks
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.mixture import Mixture
+from nuteprune.shrink.ridge import ridge_fit
+
+
+def lost_neurons(anatomy: Anatomy, masks: Masks, layer: int) -> Tensor | None:
+    """Return multipliers (E, F) of a layer's experts, of which some are 0; else None.
+
+    Those of experts that are gone are 1. None too where experts do not show their neurons.
+    """
+    mixture, neurons = anatomy.mixture(layer), masks.part("expert_neurons", layer)
+    if mixture is None or neurons is None or mixture.entry.weighed_first:
+        return None
+    neurons_EF = neurons.view(mixture.sizes)
+    if (experts_E := masks.part("experts", layer)) is not None:
+        neurons_EF = neurons_EF.masked_fill((experts_E <= 0).unsqueeze(-1), 1.0)
+    return None if bool((neurons_EF > 0).all()) else neurons_EF
+
+
+@torch.no_grad()
+def fitted_stack(mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tensor) -> Tensor:
+    """Return the stack of down projections, fitted where neurons are gone, as the entry has it.
+
+    Columns of neurons that are gone stay as they were, for neurons that may return.
+
+    Args:
+        mixture: the experts, their neurons whole.
+        routed: what the pruned model calls them with on calibration text.
+        mask_EF: what neurons will be multiplied by, 0 where they are gone.
+        target: the stack whose outputs, from all neurons, are wanted.
+    """
+    stack = mixture.stack(mixture.down).detach()
+    fitted = stack.clone()
+    for expert, mask_F in enumerate(mask_EF):
+        kept_F = mask_F > 0
+        if not bool(kept_F.all()):
+            own_DF, wanted_DF = (_plain(mixture, x[expert]).float() for x in (stack, target))
+            covariance_FF = neuron_covariance(mixture, routed, expert)
+            new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
+            _plain(mixture, fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
+    return fitted
+
+
+def _plain(mixture: Mixture, weight: Tensor) -> Tensor:
+    """Return a view (D, F) of an expert's down projection."""
+    return weight.T if mixture.entry.transposed else weight
