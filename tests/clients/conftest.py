@@ -160,6 +160,12 @@ class Client:
             pass
 
 
+@pytest.fixture(scope="session")
+def make_client() -> type[Client]:
+    """Returns `Client`, for those who keep one longer than a test."""
+    return Client
+
+
 @pytest.fixture
 def start(tmp_path: Path, python_of: Callable[[str], Path]) -> Iterator[Callable[..., Client]]:
     """Starts a client: `start(environment, script, **environment variables)`."""

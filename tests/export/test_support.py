@@ -69,6 +69,29 @@ def test_uniform_heads_that_vllms_own_class_would_not_see_are_said() -> None:
     assert "vLLM" not in objections("llama", *fewer, head_dim=64)
 
 
+def test_heads_that_it_would_not_see_are_counted_where_attention_is() -> None:
+    mixer = LayerShape(0, 0, 512, mixer=True)
+    fewer, whole = (mixer, LayerShape(2, 1, 512)), (mixer, LayerShape(4, 2, 512))
+    line = "vLLM: its own lfm2 class takes head_dim to be width / heads, which is not so here; "
+    assert line + "prune without heads" in objections("lfm2", *fewer, head_dim=64)
+    assert "vLLM" not in objections("lfm2", *whole, head_dim=64)
+
+
+def test_vllms_backend_is_told_what_logits_are_divided_by() -> None:
+    fewer = [LayerShape(2, 1, 0, 4, 64)] * 2
+    found = objections("granitemoe", *fewer, head_dim=64, logits_scaling=8.0)
+    assert """pass --model-impl transformers --hf-overrides '{"logit_scale": 0.125}'""" in found
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v3", "llama4_text", "lfm2"])
+def test_free_shapes_that_vllms_backend_does_not_load_are_said(name: str) -> None:
+    free = LayerShape(4, 4, 512), LayerShape(4, 4, 256)
+    line = f"vLLM: free shapes need its Transformers backend, which does not run {name} as "
+    assert line in objections(name, *free)
+    assert line not in objections(name, *free[:1] * 2)
+    assert "vLLM" not in objections("qwen3_moe", *free)
+
+
 def test_what_gguf_cannot_express_is_said() -> None:
     layers = LayerShape(4, 4, 512), LayerShape(4, 4, 256)
     assert "llama.cpp: gemma2 cannot be written as GGUF" in objections("gemma2", *layers)

@@ -16,7 +16,7 @@ from tests.families import each_plain_family
 
 NOT_SEEN = {
     *("gguf", "rope_names", "requires", "vllm_head_dim_from_hidden", "multipliers", "buffers"),
-    *("attention_softcap", "activation", "counts_heads", "attention"),
+    *("vllm_backend", "attention_softcap", "activation", "counts_heads", "attention"),
     *("rope_pairs", "attention_clip"),
 }
 """Facts about other programs, of variants, or that only trying tells; `attention` is compared

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nuteprune.errors import UserError
+from nuteprune.export.config import INVERSE_DIVISOR
 from nuteprune.export.gguf_fit import Source, choose
 from nuteprune.export.gguf_rows import check_rows, mended, torn_rows
 from nuteprune.export.onnx_graph import check_mixers, check_rope
+from nuteprune.model.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,31 @@ def _vllm(source: Source) -> Iterator[str]:
     bare = [i for i, x in enumerate(source.shape.layers) if not x.mixes]
     if bare:
         yield f"it refuses layers without attention ({_listed(bare)}); prune without attn_block"
-    first = source.shape.layers[0]
-    square = first.heads * source.head_dim == source.shape.hidden
-    if source.family.vllm_head_dim_from_hidden and source.shape.uniform and not square:
+    family, shape = source.family, source.shape
+    if not shape.uniform:
+        if not family.vllm_backend:
+            yield (
+                "free shapes need its Transformers backend, which does not run "
+                f"{family.model_type} as transformers does; prune with --shapes uniform"
+            )
+        return
+    square = shape.layers[shape.first_attention].heads * source.head_dim == shape.hidden
+    if family.vllm_head_dim_from_hidden and not square:
+        instead = "prune without heads, kv_groups and hidden"
+        if family.vllm_backend:
+            instead = f"pass --model-impl transformers{_inverse_divisor(source)}"
         yield (
-            f"its own {source.family.model_type} class takes head_dim to be width / heads, which "
-            "is not so here; pass --model-impl transformers"
+            f"its own {family.model_type} class takes head_dim to be width / heads, which is not "
+            f"so here; {instead}"
         )
+
+
+def _inverse_divisor(source: Source) -> str:
+    """Return the option that tells the Transformers backend what logits are divided by."""
+    if not (name := source.family.logit_divisor):
+        return ""
+    stated = {INVERSE_DIVISOR: 1 / getattr(source.config, name)}
+    return f" --hf-overrides '{json.dumps(stated)}'"
 
 
 def _batching(source: Source) -> Iterator[str]:
@@ -77,6 +98,7 @@ def _listed(numbers: list[int]) -> str:
 
 _STOCK = "as the stock class"
 _REMOTE = "`trust_remote_code=True`, or `load_pruned`"
+_WITHOUT_BACKEND = ", ".join(name for name, x in FAMILIES.items() if not x.vllm_backend)
 
 CLIENTS = (
     Client("transformers 5", _STOCK, _REMOTE, "tests/export", _none),
@@ -88,7 +110,7 @@ CLIENTS = (
     Client(
         "vLLM",
         _STOCK,
-        "its Transformers backend, `--trust-remote-code`",
+        f"its Transformers backend, `--trust-remote-code`; not {_WITHOUT_BACKEND}",
         "tests/clients/test_vllm.py",
         _vllm,
     ),

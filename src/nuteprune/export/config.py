@@ -23,8 +23,9 @@ FREE_SHAPE_KEYS = (
     "pruned",
 )
 """What a config with counts per layer states beside the stock class's values."""
-_INVERSE_DIVISOR = "logit_scale"
-"""Added where a family divides logits; elsewhere it may be the family's own."""
+INVERSE_DIVISOR = "logit_scale"
+"""Added where a family divides logits; elsewhere it may be the family's own. vLLM's Transformers
+backend knows the inverse alone."""
 
 
 def pruned_config(
@@ -52,7 +53,7 @@ def pruned_config(
     if not any(layer.attention for layer in counting):
         raise UserError("layer 0 must keep its attention: generation counts cached tokens there")
     names = family.config_names
-    added = {*FREE_SHAPE_KEYS, *([_INVERSE_DIVISOR] if family.logit_divisor else [])}
+    added = {*FREE_SHAPE_KEYS, *([INVERSE_DIVISOR] if family.logit_divisor else [])}
     values = {k: v for k, v in config.to_dict().items() if k not in added} | family.settles
     values[names["hidden"]] = shape.hidden
     if "head_dim" not in names:  # else the config's `head_dim` is something else, and stays
@@ -124,8 +125,8 @@ def _free_config(
         "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
         "allow_global_per_layer_attribute_access": True,
     }
-    if family.logit_divisor:  # vLLM's Transformers backend knows the inverse alone
-        values[_INVERSE_DIVISOR] = 1 / values[family.logit_divisor]
+    if family.logit_divisor:
+        values[INVERSE_DIVISOR] = 1 / values[family.logit_divisor]
     # At the top level, any head count will do that the stock class takes.
     heads, hidden = family.config_names["heads"], shape.hidden
     choices = [max(1, hidden // values["head_dim"])]

@@ -158,6 +158,9 @@ class Family:
     """The stock class's output projection is as wide as it is high: heads x head_dim = hidden."""
     vllm_head_dim_from_hidden: bool = False
     """vLLM's own class derives it so, whatever the config says."""
+    vllm_backend: bool = True
+    """vLLM's Transformers backend computes the type in free shapes: it keeps no state of mixers,
+    knows latent attention by stock model types, and does not load Llama 4's stacks of experts."""
     latent: tuple[str, ...] = ()
     """Config attributes whose sum is what a cache holds of a token, whatever the heads: the size
     of the latent, and the features that are rotated beside it."""

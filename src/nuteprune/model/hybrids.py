@@ -27,6 +27,7 @@ QWEN3_5 = replace(
     ),
     mixer=mixer("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
     mixer_module="linear_attn",
+    vllm_backend=False,
     norm="rms_1p",
     qk_norms=QK_NORMS,
     gguf=("qwen35",),
@@ -42,6 +43,8 @@ HYBRIDS = (
         mixer=mixer("conv", "in_proj"),
         mixer_module="conv",
         mixer_follows_width=True,
+        vllm_head_dim_from_hidden=True,
+        vllm_backend=False,
         mlp=(
             Projection("feed_forward.w1", ("neurons",), "hidden"),
             Projection("feed_forward.w3", ("neurons",), "hidden"),
@@ -62,6 +65,8 @@ HYBRIDS = (
         causal_lm="GraniteMoeHybridForCausalLM",
         mixer=mixer("mamba", "in_proj"),
         mixer_module="mamba",
+        vllm_head_dim_from_hidden=True,
+        vllm_backend=False,
         mlp=(
             Projection("shared_mlp.input_linear", ("neurons", "neurons"), "hidden"),
             Projection("shared_mlp.output_linear", ("hidden",), "neurons"),
@@ -85,6 +90,7 @@ HYBRIDS = (
         causal_lm="FalconH1ForCausalLM",
         mixer=mixer("mamba", "in_proj"),
         mixer_module="mamba",
+        vllm_backend=False,
         mlp=tuple(replace(x, path=x.path.replace("mlp.", "feed_forward.")) for x in LLAMA.mlp),
         mlp_modules=("feed_forward",),
         mlp_norms=("pre_ff_layernorm",),

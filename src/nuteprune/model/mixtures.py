@@ -53,6 +53,7 @@ QWEN2_MOE = replace(
     QWEN3_MOE,
     model_type="qwen2_moe",
     causal_lm="Qwen2MoeForCausalLM",
+    vllm_head_dim_from_hidden=True,
     qk_norms=(),
     experts=Experts(shared=_within("mlp.shared_expert"), shared_gate="mlp.shared_expert_gate"),
     config_names=MappingProxyType(
@@ -107,6 +108,7 @@ DEEPSEEK_V3 = replace(
     counts_heads=True,
     qk_norms=(),
     latent=("kv_lora_rank", "qk_rope_head_dim"),
+    vllm_backend=False,
     latent_norms=("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
     config_names=MappingProxyType(
         {**GLM4_MOE.config_names, "experts": "n_routed_experts", "head_dim": "v_head_dim"}
@@ -119,6 +121,7 @@ LLAMA4 = replace(
     PLAIN,
     model_type="llama4_text",
     causal_lm="Llama4ForCausalLM",
+    vllm_backend=False,
     mlp=_within("feed_forward"),
     mlp_modules=("feed_forward",),
     qk_norms=("self_attn.qk_norm",),
@@ -185,6 +188,7 @@ MIXTURES = (
         MIXTRAL,
         model_type="granitemoe",
         causal_lm="GraniteMoeForCausalLM",
+        vllm_head_dim_from_hidden=True,
         mlp_modules=("block_sparse_moe",),
         experts=Experts(
             projections=(

@@ -18,6 +18,7 @@ os.environ |= {
 def run(job: dict) -> dict:
     """Return the greedy continuation of a prompt, and the log-probability of each token."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     model = LLM(
         job["folder"],
@@ -25,9 +26,10 @@ def run(job: dict) -> dict:
         model_impl=job["implementation"],
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype="float32",
+        dtype=job["dtype"],
         max_model_len=64,
         max_num_seqs=2,
+        hf_overrides=job["overrides"],
     )
     steps = job["steps"]
     how = SamplingParams(
@@ -35,6 +37,8 @@ def run(job: dict) -> dict:
     )
     output = model.generate([{"prompt_token_ids": job["prompt"]}], how)[0].outputs[0]
     chosen = zip(output.logprobs, output.token_ids, strict=True)
+    model.llm_engine.engine_core.shutdown()  # the next job has a model of its own
+    cleanup_dist_env_and_memory()
     return {"made": list(output.token_ids), "logprobs": [x[i].logprob for x, i in chosen]}
 
 
