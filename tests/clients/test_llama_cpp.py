@@ -237,6 +237,38 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
         "qwen2moe",
     ),
     "lfm2": ("lfm2", {}, ("neurons",), "uniform", "lfm2"),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **{"mamba_norm_before_gate": False, "mamba_n_groups": 2, "embedding_multiplier": 1.7},
+            **{"mlp_multipliers": [0.6, 1.4], "ssm_in_multiplier": 1.2},
+            "attention_in_multiplier": 0.9,
+        },
+        ("kv_groups", "neurons", "hidden"),
+        "uniform",
+        "falcon-h1",
+    ),
+    "falcon_h1, no norm": (
+        "falcon_h1",
+        {"mamba_rms_norm": False, "tie_word_embeddings": True},
+        ("heads",),
+        "uniform",
+        "falcon-h1",
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {"mamba_n_groups": 2},
+        ("kv_groups", "neurons"),
+        "uniform",
+        "granitehybrid",
+    ),
+    "granitemoehybrid, rope": (
+        "granitemoehybrid",
+        {"position_embedding_type": "rope", "attention_multiplier": 0.3},
+        ("heads",),
+        "uniform",
+        "granitehybrid",
+    ),
     "granitemoe": ("granitemoe", {}, ("experts", "expert_neurons"), "uniform", "granitemoe"),
     "glm4_moe": ("glm4_moe", {}, ("experts", "kv_groups", "hidden"), "uniform", "glm4moe"),
     "glm4_moe, biases": (

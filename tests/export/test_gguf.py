@@ -127,6 +127,11 @@ def assert_same(ours: np.ndarray, theirs: torch.Tensor) -> None:
     np.testing.assert_array_equal(ours, theirs.detach().numpy())
 
 
+def assert_close(found: np.ndarray, expected: torch.Tensor) -> None:
+    """Check values that were computed: equal but for rounding."""
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-6)
+
+
 def test_deci_has_counts_and_tensors_by_layer(
     make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -265,6 +270,57 @@ def test_value_heads_of_qwen3_5_are_ordered_by_place_first(
     assert_same(found["blk.0.ssm_out.weight"], mixer.out_proj.weight[:, rows])
     assert keys["qwen35.full_attention_interval"] == 2
     assert keys["qwen35.rope.dimension_sections"] == [1, 1, 0, 0]
+
+
+def test_multipliers_of_falcon_h1_are_folded_in(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    factors = {"embedding_multiplier": 2.0, "ssm_in_multiplier": 3.0, "mlp_multipliers": [4.0, 5.0]}
+    factors |= {"attention_in_multiplier": 0.5, "mamba_norm_before_gate": False}
+    model = make("falcon_h1", tie_word_embeddings=True, **factors)
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
+    found, layer = dequantized(tmp_path / "m.gguf"), model.model.layers[1]
+    embedding, mlp, heads = model.model.embed_tokens.weight, layer.feed_forward, layer.self_attn
+    assert_same(found["token_embd.weight"], 2 * embedding)
+    assert_same(found["output.weight"], 0.5 * embedding)
+    each = torch.tensor([0.5] * 32 + [0.7] * 32 + [0.9] * 8 + [1.1] * 8 + [1.3] * 4)
+    assert_close(found["blk.1.ssm_in.weight"], 3 * each[:, None] * layer.mamba.in_proj.weight)
+    assert_close(found["blk.1.ssm_out.weight"], 0.7 * layer.mamba.out_proj.weight)
+    assert_close(found["blk.1.attn_k.weight"], 0.5 * 0.8 * heads.k_proj.weight)
+    assert_close(found["blk.1.attn_v.weight"], 0.5 * heads.v_proj.weight)
+    assert_close(found["blk.1.attn_output.weight"], 1.5 * heads.o_proj.weight)
+    assert_close(found["blk.1.ffn_gate.weight"], 4 * mlp.gate_proj.weight)
+    assert_close(found["blk.1.ffn_down.weight"], 5 * mlp.down_proj.weight)
+    assert_same(found["blk.1.ffn_norm"], layer.pre_ff_layernorm.weight)  # not .weight
+
+
+def test_states_of_granite_4_stay_in_float32(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("granitemoehybrid", ("neurons",), "uniform", mamba_n_groups=2)
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="q8_0")
+    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    types = {x.name: x.tensor_type.name for x in GGUFReader(tmp_path / "m.gguf").tensors}
+    mixer = model.model.layers[2].mamba
+    assert keys["granitehybrid.attention.head_count_kv"] == [0, 2, 0]
+    assert keys["granitehybrid.rope.scaling.finetuned"] is False  # no rotary embedding
+    assert keys["granitehybrid.attention.scale"] == pytest.approx(model.config.attention_multiplier)
+    assert types["blk.2.ssm_in.weight"] == "Q8_0"
+    whole = [f"blk.2.ssm_{x}" for x in ("a", "d", "dt.bias", "norm.weight", "conv1d.weight")]
+    assert {types[name] for name in whole} == {"F32"}
+    assert_close(found["blk.2.ssm_a"], -mixer.A_log.exp()[:, None])
+    assert_same(found["blk.2.ssm_norm.weight"], mixer.norm.weight.view(2, -1))
+
+
+def test_a_scaled_embedding_is_not_the_language_head(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = {"mlp_bias": False, "tie_word_embeddings": True, "logits_scaling": 1.0}
+    model = make("granite", FREE, **config)
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
+    found = dequantized(tmp_path / "m.gguf")
+    assert_same(found["token_embd.weight"], 2 * model.model.embed_tokens.weight)
+    assert_same(found["output.weight"], model.model.embed_tokens.weight)
 
 
 def test_what_is_missing_is_zero_where_llama_cpp_would_go_wrong(
@@ -568,6 +624,22 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] 
         QWEN3_NEXT | {"layer_types": ["linear_attention"] + ["full_attention"] * 3},
         "f16",
         "every n-th of its layers has attention",
+    ),
+    "a norm before the gate": (
+        "falcon_h1",
+        (),
+        "free",
+        {"mamba_norm_before_gate": True},
+        "f16",
+        r"norm what is gated already \(mamba_norm_before_gate",
+    ),
+    "bounds on time steps": (
+        "granitemoehybrid",
+        (),
+        "free",
+        {"time_step_limit": (0.0, 2.0)},
+        "f16",
+        r"does not bound time steps of recurrent layers \(time_step_limit",
     ),
     "narrow experts": (
         "mixtral",

@@ -59,8 +59,8 @@ _QUANTIZED = (Q.Q8_0, Q.Q4_0)
 TO_QUANTIZE = ("f16", "bf16")
 """Those that llama.cpp's own quantizer is given: K-quants are made of them."""
 
-_WHOLE = (".ffn_gate_inp.", ".shortconv.conv.", ".ssm_conv1d.", ".bias")
-"""Routers, convolutions and experts' biases, which stay in float32."""
+_WHOLE = (".ffn_gate_inp.", ".shortconv.conv.", ".ssm_conv1d.", ".ssm_norm.", ".bias")
+"""Routers, convolutions, norms and experts' biases, which stay in float32."""
 _F16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -156,7 +156,7 @@ def _tensor_infos(
     kind = FILE_TYPES[type_name]
     for name, values in tensors(anatomy, arch, source, shape):
         stored = Q.F32
-        if values.ndim > 1 and not any(x in name for x in _WHOLE):
+        if values.ndim > 1 < values.shape[-1] and not any(x in name for x in _WHOLE):
             stored = kind.matrices if name.startswith("blk.") else kind.ends
         if stored in _QUANTIZED and values.shape[-1] % BLOCK:
             stored = Q.F16  # a row that no gate cuts; the others were checked

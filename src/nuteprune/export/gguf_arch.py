@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from nuteprune.model.shape import Shape
 
@@ -89,10 +89,12 @@ class Arch:
     """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
     wide_scale_at: int | None = None
     """With that many layers, attention is scaled by sqrt(heads / hidden), not by head_dim."""
-    mixer: Literal["", "convolution", "delta_net", "tiled_delta_net"] = ""
-    """What layers without attention have instead: a short convolution over the width, or a gated
-    delta rule in every layer but the n-th. Tiled, its value heads are ordered by their place among
-    those of a key head, then by key head."""
+    mixer: Literal["", "convolution", "mamba2", "delta_net", "tiled_delta_net"] = ""
+    """What layers without attention have instead: a short convolution over the width, Mamba 2, or a
+    gated delta rule in every layer but the n-th. Tiled, its value heads are ordered by their place
+    among those of a key head, then by key head."""
+    optional_rope: bool = False
+    """Whether heads rotate is stated."""
     latent: bool = False
     """Keys and values come from latents that heads share."""
     unnormed_at: int | None = None
@@ -101,10 +103,23 @@ class Arch:
     """Name of the norm that the language head reads."""
     mlp_norm: str = "ffn_norm"
     """Name of the norm that the MLP reads."""
+    bare_mlp_norm: bool = False
+    """It is called so without `.weight`."""
     experts: Experts | None = None
     """What its layers have in place of an MLP."""
+    folded: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """Role of a linear map -> config values that multiply it, and that the architecture knows
+    nothing of; `NAME.i` is the i-th of a list."""
     built_in: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     """Config values that it takes for granted."""
+
+    def folded_in(self, role: str, config: Any) -> float:
+        """Return what multiplies a role's map, as the architecture does not."""
+        found = 1.0
+        for name, _, index in (x.partition(".") for x in self.folded.get(role, ())):
+            value = getattr(config, name)
+            found *= value[int(index)] if index else value
+        return found
 
     @property
     def key(self) -> str:

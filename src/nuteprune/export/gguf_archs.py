@@ -66,6 +66,37 @@ ARCHS: dict[str, Arch] = {
             wide_scale_at=62,
         ),
         replace(_LLAMA, name="granite", multipliers=True),
+        replace(
+            _LLAMA,
+            name="granitehybrid",
+            multipliers=True,
+            rope_types=frozenset({"default"}),
+            biases=frozenset(),
+            optional_attention=True,
+            optional_rope=True,
+            mixer="mamba2",
+        ),
+        Arch(
+            "falcon-h1",
+            mixer="mamba2",
+            bare_mlp_norm=True,
+            folded=MappingProxyType(
+                {
+                    "embedding": ("embedding_multiplier",),
+                    "q": ("attention_in_multiplier",),
+                    "k": ("attention_in_multiplier", "key_multiplier"),
+                    "v": ("attention_in_multiplier",),
+                    "o": ("attention_out_multiplier",),
+                    "gate": ("mlp_multipliers.0",),
+                    "down": ("mlp_multipliers.1",),
+                    **{
+                        f"mixer.{i}": ("ssm_in_multiplier", f"ssm_multipliers.{i}")
+                        for i in range(5)
+                    },
+                    "mixer.out": ("ssm_out_multiplier",),
+                }
+            ),
+        ),
         replace(_LLAMA, biases=_QKV_O, experts=Experts(own_width=False, always=False)),
         replace(
             _LLAMA,

@@ -7,7 +7,7 @@ Shape suffixes: D hidden width, E experts, O rows (outputs), I columns (inputs),
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from gguf import MODEL_TENSOR, TENSOR_NAMES
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nuteprune.export.gguf_arch import Arch
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.mixture import Mixture
@@ -37,6 +38,16 @@ def name_of(
     return f"{TENSOR_NAMES[tensor].format(bid=layer)}.{kind}"
 
 
+def mixer(anatomy: Anatomy, arch: Arch, layer: int) -> Iterator[tuple[str, Array]]:
+    """Yield the tensors of what mixes a layer's tokens otherwise than attention."""
+    if arch.mixer == "convolution":
+        yield from convolution(anatomy, layer)
+    elif arch.mixer == "mamba2":
+        yield from mamba2(anatomy, arch, layer)
+    else:
+        yield from delta_net(anatomy, layer, tiled=arch.mixer == "tiled_delta_net")
+
+
 def convolution(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:
     """Yield a short convolution's projections, and its taps (D, L)."""
     names = (MODEL_TENSOR.SHORTCONV_INPROJ, MODEL_TENSOR.SHORTCONV_OUTPROJ)
@@ -50,6 +61,38 @@ def taps_of(anatomy: Anatomy, layer: int) -> Array:
     block = anatomy.layers[layer].get_submodule(anatomy.family.mixer_module)
     (taps,) = (x for x in block.children() if isinstance(x, nn.Conv1d))
     return array_of(taps.weight).squeeze(1)
+
+
+def mamba2(anatomy: Anatomy, arch: Arch, layer: int) -> Iterator[tuple[str, Array]]:
+    """Yield the tensors of Mamba 2: its projections, taps, and a decay and a skip for each head."""
+    config = anatomy.config
+    block: Any = anatomy.layers[layer].get_submodule(anatomy.family.mixer_module)
+    reads, out = (_weight(anatomy, layer, x) for x in anatomy.family.mixer)
+    states = config.mamba_n_groups * config.mamba_d_state
+    sizes = (out.shape[1], out.shape[1], states, states, config.mamba_n_heads)
+    factors = [arch.folded_in(f"mixer.{i}", config) for i in range(len(sizes))]
+    yield name_of(MODEL_TENSOR.SSM_IN, layer), reads * _each(factors, sizes)
+    yield name_of(MODEL_TENSOR.SSM_CONV1D, layer), taps_of(anatomy, layer)
+    if block.conv1d.bias is not None:
+        yield name_of(MODEL_TENSOR.SSM_CONV1D, layer, "bias"), array_of(block.conv1d.bias)
+    yield name_of(MODEL_TENSOR.SSM_DT, layer, "bias"), array_of(block.dt_bias)
+    for tensor, values in (
+        (MODEL_TENSOR.SSM_A, -np.exp(array_of(block.A_log))),
+        (MODEL_TENSOR.SSM_D, array_of(block.D)),
+    ):
+        yield name_of(tensor, layer).removesuffix(".weight"), values[:, None]
+    if getattr(getattr(block, "norm", None), "weight", None) is not None:
+        norm = array_of(block.norm.weight).reshape(config.mamba_n_groups, -1)
+        yield name_of(MODEL_TENSOR.SSM_NORM, layer), norm
+    yield (
+        name_of(MODEL_TENSOR.SSM_OUT, layer),
+        out * np.float32(arch.folded_in("mixer.out", config)),
+    )
+
+
+def _each(factors: Sequence[float], sizes: Sequence[int]) -> Array:
+    """Return a column with a factor for each row: of what the input projection stacks."""
+    return np.repeat(np.asarray(factors, np.float32), sizes)[:, None]
 
 
 def delta_net(anatomy: Anatomy, layer: int, tiled: bool) -> Iterator[tuple[str, Array]]:

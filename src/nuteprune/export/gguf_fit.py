@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from nuteprune.errors import UserError
@@ -16,6 +17,7 @@ from nuteprune.export.gguf_archs import ARCHS
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
 
+_ANY_STEP = (0.0, inf)
 _DIRECT_QUERIES = (26, 27)
 """Layers of models whose queries come from no latent, which llama.cpp tells by the count."""
 _SLIDING, _CHUNKED, _FULL = "sliding_attention", "chunked_attention", "full_attention"
@@ -193,6 +195,8 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
     ]
     if arch.mixer == "convolution" and getattr(config, "conv_bias", False):
         yield "its convolutions have no biases (conv_bias)"
+    if arch.mixer == "mamba2":
+        yield from _mamba_misfits(config)
     if arch.mixer.endswith("delta_net"):
         yield from _delta_net_misfits(source)
     if arch.latent:
@@ -218,6 +222,16 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
         sliding = dict(config.rope_parameters or {}).get(_SLIDING)
         if sliding and (sliding["rope_theta"], sliding["rope_type"]) != (10000.0, "default"):
             yield "its sliding layers rotate by theta 10000, unscaled"
+
+
+def _mamba_misfits(config: Any) -> Iterator[str]:
+    for name in ("mamba_proj_bias", "projectors_bias"):
+        if getattr(config, name, False):
+            yield f"its recurrent layers have no biases ({name})"
+    if getattr(config, "mamba_rms_norm", False) and config.mamba_norm_before_gate:
+        yield "its recurrent layers norm what is gated already (mamba_norm_before_gate)"
+    if tuple(config.time_step_limit or _ANY_STEP) != _ANY_STEP:
+        yield "it does not bound time steps of recurrent layers (time_step_limit)"
 
 
 def _delta_net_misfits(source: Source) -> Iterator[str]:

@@ -18,6 +18,8 @@ _ROPE_SCALING = {
     "longrope": RopeScalingType.LONGROPE,
     "yarn": RopeScalingType.YARN,
 }
+_BY_HEADS = ("convolution", "mamba2")
+"""Mixers of layers that state no heads."""
 _SECTIONS = (11, 11, 10)
 """What transformers takes where a config does not say which frequencies are of which position."""
 
@@ -42,6 +44,8 @@ def write_dimensions(
     else:
         writer.add_layer_norm_rms_eps(getattr(config, family.config_names["epsilon"]))
     _write_rope(writer, source)
+    if arch.optional_rope:  # llama.cpp's name for whether there is one
+        writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
     if arch.window_period is not None and not arch.chunked:
         writer.add_sliding_window(source.window or 0)
     if arch.softcaps:
@@ -49,13 +53,13 @@ def write_dimensions(
         writer.add_attn_logit_softcapping(getattr(config, family.attention_softcap or ""))
     if family.attention_clip and (bound := getattr(config, family.attention_clip)):
         writer.add_clamp_kqv(bound)
-    if family.logit_multiplier:
+    if family.logit_multiplier and not arch.folded:
         writer.add_logit_scale(getattr(config, family.logit_multiplier))
     if arch.multipliers:
         embedding, residual = family.multipliers or ("", "")
         writer.add_embedding_scale(getattr(config, embedding))
         writer.add_residual_scale(getattr(config, residual))
-        writer.add_attention_scale(anatomy.attention_scale(0))
+        writer.add_attention_scale(anatomy.attention_scale(shape.first_attention))
         writer.add_logit_scale(getattr(config, family.logit_divisor or ""))
 
 
@@ -69,8 +73,8 @@ def _write_counts(writer: GGUFWriter, arch: Arch, shape: Shape) -> None:
         neurons = dense or [x.expert_neurons for x in shape.layers]
     for add, values, by_layer in (
         (writer.add_head_count, heads, arch.per_layer),
-        # Where there are none, an architecture with convolutions has one of them.
-        (writer.add_head_count_kv, kv_heads, arch.per_layer or arch.mixer == "convolution"),
+        # Where there are none, an architecture has a convolution or Mamba 2.
+        (writer.add_head_count_kv, kv_heads, arch.per_layer or arch.mixer in _BY_HEADS),
         (writer.add_feed_forward_length, neurons, arch.per_layer),
     ):
         add(values if by_layer else 1 if arch.latent and values is kv_heads else max(values))
@@ -101,6 +105,12 @@ def _write_mixers(writer: GGUFWriter, anatomy: Anatomy, arch: Arch, source: Sour
         writer.add_shortconv_l_cache(taps)
         return
     writer.add_ssm_conv_kernel(taps)
+    if arch.mixer == "mamba2":
+        writer.add_ssm_state_size(config.mamba_d_state)
+        writer.add_ssm_group_count(config.mamba_n_groups)
+        writer.add_ssm_time_step_rank(config.mamba_n_heads)
+        writer.add_ssm_inner_size(config.mamba_n_heads * config.mamba_d_head)
+        return
     writer.add_ssm_state_size(config.linear_key_head_dim)
     writer.add_ssm_group_count(config.linear_num_key_heads)
     writer.add_ssm_time_step_rank(config.linear_num_value_heads)

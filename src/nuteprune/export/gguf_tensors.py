@@ -20,10 +20,9 @@ from nuteprune.export.gguf_arch import Arch
 from nuteprune.export.gguf_blocks import (
     Array,
     array_of,
-    convolution,
-    delta_net,
     experts,
     latent_attention,
+    mixer,
     name_of,
     sinks,
 )
@@ -92,7 +91,8 @@ def tensors(
     embedding, divisor, factors = _factors(anatomy, arch)
     embedding_VD = array_of(anatomy.embedding.weight)
     yield name_of(MODEL_TENSOR.TOKEN_EMBD), embedding_VD * np.float32(embedding)
-    if arch.head == "always" or (arch.head == "optional" and not (anatomy.tied and divisor == 1)):
+    same = anatomy.tied and embedding == divisor == 1
+    if arch.head == "always" or (arch.head == "optional" and not same):
         yield name_of(MODEL_TENSOR.OUTPUT), array_of(anatomy.head.weight) / np.float32(divisor)
         if getattr(anatomy.head, "bias", None) is not None:
             yield name_of(MODEL_TENSOR.OUTPUT, kind="bias"), array_of(anatomy.head.bias)
@@ -104,9 +104,9 @@ def tensors(
         if anatomy.family.latent:
             yield from latent_attention(anatomy, i)
         elif have.attention:
-            factors["q"] = 1.0
+            factors["q"] = arch.folded_in("q", anatomy.config)
             if not arch.multipliers:
-                factors["q"] = anatomy.attention_scale(i) / arch.attention_scale(
+                factors["q"] *= anatomy.attention_scale(i) / arch.attention_scale(
                     source.shape, anatomy.head_dim
                 )
             yield from _qk_norms(anatomy, i, factors)
@@ -119,10 +119,7 @@ def tensors(
             parts = _reordered(parts, want, anatomy.head_dim)
         yield from _layer(i, _fused(parts, arch))
         if have.mixer:
-            if arch.mixer == "convolution":
-                yield from convolution(anatomy, i)
-            else:
-                yield from delta_net(anatomy, i, tiled=arch.mixer == "tiled_delta_net")
+            yield from mixer(anatomy, arch, i)
         if (mixture := anatomy.mixture(i)) is not None:
             yield from experts(anatomy, mixture, i, factors.get("down", 1.0))
 
@@ -134,6 +131,9 @@ def _called(name: str) -> MODEL_TENSOR:
 
 def _factors(anatomy: Anatomy, arch: Arch) -> tuple[float, float, dict[str, float]]:
     """Return what is folded in: (embedding factor, logit divisor, factor by role)."""
+    if arch.folded:
+        each = {role: arch.folded_in(role, anatomy.config) for role in arch.folded}
+        return each.pop("embedding"), anatomy.logit_scale()[0], each
     if arch.multipliers or anatomy.family.multipliers is None:
         return 1.0, 1.0, {}
     embedding, residual = (float(getattr(anatomy.config, x)) for x in anatomy.family.multipliers)
@@ -163,7 +163,9 @@ def _norms(
             tensor = _called(arch.mlp_norm)
         norm: nn.Module | None = getattr(anatomy, kind)(layer, block)
         if norm is not None:
-            yield from _norm(anatomy, tensor, norm, layer)
+            bare = arch.bare_mlp_norm and block == "mlp_block"
+            for name, values in _norm(anatomy, tensor, norm, layer):
+                yield name.removesuffix(".weight") if bare else name, values
         elif kind == "pre_norm" and written[block]:  # what it feeds is zero
             yield name_of(tensor, layer), np.ones(anatomy.shape.hidden, np.float32)
 

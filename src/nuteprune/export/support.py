@@ -90,6 +90,9 @@ def _gates() -> Iterator[str]:
     yield "".join(f"{i}. {reason}.\n" for i, reason in enumerate(reasons, 1))
 
 
+_NO_ARCH = "no architecture"
+
+
 def _conditions(arch: Arch, family: Family) -> str:
     said = [
         (arch.square_attention and not family.head_dim_from_hidden, "heads and width whole"),
@@ -111,9 +114,8 @@ def _gguf() -> str:
             ", else ".join(_conditions(x, family) for x in archs if x.per_layer == per_layer)
             for per_layer in (False, True)
         )
-        none = "recurrent layers are not written" if family.mixer else "no architecture"
-        without = "no: `--shapes uniform`" if archs else none
-        rows.append([name, uniform or none, free or without])
+        without = "no: `--shapes uniform`" if archs else _NO_ARCH
+        rows.append([name, uniform or _NO_ARCH, free or without])
     return _table(["family", "uniform", "free"], rows)
 
 

@@ -82,7 +82,7 @@ HYBRIDS = (
                 "multiple of the hidden size, so that cannot be cut alone"
             }
         ),
-        gguf=(),
+        gguf=("granitehybrid",),
     ),
     replace(
         PLAIN,
@@ -96,6 +96,6 @@ HYBRIDS = (
         mlp_norms=("pre_ff_layernorm",),
         final_norm="model.final_layernorm",
         logit_multiplier="lm_head_multiplier",
-        gguf=(),
+        gguf=("falcon-h1",),
     ),
 )
