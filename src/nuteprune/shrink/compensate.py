@@ -27,7 +27,7 @@ from nuteprune.gates.units import BLOCKS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.model.layerwise import Layerwise
+from nuteprune.model.layerwise import Layerwise, Read
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
@@ -92,36 +92,62 @@ def refit(
         for _ in ends:
             progress()
         return
-    text, intact = (Layerwise(anatomy, hooks, x, batches) for x in (masks, None))
+    text = Layerwise(anatomy, hooks, masks, batches)
+    # Fits of experts alone ask nothing of the dense model's stream.
+    intact = Layerwise(anatomy, hooks, None, batches) if any(ends) else None
     for i, found in enumerate(ends):
         norms = _norms_before(anatomy, i)
-        with dense(i):
-            read = intact.reads(i, norms)
+        read: dict[str, Read] = {}
+        if intact is not None:
+            with dense(i):
+                read = intact.reads(i, norms)
         for block, projection, mask in found:
-            module = anatomy.projection(i, projection)
-            covariance_II, missing_OI = text.covariance(
-                i, projection, norms.get(block), read.pop(block, ())
-            )
-            weight_OI = _effective_weight(module)
-            mask_I = mask.to(weight_OI)
-            with dense(i):  # LoRA may have made up for some of what is gone
-                target_OI = weight_of(_base(module)).float()
-            if missing_OI is not None:
-                missing_OI.mul_(FEEDBACK)
-            fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI, missing_OI)
-            del weight_OI, target_OI, missing_OI  # large, as what follows
-            masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
-            install(i, projection, Fit(fitted_OI, masked_II))
+            lack = norms.get(block), read.pop(block, ())
+            install(i, projection, _fit(anatomy, text, i, projection, mask, lack, dense))
         read.clear()  # large, as what the next layer's norms read
         if install_stack is not None and (mask_EF := thin[i]) is not None:
             mixture = cast(Mixture, anatomy.mixture(i))
             with dense(i):
                 target = mixture.stack(mixture.down)
-            routed = text.calls(i, mixture.experts)
-            install_stack(i, mixture.down, fitted_stack(mixture, routed, mask_EF, target))
-            del target, routed  # large
+            fitted = fitted_stack(mixture, text.calls(i, mixture.experts), mask_EF, target)
+            install_stack(i, mixture.down, fitted)
+            del target, fitted  # large
         text.advance(i)
         progress()
+
+
+def _fit(
+    anatomy: Anatomy,
+    text: Layerwise,
+    layer: int,
+    projection: Projection,
+    mask: Tensor,
+    lack: tuple[nn.Module | None, Read],
+    dense: Callable[[int], AbstractContextManager[Any]],
+) -> Fit:
+    """Return the fit of a projection where the text stands.
+
+    Args:
+        anatomy: the model.
+        text: calibration text in front of the layer.
+        layer: its index.
+        projection: the last one of a block of it.
+        mask: multipliers (I,) of its inputs.
+        lack: norm of what the block reads, and what that reads in the dense model.
+        dense: see `refit`.
+    """
+    module = anatomy.projection(layer, projection)
+    covariance_II, missing_OI = text.covariance(layer, projection, *lack)
+    weight_OI = _effective_weight(module)
+    mask_I = mask.to(weight_OI)
+    with dense(layer):  # LoRA may have made up for some of what is gone
+        target_OI = weight_of(_base(module)).float()
+    if missing_OI is not None:
+        missing_OI.mul_(FEEDBACK)
+    fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI, missing_OI)
+    del weight_OI, target_OI, missing_OI  # large, as what follows
+    masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
+    return Fit(fitted_OI, masked_II)
 
 
 def _without_inputs(
