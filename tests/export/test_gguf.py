@@ -682,6 +682,18 @@ def test_f16_refuses_what_it_would_make_infinite(
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="bf16")
 
 
+@pytest.mark.parametrize("type_name", ["f16", "q8_0"])
+def test_what_is_no_number_is_not_written(
+    type_name: str, make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("mixtral", intermediate_size=32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = torch.nan
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_down_exps\.weight has values that are not"):
+        write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name=type_name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_family_names_known_architectures() -> None:
     assert {name for x in FAMILIES.values() for name in x.gguf} == ARCHS.keys()
 

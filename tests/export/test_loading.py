@@ -249,6 +249,28 @@ def test_stock_classes_are_not_given_what_they_would_drop_in_silence(
         load_pruned(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight"),
+        ("qwen3_moe", "model.layers.2.mlp.experts.0.up_proj.weight"),
+    ],
+)
+def test_an_expert_that_does_not_go_with_the_others_is_named(
+    name: str, tensor: str, tiny_model: Callable, prune_at_random: Callable, tmp_path: Path
+) -> None:
+    model = prune_at_random(tiny_model(name), ("experts",), "uniform")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    change_weights(folder, lambda w: w.update({tensor: w[tensor][:-1].clone()}))
+    size = r"is \[\d+, \d+\], not \[\d+, \d+\]$"
+    with pytest.raises(UserError, match=f"cannot be stacked: {re.escape(tensor)} {size}"):
+        load_pruned(folder)
+    change_weights(folder, lambda w: w.pop(tensor))
+    with pytest.raises(UserError, match=f"cannot be stacked: no {re.escape(tensor)}$"):
+        load_pruned(folder)
+
+
 def test_stock_files_may_hold_what_is_no_weight_of_a_layer(
     tiny_model: Callable, tokens: Tensor, tmp_path: Path
 ) -> None:

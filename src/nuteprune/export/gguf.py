@@ -160,7 +160,10 @@ def _tensor_infos(
             stored = kind.matrices if name.startswith("blk.") else kind.ends
         if stored in _QUANTIZED and values.shape[-1] % BLOCK:
             stored = Q.F16  # a row that no gate cuts; the others were checked
-        if stored == Q.F16 and np.abs(values).max() > _F16_MAX:
+        largest = np.abs(values).max(initial=0)
+        if not np.isfinite(largest):
+            raise UserError(f"{name} has values that are not finite: the checkpoint is damaged")
+        if stored == Q.F16 and largest > _F16_MAX:
             raise UserError(
                 f"{name} has values beyond {_F16_MAX:.0f}, the largest of --type f16: pass bf16"
             )

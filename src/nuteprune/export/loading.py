@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import PREFIX
+from nuteprune.export.expert_files import torn
 from nuteprune.export.own_family import bring_from
 from nuteprune.export.wrapping import language_config
 from nuteprune.files import damage
@@ -204,9 +205,14 @@ def _load(
 ) -> PreTrainedModel:
     """Call `from_pretrained`, but refuse what it would make up: weights that do not fit."""
     with one_line(source or "the pruned model"), _quiet():
-        model, info = model_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        try:
+            model, info = model_class.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except RuntimeError as error:  # which points to a report that is not shown here
+            if source is not None and (found := torn(Path(source))):
+                raise UserError(f"experts of {source} cannot be stacked: {found}") from error
+            raise
     # Stock checkpoints may carry more than their class reads, and always have; but no projections.
     wrong = {
         "missing": sorted(info["missing_keys"]),

@@ -1,0 +1,43 @@
+"""Experts in files, one by one: what keeps those of a layer from being stacked."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from safetensors import safe_open
+
+_ONE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+"""A tensor of one expert: its layer's stack, its number, its projection."""
+
+
+def torn(folder: Path) -> str | None:
+    """Return which expert's tensor is missing, or of another size than that of the others.
+
+    transformers stacks them when it loads them, and does not say which it could not stack.
+
+    Args:
+        folder: a checkpoint; its files are whole.
+
+    Returns:
+        The first that is found, in words; None where there is none.
+    """
+    sizes: dict[tuple[str, str], dict[int, tuple[int, ...]]] = defaultdict(dict)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if found := _ONE.fullmatch(name):
+                    stack, expert, projection = found.groups()
+                    size = tuple(file.get_slice(name).get_shape())
+                    sizes[stack, projection][int(expert)] = size
+    experts: dict[str, set[int]] = defaultdict(set)
+    for (stack, _), by_expert in sizes.items():
+        experts[stack] |= by_expert.keys()
+    for (stack, projection), by_expert in sizes.items():
+        usual = Counter(by_expert.values()).most_common(1)[0][0]
+        for expert in sorted(experts[stack]):
+            if (size := by_expert.get(expert)) != usual:
+                name = f"{stack}.{expert}.{projection}"
+                return f"{name} is {list(size)}, not {list(usual)}" if size else f"no {name}"
+    return None
