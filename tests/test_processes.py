@@ -120,6 +120,7 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
     same = {**how, "adam_epsilon": 1e-2, "shares": 1, "compensation": False, "neuron_multiple": 8}
+    same["routing_weight"] = 0.5
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     asked = command(tiny_inputs, two, batch_size=4, sharded=True, **same)
     assert said(python(*QUICK, *asked, processes=2)).count("Saved") == 1
@@ -137,6 +138,22 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
     with torch.no_grad():
         ours, theirs = (x(tokens).logits for x in models)
     assert torch.allclose(ours, theirs, atol=1e-4 * float(ours.abs().max()))
+
+
+def test_two_processes_re_fit_experts_as_one_does(
+    tiny_inputs: Inputs, tiny_model: Callable, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny_model("qwen2_moe", vocab_size=512).save_pretrained(tiny_inputs[0])
+    same = {"gates": "expert_neurons", "neuron_multiple": 8, "adam_epsilon": 1e-2, "shares": 1}
+    same["routing_weight"] = 0.5
+    said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
+    said(python(*QUICK, *command(tiny_inputs, two, batch_size=4, **same), processes=2))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    files = [load_file(x / "model.safetensors") for x in (one, two)]
+    fitted = [k for k in files[0] if ".experts." in k and "down_proj" in k]
+    assert fitted
+    assert all(torch.allclose(files[0][k], files[1][k], atol=1e-5) for k in fitted)
 
 
 def mixtures(model: PreTrainedModel) -> list[Mixture]:
