@@ -244,7 +244,8 @@ def planned(cell: Cell, model: str) -> dict[str, int]:
     """Return what the plan says of the same."""
     from nuteprune.jobs.plan import config_of
     from nuteprune.jobs.sources import read_config
-    from nuteprune.train.phases import Run, on_cpu
+    from nuteprune.train.kernels import on_cpu
+    from nuteprune.train.phases import Run
 
     config, dtype = config_of(model), getattr(torch, cell.dtype)
     values = read_config(model)

@@ -20,7 +20,8 @@ from nuteprune.jobs.planned import Rate
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import Need
-from nuteprune.train.phases import FORMULA, Run, on_cpu
+from nuteprune.train.kernels import on_cpu
+from nuteprune.train.phases import FORMULA, Phase, Run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
@@ -41,7 +42,9 @@ def found(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
 
 
 def test_work_in_fp32_has_a_rate_of_its_own() -> None:
-    assert Rate(plain=100.0, fine=10.0).seconds(Need(0, flops=700, fine=200)) == 5 + 20
+    phase = Phase("any", Need(0, flops=700, fine=200), read=60)
+    assert Rate(plain=100.0, fine=10.0).seconds(phase) == 5 + 20
+    assert Rate(plain=100.0, fine=10.0, read=30.0).seconds(phase) == 5 + 20 + 2
 
 
 @pytest.mark.slow(seconds=8)
@@ -69,6 +72,28 @@ def test_all_phases_are_planned_at_the_rate_of_a_real_step(
     assert phases["judging the dense model"]["flops"] == 3 * judging
     assert phases["judging the results"]["how"] == FORMULA
     assert dry["seconds"] == pytest.approx(sum(x["seconds"] for x in dry["phases"]))
+
+
+@pytest.mark.slow(seconds=5)
+def test_the_end_begins_with_the_moments(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    config, args = copy.deepcopy(model.config), NutePruneConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", save_strategy="no",
+        target_sparsity=0.2, max_steps=1, neuron_multiple=4, calibration_blocks=1, lora_rank=64,
+    )  # fmt: skip
+    trainer = NutePruneTrainer(
+        model, args, BlockDataset(torch.randint(3, 90, (args.blocks, LENGTH)))
+    )
+    trainer.train()
+    assert trainer.optimizer is not None
+    states = [x for state in trainer.optimizer.state.values() for x in state.values()]
+    learned = [x for x in trainer.model.parameters() if x.requires_grad]
+    held = sum(x.nbytes for x in (*states, *learned))
+    run = Run.of(config, args, LENGTH, torch.float32, stored=torch.float32)
+    planned = next(x.need.peak for x in run.after_steps() if x.name == "finalize")
+    assert planned == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.slow(seconds=5)

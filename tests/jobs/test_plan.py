@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.backends import mkldnn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, PreTrainedConfig
 
 from nuteprune.console import Output
 from nuteprune.errors import UserError
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.surgeon import input_slopes, surgeon_scores
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Asked, _with, config_of, run
 from nuteprune.jobs.settings import make_job
 from nuteprune.simulated import Live
+from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches
-from nuteprune.train.phases import KERNEL, Phase, Run, on_cpu
+from nuteprune.train.kernels import KERNEL, KERNELS, on_cpu
+from nuteprune.train.phases import Phase, Run
 from nuteprune.train.simulate import Simulation, model_of
+from tests.unplanned import leave_unplanned
 
 pytestmark = [
     # torch looks at what it is going to turn into a tensor without data.
@@ -147,6 +154,35 @@ def test_a_cpu_keeps_kernels() -> None:
     held = on_cpu([Phase(name, Need(1e9, 0, sizes)) for name, sizes in needs.items()])
     assert held["scoring"] == held["re-fit"] == 1e9 + 3 * KERNEL
     assert held["step, fixed masks"] == 1e9 + 5 * KERNEL
+    many = on_cpu([Phase("scoring", Need(0, 0, 700)), Phase("re-fit", Need(0, 0, 700))])
+    assert many == {"scoring": 700 * KERNEL, "re-fit": KERNELS * KERNEL}
+
+
+@pytest.mark.slow(seconds=5)
+def test_kernels_are_counted_as_the_library_makes_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a step on data: oneDNN says by itself for which sizes it wants one."""
+    # Not sdpa, which multiplies inside of itself.
+    values, half = config(attn_implementation="eager"), torch.bfloat16
+    real = Simulation(values, settings(tmp_path), 24, half, model_of(values, half))
+    capfd.readouterr()
+    with mkldnn.verbose(mkldnn.VERBOSE_ON_CREATION):
+        counted = real.step().sizes
+    lines = [x.split(",") for x in capfd.readouterr().out.splitlines() if ",create:" in x]
+    wanted = {tuple(x[i] for i in (8, 9, 11)) for x in lines if x[5] == "matmul"}
+    if not wanted:
+        pytest.skip("this processor's products in half precision are not oneDNN's")
+    assert counted == pytest.approx(len(wanted), rel=0.1)
+
+
+@pytest.mark.slow(seconds=5)
+def test_layers_of_the_same_width_share_kernels(tmp_path: Path) -> None:
+    values, half = config(num_hidden_layers=12, intermediate_size=96), torch.bfloat16
+    args = settings(tmp_path, neuron_multiple=16)
+    (step,) = Run.of(values, args, 24, half, stored=half).steps()
+    whole = Simulation(values, args, 24, half, stored=half).step()
+    assert step.need.sizes == pytest.approx(whole.sizes, rel=0.1)
 
 
 @pytest.mark.slow
@@ -189,6 +225,7 @@ def test_what_is_saved_on_a_cpu_is_mapped(tmp_path: Path) -> None:
 
 PHASES = {
     "judging": Simulation.judging,
+    "gradients": Simulation.sloping,
     "scoring": lambda x: x.scoring(2),
     "re-fit": lambda x: x.refitting(2),
     "step": Simulation.step,
@@ -233,6 +270,35 @@ def test_few_layers_tell_of_the_cut_of_many(tmp_path: Path) -> None:
     assert ours == pytest.approx(real.finalizing().peak, rel=0.03)
 
 
+@pytest.mark.slow(seconds=5)
+def test_few_layers_tell_of_the_scoring_of_many(tmp_path: Path) -> None:
+    """Few layers hold most of what is scored layer by layer, many hold most of gradients."""
+    values = config(num_hidden_layers=12)
+    args = settings(tmp_path, calibration_blocks=4)
+    run = Run.of(values, args, 24, torch.float32)
+    ours = next(x.need for x in run.before_steps() if x.name == "scoring")
+    real = Simulation(values, args, 24, torch.float32, model_of(values, torch.float32))
+    plain = 4 * METHODS[args.method].reads_plain // PLAIN_BATCH
+    probe = replace(real._probe(plain), batches=real._text(4, 1))
+    with real._counting() as live, frozen_parameters(real.ready.model):
+        surgeon_scores(probe)
+    assert ours.peak == pytest.approx(live.peak, rel=0.02)
+    assert ours.flops == pytest.approx(live.flops, rel=0.02)
+
+
+def test_gradients_of_many_blocks_hold_no_more_than_of_one(tmp_path: Path) -> None:
+    """Logits of a block are gone before the next one's are there."""
+
+    def held(blocks: int) -> int:
+        values, half = config(vocab_size=5000, num_hidden_layers=2), torch.bfloat16
+        run = Simulation(values, settings(tmp_path), 24, half, stored=half)
+        with run._counting() as live, frozen_parameters(run.ready.model):
+            input_slopes(replace(run._probe(0), batches=run._text(blocks, 1)))
+        return live.peak
+
+    assert held(3) == pytest.approx(held(1), rel=0.01)
+
+
 def test_layers_that_are_not_alike_are_gone_through_all() -> None:
     pruned, seen = config(), []
 
@@ -264,6 +330,22 @@ def test_few_batches_tell_of_many(tmp_path: Path) -> None:
     ours, whole = in_batches(of, 9), of(9)
     assert ours.peak == pytest.approx(whole.peak, rel=0.01)
     assert ours.flops == pytest.approx(whole.flops, rel=0.01)
+
+
+def test_each_token_that_is_written_reads_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_unplanned(monkeypatch.setattr)
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192 + 2 * 64
+    weights = 5 * layer + 300 * 64 + 64  # of the embedding a token reads a row
+    cache = 5 * 2 * 32  # keys and values of a token
+    for blocks, texts, batches in ((7, 4, 1), (150, 64, 2)):  # half are the model's own
+        args = settings(tmp_path, max_steps=1, calibration_blocks=1)
+        args.gradient_accumulation_steps = 1
+        args.per_device_train_batch_size = blocks
+        run = Run.of(config(), args, 24, torch.bfloat16)
+        (writing,) = (x for x in run.before_steps() if x.name == "writing text")
+        assert writing.read == batches * 24 * 2 * (weights + texts * cache * 24 / 2)
 
 
 @pytest.mark.slow(seconds=10)

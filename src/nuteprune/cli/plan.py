@@ -49,6 +49,9 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(help="10^12 operations a second; default: measured here.")
     ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="10^9 bytes read a second; default: measured, as --tflops.")
+    ] = None,
     config: o.Config = None,
     assignments: o.Set = None,
     as_json: o.Json = False,
@@ -58,8 +61,8 @@ def plan(
 
     Phase by phase, from the config alone: no weights are read.
     """
-    if devices < 1 or (tflops is not None and not tflops > 0):
-        raise UserError("--devices and --tflops must be above 0")
+    if devices < 1 or not all(x is None or x > 0 for x in (tflops, bandwidth)):
+        raise UserError("--devices, --tflops and --bandwidth must be above 0")
     output = Output(as_json)
     asked = {"model": model, "out": Path("unused"), **given}
     job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
@@ -67,4 +70,5 @@ def plan(
     if device_memory is not None:
         memory = value_of("memory", device_memory, "--device-memory")
     rate = None if tflops is None else tflops * 1e12
-    output.result(run(job, Asked(devices, memory, rate), output))
+    reading = None if bandwidth is None else bandwidth * 1e9
+    output.result(run(job, Asked(devices, memory, rate, reading), output))

@@ -17,7 +17,7 @@ kind in a layer, E experts, F neurons of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -57,7 +57,11 @@ def has_cost(anatomy: Anatomy, kind: str) -> bool:
 
 def surgeon_scores(probe: Probe) -> Scores:
     """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence."""
-    slopes = _input_slopes(probe)
+    return removal_scores(probe, input_slopes(probe))
+
+
+def removal_scores(probe: Probe, slopes: Mapping[Key, Tensor]) -> Scores:
+    """Return the scores, given what `input_slopes` returns: no gradients any more."""
     text = Layerwise(probe.anatomy, probe.hooks, None, probe.plain_batches)
     tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
     found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
@@ -102,7 +106,7 @@ def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
     return slope_BTV.div_(logits_BTV.shape[1])
 
 
-def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
+def input_slopes(probe: Probe) -> dict[Key, Tensor]:
     """Return the second moments (I,) of the loss's gradients by the inputs of last projections.
 
     Summed over tokens, averaged over sequences; the loss is a sequence's mean.
@@ -118,11 +122,16 @@ def _input_slopes(probe: Probe) -> dict[Key, Tensor]:
 
     with _gradients_of_inputs(probe, take):
         for batch_BT in probe.batches:
-            logits_BTV = probe.anatomy.model(input_ids=batch_BT.to(device), use_cache=False).logits
-            slope_BTV = drawn_slope(logits_BTV.detach(), generator).mul_(LOSS_SCALE)
-            logits_BTV.backward(slope_BTV.to(logits_BTV.dtype))
+            _back(probe, batch_BT.to(device), generator)
             probe.progress()
     return total
+
+
+def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
+    # A function of its own: no logits of one batch are left when the next one runs.
+    logits_BTV = probe.anatomy.model(input_ids=ids_BT, use_cache=False).logits
+    slope_BTV = drawn_slope(logits_BTV.detach(), generator).mul_(LOSS_SCALE)
+    logits_BTV.backward(slope_BTV.to(logits_BTV.dtype))
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from nuteprune.jobs.show import told
 from nuteprune.jobs.sources import stored_dtype
 from nuteprune.memory import peak
 from nuteprune.train.extrapolate import Unplanned
-from nuteprune.train.phases import FORMULA, Phase, Run, on_cpu
+from nuteprune.train.kernels import on_cpu
+from nuteprune.train.phases import FORMULA, Phase, Run
 from nuteprune.train.step_cost import seconds_per_step
 from nuteprune.train.trainer import NutePruneTrainer
 

@@ -41,11 +41,13 @@ class Asked:
         devices: how many there are.
         memory: bytes of each; None: not said.
         rate: floating-point operations a second; None: measured here.
+        reading: bytes that are read a second; None: measured here, where `rate` is.
     """
 
     devices: int = 1
     memory: float | None = None
     rate: float | None = None
+    reading: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
             list(variants_of(planned, phases, (asked.devices,))) if asked.memory is not None else []
         )
     rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype)
+    rate = dataclasses.replace(rate, read=asked.reading or rate.read)
     entries = [entry(phase, rate, phase.need.peak) for phase in phases]
     of_a_token = planned.of_a_token
     fits = next((v for v in variants if v.peak <= SPARE * (asked.memory or 0)), None)
@@ -116,6 +119,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         "seconds": sum(x["seconds"] for x in entries),
         "flops_per_second": rate.plain,
         "fine_flops_per_second": rate.fine,
+        **({"bytes_per_second": rate.read} if rate.read else {}),
         "rate": "named" if asked.rate else "measured here",
     }
     if asked.memory is not None:
@@ -264,4 +268,5 @@ def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:
     output.line(
         f"Time    {duration(result['seconds'])} at {result['flops_per_second'] / 1e12:.2f} "
         f"TFLOP/s, {result['rate']}; products alone are counted"
+        + (", and what writing reads" if "bytes_per_second" in result else "")
     )

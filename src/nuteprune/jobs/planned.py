@@ -3,51 +3,70 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nuteprune.console import Output, duration, megabytes
-from nuteprune.train.extrapolate import Need
 from nuteprune.train.phases import Phase, Run
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Floating-point operations a second.
+    """What is done in a second.
 
     Args:
-        plain: in the dtype of the run.
-        fine: in fp32 and finer, as of all that scoring and re-fit invert.
+        plain: floating-point operations in the dtype of the run.
+        fine: those in fp32 and finer, as of all that scoring and re-fit invert.
+        read: bytes that are read of memory; None: not known, and not counted.
     """
 
     plain: float
     fine: float
+    read: float | None = None
 
     @classmethod
     def measured(cls, dtype: torch.dtype, plain: float | None = None) -> Rate:
         """Measure here what is not known of a run in `dtype`."""
         plain = plain or measured_rate(dtype)
-        return cls(plain, plain if dtype == torch.float32 else measured_rate(torch.float32))
+        fine = plain if dtype == torch.float32 else measured_rate(torch.float32)
+        return cls(plain, fine, measured_reading())
 
-    def seconds(self, need: Need) -> float:
-        """Return how long work takes."""
-        return (need.flops - need.fine) / self.plain + need.fine / self.fine
+    def seconds(self, phase: Phase) -> float:
+        """Return how long a phase takes."""
+        need = phase.need
+        reading = phase.read / self.read if self.read else 0
+        return (need.flops - need.fine) / self.plain + need.fine / self.fine + reading
 
 
 def measured_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
     """Return the floating-point operations a second of a product of matrices here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    rates: list[float] = []
+    a = torch.ones(size, size, dtype=dtype, device=_device())
+    return 2 * size**3 / _fastest(lambda: (a @ a)[0, 0], seconds)
+
+
+def measured_reading(size: int = 2**26, seconds: float = 0.3) -> float:
+    """Return the bytes a second that a sum of many numbers reads here."""
+    a = torch.ones(size // 4, device=_device())
+    return a.nbytes / _fastest(a.sum, seconds)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _fastest(act: Callable[[], Tensor], seconds: float) -> float:
+    """Return the seconds of the fastest of several times that a number is made."""
+    found: list[float] = []
     started = time.monotonic()
-    while not rates or time.monotonic() - started < seconds:
+    while not found or time.monotonic() - started < seconds:
         begun = time.monotonic()
-        float((a @ a)[0, 0])
-        rates.append(2 * size**3 / (time.monotonic() - begun))
-    return max(rates)
+        float(act())
+        found.append(time.monotonic() - begun)
+    return min(found)
 
 
 def entry(phase: Phase, rate: Rate, peak: float) -> dict[str, Any]:
@@ -56,7 +75,7 @@ def entry(phase: Phase, rate: Rate, peak: float) -> dict[str, Any]:
         "phase": phase.name,
         "peak_bytes": round(peak),
         "flops": phase.need.flops,
-        "seconds": rate.seconds(phase.need),
+        "seconds": rate.seconds(phase),
         "how": phase.how,
     }
 

@@ -56,6 +56,10 @@ class Need:
     def __mul__(self, factor: float) -> Need:
         return Need(*(x * factor for x in astuple(self)))
 
+    def then(self, other: Need) -> Need:
+        """Return what it takes to do this, and another thing after it."""
+        return replace(self + other, peak=max(self.peak, other.peak))
+
     def times(self, count: float) -> Need:
         """Return what it takes to go through the phase so many times."""
         return replace(self, flops=self.flops * count, fine=self.fine * count)

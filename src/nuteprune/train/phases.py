@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nuteprune.data.writing import most_cached
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS
+from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.calibration import PLAIN_BATCH, stops_before
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches
+from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
+from nuteprune.train.kernels import of_all_widths
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.simulate import JUDGED, Simulation, model_of
+from nuteprune.train.sizes import Sizes
 from nuteprune.train.targets import Prices, run_targets
 
 SIMULATED = "simulated"
 FORMULA = "formula"
-KERNEL = 0.57e6
-"""Bytes of the kernel that oneDNN makes on CPUs for each size of a product in half precision, and
-keeps: measured, with torch 2.13."""
+MOMENTS = 3
+"""What Adam holds of a trained parameter, as a multiple: itself and two moments."""
 
 
 @dataclass(frozen=True)
@@ -39,70 +40,15 @@ class Phase:
         need: its peak in bytes, weights among them, and the work of all of it.
         how: `SIMULATED`, or by a `FORMULA` where code would ask for data.
         steps: optimizer steps in it.
+        read: bytes of weights and of keys and values that are read where few tokens at a time are
+            multiplied; elsewhere work takes longer.
     """
 
     name: str
     need: Need
     how: str = SIMULATED
     steps: int = 0
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of what a model is made of, in the dtype of the run.
-
-    Args:
-        weights: all, tied ones once.
-        projections: the decoder layers' projections.
-        layer: of one decoder layer, the largest.
-        outside: of what is in no layer: embedding, head, final norm.
-        refitted: what the re-fit puts beside the base's weights, at most.
-        adapters: LoRA, in fp32.
-        cached: keys and values while the model writes.
-    """
-
-    weights: int
-    projections: int
-    layer: int
-    outside: int
-    refitted: int
-    adapters: int
-    cached: int
-
-    @classmethod
-    def of(
-        cls, anatomy: Anatomy, args: NutePruneConfig, length: int, kinds: Collection[str]
-    ) -> Sizes:
-        """Read them off a model, whose tensors may be without data.
-
-        Args:
-            anatomy: the model.
-            args: the run's settings.
-            length: tokens per block.
-            kinds: of gates.
-        """
-        each = anatomy.model.dtype.itemsize
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers]
-        last, adapters = 0, 0
-        for i in range(len(layers)):
-            ends = (anatomy.family.attention[-1].path, anatomy.down(i).path)
-            for path in anatomy.family.adapted:
-                module = anatomy.without_lora(i, path)
-                if module is not None:
-                    adapters += args.lora_rank * sum(module.weight.shape)
-                    last += module.weight.numel() * (path in ends)
-            if "expert_neurons" in kinds and (mixture := anatomy.mixture(i)) is not None:
-                last += mixture.stack(mixture.down).numel() * (not mixture.entry.weighed_first)
-        total = anatomy.parameters()
-        return cls(
-            weights=total * each,
-            projections=Budget.of(anatomy).before * each,
-            layer=max(layers) * each,
-            outside=(total - sum(layers)) * each,
-            refitted=last * each,
-            adapters=adapters * 4,
-            cached=most_cached(anatomy.model, length),
-        )
+    read: float = 0
 
 
 @dataclass(frozen=True)
@@ -183,9 +129,23 @@ class Run:
         """Go through a phase without data."""
         return extended(self.config, lambda config: phase(self._simulation(config)), short)
 
-    def _simulation(self, config: PreTrainedConfig) -> Simulation:
-        how: dict[str, Any] = {"kind": self.kind, "stored": self.stored}
+    def _simulation(self, config: PreTrainedConfig, masks: Masks | None = None) -> Simulation:
+        how: dict[str, Any] = {"kind": self.kind, "stored": self.stored, "masks": masks}
         return Simulation(config, self.args, self.length, self.dtype, **how)
+
+    def _step(self, moving: bool = False, snapshot: bool = False) -> Need:
+        def phase(simulation: Simulation) -> Need:
+            return simulation.step(moving, snapshot)
+
+        need, narrow = self.simulated(phase), snapshot or not moving
+        if self.stored is None or not narrow or hasattr(self.config, "pruned"):
+            return need
+        # Layers of the same widths share kernels, so these do not grow layer by layer.
+        masks = of_all_widths([self.allocator.chance(x) for x in self.targets])
+        if masks is None:
+            return need
+        config = shortened(self.config, len(masks.layout.shape.layers))
+        return replace(need, sizes=phase(self._simulation(config, masks)).sizes)
 
     def phases(self) -> list[Phase]:
         """Return all phases, in their order."""
@@ -201,16 +161,17 @@ class Run:
         block = self._judging.flops / JUDGED
         found = [
             Phase("judging the dense model", self._judging.times((self.judged or JUDGED) / JUDGED)),
-            Phase("writing text", self._writing(block), FORMULA),
+            Phase("writing text", self._writing(block), FORMULA, read=self._read_to_write()),
         ]
         stops = stops_before(self.targets[-1], args, self.allocator.constraints.kinds)
         rounds = 1 + len(stops)
         if method.reads:
-            plain = args.calibration_blocks * method.reads_plain / PLAIN_BATCH
-            scoring = self._one_by_one(Simulation.scoring, plain)
-            # Forward, and backward to activations alone: twice a block's products.
-            more = (args.calibration_blocks - 1) * 2 * block
-            found.append(Phase("scoring", (scoring + Need(0, more)).times(rounds)))
+            scoring = self.simulated(Simulation.sloping).times(args.calibration_blocks)
+            if method.reads_plain:
+                plain = args.calibration_blocks * method.reads_plain / PLAIN_BATCH
+                # Apart, since many layers hold most in the one and few in the other.
+                scoring = scoring.then(self._one_by_one(Simulation.scoring, plain))
+            found.append(Phase("scoring", scoring.times(rounds)))
         units = sum(
             self.allocator.layout.units(k)
             for k in self.allocator.constraints.kinds
@@ -239,6 +200,16 @@ class Run:
         held = self._weights + self.sizes.adapters + self.sizes.cached
         return Need(held, block * self.args.blocks / 2)
 
+    def _read_to_write(self) -> float:
+        """Bytes that are read while texts of a block take a token at a time; half are the model's.
+
+        All weights at each position, and on the average half of the keys and values.
+        """
+        sizes, texts = self.sizes, math.ceil(self.args.blocks / 2)
+        together = min(sizes.together, texts)
+        positions = math.ceil(texts / together) * self.length
+        return positions * (sizes.read + sizes.cached * together / sizes.together / 2)
+
     @property
     def _weights(self) -> float:
         """Bytes of the dense model that count."""
@@ -254,10 +225,10 @@ class Run:
         if ramp > 0:
             snapshots = self.snapshots
             name = "step, ramp and teachers" if snapshots else "step, ramp"
-            need = self.simulated(lambda x: x.step(moving=True, snapshot=snapshots))
+            need = self._step(moving=True, snapshot=snapshots)
             found.append(Phase(name, need.times(each * ramp), steps=ramp))
         if args.max_steps > ramp:
-            need = self.simulated(Simulation.step)
+            need = self._step()
             steps = args.max_steps - ramp
             found.append(Phase("step, fixed masks", need.times(each * steps), steps=steps))
         return found
@@ -273,12 +244,15 @@ class Run:
         whole = self.config.num_hidden_layers
         copied = self.stored not in (None, self.dtype)
         final = self.simulated(Simulation.finalizing, (whole, whole) if copied else SHORT)
+        replaced = self.sizes.refitted * (self.stored is None and self.args.compensation)
+        # It begins with the moments of what was trained, and lets go of them.
+        begun = Need(self._weights + replaced + MOMENTS * self.sizes.adapters, 0)
         saved = self.small
         if self.stored is not None:  # mapped, and copied to be written in another dtype
             differs = self.stored != self.dtype
             saved *= differs * self.stored.itemsize / self.dtype.itemsize
         saving = Need(saved + self.sizes.adapters, 0)
-        found = [Phase("finalize", final), Phase("saving", saving, FORMULA)]
+        found = [Phase("finalize", begun.then(final)), Phase("saving", saving, FORMULA)]
         if self.judged is not None:
             gone = self._weights - (self.small if self.stored is None else 0)
             passes = len(self.targets) * self.judged / JUDGED
@@ -286,18 +260,6 @@ class Run:
             need = (self._judging - Need(gone, 0)).times(less * passes)
             found.append(Phase("judging the results", need, FORMULA))
         return found
-
-
-def on_cpu(phases: Sequence[Phase]) -> dict[str, float]:
-    """Return the bytes that phases of a run on a CPU hold at most, in their order.
-
-    Kernels are there beside what lives: those of all phases so far.
-    """
-    found, sizes = {}, 0.0
-    for phase in phases:
-        sizes += phase.need.sizes
-        found[phase.name] = phase.need.peak + sizes * KERNEL
-    return found
 
 
 def disk(run: Run) -> dict[str, float]:

@@ -20,10 +20,9 @@ from nuteprune.distill.losses import Head
 from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.export.checkpoint import rounded_as_stored
 from nuteprune.gates.cutting import AT_ONCE, losses_of, run_dense
-from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
-from nuteprune.gates.surgeon import INPUTS, surgeon_scores
+from nuteprune.gates.surgeon import INPUTS, input_slopes, removal_scores
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.shrink.compensate import Fit, install_in_place, refit
@@ -52,6 +51,7 @@ class Simulation:
         kind: the model's class; None: the stock one of the config.
         stored: dtype of the checkpoint, if the run is on a CPU. What is mapped from files is not
             counted then. None: a device, which holds all.
+        masks: those that are learned; None: by chance, at the last target.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Simulation:
         model: PreTrainedModel | None = None,
         kind: type[PreTrainedModel] | None = None,
         stored: torch.dtype | None = None,
+        masks: Masks | None = None,
     ) -> None:
         self.args, self._length = args, length
         self._dtype, self._stored = dtype, stored
@@ -74,7 +75,7 @@ class Simulation:
         self._mode = without_data(self.ready.model)
         if args.gradient_checkpointing:
             recompute(model, args.gradient_checkpointing_kwargs)
-        self._masks = self.ready.allocator.chance(self.ready.targets[-1])
+        self._masks = masks or self.ready.allocator.chance(self.ready.targets[-1])
 
     @contextmanager
     def _counting(self) -> Iterator[Live]:
@@ -112,25 +113,31 @@ class Simulation:
         logits_BTV = self.ready.anatomy.model(input_ids=ids_BT, use_cache=False).logits
         F.cross_entropy(logits_BTV[0, :-1].float(), ids_BT[0, 1:])
 
+    def sloping(self) -> Need:
+        """Take the gradients of scoring, on a block of text; methods that only read hold less."""
+        with self._counting() as live, frozen_parameters(self.ready.model):
+            input_slopes(self._probe(0))
+        return Need.of(live)
+
     def scoring(self, batches: int) -> Need:
-        """Score the units: on one block for gradients, and batches of the other text.
+        """Score the units on batches of the text that needs no gradients, layer by layer.
 
         Units are not cut one by one.
         """
-        ready, method = self.ready, METHODS[self.args.method]
-        kinds = ready.allocator.constraints.kinds
-        block = self._text(1, 1)
-        plain = self._text(batches * PLAIN_BATCH, PLAIN_BATCH)
-        probe = Probe(ready.anatomy, ready.hooks, ready.allocator.budget, kinds, block, plain)
-        experts = Need(0, 0)
-        with self._counting() as live, frozen_parameters(ready.model):
-            if method.reads_plain:
-                surgeon_scores(replace(probe, kinds=tuple(k for k in kinds if k in INPUTS)))
-                if "expert_neurons" in kinds:
-                    experts = pricing(ready.anatomy, live)
-            elif method.reads:
-                self._forward(block[0])
+        probe, experts = self._probe(batches), Need(0, 0)
+        with frozen_parameters(self.ready.model):
+            slopes = input_slopes(probe)
+            with self._counting() as live:
+                removal_scores(probe, slopes)
+                if "expert_neurons" in self.ready.allocator.constraints.kinds:
+                    experts = pricing(self.ready.anatomy, live)
         return Need.of(live) + experts
+
+    def _probe(self, batches: int) -> Probe:
+        ready, text = self.ready, self._text(batches * PLAIN_BATCH, PLAIN_BATCH)
+        kinds = tuple(k for k in ready.allocator.constraints.kinds if k in INPUTS)
+        block = self._text(1, 1)
+        return Probe(ready.anatomy, ready.hooks, ready.allocator.budget, kinds, block, text)
 
     def copying(self) -> Need:
         """Run the dense model on what repeats, and cut the first units; work is the former's."""

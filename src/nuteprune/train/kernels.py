@@ -1,0 +1,62 @@
+"""Kernels that a CPU's library makes for each size of a product, and keeps: their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from nuteprune.gates.masks import Layout, Masks
+
+if TYPE_CHECKING:
+    from nuteprune.train.phases import Phase
+
+KERNEL = 0.58e6
+"""Bytes of the kernel that oneDNN makes on CPUs for each size of a product in half precision, and
+keeps: measured, with torch 2.13."""
+KERNELS = 1024
+"""How many of them it keeps: measured likewise. Those that were not used for longest go."""
+
+
+def on_cpu(phases: Sequence[Phase]) -> dict[str, float]:
+    """Return the bytes that phases of a run on a CPU hold at most, in their order.
+
+    Kernels are there beside what lives: those of all phases so far.
+    """
+    found, sizes = {}, 0.0
+    for phase in phases:
+        sizes += phase.need.sizes
+        found[phase.name] = phase.need.peak + min(sizes, KERNELS) * KERNEL
+    return found
+
+
+def of_all_widths(several: Sequence[Masks]) -> Masks | None:
+    """Return masks of a model of few layers whose blocks have all widths that many layers' have.
+
+    Args:
+        several: masks of one model.
+
+    Returns:
+        The first layers of any of these in which a block has a width that none before it has; None
+        if the model's layers are not alike.
+    """
+    last, shape = several[-1], several[-1].layout.shape
+    seen: set[tuple[str, int]] = set()
+    found: list[tuple[Masks, int]] = []
+    if len(set(shape.layers)) > 1:
+        return None
+    for masks in several:
+        for i in range(len(shape.layers)):
+            inputs = {"attention": masks.attention_input(i), "mlp": masks.mlp_input(i)}
+            widths = {(k, int((x > 0).sum())) for k, x in inputs.items() if x is not None}
+            if not widths <= seen or not found:
+                seen |= widths
+                found.append((masks, i))
+    values = dict(last.values)  # the hidden width's, which is of no layer
+    for kind in values.keys() - {"hidden"}:
+        sizes = last.layout.sizes[kind]
+        values[kind] = torch.cat([masks.values[kind].split(sizes)[i] for masks, i in found])
+    few = replace(shape, layers=shape.layers[: len(found)])
+    return Masks(Layout(few, last.layout.head_dim), values)
