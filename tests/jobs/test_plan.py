@@ -263,7 +263,8 @@ def test_few_layers_tell_of_many(phase: str, short: tuple[int, int], tmp_path: P
 @pytest.mark.slow(seconds=3)
 def test_few_layers_tell_of_the_cut_of_many(tmp_path: Path) -> None:
     """Where weights are copies, few layers hold less than what is in none, and many hold more."""
-    values, args = config(num_hidden_layers=12, vocab_size=2000), settings(tmp_path)
+    values = config(num_hidden_layers=12, vocab_size=2000)
+    args = settings(tmp_path, lora_rank=1)  # else moments, which go before the cut, are the most
     run = Run.of(values, args, 24, torch.float32, stored=torch.bfloat16)
     ours = next(x.need.peak for x in run.after_steps() if x.name == "finalize")
     real = Simulation(values, args, 24, torch.float32, stored=torch.bfloat16)
