@@ -349,6 +349,20 @@ def test_each_token_that_is_written_reads_the_weights(
         assert writing.read == batches * 24 * 2 * (weights + texts * cache * 24 / 2)
 
 
+@pytest.mark.parametrize(
+    ("given", "between"),
+    [({}, False), ({"ramp_share": 0.5}, True), ({"target_sparsity": [0.1, 0.2]}, True)],
+)
+def test_a_refit_between_steps_finds_their_moments(
+    given: dict[str, Any], between: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_unplanned(monkeypatch.setattr)
+    run = Run.of(config(), settings(tmp_path, max_steps=20, **given), 24, torch.bfloat16)
+    (refit,) = (x for x in run.before_steps() if x.name == "re-fit")
+    lora = 5 * 32 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 192))
+    assert refit.need.peak == 1e9 + 2 * 4 * lora * between
+
+
 @pytest.mark.slow(seconds=10)
 def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = written(tmp_path / "model", TINY)

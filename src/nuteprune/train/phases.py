@@ -185,6 +185,8 @@ class Run:
         if args.compensation:
             batches = args.refit_blocks / args.per_device_train_batch_size
             refit = self._one_by_one(Simulation.refitting, batches)
+            if args.max_steps and (self.schedule.stage(0).freeze_step or len(self.targets) > 1):
+                refit += Need((MOMENTS - 1) * self.sizes.adapters, 0)  # it is between steps
             found.append(Phase("re-fit", refit.times(rounds)))
         return found
 
