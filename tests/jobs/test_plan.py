@@ -287,6 +287,34 @@ def test_few_layers_tell_of_the_scoring_of_many(tmp_path: Path) -> None:
     assert ours.flops == pytest.approx(live.flops, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "which"),
+    [
+        ("glm4_moe", {"first_k_dense_replace": 3}),
+        ("deepseek_v3", {"first_k_dense_replace": 3, "kv_lora_rank": 16, "q_lora_rank": None}),
+        ("qwen2_moe", {"decoder_sparse_step": 2}),
+    ],
+)
+@pytest.mark.slow(seconds=5)
+def test_few_layers_have_all_kinds_that_many_have(
+    model_type: str, which: dict[str, Any], tmp_path: Path
+) -> None:
+    """Some layers have experts and some have none, which these configs do not list."""
+    dense = {k: x for k, x in TINY.items() if k not in ("model_type", "architectures")}
+    experts = {"n_routed_experts": 8, "num_experts": 8, "moe_intermediate_size": 64}
+    narrow = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "v_head_dim": 8}
+    split = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 8}
+    values = AutoConfig.for_model(
+        model_type, **{**dense, **experts, **narrow, **split, **which, "num_hidden_layers": 10}
+    )
+    args = settings(tmp_path, target_sparsity=0.03)
+    run = Run.of(values, args, 24, torch.bfloat16)
+    ours = next(x.need for x in run.steps())
+    whole = Simulation(values, args, 24, torch.bfloat16).step().times(args.max_steps)
+    assert ours.peak == pytest.approx(whole.peak, rel=0.02)
+    assert ours.flops == pytest.approx(whole.flops, rel=0.02)
+
+
 def test_gradients_of_many_blocks_hold_no_more_than_of_one(tmp_path: Path) -> None:
     """Logits of a block are gone before the next one's are there."""
 

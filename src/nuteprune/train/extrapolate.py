@@ -6,12 +6,13 @@ A decoder's layers are alike, so each adds the same; and so does each batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 
 from transformers import PreTrainedConfig
 
 from nuteprune.errors import UserError
+from nuteprune.model.shape import LayerShape
 from nuteprune.simulated import Live
 
 SHORT = (2, 4)
@@ -69,6 +70,7 @@ def extended(
     config: PreTrainedConfig,
     run: Callable[[PreTrainedConfig], Need],
     short: tuple[int, int] = SHORT,
+    layers: Sequence[LayerShape] = (),
 ) -> Need:
     """Return what a phase takes of a model, by two with fewer layers where it has many.
 
@@ -76,14 +78,15 @@ def extended(
         config: of the whole model.
         run: told a config, goes through the phase.
         short: layers of the two.
+        layers: what the config does not list of each layer, such as its experts; none: all alike.
 
     Raises:
         Unplanned: if its code asks for data.
     """
-    layers, period = int(config.num_hidden_layers), _until_all_kinds(config)
+    count, period = int(config.num_hidden_layers), _until_all_kinds(config, layers)
     few, more = max(short[0], period), max(short[1], 2 * period)
     try:
-        if layers <= more or hasattr(config, "pruned"):  # whose layers are not alike
+        if count <= more or hasattr(config, "pruned"):  # whose layers are not alike
             return run(config)
         first, second = run(shortened(config, few)), run(shortened(config, more))
     except RuntimeError as error:  # of torch, which has several kinds for it
@@ -92,12 +95,13 @@ def extended(
             f"a run on {config.model_type} cannot be planned: its code does not go without data "
             f"({said}); pass --dtype bfloat16, or do one with --steps 1: it says what it held"
         ) from error
-    return first + (second - first) * ((layers - few) / (more - few))
+    return first + (second - first) * ((count - few) / (more - few))
 
 
-def _until_all_kinds(config: PreTrainedConfig) -> int:
+def _until_all_kinds(config: PreTrainedConfig, layers: Sequence[LayerShape]) -> int:
     """Return how many layers from the first there are until each kind was there."""
-    kinds = getattr(config, "layer_types", None) or [""]
+    types = getattr(config, "layer_types", None) or [""] * max(1, len(layers))
+    kinds = list(zip(types, layers or [None] * len(types), strict=True))
     return 1 + max(kinds.index(kind) for kind in set(kinds))
 
 

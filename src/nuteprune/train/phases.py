@@ -127,7 +127,10 @@ class Run:
         self, phase: Callable[[Simulation], Need], short: tuple[int, int] = SHORT
     ) -> Need:
         """Go through a phase without data."""
-        return extended(self.config, lambda config: phase(self._simulation(config)), short)
+        return self._extended(lambda config: phase(self._simulation(config)), short)
+
+    def _extended(self, run: Callable[[PreTrainedConfig], Need], short: tuple[int, int]) -> Need:
+        return extended(self.config, run, short, self.allocator.layout.shape.layers)
 
     def _simulation(self, config: PreTrainedConfig, masks: Masks | None = None) -> Simulation:
         how: dict[str, Any] = {"kind": self.kind, "stored": self.stored, "masks": masks}
@@ -196,7 +199,7 @@ class Run:
         def run(config: PreTrainedConfig) -> Need:
             return in_batches(lambda count: phase(self._simulation(config), count), batches)
 
-        return extended(self.config, run, ONE_BY_ONE)
+        return self._extended(run, ONE_BY_ONE)
 
     def _writing(self, block: float) -> Need:
         held = self._weights + self.sizes.adapters + self.sizes.cached
