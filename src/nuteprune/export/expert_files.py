@@ -37,7 +37,10 @@ def torn(folder: Path) -> str | None:
     for (stack, projection), by_expert in sizes.items():
         usual = Counter(by_expert.values()).most_common(1)[0][0]
         for expert in sorted(experts[stack]):
-            if (size := by_expert.get(expert)) != usual:
-                name = f"{stack}.{expert}.{projection}"
-                return f"{name} is {list(size)}, not {list(usual)}" if size else f"no {name}"
+            there = by_expert.get(expert)
+            name = f"{stack}.{expert}.{projection}"
+            if there is None:
+                return f"no {name}"
+            if there != usual:
+                return f"{name} is {list(there)}, not {list(usual)}"
     return None

@@ -101,7 +101,7 @@ def extended(
 def _until_all_kinds(config: PreTrainedConfig, layers: Sequence[LayerShape]) -> int:
     """Return how many layers from the first there are until each kind was there."""
     types = getattr(config, "layer_types", None) or [""] * max(1, len(layers))
-    kinds = list(zip(types, layers or [None] * len(types), strict=True))
+    kinds = [(x, layers[i] if layers else None) for i, x in enumerate(types)]
     return 1 + max(kinds.index(kind) for kind in set(kinds))
 
 
