@@ -253,7 +253,7 @@ def planned(cell: Cell, model: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as out:
         run = Run.of(config, cell.arguments(out), cell.length, dtype, stored=stored)
         phases = run.phases()
-    return {name: round(peak) for name, peak in on_cpu(phases).items()}
+    return {name: round(peak) for name, peak in on_cpu({x.name: x.need for x in phases}).items()}
 
 
 def llama_1b(folder: Path) -> None:

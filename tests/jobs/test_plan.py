@@ -151,10 +151,10 @@ def test_what_operations_hold_inside_is_counted(operation: str) -> None:
 
 def test_a_cpu_keeps_kernels() -> None:
     needs = {"scoring": 3, "re-fit": 0, "step, fixed masks": 2}
-    held = on_cpu([Phase(name, Need(1e9, 0, sizes)) for name, sizes in needs.items()])
+    held = on_cpu({name: Need(1e9, 0, sizes) for name, sizes in needs.items()})
     assert held["scoring"] == held["re-fit"] == 1e9 + 3 * KERNEL
     assert held["step, fixed masks"] == 1e9 + 5 * KERNEL
-    many = on_cpu([Phase("scoring", Need(0, 0, 700)), Phase("re-fit", Need(0, 0, 700))])
+    many = on_cpu({"scoring": Need(0, 0, 700), "re-fit": Need(0, 0, 700)})
     assert many == {"scoring": 700 * KERNEL, "re-fit": KERNELS * KERNEL}
 
 

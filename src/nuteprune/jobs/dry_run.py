@@ -134,7 +134,7 @@ def _peaks(
     if job.bits:
         return peaks | in_bits(run, inside, job.bits)
     if run.stored is not None:
-        return on_cpu(phases)
+        return on_cpu({x.name: x.need for x in phases})
     return peaks | (offloaded(run, inside) if trainer.args.offload else {})
 
 

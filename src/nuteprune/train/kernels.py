@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from nuteprune.gates.masks import Layout, Masks
-
-if TYPE_CHECKING:
-    from nuteprune.train.phases import Phase
+from nuteprune.train.extrapolate import Need
 
 KERNEL = 0.58e6
 """Bytes of the kernel that oneDNN makes on CPUs for each size of a product in half precision, and
@@ -20,15 +17,18 @@ KERNELS = 1024
 """How many of them it keeps: measured likewise. Those that were not used for longest go."""
 
 
-def on_cpu(phases: Sequence[Phase]) -> dict[str, float]:
-    """Return the bytes that phases of a run on a CPU hold at most, in their order.
+def on_cpu(phases: Mapping[str, Need]) -> dict[str, float]:
+    """Return the bytes that phases of a run on a CPU hold at most.
 
     Kernels are there beside what lives: those of all phases so far.
+
+    Args:
+        phases: what each takes, in their order.
     """
     found, sizes = {}, 0.0
-    for phase in phases:
-        sizes += phase.need.sizes
-        found[phase.name] = phase.need.peak + min(sizes, KERNELS) * KERNEL
+    for name, need in phases.items():
+        sizes += need.sizes
+        found[name] = need.peak + min(sizes, KERNELS) * KERNEL
     return found
 
 
