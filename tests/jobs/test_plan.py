@@ -419,21 +419,37 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert again["weights_bytes"] == plan["weights_bytes"] / 2  # bfloat16 where nothing is said
 
 
+MIXTURE = {
+    **TINY,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "head_dim": 8,
+}
+
+
+@pytest.mark.slow
+def test_a_mixture_is_planned_on_a_ramp(tmp_path: Path) -> None:
+    """Which experts its masks leave is data; that some are there takes the same."""
+    found = []
+    values = AutoConfig.for_model(**MIXTURE)
+    for model in (None, model_of(values, torch.bfloat16)):
+        simulation = Simulation(values, settings(tmp_path), 24, torch.bfloat16, model)
+        found.append(simulation.step(moving=True))
+    without, having = found
+    assert without.peak == pytest.approx(having.peak, rel=0.05)
+    assert without.flops == pytest.approx(having.flops, rel=0.05)
+
+
 def test_a_mixture_is_planned_with_what_a_token_goes_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         Run, "phases", lambda _: [Phase("any", Need(1, 1))]
     )  # the others tell of them
-    mixture = TINY | {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "head_dim": 8,
-    }
-    model = written(tmp_path / "model", mixture)
+    model = written(tmp_path / "model", MIXTURE)
     given = {"target_sparsity": None, "shape": {"experts": 4}, "shapes": "uniform"}
     plan = run(job(model, **given), Asked(rate=1e9), Output(quiet=True))
     expert, row, layers = 3 * 64 * 32, 64, 5

@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from nuteprune.model.anatomy import without_lora
 from nuteprune.model.lora import delta_of
 from nuteprune.model.mixture import Mixture
+from nuteprune.simulated import usual
 
 Mask = Callable[[], Tensor | None]
 """Asked at each call: multipliers (N,), or one row per sequence (B, N); None: all are open."""
@@ -40,7 +41,7 @@ def kept_experts(mask_E: Tensor | None, least: int) -> Tensor | None:
     if mask_E is None:
         return None
     live_E = (mask_E > 0).reshape(-1, mask_E.shape[-1]).any(0)
-    if bool(live_E.all()):
+    if usual(live_E.all()):
         return None
     others = (~live_E).nonzero().flatten()
     live_E = live_E.index_fill(0, others[: max(0, least - int(live_E.sum()))], True)
