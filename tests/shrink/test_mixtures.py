@@ -50,7 +50,7 @@ def test_all_families_with_experts_are_tested() -> None:
 
 
 @pytest.mark.parametrize("shapes", ["free", "uniform"])
-@pytest.mark.parametrize("kinds", ["experts", "experts,expert_neurons", "all"])
+@pytest.mark.parametrize("kinds", ["experts", "expert_neurons", "experts,expert_neurons", "all"])
 @each_mixture
 def test_masked_folded_sliced_and_saved_models_agree(
     model_type: str, kinds: str, shapes: str, tiny_model, tmp_path: Path
