@@ -78,8 +78,7 @@ def neuron_costs(mixture: Mixture, routed: Routed, slopes_EF: Tensor) -> Tensor:
     down = mixture.stack(mixture.down)
     found = []
     for expert, slopes_F in enumerate(slopes_EF):
-        weight = down[expert].float()
-        weight_DF = weight.T if mixture.entry.transposed else weight
+        weight_DF = mixture.plain(down[expert]).float()
         covariance_FF = neuron_covariance(mixture, routed, expert)
         found += removal_costs(weight_DF, slopes_F.sqrt(), covariance_FF, [len(slopes_F)])
     return torch.stack(found)

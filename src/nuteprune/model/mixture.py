@@ -45,6 +45,10 @@ class Mixture:
         """What reads neurons, and writes what an expert adds."""
         return self.entry.projections[-1]
 
+    def plain(self, weight: Tensor) -> Tensor:
+        """Return a view (rows, columns) of one expert's part of a stack."""
+        return weight.T if self.entry.transposed else weight
+
     @property
     def sizes(self) -> tuple[int, int]:
         """The number of experts, and of neurons of each."""

@@ -50,13 +50,8 @@ def fitted_stack(mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tens
     for expert, mask_F in enumerate(mask_EF):
         kept_F = mask_F > 0
         if not bool(kept_F.all()):
-            own_DF, wanted_DF = (_plain(mixture, x[expert]).float() for x in (stack, target))
+            own_DF, wanted_DF = (mixture.plain(x[expert]).float() for x in (stack, target))
             covariance_FF = neuron_covariance(mixture, routed, expert)
             new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
-            _plain(mixture, fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
+            mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
     return fitted
-
-
-def _plain(mixture: Mixture, weight: Tensor) -> Tensor:
-    """Return a view (D, F) of an expert's down projection."""
-    return weight.T if mixture.entry.transposed else weight

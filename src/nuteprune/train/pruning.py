@@ -14,7 +14,12 @@ from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.masks import Masks
 from nuteprune.model.packed import is_packed
 from nuteprune.processes import agree
-from nuteprune.shrink.compensate import install_in_place, install_lora, trying_out
+from nuteprune.shrink.compensate import (
+    InstallStack,
+    install_in_place,
+    install_lora,
+    trying_out,
+)
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_in_rounds
 from nuteprune.train.config import NutePruneConfig
@@ -124,12 +129,12 @@ class Pruning:
         if not self.args.compensation:
             return
         bank, anatomy, args = self.bank, self.ready.anatomy, self.args
-        install, stacks = install_in_place(bank, anatomy), True
+        install = install_in_place(bank, anatomy)
+        stacks: InstallStack | None = bank.set_weight
         if args.sharded or is_packed(anatomy.model):  # no place for whole weights there
-            install, stacks = install_lora(bank, anatomy, args.lora_rank), False
+            install, stacks = install_lora(bank, anatomy, args.lora_rank), None
         text, hooks, tell, dense = self._text(), self.ready.hooks, self._progress, bank.as_dense
-        put = bank.set_weight if stacks else None
-        refit_on(text, args, anatomy, hooks, masks, install, tell, dense, put)
+        refit_on(text, args, anatomy, hooks, masks, install, tell, dense, stacks)
         agree(bank.state().values())
 
     def figures(self) -> dict[str, float]:
