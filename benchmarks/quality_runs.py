@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from nuteprune.shrink.compensate import Fit, Install
 from nuteprune.train.calibration import refit_on, score_in_rounds, stops_before
 from nuteprune.train.config import METHOD
 from nuteprune.train.setup import make_allocator
+from nuteprune.train.state import last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,9 @@ class Bench:
         return NutePruneConfig(
             output_dir=folder,
             **{
-                "save_strategy": "no",
+                "save_strategy": "steps",
+                "save_steps": 50,
+                "save_total_limit": 1,
                 "disable_tqdm": True,
                 "use_cpu": self.setting.device == "cpu",
                 "target_sparsity": cell.target,
@@ -292,19 +296,20 @@ class Bench:
                     linear.weight.copy_(weight)
 
     def _train(self, cell: Cell) -> dict[str, Any]:
-        """Train, finalize and judge."""
+        """Train, finalize and judge; a run that was cut short goes on from its last checkpoint."""
         for name in ("_hooks", "anatomy"):  # one model in memory
             self.__dict__.pop(name, None)
-        with tempfile.TemporaryDirectory() as folder:
-            config = self.config(cell, folder)
-            model = self._load()
-            text = self.text(model, cell, config)
-            started = time.monotonic()
-            trainer = NutePruneTrainer(model, config, text, self.tokenizer)
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-            small = trainer.finalize()
-            seconds = time.monotonic() - started
+        run = self.folder / "runs" / Path(cell.file_name).stem
+        config = self.config(cell, str(run))
+        model = self._load()
+        text = self.text(model, cell, config)
+        started = time.monotonic()
+        trainer = NutePruneTrainer(model, config, text, self.tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last_checkpoint(run) is not None)
+        small = trainer.finalize()
+        seconds = time.monotonic() - started
+        shutil.rmtree(run)
         found = self.judge.figures(small)
         after = sum(p.numel() for p in small.parameters())
         sparsity = trainer.allocator.budget.sparsity(trainer.ending.finished.shape)

@@ -117,6 +117,31 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
         quality.run(PLAN, runs.Bench(setting, tmp_path / "empty"), Output(), show=True)
 
 
+@pytest.mark.slow
+def test_a_run_that_was_cut_short_goes_on_from_its_last_checkpoint(
+    setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = runs.Cell("ours", {"save_steps": 2, "gates": "heads,neurons"}, 0.2, 4, 0)
+    whole = runs.Bench(setting, tmp_path / "whole").run(cell)
+    taken: list[int] = []
+    step = runs.NutePruneTrainer.training_step
+
+    def stops_in_the_last(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        taken.append(trainer.state.global_step)
+        if taken.count(3) == 1 and taken[-1] == 3:
+            raise RuntimeError("the machine is gone")
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(runs.NutePruneTrainer, "training_step", stops_in_the_last)
+    out = tmp_path / "cut-short"
+    with pytest.raises(RuntimeError, match="machine"):
+        runs.Bench(setting, out).run(cell)
+    again = runs.Bench(setting, out).run(cell)
+    assert taken == [0, 1, 2, 3, 2, 3]
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    assert list((out / "runs").iterdir()) == []
+
+
 @pytest.mark.parametrize("refitted", [False, True])
 def test_an_untrained_cell_is_what_the_trainer_cuts_without_steps(
     refitted: bool, setting: Any, tmp_path: Path
