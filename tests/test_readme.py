@@ -42,6 +42,8 @@ def room_table() -> str:
 def module_tree() -> str:
     lines = []
     for folder in (SOURCE, *(SOURCE / room for room in rooms())):
+        if folder != SOURCE:
+            lines.append(f"\n{folder.name}/: {first_line(folder / '__init__.py')}\n")
         for path in sorted(folder.glob("*.py")):
             if path.name != "__init__.py":
                 name = str(path.relative_to(SOURCE))
@@ -57,21 +59,30 @@ def test_contributing_has_the_modules() -> None:
     assert TREE.findall(CONTRIBUTING.read_text(encoding="utf-8")) == [module_tree()]
 
 
-def test_the_walk_names_what_is_there() -> None:
-    text = CONTRIBUTING.read_text(encoding="utf-8")
-    walks = re.findall(r"^## The way of.*?(?=^## )", text, re.S | re.M)
-    assert len(walks) == 2
-    for name, attribute in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", "".join(walks)):
-        text = (SOURCE / name).read_text(encoding="utf-8")
-        found = re.search(rf"(?:def|class) {attribute}\b", text)
+def test_contributing_names_what_is_there() -> None:
+    text, _, _ = CONTRIBUTING.read_text(encoding="utf-8").partition("## The modules")
+    named = re.findall(r"`([\w/]+\.py)(?::(\w+))?`", text)
+    assert len(named) > 60
+    for name, attribute in named:
+        path = SOURCE / name if (SOURCE / name).is_file() else ROOT / name
+        found = re.search(rf"(?:def|class) {attribute}\b", path.read_text(encoding="utf-8"))
         assert not attribute or found, f"{name}:{attribute}"
 
 
-def test_links_lead_to_files() -> None:
-    for page in (README, *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            target = page.parent / link
+def anchors(page: Path) -> set[str]:
+    """Return what links to a page may name after #: its headings, as GitHub spells them."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", x).strip().lower().replace(" ", "-") for x in headings}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    for page in (README, CONTRIBUTING, ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, heading = link.partition("#")
+            target = page.parent / name if name else page
             assert target.exists(), f"{page.name}: {link}"
+            assert not heading or heading in anchors(target), f"{page.name}: {link}"
             # The site brings along files, and cannot bring a folder.
             assert target.is_file() or not link.startswith("../"), f"{page.name}: {link}"
 
