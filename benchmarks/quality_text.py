@@ -21,13 +21,14 @@ from nuteprune.data.self_written import write_text
 from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.text import mixture, tokens_to_write
+from nuteprune.jobs.text import mixture
 from nuteprune.judge.copying import SEED, copying
 from nuteprune.judge.perplexity import mean, perplexities
 from nuteprune.judge.protocols import HELD_OUT, PROTOCOLS
 from nuteprune.judge.provenance import IN_DOMAIN, kind_of
 from nuteprune.judge.texts import make_blocks
 from nuteprune.run_folder import SELF
+from nuteprune.train.own_text import tokens_to_write
 
 CHOOSING_SEED = 9
 """Draws the sequences of `copying` where settings are chosen; reported figures have another."""

@@ -368,7 +368,8 @@ def test_each_token_that_is_written_reads_the_weights(
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192 + 2 * 64
     weights = 5 * layer + 300 * 64 + 64  # of the embedding a token reads a row
     cache = 5 * 2 * 32  # keys and values of a token
-    for blocks, texts, batches in ((7, 4, 1), (150, 64, 2)):  # half are the model's own
+    # Half are the model's own, a fifth of these repeats; of many each is read four times.
+    for blocks, texts, batches in ((7, 4, 1), (150, 60, 1), (200, 64, 2), (8000, 64, 13)):
         args = settings(tmp_path, max_steps=1, calibration_blocks=1)
         args.gradient_accumulation_steps = 1
         args.per_device_train_batch_size = blocks

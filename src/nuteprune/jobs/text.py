@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, written_blocks
+from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.data.self_written import room, write_text
 from nuteprune.data.tokens import check_positions
 from nuteprune.data.writing import seconds_to_write
@@ -20,15 +20,8 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.own_text import GUARD, tokens_to_write
 from nuteprune.train.trainer import NutePruneTrainer
-
-GUARD = 0.5
-"""Share of the text that the model writes itself, where nothing else is said. Calibrated on one
-kind of text alone, a model keeps that and forgets the rest; see docs/quality.md."""
-ONCE = 1600
-"""Blocks of training up to which the model writes all of its share: 400 steps of 4."""
-READINGS = 4
-"""Most times that longer training reads what the model has written."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,13 +47,6 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
     if sharded:
         return specs, [1.0] * len(specs)
     return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
-
-
-def tokens_to_write(config: NutePruneConfig, share: float, length: int) -> int:
-    """Return how many tokens a model writes itself, for a share of a run's blocks of a length."""
-    calibrated = max(config.scored_blocks, config.refit_blocks)
-    blocks = max(calibrated, min(config.blocks, ONCE), config.blocks / READINGS)
-    return written_blocks(max(1, round(share * blocks))) * length
 
 
 class JobText:

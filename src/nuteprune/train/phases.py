@@ -20,6 +20,7 @@ from nuteprune.train.calibration import PLAIN_BATCH, stops_before
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
 from nuteprune.train.kernels import of_all_widths
+from nuteprune.train.own_text import GUARD, tokens_to_write
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.simulate import JUDGED, Simulation, model_of
 from nuteprune.train.sizes import Sizes
@@ -203,14 +204,19 @@ class Run:
 
     def _writing(self, block: float) -> Need:
         held = self._weights + self.sizes.adapters + self.sizes.cached
-        return Need(held, block * self.args.blocks / 2)
+        return Need(held, block * self._written)
+
+    @property
+    def _written(self) -> int:
+        """Texts of a block that the model writes itself, where nothing is said of shares."""
+        return tokens_to_write(self.args, GUARD, self.length) // self.length
 
     def _read_to_write(self) -> float:
-        """Bytes that are read while texts of a block take a token at a time; half are the model's.
+        """Bytes that are read while texts of a block take a token at a time.
 
         All weights at each position, and on the average half of the keys and values.
         """
-        sizes, texts = self.sizes, math.ceil(self.args.blocks / 2)
+        sizes, texts = self.sizes, self._written
         together = min(sizes.together, texts)
         positions = math.ceil(texts / together) * self.length
         return positions * (sizes.read + sizes.cached * together / sizes.together / 2)
