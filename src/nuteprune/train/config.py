@@ -54,9 +54,10 @@ class NutePruneConfig(TrainingArguments):
         speed_at: sequences x prompt + new tokens at which it is, such as 1x256+32.
         costs: the table, a file or its content; the commands measure one where none is given.
         shape: dimensions to cut to, instead of a target: see `model.shape.Shape.cut_to`.
-        gates: kinds of gates, comma separated (`heads`, `kv_groups`, `neurons`, `hidden`,
-            `attn_block`, `mlp_block`); None: heads (KV groups under grouped-query attention) and
-            neurons, or what the method is made for (`similarity`: both blocks).
+        gates: kinds of gates, comma separated (`heads`, `kv_groups`, `neurons`, `experts`,
+            `expert_neurons`, `hidden`, `attn_block`, `mlp_block`); None: heads (KV groups under
+            grouped-query attention) and neurons, of a mixture experts, or what the method is made
+            for (`similarity`: both blocks).
         shapes: `free` (each layer its own counts) or `uniform` (the same in all).
         neuron_multiple: neurons kept per layer are a multiple of it.
         hidden_multiple: the width kept is a multiple of it.
