@@ -5,6 +5,7 @@ And the site has all pages, and the API page names what is there.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -16,6 +17,9 @@ import pytest
 import yaml
 
 from nuteprune.cli.app import make_app
+from nuteprune.jobs.job import PruneJob
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.settings import declared
 from tests.conftest import Run
 
 from .conftest import TINY
@@ -176,6 +180,30 @@ def test_every_option_that_is_named_exists() -> None:
             r"(?<![\w-])--[a-z][a-z-]*", said.partition("nuteprune.cli")[2] or said
         )
         assert set(given) <= known[command] | {"--help"}, said
+
+
+def test_the_table_of_settings_has_those_without_an_option_and_their_defaults() -> None:
+    from transformers import TrainingArguments
+
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("## A recipe of your own")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", table, re.M)
+    told = {
+        name: default.strip("` ")
+        for names, cell in rows
+        for name, default in zip(re.findall(r"\w+", names), cell.split(", "), strict=True)
+    }
+    trainers = {x.name for x in dataclasses.fields(TrainingArguments)}
+    ours = {
+        name: x.default
+        for kind in (NutePruneConfig, PruneJob)
+        for name, x in declared(kind).items()
+        if not x.metadata["option"] and x.default is not dataclasses.MISSING
+    }
+    assert ours.keys() - trainers <= told.keys()
+    for name in ours.keys() & told.keys():
+        default, said = ours[name], told[name]
+        assert default is None or said == str(default).lower() or float(said) == default, name
 
 
 def test_the_site_has_every_page() -> None:
