@@ -155,3 +155,15 @@ def test_masks_are_in_use_within_the_context_alone(tiny_model) -> None:
         hooks.remove()
         assert torch.equal(logits(model), stock)
     assert hooks.masks is None
+
+
+def test_what_others_put_in_a_projections_place_is_there_again_without_hooks(tiny_model) -> None:
+    anatomy = Anatomy(tiny_model("llama"))
+    down = anatomy.linear(0, anatomy.family.mlp[-1])
+    assert down is not None
+    down.forward = others = lambda x: torch.nn.Linear.forward(down, x)  # as accelerate does
+    outer, inner = MaskHooks(anatomy), MaskHooks(anatomy)
+    inner.remove()
+    outer.remove()
+    assert down.forward is others
+    assert "forward" not in vars(anatomy.linear(1, anatomy.family.mlp[-1]))

@@ -11,7 +11,7 @@ Shape suffixes: B batch, T tokens, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -128,11 +128,10 @@ class CoForward:
             for i, layer in enumerate(self.anatomy.layers):
                 handles.append(self._on_layer(passage, layer, i, teacher, theirs, weight_BT))
             handles += self.routers.watch() if self.routers else []
-        try:
-            yield passage
-        finally:
+        with ExitStack() as stack:
             for handle in handles:
-                handle.remove()
+                stack.enter_context(handle)
+            yield passage
 
     def _source(self, role: str, masks: Masks | None) -> MaskSource | None:
         """Return masks as the hooks are to read them: narrow, if they are fixed."""

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T tokens, D hidden width, M = B x T, I inputs of a proj
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,21 +59,18 @@ def watching_inputs(anatomy: Anatomy) -> Iterator[list[Watched]]:
     Yields:
         The projections; their moments are complete when the model has read the text.
     """
-    watched, handles = [], []
-    for layer in range(len(anatomy.layers)):
-        last = {"heads": anatomy.family.attention[-1], "neurons": anatomy.down(layer)}
-        for units, projection in last.items():
-            linear = anatomy.linear(layer, projection)
-            if linear is None:
-                continue
-            watch = Watched(units, weight_of(linear), Moments(linear.in_features))
-            watched.append(watch)
-            handles.append(linear.register_forward_pre_hook(_adding(watch.moments)))
-    try:
+    watched = []
+    with ExitStack() as stack:
+        for layer in range(len(anatomy.layers)):
+            last = {"heads": anatomy.family.attention[-1], "neurons": anatomy.down(layer)}
+            for units, projection in last.items():
+                linear = anatomy.linear(layer, projection)
+                if linear is None:
+                    continue
+                watch = Watched(units, weight_of(linear), Moments(linear.in_features))
+                watched.append(watch)
+                stack.enter_context(linear.register_forward_pre_hook(_adding(watch.moments)))
         yield watched
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _adding(moments: Moments) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -95,14 +92,11 @@ def watching_streams(anatomy: Anatomy, take: Take) -> Iterator[None]:
     most) is read off the stream itself, and what attention adds alone gives the stream in between.
     Where mixers are, each part may have a scale of its own, and the MLP's norm reads the stream.
     """
-    handles: list[Any] = []
-    for i, layer in enumerate(anatomy.layers):
-        handles += _watch_layer(anatomy, i, layer, take)
-    try:
+    with ExitStack() as stack:
+        for i, layer in enumerate(anatomy.layers):
+            for handle in _watch_layer(anatomy, i, layer, take):
+                stack.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, take: Take) -> list[Any]:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
+from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.head import last_logits
-from nuteprune.model.layerwise import giving, noting_outputs
 
 SEQUENCES, LENGTH = 3, 100
 """Sequences, and the tokens of each that come once more. 300 tokens tell the groups apart."""

@@ -37,11 +37,8 @@ def noting_routed(mixture: Mixture | None) -> Iterator[Routed]:
     if mixture is None:
         yield routed
         return
-    handle = mixture.experts.register_forward_pre_hook(lambda _, args: routed.append(args))
-    try:
+    with mixture.experts.register_forward_pre_hook(lambda _, args: routed.append(args)):
         yield routed
-    finally:
-        handle.remove()
 
 
 def watched_experts(mixture: Mixture, take: Callable[[Tensor], None]) -> Callable[..., Tensor]:

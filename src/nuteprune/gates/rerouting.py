@@ -55,13 +55,10 @@ def removal_order(probe: Probe) -> Tensor:
         if mixture is None:
             text.advance(layer)
         else:
-            hook = mixture.router.register_forward_pre_hook(
+            with mixture.router.register_forward_pre_hook(
                 lambda _, args, read=read: read.append(args[0].flatten(0, -2))
-            )
-            try:
+            ):
                 text.advance(layer)
-            finally:
-                hook.remove()
             with gathered(module):
                 parts.append(_order(mixture, read))
         probe.progress()

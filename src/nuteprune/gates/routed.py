@@ -6,7 +6,7 @@ Shape suffixes: S tokens, K experts of a token, E experts, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -65,19 +65,16 @@ def hearing_experts(anatomy: Anatomy, loud: bool = True) -> Iterator[list[Heard]
     Yields:
         The sums of each layer that has experts; complete when the model has read the text.
     """
-    found, handles = [], []
-    for mixture in filter(None, map(anatomy.mixture, range(len(anatomy.layers)))):
-        heard = Heard(mixture, loud)
-        found.append(heard)
-        if mixture.entry.weighed_first:
-            handles.append(mixture.experts.register_forward_hook(heard.add_weighed))
-        else:
-            handles.append(mixture.experts.register_forward_pre_hook(heard.add))
-    try:
+    found = []
+    with ExitStack() as stack:
+        for mixture in filter(None, map(anatomy.mixture, range(len(anatomy.layers)))):
+            heard, experts = Heard(mixture, loud), mixture.experts
+            found.append(heard)
+            if mixture.entry.weighed_first:
+                stack.enter_context(experts.register_forward_hook(heard.add_weighed))
+            else:
+                stack.enter_context(experts.register_forward_pre_hook(heard.add))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def reap(probe: Probe) -> Scores:

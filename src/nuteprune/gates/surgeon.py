@@ -30,7 +30,8 @@ from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.gates.removal import removal_costs
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.model.layerwise import Layerwise, in_place_of
+from nuteprune.model.forwards import in_place_of
+from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
 
@@ -139,7 +140,7 @@ def _gradients_of_inputs(probe: Probe, take: Take) -> Iterator[None]:
     """Tell the squared gradients by what last projections read, as a backward pass forms them."""
     anatomy = probe.anatomy
     with ExitStack() as stack:
-        stack.callback(anatomy.embedding.register_forward_hook(_require_gradients).remove)
+        stack.enter_context(anatomy.embedding.register_forward_hook(_require_gradients))
         for block in dict.fromkeys(READ[kind] for kind in probe.kinds):
             for layer in range(len(anatomy.layers)):
                 told = partial(take, block, layer)
@@ -149,7 +150,7 @@ def _gradients_of_inputs(probe: Probe, take: Take) -> Iterator[None]:
                         watched = watched_experts(mixture, told)
                         stack.enter_context(in_place_of([mixture.experts], [watched]))
                 elif (module := _reader(probe, block, layer)) is not None:
-                    stack.callback(module.register_forward_pre_hook(_watching(told)).remove)
+                    stack.enter_context(module.register_forward_pre_hook(_watching(told)))
         yield
 
 

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -88,17 +88,18 @@ def trial_model(anatomy: Anatomy, attentions: Sequence[LayerShape], neurons: Seq
 def watched(anatomy: Anatomy) -> Iterator[Times]:
     """Note how long blocks (without their norms), layers and the model take within the context."""
     found: Times = {}
-    hooks = []
 
     def watch(name: str, first: nn.Module, last: nn.Module) -> None:
         started: list[float] = []
         calls = found.setdefault(name, [])
-        hooks.append(first.register_forward_pre_hook(lambda *_: started.append(_now(anatomy))))
-        hooks.append(
+        stack.enter_context(
+            first.register_forward_pre_hook(lambda *_: started.append(_now(anatomy)))
+        )
+        stack.enter_context(
             last.register_forward_hook(lambda *_: calls.append(_now(anatomy) - started.pop()))
         )
 
-    try:
+    with ExitStack() as stack:
         for i, layer in enumerate(anatomy.layers):
             family = anatomy.family
             ends = {
@@ -110,9 +111,6 @@ def watched(anatomy: Anatomy) -> Iterator[Times]:
             watch(f"layer {i}", layer, layer)
         watch(MODEL, anatomy.model, anatomy.model)
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _now(anatomy: Anatomy) -> float:

@@ -269,11 +269,8 @@ def no_logits(ids_BT: Tensor) -> Tensor:
 def reading_head(anatomy: Anatomy) -> Iterator[list[Tensor]]:
     """Collect what the language head reads (B, T, D) in each call inside the context."""
     read: list[Tensor] = []
-    hook = anatomy.final_norm.register_forward_hook(lambda _, __, output: read.append(output))
-    try:
+    with anatomy.final_norm.register_forward_hook(lambda _, __, output: read.append(output)):
         yield read
-    finally:
-        hook.remove()
 
 
 def silence_dropout(model: nn.Module) -> None:

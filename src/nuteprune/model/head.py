@@ -20,10 +20,7 @@ def last_logits(model: PreTrainedModel, ids_BT: Tensor, count: int) -> Tensor:
         count: tokens of each sequence.
     """
     head: Any = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
+    with head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])):
         output: Any = model(input_ids=ids_BT, use_cache=False, logits_to_keep=count)
-    finally:
-        handle.remove()
     logits_BTV: Tensor = output.logits
     return logits_BTV

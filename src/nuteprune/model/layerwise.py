@@ -8,8 +8,8 @@ Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.family import Projection
+from nuteprune.model.forwards import giving, in_place_of
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.sharding import gathered, is_sharded
 
@@ -83,7 +84,7 @@ class Layerwise:
                 stack.enter_context(giving(others, [output] * len(others)))
 
             stack.enter_context(_hooked(self._anatomy.layers, note, with_kwargs=True))
-            stack.callback(first.register_forward_hook(skip).remove)
+            stack.enter_context(first.register_forward_hook(skip))
             stack.enter_context(self._hooks.using(self._masks))
             self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=no_logits(ids_BT))
         return found
@@ -127,7 +128,7 @@ class Layerwise:
             if norm is not None:
                 stack.enter_context(_hooked([norm], block.on_read))
             if around is not None:
-                stack.callback(around.register_forward_hook(block.on_output).remove)
+                stack.enter_context(around.register_forward_hook(block.on_output))
             for i in range(len(self._batches_BTD)):
                 self._until_stopped(self._run, layer, i)
         if block.inputs:
@@ -279,45 +280,8 @@ class _Products:
 
 
 @contextmanager
-def in_place_of(
-    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
-) -> Iterator[None]:
-    """Within this context, modules compute something else; their hooks stay."""
-    before = [vars(module).get("forward") for module in modules]
-    for module, forward in zip(modules, forwards, strict=True):
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
-
-
-def giving(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> AbstractContextManager[None]:
-    """Return a context in which modules give what is known, whatever they read."""
-    return in_place_of(modules, [lambda *_, known=output, **__: known for output in outputs])
-
-
-@contextmanager
-def noting_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Within this context, collect what modules give, in the order in which they run."""
-    outputs: list[Any] = []
-    handles = [m.register_forward_hook(lambda _, __, y: outputs.append(y)) for m in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _hooked(modules: Iterable[nn.Module], hook: Any, **kwargs: Any) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook, **kwargs) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_pre_hook(hook, **kwargs))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

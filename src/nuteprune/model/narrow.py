@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nuteprune.model.forwards import put_forward
+
 Selection = tuple[Tensor | None, Tensor | None]
 """Indices of the rows and of the columns of a projection that are computed, None for all."""
 
@@ -77,7 +79,7 @@ class Narrow:
 
     def __init__(self, module: nn.Linear, selected: Callable[[], Selection]) -> None:
         self._module, self._selected, self._whole = module, selected, module.forward
-        module.forward = self  # type: ignore[assignment]
+        self._give_back = put_forward(module, self)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the selected outputs (..., O) from the selected inputs (..., I)."""
@@ -87,8 +89,5 @@ class Narrow:
         return narrow_linear(x, self._module.weight, self._module.bias, selected)
 
     def remove(self) -> None:
-        """Give the module back what it had: its class's own, or what was there before."""
-        if isinstance(self._whole, Narrow):
-            self._module.forward = self._whole  # type: ignore[assignment]
-        else:
-            del self._module.forward
+        """Give the module back what it had."""
+        self._give_back()

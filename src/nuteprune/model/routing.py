@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from nuteprune.model.anatomy import without_lora
+from nuteprune.model.forwards import put_forward
 from nuteprune.model.lora import delta_of
 from nuteprune.model.mixture import Mixture
 from nuteprune.simulated import usual
@@ -61,9 +62,10 @@ class RoutedMasks:
         self._mixture, self._experts, self._neurons = mixture, experts, neurons
         self._route, self._compute = mixture.router.forward, mixture.experts.forward
         self._route_alone = without_lora(mixture.router).forward
-        self._before = [vars(x).get("forward") for x in (mixture.router, mixture.experts)]
-        mixture.router.forward = self._routed
-        mixture.experts.forward = self._computed
+        self._give_back = [
+            put_forward(mixture.router, self._routed),
+            put_forward(mixture.experts, self._computed),
+        ]
 
     def _kept(self) -> Tensor | None:
         """Return the experts that can be chosen, None if all can."""
@@ -95,13 +97,8 @@ class RoutedMasks:
 
     def remove(self) -> None:
         """Give the modules back what they had."""
-        for module, own in zip(
-            (self._mixture.router, self._mixture.experts), self._before, strict=True
-        ):
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+        for give_back in self._give_back:
+            give_back()
 
 
 class WeighedMasks(RoutedMasks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +71,11 @@ def watch(model: PreTrainedModel) -> Passed:
             inputs.setdefault(module, given)
             outputs.setdefault(module, made)
 
-    handles = [x.register_forward_hook(note, with_kwargs=True) for x in model.modules()]
     tokens = torch.arange(3, 3 + 9)[None] % VOCABULARY
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
         logits = model(input_ids=tokens, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     names = {module: name for name, module in model.named_modules()}
     inside = {module: name for name, module in first.named_modules() if name}
     norms = [x for x in inputs if x in names and _is_norm(x)]

@@ -1,0 +1,53 @@
+"""Forward functions put in the place of modules' own for a while; their hooks stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+def put_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
+    """Let a module compute something else; return what gives it back what it had.
+
+    Several may be put in one module, and are taken off in the opposite order.
+    """
+    before = vars(module).get("forward")
+    module.forward = forward
+
+    def give_back() -> None:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    return give_back
+
+
+@contextmanager
+def in_place_of(modules: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
+    """Within this context, modules compute something else."""
+    with ExitStack() as stack:
+        for module, forward in zip(modules, forwards, strict=True):
+            stack.callback(put_forward(module, forward))
+        yield
+
+
+def giving(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> AbstractContextManager[None]:
+    """Return a context in which modules give what is known, whatever they read."""
+    return in_place_of(modules, [lambda *_, known=output, **__: known for output in outputs])
+
+
+@contextmanager
+def noting_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Within this context, collect what modules give, in the order in which they run."""
+    outputs: list[Any] = []
+    with ExitStack() as stack:
+        for module in modules:
+            hook = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+            stack.enter_context(hook)
+        yield outputs
