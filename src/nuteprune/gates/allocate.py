@@ -205,7 +205,7 @@ class Allocator:
         divide = uniform and self.budget.family.heads_divide_hidden
         # Steps that stand for units are the same at any width, those of a price are not.
         # A mixer is as much as many heads, or few: its steps have to be those of its price.
-        whole_mixers = any(self.budget.mixer) and "attn_block" in self.constraints.kinds
+        whole_mixers = any(x.mixer for x in self.budget.shape.layers) and "attn_block" in self.constraints.kinds
         by_units = cost.by_units and not whole_mixers
         same = by_units and not divide
         found: list[tuple[int, float, Frontier, Frontier]] = []

@@ -64,26 +64,11 @@ class Budget:
 
     def attention(self, layer: LayerShape) -> tuple[int, int]:
         """Return (coefficient of hidden, constant) of an attention block's parameters."""
-        heads = self._linear_form(self.family.attention, layer) if layer.attention else (0, 0)
-        mixer = self.mixer if layer.mixer else (0, 0)
-        return heads[0] + mixer[0], heads[1] + mixer[1]
-
-    @property
-    def mixer(self) -> tuple[int, int]:
-        """Return (coefficient of hidden, constant) of a mixer's parameters: it goes as a whole."""
-        coefficient = constant = 0
-        for projection in self.family.mixer:
-            size, bias = self.inner.get(projection.path, 0), self.biases[projection.path]
-            reads = projection.columns == "hidden"
-            coefficient += size + bias * (not reads)
-            constant += size * bias * reads
-        return coefficient, constant
+        return self._linear_form(self._mixing(layer), layer)
 
     def mlp(self, layer: LayerShape) -> tuple[int, int]:
         """Return (coefficient of hidden, constant) of an MLP block's parameters."""
-        coefficient, constant = (
-            self._linear_form(self._mlp(layer), layer) if layer.neurons else (0, 0)
-        )
+        coefficient, constant = self._linear_form(self._mlp(layer), layer)
         each = self.expert(layer)
         return coefficient + layer.experts * each[0], constant + layer.experts * each[1]
 
@@ -91,8 +76,13 @@ class Budget:
         """Return (coefficient of hidden, constant) of one routed expert's parameters."""
         return self._linear_form(self._stacks, layer)
 
+    def _mixing(self, layer: LayerShape) -> tuple[Projection, ...]:
+        """Return the projections that a layer mixes tokens by; a mixer goes as a whole."""
+        attention = self.family.attention if layer.attention else ()
+        return attention + (self.family.mixer if layer.mixer else ())
+
     def _mlp(self, layer: LayerShape) -> tuple[Projection, ...]:
-        return self.family.mlp_of(layer.experts > 0)
+        return self.family.mlp_of(layer.experts > 0) if layer.neurons else ()
 
     @property
     def _stacks(self) -> tuple[Projection, ...]:
@@ -102,19 +92,36 @@ class Budget:
         self, projections: tuple[Projection, ...], layer: LayerShape
     ) -> tuple[int, int]:
         sizes = axis_sizes(layer, self.head_dim)
-        coefficient = constant = 0
+        constant = self._count(projections, sizes, 0)
+        return self._count(projections, sizes, 1) - constant, constant
+
+    def _count(
+        self,
+        projections: tuple[Projection, ...],
+        sizes: Mapping[str, Any],
+        hidden: Any,
+        times: Any = 1,
+    ) -> Any:
+        """Return the parameters of projections, numbers or expected ones.
+
+        Args:
+            projections: of one block.
+            sizes: features of each axis that a gate cuts, `hidden` excepted.
+            hidden: the width.
+            times: how many of each there are, with a bias each; `sizes` are of all together.
+        """
+        count = 0
         for projection in projections:
             bias = self.biases[projection.path]
             inner = self.inner.get(projection.path, 0)
             if projection.inside:
-                constant += inner
+                count = count + inner
             elif projection.columns == "hidden":
                 rows = sum(sizes.get(axis, inner) for axis in projection.rows)
-                coefficient += rows
-                constant += rows * bias
+                count = count + rows * (hidden + bias)
             else:
-                coefficient += sizes[projection.columns] + bias
-        return coefficient, constant
+                count = count + hidden * (sizes.get(projection.columns, inner) + times * bias)
+        return count
 
     def parameters(self, shape: Shape) -> int:
         """Return the exact number of projection parameters of a model of that shape."""
@@ -164,12 +171,9 @@ class Budget:
             if neurons is not None:
                 sizes["neurons"] = neurons.sum()
             experts, sizes["expert_neurons"] = _expected_experts(keep, i, layer)
-            mlp = self._expected_block(self._mlp(layer) if layer.neurons else (), sizes, hidden)
-            mlp = mlp + self._expected_block(self._stacks, sizes, hidden, experts)
-            heads_there = self.family.attention if layer.attention else ()
-            coefficient, constant = self.mixer if layer.mixer else (0, 0)
-            attention = self._expected_block(heads_there, sizes, hidden)
-            attention = attention + coefficient * hidden + constant
+            mlp = self._count(self._mlp(layer), sizes, hidden)
+            mlp = mlp + self._count(self._stacks, sizes, hidden, experts)
+            attention = self._count(self._mixing(layer), sizes, hidden)
             for block, present, count in (
                 ("attn_block", layer.mixes, attention),
                 ("mlp_block", layer.mlp, mlp),
@@ -178,27 +182,6 @@ class Budget:
                     gate = keep.part(block, i)
                     total = total + (count if gate is None else gate.squeeze(-1) * count)
         return 1 - total / self.before
-
-    def _expected_block(
-        self,
-        projections: tuple[Projection, ...],
-        sizes: Mapping[str, Any],
-        hidden: Any,
-        times: Any = 1,
-    ) -> Any:
-        """Return the parameters of projections, of which there are so many with a bias each."""
-        count = 0
-        for projection in projections:
-            bias = self.biases[projection.path]
-            inner = self.inner.get(projection.path, 0)
-            if projection.inside:
-                count = count + inner
-            elif projection.columns == "hidden":
-                rows = sum(sizes.get(axis, inner) for axis in projection.rows)
-                count = count + rows * (hidden + bias)
-            else:
-                count = count + hidden * (sizes[projection.columns] + times * bias)
-        return count
 
 
 def gone(before: float, after: float) -> float:
