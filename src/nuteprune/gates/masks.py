@@ -88,6 +88,10 @@ class Masks:
         """Return multipliers (..., F) of the down projection's input."""
         return self.part("neurons", layer)
 
+    def inputs(self, layer: int) -> dict[str, Tensor | None]:
+        """Return block (`attn_block`, `mlp_block`) -> multipliers of what it writes from."""
+        return {"attn_block": self.attention_input(layer), "mlp_block": self.mlp_input(layer)}
+
     def selection(self, layer: int, projection: Projection) -> Selection:
         """Return which rows and columns of a projection are computed: all; see `NarrowMasks`."""
         return None, None

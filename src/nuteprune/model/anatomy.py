@@ -136,6 +136,10 @@ class Anatomy:
         shared = self.family.mlp_of(mixture=True) if self.mixture(layer) else ()
         return (shared or self.family.mlp)[-1]
 
+    def ends(self, layer: int) -> dict[str, Projection]:
+        """Return block (`attn_block`, `mlp_block`) -> what it writes by, be it there or gone."""
+        return {"attn_block": self.family.attention[-1], "mlp_block": self.down(layer)}
+
     def mixes_otherwise(self, layer: int) -> bool:
         """Return whether a layer has a mixer, in place of attention or beside it."""
         last = self.family.mixer[-1:]

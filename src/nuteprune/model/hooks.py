@@ -77,12 +77,8 @@ class MaskHooks:
         for layer in range(len(anatomy.layers)):
             for block, module in anatomy.writers(layer):
                 self._write(module, layer, block, anatomy.post_norm(layer, block))
-            reads = {
-                "attn_block": anatomy.projection(layer, anatomy.family.attention[-1]),
-                "mlp_block": anatomy.projection(layer, anatomy.down(layer)),
-            }
-            for block, module in reads.items():
-                if module is not None:
+            for block, projection in anatomy.ends(layer).items():
+                if (module := anatomy.projection(layer, projection)) is not None:
                     self._gate(module, layer, block)
             if (mixture := anatomy.mixture(layer)) is not None:
                 self._route(mixture, layer)

@@ -13,9 +13,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nuteprune.errors import UserError
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.offload import home_of, like
+from nuteprune.model.packed import weight_of
 
 ADAPTER = "default"
 
@@ -226,6 +227,12 @@ def delta_of(module: LoraLayer) -> Tensor:
     in_RI, out_OR = (cast(Tensor, x[ADAPTER].weight) for x in (module.lora_A, module.lora_B))
     delta_OI: Tensor = (out_OR @ in_RI) * module.scaling[ADAPTER]
     return delta_OI
+
+
+def effective_weight(module: Any) -> Tensor:
+    """Return a projection's weight (O, I) in fp32, with what LoRA adds where there is some."""
+    weight_OI = weight_of(without_lora(module)).float()
+    return weight_OI + delta_of(module).float() if isinstance(module, LoraLayer) else weight_OI
 
 
 def _places(anatomy: Anatomy, layer: int) -> dict[str, _Place]:

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.units import BLOCKS
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise, Read
-from nuteprune.model.lora import LoraBank
+from nuteprune.model.lora import LoraBank, effective_weight
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
 from nuteprune.shrink.ridge import ridge_fit, with_ridge
@@ -86,7 +86,7 @@ def refit(
         install_stack: puts routed experts' fits into the model; None: these stay as they are.
     """
     layers = range(len(anatomy.layers))
-    ends = [_without_inputs(anatomy, masks, i) for i in layers]
+    ends = [lost_inputs(anatomy, masks, i) for i in layers]
     thin = [None if install_stack is None else lost_neurons(anatomy, masks, i) for i in layers]
     if not any(ends) and all(x is None for x in thin):  # as where whole experts go alone
         for _ in ends:
@@ -138,10 +138,10 @@ def _fit(
     """
     module = anatomy.projection(layer, projection)
     covariance_II, missing_OI = text.covariance(layer, projection, *lack)
-    weight_OI = _effective_weight(module)
+    weight_OI = effective_weight(module)
     mask_I = mask.to(weight_OI)
     with dense(layer):  # LoRA may have made up for some of what is gone
-        target_OI = weight_of(_base(module)).float()
+        target_OI = weight_of(without_lora(module)).float()
     if missing_OI is not None:
         missing_OI.mul_(FEEDBACK)
     fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI, missing_OI)
@@ -150,18 +150,13 @@ def _fit(
     return Fit(fitted_OI, masked_II)
 
 
-def _without_inputs(
-    anatomy: Anatomy, masks: Masks, layer: int
-) -> list[tuple[str, Projection, Tensor]]:
+def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
     """Return (block, projection, mask) of a layer's output projections that lost inputs."""
-    ends = (
-        ("attn_block", anatomy.family.attention[-1], masks.attention_input(layer)),
-        ("mlp_block", anatomy.down(layer), masks.mlp_input(layer)),
-    )
+    masked = masks.inputs(layer)
     return [
         (block, projection, mask)
-        for block, projection, mask in ends
-        if mask is not None
+        for block, projection in anatomy.ends(layer).items()
+        if (mask := masked[block]) is not None
         and not bool((mask > 0).all())
         and anatomy.projection(layer, projection) is not None
     ]
@@ -186,7 +181,7 @@ def install_in_place(bank: LoraBank, anatomy: Anatomy) -> Install:
 
     def install(layer: int, projection: Projection, fit: Fit) -> None:
         kept_I = fit.covariance_II.diagonal() > 0
-        weight_OI = _effective_weight(anatomy.projection(layer, projection))
+        weight_OI = effective_weight(anatomy.projection(layer, projection))
         bank.set_weight(layer, projection, torch.where(kept_I, fit.weight_OI, weight_OI))
 
     return install
@@ -238,15 +233,3 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     inputs_RI = torch.zeros(len(size), base_OI.shape[1]).to(fit.weight_OI)
     inputs_RI[:, kept_K] = (right / size[:, None]).to(inputs_RI)
     return (left * size).to(fit.weight_OI), inputs_RI
-
-
-def _base(module: Any) -> nn.Linear:
-    return cast(nn.Linear, module.get_base_layer() if hasattr(module, "get_base_layer") else module)
-
-
-def _effective_weight(module: Any) -> Tensor:
-    """Return a projection's weight (O, I) in fp32, its LoRA added."""
-    weight_OI: Tensor = weight_of(_base(module)).float()
-    for name in getattr(module, "lora_A", {}):
-        weight_OI = weight_OI + module.get_delta_weight(name).float()
-    return weight_OI

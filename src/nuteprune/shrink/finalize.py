@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.lora import Learned, Part, delta_of
+from nuteprune.model.anatomy import Anatomy, without_lora
+from nuteprune.model.lora import Learned, Part, effective_weight
 from nuteprune.model.mixture import Mixture
 
 
@@ -36,8 +36,7 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            weight = cast(nn.Linear, module.get_base_layer()).weight
-            put(weight, weight.float() + delta_of(module).float())
+            put(without_lora(module).weight, effective_weight(module))
     return cast(PreTrainedModel, model.unload())
 
 
@@ -90,11 +89,10 @@ def fold_layer(anatomy: Anatomy, masks: Masks, layer: int) -> None:
     Heads and neurons scale columns of the output and down projections, block and hidden gates
     scale their rows (block gates a post-norm where there is one).
     """
-    family = anatomy.family
+    inputs = masks.inputs(layer)
     for projection, columns, block in (
-        (family.attention[-1], masks.attention_input(layer), "attn_block"),
-        *((x, None, "attn_block") for x in family.mixer[-1:]),
-        (anatomy.down(layer), masks.mlp_input(layer), "mlp_block"),
+        *((x, inputs[block], block) for block, x in anatomy.ends(layer).items()),
+        *((x, None, "attn_block") for x in anatomy.family.mixer[-1:]),
     ):
         linear = anatomy.linear(layer, projection)
         if linear is None:

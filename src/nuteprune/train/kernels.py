@@ -49,8 +49,8 @@ def of_all_widths(several: Sequence[Masks]) -> Masks | None:
         return None
     for masks in several:
         for i in range(len(shape.layers)):
-            inputs = {"attention": masks.attention_input(i), "mlp": masks.mlp_input(i)}
-            widths = {(k, int((x > 0).sum())) for k, x in inputs.items() if x is not None}
+            inputs = masks.inputs(i).items()
+            widths = {(block, int((x > 0).sum())) for block, x in inputs if x is not None}
             if not widths <= seen or not found:
                 seen |= widths
                 found.append((masks, i))

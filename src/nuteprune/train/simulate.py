@@ -25,7 +25,7 @@ from nuteprune.gates.probe import Probe
 from nuteprune.gates.surgeon import INPUTS, input_slopes, removal_scores
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.shrink.compensate import Fit, install_in_place, refit
+from nuteprune.shrink.compensate import Fit, install_in_place, lost_inputs, refit
 from nuteprune.shrink.finalize import merge_layer
 from nuteprune.shrink.slicing import Tensors, cut_state
 from nuteprune.simulated import Live, without_data
@@ -230,16 +230,11 @@ class Simulation:
         self._stand_in_stacks(live)
         anatomy, bank = self.ready.anatomy, self.ready.coforward.bank
         for i in range(len(anatomy.layers)):
-            for last, mask in (
-                (anatomy.family.attention[-1], self._masks.attention_input(i)),
-                (anatomy.down(i), self._masks.mlp_input(i)),
-            ):
-                linear = anatomy.linear(i, last)
-                if linear is None or mask is None:
-                    continue
-                if not bool((mask > 0).all()):
-                    bank.set_weight(i, last, torch.empty_like(linear.weight))
-                    self._file(live, linear.weight)
+            for _, projection, _ in lost_inputs(anatomy, self._masks, i):
+                linear = anatomy.linear(i, projection)
+                assert linear is not None
+                bank.set_weight(i, projection, torch.empty_like(linear.weight))
+                self._file(live, linear.weight)
 
     def _micro_batch(self, masks: Masks, teacher: Role, inputs: dict[str, Tensor]) -> None:
         ready = self.ready

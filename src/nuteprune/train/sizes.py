@@ -53,7 +53,7 @@ class Sizes:
         layers = [sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers]
         last, adapters = 0, 0
         for i in range(len(layers)):
-            ends = (anatomy.family.attention[-1].path, anatomy.down(i).path)
+            ends = {projection.path for projection in anatomy.ends(i).values()}
             for path in anatomy.family.adapted:
                 module = anatomy.without_lora(i, path)
                 if module is not None:
