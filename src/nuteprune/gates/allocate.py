@@ -13,8 +13,9 @@ combination is found by enumeration. So is a price in bytes or seconds: `costs` 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Priced
 from nuteprune.gates.frontier import Frontier, alike, by_price, cheapest, frontier
+from nuteprune.gates.highest import layer_masks, top
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.options import Constraints, Options
 from nuteprune.gates.units import chance
@@ -168,10 +170,10 @@ class Allocator:
         values: dict[str, list[Tensor]] = {kind: [] for kind in scores}
         for i, (old, new) in enumerate(zip(self.budget.shape.layers, shape.layers, strict=True)):
             parts = {k: scores[k].split(self.layout.sizes[k])[i] for k in scores if k != "hidden"}
-            for kind, mask in _layer_masks(old, new, parts).items():
+            for kind, mask in layer_masks(old, new, parts).items():
                 values[kind].append(mask)
         if "hidden" in scores:
-            values["hidden"].append(_top(scores["hidden"], shape.hidden))
+            values["hidden"].append(top(scores["hidden"], shape.hidden))
         return Masks(self.layout, {kind: torch.cat(parts) for kind, parts in values.items()})
 
     def _slack(self, cost: Priced, attention: Frontier, mlp: Frontier) -> float:
@@ -199,13 +201,15 @@ class Allocator:
         attention, mlp = [*map(options.attention, layers)], [*map(options.mlp, layers)]
         uniform = self.constraints.uniform
         if uniform:
-            mixing, alike_mlps = self._layers_by_kind().values(), self._alike
-            attention = [alike([attention[i] for i in x]) for x in mixing]
-            mlp = [alike([mlp[i] for i in x]) for x in alike_mlps]
+            attention = [alike([attention[i] for i in x]) for x in self._alike_attentions]
+            mlp = [alike([mlp[i] for i in x]) for x in self._alike_mlps]
         divide = uniform and self.budget.family.heads_divide_hidden
         # Steps that stand for units are the same at any width, those of a price are not.
         # A mixer is as much as many heads, or few: its steps have to be those of its price.
-        whole_mixers = any(x.mixer for x in self.budget.shape.layers) and "attn_block" in self.constraints.kinds
+        whole_mixers = (
+            any(x.mixer for x in self.budget.shape.layers)
+            and "attn_block" in self.constraints.kinds
+        )
         by_units = cost.by_units and not whole_mixers
         same = by_units and not divide
         found: list[tuple[int, float, Frontier, Frontier]] = []
@@ -224,80 +228,29 @@ class Allocator:
         self, width: int, attention: list[tuple[int, ...]], mlp: list[tuple[int, ...]]
     ) -> Shape:
         if self.constraints.uniform:
-            count = len(self.budget.shape.layers)
-            mixing, alike_mlps = self._layers_by_kind().values(), self._alike
-            kept_a = {i: kept for kept, same in zip(attention, mixing, strict=True) for i in same}
-            kept_m = {i: kept for kept, same in zip(mlp, alike_mlps, strict=True) for i in same}
-            attention, mlp = ([x[i] for i in range(count)] for x in (kept_a, kept_m))
+            attention = _spread(attention, self._alike_attentions)
+            mlp = _spread(mlp, self._alike_mlps)
         pairs = zip(attention, mlp, strict=True)
         layers = [LayerShape(a[0], a[1], m[0], m[1], m[2], bool(a[2])) for a, m in pairs]
         return Shape(width, tuple(layers))
 
     @property
-    def _alike(self) -> list[list[int]]:
-        """The layers whose MLPs stay alike where shapes are uniform: with experts, and without."""
-        layers = self.budget.shape.layers
-        groups = [[i for i, x in enumerate(layers) if bool(x.experts) == y] for y in (False, True)]
-        return [group for group in groups if group]
+    def _alike_attentions(self) -> list[list[int]]:
+        """The layers whose attention stays alike where shapes are uniform: by heads and mixers."""
+        return _grouped([(x.attention, x.mixer) for x in self.budget.shape.layers])
 
-    def _layers_by_kind(self) -> dict[tuple[bool, bool], list[int]]:
-        """Return the layers of each kind (whether they have heads, and a mixer), in order."""
-        kinds: dict[tuple[bool, bool], list[int]] = {}
-        for i, layer in enumerate(self.budget.shape.layers):
-            kinds.setdefault((layer.attention, layer.mixer), []).append(i)
-        return kinds
+    @property
+    def _alike_mlps(self) -> list[list[int]]:
+        """The same of MLPs: with experts, and without."""
+        return _grouped([x.experts > 0 for x in self.budget.shape.layers])
 
 
-def _top(scores: Tensor, count: int) -> Tensor:
-    """Return a 0/1 mask of the `count` highest scores; ties go to the lower index."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    mask = torch.zeros_like(scores, dtype=torch.float32)
-    mask[order[:count]] = 1.0
-    return mask
+def _grouped(kinds: Sequence[Any]) -> list[list[int]]:
+    """Return the layers of each kind, given each layer's, in the order of their first ones."""
+    return [[i for i, x in enumerate(kinds) if x == kind] for kind in dict.fromkeys(kinds)]
 
 
-def _expert_masks(
-    old: LayerShape, new: LayerShape, scores: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the 0/1 masks of one layer's experts and of their neurons, as far as scored."""
-    masks: dict[str, Tensor] = {}
-    lost_E = torch.zeros(old.experts)
-    if "expert_neurons" in scores:
-        inner_EF = scores["expert_neurons"].reshape(old.experts, -1)
-        kept_EF = torch.stack([_top(row, new.expert_neurons) for row in inner_EF])
-        lost_E = (inner_EF * (1 - kept_EF.to(inner_EF))).sum(1)
-        masks["expert_neurons"] = kept_EF.flatten()
-    if "experts" in scores:
-        masks["experts"] = _top(scores["experts"] - lost_E.to(scores["experts"]), new.experts)
-    return masks
-
-
-def _layer_masks(
-    old: LayerShape, new: LayerShape, scores: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return one layer's 0/1 masks: the highest scores within the new counts."""
-    masks = {k: torch.ones_like(v, dtype=torch.float32) for k, v in scores.items()}
-    if "attn_block" in masks and not new.mixes:
-        masks["attn_block"].zero_()
-    if "mlp_block" in masks and not new.mlp:
-        masks["mlp_block"].zero_()
-    if "neurons" in masks and new.neurons:
-        masks["neurons"] = _top(scores["neurons"], new.neurons)
-    if new.experts:
-        masks |= _expert_masks(old, new, scores)
-    if not new.attention:
-        return masks
-    if "heads" in masks and old.heads_per_group > 1:
-        rows = scores["heads"].reshape(old.kv_heads, -1)
-        masks["heads"] = torch.cat([_top(row, new.heads_per_group) for row in rows])
-    elif "heads" in masks and "kv_groups" not in masks:  # else the group of one head decides
-        masks["heads"] = _top(scores["heads"], new.heads)
-    if "kv_groups" in masks:
-        group_scores = scores["kv_groups"]
-        if "heads" in masks and old.heads_per_group > 1:
-            group_scores = group_scores - (
-                scores["heads"].reshape(old.kv_heads, -1)
-                * (1 - masks["heads"].reshape(old.kv_heads, -1))
-            ).sum(1)
-        masks["kv_groups"] = _top(group_scores, new.kv_heads)
-    return masks
+def _spread(kept: Sequence[tuple[int, ...]], groups: list[list[int]]) -> list[tuple[int, ...]]:
+    """Return what each layer keeps, given what each group of layers does."""
+    found = {i: counts for counts, group in zip(kept, groups, strict=True) for i in group}
+    return [found[i] for i in range(len(found))]
