@@ -54,7 +54,7 @@ from nuteprune.jobs.judging import copies
 from nuteprune.jobs.progress import RecoveryProgress
 from nuteprune.jobs.recover_text import check_room, kind_of_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
-from nuteprune.jobs.show import print_recovered, print_recovery, sequences_per_step
+from nuteprune.jobs.show import print_recovered, print_recovery
 from nuteprune.jobs.sources import (
     around,
     load_model,
@@ -268,7 +268,7 @@ def _settings(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch if kind == INSTRUCTIONS else None,
         "asked_for": "steps" if args.max_steps > 0 else "epochs",
-        "batch_size": sequences_per_step(args),
+        "batch_size": args.sequences_per_step,
         "length": job.length,
         "learning_rate": args.learning_rate,
         "lora_rank": args.lora_rank,

@@ -13,7 +13,6 @@ from nuteprune.data.blocks import training_blocks
 from nuteprune.data.examples import holds_instructions, read_examples
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.jobs.job import INSTRUCTIONS, TEXT, RecoverJob
-from nuteprune.jobs.show import sequences_per_step
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import RecoverConfig
 
@@ -46,7 +45,7 @@ def training_text(
     Raises:
         UserError: if the text cannot be had, or the tokenizer is of another model.
     """
-    each = sequences_per_step(config)
+    each = config.sequences_per_step
     count = config.max_steps * each if config.max_steps > 0 else None
     given: dict[str, Any] = {
         "length": job.length,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
 
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.data.examples import Examples
@@ -48,7 +47,6 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
         f"{', '.join(trainer.kinds)} (at most {trainer.allocator.maximum():.1%})"
     )
     freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
-    sequences = sequences_per_step(args)
     held = f" (projections held in {job.bits} bits)" if job.bits else ""
     # A ramp of one step leaves no snapshot that is less pruned than the student.
     ramps = any(trainer.schedule.stage(x).ramp_steps > 1 for x in stage_starts(trainer))
@@ -57,7 +55,7 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
     whole = sum(shares)
     said = " + ".join(f"{x / whole:.0%} {spec}" for spec, x in zip(specs, shares, strict=True))
     output.line(
-        f"Run     {args.max_steps} steps of {sequences} x {job.length} tokens on "
+        f"Run     {args.max_steps} steps of {args.sequences_per_step} x {job.length} tokens on "
         f"{args.device}, {str(model.dtype).removeprefix('torch.')}{held}; masks freeze at step "
         f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {said}"
@@ -106,7 +104,7 @@ def print_recovery(
         without = f" ({training.skipped} rows without an answer left out)"
         what = f"{count} examples, answers learned{without if training.skipped else ''}"
     output.line(f"Data    {job.text}: {what}")
-    each = sequences_per_step(args)
+    each = args.sequences_per_step
     steps = (
         args.max_steps if args.max_steps > 0 else math.ceil(count / each * args.num_train_epochs)
     )
@@ -116,11 +114,6 @@ def print_recovery(
         f"{str(anatomy.model.dtype).removeprefix('torch.')}; LoRA rank {args.lora_rank} on all "
         f"projections ({millions(trained)} parameters) at {args.learning_rate:g}"
     )
-
-
-def sequences_per_step(args: TrainingArguments) -> int:
-    """Return how many sequences all processes together learn from in a step."""
-    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def stage_starts(trainer: NutePruneTrainer) -> list[int]:

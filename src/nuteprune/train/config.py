@@ -6,21 +6,17 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any, ClassVar
 
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType
 
 from nuteprune.distill.objective import OBJECTIVES
 from nuteprune.export.gguf_arch import SUPER_BLOCK
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.model.family import GATE_KINDS
+from nuteprune.train.arguments import RunArguments
 from nuteprune.train.asked import KINDS, Asked, check_one, several, sparsities
-from nuteprune.train.checks import (
-    check_combinations,
-    check_kinds,
-    check_targets,
-    check_trainer_settings,
-)
-from nuteprune.train.settings import CALL, HOW, check_declared, setting
+from nuteprune.train.checks import check_combinations, check_kinds, check_targets
+from nuteprune.train.settings import CALL, HOW, setting
 
 METHOD = "surgeon"
 """The ranking by default: docs/quality.md says why."""
@@ -31,7 +27,7 @@ REFIT_BLOCKS = 4.5
 
 
 @dataclass
-class NutePruneConfig(TrainingArguments):
+class NutePruneConfig(RunArguments):
     """Settings of a `NutePruneTrainer`: those below, and all of `transformers.TrainingArguments`.
 
     Parameters that control what is removed:
@@ -301,11 +297,7 @@ class NutePruneConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == SchedulerType.POLYNOMIAL:
             self.lr_scheduler_kwargs = dict(FALLS_LATE)
-        if isinstance(self.report_to, str):
-            self.report_to = [name.strip() for name in self.report_to.split(",")]
         super().__post_init__()
-        check_trainer_settings(self)
-        check_declared(self)
         check_kinds(self.gate_kinds or ())
         if self.for_quantization:
             self.neuron_multiple = lcm(self.neuron_multiple, SUPER_BLOCK)
@@ -350,11 +342,6 @@ class NutePruneConfig(TrainingArguments):
         return ramp, ramp if self.freeze_share is None else self.freeze_share
 
     @property
-    def lora_scale_alpha(self) -> int:
-        """Alpha of LoRA's scale, alpha / rank."""
-        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
-
-    @property
     def scored_blocks(self) -> int:
         """Blocks that the one-shot scores read, those without gradients among them."""
         if not GATE_TYPES[self.gate_type].ranked:
@@ -370,8 +357,8 @@ class NutePruneConfig(TrainingArguments):
     @property
     def blocks(self) -> int:
         """Blocks that the run needs: its steps, its scores and its re-fit share them."""
-        each = int(self.train_batch_size * self.gradient_accumulation_steps * self.world_size)
-        return max(1, self.max_steps * each, self.scored_blocks, self.refit_blocks)
+        learned = self.max_steps * self.sequences_per_step
+        return max(1, learned, self.scored_blocks, self.refit_blocks)
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:
@@ -382,7 +369,7 @@ class NutePruneConfig(TrainingArguments):
 
 
 @dataclass
-class RecoverConfig(TrainingArguments):
+class RecoverConfig(RunArguments):
     """Settings of a `RecoverTrainer`: those below, and all of `transformers.TrainingArguments`.
 
     Args:
@@ -402,15 +389,3 @@ class RecoverConfig(TrainingArguments):
     logging_steps: float = setting(1, "Steps between logs.", role=HOW)
     logging_nan_inf_filter: bool = setting(False, "Hide NaN losses.", role=HOW)
     remove_unused_columns: bool = setting(False, "Drop columns.", role=HOW)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.report_to, str):
-            self.report_to = [name.strip() for name in self.report_to.split(",")]
-        super().__post_init__()
-        check_trainer_settings(self)
-        check_declared(self)
-
-    @property
-    def lora_scale_alpha(self) -> int:
-        """Alpha of LoRA's scale, alpha / rank."""
-        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
