@@ -21,12 +21,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.judging import copies
 from nuteprune.jobs.prune import Result, run, tell, whole
 from nuteprune.jobs.prune_trainer import trainer_config
-from nuteprune.jobs.sources import (
-    load_model,
-    load_tokenizer,
-    pick_dtype,
-    stored_dtype,
-)
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype, stored_dtype
 from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import PASSES, told
 from nuteprune.judge.perplexity import mean, perplexities

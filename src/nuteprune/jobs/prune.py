@@ -35,12 +35,7 @@ from nuteprune.jobs.judging import Judge
 from nuteprune.jobs.prune_trainer import check_wrapper, make_trainer, outside, trainer_config
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.show import print_plan, print_report, print_results
-from nuteprune.jobs.sources import (
-    load_model,
-    load_tokenizer,
-    origin,
-    pick_dtype,
-)
+from nuteprune.jobs.sources import load_model, load_tokenizer, origin, pick_dtype
 from nuteprune.jobs.speed import check_speed, costs_for, judge_speed
 from nuteprune.jobs.text import JobText, mixture
 from nuteprune.judge.run_files import write_extra

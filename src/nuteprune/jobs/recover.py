@@ -15,24 +15,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
-from nuteprune.jobs.comparison import (
-    Tuned,
-    compared,
-    judged_again,
-    judged_text,
-    note,
-    same_tokens,
-)
+from nuteprune.jobs.comparison import Tuned, compared, judged_again, judged_text, note, same_tokens
 from nuteprune.jobs.folder import (
     alone,
     check_out,
@@ -41,15 +30,7 @@ from nuteprune.jobs.folder import (
     clear_result,
     nothing_left,
 )
-from nuteprune.jobs.job import (
-    EPOCHS,
-    INSTRUCTIONS,
-    RATES,
-    STEPS,
-    TEXT,
-    RecoverJob,
-    what_it_is,
-)
+from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
 from nuteprune.jobs.judging import copies
 from nuteprune.jobs.progress import RecoveryProgress
 from nuteprune.jobs.recover_text import check_room, kind_of_text, training_text

@@ -26,19 +26,9 @@ from nuteprune.model.packed import is_packed, make_trainable
 from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.run_folder import RECORD, TEACHERS
 from nuteprune.train.averaging import leave_out
-from nuteprune.train.checks import (
-    check_checkpointing,
-    check_offload,
-    check_shards,
-    check_whole,
-)
+from nuteprune.train.checks import check_checkpointing, check_offload, check_shards, check_whole
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import (
-    check_stock,
-    make_allocator,
-    make_gates,
-    with_lora,
-)
+from nuteprune.train.setup import check_stock, make_allocator, make_gates, with_lora
 from nuteprune.train.targets import Prices, Target, run_targets
 
 

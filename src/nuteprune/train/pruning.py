@@ -14,12 +14,7 @@ from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.masks import Masks
 from nuteprune.model.packed import is_packed
 from nuteprune.processes import agree
-from nuteprune.shrink.compensate import (
-    InstallStack,
-    install_in_place,
-    install_lora,
-    trying_out,
-)
+from nuteprune.shrink.compensate import InstallStack, install_in_place, install_lora, trying_out
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.calibration import Progress, refit_on, score_in_rounds
 from nuteprune.train.config import NutePruneConfig
