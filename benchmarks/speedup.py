@@ -43,10 +43,11 @@ from nuteprune.jobs.timing import conditions, measure
 from nuteprune.judge import bench as speed
 from nuteprune.judge import work as timed
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.shape import Shape
 from nuteprune.train.asked import moment
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import BLOCKS, DEFAULT_KINDS, make_allocator
+from nuteprune.train.setup import DEFAULT_KINDS, make_allocator
 from nuteprune.train.targets import read_table
 
 EVAL_BLOCKS = 8
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         length=args.length,
         eval_blocks=args.eval_blocks,
         dtype=args.dtype,
-        settings={**settings, "gates": ",".join((*DEFAULT_KINDS, *BLOCKS))},
+        settings={**settings, "gates": ",".join((*DEFAULT_KINDS, *BLOCK_KINDS))},
         other_text={file.stem: file_sum(file)[:16] for file in files},
         choose=True,
     )

@@ -41,18 +41,18 @@ def usual(condition: Tensor) -> bool:
     return True if isinstance(condition, FakeTensor) else bool(condition)
 
 
-def without_data(model: nn.Module, device: str = "cpu") -> FakeTensorMode | None:
-    """Let a model's tensors on the meta device claim, without data, to be on another one.
+def without_data(model: nn.Module) -> FakeTensorMode | None:
+    """Let a model's tensors on the meta device claim, without data, to be on the CPU.
 
     Returns:
         What their operations go through; None if the model has data.
     """
-    mode, place = FakeTensorMode(allow_non_fake_inputs=True), torch.device(device)
+    mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
     made: dict[Tensor, Tensor] = {}
 
     def claimed(tensor: Tensor) -> Tensor:
         if tensor not in made:
-            fake: Any = FakeTensor(mode, tensor.detach(), place)
+            fake: Any = FakeTensor(mode, tensor.detach(), cpu)
             trained = tensor.requires_grad
             is_weight = isinstance(tensor, nn.Parameter)
             made[tensor] = nn.Parameter(fake, requires_grad=trained) if is_weight else fake

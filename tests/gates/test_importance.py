@@ -14,7 +14,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.importance import METHODS, check_kinds
+from nuteprune.gates.importance import METHODS, check_scorable
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.options import Constraints
 from nuteprune.gates.probe import Probe
@@ -312,7 +312,7 @@ def test_methods_that_rank_in_a_layer_take_the_same_share_from_each(method, tiny
 )
 def test_kinds_that_a_method_cannot_score_are_refused(name: str, kind: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_kinds(name, (kind,))
+        check_scorable(name, (kind,))
 
 
 OF_DENSE = [x for x in METHODS if METHODS[x].kinds != ("experts",)]

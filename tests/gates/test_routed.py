@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.importance import METHODS, check_kinds
+from nuteprune.gates.importance import METHODS, check_scorable
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe
 from nuteprune.gates.routed import hearing_experts
@@ -158,4 +158,4 @@ def test_an_expert_takes_along_what_a_smaller_model_lacks(model_type: str, tiny_
 
 def test_kinds_that_scores_of_experts_do_not_know_are_refused() -> None:
     with pytest.raises(UserError, match="reap cannot score gates on heads: it judges whole routed"):
-        check_kinds("reap", ("experts", "heads"))
+        check_scorable("reap", ("experts", "heads"))

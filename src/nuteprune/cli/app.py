@@ -92,15 +92,13 @@ def main() -> None:
         code = make_app()(arguments, standalone_mode=False, prog_name="nuteprune")
     except Interrupted as stop:
         _fail(str(stop) if is_main() else "", 128 + stop.signal)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except (UserError, RunFailed) as error:
         if debug:
             raise
         # All processes of a run meet the same error, and one line is enough.
         _fail(str(error) if is_main() else "", 2 if isinstance(error, UserError) else 1)
-    except typer.Abort:
-        _fail("interrupted", 130)
     except OSError as error:
         if debug:
             raise

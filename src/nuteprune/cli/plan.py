@@ -25,14 +25,12 @@ _NOT_ASKED = (
     "resume",
     "overwrite",
     "dry_run",
-    "text-only",
     "text_only",
     "trust_remote_code",
     "shares",
     "bits",
     "offload",
     "report_to",
-    "report-to",
 )
 
 

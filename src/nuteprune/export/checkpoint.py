@@ -38,6 +38,8 @@ from nuteprune.shrink.slicing import Tensors, cut_state, narrower_epsilon, shape
 _BUFFERS = tuple(f".{path}" for family in FAMILIES.values() for path in family.buffers)
 PARTIAL = ".partial"
 """Folder in which a checkpoint is written before it is moved to its place."""
+SHARD = 5 * 10**9
+"""Bytes at which weights are split into several files."""
 
 
 def assemble(anatomy: Anatomy, masks: Masks, **how: Any) -> tuple[PreTrainedModel, Shape]:
@@ -91,7 +93,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     around: Around | None = None,
     *,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = SHARD,
 ) -> None:
     """Write a checkpoint that transformers 4.57 and 5 read; a save cut short leaves none.
 
@@ -103,7 +105,7 @@ def save(
         folder: where to; absent, empty, or with nothing but `run/` and hidden files in it.
         tokenizer: the tokenizer to save along.
         around: where a model of several modalities has its processor's files from.
-        max_shard_size: size at which the weights are split into several files.
+        max_shard_size: size at which the weights are split into several files, such as "20KB".
 
     Raises:
         UserError: if the folder holds other files or nothing can be written there.
@@ -121,7 +123,7 @@ def _write_beside(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     around: Around | None,
-    max_shard_size: str,
+    max_shard_size: int | str,
 ) -> None:
     try:
         there = folder.iterdir() if folder.exists() else ()
@@ -206,15 +208,12 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
     return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}
 
 
-def header_bytes(
-    tensors: Mapping[str, tuple[Sequence[int], int]], dtype: torch.dtype, shard: int = 5 * 10**9
-) -> int:
+def header_bytes(tensors: Mapping[str, tuple[Sequence[int], int]], dtype: torch.dtype) -> int:
     """Return the most that a checkpoint's weight files hold beside the weights.
 
     Args:
         tensors: name -> (shape, elements) of each tensor; those that are written are no larger.
         dtype: of the file.
-        shard: bytes at which weights are split into several files.
     """
     total = sum(size for _, size in tensors.values()) * dtype.itemsize
     entries = {
@@ -222,7 +221,7 @@ def header_bytes(
         for name, (shape, _) in tensors.items()
     }
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
-    return len(text.encode()) + 64 * (1 + 2 * total // shard)
+    return len(text.encode()) + 64 * (1 + 2 * total // SHARD)
 
 
 def recount(folder: str | os.PathLike[str]) -> dict[str, Any]:

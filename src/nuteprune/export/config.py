@@ -175,7 +175,7 @@ def _stated(family: Family, layer: LayerShape) -> dict[str, Any]:
     return {**present, "skip": skip} if skip else present
 
 
-def _layout(family: Family, mixer_width: int | None = None) -> dict[str, Any]:
+def _layout(family: Family, mixer_width: int | None) -> dict[str, Any]:
     """Return what `modeling_pruned.py` must know of a family."""
 
     def axes(projections: tuple[Projection, ...]) -> dict[str, str]:

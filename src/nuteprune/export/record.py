@@ -130,7 +130,7 @@ def write_again(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     record: Mapping[str, Any],
-    around: Around | None = None,
+    around: Around | None,
 ) -> dict[str, Any]:
     """Write a pruned checkpoint whose weights have changed and whose shape has not.
 

@@ -36,7 +36,6 @@ COUNT = Leaf("a count", lambda x: type(x) is int and x >= 0)
 SIZE = Leaf("a count above 0", lambda x: type(x) is int and x > 0)
 TEXT = Leaf("text", lambda x: isinstance(x, str))
 TEXTS = Leaf("text or a list of texts", _texts)
-OBJECT = Leaf("an object", lambda x: isinstance(x, dict))
 FIGURES = Leaf("an object of numbers above 0", _figures)
 NUMBERS = Leaf("a list of numbers", lambda x: isinstance(x, list) and all(map(_number, x)))
 

@@ -28,7 +28,7 @@ from nuteprune.gates.rerouting import reconstruction, removal_order
 from nuteprune.gates.routed import frequency, reap
 from nuteprune.gates.surgeon import has_cost, surgeon_scores
 from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked, squared_weights
-from nuteprune.model.family import GATE_KINDS
+from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 
 
 def random(probe: Probe) -> Scores:
@@ -164,7 +164,7 @@ def similarity(probe: Probe) -> Scores:
     block's size. It says nothing about parts of a block, so other kinds of gates are refused.
     """
     count = len(probe.anatomy.layers)
-    total = {kind: torch.zeros(count) for kind in ("attn_block", "mlp_block")}
+    total = {kind: torch.zeros(count) for kind in BLOCK_KINDS}
     tokens = [0] * count
 
     def take(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
@@ -227,14 +227,14 @@ METHODS: dict[str, Method] = {
     "frequency": Method(frequency, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
     "similarity": Method(
         similarity,
-        ("attn_block", "mlp_block"),
+        BLOCK_KINDS,
         "it compares the residual stream before and after whole blocks",
-        default_kinds=("attn_block", "mlp_block"),
+        default_kinds=BLOCK_KINDS,
     ),
 }
 
 
-def check_kinds(name: str, kinds: Sequence[str]) -> None:
+def check_scorable(name: str, kinds: Sequence[str]) -> None:
     """Refuse kinds of gates that a method cannot score.
 
     Raises:

@@ -59,9 +59,7 @@ class Tuned:
     work: int
 
 
-def same_tokens(
-    tokenizer: PreTrainedTokenizerBase, dense: str, trust_remote_code: bool = False
-) -> None:
+def same_tokens(tokenizer: PreTrainedTokenizerBase, dense: str, trust_remote_code: bool) -> None:
     """Refuse a dense model whose perplexity cannot be compared, being per other tokens.
 
     Args:

@@ -120,7 +120,7 @@ def parts_of(
     before: Shape,
     tensors: Tensors,
     params: Mapping[str, int],
-    rows: tuple[int, int] = (1, 1),
+    rows: tuple[int, int],
 ) -> dict[str, tuple[int, int]]:
     """Return the parameters of each part: before (by its dimensions), after (in the files).
 

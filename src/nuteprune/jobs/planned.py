@@ -13,6 +13,9 @@ from torch import Tensor
 from nuteprune.console import Output, duration, megabytes
 from nuteprune.train.phases import Phase, Run
 
+MEASURED_FOR = 0.3
+"""Seconds that a rate is measured for."""
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -42,27 +45,28 @@ class Rate:
         return (need.flops - need.fine) / self.plain + need.fine / self.fine + reading
 
 
-def measured_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+def measured_rate(dtype: torch.dtype) -> float:
     """Return the floating-point operations a second of a product of matrices here."""
+    size = 1024
     a = torch.ones(size, size, dtype=dtype, device=_device())
-    return 2 * size**3 / _fastest(lambda: (a @ a)[0, 0], seconds)
+    return 2 * size**3 / _fastest(lambda: (a @ a)[0, 0])
 
 
-def measured_reading(size: int = 2**26, seconds: float = 0.3) -> float:
+def measured_reading() -> float:
     """Return the bytes a second that a sum of many numbers reads here."""
-    a = torch.ones(size // 4, device=_device())
-    return a.nbytes / _fastest(a.sum, seconds)
+    a = torch.ones(2**24, device=_device())
+    return a.nbytes / _fastest(a.sum)
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _fastest(act: Callable[[], Tensor], seconds: float) -> float:
+def _fastest(act: Callable[[], Tensor]) -> float:
     """Return the seconds of the fastest of several times that a number is made."""
     found: list[float] = []
     started = time.monotonic()
-    while not found or time.monotonic() - started < seconds:
+    while not found or time.monotonic() - started < MEASURED_FOR:
         begun = time.monotonic()
         float(act())
         found.append(time.monotonic() - begun)

@@ -24,7 +24,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RECORD
 from nuteprune.train.asked import spelled
 from nuteprune.train.recover import RecoverTrainer
-from nuteprune.train.targets import COUNTED, PARAMETERS, Target, reached
+from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -164,7 +164,7 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
     asked = record["asked"]
     goal = f"target {record['target']:.1%}"
     if asked["kind"] in COUNTED:
-        say = millions if asked["kind"] in PARAMETERS else megabytes
+        say = millions if asked["kind"] in IN_PARAMETERS else megabytes
         wanted = spelled(asked["kind"], asked["value"])
         goal = f"{asked['kind']} {say(reached(record))} of {wanted}"
     output.line(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,10 @@ BITS = (8, 4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def locate(model: str, progress: Callable[[str], None] = lambda message: None) -> str:
+def locate(model: str) -> str:
     """Return where a model is: the cached folder for `demo`, else what was given."""
     if model == DEMO:
-        return str(assets.model_folder(progress))
+        return str(assets.model_folder())
     check_name(model)
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local and not at_home(model).is_dir():

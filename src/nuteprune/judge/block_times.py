@@ -24,6 +24,7 @@ from nuteprune.gates.seconds import PHASES, SCHEMA
 from nuteprune.judge.bench import PASSES, time_once
 from nuteprune.judge.work import Setting
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.shape import LayerShape, Shape
 
 MOST_NEURONS, MOST_GROUPS = 12, 6
@@ -31,8 +32,8 @@ MOST_NEURONS, MOST_GROUPS = 12, 6
 MULTIPLE = 64
 """The counts are multiples of it, where there are so many."""
 
-BLOCKS, MODEL = ("attn_block", "mlp_block"), "model"
-"""What is timed, beside the layers."""
+MODEL = "model"
+"""What is timed, beside blocks and layers."""
 Times = dict[str, list[float]]
 """What was timed -> seconds of its calls in a pass: a prompt, then token by token."""
 
@@ -210,7 +211,7 @@ def _rest(passes: Sequence[Times], timed: int, layers: int) -> dict[str, float]:
     """Return the seconds beside all blocks: in each layer, and before and after the layers."""
     rests = []
     for times in passes:
-        blocks = [times[f"{block} {i}"] for block in BLOCKS for i in range(timed)]
+        blocks = [times[f"{block} {i}"] for block in BLOCK_KINDS for i in range(timed)]
         layer_s = [sum(x) for x in zip(*(times[f"layer {i}"] for i in range(timed)), strict=True)]
         block_s = [sum(x) for x in zip(*blocks, strict=True)]
         rests.append(

@@ -17,6 +17,9 @@ from nuteprune.model.family import Projection
 from nuteprune.model.small import SIZES, names_of, small_config, small_model
 from nuteprune.model.watching import Passed
 
+STEP = 16
+"""Neurons that a small model is given more, to see what grows with them."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -29,7 +32,11 @@ class Sizes:
 
 
 def base_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
-    """Return a small config that computes, and whether its heads must make up its width."""
+    """Return a small config that computes, and whether its heads must make up its width.
+
+    Raises:
+        UserError: if none is found.
+    """
     problems = []
     tried: tuple[tuple[dict[str, int | None], bool], ...] = (
         ({}, False),
@@ -97,7 +104,7 @@ class Axes:
         self._config, self._sizes = config, sizes
         names = names_of(small.to_dict())
         stated = getattr(small, "head_dim", None)
-        self._neurons = self._changed("neurons", SIZES["neurons"] + 16, stated)
+        self._neurons = self._changed("neurons", SIZES["neurons"] + STEP, stated)
         grouped = "kv_heads" in names
         self._keys = self._changed("kv_heads", SIZES["heads"], stated) if grouped else {}
         more = self._changed("heads", 2 * SIZES["heads"], stated)
@@ -115,7 +122,7 @@ class Axes:
             return {}
         paths = self._sizes.linears
         for module in layers:
-            children = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
+            children = dict(module.named_modules())
             if paths.keys() <= children.keys():
                 grown = {path: children[path] for path in paths}
                 return {
@@ -142,14 +149,13 @@ class Axes:
         }
 
     def _mlp(self, paths: list[str]) -> Iterator[Projection]:
-        step = 16
         for path in paths:
             rows, columns = self._neurons[path]
             wide = self._sizes.linears[path]
-            if columns == step and wide[0] == self._sizes.hidden:
+            if columns == STEP and wide[0] == self._sizes.hidden:
                 yield Projection(path, ("hidden",), "neurons")
-            elif rows and rows % step == 0 and wide[1] == self._sizes.hidden:
-                yield Projection(path, ("neurons",) * (rows // step), "hidden")
+            elif rows and rows % STEP == 0 and wide[1] == self._sizes.hidden:
+                yield Projection(path, ("neurons",) * (rows // STEP), "hidden")
             else:
                 raise UserError(f"{path} of {wide} is neither read nor written by one MLP width")
 

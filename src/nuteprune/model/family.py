@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+BLOCK_KINDS = ("attn_block", "mlp_block")
+"""Kinds of gates on whole blocks."""
 GATE_KINDS = (
     *("heads", "kv_groups", "neurons", "experts", "expert_neurons"),
-    *("hidden", "attn_block", "mlp_block"),
+    *("hidden", *BLOCK_KINDS),
 )
 
 CONFIG_NAMES = MappingProxyType(
@@ -282,7 +284,7 @@ class Family:
                 "the stock class derives the inner width of its mixers from the hidden size, so "
                 "that cannot be cut alone; use --shapes free"
             )
-        if uniform and kind in ("attn_block", "mlp_block"):
+        if uniform and kind in BLOCK_KINDS:
             return "a stock class lacks no block in any layer; use --shapes free"
         if uniform and kind in ("heads", "kv_groups") and self.head_dim_from_hidden:
             return (

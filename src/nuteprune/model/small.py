@@ -26,6 +26,7 @@ NAMES = {
 SIZES = {"hidden": 96, "heads": 4, "kv_heads": 2, "neurons": 112, "head_dim": 16}
 """Sizes of a small model: no two axes of a layer are alike, if the class has them apart."""
 LAYERS, VOCABULARY, POSITIONS, WINDOW, ROTATED = 3, 128, 64, 6, 8
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 LARGEST = 10_000_000
 """Parameters up to which a model counts as small."""
 _LEFT_OUT = {
@@ -101,10 +102,12 @@ def _shrunk(key: str, value: Any) -> Any:
         return 0.0
     if key == "rotary_dim":
         return ROTATED
+    if key in TOKENS:
+        return TOKENS[key]
     if type(value) is not int:
-        return {"bos_token_id": 1, "eos_token_id": 2}.get(key, value)
+        return value
     if key.endswith("_token_id"):
-        return {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
+        return 0
     if key == "vocab_size" or key.startswith("vocab_size_"):
         return VOCABULARY
     if "position" in key and value > POSITIONS:

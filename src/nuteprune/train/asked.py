@@ -14,9 +14,9 @@ from nuteprune.errors import UserError
 
 _DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-PARAMETERS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3, "": 1}
+COUNT_UNITS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3, "": 1}
 """Unit of a count of parameters -> its size, the largest first."""
-BYTES = {
+BYTE_UNITS = {
     **{
         f"{unit}B": size for unit, size in sorted((_BINARY | _DECIMAL).items(), key=lambda x: -x[1])
     },
@@ -48,10 +48,10 @@ class Kind:
 
 
 KINDS = {
-    "params": Kind("target_params", "--params", PARAMETERS, "100M"),
-    "active_params": Kind("target_active_params", "--active-params", PARAMETERS, "3B"),
-    "size": Kind("target_size", "--size", BYTES, "200MB"),
-    "memory": Kind("target_memory", "--memory", BYTES, "4GiB"),
+    "params": Kind("target_params", "--params", COUNT_UNITS, "100M"),
+    "active_params": Kind("target_active_params", "--active-params", COUNT_UNITS, "3B"),
+    "size": Kind("target_size", "--size", BYTE_UNITS, "200MB"),
+    "memory": Kind("target_memory", "--memory", BYTE_UNITS, "4GiB"),
     "speedup": Kind("target_speedup", "--speedup", {"x": 1, "": 1}, "1.5", above=1, whole=False),
 }
 """Kind of target, as the record has it -> how it is written."""

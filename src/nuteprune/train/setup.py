@@ -18,11 +18,12 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Goal
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.gates import Gates
-from nuteprune.gates.importance import check_kinds
+from nuteprune.gates.importance import check_scorable
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape, kinds_of_cut
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
@@ -33,8 +34,6 @@ MIXTURE_KINDS = ("experts",)
 """The same of a mixture of experts, most of whose weights are theirs."""
 STACK_MULTIPLE = 8
 """What the kernel that multiplies stacked experts asks of their sizes, in bfloat16."""
-BLOCKS = ("attn_block", "mlp_block")
-"""More of them, where calls cost, not bytes."""
 
 
 def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
@@ -65,7 +64,9 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
             "the model is a mixture of experts in 8 or 4 bits, and stacked experts are not cut in "
             "that form: leave out --bits, or pass a checkpoint that is not quantised"
         )
-    usual: tuple[str, ...] = (*DEFAULT_KINDS, *BLOCKS) if speed else DEFAULT_KINDS
+    usual: tuple[str, ...] = DEFAULT_KINDS
+    if speed:  # where calls cost, not bytes
+        usual += BLOCK_KINDS
     if any(layer.experts for layer in whole.layers):
         usual = ("expert_neurons",) if refused("experts") else MIXTURE_KINDS
     kinds = _kinds_here(anatomy.shape, asked or tuple(filterfalse(refused, usual)))
@@ -78,7 +79,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         raise UserError(
             f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"
         )
-    check_kinds(args.method, kinds)
+    check_scorable(args.method, kinds)
     layout = Layout(whole, anatomy.head_dim)
     for kind in kinds:
         if reason := refused(kind):

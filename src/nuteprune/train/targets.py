@@ -24,6 +24,11 @@ from nuteprune.model.shape import Shape
 from nuteprune.train.asked import Asked
 from nuteprune.train.config import NutePruneConfig
 
+IN_PARAMETERS = ("params", "active_params")
+"""Kinds of targets in parameters."""
+COUNTED = (*IN_PARAMETERS, "size", "memory")
+"""Kinds of targets that files can be held to; speed is measured."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -148,17 +153,11 @@ class Prices:
 
     def told(self, kind: str, value: float) -> str:
         """Return what a model has of a kind of target, for people."""
-        if kind in PARAMETERS:
+        if kind in IN_PARAMETERS:
             each = " a token goes through" * (kind == "active_params")
             return f"{millions(value) if value >= 1e6 else f'{value:,.0f}'} parameters{each}"
         cache = f" with the KV cache of {self.sequences} x {self.context} tokens"
         return megabytes(value) + cache * (kind == "memory")
-
-
-PARAMETERS = ("params", "active_params")
-"""Kinds of targets in parameters."""
-COUNTED = (*PARAMETERS, "size", "memory")
-"""Kinds of targets that files can be held to; speed is measured."""
 
 
 def read_table(path: str) -> dict[str, Any]:
