@@ -19,6 +19,7 @@ from nuteprune.export.record import weights_size
 from nuteprune.jobs.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
 from nuteprune.judge.llama_cpp import LlamaCppRunner, require_binding
 from nuteprune.judge.runners import Runner, TorchRunner
+from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Work
 from nuteprune.model.family_file import from_dict, to_dict
 from nuteprune.model.lookup import all_brought_along, bring_along
@@ -84,7 +85,7 @@ class Transformers:
     @property
     def dtype(self) -> str:
         """What weights are held in, by torch's name."""
-        return str(self.computed).removeprefix("torch.")
+        return dtype_name(self.computed)
 
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
         """Make a model ready; nothing is written."""
@@ -131,7 +132,7 @@ class LlamaCpp:
     @property
     def dtype(self) -> str:
         """What weights are held in, by torch's name."""
-        return str(self.stored).removeprefix("torch.")
+        return dtype_name(self.stored)
 
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
         """Export a model."""

@@ -25,6 +25,7 @@ from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.provenance import calibrated_on, kind_of
 from nuteprune.judge.tasks import Tasks
+from nuteprune.judge.units import dtype_name
 from nuteprune.judge.verdicts import Verdicts
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.midway import is_midway, load_midway
@@ -116,7 +117,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     if asked.against is not None:
         verdicts.compare(asked.model, asked.against)
     verdicts.print(output)
-    stated = {"device": kind, "dtype": str(computed).removeprefix("torch.")}
+    stated = {"device": kind, "dtype": dtype_name(computed)}
     return {"model": asked.model, "against": asked.against, **stated, **verdicts.to_dict()}
 
 

@@ -14,6 +14,7 @@ from nuteprune.data.conversations import TEMPLATES
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.jobs.sources import BITS, DTYPES, pick_dtype, place
+from nuteprune.judge.units import dtype_name
 from nuteprune.run_folder import SELF
 from nuteprune.train.settings import CALL, HOW, WHAT, declared, setting
 
@@ -277,6 +278,6 @@ class RecoverJob(Job):
 
 def what_it_is(job: Job) -> dict[str, Any]:
     """Return what of a job says what its run is, for settings.json: paths and dtype resolved."""
-    dtype = str(pick_dtype(job.dtype, job.device)).removeprefix("torch.")
+    dtype = dtype_name(pick_dtype(job.dtype, job.device))
     named = {"model": place(job.model), "data": [place(x) for x in job.specs], "dtype": dtype}
     return {**job.recorded(), **named}

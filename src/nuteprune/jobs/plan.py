@@ -23,6 +23,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_trainer import trainer_config
 from nuteprune.jobs.sources import locate, pick_dtype, read_config
+from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.train.phases import FORMULA, Phase, Run, disk
 from nuteprune.train.simulate import Simulation
@@ -94,7 +95,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         if asked.memory is not None and sizes.layer > SPARE * asked.memory:
             raise UserError(
                 f"a device of {megabytes(asked.memory)} cannot hold even one layer of {job.model}, "
-                f"{megabytes(sizes.layer)} in {_name(dtype)}; name devices with more memory"
+                f"{megabytes(sizes.layer)} in {dtype_name(dtype)}; name devices with more memory"
             )
         phases = planned.phases()
         variants = (
@@ -108,7 +109,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": job.model,
         "parameters": sizes.weights // dtype.itemsize,
-        "dtype": _name(dtype),
+        "dtype": dtype_name(dtype),
         "targets": list(planned.targets),
         **({"active_parameters": [x["active_after"] for x in of_a_token]} if of_a_token else {}),
         "weights_bytes": sizes.weights,
@@ -220,10 +221,6 @@ def _choice(variant: Variant, memory: float) -> dict[str, Any]:
         "fits": variant.peak <= SPARE * memory,
         "how": variant.how,
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:

@@ -20,6 +20,7 @@ from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
 from nuteprune.jobs.text import mixture
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
+from nuteprune.judge.units import dtype_name
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RECORD
 from nuteprune.train.asked import spelled
@@ -56,12 +57,12 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
     said = " + ".join(f"{x / whole:.0%} {spec}" for spec, x in zip(specs, shares, strict=True))
     output.line(
         f"Run     {args.max_steps} steps of {args.sequences_per_step} x {job.length} tokens on "
-        f"{args.device}, {str(model.dtype).removeprefix('torch.')}{held}; masks freeze at step "
+        f"{args.device}, {dtype_name(model.dtype)}{held}; masks freeze at step "
         f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
         f"{args.learning_rate:g}; text {said}"
     )
     if held_in_mxfp4(read_config(job.model)):
-        stored = str(stored_dtype(model)).removeprefix("torch.")
+        stored = dtype_name(stored_dtype(model))
         output.line(
             f"Note    the experts are in MXFP4 and are unpacked: what is written is {stored}, "
             "nearly four times as large for each of them"
@@ -111,7 +112,7 @@ def print_recovery(
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     output.line(
         f"Run     {steps} steps of {each} x {job.length} tokens at most on {args.device}, "
-        f"{str(anatomy.model.dtype).removeprefix('torch.')}; LoRA rank {args.lora_rank} on all "
+        f"{dtype_name(anatomy.model.dtype)}; LoRA rank {args.lora_rank} on all "
         f"projections ({millions(trained)} parameters) at {args.learning_rate:g}"
     )
 

@@ -22,6 +22,7 @@ from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
 from nuteprune.gates.seconds import PHASES, SCHEMA
 from nuteprune.judge.bench import PASSES, time_once
+from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Setting
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
@@ -162,7 +163,7 @@ def cost_table(
         "layers": len(dense.layers),
         "device": device,
         "hardware": hardware,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "batch_size": setting.batch_size,
         "length": setting.length,

@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers, and dtypes, as people read them."""
 
 from __future__ import annotations
+
+import torch
 
 THIN = "\u202f"
 """Stands between a number and its unit."""
@@ -31,3 +33,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f}{THIN}s"
     minutes = round(seconds / 60)
     return f"{minutes}{THIN}min" if minutes < 120 else f"{seconds / 3600:.1f}{THIN}h"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as options name it, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

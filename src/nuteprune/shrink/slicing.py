@@ -126,12 +126,12 @@ def _cut_outside(anatomy: Anatomy, masks: Masks, shape: Shape) -> Tensors:
     _rescale_outside(anatomy, shape)
     whole = anatomy.model.state_dict()
     state = {name: x for name, x in whole.items() if not name.startswith(f"{family.layers}.")}
+    head = f"{anatomy.head_path}.weight"
     if anatomy.tied:
-        state.pop("lm_head.weight", None)
+        state.pop(head, None)
     _select(state, f"{family.embedding}.weight", width_D, 1)
     _select(state, f"{family.final_norm}.weight", width_D, 0)
-    if not anatomy.tied:
-        _select(state, "lm_head.weight", width_D, 1)
+    _select(state, head, width_D, 1)
     return state
 
 

@@ -43,33 +43,19 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         UserError: for gates that the model's family cannot take, and for dimensions chosen that
             the model or the gates cannot be cut to; for a term of routers where there are none.
     """
-    if args.routing_weight and not any(layer.experts for layer in anatomy.shape.layers):
-        raise UserError(
-            f"routing_weight is {args.routing_weight:g}, and the model has no routers, which a "
-            "mixture of experts has: leave it out"
-        )
+    whole, speed = anatomy.shape, args.asked[0].kind == "speedup"
+    mixture = any(layer.experts for layer in whole.layers)
+    _check_mixture(anatomy, args, mixture, speed)
     floor = _chosen_shape(anatomy, args)
-    needed = _kinds_here(anatomy.shape, kinds_of_cut(anatomy.shape, floor)) if floor else ()
+    needed = _kinds_here(whole, kinds_of_cut(whole, floor)) if floor else ()
     asked = needed if needed and not args.gates else args.gate_kinds
     refused = partial(_refusal, anatomy, uniform=args.shapes == "uniform")
-    speed = args.asked[0].kind == "speedup"
-    whole = anatomy.shape
-    if speed and any(layer.experts for layer in whole.layers):
-        raise UserError(
-            "a speedup is asked for, and a table of costs is of dense blocks, not of a mixture of "
-            "experts: use --sparsity, --params or --active-params"
-        )
-    if anatomy.per_token and is_packed(anatomy.model):
-        raise UserError(
-            "the model is a mixture of experts in 8 or 4 bits, and stacked experts are not cut in "
-            "that form: leave out --bits, or pass a checkpoint that is not quantised"
-        )
     usual: tuple[str, ...] = DEFAULT_KINDS
     if speed:  # where calls cost, not bytes
         usual += BLOCK_KINDS
-    if any(layer.experts for layer in whole.layers):
+    if mixture:
         usual = ("expert_neurons",) if refused("experts") else MIXTURE_KINDS
-    kinds = _kinds_here(anatomy.shape, asked or tuple(filterfalse(refused, usual)))
+    kinds = _kinds_here(whole, asked or tuple(filterfalse(refused, usual)))
     if speed and "hidden" in kinds:
         raise UserError(
             "a speedup is asked for, and a table of costs is of blocks at one width: leave hidden "
@@ -93,6 +79,29 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor
     )
     return Allocator(Budget.of(anatomy), constraints)
+
+
+def _check_mixture(anatomy: Anatomy, args: NutePruneConfig, mixture: bool, speed: bool) -> None:
+    """Refuse what goes with mixtures of experts alone, or with other models alone.
+
+    Raises:
+        UserError: saying which to leave out.
+    """
+    if args.routing_weight and not mixture:
+        raise UserError(
+            f"routing_weight is {args.routing_weight:g}, and the model has no routers, which a "
+            "mixture of experts has: leave it out"
+        )
+    if speed and mixture:
+        raise UserError(
+            "a speedup is asked for, and a table of costs is of dense blocks, not of a mixture of "
+            "experts: use --sparsity, --params or --active-params"
+        )
+    if anatomy.per_token and is_packed(anatomy.model):
+        raise UserError(
+            "the model is a mixture of experts in 8 or 4 bits, and stacked experts are not cut in "
+            "that form: leave out --bits, or pass a checkpoint that is not quantised"
+        )
 
 
 def _refusal(anatomy: Anatomy, kind: str, uniform: bool) -> str | None:
