@@ -13,6 +13,7 @@ import torch
 
 from nuteprune.export.checkpoint import save
 from nuteprune.export.gguf import write_gguf
+from tests.greedy import continuation
 
 from .conftest import SCRIPTS
 
@@ -46,9 +47,7 @@ def test_sequences_of_a_batch_are_decoded_as_generate_does(
     prompt_BT = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
     job = {"file": str(tmp_path / "model.gguf"), "prompt": prompt_BT.tolist(), "steps": 5}
     made = json.loads(run_there(SCRIPTS / "llama_cpp_runner.py", told=json.dumps(job)))
-    how = {"attention_mask": torch.ones_like(prompt_BT), "max_new_tokens": 6, "do_sample": False}
-    expected = model.generate(prompt_BT, eos_token_id=None, **how)[:, 9:]
-    assert made == expected.tolist()
+    assert made == continuation(model, prompt_BT, 6, eos_token_id=None).tolist()
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])

@@ -23,6 +23,7 @@ from nuteprune.export.gguf import write_gguf
 from nuteprune.export.gguf_vocab import PROBES
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
+from tests.greedy import continuation
 
 pytestmark = pytest.mark.clients
 
@@ -360,16 +361,8 @@ def expected(model: PreTrainedModel) -> tuple[np.ndarray, list[int]]:
     """The last logits of the prompt, and its greedy continuation."""
     tokens = torch.tensor([PROMPT])
     logits = model(tokens).logits[0, -1]
-    made = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=STEPS,
-        min_new_tokens=STEPS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return logits.numpy(), made[0, len(PROMPT) :].tolist()
+    made = continuation(model, tokens, STEPS, eos_token_id=None)
+    return logits.numpy(), made[0].tolist()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -479,13 +472,11 @@ def test_a_real_model_without_a_quarter_of_its_decoder(
     write_gguf(model, tokenizer, tmp_path / "m.gguf", type_name="f16")
     texts = [x[0][:2000] for x in assets.documents().values()]
     prompt = tokenizer("The history of bread begins").input_ids
-    tokens = torch.tensor([prompt])
-    how = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 16, "min_new_tokens": 16}
-    made = model.generate(tokens, do_sample=False, **how)[0, len(prompt) :]
+    made = continuation(model, torch.tensor([prompt]), 16)
     answer = start("llama-cpp", "llama_cpp_client.py").ask(
         file=str(tmp_path / "m.gguf"), prompt=prompt, steps=16, texts=[*texts, *PROBES]
     )
-    assert answer["made"] == made.tolist()
+    assert answer["made"] == made[0].tolist()
     assert answer["texts"] == [
         tokenizer(x, add_special_tokens=False).input_ids for x in [*texts, *PROBES]
     ]

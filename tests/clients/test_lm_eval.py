@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from nuteprune.export.checkpoint import save
+from tests.greedy import continuation
 
 pytestmark = pytest.mark.clients
 
@@ -36,9 +37,8 @@ def test_it_generates_what_transformers_does(
     with (tmp_path / "texts.jsonl").open("w") as file:
         for text in TEXTS:
             tokens = torch.tensor([tiny_tokenizer(text).input_ids])
-            how = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": STEPS}
-            made = model.generate(tokens, do_sample=False, eos_token_id=None, **how)[0]
-            target = tiny_tokenizer.decode(made[tokens.shape[1] :], skip_special_tokens=True)
+            made = continuation(model, tokens, STEPS, eos_token_id=None)[0]
+            target = tiny_tokenizer.decode(made, skip_special_tokens=True)
             file.write(json.dumps({"text": text, "target": target}) + "\n")
     task = {
         "task": "greedy",

@@ -7,7 +7,6 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import nuteprune
 from nuteprune.export.checkpoint import save
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
+from tests.greedy import continuation
 
 pytestmark = pytest.mark.clients
 
@@ -82,15 +82,14 @@ def test_prompts_and_greedy_tokens(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits[:, -1]
-    how: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
     # Greedy tokens are compared with generation that forbids nothing, as the client does not.
-    made = model.generate(tokens, attention_mask=mask, eos_token_id=None, pad_token_id=0, **how)
+    made = continuation(model, tokens, STEPS, attention_mask=mask, eos_token_id=None)
     answer = start("onnx", "onnx_client.py").ask(
         file=str(out), prompts=PROMPTS, mask=mask.tolist(), steps=STEPS
     )
     error = (torch.tensor(answer["logits"]) - logits).abs().max()
     assert error <= 1e-4 * logits.abs().max()
-    assert answer["made"] == made[:, tokens.shape[1] :].tolist()
+    assert answer["made"] == made.tolist()
     layers = Anatomy(model).shape.layers
     assert answer["kv_heads"] == {
         f"past_key_values.{i}.{part}": x.kv_heads

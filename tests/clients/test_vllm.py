@@ -16,6 +16,7 @@ from nuteprune.export.clients import warnings
 from nuteprune.export.gguf_fit import Source
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
+from tests.greedy import continuation
 
 pytestmark = pytest.mark.clients
 
@@ -105,16 +106,10 @@ def compare(
     save(model.to(dtype), folder)
     model.float()
     tokens = torch.tensor([PROMPT])
-    made = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=STEPS,
-        min_new_tokens=STEPS,
-        do_sample=False,
-    )
+    made = continuation(model, tokens, STEPS)
     with torch.no_grad():
-        scores = model(made).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
-    chosen = made[0, len(PROMPT) :]
+        logits = model(torch.cat([tokens, made], 1)).logits
+    scores, chosen = logits[0, len(PROMPT) - 1 : -1].log_softmax(-1), made[0]
     answer = client(
         folder=str(folder),
         remote_code=not Anatomy(model).shape.uniform,

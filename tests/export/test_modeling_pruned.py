@@ -9,8 +9,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 from tests.families import dense, each, each_family
+from tests.greedy import continuation
 
 from .conftest import HEADS, HIDDEN, NEURONS, logits, randomize, stock_config
 
@@ -76,10 +77,7 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def greedy(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
-    kwargs.setdefault("attention_mask", torch.ones_like(tokens))
-    made = model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, **kwargs)
-    return made[:, tokens.shape[1] :]
+greedy = partial(continuation, steps=4)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from nuteprune.judge.work import Setting, Work, experts_met
 from nuteprune.judge.worker import Worker
 from tests.conftest import cache_of
 from tests.forked import workers
+from tests.greedy import continuation
 
 SETTING = Setting(batch_size=2, length=6, new_tokens=3)
 
@@ -68,11 +69,7 @@ def test_a_pass_decodes_what_generate_does(calls) -> None:
     assert timing.decode > 0
     assert [held for _, held in seen] == [0, 6, 7, 8]
     decoded = torch.tensor([tokens for tokens, _ in seen[1:]]).squeeze(-1).T
-    mask = torch.ones_like(prompt)
-    expected = model.generate(
-        prompt, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None
-    )
-    assert torch.equal(decoded, expected[:, 6:])
+    assert torch.equal(decoded, continuation(model, prompt, 3, eos_token_id=None))
 
 
 def test_work_is_that_of_the_modules(tiny_name: str, tiny_model) -> None:

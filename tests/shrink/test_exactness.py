@@ -21,6 +21,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.families import MORE, QUICK, dense, each_family
+from tests.greedy import continuation
 
 KINDS = (
     "heads",
@@ -115,11 +116,8 @@ def check(model_type: str, kinds: str, shapes: str, tiny_model, tmp_path: Path) 
     if shapes == "uniform":
         assert type(loaded).__module__.startswith("transformers.models.")
 
-    greedy = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    mask = torch.ones_like(tokens)
-    with_cache = loaded.generate(tokens, attention_mask=mask, **greedy)
-    without = loaded.generate(tokens, attention_mask=mask, use_cache=False, **greedy)
-    assert torch.equal(with_cache, without)
+    cached, plain = (continuation(loaded, tokens, 5, use_cache=x) for x in (True, False))
+    assert torch.equal(cached, plain)
 
 
 def test_folding_alone_gives_the_masked_model(tiny_model) -> None:
