@@ -88,6 +88,18 @@ def libraries_are_no_garbage() -> None:
     gc.freeze()
 
 
+def json_line(stdout: str) -> dict[str, Any]:
+    """What a command says in JSON: the last line that it prints."""
+    return json.loads(stdout.splitlines()[-1])
+
+
+def json_of(run: Run, *words: Any) -> dict[str, Any]:
+    """What a command says in JSON that is called without failing."""
+    code, stdout, stderr = run(*words, "--json")
+    assert code == 0, stderr
+    return json_line(stdout)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Calls the command line; returns exit code, stdout and stderr."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
+from tests.conftest import json_line
 
 pytestmark = [pytest.mark.network, pytest.mark.slow(60)]
 
@@ -75,7 +75,7 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
         main()
     out, err = capsys.readouterr()
     assert not stopped.value.code, err
-    record = json.loads(out.splitlines()[-1])
+    record = json_line(out)
     folder = tmp_path / demo_command.FOLDER
     assert record["out"] == str(demo_command.FOLDER)
     assert 0.2 <= record["sparsity"] <= 0.201

@@ -11,7 +11,7 @@ import pytest
 from nuteprune.jobs import timing
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.work import Setting
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 from tests.stand_in_llama_cpp import install
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
     (out / "run").mkdir()
     code, stdout, stderr = run("bench", out, "--against", model, *SHORT, "--save", "--json")
     assert (code, "Traceback" in stderr) == (0, False), stderr
-    found = json.loads(stdout.splitlines()[-1])
+    found = json_line(stdout)
     saved = json.loads((out / "run/speed.json").read_text())
     assert saved.items() >= found.items()
     assert len(saved["rows"]) == 2 * 3
@@ -90,7 +90,7 @@ def test_llama_cpp_is_an_engine(
     words = ["--against", model, "--engine", "llama.cpp", *SHORT, "--json"]
     code, stdout, stderr = run("bench", small, *words)
     assert code == 0, stderr
-    found = json.loads(stdout.splitlines()[-1])
+    found = json_line(stdout)
     assert (found["engine"], found["device"], found["dtype"]) == ("llama.cpp b0", "cpu", "float32")
     assert "llama.cpp b0, CPU, 1 thread, float32" in stderr
     ours, dense = (found["models"][str(x)] for x in (small, model))
@@ -105,7 +105,7 @@ def test_llama_cpp_is_an_engine(
     assert len(library.passes) == 2 * 2 * 3  # two models, two settings, two passes after the first
     code, stdout, _ = run("bench", small, "--engine", "llama.cpp", *SHORT[:-4], "--json")
     assert code == 0
-    assert json.loads(stdout.splitlines()[-1])["dtype"] == "float16"
+    assert json_line(stdout)["dtype"] == "float16"
     assert library.files[-1].kinds == {"F16"}
 
 

@@ -20,7 +20,7 @@ from nuteprune.errors import Interrupted
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import judging
 from nuteprune.jobs.folder import alone
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 
 from .conftest import TINY
 
@@ -81,7 +81,7 @@ def test_prune_eval_and_inspect(model: Path, text: Path, tmp_path: Path, run: Ru
     out = tmp_path / "out"
     code, stdout, stderr = run(*options(model, text, out), "--json")
     assert (code, "Traceback" in stderr) == (0, False)
-    record = json.loads(stdout.splitlines()[-1])
+    record = json_line(stdout)
     assert json.loads((out / "nuteprune.json").read_text()).items() <= record.items()
     assert 0.3 <= record["sparsity"] <= 0.3 + 4 * 3 * 32 / record["params"]["blocks_before"]
     loaded = load_pruned(out)
@@ -94,12 +94,12 @@ def test_prune_eval_and_inspect(model: Path, text: Path, tmp_path: Path, run: Ru
 
     code, stdout, _ = run("inspect", out, "--json")
     assert code == 0
-    assert json.loads(stdout.splitlines()[-1])["counted"] == record["params"]["after"]
+    assert json_line(stdout)["counted"] == record["params"]["after"]
 
     asked = ["--data", text, "--length", 24, "--device", "cpu", "--json"]
     code, stdout, _ = run("eval", out, "--against", model, *asked)
     assert code == 0
-    judged = json.loads(stdout.splitlines()[-1])["perplexity"]
+    judged = json_line(stdout)["perplexity"]
     assert judged[str(out)] == pytest.approx(record["perplexity"]["after"], rel=1e-3)
     assert judged[str(model)] == pytest.approx(record["perplexity"]["before"], rel=1e-3)
 
@@ -117,7 +117,7 @@ def test_the_dtype_of_the_input_is_kept(model: Path, text: Path, tmp_path: Path,
 def test_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     code, stdout, _ = run(*options(model, text, tmp_path / "out"), "--dry-run", "--json")
     assert code == 0
-    assert json.loads(stdout.splitlines()[-1])["sparsity"][0] >= 0.3
+    assert json_line(stdout)["sparsity"][0] >= 0.3
     assert not (tmp_path / "out").exists()
 
 
@@ -294,7 +294,7 @@ def test_a_yaml_file_and_set_give_settings(
     settings = options(model, text, tmp_path / "out", sparsity=None, steps=None)
     code, stdout, _ = run(*settings, "--config", recipe, "--set", "lora_rank=4", "--json")
     assert code == 0
-    record = json.loads(stdout.splitlines()[-1])
+    record = json_line(stdout)
     assert record["target"] == 0.25
     assert record["config"]["learning_rate"] == 1e-3
     assert record["config"]["lora_rank"] == 4
@@ -425,7 +425,7 @@ def test_several_targets_and_chosen_dimensions_from_the_command_line(
     several = tmp_path / "several"
     code, stdout, _ = run(*options(model, text, several, sparsity="0.2,0.4", steps=6), "--json")
     assert code == 0
-    targets = json.loads(stdout.splitlines()[-1])["targets"]
+    targets = json_line(stdout)["targets"]
     assert [record["target"] for record in targets] == [0.2, 0.4]
     for record in targets:
         folder = several / f"sparsity-{record['target']:g}"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from nuteprune import load_pruned
 from nuteprune.export.loading import load_config
 from nuteprune.export.modeling_pruned import PrunedLlamaForCausalLM
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 
 # As 0.1.0 wrote them, after six steps with settings that later versions may not know.
 LAYERS = [(4, 2, 40), (2, 1, 32), (4, 2, 16)]
@@ -240,7 +240,7 @@ def test_it_loads_with_the_counts_that_it_states(earlier: Path) -> None:
 def test_it_is_inspected_and_reported(run: Run, earlier: Path) -> None:
     code, out, err = run("inspect", earlier, "--json")
     assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["sparsity"] == 0.3
+    assert json_line(out)["sparsity"] == 0.3
     code, _, err = run("report", earlier / "run")
     assert code == 0, err
     page = (earlier / "run" / "report.html").read_text()

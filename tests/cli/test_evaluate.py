@@ -13,15 +13,11 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import evaluate, judging
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.tasks import Score
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
 
 ASKED = ["--device", "cpu", "--dtype", "float32", "--json"]
-
-
-def last(stdout: str) -> dict[str, Any]:
-    return json.loads(stdout.splitlines()[-1])
 
 
 def prune(run: Run, model: Path, text: Path, out: Path, *more: str) -> None:
@@ -38,7 +34,7 @@ def test_retention_is_dense_over_pruned(model: Path, text: Path, tmp_path: Path,
     held_out = ["--data", text, "--length", 24]
     code, stdout, stderr = run("eval", out, "--against", model, *held_out, *ASKED)
     assert (code, "Traceback" in stderr) == (0, False)
-    found = last(stdout)
+    found = json_line(stdout)
     ours, dense = (found["perplexity"][str(x)]["text.txt"] for x in (out, model))
     kept = found["retention"]["perplexity"]
     assert kept["text.txt"] == kept["mean"] == pytest.approx(100 * dense / ours)
@@ -59,7 +55,7 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     both = ["--data", text, "--data", other, "--length", 24, "--device", "cpu"]
     code, stdout, stderr = run("eval", out, "--against", model, *both, "--json")
     assert code == 0, stderr
-    found = last(stdout)
+    found = json_line(stdout)
     kinds = {name: x["kind"] for name, x in found["protocol"]["texts"].items()}
     assert kinds == {"text.txt": "in-domain", "other.txt": "other text"}
     tables = stderr.split("In-domain text")[1].split("Other text")
@@ -78,12 +74,12 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     assert kept == (pytest.approx(100 * shares[str(out)] / dense) if dense else None)
     # In the middle of a run its settings tell.
     midway = run("eval", out / "run/checkpoint-4", *both, "--json")
-    assert {x["kind"] for x in last(midway[1])["protocol"]["texts"].values()} == {
+    assert {x["kind"] for x in json_line(midway[1])["protocol"]["texts"].values()} == {
         *("in-domain", "other text"),
     }
     # A dense model has no record that would tell.
     code, stdout, _ = run("eval", model, *both, "--copying-seed", 3, "--json")
-    found = last(stdout)
+    found = json_line(stdout)
     assert code == 0
     assert {x["kind"] for x in found["protocol"]["texts"].values()} == {None}
     assert found["copying_protocol"][str(model)]["seed"] == 3
@@ -97,7 +93,7 @@ def test_a_published_protocol_is_the_models_own_loss_on_joined_rows(
     spec = f"wikitext2={tmp_path / 'copy.jsonl'}"
     code, stdout, _ = run("eval", model, "--data", spec, "--length", 8, *ASKED)
     assert code == 0
-    found = last(stdout)
+    found = json_line(stdout)
     assert found["protocol"]["texts"]["wikitext2"]["protocol"] == "nuteprune"
     ids = torch.tensor(tiny_tokenizer("\n\n".join(rows))["input_ids"])
     blocks = ids[: len(ids) // 8 * 8].view(-1, 8)
@@ -124,7 +120,7 @@ def test_a_checkpoint_midway_is_the_model_of_its_step(
     asked = ["--data", text, "--length", 24, *ASKED]
     code, stdout, stderr = run("eval", checkpoint, "--against", out, *asked)
     assert code == 0, stderr
-    found = last(stdout)
+    found = json_line(stdout)
     ours, final = (found["perplexity"][str(x)]["text.txt"] for x in (checkpoint, out))
     if steps == 4:
         assert ours == pytest.approx(final, rel=1e-4)
@@ -134,7 +130,7 @@ def test_a_checkpoint_midway_is_the_model_of_its_step(
     (out / "nuteprune.json").unlink()
     code, stdout, _ = run("eval", checkpoint, *asked)
     assert code == 0
-    assert last(stdout)["perplexity"][str(checkpoint)]["text.txt"] == ours
+    assert json_line(stdout)["perplexity"][str(checkpoint)]["text.txt"] == ours
     (out / "run/settings.json").unlink()
     code, _, stderr = run("eval", checkpoint, *asked)
     assert code == 2
@@ -154,7 +150,7 @@ def test_local_tasks(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     tasks = ["--tasks", "school", "--include-path", tmp_path]
     code, stdout, stderr = run("eval", model, "--against", model, *tasks, *ASKED)
     assert code == 0, stderr
-    found = last(stdout)
+    found = json_line(stdout)
     assert found["perplexity"] == {}
     score = found["tasks"][str(model)]["school"]
     assert (score["metric"], score["samples"]) == ("acc", 4)
@@ -208,7 +204,7 @@ def test_where_copying_cannot_be_measured_the_rest_is(
     asked = ["--against", other, "--data", text, "--length", 24, *ASKED]
     code, stdout, stderr = run("eval", model, *asked)
     assert code == 0, stderr
-    found = last(stdout)
+    found = json_line(stdout)
     assert (list(found["copying"]), list(found["retention"])) == ([str(model)], ["perplexity"])
     assert "Copying" not in stderr
 

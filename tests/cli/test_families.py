@@ -14,6 +14,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import Shape
+from tests.conftest import json_line
 from tests.families import each_family
 
 SETTINGS = {"--data": None, "--steps": 0, "--batch-size": 1, "--length": 16, "--dtype": "float32"}
@@ -56,7 +57,7 @@ def test_a_dry_run_says_what_is_reached_or_which_gates_cannot_be(
             assert reason in err
             continue
         assert code == 0, err
-        result = json.loads(stdout.splitlines()[-1])
+        result = json_line(stdout)
         assert result["sparsity"][0] >= 0.02
         assert Shape.from_dict(result["shape"][0]).uniform or shapes == "free"
     assert sorted(tmp_path.rglob("*")) == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from nuteprune.model import lookup
 from nuteprune.model.family_file import read_family
 from nuteprune.model.lookup import family_named
 from nuteprune.model.small import small_config, small_model
+from tests.conftest import json_line
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_a_type_that_is_not_listed_is_pruned_by_a_proposed_entry(
 
     code, stdout, err = run("family", model, "--out", entry, "--json")
     assert code == 0, err
-    said = json.loads(stdout.splitlines()[-1])
+    said = json_line(stdout)
     assert set(said) == {"model_type", "entry", "held", "failed"}
     assert said["held"]["hidden"] == said["held"]["heads"] == ["free", "uniform"]
     assert said["held"]["attn_block"] == ["free"]
@@ -77,4 +77,4 @@ def test_a_type_that_is_not_listed_is_pruned_by_a_proposed_entry(
     monkeypatch.setattr(lookup, "_OWN", {})
     code, stdout, err = run("inspect", out, "--json")
     assert code == 0, err
-    assert json.loads(stdout.splitlines()[-1])["counted"] == record["params"]["after"]
+    assert json_line(stdout)["counted"] == record["params"]["after"]

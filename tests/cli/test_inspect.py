@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ import pytest
 from nuteprune.export.record import write_pruned
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_parts_are_those_of_the_models(
     small = prune_and_write(prune_at_random, whole, chosen, tmp_path / "out")
     code, out, _ = run(tmp_path / "out", "--json")
     assert code == 0
-    result = json.loads(out.splitlines()[-1])
+    result = json_line(out)
     parts = result["parts"]
     new = [count(small, *paths[0]), count(small, *paths[1]), count(small, *ends)]
     names = ["attention", "MLP", "embedding and head"]

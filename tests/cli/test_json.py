@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Run
+from tests.conftest import Run, json_line, json_of
 
 from .conftest import TINY
 
@@ -83,11 +82,7 @@ def merged(*results: dict[str, Any]) -> dict[str, Any]:
 
 
 def last(run: Run, *words: str) -> dict[str, Any]:
-    code, stdout, stderr = run(*words, *TINY[words[0]], "--json")
-    assert code == 0, stderr
-    result = json.loads(stdout.splitlines()[-1])
-    assert isinstance(result, dict)
-    return result
+    return json_of(run, *words, *TINY[words[0]])
 
 
 pytestmark = [pytest.mark.usefixtures("in_workspace"), pytest.mark.slow]
@@ -167,24 +162,15 @@ def test_export(run: Run) -> None:
 
 def test_a_table_of_costs_and_a_speedup(run: Run) -> None:
     table = ("--costs", "costs.json", "--lengths", "8", "--new-tokens", "4", "--device", "cpu")
-    code, stdout, stderr = run("bench", DENSE, *table, "--json")
-    assert code == 0, stderr
-    assert json.loads(stdout.splitlines()[-1])["out"] == "costs.json"
+    assert json_of(run, "bench", DENSE, *table)["out"] == "costs.json"
     fast = ["prune", DENSE, "--speedup", "1.0001", "--speed-at", "1x8+4", "--costs", "costs.json"]
-    few = [*TINY["prune"], "--data", "my_text.jsonl", "--out", "new", "--json"]
-    code, stdout, stderr = run(*fast, *few)
+    few = [*TINY["prune"], "--data", "my_text.jsonl", "--out", "new"]
+    code, stdout, _ = run(*fast, *few, "--json")
     assert stdout.endswith("}\n") == (code == 0)  # a busy machine may make it slower
     if code == 0:
-        found = json.loads(stdout.splitlines()[-1])
-        check(found, schema("prune"), "asked.for", "asked.at", "speedup")
+        check(json_line(stdout), schema("prune"), "asked.for", "asked.at", "speedup")
     plan = [*fast, *few, "--out", "planned", "--dry-run"]
-    check(last_of(run, *plan), schema("--dry-run"), "expected_speedup")
-
-
-def last_of(run: Run, *words: str) -> dict[str, Any]:
-    code, stdout, stderr = run(*words)
-    assert code == 0, stderr
-    return dict(json.loads(stdout.splitlines()[-1]))
+    check(json_of(run, *plan), schema("--dry-run"), "expected_speedup")
 
 
 def test_vocab(run: Run) -> None:

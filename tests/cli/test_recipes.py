@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FAMILY = {
@@ -42,7 +41,7 @@ def test_a_dry_run_takes_it(
     asked = ["prune", model, "--config", path, "--out", out, *smaller, *here]
     code, stdout, stderr = run(*asked)
     assert code == 0, stderr
-    found = json.loads(stdout.splitlines()[-1])
+    found = json_line(stdout)
     settings = yaml.safe_load(path.read_text())
     assert found["targets"] == [settings["sparsity"]]
     assert settings["sparsity"] <= found["sparsity"][0] <= settings["sparsity"] + 0.05

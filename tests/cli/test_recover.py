@@ -19,15 +19,11 @@ from nuteprune.jobs import recover as recovery
 from nuteprune.jobs.folder import alone
 from nuteprune.jobs.sources import load_tokenizer
 from nuteprune.judge.copying import copying
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
 
 QUICK: list[str] = ["--batch-size", "4", "--length", "24", "--learning-rate", "1e-2"]
-
-
-def last(stdout: str) -> dict[str, Any]:
-    return json.loads(stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,7 @@ def test_plain_text_lowers_perplexity_and_keeps_the_record(
     asked = ["--data", text, "--steps", 12, "--dtype", "float32"]
     code, stdout, stderr = run(*options(pruned, out, *asked), "--json")
     assert (code, "Traceback" in stderr) == (0, False), stderr
-    result, old = last(stdout), json.loads((pruned / "nuteprune.json").read_text())
+    result, old = json_line(stdout), json.loads((pruned / "nuteprune.json").read_text())
     record = json.loads((out / "nuteprune.json").read_text())
     assert record.items() <= result.items()
     changed = {"perplexity", "copying", "recover", "bytes_on_disk"}
@@ -98,7 +94,7 @@ def test_plain_text_lowers_perplexity_and_keeps_the_record(
     }
     fp32 = ["--device", "cpu", "--dtype", "float32", "--json"]
     code, stdout, _ = run("eval", out, "--data", text, "--length", 24, *fp32)
-    judged = last(stdout)["perplexity"][str(out)]["text.txt"]
+    judged = json_line(stdout)["perplexity"][str(out)]["text.txt"]
     # To the last digits: of the weights as they were rounded for the file.
     assert judged == pytest.approx(record["perplexity"]["after"]["text.txt"], rel=1e-5)
     assert "Recovered   12 steps" in run("inspect", out)[1]
@@ -119,7 +115,7 @@ def test_plain_text_lowers_perplexity_and_keeps_the_record(
 
     code, stdout, stderr = run(*options(out, tmp_path / "more", *asked), "--json")
     assert code == 0, stderr
-    assert last(stdout)["recover"]["earlier"] == entry
+    assert json_line(stdout)["recover"]["earlier"] == entry
 
 
 @pytest.mark.slow
@@ -138,7 +134,7 @@ def test_instructions_by_epochs(pruned: Path, text: Path, tmp_path: Path, run: R
     (wide / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
     code, stdout, stderr = run(*options(wide, out, *asked), "--json")
     assert code == 0, stderr
-    record = last(stdout)
+    record = json_line(stdout)
     entry = record["recover"]
     assert (entry["kind"], entry["template"]) == ("instructions", "auto")
     assert 270 <= entry["sequences"] <= 300
@@ -155,7 +151,7 @@ def test_an_intact_model_can_be_tuned_for_comparison(
     out = tmp_path / "out"
     code, stdout, stderr = run(*options(model, out, "--data", text, "--steps", 2), "--json")
     assert code == 0, stderr
-    assert last(stdout)["recover"]["seconds_per_step"] > 0
+    assert json_line(stdout)["recover"]["seconds_per_step"] > 0
     assert not (out / "nuteprune.json").exists()
     assert "not pruned" in stderr
     assert run("report", out)[0] == 0
@@ -173,7 +169,7 @@ def test_the_dense_model_is_tuned_in_the_same_way(
     asked = ["--data", text, "--steps", 3, "--dtype", "float32", "--json"]
     code, stdout, stderr = run(*options(pruned, out, *asked, "--against", model))
     assert code == 0, stderr
-    found = last(stdout)["recover"]
+    found = json_line(stdout)["recover"]
     dense = found["against"]
     assert "dense, tuned" in stderr
     assert "same tuning of both" in stderr
@@ -182,7 +178,7 @@ def test_the_dense_model_is_tuned_in_the_same_way(
 
     code, stdout, stderr = run(*options(model, alone, *asked))
     assert code == 0, stderr
-    expected = last(stdout)["recover"]["perplexity"]
+    expected = json_line(stdout)["recover"]["perplexity"]
     assert dense["perplexity"] == {when: expected[when] for when in ("before", "after")}
     tuned = [x / "model.safetensors" for x in (out / "run" / "dense", alone)]
     assert tuned[0].read_bytes() == tuned[1].read_bytes()
@@ -206,8 +202,8 @@ def test_the_dense_model_is_tuned_in_the_same_way(
     (out / "run" / "dense" / "config.json").unlink()
     code, stdout, stderr = run(*options(pruned, out, *asked, "--against", model, "--resume"))
     assert code == 0, stderr
-    assert last(stdout)["recover"]["against"]["perplexity"] == dense["perplexity"]
-    assert last(stdout)["recover"]["against"]["time_ratio"] is None
+    assert json_line(stdout)["recover"]["against"]["perplexity"] == dense["perplexity"]
+    assert json_line(stdout)["recover"]["against"]["time_ratio"] is None
 
 
 def test_other_tokens_do_not_compare(
@@ -309,7 +305,7 @@ def test_resumed_is_never_interrupted(
     text_asked = ["--data", text, "--length", 24, "--device", "cpu", "--json"]
     code, stdout, stderr = run("eval", checkpoint, "--base", pruned, *text_asked)
     assert code == 0, stderr
-    midway = last(stdout)["perplexity"][str(checkpoint)]["text.txt"]
+    midway = json_line(stdout)["perplexity"][str(checkpoint)]["text.txt"]
     record = json.loads((tmp_path / "a/nuteprune.json").read_text())
     # That of the result is measured after rounding to bfloat16.
     assert midway == pytest.approx(record["perplexity"]["after"]["text.txt"], rel=1e-2)

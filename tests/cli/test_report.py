@@ -16,7 +16,7 @@ import pytest
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.settings import read_given
 from nuteprune.train.config import NutePruneConfig
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_run_its_report_and_the_same_run_by_the_reports_command(
 
     code, out, _ = run("report", "out", "--json")
     assert code == 0
-    written = json.loads(out.splitlines()[-1])
+    written = json_line(out)
     assert written["report"] == str(tmp_path / "out/run/report.html")
     names = {"gates_kv_groups", "gates_neurons", "layers", "loss", "perplexity", "sparsity"}
     assert {Path(path).stem for path in written["plots"]} == names

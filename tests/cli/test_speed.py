@@ -12,7 +12,7 @@ from nuteprune.jobs import timing
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.work import Setting
 from nuteprune.judge.worker import Worker
-from tests.conftest import Run
+from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def test_the_result_is_as_fast_as_is_asked_by_the_table(
 ) -> None:
     code, stdout, stderr = run(*words, "--speedup", 1.3, "--for", phase, "--json")
     assert code == 0, stderr
-    record = json.loads(stdout.splitlines()[-1])
+    record = json_line(stdout)
     before, after = (seconds(record[x], phase) for x in ("layers_before", "layers"))
     assert 1.3 <= before / after < 1.45
     assert record["asked"] == {"kind": "speedup", "value": 1.3, "for": phase, "at": AT}
@@ -99,7 +99,7 @@ def test_only_what_is_slower_than_95_percent_of_it_in_every_pass_has_failed(
 def test_a_dry_run_tells_the_speed_that_is_expected(words: list[Any], run: Run) -> None:
     code, stdout, stderr = run(*words, "--sparsity", 0.3, "--dry-run", "--json")
     assert code == 0, stderr
-    plan = json.loads(stdout.splitlines()[-1])
+    plan = json_line(stdout)
     whole = [{"heads": 4, "neurons": 48}] * 3
     faster = seconds(whole, "decode") / seconds(plan["shape"][0]["layers"], "decode")
     assert plan["expected_speedup"] == [pytest.approx(faster)]
@@ -120,7 +120,7 @@ def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
     short = ["--lengths", 8, "--new-tokens", 4, "--device", "cpu", "--dtype", "float32"]
     code, stdout, stderr = run("bench", model, "--costs", file, *short, "--json")
     assert code == 0, stderr
-    found = json.loads(stdout.splitlines()[-1])
+    found = json_line(stdout)
     written = json.loads(file.read_text())
     assert written.keys() == json.loads(path.read_text()).keys()
     assert found == {"out": str(file), **written}

@@ -18,7 +18,7 @@ from nuteprune.jobs import judging
 from nuteprune.judge import copying
 from nuteprune.judge.run_files import read_run
 from nuteprune.judge.samples import continuations
-from tests.conftest import Run, cache_of
+from tests.conftest import Run, cache_of, json_line
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def test_the_result_is_at_most_a_percent_below_what_is_asked(
     cache = cached(out, sequences=3)
     found = {"params": params, "size": size, "memory": size + cache}[kind]
     assert 0.99 * asked <= found <= asked
-    record = json.loads(stdout.splitlines()[-1])
+    record = json_line(stdout)
     assert (record["params"]["after"], record["bytes_on_disk"]) == (params, size)
     assert record["target"] == record["sparsity"] > 0
     about = {"context": CONTEXT, "sequences": 3, "cache_bytes": cache} if kind == "memory" else {}
@@ -156,7 +156,7 @@ def test_files_of_settings_and_python_take_them_too(
     assert files[0] == files[1]
     # An option wins over a file, whichever of the targets the two name.
     dry = [*words, *SMALL, "--params", "150K", "--dry-run", "--overwrite", "--json"]
-    plan = json.loads(run(*dry)[1].splitlines()[-1])
+    plan = json_line(run(*dry)[1])
     assert plan["asked"] == [{"kind": "params", "value": 150_000}]
 
 
@@ -167,7 +167,7 @@ def test_a_dry_run_says_what_a_target_comes_to_in_the_other_words(
     about = ["--context", CONTEXT, "--sequences", 2, "--json"]
     code, stdout, stderr = run(*words, "--sparsity", "0.2,0.4", *about)
     assert code == 0, stderr
-    plan = json.loads(stdout.splitlines()[-1])
+    plan = json_line(stdout)
     assert plan["asked"] == [{"kind": "sparsity", "value": x} for x in (0.2, 0.4)]
     assert (plan["context"], plan["sequences"]) == (CONTEXT, 2)
     params, size = counted(model)
@@ -177,7 +177,7 @@ def test_a_dry_run_says_what_a_target_comes_to_in_the_other_words(
     for after, file in zip(plan["parameters"], plan["bytes"], strict=True):
         assert file - 4 * after == pytest.approx(size - 4 * params, abs=500)
     again = run(*words, "--params", plan["parameters"][0], *about)[1]
-    plan = json.loads(again.splitlines()[-1])
+    plan = json_line(again)
     assert plan["sparsity"][0] == pytest.approx(0.2, abs=0.01)
     for part in ("parameters", "on disk", "of KV cache for 2 x 40 tokens"):
         assert part in run(*words, "--params", "150K", *about[:-1])[1]

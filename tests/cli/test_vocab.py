@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nuteprune
 from nuteprune.export.loading import load_pruned
-from tests.conftest import Run
+from tests.conftest import Run, json_of
 
 pytestmark = pytest.mark.slow
 
 KEEP = 280
 
 
-def last(run: Run, *words: Any) -> dict[str, Any]:
-    code, stdout, stderr = run(*words, "--json")
-    assert code == 0, stderr
-    result = json.loads(stdout.splitlines()[-1])
-    assert isinstance(result, dict)
-    return result
-
-
 def test_a_stock_checkpoint_comes_out_that_all_else_takes(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
     out = tmp_path / "small"
-    found = last(run, "vocab", model, "--data", text, "--keep", KEEP, "--out", out)
+    found = json_of(run, "vocab", model, "--data", text, "--keep", KEEP, "--out", out)
     loaded, dense = (AutoModelForCausalLM.from_pretrained(x) for x in (out, model))
     tokenizer, full = (AutoTokenizer.from_pretrained(x) for x in (out, model))
     assert type(loaded) is type(dense)
@@ -55,13 +46,13 @@ def test_a_stock_checkpoint_comes_out_that_all_else_takes(
     assert found["asked"] == {"kind": "vocab", "value": KEEP}
     assert f"vocabulary of {KEEP} tokens" in (out / "README.md").read_text()
 
-    told = last(run, "inspect", out)
+    told = json_of(run, "inspect", out)
     assert told["counted"] == params["after"]
     assert told["parts"]["embedding and head"] == {"before": 32 * 300, "after": 32 * KEEP}
     few = ["--steps", 0, "--length", 24, "--device", "cpu", "--set", "calibration_blocks=2"]
     few += ["--set", "eval_blocks=2", "--set", "neuron_multiple=4", "--shares", 1]
     pruned = tmp_path / "pruned"
-    again = last(run, "prune", out, "--sparsity", 0.2, "--data", text, "--out", pruned, *few)
+    again = json_of(run, "prune", out, "--sparsity", 0.2, "--data", text, "--out", pruned, *few)
     assert [x["vocab"]["after"] for x in again["history"]] == [KEEP]
     assert load_pruned(pruned).config.vocab_size == KEEP
     assert f"vocabulary of {KEEP} tokens" in (pruned / "README.md").read_text()
@@ -74,9 +65,9 @@ def test_a_stock_checkpoint_comes_out_that_all_else_takes(
     assert load_pruned(third).config.vocab_size == 270
     tuned = tmp_path / "tuned"
     few = ["--data", text, "--steps", 1, "--length", 24, "--device", "cpu"]
-    learned = last(run, "recover", out, "--out", tuned, *few)
+    learned = json_of(run, "recover", out, "--out", tuned, *few)
     assert learned["recover"]["perplexity"]["protocol"]["block_length"] == {text.name: 24}
-    exported = last(run, "export", third, "--to", "gguf", "--out", tmp_path / "a.gguf")
+    exported = json_of(run, "export", third, "--to", "gguf", "--out", tmp_path / "a.gguf")
     assert exported["texts_compared"] > 0  # llama.cpp splits them alike
 
 
@@ -86,7 +77,7 @@ def test_the_models_own_text_can_be_counted(
     monkeypatch.setattr("nuteprune.jobs.vocab.SELF_TOKENS", 100)
     out = tmp_path / "small"
     words = ["vocab", model, "--data", "self", "--keep", KEEP, "--length", 24, "--out", out]
-    assert last(run, *words)["vocab"]["after"] == KEEP
+    assert json_of(run, *words)["vocab"]["after"] == KEEP
     assert sorted(x.name for x in tmp_path.iterdir()) == ["small"]
 
 

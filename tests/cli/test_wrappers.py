@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import transformers
 
 from nuteprune.jobs.reproduce import commands
 from nuteprune.model.wrappers import WRAPPERS, own_name
+from tests.conftest import json_line
 from tests.wrapped import inputs, wrapper
 
 SETTINGS = ("--steps", 0, "--shares", 1, "--length", 16, "--batch-size", 1, "--dtype", "float32")
@@ -58,7 +58,7 @@ def test_a_wrapper_is_pruned_and_still_sees(
     more = ("--shapes", shapes, "--gates", gates)
     code, stdout, err = run(*options(model, text, out, *more))
     assert code == 0, err
-    record = json.loads(stdout.splitlines()[-1])
+    record = json_line(stdout)
     dense = wrapper(name)
     assert record["wrapper"] == WRAPPERS[name].conditional
     assert record["params"]["before"] == sum(p.numel() for p in dense.parameters())
@@ -78,7 +78,7 @@ def test_a_wrapper_is_pruned_and_still_sees(
     assert "AutoModelForImageTextToText.from_pretrained" in card
     code, stdout, err = run("inspect", out, "--json")
     assert code == 0, err
-    parts = json.loads(stdout.splitlines()[-1])["parts"]
+    parts = json_line(stdout)["parts"]
     for when in ("before", "after"):
         assert sum(x[when] for x in parts.values()) == record["params"][when]
 
@@ -106,7 +106,7 @@ def test_the_language_model_alone_can_be_written(
     assert not out.exists()
     code, stdout, err = run(*refused, "--text-only")
     assert code == 0, err
-    record = json.loads(stdout.splitlines()[-1])
+    record = json_line(stdout)
     assert "wrapper" not in record
     assert record["hidden"]["after"] < record["hidden"]["before"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)

@@ -13,6 +13,7 @@ import torch
 
 from nuteprune.export.checkpoint import save
 from nuteprune.export.gguf import write_gguf
+from tests.conftest import json_line
 from tests.greedy import continuation
 
 from .conftest import SCRIPTS
@@ -67,7 +68,7 @@ def test_a_pruned_model_next_to_the_dense_one(
     words = ["-m", "nuteprune.cli", "bench", tmp_path / "small", "--against", tmp_path / "dense"]
     words += ["--engine", "llama.cpp", "--batch-sizes", "1,2", "--lengths", "8", "--new-tokens", 4]
     stdout = run_there(*words, "--threads", 1, "--repeats", 1, "--dtype", dtype, "--json")
-    found = json.loads(stdout.splitlines()[-1])
+    found = json_line(stdout)
     assert found["engine"] == "llama.cpp b11739"
     assert [x["batch_size"] for x in found["settings"]] == [1, 2]
     for setting in found["settings"]:

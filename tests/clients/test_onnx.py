@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import nuteprune
 from nuteprune.export.checkpoint import save
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
+from tests.conftest import json_line
 from tests.greedy import continuation
 
 pytestmark = pytest.mark.clients
@@ -70,7 +70,7 @@ def test_prompts_and_greedy_tokens(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    written = json.loads(done.stdout.splitlines()[-1])
+    written = json_line(done.stdout)
     assert written["error"] <= 1e-4
     assert {x.name for x in tmp_path.iterdir() if "onnx" in x.name} == set(written["files"])
     assert len(written["files"]) == (1 if limit else 2)

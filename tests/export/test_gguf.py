@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import signal
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
+from tests.conftest import json_line
 from tests.forked import python
 
 VOCAB = 300
@@ -823,7 +823,7 @@ def test_the_command(folder: Path, tmp_path: Path, run: Callable) -> None:
     out = tmp_path / "m.gguf"
     code, stdout, _ = run(folder, "--to", "gguf", "--out", out, "--type", "q8_0", "--json")
     assert code == 0
-    result = json.loads(stdout.splitlines()[-1])
+    result = json_line(stdout)
     assert (result["arch"], result["type"]) == ("deci", "q8_0")
     assert result["bytes"] == out.stat().st_size
     assert metadata(out)["general.name"] == "model"

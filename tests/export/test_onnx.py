@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from nuteprune.export import onnx
 from nuteprune.export.checkpoint import save
 from nuteprune.export.onnx import write_onnx
 from nuteprune.export.onnx_graph import Exporter, check_rope
+from tests.conftest import json_line
 from tests.families import each_plain_family
 
 
@@ -158,7 +158,7 @@ def test_the_command(case: Callable, tmp_path: Path, run: Callable, fake: dict[s
     save(case("llama").pruned.to(torch.float32), tmp_path / "model")
     out = tmp_path / "m.onnx"
     code, stdout, _ = run(tmp_path / "model", "--to", "onnx", "--out", out, "--json")
-    result = json.loads(stdout.splitlines()[-1])
+    result = json_line(stdout)
     assert (code, result["files"], result["type"]) == (0, ["m.onnx"], "f32")
     assert result["parameters"] == case("llama").pruned.num_parameters()
     code, _, err = run(tmp_path / "model", "--to", "onnx", "--out", out)
