@@ -400,7 +400,7 @@ def test_onnx_and_tables_of_costs_are_refused(tiny_model) -> None:
     with pytest.raises(UserError, match="mixtral routes tokens to experts, and a graph would keep"):
         check_mixers(FAMILIES["mixtral"])
     with pytest.raises(UserError, match="cannot be timed by count: it routes to experts; ask for"):
-        cost_table(tiny_model("mixtral"), Setting(1, 8, 2), "cpu", torch.float32, "this")
+        cost_table(tiny_model("mixtral"), Setting(1, 8, 2), "cpu", torch.float32)
 
 
 def test_quantised_experts_are_refused(tiny_model) -> None:

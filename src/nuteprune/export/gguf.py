@@ -115,16 +115,7 @@ def write_gguf(
     if kind.quantized:
         check_rows(shape, source.head_dim, type_name)
     vocabulary = read_vocabulary(tokenizer, len(anatomy.embedding.weight), pre_tokenizer)
-    if source.window and arch.window_period is None:
-        notes.append(
-            f"the context length is {context_length(arch, source)}, the model's attention window: "
-            "llama.cpp lets this architecture attend to everything"
-        )
-    if source.rope.get("rope_type") == "yarn" and not source.rope.get("truncate", True):
-        notes.append(
-            "llama.cpp rounds where YaRN's ramp begins and ends to whole features, and this model "
-            "does not: its logits differ there, the more so the longer the text (docs/gguf.md)"
-        )
+    notes += _notes(arch, source)
     if type_name in TO_QUANTIZE:
         notes += torn_rows(shape, source.head_dim)
     infos = list(_tensor_infos(anatomy, arch, source, shape, type_name))
@@ -140,6 +131,20 @@ def write_gguf(
             size = partial.stat().st_size
     parameters = sum(prod(info.shape) for info in infos)
     return Written(arch.name, len(infos), parameters, size, compared, notes)
+
+
+def _notes(arch: Arch, source: Source) -> Iterator[str]:
+    """Yield what llama.cpp does otherwise than the model, though it can express it."""
+    if source.window and arch.window_period is None:
+        yield (
+            f"the context length is {context_length(arch, source)}, the model's attention window: "
+            "llama.cpp lets this architecture attend to everything"
+        )
+    if source.rope.get("rope_type") == "yarn" and not source.rope.get("truncate", True):
+        yield (
+            "llama.cpp rounds where YaRN's ramp begins and ends to whole features, and this model "
+            "does not: its logits differ there, the more so the longer the text (docs/gguf.md)"
+        )
 
 
 @dataclass(frozen=True)

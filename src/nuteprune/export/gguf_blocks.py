@@ -163,7 +163,7 @@ def latent_attention(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]
         None if linear is None else array_of(linear.weight)
         for linear in (anatomy.linear(layer, x) for x in anatomy.family.attention)
     )
-    q_norm, kv_norm = (_at(anatomy, layer, x) for x in anatomy.family.latent_norms)
+    q_norm, kv_norm = (anatomy.without_lora(layer, x) for x in anatomy.family.latent_norms)
     epsilon = float(getattr(config, anatomy.family.config_names["epsilon"]))
     if direct is not None:
         yield name_of(MODEL_TENSOR.ATTN_Q, layer), direct
@@ -184,12 +184,6 @@ def latent_attention(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]
     yield name_of(MODEL_TENSOR.ATTN_K_B, layer), keys.transpose(0, 2, 1)
     yield name_of(MODEL_TENSOR.ATTN_V_B, layer), values
     yield name_of(MODEL_TENSOR.ATTN_OUT, layer), out
-
-
-def _at(anatomy: Anatomy, layer: int, path: str) -> Any:
-    """Return a module of a layer, None if the checkpoint has none there."""
-    block, _, name = path.rpartition(".")
-    return getattr(anatomy.layers[layer].get_submodule(block), name)
 
 
 def sinks(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, Array]]:

@@ -77,7 +77,7 @@ def _layer_squares(
     anatomy: Anatomy, index: int, layer: LayerShape
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the sums of squares of a layer's units, by kind, and of each hidden feature (D,)."""
-    head_dim, sizes = anatomy.head_dim, axis_sizes(layer, anatomy.head_dim)
+    sizes = axis_sizes(layer, anatomy.head_dim)
     axes = {axis: torch.zeros(size) for axis, size in sizes.items()}
     hidden_D, uncut = torch.zeros(anatomy.shape.hidden), torch.zeros(())
     for projection in anatomy.family.projections:
@@ -103,17 +103,7 @@ def _layer_squares(
         ):
             axes[axis] += part
     experts_EF = _expert_squares(anatomy, index, hidden_D)
-    per_head = {"q": 1, "qkv": 3, "qgate": 2}
-    heads_H = sum(
-        (axes[axis].view(-1, many * head_dim).sum(1) for axis, many in per_head.items()),
-        torch.zeros(layer.heads),
-    )
-    keys_G = axes["kv"].view(-1, head_dim).sum(1)
-    groups_G = keys_G
-    if layer.attention:
-        groups_G = keys_G + heads_H.view(layer.kv_heads, -1).sum(1)
-    if layer.heads_per_group == 1:
-        heads_H = groups_G
+    heads_H, groups_G = _head_squares(axes, layer, anatomy.head_dim)
     return {
         "heads": heads_H,
         "kv_groups": groups_G,
@@ -123,6 +113,21 @@ def _layer_squares(
         "attn_block": (groups_G.sum() + uncut)[None][: layer.mixes],
         "mlp_block": (axes["neurons"].sum() + experts_EF.sum())[None][: layer.mlp],
     }, hidden_D
+
+
+def _head_squares(
+    axes: Mapping[str, Tensor], layer: LayerShape, head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of squares of a layer's heads (H,) and KV groups (G,), given each axis's."""
+    per_head = {"q": 1, "qkv": 3, "qgate": 2}
+    heads_H = sum(
+        (axes[axis].view(-1, many * head_dim).sum(1) for axis, many in per_head.items()),
+        torch.zeros(layer.heads),
+    )
+    groups_G = axes["kv"].view(-1, head_dim).sum(1)
+    if layer.attention:
+        groups_G = groups_G + heads_H.view(layer.kv_heads, -1).sum(1)
+    return groups_G if layer.heads_per_group == 1 else heads_H, groups_G
 
 
 def _expert_squares(anatomy: Anatomy, index: int, hidden_D: Tensor) -> Tensor:

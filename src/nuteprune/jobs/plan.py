@@ -91,22 +91,27 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         if args.offload:
             raise UserError("a plan says by itself what offload saves: use --device-memory")
         planned = Run.of(config, args, job.length, dtype)
-        sizes = planned.sizes
-        if asked.memory is not None and sizes.layer > SPARE * asked.memory:
+        layer = planned.sizes.layer
+        if asked.memory is not None and layer > SPARE * asked.memory:
             raise UserError(
                 f"a device of {megabytes(asked.memory)} cannot hold even one layer of {job.model}, "
-                f"{megabytes(sizes.layer)} in {dtype_name(dtype)}; name devices with more memory"
+                f"{megabytes(layer)} in {dtype_name(dtype)}; name devices with more memory"
             )
         phases = planned.phases()
-        variants = (
-            list(variants_of(planned, phases, (asked.devices,))) if asked.memory is not None else []
-        )
+        result = _taken(job, asked, planned, phases)
+        if asked.memory is not None:
+            result |= _choices(planned, phases, asked.devices, asked.memory)
+    _print(result, planned, output)
+    return result
+
+
+def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -> dict[str, Any]:
+    """Return what a run takes as it is asked for."""
+    dtype, sizes, of_a_token = planned.dtype, planned.sizes, planned.of_a_token
     rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype)
     rate = dataclasses.replace(rate, read=asked.reading or rate.read)
     entries = [entry(phase, rate, phase.need.peak) for phase in phases]
-    of_a_token = planned.of_a_token
-    fits = next((v for v in variants if v.peak <= SPARE * (asked.memory or 0)), None)
-    result: dict[str, Any] = {
+    return {
         "model": job.model,
         "parameters": sizes.weights // dtype.itemsize,
         "dtype": dtype_name(dtype),
@@ -123,15 +128,18 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         **({"bytes_per_second": rate.read} if rate.read else {}),
         "rate": "named" if asked.rate else "measured here",
     }
-    if asked.memory is not None:
-        result |= {
-            "devices": asked.devices,
-            "device_memory_bytes": asked.memory,
-            "settings": [_choice(v, asked.memory) for v in variants],
-            "fits": fits.settings if fits else None,
-        }
-    _print(result, planned, output)
-    return result
+
+
+def _choices(planned: Run, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
+    """Return the settings that take less, and the first of them that fits."""
+    variants = list(variants_of(planned, phases, (devices,)))
+    fits = next((v for v in variants if v.peak <= SPARE * memory), None)
+    return {
+        "devices": devices,
+        "device_memory_bytes": memory,
+        "settings": [_choice(v, memory) for v in variants],
+        "fits": fits.settings if fits else None,
+    }
 
 
 def config_of(model: str) -> PreTrainedConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -212,16 +212,10 @@ def _prune(
     """Train, finalize, write and judge; returns folder -> record of each checkpoint."""
     # Held in few bits, or in parts, the run's own model can be neither judged nor cut.
     apart = job.bits is not None or trainer.args.sharded
-    computed, place = trainer.computed_dtype, "cpu" if apart else str(trainer.args.device)
+    place = "cpu" if apart else str(trainer.args.device)
     provenance = origin(job.model) if is_main() else {}
     tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
     judge = Judge(held_out, tokenizer, bars)
-
-    def as_judged(small: PreTrainedModel) -> PreTrainedModel:
-        small = in_dtype(small, computed).requires_grad_(False)
-        offload_if_asked(Anatomy(small), trainer.args, trainer.pruning.ready.origin)
-        return cast(PreTrainedModel, small.to(place))  # type: ignore[arg-type]
-
     before = None
     if is_main() and not apart:
         before = judge.figures("the dense model", trainer.anatomy.model)
@@ -231,20 +225,15 @@ def _prune(
     if not is_main():
         return {}
     if before is None:  # nobody waits for it any more
-        before = judge.figures("the dense model", load_model(job.model, computed))
+        before = judge.figures("the dense model", load_model(job.model, trainer.computed_dtype))
     if job.resume:
         clear_result(job.out, job.overwrite)
     records = {}
-    *earlier, last = range(len(trainer.targets))
-    for index in (last, *earlier):
-        if index == last:
-            small = trainer.finalize(partial(whole, job) if trainer.ending.reloads else None)
-        else:
-            small = trainer.finalize_target(index, whole(job))
-        after = judge.figures("the pruned model", as_judged(small))
+    for index, small in _smaller(job, trainer):
+        after = judge.figures("the pruned model", _as_judged(small, trainer, place))
         if trainer.args.offload:  # as it is written
             bring_home(small)
-        if index == last:
+        if index == len(trainer.targets) - 1:
             samples = side_by_side(tokenizer, judge.prompts_BT, before.texts, after.texts)
             write_extra(job.out / RUN, SAMPLES, samples)
         folder = target_folder(job, [target.asked for target in trainer.goals], index)
@@ -257,6 +246,21 @@ def _prune(
             seconds=round(time.monotonic() - started, 1),
         )
     return dict(sorted(records.items(), key=lambda item: item[1]["target"]))
+
+
+def _smaller(job: PruneJob, trainer: NutePruneTrainer) -> Iterator[tuple[int, PreTrainedModel]]:
+    """Yield (index of a target, its smaller model); the last target is first, of the run's own."""
+    *earlier, last = range(len(trainer.targets))
+    yield last, trainer.finalize(partial(whole, job) if trainer.ending.reloads else None)
+    for index in earlier:
+        yield index, trainer.finalize_target(index, whole(job))
+
+
+def _as_judged(small: PreTrainedModel, trainer: NutePruneTrainer, place: str) -> PreTrainedModel:
+    """Return a smaller model as its file will compute, on a device."""
+    small = in_dtype(small, trainer.computed_dtype).requires_grad_(False)
+    offload_if_asked(Anatomy(small), trainer.args, trainer.pruning.ready.origin)
+    return cast(PreTrainedModel, small.to(place))  # type: ignore[arg-type]
 
 
 def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:

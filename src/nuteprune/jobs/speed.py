@@ -18,7 +18,7 @@ from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
 from nuteprune.jobs.timing import for_report, measure
-from nuteprune.judge.bench import PASSES, told
+from nuteprune.judge.bench import PASSES, hardware_of, told
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.run_files import write_extra
 from nuteprune.judge.work import Setting
@@ -33,15 +33,11 @@ MISSED = 0.95
 """Share of what was asked for that not even the fastest pair of passes may stay below."""
 
 
-def _hardware(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
-
-
 def write_table(
     path: Path, model: PreTrainedModel, setting: Setting, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Measure what the blocks of a model cost, and write the table."""
-    table = cost_table(model, setting, device, dtype, _hardware(device))
+    table = cost_table(model, setting, device, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, to_json(table, indent=1) + "\n")
     return table
@@ -73,7 +69,7 @@ def costs_for(
     device, anatomy = pick_device(job.device), Anatomy(model)
     dtype = pick_dtype(job.dtype, device)
     what = (
-        _hardware(device),
+        hardware_of(device),
         dtype,
         torch.get_num_threads(),
         config.speed_at,

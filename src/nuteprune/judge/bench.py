@@ -76,6 +76,12 @@ def time_once(model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int) -> Tim
     return Timing(known - started, time.perf_counter() - known)
 
 
+def hardware_of(device: torch.device | str) -> str:
+    """Return an accelerator's name, or `CPU`."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def _wait(model: PreTrainedModel) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

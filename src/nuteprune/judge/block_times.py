@@ -21,7 +21,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
 from nuteprune.gates.seconds import PHASES, SCHEMA
-from nuteprune.judge.bench import PASSES, time_once
+from nuteprune.judge.bench import PASSES, hardware_of, time_once
 from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Setting
 from nuteprune.model.anatomy import Anatomy
@@ -125,7 +125,7 @@ def _now(anatomy: Anatomy) -> float:
 
 
 def cost_table(
-    model: PreTrainedModel, setting: Setting, device: str, dtype: torch.dtype, hardware: str
+    model: PreTrainedModel, setting: Setting, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return what blocks of a model's kind take.
 
@@ -134,7 +134,6 @@ def cost_table(
         setting: prompt and tokens that are timed.
         device: where it is timed.
         dtype: what is computed in.
-        hardware: what that is called.
     """
     dense = Anatomy(model)
     if dense.family.mixer or dense.per_token:
@@ -162,7 +161,7 @@ def cost_table(
         "head_dim": dense.head_dim,
         "layers": len(dense.layers),
         "device": device,
-        "hardware": hardware,
+        "hardware": hardware_of(device),
         "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "batch_size": setting.batch_size,

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from nuteprune.judge.bench import Timing, time_once
+from nuteprune.judge.bench import Timing, hardware_of, time_once
 from nuteprune.judge.work import Setting, Work
 from nuteprune.model.anatomy import Anatomy
 
@@ -58,14 +58,13 @@ class TorchRunner:
     def about(self) -> About:
         """Return what the model is, and what runs it."""
         model = self._model
-        cuda = model.device.type == "cuda"
         return About(
             Work.of(model),
             getattr(model.config, "max_position_embeddings", None),
             f"transformers {transformers.__version__}",
             str(model.config._attn_implementation),
             torch.get_num_threads(),
-            torch.cuda.get_device_name(model.device) if cuda else "CPU",
+            hardware_of(model.device),
         )
 
     def time(self, setting: Setting) -> Timing:

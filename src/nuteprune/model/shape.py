@@ -141,9 +141,10 @@ def _check_count(what: str, count: Any, most: int, least: int) -> None:
         raise UserError(f"{what} is {count!r}; it must be a whole number from {least} to {most}")
 
 
-def _cut_layer(
-    index: int, whole: LayerShape, row: Any, common: Mapping[str, Any], first: bool
-) -> LayerShape:
+def _counts_asked(
+    index: int, whole: LayerShape, row: Any, common: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the counts that are asked for of a layer, each checked to be a part of what it has."""
     if not isinstance(row, Mapping):
         raise UserError(f"layer {index} of the shape is {row!r}; it must map names to counts")
     unknown = set(row) - {*COUNTS, "attention", "mixer", "mlp"}
@@ -162,6 +163,14 @@ def _cut_layer(
     for name in COUNTS:
         if name in given:
             _check_count(f"layer {index}: {name}", given[name], getattr(whole, name), 0)
+    return given
+
+
+def _cut_layer(
+    index: int, whole: LayerShape, row: Any, common: Mapping[str, Any], first: bool
+) -> LayerShape:
+    """Return a layer as it is asked for, checked to be one that can be had."""
+    given = _counts_asked(index, whole, row, common)
     # One of the two head counts is enough: the other follows from the heads per group.
     per_group = whole.heads_per_group or 1
     kv_heads = given.get("kv_heads")
