@@ -1,4 +1,4 @@
-"""The exceptions that the command line shows as one line."""
+"""The exceptions that the command line shows as one line, and what any exception says in one."""
 
 
 class UserError(Exception):
@@ -20,3 +20,8 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an exception says without line breaks; its type's name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import RunFailed, UserError, in_one_line
 from nuteprune.processes import rank
 from nuteprune.run_folder import SUMS
 
@@ -134,7 +134,7 @@ def writing(what: str | Path, remedy: str = "") -> Iterator[None]:
         yield
     # torch raises RuntimeError where its file could not be written.
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_one_line(error)
         if isinstance(error, OSError) and error.errno in WRONG_PLACE:
             raise UserError(f"cannot write {what}: {reason}") from error
         hint = f"; {remedy}" if remedy else ""

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -139,11 +139,6 @@ def _listed(names: Collection[str]) -> str:
     return ", ".join([*shown, *more]) or "(none)"
 
 
-def one_line(error: Exception) -> str:
-    """Return what an exception says, without its line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def cell_text(
     row: Mapping[str, object],
     name: str,
@@ -235,6 +230,6 @@ def render(
         )
     except Exception as error:  # a template is a program, which may go wrong in any way
         raise UserError(
-            f"{where}: the model's chat template refuses the messages ({one_line(error)}); "
+            f"{where}: the model's chat template refuses the messages ({in_one_line(error)}); "
             "mend or remove the row"
         ) from error

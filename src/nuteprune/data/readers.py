@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nuteprune.data.columns import choose_layout, one_line, row_documents
-from nuteprune.errors import UserError
+from nuteprune.data.columns import choose_layout, row_documents
+from nuteprune.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,7 +198,7 @@ def _decoded(path: Path) -> Iterator[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read ({one_line(error)}); pass another file")
+    return UserError(f"{path}: cannot be read ({in_one_line(error)}); pass another file")
 
 
 def _text_documents(path: Path) -> Iterator[str]:
@@ -282,5 +282,5 @@ def hub_rows(dataset: str, config: str | None, split: str) -> Iterator[tuple[str
     except Exception as error:
         raise UserError(
             f"{dataset}: neither a local file or folder nor a dataset that the hub gives "
-            f"({one_line(error)}); pass a path, or id[:config[:split]]"
+            f"({in_one_line(error)}); pass a path, or id[:config[:split]]"
         ) from error

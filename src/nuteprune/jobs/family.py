@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from nuteprune.console import Output
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import RunFailed, UserError, in_one_line
 from nuteprune.export.gguf_archs import ARCHS
 from nuteprune.files import at_home, write_text
 from nuteprune.jobs.exactness import SHAPES, Found, examine, settled
@@ -102,7 +102,7 @@ def checked(config: PreTrainedConfig, file: FamilyFile | None = None) -> tuple[F
             entry = settled(family, small)
         except Exception as error:  # of modelling code, on sizes that it was not made for
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            problems.append(kind + " ".join(str(error).split()))
+            problems.append(kind + in_one_line(error))
             continue
         found = examine(entry, small)
         held = sum(why is None for by in found.values() for why in by.values())
@@ -135,7 +135,7 @@ def _proposed(config: PreTrainedConfig) -> list[Family]:
     except UserError:
         raise
     except Exception as error:  # modelling code that is none of ours, on sizes it was not made for
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        said = f"{type(error).__name__}: {in_one_line(error)}"
         raise UserError(f"a small {config.model_type} cannot be looked at: {said}") from error
 
 

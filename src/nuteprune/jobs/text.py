@@ -19,11 +19,10 @@ from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import SELF
+from nuteprune.train.calibration import Progress
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.own_text import GUARD, tokens_to_write
 from nuteprune.train.trainer import NutePruneTrainer
-
-Progress = Callable[[str, int, int], None]
 
 
 def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float]]:

@@ -17,8 +17,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.data.columns import one_line
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, in_one_line
 
 COMMONSENSE7: Final = (
     "boolq",
@@ -160,8 +159,8 @@ class Tasks:
                 )
         except (OSError, DatasetsError) as error:
             raise UserError(
-                f"the data of a task cannot be had ({one_line(error)}); tasks whose data is local "
-                "go into a folder for --include-path"
+                f"the data of a task cannot be had ({in_one_line(error)}); tasks whose data is "
+                "local go into a folder for --include-path"
             ) from error
         return read_scores(results or {})
 

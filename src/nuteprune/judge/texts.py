@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nuteprune.data.columns import one_line
 from nuteprune.data.specs import iter_documents, local_files
 from nuteprune.data.split import held_out_part
 from nuteprune.data.tokens import after, bos_of, collect, tokens_of, too_short
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, in_one_line
 from nuteprune.files import at_home
 from nuteprune.judge.protocols import END_OF_TEXT, JOININGS, TEXTS, Protocol
 
@@ -106,8 +105,8 @@ def _hub_rows(name: str) -> list[str]:
     # Whatever the hub client and the format's reader below `datasets` raise.
     except Exception as error:
         raise UserError(
-            f"{name}: the hub does not give {text.file} of {text.repo} ({one_line(error)}); pass a "
-            f"local copy as --data {name}=FILE, or other text"
+            f"{name}: the hub does not give {text.file} of {text.repo} ({in_one_line(error)}); "
+            f"pass a local copy as --data {name}=FILE, or other text"
         ) from error
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, in_one_line
 from nuteprune.model.family import Projection
 from nuteprune.model.small import SIZES, names_of, small_config, small_model
 from nuteprune.model.watching import Passed
@@ -54,9 +54,7 @@ def base_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
             with torch.no_grad():
                 model(torch.arange(3, 10)[None], use_cache=False)
         except Exception as error:  # whatever a forward pass of sizes that do not fit raises
-            problems.append(
-                f"a small {config.model_type} does not compute: {' '.join(str(error).split())}"
-            )
+            problems.append(f"a small {config.model_type} does not compute: {in_one_line(error)}")
             continue
         return small, fills_width
     raise UserError(problems[0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, in_one_line
 from nuteprune.model.anatomy import silence_dropout
 
 NAMES = {
@@ -170,4 +170,4 @@ def config_named(model_type: str) -> PreTrainedConfig:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {in_one_line(error)}"
