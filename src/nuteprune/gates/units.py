@@ -15,11 +15,9 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.probe import Probe, Scores
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.packed import weight_of
 from nuteprune.model.shape import LayerShape, axis_sizes
-
-BLOCKS = {"attn_block": "heads", "mlp_block": "neurons"}
-"""Kind of block gate -> kind of the units that a block consists of."""
 
 
 def unit_parameters(budget: Budget, kind: str) -> Tensor:
@@ -30,7 +28,7 @@ def unit_parameters(budget: Budget, kind: str) -> Tensor:
         return torch.full((shape.hidden,), float(budget.before - budget.parameters(narrow)))
     counts: list[float] = []
     for layer in shape.layers:
-        if kind in BLOCKS:
+        if kind in BLOCK_KINDS:
             block = budget.attention if kind == "attn_block" else budget.mlp
             present = layer.mixes if kind == "attn_block" else layer.mlp
             counts += [_count(block(layer), shape.hidden)] * present
@@ -179,7 +177,7 @@ def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> T
     A block's place is among the blocks of its kind in the model, and so is that of any unit without
     `by_layer`.
     """
-    whole = kind in BLOCKS or not by_layer
+    whole = kind in BLOCK_KINDS or not by_layer
     sizes = [len(scores)] if whole else list(layout.sizes[kind])
     parts = []
     for part in scores.split(sizes):

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.units import BLOCKS
 from nuteprune.model.anatomy import Anatomy, without_lora
-from nuteprune.model.family import Projection
+from nuteprune.model.family import BLOCK_KINDS, Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise, Read
 from nuteprune.model.lora import LoraBank, effective_weight
@@ -165,7 +164,7 @@ def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, P
 def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
     """Return block -> norm of what it reads, where what it writes is added to that as it is."""
     found, mixture = {}, anatomy.mixture(layer)
-    for block in BLOCKS:
+    for block in BLOCK_KINDS:
         norm = anatomy.pre_norm(layer, block)
         weighed = mixture is not None and block == "mlp_block" and mixture.entry.shared_gate
         if norm is not None and anatomy.post_norm(layer, block) is None and not weighed:
