@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from transformers import TrainingArguments
 
 from nuteprune.train.checks import check_trainer_settings
@@ -13,6 +16,9 @@ class RunArguments(TrainingArguments):
 
     lora_rank: int
     lora_alpha: int | None
+
+    FOLLOWING: ClassVar[Mapping[str, Any]] = {}
+    """Settings that are left open -> what follows from the others: on no record."""
 
     def __post_init__(self) -> None:
         """Check what was given.

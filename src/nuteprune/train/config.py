@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
 from typing import Any, ClassVar
@@ -287,12 +288,11 @@ class NutePruneConfig(RunArguments):
     logging_nan_inf_filter: bool = setting(False, "Hide NaN losses.", role=HOW)
     remove_unused_columns: bool = setting(False, "Drop columns.", role=HOW)
 
-    FOLLOWING: ClassVar[dict[str, Any]] = {
+    FOLLOWING: ClassVar[Mapping[str, Any]] = {
         "lr_scheduler_kwargs": FALLS_LATE,
         "gradient_checkpointing": False,
         "activation_checkpointing": False,
     }
-    """Settings that are left open -> what follows from the others: on no record."""
 
     def __post_init__(self) -> None:
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == SchedulerType.POLYNOMIAL:

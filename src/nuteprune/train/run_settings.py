@@ -13,11 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from nuteprune.errors import UserError
 from nuteprune.files import to_json, write_text
 from nuteprune.run_folder import CHECKPOINT, SETTINGS
+from nuteprune.train.arguments import RunArguments
 from nuteprune.train.settings import CALL, WHAT, declared
 
 SCHEMA = 2
@@ -38,7 +37,7 @@ NOT_KEPT = frozenset(
 """Settings that change no result, or that are nobody else's business."""
 
 
-def run_settings(args: TrainingArguments, job: Mapping[str, Any]) -> dict[str, Any]:
+def run_settings(args: RunArguments, job: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run is: all that is declared for it, and what else was set.
 
     Args:
@@ -57,19 +56,19 @@ def run_settings(args: TrainingArguments, job: Mapping[str, Any]) -> dict[str, A
     return settings
 
 
-def chosen_settings(args: TrainingArguments) -> dict[str, Any]:
+def chosen_settings(args: RunArguments) -> dict[str, Any]:
     """Return the settings that are not defaults, as far as they are for the record."""
     return {name: getattr(args, name) for name in _changed(args)}
 
 
-def _changed(args: TrainingArguments) -> list[str]:
+def _changed(args: RunArguments) -> list[str]:
     found = []
     for field in dataclasses.fields(args):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         value = getattr(args, field.name)
-        follows = getattr(args, "FOLLOWING", {}).get(field.name)
+        follows = args.FOLLOWING.get(field.name)
         if field.init and field.name not in NOT_KEPT and value not in (default, follows, None):
             found.append(field.name)
     return found
