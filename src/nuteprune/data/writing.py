@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nuteprune.data.openings import Openings
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.decoding import heads_as_tokens
+from nuteprune.model.decoding import cache_name, heads_as_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ def _step(
             made: Any = model(input_ids=ids_B1, use_cache=True, **cache)
     finally:
         model.train(training)
-    name = "cache" if "cache" in made else "past_key_values"  # by version
+    name = cache_name(made)
     return made.logits[:, -1], {name: made[name]}
 
 

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.decoding import cache_name
 from nuteprune.model.family import Family
 
 KeyValue = tuple[Tensor, Tensor]
@@ -40,8 +41,7 @@ class ExplicitCache(nn.Module):
         super().__init__()
         self.model = model
         self.layers = [i for i, has in enumerate(attends) if has]
-        taken = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in taken else "past_key_values"  # by version
+        self.cache_name = cache_name(inspect.signature(model.forward).parameters)
 
     def forward(
         self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, past: Sequence[KeyValue]

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.judge.work import Setting, Work
+from nuteprune.model.decoding import cache_name
 
 GOOD = 0.9
 """Share of the bound that counts as reached."""
@@ -65,7 +66,7 @@ def time_once(model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int) -> Tim
     _wait(model)
     started = time.perf_counter()
     output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
-    key = "cache" if "cache" in output else "past_key_values"  # named by version
+    key = cache_name(output)
     next_B1 = output.logits[:, -1:].argmax(-1)
     _wait(model)
     known = time.perf_counter()

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from nuteprune.judge.units import THIN
+
 Line = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Points of a line: x and y."""
 
@@ -104,7 +106,7 @@ def plain(text: str, limit: int = 24) -> str:
 
 def percent(share: float, digits: int = 0) -> str:
     """Return a share as a percentage."""
-    return f"{100 * share:.{digits}f}\u202f%"
+    return f"{100 * share:.{digits}f}{THIN}%"
 
 
 @contextmanager

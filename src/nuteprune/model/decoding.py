@@ -1,4 +1,4 @@
-"""Attention of one token per text, as a model needs it while it writes.
+"""How a model decodes: what its cache is called, and attention of one token per text.
 
 Under grouped-query attention the stock function reads the keys and values of a group once for each
 query head on CPUs, in a kernel made for many tokens. For one token the heads of a group can take
@@ -10,7 +10,7 @@ T tokens of keys, D features of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _UNGROUPED = nn.Module()  # what is packed has as many query heads as KV heads
+
+
+def cache_name(names: Collection[str]) -> str:
+    """Return which of some names is the KV cache's, in calls of models and in their outputs."""
+    return "cache" if "cache" in names else "past_key_values"  # by version of transformers
 
 
 @contextmanager
