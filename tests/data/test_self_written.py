@@ -264,9 +264,11 @@ def test_text_begins_after_what_stood_between_documents_in_pretraining(
 
 def test_the_model_is_left_as_it_was(model, tokenizer, tmp_path: Path) -> None:
     model.train()
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
     before = {name: x.clone() for name, x in model.state_dict().items()}
     write(model, tokenizer, tmp_path)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(x.grad is None for x in model.parameters())
 

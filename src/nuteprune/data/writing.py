@@ -19,6 +19,7 @@ from torch import Tensor
 from nuteprune.data.openings import Openings
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.decoding import cache_name, heads_as_tokens
+from nuteprune.model.forwards import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,13 +102,8 @@ def _step(
     model: PreTrainedModel, next_B: list[int], cache: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     ids_B1 = torch.tensor(next_B, device=model.device)[:, None]
-    training = model.training
-    model.eval()
-    try:
-        with heads_as_tokens():
-            made: Any = model(input_ids=ids_B1, use_cache=True, **cache)
-    finally:
-        model.train(training)
+    with evaluating(model), heads_as_tokens():
+        made: Any = model(input_ids=ids_B1, use_cache=True, **cache)
     name = cache_name(made)
     return made.logits[:, -1], {name: made[name]}
 

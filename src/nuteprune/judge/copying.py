@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.tokens import bos_of
 from nuteprune.errors import UserError
-from nuteprune.judge.perplexity import evaluating
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.forwards import evaluating
 from nuteprune.model.head import last_logits
 
 SEQUENCES: Final = 32

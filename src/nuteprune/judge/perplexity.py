@@ -6,8 +6,7 @@ Shape suffixes: N blocks, B blocks of a batch, T tokens of a block, V vocabulary
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nuteprune.distill.losses import IGNORED
+from nuteprune.model.forwards import evaluating
 
 # How the numbers are made, for the record; `protocol` adds what differs from run to run.
 PROTOCOL: Final[Mapping[str, str]] = {
@@ -108,15 +108,3 @@ def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor, targets_BT: Te
             logits_TV.split(_POSITIONS), targets_T.split(_POSITIONS), strict=True
         )
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

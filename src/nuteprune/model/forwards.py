@@ -1,4 +1,4 @@
-"""Forward functions put in the place of modules' own for a while; their hooks stay."""
+"""Modules that do otherwise for a while: in evaluation mode, or with other forward functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Forward = Callable[..., Any]
 
 
 def put_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
-    """Let a module compute something else; return what gives it back what it had.
+    """Let a module compute something else, its hooks as ever; return what gives it back its own.
 
     Several may be put in one module, and are taken off in the opposite order.
     """
@@ -26,6 +26,18 @@ def put_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
             module.forward = before
 
     return give_back
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
