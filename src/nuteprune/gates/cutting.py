@@ -91,7 +91,7 @@ def repeated(vocabulary: int, length: int, seed: int) -> Tensor:
 def run_dense(probe: Probe) -> Dense:
     """Run the dense model on what `repeated` gives."""
     model = probe.anatomy.model
-    vocabulary, device = probe.anatomy.embedding.weight.shape[0], next(model.parameters()).device
+    vocabulary, device = probe.anatomy.embedding.weight.shape[0], model.device
     positions = getattr(model.config, "max_position_embeddings", None) or 2 * LENGTH
     ids_ST = repeated(vocabulary, min(LENGTH, positions // 2), probe.seed).to(device)
     with probe.hooks.using(None), noting_outputs(probe.anatomy.layers) as outputs:

@@ -258,7 +258,7 @@ def _read_inputs(probe: Probe) -> list[Watched]:
 def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores:
     """Return the mean over sequences of a measure of the gradients of their masks."""
     model, layout, kinds = probe.anatomy.model, probe.layout, probe.kinds
-    device = next(model.parameters()).device
+    device = model.device
     total = {kind: torch.zeros(layout.units(kind)) for kind in kinds}
     sequences = 0
     for ids_BT in probe.batches:

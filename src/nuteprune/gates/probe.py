@@ -56,7 +56,7 @@ class Probe:
     @torch.no_grad()
     def read(self) -> None:
         """Run the text through the model, for the hooks that watch."""
-        device = next(self.anatomy.model.parameters()).device
+        device = self.anatomy.model.device
         for ids_BT in self.batches:
             ids_BT = ids_BT.to(device)
             kept = no_logits(ids_BT)

@@ -112,7 +112,7 @@ def input_slopes(probe: Probe) -> dict[Key, Tensor]:
 
     Summed over tokens, averaged over sequences; the loss is a sequence's mean.
     """
-    device = next(probe.anatomy.model.parameters()).device
+    device = probe.anatomy.model.device
     generator = torch.Generator(device).manual_seed(probe.seed)
     total: dict[Key, Tensor] = {}
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)

@@ -62,7 +62,7 @@ class Layerwise:
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._blocks: list[_Block] = []
         give_back()
-        device = next(anatomy.model.parameters()).device
+        device = anatomy.model.device
         for batch_BT in batches:
             ids_BT = batch_BT.to(device)
             if len(ids_BT) not in self._kwargs:
