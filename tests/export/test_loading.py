@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,19 @@ def test_a_missing_shard_is_named(model: PreTrainedModel, tmp_path: Path) -> Non
     gone.unlink()
     with pytest.raises(UserError, match=rf"cannot load .*{gone.name}"):
         load_pruned(tmp_path / "split")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("wanted", [0, 7])
+def test_a_token_that_is_routed_to_more_experts_than_there_are_is_refused(
+    name: str, wanted: int, tiny_model: Callable, tmp_path: Path
+) -> None:
+    tiny_model(name).save_pretrained(tmp_path)
+    for count, message in ((6, None), (wanted, f"routes each token to {wanted} of 6 experts;")):
+        change_config(tmp_path, lambda config, x=count: config.update(num_experts_per_tok=x))
+        for load in (load_config, load_pruned):
+            with pytest.raises(UserError, match=message) if message else nullcontext():
+                load(tmp_path)
 
 
 def test_layers_that_contradict_their_list_of_kinds_are_refused_in_a_line(tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
         model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     else:
         model = _load(_causal_lm(model_type), source, use_safetensors=True, **kwargs)
+    with one_line(source):
+        _check_routing(source, model.config)
     # Last, since what does not fit can be told more clearly.
     check_pruned(Path(source))
     return model
@@ -164,12 +166,28 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     with one_line(source):
         values = config_values(source)
     bring_from(source)
-    if wrapper_of(values["model_type"]):
-        with one_line(source):
-            return language_config(values)
-    config_class: Any = _causal_lm(values["model_type"], values).config_class
     with one_line(source):
-        return config_class.from_dict(values)  # type: ignore[no-any-return]
+        if wrapper_of(values["model_type"]):
+            config = language_config(values)
+        else:
+            config_class: Any = _causal_lm(values["model_type"], values).config_class
+            config = config_class.from_dict(values)
+        _check_routing(source, config)
+    return config
+
+
+def _check_routing(source: str, config: PreTrainedConfig) -> None:
+    """Refuse a mixture whose config routes a token to more experts than it has, or to none."""
+    family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
+    if family is None or family.experts is None:
+        return
+    names = (family.experts.per_token, family.config_names["experts"])
+    wanted, there = (getattr(config, name) for name in names)
+    if not 1 <= wanted <= there:
+        raise UserError(
+            f"the config of {source} routes each token to {wanted} of {there} experts; mend "
+            f"{names[0]} in its config.json"
+        )
 
 
 def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
