@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
-from nuteprune.jobs.folder import check_out, clear_result
-from nuteprune.jobs.job import Job
+from nuteprune.jobs.folder import alone, check_out, clear_result
+from nuteprune.jobs.job import Job, PruneJob
+from nuteprune.jobs.settings import make_job
+from nuteprune.train.config import NutePruneConfig
 
 
 def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -> None:
@@ -17,6 +20,36 @@ def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -
     job = Job("demo", tmp_path / "out", eval_data=str(text), overwrite=True)
     with pytest.raises(UserError, match="holds the eval data"):
         check_out(job)
+
+
+@pytest.mark.parametrize("setting", ["config", "shape", "family", "costs"])
+def test_a_folder_with_a_file_of_settings_is_not_overwritten(setting: str, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "out" / "mine.yaml"
+    out.mkdir()
+    file.write_text("seed: 3")
+    given: dict[str, object] = {"model": "demo", "out": out, "overwrite": True}
+    config = str(file) if setting == "config" else None
+    given |= {} if config else {setting: str(file)}
+    job = make_job(PruneJob, NutePruneConfig, given, config)
+    with pytest.raises(UserError, match=rf"holds the settings {file}; name another folder"):
+        check_out(job)
+
+
+def test_a_folder_is_locked_wherever_temporary_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, link = tmp_path / "new" / "out", tmp_path / "link"
+    link.symlink_to(out)
+    with alone(out):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        for name in (out, link):
+            with pytest.raises(UserError, match="another run is at work"), alone(name):
+                pass
+    assert not out.parent.exists()
+    with alone(out):
+        (out / "result").touch()
+    with alone(link):
+        assert [x.name for x in out.iterdir()] == ["result"]
 
 
 def test_what_is_only_called_like_a_target_stays(tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
@@ -32,7 +30,8 @@ def check_out(job: Job) -> None:
     """
     out = job.out
     texts = [("data", spec) for spec in job.specs]
-    for what, named in (("model", job.model), *texts, ("eval data", job.eval_data)):
+    files = [("settings", str(file)) for file in job.files]
+    for what, named in (("model", job.model), *texts, ("eval data", job.eval_data), *files):
         if named in (None, DEMO, SELF):
             continue
         place = at_home(named)
@@ -43,8 +42,7 @@ def check_out(job: Job) -> None:
             f"--out {out} holds the home folder or the one that you are in, and --overwrite would "
             "remove all of it; name another folder"
         )
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+    _check_folder(out)
     if job.resume:
         if not (goes_on(job) or (out / RUN / SELF_WRITTEN).is_file()):
             raise UserError(
@@ -65,6 +63,11 @@ def check_out(job: Job) -> None:
         )
 
 
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+
+
 def _around_the_user() -> Iterator[Path]:
     yield at_home("~").resolve()
     with suppress(OSError):  # a folder that is gone
@@ -79,12 +82,8 @@ def goes_on(job: Job) -> bool:
     return job.resume and last_checkpoint(job.out / RUN) is not None
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that nothing can be written to, before hours are spent; writes nothing.
-
-    Raises:
-        UserError: if neither it nor the nearest folder above it that is there takes a file.
-    """
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder where neither it nor the nearest one above that is there takes a file."""
     there = next(x for x in (folder.absolute(), *folder.absolute().parents) if x.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -130,8 +129,6 @@ def _remove(out: Path, names: Iterable[str]) -> None:
 
 def clear(out: Path) -> None:
     """Remove all that is in a folder; if this is cut short, what is left cannot be resumed."""
-    if not out.exists():
-        return
     with writing(out):
         doomed = out / f".{RUN}.removed"
         remove(doomed)
@@ -142,32 +139,40 @@ def clear(out: Path) -> None:
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Keep other runs on this machine out of a folder for a while.
+    """Keep other runs on this machine out of a folder for a while; it is made if it is not there.
+
+    The folder itself is locked: runs may differ in users, containers and folders for temporary
+    files.
 
     Raises:
-        UserError: if one is at work there.
+        UserError: if one is at work there, or nothing can be written there.
     """
-    user = getattr(os, "getuid", int)()
-    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"nuteprune-{user}-{place}.lock")
+    _check_folder(out)
+    _check_writable(out)
+    with nothing_left(out):
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+        try:
+            _lock(folder, out)
+            yield
+        finally:
+            os.close(folder)
+
+
+def _lock(folder: int, out: Path) -> None:
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise UserError(f"another run is at work in --out {out}: name another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
-    """Take back the empty folders that a trainer makes for a run that cannot begin."""
+    """Take back the empty folders that are made for a run that cannot begin."""
     made = [x for x in (folder, *folder.absolute().parents) if not x.exists()]
     try:
         yield
-    except UserError:
+    finally:
         for path in (folder / RUN, *made):
             with suppress(OSError):  # not empty, or not there
                 path.rmdir()
-        raise

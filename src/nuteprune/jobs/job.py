@@ -43,6 +43,7 @@ class Job:
         resume: go on from the last checkpoint in `out`.
         overwrite: replace what is in `out`.
         trust_remote_code: run Python code that comes with the model's tokenizer.
+        files: that its settings were read from, or name.
     """
 
     model: str = setting(help="Hub id, checkpoint folder, or 'demo'.")
@@ -86,6 +87,7 @@ class Job:
         flag=True,
         role=CALL,
     )
+    files: tuple[Path, ...] = ()
 
     @property
     def specs(self) -> list[str]:

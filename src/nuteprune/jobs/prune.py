@@ -23,7 +23,6 @@ from nuteprune.jobs.family import take
 from nuteprune.jobs.folder import (
     alone,
     check_out,
-    check_writable,
     clear,
     clear_result,
     goes_on,
@@ -165,8 +164,6 @@ def run(job: PruneJob, output: Output) -> Result | None:
             stack.enter_context(alone(job.out))
         if is_main():  # the others may come when it has begun to write
             check_out(job)
-            if not (job.dry_run or job.resume):
-                check_writable(job.out)
         with nothing_left(folder):
             return _run(job, trainer_config(job, folder / RUN), output, started)
 

@@ -25,7 +25,6 @@ from nuteprune.jobs.comparison import Tuned, compared, judged_again, judged_text
 from nuteprune.jobs.folder import (
     alone,
     check_out,
-    check_writable,
     clear,
     clear_result,
     nothing_left,
@@ -163,8 +162,6 @@ def _check(job: RecoverJob) -> None:
     if is_main():  # the others may come when it has begun to write
         for model in filter(None, (job.model, job.against)):
             check_out(replace(job, model=model))
-        if not job.resume:
-            check_writable(job.out)
     if job.steps is not None and job.epochs is not None:
         raise UserError("--steps and --epochs both say how long; pass one of them")
 

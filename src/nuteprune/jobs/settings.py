@@ -81,6 +81,10 @@ RENAMED_VALUES = {
 """Values of settings of 0.1.0 that are gone -> what to do instead."""
 
 
+FILES = ("shape", "family", "costs")
+"""Settings that may name a file."""
+
+
 def make_job(
     kind: type[J],
     trainer: type | None,
@@ -110,10 +114,13 @@ def make_job(
         settings = {key: x for key, x in settings.items() if key not in SETTINGS}
     settings |= now
     check_one(settings, SETTINGS)
+    named = (file, *map(settings.get, FILES))
+    files = tuple(at_home(x) for x in named if isinstance(x, (str, Path)))
     if isinstance(settings.get("shape"), str):
         settings["shape"] = read_mapping(at_home(settings["shape"]), "--shape")
     fields = {x.name for x in dataclasses.fields(kind)}
     own = {key: settings.pop(key) for key in list(settings) if key in fields}
+    own["files"] = files
     own["out"] = at_home(own["out"])  # of `--out=~/x` the shell leaves it
     if trainer is not None:
         own["settings"] = settings

@@ -30,7 +30,7 @@ from nuteprune.export.vocabulary import (
     template_tokens,
 )
 from nuteprune.gates.budget import Budget
-from nuteprune.jobs.folder import alone, check_out, check_writable, clear
+from nuteprune.jobs.folder import alone, check_out, clear
 from nuteprune.jobs.job import Job
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
@@ -111,7 +111,6 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
     started = time.monotonic()
     with alone(job.out):
         check_out(job)
-        check_writable(job.out)
         if around(job.model) is not None:
             raise UserError(
                 f"{job.model} is a model of several modalities, whose processor has tokens of its "
