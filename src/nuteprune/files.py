@@ -200,6 +200,8 @@ def check_name(name: str) -> None:
     Raises:
         UserError: naming it, and what to do.
     """
+    if not name:
+        raise UserError("a name is empty: is a variable not set?")
     try:
         name.encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
     except UnicodeEncodeError as error:

@@ -317,6 +317,9 @@ BAD = {
         [*PRUNE, "--sparsity", "0.9", "--set", "gates=kv_groups"],
         "at most",
     ),
+    "folder of an unset variable": ([*PRUNE, "--out", ""], "--out is empty"),
+    "model of an unset variable": (["eval", "", "--data", "TEXT"], "a name is empty"),
+    "text of an unset variable": ([*PRUNE, "--data", ""], "a name is empty"),
     "no such data": (
         [*PRUNE, "--data", "no.txt"],
         "no.txt",

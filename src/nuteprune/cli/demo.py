@@ -31,8 +31,8 @@ def demo(
     """
     output = Output(as_json)
     fetch(output)
-    folder = out or (begun_folder if given["resume"] else free_folder)(FOLDER)
-    asked = {"model": DEMO, "out": folder, **given}
+    folder = begun_folder if given["resume"] else free_folder
+    asked = {"model": DEMO, "out": folder(FOLDER) if out is None else out, **given}
     job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
     result = finished(job, output)
     if result is not None:

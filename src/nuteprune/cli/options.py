@@ -18,14 +18,15 @@ Command = Callable[..., None]
 _JOB, _PRUNE = declared(Job), declared(PruneJob)
 
 
-def _option(name: str) -> Any:
+def _option(name: str, **more: Any) -> Any:
     metadata = _JOB[name].metadata
-    return typer.Option(metadata["option"], help=metadata["help"])
+    return typer.Option(metadata["option"], help=metadata["help"], **more)
 
 
 Model = Annotated[str, typer.Argument(help=_JOB["model"].metadata["help"])]
-Out = Annotated[Path, _option("out")]
-OptionalOut = Annotated[Path | None, _option("out")]
+# As text, since "" would be the path of the folder that the user is in.
+Out = Annotated[str, _option("out", metavar="PATH")]
+OptionalOut = Annotated[str | None, _option("out", metavar="PATH")]
 Device = Annotated[str | None, _option("device")]
 Dtype = Annotated[str | None, _option("dtype")]
 TextColumn = Annotated[str | None, _option("text_column")]

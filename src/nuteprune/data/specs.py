@@ -107,7 +107,7 @@ def local_files(spec: str) -> list[Path] | None:
     """
     check_name(spec)
     path = at_home(spec)
-    if spec and os.path.exists(path):
+    if os.path.exists(path):
         return readers.text_files(path)
     if path.suffix.lower() in readers.SUFFIXES or not _HUB_SPEC.fullmatch(spec):
         raise UserError(

@@ -105,6 +105,8 @@ def make_job(
     Raises:
         UserError: for an unknown setting, a value of the wrong type, or two that contradict.
     """
+    if given["out"] == "":
+        raise UserError("--out is empty: is a variable not set? Name a folder")
     kinds = [kind, *([trainer] if trainer else [])]
     file = None if config is None else at_home(Path(config))
     settings = read_given(file, assignments, kinds)

@@ -225,7 +225,7 @@ def _told(error: Exception, model: str) -> str:
             "its owner asks for an agreement first; sign it on the model's page "
             f"(huggingface.co/{model}), then run hf auth login on this machine"
         )
-    return f"{lines[0]}; pass a hub id, a checkpoint folder, or 'demo'"
+    return f"{lines[0].rstrip('.')}; pass a hub id, a checkpoint folder, or 'demo'"
 
 
 def pick_device(device: str) -> str:
