@@ -156,6 +156,33 @@ def test_two_processes_re_fit_experts_as_one_does(
     assert all(torch.allclose(files[0][k], files[1][k], atol=1e-5) for k in fitted)
 
 
+def test_a_sharded_run_that_re_fits_leaves_stacks_of_experts_alone(
+    tiny_inputs: Inputs, tiny_model: Callable, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny_model("qwen2_moe", vocab_size=512).save_pretrained(tiny_inputs[0])
+    same = {"gates": "expert_neurons", "neuron_multiple": 8, "max_steps": 0, "shares": 1}
+    said(python(*QUICK, *command(tiny_inputs, one, **same)))
+    said(python(*QUICK, *command(tiny_inputs, two, sharded=True, **same), processes=2))
+    dense, *small = map(load_pruned, (tiny_inputs[0], one, two))
+    fitted, sharded = (dense_columns(dense, model) for model in small)
+    assert len(fitted) == len(sharded) < 2 * 6 * 24
+    assert not any(fitted)
+    assert all(sharded)
+
+
+def dense_columns(dense: PreTrainedModel, small: PreTrainedModel) -> list[bool]:
+    """Of each neuron of an expert that is left: whether it writes what it wrote."""
+    found = []
+    for whole, cut in zip(*map(mixtures, (dense, small)), strict=True):
+        for expert in range(cut.sizes[0]):
+            rows, columns = cut.experts.gate_up_proj[expert], cut.experts.down_proj[expert].T
+            for row, column in zip(rows, columns, strict=False):  # rows of gate, then of up
+                at = (whole.experts.gate_up_proj[expert] == row).all(-1).nonzero().item()
+                found.append(torch.equal(whole.experts.down_proj[expert][:, at], column))
+    return found
+
+
 def mixtures(model: PreTrainedModel) -> list[Mixture]:
     """The routed experts of each layer that has them."""
     anatomy = Anatomy(model)

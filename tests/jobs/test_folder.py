@@ -22,6 +22,19 @@ def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -
         check_out(job)
 
 
+def test_resuming_is_offered_where_there_is_a_run_to_go_on_with(tmp_path: Path) -> None:
+    for name, offered in (
+        ("notes.txt", False),
+        ("run/metrics.jsonl", False),
+        ("run/self.jsonl", True),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match="is not empty") as told:
+            check_out(Job("demo", tmp_path))
+        assert ("or --resume to go on with it" in str(told.value)) == offered
+
+
 @pytest.mark.parametrize("setting", ["config", "shape", "family", "costs"])
 def test_a_folder_with_a_file_of_settings_is_not_overwritten(setting: str, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "out" / "mine.yaml"

@@ -44,7 +44,7 @@ def check_out(job: Job) -> None:
         )
     _check_folder(out)
     if job.resume:
-        if not (goes_on(job) or (out / RUN / SELF_WRITTEN).is_file()):
+        if not _begun(out):
             raise UserError(
                 f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
                 "anew without --resume, with --overwrite if the folder is not empty"
@@ -58,9 +58,13 @@ def check_out(job: Job) -> None:
         return
     if out.exists() and any(out.iterdir()) and not job.overwrite:
         raise UserError(
-            f"--out {out} is not empty; name another folder, or pass --overwrite to replace it or "
-            "--resume to go on with it"
+            f"--out {out} is not empty; name another folder, or pass --overwrite to replace it"
+            + (" or --resume to go on with it" if _begun(out) else "")
         )
+
+
+def _begun(out: Path) -> bool:
+    return last_checkpoint(out / RUN) is not None or (out / RUN / SELF_WRITTEN).is_file()
 
 
 def _check_folder(out: Path) -> None:
