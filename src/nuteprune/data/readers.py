@@ -271,7 +271,11 @@ def _parquet_rows(path: Path, text_column: str | None) -> Iterator[tuple[str, ob
 
 
 def hub_rows(dataset: str, config: str | None, split: str) -> Iterator[tuple[str, object]]:
-    """Stream the rows of a dataset on the hub, as (where the row comes from, the row)."""
+    """Stream the rows of a dataset on the hub, as (where the row comes from, the row).
+
+    Raises:
+        UserError: the dataset cannot be reached or read.
+    """
     import datasets
 
     try:

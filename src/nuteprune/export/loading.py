@@ -267,7 +267,11 @@ def some(names: list[str]) -> str:
 
 @contextmanager
 def one_line(source: str) -> Iterator[None]:
-    """Turn what readers raise over missing, damaged or senseless files into one line."""
+    """Turn what readers raise over missing, damaged or senseless files into one line.
+
+    Raises:
+        UserError: naming the source, in place of what they raise.
+    """
     try:
         yield
     except UnpicklingError as error:  # torch's own words say how to run the code after all

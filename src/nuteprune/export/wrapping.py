@@ -118,6 +118,9 @@ class Around:
 
         Returns:
             The model, and how many parameters are not the language model's.
+
+        Raises:
+            UserError: if the checkpoint has other tensors than go around this language model.
         """
         whole = self._load(small.dtype)
         outside = {k: x for k, x in whole.state_dict().items() if own_name(k) is None}

@@ -26,7 +26,8 @@ class Option:
     coefficient: float
     constant: float
     kept: tuple[int, ...]
-    """(heads, KV heads, whether a mixer) of an attention, (neurons,) of an MLP."""
+    """(heads, KV heads, whether a mixer) of an attention; (neurons, experts, neurons of each) of an
+    MLP."""
 
     def price(self, width: int) -> float:
         """Return what it costs at a width."""

@@ -145,7 +145,11 @@ class PruneJob(Job):
 
     @property
     def share_values(self) -> list[float] | None:
-        """The shares that are given."""
+        """The shares that are given.
+
+        Raises:
+            UserError: if they are no numbers.
+        """
         given = self.shares
         parts = given.split(",") if isinstance(given, str) else given
         try:

@@ -123,7 +123,12 @@ def prune(
 
 
 def finished(job: PruneJob, output: Output) -> Result | None:
-    """Do the job, print what came out, and write its report; see `run`."""
+    """Do the job, print what came out, and write its report; see `run`.
+
+    Raises:
+        UserError: if no target is given, or for what `run` refuses.
+        RunFailed: if training breaks down or a target is missed.
+    """
     if not SETTINGS.keys() & job.settings.keys():
         raise UserError(
             "no target given: pass --sparsity, such as --sparsity 0.2, or one of "

@@ -42,7 +42,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def locate(model: str) -> str:
-    """Return where a model is: the cached folder for `demo`, else what was given."""
+    """Return where a model is: the cached folder for `demo`, else what was given.
+
+    Raises:
+        UserError: if it looks like a path, and no folder is there.
+    """
     if model == DEMO:
         return str(assets.model_folder())
     check_name(model)

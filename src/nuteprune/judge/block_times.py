@@ -134,6 +134,9 @@ def cost_table(
         setting: prompt and tokens that are timed.
         device: where it is timed.
         dtype: what is computed in.
+
+    Raises:
+        UserError: if its layers are of several kinds, or have routed experts.
     """
     dense = Anatomy(model)
     if dense.family.mixer or dense.per_token:

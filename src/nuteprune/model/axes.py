@@ -130,7 +130,11 @@ class Axes:
         return {}
 
     def blocks(self, passed: Passed) -> dict[str, tuple[Projection, ...]]:
-        """Return the projections of attention and MLP, in the order in which they are called."""
+        """Return the projections of attention and MLP, in the order in which they are called.
+
+        Raises:
+            UserError: if a layer has other blocks, or a projection is none that an entry can state.
+        """
         groups: dict[str, list[str]] = {"attention": [], "mlp": []}
         for path in passed.called:
             is_mlp = any(self._neurons.get(path, (0, 0)))

@@ -133,7 +133,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run the steps; see `AtomicTrainer.train`."""
+        """Run the steps; see `AtomicTrainer.train`.
+
+        Raises:
+            UserError: if the model is used up, or there are no steps or no text.
+        """
         self.ending.check_unused()
         if self.args.max_steps == 0:
             raise UserError(
