@@ -1,4 +1,7 @@
-"""Text as blocks of tokens: what is trained on, and what is held out to judge by."""
+"""Text as blocks of tokens: what is trained on, and what is held out to judge by.
+
+Shape suffixes: N blocks, R of them repeats, T tokens of a block, M = N x T.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The training loss: its terms and their weights."""
+"""The training loss: its terms and their weights.
+
+Shape suffixes: B batch, T tokens.
+"""
 
 from __future__ import annotations
 

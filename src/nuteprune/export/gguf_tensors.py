@@ -1,6 +1,7 @@
 """A model's tensors as llama.cpp's architectures want them: split, fused, reordered, filled up.
 
-Shape suffixes: O rows (outputs), I columns (inputs). Everything is computed in float32.
+Shape suffixes: O rows (outputs), I columns (inputs), V vocabulary, D hidden width. Everything is
+computed in float32.
 """
 
 from __future__ import annotations

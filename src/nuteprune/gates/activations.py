@@ -1,6 +1,7 @@
 """Statistics of a dense model's activations: projection inputs and the residual stream.
 
-Shape suffixes: B batch, T tokens, D hidden width, M = B x T, I inputs of a projection.
+Shape suffixes: B batch, T tokens, D hidden width, M = B x T, I inputs of a projection, O its
+outputs.
 """
 
 from __future__ import annotations

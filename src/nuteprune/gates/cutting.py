@@ -8,8 +8,8 @@ Source: induction heads, Olsson et al. 2022 (arXiv 2209.11895).
 A unit of a layer changes nothing in front of that layer, so each run begins there, from what the
 dense model gave.
 
-Shape suffixes: S sequences, T tokens, B units that are cut at a time, V vocabulary, N units of one
-kind in the whole model.
+Shape suffixes: S sequences, T tokens, B units that are cut at a time, R tokens whose logits are
+compared at a time, V vocabulary, N units of one kind in the whole model.
 """
 
 from __future__ import annotations

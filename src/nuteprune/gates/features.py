@@ -1,4 +1,7 @@
-"""What masks keep: each layer's remaining features, to compute with or to write."""
+"""What masks keep: each layer's remaining features, to compute with or to write.
+
+Shape suffixes: H query heads, G KV heads, F neurons of a layer.
+"""
 
 from __future__ import annotations
 

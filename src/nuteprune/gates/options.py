@@ -1,4 +1,7 @@
-"""The ways to keep part of a block: exportable steps, their loss and their price."""
+"""The ways to keep part of a block: exportable steps, their loss and their price.
+
+Shape suffixes: G KV heads, R query heads of each, E experts, F neurons of each.
+"""
 
 from __future__ import annotations
 

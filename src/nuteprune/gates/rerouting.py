@@ -4,8 +4,8 @@ A token that loses one of its k experts goes to the next best, and its weights a
 outputs of the k + 1 best experts of a token tell what it gets without any of them: one expert more
 is computed for each token.
 
-Shape suffixes: S tokens, L experts that are left, J = k + 1, E experts of a layer, N of all layers,
-D hidden width.
+Shape suffixes: S tokens, L experts that are left, K = k experts of a token, J = k + 1, P = S x J, E
+experts of a layer, N of all layers, D hidden width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What belongs to a unit: its parameters, its weights, its rank among the units of its layer.
 
-Shape suffixes: O rows, I columns of a projection, N units of one kind in the whole model.
+Shape suffixes: O rows, I columns of a projection, D hidden width, H heads and G KV heads of a
+layer, E experts, F neurons of each, U units of a layer, N units of one kind in the whole model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The job of `demo`: the embedded model pruned on the embedded text, then compared with others."""
+"""The job of `demo`: the embedded model pruned on the embedded text, then compared with others.
+
+Shape suffixes: B prompts, T tokens.
+"""
 
 from __future__ import annotations
 

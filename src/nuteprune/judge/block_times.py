@@ -1,6 +1,8 @@
 """What each kept count of each kind of block takes, timed as the model would run it.
 
 A model of a few layers is made that have the counts in turn, so that one pass visits them all.
+
+Shape suffixes: B sequences, T tokens of a prompt.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The plots of a report: sparsity, loss, layers, gates and perplexity.
 
 User's words in plots go through `plain`.
+
+Shape suffixes: N units of a kind of gate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A model in the engine that runs it: what a worker holds, and times."""
+"""A model in the engine that runs it: what a worker holds, and times.
+
+Shape suffixes: B sequences, T tokens of a prompt.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Continuations of the same prompts by several models, to read side by side.
 
-Shape suffixes: B prompts, T tokens.
+Shape suffixes: B prompts, N blocks of a source, T tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Live views of a model's parts; the sole owner of module paths.
 
 Works on a stock causal LM, on one wrapped by PEFT, and on a checkpoint that is already pruned.
+
+Shape suffixes: B batch, T tokens.
 """
 
 from __future__ import annotations

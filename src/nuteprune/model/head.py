@@ -1,4 +1,7 @@
-"""Logits of a text's last tokens, without a copy of the language head for each sequence."""
+"""Logits of a text's last tokens, without a copy of the language head for each sequence.
+
+Shape suffixes: B sequences, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 What is large, such as the covariance of a projection's inputs, is held for one layer at a time. A
 layer may be changed before the text goes on to the next.
 
-Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection.
+Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection, M = B x T, P columns of
+a panel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""LoRA weights of a wrapped model: read, swapped by pointer, computed in the base's dtype."""
+"""LoRA weights of a wrapped model: read, swapped by pointer, computed in the base's dtype.
+
+Shape suffixes: O rows and I columns of a weight, R rank.
+"""
 
 from __future__ import annotations
 

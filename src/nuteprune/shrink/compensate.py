@@ -8,8 +8,8 @@ model's: a fit makes up for half of that too, but for those of routed experts.
 Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
 re-fitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
 
-Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept columns, E experts, F
-neurons of each.
+Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept columns, R rank, E
+experts, F neurons of each.
 """
 
 from __future__ import annotations

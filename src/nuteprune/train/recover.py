@@ -1,6 +1,8 @@
 """Recovery fine-tuning of a sliced model: LoRA on all projections, merged at the end.
 
 Source: the paper's post fine-tuning (Alpaca, two epochs, rate 1e-4, LoRA on all projections).
+
+Shape suffixes: B batch, T tokens.
 """
 
 from __future__ import annotations

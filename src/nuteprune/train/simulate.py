@@ -2,6 +2,8 @@
 
 The code is a run's own: text, masks and allocation are real, weights and activations are not. What
 asks for data is left out; what that holds is added by formula where it is not small.
+
+Shape suffixes: B batch, T tokens, V vocabulary, N units of one kind in the whole model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What scoring and re-fitting routed experts takes: of one that no token reaches, times all.
 
 Which tokens reach an expert is data, which a plan goes without.
+
+Shape suffixes: E experts, F neurons of each.
 """
 
 from __future__ import annotations
