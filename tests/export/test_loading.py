@@ -134,6 +134,7 @@ def replace_weights_by_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4}
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut short": (lambda x: cut_weights(x, -100), "cannot load .*not fully covered"),
     "weights cut to nothing": (lambda x: cut_weights(x, 5), "cannot load .*header too small"),
@@ -177,6 +178,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "padding beyond the vocabulary": (
         lambda x: change_config(x, lambda c: c.update(pad_token_id=1_000_000)),
         "cannot load .*[Pp]adding_idx",
+    ),
+    "a quantizer that is not here": (
+        lambda x: change_config(x, lambda c: c.update(quantization_config=GPTQ)),
+        "cannot load .*requires optimum",
     ),
     "no JSON": (lambda x: (x / "config.json").write_text('{"a'), "cannot load .*JSON"),
     "JSON, but no config": (lambda x: (x / "config.json").write_text("null"), "no mapping"),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nuteprune.errors import UserError
-from nuteprune.jobs.sources import load_model, pick_device, stored_dtype
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, stored_dtype
 from nuteprune.model.packed import is_packed
 
 
@@ -17,6 +17,19 @@ def test_one_accelerator_is_chosen_outside(monkeypatch: pytest.MonkeyPatch) -> N
     assert pick_device("cuda:0") == pick_device("cuda") == pick_device("auto") == "cuda"
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
         pick_device("cuda:1")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_told_as_such(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    tiny_model("llama", vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no tokenizer; copy tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tiny_tokenizer.get_vocab()
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load the tokenizer of"):
+        load_tokenizer(str(tmp_path))
 
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])

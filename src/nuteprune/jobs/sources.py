@@ -37,6 +37,8 @@ ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apach
 """What the demo's model is; the package that carries it has no model card."""
 STORED_DTYPE = "nuteprune_stored_dtype"
 """Attribute of a loaded model: the dtype of its files, which the result keeps."""
+TOKENIZERS = ("*token*", "vocab*", "*.model")
+"""What files of tokenizers are called."""
 BITS = (8, 4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -215,6 +217,12 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
             raise UserError(
                 f"the tokenizer of {model} is Python code that comes with it, and is not run "
                 "unasked; read that code, and pass --trust-remote-code if you trust it"
+            ) from error
+        here = Path(locate(model))
+        if here.is_dir() and not any(x for pattern in TOKENIZERS for x in here.glob(pattern)):
+            raise UserError(
+                f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there "
+                "from the model that it was made of"
             ) from error
         said = _told(error, model)
         raise UserError(f"cannot load the tokenizer of {model}: {said}") from error
