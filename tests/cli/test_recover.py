@@ -167,7 +167,7 @@ def test_the_dense_model_is_tuned_in_the_same_way(
 ) -> None:
     out, alone = tmp_path / "out", tmp_path / "alone"
     asked = ["--data", text, "--steps", 3, "--dtype", "float32", "--json"]
-    code, stdout, stderr = run(*options(pruned, out, *asked, "--against", model))
+    code, stdout, stderr = run(*options(pruned, out, *asked, "--against", model, "--overwrite"))
     assert code == 0, stderr
     found = json_line(stdout)["recover"]
     dense = found["against"]

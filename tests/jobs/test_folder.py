@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
-from nuteprune.jobs.folder import alone, check_out, clear_result
+from nuteprune.jobs.folder import alone, check_out, clear_result, nothing_left
 from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
@@ -58,11 +59,22 @@ def test_a_folder_is_locked_wherever_temporary_files_are(
         for name in (out, link):
             with pytest.raises(UserError, match="another run is at work"), alone(name):
                 pass
-    assert not out.parent.exists()
+    out.rmdir()
     with alone(out):
         (out / "result").touch()
     with alone(link):
         assert [x.name for x in out.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("error", [None, UserError, KeyboardInterrupt])
+def test_folders_stay_if_a_run_can_begin(error: type | None, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with pytest.raises(error) if error else nullcontext(), nothing_left(out):
+        (out / "run").mkdir(parents=True)
+        if error:
+            raise error
+    assert (out / "run").exists() == (error is None)
+    assert out.parent.exists() == (error is None)
 
 
 def test_what_is_only_called_like_a_target_stays(tmp_path: Path) -> None:

@@ -176,7 +176,8 @@ def nothing_left(folder: Path) -> Iterator[None]:
     made = [x for x in (folder, *folder.absolute().parents) if not x.exists()]
     try:
         yield
-    finally:
+    except BaseException:
         for path in (folder / RUN, *made):
             with suppress(OSError):  # not empty, or not there
                 path.rmdir()
+        raise
