@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_a_folder_with_a_file_of_settings_is_not_overwritten(setting: str, tmp_p
     job = make_job(PruneJob, NutePruneConfig, given, config)
     with pytest.raises(UserError, match=rf"holds the settings {file}; name another folder"):
         check_out(job)
+
+
+def test_a_file_system_that_locks_no_folders_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:  # NFS locks what is open for writing, which no folder is
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with alone(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()
 
 
 def test_a_folder_is_locked_wherever_temporary_files_are(

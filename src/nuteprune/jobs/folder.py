@@ -168,6 +168,8 @@ def _lock(folder: int, out: Path) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"another run is at work in --out {out}: name another folder") from error
+    except OSError:  # NFS and others lock no folders
+        pass
 
 
 @contextmanager
