@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset
@@ -282,13 +283,13 @@ def test_settings_that_would_do_nothing_or_harm_are_refused(
 @pytest.mark.parametrize("kind", [NutePruneConfig, RecoverConfig])
 def test_a_process_keeps_to_one_accelerator(kind: Any, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: self._n_gpu))
-    original = kind.__mro__[1].__post_init__
+    original = TrainingArguments.__post_init__
 
     def with_four(self: Any) -> None:
         original(self)
         self._n_gpu = 4
 
-    monkeypatch.setattr(kind.__mro__[1], "__post_init__", with_four)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_four)
     args = kind(output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True)
     assert args.train_batch_size == 2
 
