@@ -78,8 +78,12 @@ class TestHub:
 
 class TestErrors:
     @pytest.mark.parametrize(
-        "spec", ["", " ", "no.txt", "./no/where", "/no/where", "a/b/c", "a:b:c:d", "C:\\x", "a\0"]
+        "spec", [" ", "no.txt", "./no/where", "/no/where", "a/b/c", "a:b:c:d", "C:\\x", "a\0"]
     )
     def test_a_spec_that_is_nothing(self, spec: str) -> None:
         with pytest.raises(UserError, match="no such file or folder; pass demo, a path"):
             iter_documents(spec)
+
+    def test_an_empty_spec(self) -> None:
+        with pytest.raises(UserError, match="is a variable not set"):
+            iter_documents("")

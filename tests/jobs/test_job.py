@@ -59,7 +59,7 @@ def test_former_values_are_told_in_a_line(name: str, value: str) -> None:
 
 @pytest.mark.parametrize("kind", [PruneJob, RecoverJob, NutePruneConfig, RecoverConfig])
 def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
-    own = {x.name for x in dataclasses.fields(kind)} - {"settings"}
+    own = {x.name for x in dataclasses.fields(kind)} - {"settings", "files"}
     if issubclass(kind, NutePruneConfig | RecoverConfig):
         own &= kind.__annotations__.keys()
     found = declared(kind)

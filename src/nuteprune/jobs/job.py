@@ -87,7 +87,7 @@ class Job:
         flag=True,
         role=CALL,
     )
-    files: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = field(default=(), compare=False)
 
     @property
     def specs(self) -> list[str]:
