@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
@@ -245,3 +246,16 @@ def test_other_tokens_do_not_compare(
     code, _, stderr = run("eval", model, "--against", other, "--data", text, "--device", "cpu")
     assert code == 2
     assert "another tokenizer" in stderr
+
+
+def test_a_model_of_damaged_weights_has_no_perplexity(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    code, stdout, stderr = run("eval", damaged, "--data", text, "--length", 24, *ASKED)
+    assert (code, stdout) == (1, "")
+    assert f"the perplexity of {damaged} is not finite" in stderr

@@ -61,6 +61,13 @@ def test_a_file_system_that_locks_no_folders_is_no_hindrance(
         assert (tmp_path / "out").is_dir()
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    with pytest.raises(UserError, match="link is a link to gone, which is not there"), alone(link):
+        pass
+
+
 def test_a_folder_is_locked_wherever_temporary_files_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

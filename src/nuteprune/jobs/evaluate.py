@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.console import Output
 from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
-from nuteprune.errors import UserError
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.comparison import same_tokens
 from nuteprune.jobs.judging import copies
@@ -80,6 +81,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
 
     Raises:
         UserError: for anything that cannot work.
+        RunFailed: if a perplexity is no finite number.
     """
     _check(asked)
     names = [name for name in (asked.model, asked.against) if name is not None]
@@ -219,4 +221,9 @@ def _measure(
             loaded, blocks.tokens_NT, batch_size=batch_size, context=blocks.context_N
         )
     update(f"perplexity, {one.name}", len(cut), len(cut))
+    if not all(map(math.isfinite, found.values())):
+        raise RunFailed(
+            f"the perplexity of {one.name} is not finite ({found}): try --dtype float32; if that "
+            "does not help, the checkpoint is damaged"
+        )
     return found

@@ -68,6 +68,8 @@ def _begun(out: Path) -> bool:
 
 
 def _check_folder(out: Path) -> None:
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"--out {out} is a link to {out.readlink()}, which is not there")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
 
