@@ -444,13 +444,27 @@ def test_correlations_are_inverted_as_exactly_as_they_are(spread: float) -> None
 def test_the_surgeon_takes_the_first_layer_s_attention_last(tiny_model) -> None:
     it = probe(tiny_model("llama"), ("kv_groups", "heads", "neurons"))
     plain, ours = surgeon_scores(it), METHODS["surgeon"].score(it)
-    torch.testing.assert_close(ours["neurons"], plain["neurons"], rtol=0, atol=0)
     for kind in ("kv_groups", "heads"):
         size = it.layout.sizes[kind][0]
         first, rest = ours[kind][:size], ours[kind][size:]
         # All of them above the rest, and in their own order still.
         torch.testing.assert_close(rest, plain[kind][size:], rtol=0, atol=0)
         torch.testing.assert_close(first, plain[kind][:size] + rest.max(), rtol=0, atol=0)
+
+
+def test_neurons_of_the_last_layer_cost_its_median_at_least(tiny_model) -> None:
+    it = probe(tiny_model("llama", num_hidden_layers=3), ("kv_groups", "neurons"))
+    found = surgeon_scores(it), METHODS["surgeon"].score(it)
+    plain, ours = (x["neurons"].view(3, -1) for x in found)
+    torch.testing.assert_close(ours[:-1], plain[:-1], rtol=0, atol=0)
+    median = plain[-1].median()
+    dear = plain[-1] > median
+    assert 0 < dear.sum() < len(dear)
+    torch.testing.assert_close(ours[-1][dear], plain[-1][dear], rtol=0, atol=0)
+    assert (ours[-1][~dear] >= 0.998 * median).all()
+    assert (ours[-1][~dear] <= median).all()
+    # They keep their order, in which they go.
+    torch.testing.assert_close(ours[-1].argsort(stable=True), plain[-1].argsort(stable=True))
 
 
 def test_a_model_of_one_layer_keeps_the_surgeon_s_scores(tiny_model) -> None:

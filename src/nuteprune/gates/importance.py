@@ -30,6 +30,11 @@ from nuteprune.gates.surgeon import has_cost, surgeon_scores
 from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked, squared_weights
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 
+LAST_LAYERS = 1
+"""Layers at the end whose neurons cost their median at least."""
+FLOORED = 0.999
+"""How far scores below the median move towards it: the rest keeps their order."""
+
 
 def random(probe: Probe) -> Scores:
     """Random: u x parameters of the unit, u uniform in (0, 1); every part loses about its share.
@@ -124,6 +129,7 @@ def surgeon(probe: Probe) -> Scores:
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
     `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
+    Neurons of the last layers cost their median at least; see `last_neurons_floored`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
     ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
     """
@@ -131,6 +137,7 @@ def surgeon(probe: Probe) -> Scores:
     others = tuple(kind for kind in probe.kinds if kind not in read)
     scores = surgeon_scores(replace(probe, kinds=read)) if read else {}
     scores = first_attention_last(probe.layout, copying_kept(probe, scores))
+    scores = last_neurons_floored(probe.layout, scores)
     if others:
         scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
     if "experts" in others:
@@ -154,6 +161,24 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
         first, rest = scores[kind].split([layout.sizes[kind][0], sum(layout.sizes[kind][1:])])
         raised[kind] = torch.cat([first + rest.max(), rest]) if len(rest) else first
     return raised
+
+
+def last_neurons_floored(layout: Layout, scores: Scores) -> Scores:
+    """Raise the cheaper half of the neurons of the last `LAST_LAYERS` layers to their median.
+
+    The last layers' neurons write words. Those that calibration text hardly calls for look free,
+    and the surgeon takes gradients and inputs to be independent, where these fire just when the
+    next token depends on them. So that one of them is cheaper than the median says little: half of
+    such a layer goes at the median's price, or none of it. They keep their order.
+    Measured in docs/log.md. LLM-Pruner leaves the last layers whole (arXiv 2305.11627).
+    """
+    if "neurons" not in scores or len(layout.sizes["neurons"]) <= LAST_LAYERS:
+        return scores
+    rows = list(scores["neurons"].split(layout.sizes["neurons"]))
+    for layer in range(len(rows) - LAST_LAYERS, len(rows)):
+        if len(row := rows[layer]):
+            rows[layer] = torch.lerp(row, row.clamp(min=float(row.median())), FLOORED)
+    return {**scores, "neurons": torch.cat(rows)}
 
 
 def similarity(probe: Probe) -> Scores:
