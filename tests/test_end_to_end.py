@@ -38,7 +38,9 @@ SMALL = {
 STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], trust_remote_code=True, dtype=torch.float32  # in bfloat16 tokens may tie
+)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert not any(name.startswith("nuteprune") for name in sys.modules)
 tied = model.lm_head.weight is model.get_input_embeddings().weight

@@ -169,15 +169,18 @@ def last_neurons_floored(layout: Layout, scores: Scores) -> Scores:
     The last layers' neurons write words. Those that calibration text hardly calls for look free,
     and the surgeon takes gradients and inputs to be independent, where these fire just when the
     next token depends on them. So that one of them is cheaper than the median says little: half of
-    such a layer goes at the median's price, or none of it. They keep their order.
+    such a layer goes at the median's price, or none of it. They keep their order. A neuron that
+    costs nothing at all is gone, or dead, and stays free.
     Measured in docs/log.md. LLM-Pruner leaves the last layers whole (arXiv 2305.11627).
     """
     if "neurons" not in scores or len(layout.sizes["neurons"]) <= LAST_LAYERS:
         return scores
     rows = list(scores["neurons"].split(layout.sizes["neurons"]))
     for layer in range(len(rows) - LAST_LAYERS, len(rows)):
-        if len(row := rows[layer]):
-            rows[layer] = torch.lerp(row, row.clamp(min=float(row.median())), FLOORED)
+        row = rows[layer]
+        if len(costs := row[row > 0]):
+            floored = torch.lerp(row, row.clamp(min=float(costs.median())), FLOORED)
+            rows[layer] = torch.where(row > 0, floored, row)
     return {**scores, "neurons": torch.cat(rows)}
 
 
