@@ -30,10 +30,8 @@ from nuteprune.gates.surgeon import has_cost, surgeon_scores
 from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked, squared_weights
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 
-LAST_LAYERS = 1
-"""Layers at the end whose neurons cost their median at least."""
 FLOORED = 0.999
-"""How far scores below the median move towards it: the rest keeps their order."""
+"""How far what is below a floor moves towards it: the rest keeps its order."""
 
 
 def random(probe: Probe) -> Scores:
@@ -129,7 +127,7 @@ def surgeon(probe: Probe) -> Scores:
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
     `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
-    Neurons of the last layers cost their median at least; see `last_neurons_floored`.
+    Neurons of the last layer cost their median at least; see `last_neurons_floored`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
     ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
     """
@@ -164,24 +162,23 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
 
 
 def last_neurons_floored(layout: Layout, scores: Scores) -> Scores:
-    """Raise the cheaper half of the neurons of the last `LAST_LAYERS` layers to their median.
+    """Raise the cheaper half of the last layer's neurons to the median of its neurons.
 
-    The last layers' neurons write words. Those that calibration text hardly calls for look free,
+    The last layer's neurons write words. Those that calibration text hardly calls for look free,
     and the surgeon takes gradients and inputs to be independent, where these fire just when the
     next token depends on them. So that one of them is cheaper than the median says little: half of
-    such a layer goes at the median's price, or none of it. They keep their order. A neuron that
-    costs nothing at all is gone, or dead, and stays free.
+    the layer goes at the median's price, or none of it. They keep their order. A neuron that costs
+    nothing at all is gone, or dead, and stays free.
     Measured in docs/log.md. LLM-Pruner leaves the last layers whole (arXiv 2305.11627).
     """
-    if "neurons" not in scores or len(layout.sizes["neurons"]) <= LAST_LAYERS:
+    if "neurons" not in scores or len(sizes := layout.sizes["neurons"]) < 2:
         return scores
-    rows = list(scores["neurons"].split(layout.sizes["neurons"]))
-    for layer in range(len(rows) - LAST_LAYERS, len(rows)):
-        row = rows[layer]
-        if len(costs := row[row > 0]):
-            floored = torch.lerp(row, row.clamp(min=float(costs.median())), FLOORED)
-            rows[layer] = torch.where(row > 0, floored, row)
-    return {**scores, "neurons": torch.cat(rows)}
+    rest, last = scores["neurons"].split([sum(sizes[:-1]), sizes[-1]])
+    costs = last[last > 0]
+    if len(costs):
+        floored = torch.lerp(last, last.clamp(min=float(costs.median())), FLOORED)
+        last = torch.where(last > 0, floored, last)
+    return {**scores, "neurons": torch.cat([rest, last])}
 
 
 def similarity(probe: Probe) -> Scores:
