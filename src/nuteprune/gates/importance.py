@@ -164,12 +164,10 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
 def last_neurons_floored(layout: Layout, scores: Scores) -> Scores:
     """Raise the cheaper half of the last layer's neurons to the median of its neurons.
 
-    The last layer's neurons write words. Those that calibration text hardly calls for look free,
-    and the surgeon takes gradients and inputs to be independent, where these fire just when the
-    next token depends on them. So that one of them is cheaper than the median says little: half of
-    the layer goes at the median's price, or none of it. They keep their order. A neuron that costs
-    nothing at all is gone, or dead, and stays free.
-    Measured in docs/log.md. LLM-Pruner leaves the last layers whole (arXiv 2305.11627).
+    The surgeon takes gradients and inputs to be independent. In the last layer they go together
+    most, so it underrates what goes first there: half of the layer goes at the median's price, or
+    none of it. Neurons keep their order. One that costs nothing at all is gone, or dead, and stays
+    free. Measured in docs/log.md. LLM-Pruner leaves the last layers whole (arXiv 2305.11627).
     """
     if "neurons" not in scores or len(sizes := layout.sizes["neurons"]) < 2:
         return scores
