@@ -1,0 +1,135 @@
+"""Table and picture of the default on other text, from results/default.json.
+
+`python benchmarks/default_table.py` writes both anew: the table into docs/quality.md, the picture
+beside the results. A run is in the table where it has a `row`, what the table calls it; the others
+are trials that the log tells of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from quality_tables import spread
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "default.json"
+PICTURE = RESULTS.with_name("other-text.png")
+PAGE = ROOT / "docs" / "quality.md"
+TABLE = re.compile(r"(?<=<!-- table: other text -->\n\n).*?(?=\n\n)", re.S)
+"""Where the page has the table."""
+
+Run = Mapping[str, Any]
+Group = tuple[float, int, str]
+"""Target, steps and row: what a line of the table is of; seeds are summed up."""
+
+DOMAINS = ("arithmetic", "code", "fables", "medicine")
+COLUMNS = ("target", "steps", "", "seeds", "other text", *DOMAINS, "in-domain", "copies")
+FIRST = "the default"
+"""The row that comes first of its target and steps."""
+
+
+def times_dense(run: Run, dense: Run) -> dict[str, float]:
+    """Return a run's figures: perplexity ÷ dense of each kind of text, and percent copied."""
+    each = {name: run["other"][name] / dense["other"][name] for name in DOMAINS}
+    other = math.exp(statistics.fmean(map(math.log, each.values())))
+    sources = run["perplexity"].items()
+    in_domain = sum(x for _, x in sources) / sum(dense["perplexity"][name] for name, _ in sources)
+    return {"other text": other, **each, "in-domain": in_domain, "copies": run["copying"]}
+
+
+def grouped(results: Mapping[str, Any]) -> dict[Group, list[dict[str, float]]]:
+    """Return the figures of each line of the table, by target and steps; the default first."""
+    groups: dict[Group, list[dict[str, float]]] = {}
+    for run in results["runs"]:
+        if "row" in run:
+            key = (run["target"], run["steps"], run["row"])
+            groups.setdefault(key, []).append(times_dense(run, results["dense"]))
+    return dict(sorted(groups.items(), key=lambda x: (*x[0][:2], x[0][2] != FIRST)))
+
+
+def line(group: Group, seeds: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return the cells of a line; those of several seeds are their mean ± standard deviation."""
+    target, steps, row = group
+    name = f"**{row}**" if row == FIRST else row
+    cells = [f"{target:.0%}".replace("%", " %"), str(steps or "none"), name, str(len(seeds))]
+    for column in COLUMNS[len(cells) : -1]:
+        cells.append(spread([x[column] for x in seeds]))
+    copied = [x["copies"] for x in seeds]
+    more = f" ± {statistics.stdev(copied):.0f}" if len(copied) > 1 else ""
+    return [*cells, f"{statistics.fmean(copied):.0f}{more} %"]
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Return the table as the page has it."""
+    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    lines += [line(group, seeds) for group, seeds in grouped(results).items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("|  |", "| |")
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draw other text and copying by how much is removed."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name, axis, dense in zip(
+        ("other text", "copies"), axes, (1, results["dense"]["copying"]), strict=True
+    ):
+        _panel(axis, grouped(results), name)
+        axis.plot(0, dense, "k*", markersize=11, label="dense")
+        axis.set_xlabel("decoder parameters removed (%)")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("perplexity ÷ dense, text that it has not seen")
+    axes[0].set_yscale("log")
+    axes[0].set_yticks([1, 1.5, 2, 3, 4, 6, 10], minor=False)
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("")
+    axes[1].set_ylabel("tokens right when a random sequence repeats (%)")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _panel(
+    axis: Axes, groups: Mapping[Group, Sequence[Mapping[str, float]]], column: str
+) -> None:
+    drawn: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for (target, steps, row), seeds in groups.items():
+        if row in STYLES:
+            dot = (100 * target, statistics.fmean(x[column] for x in seeds))
+            drawn.setdefault((row, steps), []).append(dot)
+    for (row, steps), dots in sorted(drawn.items(), key=lambda x: list(STYLES).index(x[0][0])):
+        style = "-" if steps else "--"
+        marker, colour = STYLES[row]
+        label = f"{row.strip('`')}, {f'{steps} steps' if steps else 'untrained'}"
+        fill = colour if steps else "none"
+        axis.plot(*zip(*dots, strict=True), f"{marker}{style}", c=colour, mfc=fill, label=label)
+
+
+STYLES = {
+    FIRST: ("o", "tab:blue"),
+    "LLM-Pruner's units": ("s", "tab:orange"),
+    "`--method taylor`": ("^", "tab:green"),
+    "`--method flap`": ("v", "tab:red"),
+}
+"""Row -> marker and colour; other rows are not drawn."""
+
+
+def main() -> None:
+    """Write the table and the picture anew."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(TABLE.sub(lambda _: table(results), page, count=1), encoding="utf-8")
+    draw(results, PICTURE)
+
+
+if __name__ == "__main__":
+    main()

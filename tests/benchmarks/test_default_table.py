@@ -1,0 +1,66 @@
+"""The figures of README and docs/quality.md are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.scripts import script
+
+tables, default_table = map(script, ("quality_tables", "default_table"))
+RESULTS: dict[str, Any] = json.loads(default_table.RESULTS.read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_has_the_table_of_the_results() -> None:
+    assert default_table.TABLE.findall(default_table.PAGE.read_text(encoding="utf-8")) == [
+        default_table.table(RESULTS)
+    ]
+
+
+@pytest.mark.parametrize("row, digits", [("other text", 2), ("in-domain", 2), ("copies", 0)])
+def test_readme_has_the_figures_of_the_results(row: str, digits: int) -> None:
+    """Of the columns that are of a row of the table: 20 %, 20 % by 400 steps, 50 % removed."""
+    beginning = {
+        "other text": "perplexity, other text",
+        "in-domain": "perplexity, held-out text",
+        "copies": "copying from context",
+    }[row]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^\| {beginning}.*\|$", readme, re.M)
+    shown = [float(re.findall(r"[\d.]+", cell)[0]) for cell in line.split("|")[3:6]]
+    groups = default_table.grouped(RESULTS)
+    columns = [
+        (0.2, 80, "the default"),
+        (0.2, 400, "the default before"),
+        (0.5, 80, "the default"),
+    ]
+    found = [statistics.fmean(x[row] for x in groups[key]) for key in columns]
+    assert shown == [float(f"{x:.{digits}f}") for x in found]
+
+
+def test_seeds_are_summed_up_and_trials_left_out() -> None:
+    dense = {"other": dict.fromkeys(default_table.DOMAINS, 10.0), "perplexity": {"a": 5.0}}
+    run = {"target": 0.2, "steps": 80, "row": "other", "perplexity": {"a": 6.0}, "copying": 50.0}
+    runs = [
+        run | {"other": dict.fromkeys(default_table.DOMAINS, 15.0)},
+        run | {"other": dict.fromkeys(default_table.DOMAINS, 17.0), "copying": 54.0},
+        run | {"other": dict.fromkeys(default_table.DOMAINS, 90.0), "row": "the default"},
+    ]
+    runs.append({k: v for k, v in runs[0].items() if k != "row"})
+    lines = default_table.table({"dense": dense | {"copying": 60.0}, "runs": runs}).splitlines()
+    assert [x.split(" | ")[2:5] for x in lines[2:]] == [
+        ["**the default**", "1", "9.00"],
+        ["other", "2", "1.60 ± 0.14"],
+    ]
+    assert lines[3].endswith("| 1.20 ± 0.00 | 52 ± 3 % |")
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    default_table.draw(RESULTS, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
