@@ -98,9 +98,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(
-    axis: Axes, groups: Mapping[Group, Sequence[Mapping[str, float]]], column: str
-) -> None:
+def _panel(axis: Axes, groups: Mapping[Group, Sequence[Mapping[str, float]]], column: str) -> None:
     drawn: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for (target, steps, row), seeds in groups.items():
         if row in STYLES:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.scripts import script
 
-tables, default_table = map(script, ("quality_tables", "default_table"))
+_, default_table = map(script, ("quality_tables", "default_table"))
 RESULTS: dict[str, Any] = json.loads(default_table.RESULTS.read_text(encoding="utf-8"))
 ROOT = Path(__file__).parents[2]
 
@@ -23,25 +23,23 @@ def test_the_page_has_the_table_of_the_results() -> None:
     ]
 
 
-@pytest.mark.parametrize("row, digits", [("other text", 2), ("in-domain", 2), ("copies", 0)])
-def test_readme_has_the_figures_of_the_results(row: str, digits: int) -> None:
-    """Of the columns that are of a row of the table: 20 %, 20 % by 400 steps, 50 % removed."""
-    beginning = {
-        "other text": "perplexity, other text",
-        "in-domain": "perplexity, held-out text",
-        "copies": "copying from context",
-    }[row]
+@pytest.mark.parametrize(
+    ("beginning", "column", "digits"),
+    [
+        ("perplexity, other text", "other text", 2),
+        ("copying from context", "copies", 0),
+        ("perplexity, held-out text", "in-domain", 2),
+    ],
+)
+def test_readme_has_the_figures_of_the_results(beginning: str, column: str, digits: int) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(rf"^\| {beginning}.*\|$", readme, re.M)
     shown = [float(re.findall(r"[\d.]+", cell)[0]) for cell in line.split("|")[3:6]]
+    before, default = "the default before", "the default"
     groups = default_table.grouped(RESULTS)
-    columns = [
-        (0.2, 80, "the default"),
-        (0.2, 400, "the default before"),
-        (0.5, 80, "the default"),
-    ]
-    found = [statistics.fmean(x[row] for x in groups[key]) for key in columns]
-    assert shown == [float(f"{x:.{digits}f}") for x in found]
+    runs = [groups[x] for x in ((0.2, 80, default), (0.2, 400, before), (0.5, 80, default))]
+    means = [statistics.fmean(x[column] for x in seeds) for seeds in runs]
+    assert shown == [float(f"{x:.{digits}f}") for x in means]
 
 
 def test_seeds_are_summed_up_and_trials_left_out() -> None:
