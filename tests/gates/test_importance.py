@@ -454,7 +454,9 @@ def test_the_surgeon_takes_the_first_layer_s_attention_last(tiny_model) -> None:
 
 def test_neurons_of_the_last_layer_cost_its_median_at_least(tiny_model) -> None:
     it = probe(tiny_model("llama", num_hidden_layers=3), ("kv_groups", "neurons"))
-    found = surgeon_scores(it), METHODS["surgeon"].score(it)
+    scores = METHODS["surgeon"].score(it)
+    found = scores, METHODS["surgeon"].settled(it.layout, scores)
+    torch.testing.assert_close(found[1]["kv_groups"], scores["kv_groups"], rtol=0, atol=0)
     plain, ours = (x["neurons"].view(3, -1) for x in found)
     torch.testing.assert_close(ours[:-1], plain[:-1], rtol=0, atol=0)
     median = plain[-1].median()
@@ -469,7 +471,9 @@ def test_neurons_of_the_last_layer_cost_its_median_at_least(tiny_model) -> None:
 
 def test_a_model_of_one_layer_keeps_the_surgeon_s_scores(tiny_model) -> None:
     it = probe(tiny_model("llama", num_hidden_layers=1), ("kv_groups", "neurons"))
-    close(METHODS["surgeon"].score(it), surgeon_scores(it))
+    scores = METHODS["surgeon"].score(it)
+    close(scores, surgeon_scores(it))
+    close(METHODS["surgeon"].settled(it.layout, scores), scores)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:

@@ -127,7 +127,7 @@ def surgeon(probe: Probe) -> Scores:
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
     `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
-    Neurons of the last layer cost their median at least; see `last_neurons_floored`.
+    Of the last layer neurons cost their median at least in the end; see `last_neurons_floored`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
     ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
     """
@@ -135,7 +135,6 @@ def surgeon(probe: Probe) -> Scores:
     others = tuple(kind for kind in probe.kinds if kind not in read)
     scores = surgeon_scores(replace(probe, kinds=read)) if read else {}
     scores = first_attention_last(probe.layout, copying_kept(probe, scores))
-    scores = last_neurons_floored(probe.layout, scores)
     if others:
         scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
     if "experts" in others:
@@ -166,8 +165,10 @@ def last_neurons_floored(layout: Layout, scores: Scores) -> Scores:
 
     The surgeon takes gradients and inputs to be independent. In the last layer they go together
     most, so it underrates what goes first there: half of the layer goes at the median's price, or
-    none of it. Neurons keep their order. One that costs nothing at all is gone, or dead, and stays
-    free. Measured in docs/log.md. LLM-Pruner leaves the last layers whole (arXiv 2305.11627).
+    none of it. Neurons keep their order. One that costs nothing at all is dead, and stays free.
+    On the way to more than half of the layer the floor would only put off what goes in the end, so
+    it is laid once, when all rounds are through. Measured in docs/log.md. LLM-Pruner leaves the
+    last layers whole (arXiv 2305.11627).
     """
     if "neurons" not in scores or len(sizes := layout.sizes["neurons"]) < 2:
         return scores
@@ -220,6 +221,7 @@ class Method:
         reads_plain: how many times as much text it takes through the layers one by one, without
             gradients; each layer is told to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
+        settled: what a run makes of its scores once all rounds are through.
     """
 
     score: Callable[[Probe], Scores]
@@ -229,6 +231,7 @@ class Method:
     reads: bool = True
     reads_plain: int = 0
     cuts: bool = False
+    settled: Callable[[Layout, Scores], Scores] = lambda layout, scores: scores
 
 
 _INPUTS = ("heads", "kv_groups", "neurons")
@@ -242,7 +245,7 @@ METHODS: dict[str, Method] = {
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
-    "surgeon": Method(surgeon, reads_plain=3, cuts=True),
+    "surgeon": Method(surgeon, reads_plain=3, cuts=True, settled=last_neurons_floored),
     "reconstruction": Method(
         reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, reads_plain=1
     ),

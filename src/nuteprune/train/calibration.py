@@ -68,7 +68,8 @@ def score_in_rounds(
     """Score the units of a dense model, and those that are left at each stop once more.
 
     At a stop the units that go by the scores so far are cut and the others re-fitted, for a while.
-    Units that have gone keep the scores by which they went.
+    Units that have gone keep the scores by which they went. See `Method.settled` for what is made
+    of the scores in the end.
 
     Args:
         dataset: the training text.
@@ -93,7 +94,7 @@ def score_in_rounds(
             refit_on(dataset, args, anatomy, hooks, on_device, install, progress, dense)
             again = score_on(dataset, args, anatomy, hooks, allocator, progress)
         scores = {k: torch.where(masks.values[k] > 0, again[k], scores[k]) for k in scores}
-    return scores
+    return METHODS[args.method].settled(allocator.layout, scores)
 
 
 def score_on(
