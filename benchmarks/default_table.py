@@ -8,7 +8,6 @@ are trials that the log tells of.
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from quality_tables import spread
+from quality_text import times_dense
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "default.json"
@@ -37,15 +37,20 @@ DOMAINS = ("arithmetic", "code", "fables", "medicine")
 COLUMNS = ("target", "steps", "", "seeds", "other text", *DOMAINS, "in-domain", "copies")
 FIRST = "the default"
 """The row that comes first of its target and steps; the names of its variants begin with it."""
+STYLES = {
+    FIRST: ("o", "tab:blue"),
+    "LLM-Pruner's units": ("s", "tab:orange"),
+    "`--method taylor`": ("^", "tab:green"),
+    "`--method flap`": ("v", "tab:red"),
+}
+"""Row -> marker and colour; other rows are not drawn."""
 
 
-def times_dense(run: Run, dense: Run) -> dict[str, float]:
-    """Return a run's figures: perplexity ÷ dense of each kind of text, and percent copied."""
-    each = {name: run["other"][name] / dense["other"][name] for name in DOMAINS}
-    other = math.exp(statistics.fmean(map(math.log, each.values())))
-    sources = run["perplexity"].items()
-    in_domain = sum(x for _, x in sources) / sum(dense["perplexity"][name] for name, _ in sources)
-    return {"other text": other, **each, "in-domain": in_domain, "copies": run["copying"]}
+def figures(run: Run, dense: Run) -> dict[str, float]:
+    """Return a run's figures by column: perplexity ÷ dense of each text, and percent copied."""
+    times = times_dense(run, dense)
+    ends = {"other text": times["other_mean"], "in-domain": times["in_domain"]}
+    return {**ends, **times["other"], "copies": run["copying"]}
 
 
 def grouped(results: Mapping[str, Any]) -> dict[Group, list[dict[str, float]]]:
@@ -57,7 +62,7 @@ def grouped(results: Mapping[str, Any]) -> dict[Group, list[dict[str, float]]]:
     for run in results["runs"]:
         if "row" in run:
             key = (run["target"], run["steps"], run["row"])
-            groups.setdefault(key, []).append(times_dense(run, results["dense"]))
+            groups.setdefault(key, []).append(figures(run, results["dense"]))
     return dict(sorted(groups.items(), key=_place))
 
 
@@ -118,15 +123,6 @@ def _panel(axis: Axes, groups: Mapping[Group, Sequence[Mapping[str, float]]], co
         label = f"{row.strip('`')}, {f'{steps} steps' if steps else 'untrained'}"
         fill = colour if steps else "none"
         axis.plot(*zip(*dots, strict=True), f"{marker}{style}", c=colour, mfc=fill, label=label)
-
-
-STYLES = {
-    FIRST: ("o", "tab:blue"),
-    "LLM-Pruner's units": ("s", "tab:orange"),
-    "`--method taylor`": ("^", "tab:green"),
-    "`--method flap`": ("v", "tab:red"),
-}
-"""Row -> marker and colour; other rows are not drawn."""
 
 
 def main() -> None:
