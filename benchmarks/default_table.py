@@ -44,6 +44,8 @@ STYLES = {
     "`--method flap`": ("v", "tab:red"),
 }
 """Row -> marker and colour; other rows are not drawn."""
+STEPS = (0, 80)
+"""Steps of the runs that are drawn."""
 
 
 def figures(run: Run, dense: Run) -> dict[str, float]:
@@ -100,7 +102,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         axis.plot(0, dense, "k*", markersize=11, label="dense")
         axis.set_xlabel("decoder parameters removed (%)")
         axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("perplexity ÷ dense, text that it has not seen")
+    axes[0].set_ylabel("perplexity ÷ dense, other text")
     axes[0].set_yscale("log")
     axes[0].set_yticks([1, 1.5, 2, 3, 4, 6, 10], minor=False)
     axes[0].yaxis.set_major_formatter("{x:g}")
@@ -114,7 +116,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 def _panel(axis: Axes, groups: Mapping[Group, Sequence[Mapping[str, float]]], column: str) -> None:
     drawn: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for (target, steps, row), seeds in groups.items():
-        if row in STYLES:
+        if row in STYLES and steps in STEPS:
             dot = (100 * target, statistics.fmean(x[column] for x in seeds))
             drawn.setdefault((row, steps), []).append(dot)
     for (row, steps), dots in sorted(drawn.items(), key=lambda x: list(STYLES).index(x[0][0])):
