@@ -34,8 +34,13 @@ CHAT = (
     "<s>{% for m in messages %}{{ m.role[0] }}{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}a{% endif %}"
 )
-LENGTH = 24
+LENGTH, SHORT = 24, 10
 VOCABULARY = 320  # beyond what the tokenizer knows
+
+
+@pytest.fixture(autouse=True)
+def _short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "TEXT_TOKENS", SHORT)
 
 
 @pytest.fixture
@@ -64,26 +69,24 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, **changes: Any) 
 
 
 def expected(
-    model: PreTrainedModel, opening: Openings, numbers: np.ndarray, number: int, most: int
+    model: PreTrainedModel, opening: Openings, numbers: np.ndarray, number: int | None, most: int
 ) -> list[int]:
     """One text, each token drawn by the stock model from the whole text before it, no cache."""
-    ids, position = list(opening.given(number)), len(opening.given(number))
-    asks = opening.is_chat(number)
+    asks = number is None
+    ids = list(opening.asks if number is None else opening.given(number))
     while len(ids) < most:
         context = torch.tensor([[*opening.start, *ids]])
         with torch.no_grad():
             logits = model(input_ids=context, use_cache=False).logits[0, -1]
         chances = torch.softmax(logits[: opening.known].double(), 0).numpy()
         # The draws begin with the position that the first token of all is fed at.
-        at = numbers[len(opening.start) + position - 1]
+        at = numbers[len(opening.start) + len(ids) - 1]
         token = int(np.searchsorted(np.cumsum(chances), at * chances.sum(), side="right"))
         if asks and token in opening.asked:
             asks = False
             ids += opening.answers
-            position += len(opening.answers)
             continue
         ids.append(token)
-        position += 1
         if token in opening.ends:
             break
     return ids[:most]
@@ -97,20 +100,33 @@ def numbers_of(seed: int, batch: int, size: int, most: int) -> np.ndarray:
     return torch.stack(rows).numpy()
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / SELF_WRITTEN).read_text().splitlines()]
+
+
 def check(model: PreTrainedModel, tokenizer: Any, folder: Path) -> list[list[int]]:
     """Compare what is written with draws from whole sequences."""
     texts = write(model, tokenizer, folder)
+    rows = rows_of(folder)
+    assert [row["ids"] for row in rows] == texts
     end = [tokenizer.eos_token_id]
     bos = [] if tokenizer("a").input_ids[0] != tokenizer.bos_token_id else [1]
     most = LENGTH - len(bos) - 1
-    size = min(64, -(-300 // (LENGTH - len(bos))))
     opening = openings(model, tokenizer, most=most, seed=3)
-    numbers = numbers_of(3, 0, size, most)
-    for number in range(size):
-        found = expected(model, opening, numbers[:, number], number, most)
-        assert texts[number] == (found if found[-1] in opening.ends else found + end)
+    plain = 0
+    for batch in range(1 + rows[-1]["batch"]):
+        written = [row for row in rows if row["batch"] == batch]
+        chats = tuple(written[0]["ids"][: len(opening.asks)]) == opening.asks != ()
+        assert chats == (batch == 1 and opening.asks != ())
+        assert {row["of"] for row in written} == {len(written)}
+        longest = most if chats else SHORT
+        numbers = numbers_of(3, batch, len(written), longest)
+        for i, row in enumerate(written):
+            number = None if chats else plain + i
+            found = expected(model, opening, numbers[:, i], number, longest)
+            assert row["ids"] == (found if found[-1] in opening.ends else found + end)
+        plain += 0 if chats else len(written)
     assert sum(map(len, texts)) >= 300
-    assert len(texts) % size == 0
     return texts
 
 
@@ -151,11 +167,11 @@ def test_a_tokenizer_without_special_tokens_will_do(model, tiny_tokenizer, tmp_p
     bare = copy(tiny_tokenizer, pad_token=None, bos_token=None, eos_token=None)
     model.generation_config.eos_token_id = None
     texts = write(model, bare, tmp_path)
-    assert {len(x) for x in texts} == {LENGTH}
+    assert {len(x) for x in texts} == {SHORT}
 
 
 def test_texts_begin_with_tokens_that_differ_and_have_text(model, tokenizer, tmp_path) -> None:
-    texts = write(model, tokenizer, tmp_path, tokens=64 * LENGTH)
+    texts = write(model, tokenizer, tmp_path, tokens=1000)
     firsts = [x[0] for x in texts]
     assert len(set(firsts)) == len(firsts) >= 64
     assert not {*firsts} & {*tokenizer.all_special_ids}
@@ -165,10 +181,18 @@ def test_texts_begin_with_tokens_that_differ_and_have_text(model, tokenizer, tmp
     assert [x[0] for x in other] != firsts[: len(other)]
 
 
+@pytest.mark.parametrize("template", [None, CHAT])
 @pytest.mark.parametrize(("tokens", "batch"), [(300, 64), (300, 4), (20, 64)])
-def test_the_time_that_it_takes_is_that_of_whole_blocks(
-    tokens: int, batch: int, model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_time_that_it_takes_is_that_of_whole_texts(
+    template: str | None,
+    tokens: int,
+    batch: int,
+    model,
+    tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    tokenizer.chat_template = template
     clock, step = [0.0], writing._step
 
     def slow(model: Any, ids: list[int], cache: Any) -> Any:
@@ -178,7 +202,7 @@ def test_the_time_that_it_takes_is_that_of_whole_blocks(
     monkeypatch.setattr(writing, "_step", slow)
     monkeypatch.setattr(writing, "BATCH", batch)
     monkeypatch.setattr(writing.time, "monotonic", lambda: clock[0])
-    told = writing.seconds_to_write(model, tokens=tokens, length=LENGTH)
+    told = self_written.seconds_to_write(model, tokenizer, tokens=tokens, length=LENGTH)
     monkeypatch.setattr(
         writing, "draw", lambda logits, _: logits.new_full([len(logits)], 65).long()
     )
@@ -204,11 +228,22 @@ def test_a_chat_is_a_question_and_its_answer(model, tokenizer, tmp_path: Path) -
     # A question "x", an answer "y"; both are ended by eos. Any plain text ends at once.
     certain(model, {u: x, x: 2, a: y, y: 2} | dict.fromkeys(range(100, 120), 2))
     texts = write(model, tokenizer, tmp_path)
-    assert texts[3::4] == [[1, u, x, 2, a, y, 2]] * len(texts[3::4])
-    assert sum(text[:2] == [1, u] for text in texts) == len(texts) // 4
-    rows = [json.loads(line) for line in (tmp_path / SELF_WRITTEN).read_text().splitlines()]
-    assert rows[3]["text"] == "<s>ux</s>ay"
+    rows = rows_of(tmp_path)
     assert [row["ids"] for row in rows] == texts
+    chats = [row for row in rows if row["ids"][:2] == [1, u]]
+    assert chats == [row for row in rows if row["batch"] == 1] + chats[chats[0]["of"] :]
+    assert {(row["text"], *row["ids"]) for row in chats} == {("<s>ux</s>ay", 1, u, x, 2, a, y, 2)}
+
+
+@pytest.mark.parametrize("tokens", [800, 3000])
+def test_a_quarter_of_the_tokens_is_chats(tokens: int, model, tokenizer, tmp_path: Path) -> None:
+    tokenizer.chat_template = CHAT
+    texts = write(model, tokenizer, tmp_path, tokens=tokens)
+    asks = list(openings(model, tokenizer, most=LENGTH - 1, seed=3).asks)
+    chats = [ids for ids in texts if ids[: len(asks)] == asks]
+    assert 0.15 < sum(map(len, chats)) / sum(map(len, texts)) < 0.35
+    assert max(map(len, chats)) == LENGTH
+    assert max(len(ids) for ids in texts if ids not in chats) == SHORT + 1
 
 
 def test_an_answer_that_the_model_begins_itself_is_not_begun_again(
@@ -218,7 +253,7 @@ def test_an_answer_that_the_model_begins_itself_is_not_begun_again(
     opens, closes, x, y = (tokenizer(t, add_special_tokens=False).input_ids[0] for t in "[]xy")
     certain(model, {opens: x, x: closes, closes: y, y: 2})
     texts = write(model, tokenizer, tmp_path)
-    assert texts[3] == [opens, x, closes, y, 2]
+    assert [opens, x, closes, y, 2] in texts
 
 
 @pytest.mark.parametrize(

@@ -369,13 +369,21 @@ def test_each_token_that_is_written_reads_the_weights(
     weights = 5 * layer + 300 * 64 + 64  # of the embedding a token reads a row
     cache = 5 * 2 * 32  # keys and values of a token
     # Half are the model's own, a fifth of these repeats; of many each is read four times.
-    for blocks, texts, batches in ((7, 4, 1), (150, 60, 1), (200, 64, 2), (8000, 64, 13)):
+    for length, blocks, texts, batches in (
+        (24, 7, 4, 1),
+        (24, 150, 60, 1),
+        (24, 200, 64, 2),
+        (24, 8000, 64, 13),
+        (128, 7, 8, 1),  # texts of 64 tokens
+        (128, 150, 64, 2),
+    ):
+        short = min(length, 64)
         args = settings(tmp_path, max_steps=1, calibration_blocks=1)
         args.gradient_accumulation_steps = 1
         args.per_device_train_batch_size = blocks
-        run = Run.of(config(), args, 24, torch.bfloat16)
+        run = Run.of(config(), args, length, torch.bfloat16)
         (writing,) = (x for x in run.before_steps() if x.name == "writing text")
-        assert writing.read == batches * 24 * 2 * (weights + texts * cache * 24 / 2)
+        assert writing.read == batches * short * 2 * (weights + texts * cache * short / 2)
 
 
 @pytest.mark.parametrize(

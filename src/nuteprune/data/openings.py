@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 """What many models saw between documents in pretraining, also where texts end otherwise now."""
-CHAT_EVERY = 4
-"""One text in so many is a chat. The others are of all that pretraining showed: a chat model's own
-talk alone has little code and few formats."""
+CHATS = 0.25
+"""Share of what a chat model writes that is chats. The rest is of all that pretraining showed: a
+chat model's own talk alone has little code and few formats."""
+TEXT_TOKENS = 64
+"""Tokens of a plain text at most: many short texts show more of what a model knows than few long
+ones; see docs/log.md."""
 _QUESTION = "Xylophone"  # a word that no template has, to find where a user's turn is
 
 
@@ -43,16 +46,14 @@ class Openings:
     asked: frozenset[int]
     known: int
 
-    def is_chat(self, number: int) -> bool:
-        """Return whether text `number` is a chat, if the model chats at all."""
-        return bool(self.asks) and number % CHAT_EVERY == CHAT_EVERY - 1
+    @property
+    def chats(self) -> float:
+        """The share of chats: 0 for a model that does not chat."""
+        return CHATS if self.asks else 0.0
 
     def given(self, number: int) -> tuple[int, ...]:
-        """Return the tokens that text `number` begins with."""
-        if self.is_chat(number):
-            return self.asks
-        plain = number - number // CHAT_EVERY if self.asks else number
-        return (self.firsts[plain % len(self.firsts)],)
+        """Return the tokens that plain text `number` begins with."""
+        return (self.firsts[number % len(self.firsts)],)
 
 
 def openings(

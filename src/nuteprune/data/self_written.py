@@ -8,15 +8,16 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
 
-from nuteprune.data.openings import CHAT_EVERY, Openings, openings
+from nuteprune.data.openings import Openings, openings
 from nuteprune.data.tokens import bos_of, end_of, texts_of
-from nuteprune.data.writing import Text, fitting, write_batch
+from nuteprune.data.writing import Sizes, batches, fitting, seconds_per_token, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
@@ -43,9 +44,9 @@ def write_text(
     """Let a model write text, drawn at temperature 1, and keep it in a file.
 
     A text begins with a token that is drawn, each time another one, after what the tokenizer
-    begins a text with, or after end-of-text. Where there is a chat template every fourth text is a
-    chat instead: the model writes a user's question and the answer. It goes on to where the model
-    ends it, or to a block's length.
+    begins a text with, or after end-of-text. It goes on to where the model ends it, for
+    `openings.TEXT_TOKENS` tokens at most. Where there is a chat template a quarter of the tokens
+    is chats: the model writes a user's question and the answer, of a block's length at most.
 
     The file is written batch by batch. Called again with the same arguments, whole batches in it
     are kept, and the rest is written as if there had been no break, to the byte.
@@ -54,7 +55,7 @@ def write_text(
         model: the model, before anything is changed in it.
         tokenizer: its tokenizer.
         tokens: how many there are at least.
-        length: tokens per block of training; a text fills one block at most.
+        length: tokens per block of training; a chat fills one block at most.
         seed: draws the first tokens and what is written.
         folder: where the file is, by the name of `run_folder.SELF_WRITTEN`; made if need be.
         progress: told how many tokens there are, and how many are asked for.
@@ -71,30 +72,56 @@ def write_text(
     if tokens < 1:
         raise UserError(f"{tokens} tokens to write: pass at least 1")
     opening = openings(model, tokenizer, most=most, seed=seed)
-    size = min(fitting(model, length), -(-tokens // (most + len(end))))
-    key = _key(model, opening, most, size, seed)
+    sizes = Sizes.of(opening, tokens, most, fitting(model, length))
+    key = _key(model, opening, sizes, seed)
     path = folder / SELF_WRITTEN
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
     with _one_process(path):
-        texts, kept = _read(path, key, size)
+        found, kept = _read(path, key)
         if path.is_file() and path.stat().st_size > kept:
             _append(path, kept, b"")
-        while (have := sum(map(len, texts))) < tokens:
-            number = len(texts) // size
-            batch = [Text(opening, i) for i in range(number * size, (number + 1) * size)]
+        missing = islice(batches(opening, sizes), len(found), None)
+        while (have := _tokens(found)) < tokens:
+            (batch, longest), number = next(missing), len(found)
             draws = random.Random(f"{seed} {number}").getrandbits(63)
             generator = torch.Generator().manual_seed(draws)
-            for written in write_batch(model, opening, batch, most, generator):
+            for written in write_batch(model, opening, batch, longest, generator):
                 progress(min(have + written, tokens), tokens)
             ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
-            lines = [_line(tokenizer, opening, ids, number, key) for ids in ended]
-            kept = _append(path, kept, "".join(lines).encode())
-            texts += ended
+            about = {"batch": number, "of": len(ended), "key": key}
+            lines = [_line(tokenizer, opening, ids) | about for ids in ended]
+            kept = _append(path, kept, "".join(json.dumps(x) + "\n" for x in lines).encode())
+            found.append(ended)
         progress(tokens, tokens)
-    while sum(map(len, texts[:-size])) >= tokens:  # of a call that asked for more
-        del texts[-size:]
-    return texts
+    while _tokens(found[:-1]) >= tokens:  # of a call that asked for more
+        del found[-1]
+    return [ids for batch in found for ids in batch]
+
+
+def _tokens(found: list[list[list[int]]]) -> int:
+    return sum(len(ids) for batch in found for ids in batch)
+
+
+def seconds_to_write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int
+) -> float:
+    """Return about how long `write_text` takes, by timing the first positions of its batches.
+
+    Texts are taken to be as long as they may be.
+    """
+    most, end = room(tokenizer, length), len(end_of(tokenizer))
+    opening = openings(model, tokenizer, most=most, seed=0)
+    sizes = Sizes.of(opening, tokens, most, fitting(model, length))
+    coming, seconds = batches(opening, sizes), dict[int, float]()
+    total, have = 0.0, 0
+    while have < tokens:
+        batch, longest = next(coming)
+        size = len(batch)
+        seconds[size] = seconds.get(size) or seconds_per_token(model, size)
+        total += seconds[size] * (len(opening.start) + longest - 1)
+        have += size * (longest + end)
+    return total
 
 
 def room(tokenizer: PreTrainedTokenizerBase, length: int) -> int:
@@ -109,46 +136,43 @@ def room(tokenizer: PreTrainedTokenizerBase, length: int) -> int:
     return most
 
 
-def _key(model: PreTrainedModel, opening: Openings, most: int, size: int, seed: int) -> str:
+def _key(model: PreTrainedModel, opening: Openings, sizes: Sizes, seed: int) -> str:
     """Return what tells a file of the same text from one that another run has left."""
     anatomy = Anatomy(model)
     # Of models that were tuned from one another the embedding may be the same.
     own = [x for name, x in anatomy.layers[-1].named_parameters() if "lora_" not in name]
     weights = [home_of(x).flatten()[:64].tolist() for x in (anatomy.embedding.weight, *own)]
     facts = [weights, sorted(opening.ends), opening.known, opening.start, opening.firsts]
-    facts += [opening.asks, opening.answers, CHAT_EVERY, most, size, seed]
+    facts += [opening.asks, opening.answers, opening.chats, sizes, seed]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
-def _line(
-    tokenizer: PreTrainedTokenizerBase, opening: Openings, ids: list[int], batch: int, key: str
-) -> str:
+def _line(tokenizer: PreTrainedTokenizerBase, opening: Openings, ids: list[int]) -> dict[str, Any]:
     [text] = texts_of(tokenizer, [ids[:-1] if ids[-1] in opening.ends else ids])
-    return json.dumps({"text": text, "ids": ids, "batch": batch, "key": key}) + "\n"
+    return {"text": text, "ids": ids}
 
 
-def _read(path: Path, key: str, size: int) -> tuple[list[list[int]], int]:
-    """Return the texts of whole batches, and how many bytes those are."""
-    texts: list[list[int]] = []
+def _read(path: Path, key: str) -> tuple[list[list[list[int]]], int]:
+    """Return the texts of whole batches, batch by batch, and how many bytes those are."""
+    found: list[list[list[int]]] = []
     batch: list[list[int]] = []
     kept = seen = 0
     try:
         with path.open("rb") as file:
             for line in file:
                 row = json.loads(line)
-                whose = (row["key"], row["batch"])
-                if whose != (key, len(texts) // size) or not line.endswith(b"\n"):
+                if (row["key"], row["batch"]) != (key, len(found)) or not line.endswith(b"\n"):
                     break
                 seen += len(line)
                 batch.append(row["ids"])
-                if len(batch) == size:
-                    texts += batch
+                if len(batch) == row["of"]:
+                    found.append(batch)
                     kept, batch = seen, []
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError):  # a line that was being written, or is not ours
         pass
-    return texts, kept
+    return found, kept
 
 
 def _append(path: Path, kept: int, lines: bytes) -> int:

@@ -8,15 +8,16 @@ Shape suffixes: B texts of a batch, V token ids.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nuteprune.data.openings import Openings
+from nuteprune.data.openings import TEXT_TOKENS, Openings
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.decoding import cache_name, heads_as_tokens
 from nuteprune.model.forwards import evaluating
@@ -37,13 +38,13 @@ class Text:
 
     Args:
         opening: how texts begin.
-        number: which text it is.
+        number: which plain text it is; None: a chat.
     """
 
-    def __init__(self, opening: Openings, number: int) -> None:
+    def __init__(self, opening: Openings, number: int | None) -> None:
         self.opening = opening
-        self.given = deque(opening.given(number))
-        self.asks = opening.is_chat(number)
+        self.asks = number is None
+        self.given = deque(opening.asks if number is None else opening.given(number))
         self.ids: list[int] = []
         self.ended = False
 
@@ -63,6 +64,44 @@ class Text:
             self.asks = False  # some models go on to the answer by themselves
         self.ended = drawn in self.opening.ends
         return drawn
+
+
+class Sizes(NamedTuple):
+    """How many texts a batch has, and how many tokens each at most: plain ones, and chats."""
+
+    plain: int
+    plain_tokens: int
+    chats: int
+    chat_tokens: int
+
+    @classmethod
+    def of(cls, opening: Openings, tokens: int, most: int, together: int) -> Sizes:
+        """Return those for so many tokens.
+
+        Args:
+            opening: how texts begin.
+            tokens: how many are asked for.
+            most: tokens that a block leaves for a text.
+            together: texts that are written together at most.
+        """
+        short, chats = min(most, TEXT_TOKENS), opening.chats * tokens
+        plain = math.ceil((tokens - chats) / (short + 1))
+        return cls(min(together, plain), short, min(together, math.ceil(chats / (most + 1))), most)
+
+
+def batches(opening: Openings, sizes: Sizes) -> Iterator[tuple[list[Text], int]]:
+    """Yield the texts of each next batch, and how many tokens each has at most.
+
+    A batch is of chats wherever these are behind their share.
+    """
+    plain = of_chats = 0
+    while True:
+        if of_chats < opening.chats * (plain * sizes.plain_tokens + of_chats):
+            yield [Text(opening, None) for _ in range(sizes.chats)], sizes.chat_tokens
+            of_chats += sizes.chats * sizes.chat_tokens
+        else:
+            yield [Text(opening, plain + i) for i in range(sizes.plain)], sizes.plain_tokens
+            plain += sizes.plain
 
 
 def write_batch(
@@ -123,17 +162,11 @@ def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
     return found_B1[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
 
-def seconds_to_write(model: PreTrainedModel, *, tokens: int, length: int) -> float:
-    """Return about how long it takes to write text, by timing the first positions of a batch.
+def seconds_per_token(model: PreTrainedModel, size: int) -> float:
+    """Return about how long a batch of texts takes for a token of each, timed on the first ones.
 
-    Texts are taken to fill their blocks, and later positions to cost no more than the first.
-
-    Args:
-        model: the model.
-        tokens: how many there are to be.
-        length: tokens per block.
+    Later positions are taken to cost no more.
     """
-    size = min(fitting(model, length), -(-tokens // length))
     cache: dict[str, Any] = {}
     seconds = []
     for _ in range(TIMED):
@@ -141,7 +174,7 @@ def seconds_to_write(model: PreTrainedModel, *, tokens: int, length: int) -> flo
         logits_BV, cache = _step(model, [0] * size, cache)
         draw(logits_BV, torch.zeros(size, dtype=torch.float64)).tolist()
         seconds.append(time.monotonic() - started)
-    return min(seconds) * length * -(-tokens // (size * length))
+    return min(seconds)
 
 
 def most_cached(model: PreTrainedModel, length: int) -> int:

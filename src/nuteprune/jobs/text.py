@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
-from nuteprune.data.self_written import room, write_text
+from nuteprune.data.self_written import room, seconds_to_write, write_text
 from nuteprune.data.tokens import check_positions
-from nuteprune.data.writing import seconds_to_write
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.model.anatomy import Anatomy
@@ -107,12 +106,12 @@ class JobText:
         return tokens_to_write(config, share, self._job.length)
 
     def seconds_to_write(self, trainer: NutePruneTrainer) -> float:
-        """Return about how long `let_write` will take; see `data.writing`."""
+        """Return about how long `let_write` will take; see `data.self_written`."""
         if not (tokens := self._to_write(trainer.args)):
             return 0.0
         with trainer.model.disable_adapter():
-            model = trainer.anatomy.model
-            return seconds_to_write(model, tokens=tokens, length=self._job.length)
+            model, length = trainer.anatomy.model, self._job.length
+            return seconds_to_write(model, self._tokenizer, tokens=tokens, length=length)
 
     def let_write(self, trainer: NutePruneTrainer, progress: Progress) -> None:
         """Let the trainer's model write its share of the training text, if it has one.

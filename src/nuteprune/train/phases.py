@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from nuteprune.data.openings import TEXT_TOKENS
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
@@ -208,18 +209,19 @@ class Run:
 
     @property
     def _written(self) -> int:
-        """Texts of a block that the model writes itself, where nothing is said of shares."""
+        """Blocks that the model writes itself, where nothing is said of shares."""
         return tokens_to_write(self.args, GUARD, self.length) // self.length
 
     def _read_to_write(self) -> float:
-        """Bytes that are read while texts of a block take a token at a time.
+        """Bytes that are read while texts take a token at a time, as if none were a chat.
 
         All weights at each position, and on the average half of the keys and values.
         """
-        sizes, texts = self.sizes, self._written
+        sizes, short = self.sizes, min(TEXT_TOKENS, self.length)
+        texts = math.ceil(self._written * self.length / short)
         together = min(sizes.together, texts)
-        positions = math.ceil(texts / together) * self.length
-        return positions * (sizes.read + sizes.cached * together / sizes.together / 2)
+        cached = sizes.cached * short / self.length * together / sizes.together
+        return math.ceil(texts / together) * short * (sizes.read + cached / 2)
 
     @property
     def _weights(self) -> float:
