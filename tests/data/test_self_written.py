@@ -252,8 +252,9 @@ def test_an_answer_that_the_model_begins_itself_is_not_begun_again(
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     opens, closes, x, y = (tokenizer(t, add_special_tokens=False).input_ids[0] for t in "[]xy")
     certain(model, {opens: x, x: closes, closes: y, y: 2})
-    texts = write(model, tokenizer, tmp_path)
-    assert [opens, x, closes, y, 2] in texts
+    write(model, tokenizer, tmp_path)
+    chats = [row["ids"] for row in rows_of(tmp_path) if row["batch"] == 1]
+    assert chats == [[opens, x, closes, y, 2]] * len(chats) != []
 
 
 @pytest.mark.parametrize(

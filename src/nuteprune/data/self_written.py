@@ -68,11 +68,8 @@ def write_text(
         UserError: the folder is no place to write to, or the length leaves no room for text.
         RunFailed: writing the file failed on the way.
     """
-    end, most = end_of(tokenizer), room(tokenizer, length)
-    if tokens < 1:
-        raise UserError(f"{tokens} tokens to write: pass at least 1")
-    opening = openings(model, tokenizer, most=most, seed=seed)
-    sizes = Sizes.of(opening, tokens, most, fitting(model, length))
+    end = end_of(tokenizer)
+    opening, sizes = _how(model, tokenizer, tokens, length, seed)
     key = _key(model, opening, sizes, seed)
     path = folder / SELF_WRITTEN
     with writing(path):
@@ -99,6 +96,17 @@ def write_text(
     return [ids for batch in found for ids in batch]
 
 
+def _how(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
+) -> tuple[Openings, Sizes]:
+    """Return how texts begin, and what batches they are written in; errors as `write_text`."""
+    most = room(tokenizer, length)
+    if tokens < 1:
+        raise UserError(f"{tokens} tokens to write: pass at least 1")
+    opening = openings(model, tokenizer, most=most, seed=seed)
+    return opening, Sizes.of(opening, tokens, most, fitting(model, length))
+
+
 def _tokens(found: list[list[list[int]]]) -> int:
     return sum(len(ids) for batch in found for ids in batch)
 
@@ -110,9 +118,8 @@ def seconds_to_write(
 
     Texts are taken to be as long as they may be.
     """
-    most, end = room(tokenizer, length), len(end_of(tokenizer))
-    opening = openings(model, tokenizer, most=most, seed=0)
-    sizes = Sizes.of(opening, tokens, most, fitting(model, length))
+    end = len(end_of(tokenizer))
+    opening, sizes = _how(model, tokenizer, tokens, length, seed=0)
     coming, seconds = batches(opening, sizes), dict[int, float]()
     total, have = 0.0, 0
     while have < tokens:
