@@ -48,7 +48,10 @@ def plan(
         float | None, typer.Option(help="10^12 operations a second; default: measured here.")
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="10^9 bytes read a second; default: measured, as --tflops.")
+        float | None,
+        typer.Option(
+            help="10^9 bytes read a second; default: measured, or no limit with --tflops."
+        ),
     ] = None,
     config: o.Config = None,
     assignments: o.Set = None,

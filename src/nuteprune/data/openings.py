@@ -1,4 +1,4 @@
-"""How texts that a model writes itself begin: a first token of any kind, or a user's turn."""
+"""How texts that a model writes itself begin and end, how long they are, how many are chats."""
 
 from __future__ import annotations
 

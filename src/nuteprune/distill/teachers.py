@@ -2,7 +2,7 @@
 
 While sparsity grows, the student learns from a teacher that is a few snapshots less pruned. Once
 the target is reached, it walks back through the teachers to the dense model, in equal shares of the
-steps that are left (`gates.schedule.Stage.rested`). Source: the paper's progressive distillation.
+steps that `gates.schedule.Stage.rested` gives. Source: the paper's progressive distillation.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Job:
     Args:
         model: hub id, checkpoint folder, or `demo`.
         out: folder for the result.
-        data: training text; see `data.blocks`.
+        data: training text; see `data.specs`.
         eval_data: text to judge by; None: the held-out part of `data`.
         text_column: column of the text in structured files.
         length: tokens per block.

@@ -100,7 +100,8 @@ def prune(
         sparsity: share of the decoder layers' parameters to remove; several give a checkpoint each.
             Instead: `params="100M"`, `size="200MB"`, or `memory="4GiB"` with `context=8192`.
         data: calibration and training text: a file, a folder, a hub dataset, `demo`, or `self`
-            (text that the model writes itself); several are taken in equal shares, or by `shares`.
+            (text that the model writes itself), or several. Half is `self` and the other half what
+            is named, unless `self` is named too, or `shares` are given; `shares=1` takes one alone.
         steps: optimizer steps; 0 prunes without training.
         config: YAML file with settings.
         quiet: print nothing.

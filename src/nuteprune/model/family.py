@@ -11,7 +11,7 @@ are named by axis, so that counting and slicing need no knowledge of any model t
     mixer    what is inside of a recurrent or convolutional mixer, which no gate cuts
     latent   what is inside of latent attention: shared by heads, or theirs, which no gate cuts
 
-Nobody but `families.py` knows a model type; nobody but `anatomy.py` follows these paths.
+Only the entries know a model type; nobody but `anatomy.py` follows these paths.
 """
 
 from __future__ import annotations
