@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,24 @@ def test_blocks_of_text_are_not_padded() -> None:
     batch = pad([blocks[0], blocks[1]], padding=0)
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == blocks.blocks.tolist()
     assert batch["attention_mask"].all()
+
+
+def test_a_long_row_is_read_up_to_what_is_held_out_of_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [chat(*(f"{i} says {j}, " + "so " * 60 for j in range(100))) for i in range(12)]
+    spec = write(tmp_path, rows)
+    documents = list(iter_documents(spec, tokenizer=tokenizer)["a.jsonl"])
+    held_out = [split(document)[1] for document in documents]
+    assert all(len(x) > 16384 for x in documents)
+    assert all(held_out)
+    first_is_held = [x.strip().startswith(y[0]) for x, y in zip(documents, held_out, strict=True)]
+    examples = read_examples(spec, tokenizer, length=10**6)
+    read = [text(tokenizer, x) for x in examples]
+    assert len(read) == first_is_held.count(False) > len(rows) // 2
+    assert examples.skipped == 0
+    numbers = re.compile(r"\d+ says \d+,")  # what no other row and no other turn has
+    known = {x for passages in held_out for y in passages for x in numbers.findall(y)}
+    shown = {x for y in read for x in numbers.findall(y)}
+    assert len(shown) > 200
+    assert shown.isdisjoint(known)

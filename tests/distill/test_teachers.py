@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.distill.teachers import DENSE, Plan, Teachers
+from nuteprune.distill.teachers import DENSE, Plan, Teachers, kind_met
 from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.schedule import Schedule
 from nuteprune.model.shape import LayerShape, Shape
 
 LAYOUT = Layout(Shape(16, (LayerShape(4, 2, 6), LayerShape(4, 2, 6))), 4)
@@ -177,6 +178,24 @@ def test_the_lag_is_at_most_half_of_the_snapshots_that_a_ramp_leaves(
     assert len(taken) >= 2 * lag or ramp_steps == 1
     served = {plan.returning(len(taken), i / 100) for i in range(100)}
     assert served == set(range(-1, len(taken) - lag))
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "ramp_share", "met"),
+    [
+        ("numerous", 9, 0.0, "dense"),
+        ("numerous", 9, 0.5, "numerous"),
+        ("numerous", 3, 1.0, "dense"),  # a step for each target
+        ("numerous", 4, 1.0, "numerous"),  # two for the last
+        ("numerous", 0, 0.5, "dense"),
+        ("dense", 9, 0.5, "dense"),
+        ("none", 9, 0.0, "none"),
+    ],
+)
+def test_teachers_are_met_on_a_ramp_alone(
+    asked: str, steps: int, ramp_share: float, met: str
+) -> None:
+    assert kind_met(asked, Schedule((0.1, 0.2, 0.3), steps, ramp_share)) == met
 
 
 def test_a_run_too_short_for_teachers_learns_from_the_intact_model() -> None:

@@ -73,6 +73,11 @@ def test_each_target_gives_the_model_of_its_own_moment(
         assert record["target"] == target
         assert target <= record["sparsity"] <= target + 0.02
     assert load_pruned(tmp_path / "stop0").config.num_hidden_layers == 3
+    numerous = trainer.schedule.ramps and "teachers" not in settings
+    assert all((record["teachers"]["count"] > 0) == numerous for record in records)
+    served = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(served) == 9
+    assert any(x["teacher"] >= 0 or x["teachers"] for x in served) == numerous
 
 
 def test_several_targets_without_training_are_the_models_of_runs_of_their_own(

@@ -115,6 +115,16 @@ def _around(
     return asked, render(turns[: answer + 1], where, tokenizer)
 
 
+def first_characters(conversation: Iterable[Stretch], count: int | None) -> list[Stretch]:
+    """Return the first `count` characters of a conversation, all of it for None."""
+    kept: list[Stretch] = []
+    for stretch in conversation:
+        text = stretch.text[:count]
+        kept.append(Stretch(text, stretch.learned))
+        count = None if count is None else count - len(text)
+    return kept
+
+
 def encode(
     conversation: Iterable[Stretch], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> tuple[Tensor, Tensor] | None:

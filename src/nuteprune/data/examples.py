@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from nuteprune.data import readers
 from nuteprune.data.columns import laid_out, row_document
-from nuteprune.data.conversations import Row, check_template, encode, stretches
+from nuteprune.data.conversations import Row, check_template, encode, first_characters, stretches
 from nuteprune.data.specs import embedded, hub_parts, local_files
 from nuteprune.data.split import split
 from nuteprune.data.tokens import check_ids
@@ -147,6 +147,8 @@ def read_examples(
 ) -> Examples:
     """Read instruction data: its training part, what is asked masked in the labels.
 
+    A long row of which passages are held out is cut off where the first of them begins.
+
     Args:
         spec: the DATA spec; rows of chat `messages`, or of instruction, input and output.
         tokenizer: the model's tokenizer.
@@ -173,9 +175,12 @@ def read_examples(
         where, row, layout = found
         if not _is_instruction(found):
             raise UserError(f"{where}: not instruction data, as the first row is; mend the row")
-        if split(row_document(row, layout, where, tokenizer))[1]:  # in part is enough
+        document = row_document(row, layout, where, tokenizer)
+        trained = _before_held_out(document)
+        if document.strip() and not document[:trained].strip():
             continue
-        encoded = encode(stretches(found, tokenizer, template), tokenizer, length)
+        conversation = first_characters(stretches(found, tokenizer, template), trained)
+        encoded = encode(conversation, tokenizer, length)
         if encoded is None:
             skipped += 1
             continue
@@ -190,6 +195,12 @@ def read_examples(
         )
     check_ids(torch.cat(ids), vocab_size)
     return Examples(ids, labels, skipped)
+
+
+def _before_held_out(document: str) -> int | None:
+    """Return how many characters of a document come before what is held out of it; None: all."""
+    held_out = split(document)[1]
+    return document.find(held_out[0]) if held_out else None
 
 
 def _drawn(rows: Iterable[Row], rng: random.Random) -> Iterator[Row]:

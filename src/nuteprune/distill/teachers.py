@@ -21,7 +21,7 @@ from torch import Tensor
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import atomic, file_sum, writing
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.schedule import Stage
+from nuteprune.gates.schedule import Schedule, Stage
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ class Role:
 DENSE = Role()
 LORA = "lora"
 """The tensor of a snapshot that holds all LoRA weights; the others are masks, by kind."""
+
+
+def kind_met(asked: str, schedule: Schedule) -> str:
+    """Return the kind of teachers that a run meets: never ramping, the dense model for `numerous`.
+
+    A target that is reached at once leaves no snapshot that is less pruned than the student.
+    """
+    return "dense" if asked == "numerous" and not schedule.ramps else asked
 
 
 @dataclass(frozen=True)

@@ -164,9 +164,7 @@ def _teacher(run: Mapping[str, Any]) -> str:
     config = run.get("config", {})
     if config.get("teachers") == "none" or config.get("max_steps") == 0:
         return ""
-    asked = config.get("teachers", "numerous") == "numerous"  # stops are kept as teachers too
-    numerous = asked and run.get("teachers", {}).get("count")
-    return "numerous teachers" if numerous else "the dense model"
+    return "numerous teachers" if run.get("teachers", {}).get("count") else "the dense model"
 
 
 def with_plots(card: str, plots: Mapping[str, str]) -> str:

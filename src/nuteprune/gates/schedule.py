@@ -79,6 +79,12 @@ class Schedule:
             first + freeze,
         )
 
+    @property
+    def ramps(self) -> bool:
+        """Whether a target is reached over several steps."""
+        starts = map(self._first, range(len(self.targets)))
+        return any(self.stage(step).ramp_steps > 1 for step in starts)
+
     def _first(self, index: int) -> int:
         return self.steps * index // len(self.targets)
 

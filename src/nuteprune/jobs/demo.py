@@ -13,18 +13,20 @@ from typing import Any
 
 from torch import Tensor
 
-from nuteprune.console import Output, megabytes, millions
+from nuteprune.console import Bars, Output, megabytes, millions
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.loading import in_dtype, load_pruned
 from nuteprune.export.record import weights_size, write_pruned
 from nuteprune.jobs.engines import Transformers
+from nuteprune.jobs.folder import begun
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.judging import copies
 from nuteprune.jobs.prune import Result, run, tell, whole
 from nuteprune.jobs.prune_trainer import trainer_config
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype, stored_dtype
+from nuteprune.jobs.speed import costs_for
 from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import PASSES, told
 from nuteprune.judge.perplexity import mean, perplexities
@@ -35,7 +37,6 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RUN, SAMPLES, SPEED
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.setup import make_allocator
-from nuteprune.train.state import last_checkpoint
 from nuteprune.train.targets import Prices, run_targets
 
 DEFAULTS = {"max_steps": 60, "target_sparsity": 0.2}
@@ -82,8 +83,8 @@ def free_folder(wanted: Path) -> Path:
 
 def begun_folder(wanted: Path) -> Path:
     """Return the newest of the folder and its numbered siblings that a run was begun in."""
-    begun = [x for x in wanted.parent.glob(f"{wanted.name}*") if last_checkpoint(x / RUN)]
-    return max(begun, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
+    found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
+    return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
 
 
 def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
@@ -92,8 +93,8 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     out, record = list(result.records.items())[-1]
     gc.collect()  # a trainer and its callbacks point at each other: make room for three models
     with tempfile.TemporaryDirectory() as folder:
-        plain = one_shot(job, result.scores, result.held_out, Path(folder))
         with output.bars() as bars:
+            plain = one_shot(job, result.scores, result.held_out, Path(folder), bars)
             engine = Transformers.asked(job.device, job.dtype)
             speed = measure([str(out), DEMO], [TIMED], PASSES, engine, bars)
         print_table(record, plain, speed, output)
@@ -121,13 +122,18 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
 
 
 def one_shot(
-    job: PruneJob, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor], out: Path
+    job: PruneJob,
+    scores: Mapping[str, Tensor],
+    held_out: Mapping[str, Tensor],
+    out: Path,
+    bars: Bars,
 ) -> dict[str, Any]:
     """Write what the first ranking alone gives: nothing trained, nothing re-fitted."""
     model = whole(job)
     stored = stored_dtype(model)
     anatomy = Anatomy(model)
     config = trainer_config(job, out)
+    config.costs = costs_for(job, config, model, bars)
     allocator = make_allocator(anatomy, config)
     target = run_targets(allocator, config, Prices.of(anatomy, stored, config))[-1]
     masks = allocator.masks(allocator.shape(scores, target.goal), scores)

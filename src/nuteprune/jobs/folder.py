@@ -44,7 +44,7 @@ def check_out(job: Job) -> None:
         )
     _check_folder(out)
     if job.resume:
-        if not _begun(out):
+        if not begun(out):
             raise UserError(
                 f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
                 "anew without --resume, with --overwrite if the folder is not empty"
@@ -59,11 +59,12 @@ def check_out(job: Job) -> None:
     if out.exists() and any(out.iterdir()) and not job.overwrite:
         raise UserError(
             f"--out {out} is not empty; name another folder, or pass --overwrite to replace it"
-            + (" or --resume to go on with it" if _begun(out) else "")
+            + (" or --resume to go on with it" if begun(out) else "")
         )
 
 
-def _begun(out: Path) -> bool:
+def begun(out: Path) -> bool:
+    """Return whether there is anything in a folder that `--resume` can go on with."""
     return last_checkpoint(out / RUN) is not None or (out / RUN / SELF_WRITTEN).is_file()
 
 

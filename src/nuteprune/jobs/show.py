@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.data.examples import Examples
 from nuteprune.data.specs import DEMO
+from nuteprune.distill.teachers import kind_met
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob, RecoverJob
@@ -49,9 +49,7 @@ def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None
     )
     freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
     held = f" (projections held in {job.bits} bits)" if job.bits else ""
-    # A ramp of one step leaves no snapshot that is less pruned than the student.
-    ramps = any(trainer.schedule.stage(x).ramp_steps > 1 for x in stage_starts(trainer))
-    teachers = "dense" if args.teachers == "numerous" and not ramps else args.teachers
+    teachers = kind_met(args.teachers, trainer.schedule)
     specs, shares = mixture(job, args.sharded)
     whole = sum(shares)
     said = " + ".join(f"{x / whole:.0%} {spec}" for spec, x in zip(specs, shares, strict=True))
@@ -106,13 +104,10 @@ def print_recovery(
         what = f"{count} examples, answers learned{without if training.skipped else ''}"
     output.line(f"Data    {job.text}: {what}")
     each = args.sequences_per_step
-    steps = (
-        args.max_steps if args.max_steps > 0 else math.ceil(count / each * args.num_train_epochs)
-    )
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     output.line(
-        f"Run     {steps} steps of {each} x {job.length} tokens at most on {args.device}, "
-        f"{dtype_name(anatomy.model.dtype)}; LoRA rank {args.lora_rank} on all "
+        f"Run     {trainer.steps()} steps of {each} x {job.length} tokens at most on "
+        f"{args.device}, {dtype_name(anatomy.model.dtype)}; LoRA rank {args.lora_rank} on all "
         f"projections ({millions(trained)} parameters) at {args.learning_rate:g}"
     )
 

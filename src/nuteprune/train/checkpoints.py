@@ -56,12 +56,13 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         """Save and stop, in all processes alike."""
+        stop = self.received
         if several():
-            flag = torch.tensor(self.received, device=args.device)
+            flag = torch.tensor(stop, device=args.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.received = int(flag)
-        if self.received:
-            self.obeyed = self.received
+            stop = int(flag)
+        if stop:  # its own first signal may still come, and is not a second one
+            self.obeyed = stop
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
@@ -117,7 +118,7 @@ class AtomicTrainer(Trainer):
             check_checkpoint(Path(checkpoint))
             check_same(run, self.settings(), type(self.args))
             state = trainer_state(Path(checkpoint))
-            if 0 < self._steps() <= state.global_step:  # Trainer would take one more
+            if 0 < self.steps() <= state.global_step:  # Trainer would take one more
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
                 return None
@@ -146,7 +147,7 @@ class AtomicTrainer(Trainer):
             signal.raise_signal(signals.received)
         return result
 
-    def _steps(self) -> int:
+    def steps(self) -> int:
         """Return how many steps there are in all, also where passes over the text are counted."""
         if self.args.max_steps > 0:
             return self.args.max_steps

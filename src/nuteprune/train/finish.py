@@ -205,7 +205,7 @@ class Ending:
             before=budget.shape,
             after=done.shape,
             shapes=args.shapes,
-            teachers={"count": len(ready.teachers), "sparsities": ready.teachers.sparsities},
+            teachers={"count": len(ready.met), "sparsities": ready.met},
             bad_steps=self._pruning.bad_steps.total,
             seed=args.seed,
             **record,

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.openings import TEXT_TOKENS
+from nuteprune.distill.teachers import kind_met
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
@@ -122,8 +123,7 @@ class Run:
     @property
     def snapshots(self) -> bool:
         """Whether teachers are met on the way."""
-        ramp_steps = self.schedule.stage(0).ramp_steps
-        return self.args.teachers == "numerous" and ramp_steps > 1
+        return kind_met(self.args.teachers, self.schedule) == "numerous"
 
     def simulated(
         self, phase: Callable[[Simulation], Need], short: tuple[int, int] = SHORT

@@ -14,7 +14,7 @@ from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.objective import OBJECTIVES, TEXT, Objective
-from nuteprune.distill.teachers import Plan, Teachers
+from nuteprune.distill.teachers import Plan, Teachers, kind_met
 from nuteprune.export.record import origin_of, read_record
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.gates import Gates
@@ -106,6 +106,11 @@ class Prepared:
         """The sparsities that it is to reach, growing."""
         return tuple(target.sparsity for target in self.goals)
 
+    @property
+    def met(self) -> list[float]:
+        """Sparsities of the teachers on the way; models of earlier targets may be kept besides."""
+        return self.teachers.sparsities if self.plan.kind == "numerous" else []
+
     def target(self, sparsity: float) -> Target:
         """Return the target of one of `targets`."""
         return self.goals[self.targets.index(sparsity)]
@@ -184,7 +189,7 @@ def prepare(
         prices=prices,
         goals=goals,
         schedule=schedule,
-        plan=Plan.for_target(targets[-1], ramp_steps, args.teachers),
+        plan=Plan.for_target(targets[-1], ramp_steps, kind_met(args.teachers, schedule)),
         teachers=Teachers(run / TEACHERS, allocator.layout, keep),
         gates=gates,
         objective=objective,

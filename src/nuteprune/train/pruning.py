@@ -139,7 +139,7 @@ class Pruning:
             "sparsity": self.gates.sparsity(),
             "target": self.ready.schedule.sparsity(self.step),
             "teacher": self.teacher_index,
-            "teachers": len(self.teachers),
+            "teachers": len(self.ready.met),
             "bad_steps": self.bad_steps.total,
         }
 
