@@ -133,7 +133,7 @@ def test_several_processes_need_one_table(
 ) -> None:
     monkeypatch.setattr("nuteprune.jobs.speed.several_started", lambda: True)
     words = ["prune", model, "--data", text, "--out", tmp_path / "out", *SMALL]
-    code, _, stderr = run(*words, "--speedup", 1.2)
+    code, _, stderr = run(*words, "--speedup", 1.2, "--speed-at", AT)
     assert code == 2
     assert "needs one table for all" in stderr
 
@@ -144,6 +144,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "out of reach": (["--speedup", 99], "make it at most"),
     "another phase": (["--speedup", 1.2, "--for", "training"], "decode, prefill, both"),
     "another moment": (["--speedup", 1.2, "--speed-at", "256"], "such as 1x256+32"),
+    "too long": (["--speedup", 1.2, "--speed-at", "1x99999+32"], "the length at --speed-at 1x9"),
     "the width": (["--speedup", 1.2, "--gates", "hidden"], "leave hidden out"),
     "with another": (["--speedup", 1.2, "--params", "20K"], "both say how much"),
     "no such table": (["--speedup", 1.2, "--costs", "no.json"], "cannot read --costs no.json"),

@@ -213,8 +213,6 @@ def test_the_kind_of_data_is_told_by_its_first_row(
     rows = [chat("who?", "me"), *[{"messages": "no list"}] * 300]
     with pytest.raises(UserError, match="line 2: not instruction data"):
         read_examples(write(tmp_path, rows, "f.jsonl"), tokenizer, length=99)
-    with pytest.raises(UserError, match="auto, chat, alpaca"):
-        read_examples(write(tmp_path, filler()), tokenizer, length=99, template="vicuna")
     with pytest.raises(UserError, match="the model knows 5 ids"):
         read_examples(write(tmp_path, filler()), tokenizer, length=99, vocab_size=5)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 REPEATS = 5
 """Of what a model writes itself, one block in so many is shuffled tokens that come twice."""
+JUDGED = 4
+"""Blocks that a job judges a model by in one pass."""
 _SHUFFLE_CHARS = 2**24  # how much text is held to draw the next passage from
 _PASSAGE_CHARS = 8  # of a passage, per token of a block: about two blocks of English
 

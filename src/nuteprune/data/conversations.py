@@ -40,16 +40,6 @@ class Stretch:
     learned: bool
 
 
-def check_template(template: str) -> None:
-    """Refuse a template that is none of `TEMPLATES`.
-
-    Raises:
-        UserError: names those that there are.
-    """
-    if template not in TEMPLATES:
-        raise UserError(f"template {template!r} is unknown; pass one of {', '.join(TEMPLATES)}")
-
-
 def stretches(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Stretch]:
     """Return a row as text to read and text to learn.
 

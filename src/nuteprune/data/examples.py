@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from nuteprune.data import readers
 from nuteprune.data.columns import laid_out, row_document
-from nuteprune.data.conversations import Row, check_template, encode, first_characters, stretches
+from nuteprune.data.conversations import Row, encode, first_characters, stretches
 from nuteprune.data.specs import embedded, hub_parts, local_files
 from nuteprune.data.split import split
 from nuteprune.data.tokens import check_ids
@@ -166,7 +166,6 @@ def read_examples(
     Raises:
         UserError: a row is not instruction data, or no row gives an example.
     """
-    check_template(template)
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
     ids, labels, skipped = [], [], 0

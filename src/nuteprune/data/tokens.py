@@ -103,8 +103,13 @@ def check_ids(blocks: Tensor, vocab_size: int | None) -> None:
         )
 
 
-def check_positions(length: int, config: Any) -> None:
-    """Refuse blocks longer than what a model knows positions for.
+def check_positions(length: int, config: Any, what: str = "length") -> None:
+    """Refuse what is longer than a model knows positions for.
+
+    Args:
+        length: in tokens.
+        config: the model's.
+        what: has this length, as the user knows it.
 
     Raises:
         UserError: naming both.
@@ -112,7 +117,7 @@ def check_positions(length: int, config: Any) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise UserError(
-            f"length is {length}, and the model knows {positions} positions; pass a shorter one"
+            f"{what} is {length}, and the model knows {positions} positions; pass a shorter one"
         )
 
 

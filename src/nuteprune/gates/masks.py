@@ -106,10 +106,6 @@ class Masks:
         """Whether they are the same for all sequences, and no gradients of them are wanted."""
         return all(v.dim() == 1 and not v.requires_grad for v in self.values.values())
 
-    def detach(self) -> Masks:
-        """Return the same masks without gradients."""
-        return Masks(self.layout, {k: v.detach() for k, v in self.values.items()})
-
     def to(self, device: torch.device | str) -> Masks:
         """Return the masks on a device."""
         return Masks(self.layout, {k: v.to(device) for k, v in self.values.items()})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nuteprune.console import Bars, Output, megabytes, millions
 from nuteprune.data import demo as assets
+from nuteprune.data.blocks import JUDGED
 from nuteprune.data.specs import DEMO
 from nuteprune.export.checkpoint import as_stored, assemble
 from nuteprune.export.loading import in_dtype, load_pruned
@@ -91,7 +92,7 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     """Print dense, one-shot and pruned model side by side, and let two of them write."""
     dtype = pick_dtype(job.dtype, job.device)
     out, record = list(result.records.items())[-1]
-    gc.collect()  # a trainer and its callbacks point at each other: make room for three models
+    gc.collect()  # make room for three models
     with tempfile.TemporaryDirectory() as folder:
         with output.bars() as bars:
             plain = one_shot(job, result.scores, result.held_out, Path(folder), bars)
@@ -141,7 +142,7 @@ def one_shot(
     small, shape = assemble(anatomy, masks)
     computed = pick_dtype(job.dtype, job.device)
     judged = in_dtype(small, computed)
-    after = perplexities(judged, held_out, batch_size=4)
+    after = perplexities(judged, held_out, batch_size=JUDGED)
     copied = copies(judged, load_tokenizer(job.model, job.trust_remote_code))
     return write_pruned(
         out,

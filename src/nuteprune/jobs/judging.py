@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Bars
+from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.judge.copying import Copying, copying
 from nuteprune.judge.perplexity import mean, perplexities, protocol
@@ -71,7 +72,7 @@ class Judge:
         """
         title = f"measuring {what}"
         self._bars.update(title, 0, 1)
-        found = perplexities(model, self.held_out, batch_size=4)
+        found = perplexities(model, self.held_out, batch_size=JUDGED)
         if not all(map(math.isfinite, found.values())):
             raise RunFailed(
                 f"the perplexity of {what} is not finite ({found}); use --dtype float32, or a "

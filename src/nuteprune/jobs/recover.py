@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune.console import Bars, Output, quiet_loading
+from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
@@ -217,7 +218,7 @@ def _train(
 
     def measure(what: str, model: PreTrainedModel) -> dict[str, float]:
         bars.update(what, 0, 1)
-        found = perplexities(model, judged, batch_size=4)
+        found = perplexities(model, judged, batch_size=JUDGED)
         bars.update(what, 1, 1, f"perplexity {mean(found):.2f}")
         return found
 

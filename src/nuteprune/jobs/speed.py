@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.console import Bars, Output
 from nuteprune.data.demo import cache_folder
+from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import to_json, write_text
 from nuteprune.jobs.engines import Transformers
@@ -55,10 +56,16 @@ def costs_for(
         bars: where progress is shown.
 
     Raises:
-        UserError: if several processes would each measure a table of their own.
+        UserError: if several processes would each measure a table of their own, or the model has
+            no positions for what is to be fast.
     """
-    if config.target_speedup is None or isinstance(config.costs, Mapping):
+    if config.target_speedup is None:
         return config.costs  # type: ignore[return-value]
+    setting = Setting(*moment(config.speed_at))
+    longest = setting.length + setting.new_tokens
+    check_positions(longest, model.config, f"the length at --speed-at {config.speed_at}")
+    if isinstance(config.costs, Mapping):
+        return config.costs
     if config.costs is not None:
         return read_table(config.costs)
     if several_started():
@@ -81,7 +88,7 @@ def costs_for(
     if path.is_file():
         return read_table(str(path))
     bars.update("timing blocks", 0, 1)
-    table = write_table(path, model, Setting(*moment(config.speed_at)), device, dtype)
+    table = write_table(path, model, setting, device, dtype)
     bars.update("timing blocks", 1, 1)
     return table
 

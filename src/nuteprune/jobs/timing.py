@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
@@ -46,6 +49,7 @@ def measure(
     Raises:
         UserError: if a model has too few positions.
     """
+    _make_room()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ready = {name: engine.prepare(name, folder / str(i), bars) for i, name in enumerate(names)}
@@ -54,6 +58,13 @@ def measure(
         timings = [_time(workers, setting, repeats, bars) for setting in settings]
     found = _result(workers, ready, settings, timings)
     return {**found, "device": engine.device, "dtype": engine.dtype, "repeats": repeats}
+
+
+def _make_room() -> None:
+    """Give back what is left of a run: the models are timed in processes of their own."""
+    gc.collect()  # a trainer and its callbacks point at each other
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _check_positions(workers: dict[str, Worker], settings: Sequence[Setting]) -> None:

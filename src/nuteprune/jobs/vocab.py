@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.data.self_written import write_text
 from nuteprune.data.specs import DEMO, iter_documents
+from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.gguf_vocab import PROBES
@@ -174,6 +175,7 @@ def _count(
     with output.bars() as bars:
         for spec in job.specs:
             if spec == SELF:
+                check_positions(job.length, model.config)
                 with tempfile.TemporaryDirectory() as scratch:
                     written = write_text(
                         model,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from nuteprune.data.blocks import JUDGED
 from nuteprune.data.openings import TEXT_TOKENS
 from nuteprune.distill.teachers import kind_met
 from nuteprune.gates.allocate import Allocator
@@ -24,7 +25,7 @@ from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_ba
 from nuteprune.train.kernels import of_all_widths
 from nuteprune.train.own_text import GUARD, tokens_to_write
 from nuteprune.train.setup import make_allocator
-from nuteprune.train.simulate import JUDGED, Simulation, model_of
+from nuteprune.train.simulate import Simulation, model_of
 from nuteprune.train.sizes import Sizes
 from nuteprune.train.targets import Prices, run_targets
 

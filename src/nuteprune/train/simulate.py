@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from nuteprune.data.blocks import JUDGED
 from nuteprune.distill.losses import Head
 from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.export.checkpoint import rounded_as_stored
@@ -36,9 +37,6 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import Need
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.simulate_experts import pricing, refitting, thin_experts
-
-JUDGED = 4
-"""Blocks that a job judges by in one pass."""
 
 
 class Simulation:
