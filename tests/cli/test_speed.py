@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
-from nuteprune.jobs import timing
+from nuteprune.console import Output
+from nuteprune.jobs import prune, speed, timing
+from nuteprune.jobs.demo import one_shot
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.settings import make_job
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.work import Setting
 from nuteprune.judge.worker import Worker
+from nuteprune.train.config import NutePruneConfig
 from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
@@ -126,6 +131,33 @@ def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
     assert found == {"out": str(file), **written}
     assert {row["neurons"] for row in written["mlp"]} >= {1, 48}
     assert run(*words, *asked, "--costs", file)[0] == 0
+
+
+def test_the_demos_one_shot_model_is_cut_by_the_table_that_was_measured(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
+    measured: list[Path] = []
+
+    def write(path: Path, *_: Any) -> dict[str, Any]:
+        measured.append(path)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(TABLE))
+        return TABLE
+
+    monkeypatch.setattr(speed, "write_table", write)
+    given = {"model": str(model), "data": str(text), "out": tmp_path / "out", "speedup": 1.2}
+    small = {"steps": 0, "length": 24, "device": "cpu", "dtype": "float32", "speed_at": AT}
+    more = {"calibration_blocks": 2, "eval_blocks": 2, "neuron_multiple": 4, "shares": 1}
+    job = make_job(PruneJob, NutePruneConfig, {**given, **small, **more})
+    result = prune.run(job, output := Output(quiet=True))
+    assert result is not None
+    with output.bars() as bars:
+        plain = one_shot(job, result.scores, result.held_out, tmp_path / "plain", bars)
+    assert len(measured) == 1
+    [record] = result.records.values()
+    assert plain["layers"] == record["layers"]
+    assert plain["params"]["after"] == record["params"]["after"] < record["params"]["before"]
 
 
 def test_several_processes_need_one_table(

@@ -27,9 +27,13 @@ from nuteprune.train.config import NutePruneConfig
         ("size", "12345", 12_345),
         ("memory", "4GiB", 4 * 1024**3),
         ("memory", "300kB", 300_000),
+        ("params", 1e17, 10**17),
+        ("speedup", 1.2, 1.2),  # of a YAML file, or a keyword
+        ("speedup", "1.3x", 1.3),
+        ("speedup", 0.1 + 0.2 + 1, 1.3),
     ],
 )
-def test_values_are_read_as_they_are_written(kind: str, written: Any, value: int) -> None:
+def test_values_are_read_as_they_are_written(kind: str, written: Any, value: float) -> None:
     assert several(kind, written) == (value,)
     assert several(kind, [written]) == (value,)
     assert several(kind, spelled(kind, value)) == (value,)

@@ -159,7 +159,7 @@ def value_of(kind: str, given: Any, name: str = "") -> float:
         f"write a number above {how.above} with {', '.join(units)} or no unit, such as {how.such}"
     )
     if isinstance(given, int | float) and not isinstance(given, bool):
-        given = str(Decimal(given)) if math.isfinite(given) else str(given)
+        given = format(Decimal(str(given)), "f") if math.isfinite(given) else str(given)
     match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(given))
     sizes = {unit.lower(): size for unit, size in how.units.items()}
     if match is None or match[2].lower() not in sizes or len(match[1]) > 30:
