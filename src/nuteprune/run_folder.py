@@ -22,7 +22,7 @@ from pathlib import Path
 RECORD = "nuteprune.json"
 CARD = "README.md"
 SUMS = "SHA256SUMS"
-TARGETS = ("sparsity-", "params-", "size-", "memory-", "speedup-")
+TARGETS = ("sparsity-", "params-", "active_params-", "size-", "memory-", "speedup-")
 """How the folders of several targets begin: each is a checkpoint, beside one run."""
 RUN = "run"
 SETTINGS = "settings.json"

@@ -219,6 +219,7 @@ BAD = {
     "text too short": (["--data", "TEXT", "--length", "99999"], "a block takes 99999"),
     "batch size 0": (["--batch-size", "0"], "at least 1"),
     "limit without tasks": (["--limit", "3"], "--tasks"),
+    "text for tasks alone": (["--tasks", "piqa", "--length", "512"], "--length is for text"),
     "unknown option": (["--set", "lora_rank=3"], "No such option"),
     "no number": (["--length", "many"], "--length"),
 }
@@ -230,7 +231,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     args, expected = BAD[case]
     given = [str(text) if x == "TEXT" else x for x in args]
-    data = [] if "--data" in args else ["--data", str(text)]
+    data = [] if {"--data", "--tasks"} & {*args} else ["--data", str(text)]
     code, _, stderr = run("eval", model, "--device", "cpu", *data, *given)
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert (code, len(lines)) == (2, 1), stderr

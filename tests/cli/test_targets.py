@@ -18,6 +18,8 @@ from nuteprune.jobs import judging
 from nuteprune.judge import copying
 from nuteprune.judge.run_files import read_run
 from nuteprune.judge.samples import continuations
+from nuteprune.run_folder import TARGETS
+from nuteprune.train.asked import KINDS, Asked
 from tests.conftest import Run, cache_of, json_line
 
 pytestmark = pytest.mark.slow
@@ -134,6 +136,25 @@ def test_several_give_a_checkpoint_each_and_the_report_of_each_says_how(
         assert 0.99 * most <= counted(out / name)[0] <= most
         page = read_run(out / name)
         assert page is not None
+
+
+def test_a_checkpoint_of_several_has_the_steps_that_led_to_it(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    words = ["prune", model, "--params", "160K,150K,140K", "--data", text, "--shares", 1]
+    small = [x if x != "0" else "7" for x in SMALL]
+    code, _, stderr = run(*words, "--out", out, *small)
+    assert code == 0, stderr
+    for name, last in (("160K", 2), ("150K", 4), ("140K", 7)):
+        assert [x["step"] for x in read_run(out / f"params-{name}").metrics] == [
+            *range(1, last + 1)
+        ]
+
+
+def test_folders_of_targets_are_known() -> None:
+    for kind in KINDS:
+        assert Asked(kind, 2).folder.startswith(TARGETS)
 
 
 def test_files_of_settings_and_python_take_them_too(

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nuteprune.data.specs import DEMO
@@ -36,6 +37,34 @@ def test_words_full_names_files_and_assignments_come_to_the_same(tmp_path: Path)
     assert jobs[0].out == Path("o")
     later = job({"steps": 9}, config=path, assignments=["steps=8", "length=32"])
     assert (later.settings["max_steps"], later.length) == (9, 32)
+
+
+def test_values_of_python_and_of_yaml_are_those_of_options(tmp_path: Path) -> None:
+    """NumPy's numbers, tuples and paths; what begins like a number and is none."""
+    given = {"sparsity": (0.2, 0.3), "data": (Path("a.txt"), "b.txt"), "steps": np.int64(8)}
+    numbers = {"learning_rate": np.float64(1e-3), "seed": np.int64(3)}
+    made = job({**given, **numbers})
+    assert made.specs == ["a.txt", "b.txt"]
+    expected = {"target_sparsity": [0.2, 0.3], "max_steps": 8, "learning_rate": 1e-3, "seed": 3}
+    assert made.settings == expected
+    assert {type(made.settings[x]) for x in ("max_steps", "seed")} == {int}
+    path = tmp_path / "a.yaml"
+    path.write_text("sparsity: 1e-1,2e-1\ndata: 9e107d9d37.jsonl\nlearning_rate: 1e-3\n")
+    of_file = job({}, config=path)
+    assert of_file.settings == {"target_sparsity": "1e-1,2e-1", "learning_rate": 1e-3}
+    assert of_file.specs == ["9e107d9d37.jsonl"]
+    assert job({}, assignments=["data=[2024, x]"]).specs == ["2024", "x"]
+    with pytest.raises(UserError, match="data names no text"):
+        job({}, assignments=["data=[]"])
+
+
+def test_an_assignment_says_anew_how_much_is_to_go(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("sparsity: 0.3\nsteps: 7\n")
+    made = job({}, config=path, assignments=["params=100M"])
+    assert made.settings == {"target_params": "100M", "max_steps": 7}
+    with pytest.raises(UserError, match="both say how much"):
+        job({}, assignments=["params=100M", "sparsity=0.3"])
 
 
 def test_what_a_call_does_is_no_matter_for_a_file(tmp_path: Path) -> None:

@@ -514,6 +514,10 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         run(job(model, sharded=True), Asked(), Output(quiet=True))
     with pytest.raises(UserError, match="what offload saves: use --device-memory"):
         run(job(model, offload=True), Asked(), Output(quiet=True))
+    with pytest.raises(UserError, match="what bits saves: use --device-memory"):
+        run(replace(job(model), bits=8), Asked(), Output(quiet=True))
+    with pytest.raises(UserError, match="length"):
+        run(replace(job(model), length=1), Asked(), Output(quiet=True))
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         config_of("./nothing")
 

@@ -74,3 +74,7 @@ def test_a_vocabulary_is_cut_again_by_its_own_command() -> None:
     record = {"config": {"model": "demo", "data": ["a b.txt"], "keep": 300}, "target": 0.0}
     (parts,) = reproduce.commands(record, "out")
     assert " ".join(parts) == "nuteprune vocab demo --data 'a b.txt' --keep 300 --out out"
+    record["config"] |= {"data": ["a.jsonl", "self"], "text_column": "the text", "length": 64}
+    (parts,) = reproduce.commands(record, "out")
+    more = "--data a.jsonl --data self --text-column 'the text' --length 64"
+    assert " ".join(parts) == f"nuteprune vocab demo {more} --keep 300 --out out"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nuteprune.errors import UserError
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, stored_dtype
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, place, stored_dtype
 from nuteprune.model.packed import is_packed
 
 
@@ -17,6 +17,16 @@ def test_one_accelerator_is_chosen_outside(monkeypatch: pytest.MonkeyPatch) -> N
     assert pick_device("cuda:0") == pick_device("cuda") == pick_device("auto") == "cuda"
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
         pick_device("cuda:1")
+
+
+def test_words_are_no_folders_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "self", "mine"):
+        (tmp_path / name).mkdir()
+    assert [place(x) for x in ("demo", "self", "none")] == ["demo", "self", "none"]
+    assert place("mine") == str(tmp_path.resolve() / "mine")
 
 
 def test_a_checkpoint_without_a_tokenizer_is_told_as_such(

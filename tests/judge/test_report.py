@@ -21,7 +21,7 @@ from nuteprune.files import write_sums
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
-from nuteprune.judge.headline import verdict
+from nuteprune.judge.headline import text_kind, verdict
 from nuteprune.judge.report import kept_rows
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from nuteprune.train.state import RunState
@@ -406,6 +406,24 @@ def test_the_report_says_what_text_is_judged_and_how_it_copies(tmp_path: Path) -
     page = page_of(a_run(tmp_path / "other", a_record(config=config), None))
     assert "Perplexity on other text, lower is better" in page.text
     assert "Copying" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "kind"),
+    [
+        ({"data": "demo"}, {}, "in-domain text"),
+        ({"data": ["demo", "self"]}, {}, "in-domain text"),
+        ({"data": "self"}, {}, "other text"),  # judged by the demo's
+        ({"data": "self"}, {"recover": {"data": "mine.jsonl"}}, "other text"),
+        ({"data": "self"}, {"recover": {"data": "demo"}}, "in-domain text"),
+        ({"data": "self", "eval_data": "a.txt"}, {"recover": {"data": "a.txt"}}, "in-domain text"),
+        ({}, {}, None),
+    ],
+)
+def test_what_judges_is_in_domain_if_a_run_learned_from_it(
+    config: dict[str, Any], more: dict[str, Any], kind: str | None
+) -> None:
+    assert text_kind({"config": config, **more}) == kind
 
 
 def test_a_missed_target_is_said(tmp_path: Path) -> None:

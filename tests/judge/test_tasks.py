@@ -193,6 +193,22 @@ def test_retention_has_the_paired_error_of_its_tasks(capsys: pytest.CaptureFixtu
     assert errors["a"] == pytest.approx(25)
 
 
+def test_the_error_of_what_is_better_low_is_that_of_the_same_ratio() -> None:
+    def verdict(ours: list[float], dense: list[float], higher: bool) -> Verdicts:
+        def score(answers: list[float]) -> Score:
+            return Score(sum(answers) / 4, "mae", None, higher, 4, answers=tuple(answers))
+
+        found = Verdicts({}, None, tasks={"a": {"t": score(ours)}, "b": {"t": score(dense)}})
+        found.compare("a", "b")
+        return found
+
+    small, large = [0.2, 0.3, 0.25, 0.25], [0.5, 0.4, 0.6, 0.5]
+    low, high = verdict(large, small, higher=False), verdict(small, large, higher=True)
+    assert low.retention["tasks"]["t"] == high.retention["tasks"]["t"] == pytest.approx(50)
+    assert low.retention_stderr["tasks"] == high.retention_stderr["tasks"]
+    assert low.retention_stderr["tasks"]["t"] == pytest.approx(7.07, abs=0.01)
+
+
 def test_unlike_figures_have_no_mean(capsys: pytest.CaptureFixture[str]) -> None:
     accuracy, other = Score(0.5, "acc", None, True, 4), Score(0.25, "acc_norm", None, True, 4)
     guess = Score(25.3, "perplexity", None, False, 4)

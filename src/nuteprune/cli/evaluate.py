@@ -9,7 +9,7 @@ import typer
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
-from nuteprune.jobs.evaluate import Evaluation, run
+from nuteprune.jobs.evaluate import Evaluation, judged, run
 from nuteprune.jobs.family import take
 from nuteprune.judge import protocols
 from nuteprune.judge.copying import SEED as COPYING_SEED
@@ -76,7 +76,7 @@ def evaluate(
     --tasks, perplexity on the held-out part of the embedded texts is measured.
     """
     output = Output(as_json)
-    take(family, against or model)
+    take(family, against or judged(model, base).source)
     changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}
     asked = Evaluation(
         model=model,

@@ -64,6 +64,8 @@ def plan(
     """
     if devices < 1 or not all(x is None or x > 0 for x in (tflops, bandwidth)):
         raise UserError("--devices, --tflops and --bandwidth must be above 0")
+    if devices > 1 and device_memory is None:
+        raise UserError(f"--devices {devices}: say what memory each has with --device-memory")
     output = Output(as_json)
     asked = {"model": model, "out": Path("unused"), **given}
     job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())

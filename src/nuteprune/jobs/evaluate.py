@@ -89,7 +89,8 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     questions = None
     if asked.tasks is not None:
         tasks = [x.strip() for x in asked.tasks.split(",") if x.strip()]
-        questions = Tasks(tasks, asked.include_path, asked.limit, asked.fewshot)
+        include = None if asked.include_path is None else at_home(asked.include_path)
+        questions = Tasks(tasks, include, asked.limit, asked.fewshot)
     kind = pick_device(asked.device)
     computed = pick_dtype(asked.dtype, kind)
     tokenizer = load_tokenizer(models[0].source, asked.trust_remote_code)
@@ -172,6 +173,11 @@ def _check(asked: Evaluation) -> None:
     for name, value in for_tasks.items():
         if value is not None and asked.tasks is None:
             raise UserError(f"--{name} is for tasks; name some with --tasks")
+    for_text = {**asked.changes, "whole": asked.whole or None, "text-column": asked.text_column}
+    no_text = asked.tasks is not None and not (asked.data or asked.protocol)
+    for name, given in for_text.items():
+        if given is not None and no_text:
+            raise UserError(f"--{name} is for text, and with --tasks none is read unless --data is")
 
 
 def _calibrated(models: Sequence[Judged]) -> list[str] | None:

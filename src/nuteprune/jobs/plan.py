@@ -26,6 +26,7 @@ from nuteprune.jobs.sources import locate, pick_dtype, read_config
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.train.phases import FORMULA, Phase, Run, disk
+from nuteprune.train.settings import check_declared
 from nuteprune.train.simulate import Simulation
 
 SPARE = 0.95
@@ -80,6 +81,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         UserError: for a config without the facts that a plan needs, settings that cannot work, or
             memory that cannot hold a single layer.
     """
+    check_declared(job)
     take(job.family, job.model)
     config = config_of(job.model)
     named = job.dtype != "auto"
@@ -87,9 +89,12 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         args = trainer_config(dataclasses.replace(job, device="cpu"), Path(scratch))
         if args.sharded:
-            raise UserError("a plan says by itself what sharding saves: pass --devices instead")
-        if args.offload:
-            raise UserError("a plan says by itself what offload saves: use --device-memory")
+            raise UserError(
+                "a plan says by itself what sharding saves: pass --devices and --device-memory"
+            )
+        if args.offload or job.bits is not None:
+            what = "offload" if args.offload else "bits"
+            raise UserError(f"a plan says by itself what {what} saves: use --device-memory")
         planned = Run.of(config, args, job.length, dtype)
         layer = planned.sizes.layer
         if asked.memory is not None and layer > SPARE * asked.memory:

@@ -89,12 +89,15 @@ def command(record: Mapping[str, Any], out: str) -> list[str]:
         record: a run's nuteprune.json; empty if it tells no model.
         out: name of the output folder.
     """
-    model = record.get("config", {}).get("model")
+    config = record.get("config", {})
+    model = config.get("model")
     if model is None:
         return []
-    if (keep := record["config"].get("keep")) is not None:  # its vocabulary was cut
-        named = [f"--data {shlex.quote(spec)}" for spec in record["config"]["data"]]
+    if (keep := config.get("keep")) is not None:  # its vocabulary was cut
+        named = [f"--data {shlex.quote(spec)}" for spec in config["data"]]
         start = f"nuteprune vocab {shlex.quote(model)}"
+        how = ("text_column", "length")
+        named += [f"{OPTIONS[x]} {shlex.quote(str(config[x]))}" for x in how if x in config]
         return [start, *named, f"--keep {keep}", f"--out {shlex.quote(out)}"]
     parts = [f"nuteprune prune {shlex.quote(model)}"]
     rest = []

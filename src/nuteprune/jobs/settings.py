@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from numbers import Number
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -50,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
 )
 
 
@@ -112,10 +113,10 @@ def make_job(
     settings = read_given(file, assignments, kinds)
     now = check({key: value for key, value in given.items() if value is not None}, kinds)
     check_one(now, SETTINGS)
-    if SETTINGS.keys() & now.keys():  # of a settings file, over which options win
-        settings = {key: x for key, x in settings.items() if key not in SETTINGS}
-    settings |= now
+    settings = winning(now, settings)
     check_one(settings, SETTINGS)
+    if settings.get("data") == []:
+        raise UserError("data names no text: name some, or leave it out")
     named = (file, *map(settings.get, FILES))
     files = tuple(at_home(x) for x in named if isinstance(x, (str, Path)))
     if isinstance(settings.get("shape"), str):
@@ -162,13 +163,24 @@ def read_given(
         UserError: for an unreadable file, an unknown key (names the nearest), or a value of the
             wrong type.
     """
-    settings = {} if config is None else read_mapping(config, "--config")
+    assigned = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment}: write it as key=value")
-        settings[key.strip()] = _parse(value, f"--set {key}")
-    return check(settings, kinds, call=False)
+        assigned[key.strip()] = _parse(value, f"--set {key}")
+    of_file = {} if config is None else read_mapping(config, "--config")
+    of_file = check(
+        {key: x for key, x in of_file.items() if key not in assigned}, kinds, call=False
+    )
+    return winning(check(assigned, kinds, call=False), of_file)
+
+
+def winning(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings and those that they win over; how much is to go is said in one way alone."""
+    if SETTINGS.keys() & now.keys():
+        before = {key: x for key, x in before.items() if key not in SETTINGS}
+    return {**before, **now}
 
 
 def read_mapping(path: Path, option: str) -> dict[str, Any]:
@@ -231,6 +243,12 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     """Return a value as one of the types that a setting may have, as it is where it can be."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain = tuple(get_origin(kind) or kind for kind in kinds)
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, Number) and hasattr(value, "item"):  # NumPy's
+        value = value.item()
+    if isinstance(value, list) and list[str] in kinds:
+        return [_coerce(key, item, str) for item in value]
     if type(value) in plain:
         return _finite(key, value)
     for kind in plain:

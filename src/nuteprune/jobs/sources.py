@@ -31,7 +31,7 @@ from nuteprune.files import at_home, check_name
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
-from nuteprune.run_folder import RECORD
+from nuteprune.run_folder import RECORD, SELF
 
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 """What the demo's model is; the package that carries it has no model card."""
@@ -61,7 +61,7 @@ def locate(model: str) -> str:
 def place(name: str) -> str:
     """Return a path that is there as the same from everywhere; any other name as it is."""
     path = at_home(name)
-    return str(path.resolve()) if path.exists() else name
+    return str(path.resolve()) if name not in (DEMO, SELF) and path.exists() else name
 
 
 def origin(model: str) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nuteprune.data.specs import DEMO
 from nuteprune.export.card import since_dense
 from nuteprune.export.record import perplexities_of
 from nuteprune.gates.budget import gone
 from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, calibrated_on, kind_of
+from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, calibrated_on, kind_of, named
 from nuteprune.judge.run_files import RunFiles, pruning_steps
 from nuteprune.judge.units import THIN, count, number, size
 from nuteprune.run_folder import SELF
@@ -112,12 +113,14 @@ def headline(
 
 def text_kind(record: Mapping[str, Any]) -> str | None:
     """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
-    judged = record.get("config", {}).get("eval_data")
-    calibrated = calibrated_on(record)
-    if judged is None:  # then by the same sources, or by others where it was its own text alone
-        others = [spec for spec in calibrated if spec != SELF]
-        return (f"{IN_DOMAIN} text" if others else OTHER_TEXT) if calibrated else None
-    return OTHER_TEXT if kind_of(str(judged), calibrated) == OTHER_TEXT else f"{IN_DOMAIN} text"
+    config, calibrated = record.get("config", {}), calibrated_on(record)
+    judged = [str(config["eval_data"])] if config.get("eval_data") else named(config.get("data"))
+    if not (judged and calibrated):
+        return None
+    # Text of its own has no held-out part: alone it is judged by the demo's.
+    judged = [spec for spec in judged if spec != SELF] or [DEMO]
+    inside = any(kind_of(spec, calibrated) == IN_DOMAIN for spec in judged)
+    return f"{IN_DOMAIN} text" if inside else OTHER_TEXT
 
 
 def _copied(record: Mapping[str, Any]) -> tuple[float, float] | None:

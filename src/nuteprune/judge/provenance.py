@@ -26,14 +26,14 @@ def calibrated_on(record: Mapping[str, Any]) -> list[str]:
 def _specs(record: Mapping[str, Any]) -> Iterator[str]:
     for earlier in record.get("history", ()):
         yield from _specs(earlier)
-    yield from _named(record.get("config", {}).get("data"))
+    yield from named(record.get("config", {}).get("data"))
     entry = record.get("recover")
     while entry:
-        yield from _named(entry.get("data"))
+        yield from named(entry.get("data"))
         entry = entry.get("earlier")
 
 
-def _named(data: Any) -> list[str]:
+def named(data: Any) -> list[str]:
     """Return the specs of a setting: one, several, or none."""
     return [data] if isinstance(data, str) else [str(x) for x in data or ()]
 
@@ -50,6 +50,8 @@ def kind_of(spec: str, calibrated: Iterable[str]) -> str:
 
 def _same_source(spec: str, calibrated: str) -> bool:
     """Return whether two texts may be of one source; where it cannot be told, they are."""
+    if spec == calibrated:
+        return True
     name, is_copy, path = spec.partition("=")
     if name in TEXTS:
         published = _hub_id(calibrated) in (name, TEXTS[name].repo.lower())

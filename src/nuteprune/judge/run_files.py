@@ -92,8 +92,7 @@ def read_run(folder: Path) -> RunFiles:
     record = read_record(root) if (root / RECORD).is_file() else _last_target(root)
     metrics = _metrics(run / METRICS)
     if record is not None and not metrics and root.name.startswith(TARGETS):
-        shared = _metrics(root.parent / RUN / METRICS)
-        metrics = [x for x in shared if x.get("target", 0) <= record["target"] + 1e-9]
+        metrics = _up_to(record, root.parent)
     if record is None and not metrics:
         raise UserError(
             f"{root} has neither {RECORD} nor a step in {RUN}/{METRICS}; pass the --out folder "
@@ -155,8 +154,21 @@ def teacher_sparsities(files: RunFiles) -> list[float] | None:
 
 def _last_target(root: Path) -> dict[str, Any] | None:
     """Return the record of the highest target, where a run had several."""
-    found = [read_record(x.parent) for name in TARGETS for x in root.glob(f"{name}*/{RECORD}")]
-    return max(found, key=lambda record: record["target"], default=None)
+    return max(_of_targets(root), key=lambda record: record["target"], default=None)
+
+
+def _of_targets(root: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's targets, where it had several."""
+    return [read_record(x.parent) for name in TARGETS for x in root.glob(f"{name}*/{RECORD}")]
+
+
+def _up_to(record: Mapping[str, Any], root: Path) -> list[dict[str, Any]]:
+    """Return the steps that led to one of a run's targets: all have equal shares of the run."""
+    metrics, targets = _metrics(root / RUN / METRICS), [x["target"] for x in _of_targets(root)]
+    if not metrics:
+        return []
+    share = sum(x <= record["target"] for x in targets) / len(targets)
+    return [x for x in metrics if x["step"] <= int(metrics[-1]["step"] * share)]
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:

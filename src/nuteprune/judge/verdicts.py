@@ -170,13 +170,14 @@ def _errors(
     for task in ours.keys() & dense.keys():
         mine, theirs = ours[task].answers, dense[task].answers
         if mine is not None and theirs is not None and len(mine) == len(theirs):
-            answers[task] = (mine, theirs)
+            # What is retained is better ÷ worse of the two, as `retention` has it.
+            answers[task] = (mine, theirs) if ours[task].higher_is_better else (theirs, mine)
 
     def error(tasks: Sequence[str]) -> float | None:
         if not tasks or not answers.keys() >= set(tasks):
             return None
         pairs = [answers[task] for task in tasks]
-        return retention_stderr([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
+        return retention_stderr([over for over, _ in pairs], [under for _, under in pairs])
 
     single = [task for task in kept if task in ours]
     return {name: error([name] if name in ours else single) for name in kept}

@@ -89,6 +89,6 @@ def _why_not(model_type: str, config: Mapping[str, Any]) -> str:
     near = longer or get_close_matches(model_type, FAMILIES, n=1)
     hint = f" (nearest: {near[0]})" if near else ""
     return (
-        f"{hint}; {supported}. `nuteprune family MODEL` proposes an entry for it, which --family "
-        "takes"
+        f"{hint}; {supported}. `nuteprune family MODEL` proposes an entry for it, which prune "
+        "--family takes"
     )

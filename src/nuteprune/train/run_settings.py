@@ -31,6 +31,8 @@ NOT_KEPT = frozenset(
         *("output_dir", "disable_tqdm", "use_cpu", "logging_dir", "report_to", "debug"),
         *("dataloader_pin_memory", "accelerator_config", "sharded", "costs"),
         "ddp_find_unused_parameters",  # follows from the type of gates
+        # What newer releases of transformers call gradient_checkpointing too.
+        *("activation_checkpointing", "activation_checkpointing_kwargs"),
         "hub_token",  # a secret
     )
 )
