@@ -682,6 +682,14 @@ def test_f16_refuses_what_it_would_make_infinite(
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="bf16")
 
 
+def test_weights_in_few_bits_are_not_written_as_they_lie(make: Callable, tmp_path: Path) -> None:
+    model = make("llama")
+    model.is_quantized = True  # as transformers marks them
+    with pytest.raises(UserError, match="quantised, and only whole ones can be exported"):
+        write_gguf(model, byte_level("llama-bpe"), tmp_path / "m.gguf")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("type_name", ["f16", "q8_0"])
 def test_what_is_no_number_is_not_written(
     type_name: str, make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -783,6 +791,7 @@ def test_sentencepiece_merges_become_scores(
 def test_special_added_and_missing_tokens(make: Callable, tmp_path: Path) -> None:
     tokenizer = byte_level("qwen2")
     tokenizer.add_tokens([AddedToken("return"), AddedToken("<|turn|>", special=True)])
+    tokenizer.add_tokens([AddedToken("<calls▁begin>")])
     tokenizer.chat_template = "{{ messages }}"
     size = len(tokenizer) + 5
     write_gguf(make("qwen2", vocab_size=size), tokenizer, tmp_path / "m.gguf")
@@ -794,7 +803,7 @@ def test_special_added_and_missing_tokens(make: Callable, tmp_path: Path) -> Non
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     assert read(tokenizer, size).chat_template == "{{ messages }}"
     types = dict(zip(found.tokens, found.types, strict=True))
-    assert types["return"] == TokenType.USER_DEFINED
+    assert types["return"] == types["<calls▁begin>"] == TokenType.USER_DEFINED
     assert types["<|turn|>"] == types["<s>"] == TokenType.CONTROL
     assert types[f"[PAD{size - 1}]"] == TokenType.UNUSED
     with pytest.raises(UserError, match="embedding only 300 rows"):

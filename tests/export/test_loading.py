@@ -5,20 +5,27 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.export import modeling_pruned
+from nuteprune.export import hub, modeling_pruned
 from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import build, in_dtype, load_config, load_pruned
+from nuteprune.export.own_family import bring_from
 from nuteprune.jobs.sources import read_config
+from nuteprune.model import lookup
+from nuteprune.model.families import FAMILIES
+from nuteprune.model.family_file import to_dict
+from nuteprune.run_folder import RECORD
 from tests.families import each_family
 
 from .conftest import logits, tensors
@@ -318,3 +325,25 @@ def test_layers_that_contradict_their_list_of_kinds_are_refused_in_a_line(tmp_pa
     with pytest.raises(UserError, match=r"`num_hidden_layers` \(4\) must be equal") as told:
         load_config(tmp_path)
     assert "\n" not in str(told.value)
+
+
+def test_an_entry_that_travels_in_a_record_is_found_on_the_hub_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = replace(FAMILIES["llama"], model_type="mine")
+    path, asked = tmp_path / RECORD, []
+    path.write_text(json.dumps({"family": to_dict(family)}))
+
+    def fetch(*args: str, **where: str) -> str:
+        asked.append((*args, where))
+        return str(path)
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(lookup, "_OWN", {})
+    bring_from("me/small", revision="v2")
+    assert asked == [("me/small", RECORD, {"revision": "v2"})]
+    assert lookup.brought_along("mine") == family
+    missing = LocalEntryNotFoundError("no such file")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(missing))
+    bring_from("me/other")
+    assert lookup.all_brought_along() == (family,)

@@ -105,6 +105,12 @@ def test_large_weights_are_beside_the_graph_and_never_met_by_another(
 ) -> None:
     monkeypatch.setattr(onnx, "LARGEST_FILE", 4 * case("llama").pruned.num_parameters() - 1)
     model, path = case("llama").pruned, tmp_path / "m.onnx"
+    bracketed = tmp_path / "m[8b].onnx"  # of a pattern it would be no name
+    files = {x for _ in range(2) for x in write_onnx(model, bracketed).files[1:]}
+    assert len(files) == 2
+    assert len([*tmp_path.iterdir()]) == 2
+    for file in [*tmp_path.iterdir()]:
+        file.unlink()
     (tmp_path / "m.onnx.mine.data").write_bytes(b"mine")
     (first, data), fake["content"] = write_onnx(model, path).files, b"new"
     assert first == "m.onnx"

@@ -125,6 +125,11 @@ def test_the_whole_around_a_pruned_language_model_is_the_masked_one(
     text = (tmp_path / "out" / "preprocessor_config.json").read_text()
     assert text == '{"do_resize": true}'
 
+    # What transformers 4 reads of the rope.
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    rope = stated["rope_parameters"]
+    assert stated["rope_theta"] == rope.get("full_attention", rope)["rope_theta"]
+
     greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     cached, plain = (loaded.generate(**given, use_cache=use, **greedy) for use in (True, False))
     assert torch.equal(cached, plain)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -17,6 +19,16 @@ def test_an_entry_comes_back_from_its_file(model_type: str, tmp_path: Path) -> N
     (tmp_path / "entry.yaml").write_text(to_text(FAMILIES[model_type]))
     assert read_family(tmp_path / "entry.yaml").family == FAMILIES[model_type]
     assert from_dict(to_dict(FAMILIES[model_type]), tmp_path) == FAMILIES[model_type]
+
+
+def test_what_did_not_hold_when_tried_comes_back_too(tmp_path: Path) -> None:
+    """`nuteprune family` and `prune --family` add such."""
+    found = {"heads": "when tried, no", "neurons uniform": "when tried, off by 2"}
+    family = replace(FAMILIES["llama"], refused=MappingProxyType(found))
+    (tmp_path / "entry.yaml").write_text(to_text(family))
+    assert read_family(tmp_path / "entry.yaml").family == family
+    assert from_dict(to_dict(family), tmp_path) == family
+    assert family.refusal("neurons", uniform=True) == "when tried, off by 2"
 
 
 @pytest.fixture
@@ -50,6 +62,7 @@ def changed(tmp_path: Path) -> Callable[[str, str], Path]:
         ("model_type: llama", "model_type: [", "is not valid YAML"),
         ("norm: rms\n", "refused: {moods: never}\n", "refused: moods: not one of heads, kv_groups"),
         ("norm: rms\n", "post_norms: [a]\n", "must be two names"),
+        ("norm: rms\n", "experts: mlp.experts\n", "a file describes no mixtures of experts"),
         ("norm: rms\n", "config_names: {heads: 3}\n", "config_names: heads: 3 must be text"),
     ],
 )

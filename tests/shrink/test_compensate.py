@@ -285,7 +285,8 @@ def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) 
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(("kept_bytes", "times"), [(2**30, 1), (0, 2)])
+# Of the last size a layer's last batch fits, which is of one block, and the others do not.
+@pytest.mark.parametrize(("kept_bytes", "times"), [(2**30, 1), (0, 2), (3 * 2 * 24 * 48 * 4, 2)])
 def test_a_layer_goes_on_from_inputs_that_were_kept(
     kept_bytes: int, times: int, tiny_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

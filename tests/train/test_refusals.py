@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch.utils.data import IterableDataset
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError
 from nuteprune.train.recover import RecoverConfig, RecoverTrainer
@@ -123,6 +124,19 @@ def test_reentrant_checkpointing_is_refused_whoever_asks_for_it(
     if by == "model":  # a run's own replaces it
         more = {"gate_type": "hard_concrete", "max_steps": 1}
         make(model, tmp_path, gradient_checkpointing=True, **more).train()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+def test_checkpointing_that_hooks_are_part_of_is_refused(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers 5.19, where a first step would fail."""
+    monkeypatch.setattr(
+        GradientCheckpointingLayer, "__call__", torch.nn.Module.__call__, raising=False
+    )
+    with pytest.raises(UserError, match=r"with transformers 5\..*: pip install --upgrade"):
+        make(tiny_model("llama"), tmp_path, gradient_checkpointing=True)
+    make(tiny_model("llama"), tmp_path, max_steps=0)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "another"])

@@ -14,11 +14,10 @@ from nuteprune.cli import options as o
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.export.gguf import FILE_TYPES, write_gguf
-from nuteprune.export.loading import load_pruned
 from nuteprune.export.onnx import require_packages, write_onnx
 from nuteprune.files import at_home
 from nuteprune.jobs.family import take
-from nuteprune.jobs.sources import load_tokenizer, locate, read_config
+from nuteprune.jobs.sources import load_model, load_tokenizer, read_config
 
 TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
 """Format -> how it stores weights, the default first."""
@@ -79,7 +78,7 @@ def _export_gguf(
     tokenizer: PreTrainedTokenizerBase,
     output: Output,
 ) -> None:
-    loaded = load_pruned(locate(model), dtype="auto")
+    loaded = load_model(model, None)
     with output.bars() as bars:
         written = write_gguf(
             loaded,
@@ -106,7 +105,7 @@ def _export_gguf(
 
 def _export_onnx(model: str, out: Path, output: Output) -> None:
     require_packages()
-    loaded = load_pruned(locate(model), dtype=torch.float32)
+    loaded = load_model(model, torch.float32)
     with output.bars() as bars:
         bars.update("tracing and comparing", 0, 1)
         written = write_onnx(loaded, out)

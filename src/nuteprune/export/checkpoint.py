@@ -134,7 +134,7 @@ def _write_beside(
         partial.mkdir(parents=True)
         model.generation_config = _savable(model.generation_config)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        _add_to(partial / "config.json", _rope_keys_of_4(model.config))
+        _add_rope_keys_of_4(partial / "config.json", model.config)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             save_for_older(partial)
@@ -176,8 +176,12 @@ def _move(source: Path, folder: Path) -> None:
     sync(folder)
 
 
-def _add_to(path: Path, keys: dict[str, Any]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8")) | keys
+def _add_rope_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
+    """Add them to a config's file; of a model of several modalities, to its language model's."""
+    inner = config.get_text_config()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    of_language = content if inner is config else content["text_config"]
+    of_language |= _rope_keys_of_4(inner)
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 

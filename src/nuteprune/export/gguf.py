@@ -31,6 +31,7 @@ from nuteprune.export.gguf_tensors import tensors
 from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
 from nuteprune.files import atomic, writing
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.packed import refuse_packed
 from nuteprune.model.shape import Shape
 
 Q = GGMLQuantizationType
@@ -107,6 +108,7 @@ def write_gguf(
             which shape or property, and what would make it fit. Nothing is written then.
         RunFailed: if writing went wrong on the way, as where the disk is full.
     """
+    refuse_packed(model)
     path, kind = Path(path), FILE_TYPES[type_name]
     anatomy = Anatomy(model)
     source = Source(anatomy.family, anatomy.config, anatomy.shape, anatomy.biases)

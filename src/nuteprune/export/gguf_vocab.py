@@ -168,7 +168,8 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenTy
             kind = TokenType.UNKNOWN
         elif i in added:
             kind = TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED
-            if kind == TokenType.USER_DEFINED:  # looked for in the text as it is
+            # Of SentencePiece: looked for in the text as it is.
+            if kind == TokenType.USER_DEFINED and bytes_are_tokens:
                 token = token.replace("▁", " ")
         elif bytes_are_tokens and len(token) == 6 and token.startswith("<0x"):
             kind = TokenType.BYTE

@@ -6,10 +6,27 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from nuteprune.errors import UserError
-from nuteprune.run_folder import RUN
+from nuteprune.run_folder import RECORD, RUN
+
+
+def record_path(source: str | os.PathLike[str], **where: Any) -> Path | None:
+    """Return where the record of a checkpoint is, None if it has none that can be had.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        where: what `hf_hub_download` takes, such as `revision`.
+    """
+    if Path(source).is_dir():
+        path = Path(source) / RECORD
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(source), RECORD, **where))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
 
 
 def upload(

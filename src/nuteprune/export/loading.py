@@ -27,7 +27,7 @@ from nuteprune.export.own_family import bring_from
 from nuteprune.export.wrapping import language_config
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
-from nuteprune.model.lookup import family_named
+from nuteprune.model.lookup import brought_along, family_named
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
 from nuteprune.run_folder import SUMS
 
@@ -104,7 +104,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     kwargs = {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "use_safetensors")}
     with one_line(source):
         config = config_values(source, **kwargs)
-    bring_from(source)
+    bring_from(source, **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs})
     model_type = config["model_type"]
     if wrapper_of(model_type):
         inner = language_config(config)
@@ -253,7 +253,7 @@ def _load(
 
 def _is_projection(name: str, model_type: str) -> bool:
     """Return whether a tensor is of a decoder projection of a supported family."""
-    family = FAMILIES.get(model_type)
+    family = brought_along(model_type) or FAMILIES.get(model_type.removeprefix(PREFIX))
     if family is None or not name.startswith(f"{family.layers}."):
         return False
     stacks = family.experts.files if family.experts else ()

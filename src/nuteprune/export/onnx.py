@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import secrets
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.onnx_graph import Exporter, check_rope
 from nuteprune.files import remove, sync, writing
+from nuteprune.model.packed import refuse_packed
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 """Packages of the extra `onnx`."""
@@ -66,6 +68,7 @@ def write_onnx(model: PreTrainedModel, path: Path) -> Written:
         RunFailed: if ONNX Runtime computes something else, or writing went wrong on the way.
     """
     require_packages()
+    refuse_packed(model)
     check_rope(model.config)
     if model.dtype != torch.float32:
         raise UserError(f"the model is in {model.dtype}; load it with dtype=torch.float32")
@@ -107,6 +110,7 @@ def _move(partial: Path, path: Path, data: str | None) -> list[Path]:
         (partial / name).replace(path.with_name(name))
         moved.append(path.with_name(name))
     sync(path.parent)
-    for old in set(path.parent.glob(f"{path.name}.{'[0-9a-f]' * 8}.data")) - set(moved):
+    pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.data"
+    for old in set(path.parent.glob(pattern)) - set(moved):
         old.unlink()
     return moved[::-1]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
+from nuteprune.export.hub import record_path
 from nuteprune.model.family_file import from_dict, to_dict
 from nuteprune.model.lookup import bring_along, brought_along
-from nuteprune.run_folder import RECORD
 
 KEY = "family"
 """Where a record has the entry."""
@@ -21,13 +20,18 @@ def of_record(model_type: str) -> dict[str, Any]:
     return {} if family is None else {KEY: to_dict(family)}
 
 
-def bring_from(source: str | os.PathLike[str]) -> None:
+def bring_from(source: str | os.PathLike[str], **where: Any) -> None:
     """Let this process know the family that a checkpoint's record describes, if it does.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        where: what more says where on the hub; see `hub.record_path`.
 
     Raises:
         UserError: if what the record says of it makes no sense.
     """
-    path = Path(source) / RECORD
+    if (path := record_path(source, **where)) is None:
+        return
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # what reads the record says so

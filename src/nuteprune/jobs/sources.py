@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,6 +21,7 @@ from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.config import PREFIX
+from nuteprune.export.hub import record_path
 from nuteprune.export.loading import config_values, exact_dtype, load_pruned
 from nuteprune.export.own_family import bring_from
 from nuteprune.export.record import inside, origin_of, read_record
@@ -31,7 +30,7 @@ from nuteprune.files import at_home, check_name
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
-from nuteprune.run_folder import RECORD, SELF
+from nuteprune.run_folder import SELF
 
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 """What the demo's model is; the package that carries it has no model card."""
@@ -76,13 +75,8 @@ def origin(model: str) -> dict[str, Any]:
 
 def record_of(model: str) -> dict[str, Any] | None:
     """Return the record of a pruned model, None for any other."""
-    where = Path(locate(model))
-    if not where.is_dir():
-        try:
-            where = Path(hf_hub_download(model, RECORD)).parent
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
-            return None
-    return read_record(where) if (where / RECORD).is_file() else None
+    path = record_path(locate(model))
+    return None if path is None else read_record(path.parent)
 
 
 def read_config(model: str) -> dict[str, Any]:

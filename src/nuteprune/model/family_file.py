@@ -207,7 +207,7 @@ def from_dict(content: Any, path: Path, lines: Mapping[Key, int] = MappingProxyT
             raise UserError(f"{path}: the key {field.name} is missing")
     family = Family(**values)
     for kind in family.refused:
-        if kind not in GATE_KINDS:
+        if kind.removesuffix(" uniform") not in GATE_KINDS:
             raise _wrong(path, lines, ("refused", kind), f"not one of {', '.join(GATE_KINDS)}")
     return family
 
@@ -235,6 +235,8 @@ def _read(hint: Any, value: Any, wrong: Wrong) -> Any:
         return MappingProxyType(value)
     if value is None and "None" in words:
         return None
+    if "Experts" in words:
+        raise wrong((), "a file describes no mixtures of experts")
     if "tuple" in words:
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise wrong((), f"{value!r} must be a list of names")

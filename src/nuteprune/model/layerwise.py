@@ -132,7 +132,8 @@ class Layerwise:
                 stack.enter_context(around.register_forward_hook(block.on_output))
             for i in range(len(self._batches_BTD)):
                 self._until_stopped(self._run, layer, i)
-        if block.inputs:
+        # The last batch may be smaller, and have been kept alone.
+        if len(block.inputs) == len(self._batches_BTD):
             self._blocks.append(block)
         return block.products.whole(), block.missing_DI
 

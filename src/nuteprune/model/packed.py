@@ -20,6 +20,19 @@ def is_packed(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def refuse_packed(model: PreTrainedModel) -> None:
+    """Refuse weights in fewer bits where whole ones are to be written.
+
+    Raises:
+        UserError: if a model has such.
+    """
+    if is_packed(model):
+        raise UserError(
+            "the model's weights are quantised, and only whole ones can be exported: pass the "
+            "checkpoint that it was made of"
+        )
+
+
 def make_trainable(model: PreTrainedModel) -> None:
     """Let gradients pass through packed weights; nothing is done to others.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
 
 from nuteprune.errors import UserError
@@ -85,13 +87,20 @@ def check_offload(args: NutePruneConfig, packed: bool) -> None:
 
 
 def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Refuse re-entrant activation checkpointing: its backward passes end at each layer's edge.
+    """Refuse activation checkpointing that hooks of layers and shared masks cannot do with.
 
-    All layers share one set of masks, whose graph the first of those passes would free.
+    Re-entrant, its backward passes end at each layer's edge, and all layers share one set of masks,
+    whose graph the first of those passes would free. Older releases of transformers checkpoint a
+    layer with its hooks, which compare it with the teacher's in the forward pass alone.
 
     Raises:
         UserError: if the settings ask for it, or the model has it already.
     """
+    if args.gradient_checkpointing and "__call__" in vars(GradientCheckpointingLayer):
+        raise UserError(
+            f"gradient checkpointing does not work here with transformers {version('transformers')}"
+            ": pip install --upgrade transformers"
+        )
     asked = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
     there = () if args.gradient_checkpointing else model.modules()  # else the settings' replaces it
     functions = (
