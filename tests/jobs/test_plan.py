@@ -227,6 +227,7 @@ PHASES = {
     "judging": Simulation.judging,
     "gradients": Simulation.sloping,
     "scoring": lambda x: x.scoring(2),
+    "copying": Simulation.copying,
     "re-fit": lambda x: x.refitting(2),
     "step": Simulation.step,
     "ramp": lambda x: x.step(moving=True),

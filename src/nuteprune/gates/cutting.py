@@ -62,8 +62,7 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
     """Raise the scores of attention units that copying hangs on; nothing if it does not copy.
 
     score = max(score, median(score) x loss / median(loss)), with the loss of `copying_losses`: the
-    worse of both on one scale, since a mean would hide a switch. Medians are of the units that are
-    left: one that is cut already scores 0.
+    worse of both on one scale, since a mean would hide a switch.
     """
     kinds = [kind for kind in ("heads", "kv_groups") if kind in scores]
     raised = dict(scores)
@@ -76,13 +75,9 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
             for _ in probe.anatomy.layers:
                 probe.progress()
             continue
-        scores_N, losses_N = scores[kind], copying_losses(probe, kind, dense)
-        left_N = scores_N > 0
-        if not left_N.any():
-            continue
-        relative_N = losses_N / losses_N[left_N].median().clamp(min=1e-12)
-        copying_N = torch.where(left_N, scores_N[left_N].median() * relative_N, 0.0)
-        raised[kind] = torch.maximum(scores_N, copying_N)
+        losses_N = copying_losses(probe, kind, dense)
+        relative_N = losses_N / losses_N.median().clamp(min=1e-12)
+        raised[kind] = torch.maximum(scores[kind], scores[kind].median() * relative_N)
     return raised
 
 
