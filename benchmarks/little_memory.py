@@ -251,8 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     size = SIZES[args.size]
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         result = compared(size, args.limit or size.limit, Path(scratch))
-    if args.json:
-        Path(args.json).write_text(json.dumps({args.size: result}) + "\n", encoding="utf-8")
+    if args.json:  # which keeps what it has of other sizes
+        file = Path(args.json)
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file.write_text(json.dumps({**earlier, args.size: result}) + "\n", encoding="utf-8")
     return result
 
 

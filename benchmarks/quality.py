@@ -153,7 +153,7 @@ def run(
         bench: runs them.
         output: prints.
         parts: which parts of the plan.
-        show: leave out what is missing instead of running it.
+        show: leave out what is missing instead of running it, and write nothing.
 
     Returns:
         What `table.json` holds.
@@ -164,9 +164,14 @@ def run(
     if show and not bench.begun:
         raise UserError(f"nothing has been run in {bench.folder} yet")
 
+    asked: set[str] = set()
+
     def records_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        asked.update(cell.file_name for cell in cells)
         there = [cell for cell in cells if bench.has(cell) or not show]
-        return [rated(bench.shown(cell) if show else bench.run(cell), dense) for cell in there]
+        return [
+            rated(bench.shown(cell.file_name) if show else bench.run(cell), dense) for cell in there
+        ]
 
     dense = bench.dense()
     print_dense(dense, bench.setting, output)
@@ -181,10 +186,15 @@ def run(
         print_part("trained", found, output)
     if "ablation" in parts:
         records["ablation"] = records_of(plan.ablation_cells())
+        if show and set(parts) == set(PARTS):  # rows that had another name when they were run
+            others = sorted(bench.files - asked)
+            records["ablation"] += [rated(bench.shown(name), dense) for name in others]
         print_part("ablation", records["ablation"], output)
     file = bench.folder / "table.json"
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     table = {**earlier, "dense": dense, **records}
+    if show:
+        return table
     write_json(bench.folder / "table.json", table)
     drawn = [x for part in ("untrained", "trained") for x in records.get(part, [])]
     files = draw(drawn, dense, bench.folder) if drawn else []

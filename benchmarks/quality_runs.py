@@ -174,9 +174,14 @@ class Bench:
         """Return whether a cell has been run."""
         return (self.folder / cell.file_name).exists()
 
-    def shown(self, cell: Cell) -> dict[str, Any]:
-        """Return the record of a cell that has been run, by whatever settings."""
-        record: dict[str, Any] = json.loads((self.folder / cell.file_name).read_text("utf-8"))
+    @property
+    def files(self) -> set[str]:
+        """The names of all records of cells, whatever table they are of."""
+        return {x.name for x in self.folder.glob("*_*-steps_seed-*.json")}
+
+    def shown(self, name: str) -> dict[str, Any]:
+        """Return the record of a cell that has been run, by the name of its file."""
+        record: dict[str, Any] = json.loads((self.folder / name).read_text("utf-8"))
         return record
 
     def run(self, cell: Cell) -> dict[str, Any]:

@@ -309,10 +309,12 @@ def test_tables_of_before_still_load(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)  # a table is whole where nobody says how wide
-    old = FOLDER / "results" / "quality"
+    old = FOLDER / "results" / "quality-0.1.0"
     for file in old.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert quality.main(["--show", "--markdown", "--out", str(tmp_path)]) == 0
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     printed = capsys.readouterr().out
     (row,) = [x.split() for x in printed.splitlines() if x.split()[:3] == ["flap", "20%", "80"]][:1]
     assert row[3:7] == ["32.66", "1.339", "-", "-"]
@@ -320,6 +322,24 @@ def test_tables_of_before_still_load(
     assert "| flap | 20% | 80 | 32.66 | 1.339 | - | - | 1 |" in trained
     assert "| fisher | 50% | 0 | 100.8 |" in untrained.partition("\nNothing trained:\n\n")[2]
     assert "| 0 |" not in trained.partition("One factor at a time:")[0]
+    factors = trained.partition("One factor at a time:")[2]
+    assert factors.count("| 50% | 80 |") == 9  # with rows that have other names today
+    assert "| deterministic, solved | 50% |" in factors
+
+
+def test_today_s_table_goes_where_none_of_before_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def begin(setting: Any, folder: Path, *_: Any) -> Any:
+        asked.append(folder)
+        if (folder / "setting.json").exists():
+            assert texts.Setting.read(folder / "setting.json") == setting
+        raise UserError("far enough")
+
+    monkeypatch.setattr(quality, "Bench", begin)
+    for words in ([], ["--only", "ablation"], ["--quick"]):
+        assert quality.main(words) == 2
+    assert [x.name for x in asked] == ["quality", "quality", "quality-quick"]
 
 
 def test_a_page_shows_the_rows_of_each_part() -> None:
