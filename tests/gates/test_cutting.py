@@ -23,16 +23,26 @@ def a_probe(model, kinds: tuple[str, ...], told: list[int] | None = None, **more
     return Probe(anatomy, MaskHooks(anatomy), Budget.of(anatomy), kinds, progress=tick, **more)
 
 
-@pytest.mark.parametrize(("kind", "width"), [("kv_groups", 16), ("heads", 8)])
-def test_losses_are_those_of_models_cut_by_hand(kind: str, width: int, tiny_model) -> None:
-    model, told = tiny_model("llama"), []
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "kv_groups"),
+        ("llama", "heads"),
+        ("gpt_neox", "heads"),  # a layer gives a tuple
+        ("gemma3_text", "kv_groups"),  # windows
+        ("qwen3_moe", "kv_groups"),
+        ("lfm2", "kv_groups"),  # layers without attention
+    ],
+)
+def test_losses_are_those_of_models_cut_by_hand(name: str, kind: str, tiny_model) -> None:
+    model, told = tiny_model(name), []
     probe = a_probe(model, (kind,), told)
     dense = cutting.run_dense(probe)
     ids_ST = dense.ids_ST
     length = ids_ST.shape[1] // 2
     assert torch.equal(ids_ST[:, :length], ids_ST[:, length:])
     found = cutting.copying_losses(probe, kind, dense)
-    assert len(told) == len(model.model.layers)
+    assert len(told) == len(probe.anatomy.layers)
 
     def log_chances(of) -> Tensor:
         with torch.no_grad():
@@ -40,12 +50,13 @@ def test_losses_are_those_of_models_cut_by_hand(kind: str, width: int, tiny_mode
 
     expected = []
     whole = log_chances(model)
-    for layer in range(3):
-        for unit in range(probe.layout.sizes[kind][layer]):
-            cut = copy.deepcopy(model)
-            columns = slice(unit * width, (unit + 1) * width)
-            cut.model.layers[layer].self_attn.o_proj.weight.data[:, columns] = 0
-            nats = whole.exp() * (whole - log_chances(cut))
+    for layer, size in enumerate(probe.layout.sizes[kind]):
+        for unit in range(size):
+            cut = Anatomy(copy.deepcopy(model))
+            weight = cut.linear(layer, cut.ends(layer)["attn_block"]).weight.data
+            width = weight.shape[1] // size
+            weight[:, unit * width : (unit + 1) * width] = 0
+            nats = whole.exp() * (whole - log_chances(cut.model))
             expected.append(float(nats.sum(-1).mean()))
     assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
