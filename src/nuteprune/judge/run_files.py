@@ -167,8 +167,9 @@ def _up_to(record: Mapping[str, Any], root: Path) -> list[dict[str, Any]]:
     metrics, targets = _metrics(root / RUN / METRICS), [x["target"] for x in _of_targets(root)]
     if not metrics:
         return []
-    share = sum(x <= record["target"] for x in targets) / len(targets)
-    return [x for x in metrics if x["step"] <= int(metrics[-1]["step"] * share)]
+    reached = sum(x <= record["target"] for x in targets)
+    last = metrics[-1]["step"] * reached // len(targets)
+    return [x for x in metrics if x["step"] <= last]
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:

@@ -170,7 +170,7 @@ def _errors(
     for task in ours.keys() & dense.keys():
         mine, theirs = ours[task].answers, dense[task].answers
         if mine is not None and theirs is not None and len(mine) == len(theirs):
-            # What is retained is better ÷ worse of the two, as `retention` has it.
+            # What is retained is ours ÷ dense, or dense ÷ ours where lower is better.
             answers[task] = (mine, theirs) if ours[task].higher_is_better else (theirs, mine)
 
     def error(tasks: Sequence[str]) -> float | None:
