@@ -27,7 +27,7 @@ from quality_runs import machine, results
 from quality_text import domains_of, half
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune import UserError, vocab
+from nuteprune import vocab
 from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import end_of
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
@@ -61,7 +61,7 @@ def parser_of() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return a row for the full vocabulary, and one for each smaller one."""
     if args.other_text is None:
-        raise UserError("pass --other-text: a smaller vocabulary costs most on other text")
+        raise SystemExit("vocabulary: pass --other-text FOLDER to judge by")
     domains = {
         k: half(x, choose=False) for k, x in domains_of(args.other_text, [args.data]).items()
     }

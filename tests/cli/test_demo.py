@@ -14,7 +14,7 @@ from nuteprune.files import write_sums
 from nuteprune.jobs.demo import with_defaults
 from nuteprune.jobs.folder import check_out
 from nuteprune.jobs.job import PruneJob
-from nuteprune.run_folder import RUN
+from nuteprune.run_folder import RUN, SELF_WRITTEN
 
 
 @pytest.fixture
@@ -64,6 +64,10 @@ def test_resume_goes_on_with_the_newest_folder_that_was_begun(asked: Any, tmp_pa
     checkpoint(tmp_path / "nuteprune-demo-2")
     (tmp_path / "nuteprune-demo-3").mkdir()
     assert asked("--resume").out == Path("nuteprune-demo-2")
+    written = tmp_path / "nuteprune-demo-3" / RUN / SELF_WRITTEN  # stopped while the model wrote
+    written.parent.mkdir()
+    written.write_text("{}")
+    assert asked("--resume").out == Path("nuteprune-demo-3")
     checkpoint(tmp_path / "demo")  # a folder of that name is not the model and text
     job = asked("--out", "demo", "--resume")
     check_out(job)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.export import hub, modeling_pruned
+from nuteprune.export import hub, loading, modeling_pruned
 from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import build, in_dtype, load_config, load_pruned
 from nuteprune.export.own_family import bring_from
@@ -343,6 +343,9 @@ def test_an_entry_that_travels_in_a_record_is_found_on_the_hub_too(
     bring_from("me/small", revision="v2")
     assert asked == [("me/small", RECORD, {"revision": "v2"})]
     assert lookup.brought_along("mine") == family
+    bias = "model.layers.0.self_attn.q_proj.bias"  # which a config may not deny
+    for model_type in ("mine", "pruned_mine", "llama", "pruned_llama"):
+        assert loading._is_projection(bias, model_type)
     missing = LocalEntryNotFoundError("no such file")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(missing))
     bring_from("me/other")

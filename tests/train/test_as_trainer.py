@@ -6,16 +6,18 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset
+from nuteprune.train import checkpoints
 from nuteprune.train.calibration import calibration_batches
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.run_settings import chosen_settings
@@ -254,6 +256,32 @@ def test_targets_are_told_alike_however_they_are_spelled(
 ) -> None:
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, target_sparsity=given)
     assert chosen_settings(args) == {"target_sparsity": told}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+def test_checkpointing_is_recorded_by_the_name_that_we_have(tmp_path: Path) -> None:
+    """Newer releases of transformers have another beside it, which would win over ours."""
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=True)
+    assert chosen_settings(args) == {"gradient_checkpointing": True}
+
+
+def test_a_stop_of_another_process_is_not_the_first_of_two_signals(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(checkpoints, "several", lambda: True)
+    monkeypatch.setattr(checkpoints.dist, "all_reduce", lambda flag, _: flag.fill_(SIGTERM))
+    signals, control = checkpoints.StopSignals(), TrainerControl()
+    signals.on_step_end(args, None, control)
+    assert control.should_save
+    assert control.should_training_stop
+    assert signals.obeyed == SIGTERM
+    try:
+        signals._note(SIGTERM, None)  # its own comes late, while it saves
+    except KeyboardInterrupt:
+        pytest.fail("it would stop in the middle of the joint checkpoint")
+    with pytest.raises(KeyboardInterrupt):
+        signals._note(SIGTERM, None)
 
 
 def test_the_record_has_what_was_set_and_leaves_other_accelerators_alone(tmp_path: Path) -> None:
