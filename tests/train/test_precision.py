@@ -82,6 +82,17 @@ def test_small_gradients_survive_float16(tiny_model, tmp_path: Path) -> None:
     assert (half - exact).norm() < 0.05 * exact.norm()
 
 
+def test_a_gradient_far_above_the_usual_is_clipped_to_half(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path)
+    lora = [p for n, p in trainer.model.named_parameters() if "lora_" in n]
+    for parameter in lora:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    before = trainer._clip_grad_norm(trainer.model)
+    assert float(before) == pytest.approx(3 * sum(p.numel() for p in lora) ** 0.5)
+    after = torch.nn.utils.get_total_norm([p.grad for p in lora])
+    assert float(after) == pytest.approx(0.5, rel=1e-4)
+
+
 def test_gradients_of_gates_that_are_not_finite_are_dropped(tiny_model, tmp_path: Path) -> None:
     trainer = make(tiny_model("llama"), tmp_path, gate_type="hard_concrete")
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]

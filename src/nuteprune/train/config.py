@@ -271,6 +271,9 @@ class NutePruneConfig(RunArguments):
         None, "Settings of the schedule; power 0.5 for polynomial."
     )
     weight_decay: float = setting(0.01, "Of LoRA; gates have none.", bounds=(0, 1e3))
+    max_grad_norm: float = setting(
+        0.5, "Norm that LoRA's gradients are clipped to.", bounds=(1e-12, 1e12)
+    )
     gradient_checkpointing: bool | None = setting(
         None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
     )
