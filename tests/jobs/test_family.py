@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ AT_LEAST = 10
 @pytest.fixture(autouse=True)
 def _nothing_brought_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "_OWN", {})
+
+
+def test_a_config_is_the_file_that_is_named(tmp_path: Path) -> None:
+    for name, layers in (("config.json", 2), ("other.json", 3)):
+        text = json.dumps({"model_type": "llama", "num_hidden_layers": layers})
+        (tmp_path / name).write_text(text)
+    found = [config_of(str(x)).num_hidden_layers for x in (tmp_path, tmp_path / "other.json")]
+    assert found == [2, 3]
 
 
 @pytest.mark.slow(2)

@@ -50,6 +50,17 @@ def test_a_folder_with_a_file_of_settings_is_not_overwritten(setting: str, tmp_p
         check_out(job)
 
 
+@pytest.mark.parametrize("what", ["data", "eval_data"])
+def test_text_is_not_read_from_around_the_result(what: str, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    given = {"model": "demo", "out": texts / "out", what: str(texts)}
+    with pytest.raises(UserError, match=r"is inside the .*data .*; name a folder outside"):
+        check_out(Job(**given))  # type: ignore[arg-type]
+    check_out(Job("demo", texts / "out", data=str(tmp_path / "texts" / "one.txt")))
+    check_out(Job(str(texts), texts / "out"))  # a model's folder is no text
+
+
 def test_a_file_system_that_locks_no_folders_is_no_hindrance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,8 @@ def test_words_full_names_files_and_assignments_come_to_the_same(tmp_path: Path)
     assert jobs[0].out == Path("o")
     later = job({"steps": 9}, config=path, assignments=["steps=8", "length=32"])
     assert (later.settings["max_steps"], later.length) == (9, 32)
+    with pytest.raises(UserError, match="max_steps is given twice"):
+        job({"steps": 9, "max_steps": 9})
 
 
 def test_values_of_python_and_of_yaml_are_those_of_options(tmp_path: Path) -> None:

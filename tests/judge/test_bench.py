@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,6 +216,22 @@ def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
         worker._process.join()
         with pytest.raises(RunFailed, match="ended with code 0"):
             worker.time(SETTING)
+
+
+@pytest.mark.slow
+def test_a_worker_does_not_run_the_script_that_starts_it_again(folder: Path) -> None:
+    script = folder.parent / f"{folder.name}.py"  # as people write it, with no guard
+    script.write_text(
+        "import torch\n"
+        "from nuteprune.jobs.engines import Transformers\n"
+        "from nuteprune.judge.worker import Worker\n"
+        "print('begun')\n"
+        "engine = Transformers('cpu', torch.float32, threads=1)\n"
+        f"with Worker('tiny', engine.prepare({str(folder)!r}, None, None).load) as worker:\n"
+        "    print(worker.about.threads)\n"
+    )
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (ran.stdout.split(), ran.returncode) == (["begun", "1"], 0), ran.stderr
 
 
 @pytest.mark.slow

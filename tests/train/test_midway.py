@@ -83,3 +83,14 @@ def test_the_settings_are_those_of_the_run_to_the_letter(tiny_model, tmp_path: P
     other = make(tiny_model("llama"), tmp_path, max_steps=4, **{**settings, "lora_alpha": 16})
     with pytest.raises(UserError, match="was started with lora_alpha 8, not 16"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("settings", [{"target_sparsity": [0.2, 0.4]}, {"ramp_share": 0.5}])
+def test_steps_are_fixed_where_they_are_shared_out(
+    settings: dict[str, Any], tiny_model, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    make(tiny_model("llama"), tmp_path, max_steps=4, **saving, **settings).train()
+    other = make(tiny_model("llama"), tmp_path, max_steps=6, **settings)
+    with pytest.raises(UserError, match="was started with max_steps 4, not 6"):
+        other.train(resume_from_checkpoint=True)

@@ -217,3 +217,30 @@ def test_timing_a_step_learns_nothing(settings: dict[str, Any], tiny_model, tmp_
     after = trainer.model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+class StopAfter(TrainerCallback):
+    """Ends training early, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.step
+
+
+def test_a_run_that_stops_early_has_its_last_target_all_the_same(
+    tiny_model, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    dense = copy.deepcopy(model)
+    trainer = make(model, tmp_path / "run", callbacks=[StopAfter(4)], **SEVERAL)
+    trainer.train()
+    trainer.finalize()
+    record = trainer.save_pruned(tmp_path / "small")
+    assert record["target"] == 0.45
+    assert 0.45 <= record["sparsity"] < 0.5
+    trainer.finalize_target(0, copy.deepcopy(dense))
+    assert 0.15 <= trainer.save_pruned(tmp_path / "first")["sparsity"] < 0.2
+    with pytest.raises(UserError, match=r"stopped before it had the model of 30\.0% sparsity"):
+        trainer.finalize_target(1, copy.deepcopy(dense))

@@ -37,7 +37,10 @@ def bench(
     ] = False,
     costs: Annotated[
         Path | None,
-        typer.Option(help="Write what MODEL's blocks cost to this file, for prune --speedup."),
+        typer.Option(
+            help="Write what MODEL's blocks cost to this file, for prune --speedup; at the first "
+            "of --batch-sizes and --lengths."
+        ),
     ] = None,
     family: o.Family = None,
     as_json: o.Json = False,

@@ -97,7 +97,7 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
         with output.bars() as bars:
             plain = one_shot(job, result.scores, result.held_out, Path(folder), bars)
             engine = Transformers.asked(job.device, job.dtype)
-            speed = measure([str(out), DEMO], [TIMED], PASSES, engine, bars)
+            speed = measure([str(out.absolute()), DEMO], [TIMED], PASSES, engine, bars)
         print_table(record, plain, speed, output)
         models = {
             "dense": load_model(DEMO, dtype),

@@ -71,10 +71,8 @@ def config_of(model: str) -> PreTrainedConfig:
         UserError: if there is none, or it is of a model that no entry can describe.
     """
     path = at_home(model)
-    if path.is_file():
-        path = path.parent
-    if path.is_dir() or "/" in model:
-        where = str(path) if path.is_dir() else locate(model)
+    if path.exists() or "/" in model:
+        where = str(path) if path.exists() else locate(model)
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=False)
         except Exception as error:  # whatever readers of configs raise

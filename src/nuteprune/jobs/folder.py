@@ -20,6 +20,8 @@ from nuteprune.train.state import last_checkpoint
 
 _TARGET = re.compile(rf"({'|'.join(TARGETS)})\d[\w.+-]*")
 """Names of the folders of several targets, as `train.asked` spells them."""
+_READ = ("data", "eval data")
+"""What is read with all files of its folder."""
 
 
 def check_out(job: Job) -> None:
@@ -37,6 +39,11 @@ def check_out(job: Job) -> None:
         place = at_home(named)
         if place.exists() and place.resolve().is_relative_to(out.resolve()):
             raise UserError(f"--out {out} holds the {what} {named}; name another folder")
+        if what in _READ and place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+            raise UserError(
+                f"--out {out} is inside the {what} {named}, and what the run writes would be read "
+                "as text; name a folder outside"
+            )
     if job.overwrite and any(x.is_relative_to(out.resolve()) for x in _around_the_user()):
         raise UserError(
             f"--out {out} holds the home folder or the one that you are in, and --overwrite would "

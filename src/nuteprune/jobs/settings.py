@@ -217,7 +217,8 @@ def check(settings: Mapping[str, Any], kinds: Sequence[type], call: bool = True)
         call: whether what only one call does, such as `resume`, may be among them.
 
     Raises:
-        UserError: for an unknown or former setting, or a value of the wrong type.
+        UserError: for an unknown or former setting, one that is given by two names, or a value of
+            the wrong type.
     """
     known = _known(kinds, call)
     checked = {}
@@ -235,6 +236,8 @@ def check(settings: Mapping[str, Any], kinds: Sequence[type], call: bool = True)
             raise UserError(
                 f"setting {given}={value} is gone since 0.1.0: {RENAMED_VALUES[key, value]}"
             )
+        if key in checked:
+            raise UserError(f"setting {key} is given twice, once as {given}: pass it once")
         checked[key] = _coerce(given, value, hint_of)
     return checked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def costs_for(
     device, anatomy = pick_device(job.device), Anatomy(model)
     dtype = pick_dtype(job.dtype, device)
     what = (
+        platform.node(),  # CPUs do not say what they are
+        torch.__version__,
         hardware_of(device),
         dtype,
         torch.get_num_threads(),
@@ -111,7 +114,7 @@ def judge_speed(
         setting = Setting(*moment(asked["at"]))
         engine = Transformers.asked(job.device, job.dtype)
         with output.bars() as bars:
-            speed = measure([str(folder), job.model], [setting], PASSES, engine, bars)
+            speed = measure([str(folder.absolute()), job.model], [setting], PASSES, engine, bars)
         write_extra(job.out / RUN, SPEED, {**speed, **for_report(speed)})
         ratio = speed["settings"][0]["speedup"][asked["for"]]
         output.line(

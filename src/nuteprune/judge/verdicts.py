@@ -152,7 +152,7 @@ class Verdicts:
             kept.append(self._kept(MEAN))
         columns = ["task", "metric", "questions", "std error", *LABELS[: len(found)]]
         compared = kept if "tasks" in self.retention else None
-        _table(output, "Zero-shot tasks", columns, rows, compared)
+        _table(output, "Tasks", columns, rows, compared)
 
     def _kept(self, task: str) -> str:
         """Return what is retained in a task, with the standard error of that if it is known."""

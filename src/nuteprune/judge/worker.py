@@ -7,9 +7,10 @@ import multiprocessing
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any
 
 from nuteprune import memory
@@ -36,7 +37,8 @@ class Worker:
         spawn = multiprocessing.get_context("spawn")  # a forked one could not use CUDA
         self._pipe, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(theirs, load), daemon=True)
-        self._process.start()
+        with _nothing_of_main():
+            self._process.start()
         theirs.close()
         try:
             self.about: About = self._answer()
@@ -75,6 +77,20 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _nothing_of_main() -> Iterator[None]:
+    """Let a process that is spawned meanwhile not run the program's main module.
+
+    A script that has no `if __name__ == "__main__"` would do all of its work once more there.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _serve(pipe: Connection, load: Callable[[], Runner]) -> None:

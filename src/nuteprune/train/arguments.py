@@ -33,6 +33,11 @@ class RunArguments(TrainingArguments):
         check_declared(self)
 
     @property
+    def staged(self) -> bool:
+        """Whether what a step is to do depends on how many steps there are in all."""
+        return False
+
+    @property
     def lora_scale_alpha(self) -> int:
         """Alpha of LoRA's scale, alpha / rank."""
         return self.lora_rank if self.lora_alpha is None else self.lora_alpha

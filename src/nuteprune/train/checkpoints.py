@@ -116,7 +116,8 @@ class AtomicTrainer(Trainer):
         run = Path(cast(str, self.args.output_dir))
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
-            check_same(run, self.settings(), type(self.args))
+            also = ("max_steps",) if self.args.staged else ()
+            check_same(run, self.settings(), type(self.args), also=also)
             state = trainer_state(Path(checkpoint))
             if 0 < self.steps() <= state.global_step:  # Trainer would take one more
                 self._load_from_checkpoint(checkpoint)

@@ -345,6 +345,11 @@ class NutePruneConfig(RunArguments):
         return ramp, ramp if self.freeze_share is None else self.freeze_share
 
     @property
+    def staged(self) -> bool:
+        """Whether targets, or a ramp, have shares of the steps."""
+        return len(self.asked) > 1 or any(self.shares)
+
+    @property
     def scored_blocks(self) -> int:
         """Blocks that the one-shot scores read, those without gradients among them."""
         if not GATE_TYPES[self.gate_type].ranked:

@@ -119,8 +119,13 @@ class Ending:
 
     def cut_earlier(self, index: int, dense: PreTrainedModel) -> PreTrainedModel:
         """Return the smaller model of an earlier target; see `finalize_target`."""
-        ready = self._ready
-        role = ready.teachers.role(self._pruning.reached[index])
+        ready, reached = self._ready, self._pruning.reached
+        if index >= len(reached):
+            raise UserError(
+                f"the run stopped before it had the model of {ready.targets[index]:.1%} sparsity: "
+                "there is nothing to cut"
+            )
+        role = ready.teachers.role(reached[index])
         assert role.masks is not None
         assert role.lora is not None
         return self._finish(dense, dict(role.lora), role.masks, ready.targets[index])

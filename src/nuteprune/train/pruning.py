@@ -155,6 +155,9 @@ class Pruning:
 
     def settle(self) -> None:
         """Fix the masks at the last target, if training has not led to that."""
+        on_the_way = len(self.reached) < len(self.ready.targets) - 1
+        if on_the_way:
+            self.gates.thaw()
         if not self.gates.frozen:
             self.freeze(self.ready.targets[-1])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -113,13 +113,14 @@ def read_settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def check_same(run: Path, now: Mapping[str, Any], *kinds: type) -> None:
+def check_same(run: Path, now: Mapping[str, Any], *kinds: type, also: Iterable[str] = ()) -> None:
     """Refuse to go on with a run as another.
 
     Args:
         run: the folder of its checkpoints.
         now: `run_settings` of what is asked for.
         kinds: the dataclasses that declare its settings; what they do not declare may differ.
+        also: settings that may not differ, though they say how a run goes.
 
     Raises:
         UserError: naming the first setting that differs.
@@ -128,7 +129,7 @@ def check_same(run: Path, now: Mapping[str, Any], *kinds: type) -> None:
     compared = {
         k for kind in kinds for k, x in declared(kind).items() if x.metadata["role"] == WHAT
     }
-    for key in sorted(compared | set(LEARNS)):
+    for key in sorted(compared | set(LEARNS) | set(also)):
         if before.get(key) != now.get(key):
             raise UserError(
                 f"the run in {run} was started with {key} {before.get(key)}, not {now.get(key)}: "
