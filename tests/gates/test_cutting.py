@@ -91,6 +91,12 @@ def test_what_copying_hangs_on_is_raised_on_the_scale_of_the_scores(
     raised = cutting.copying_kept(probe, scores)["kv_groups"]
     assert raised.tolist() == pytest.approx([3, 3, 3, 4, 270, 270])
     assert cutting.copying_kept(probe, {}) == {}
+    # What has gone before is no measure of the others.
+    gone = torch.tensor([0.0, 0, 0, 4, 5, 6])
+    losses = torch.tensor([0.0, 1e-6, 0, 0.1, 0.1, 9.0])
+    raised = cutting.copying_kept(probe, {"kv_groups": gone})["kv_groups"]
+    assert raised.tolist() == pytest.approx([0, 5e-5, 0, 5, 5, 450])
+    assert cutting.copying_kept(probe, {"kv_groups": 0 * gone})["kv_groups"].tolist() == [0] * 6
 
 
 def test_the_surgeon_asks_what_copying_loses(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:

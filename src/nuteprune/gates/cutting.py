@@ -62,7 +62,8 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
     """Raise the scores of attention units that copying hangs on; nothing if it does not copy.
 
     score = max(score, median(score) x loss / median(loss)), with the loss of `copying_losses`: the
-    worse of both on one scale, since a mean would hide a switch.
+    worse of both on one scale, since a mean would hide a switch. Medians are over the units that
+    cost something: what has gone already costs nothing.
     """
     kinds = [kind for kind in ("heads", "kv_groups") if kind in scores]
     raised = dict(scores)
@@ -75,9 +76,10 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
             for _ in probe.anatomy.layers:
                 probe.progress()
             continue
-        losses_N = copying_losses(probe, kind, dense)
-        relative_N = losses_N / losses_N.median().clamp(min=1e-12)
-        raised[kind] = torch.maximum(scores[kind], scores[kind].median() * relative_N)
+        losses_N, left_N = copying_losses(probe, kind, dense), scores[kind] > 0
+        if left_N.any():
+            relative_N = losses_N / losses_N[left_N].median().clamp(min=1e-12)
+            raised[kind] = torch.maximum(scores[kind], scores[kind][left_N].median() * relative_N)
     return raised
 
 
