@@ -31,6 +31,7 @@ from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
 from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN
+from nuteprune.train.arguments import RunArguments
 from nuteprune.train.run_settings import check_same, write_settings
 from nuteprune.train.state import RunState, last_checkpoint
 
@@ -81,6 +82,7 @@ class AtomicTrainer(Trainer):
     the end of the step. A subclass says what its state is; the base model is where it came from.
     """
 
+    args: RunArguments
     _checkpoint_dir: Path | None = None
 
     def settings(self) -> dict[str, Any]:
