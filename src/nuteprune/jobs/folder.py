@@ -34,7 +34,7 @@ def check_out(job: Job) -> None:
     texts = [("data", spec) for spec in job.specs]
     files = [("settings", str(file)) for file in job.files]
     for what, named in (("model", job.model), *texts, ("eval data", job.eval_data), *files):
-        if named in (None, DEMO, SELF):
+        if not named or named in (DEMO, SELF):
             continue
         place = at_home(named)
         if place.exists() and place.resolve().is_relative_to(out.resolve()):
