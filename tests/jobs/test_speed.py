@@ -11,6 +11,7 @@ from nuteprune.console import Output
 from nuteprune.data.specs import DEMO
 from nuteprune.jobs import speed
 from nuteprune.jobs.job import PruneJob
+from nuteprune.train.config import NutePruneConfig
 
 
 def test_a_folder_that_is_called_demo_is_no_embedded_model(
@@ -33,3 +34,26 @@ def test_a_folder_that_is_called_demo_is_no_embedded_model(
         PruneJob(DEMO, Path(DEMO)), {Path(DEMO): {"asked": asked}}, Output(quiet=True)
     )
     assert timed == [[str(tmp_path / DEMO), DEMO]]
+
+
+def test_a_table_of_costs_is_of_one_machine(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path))
+    made: list[Path] = []
+
+    def write_table(path: Path, *_: Any) -> dict[str, Any]:
+        path.write_text("{}")
+        made.append(path)
+        return {}
+
+    monkeypatch.setattr(speed, "write_table", write_table)
+    asked = {"target_speedup": "1.3", "speed_at": "1x8+4", "use_cpu": True}
+    config = NutePruneConfig(output_dir=str(tmp_path / "run"), **asked)
+    job = PruneJob(DEMO, tmp_path / "out", device="cpu", dtype="float32")
+    model = tiny_model("llama")
+    for name in ("this", "this", "that"):
+        monkeypatch.setattr("platform.node", lambda name=name: name)
+        with Output(quiet=True).bars() as bars:
+            speed.costs_for(job, config, model, bars)
+    assert len(made) == len(set(made)) == 2
