@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,27 @@ def test_a_table_of_costs_is_of_one_machine(
         with Output(quiet=True).bars() as bars:
             speed.costs_for(job, config, model, bars)
     assert len(made) == len(set(made)) == 2
+
+
+def test_two_runs_at_once_measure_one_table_of_costs(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path))
+    made: list[Path] = []
+
+    def write_table(path: Path, *_: Any) -> dict[str, Any]:
+        made.append(path)
+        time.sleep(0.3)  # while the other one asks
+        path.write_text("{}")
+        return {}
+
+    monkeypatch.setattr(speed, "write_table", write_table)
+    monkeypatch.setattr(speed, "read_table", lambda _: {})
+    asked = {"target_speedup": "1.3", "speed_at": "1x8+4", "use_cpu": True}
+    config = NutePruneConfig(output_dir=str(tmp_path / "run"), **asked)
+    job = PruneJob(DEMO, tmp_path / "out", device="cpu", dtype="float32")
+    model = tiny_model("llama")
+    with Output(quiet=True).bars() as bars, ThreadPoolExecutor(2) as runs:
+        both = [runs.submit(speed.costs_for, job, config, model, bars) for _ in range(2)]
+    assert [run.result() for run in both] == [{}, {}]
+    assert len(made) == 1

@@ -50,7 +50,7 @@ def print_dry_run(
         f"Cost    {step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one; "
         f"{duration(taken['seconds'])} in all, {said}"
     )
-    output.line("Dry run nothing was written.")
+    output.line("Dry run no model was written.")
     return {
         **found,
         "seconds_per_step": step,
