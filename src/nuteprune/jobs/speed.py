@@ -89,14 +89,14 @@ def costs_for(
     told_ = repr((*what, anatomy.head_dim, anatomy.shape, anatomy.embedding.weight.shape[0]))
     key = hashlib.sha256(told_.encode()).hexdigest()[:16]
     path = cache_folder() / f"costs-{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):  # two runs at once would time each other
-        if path.is_file():
-            return read_table(str(path))
-        bars.update("timing blocks", 0, 1)
-        table = write_table(path, model, setting, device, dtype)
-        bars.update("timing blocks", 1, 1)
-        return table
+    if not path.is_file():  # a table that is there is read from a cache that cannot be written too
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):  # two runs would time each other
+            if not path.is_file():
+                bars.update("timing blocks", 0, 1)
+                write_table(path, model, setting, device, dtype)
+                bars.update("timing blocks", 1, 1)
+    return read_table(str(path))
 
 
 def judge_speed(
