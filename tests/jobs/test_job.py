@@ -11,7 +11,7 @@ import pytest
 
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.jobs.job import PruneJob, RecoverJob
+from nuteprune.jobs.job import PruneJob, RecoverJob, what_it_is
 from nuteprune.jobs.settings import RENAMED, RENAMED_VALUES, make_job
 from nuteprune.jobs.text import mixture
 from nuteprune.run_folder import SELF
@@ -135,3 +135,16 @@ def test_a_sharded_model_does_not_write() -> None:
         mixture(job({"data": SELF}), sharded=True)
     with pytest.raises(UserError, match="one number for each --data"):
         mixture(job({"shares": "many"}))
+
+
+def test_what_a_run_is_does_not_hang_on_the_spelling(tmp_path: Path, monkeypatch: Any) -> None:
+    """A run that was begun from one folder, by options, goes on from another, by keywords."""
+    (tmp_path / "mine.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    begun = job({"shares": "0.5, .25", "family": "mine.yaml"})
+    told = what_it_is(begun)
+    assert (told["shares"], told["family"]) == ([0.5, 0.25], str(tmp_path / "mine.yaml"))
+    monkeypatch.chdir("/")
+    resumed = job({"shares": [0.5, 0.25], "family": str(tmp_path / "mine.yaml")})
+    assert what_it_is(resumed) == told
+    assert not {"shares", "family"} & what_it_is(job({})).keys()
