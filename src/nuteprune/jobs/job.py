@@ -285,8 +285,11 @@ class RecoverJob(Job):
 def what_it_is(job: Job) -> dict[str, Any]:
     """Return what of a job says what its run is, for settings.json: in one way, however spelled."""
     dtype = dtype_name(pick_dtype(job.dtype, job.device))
-    named = {"model": place(job.model), "data": [place(x) for x in job.specs], "dtype": dtype}
+    named: dict[str, Any] = {
+        "model": place(job.model),
+        "data": [place(x) for x in job.specs],
+        "dtype": dtype,
+    }
     if isinstance(job, PruneJob):
-        given = {"shares": job.share_values, "family": job.family and place(job.family)}
-        named |= {name: x for name, x in given.items() if x is not None}
-    return {**job.recorded(), **named}
+        named |= {"shares": job.share_values, "family": job.family and place(job.family)}
+    return {**job.recorded(), **{name: x for name, x in named.items() if x is not None}}
