@@ -246,6 +246,25 @@ def test_a_quarter_of_the_tokens_is_chats(tokens: int, model, tokenizer, tmp_pat
     assert max(len(ids) for ids in texts if ids not in chats) == SHORT + 1
 
 
+@pytest.mark.parametrize(("plain", "chat"), [(1, 1), (0.7, 0.95), (0.2, 1), (1, 0.3)])
+@pytest.mark.parametrize("tokens", [14_848, 32_768, 163_840])
+def test_a_quarter_is_chats_however_many_tokens_are_asked_for(
+    tokens: int, plain: float, chat: float, model, tokenizer
+) -> None:
+    tokenizer.chat_template = CHAT
+    opening = openings(model, tokenizer, most=254, seed=0)
+    sizes = writing.Sizes.of(opening, tokens, 254, 64)
+    written, of_chats, begun = [], 0, []
+    while sum(written) < tokens:
+        batch, longest = writing.next_batch(opening, sizes, written)
+        chats = longest == 254
+        written.append(round(len(batch) * longest * (chat if chats else plain)))
+        of_chats += chats * written[-1]
+        begun += [] if chats else [x.given[0] for x in batch]
+    assert 0.18 < of_chats / sum(written) < 0.32
+    assert begun == [opening.given(i)[0] for i in range(len(begun))]
+
+
 def test_an_answer_that_the_model_begins_itself_is_not_begun_again(
     model, tokenizer, tmp_path: Path
 ) -> None:

@@ -8,7 +8,6 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from filelock import FileLock
 
 from nuteprune.data.openings import Openings, openings
 from nuteprune.data.tokens import bos_of, end_of, texts_of
-from nuteprune.data.writing import Sizes, batches, fitting, seconds_per_token, write_batch
+from nuteprune.data.writing import Sizes, fitting, next_batch, seconds_per_token, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
@@ -78,9 +77,9 @@ def write_text(
         found, kept = _read(path, key)
         if path.is_file() and path.stat().st_size > kept:
             _append(path, kept, b"")
-        missing = islice(batches(opening, sizes), len(found), None)
         while (have := _tokens(found)) < tokens:
-            (batch, longest), number = next(missing), len(found)
+            batch, longest = next_batch(opening, sizes, [_tokens([x]) for x in found])
+            number = len(found)
             draws = random.Random(f"{seed} {number}").getrandbits(63)
             generator = torch.Generator().manual_seed(draws)
             for written in write_batch(model, opening, batch, longest, generator):
@@ -120,14 +119,14 @@ def seconds_to_write(
     """
     end = len(end_of(tokenizer))
     opening, sizes = _how(model, tokenizer, tokens, length, seed=0)
-    coming, seconds = batches(opening, sizes), dict[int, float]()
-    total, have = 0.0, 0
-    while have < tokens:
-        batch, longest = next(coming)
+    seconds, written = dict[int, float](), list[int]()
+    total = 0.0
+    while sum(written) < tokens:
+        batch, longest = next_batch(opening, sizes, written)
         size = len(batch)
         seconds[size] = seconds.get(size) or seconds_per_token(model, size)
         total += seconds[size] * (len(opening.start) + longest - 1)
-        have += size * (longest + end)
+        written.append(size * (longest + end))
     return total
 
 

@@ -84,24 +84,38 @@ class Sizes(NamedTuple):
             most: tokens that a block leaves for a text.
             together: texts that are written together at most.
         """
-        short, chats = min(most, TEXT_TOKENS), opening.chats * tokens
-        plain = math.ceil((tokens - chats) / (short + 1))
-        return cls(min(together, plain), short, min(together, math.ceil(chats / (most + 1))), most)
+        short, of_chats = min(most, TEXT_TOKENS), opening.chats * tokens
+        plain = math.ceil((tokens - of_chats) / (short + 1))
+        chats = math.ceil(of_chats / (most + 1))
+        alike = math.ceil(chats / together)  # batches of chats, none of them larger than others
+        return cls(min(together, plain), short, math.ceil(chats / max(alike, 1)), most)
 
 
-def batches(opening: Openings, sizes: Sizes) -> Iterator[tuple[list[Text], int]]:
-    """Yield the texts of each next batch, and how many tokens each has at most.
+def next_batch(opening: Openings, sizes: Sizes, written: Sequence[int]) -> tuple[list[Text], int]:
+    """Return the texts of the next batch, and how many tokens each has at most.
 
-    A batch is of chats wherever these are behind their share.
+    It is of chats where a batch of chats brings these nearer to their share of the tokens.
+
+    Args:
+        opening: how texts begin.
+        sizes: of the batches.
+        written: how many tokens each batch before it has.
     """
-    plain = of_chats = 0
-    while True:
-        if of_chats < opening.chats * (plain * sizes.plain_tokens + of_chats):
-            yield [Text(opening, None) for _ in range(sizes.chats)], sizes.chat_tokens
-            of_chats += sizes.chats * sizes.chat_tokens
+    begun = plain = chats = 0
+
+    def chats_are_due() -> bool:
+        more = sizes.chats * sizes.chat_tokens
+        return opening.chats * (plain + chats + more) - chats > more / 2
+
+    for tokens in written:
+        if chats_are_due():
+            chats += tokens
         else:
-            yield [Text(opening, plain + i) for i in range(sizes.plain)], sizes.plain_tokens
-            plain += sizes.plain
+            plain += tokens
+            begun += sizes.plain
+    if chats_are_due():
+        return [Text(opening, None) for _ in range(sizes.chats)], sizes.chat_tokens
+    return [Text(opening, begun + i) for i in range(sizes.plain)], sizes.plain_tokens
 
 
 def write_batch(
