@@ -41,6 +41,7 @@ COLOURS: Final[Mapping[str, str]] = {
 
 # Sizes are points, and CSS pixels on a page where a plot is 340 wide: a phone.
 _WIDTH = 340
+_NAME = 24  # characters of a name that a row has room for
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nuteprune",
@@ -98,10 +99,10 @@ class Plot:
     png: bytes
 
 
-def plain(text: str, limit: int = 24) -> str:
+def plain(text: str) -> str:
     """Return text that any font can try to draw on one line: no control characters, not long."""
     shown = "".join("\ufffd" if unicodedata.category(c) in "CcCfCsCoCn" else c for c in text)
-    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+    return shown if len(shown) <= _NAME else f"{shown[: _NAME - 1]}…"
 
 
 def percent(share: float, digits: int = 0) -> str:
