@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ class TestErrors:
         spec = write_rows(tmp_path, [{"id": 1, "story": "x"}])
         with pytest.raises(UserError, match=r"'storey' among .* 'id', 'story'; .*perhaps 'story'"):
             only(spec, text_column="storey")
+
+    @pytest.mark.parametrize("lines", [1, 3])
+    def test_messages_that_are_in_no_chat(self, tmp_path: Path, lines: int) -> None:
+        """Each would be a document of its own, and no chat."""
+        path = tmp_path / "a.jsonl"
+        chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        path.write_text(f"{json.dumps(chat)}\n" * lines)
+        with pytest.raises(UserError, match=r"a chat message by itself; .* --text-column"):
+            only(str(path))
+        assert only(str(path), text_column="content") == ["hi", "yes"] * lines
 
     def test_of_many_columns_some_are_named(self, tmp_path: Path) -> None:
         spec = write_rows(tmp_path, [{f"c{i}": i for i in range(1000)}])

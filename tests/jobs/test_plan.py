@@ -13,23 +13,28 @@ import torch
 from torch import nn
 from torch.backends import mkldnn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from nuteprune.console import Output
+from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import UserError
+from nuteprune.export.loading import load_config
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.surgeon import input_slopes, surgeon_scores
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Asked, _with, config_of, run
 from nuteprune.jobs.settings import make_job
+from nuteprune.model.wrappers import WRAPPERS
 from nuteprune.simulated import Live
 from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches
 from nuteprune.train.kernels import KERNEL, KERNELS, on_cpu
+from nuteprune.train.own_text import tokens_to_write
 from nuteprune.train.phases import Phase, Run
 from nuteprune.train.simulate import Simulation, model_of
 from tests.unplanned import leave_unplanned
+from tests.wrapped import CONFIGS
 
 pytestmark = [
     # torch looks at what it is going to turn into a tensor without data.
@@ -427,6 +432,38 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again = run(job(model / "config.json", length=24), asked, Output(quiet=True))
     assert again["parameters"] == plan["parameters"]
     assert again["weights_bytes"] == plan["weights_bytes"] / 2  # bfloat16 where nothing is said
+
+
+@pytest.mark.slow(seconds=8)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_language_model_of_several_modalities_is_planned(name: str, tmp_path: Path) -> None:
+    """Its facts are a level deeper in the config, and published ones leave some out."""
+    values = CONFIG_MAPPING[name](**CONFIGS[name]).to_dict()
+    kinds = CONFIGS[name]["text_config"].keys() & {"num_experts", "num_local_experts"}
+    gates = {"gates": "experts"} if kinds else {}
+    model = written(tmp_path, values | {"architectures": [WRAPPERS[name].conditional]})
+    found = run(job(model, length=24, **gates), Asked(rate=1e9), Output(quiet=True))
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(load_config(model))
+    assert found["parameters"] == sum(x.numel() for x in set(language.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [({}, 0.5), ({"shares": [1.0]}, 0), ({"data": ["a", "self"], "shares": "9,1"}, 0.1)],
+)
+def test_what_the_model_writes_is_its_share(
+    given: dict[str, Any], share: float, tmp_path: Path
+) -> None:
+    asked = job(written(tmp_path, TINY), length=24, **given)
+    found = run(asked, Asked(rate=1e9), Output(quiet=True))
+    flops = {x["phase"]: x["flops"] for x in found["phases"]}
+    assert ("writing text" in flops) == bool(share)
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **asked.settings)
+    if share:
+        block = flops["judging the dense model"] / JUDGED
+        written_tokens = tokens_to_write(args, share, 24)
+        assert flops["writing text"] == pytest.approx(block * (written_tokens // 24))
 
 
 MIXTURE = {

@@ -227,7 +227,7 @@ def held_out_blocks(
             tokens = collect(tokens_of(held_out_part(source), tokenizer), count * read)
             whole = len(tokens) // read
             if not whole:
-                part = f"{source.name} (its held-out part)"
+                part = f"{source.name} (its held-out part, about 5 %)"
                 raise too_short(part, len(tokens), length, "other text to judge by (--eval-data), ")
             blocks = after(bos, tokens[: whole * read].view(whole, read))
             check_ids(blocks, vocab_size)

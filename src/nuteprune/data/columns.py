@@ -112,6 +112,12 @@ def choose_layout(names: Collection[str], text_column: str | None, where: str) -
         return (text_column,)
     for layout in _LAYOUTS:
         if layout[0] in names and layout[-1] in names:
+            if layout == ("content",) and "role" in names:
+                raise UserError(
+                    f"{where}: a chat message by itself; pass rows that hold whole chats, such as "
+                    '{"messages": [{"role": "user", "content": "..."}]}, or name the column that '
+                    "holds text with --text-column"
+                )
             return layout
     known = {name for layout in _LAYOUTS for name in layout}
     near = [name for name in names if difflib.get_close_matches(name.lower(), known, n=1)]

@@ -10,6 +10,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.show import told
 from nuteprune.jobs.sources import stored_dtype
+from nuteprune.jobs.text import own_share
 from nuteprune.memory import peak
 from nuteprune.train.extrapolate import Unplanned
 from nuteprune.train.kernels import on_cpu
@@ -108,7 +109,8 @@ def _planned(
     config.__dict__.pop("quantization_config", None)
     whole = trainer.args.device.type == "cpu" and not (job.bits or trainer.args.sharded)
     stored = stored_dtype(model) if whole else None
-    run = Run.of(config, args, job.length, dtype, type(model), judged, stored)
+    own = own_share(job, trainer.args.sharded)
+    run = Run.of(config, args, job.length, dtype, type(model), judged, stored, own)
     phases = run.phases()
     timed = next((x for x in phases if x.steps), None)
     plain = timed.need.flops / timed.steps / step if timed else None

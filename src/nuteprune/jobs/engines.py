@@ -34,11 +34,12 @@ class Ready:
 
     Args:
         load: loads it, in the worker's process.
-        bytes_on_disk: of the files that it is loaded from; None where they cannot be told.
+        bytes_on_disk: gives those of the files that it is loaded from, None where they cannot be
+            told; a hub's are there once it was loaded.
     """
 
     load: Callable[[], Runner]
-    bytes_on_disk: int | None
+    bytes_on_disk: Callable[[], int | None]
 
 
 class Engine(Protocol):
@@ -90,7 +91,7 @@ class Transformers:
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
         """Make a model ready; nothing is written."""
         own = tuple(map(to_dict, all_brought_along()))
-        return Ready(partial(self._load, model, own), _on_disk(model))
+        return Ready(partial(self._load, model, own), partial(_on_disk, model))
 
     def _load(self, model: str, own: tuple[dict[str, Any], ...]) -> TorchRunner:
         """Load a model in a process of its own, which is told the families that users brought."""
@@ -147,7 +148,7 @@ class LlamaCpp:
         work = replace(Work.of(loaded), bytes_per_parameter=self.stored.itemsize)
         positions = getattr(loaded.config, "max_position_embeddings", None)
         load = partial(LlamaCppRunner, str(file), work, positions, self.threads)
-        return Ready(load, written.bytes)
+        return Ready(load, lambda: written.bytes)
 
 
 ENGINES: dict[str, Callable[[str, str, int | None], Engine]] = {

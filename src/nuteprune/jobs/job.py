@@ -59,7 +59,7 @@ class Job:
     )
     eval_data: str | None = setting(
         None,
-        "Text to judge by; default: the held-out part of the data.",
+        "Text to judge by: its held-out part, about 5 % of it; default: that of the data.",
         option="--eval-data",
         role=HOW,
     )
@@ -188,7 +188,8 @@ class RecoverJob(Job):
     )
     eval_data: str | None = setting(
         None,
-        "Text to judge by; default: what the pruned model was judged by.",
+        "Text to judge by: its held-out part, about 5 % of it; default: what the pruned model was "
+        "judged by.",
         option="--eval-data",
         role=HOW,
     )

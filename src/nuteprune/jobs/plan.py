@@ -23,8 +23,10 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_trainer import trainer_config
 from nuteprune.jobs.sources import locate, pick_dtype, read_config
+from nuteprune.jobs.text import own_share
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
+from nuteprune.model.wrappers import wrapper_of
 from nuteprune.train.phases import FORMULA, Phase, Run, disk
 from nuteprune.train.settings import check_declared
 from nuteprune.train.simulate import Simulation
@@ -95,7 +97,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         if args.offload or job.bits is not None:
             what = "offload" if args.offload else "bits"
             raise UserError(f"a plan says by itself what {what} saves: use --device-memory")
-        planned = Run.of(config, args, job.length, dtype)
+        planned = Run.of(config, args, job.length, dtype, own=own_share(job))
         layer = planned.sizes.layer
         if asked.memory is not None and layer > SPARE * asked.memory:
             raise UserError(
@@ -159,6 +161,8 @@ def config_of(model: str) -> PreTrainedConfig:
         read_config(model)  # refuses what is no causal language model
     config = load_config(where)
     values, _ = PreTrainedConfig.get_config_dict(where)
+    if wrapper_of(str(values.get("model_type"))):
+        return config  # such files leave out what their class has by default
     names = family_named(config.model_type).config_names
     needed = {"num_hidden_layers", "vocab_size"} | {
         names[x] for x in ("heads", "neurons", "hidden") if x in names

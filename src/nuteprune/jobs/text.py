@@ -47,6 +47,12 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
     return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
 
 
+def own_share(job: PruneJob, sharded: bool = False) -> float:
+    """Return the share of the text that the model writes itself; see `mixture`."""
+    specs, shares = mixture(job, sharded)
+    return shares[specs.index(SELF)] / sum(shares) if SELF in specs else 0.0
+
+
 class JobText:
     """Text of a job, for one model.
 
@@ -100,10 +106,8 @@ class JobText:
 
     def _to_write(self, config: NutePruneConfig) -> int:
         """Return how many tokens the model writes itself, 0 if it has no share."""
-        if SELF not in self.specs:
-            return 0
-        share = self.shares[self.specs.index(SELF)] / sum(self.shares)
-        return tokens_to_write(config, share, self._job.length)
+        share = own_share(self._job, config.sharded)
+        return tokens_to_write(config, share, self._job.length) if share else 0
 
     def seconds_to_write(self, trainer: NutePruneTrainer) -> float:
         """Return about how long `let_write` will take; see `data.self_written`."""
@@ -129,12 +133,12 @@ class JobText:
                 length=length,
                 seed=config.seed,
                 folder=Path(cast(str, config.output_dir)),
-                progress=_in_percent(progress),
+                progress=in_percent(progress),
             )
         self.training.blocks = self._blocks(written).blocks
 
 
-def _in_percent(progress: Progress) -> Callable[[int, int], None]:
+def in_percent(progress: Progress) -> Callable[[int, int], None]:
     """Return what is told of tokens written, and tells each percent once."""
     told = -1
 

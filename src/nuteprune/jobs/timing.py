@@ -104,7 +104,7 @@ def _result(
         name: {
             **dataclasses.asdict(worker.about.work),
             "bytes_in_memory": worker.about.work.parameters * worker.about.work.bytes_per_parameter,
-            "bytes_on_disk": ready[name].bytes_on_disk,
+            "bytes_on_disk": ready[name].bytes_on_disk(),
         }
         for name, worker in workers.items()
     }

@@ -35,6 +35,7 @@ from nuteprune.jobs.folder import alone, check_out, clear
 from nuteprune.jobs.job import Job
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
+from nuteprune.jobs.text import in_percent
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import SELF
 from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
@@ -191,7 +192,7 @@ def _count(
                         length=job.length,
                         seed=0,
                         folder=Path(scratch),
-                        progress=lambda done, total: bars.update("writing text", done, total),
+                        progress=in_percent(bars.update),
                     )
                 counted.update(i for ids in written for i in ids)
                 continue
@@ -203,9 +204,10 @@ def _count(
                     for ids in tokenizer(texts, add_special_tokens=False).input_ids:
                         counted.update(ids)
                     read += sum(map(len, texts))
-                    bars.update(f"counting {name}", read, MOST_CHARACTERS)
                     if read >= MOST_CHARACTERS:
                         break
+                    bars.update(f"counting {name}", read, MOST_CHARACTERS)
+                bars.update(f"counting {name}", read, read)
     return counted
 
 

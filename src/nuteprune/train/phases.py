@@ -74,6 +74,7 @@ class Run:
         stored: dtype of the checkpoint, if the run is on a CPU. Peaks are then of what no file
             stands behind: weights are mapped, unless the run computes in another dtype. None: a
             device, which holds all.
+        own: share of the text that the model writes itself.
     """
 
     config: PreTrainedConfig
@@ -87,6 +88,7 @@ class Run:
     kind: type[PreTrainedModel] | None = None
     judged: int | None = None
     stored: torch.dtype | None = None
+    own: float = GUARD
 
     @classmethod
     def of(
@@ -98,6 +100,7 @@ class Run:
         kind: type[PreTrainedModel] | None = None,
         judged: int | None = None,
         stored: torch.dtype | None = None,
+        own: float = GUARD,
     ) -> Run:
         """Look at the model of a config, without making its weights.
 
@@ -113,7 +116,7 @@ class Run:
         targets = tuple(x.sparsity for x in goals)
         each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
         found = tuple(x for x in each if x)
-        end = (targets, found, kind, judged, stored)
+        end = (targets, found, kind, judged, stored, own)
         return cls(config, args, length, dtype, sizes, allocator, *end)
 
     @property
@@ -166,9 +169,11 @@ class Run:
         args, method = self.args, METHODS[self.args.method]
         block = self._judging.flops / JUDGED
         found = [
-            Phase("judging the dense model", self._judging.times((self.judged or JUDGED) / JUDGED)),
-            Phase("writing text", self._writing(block), FORMULA, read=self._read_to_write()),
+            Phase("judging the dense model", self._judging.times((self.judged or JUDGED) / JUDGED))
         ]
+        if self._written:
+            need = self._writing(block)
+            found.append(Phase("writing text", need, FORMULA, read=self._read_to_write()))
         stops = stops_before(self.targets[-1], args, self.allocator.constraints.kinds)
         rounds = 1 + len(stops)
         if method.reads:
@@ -210,8 +215,9 @@ class Run:
 
     @property
     def _written(self) -> int:
-        """Blocks that the model writes itself, where nothing is said of shares."""
-        return tokens_to_write(self.args, GUARD, self.length) // self.length
+        """Blocks that the model writes itself."""
+        tokens = tokens_to_write(self.args, self.own, self.length) if self.own else 0
+        return tokens // self.length
 
     def _read_to_write(self) -> float:
         """Bytes that are read while texts take a token at a time, as if none were a chat.
