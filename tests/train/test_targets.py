@@ -204,7 +204,7 @@ def test_shapes_and_targets_that_cannot_be_are_refused(
         make(tiny_model("llama"), tmp_path / "run", **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gate_type": "hard_concrete", "ramp_share": 0.0}])
+@pytest.mark.parametrize("settings", [{}, {"gate_type": "hard_concrete", "ramp_share": 0.5}])
 def test_timing_a_step_learns_nothing(settings: dict[str, Any], tiny_model, tmp_path: Path) -> None:
     trainer = make(tiny_model("llama"), tmp_path, **settings)
     seen: list[int] = []

@@ -56,6 +56,7 @@ class CoForward:
         layer_term: distance of a layer's outputs (student, teacher, weights) -> scalar;
             None: no layer terms.
         routing: whether what routers give is compared too.
+        normed: whether the last layer's outputs are compared behind the final norm.
         folder: where a CPU has weights in place of the base's, see `LoraBank`.
     """
 
@@ -66,11 +67,12 @@ class CoForward:
         layer_term: LayerTerm | None = None,
         routing: bool = False,
         folder: Path | None = None,
+        normed: bool = False,
     ) -> None:
         self.anatomy = anatomy
         self.hooks = hooks
         self.bank = LoraBank(anatomy, folder)
-        self.layer_term = layer_term
+        self.layer_term, self.normed = layer_term, normed
         self.routers = Routers(anatomy, hooks) if routing else None
         self._fixed: dict[str, NarrowMasks] = {}
 
@@ -120,7 +122,7 @@ class CoForward:
             weight_BT: weight of each token in the layer terms, 0 for padding.
         """
         passage = Passage()
-        handles = [self._on_final_norm(passage, teacher)]
+        handles = [self._on_final_norm(passage, teacher, weight_BT)]
         if teacher is not None:
             theirs = self._source("teacher", teacher.masks)
             first = self.anatomy.layers[0]
@@ -174,23 +176,31 @@ class CoForward:
         self, passage: Passage, index: int, student_BTD: Tensor, weight_BT: Tensor
     ) -> None:
         """Add up the terms of a layer that both roles have gone through."""
-        if self.layer_term is not None:
+        if not (self.normed and index == len(self.anatomy.layers) - 1):
             assert passage._running_BTD is not None
-            term = self.layer_term(student_BTD, passage._running_BTD, weight_BT)
-            passage.layer_loss = _plus(passage.layer_loss, term)
-            passage.layers += 1
+            self._add_term(passage, student_BTD, passage._running_BTD, weight_BT)
         apart = self.routers.term(index, weight_BT) if self.routers else None
         if apart is not None:
             passage.routing_loss = _plus(passage.routing_loss, apart)
             passage.routers += 1
 
-    def _on_final_norm(self, passage: Passage, teacher: Role | None) -> Any:
+    def _add_term(
+        self, passage: Passage, student_BTD: Tensor, teacher_BTD: Tensor, weight_BT: Tensor
+    ) -> None:
+        if self.layer_term is not None:
+            term = self.layer_term(student_BTD, teacher_BTD, weight_BT)
+            passage.layer_loss = _plus(passage.layer_loss, term)
+            passage.layers += 1
+
+    def _on_final_norm(self, passage: Passage, teacher: Role | None, weight_BT: Tensor) -> Any:
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:
             passage.student_BTD = output
             if teacher is not None:
                 with torch.no_grad():
                     passage.teacher_BTD = module.forward(passage._running_BTD)
                 passage._running_BTD = None
+                if self.normed:
+                    self._add_term(passage, output, passage.teacher_BTD, weight_BT)
 
         return self.anatomy.final_norm.register_forward_hook(hook)
 

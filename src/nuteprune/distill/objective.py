@@ -29,16 +29,21 @@ class Objective:
 
     Args:
         token_weight: weight of the token-level KL divergence.
+        token_sum: whether that is summed over the tokens of a sequence, as in the authors' code;
+            else it is averaged over tokens.
         layer_weight: weight of the layers' terms, 0 for none of them.
         layer_term: `relative`: their mean over layers; `mse`: their sum, as published.
+        normed: whether the last layer's is behind the final norm, as in the authors' code.
         temperature: softening of both token distributions.
         lm_weight: weight of the language-model loss, 0 for none.
         routing_weight: weight of the routers' terms, their mean over layers; 0 for none of them.
     """
 
     token_weight: float = 1.0
+    token_sum: bool = False
     layer_weight: float = 1.0
     layer_term: str = "relative"
+    normed: bool = False
     temperature: float = 1.0
     lm_weight: float = 0.0
     routing_weight: float = 0.0
@@ -65,7 +70,8 @@ class Objective:
         if passage.teacher_BTD is not None and passage.student_BTD is not None:
             weight_BT, heat = token_weights(inputs), self.temperature
             kl = token_kl(passage.student_BTD, passage.teacher_BTD, head, weight_BT, heat)
-            parts["token_kl"] = self.token_weight * kl
+            tokens = weight_BT.sum() / len(weight_BT) if self.token_sum else 1
+            parts["token_kl"] = self.token_weight * tokens * kl
         if passage.layer_loss is not None:
             count = 1 if self.layer_term == "mse" else passage.layers
             parts["layer"] = self.layer_weight * passage.layer_loss / count
@@ -78,8 +84,16 @@ class Objective:
 
 OBJECTIVES = {
     "relative": Objective(),
-    # As published: the sum over layers of plain squared errors, and no language-model loss.
-    "paper": Objective(token_weight=0.1, layer_weight=0.9, layer_term="mse", temperature=2 / 3),
+    # As published: the sum over layers of plain squared errors, the sum over tokens of the KL
+    # divergence, and no language-model loss.
+    "paper": Objective(
+        token_weight=0.1,
+        token_sum=True,
+        layer_weight=0.9,
+        layer_term="mse",
+        normed=True,
+        temperature=2 / 3,
+    ),
 }
 """Name, as the setting `objective` has it, -> the terms where a teacher takes part."""
 TEXT = Objective(token_weight=0.0, layer_weight=0.0, lm_weight=1.0)

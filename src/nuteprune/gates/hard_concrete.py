@@ -123,14 +123,15 @@ class HardConcreteGates(Gates):
 
     @torch.no_grad()
     def snapshot(self) -> Masks:
-        """Return noiseless soft masks: the lowest round(size - E[kept]) of each kind are 0."""
+        """Return noiseless soft masks: of each layer and kind the lowest size - E[kept] are 0."""
         if self._final is not None:
             return self._final
         values = {}
         for kind, value in self.log_alpha.items():
-            soft = test_value(value)
-            gone = round(len(value) - float(keep_probability(value).sum()))
-            soft[torch.argsort(soft, stable=True)[:gone]] = 0
+            soft, sizes = test_value(value), self.allocator.layout.sizes[kind]
+            for part, x in zip(soft.split(sizes), value.split(sizes), strict=True):
+                gone = round(len(x) - float(keep_probability(x).sum()))
+                part[torch.argsort(part, stable=True)[:gone]] = 0
             values[kind] = soft
         return Masks(self.allocator.layout, values)
 

@@ -201,6 +201,11 @@ def check_combinations(args: NutePruneConfig, method: str) -> None:
             f"gate_type {args.gate_type} starts all units alike, so method {args.method} has "
             "nothing to rank: leave one of the two out"
         )
+    if gate_type.trained and not (args.max_steps and any(args.shares)):
+        raise UserError(
+            f"gate_type {args.gate_type} learns its masks in steps: pass max_steps above 0, and "
+            "ramp_share or freeze_share above 0"
+        )
     if args.fp16:
         raise UserError(
             "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "

@@ -169,7 +169,8 @@ def prepare(
     objective = TEXT if args.teachers == "none" else taught
     run, keep = Path(cast(str, args.output_dir)), args.device.type != "cpu"
     routing = objective.routing_weight > 0
-    coforward = CoForward(anatomy, hooks, objective.layer_distance, routing, run)
+    distance, normed = objective.layer_distance, objective.normed
+    coforward = CoForward(anatomy, hooks, distance, routing, run, normed)
     ramp, freeze = args.shares
     schedule = Schedule(targets, args.max_steps, ramp, freeze)
     ramp_steps = schedule.stage(0).ramp_steps * len(targets)

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -170,10 +171,29 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             self.optimizer = kind([{"params": lora, "weight_decay": decay}, *groups], **settings)
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """Make the schedule of LoRA's rate; what is trained of gates has a constant one.
+
+        As in the authors' code: else the multipliers slow down while sparsity still rises.
+        """
+        made = self.lr_scheduler is None
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if made and isinstance(schedule, LambdaLR):
+            own = set(self.gates.parameters())
+            for i, group in enumerate(schedule.optimizer.param_groups):
+                if own.intersection(group["params"]):
+                    schedule.lr_lambdas[i] = lambda _: 1.0
+                    group["lr"] = group["initial_lr"]  # the first step's is set already
+        return schedule
+
     # -- a step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Run one micro-batch; the first of a step prepares masks and teacher."""
+        if self.state.global_step != self.pruning.step:
+            self.parts = {}
         self.pruning.begin_step(self.state.global_step)
         with self.student(inputs):
             loss = super().training_step(model, inputs, *args)
@@ -189,9 +209,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return self.coforward.student(self.gates.masks(len(inputs["input_ids"])))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count the tokens (2,) of a step, of all processes; None where one knows of no padding."""
+        """Count the tokens (2,) of a step, of all processes; None where its parts are alike."""
         padded = any("attention_mask" in batch for batch in batch_samples)
-        if self.args.world_size == 1 and not padded:  # of several processes all have to answer
+        alike = not padded and len({batch["input_ids"].shape for batch in batch_samples}) == 1
+        if self.args.world_size == 1 and alike:  # of several processes all have to answer
             return None
         counts_2 = torch.stack([token_counts(batch) for batch in batch_samples]).sum(0).to(device)
         return self.accelerator.reduce(counts_2, "sum")
@@ -220,12 +241,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         passage = self.coforward.run(model, inputs, self.pruning.read_teacher())
         parts = self.objective.parts(passage, Head.of(self.anatomy), inputs)
         if isinstance(num_items_in_batch, Tensor):
-            batches = self.current_gradient_accumulation_steps * self.args.world_size
-            parts = by_tokens(parts, inputs, num_items_in_batch / batches)
+            all_batches = self.current_gradient_accumulation_steps * self.args.world_size
+            parts = by_tokens(parts, inputs, num_items_in_batch / all_batches)
         penalty = self.gates.penalty()
         if penalty is not None:
             parts["penalty"] = penalty
-        self.parts = {name: value.detach() for name, value in parts.items()}
+        batches = self.current_gradient_accumulation_steps
+        for name, value in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + value.detach() / batches
         loss = torch.stack(list(parts.values())).sum()
         return amplified(loss, self.loss_scale)
 
