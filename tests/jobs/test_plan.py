@@ -515,6 +515,25 @@ def test_a_run_with_a_ramp_is_planned_with_one(tmp_path: Path) -> None:
     assert plan["disk_bytes"]["teachers"] > 0
 
 
+def test_each_target_has_a_ramp_and_a_refit_of_its_own(tmp_path: Path) -> None:
+    def phases(**more: Any) -> dict[str, Phase]:
+        args = settings(tmp_path, max_steps=100, ramp_share=0.5, **more)
+        return {x.name: x for x in Run.of(config(), args, 24, torch.float32).phases()}
+
+    one, two = phases(target_sparsity=0.2), phases(target_sparsity=[0.1, 0.2])
+    for found in (one, two):
+        steps = {name: x.steps for name, x in found.items() if x.steps}
+        assert steps == {"step, ramp and teachers": 50, "step, fixed masks": 50}
+    assert two["re-fit"].need.flops == 2 * one["re-fit"].need.flops
+
+
+def test_masks_that_are_learned_are_planned_without_scores(tmp_path: Path) -> None:
+    args = settings(tmp_path, gate_type="hard_concrete", max_steps=100)
+    run = Run.of(config(), args, 24, torch.float32)
+    names = {x.name for x in run.before_steps()}
+    assert names == {"judging the dense model", "writing text", "re-fit"}
+
+
 @pytest.mark.slow(seconds=3)
 @pytest.mark.slow(seconds=10)
 def test_each_round_of_scoring_is_planned(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ def kind_met(asked: str, schedule: Schedule) -> str:
     return "dense" if asked == "numerous" and not schedule.ramps else asked
 
 
+def spacing_of(target: float) -> float:
+    """Return the sparsity from snapshot to snapshot: a point, or less where the target is small."""
+    return min(0.01, target / 10)
+
+
+def snapshots(target: float, ramp_steps: int) -> float:
+    """Return about how many snapshots a ramp leaves, at most one a step."""
+    return min(target / spacing_of(target), ramp_steps)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which teacher serves when.
@@ -71,9 +81,8 @@ class Plan:
             ramp_steps: optimizer steps on the way there.
             kind: of teachers, as in `Plan`.
         """
-        spacing = min(0.01, target / 10)
-        snapshots = min(target / spacing, ramp_steps)
-        return cls(spacing, min(10, max(1, round(snapshots / 2))), kind)
+        lag = min(10, max(1, round(snapshots(target, ramp_steps) / 2)))
+        return cls(spacing_of(target), lag, kind)
 
     def due(self, sparsity: float, newest: float) -> bool:
         """Return whether a snapshot is to be taken at a sparsity."""

@@ -80,10 +80,19 @@ class Schedule:
         )
 
     @property
+    def stages(self) -> list[Stage]:
+        """Each target's share of the run."""
+        return [self.stage(self._first(i)) for i in range(len(self.targets))]
+
+    @property
+    def ramp_steps(self) -> int:
+        """Steps of all ramps together."""
+        return sum(stage.ramp_steps for stage in self.stages)
+
+    @property
     def ramps(self) -> bool:
         """Whether a target is reached over several steps."""
-        starts = map(self._first, range(len(self.targets)))
-        return any(self.stage(step).ramp_steps > 1 for step in starts)
+        return any(stage.ramp_steps > 1 for stage in self.stages)
 
     def _first(self, index: int) -> int:
         return self.steps * index // len(self.targets)

@@ -114,8 +114,7 @@ def print_recovery(
 
 def stage_starts(trainer: NutePruneTrainer) -> list[int]:
     """Return the first step of each target's share of the run."""
-    schedule = trainer.schedule
-    return sorted({schedule.stage(step).first for step in range(max(1, schedule.steps))})
+    return sorted({stage.first for stage in trainer.schedule.stages})
 
 
 def print_report(job: PruneJob, output: Output) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.blocks import JUDGED
 from nuteprune.data.openings import TEXT_TOKENS
-from nuteprune.distill.teachers import kind_met
+from nuteprune.distill.teachers import kind_met, snapshots
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
@@ -176,7 +176,7 @@ class Run:
             found.append(Phase("writing text", need, FORMULA, read=self._read_to_write()))
         stops = stops_before(self.targets[-1], args, self.allocator.constraints.kinds)
         rounds = 1 + len(stops)
-        if method.reads:
+        if args.scored_blocks:  # masks that are learned ask for no scores
             scoring = self.simulated(Simulation.sloping).times(args.calibration_blocks)
             if method.reads_plain:
                 plain = args.calibration_blocks * method.reads_plain / PLAIN_BATCH
@@ -188,7 +188,7 @@ class Run:
             for k in self.allocator.constraints.kinds
             if k in ("heads", "kv_groups")
         )
-        if method.cuts and units:
+        if args.scored_blocks and method.cuts and units:
             copying = self.simulated(Simulation.copying)
             # Each unit alone, from its own layer on: half of the layers on the average.
             turns = units / 2
@@ -198,7 +198,7 @@ class Run:
             refit = self._one_by_one(Simulation.refitting, batches)
             if args.max_steps and (self.schedule.stage(0).freeze_step or len(self.targets) > 1):
                 refit += Need((MOMENTS - 1) * self.sizes.adapters, 0)  # it is between steps
-            found.append(Phase("re-fit", refit.times(rounds)))
+            found.append(Phase("re-fit", refit.times(len(stops) + len(self.targets))))
         return found
 
     def _one_by_one(self, phase: Callable[[Simulation, int], Need], batches: float) -> Need:
@@ -237,10 +237,9 @@ class Run:
 
     def steps(self) -> list[Phase]:
         """Return the kinds of steps that the run has."""
-        args, schedule = self.args, self.schedule
+        args = self.args
         each = args.gradient_accumulation_steps
-        first = schedule.stage(0)
-        ramp = min(args.max_steps, first.freeze_step) if args.max_steps else 0
+        ramp = sum(min(x.end, x.freeze_step) - x.first for x in self.schedule.stages)
         found = []
         if ramp > 0:
             snapshots = self.snapshots
@@ -285,7 +284,7 @@ class Run:
 def disk(run: Run) -> dict[str, float]:
     """Return the bytes that a run writes, by what they are for."""
     targets, sizes = run.targets, run.sizes
-    teachers = 100 * targets[-1] if run.snapshots else 0
+    teachers = snapshots(targets[-1], run.schedule.ramp_steps) if run.snapshots else 0
     refitted = sizes.refitted if run.args.compensation else 0
     checkpoint = 3 * sizes.adapters + refitted
     return {

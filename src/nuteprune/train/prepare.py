@@ -173,7 +173,7 @@ def prepare(
     coforward = CoForward(anatomy, hooks, distance, routing, run, normed)
     ramp, freeze = args.shares
     schedule = Schedule(targets, args.max_steps, ramp, freeze)
-    ramp_steps = schedule.stage(0).ramp_steps * len(targets)
+    kind = kind_met(args.teachers, schedule)
     gates = make_gates(allocator, allocator.equal_scores(), args)
     peft_model.add_module("nuteprune_gates", gates)
     if args.sharded:
@@ -190,7 +190,7 @@ def prepare(
         prices=prices,
         goals=goals,
         schedule=schedule,
-        plan=Plan.for_target(targets[-1], ramp_steps, kind_met(args.teachers, schedule)),
+        plan=Plan.for_target(targets[-1], schedule.ramp_steps, kind),
         teachers=Teachers(run / TEACHERS, allocator.layout, keep),
         gates=gates,
         objective=objective,
