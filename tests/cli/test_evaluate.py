@@ -46,6 +46,17 @@ def test_retention_is_dense_over_pruned(model: Path, text: Path, tmp_path: Path,
     assert "retained" not in stdout
 
 
+def test_each_embedded_text_is_in_domain_by_itself(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {name: [f"The {name} see the grapes. " * 9] * 9 for name in ("wikipedia", "recipes")}
+    monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda: texts)
+    asked = evaluate.Evaluation("unused", changes={"length": 24}, whole=True)
+    blocks = evaluate._blocks(asked, tiny_tokenizer, ["demo:wikipedia"])
+    kinds = {name: x.described["kind"] for name, x in blocks.items()}
+    assert kinds == {"wikipedia": "in-domain", "recipes": "other text"}
+
+
 @pytest.mark.slow
 def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     model: Path, text: Path, tmp_path: Path, run: Run

@@ -99,10 +99,13 @@ def test_who_taught_it(changes: dict[str, Any], words: str) -> None:
 
 
 def test_a_model_pruned_twice_is_told_from_the_intact_one() -> None:
-    first = a_record(
-        params={"before": 4000, "after": 2000, "blocks_before": 3200, "blocks_after": 1200}
-    )
-    text = model_card(a_record(history=[first]), remote_code=False)
+    counts = {"before": 4000, "after": 2000, "blocks_before": 3200, "blocks_after": 1200}
+    active = {"active_before": 1000, "active_after": 800}
+    first, again = a_record(params=counts | active), a_record()
+    last = again["params"] | {"active_before": 800, "active_after": 600}
+    text = model_card(again | {"params": last, "history": [first]}, remote_code=False)
+    assert "| active per token | 1,000 | 600 | -40.0% |" in text
+    text = model_card(a_record(history=[a_record(params=counts)]), remote_code=False)
     assert "# model, 71.9% of its decoder removed" in text  # 900 of 3200 are left
     assert "in 2 runs one after the other" in text
     assert "| parameters | 4,000 | 1,700 | -57.5% |" in text

@@ -194,6 +194,18 @@ def test_configs_state_rope_as_transformers_4_reads_it(
     assert config.get("rope_scaling") == scaling
 
 
+def test_configs_state_experts_as_transformers_4_reads_them(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """In transformers 4 `num_experts` is a setting of its own, and 128 without."""
+    model = tiny_model("qwen3_moe")
+    save(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    count = model.config.num_local_experts
+    assert config["num_experts"] == config["num_local_experts"] == count != 128
+    assert load_pruned(tmp_path / "model").config.num_local_experts == count
+
+
 def test_long_rope_is_stated_as_transformers_4_demands(case: Callable, tmp_path: Path) -> None:
     x = case("phi3")
     config = pruned_config(long_rope_config(case), x.family, x.shape)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from nuteprune.errors import UserError
@@ -103,6 +103,10 @@ def test_the_whole_around_a_pruned_language_model_is_the_masked_one(
         loaded(**given | {"pixel_values": 0 * given["pixel_values"]}, use_cache=False).logits,
         atol=1e-3,
     )
+
+    if shapes == "free":  # as lm-evaluation-harness asks for it
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **how)
+        assert type(found).__name__ == type(loaded).__name__
 
     dense = wrapper(name)
     kept = {k: x for k, x in loaded.named_parameters() if own_name(k) is None}

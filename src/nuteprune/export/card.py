@@ -141,8 +141,9 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     if not (history := record.get("history")):
         return dict(record)
     first, params = history[0], {**record["params"]}
-    for key in ("before", "blocks_before"):
-        params[key] = first["params"][key]
+    for key in ("before", "blocks_before", "active_before"):
+        if key in first["params"]:
+            params[key] = first["params"][key]
     return {
         **record,
         "params": params,

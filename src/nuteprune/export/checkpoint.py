@@ -134,7 +134,7 @@ def _write_beside(
         partial.mkdir(parents=True)
         model.generation_config = _savable(model.generation_config)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        _add_rope_keys_of_4(partial / "config.json", model.config)
+        _add_keys_of_4(partial / "config.json", model.config)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             save_for_older(partial)
@@ -176,12 +176,16 @@ def _move(source: Path, folder: Path) -> None:
     sync(folder)
 
 
-def _add_rope_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
-    """Add them to a config's file; of a model of several modalities, to its language model's."""
+def _add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
+    """Add what transformers 4 calls by another name to a config's file.
+
+    It takes defaults in silence without them. Of a model of several modalities they are added to
+    its language model's.
+    """
     inner = config.get_text_config()
     content = json.loads(path.read_text(encoding="utf-8"))
     of_language = content if inner is config else content["text_config"]
-    of_language |= _rope_keys_of_4(inner)
+    of_language |= _rope_keys_of_4(inner) | _expert_keys_of_4(inner)
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -193,7 +197,7 @@ ORIGINAL = "original_max_position_embeddings"
 
 
 def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the rope keys of transformers 4, which takes defaults in silence without them."""
+    """Return the rope keys of transformers 4."""
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return {}
@@ -210,6 +214,13 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
         factors = {key: full[key] for key in ("short_factor", "long_factor")}
         return keys | {"rope_scaling": {"type": "longrope", **factors}}
     return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}
+
+
+def _expert_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return how many experts there are, by the name that transformers 4 has for it."""
+    family = family_named(config.model_type)
+    name = family.experts.count_in_4 if family.experts else ""
+    return {name: getattr(config, family.config_names["experts"])} if name else {}
 
 
 def header_bytes(tensors: Mapping[str, tuple[Sequence[int], int]], dtype: torch.dtype) -> int:

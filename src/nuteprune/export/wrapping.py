@@ -89,6 +89,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
         "AutoConfig": stock.__name__,
         "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
         "AutoModelForImageTextToText": wrapper.conditional,
+        "AutoModelForCausalLM": wrapper.conditional,  # what lm-evaluation-harness asks for
     }
     values |= {
         "model_type": PREFIX + wrapper.model_type,

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output
-from nuteprune.data.specs import DEMO
+from nuteprune.data.specs import DEMO, embedded
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
@@ -200,7 +200,6 @@ def _blocks(
         published = spec.partition("=")[0] in protocols.TEXTS
         name = protocol or ("nuteprune" if published else protocols.HELD_OUT)
         how = protocols.changed(protocols.protocol_named(name), **asked.changes)
-        kind = None if calibrated is None else kind_of(spec, calibrated)
         found = texts.rows_of(spec, whole=whole, text_column=asked.text_column, tokenizer=tokenizer)
         for source, read in found.items():
             if source in cut:
@@ -208,6 +207,8 @@ def _blocks(
                     f"two texts are called {source}: name each only once, or rename a file"
                 )
             made = texts.make_blocks(source, read(), tokenizer, how)
+            own = f"{DEMO}:{source}" if embedded(spec) else spec  # each of its texts by itself
+            kind = None if calibrated is None else kind_of(own, calibrated)
             part = "all" if whole or published else "held-out"
             described = {"kind": kind, "protocol": name, "part": part, **made.described}
             cut[source] = dataclasses.replace(made, described=described)

@@ -38,7 +38,7 @@ QWEN3_MOE = replace(
     model_type="qwen3_moe",
     causal_lm="Qwen3MoeForCausalLM",
     qk_norms=QK_NORMS,
-    experts=Experts(),
+    experts=Experts(count_in_4="num_experts"),
     config_names=MappingProxyType(
         {
             **CONFIG_NAMES,

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.files import damage
+from nuteprune.gates.gates import sparsity_of
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -71,7 +72,6 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
         ) from error
     if allocator is None:
         return anatomy.model.eval(), None
-    MaskHooks(anatomy, Masks(allocator.layout, state.masks).to(anatomy.model.device))
-    hard = {kind: (value > 0).float().cpu() for kind, value in state.masks.items()}
-    sparsity = allocator.budget.expected_sparsity(Masks(allocator.layout, hard))
-    return anatomy.model.eval(), float(sparsity)
+    masks = Masks(allocator.layout, state.masks)
+    MaskHooks(anatomy, masks.to(anatomy.model.device))
+    return anatomy.model.eval(), sparsity_of(allocator, masks)
