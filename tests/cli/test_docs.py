@@ -72,7 +72,7 @@ HOW = {
     "accelerate launch --num_processes 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --report-to tensorboard": PARSED,
-    "nuteprune eval small --against Qwen/Qwen3-0.6B --data my_text.jsonl": EXECUTED,
+    "nuteprune eval small --against Qwen/Qwen3-0.6B --data my_text.jsonl --data demo": PARSED,
     "nuteprune eval small --against demo --data demo --data code.jsonl "
     "--data medicine.jsonl": PARSED,
     "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
@@ -94,7 +94,6 @@ HOW = {
     "nuteprune recover small --against Qwen/Qwen3-0.6B --data my_text.jsonl --out better": EXECUTED,
     "nuteprune recover small --against huggyllama/llama-7b --data alpaca.json "
     "--out better": EXECUTED,
-    "nuteprune export small --to gguf --out small.gguf": EXECUTED,
     "nuteprune export small --to gguf --out small.gguf --type q8_0": EXECUTED,
     "nuteprune export better --to gguf --out better.gguf": EXECUTED,
     "nuteprune export PRUNED --to gguf --out model.gguf --type q8_0": EXECUTED,

@@ -140,7 +140,9 @@ def test_instructions_by_epochs(pruned: Path, text: Path, tmp_path: Path, run: R
     assert 270 <= entry["sequences"] <= 300
     assert entry["steps"] == -(-entry["sequences"] // 4) // 10 + 1
     assert f"Run     {entry['steps']} steps of 4 x 128 tokens" in stderr
-    assert "1 rows without an answer within 128 tokens left out" in stderr or entry["sequences"] < 300
+    assert (
+        "1 rows without an answer within 128 tokens left out" in stderr or entry["sequences"] < 300
+    )
     # Judged by other blocks than the pruned model was: nothing of the dense model to set beside.
     assert record["perplexity"]["before"] == {}
     assert run("inspect", out)[0] == 0

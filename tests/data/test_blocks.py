@@ -133,7 +133,9 @@ class TestBlocks:
         spec = write_text(tmp_path, [words(0, 40)])
         with pytest.raises(UserError, match=r"training part.: 41 tokens, and a block takes 64; pa"):
             training_blocks(spec, tokenizer, length=64, count=1, seed=0)
-        with pytest.raises(UserError, match=r"held-out part, about 5 %.: 0 tokens, .*64; pass .*--eval-data"):
+        with pytest.raises(
+            UserError, match=r"held-out part, about 5 %.: 0 tokens, .*64; pass .*--eval-data"
+        ):
             held_out_blocks(spec, tokenizer, length=64, count=1)
 
     @pytest.mark.parametrize(("length", "count"), [(1, 1), (8, 0), (-1, 1)])

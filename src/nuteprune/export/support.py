@@ -34,6 +34,8 @@ What holds for all:
 - The first layer with attention keeps it.
 - Each layer keeps one KV group and one multiple of neurons, unless a block gate removes the block.
 - A layer keeps at least as many experts as a token is routed to.
+- Where routers choose among groups of experts first (`n_group` above 1, as in DeepSeek-V3),
+  `experts` is refused; `expert_neurons` is not, with free shapes.
 - Where each head has its own keys and values, `kv_groups` is the same as `heads`.
 - Some stock configs demand that the head count divides the width (llama, gemma2). Uniform shapes
   then keep head counts that do.

@@ -100,7 +100,9 @@ def print_recovery(
     count = len(cast(Any, training))
     what = "plain text"
     if isinstance(training, Examples):
-        without = f" ({training.skipped} rows without an answer within {job.length} tokens left out)"
+        without = (
+            f" ({training.skipped} rows without an answer within {job.length} tokens left out)"
+        )
         what = f"{count} examples, answers learned{without if training.skipped else ''}"
     output.line(f"Data    {job.text}: {what}")
     each = args.sequences_per_step
