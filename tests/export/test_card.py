@@ -74,6 +74,9 @@ def test_the_card_says_what_text_is_judged_and_how_it_copies() -> None:
     }
     text = model_card(a_record(config=config, copying=copying), remote_code=False)
     assert "Perplexity, on held-out text of other.txt: how." in text
+    recover = {"data": "a", "steps": 9, "eval_data": "/home/me/other.txt"}
+    recovered = model_card(a_record(recover=recover), remote_code=False)
+    assert "Perplexity, on held-out text of other.txt: how." in recovered
     assert "| copying, tokens right | 64.0 % | 31.2 % | × 0.49 |" in text
     assert "Copying from context: a sequence, repeated; 3,200 tokens." in text
     nothing = {"before": 0.0, "after": 0.0, "protocol": copying["protocol"]}

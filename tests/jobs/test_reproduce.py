@@ -45,6 +45,7 @@ def test_a_recovery_is_made_again_from_the_target_that_it_was_of() -> None:
     config = {"model": "demo", "stops": [0.1], "target_sparsity": 0.2, "max_steps": 9}
     first = {"data": "a b.txt", "text_column": "text", "steps": 5, "dtype": "auto", "seed": 3}
     second = {"data": "demo", "epochs": 0.5, "steps": 7, "asked_for": "epochs", "earlier": first}
+    second["eval_data"] = "c.txt"
     record = {"config": config, "target": 0.1, "recover": second}
     pruning, *tunings = (" ".join(parts) for parts in reproduce.commands(record, "out"))
     assert pruning.startswith("nuteprune prune demo --sparsity 0.1,0.2 --steps 9")
@@ -52,7 +53,7 @@ def test_a_recovery_is_made_again_from_the_target_that_it_was_of() -> None:
     assert tunings == [
         "nuteprune recover out-0/sparsity-0.1 --text-column text --data 'a b.txt' --steps 5 "
         "--seed 3 --out out-1",
-        "nuteprune recover out-1 --data demo --epochs 0.5 --out out",
+        "nuteprune recover out-1 --data demo --eval-data c.txt --epochs 0.5 --out out",
     ]
     assert reproduce.commands({"recover": first}, "out") == []
 

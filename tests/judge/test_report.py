@@ -417,6 +417,7 @@ def test_the_report_says_what_text_is_judged_and_how_it_copies(tmp_path: Path) -
         ({"data": "self"}, {"recover": {"data": "mine.jsonl"}}, "other text"),
         ({"data": "self"}, {"recover": {"data": "demo"}}, "in-domain text"),
         ({"data": "self", "eval_data": "a.txt"}, {"recover": {"data": "a.txt"}}, "in-domain text"),
+        ({"data": "demo"}, {"recover": {"data": "demo", "eval_data": "a.txt"}}, "other text"),
         ({}, {}, None),
     ],
 )

@@ -136,6 +136,12 @@ def _again(record: Mapping[str, Any]) -> str:
     return f", in {times} runs one after the other" if times > 1 else ""
 
 
+def named_to_judge(record: Mapping[str, Any]) -> str | None:
+    """Return what `--eval-data` named, of the last recovery or else of the run; None: nothing."""
+    runs = (record.get("recover", {}), record.get("config", {}))
+    return next((str(x["eval_data"]) for x in runs if x.get("eval_data")), None)
+
+
 def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a model pruned several times with the counts of the dense model."""
     if not (history := record.get("history")):
@@ -215,11 +221,12 @@ def _protocols(record: Mapping[str, Any]) -> str:
     """Say how the table's figures were made, and what text perplexity is of."""
     config, said = record.get("config", {}), []
     if measure := record.get("perplexity", {}).get("protocol", {}).get("measure"):
-        data, judged = config.get("data"), config.get("eval_data")
+        data = config.get("data")
+        judged = named_to_judge(record)
         in_domain = data and data not in (SELF, [SELF])
         text = " of what it was calibrated on (in-domain)" if in_domain else ""
         if judged not in (None, data):
-            text = f" of {_plain(_public(str(judged)))}"
+            text = f" of {_plain(_public(judged))}"
         said.append(f"Perplexity, on held-out text{text}: {measure}.")
     if how := record.get("copying", {}).get("protocol"):
         said.append(f"Copying from context: {how['measure']}; {how['tokens']:,} tokens.")

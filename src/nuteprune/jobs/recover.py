@@ -243,6 +243,7 @@ def _settings(
         "kind": kind,
         "template": job.template if kind == INSTRUCTIONS else None,
         "text_column": job.text_column,
+        "eval_data": job.eval_data,
         "sequences": len(cast(Any, training)),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch if kind == INSTRUCTIONS else None,

@@ -26,7 +26,7 @@ TUNING = {
     if x.metadata["option"] and not x.metadata["flag"] and x.metadata["role"] != CALL
 }
 """What a record says of a recovery, and the options of `nuteprune recover` for it."""
-NOT_OF_RECORD = ("eval_data", "accumulation", "save_steps", "device")
+NOT_OF_RECORD = ("accumulation", "save_steps", "device")
 """Options of `recover` that its entry in a record does not speak of, or not in its words."""
 
 BOOKKEEPING = frozenset({"save_steps", "save_total_limit", "dataloader_pin_memory"})

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nuteprune.data.specs import DEMO
-from nuteprune.export.card import since_dense
+from nuteprune.export.card import named_to_judge, since_dense
 from nuteprune.export.record import perplexities_of
 from nuteprune.gates.budget import gone
 from nuteprune.judge import bench
@@ -114,7 +114,8 @@ def headline(
 def text_kind(record: Mapping[str, Any]) -> str | None:
     """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
     config, calibrated = record.get("config", {}), calibrated_on(record)
-    judged = [str(config["eval_data"])] if config.get("eval_data") else named(config.get("data"))
+    own = named_to_judge(record)
+    judged = named(config.get("data")) if own is None else [own]
     if not (judged and calibrated):
         return None
     # Text of its own has no held-out part: alone it is judged by the demo's.
