@@ -96,8 +96,22 @@ def test_work_is_that_of_the_modules(tiny_name: str, tiny_model) -> None:
     # Of 6 tokens the first meets one key and one value, the last six.
     met = sum(2 * work.queries * (t + 1) for t in range(6))
     assert work.prefill(SETTING) == 2 * (6 * work.blocks + head.numel() + met)
-    # Three steps read the cache of 7, 8 and 9 tokens, of two sequences.
-    assert work.decode(SETTING) == 4 * (work.moved + 2 * 8 * work.cached)
+    # Three steps read the cache of 7, 8 and 9 tokens, of two sequences; some tiny windows are 6.
+    unread = sum(each * max(0, 8 - window) for window, _, each in work.windows)
+    assert work.decode(SETTING) == 4 * (work.moved + 2 * (8 * work.cached - unread))
+
+
+def test_a_window_bounds_what_a_token_meets_and_reads(tiny_model) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = tiny_model("gemma2", sliding_window=4, layer_types=kinds)
+    work, whole = Work.of(model), Work.of(tiny_model("gemma2", sliding_window=64))
+    queries, cached = work.queries // 3, work.cached // 3
+    assert work.windows == ((4, queries, cached),) * 2
+    setting = Setting(2, 10, 3)
+    less = sum(2 * queries * (t + 1 - min(t + 1, 4)) for t in range(10))
+    assert work.prefill(setting) == whole.prefill(setting) - 2 * 2 * less
+    # Three steps read the cache of 11, 12 and 13 tokens, and of 4 where there is a window.
+    assert work.decode(setting) == whole.decode(setting) - 4 * 2 * 2 * (12 - 4) * cached
 
 
 @pytest.mark.parametrize(("experts", "per_token"), [(16, 2), (64, 8), (8, 8)])

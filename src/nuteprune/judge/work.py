@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
 
+_ENDLESS = 2**62
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -44,6 +46,8 @@ class Work:
         mlp_blocks: MLPs, likewise.
         per_token: routed experts that a token goes through.
         stacks: (routed experts, parameters of each) of each layer that has some.
+        windows: (tokens, features of its queries, keys and values that it keeps of a token) of each
+            layer whose attention sees no more tokens than that.
     """
 
     parameters: int
@@ -58,6 +62,7 @@ class Work:
     mlp_blocks: int
     per_token: int = 0
     stacks: tuple[tuple[int, int], ...] = ()
+    windows: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Work:
@@ -68,6 +73,8 @@ class Work:
         budget = Budget.of(anatomy)
         idle = budget.idle(budget.shape)
         routed = [(layer.experts, budget.expert(layer)) for layer in layers if layer.experts]
+        seen = zip(anatomy.cached_tokens(_ENDLESS), layers, strict=True)
+        each_head = anatomy.head_dim, anatomy.cached_features
         return cls(
             everything,
             budget.before - idle,
@@ -81,14 +88,22 @@ class Work:
             sum(layer.mlp for layer in layers),
             budget.per_token,
             tuple((n, each[0] * budget.shape.hidden + each[1]) for n, each in routed),
+            tuple(
+                (tokens, each_head[0] * x.heads, round(each_head[1] * x.kv_heads))
+                for tokens, x in seen
+                if tokens < _ENDLESS and x.attention
+            ),
         )
 
     def prefill(self, setting: Setting) -> int:
         """Multiply-adds in a prefill; the head serves only the last token.
 
-        A token's queries meet the keys and the values of all tokens up to it.
+        A token's queries meet the keys and the values of all tokens up to it, within a window.
         """
         met = self.queries * setting.length * (setting.length + 1)
+        for window, queries, _ in self.windows:
+            beyond = max(0, setting.length - window)
+            met -= queries * beyond * (beyond + 1)
         return setting.batch_size * (setting.length * self.blocks + self.head + met)
 
     def decode(self, setting: Setting) -> float:
@@ -97,7 +112,8 @@ class Work:
         Weights are read once for the whole batch, those of an expert if any token goes through it.
         """
         held = setting.length + (setting.new_tokens + 1) / 2
-        read = setting.batch_size * held * self.cached + self.moved
+        beyond = sum(each * max(0.0, held - window) for window, _, each in self.windows)
+        read = setting.batch_size * (held * self.cached - beyond) + self.moved
         for experts, each in self.stacks:
             met = experts_met(experts, self.per_token, setting.batch_size)
             read += (met - self.per_token) * each
