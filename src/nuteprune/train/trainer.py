@@ -192,12 +192,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Run one micro-batch; the first of a step prepares masks and teacher."""
-        if self.state.global_step != self.pruning.step:
-            self.parts = {}
+        before = self.parts if self.state.global_step == self.pruning.step else {}
         self.pruning.begin_step(self.state.global_step)
         with self.student(inputs):
             loss = super().training_step(model, inputs, *args)
         self.gates.observe()
+        share = 1 / self.current_gradient_accumulation_steps
+        self.parts = {k: before.get(k, 0.0) + share * x for k, x in self.parts.items()}
         return loss
 
     def student(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
@@ -211,7 +212,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the tokens (2,) of a step, of all processes; None where its parts are alike."""
         padded = any("attention_mask" in batch for batch in batch_samples)
-        alike = not padded and len({batch["input_ids"].shape for batch in batch_samples}) == 1
+        alike = not padded and len({batch["input_ids"].shape for batch in batch_samples}) <= 1
         if self.args.world_size == 1 and alike:  # of several processes all have to answer
             return None
         counts_2 = torch.stack([token_counts(batch) for batch in batch_samples]).sum(0).to(device)
@@ -241,14 +242,12 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         passage = self.coforward.run(model, inputs, self.pruning.read_teacher())
         parts = self.objective.parts(passage, Head.of(self.anatomy), inputs)
         if isinstance(num_items_in_batch, Tensor):
-            all_batches = self.current_gradient_accumulation_steps * self.args.world_size
-            parts = by_tokens(parts, inputs, num_items_in_batch / all_batches)
+            batches = self.current_gradient_accumulation_steps * self.args.world_size
+            parts = by_tokens(parts, inputs, num_items_in_batch / batches)
         penalty = self.gates.penalty()
         if penalty is not None:
             parts["penalty"] = penalty
-        batches = self.current_gradient_accumulation_steps
-        for name, value in parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + value.detach() / batches
+        self.parts = {name: value.detach() for name, value in parts.items()}
         loss = torch.stack(list(parts.values())).sum()
         return amplified(loss, self.loss_scale)
 
