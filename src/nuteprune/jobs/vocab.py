@@ -204,10 +204,9 @@ def _count(
                     for ids in tokenizer(texts, add_special_tokens=False).input_ids:
                         counted.update(ids)
                     read += sum(map(len, texts))
+                    bars.update(f"counting {name}", read, MOST_CHARACTERS)
                     if read >= MOST_CHARACTERS:
                         break
-                    bars.update(f"counting {name}", read, MOST_CHARACTERS)
-                bars.update(f"counting {name}", read, read)
     return counted
 
 
