@@ -104,6 +104,24 @@ def test_prune_eval_and_inspect(model: Path, text: Path, tmp_path: Path, run: Ru
     assert judged[str(model)] == pytest.approx(record["perplexity"]["before"], rel=1e-3)
 
 
+@pytest.mark.parametrize("frozen", [0.5, 1.0], ids=["half-way", "at the end"])
+def test_learned_masks_frozen_far_from_the_target_are_told_of(
+    frozen: float, model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    few = options(model, text, tmp_path / "out", steps=4)
+    learned = ["--set", "gate_type=hard_concrete", "--set", f"freeze_share={frozen}"]
+    code, _, err = run(*few, *learned)
+    assert code == 0, err
+    steps = (tmp_path / "out/run/metrics.jsonl").read_text().splitlines()
+    before = json.loads(steps[0 if frozen < 1 else 3])  # the last step with masks that move
+    told = [line for line in err.splitlines() if line.startswith("learned masks were frozen")]
+    assert len(told) == 1, err
+    assert f"expected to cut {before['sparsity']:.1%}, not {before['target']:.1%}" in told[0]
+
+    code, _, err = run(*options(model, text, tmp_path / "ranked", steps=4))
+    assert (code, "were frozen" in err) == (0, False), err
+
+
 def test_the_dtype_of_the_input_is_kept(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     half = load_pruned(model, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")

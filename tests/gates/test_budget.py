@@ -126,6 +126,18 @@ def test_gradients_of_expected_sparsity_are_finite_differences(name: str) -> Non
     assert torch.autograd.gradcheck(sparsity, leaves)
 
 
+def test_layers_without_experts_count_none(tiny_model) -> None:
+    anatomy = Anatomy(tiny_model("glm4_moe"))
+    budget = Budget.of(anatomy)
+    assert [x.experts for x in budget.shape.layers] == [0, 6, 6]
+    layout = Layout(budget.shape, budget.head_dim)
+    masks = Masks.open(layout, ["experts", "expert_neurons"])
+    assert budget.expected_sparsity(masks) == pytest.approx(0, abs=1e-6)
+    masks.values["experts"][0] = 0
+    gone = budget.shape.cut_to({"layers": [{}, {"experts": 5}, {}]})
+    assert budget.expected_sparsity(masks) == pytest.approx(budget.sparsity(gone), rel=1e-4)
+
+
 def test_hard_masks_have_the_sparsity_of_their_shape(tiny_model, plain_name: str) -> None:
     """Layer 0 keeps one head and 13 neurons, layer 1 no attention, layer 2 no MLP."""
     anatomy = Anatomy(tiny_model(plain_name))

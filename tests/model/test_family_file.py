@@ -99,6 +99,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
             "hidden -> q",
             "k_proj: q would be 64 outputs in the model that was tried",
         ),
+        ("hidden -> kv", "hidden -> mixer", "k_proj: mixer is an axis of mixers alone"),
         ("mlp.up_proj", "mlp.act_fn", "mlp: mlp.act_fn: it is a SiLU"),
         (
             "norm: rms\n",

@@ -126,11 +126,16 @@ def test_no_text_is_read_where_nothing_has_lost_inputs(tiny_model) -> None:
 
 
 # What differs in a re-fit: grouped queries, biases, blocks side by side, norms after the blocks,
-# shared experts beside routed ones, and such that are weighed.
+# shared experts beside routed ones, and such that are weighed; multiples of what blocks write, in
+# the layer (granite) or in the block itself (falcon_h1).
 WRITES = {
     "llama": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
     "granite": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
     "gpt_neox": ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "falcon_h1": (
+        "model.layers.{}.self_attn.o_proj",
+        "model.layers.{}.feed_forward.down_proj",
+    ),
     "gemma2": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
     "glm4_moe": (
         "model.layers.{}.self_attn.o_proj",
@@ -141,12 +146,20 @@ WRITES = {
         "model.layers.{}.mlp.shared_expert.down_proj",
     ),
 }
-ALL_WITH_EXPERTS = {"glm4_moe": {"first_k_dense_replace": 0}, "qwen2_moe": {"mlp_only_layers": []}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "glm4_moe": {"first_k_dense_replace": 0},
+    "qwen2_moe": {"mlp_only_layers": []},
+    "falcon_h1": {"mlp_multipliers": [0.9, 0.6]},
+}
+"""All layers have experts; an MLP multiplies what it gives."""
+SCALES = {"granite": (0.5, 0.5), "falcon_h1": (1.5, 0.6)}
+"""By what attention and MLP are multiplied on their way to the stream, where that is not 1."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 READS = {
     "llama": [f"model.layers.{{}}.{norm}" for norm in NORMS],
     "granite": [f"model.layers.{{}}.{norm}" for norm in NORMS],
     "gpt_neox": [f"gpt_neox.layers.{{}}.{norm}" for norm in NORMS],
+    "falcon_h1": ["model.layers.{}.input_layernorm", "model.layers.{}.pre_ff_layernorm"],
     "gemma2": [None, None],  # what blocks write goes through a norm
     "glm4_moe": [f"model.layers.{{}}.{norm}" for norm in NORMS],
     "qwen2_moe": ["model.layers.{}.input_layernorm", None],
@@ -203,8 +216,9 @@ def fitted_anew(
     """
     found = {}
     for i in range(3):
-        for place, norm, mask in zip(
-            WRITES[name], READS[name], (masks.attention_input(i), masks.mlp_input(i)), strict=True
+        both = masks.attention_input(i), masks.mlp_input(i)
+        for place, norm, mask, scale in zip(
+            WRITES[name], READS[name], both, SCALES.get(name, (1, 1)), strict=True
         ):
             path = place.format(i)
             linear: Any = model.get_submodule(path)
@@ -216,7 +230,7 @@ def fitted_anew(
                 missing_MO = x_MI @ bases[path].T - x_MK @ weight_OI[:, kept_I].T
                 if norm is not None:
                     theirs, ours = (reads(x, norm.format(i), tokens_NT) for x in (intact, model))
-                    missing_MO += FEEDBACK * (theirs - ours)
+                    missing_MO += FEEDBACK / scale * (theirs - ours)
                 size = x_MK.shape[1]
                 inputs = torch.cat([x_MK, (RIDGE * x_MK.square().sum(0)).sqrt().diag()])
                 outputs = torch.cat([missing_MO, torch.zeros(size, len(weight_OI)).double()])
@@ -242,7 +256,7 @@ REFITS = [
 def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) -> None:
     random = torch.Generator().manual_seed(5)
     tokens_NT = torch.randint(3, 90, (40, 24), generator=random)
-    changes = ALL_WITH_EXPERTS.get(name, {})
+    changes = CHANGES.get(name, {})
     intact = tiny_model(name, **changes).double().requires_grad_(False)
     intact.set_experts_implementation("eager")  # which alone takes float64
     reference = deepcopy(intact)

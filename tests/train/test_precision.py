@@ -118,6 +118,17 @@ def test_noise_differs_from_seed_to_seed(tiny_model, tmp_path: Path) -> None:
     assert len({tuple(x.flatten().tolist()) for x in drawn}) == 4
 
 
+@pytest.mark.parametrize("place", ["lm_head", "model.layers.1.mlp.up_proj"])
+def test_a_model_that_overflows_is_told_of_while_it_is_scored(
+    place: str, tiny_model, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.get_submodule(place).weight.data[3] = float("inf")
+    trainer = make(model, tmp_path, method="surgeon")
+    with pytest.raises(RunFailed, match=r"surgeon gave scores that are not finite.*float32"):
+        trainer.train()
+
+
 def test_scores_that_are_not_finite_end_the_run(
     tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from nuteprune import UserError, load_pruned
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.shape import LayerShape, Shape
 from nuteprune.train.step_cost import seconds_per_step
 
 from .conftest import make
@@ -145,12 +146,41 @@ def test_dimensions_chosen_by_the_user_come_out(
         trainer.train()
     trainer.finalize()
     record = trainer.save_pruned(tmp_path / "out")
-    rows = [{k: row[k] for k in ("heads", "kv_heads", "neurons")} for row in record["layers"]]
-    assert rows == wanted.to_dict()["layers"]
+    counts = ("heads", "kv_heads", "neurons")
+    rows = [LayerShape(**{k: row[k] for k in counts}) for row in record["layers"]]
+    assert rows == list(wanted.layers)
     assert record["hidden"]["after"] == wanted.hidden
     # What one run gave, another can be asked for.
     again = make(tiny_model("llama"), tmp_path / "again", shape=record)
     assert again.allocator.constraints.floor == wanted
+
+
+def test_a_count_for_all_layers_is_of_those_that_have_any(tiny_model) -> None:
+    hybrid = Anatomy(tiny_model("qwen3_5_text")).shape
+    with_heads = [x.attention for x in hybrid.layers]
+    assert True in with_heads and False in with_heads
+    kept = hybrid.cut_to({"kv_heads": 1})
+    assert [x.kv_heads for x in kept.layers] == [int(x) for x in with_heads]
+    mixture = Anatomy(tiny_model("glm4_moe")).shape
+    assert [x.experts for x in mixture.layers] == [0, 6, 6]
+    assert [x.experts for x in mixture.cut_to({"experts": 4}).layers] == [0, 4, 4]
+    with pytest.raises(UserError, match="experts is 4; it must be a whole number from 0 to 0"):
+        hybrid.cut_to({"experts": 4})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text", "glm4_moe"])
+def test_a_shape_comes_back_from_what_is_written_of_it(name: str, tiny_model) -> None:
+    whole = Anatomy(tiny_model(name)).shape
+    rows: list[dict[str, Any]] = [{}, {"mlp": False}, {"attention": False}]
+    kept = whole.cut_to({"layers": rows})
+    assert (kept.layers[1].mlp, kept.layers[2].mixes) == (False, False)
+    assert whole.cut_to(kept.to_dict()) == Shape.from_dict(kept.to_dict()) == kept
+
+
+def test_a_mixer_alone_is_not_cut(tiny_model) -> None:
+    whole = Anatomy(tiny_model("falcon_h1")).shape
+    with pytest.raises(UserError, match="layer 1 has mixer: false; .*pass attention: false"):
+        whole.cut_to({"layers": [{}, {"mixer": False}, {}]})
 
 
 def test_blocks_may_be_named_as_gone(tiny_model) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from nuteprune.model.family import config_number
 from nuteprune.model.shape import Shape
 
 BLOCK = 32
@@ -116,9 +117,8 @@ class Arch:
     def folded_in(self, role: str, config: Any) -> float:
         """Return what multiplies a role's map, as the architecture does not."""
         found = 1.0
-        for name, _, index in (x.partition(".") for x in self.folded.get(role, ())):
-            value = getattr(config, name)
-            found *= value[int(index)] if index else value
+        for name in self.folded.get(role, ()):
+            found *= config_number(config, name)
         return found
 
     @property

@@ -49,8 +49,13 @@ class Watched:
     """An output (`heads`) or down (`neurons`) projection, and the moments of its inputs."""
 
     units: str
-    weight_OI: Tensor
+    linear: nn.Linear
     moments: Moments
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """Its weight in fp32, unpacked anew at each call: what is packed stays so."""
+        return weight_of(self.linear).float()
 
 
 @contextmanager
@@ -68,7 +73,7 @@ def watching_inputs(anatomy: Anatomy) -> Iterator[list[Watched]]:
                 linear = anatomy.linear(layer, projection)
                 if linear is None:
                     continue
-                watch = Watched(units, weight_of(linear), Moments(linear.in_features))
+                watch = Watched(units, linear, Moments(linear.in_features))
                 watched.append(watch)
                 stack.enter_context(linear.register_forward_pre_hook(_adding(watch.moments)))
         yield watched

@@ -191,6 +191,8 @@ def gone(before: float, after: float) -> float:
 
 def _expected_experts(keep: Masks, index: int, layer: LayerShape) -> tuple[Any, Any]:
     """Return how many experts of a layer are kept, and how many neurons in all of them."""
+    if not layer.experts:
+        return 0, 0
     experts, neurons = keep.part("experts", index), keep.part("expert_neurons", index)
     count = layer.experts if experts is None else experts.sum()
     if neurons is None:

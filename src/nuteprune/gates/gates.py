@@ -99,7 +99,8 @@ class RankedGates(Gates):
 
     The score of unit u is the diagonal Fisher information of its mask, sum over sequences of
     (d loss / d mask_u)^2, first from the warm start, then as a moving average over training steps.
-    Removed units get gradients too, and so may return.
+    Removed units get gradients too, and so may return; experts do not, since no token is sent to
+    one that is gone.
 
     Args:
         allocator: turns scores into exportable shapes and masks.

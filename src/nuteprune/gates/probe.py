@@ -5,16 +5,18 @@ Shape suffixes: B batch, T tokens, N units of one kind in the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nuteprune.errors import RunFailed
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.simulated import usual
 
 LOSS_SCALE = 2.0**10
 """What a loss is multiplied by before its backward pass, and gradients divided by after it: float16
@@ -62,3 +64,16 @@ class Probe:
             kept = no_logits(ids_BT)
             self.anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept)
             self.progress()
+
+
+def check_finite(values: Iterable[Tensor], method: str) -> None:
+    """Refuse figures of a scoring that overflowed.
+
+    Raises:
+        RunFailed: if there are such.
+    """
+    if not all(usual(value.isfinite().all()) for value in values):
+        raise RunFailed(
+            f"scoring by {method} gave scores that are not finite: activations or gradients "
+            "overflow; use --dtype float32"
+        )

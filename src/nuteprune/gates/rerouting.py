@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class Rerouted:
         weight_SE = self._weights(hidden_SD, left)
         without = [self._weights(hidden_SD, [x for x in left if x != e]) for e in left]
         # Whoever is chosen at all, by each token: its k best, and the one that steps in.
-        most_SE = torch.stack([weight_SE, *without]).amax(0)
+        most_SE = reduce(torch.maximum, without, weight_SE)
         chosen_SJ = most_SE.topk(self.mixture.per_token + 1).indices
         given_SJD = self._given(hidden_SD, chosen_SJ, most_SE)
 

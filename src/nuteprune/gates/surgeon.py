@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.expert_neurons import neuron_costs, noting_routed, watched_experts
-from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
+from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores, check_finite
 from nuteprune.gates.removal import removal_costs
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
@@ -78,6 +78,7 @@ def removal_scores(probe: Probe, slopes: Mapping[Key, Tensor]) -> Scores:
             found["expert_neurons"].append(costs_EF.flatten())
         for block in blocks:
             covariance_II = covariances.pop(block).div_(tokens)
+            check_finite([covariance_II.diagonal()], "surgeon")
             lengths_I = slopes[block, layer].sqrt()
             kinds = [kind for kind in probe.kinds if READ[kind] == block]
             counts = [probe.layout.sizes[kind][layer] for kind in kinds]
@@ -131,6 +132,7 @@ def input_slopes(probe: Probe) -> dict[Key, Tensor]:
 def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
     # A function of its own: no logits of one batch are left when the next one runs.
     logits_BTV = probe.anatomy.model(input_ids=ids_BT, use_cache=False).logits
+    check_finite([logits_BTV], "surgeon")  # no tokens could be drawn from others
     slope_BTV = drawn_slope(logits_BTV.detach(), generator).mul_(LOSS_SCALE)
     logits_BTV.backward(slope_BTV.to(logits_BTV.dtype))
 

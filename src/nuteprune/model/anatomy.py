@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.model.family import Family, Projection
+from nuteprune.model.family import Family, Projection, config_number
 from nuteprune.model.lookup import family_named
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import count
@@ -249,10 +249,16 @@ class Anatomy:
 
     def cached_tokens(self, context: int) -> tuple[int, ...]:
         """Return how many tokens of a context each layer's attention keeps keys and values of."""
-        window = int(getattr(self.config, "sliding_window", None) or context)
         sliding = "sliding_attention"
+        names = {sliding: "sliding_window", "chunked_attention": "attention_chunk_size"}
+        windows = {kind: getattr(self.config, name, None) for kind, name in names.items()}
         kinds = getattr(self.config, "layer_types", None) or [sliding] * len(self.layers)
-        return tuple(min(context, window) if kind == sliding else context for kind in kinds)
+        return tuple(min(context, windows.get(kind) or context) for kind in kinds)
+
+    def block_scale(self, block: str) -> float:
+        """Return by what the last projection of a block is multiplied on its way to the stream."""
+        name = self.family.block_multiplier(block)
+        return 1.0 if name is None else config_number(self.config, name)
 
     def logit_scale(self) -> tuple[float, float | None]:
         """Return what happens to the head's output: (divisor, soft cap or None)."""

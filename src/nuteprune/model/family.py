@@ -190,6 +190,9 @@ class Family:
     """Config attribute of the bound on queries, keys and values."""
     multipliers: tuple[str, str] | None = None
     """Config attributes by which embeddings, and what blocks write, are multiplied."""
+    block_multipliers: tuple[str, str] | None = None
+    """The same of what attention, and what the MLP writes, where each has its own; NAME.INDEX is an
+    item of a list."""
     buffers: tuple[str, ...] = ()
     """Tensors of a decoder layer that files hold and that are no parameters."""
     activation: str = "hidden_act"
@@ -203,6 +206,11 @@ class Family:
 
     refused: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Kind of gate, or "KIND uniform" -> why it is not exact, where no other fact says so."""
+
+    def block_multiplier(self, block: str) -> str | None:
+        """Return the config attribute that multiplies what a block's last projection writes."""
+        own = self.block_multipliers or ((self.multipliers[1],) * 2 if self.multipliers else None)
+        return None if own is None else own[block == "mlp_block"]
 
     def mlp_of(self, mixture: bool) -> tuple[Projection, ...]:
         """Return the projections of a layer's neurons: with routed experts, of the shared one."""
@@ -299,3 +307,10 @@ class Family:
                 "alone; use --shapes free"
             )
         return None
+
+
+def config_number(config: Any, name: str) -> float:
+    """Return an attribute of a config, or of NAME.INDEX an item of a list."""
+    name, _, index = name.partition(".")
+    value = getattr(config, name)
+    return float(value[int(index)] if index else value)

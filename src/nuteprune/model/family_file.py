@@ -105,6 +105,8 @@ class FamilyFile:
             ("inputs", (projection.columns,), module.in_features),
             ("outputs", projection.rows, module.out_features),
         ):
+            if strange := set(axes) - set(sizes):
+                raise self.wrong(key, f"{min(strange)} is an axis of mixers alone")
             expected = sum(sizes[axis] for axis in axes)
             if found != expected:
                 raise self.wrong(

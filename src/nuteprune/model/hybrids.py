@@ -96,6 +96,7 @@ HYBRIDS = (
         mlp_norms=("pre_ff_layernorm",),
         final_norm="model.final_layernorm",
         logit_multiplier="lm_head_multiplier",
+        block_multipliers=("attention_out_multiplier", "mlp_multipliers.1"),
         gguf=("falcon-h1",),
     ),
 )

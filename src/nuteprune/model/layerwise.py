@@ -69,7 +69,10 @@ class Layerwise:
             if len(ids_BT) not in self._kwargs:
                 self._kwargs[len(ids_BT)] = self._calls(ids_BT)
             with _hooked([anatomy.layers[0]], self._enter):
-                self._until_stopped(anatomy.model, input_ids=ids_BT, use_cache=False)
+                kept = no_logits(ids_BT)
+                self._until_stopped(
+                    anatomy.model, input_ids=ids_BT, use_cache=False, logits_to_keep=kept
+                )
 
     def _calls(self, ids_BT: Tensor) -> list[dict[str, Any]]:
         """Return what each layer is called with beside hidden states."""
@@ -129,7 +132,8 @@ class Layerwise:
             if norm is not None:
                 stack.enter_context(_hooked([norm], block.on_read))
             if around is not None:
-                stack.enter_context(around.register_forward_hook(block.on_output))
+                stack.enter_context(module.register_forward_hook(block.on_written))
+                stack.enter_context(around.register_forward_hook(block.on_output, prepend=True))
             for i in range(len(self._batches_BTD)):
                 self._until_stopped(self._run, layer, i)
         # The last batch may be smaller, and have been kept alone.
@@ -212,7 +216,8 @@ class _Block:
 
     Args:
         module: the block, None if it is no module of its own: then nothing is kept.
-        projection: its last one; the block gives what it gives.
+        projection: its last one. Nothing is kept either where the block gives anything else than
+            what that gives, such as a multiple of it.
         most: bytes of a batch's inputs, of more nothing is kept.
         other: what another model has, of each batch, in place of what `on_read` is told.
     """
@@ -225,6 +230,7 @@ class _Block:
         self.missing_DI: Tensor | None = None
         self.inputs: list[Tensor] = []
         self._other, self._lack_ND = iter(other), torch.empty(0)
+        self._written: Any = None
         self._output: Any = None
 
     def on_read(self, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -245,9 +251,16 @@ class _Block:
         if not keeps or self._output is not None:
             raise _Stop
 
+    def on_written(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Note what the projection gives."""
+        self._written = output
+
     def on_output(self, _: nn.Module, __: Any, output: Any) -> None:
-        """Note in which form the block gives what it gives."""
-        self._output = output
+        """Note in which form the block gives what its projection gives."""
+        if (output[0] if isinstance(output, tuple) else output) is not self._written:
+            self.module = None
+            self.inputs.clear()
+        self._written, self._output = None, output
         raise _Stop
 
     def forward(self, batch: int, *_: Any, **__: Any) -> Any:

@@ -48,9 +48,14 @@ class LayerShape:
         return self.heads // self.kv_heads if self.kv_heads else 0
 
     def to_dict(self) -> dict[str, int]:
-        """Return the counts by name, those of experts and whether a mixer where there are any."""
+        """Return the counts by name, those of experts and whether a mixer where there are any.
+
+        A block that is gone, or never was, is named too, as false.
+        """
         names = (*COUNTS, "mixer")
-        return {k: v for k in names if (v := getattr(self, k)) or k in DENSE_COUNTS}
+        counts = {k: v for k in names if (v := getattr(self, k)) or k in DENSE_COUNTS}
+        there = zip(BLOCKS, (self.mixes, self.mlp), strict=True)
+        return {**counts, **{block: False for block, whole in there if not whole}}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class Shape:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Rebuild a shape from `to_dict`'s structure."""
-        return cls(data["hidden"], tuple(LayerShape(**layer) for layer in data["layers"]))
+        rows = ({k: x for k, x in row.items() if k not in BLOCKS} for row in data["layers"])
+        return cls(data["hidden"], tuple(LayerShape(**row) for row in rows))
 
     def cut_to(self, wanted: Mapping[str, Any]) -> Shape:
         """Return the shape that a user asks for, checked to be a part of this one.
@@ -92,7 +98,8 @@ class Shape:
         Args:
             wanted: what to keep: `hidden`, and `layers`, one mapping per layer with `heads`,
                 `kv_heads`, `neurons`, or `attention` or `mlp` as false; counts beside `layers`
-                hold for every layer; what is not named stays. A checkpoint's record serves too.
+                hold for every layer that has any of it; what is not named stays. A checkpoint's
+                record serves too.
 
         Raises:
             UserError: for keys or counts that do not fit this model.
@@ -102,6 +109,8 @@ class Shape:
             count = len(rows) if isinstance(rows, Sequence) else 0
             raise UserError(f"the shape names {count} layers; the model has {len(self.layers)}")
         common = {key: wanted[key] for key in COUNTS if key in wanted}
+        for key, count in common.items():
+            _check_count(key, count, max(getattr(x, key) for x in self.layers), 0)
         known = {*COUNTS, "hidden", "layers"}
         unknown = set() if "schema" in wanted else set(wanted) - known
         if unknown:
@@ -124,6 +133,8 @@ class Shape:
 DENSE_COUNTS = ("heads", "kv_heads", "neurons")
 COUNTS = (*DENSE_COUNTS, "experts", "expert_neurons")
 MLP_COUNTS = COUNTS[2:]
+BLOCKS = ("attention", "mlp")
+"""What a row says, as false, of a block that is gone."""
 SAID = MappingProxyType(
     {
         "heads": "heads",
@@ -147,14 +158,20 @@ def _counts_asked(
     """Return the counts that are asked for of a layer, each checked to be a part of what it has."""
     if not isinstance(row, Mapping):
         raise UserError(f"layer {index} of the shape is {row!r}; it must map names to counts")
-    unknown = set(row) - {*COUNTS, "attention", "mixer", "mlp"}
+    unknown = set(row) - {*COUNTS, *BLOCKS, "mixer"}
     if unknown:
         raise UserError(
             f"layer {index} of the shape has an unknown key {min(unknown)!r}; known: "
-            f"{', '.join((*COUNTS, 'attention', 'mlp'))}"
+            f"{', '.join((*COUNTS, *BLOCKS))}"
         )
-    given = {**common, **row}
-    for block, names in (("attention", ("heads", "kv_heads")), ("mlp", MLP_COUNTS)):
+    if row.get("mixer") is False and whole.mixer and row.get("attention") is not False:
+        raise UserError(
+            f"layer {index} has mixer: false; a mixer goes with its attention block alone: pass "
+            "attention: false"
+        )
+    # Layers may be of several kinds: a count for all is of those that have any of it.
+    given = {**{key: x for key, x in common.items() if getattr(whole, key)}, **row}
+    for block, names in zip(BLOCKS, (("heads", "kv_heads"), MLP_COUNTS), strict=True):
         if row.get(block) is False:
             contrary = [name for name in names if row.get(name)]
             if contrary:

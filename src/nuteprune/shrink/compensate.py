@@ -54,6 +54,21 @@ class Fit:
     covariance_II: Tensor
 
 
+@dataclass(frozen=True)
+class _Lack:
+    """Where it shows what the residual stream lacks in front of a block.
+
+    Args:
+        norm: what the block reads the stream through; None: nothing is made up for.
+        read: what that reads in the dense model, of each batch.
+        scale: by what the layer multiplies what the block's last projection writes.
+    """
+
+    norm: nn.Module | None
+    read: Read
+    scale: float
+
+
 Install = Callable[[int, Projection, Fit], None]
 """Puts the fit of (layer, projection) into the model, before the next one is made."""
 
@@ -101,7 +116,7 @@ def refit(
             with dense(i):
                 read = intact.reads(i, norms)
         for block, projection, mask in found:
-            lack = norms.get(block), read.pop(block, ())
+            lack = _Lack(norms.get(block), read.pop(block, ()), anatomy.block_scale(block))
             install(i, projection, _fit(anatomy, text, i, projection, mask, lack, dense))
         read.clear()  # large, as what the next layer's norms read
         if install_stack is not None and (mask_EF := thin[i]) is not None:
@@ -121,7 +136,7 @@ def _fit(
     layer: int,
     projection: Projection,
     mask: Tensor,
-    lack: tuple[nn.Module | None, Read],
+    lack: _Lack,
     dense: Callable[[int], AbstractContextManager[Any]],
 ) -> Fit:
     """Return the fit of a projection where the text stands.
@@ -132,17 +147,17 @@ def _fit(
         layer: its index.
         projection: the last one of a block of it.
         mask: multipliers (I,) of its inputs.
-        lack: norm of what the block reads, and what that reads in the dense model.
+        lack: where what the residual stream lacks shows.
         dense: see `refit`.
     """
     module = anatomy.projection(layer, projection)
-    covariance_II, missing_OI = text.covariance(layer, projection, *lack)
+    covariance_II, missing_OI = text.covariance(layer, projection, lack.norm, lack.read)
     weight_OI = effective_weight(module)
     mask_I = mask.to(weight_OI)
     with dense(layer):  # LoRA may have made up for some of what is gone
         target_OI = weight_of(without_lora(module)).float()
     if missing_OI is not None:
-        missing_OI.mul_(FEEDBACK)
+        missing_OI.mul_(FEEDBACK / lack.scale)
     fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI, missing_OI)
     del weight_OI, target_OI, missing_OI  # large, as what follows
     masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
@@ -162,7 +177,7 @@ def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, P
 
 
 def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
-    """Return block -> norm of what it reads, where what it writes is added to that as it is."""
+    """Return block -> norm of what it reads, where a multiple of what it writes is added to that."""
     found, mixture = {}, anatomy.mixture(layer)
     for block in BLOCK_KINDS:
         norm = anatomy.pre_norm(layer, block)

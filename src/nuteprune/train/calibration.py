@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS, Method
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.probe import Probe, Scores, check_finite
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -118,11 +118,7 @@ def score_on(
     probe = Probe(anatomy, hooks, allocator.budget, kinds, *text, args.seed, tick)
     with frozen_parameters(anatomy.model):
         scores = method.score(probe)
-    if not all(bool(value.isfinite().all()) for value in scores.values()):
-        raise RunFailed(
-            f"scoring by {args.method} gave scores that are not finite: activations or gradients "
-            "overflow; use --dtype float32"
-        )
+    check_finite(scores.values(), args.method)
     return scores
 
 
@@ -170,8 +166,7 @@ def check_text(dataset: Any) -> None:
 def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tensor]:
     """Return token ids (B, T) of `count` blocks from the end of the training text.
 
-    The end is what training itself comes to last, if at all. Padding is left out, and what follows
-    moves up.
+    Padding is left out, and what follows moves up.
 
     Args:
         dataset: items with `input_ids` (T,) of equal length and, where there is padding,
