@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from nuteprune.distill import losses
-from nuteprune.distill.losses import Head, language_model_loss, layer_mse, layer_relative, token_kl
+from nuteprune.distill.losses import (
+    Head,
+    amplified,
+    language_model_loss,
+    layer_mse,
+    layer_relative,
+    token_kl,
+)
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 
@@ -90,6 +97,20 @@ def test_token_kl_in_half_precision_has_gradients_of_its_input_type() -> None:
     assert student.grad.dtype == torch.bfloat16
     error = (student.grad.float() - exact.grad).norm() / exact.grad.norm()
     assert error < 0.02
+
+
+def test_token_kl_of_many_tokens_has_gradients_in_float16() -> None:
+    """Each token's is far below what float16 holds, until the loss is scaled."""
+    tokens, scale = 2**14, 2.0**14
+    head = Head(normal(V, D, seed=0).half())
+    student = (0.1 * normal(1, tokens, D, seed=1)).half().requires_grad_()
+    teacher = student.detach() + (0.01 * normal(1, tokens, D, seed=2)).half()
+    weight_BT = torch.ones(1, tokens)
+    amplified(token_kl(student, teacher, head, weight_BT), scale).backward()
+    exact = student.detach().float().requires_grad_()
+    plain_kl(exact, teacher.float(), Head(head.weight.float()), weight_BT, 1.0).backward()
+    error = (student.grad.float() / scale - exact.grad).norm() / exact.grad.norm()
+    assert error < 0.05
 
 
 @pytest.mark.parametrize("name", FAMILIES)

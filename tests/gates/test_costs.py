@@ -48,7 +48,9 @@ def test_parameters_and_bytes_are_those_of_the_written_file(
     assert shape.hidden < dense.shape.hidden or "hidden" not in kinds
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_mha", "qwen3", "gemma3_text", "mistral", "llama4_text"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_mha", "qwen3", "gemma3_text", "mistral", "llama4_text"]
+)
 def test_the_cache_is_what_generation_keeps(name: str, tiny_model, tmp_path: Path) -> None:
     model = tiny_model(name)
     anatomy = Anatomy(model)

@@ -137,6 +137,32 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
     assert steps_of(tmp_path) == list(range(1, 9))
     make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 3}).train()
     assert steps_of(tmp_path) == [1, 2, 3]
+    assert {x.name for x in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    with pytest.raises(UserError, match="nothing to resume: there is no folder .*checkpoint-70"):
+        other.train(str(tmp_path / "checkpoint-70"))
+
+
+def test_the_best_checkpoint_so_far_is_not_looked_for_where_it_was_written(
+    tiny_model, tmp_path: Path
+) -> None:
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = make(tiny_model("llama"), tmp_path, **evaluated, **saving)
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.train()
+    assert (tmp_path / "checkpoint-2").is_dir()
+    again = make(tiny_model("llama"), tmp_path, **evaluated, **saving | {"max_steps": 3})
+    again.eval_dataset = again.train_dataset
+    again.train(resume_from_checkpoint=True)
+    assert steps_of(tmp_path)[-1] == 3
+
+
+def test_callbacks_and_a_collator_may_be_none(tiny_model, tmp_path: Path) -> None:
+    text = make(tiny_model("llama"), tmp_path / "run").train_dataset
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
+    none: dict[str, Any] = {"callbacks": None, "data_collator": None}
+    trainer = NutePruneTrainer(tiny_model("llama"), args, text, **none)
+    assert trainer.data_collator is default_data_collator
 
 
 def test_a_complete_run_takes_no_further_step(tiny_model, tmp_path: Path) -> None:
@@ -172,9 +198,11 @@ class Padded(Dataset[Any]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("teachers", ["dense", "none"])
+@pytest.mark.parametrize(
+    "settings", [{"teachers": "dense"}, {"teachers": "none"}, {"objective": "paper"}], ids=str
+)
 def test_padding_counts_alike_however_a_step_is_parted(
-    teachers: str, tiny_model, tmp_path: Path
+    settings: dict[str, Any], tiny_model, tmp_path: Path
 ) -> None:
     found = []
     for size in (4, 1):
@@ -184,7 +212,7 @@ def test_padding_counts_alike_however_a_step_is_parted(
             max_steps=2,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=4 // size,
-            teachers=teachers,
+            **settings,
             adam_epsilon=1e-2,  # else rounding is divided by rounding where gradients are near 0
         )
         trainer.train_dataset = Padded(trainer.train_dataset, filler=50)
@@ -226,6 +254,7 @@ def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) ->
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
             "leave it out",
         ),
+        ({"save_only_model": True}, "could not go on"),
         (
             {"gate_type": "hard_concrete", "optim": "adafactor"},
             "multipliers ascend",

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -145,17 +145,22 @@ def model_folder(progress: Progress = lambda message: None) -> Path:
     return folder
 
 
-def documents(progress: Progress = lambda message: None) -> dict[str, list[str]]:
+def documents(
+    progress: Progress = lambda message: None, domains: Container[str] = tuple(TEXTS)
+) -> dict[str, list[str]]:
     """Return the default text: domain -> plain documents, in a stable order.
 
     Args:
         progress: told what is about to take a while.
+        domains: which of them are wanted; others are not even fetched.
 
     Raises:
         UserError: a text is not cached and cannot be downloaded, or the cache not written.
     """
     found = {}
     for domain, asset in TEXTS.items():
+        if domain not in domains:
+            continue
         with ZipFile(fetch(asset, progress)) as archive:
             names = sorted(fnmatch.filter(archive.namelist(), asset.member))
             contents = [archive.read(name).decode("utf-8") for name in names]

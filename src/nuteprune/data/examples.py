@@ -77,8 +77,8 @@ def pad(examples: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Ten
     }
     for i, example in enumerate(examples):
         length = len(example["input_ids"])
-        batch["input_ids"][i, :length] = example["input_ids"]
-        batch["labels"][i, :length] = example["labels"]
+        batch["input_ids"][i, :length] = torch.as_tensor(example["input_ids"])
+        batch["labels"][i, :length] = torch.as_tensor(example["labels"])
         batch["attention_mask"][i, :length] = 1
     return batch
 
@@ -168,7 +168,7 @@ def read_examples(
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
-    ids, labels, skipped = [], [], 0
+    ids, labels, skipped, held_out = [], [], 0, 0
     rows = laid_out(_rows(spec, text_column) or (), text_column)
     for found in rows if most is None else _drawn(rows, random.Random(seed)):
         where, row, layout = found
@@ -177,6 +177,7 @@ def read_examples(
         document = row_document(row, layout, where, tokenizer)
         trained = _before_held_out(document)
         if document.strip() and not document[:trained].strip():
+            held_out += 1
             continue
         conversation = first_characters(stretches(found, tokenizer, template), trained)
         encoded = encode(conversation, tokenizer, length)
@@ -187,6 +188,11 @@ def read_examples(
         labels.append(encoded[1])
         if len(ids) == most:
             break
+    if not ids and held_out and not skipped:
+        raise UserError(
+            f"{spec}: all rows are held out to judge by ({held_out}): 5 % of any text are, and it "
+            "has hardly more; pass more rows"
+        )
     if not ids:
         raise UserError(
             f"{spec}: none of {skipped} rows has an answer within {length} tokens; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def openings(
 
 def _between_documents(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token that stood between documents in pretraining; empty if there is none."""
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    added = {token.content: i for i, token in _added(tokenizer).items()}
     return [added[END_OF_TEXT]] if END_OF_TEXT in added else end_of(tokenizer)
 
 
@@ -120,8 +121,14 @@ def _firsts(tokenizer: PreTrainedTokenizerBase, known: int) -> list[int]:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = tokenizer.added_tokens_decoder.items()
+    added = _added(tokenizer).items()
     return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:
+    """Return the tokens that were added to a tokenizer, by id; none where it does not tell."""
+    added = tokenizer.added_tokens_decoder
+    return added if isinstance(added, Mapping) else {}  # Mistral's own has a method there
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

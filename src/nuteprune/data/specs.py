@@ -71,8 +71,8 @@ def sources_of(
             f"such as {DEMO}, or ./{SELF} if a folder is meant"
         )
     if names := embedded(spec):
-        texts = assets.documents().items()
-        return [Documents(x, partial(iter, y)) for x, y in texts if spec == DEMO or x in names]
+        texts = assets.documents(domains=names).items()
+        return [Documents(x, partial(iter, y)) for x, y in texts]
     options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
     if (files := local_files(spec)) is not None:
         read = partial(readers.file_documents, **options)

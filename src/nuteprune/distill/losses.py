@@ -108,7 +108,7 @@ class _ByChunk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0].to(grad_ND.dtype), None, None, None
+        return grad_ND * grads[0], None, None, None
 
 
 def token_kl(
@@ -132,7 +132,6 @@ def token_kl(
         temperature: softening of both distributions.
     """
     weight_N = weight_BT.reshape(-1).float()
-    weight_N = weight_N / weight_N.sum().clamp(min=1e-9)
     width = student_BTD.shape[-1]
     teacher_ND = teacher_BTD.reshape(-1, width)
 
@@ -144,7 +143,8 @@ def token_kl(
         return temperature**2 * kl_C, slope_CV.mul_(temperature)
 
     kl: Tensor = _ByChunk.apply(student_BTD.reshape(-1, width), weight_N, head, chunk_loss)
-    return kl
+    # Divided here: of many tokens float16 would round each one's gradient to 0 before it is scaled.
+    return kl / weight_N.sum().clamp(min=1e-9)
 
 
 def language_model_loss(
@@ -179,10 +179,12 @@ def token_weights(inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.ones_like(ids_BT).float() if mask_BT is None else mask_BT.float()
 
 
-def token_counts(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return how many tokens of a batch are distilled, and how many learned as next tokens (2,)."""
+def batch_counts(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return what a batch has (3,): tokens distilled, tokens learned as next ones, sequences."""
     weight_BT = token_weights(inputs)
-    return torch.stack([weight_BT.sum(), weight_BT[:, 1:].sum()])
+    return torch.stack(
+        [weight_BT.sum(), weight_BT[:, 1:].sum(), weight_BT.new_tensor(len(weight_BT))]
+    )
 
 
 def amplified(loss: Tensor, factor: float) -> Tensor:

@@ -16,8 +16,8 @@ from nuteprune.distill.losses import (
     LAYER_TERMS,
     Head,
     LayerTerm,
+    batch_counts,
     language_model_loss,
-    token_counts,
     token_kl,
     token_weights,
 )
@@ -81,6 +81,22 @@ class Objective:
             parts["lm"] = self.lm_weight * text_loss(passage, head, inputs)
         return parts
 
+    def by_share(
+        self, parts: Mapping[str, Tensor], inputs: Mapping[str, Tensor], mean_3: Tensor
+    ) -> dict[str, Tensor]:
+        """Return a micro-batch's terms, each weighted by its share of the step.
+
+        Means over tokens count by tokens, what is summed over those of a sequence by sequences.
+
+        Args:
+            parts: the terms, as `parts` returns them of this micro-batch.
+            inputs: the micro-batch: `input_ids` (B, T) and maybe `attention_mask` (B, T).
+            mean_3: `batch_counts` of the mean micro-batch of the step.
+        """
+        distilled, learned, sequences = (batch_counts(inputs) / mean_3).unbind()
+        shares = {"lm": learned, "token_kl": sequences if self.token_sum else distilled}
+        return {k: v * shares.get(k, distilled) for k, v in parts.items()}
+
 
 OBJECTIVES = {
     "relative": Objective(),
@@ -105,17 +121,3 @@ def text_loss(passage: Passage, head: Head, inputs: Mapping[str, Tensor]) -> Ten
     assert passage.student_BTD is not None
     labels_BT = inputs["input_ids"].masked_fill(token_weights(inputs) == 0, IGNORED)
     return language_model_loss(passage.student_BTD, head, labels_BT)
-
-
-def by_tokens(
-    parts: Mapping[str, Tensor], inputs: Mapping[str, Tensor], mean_2: Tensor
-) -> dict[str, Tensor]:
-    """Return a micro-batch's terms, each weighted by its share of the step's tokens.
-
-    Args:
-        parts: the terms, each the mean over this micro-batch.
-        inputs: the micro-batch: `input_ids` (B, T) and maybe `attention_mask` (B, T).
-        mean_2: `token_counts` of the mean micro-batch of the step.
-    """
-    distilled, learned = (token_counts(inputs) / mean_2).unbind()
-    return {k: v * (learned if k == "lm" else distilled) for k, v in parts.items()}

@@ -38,9 +38,7 @@ _REFUSED = {
     **dict.fromkeys(("hub_token", "push_to_hub"), _HUB),
     **dict.fromkeys(("do_eval", "do_predict", "eval_strategy", "eval_on_start"), _EVAL),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _SHARDED),
-    **dict.fromkeys(
-        ("do_train", "load_best_model_at_end", "save_only_model", "local_rank"), "leave it out"
-    ),
+    **dict.fromkeys(("do_train", "load_best_model_at_end", "local_rank"), "leave it out"),
     "enable_jit_checkpoint": "a stopped run saves anyway",
 }
 """Settings of transformers that have no place in a run here -> what to do instead."""

@@ -177,7 +177,7 @@ def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, P
 
 
 def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
-    """Return block -> norm of what it reads, where a multiple of what it writes is added to that."""
+    """Return block -> norm of what it reads, where what it writes is added to that, or scaled."""
     found, mixture = {}, anatomy.mixture(layer)
     for block in BLOCK_KINDS:
         norm = anatomy.pre_norm(layer, block)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nuteprune.errors import RunFailed
 
 MOST_IN_ROW = 3
-"""A run stops after so many steps in a row that were not finite."""
+"""A run stops after so many steps in a row that were not finite, when it next logs."""
 
 
 class BadSteps:

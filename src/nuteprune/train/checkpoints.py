@@ -28,12 +28,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from nuteprune.errors import Interrupted, UserError
-from nuteprune.files import damage, sync, sync_tree, write_sums, write_text, writing
+from nuteprune.files import damage, sync, sync_tree, to_json, write_sums, write_text, writing
 from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.run_settings import check_same, write_settings
-from nuteprune.train.state import RunState, last_checkpoint
+from nuteprune.train.state import RunState, checkpoints, last_checkpoint
 
 
 class StopSignals(TrainerCallback):
@@ -67,9 +67,9 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give the signals back to whom they were before."""
+        """Give the signals back to whom they were before, if that was Python's to know."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
 
@@ -109,6 +109,9 @@ class AtomicTrainer(Trainer):
     ) -> Any:
         """Run the steps; see `transformers.Trainer.train`.
 
+        Steps and checkpoints of an earlier run in the same folder are removed, but where one of
+        these is gone on from.
+
         Raises:
             Interrupted: if a signal asked to stop; a checkpoint is written before.
             UserError: if there is nothing to resume from, or it is damaged.
@@ -126,7 +129,9 @@ class AtomicTrainer(Trainer):
                 self.state = state
                 return None
         elif self.args.should_save:
-            self.metrics_file.unlink(missing_ok=True)  # an earlier run's
+            self.metrics_file.unlink(missing_ok=True)
+            for folder in checkpoints(run):  # else a resumed run would go on from them
+                shutil.rmtree(folder)
             write_settings(run, self.settings())
         signals = StopSignals()
         self.add_callback(signals)
@@ -179,7 +184,7 @@ class AtomicTrainer(Trainer):
         with writing(self.metrics_file, self._how_to_go_on()):
             self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(to_json(line) + "\n")
 
     def _how_to_go_on(self) -> str:
         last = last_checkpoint(self.metrics_file.parent)
@@ -216,6 +221,10 @@ class AtomicTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._checkpoint_dir = None
+        if self.state.best_model_checkpoint is not None:  # a folder that will not be there
+            self.state.best_model_checkpoint = None
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_sums(partial / name)
@@ -275,6 +284,8 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         UserError: naming what is wrong.
     """
+    if not folder.is_dir():
+        raise UserError(f"nothing to resume: there is no folder {folder}")
     if found := damage(folder):
         raise UserError(
             f"cannot resume: {found}; remove {folder} to go on from the checkpoint before it, or "

@@ -132,6 +132,11 @@ def check_trainer_settings(args: TrainingArguments) -> None:
             "load_best_model_at_end is not supported: checkpoints of a run are not models; leave "
             "it out"
         )
+    if args.save_only_model:
+        raise UserError(
+            "save_only_model is not supported: a run could not go on from its checkpoints; leave "
+            "it out"
+        )
     if args.label_smoothing_factor:
         raise UserError(
             f"label_smoothing_factor is {args.label_smoothing_factor}, and no loss here smooths "

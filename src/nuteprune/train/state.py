@@ -108,10 +108,14 @@ def last_checkpoint(run: Path) -> Path | None:
     One that is there in part, since it was being removed or copied when something stopped that,
     does not count.
     """
+    return next(filter(_is_whole, reversed(checkpoints(run))), None)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return a run's trainer checkpoints, those there in part too, the newest last."""
     found = run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if run.is_dir() else ()
     numbered = [(int(number), x) for x in found if (number := x.name.rpartition("-")[2]).isdigit()]
-    whole = [(number, x) for number, x in numbered if _is_whole(x)]
-    return max(whole)[1] if whole else None
+    return [folder for _, folder in sorted(numbered)]
 
 
 def _is_whole(checkpoint: Path) -> bool:

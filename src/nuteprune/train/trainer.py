@@ -26,8 +26,8 @@ from transformers import (
     default_data_collator,
 )
 
-from nuteprune.distill.losses import Head, amplified, token_counts
-from nuteprune.distill.objective import Objective, by_tokens, text_loss
+from nuteprune.distill.losses import Head, amplified, batch_counts
+from nuteprune.distill.objective import Objective, text_loss
 from nuteprune.errors import UserError
 from nuteprune.export.wrapping import Around
 from nuteprune.train.averaging import around_sharded
@@ -103,9 +103,9 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            callbacks=[_EndOfStep(self.pruning), *kwargs.pop("callbacks", [])],
+            callbacks=[_EndOfStep(self.pruning), *(kwargs.pop("callbacks", None) or [])],
             # Items are of equal length; the default would ask the tokenizer for a padding token.
-            data_collator=kwargs.pop("data_collator", default_data_collator),
+            data_collator=kwargs.pop("data_collator", None) or default_data_collator,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
@@ -210,13 +210,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return self.coforward.student(self.gates.masks(len(inputs["input_ids"])))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count the tokens (2,) of a step, of all processes; None where its parts are alike."""
+        """Return a step's `batch_counts` (3,), of all processes; None where its parts are alike."""
         padded = any("attention_mask" in batch for batch in batch_samples)
         alike = not padded and len({batch["input_ids"].shape for batch in batch_samples}) <= 1
         if self.args.world_size == 1 and alike:  # of several processes all have to answer
             return None
-        counts_2 = torch.stack([token_counts(batch) for batch in batch_samples]).sum(0).to(device)
-        return self.accelerator.reduce(counts_2, "sum")
+        counts_3 = torch.stack([batch_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        return self.accelerator.reduce(counts_3, "sum")
 
     def compute_loss(
         self,
@@ -235,7 +235,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             model: the model, maybe wrapped.
             inputs: `input_ids` (B, T) and maybe `attention_mask` (B, T).
             return_outputs: not used.
-            num_items_in_batch: the step's `token_counts` (2,); None: all micro-batches are alike.
+            num_items_in_batch: the step's `batch_counts` (3,); None: all micro-batches are alike.
         """
         assert self.hooks.masks is not None, "without masks the student would be the dense model"
         # Not a local variable: a teacher need not be in memory any more in the backward pass.
@@ -243,7 +243,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         parts = self.objective.parts(passage, Head.of(self.anatomy), inputs)
         if isinstance(num_items_in_batch, Tensor):
             batches = self.current_gradient_accumulation_steps * self.args.world_size
-            parts = by_tokens(parts, inputs, num_items_in_batch / batches)
+            parts = self.objective.by_share(parts, inputs, num_items_in_batch / batches)
         penalty = self.gates.penalty()
         if penalty is not None:
             parts["penalty"] = penalty
