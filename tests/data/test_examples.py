@@ -152,6 +152,16 @@ def test_a_bos_is_put_first_where_the_tokenizer_does(tmp_path: Path, tiny_tokeni
     assert example["labels"][0] == IGNORED
 
 
+def test_rows_that_are_all_held_out_are_said_to_be(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    many = [{"instruction": f"Say {i}", "output": f"{i}"} for i in range(300)]
+    held_out = [x for x in many if split(f"{x['instruction']}\n\n{x['output']}")[1]]
+    assert held_out
+    with pytest.raises(UserError, match=rf"all rows are held out to judge by \({len(held_out)}\)"):
+        read_examples(write(tmp_path, held_out), tokenizer, length=32)
+
+
 def test_rows_without_an_answer_are_left_out_and_long_ones_cut(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

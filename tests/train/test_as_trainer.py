@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
-from transformers import TrainerControl, TrainingArguments
+from transformers import TrainerControl, TrainingArguments, default_data_collator
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset
@@ -145,14 +145,14 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
 def test_the_best_checkpoint_so_far_is_not_looked_for_where_it_was_written(
     tiny_model, tmp_path: Path
 ) -> None:
-    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
-    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    trainer = make(tiny_model("llama"), tmp_path, **evaluated, **saving)
-    trainer.eval_dataset = trainer.train_dataset
-    trainer.train()
+    settings: dict[str, Any] = {
+        "eval_dataset": make(tiny_model("llama"), tmp_path).train_dataset,
+        **{"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"},
+        **{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1},
+    }
+    make(tiny_model("llama"), tmp_path, max_steps=2, **settings).train()
     assert (tmp_path / "checkpoint-2").is_dir()
-    again = make(tiny_model("llama"), tmp_path, **evaluated, **saving | {"max_steps": 3})
-    again.eval_dataset = again.train_dataset
+    again = make(tiny_model("llama"), tmp_path, max_steps=3, **settings)
     again.train(resume_from_checkpoint=True)
     assert steps_of(tmp_path)[-1] == 3
 

@@ -17,6 +17,8 @@ from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.export.hub import upload
 from nuteprune.files import damage
+from nuteprune.train.config import RecoverConfig
+from nuteprune.train.recover import RecoverTrainer
 from tests.forked import python
 
 # Runs without nuteprune, on a copy of what was pushed.
@@ -165,6 +167,22 @@ def test_the_trainer_pushes_the_whole_checkpoint_and_nothing_of_the_run(
     name, total = as_a_stranger(there, shapes)
     assert name == type(small).__name__
     assert total == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_recovery_pushes_nothing_in_the_middle(
+    tiny_model, tiny_tokenizer, tmp_path: Path, hub: Path
+) -> None:
+    settings: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "somebody/small"}
+    args = RecoverConfig(
+        output_dir=str(tmp_path / "run"), use_cpu=True, max_steps=2, save_steps=1, **settings
+    )
+    rows: Any = [{"input_ids": list(range(3, 12)), "labels": list(range(3, 12))}] * 8
+    trainer = RecoverTrainer(tiny_model("llama"), args, rows, tiny_tokenizer)
+    trainer.train()
+    with pytest.raises(UserError, match=r"write what merge\(\) returns"):
+        trainer.push_to_hub()
+    assert not list(hub.iterdir())
 
 
 @pytest.mark.slow

@@ -258,6 +258,18 @@ def test_half_precision_weights_keep_their_dtype(
     assert trainer.merge().dtype == torch.bfloat16
 
 
+def test_rows_may_hold_lists(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
+    data = examples()
+    rows: Any = [{k: x.tolist() for k, x in data[i].items()} for i in range(len(data))]
+    found = []
+    for name, text in (("tensors", data), ("lists", rows)):
+        trainer = make(tiny_model("llama"), tmp_path / name, tiny_tokenizer, text, max_steps=2)
+        trainer.train()
+        found.append(weights(trainer))
+    ours, theirs = found
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"lora_rank": 0}, {"learning_rate": -1.0}, {"per_device_train_batch_size": 0}],

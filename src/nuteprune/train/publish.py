@@ -16,6 +16,8 @@ class PushesCheckpoint(Trainer):
 
     saved: Path | None = None
     """The folder that was written last."""
+    how_to_write = "call finalize(), then save_pruned(FOLDER)"
+    """What has to come before there is something to push."""
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -43,9 +45,7 @@ class PushesCheckpoint(Trainer):
         if not self.is_world_process_zero():
             return None
         if self.saved is None:
-            raise UserError(
-                "there is nothing to push yet: call finalize(), then save_pruned(FOLDER)"
-            )
+            raise UserError(f"there is nothing to push yet: {self.how_to_write}")
         args = self.args
         return upload(
             self.saved,

@@ -27,12 +27,13 @@ from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_whole
 from nuteprune.train.config import RecoverConfig
+from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.run_settings import run_settings
 from nuteprune.train.setup import with_lora
 from nuteprune.train.state import RunState
 
 
-class RecoverTrainer(AtomicTrainer):
+class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
     """Trains LoRA on all projections of a pruned (or dense) model on the language-model loss.
 
     Args:
@@ -49,6 +50,7 @@ class RecoverTrainer(AtomicTrainer):
 
     args: RecoverConfig
     model: PeftModel
+    how_to_write = "write what merge() returns with save_pretrained, and upload that folder"
 
     def __init__(
         self,
