@@ -15,7 +15,8 @@ from transformers.utils.hub import cached_file
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.export.config import FREE_SHAPE_KEYS, PREFIX
+from nuteprune.export.config import FREE_SHAPE_KEYS
+from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import Wrapper, own_name, wrapper_of
 
