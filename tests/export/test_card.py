@@ -230,9 +230,8 @@ def test_layers_that_are_alike_are_not_said_to_differ() -> None:
 
 def test_the_hub_is_told_of_images() -> None:
     wrapped = a_record(wrapper="Gemma3ForConditionalGeneration")
-    assert ModelCard(model_card(wrapped, remote_code=False)).data.pipeline_tag == (
-        "image-text-to-text"
-    )
+    data = ModelCard(model_card(wrapped, remote_code=False)).data
+    assert data.pipeline_tag == "image-text-to-text"
 
 
 def test_shares_of_the_text_are_those_on_record() -> None:
