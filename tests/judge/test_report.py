@@ -307,6 +307,8 @@ def test_without_training_there_is_no_section_of_it(tmp_path: Path) -> None:
         {"perplexity": {"before": {"news": 20.0}}},
         {"perplexity": {"before": {"news": 20.0}, "after": {"news": None}}},
         {"versions": None},
+        {"perplexity": None},
+        {"teachers": {"count": 2}},
     ],
 )
 def test_what_is_missing_of_a_record_is_left_out(broken: dict[str, Any], tmp_path: Path) -> None:
