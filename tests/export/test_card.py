@@ -212,3 +212,31 @@ def test_the_licence_is_that_of_the_base_models_card(
 
 def test_without_the_hub_the_licence_is_unknown() -> None:
     assert inherited_licence("owner/there-is-no-such-model") == {"license": None}
+
+
+def test_layers_that_never_had_a_block_did_not_lose_it() -> None:
+    whole, mixer = ({"heads": n, "kv_heads": n // 4, "neurons": 128} for n in (8, 0))
+    after = [whole | {"neurons": 96}, mixer | {"neurons": 64}]
+    text = model_card(a_record(layers_before=[whole, mixer], layers=after), remote_code=False)
+    assert "2, with 8 of 8 query heads, 2 of 2 KV heads, 64 to 96 of 128 neurons;" in text
+
+
+def test_layers_that_are_alike_are_not_said_to_differ() -> None:
+    alike = [{"heads": 3, "kv_heads": 3, "neurons": 100}] * 2
+    text = model_card(a_record(layers=alike, shapes="uniform"), remote_code=True)
+    assert "The stock class cannot state its sizes, so a short modeling file travels" in text
+    assert "differ" not in text
+
+
+def test_the_hub_is_told_of_images() -> None:
+    wrapped = a_record(wrapper="Gemma3ForConditionalGeneration")
+    data = ModelCard(model_card(wrapped, remote_code=False)).data
+    assert data.pipeline_tag == "image-text-to-text"
+
+
+def test_shares_of_the_text_are_those_on_record() -> None:
+    config = {"data": ["owner/a", "self"], "shares": [3.0, 1.0]}
+    text = model_card(a_record(config=config), remote_code=False)
+    assert "Text: 75% owner/a, 25% text of the dense model's own." in text
+    text = model_card(a_record(config={"data": ["owner/a", "owner/b"]}), remote_code=False)
+    assert "Text: owner/a, owner/b." in text

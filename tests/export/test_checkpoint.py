@@ -12,17 +12,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.export import checkpoint, modeling_pruned
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, load_pruned
-from nuteprune.export.record import weights_size
+from nuteprune.export.record import weights_size, write_pruned
 from nuteprune.files import write_sums
+from nuteprune.gates.budget import Budget
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
+from nuteprune.model.lookup import knowing
 from nuteprune.model.shape import LayerShape, Shape
 from tests.families import MORE, QUICK, each, each_family
 
@@ -380,3 +384,30 @@ def test_a_folder_without_weights_has_no_count(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"12345")
     with pytest.raises(UserError, match="header too small"):
         recount(tmp_path)
+
+
+def test_buffers_that_an_entry_of_ones_own_names_are_no_parameters(tmp_path: Path) -> None:
+    family = replace(LLAMA, model_type="mine", buffers=("mlp.scale",))
+    layer = "model.layers.0.mlp"
+    held = {f"{layer}.up_proj.weight": torch.full((4, 3), 0.3), f"{layer}.scale": torch.tensor(0.3)}
+    save_file(held, tmp_path / "model.safetensors")
+    assert recount(tmp_path)["total"] == 13
+    with knowing(family):
+        assert recount(tmp_path)["total"] == 12
+        rounded = checkpoint.rounded_as_stored(held, torch.bfloat16)
+    same = {name: torch.equal(x, rounded[name]) for name, x in held.items()}
+    assert same == {f"{layer}.up_proj.weight": False, f"{layer}.scale": True}
+
+
+def test_code_that_came_with_a_stock_model_is_not_asked_for(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    anatomy, folder = Anatomy(model), tmp_path / "out"
+    params = {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before}
+    shapes = {"before": anatomy.shape, "after": anatomy.shape}
+    write_pruned(folder, model, None, params, target=0.0, **shapes)
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert "remote" not in (folder / "README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

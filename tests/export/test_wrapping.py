@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from nuteprune.errors import UserError
+from nuteprune.export import hub
 from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_config, load_pruned
 from nuteprune.export.record import blocks_recount
-from nuteprune.export.wrapping import Around
+from nuteprune.export.wrapping import PROCESSOR_FILES, Around
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs.sources import read_config
 from nuteprune.model.anatomy import Anatomy
@@ -157,3 +159,30 @@ def test_what_is_no_language_model_is_refused(saved: Callable) -> None:
         (folder / "config.json").write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=told):
             read_config(str(folder))
+
+
+def test_files_for_images_are_left_out_only_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = PROCESSOR_FILES
+    (tmp_path / first).write_text("{}")
+
+    def answer(error: Exception, cached: object = None) -> None:
+        def download(_: str, name: str) -> str:
+            if name in others:
+                raise error
+            return str(tmp_path / name)
+
+        monkeypatch.setattr(hub, "hf_hub_download", download)
+        monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: cached)
+
+    unreachable = LocalEntryNotFoundError("no network")
+    marked = object()  # what the cache gives for a file that it knows the hub does not have
+    for error, cached in ((EntryNotFoundError("404"), None), (unreachable, marked)):
+        answer(error, cached)
+        (out := tmp_path / type(error).__name__).mkdir()
+        Around("owner/model", WRAPPERS["gemma3"]).copy_processor(out)
+        assert [x.name for x in out.iterdir()] == [first]
+    answer(unreachable)
+    with pytest.raises(UserError, match=r"has a processor_config.json \(no network\); try again"):
+        Around("owner/model", WRAPPERS["gemma3"])

@@ -307,6 +307,8 @@ def test_without_training_there_is_no_section_of_it(tmp_path: Path) -> None:
         {"perplexity": {"before": {"news": 20.0}}},
         {"perplexity": {"before": {"news": 20.0}, "after": {"news": None}}},
         {"versions": None},
+        {"perplexity": None},
+        {"teachers": {"count": 2}},
     ],
 )
 def test_what_is_missing_of_a_record_is_left_out(broken: dict[str, Any], tmp_path: Path) -> None:
@@ -354,6 +356,23 @@ def test_removed_blocks_width_and_figures_that_are_no_numbers(tmp_path: Path) ->
     assert "width 64 48 −25.0 %" in page.text
     assert "In 1 step the gradients were not finite" in page.text
     assert "a 2.00 inf × inf" in page.text
+
+
+def test_a_block_that_was_not_there_before_is_not_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = a_record(
+        layers=[layer(4, 2, 96), layer(0, 0, 96), layer(2, 1, 96)],
+        layers_before=[layer(4, 2, 128), layer(0, 0, 128), layer(4, 2, 128)],
+    )
+    page = page_of(a_run(tmp_path / "out", record, None))
+    words = " ".join(a["aria-label"] for _, a in page.elements if a.get("role") == "img")
+    assert "heads: 6 of 8 kept, least in layer 2 (2 of 4)." in words
+    assert "0 of 0" not in f"{words} {page.text}"
+    shares: list[float] = []
+    monkeypatch.setattr(plots, "_cell", lambda *given: shares.append(given[-1]))
+    plots.layers_plot(kept_rows(record))
+    assert min(shares) > 0  # what is drawn of 0 is a cross
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_local_task_is_scored_as_by_hand(folder: Path, tiny_model, tiny_tokeni
     assert score.answers == tuple(map(float, right))
     assert list(score.others) == ["acc_norm"]
     assert list(score.to_dict()) == [
-        *("value", "metric", "stderr", "higher_is_better", "samples", "others"),
+        *("value", "metric", "stderr", "higher_is_better", "samples", "others", "fewshot"),
     ]
     assert Tasks(["school"], folder, limit=2).ask(model, tiny_tokenizer)["school"].samples == 2
 
@@ -80,6 +80,32 @@ def test_unknown_tasks_and_missing_data_are_the_users(
     (folder / "q.jsonl").unlink()
     with pytest.raises(UserError, match="cannot be had"):
         Tasks(["school"], folder).ask(tiny_model("llama", vocab_size=300), tiny_tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_what_the_harness_would_refuse_is_refused_before_a_model_is_there(folder: Path) -> None:
+    (folder / "all.yaml").write_text("group: schools\ntask: [school]\n")
+    with pytest.raises(UserError, match=r"Duplicate task .school.: found in both"):
+        Tasks(["schools", "school"], folder)
+    school = (folder / "school.yaml").read_text()
+    risky = school.replace("task: school", "task: risky\nunsafe_code: true")
+    (folder / "risky.yaml").write_text(risky)
+    (folder / "some.yaml").write_text("group: some\ntask: [school, risky]\n")
+    for name in ("risky", "some"):
+        with pytest.raises(UserError, match="task risky runs code that the model writes"):
+            Tasks([name], folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_task_that_takes_no_examples_gets_none(folder: Path, tiny_model, tiny_tokenizer) -> None:
+    with (folder / "school.yaml").open("a") as file:
+        file.write("num_fewshot: 0\n")
+    questions = Tasks(["school"], folder, limit=2, fewshot=1)
+    found = questions.ask(tiny_model("llama", vocab_size=300), tiny_tokenizer)
+    assert found["school"].fewshot == 0
+    assert questions.described()["fewshot"] == 1
 
 
 def test_without_the_harness_the_command_to_get_it_is_named(

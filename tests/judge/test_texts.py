@@ -87,6 +87,23 @@ def test_plain_text_is_no_copy_of_a_published_text(
             rows_of(f"wikitext2={path}")
 
 
+def test_several_texts_are_no_copy_of_a_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"recipes": ["a"], "speeches": ["b"]}
+    monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda: texts)
+    with pytest.raises(UserError, match=r"demo has 2 \(recipes, speeches\); pass one Parquet"):
+        rows_of("wikitext2=demo")
+
+
+def test_no_special_tokens_are_stated_where_none_were_added(
+    tokenizer: PreTrainedTokenizerFast, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    protocol = changed(PROTOCOLS["nuteprune"], length=4, joining="end-of-text")
+    for given, first in ((tokenizer, True), (tiny_tokenizer, False)):
+        made = make_blocks("a", ["a text of some tokens"], given, protocol)
+        assert made.described["special_tokens"] is first
+        assert (given.bos_token_id in made.tokens_NT[0]) is first
+
+
 @given(st.integers(2, 12), st.integers(0, 60))
 def test_without_overlap_blocks_are_the_rows_of_a_view(length: int, more: int) -> None:
     tokens = torch.arange(length + more)

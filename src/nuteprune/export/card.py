@@ -55,9 +55,9 @@ model = {auto}.from_pretrained(folder{remote})
 """
 
 _FREE = """\
-Its layers differ in size, so a short modeling file travels with the weights (`modeling_pruned.py`:
-it builds the stock layers at the sizes that `config.json` states). Without remote code:
-`from nuteprune import load_pruned; model = load_pruned(folder)`."""
+The stock class cannot state its sizes, so a short modeling file travels with the weights
+(`modeling_pruned.py`: it builds the stock layers at the sizes that `config.json` states). Without
+remote code: `from nuteprune import load_pruned; model = load_pruned(folder)`."""
 
 _ALONE = {
     "auto": "AutoModelForCausalLM",
@@ -74,9 +74,7 @@ _WRAPPED = {
 }
 """What differs where the language model is inside of a model of several modalities."""
 
-_STOCK = (
-    "All layers have the same size: it is a model of the stock class, and no extra code is needed."
-)
+_STOCK = "It is a model of the stock class: no extra code is needed."
 
 
 def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
@@ -246,26 +244,26 @@ def _layers(record: Mapping[str, Any]) -> str:
     before, after = record["layers_before"], record["layers"]
     parts = []
     for key, what in {**SAID, "heads": "query heads"}.items():
-        low, high = (pick(layer.get(key, 0) for layer in after) for pick in (min, max))
-        had = max(layer.get(key, 0) for layer in before)
-        if not had:
+        pairs = zip(before, after, strict=False)
+        kept = [new.get(key, 0) for old, new in pairs if old.get(key)]
+        if not kept:  # there never were any
             continue
+        low, high, had = min(kept), max(kept), max(layer.get(key, 0) for layer in before)
         parts.append(f"{low if low == high else f'{low} to {high}'} of {had} {what}")
     hidden = record["hidden"]
     return f"{len(after)}, with {', '.join(parts)}; width {hidden['after']} of {hidden['before']}."
 
 
 def _calibrated_on(config: Mapping[str, Any]) -> str:
-    """Return what text a model was calibrated and trained on, with the shares of several."""
+    """Return what text a model was calibrated and trained on, with shares that are on record."""
     data = config.get("data", "not on record")
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
-    shares = config.get("shares") or [1.0] * len(specs)
-    parts = "" if len(specs) == 1 else "{:.0%} "
-    said = (
-        parts.format(share / sum(shares))
-        + ("text of the dense model's own" if spec == SELF else _plain(_public(spec)))
-        for spec, share in zip(specs, shares, strict=True)
-    )
+    said = [
+        "text of the dense model's own" if spec == SELF else _plain(_public(spec)) for spec in specs
+    ]
+    if len(specs) > 1 and (shares := config.get("shares")):
+        parts = (share / sum(shares) for share in shares)
+        said = [f"{part:.0%} {text}" for part, text in zip(parts, said, strict=True)]
     return ", ".join(said)
 
 

@@ -54,7 +54,7 @@ def metadata(record: Mapping[str, Any]) -> ModelCardData:
     name = f"{short_name(base_model or 'model')}-pruned-{round(100 * record['sparsity'])}"
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if record.get("wrapper") else "text-generation",
         tags=["nuteprune", "pruned", "structured-pruning"],
         base_model=base_model if base_model and _is_hub_id(base_model) else None,
         license=record.get("license"),

@@ -30,12 +30,12 @@ from nuteprune.files import follow_umask, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
-from nuteprune.model.lookup import family_named
+from nuteprune.model.family import PREFIX
+from nuteprune.model.lookup import all_brought_along, family_named
 from nuteprune.model.shape import Shape
 from nuteprune.run_folder import RUN, SUMS, hidden
 from nuteprune.shrink.slicing import Tensors, cut_state, narrower_epsilon, shape_of
 
-_BUFFERS = tuple(f".{path}" for family in FAMILIES.values() for path in family.buffers)
 PARTIAL = ".partial"
 """Folder in which a checkpoint is written before it is moved to its place."""
 SHARD = 5 * 10**9
@@ -72,9 +72,16 @@ def round_as_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def rounded_as_stored(part: Tensors, dtype: torch.dtype) -> Tensors:
     """Return tensors by name as `round_as_stored` gives parameters their values."""
+    spared = _buffers()
     return {
-        name: x if name.endswith(_BUFFERS) else x.to(dtype).to(x.dtype) for name, x in part.items()
+        name: x if name.endswith(spared) else x.to(dtype).to(x.dtype) for name, x in part.items()
     }
+
+
+def _buffers() -> tuple[str, ...]:
+    """Return how names of buffers in files end, of all families that are known by now."""
+    known = (*FAMILIES.values(), *all_brought_along())
+    return tuple(f".{path}" for family in known for path in family.buffers)
 
 
 def as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -98,7 +105,8 @@ def save(
     """Write a checkpoint that transformers 4.57 and 5 read; a save cut short leaves none.
 
     Everything is written to a folder inside and moved out of it when it is on the disk: the sums
-    first, which name the rest, and config.json last.
+    first, which name the rest, and config.json last. The config of a stock model names no code:
+    what came with the base model does not travel along.
 
     Args:
         model: what `build` or `load_pruned` returned.
@@ -133,6 +141,8 @@ def _write_beside(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model.generation_config = _savable(model.generation_config)
+        if not model.config.model_type.startswith(PREFIX):
+            vars(model.config).pop("auto_map", None)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         _add_keys_of_4(partial / "config.json", model.config)
         if tokenizer is not None:
@@ -255,8 +265,9 @@ def recount(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not paths:
         raise UserError(f"no weights (*.safetensors) in {folder}")
     tensors: dict[str, list[int]] = {}
+    spared = _buffers()
     for path in paths:
         with one_line(str(path)), safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if not name.endswith(_BUFFERS)]  # noqa: SIM118
+            names = [name for name in file.keys() if not name.endswith(spared)]  # noqa: SIM118
             tensors |= {name: file.get_slice(name).get_shape() for name in names}
     return {"total": sum(map(math.prod, tensors.values())), "tensors": tensors}

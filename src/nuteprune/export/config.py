@@ -10,11 +10,9 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
+from nuteprune.model.family import PREFIX as PREFIX  # jobs.sources takes it from here
 from nuteprune.model.family import Family, Projection
 from nuteprune.model.shape import COUNTS, LayerShape, Shape
-
-PREFIX = "pruned_"
-"""What the model type of a config with counts per layer begins with."""
 
 FREE_SHAPE_KEYS = (
     "allow_global_per_layer_attribute_access",

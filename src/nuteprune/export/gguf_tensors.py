@@ -87,7 +87,7 @@ def tensors(
         anatomy: the model.
         arch: what it is written as.
         source: what was declared when the architecture was chosen.
-        target: `gguf_fit.mended`'s shape.
+        target: `gguf_rows.mended`'s shape.
     """
     embedding, divisor, factors = _factors(anatomy, arch)
     embedding_VD = array_of(anatomy.embedding.weight)

@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, in_one_line
 from nuteprune.run_folder import RECORD, RUN
 
 
@@ -27,6 +32,34 @@ def record_path(source: str | os.PathLike[str], **where: Any) -> Path | None:
         return Path(hf_hub_download(str(source), RECORD, **where))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
         return None
+
+
+def file_of(source: str, name: str) -> Path | None:
+    """Return where a file of a checkpoint is, None if the checkpoint has none of that name.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        name: what the file is called.
+
+    Raises:
+        UserError: if that cannot be told: the hub does not answer, and the cache does not know.
+    """
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name))
+    except Exception as error:  # whatever the hub client and the network below it raise
+        cached = try_to_load_from_cache(source, name)
+        if cached is not None:  # the file, or a mark that the hub has none
+            return Path(cached) if isinstance(cached, str) else None
+        unasked = isinstance(error, LocalEntryNotFoundError)  # which is an EntryNotFoundError too
+        if isinstance(error, EntryNotFoundError) and not unasked:
+            return None
+        raise UserError(
+            f"it cannot be told whether {source} has a {name} ({in_one_line(error)}); try again "
+            "when the hub can be reached, or pass the folder of a complete download"
+        ) from error
 
 
 def upload(

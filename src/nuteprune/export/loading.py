@@ -21,12 +21,12 @@ from transformers.initialization import no_init_weights
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.export.config import PREFIX
 from nuteprune.export.expert_files import torn
 from nuteprune.export.own_family import bring_from
 from nuteprune.export.wrapping import language_config
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import brought_along, family_named
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
 from nuteprune.run_folder import SUMS

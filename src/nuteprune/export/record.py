@@ -23,6 +23,7 @@ from nuteprune.export.wrapping import Around
 from nuteprune.files import to_json, write_text
 from nuteprune.gates.budget import gone
 from nuteprune.memory import peak
+from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import Shape
 from nuteprune.model.wrappers import of_language_model
@@ -150,7 +151,7 @@ def write_again(
 
 
 def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
-    card = model_card(full, remote_code=hasattr(model.config, "auto_map"))
+    card = model_card(full, remote_code=model.config.model_type.startswith(PREFIX))
     for name, text in ((CARD, card), (RECORD, to_json(full, indent=2) + "\n")):
         write_text(folder / name, text)
     return json.loads(to_json(full))  # type: ignore[no-any-return]

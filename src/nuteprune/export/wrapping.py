@@ -11,11 +11,12 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.export.config import FREE_SHAPE_KEYS, PREFIX
+from nuteprune.export.config import FREE_SHAPE_KEYS
+from nuteprune.export.hub import file_of
+from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import Wrapper, own_name, wrapper_of
 
@@ -106,10 +107,15 @@ class Around:
     Args:
         source: the checkpoint, a folder or the name of a model on the hub.
         wrapper: what it is.
+
+    Raises:
+        UserError: if it cannot be told which files it has by which images are read.
     """
 
     def __init__(self, source: str, wrapper: Wrapper) -> None:
         self.source, self.wrapper = source, wrapper
+        # Now, so that a run does not end without them.
+        self._processor = [x for name in PROCESSOR_FILES if (x := file_of(source, name))]
 
     def put(self, small: PreTrainedModel) -> tuple[PreTrainedModel, int]:
         """Return the whole model around a pruned language model, fit to be saved.
@@ -148,10 +154,8 @@ class Around:
 
     def copy_processor(self, folder: Path) -> None:
         """Copy the files by which images are read into a folder, as they are."""
-        for name in PROCESSOR_FILES:
-            found = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
-            if found is not None:
-                shutil.copyfile(found, folder / name)
+        for path in self._processor:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _class_of(config: PreTrainedConfig) -> Any:

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from nuteprune.distill.losses import IGNORED
 from nuteprune.model.forwards import evaluating
 
+_MEASURE = "exp of the mean next-token negative log-likelihood (float32), "
 # How the numbers are made, for the record; `protocol` adds what differs from run to run.
 PROTOCOL: Final[Mapping[str, str]] = {
-    "measure": "exp of the mean next-token negative log-likelihood (float32), all tokens of a "
-    "block but the first predicted",
+    "measure": f"{_MEASURE}all tokens of a block but the first predicted",
     "text": "held-out documents of each source, never trained on, in the source's order",
     "joining": "tokenized without special tokens, joined by eos (else bos, else nothing), cut into "
     "full blocks without overlap or padding, each after bos where the tokenizer puts it first",
     "mean": "plain mean over the sources",
 }
+OVERLAPPING: Final = f"{_MEASURE}each token but the first predicted once, by the block it is new in"
+"""The measure where blocks overlap."""
 
 _POSITIONS = 1024  # so many rows of logits are held in float32 at a time
 

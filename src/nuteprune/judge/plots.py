@@ -117,7 +117,8 @@ def layers_plot(rows: Sequence[Row]) -> Plot:
     with new_figure("Kept in each layer", 62 + 40 * len(rows)) as (figure, axes):
         for i, row in enumerate(rows):
             for layer, (kept, before) in enumerate(zip(row.kept, row.before, strict=True)):
-                _cell(axes, layer, i, kept / before if before else 0.0)
+                if before:  # else there was nothing to keep
+                    _cell(axes, layer, i, kept / before)
         axes.set_xlim(-0.5, count - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [row.name for row in rows], color=COLOURS["ink"])
@@ -264,9 +265,10 @@ def _scale(figure: Figure) -> None:
 
 
 def _row_in_words(row: Row) -> str:
-    shares = [k / b if b else 0.0 for k, b in zip(row.kept, row.before, strict=True)]
-    least = int(np.argmin(shares))
-    return (
-        f"{row.name}: {sum(row.kept):,} of {sum(row.before):,} kept, least in layer {least} "
-        f"({row.kept[least]:,} of {row.before[least]:,})."
-    )
+    pairs = zip(row.kept, row.before, strict=True)
+    shares = {layer: kept / before for layer, (kept, before) in enumerate(pairs) if before}
+    said = f"{row.name}: {sum(row.kept):,} of {sum(row.before):,} kept"
+    if not shares:
+        return f"{said}."
+    least = min(shares, key=lambda layer: shares[layer])
+    return f"{said}, least in layer {least} ({row.kept[least]:,} of {row.before[least]:,})."

@@ -66,13 +66,11 @@ class Protocol:
         special_tokens: whether the tokenizer adds its own (a bos at the very start, mostly).
         blocks: most blocks per text; None: all there are.
         texts: the texts it is used with.
-        source: where it comes from.
     """
 
     length: int
     joining: str
     texts: tuple[str, ...]
-    source: str
     stride: int | None = None
     joinings: Mapping[str, str] = field(default_factory=dict)
     special_tokens: bool = True
@@ -81,25 +79,17 @@ class Protocol:
 
 HELD_OUT = "held-out"
 PROTOCOLS: Final[Mapping[str, Protocol]] = {
-    HELD_OUT: Protocol(
-        256,
-        END_OF_TEXT,
-        (DEMO,),
-        "this project's own, used by `prune` and `demo`",
-        special_tokens=False,
-        blocks=24,
-    ),
-    "nuteprune": Protocol(
-        2048, "blank-line", ("wikitext2", "ptb"), "the NutePrune authors' eval_ppl.py"
-    ),
-    "llm-pruner": Protocol(
-        128, "blank-line", ("wikitext2", "ptb"), "LLM-Pruner's PPLMetric, the tables of its line"
-    ),
+    # This project's own, used by `prune` and `demo`.
+    HELD_OUT: Protocol(256, END_OF_TEXT, (DEMO,), special_tokens=False, blocks=24),
+    # The NutePrune authors' eval_ppl.py.
+    "nuteprune": Protocol(2048, "blank-line", ("wikitext2", "ptb")),
+    # LLM-Pruner's PPLMetric, the tables of its line.
+    "llm-pruner": Protocol(128, "blank-line", ("wikitext2", "ptb")),
+    # GPTQ's datautils.py, also SparseGPT's and Wanda's.
     "gptq": Protocol(
         2048,
         "blank-line",
         ("wikitext2", "ptb-test", "c4"),
-        "GPTQ's datautils.py, also SparseGPT's and Wanda's",
         joinings={"ptb-test": "space", "c4": "space"},
         blocks=256,
     ),

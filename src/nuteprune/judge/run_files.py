@@ -142,13 +142,14 @@ def teacher_sparsities(files: RunFiles) -> list[float] | None:
     """
     if not any("token_kl" in line for line in files.metrics):
         return None
-    if files.record is not None and "teachers" in files.record:
-        return [float(s) for s in files.record["teachers"]["sparsities"]]
+    recorded = (files.record or {}).get("teachers", {}).get("sparsities")
+    if recorded is not None:
+        return [float(s) for s in recorded]
     found: list[float] = []
     for line in files.metrics:
         missing = int(line.get("teachers", 0)) - len(found)
-        # Where several came between two logged steps, only the last one's sparsity is known.
-        found += [float("nan")] * (missing - 1) + [float(line["sparsity"])] * (missing > 0)
+        if missing > 0:  # of several between two logged steps, only the last one's is known
+            found += [float("nan")] * (missing - 1) + [float(line["sparsity"])]
     return found
 
 

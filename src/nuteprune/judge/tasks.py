@@ -64,6 +64,7 @@ class Score:
         others: the task's other metrics -> figure, in the task's order.
         answers: the figure's value for each question asked, in the order of the questions; None
             where `value` is not their mean.
+        fewshot: worked examples before each question; None for a group whose tasks differ.
     """
 
     value: float
@@ -73,6 +74,7 @@ class Score:
     samples: int | None
     others: Mapping[str, Figure] = field(default_factory=dict)
     answers: tuple[float, ...] | None = None
+    fewshot: int | None = None
 
     @property
     def figure(self) -> Figure:
@@ -91,10 +93,11 @@ class Tasks:
         names: tasks, groups or suites of the harness, or of the folder.
         include_path: folder with further task files (YAML), which go before those of the harness.
         limit: questions per task; None: all.
-        fewshot: worked examples before each question; None: what the task says, mostly 0.
+        fewshot: worked examples before each question, but where a task says that it takes none;
+            None: what the task says, mostly 0.
 
     Raises:
-        UserError: if the harness is missing, or does not know a name.
+        UserError: if the harness is missing, does not know a name, or cannot ask a task here.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Tasks:
         self.fewshot = fewshot
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._manager = _manager(self.names, include_path)
+        _check(self._manager, self.names)
 
     def ask(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
@@ -139,29 +143,22 @@ class Tasks:
         Raises:
             UserError: if a task's data cannot be had.
         """
-        from datasets.exceptions import DatasetsError
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         harness = HFLM(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
         )
-        try:
-            with _asking_nobody_else():
-                results = simple_evaluate(
-                    model=harness,
-                    tasks=list(self.names),
-                    num_fewshot=self.fewshot,
-                    limit=self.limit,
-                    task_manager=self._manager,
-                    log_samples=True,  # each answer, for errors of paired differences
-                    bootstrap_iters=100,  # of no use to accuracies, whose error has a closed form
-                )
-        except (OSError, DatasetsError) as error:
-            raise UserError(
-                f"the data of a task cannot be had ({in_one_line(error)}); tasks whose data is "
-                "local go into a folder for --include-path"
-            ) from error
+        with _needing_data(), _asking_nobody_else():
+            results = simple_evaluate(
+                model=harness,
+                tasks=list(self.names),
+                num_fewshot=self.fewshot,
+                limit=self.limit,
+                task_manager=self._manager,
+                log_samples=True,  # each answer, for errors of paired differences
+                bootstrap_iters=100,  # of no use to accuracies, whose error has a closed form
+            )
         return read_scores(results or {})
 
     def described(self) -> dict[str, Any]:
@@ -171,6 +168,20 @@ class Tasks:
             "limit": self.limit,
             "fewshot": self.fewshot,
         }
+
+
+@contextmanager
+def _needing_data() -> Iterator[None]:
+    """Tell in one line where the data of a task cannot be had."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, DatasetsError) as error:
+        raise UserError(
+            f"the data of a task cannot be had ({in_one_line(error)}); tasks whose data is "
+            "local go into a folder for --include-path"
+        ) from error
 
 
 @contextmanager
@@ -204,6 +215,26 @@ def _manager(names: list[str], include_path: Path | None) -> Any:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"the harness knows no task {name!r}{hint}")
     return manager
+
+
+def _check(manager: Any, names: list[str]) -> None:
+    """Refuse tasks that the harness would refuse, before a model is loaded for them."""
+    # Known without making them, which for some runs code already.
+    code = [name for name in names if (manager.task_index[name].cfg or {}).get("unsafe_code")]
+    try:
+        with _needing_data():
+            tasks: dict[str, Any] = {} if code else manager.load(list(names))["tasks"]
+    except UserError:
+        raise
+    except Exception as error:  # whatever a task's file or its code is not fit for
+        raise UserError(
+            f"the harness cannot make these tasks ({in_one_line(error)}); leave out what it names"
+        ) from error
+    code += [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+    if code:
+        raise UserError(f"task {code[0]} runs code that the model writes, which is not done here")
+    if seen := [name for name, task in tasks.items() if getattr(task, "MULTIMODAL", False)]:
+        raise UserError(f"task {seen[0]} is of images or sound; models are asked in text alone")
 
 
 def read_scores(results: Mapping[str, Any]) -> dict[str, Score]:
@@ -248,6 +279,7 @@ def _score(task: str, keys: list[str], results: Mapping[str, Any]) -> Score:
         samples=results.get("n-samples", {}).get(task, {}).get("effective"),
         others=others,
         answers=_answers(results.get("samples", {}).get(task), counts, float(row[counts])),
+        fewshot=results.get("n-shot", {}).get(task),
     )
 
 

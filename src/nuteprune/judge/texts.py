@@ -73,6 +73,11 @@ def rows_of(
                 "text and folders do not tell apart; pass that, or --data FILE as text of your own"
             )
         found = iter_documents(path, text_column=text_column or text.column, tokenizer=tokenizer)
+        if len(found) != 1:
+            raise UserError(
+                f"{spec}: a copy of {name} is one text, and {path} has {len(found)} "
+                f"({', '.join(found)}); pass one Parquet or JSON file of its rows"
+            )
         (copy,) = found.values()
         return {name: lambda: itertools.islice(copy.read(), text.rows)}
     sources = iter_documents(spec, text_column=text_column, tokenizer=tokenizer)
@@ -143,7 +148,7 @@ def make_blocks(
     most = protocol.blocks
     described = {
         "joining": joining,
-        "special_tokens": protocol.special_tokens or bool(bos),
+        "special_tokens": bool(bos) if joining == END_OF_TEXT else protocol.special_tokens,
         "block_length": protocol.length,
         "stride": stride,
         "block_count": len(tokens_NT[:most]),

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from nuteprune.console import Output
 from nuteprune.judge.copying import Copying
-from nuteprune.judge.perplexity import PROTOCOL, mean
+from nuteprune.judge.perplexity import OVERLAPPING, PROTOCOL, mean
 from nuteprune.judge.protocols import HELD_OUT
 from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT
 from nuteprune.judge.retention import retention, retention_stderr, retentions
@@ -57,8 +57,9 @@ class Verdicts:
         if self.perplexity:
             ours, theirs = self.perplexity[model], self.perplexity[dense]
             self.retention["perplexity"] = retentions(ours, theirs, dict.fromkeys(ours, False))
-        if {model, dense} <= self.copying.keys():
-            shares = (self.copying[name].percent for name in (model, dense))
+        copied = [self.copying[name] for name in (model, dense) if name in self.copying]
+        if len(copied) == 2 and _alike(copied):
+            shares = (x.percent for x in copied)
             self.retention["copying"] = {REPEAT: retention(*shares, higher_is_better=True)}
         if self.tasks:
             mine, of_dense = self.tasks[model], self.tasks[dense]
@@ -67,6 +68,8 @@ class Verdicts:
                 {task: score.value for task, score in of_dense.items()},
                 {task: score.higher_is_better for task, score in mine.items()},
             )
+            if not _of_one_kind(mine):
+                kept.pop(MEAN, None)
             self.retention["tasks"] = kept
             self.retention_stderr["tasks"] = _errors(kept, mine, of_dense)
 
@@ -75,7 +78,9 @@ class Verdicts:
         protocol: dict[str, Any] = {}
         if self.blocks:
             stated = {name: dict(blocks.described) for name, blocks in self.blocks.items()}
-            protocol = {**{k: PROTOCOL[k] for k in ("measure", "mean")}, "texts": stated}
+            overlap = any(_overlaps(how) for how in stated.values())
+            measure = OVERLAPPING if overlap else PROTOCOL["measure"]
+            protocol = {"measure": measure, "mean": PROTOCOL["mean"], "texts": stated}
         return {
             "perplexity": self.perplexity,
             "protocol": protocol,
@@ -133,6 +138,11 @@ class Verdicts:
             f"itself: of the repeat's {how['tokens']:,} tokens, those held for the likeliest; seed "
             f"{how['seed']}"
         )
+        if not _alike(found):
+            output.line(
+                "the dense model copied other sequences, of another tokenizer or length: nothing "
+                "is said of what is retained"
+            )
 
     def _print_tasks(self, output: Output) -> None:
         found = list(self.tasks.values())
@@ -146,13 +156,18 @@ class Verdicts:
                 rows.append(["", metric, "", *_cells(figures)])
                 pair = figures[0].value, figures[-1].value
                 kept.append(_percent(retention(*pair, higher_is_better=figure.higher_is_better)))
-        if len({(x.metric.startswith("acc"), x.higher_is_better) for x in found[0].values()}) == 1:
+        if _of_one_kind(found[0]):
             means = (mean({task: x.value for task, x in scores.items()}) for scores in found)
             rows.append([MEAN, "", "", "", *(f"{x:.4f}" for x in means)])
             kept.append(self._kept(MEAN))
         columns = ["task", "metric", "questions", "std error", *LABELS[: len(found)]]
         compared = kept if "tasks" in self.retention else None
         _table(output, "Tasks", columns, rows, compared)
+        asked = None if self.questions is None else self.questions.described().get("fewshot")
+        own = {task: x.fewshot for task, x in found[0].items() if x.fewshot not in (None, asked)}
+        if asked is not None and own:
+            told = ", ".join(f"{task} {count}" for task, count in own.items())
+            output.line(f"tasks that set their examples themselves, whatever --fewshot is: {told}")
 
     def _kept(self, task: str) -> str:
         """Return what is retained in a task, with the standard error of that if it is known."""
@@ -160,6 +175,16 @@ class Verdicts:
             found.get("tasks", {}).get(task) for found in (self.retention, self.retention_stderr)
         )
         return _percent(kept) if kept is None or error is None else f"{kept:.1f} ± {error:.1f} %"
+
+
+def _alike(copied: Sequence[Copying]) -> bool:
+    """Return whether models copied the same sequences: of one tokenizer, and as long."""
+    return all(x.protocol == copied[0].protocol for x in copied)
+
+
+def _of_one_kind(scores: Mapping[str, Score]) -> bool:
+    """Return whether figures of tasks have a mean: all or none are accuracies, of one direction."""
+    return len({(x.metric.startswith("acc"), x.higher_is_better) for x in scores.values()}) == 1
 
 
 def _errors(
@@ -208,9 +233,14 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} %"
 
 
+def _overlaps(how: Mapping[str, Any]) -> bool:
+    """Return whether blocks of a text overlap."""
+    return bool(how["stride"] != how["block_length"])
+
+
 def _stated(how: Mapping[str, Any]) -> str:
     part = "held-out part" if how["part"] == HELD_OUT else "all"
-    overlap = "" if how["stride"] == how["block_length"] else f", one every {how['stride']}"
+    overlap = f", one every {how['stride']}" if _overlaps(how) else ""
     return (
         f"{part}, {how['block_count']} blocks of {how['block_length']} tokens{overlap}, documents "
         f"joined by {how['joining'].replace('-', ' ')}; protocol {how['protocol']}"

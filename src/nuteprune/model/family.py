@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+PREFIX = "pruned_"
+"""What the model type of a config with counts per layer begins with."""
+
 BLOCK_KINDS = ("attn_block", "mlp_block")
 """Kinds of gates on whole blocks."""
 GATE_KINDS = (

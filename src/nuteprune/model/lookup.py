@@ -9,7 +9,7 @@ from typing import Any
 
 from nuteprune.errors import UserError
 from nuteprune.model.families import FAMILIES
-from nuteprune.model.family import Family
+from nuteprune.model.family import PREFIX, Family
 from nuteprune.model.unsupported import is_encoder, language_model_within, parts_without_gates
 
 _OWN: dict[str, Family] = {}
@@ -26,7 +26,7 @@ def family_named(model_type: str, config: Mapping[str, Any] | None = None) -> Fa
     Raises:
         UserError: if the type is not supported; says why, and what to do.
     """
-    model_type = model_type.removeprefix("pruned_")
+    model_type = model_type.removeprefix(PREFIX)
     if found := _OWN.get(model_type) or FAMILIES.get(model_type):
         return found
     raise UserError(
@@ -41,7 +41,7 @@ def bring_along(family: Family) -> None:
 
 def brought_along(model_type: str) -> Family | None:
     """Return the entry that a user brought along for a model type, None if none did."""
-    return _OWN.get(model_type.removeprefix("pruned_"))
+    return _OWN.get(model_type.removeprefix(PREFIX))
 
 
 def all_brought_along() -> tuple[Family, ...]:

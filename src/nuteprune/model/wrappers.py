@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from nuteprune.model.family import PREFIX
+
 _FILES = (("language_model.model.", "model."), ("model.language_model.", "model."))
 """What tensors of a language model begin with in a wrapper's files -> in its own."""
 _HEADS = (("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head."))
@@ -58,7 +60,7 @@ WRAPPERS = {
 
 def wrapper_of(model_type: str) -> Wrapper | None:
     """Return the wrapper of a config's `model_type`, that of a pruned checkpoint too."""
-    return WRAPPERS.get(model_type.removeprefix("pruned_"))
+    return WRAPPERS.get(model_type.removeprefix(PREFIX))
 
 
 def own_name(name: str) -> str | None:
