@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.model.family import PREFIX as PREFIX  # jobs.sources takes it from here
+from nuteprune.model.family import PREFIX
 from nuteprune.model.family import Family, Projection
 from nuteprune.model.shape import COUNTS, LayerShape, Shape
 

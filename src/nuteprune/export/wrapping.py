@@ -101,6 +101,27 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     return config_class.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
 
 
+def processor_files(source: str) -> list[Path]:
+    """Return the files of a checkpoint by which images are read.
+
+    Where the hub cannot be asked, those in the cache are all: whoever fetched one wanted them.
+
+    Raises:
+        UserError: if the hub cannot be asked, and none is in the cache.
+    """
+    found, untold = [], None
+    for name in PROCESSOR_FILES:
+        try:
+            path = file_of(source, name)
+        except UserError as error:
+            untold = error
+        else:
+            found += [path] if path else []
+    if untold and not found:
+        raise untold
+    return found
+
+
 class Around:
     """What a checkpoint has around its language model, which stays bit for bit as it is.
 
@@ -115,7 +136,7 @@ class Around:
     def __init__(self, source: str, wrapper: Wrapper) -> None:
         self.source, self.wrapper = source, wrapper
         # Now, so that a run does not end without them.
-        self._processor = [x for name in PROCESSOR_FILES if (x := file_of(source, name))]
+        self._processor = processor_files(source)
 
     def put(self, small: PreTrainedModel) -> tuple[PreTrainedModel, int]:
         """Return the whole model around a pruned language model, fit to be saved.

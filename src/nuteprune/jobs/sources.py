@@ -20,7 +20,6 @@ from transformers.utils.quantization_config import Mxfp4Config
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.export.config import PREFIX
 from nuteprune.export.hub import record_path
 from nuteprune.export.loading import config_values, exact_dtype, load_pruned
 from nuteprune.export.own_family import bring_from
@@ -28,6 +27,7 @@ from nuteprune.export.record import inside, origin_of, read_record
 from nuteprune.export.wrapping import Around, language_config
 from nuteprune.files import at_home, check_name
 from nuteprune.model.families import FAMILIES
+from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
 from nuteprune.run_folder import SELF
