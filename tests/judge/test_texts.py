@@ -98,8 +98,8 @@ def test_no_special_tokens_are_stated_where_none_were_added(
     tokenizer: PreTrainedTokenizerFast, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     protocol = changed(PROTOCOLS["nuteprune"], length=4, joining="end-of-text")
-    for given, first in ((tokenizer, True), (tiny_tokenizer, False)):
-        made = make_blocks("a", ["a text of some tokens"], given, protocol)
+    for used, first in ((tokenizer, True), (tiny_tokenizer, False)):
+        made = make_blocks("a", ["a text of some tokens"], used, protocol)
         assert made.described["special_tokens"] is first
         assert (given.bos_token_id in made.tokens_NT[0]) is first
 

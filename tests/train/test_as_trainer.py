@@ -138,7 +138,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
     make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 3}).train()
     assert steps_of(tmp_path) == [1, 2, 3]
     assert {x.name for x in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
-    with pytest.raises(UserError, match="nothing to resume: there is no folder .*checkpoint-70"):
+    with pytest.raises(UserError, match=r"nothing to resume: there is no folder .*checkpoint-70"):
         other.train(str(tmp_path / "checkpoint-70"))
 
 

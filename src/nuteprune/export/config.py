@@ -10,8 +10,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.model.family import PREFIX
-from nuteprune.model.family import Family, Projection
+from nuteprune.model.family import PREFIX, Family, Projection
 from nuteprune.model.shape import COUNTS, LayerShape, Shape
 
 FREE_SHAPE_KEYS = (

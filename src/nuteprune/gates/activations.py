@@ -52,9 +52,8 @@ class Watched:
     linear: nn.Linear
     moments: Moments
 
-    @property
-    def weight_OI(self) -> Tensor:
-        """Its weight in fp32, unpacked anew at each call: what is packed stays so."""
+    def weight(self) -> Tensor:
+        """Return its weight (O, I) in fp32, unpacked anew at each call: what is packed stays so."""
         return weight_of(self.linear).float()
 
 

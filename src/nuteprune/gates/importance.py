@@ -62,7 +62,7 @@ def wanda(probe: Probe) -> Scores:
     """
     columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     for watched in _read_inputs(probe):
-        size_I = watched.weight_OI.abs().sum(0).cpu()
+        size_I = watched.weight().abs().sum(0).cpu()
         columns[watched.units].append(size_I * watched.moments.norm)
     scores = {kind: over_columns(probe.layout, kind, columns) for kind in probe.kinds}
     return ranked(probe, scores)
@@ -79,7 +79,7 @@ def flap(probe: Probe) -> Scores:
     """
     columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     for watched in _read_inputs(probe):
-        norm_I = watched.weight_OI.square().sum(0).cpu()
+        norm_I = watched.weight().square().sum(0).cpu()
         metric_I = watched.moments.variance * norm_I
         metric_I /= metric_I.mean().clamp(min=1e-30)  # z-scores are the same; squares stay in range
         if watched.units == "heads":
