@@ -18,7 +18,7 @@ from torch import Tensor
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Family, Projection
-from nuteprune.model.shape import LayerShape, Shape, axis_sizes
+from nuteprune.model.shape import PER_HEAD, LayerShape, Shape, axis_sizes
 
 
 class Budget:
@@ -161,8 +161,8 @@ class Budget:
             heads = keep.heads(i)
             if heads is not None and layer.attention:
                 groups = keep.part("kv_groups", i)
-                sizes["q"] = heads.sum() * self.head_dim
-                sizes["qkv"], sizes["qgate"] = 3 * sizes["q"], 2 * sizes["q"]
+                kept = heads.sum() * self.head_dim
+                sizes |= {axis: many * kept for axis, many in PER_HEAD.items()}
                 if layer.heads_per_group == 1:
                     sizes["kv"] = sizes["q"]
                 elif groups is not None:

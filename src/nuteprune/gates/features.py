@@ -13,7 +13,7 @@ from torch import Tensor
 from nuteprune.gates.masks import Masks
 from nuteprune.model.family import Family, Projection
 from nuteprune.model.narrow import Selection
-from nuteprune.model.shape import LayerShape, axis_sizes
+from nuteprune.model.shape import PER_HEAD, LayerShape, axis_sizes
 
 UNITED = ("q", "kv", "qkv", "qgate", "mixer", "latent")
 """Axes whose features belong to heads, or stay together."""
@@ -41,9 +41,7 @@ def features(
     heads = kept_units(heads_H)
     index: dict[str, Tensor | None] = dict.fromkeys(UNITED)
     if heads_H is not None and heads is not None:
-        index["q"] = _spread(heads, head_dim)
-        index["qkv"] = _spread(heads, 3 * head_dim)
-        index["qgate"] = _spread(heads, 2 * head_dim)
+        index |= {axis: _spread(heads, many * head_dim) for axis, many in PER_HEAD.items()}
         index["kv"] = _spread(live_groups(heads_H, layer).nonzero().flatten().cpu(), head_dim)
     return {**index, "neurons": kept_units(neurons_F)}
 

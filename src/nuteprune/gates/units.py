@@ -18,7 +18,7 @@ from nuteprune.gates.probe import Probe, Scores
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.packed import weight_of
-from nuteprune.model.shape import LayerShape, axis_sizes
+from nuteprune.model.shape import PER_HEAD, LayerShape, axis_sizes
 
 
 def unit_parameters(budget: Budget, kind: str) -> Tensor:
@@ -118,9 +118,8 @@ def _head_squares(
     axes: Mapping[str, Tensor], layer: LayerShape, head_dim: int
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of squares of a layer's heads (H,) and KV groups (G,), given each axis's."""
-    per_head = {"q": 1, "qkv": 3, "qgate": 2}
     heads_H = sum(
-        (axes[axis].view(-1, many * head_dim).sum(1) for axis, many in per_head.items()),
+        (axes[axis].view(-1, many * head_dim).sum(1) for axis, many in PER_HEAD.items()),
         torch.zeros(layer.heads),
     )
     groups_G = axes["kv"].view(-1, head_dim).sum(1)

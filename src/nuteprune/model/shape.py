@@ -234,13 +234,15 @@ def kinds_of_cut(whole: Shape, kept: Shape) -> tuple[str, ...]:
     return tuple(kind for kind, wanted in found.items() if wanted)
 
 
+PER_HEAD = MappingProxyType({"q": 1, "qgate": 2, "qkv": 3})
+"""Axis of query heads -> how many times head_dim each has there."""
+
+
 def axis_sizes(layer: LayerShape, head_dim: int) -> dict[str, int]:
     """Return the features of each axis of a layer (`families` names them), `hidden` excepted."""
     return {
-        "q": layer.heads * head_dim,
+        **{axis: many * layer.heads * head_dim for axis, many in PER_HEAD.items()},
         "kv": layer.kv_heads * head_dim,
-        "qkv": 3 * layer.heads * head_dim,
-        "qgate": 2 * layer.heads * head_dim,
         "neurons": layer.neurons,
         "expert_neurons": layer.expert_neurons,
     }
