@@ -26,6 +26,7 @@ from nuteprune.jobs.folder import (
     clear,
     clear_result,
     goes_on,
+    is_stated,
     nothing_left,
     target_folder,
 )
@@ -191,7 +192,7 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
             judged = sum(map(len, held_out.values()))
             plan = print_dry_run(job, trainer, text.seconds_to_write(trainer), judged, output)
             return Result({}, held_out, {}, plan) if is_main() else None
-        if goes_on(job):  # a process that went on would tell of the others' silence instead
+        if is_stated(job):  # a process that went on would tell of the others' silence instead
             check_same(job.out / RUN, trainer.settings(), PruneJob, NutePruneConfig)
         elif is_main() and job.overwrite and not job.resume:
             clear(job.out)

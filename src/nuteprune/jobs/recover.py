@@ -28,6 +28,7 @@ from nuteprune.jobs.folder import (
     check_out,
     clear,
     clear_result,
+    goes_on,
     nothing_left,
 )
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
@@ -224,7 +225,7 @@ def _train(
 
     # The adapters add nothing before the first step.
     before = measure("measuring the model", Anatomy(trainer.model).model)
-    trainer.train(resume_from_checkpoint=job.resume or None)
+    trainer.train(resume_from_checkpoint=goes_on(job) or None)
     small = trainer.merge()
     round_as_stored(small, stored_dtype(small))  # judged is what will be in the file
     after = measure("measuring the result", small)

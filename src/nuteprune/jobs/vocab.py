@@ -116,7 +116,7 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
     started = time.monotonic()
     check_declared(job)
     with alone(job.out):
-        check_out(job)
+        check_out(job, resumes=False)
         if around(job.model) is not None:
             raise UserError(
                 f"{job.model} is a model of several modalities, whose processor has tokens of its "
