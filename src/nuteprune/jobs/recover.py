@@ -111,7 +111,8 @@ def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     if job.against is not None:
         same_tokens(tokenizer, job.against, job.trust_remote_code)
-    judged = judged_text(job, record, tokenizer, output)
+    named, judged = judged_text(job, record, tokenizer, output)
+    job = replace(job, eval_data=named)  # what judges is what settings and record state
     ours = _tune(job, record, tokenizer, judged, output)
     if job.against is not None:
         gc.collect()  # a trainer and its callbacks point at each other: make room
