@@ -193,7 +193,8 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
             plan = print_dry_run(job, trainer, text.seconds_to_write(trainer), judged, output)
             return Result({}, held_out, {}, plan) if is_main() else None
         if is_stated(job):  # a process that went on would tell of the others' silence instead
-            check_same(job.out / RUN, trainer.settings(), PruneJob, NutePruneConfig)
+            kinds = (PruneJob, NutePruneConfig)
+            check_same(job.out / RUN, trainer.settings(), *kinds, also=("costs",))
         elif is_main() and job.overwrite and not job.resume:
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
@@ -273,7 +274,9 @@ def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     target = {"target_sparsity": args.target_sparsity} if by_share else {}
     specs, shares = mixture(job, args.sharded)
     text = {"data": specs if len(specs) > 1 else specs[0], "shares": shares}
-    return {**job.recorded(), **text, **target, **chosen_settings(args)}
+    costs = job.settings.get("costs")
+    table = {"costs": costs} if args.target_speedup is not None and isinstance(costs, str) else {}
+    return {**job.recorded(), **text, **target, **table, **chosen_settings(args)}
 
 
 def whole(job: PruneJob) -> PreTrainedModel:
