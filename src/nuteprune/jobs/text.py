@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.blocks import BlockDataset, checked_shares, held_out_blocks, training_blocks
 from nuteprune.data.self_written import room, seconds_to_write, write_text
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
@@ -35,13 +35,13 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
         sharded: whether the model's weights are shared out over processes, where it cannot write.
 
     Raises:
-        UserError: if shares are no numbers, or a sharded model is to write.
+        UserError: if shares are no numbers or do not fit the data, or a sharded model is to write.
     """
     specs, shares = job.specs, job.share_values
     if shares is not None or SELF in specs:
         if sharded and SELF in specs:
             raise UserError(f"a sharded model cannot write text: leave {SELF} out of --data")
-        return specs, shares or [1.0] * len(specs)
+        return specs, list(checked_shares(shares or None, specs))
     if sharded:
         return specs, [1.0] * len(specs)
     return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]

@@ -33,6 +33,8 @@ SIMULATED = "simulated"
 FORMULA = "formula"
 MOMENTS = 3
 """What Adam holds of a trained parameter, as a multiple: itself and two moments."""
+ON_CPUS = ("refitted", "cut")
+"""What `disk` counts that runs on CPUs alone write."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ def disk(run: Run) -> dict[str, float]:
     checkpoint = 3 * sizes.adapters + refitted
     return {
         "result": run.small * len(targets),
-        "refitted": refitted,  # on CPUs
+        "refitted": refitted,
         "cut": run.small,  # the same, until it is written
         "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
         "teachers": teachers * sizes.adapters / 2,
