@@ -540,12 +540,13 @@ def test_masks_that_are_learned_are_planned_without_scores(tmp_path: Path) -> No
 @pytest.mark.slow(seconds=3)
 @pytest.mark.slow(seconds=10)
 def test_each_round_of_scoring_is_planned(tmp_path: Path) -> None:
-    def work(sparsity: float, **more: Any) -> dict[str, float]:
+    def work(sparsity: float, packed: bool = False, **more: Any) -> dict[str, float]:
         args = settings(tmp_path, target_sparsity=sparsity, **more)
-        run = Run.of(config(), args, 24, torch.float32)
+        run = Run.of(config(), args, 24, torch.float32, packed=packed)
         return {phase.name: phase.need.flops for phase in run.before_steps()}
 
     one, three, ramp = work(0.3), work(0.7), work(0.7, ramp_share=0.5)
+    assert work(0.7, packed=True) == one  # in few bits units are scored once
     for name in one:
         repeated = name in ("scoring", "cutting units one by one", "re-fit")
         assert three[name] == (3 if repeated else 1) * one[name], name
