@@ -66,11 +66,12 @@ def place(name: str) -> str:
 def origin(model: str) -> dict[str, Any]:
     """Return what a record is to say of where a model comes from.
 
-    A checkpoint that is pruned already passes on its own origin, and adds itself to the history.
+    A folder is named as from everywhere: a relative path would look like a hub id elsewhere. A
+    checkpoint that is pruned already passes on its own origin, and adds itself to the history.
     """
     if model == DEMO:
         return dict(ORIGIN)
-    return origin_of(model, record_of(model))
+    return origin_of(place(model), record_of(model))
 
 
 def record_of(model: str) -> dict[str, Any] | None:
