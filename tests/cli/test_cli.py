@@ -204,6 +204,17 @@ def test_killed_in_its_first_steps_a_run_begins_anew_as_the_same(
     assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_it_is_told_that_a_model_writes_other_text_for_other_steps(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    assert run(*options(model, text, out, steps=1))[0] == 0
+    for steps, anew in ((1, False), (20, True)):
+        code, said, err = run(*options(model, text, out, steps=steps), "--resume")
+        assert code == 0, err
+        assert ("Note    run/self.jsonl was of other steps or batches" in said) == anew
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

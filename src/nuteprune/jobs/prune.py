@@ -43,7 +43,7 @@ from nuteprune.judge.samples import side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
-from nuteprune.run_folder import RUN, SAMPLES
+from nuteprune.run_folder import RUN, SAMPLES, SELF_WRITTEN
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.checks import check_offload
 from nuteprune.train.config import NutePruneConfig
@@ -198,7 +198,11 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
         elif is_main() and job.overwrite and not job.resume:
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
-        text.let_write(trainer, bars.update)
+        if text.let_write(trainer, bars.update):
+            output.line(
+                f"Note    {RUN}/{SELF_WRITTEN} was of other steps or batches: the model has "
+                "written it anew, and the run goes on with that"
+            )
         records = _prune(job, trainer, held_out, bars, started)
     if not is_main():
         return None
