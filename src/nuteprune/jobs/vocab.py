@@ -215,7 +215,8 @@ def _count(
 def parts(documents: Iterable[str]) -> Iterator[list[str]]:
     """Yield the documents a few at a time, of about `TOGETHER` characters.
 
-    Of all of them no more than `MOST_CHARACTERS` are read; the last document may be cut.
+    Args:
+        documents: of all of them no more than `MOST_CHARACTERS` are read; the last may be cut.
     """
     part: list[str] = []
     held, left = 0, MOST_CHARACTERS
