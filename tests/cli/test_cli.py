@@ -201,6 +201,38 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_what_its_model_wrote(
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_killed_in_its_first_steps_a_run_begins_anew_as_the_same(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(*options(model, text, whole, shares=1))[0] == 0
+    asked = options(model, text, out, shares=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Trainer.train", stop)
+        assert run(*asked)[0] == 130
+    assert [x.name for x in (out / "run").iterdir() if x.is_file()] == ["settings.json"]
+    code, _, err = run(*asked, "--seed", 7, "--resume")
+    assert (code, "seed 42, not 7" in err) == (2, True)
+    code, _, err = run(*asked, "--resume")
+    assert code == 0, err
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_it_is_told_that_a_model_writes_other_text_for_other_steps(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    assert run(*options(model, text, out, steps=1))[0] == 0
+    for steps, anew in ((1, False), (20, True)):
+        code, said, err = run(*options(model, text, out, steps=steps), "--resume")
+        assert code == 0, err
+        assert ("Note    run/self.jsonl was of other steps or batches" in said) == anew
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

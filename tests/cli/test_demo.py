@@ -11,7 +11,7 @@ import pytest
 from nuteprune.cli import demo
 from nuteprune.errors import UserError
 from nuteprune.files import write_sums
-from nuteprune.jobs.demo import with_defaults
+from nuteprune.jobs.demo import DEFAULTS, MEMORY, with_defaults
 from nuteprune.jobs.folder import check_out
 from nuteprune.jobs.job import PruneJob
 from nuteprune.run_folder import RUN, SELF_WRITTEN
@@ -47,6 +47,14 @@ def test_options_win_over_files_and_files_over_what_the_demo_does(
     assert (job.settings["target_sparsity"], job.settings["max_steps"]) == (0.4, 5)
     (tmp_path / "shape.yaml").write_text("neurons: 512\n")
     assert "target_sparsity" not in asked("--shape", "shape.yaml").settings
+
+
+def test_help_states_the_defaults_of_the_demo(run: Any) -> None:
+    said = " ".join(run("demo", "--help")[1].split())
+    assert f"demo {DEFAULTS['max_steps']})" in said
+    parts = MEMORY["gradient_accumulation_steps"]
+    size = MEMORY["per_device_train_batch_size"]
+    assert f"demo {size}, with {parts} accumulated)" in said
 
 
 def checkpoint(folder: Path) -> None:

@@ -230,6 +230,8 @@ BAD = {
     "the same text twice": (["--data", "TEXT", "--data", "TEXT"], "only once"),
     "text too short": (["--data", "TEXT", "--length", "99999"], "a block takes 99999"),
     "batch size 0": (["--batch-size", "0"], "at least 1"),
+    "copying seed too large": (["--copying-seed", str(2**64)], "from 0 to 2147483647"),
+    "fewer than no examples": (["--tasks", "piqa", "--fewshot", "-1"], "--fewshot -1: pass 0"),
     "limit without tasks": (["--limit", "3"], "--tasks"),
     "text for tasks alone": (["--tasks", "piqa", "--length", "512"], "--length is for text"),
     "unknown option": (["--set", "lora_rank=3"], "No such option"),

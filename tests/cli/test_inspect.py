@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nuteprune.export.record import write_pruned
+from nuteprune.export.vocabulary import cut_model
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
 from tests.conftest import Run, json_line
@@ -74,6 +75,32 @@ def test_parts_are_those_of_the_models(
     }
     assert result["counted"] == result["params"]["after"]
     assert any(x.startswith("SGLang") for x in result["warnings"])
+
+
+def test_latent_attention_is_counted_before_as_after(
+    tiny_model: Callable, prune_at_random: Callable, tmp_path: Path, run: Callable
+) -> None:
+    whole = tiny_model("deepseek_v3")
+    old = count(whole, *(p.path for p in Anatomy(whole).family.attention))
+    prune_and_write(prune_at_random, whole, ("experts",), tmp_path / "out", shapes="uniform")
+    code, out, err = run(tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json_line(out)["parts"]["attention"] == {"before": old, "after": old}
+
+
+def test_a_cut_of_the_vocabulary_takes_no_positions(
+    tiny_model: Callable, tmp_path: Path, run: Callable
+) -> None:
+    def cut(model: Any, *_: Any) -> Any:
+        return cut_model(Anatomy(model), range(40))
+
+    whole, ends = tiny_model("opt"), ("embed", "lm_head")
+    old, vocab = count(whole, *ends), {"before": 96, "after": 40, "covered": 1.0}
+    small = prune_and_write(cut, whole, (), tmp_path / "out", shapes="uniform", vocab=vocab)
+    code, out, err = run(tmp_path / "out", "--json")
+    assert code == 0, err
+    parts = json_line(out)["parts"]
+    assert parts["embedding and head"] == {"before": old, "after": count(small, *ends)}
 
 
 def test_it_prints_ranges_of_equal_layers_and_warnings(

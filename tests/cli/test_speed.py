@@ -87,6 +87,12 @@ def test_the_result_is_as_fast_as_is_asked_by_the_table(
     assert f"Speed   {phase} at {AT}" in stderr
     out = Path(record["out"])
     assert json.loads((out / "run/speed.json").read_text())["rows"]
+    table = Path(words[words.index("--costs") + 1])
+    assert record["config"]["costs"] == str(table)
+    rest = {name: 0.99 * cost for name, cost in TABLE["rest"].items()}
+    table.write_text(json.dumps({**TABLE, "rest": rest}))
+    code, _, stderr = run(*words, "--speedup", 1.3, "--for", phase, "--resume")
+    assert (code, "was started with costs" in stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("ours", "expected"), [(1.05, 0), (1.06, 1)])

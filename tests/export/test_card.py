@@ -178,6 +178,12 @@ def test_plots_have_one_place() -> None:
     assert with_plots("# another card", {"a": "b"}) == "# another card"
 
 
+@pytest.mark.parametrize("name", ["./gone", "../gone"])
+def test_a_relative_path_is_no_hub_id(name: str) -> None:
+    card = ModelCard(model_card(a_record(base_model=name), remote_code=False))
+    assert card.data.base_model is None
+
+
 def test_the_licence_is_that_of_the_base_models_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -758,7 +758,7 @@ def test_stock_ways_to_say_it_are_recognised() -> None:
         backend.pre_tokenizer = given
         assert find_split(backend) == name
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    with pytest.raises(UserError, match="--pre-tokenizer NAME"):
+    with pytest.raises(UserError, match="nuteprune export takes it as --pre-tokenizer NAME"):
         find_split(backend)
 
 

@@ -119,3 +119,18 @@ def test_what_cannot_be_planned_is_reckoned_by_steps(
     dry = found(tiny_model("mixtral"), tmp_path)
     assert "phases" not in dry
     assert dry["seconds"] > 5 + 3 * dry["seconds_per_step"]
+
+
+def test_the_peak_of_a_step_is_counted_from_its_beginning(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def step(_: NutePruneTrainer) -> float:
+        told.append("step")
+        return 1.0
+
+    monkeypatch.setattr("nuteprune.jobs.dry_run.reset_peak", lambda: told.append("reset"))
+    monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", step)
+    found(tiny_model("mixtral"), tmp_path)
+    assert told == ["reset", "step"]

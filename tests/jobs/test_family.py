@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from nuteprune.console import Output
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.jobs.family import checked, config_of
+from nuteprune.jobs.family import checked, config_of, run
 from nuteprune.model import lookup
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family_file import read_family, to_text
@@ -44,6 +45,17 @@ def test_what_does_not_hold_of_an_entry_is_refused_in_it(tmp_path: Path) -> None
     true, found = checked(config_of("gpt_neox"))
     assert true.attention[0].rows == ("qkv",)
     assert all(why is None for by in found.values() for why in by.values())
+
+
+def test_an_entry_is_written_wherever_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, file = FAMILIES["llama"], tmp_path / "new" / "folder" / "entry.yaml"
+    monkeypatch.setattr("nuteprune.jobs.family.checked", lambda *_: (entry, {}))
+    run("llama", Output(quiet=True), out=file)
+    assert read_family(file).family == entry
+    with pytest.raises(UserError, match=r"cannot write .*new: "):
+        run("llama", Output(quiet=True), out=tmp_path / "new")
 
 
 def test_an_entry_of_another_type_or_that_nothing_holds_of_is_refused(tmp_path: Path) -> None:

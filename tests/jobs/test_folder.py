@@ -28,6 +28,7 @@ def test_resuming_is_offered_where_there_is_a_run_to_go_on_with(tmp_path: Path) 
     for name, offered in (
         ("notes.txt", False),
         ("run/metrics.jsonl", False),
+        ("run/settings.json", True),
         ("run/self.jsonl", True),
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -35,6 +36,8 @@ def test_resuming_is_offered_where_there_is_a_run_to_go_on_with(tmp_path: Path) 
         with pytest.raises(UserError, match="is not empty") as told:
             check_out(Job("demo", tmp_path))
         assert ("or --resume to go on with it" in str(told.value)) == offered
+        with pytest.raises(UserError, match="to replace it$"):
+            check_out(Job("demo", tmp_path), resumes=False)
 
 
 @pytest.mark.parametrize("setting", ["config", "shape", "family", "costs"])

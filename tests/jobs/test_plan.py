@@ -15,7 +15,7 @@ from torch.backends import mkldnn
 from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from nuteprune.console import Output
+from nuteprune.console import Output, megabytes
 from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_config
@@ -412,7 +412,8 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     asked = Asked(devices=2, memory=4e6, rate=1e9)
-    plan = run(job(model, length=24, dtype="float32"), asked, Output(quiet=True))
+    quiet = Output(quiet=True)
+    plan = run(job(model, length=24, dtype="float32"), asked, quiet)
     assert sorted(tmp_path.rglob("*")) == before
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192 + 2 * 64
     assert plan["parameters"] == 5 * layer + 2 * 300 * 64 + 64
@@ -423,13 +424,15 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert plan["seconds"] == pytest.approx(sum(x["flops"] for x in plan["phases"]) / 1e9)
     sharded = next(x for x in plan["settings"] if "sharded" in x["settings"])
     assert sharded["how"] == "formula"
-    away = next(x for x in plan["settings"] if "--offload" in x["settings"])
+    assert not [x for x in plan["settings"] if "--offload" in x["settings"]]  # of one process
+    alone = run(job(model, length=24, dtype="float32"), replace(asked, devices=1), quiet)
+    away = next(x for x in alone["settings"] if "--offload" in x["settings"])
     assert away["how"] == "formula"
     peaks = [x["peak_bytes"] for x in plan["settings"][:3]]
     # Two of five layers are there.
     assert away["peak_bytes"] <= peaks[-1] - 3 * 4 * layer
     assert peaks == sorted(peaks, reverse=True)
-    again = run(job(model / "config.json", length=24), asked, Output(quiet=True))
+    again = run(job(model / "config.json", length=24), asked, quiet)
     assert again["parameters"] == plan["parameters"]
     assert again["weights_bytes"] == plan["weights_bytes"] / 2  # bfloat16 where nothing is said
 
@@ -537,17 +540,28 @@ def test_masks_that_are_learned_are_planned_without_scores(tmp_path: Path) -> No
 @pytest.mark.slow(seconds=3)
 @pytest.mark.slow(seconds=10)
 def test_each_round_of_scoring_is_planned(tmp_path: Path) -> None:
-    def work(sparsity: float, **more: Any) -> dict[str, float]:
+    def work(sparsity: float, packed: bool = False, **more: Any) -> dict[str, float]:
         args = settings(tmp_path, target_sparsity=sparsity, **more)
-        run = Run.of(config(), args, 24, torch.float32)
+        run = Run.of(config(), args, 24, torch.float32, packed=packed)
         return {phase.name: phase.need.flops for phase in run.before_steps()}
 
     one, three, ramp = work(0.3), work(0.7), work(0.7, ramp_share=0.5)
+    assert work(0.7, packed=True) == one  # in few bits units are scored once
     for name in one:
         repeated = name in ("scoring", "cutting units one by one", "re-fit")
         assert three[name] == (3 if repeated else 1) * one[name], name
         assert ramp[name] == one[name], name
     assert "cutting units one by one" in one
+
+
+def test_the_disk_of_a_device_has_none_of_what_cpus_alone_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_unplanned(monkeypatch.setattr)
+    model = written(tmp_path / "model", {**TINY, "num_hidden_layers": 50})
+    disk = run(job(model, length=24), Asked(rate=1e9), Output())["disk_bytes"]
+    kept = sum(disk.values()) - disk["refitted"] - disk["cut"]
+    assert f"Disk    {megabytes(kept)}; main memory" in capsys.readouterr().out
 
 
 def test_settings_that_take_less_are_planned_as_if_asked_for(tmp_path: Path) -> None:
@@ -575,6 +589,11 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         run(replace(job(model), bits=8), Asked(), Output(quiet=True))
     with pytest.raises(UserError, match="length"):
         run(replace(job(model), length=1), Asked(), Output(quiet=True))
+    with pytest.raises(UserError, match="length is 513, and the model knows 512 positions"):
+        run(replace(job(model), length=513), Asked(), Output(quiet=True))
+    for given in ({"shares": "0.5,0.5"}, {"data": ["a", "self"], "shares": [0, 0]}):
+        with pytest.raises(UserError, match="pass one number above 0 for each"):
+            run(job(model, **given), Asked(), Output(quiet=True))
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         config_of("./nothing")
 

@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nuteprune.errors import UserError
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, place, stored_dtype
+from nuteprune.jobs.sources import (
+    load_model,
+    load_tokenizer,
+    origin,
+    pick_device,
+    place,
+    stored_dtype,
+)
 from nuteprune.model.packed import is_packed
 
 
@@ -27,6 +34,15 @@ def test_words_are_no_folders_of_their_names(
         (tmp_path / name).mkdir()
     assert [place(x) for x in ("demo", "self", "none")] == ["demo", "self", "none"]
     assert place("mine") == str(tmp_path.resolve() / "mine")
+
+
+def test_a_record_names_a_folder_as_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/mine", "./models/mine"):
+        assert origin(name) == {"base_model": str(tmp_path.resolve() / "models" / "mine")}
 
 
 def test_a_checkpoint_without_a_tokenizer_is_told_as_such(

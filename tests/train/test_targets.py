@@ -234,6 +234,12 @@ def test_shapes_and_targets_that_cannot_be_are_refused(
         make(tiny_model("llama"), tmp_path / "run", **settings)
 
 
+def test_settings_state_no_sparsity_that_nobody_asked_for(tiny_model, tmp_path: Path) -> None:
+    for name, given, stated in (("a", {}, [0.3]), ("b", {"shape": {"neurons": 24}}, None)):
+        settings = make(tiny_model("llama"), tmp_path / name, **given).settings()
+        assert settings.get("target_sparsity") == stated
+
+
 def test_timing_a_step_learns_nothing(tiny_model, tmp_path: Path) -> None:
     trainer = make(tiny_model("llama"), tmp_path)
     seen: list[int] = []

@@ -9,12 +9,10 @@ import typer
 from nuteprune.cli import options as o
 from nuteprune.console import Output
 from nuteprune.jobs.settings import make_job
-from nuteprune.jobs.vocab import VocabJob, run
-
-_NOT_HERE = ("eval_data", "device", "dtype", "resume")
+from nuteprune.jobs.vocab import NOT_HERE, VocabJob, run
 
 
-@o.with_options(VocabJob, but=_NOT_HERE)
+@o.with_options(VocabJob, but=NOT_HERE)
 def vocab(
     model: o.Model,
     out: o.Out,

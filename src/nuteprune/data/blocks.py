@@ -87,7 +87,7 @@ def training_blocks(
     """
     _check_size(length, count)
     specs = [spec] if isinstance(spec, str) else list(spec)
-    whose = torch.tensor(turns(_checked(shares, specs), count))
+    whose = torch.tensor(turns(checked_shares(shares, specs), count))
     bos = bos_of(tokenizer)
     read = length - len(bos)
     blocks = torch.empty(count, read, dtype=torch.int32)
@@ -123,7 +123,16 @@ def turns(shares: Sequence[float], count: int) -> list[int]:
     return found
 
 
-def _checked(shares: Sequence[float] | None, specs: Sequence[str]) -> Sequence[float]:
+def checked_shares(shares: Sequence[float] | None, specs: Sequence[str]) -> Sequence[float]:
+    """Return the shares of the text, equal ones for None.
+
+    Args:
+        shares: in any unit.
+        specs: the DATA specs that they are of.
+
+    Raises:
+        UserError: if they are not as many as the specs, or one is not above 0.
+    """
     shares = [1.0] * len(specs) if shares is None else shares
     good = bool(specs) and all(share > 0 and math.isfinite(share) for share in shares)
     if len(shares) != len(specs) or not good:

@@ -135,7 +135,7 @@ def _again(record: Mapping[str, Any]) -> str:
 
 
 def named_to_judge(record: Mapping[str, Any]) -> str | None:
-    """Return what `--eval-data` named, of the last recovery or else of the run; None: nothing."""
+    """Return what text judged in place of the data's, in the last recovery or else in the run."""
     runs = (record.get("recover", {}), record.get("config", {}))
     return next((str(x["eval_data"]) for x in runs if x.get("eval_data")), None)
 

@@ -72,4 +72,5 @@ def short_name(model: str) -> str:
 
 def _is_hub_id(model: str) -> bool:
     """Return whether a name has the form owner/model and is no folder here."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
+    is_one = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)  # neither ./model nor ../model
+    return bool(is_one) and not Path(model).exists()

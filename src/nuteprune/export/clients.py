@@ -102,7 +102,13 @@ _WITHOUT_BACKEND = ", ".join(name for name, x in FAMILIES.items() if not x.vllm_
 
 CLIENTS = (
     Client("transformers 5", _STOCK, _REMOTE, "tests/export", _none),
-    Client("transformers 4.57", _STOCK, _REMOTE, "tests/clients/test_transformers_4.py", _none),
+    Client(
+        "transformers 4.57",
+        f"{_STOCK}, of families that it has; no hybrids",
+        f"{_REMOTE}; no hybrids, mixtures, apertus, stablelm",
+        "tests/clients/test_transformers_4.py",
+        _none,
+    ),
     Client(
         "transformers `generate_batch`", _STOCK, "equal KV heads only", "not run here", _batching
     ),

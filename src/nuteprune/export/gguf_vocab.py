@@ -205,7 +205,8 @@ def find_split(backend: Tokenizer) -> str:
             return name
     raise UserError(
         "the tokenizer splits text in a way that is none of llama.cpp's known ones "
-        f"({', '.join(SPLITS)}); if you know its name there, pass --pre-tokenizer NAME"
+        f"({', '.join(SPLITS)}); if you know its name there, "
+        "nuteprune export takes it as --pre-tokenizer NAME"
     )
 
 

@@ -26,8 +26,21 @@ def judged_text(
     record: Mapping[str, Any] | None,
     tokenizer: PreTrainedTokenizerBase,
     output: Output,
-) -> dict[str, Tensor]:
-    """Return held-out blocks: of what was asked for, else as the pruned model was judged."""
+) -> tuple[str | None, dict[str, Tensor]]:
+    """Return what text judges and its held-out blocks: as asked for, else as the record states.
+
+    Args:
+        job: the job.
+        record: of the pruned model; None: it has none.
+        tokenizer: the model's.
+        output: told where the text of the record cannot be read.
+
+    Returns:
+        The DATA spec, None for the text of the record; source name -> token ids (N, T).
+
+    Raises:
+        UserError: if the text that is left to judge by cannot be read.
+    """
     size: dict[str, Any] = {"length": job.length, "count": job.eval_blocks}
     if job.eval_data is None and record is not None:
         config = record.get("config", {})
@@ -37,13 +50,12 @@ def judged_text(
                 size[key] = config.get(name, size[key])
             text = config.get("eval_data") or config["data"]
             try:
-                return held_out_blocks(
-                    text, tokenizer, text_column=config.get("text_column"), **size
-                )
+                column = config.get("text_column")
+                return None, held_out_blocks(text, tokenizer, text_column=column, **size)
             except UserError as error:
                 output.line(f"Note    judged by {job.text}, since the text of the record: {error}")
     spec = job.eval_data or job.text
-    return held_out_blocks(spec, tokenizer, text_column=job.text_column, **size)
+    return spec, held_out_blocks(spec, tokenizer, text_column=job.text_column, **size)
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
 
 
 def judged_again(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record's perplexities: the dense model's stay where the text is the same."""
+    """Return the record's perplexities: the dense model's stay where the blocks are the same."""
     found, protocol = entry["perplexity"], record.get("perplexity", {}).get("protocol")
     before, after = perplexities_of(record)
     same = protocol == found["protocol"] and set(after) == set(found["after"])

@@ -11,7 +11,7 @@ from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases
 from nuteprune.jobs.show import told
 from nuteprune.jobs.sources import stored_dtype
 from nuteprune.jobs.text import own_share
-from nuteprune.memory import peak
+from nuteprune.memory import peak, reset_peak
 from nuteprune.train.extrapolate import Unplanned
 from nuteprune.train.kernels import on_cpu
 from nuteprune.train.phases import FORMULA, Phase, Run
@@ -36,6 +36,7 @@ def print_dry_run(
         output: prints.
     """
     found = _reached(trainer, output)
+    reset_peak()  # loading and timing what is written may have held more
     step = seconds_per_step(trainer)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     memory = peak() + trained * BYTES_OF_ADAM
@@ -107,10 +108,11 @@ def _planned(
     args.sharded = args.offload = False  # what these save is by formula
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
-    whole = trainer.args.device.type == "cpu" and not (job.bits or trainer.args.sharded)
+    packed = bool(job.bits or trainer.args.sharded)
+    whole = trainer.args.device.type == "cpu" and not packed
     stored = stored_dtype(model) if whole else None
     own = own_share(job, trainer.args.sharded)
-    run = Run.of(config, args, job.length, dtype, type(model), judged, stored, own)
+    run = Run.of(config, args, job.length, dtype, type(model), judged, stored, own, packed)
     phases = run.phases()
     timed = next((x for x in phases if x.steps), None)
     plain = timed.need.flops / timed.steps / step if timed else None
@@ -118,7 +120,7 @@ def _planned(
     peaks = _peaks(job, trainer, run, phases)
     entries = [entry(phase, rate, peaks[phase.name]) for phase in phases]
     for x in entries:
-        if job.bits or trainer.args.sharded:  # so is what they save
+        if packed:  # so is what they save
             x |= {"how": FORMULA}
         if x["phase"] == "writing text":
             x |= {"seconds": writing, "how": MEASURED}

@@ -140,7 +140,7 @@ class LlamaCpp:
         loaded, file = load_model(model, None), place.with_suffix(".gguf")
         written = write_gguf(
             loaded,
-            load_tokenizer(model),
+            load_tokenizer(model, remedy="leave --engine out, since transformers needs none"),
             file,
             type_name=GGUF_TYPES[self.stored],
             progress=lambda done, total: bars.update(f"exporting {model}", done, total),

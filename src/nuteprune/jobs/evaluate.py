@@ -169,10 +169,14 @@ def judged(name: str, base: str | None) -> Judged:
 def _check(asked: Evaluation) -> None:
     if asked.batch_size < 1:
         raise UserError(f"--batch-size {asked.batch_size}: pass at least 1")
+    if not 0 <= asked.copying_seed < 2**31:
+        raise UserError(f"--copying-seed {asked.copying_seed}: pass a number from 0 to {2**31 - 1}")
     for_tasks = {"include-path": asked.include_path, "limit": asked.limit, "fewshot": asked.fewshot}
     for name, value in for_tasks.items():
         if value is not None and asked.tasks is None:
             raise UserError(f"--{name} is for tasks; name some with --tasks")
+    if asked.fewshot is not None and asked.fewshot < 0:
+        raise UserError(f"--fewshot {asked.fewshot}: pass 0 or more examples")
     for_text = {**asked.changes, "whole": asked.whole or None, "text-column": asked.text_column}
     no_text = asked.tasks is not None and not (asked.data or asked.protocol)
     for name, given in for_text.items():

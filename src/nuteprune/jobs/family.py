@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from nuteprune.console import Output
 from nuteprune.errors import RunFailed, UserError, in_one_line
 from nuteprune.export.gguf_archs import ARCHS
-from nuteprune.files import at_home, write_text
+from nuteprune.files import at_home, write_text, writing
 from nuteprune.jobs.exactness import SHAPES, Found, examine, settled
 from nuteprune.jobs.sources import locate
 from nuteprune.model.axes import base_config
@@ -35,8 +35,9 @@ def run(
         out: where to write the entry, with what does not hold refused in it.
 
     Raises:
-        UserError: if no entry can describe the type; with the reason.
-        RunFailed: if nothing of the entry holds.
+        UserError: if no entry can describe the type, with the reason; or nothing can be written
+            at `out`.
+        RunFailed: if nothing of the entry holds, or writing goes wrong on the way.
     """
     config = config_of(model)
     entry, found = checked(config, read_family(at_home(file)) if file else None)
@@ -48,7 +49,10 @@ def run(
         if why is not None:
             output.line(f"refused    {why}")
     if out is not None:
-        write_text(at_home(out), to_text(entry))
+        path = at_home(out)
+        with writing(out):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, to_text(entry))
         output.line(f"Entry      {out}; pass it as --family {out}")
     else:
         output.line(to_text(entry))

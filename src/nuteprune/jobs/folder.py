@@ -14,7 +14,17 @@ from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, read_sums, remove, writing
 from nuteprune.jobs.job import Job
-from nuteprune.run_folder import CARD, RECORD, RUN, SELF, SELF_WRITTEN, SUMS, TARGETS, hidden
+from nuteprune.run_folder import (
+    CARD,
+    RECORD,
+    RUN,
+    SELF,
+    SELF_WRITTEN,
+    SETTINGS,
+    SUMS,
+    TARGETS,
+    hidden,
+)
 from nuteprune.train.asked import Asked
 from nuteprune.train.state import last_checkpoint
 
@@ -24,8 +34,12 @@ _READ = ("data", "eval data")
 """What is read with all files of its folder."""
 
 
-def check_out(job: Job) -> None:
+def check_out(job: Job, resumes: bool = True) -> None:
     """Refuse an output folder with something in it, unless told what to do with it.
+
+    Args:
+        job: the job.
+        resumes: whether a job of its kind can be resumed.
 
     Raises:
         UserError: if the folder is in the way, or there is nothing to resume in it.
@@ -53,8 +67,9 @@ def check_out(job: Job) -> None:
     if job.resume:
         if not begun(out):
             raise UserError(
-                f"nothing to resume in {out}: no complete checkpoint is in {out / RUN}; start "
-                "anew without --resume, with --overwrite if the folder is not empty"
+                f"nothing to resume in {out}: {out / RUN} has neither a complete checkpoint nor "
+                f"{SETTINGS} or {SELF_WRITTEN} of a run that began; start anew without "
+                "--resume, with --overwrite if the folder is not empty"
             )
         foreign = sorted({x.name for x in out.iterdir() if not hidden(x)} - written_in(out))
         if foreign and not job.overwrite:
@@ -66,13 +81,15 @@ def check_out(job: Job) -> None:
     if out.exists() and any(out.iterdir()) and not job.overwrite:
         raise UserError(
             f"--out {out} is not empty; name another folder, or pass --overwrite to replace it"
-            + (" or --resume to go on with it" if begun(out) else "")
+            + (" or --resume to go on with it" if resumes and begun(out) else "")
         )
 
 
 def begun(out: Path) -> bool:
-    """Return whether there is anything in a folder that `--resume` can go on with."""
-    return last_checkpoint(out / RUN) is not None or (out / RUN / SELF_WRITTEN).is_file()
+    """Return whether a run has begun in a folder, for `--resume` to go on with or begin anew."""
+    run = out / RUN
+    kept = (run / SELF_WRITTEN, run / SETTINGS)
+    return last_checkpoint(run) is not None or any(x.is_file() for x in kept)
 
 
 def _check_folder(out: Path) -> None:
@@ -94,6 +111,11 @@ def goes_on(job: Job) -> bool:
     A run that is resumed before its first one begins anew, with the text that its model wrote.
     """
     return job.resume and last_checkpoint(job.out / RUN) is not None
+
+
+def is_stated(job: Job) -> bool:
+    """Return whether a job resumes a run that has to be the same, as its settings in `run` say."""
+    return goes_on(job) or (job.resume and (job.out / RUN / SETTINGS).is_file())
 
 
 def _check_writable(folder: Path) -> None:

@@ -106,10 +106,10 @@ def _any_ends(tensors: Tensors, ending: str) -> bool:
 
 
 def inner_of(family: Family, tensors: Tensors) -> dict[str, int]:
-    """Return the path of each of a mixer's projections -> its features inside of the mixer."""
+    """Return from files what `Anatomy.inner_sizes` says of a model."""
     return {
-        p.path: shape[0 if p.columns == "hidden" else 1]
-        for p in family.mixer
+        p.path: prod(shape) if p.inside else shape[0 if p.columns == "hidden" else 1]
+        for p in family.uncut
         for name, shape in tensors.items()
         if name.endswith(f".{p.path}.weight")
     }
@@ -149,9 +149,11 @@ def parts_of(
     }
     outside = [n for n in tensors if not n.startswith((prefix, f"{family.final_norm}."))]
     new["embedding and head"] = _count(tensors, outside)
-    old["embedding and head"] = (
-        new["embedding and head"] * before.hidden // after.hidden * rows[0] // rows[1]
-    )
+    base = f"{family.layers.partition('.')[0]}."  # outside of it is the head
+    places = [n for n in outside if n.startswith(base) and not n.startswith(f"{family.embedding}.")]
+    by_place = _count(tensors, places)  # position embeddings, which have no rows of tokens
+    by_token = (new["embedding and head"] - by_place) * rows[0] // rows[1]
+    old["embedding and head"] = (by_token + by_place) * before.hidden // after.hidden
     rest = "norms and routers" if family.experts else "norms"
     new[rest] = _count(tensors, tensors) - sum(new.values())
     old[rest] = params["before"] - sum(old.values())

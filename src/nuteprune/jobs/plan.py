@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from nuteprune.console import Output, duration, megabytes, millions
+from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
@@ -27,7 +28,7 @@ from nuteprune.jobs.text import own_share
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
-from nuteprune.train.phases import FORMULA, Phase, Run, disk
+from nuteprune.train.phases import FORMULA, ON_CPUS, Phase, Run, disk
 from nuteprune.train.settings import check_declared
 from nuteprune.train.simulate import Simulation
 
@@ -86,6 +87,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
     check_declared(job)
     take(job.family, job.model)
     config = config_of(job.model)
+    check_positions(job.length, config)
     named = job.dtype != "auto"
     dtype = pick_dtype(job.dtype, job.device) if named else torch.bfloat16
     with tempfile.TemporaryDirectory() as scratch:
@@ -140,6 +142,8 @@ def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -
 def _choices(planned: Run, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
     """Return the settings that take less, and the first of them that fits."""
     variants = list(variants_of(planned, phases, (devices,)))
+    if devices > 1:  # one process keeps layers off its device, several share them out
+        variants = [v for v in variants if "--offload" not in v.settings]
     fits = next((v for v in variants if v.peak <= SPARE * memory), None)
     return {
         "devices": devices,
@@ -274,7 +278,7 @@ def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:
         output.line(
             f"Fits    {result['fits'] or 'none of these; take more memory or a smaller model'}"
         )
-    written = sum(result["disk_bytes"].values())
+    written = sum(x for what, x in result["disk_bytes"].items() if what not in ON_CPUS)
     output.line(
         f"Disk    {megabytes(written)}; main memory: {megabytes(result['main_memory_bytes'])} of "
         "weights, mapped from files, read at the start and at the end"

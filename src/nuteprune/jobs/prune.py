@@ -26,6 +26,7 @@ from nuteprune.jobs.folder import (
     clear,
     clear_result,
     goes_on,
+    is_stated,
     nothing_left,
     target_folder,
 )
@@ -42,7 +43,7 @@ from nuteprune.judge.samples import side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
-from nuteprune.run_folder import RUN, SAMPLES
+from nuteprune.run_folder import RUN, SAMPLES, SELF_WRITTEN
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.checks import check_offload
 from nuteprune.train.config import NutePruneConfig
@@ -191,12 +192,17 @@ def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float)
             judged = sum(map(len, held_out.values()))
             plan = print_dry_run(job, trainer, text.seconds_to_write(trainer), judged, output)
             return Result({}, held_out, {}, plan) if is_main() else None
-        if goes_on(job):  # a process that went on would tell of the others' silence instead
-            check_same(job.out / RUN, trainer.settings(), PruneJob, NutePruneConfig)
+        if is_stated(job):  # a process that went on would tell of the others' silence instead
+            kinds = (PruneJob, NutePruneConfig)
+            check_same(job.out / RUN, trainer.settings(), *kinds, also=("costs",))
         elif is_main() and job.overwrite and not job.resume:
             clear(job.out)
         trainer.accelerator.wait_for_everyone()
-        text.let_write(trainer, bars.update)
+        if text.let_write(trainer, bars.update):
+            output.line(
+                f"Note    {RUN}/{SELF_WRITTEN} was of other steps or batches: the model has "
+                "written it anew, and the run goes on with that"
+            )
         records = _prune(job, trainer, held_out, bars, started)
     if not is_main():
         return None
@@ -272,7 +278,9 @@ def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     target = {"target_sparsity": args.target_sparsity} if by_share else {}
     specs, shares = mixture(job, args.sharded)
     text = {"data": specs if len(specs) > 1 else specs[0], "shares": shares}
-    return {**job.recorded(), **text, **target, **chosen_settings(args)}
+    costs = job.settings.get("costs")
+    table = {"costs": costs} if args.target_speedup is not None and isinstance(costs, str) else {}
+    return {**job.recorded(), **text, **target, **table, **chosen_settings(args)}
 
 
 def whole(job: PruneJob) -> PreTrainedModel:

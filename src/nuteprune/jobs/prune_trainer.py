@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
@@ -10,6 +12,7 @@ from nuteprune.console import Bars
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.errors import UserError
 from nuteprune.export.wrapping import Around
+from nuteprune.files import to_json
 from nuteprune.jobs.job import PruneJob, what_it_is
 from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.settings import settings_of_user
@@ -51,12 +54,20 @@ def make_trainer(
             tokenizer,
             progress=bars.update,
             stored_dtype=stored_dtype(model),
-            job=what_it_is(job),
+            job={**what_it_is(job), **_of_table(job, config)},
         )
         trainer.check_optimizer()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepProgress(trainer, bars))
     return trainer
+
+
+def _of_table(job: PruneJob, config: NutePruneConfig) -> dict[str, str]:
+    """Return the hash of the table of costs that was named, which says what units go."""
+    named = job.settings.get("costs") is not None and config.target_speedup is not None
+    if not (named and isinstance(config.costs, Mapping)):
+        return {}
+    return {"costs": hashlib.blake2b(to_json(config.costs).encode(), digest_size=8).hexdigest()}
 
 
 def check_wrapper(job: PruneJob, trainer: NutePruneTrainer) -> None:

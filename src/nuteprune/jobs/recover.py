@@ -28,6 +28,7 @@ from nuteprune.jobs.folder import (
     check_out,
     clear,
     clear_result,
+    goes_on,
     nothing_left,
 )
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
@@ -110,7 +111,8 @@ def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     if job.against is not None:
         same_tokens(tokenizer, job.against, job.trust_remote_code)
-    judged = judged_text(job, record, tokenizer, output)
+    named, judged = judged_text(job, record, tokenizer, output)
+    job = replace(job, eval_data=named)  # what judges is what settings and record state
     ours = _tune(job, record, tokenizer, judged, output)
     if job.against is not None:
         gc.collect()  # a trainer and its callbacks point at each other: make room
@@ -224,7 +226,7 @@ def _train(
 
     # The adapters add nothing before the first step.
     before = measure("measuring the model", Anatomy(trainer.model).model)
-    trainer.train(resume_from_checkpoint=job.resume or None)
+    trainer.train(resume_from_checkpoint=goes_on(job) or None)
     small = trainer.merge()
     round_as_stored(small, stored_dtype(small))  # judged is what will be in the file
     after = measure("measuring the result", small)

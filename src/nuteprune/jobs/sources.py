@@ -66,11 +66,12 @@ def place(name: str) -> str:
 def origin(model: str) -> dict[str, Any]:
     """Return what a record is to say of where a model comes from.
 
-    A checkpoint that is pruned already passes on its own origin, and adds itself to the history.
+    A folder is named as from everywhere: a relative path would look like a hub id elsewhere. A
+    checkpoint that is pruned already passes on its own origin, and adds itself to the history.
     """
     if model == DEMO:
         return dict(ORIGIN)
-    return origin_of(model, record_of(model))
+    return origin_of(place(model), record_of(model))
 
 
 def record_of(model: str) -> dict[str, Any] | None:
@@ -185,13 +186,18 @@ def stored_dtype(model: PreTrainedModel) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else model.dtype
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str,
+    trust_remote_code: bool = False,
+    remedy: str = "read that code, and pass --trust-remote-code if you trust it",
+) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Args:
         model: as the user named it.
         trust_remote_code: whether Python files that come with the model may be run for it. Models
             themselves never need theirs: only stock classes can be pruned.
+        remedy: what to do where it needs some, and they may not be run.
 
     Raises:
         UserError: if it has none that can be loaded.
@@ -210,7 +216,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise UserError(
                 f"the tokenizer of {model} is Python code that comes with it, and is not run "
-                "unasked; read that code, and pass --trust-remote-code if you trust it"
+                f"unasked; {remedy}"
             ) from error
         here = Path(locate(model))
         if here.is_dir() and not any(x for pattern in TOKENIZERS for x in here.glob(pattern)):

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.blocks import BlockDataset, checked_shares, held_out_blocks, training_blocks
 from nuteprune.data.self_written import room, seconds_to_write, write_text
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.run_folder import SELF
+from nuteprune.run_folder import SELF, SELF_WRITTEN
 from nuteprune.train.calibration import Progress
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.own_text import GUARD, tokens_to_write
@@ -35,13 +35,13 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
         sharded: whether the model's weights are shared out over processes, where it cannot write.
 
     Raises:
-        UserError: if shares are no numbers, or a sharded model is to write.
+        UserError: if shares are no numbers or do not fit the data, or a sharded model is to write.
     """
     specs, shares = job.specs, job.share_values
     if shares is not None or SELF in specs:
         if sharded and SELF in specs:
             raise UserError(f"a sharded model cannot write text: leave {SELF} out of --data")
-        return specs, shares or [1.0] * len(specs)
+        return specs, list(checked_shares(shares or None, specs))
     if sharded:
         return specs, [1.0] * len(specs)
     return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
@@ -117,14 +117,23 @@ class JobText:
             model, length = trainer.anatomy.model, self._job.length
             return seconds_to_write(model, self._tokenizer, tokens=tokens, length=length)
 
-    def let_write(self, trainer: NutePruneTrainer, progress: Progress) -> None:
+    def let_write(self, trainer: NutePruneTrainer, progress: Progress) -> bool:
         """Let the trainer's model write its share of the training text, if it has one.
 
         What it has written is kept in the run's folder, and read from there on resume.
+
+        Args:
+            trainer: the run's.
+            progress: told how far it has come.
+
+        Returns:
+            Whether text of other settings was there, and is replaced.
         """
         config, length = trainer.args, self._job.length
         if not (tokens := self._to_write(config)):
-            return
+            return False
+        folder = Path(cast(str, config.output_dir))
+        before = _first_line(folder)
         with trainer.model.disable_adapter():
             written = write_text(
                 trainer.anatomy.model,
@@ -132,10 +141,21 @@ class JobText:
                 tokens=tokens,
                 length=length,
                 seed=config.seed,
-                folder=Path(cast(str, config.output_dir)),
+                folder=folder,
                 progress=in_percent(progress),
             )
         self.training.blocks = self._blocks(written).blocks
+        return before not in (b"", _first_line(folder))
+
+
+def _first_line(run: Path) -> bytes:
+    """Return the first line of what a run's model has written, b"" where it is not complete."""
+    path = run / SELF_WRITTEN
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        line = file.readline()
+    return line if line.endswith(b"\n") else b""
 
 
 def in_percent(progress: Progress) -> Callable[[int, int], None]:

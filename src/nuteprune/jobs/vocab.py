@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,16 @@ from nuteprune.jobs.text import in_percent
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import SELF
 from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
-from nuteprune.train.settings import setting
+from nuteprune.train.settings import check_declared, setting
 
 MOST_CHARACTERS = 50_000_000
 """Text that tokens are counted in; of more the rest is left aside."""
 SELF_TOKENS = 50_000
 """Tokens that the model writes where it is its own text that is counted."""
-TOGETHER = 500
-"""Documents that are tokenized at a time."""
+TOGETHER = 1_000_000
+"""Characters that are tokenized at a time, about."""
+NOT_HERE = ("eval_data", "device", "dtype", "resume")
+"""Settings of other jobs that a cut of the vocabulary has no use for."""
 
 
 @dataclass
@@ -93,6 +94,8 @@ def vocab(
         UserError: for anything that cannot work; nothing is written then.
         RunFailed: if the tokenizer that is left does not spell what the full one does.
     """
+    if foreign := [x for x in NOT_HERE if settings.get(x) is not None]:
+        raise UserError(f"setting {foreign[0]} has no use in vocab: leave it out")
     job = make_job(VocabJob, None, {"model": model, "out": out, "data": data, **settings})
     with quiet_loading():
         return run(job, keep, Output(quiet=quiet))
@@ -111,8 +114,9 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         RunFailed: if the tokenizer that is left does not spell what the full one does.
     """
     started = time.monotonic()
+    check_declared(job)
     with alone(job.out):
-        check_out(job)
+        check_out(job, resumes=False)
         if around(job.model) is not None:
             raise UserError(
                 f"{job.model} is a model of several modalities, whose processor has tokens of its "
@@ -200,19 +204,33 @@ def _count(
                 spec, text_column=job.text_column, tokenizer=tokenizer
             ).items():
                 read = 0
-                for texts in _parts(documents):
+                for texts in parts(documents):
                     for ids in tokenizer(texts, add_special_tokens=False).input_ids:
                         counted.update(ids)
                     read += sum(map(len, texts))
                     bars.update(f"counting {name}", read, MOST_CHARACTERS)
-                    if read >= MOST_CHARACTERS:
-                        break
     return counted
 
 
-def _parts(documents: Iterable[str]) -> Iterator[list[str]]:
-    texts = iter(documents)
-    while part := list(islice(texts, TOGETHER)):
+def parts(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the documents a few at a time, of about `TOGETHER` characters.
+
+    Args:
+        documents: of all of them no more than `MOST_CHARACTERS` are read; the last may be cut.
+    """
+    part: list[str] = []
+    held, left = 0, MOST_CHARACTERS
+    for document in documents:
+        text = document[:left]
+        part.append(text)
+        held += len(text)
+        left -= len(text)
+        if held >= TOGETHER or not left:
+            yield part
+            part, held = [], 0
+        if not left:
+            return
+    if part:
         yield part
 
 

@@ -5,6 +5,7 @@ Shape suffixes: N blocks, B blocks of a batch, T tokens of a block, V vocabulary
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Mapping
 from typing import Final
@@ -90,13 +91,20 @@ def protocol(sources: Mapping[str, Tensor]) -> dict[str, object]:
         sources: source name -> token ids (N, T).
 
     Returns:
-        `PROTOCOL` with the length T and the count N of each source's blocks; fit for JSON.
+        `PROTOCOL` with the length T, the count N and a hash of each source's blocks; fit for JSON.
     """
     return {
         **PROTOCOL,
         "block_length": {name: blocks.shape[1] for name, blocks in sources.items()},
         "block_count": {name: blocks.shape[0] for name, blocks in sources.items()},
+        "block_hash": {name: _hash(blocks) for name, blocks in sources.items()},
     }
+
+
+def _hash(blocks_NT: Tensor) -> str:
+    """Return what tells blocks from others of the same name and size."""
+    ids = blocks_NT.to("cpu", torch.int64).contiguous().numpy()
+    return hashlib.blake2b(ids.tobytes(), digest_size=8).hexdigest()
 
 
 def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> float:

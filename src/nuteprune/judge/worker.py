@@ -60,7 +60,7 @@ class Worker:
             self._process.join()
             raise RunFailed(
                 f"the process that measured {self.name} ended with code {self._process.exitcode}; "
-                "perhaps memory ran out: pass smaller --batch-sizes or --lengths"
+                "perhaps memory ran out: ask for smaller batches or fewer tokens"
             ) from None
         if isinstance(answer, Exception):
             raise answer

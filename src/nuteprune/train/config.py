@@ -260,7 +260,8 @@ class NutePruneConfig(RunArguments):
     )
     per_device_train_batch_size: int = setting(
         4,
-        "Sequences per forward pass of each process (default {default}).",
+        "Sequences per forward pass of each process (default {default}; demo 2, with 2 "
+        "accumulated).",
         bounds=(1, 1e6),
         option="--batch-size",
         role=HOW,

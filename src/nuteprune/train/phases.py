@@ -33,6 +33,8 @@ SIMULATED = "simulated"
 FORMULA = "formula"
 MOMENTS = 3
 """What Adam holds of a trained parameter, as a multiple: itself and two moments."""
+ON_CPUS = ("refitted", "cut")
+"""What `disk` counts that runs on CPUs alone write."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Run:
             stands behind: weights are mapped, unless the run computes in another dtype. None: a
             device, which holds all.
         own: share of the text that the model writes itself.
+        packed: whether weights are in few bits or sharded, so that units are scored once.
     """
 
     config: PreTrainedConfig
@@ -89,6 +92,7 @@ class Run:
     judged: int | None = None
     stored: torch.dtype | None = None
     own: float = GUARD
+    packed: bool = False
 
     @classmethod
     def of(
@@ -101,6 +105,7 @@ class Run:
         judged: int | None = None,
         stored: torch.dtype | None = None,
         own: float = GUARD,
+        packed: bool = False,
     ) -> Run:
         """Look at the model of a config, without making its weights.
 
@@ -116,7 +121,7 @@ class Run:
         targets = tuple(x.sparsity for x in goals)
         each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
         found = tuple(x for x in each if x)
-        end = (targets, found, kind, judged, stored, own)
+        end = (targets, found, kind, judged, stored, own, packed)
         return cls(config, args, length, dtype, sizes, allocator, *end)
 
     @property
@@ -174,7 +179,8 @@ class Run:
         if self._written:
             need = self._writing(block)
             found.append(Phase("writing text", need, FORMULA, read=self._read_to_write()))
-        stops = stops_before(self.targets[-1], args, self.allocator.constraints.kinds)
+        kinds = self.allocator.constraints.kinds
+        stops = stops_before(self.targets[-1], args, kinds, self.packed)
         rounds = 1 + len(stops)
         if args.scored_blocks:  # masks that are learned ask for no scores
             scoring = self.simulated(Simulation.sloping).times(args.calibration_blocks)
@@ -183,11 +189,7 @@ class Run:
                 # Apart, since many layers hold most in the one and few in the other.
                 scoring = scoring.then(self._one_by_one(Simulation.scoring, plain))
             found.append(Phase("scoring", scoring.times(rounds)))
-        units = sum(
-            self.allocator.layout.units(k)
-            for k in self.allocator.constraints.kinds
-            if k in ("heads", "kv_groups")
-        )
+        units = sum(self.allocator.layout.units(k) for k in kinds if k in ("heads", "kv_groups"))
         if args.scored_blocks and method.cuts and units:
             copying = self.simulated(Simulation.copying)
             # Each unit alone, from its own layer on: half of the layers on the average.
@@ -289,7 +291,7 @@ def disk(run: Run) -> dict[str, float]:
     checkpoint = 3 * sizes.adapters + refitted
     return {
         "result": run.small * len(targets),
-        "refitted": refitted,  # on CPUs
+        "refitted": refitted,
         "cut": run.small,  # the same, until it is written
         "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
         "teachers": teachers * sizes.adapters / 2,

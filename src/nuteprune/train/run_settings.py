@@ -29,7 +29,8 @@ LEARNS = (
 NOT_KEPT = frozenset(
     (
         *("output_dir", "disable_tqdm", "use_cpu", "logging_dir", "report_to", "debug"),
-        *("dataloader_pin_memory", "accelerator_config", "sharded", "costs"),
+        *("dataloader_pin_memory", "accelerator_config", "sharded"),
+        "costs",  # a table as a whole: jobs keep the name of its file, and a hash
         "ddp_find_unused_parameters",  # follows from the type of gates
         # What newer releases of transformers call gradient_checkpointing too.
         *("activation_checkpointing", "activation_checkpointing_kwargs"),

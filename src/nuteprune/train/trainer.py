@@ -284,10 +284,12 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     def settings(self) -> dict[str, Any]:
         """Return what the run is, however its settings were spelled."""
-        spelled: dict[str, Any] = {"gates": ",".join(self.kinds)}
+        found = run_settings(self.args, self._job) | {"gates": ",".join(self.kinds)}
         if self.goals[0].asked.kind == "sparsity":
-            spelled["target_sparsity"] = list(self.targets)
-        return {**run_settings(self.args, self._job), **spelled}
+            found["target_sparsity"] = list(self.targets)
+        else:
+            del found["target_sparsity"]  # a default, which says nothing
+        return found
 
     def run_state(self) -> RunState:
         """Return what the run has learned and decided."""
