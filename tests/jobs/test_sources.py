@@ -36,13 +36,15 @@ def test_words_are_no_folders_of_their_names(
     assert place("mine") == str(tmp_path.resolve() / "mine")
 
 
-def test_a_record_names_a_folder_as_from_everywhere(
+def test_a_record_names_a_folder_as_no_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for name in ("models/mine", "./models/mine"):
-        assert origin(name) == {"base_model": str(tmp_path.resolve() / "models" / "mine")}
+        assert origin(name) == {"base_model": "./models/mine"}
+    whole = str(tmp_path / "models" / "mine")
+    assert origin(whole) == {"base_model": whole}
 
 
 def test_a_checkpoint_without_a_tokenizer_is_told_as_such(

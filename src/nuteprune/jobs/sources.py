@@ -66,12 +66,13 @@ def place(name: str) -> str:
 def origin(model: str) -> dict[str, Any]:
     """Return what a record is to say of where a model comes from.
 
-    A folder is named as from everywhere: a relative path would look like a hub id elsewhere. A
+    A folder is named as it was, but with ./ where it would look like a hub id elsewhere. A
     checkpoint that is pruned already passes on its own origin, and adds itself to the history.
     """
     if model == DEMO:
         return dict(ORIGIN)
-    return origin_of(place(model), record_of(model))
+    is_folder = at_home(model).is_dir() and not model.startswith((".", "/", "~"))
+    return origin_of(f"./{model}" if is_folder else model, record_of(model))
 
 
 def record_of(model: str) -> dict[str, Any] | None:
