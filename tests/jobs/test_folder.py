@@ -36,7 +36,7 @@ def test_resuming_is_offered_where_there_is_a_run_to_go_on_with(tmp_path: Path) 
         with pytest.raises(UserError, match="is not empty") as told:
             check_out(Job("demo", tmp_path))
         assert ("or --resume to go on with it" in str(told.value)) == offered
-        with pytest.raises(UserError, match="to replace it$"):
+        with pytest.raises(UserError, match=r"to replace it$"):
             check_out(Job("demo", tmp_path), resumes=False)
 
 
