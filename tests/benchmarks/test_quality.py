@@ -269,7 +269,7 @@ def test_a_source_that_is_left_out_judges_and_is_never_trained_on(
     documents = {
         name: [f"{x * (20 + i % 50)} {i} " * 3 for i in range(2500)] for name, x in letter.items()
     }
-    monkeypatch.setattr(assets, "documents", lambda: documents)
+    monkeypatch.setattr(assets, "documents", lambda **_: documents)
     words = {"data": ["demo"], "leave_out": left}
     # All of the data alone: what a model writes may have any letter.
     setting = dataclasses.replace(setting, **words, shares=[1.0])
@@ -380,7 +380,7 @@ def test_a_plan_is_cut_to_what_is_asked_for() -> None:
     with pytest.raises(UserError, match="no method is called nose"):
         quality.adapted(quality.Plan(), options)
     options.shares = "0.7"
-    with pytest.raises(UserError, match="1 shares of 2 texts"):
+    with pytest.raises(UserError, match="pass one number above 0 for each"):
         quality.setting_of(options).mixture()
 
 

@@ -140,5 +140,5 @@ def in_workspace(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.setenv("NUTEPRUNE_CACHE", str(workspace / "cache"))
     texts = {name: sentences(80) for name in ("wikipedia", "speeches", "recipes")}
-    monkeypatch.setattr(assets, "documents", lambda progress=None: texts)
+    monkeypatch.setattr(assets, "documents", lambda *_, **__: texts)
     return tmp_path

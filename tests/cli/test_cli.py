@@ -113,7 +113,7 @@ def test_learned_masks_frozen_far_from_the_target_are_told_of(
     code, _, err = run(*few, *learned)
     assert code == 0, err
     steps = (tmp_path / "out/run/metrics.jsonl").read_text().splitlines()
-    before = json.loads(steps[0 if frozen < 1 else 3])  # the last step with masks that move
+    before = json.loads(steps[1 if frozen < 1 else 3])  # the last step with masks that move
     told = [line for line in err.splitlines() if line.startswith("learned masks were frozen")]
     assert len(told) == 1, err
     assert f"expected to cut {before['sparsity']:.1%}, not {before['target']:.1%}" in told[0]

@@ -171,7 +171,7 @@ class TestBlocks:
             name: [words(start + 7 * i, 5 + i % 40) for i in range(300)]
             for name, start in [("wikipedia", 0), ("speeches", 600), ("recipes", 1200)]
         }
-        monkeypatch.setattr(assets, "documents", lambda: texts)
+        monkeypatch.setattr(assets, "documents", lambda **_: texts)
         options: dict[str, Any] = {"length": 16, "count": 100, "seed": 7}
         for spec in ("demo", ["demo"]):
             blocks = training_blocks(spec, tokenizer, **options).blocks
@@ -186,7 +186,7 @@ class TestShares:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
     ) -> None:
         texts = {"one": [words(0, 400)], "two": [words(400, 400)]}
-        monkeypatch.setattr(assets, "documents", lambda: texts)
+        monkeypatch.setattr(assets, "documents", lambda **_: texts)
         spec = write_text(tmp_path, [words(800, 400)])
         blocks = training_blocks(
             ["demo", spec, "self"],

@@ -89,7 +89,7 @@ def test_plain_text_is_no_copy_of_a_published_text(
 
 def test_several_texts_are_no_copy_of_a_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"recipes": ["a"], "speeches": ["b"]}
-    monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda: texts)
+    monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda **_: texts)
     with pytest.raises(UserError, match=r"demo has 2 \(recipes, speeches\); pass one Parquet"):
         rows_of("wikitext2=demo")
 
@@ -101,7 +101,7 @@ def test_no_special_tokens_are_stated_where_none_were_added(
     for used, first in ((tokenizer, True), (tiny_tokenizer, False)):
         made = make_blocks("a", ["a text of some tokens"], used, protocol)
         assert made.described["special_tokens"] is first
-        assert (given.bos_token_id in made.tokens_NT[0]) is first
+        assert (used.bos_token_id in made.tokens_NT[0]) is first
 
 
 @given(st.integers(2, 12), st.integers(0, 60))

@@ -146,20 +146,20 @@ def model_folder(progress: Progress = lambda message: None) -> Path:
 
 
 def documents(
-    progress: Progress = lambda message: None, domains: Container[str] = tuple(TEXTS)
+    progress: Progress = lambda message: None, domains: Container[str] | None = None
 ) -> dict[str, list[str]]:
     """Return the default text: domain -> plain documents, in a stable order.
 
     Args:
         progress: told what is about to take a while.
-        domains: which of them are wanted; others are not even fetched.
+        domains: which of them are wanted, others are not even fetched; None: all.
 
     Raises:
         UserError: a text is not cached and cannot be downloaded, or the cache not written.
     """
     found = {}
     for domain, asset in TEXTS.items():
-        if domain not in domains:
+        if domains is not None and domain not in domains:
             continue
         with ZipFile(fetch(asset, progress)) as archive:
             names = sorted(fnmatch.filter(archive.namelist(), asset.member))

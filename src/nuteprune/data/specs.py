@@ -72,7 +72,7 @@ def sources_of(
         )
     if names := embedded(spec):
         texts = assets.documents(domains=names).items()
-        return [Documents(x, partial(iter, y)) for x, y in texts]
+        return [Documents(x, partial(iter, y)) for x, y in texts if spec == DEMO or x in names]
     options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
     if (files := local_files(spec)) is not None:
         read = partial(readers.file_documents, **options)
