@@ -84,7 +84,7 @@ def test_dimensions_of_the_users_choice(
     code, _, err = run("prune", model, *options(text, shape=tmp_path / "shape.yaml", out=out))
     assert code == 0, err
     found = Anatomy(load_pruned(out)).shape
-    assert found.to_dict()["layers"] == rows
+    assert [{k: getattr(x, k) for k in rows[0]} for x in found.layers] == rows
     assert found.hidden == wanted.get("hidden", 32)
     record = json.loads((out / "nuteprune.json").read_text())
     assert [{k: x[k] for k in rows[0]} for x in record["layers"]] == rows

@@ -168,7 +168,7 @@ def test_a_short_part_of_a_step_counts_by_its_tokens(tiny_model, tmp_path: Path)
     device = torch.device("cpu")
     assert trainer._get_num_items_in_batch([whole, whole], device) is None
     counts = trainer._get_num_items_in_batch([whole, short], device)
-    assert counts.tolist() == [3 * LENGTH, 3 * (LENGTH - 1)]
+    assert counts.tolist() == [3 * LENGTH, 3 * (LENGTH - 1), 3]
 
 
 @pytest.mark.parametrize("method", ["fisher", "random", "magnitude"])
