@@ -1,4 +1,4 @@
-"""Structured pruning of language models with numerous teachers (arXiv 2402.09773)."""
+"""Structured pruning of language models, from the NutePrune paper (arXiv 2402.09773)."""
 
 from __future__ import annotations
 
