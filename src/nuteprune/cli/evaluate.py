@@ -71,9 +71,9 @@ def evaluate(
 ) -> None:
     """Measure how good MODEL is: perplexity, copying, tasks.
 
-    Perplexity is on text, copying from context; tasks are zero-shot unless --fewshot says
-    otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without --data and
-    --tasks, perplexity on the held-out part of the embedded texts is measured.
+    Perplexity is measured on text, copying on random tokens. Tasks are zero-shot unless --fewshot
+    says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without --data,
+    --protocol and --tasks it is perplexity on the held-out part of the demo's texts.
     """
     output = Output(as_json)
     take(family, against or judged(model, base).source)

@@ -59,7 +59,7 @@ class Job:
     )
     eval_data: str | None = setting(
         None,
-        "Text to judge by: its held-out part, about 5 % of it; default: that of the data.",
+        "Text to judge by; about 5 % of it, the held-out part, is read. Default: that of the data.",
         option="--eval-data",
         role=HOW,
     )
@@ -72,7 +72,7 @@ class Job:
     eval_blocks: int = setting(24, "Held-out blocks per source.", bounds=(1, 1e6), role=HOW)
     device: str = setting("auto", "auto (default), cpu or cuda.", option="--device", role=HOW)
     dtype: str = setting(
-        "auto", f"What is computed in: auto (default), {', '.join(DTYPES)}.", option="--dtype"
+        "auto", f"Dtype to compute in: auto (default), {', '.join(DTYPES)}.", option="--dtype"
     )
     resume: bool = setting(
         False, "Go on from the last checkpoint in --out.", option="--resume", flag=True, role=CALL

@@ -104,8 +104,8 @@ class NutePruneConfig(RunArguments):
 
     target_sparsity: float | list[float] | str = setting(
         0.2,
-        "Share of the decoder layers' parameters to remove, such as 0.2 (demo's default). Several "
-        "(0.2,0.3,0.5) give several checkpoints from one run.",
+        "Share of the decoder layers' parameters to remove, such as 0.2 (default of demo and plan). "
+        "Several (0.2,0.3,0.5) give several checkpoints from one run.",
         option="--sparsity",
     )
     target_params: str | float | list[Any] | None = setting(
@@ -115,8 +115,8 @@ class NutePruneConfig(RunArguments):
     )
     target_active_params: str | float | list[Any] | None = setting(
         None,
-        "Active parameters to end at, instead of --sparsity, such as 3B: of a mixture of experts, "
-        "without those that a token is not routed to.",
+        "Active parameters to end at, instead of --sparsity, such as 3B: of a mixture of experts "
+        "only those that a token is routed to count.",
         option="--active-params",
     )
     target_size: str | float | list[Any] | None = setting(
