@@ -35,7 +35,10 @@ QUICK = 0.05
 STARTS_PYTHON = ("slow", "network", "clients", "hard")
 """Markers of tests that may start interpreters, which import for seconds."""
 
-settings.register_profile("quick", max_examples=20)  # of make check; the default is 100
+# A busy machine has no deadlines. Of make check; the default is 100 examples.
+settings.register_profile("quick", max_examples=20, deadline=None)
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,13 +49,17 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
 
 
+def _seconds_of(mark: pytest.Mark) -> float:
+    return float(mark.args[0] if mark.args else mark.kwargs.get("seconds", 1))
+
+
 @pytest.hookimpl(trylast=True)  # of what -m has left
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first: what is quick fills up the end of a run."""
     seconds: dict[Path, float] = defaultdict(float)
     for item in items:
         mark = item.get_closest_marker("hard") or item.get_closest_marker("slow")
-        seconds[item.path] += QUICK if mark is None else mark.args[0] if mark.args else 1
+        seconds[item.path] += QUICK if mark is None else _seconds_of(mark)
     items.sort(key=lambda item: -seconds[item.path])
 
 

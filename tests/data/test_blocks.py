@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,13 +279,22 @@ class TestShares:
     def test_at_any_time_each_has_had_about_its_share(
         self, shares: list[float], count: int, unit: float
     ) -> None:
-        found = turns(shares, count)
+        found = turns([unit * share for share in shares], count)
         for index, share in enumerate(shares):
             exact = np.arange(1, count + 1) * share / sum(shares)
             had = np.cumsum(np.array(found) == index)
             assert (had - exact < 1 + 1e-6).all()
             assert (exact - had < len(shares)).all()
         assert len(found) == count
+
+    def test_a_large_source_is_shuffled_and_read_whole(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(data, "_SHUFFLE_CHARS", 50)
+        texts = [f"text {i}" for i in range(200)]
+        found = list(data._shuffled(texts, random.Random(0)))
+        assert sorted(found) == sorted(texts)
+        assert found != texts
 
     def test_held_out_text_of_several_specs_judges_and_demos_where_all_is_self_written(
         self, tmp_path: Path, demo: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast

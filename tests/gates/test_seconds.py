@@ -100,9 +100,10 @@ def test_the_shape_is_the_cheapest_of_all_that_are_fast_enough(seed: int) -> Non
     shape = case.allocator.shape(scores, goal)
     assert shape in enough
     parts = case.split(scores)
-    near = [x for x in enough if goal.limit - costs[x] <= 0.001 * seconds.total(case.budget.shape)]
-    best = min((case.loss(x, parts) for x in near), default=float("inf"))
-    assert case.loss(shape, parts) <= best
+    # What is within 0.1 % of the dense model's cost counts as equally far; the nearest always does.
+    near = max(0.001 * seconds.total(case.budget.shape), goal.limit - max(costs[x] for x in enough))
+    close = [x for x in enough if goal.limit - costs[x] <= near]
+    assert case.loss(shape, parts) <= min(case.loss(x, parts) for x in close)
 
 
 def test_blocks_go_where_it_is_calls_that_cost() -> None:

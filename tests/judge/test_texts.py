@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import datasets
@@ -201,6 +202,11 @@ def test_overlap_gives_each_token_more_to_go_by(
     first, second = (
         perplexity(model, x.tokens_NT, context=x.context_N) for x in (apart, overlapping)
     )
+    for made, found in ((apart, first), (overlapping, second)):
+        known = made.context_N.clamp(min=1).tolist()
+        # Of the one right logit k among 126 of 0, at each position that is predicted.
+        losses = [math.log(math.exp(k) + 126) - k for n in known for k in range(n, 8)]
+        assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert second < first
     expected = [8] + [2] * 4 + [1]
     assert (8 - overlapping.context_N).tolist() == [expected[0] - 1, *expected[1:]]

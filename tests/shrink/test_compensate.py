@@ -29,6 +29,11 @@ from nuteprune.train.setup import make_allocator
 from tests.refits import install_weight
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def correlated(rows: int = 400, columns: int = 12) -> torch.Tensor:
     random = torch.Generator().manual_seed(0)
     mix = torch.randn(columns, columns, generator=random)
