@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,11 @@ class Size:
         shape: of its config.
         limit: bytes.
         length: tokens per block.
-        settings: of the trainer, beside those that all have.
     """
 
     shape: dict[str, int]
     limit: float
     length: int = 128
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 SIZES = {
@@ -196,7 +194,7 @@ class Done:
 
 def done(size: Size, model: Path, out: Path, enter: Callable[[], None] | None) -> Done:
     """Do a run in a process of its own, watched if it is free."""
-    cell = asdict(Cell("little", str(model), "bfloat16", size.length, SETTINGS | size.settings))
+    cell = asdict(Cell("little", str(model), "bfloat16", size.length, SETTINGS))
     words = [sys.executable, __file__, "--one", json.dumps([cell, str(out), enter is None])]
     begun = time.monotonic()
     ended = subprocess.run(words, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
@@ -223,6 +221,7 @@ def compared(size: Size, limit: float, scratch: Path) -> dict[str, Any]:
     print(f"most in the cgroup {most / 1e9:.2f} GB; the same bytes: {same}")
     return {
         **asdict(size),
+        "settings": SETTINGS,
         "limit": limit,
         "weights": weights,
         "phases": free.peaks,

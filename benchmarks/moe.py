@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from quality_runs import machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -33,6 +33,7 @@ from nuteprune import prune
 from nuteprune.data.blocks import training_blocks
 from nuteprune.data.demo import documents
 from nuteprune.data.split import split
+from nuteprune.errors import UserError
 from nuteprune.files import to_json
 
 SEEDS = (0, 1)
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     known = path is not None and path.is_file()
     result = json.loads(path.read_text(encoding="utf-8")) if known else {"rows": []}
     if args.show is None:
-        result |= {"settings": settings(args), "machine": platform.processor()}
+        if result.get("settings", settings(args)) != settings(args):
+            raise UserError(f"{path} has results of other settings; name another file")
+        result |= {"settings": settings(args), "machine": machine()}
         with tempfile.TemporaryDirectory() as folder:
             for row in rows(Path(folder), args, result["rows"]):
                 result["rows"].append(row)

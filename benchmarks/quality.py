@@ -229,7 +229,7 @@ def adapted(plan: Plan, options: argparse.Namespace) -> Plan:
             given["seeds"] = [int(x) for x in options.seeds.split(",")]
     except ValueError as error:
         raise UserError(f"{error}: write numbers, separated by commas") from error
-    if options.steps:
+    if options.steps is not None:
         given |= {"steps": options.steps, "long_steps": 0}
     return replace(plan, **given)
 

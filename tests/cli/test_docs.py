@@ -91,7 +91,8 @@ HOW = {
     "nuteprune recover small --out better --steps 100": EXECUTED,
     "nuteprune recover small --out better --steps 100 --against demo": EXECUTED,
     "nuteprune recover demo --out dense-tuned --steps 10 --batch-size 4": EXECUTED,
-    "nuteprune recover small --against Qwen/Qwen3-0.6B --data my_text.jsonl --out better": EXECUTED,
+    "nuteprune recover small --against Qwen/Qwen3-0.6B --data my_instructions.jsonl "
+    "--out better": EXECUTED,
     "nuteprune recover small --against huggyllama/llama-7b --data alpaca.json "
     "--out better": EXECUTED,
     "nuteprune export small --to gguf --out small.gguf --type q8_0": EXECUTED,

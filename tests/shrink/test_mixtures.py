@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -70,6 +72,35 @@ def test_a_mixture_without_dense_layers_where_its_family_may_have_some(
         return tiny_model(model_type, mlp_only_layers=[])
 
     check("qwen3_moe", "experts,kv_groups", shapes, all_of_experts, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe"])
+def test_experts_go_where_that_costs_least(model_type: str, tiny_model) -> None:
+    anatomy = Anatomy(tiny_model(model_type))
+    allocator = make_allocator(anatomy, NutePruneConfig(output_dir="unused", gates="experts"))
+    layers = [i for i, x in enumerate(allocator.budget.shape.layers) if x.experts]
+    for seed in range(5):
+        random = torch.Generator().manual_seed(seed)
+        scores = {"experts": torch.rand(6 * len(layers), generator=random)}
+        parts = [x.sort().values for x in scores["experts"].split(6)]
+        shape = allocator.shape(scores, 0.25)
+        masks = allocator.masks(shape, scores)
+        for i, part in zip(layers, scores["experts"].split(6), strict=True):
+            kept = masks.part("experts", i).nonzero().flatten()
+            assert set(kept.tolist()) == set(part.topk(shape.layers[i].experts).indices.tolist())
+
+        def loss(counts: Sequence[int], parts: list[Tensor] = parts) -> float:
+            pairs = zip(parts, counts, strict=True)
+            return sum(float(part[: 6 - count].sum()) for part, count in pairs)
+
+        found = [shape.layers[i].experts for i in layers]
+        gone = 6 * len(layers) - sum(found)
+        others = itertools.product(range(anatomy.per_token, 7), repeat=len(layers))
+        best = min(loss(x) for x in others if 6 * len(layers) - sum(x) == gone)
+        assert loss(found) == pytest.approx(best)
+        # One expert less would not be enough.
+        fewer = allocator.budget.sparsity(shape) - allocator.budget.sparsity(shape) / gone
+        assert allocator.budget.sparsity(shape) >= 0.25 > fewer
 
 
 @each_mixture

@@ -104,7 +104,7 @@ class NutePruneConfig(RunArguments):
 
     target_sparsity: float | list[float] | str = setting(
         0.2,
-        "Share of the decoder layers' parameters to remove, such as 0.2 (default of demo and plan). "
+        "Share of the decoder layers' parameters to remove, such as 0.2 (demo's default). "
         "Several (0.2,0.3,0.5) give several checkpoints from one run.",
         option="--sparsity",
     )
