@@ -135,8 +135,11 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
     other = make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 8})
     other.train(str(tmp_path / "kept"))
     assert steps_of(tmp_path) == list(range(1, 9))
+    (tmp_path / "checkpoint-500").mkdir()  # of another trainer
+    (tmp_path / "checkpoint-500" / "model.safetensors").write_bytes(b"a model of the user's")
     make(tiny_model("llama"), tmp_path, **saving | {"max_steps": 3}).train()
     assert steps_of(tmp_path) == [1, 2, 3]
+    shutil.rmtree(tmp_path / "checkpoint-500")
     assert {x.name for x in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
     with pytest.raises(UserError, match=r"nothing to resume: there is no folder .*checkpoint-70"):
         other.train(str(tmp_path / "checkpoint-70"))

@@ -168,6 +168,8 @@ def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
         logits_BV: the model's logits.
         numbers_B: evenly distributed in [0, 1).
     """
+    if torch.are_deterministic_algorithms_enabled() and logits_BV.is_cuda:
+        logits_BV = logits_BV.cpu()  # CUDA has no running sum in a fixed order
     # Apple's GPUs know no 64 bits.
     dtype = torch.float32 if logits_BV.device.type == "mps" else torch.float64
     sums_BV = logits_BV.to(dtype).softmax(-1).cumsum(-1)

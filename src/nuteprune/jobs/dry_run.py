@@ -116,7 +116,7 @@ def _planned(
     phases = run.phases()
     timed = next((x for x in phases if x.steps), None)
     plain = timed.need.flops / timed.steps / step if timed else None
-    rate = Rate.measured(dtype, plain)
+    rate = Rate.measured(dtype, trainer.args.device.type, plain)
     peaks = _peaks(job, trainer, run, phases)
     entries = [entry(phase, rate, peaks[phase.name]) for phase in phases]
     for x in entries:

@@ -23,7 +23,7 @@ from nuteprune.jobs.family import take
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_trainer import trainer_config
-from nuteprune.jobs.sources import locate, pick_dtype, read_config
+from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config
 from nuteprune.jobs.text import own_share
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
@@ -117,7 +117,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
 def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -> dict[str, Any]:
     """Return what a run takes as it is asked for."""
     dtype, sizes, of_a_token = planned.dtype, planned.sizes, planned.of_a_token
-    rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype)
+    rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype, pick_device("auto"))
     rate = dataclasses.replace(rate, read=asked.reading or rate.read)
     entries = [entry(phase, rate, phase.need.peak) for phase in phases]
     return {

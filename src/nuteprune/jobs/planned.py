@@ -32,11 +32,11 @@ class Rate:
     read: float | None = None
 
     @classmethod
-    def measured(cls, dtype: torch.dtype, plain: float | None = None) -> Rate:
-        """Measure here what is not known of a run in `dtype`."""
-        plain = plain or measured_rate(dtype)
-        fine = plain if dtype == torch.float32 else measured_rate(torch.float32)
-        return cls(plain, fine, measured_reading())
+    def measured(cls, dtype: torch.dtype, device: str, plain: float | None = None) -> Rate:
+        """Measure on a device what is not known of a run in `dtype`."""
+        plain = plain or measured_rate(dtype, device)
+        fine = plain if dtype == torch.float32 else measured_rate(torch.float32, device)
+        return cls(plain, fine, measured_reading(device))
 
     def seconds(self, phase: Phase) -> float:
         """Return how long a phase takes."""
@@ -45,21 +45,17 @@ class Rate:
         return (need.flops - need.fine) / self.plain + need.fine / self.fine + reading
 
 
-def measured_rate(dtype: torch.dtype) -> float:
-    """Return the floating-point operations a second of a product of matrices here."""
+def measured_rate(dtype: torch.dtype, device: str) -> float:
+    """Return the floating-point operations a second of a product of matrices on a device."""
     size = 1024
-    a = torch.ones(size, size, dtype=dtype, device=_device())
+    a = torch.ones(size, size, dtype=dtype, device=device)
     return 2 * size**3 / _fastest(lambda: (a @ a)[0, 0])
 
 
-def measured_reading() -> float:
-    """Return the bytes a second that a sum of many numbers reads here."""
-    a = torch.ones(2**24, device=_device())
+def measured_reading(device: str) -> float:
+    """Return the bytes a second that a sum of many numbers reads on a device."""
+    a = torch.ones(2**24, device=device)
     return a.nbytes / _fastest(a.sum)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _fastest(act: Callable[[], Tensor]) -> float:

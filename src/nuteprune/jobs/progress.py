@@ -43,9 +43,10 @@ class StepProgress(TrainerCallback):
             self._tell_if_far()
         self._last = {name: logs[name] for name in self._last}
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Speak of masks that are frozen after the last step."""
-        self._tell_if_far()
+        if state.global_step >= state.max_steps:  # else the run was stopped
+            self._tell_if_far()
 
     def _tell_if_far(self) -> None:
         expected, target = self._last["sparsity"], self._last["target"]

@@ -109,6 +109,7 @@ def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
 def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     record = record_of(job.model)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
+    around(job.model)  # a run does not end where its files cannot be had
     if job.against is not None:
         same_tokens(tokenizer, job.against, job.trust_remote_code)
     named, judged = judged_text(job, record, tokenizer, output)
@@ -172,14 +173,12 @@ def _check(job: RecoverJob) -> None:
 def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
     """Load the weights no narrower than they are stored; computing in less is autocast's."""
     computed = pick_dtype(job.dtype, pick_device(job.device))
-    model = load_model(job.model, computed)
+    model = load_model(job.model, None)  # mapped from its files: what is converted is held
     stored = stored_dtype(model)
     finer = torch.finfo(stored).eps < torch.finfo(computed).eps
     if computed == torch.float16 or finer:
-        if stored != computed:
-            model = load_model(job.model, stored)
         return model, {"fp16": computed == torch.float16, "bf16": computed == torch.bfloat16}
-    return model, {}
+    return model if stored == computed else load_model(job.model, computed), {}
 
 
 def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:

@@ -78,3 +78,10 @@ def count(parameter: nn.Parameter) -> int:
     """Return how many weights a parameter holds: in 4 bits, two a byte."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else int(packed.shape.numel())
+
+
+def forget_packed(module: nn.Module) -> None:
+    """Drop what a module in 8 bits holds of its weights beside its parameters."""
+    state = cast(Any, getattr(module, "state", None))
+    if hasattr(state, "CB"):
+        state.CB = state.SCB = None

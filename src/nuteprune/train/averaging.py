@@ -1,4 +1,4 @@
-"""What DDP averages over processes: trained weights, but neither sharded ones nor the penalty's."""
+"""What DDP averages over processes: trained weights, but not the penalty's."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def leave_out(model: nn.Module, sharded: bool) -> None:
+def leave_out(model: nn.Module) -> None:
     """Tell DDP what is none of its business.
 
-    The penalty, alike on all processes, is no part of the forward pass that DDP looks at; sharded
-    weights are FSDP's.
+    The penalty, alike on all processes, is no part of the forward pass that DDP looks at. Frozen
+    weights are alike too, or FSDP's: DDP would send them around, and hold them to the end.
 
     Args:
         model: the model, its gates with it.
-        sharded: whether its frozen weights are shared out.
     """
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
         name
         for name, p in model.named_parameters()
-        if ".lagrangian." in name or (sharded and not p.requires_grad)
+        if ".lagrangian." in name or not p.requires_grad
     ]
 
 

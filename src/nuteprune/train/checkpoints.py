@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, to_json, write_sums, write_text, writing
 from nuteprune.processes import several
-from nuteprune.run_folder import METRICS, SELF_WRITTEN
+from nuteprune.run_folder import METRICS, SELF_WRITTEN, STATE
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.run_settings import check_same, write_settings
 from nuteprune.train.state import RunState, checkpoints, last_checkpoint
@@ -109,8 +109,8 @@ class AtomicTrainer(Trainer):
     ) -> Any:
         """Run the steps; see `transformers.Trainer.train`.
 
-        Steps and checkpoints of an earlier run in the same folder are removed, but where one of
-        these is gone on from.
+        Steps and checkpoints of an earlier run of this kind in the same folder are removed, but
+        where one of these is gone on from.
 
         Raises:
             Interrupted: if a signal asked to stop; a checkpoint is written before.
@@ -131,7 +131,8 @@ class AtomicTrainer(Trainer):
         elif self.args.should_save:
             self.metrics_file.unlink(missing_ok=True)
             for folder in checkpoints(run):  # else a resumed run would go on from them
-                shutil.rmtree(folder)
+                if (folder / STATE).is_file():  # others may be a model of the user's
+                    shutil.rmtree(folder)
             write_settings(run, self.settings())
         signals = StopSignals()
         self.add_callback(signals)

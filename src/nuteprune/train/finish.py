@@ -21,7 +21,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.offload import bring_home
-from nuteprune.model.packed import is_packed
+from nuteprune.model.packed import forget_packed, is_packed
 from nuteprune.model.shape import Shape
 from nuteprune.shrink.finalize import merge_layer
 from nuteprune.shrink.slicing import Tensors
@@ -51,6 +51,7 @@ def free_base(model: PeftModel) -> None:
     for name, module in model.get_base_model().named_modules():
         if "lora_" not in name:
             module._parameters = dict.fromkeys(module._parameters)
+            forget_packed(module)
 
 
 class Ending:

@@ -178,7 +178,7 @@ def prepare(
     peft_model.add_module("nuteprune_gates", gates)
     if args.sharded:
         shard_base(anatomy, all_processes(args.device))
-    leave_out(peft_model, args.sharded)
+    leave_out(peft_model)
     offload_if_asked(anatomy, args, origin)
     return Prepared(
         origin=origin,

@@ -24,6 +24,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
+from nuteprune.train.averaging import leave_out
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_whole
 from nuteprune.train.config import RecoverConfig
@@ -68,6 +69,7 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         model.requires_grad_(False)
         set_seed(args.seed)  # LoRA starts from random values
         wrapped = with_lora(Anatomy(model), args)
+        leave_out(wrapped)
         self.anatomy = Anatomy(wrapped)
         self.bank = LoraBank(self.anatomy)
         super().__init__(

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from nuteprune.train.simulate import recompute
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -17,12 +18,18 @@ def seconds_per_step(trainer: NutePruneTrainer) -> float:
     inputs = trainer._prepare_inputs(trainer.data_collator(batch))
     if trainer.schedule.stage(0).freeze_step == 0:
         trainer.gates.restore_masks(trainer.allocator.chance(trainer.targets[-1]))
-    seconds = 0.0
+    seconds, model = 0.0, trainer.model
+    # What `Trainer` does when it trains: kernels, activations and dtypes may differ by it.
+    model.train()
+    if args.gradient_checkpointing:
+        recompute(trainer.anatomy.model, args.gradient_checkpointing_kwargs)
     for _ in range(2):  # the first one warms up
         started = time.monotonic()
-        trial_step(trainer, inputs)
-        trainer.model.zero_grad()
+        with trainer.accelerator.autocast():
+            trial_step(trainer, inputs)
+        model.zero_grad()
         seconds = time.monotonic() - started
+    model.eval()
     trainer.gates.thaw()
     return seconds * args.gradient_accumulation_steps
 
