@@ -160,6 +160,13 @@ def test_the_best_checkpoint_so_far_is_not_looked_for_where_it_was_written(
     assert steps_of(tmp_path)[-1] == 3
 
 
+def test_several_processes_neither_send_nor_hold_frozen_weights(tiny_model, tmp_path: Path) -> None:
+    model = make(tiny_model("llama"), tmp_path).model
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    assert ignored == {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(ignored) < len(list(model.named_parameters()))
+
+
 def test_callbacks_and_a_collator_may_be_none(tiny_model, tmp_path: Path) -> None:
     text = make(tiny_model("llama"), tmp_path / "run").train_dataset
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
