@@ -154,6 +154,6 @@ def test_what_a_run_is_does_not_hang_on_the_spelling(tmp_path: Path, monkeypatch
     ("kind", "trainer"), [(PruneJob, NutePruneConfig), (RecoverJob, None)], ids=["prune", "recover"]
 )
 def test_what_a_model_writes_does_not_judge(kind: Any, trainer: Any) -> None:
-    with pytest.raises(UserError, match=r"--eval-data self: .*; pass other text to judge by"):
+    with pytest.raises(UserError, match=r"^self is text that .*pass other text here"):
         make_job(kind, trainer, {**OUT, "eval_data": SELF})
     assert make_job(kind, trainer, {**OUT, "eval_data": f"./{SELF}"}).eval_data == f"./{SELF}"

@@ -21,6 +21,7 @@ from nuteprune.train import checkpoints
 from nuteprune.train.calibration import calibration_batches
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.run_settings import chosen_settings
+from nuteprune.train.step_cost import seconds_per_step
 
 from .conftest import LENGTH, make, metrics
 
@@ -165,6 +166,20 @@ def test_several_processes_neither_send_nor_hold_frozen_weights(tiny_model, tmp_
     ignored = set(model._ddp_params_and_buffers_to_ignore)
     assert ignored == {name for name, p in model.named_parameters() if not p.requires_grad}
     assert len(ignored) < len(list(model.named_parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trial_step_is_one_of_training(checkpointing: bool, tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, gradient_checkpointing=checkpointing)
+    seen: list[bool] = []
+    layer = trainer.anatomy.layers[0].input_layernorm
+    layer.register_forward_hook(lambda module, *_: seen.append(module.training))
+    seconds_per_step(trainer)
+    assert all(seen)
+    plain = 2 * 2  # two steps, each of student and teacher
+    assert len(seen) > plain if checkpointing else len(seen) == plain
+    assert not trainer.model.training
 
 
 def test_callbacks_and_a_collator_may_be_none(tiny_model, tmp_path: Path) -> None:

@@ -65,11 +65,7 @@ def sources_of(
     Raises:
         UserError: nothing of that name.
     """
-    if spec == SELF:
-        raise UserError(
-            f"{SELF} is text that the model writes to be trained on; pass other text here, "
-            f"such as {DEMO}, or ./{SELF} if a folder is meant"
-        )
+    refuse_self(spec)
     if names := embedded(spec):
         texts = assets.documents(domains=names).items()
         return [Documents(x, partial(iter, y)) for x, y in texts if spec == DEMO or x in names]
@@ -79,6 +75,19 @@ def sources_of(
         name = at_home(spec).absolute().name or spec
         return [Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
     return [Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
+
+
+def refuse_self(spec: str) -> None:
+    """Refuse the model's own text where other text is wanted, such as to judge by.
+
+    Raises:
+        UserError: if that is what is named.
+    """
+    if spec == SELF:
+        raise UserError(
+            f"{SELF} is text that the model writes to be trained on; pass other text here, "
+            f"such as {DEMO}, or ./{SELF} if a folder is meant"
+        )
 
 
 def embedded(spec: str) -> list[str]:

@@ -19,11 +19,10 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import TrainingArguments
 
-from nuteprune.data.specs import DEMO
+from nuteprune.data.specs import refuse_self
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.job import Job
-from nuteprune.run_folder import SELF
 from nuteprune.train.asked import SETTINGS, check_one
 from nuteprune.train.settings import CALL, declared, word
 
@@ -117,11 +116,7 @@ def make_job(
     check_one(settings, SETTINGS)
     if settings.get("data") == []:
         raise UserError("data names no text: name some, or leave it out")
-    if settings.get("eval_data") == SELF:
-        raise UserError(
-            f"--eval-data {SELF}: that is text that the model writes to be trained on; pass other "
-            f"text to judge by, such as {DEMO}, or ./{SELF} if a folder is meant"
-        )
+    refuse_self(settings.get("eval_data") or "")
     named = (file, *map(settings.get, FILES))
     files = tuple(at_home(x) for x in named if isinstance(x, (str, Path)))
     if isinstance(settings.get("shape"), str):

@@ -38,6 +38,8 @@ STORED_DTYPE = "nuteprune_stored_dtype"
 """Attribute of a loaded model: the dtype of its files, which the result keeps."""
 TOKENIZERS = ("*token*", "vocab*", "*.model")
 """What files of tokenizers are called."""
+PATHS = (".", "/", "~")
+"""How a path begins that cannot be a hub id."""
 BITS = (8, 4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,7 +53,7 @@ def locate(model: str) -> str:
     if model == DEMO:
         return str(assets.model_folder())
     check_name(model)
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    looks_local = model.startswith(PATHS) or model.count("/") > 1
     if looks_local and not at_home(model).is_dir():
         raise UserError(f"model {model} is neither a folder nor a hub id; check the path")
     return str(at_home(model)) if at_home(model).is_dir() else model
@@ -71,7 +73,7 @@ def origin(model: str) -> dict[str, Any]:
     """
     if model == DEMO:
         return dict(ORIGIN)
-    is_folder = at_home(model).is_dir() and not model.startswith((".", "/", "~"))
+    is_folder = at_home(model).is_dir() and not model.startswith(PATHS)
     return origin_of(f"./{model}" if is_folder else model, record_of(model))
 
 
