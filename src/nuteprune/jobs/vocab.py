@@ -209,7 +209,6 @@ def _count(
                         counted.update(ids)
                     read += sum(map(len, texts))
                     bars.update(f"counting {name}", read, MOST_CHARACTERS)
-                bars.update(f"counting {name}", read, read)
     return counted
 
 
