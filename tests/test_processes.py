@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,28 @@ def mixtures(model: PreTrainedModel) -> list[Mixture]:
     """The routed experts of each layer that has them."""
     anatomy = Anatomy(model)
     return list(filter(None, map(anatomy.mixture, range(len(anatomy.layers)))))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"gate_type": "hard_concrete", "teachers": "numerous"},
+        {"sharded": True, "ramp_share": 0.5, "shares": 1, "compensation": False},
+    ],
+    ids=["learned masks", "sharded"],
+)
+def test_two_processes_resume_as_if_never_interrupted(
+    how: dict[str, Any], tiny_inputs: Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = command(tiny_inputs, out, batch_size=2, save_total_limit=2, **how)
+    said(python(*QUICK, *asked, processes=2))
+    whole, steps = (out / "model.safetensors").read_bytes(), losses(out)
+    shutil.rmtree(out / "run" / "checkpoint-6")
+    assert (out / "run" / "checkpoint-3").exists()
+    assert said(python(*QUICK, *asked, "--resume", processes=2)).count("Saved") == 1
+    assert (out / "model.safetensors").read_bytes() == whole
+    assert losses(out) == steps
 
 
 def test_weights_are_shared_out_by_the_trainer(tiny_inputs: Inputs, tmp_path: Path) -> None:
