@@ -206,8 +206,10 @@ def test_two_processes_resume_as_if_never_interrupted(
     said(python(*QUICK, *asked, processes=2))
     whole, steps = (out / "model.safetensors").read_bytes(), losses(out)
     shutil.rmtree(out / "run" / "checkpoint-6")
-    assert (out / "run" / "checkpoint-3").exists()
+    left = (out / "run" / "checkpoint-3").stat()
     assert said(python(*QUICK, *asked, "--resume", processes=2)).count("Saved") == 1
+    again = (out / "run" / "checkpoint-3").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (left.st_ino, left.st_mtime_ns)  # not run anew
     assert (out / "model.safetensors").read_bytes() == whole
     assert losses(out) == steps
 
