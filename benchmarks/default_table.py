@@ -39,7 +39,6 @@ FIRST = "the default"
 """The row that comes first of its target and steps; the names of its variants begin with it."""
 STYLES = {
     FIRST: ("o", "tab:blue"),
-    f"{FIRST}, longer texts": ("D", "tab:cyan"),
     "LLM-Pruner's units": ("s", "tab:orange"),
     "`--method taylor`": ("^", "tab:green"),
     "`--method flap`": ("v", "tab:red"),
