@@ -42,6 +42,33 @@ def test_readme_has_the_figures_of_the_results(beginning: str, column: str, digi
     assert shown == [float(f"{x:.{digits}f}") for x in means]
 
 
+@pytest.mark.parametrize(
+    ("beginning", "rows"),
+    [
+        (r"\*\*the default\*\*", ("the default",) * 2),
+        ("LLM-Pruner's", ("LLM-Pruner's units",) * 2),
+        ("`--method taylor`", ("`--method taylor`",) * 2),
+        ("`--method flap`", ("`--method flap`", "`--method flap`, longer texts")),
+    ],
+)
+def test_readme_has_other_methods_beside_the_default(beginning: str, rows: tuple[str, str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^\| {beginning}.*×.*\|$", readme, re.M)
+    groups = default_table.grouped(RESULTS)
+    for cell, target, row in zip(line.split("|")[2:4], (0.2, 0.5), rows, strict=True):
+        seeds = groups[target, 80, row]
+        ends = [
+            f"{statistics.fmean(x[column] for x in seeds):.{digits}f} {sign}"
+            for column, digits, sign in (
+                ("other text", 2, "×"),
+                ("in-domain", 2, "×"),
+                ("copies", 0, "%"),
+            )
+        ]
+        assert cell.strip().removesuffix(")").startswith(", ".join(ends))
+        assert ("one seed" in cell) == (len(seeds) == 1)
+
+
 def test_seeds_are_summed_up_and_trials_left_out() -> None:
     dense = {"other": dict.fromkeys(default_table.DOMAINS, 10.0), "mean": 5.0}
     run = {"target": 0.2, "steps": 80, "row": "other", "mean": 6.0, "copying": 50.0}
