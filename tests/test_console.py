@@ -94,7 +94,7 @@ def test_a_table_loses_no_figures_on_a_narrow_terminal(width: int) -> None:
 
 
 def test_names_keep_their_brackets(capsys: pytest.CaptureFixture[str]) -> None:
-    output, name = Output(), "a[old].txt [/b]"
+    output, name = Output(), "a[old].txt [/b] c4:id:train"  # `:id:` is an emoji's code, too
     output.table(name, ["", name], [[name, "1"]])
     with output.bars() as bars:
         bars.update(name, 1, 1, name)

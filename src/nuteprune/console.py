@@ -54,13 +54,12 @@ class Output:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         quiet = quiet or not is_main()
-        # No markup: names of files and models may have brackets.
-        self.console = Console(
-            stderr=as_json, highlight=False, markup=False, soft_wrap=False, quiet=quiet
-        )
+        # Names of files and models may have brackets or colons: `id[:config[:split]]`.
+        plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+        self.console = Console(stderr=as_json, soft_wrap=False, quiet=quiet, **plain)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = WIDE
-        self.progress_console = Console(stderr=True, highlight=False, markup=False, quiet=quiet)
+        self.progress_console = Console(stderr=True, quiet=quiet, **plain)
 
     def line(self, text: str = "") -> None:
         """Print a line for people."""

@@ -53,6 +53,16 @@ def atomic(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def check_file(option: str, path: Path, example: str = "a file in it") -> None:
+    """Refuse a path that an option names for a file, where it is a folder.
+
+    Raises:
+        UserError: naming an example.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; name the file to write, such as {example}")
+
+
 def follow_umask(path: Path) -> None:
     """Give a file, or all files in a folder, the permissions of any other that the user writes.
 

@@ -129,6 +129,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "another engine": (["--engine", "vllm"], "one of transformers, llama.cpp"),
     "no binding": (["--engine", "llama.cpp"], "pip install 'nuteprune[llama-cpp]'"),
     "unknown dtype": (["--dtype", "float99"], "float99"),
+    "costs beside another": (["--costs", "costs.json", "--against", "demo"], "of MODEL alone"),
+    "no file of costs": (["--costs", ""], "is a folder; name the file to write"),
 }
 
 

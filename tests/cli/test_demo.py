@@ -68,6 +68,7 @@ def test_resume_goes_on_with_the_newest_folder_that_was_begun(asked: Any, tmp_pa
     assert asked("--resume").out == Path("nuteprune-demo")
     checkpoint(tmp_path / "nuteprune-demo")
     assert asked().out == Path("nuteprune-demo-2")
+    assert asked("--overwrite").out == Path("nuteprune-demo")
     assert asked("--resume").out == Path("nuteprune-demo")
     checkpoint(tmp_path / "nuteprune-demo-2")
     (tmp_path / "nuteprune-demo-3").mkdir()

@@ -59,7 +59,7 @@ def test_each_embedded_text_is_in_domain_by_itself(
 
 @pytest.mark.slow
 def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
-    model: Path, text: Path, tmp_path: Path, run: Run
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, other = tmp_path / "out", tmp_path / "other.txt"
     prune(run, model, text, out)
@@ -89,6 +89,20 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     assert {x["kind"] for x in json_line(midway[1])["protocol"]["texts"].values()} == {
         *("in-domain", "other text"),
     }
+    monkeypatch.chdir(out / "run/checkpoint-4")
+    code, stdout, stderr = run("eval", ".", "--data", text, "--length", 24, "--json")
+    assert code == 0, stderr
+    assert json_line(stdout)["protocol"]["texts"]["text.txt"]["kind"] == "in-domain"
+    code, _, stderr = run("eval", out, "--base", model, "--data", text)
+    assert code == 2
+    assert "the model to compare with is --against" in stderr
+    # A record of a training loop of one's own names no text.
+    record = json.loads((out / "nuteprune.json").read_text())
+    del record["config"]["data"]
+    (out / "nuteprune.json").write_text(json.dumps(record))
+    code, stdout, stderr = run("eval", out, "--data", text, "--length", 24, "--json")
+    assert code == 0, stderr
+    assert json_line(stdout)["protocol"]["texts"]["text.txt"]["kind"] is None
     # A dense model has no record that would tell.
     code, stdout, _ = run("eval", model, *both, "--copying-seed", 3, "--json")
     found = json_line(stdout)

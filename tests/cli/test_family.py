@@ -60,6 +60,15 @@ def test_a_type_that_is_not_listed_is_pruned_by_a_proposed_entry(
     tokens = AutoTokenizer.from_pretrained(out)("the student", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    code, _, err = run("family", model, "--out", entry)  # it may have been mended since
+    assert code == 2
+    assert "exists, and may hold what you have mended" in err
+    code, _, err = run("family", model, "--out", "")
+    assert code == 2
+    assert "is a folder; name the file" in err
+    code, _, err = run("eval", out, "--data", text, "--family", entry)
+    assert code == 2
+    assert "has its entry; leave --family out" in err
     judged = ["--data", text, "--length", 16, "--blocks", 2, "--dtype", "float32"]
     code, _, err = run("eval", out, "--against", model, *judged)
     assert code == 0, err

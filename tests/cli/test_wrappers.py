@@ -103,6 +103,10 @@ def test_the_language_model_alone_can_be_written(
     assert "what" in err
     assert "is as wide as its language model" in err
     assert "--text-only" in err
+    sized = ["prune", model, "--data", text, "--out", out, "--params", "100K", *SETTINGS]
+    code, _, err = run(*sized)
+    assert code == 2
+    assert "--params cannot be used here" in err
     assert not out.exists()
     code, stdout, err = run(*refused, "--text-only")
     assert code == 0, err

@@ -272,6 +272,17 @@ def test_uniform_shapes_of_unlike_layers_are_refused() -> None:
         _ = case.allocator
 
 
+def test_uniform_heads_that_no_width_can_have_are_refused() -> None:
+    layers = (LayerShape(6, 2, 24),) * 2  # 16 wide
+    case = Case(layers, ("neurons",), True)
+    for call in (
+        lambda: case.allocator.shape({"neurons": torch.ones(48)}, 0.1),
+        case.allocator.maximum,
+    ):
+        with pytest.raises(UserError, match="use --shapes free"):
+            call()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [0.05, 0.2, 0.5])
 @pytest.mark.parametrize(

@@ -142,8 +142,39 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
     assert steps_of(tmp_path) == [1, 2, 3]
     shutil.rmtree(tmp_path / "checkpoint-500")
     assert {x.name for x in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    with pytest.raises(UserError, match="has trained already"):
+        other.train()
     with pytest.raises(UserError, match=r"nothing to resume: there is no folder .*checkpoint-70"):
         other.train(str(tmp_path / "checkpoint-70"))
+
+
+def test_a_model_of_the_users_beside_checkpoints_stays(tiny_model, tmp_path: Path) -> None:
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    for name in ("checkpoint-0", "checkpoint-500"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"a model of the user's")
+    with pytest.raises(UserError, match=r"checkpoint-0 is no checkpoint of nuteprune's"):
+        make(tiny_model("llama"), tmp_path, **saving).train()
+    (tmp_path / "checkpoint-0").rename(tmp_path / "checkpoint-5")
+    make(tiny_model("llama"), tmp_path, **saving).train()
+    left = {x.name for x in tmp_path.glob("checkpoint-*")}
+    assert left == {"checkpoint-4", "checkpoint-5", "checkpoint-500"}
+
+
+def test_a_tokenizers_own_padding_does_not_get_into_the_result(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[more]"})
+    model = tiny_model("llama")
+    own = model.config.pad_token_id
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    trainer = make(model, tmp_path / "run", max_steps=1)
+    trainer.processing_class = tokenizer
+    trainer.train()
+    trainer.finalize()
+    trainer.save_pruned(tmp_path / "out")
+    assert load_pruned(tmp_path / "out").config.pad_token_id == own
 
 
 def test_the_best_checkpoint_so_far_is_not_looked_for_where_it_was_written(

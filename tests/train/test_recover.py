@@ -3,15 +3,16 @@ from __future__ import annotations
 import copy
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from nuteprune.data.examples import Examples
+from nuteprune.data.examples import Examples, pad
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.export.loading import load_pruned
@@ -68,7 +69,24 @@ def test_a_padding_token_that_the_model_has_not_is_not_looked_up(
     tokenizer.add_special_tokens({"pad_token": "[more]"})
     model = tiny_model("llama")
     assert tokenizer.pad_token_id >= model.config.vocab_size
-    make(model, tmp_path, tokenizer, examples(), max_steps=2).train()
+    trainer = make(model, tmp_path, tokenizer, examples(), max_steps=2)
+    trainer.train()
+    merged = trainer.merge()
+    merged.save_pretrained(tmp_path / "better")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "better")
+    assert again.config.pad_token_id == model.config.pad_token_id != tokenizer.pad_token_id
+
+
+def test_metrics_that_read_logits_are_refused_and_a_collator_is_taken(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    args = RecoverConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
+    rest = args, examples(), tiny_tokenizer
+    with pytest.raises(UserError, match="compute_metrics needs logits"):
+        RecoverTrainer(tiny_model("llama"), *rest, compute_metrics=lambda _: {})
+    collator = partial(pad, padding=1)
+    trainer = RecoverTrainer(tiny_model("llama"), *rest, data_collator=collator)
+    assert trainer.data_collator is collator
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from nuteprune import UserError, load_pruned
+from nuteprune.gates.units import chance
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import LayerShape, Shape
 from nuteprune.train.step_cost import seconds_per_step
@@ -155,6 +156,34 @@ def test_dimensions_chosen_by_the_user_come_out(
     assert again.allocator.constraints.floor == wanted
 
 
+def test_a_shape_is_found_where_steps_of_a_price_are_rounded(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nuteprune.gates.frontier.FINEST", 4)
+    trainer = make(tiny_model("qwen2_moe"), tmp_path, shape={"experts": 5, "neurons": 20})
+    allocator = trainer.allocator
+    for seed in range(4):
+        scores = chance(allocator.budget, allocator.layout, allocator.constraints.kinds, seed)
+        wanted = allocator.constraints.floor
+        assert allocator.shape(scores, trainer.goals[-1].goal) == wanted
+
+
+@pytest.mark.parametrize(
+    "shape", [{"neurons": 0}, {"experts": 0, "expert_neurons": 0}], ids=["shared", "routed"]
+)
+def test_a_part_of_a_mixture_that_no_gate_removes_is_refused(
+    shape: dict[str, int], tiny_model
+) -> None:
+    with pytest.raises(UserError, match="to remove its whole MLP, pass mlp: false"):
+        Anatomy(tiny_model("qwen2_moe")).shape.cut_to(shape)
+
+
+def test_uniform_shapes_without_any_gate_say_so(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3", n_group=2)
+    with pytest.raises(UserError, match=r"no gates can be used here: .*use --shapes free"):
+        make(model, tmp_path, shapes="uniform")
+
+
 def test_a_count_for_all_layers_is_of_those_that_have_any(tiny_model) -> None:
     hybrid = Anatomy(tiny_model("qwen3_5_text")).shape
     with_heads = [x.attention for x in hybrid.layers]
@@ -264,12 +293,13 @@ class StopAfter(TrainerCallback):
         control.should_training_stop |= state.global_step >= self.step
 
 
+@pytest.mark.parametrize("steps", [4, 3, 6])  # the last two end a target
 def test_a_run_that_stops_early_has_its_last_target_all_the_same(
-    tiny_model, tmp_path: Path
+    steps: int, tiny_model, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     dense = copy.deepcopy(model)
-    trainer = make(model, tmp_path / "run", callbacks=[StopAfter(4)], **SEVERAL)
+    trainer = make(model, tmp_path / "run", callbacks=[StopAfter(steps)], **SEVERAL)
     trainer.train()
     trainer.finalize()
     record = trainer.save_pruned(tmp_path / "small")
@@ -277,5 +307,8 @@ def test_a_run_that_stops_early_has_its_last_target_all_the_same(
     assert 0.45 <= record["sparsity"] < 0.5
     trainer.finalize_target(0, copy.deepcopy(dense))
     assert 0.15 <= trainer.save_pruned(tmp_path / "first")["sparsity"] < 0.2
+    if steps == 6:
+        trainer.finalize_target(1, copy.deepcopy(dense))
+        return
     with pytest.raises(UserError, match=r"stopped before it had the model of 30\.0% sparsity"):
         trainer.finalize_target(1, copy.deepcopy(dense))

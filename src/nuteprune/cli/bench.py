@@ -39,7 +39,7 @@ def bench(
         Path | None,
         typer.Option(
             help="Write what MODEL's blocks cost to this file, for prune --speedup; at the first "
-            "of --batch-sizes and --lengths."
+            "of --batch-sizes and --lengths, whatever --repeats says."
         ),
     ] = None,
     family: o.Family = None,

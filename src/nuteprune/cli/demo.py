@@ -28,11 +28,13 @@ def demo(
     """Prune SmolLM2-135M-Instruct on real text; no arguments needed.
 
     Without --out the result is in ./nuteprune-demo, or -2, -3, ... where that is taken.
+    With --overwrite it is ./nuteprune-demo.
     """
     output = Output(as_json)
     fetch(output)
-    folder = begun_folder if given["resume"] else free_folder
-    asked = {"model": DEMO, "out": folder(FOLDER) if out is None else out, **given}
+    pick = begun_folder if given["resume"] else free_folder
+    folder = FOLDER if given["overwrite"] else pick(FOLDER)
+    asked = {"model": DEMO, "out": folder if out is None else out, **given}
     job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
     result = finished(job, output)
     if result is not None:

@@ -15,7 +15,7 @@ from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.export.gguf import FILE_TYPES, write_gguf
 from nuteprune.export.onnx import require_packages, write_onnx
-from nuteprune.files import at_home
+from nuteprune.files import at_home, check_file
 from nuteprune.jobs.family import take
 from nuteprune.jobs.sources import load_model, load_tokenizer, read_config
 
@@ -55,10 +55,9 @@ def export(
         raise UserError(
             f"--type {type_name} is unknown to --to {to}; pass one of {', '.join(TYPES[to])}"
         )
-    if out.is_dir():
-        raise UserError(
-            f"--out {out} is a folder; name the file to write, such as {out}/model.{to}"
-        )
+    if pre_tokenizer is not None and to != "gguf":
+        raise UserError(f"--pre-tokenizer is for --to gguf; leave it out with --to {to}")
+    check_file("--out", out, f"{out}/model.{to}")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
     take(family, model)

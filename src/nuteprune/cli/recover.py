@@ -13,7 +13,7 @@ from nuteprune.jobs.settings import make_job
 
 @o.with_options(RecoverJob)
 def recover(model: o.Model, out: o.Out, as_json: o.Json = False, **given: Any) -> None:
-    """Fine-tune MODEL, a pruned checkpoint, to win back quality.
+    """Fine-tune MODEL, a pruned checkpoint, on instructions or text.
 
     LoRA on all projections is trained and merged. The result is a checkpoint of the same shape and
     dtype, with its record kept.

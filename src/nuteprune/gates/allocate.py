@@ -95,7 +95,10 @@ class Allocator:
                 best = (float(excess[i]), float(loss[i]))
                 shape = self._assemble(width, attention.counts(int(a[i])), mlp.counts(int(m[i])))
         if best is None:
-            raise UserError(self._out_of_reach(goal, float(least)))
+            floor = self.constraints.floor
+            if floor is None or cost.total(floor) > goal.limit:
+                raise UserError(self._out_of_reach(goal, float(least)))
+            return floor  # steps of a price are rounded, so the very least may be missed
         return shape
 
     def goal(self, sparsity: float) -> Goal:
@@ -222,6 +225,11 @@ class Allocator:
                     (fitting, mlp) if by_units else (by_price(fitting, width), by_price(mlp, width))
                 )
                 found.append((width, loss, frontier(priced[0]), frontier(priced[1])))
+        if not found:
+            raise UserError(
+                "uniform shapes need a number of heads that divides the width, and none that these "
+                "gates can leave does: add kv_groups or heads to --gates, or use --shapes free"
+            )
         return found
 
     def _assemble(

@@ -19,6 +19,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.packed import weight_of
 from nuteprune.model.shape import PER_HEAD, LayerShape, axis_sizes
+from nuteprune.model.sharding import gathered
 
 
 def unit_parameters(budget: Budget, kind: str) -> Tensor:
@@ -64,7 +65,8 @@ def squared_weights(anatomy: Anatomy, kinds: tuple[str, ...]) -> dict[str, Tenso
     layers: dict[str, list[Tensor]] = {kind: [] for kind in kinds if kind != "hidden"}
     hidden_D = torch.zeros(anatomy.shape.hidden)
     for i, layer in enumerate(anatomy.shape.layers):
-        parts, width_D = _layer_squares(anatomy, i, layer)
+        with gathered(anatomy.layers[i]):
+            parts, width_D = _layer_squares(anatomy, i, layer)
         hidden_D += width_D
         for kind, values in layers.items():
             values.append(parts[kind])

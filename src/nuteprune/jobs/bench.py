@@ -9,7 +9,7 @@ import torch
 
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.files import at_home
+from nuteprune.files import at_home, check_file
 from nuteprune.gates.seconds import PHASES
 from nuteprune.jobs.engines import Transformers, pick_engine
 from nuteprune.jobs.sources import load_model, read_config
@@ -77,6 +77,12 @@ def run(
                 f"--costs times blocks in transformers, and --engine {engine} has none of them; "
                 "leave one of the two out"
             )
+        if against is not None or save:
+            raise UserError(
+                "--costs writes a table of MODEL alone; leave out --against and --save, or time "
+                "them without --costs"
+            )
+        check_file("--costs", at_home(costs), f"{costs}/costs.json")
         return _costs(model, at_home(costs), settings[0], chosen, output)
     with output.bars() as bars:
         found = measure(names, settings, repeats, chosen, bars)

@@ -86,6 +86,11 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     _check(asked)
     names = [name for name in (asked.model, asked.against) if name is not None]
     models = [judged(name, asked.base) for name in names]
+    if asked.base is not None and not any(x.checkpoint for x in models):
+        raise UserError(
+            f"--base is for a checkpoint in the middle of a run, and {asked.model} is a whole "
+            "model; the model to compare with is --against"
+        )
     questions = None
     if asked.tasks is not None:
         tasks = [x.strip() for x in asked.tasks.split(",") if x.strip()]
@@ -185,11 +190,11 @@ def _check(asked: Evaluation) -> None:
 
 
 def _calibrated(models: Sequence[Judged]) -> list[str] | None:
-    """Return the texts that the models were calibrated on; None if no record tells."""
+    """Return the texts that the models were calibrated on; None if no record names any."""
     records = [record for x in models if (record := record_of(x.source)) is not None]
-    runs = [x.checkpoint.parent for x in models if x.checkpoint is not None]
+    runs = [x.checkpoint.resolve().parent for x in models if x.checkpoint is not None]
     records += [{"config": read_settings(run)} for run in runs]
-    return [spec for x in records for spec in calibrated_on(x)] if records else None
+    return [spec for x in records for spec in calibrated_on(x)] or None
 
 
 def _blocks(

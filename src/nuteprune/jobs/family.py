@@ -12,9 +12,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from nuteprune.console import Output
 from nuteprune.errors import RunFailed, UserError, in_one_line
 from nuteprune.export.gguf_archs import ARCHS
-from nuteprune.files import at_home, write_text, writing
+from nuteprune.files import at_home, check_file, write_text, writing
 from nuteprune.jobs.exactness import SHAPES, Found, examine, settled
-from nuteprune.jobs.sources import locate
+from nuteprune.jobs.sources import locate, record_of
 from nuteprune.model.axes import base_config
 from nuteprune.model.family import Family
 from nuteprune.model.family_file import FamilyFile, read_family, to_dict, to_text
@@ -39,6 +39,10 @@ def run(
             at `out`.
         RunFailed: if nothing of the entry holds, or writing goes wrong on the way.
     """
+    if out is not None:
+        check_file("--out", at_home(out), f"{out}/family.yaml")
+        if at_home(out).exists():
+            raise UserError(f"{out} exists, and may hold what you have mended; name another file")
     config = config_of(model)
     entry, found = checked(config, read_family(at_home(file)) if file else None)
     rows = [[kind, *(_cell(found, kind, shapes) for shapes in SHAPES)] for kind in found]
@@ -127,6 +131,8 @@ def take(file: str | None, model: str) -> None:
         UserError: if the file is wrong, or its entry does not fit the model.
     """
     if file is not None:
+        if at_home(model).is_dir() and record_of(model) is not None:
+            raise UserError(f"the record of {model} has its entry; leave --family out")
         entry, _ = checked(config_of(model), read_family(at_home(file)))
         bring_along(entry)
 

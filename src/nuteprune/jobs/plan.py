@@ -254,7 +254,7 @@ def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:
     output.line(
         f"Run     {args.max_steps} steps of {args.per_device_train_batch_size} x "
         f"{args.gradient_accumulation_steps} x {planned.length} tokens to "
-        f"{', '.join(f'{x:.0%}' for x in planned.targets)}; LoRA rank {args.lora_rank}"
+        f"{', '.join(f'{x:.1%}' for x in planned.targets)}; LoRA rank {args.lora_rank}"
     )
     if active := planned.of_a_token:
         after = ", ".join(millions(x["active_after"]) for x in active)

@@ -32,7 +32,13 @@ from nuteprune.jobs.folder import (
 )
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.judging import Judge
-from nuteprune.jobs.prune_trainer import check_wrapper, make_trainer, outside, trainer_config
+from nuteprune.jobs.prune_trainer import (
+    check_priced,
+    check_wrapper,
+    make_trainer,
+    outside,
+    trainer_config,
+)
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.show import print_plan, print_report, print_results
 from nuteprune.jobs.sources import load_model, load_tokenizer, origin, pick_dtype
@@ -178,6 +184,7 @@ def run(job: PruneJob, output: Output) -> Result | None:
 def _run(job: PruneJob, config: NutePruneConfig, output: Output, started: float) -> Result | None:
     check_offload(config, packed=job.bits is not None)
     take(job.family, job.model)
+    check_priced(job, config)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     dtype = pick_dtype(job.dtype, job.device)
     model = load_model(job.model, dtype, job.bits, str(config.device))

@@ -18,6 +18,7 @@ from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.settings import settings_of_user
 from nuteprune.jobs.sources import around, pick_device, stored_dtype
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.targets import COUNTED
 from nuteprune.train.trainer import NutePruneTrainer
 
 
@@ -68,6 +69,20 @@ def _of_table(job: PruneJob, config: NutePruneConfig) -> dict[str, str]:
     if not (named and isinstance(config.costs, Mapping)):
         return {}
     return {"costs": hashlib.blake2b(to_json(config.costs).encode(), digest_size=8).hexdigest()}
+
+
+def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
+    """Refuse a size of a model of several modalities: its language model alone has a price.
+
+    Raises:
+        UserError: naming what to pass instead.
+    """
+    kind = config.asked[0].kind
+    if kind in COUNTED and outside(job) is not None:
+        raise UserError(
+            f"--{kind.replace('_', '-')} cannot be used here: {job.model} has parts for images "
+            "beside its language model, which are not priced; pass --sparsity, or --text-only"
+        )
 
 
 def check_wrapper(job: PruneJob, trainer: NutePruneTrainer) -> None:

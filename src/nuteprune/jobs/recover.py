@@ -69,7 +69,7 @@ def recover(
     quiet: bool = False,
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Fine-tune a pruned checkpoint to win back quality, as `nuteprune recover` does.
+    """Fine-tune a pruned checkpoint on instructions or text, as `nuteprune recover` does.
 
     Args:
         model: the pruned checkpoint; any other of a supported family will do.

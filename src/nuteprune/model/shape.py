@@ -205,6 +205,13 @@ def _cut_layer(
             f"layer {index} has {layer.experts} experts of {layer.expert_neurons} neurons; to "
             "remove all of them, pass mlp: false"
         )
+    rest = [name for name in ("neurons", "experts") if getattr(whole, name)]
+    gone = [name for name in rest if not getattr(layer, name)]
+    if layer.mlp and gone:
+        raise UserError(
+            f"layer {index} has {gone[0]}: 0, and no gate removes them alone; to remove its whole "
+            "MLP, pass mlp: false"
+        )
     if bool(layer.heads) != bool(layer.kv_heads) or (kv_heads and heads % kv_heads):
         raise UserError(f"layer {index}: {heads} heads cannot share {kv_heads} KV heads evenly")
     if layer.heads_per_group > per_group:

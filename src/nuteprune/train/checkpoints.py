@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -25,15 +26,15 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, to_json, write_sums, write_text, writing
 from nuteprune.processes import several
-from nuteprune.run_folder import METRICS, SELF_WRITTEN, STATE
+from nuteprune.run_folder import METRICS, SELF_WRITTEN
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.run_settings import check_same, write_settings
-from nuteprune.train.state import RunState, checkpoints, last_checkpoint
+from nuteprune.train.state import RunState, checkpoints, last_checkpoint, own_checkpoints
 
 
 class StopSignals(TrainerCallback):
@@ -130,14 +131,15 @@ class AtomicTrainer(Trainer):
                 return None
         elif self.args.should_save:
             self.metrics_file.unlink(missing_ok=True)
-            for folder in checkpoints(run):  # else a resumed run would go on from them
-                if (folder / STATE).is_file():  # others may be a model of the user's
-                    shutil.rmtree(folder)
+            for folder in own_checkpoints(run):  # else a resumed run would go on from them
+                shutil.rmtree(folder)
+            self._check_places(run)
             write_settings(run, self.settings())
         signals = StopSignals()
         self.add_callback(signals)
         try:
-            result = super().train(checkpoint, *args, **kwargs)
+            with _special_tokens_kept(self.model):
+                result = super().train(checkpoint, *args, **kwargs)
         except UnpicklingError as error:  # torch's own words say how to run the code after all
             raise UserError(
                 f"cannot resume: a file in {checkpoint} asks for more than tensors, which "
@@ -155,6 +157,15 @@ class AtomicTrainer(Trainer):
         if signals.received:  # it came after the last step
             signal.raise_signal(signals.received)
         return result
+
+    def _check_places(self, run: Path) -> None:
+        """Refuse folders that this run's checkpoints would replace: a model of the user's, say."""
+        for folder in checkpoints(run):
+            if int(folder.name.rpartition("-")[2]) <= self.steps():
+                raise UserError(
+                    f"{folder} is no checkpoint of nuteprune's, and one of this run may come to be "
+                    "there; name another output_dir"
+                )
 
     def steps(self) -> int:
         """Return how many steps there are in all, also where passes over the text are counted."""
@@ -236,7 +247,9 @@ class AtomicTrainer(Trainer):
             os.replace(partial / name, run / name)
             sync(run)
             shutil.rmtree(partial, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+            if (most := self.args.save_total_limit or 0) > 0:
+                for folder in own_checkpoints(run)[:-most]:
+                    shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -264,6 +277,23 @@ class AtomicTrainer(Trainer):
                 break
             kept.append(line.decode() + "\n")
         write_text(self.metrics_file, "".join(kept))
+
+
+@contextmanager
+def _special_tokens_kept(model: nn.Module) -> Iterator[None]:
+    """Give a model its own special tokens back, where Trainer takes the tokenizer's for them.
+
+    Such a token may be beyond the vocabulary, and the result could not be loaded.
+    """
+    configs: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None)]
+    configs += [x.get_text_config() for x in configs[:1] if x is not None]
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    before = [(x, n, getattr(x, n)) for x in configs for n in names if hasattr(x, n)]
+    try:
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
 
 
 def trainer_state(checkpoint: Path) -> TrainerState:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainingArguments
@@ -25,6 +25,19 @@ ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """How `accelerate launch` asks for it, whatever the settings say."""
+
+
+def refuse_metrics(kwargs: Mapping[str, Any]) -> None:
+    """Refuse Trainer's `compute_metrics`, which would read logits.
+
+    Raises:
+        UserError: if it is among what Trainer is given.
+    """
+    if kwargs.get("compute_metrics"):
+        raise UserError(
+            "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
+            "language-model loss, is there"
+        )
 
 
 def check_whole(args: TrainingArguments) -> None:

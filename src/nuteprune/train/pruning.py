@@ -99,16 +99,22 @@ class Pruning:
     def end_step(self) -> None:
         """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
         self.gates.end_step()
-        stage = self.ready.schedule.stage(self.step)
-        at_target = self.step + 1 == stage.end and stage.target < self.ready.targets[-1]
+        at_target = self._ends_target()
         if at_target and not self.gates.frozen:
-            self.freeze(stage.target)
+            self.freeze(self.ready.schedule.stage(self.step).target)
         sparsity = self.gates.sparsity()
         moving = not self.gates.frozen
         if at_target:
             self._record_target()
         elif moving and self.ready.plan.due(sparsity, self.teachers.newest):
             self._record_teacher(torch.bfloat16)
+
+    def _ends_target(self) -> bool:
+        """Return whether the step is the last one of a target before the last."""
+        if self.step < 0:
+            return False
+        stage = self.ready.schedule.stage(self.step)
+        return self.step + 1 == stage.end and stage.target < self.ready.targets[-1]
 
     def _record_target(self) -> None:
         """Keep the model of a target that is reached: nothing of what is written is rounded."""
@@ -156,7 +162,7 @@ class Pruning:
     def settle(self) -> None:
         """Fix the masks at the last target, if training has not led to that."""
         on_the_way = len(self.reached) < len(self.ready.targets) - 1
-        if on_the_way:
+        if on_the_way or self._ends_target():
             self.gates.thaw()
         if not self.gates.frozen:
             self.freeze(self.ready.targets[-1])
@@ -179,6 +185,8 @@ class Pruning:
 
     def take(self, state: RunState) -> None:
         """Go back to what a run had learned and decided."""
+        self.step = -1
+        self.gates.thaw()  # of what this trainer has done itself, nothing counts
         self.bank.load(state.lora)
         restore(self.gates.state_dict(), state.gates, "gates")
         if state.frozen:

@@ -26,7 +26,7 @@ from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.averaging import leave_out
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.checks import check_whole
+from nuteprune.train.checks import check_whole, refuse_metrics
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.run_settings import run_settings
@@ -63,6 +63,7 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         **kwargs: Any,
     ) -> None:
         check_whole(args)
+        refuse_metrics(kwargs)
         if hasattr(train_dataset, "__len__") and not len(train_dataset):
             raise UserError("train_dataset is empty: pass items with input_ids and labels")
         self._job = dict(job or {"model": model.config._name_or_path})
@@ -77,7 +78,8 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            data_collator=partial(pad, padding=0),  # masked, and every model has it
+            # Padding is masked, and every model has the token 0.
+            data_collator=kwargs.pop("data_collator", None) or partial(pad, padding=0),
             compute_loss_func=self._loss,
             **kwargs,
         )

@@ -61,6 +61,9 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
             "a speedup is asked for, and a table of costs is of blocks at one width: leave hidden "
             "out of --gates"
         )
+    if not kinds:
+        why = next(filter(None, map(refused, usual)), "the model has none left to cut")
+        raise UserError(f"no gates can be used here: {why}")
     if set(needed) - set(kinds):
         raise UserError(
             f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"

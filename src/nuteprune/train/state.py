@@ -111,6 +111,11 @@ def last_checkpoint(run: Path) -> Path | None:
     return next(filter(_is_whole, reversed(checkpoints(run))), None)
 
 
+def own_checkpoints(run: Path) -> list[Path]:
+    """Return those of `checkpoints` that are nuteprune's: others may be a model of the user's."""
+    return [folder for folder in checkpoints(run) if (folder / STATE).is_file()]
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Return a run's trainer checkpoints, those there in part too, the newest last."""
     found = run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if run.is_dir() else ()

@@ -34,6 +34,7 @@ from nuteprune.train.averaging import around_sharded
 from nuteprune.train.bad_steps import clip_lora
 from nuteprune.train.calibration import Progress, check_text, silent
 from nuteprune.train.checkpoints import AtomicTrainer
+from nuteprune.train.checks import refuse_metrics
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import Ending
 from nuteprune.train.prepare import prepare
@@ -80,11 +81,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     ) -> None:
         if train_dataset is not None:
             check_text(train_dataset)
-        if kwargs.get("compute_metrics"):
-            raise UserError(
-                "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
-                "language-model loss, is there"
-            )
+        refuse_metrics(kwargs)
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
         self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
         self._job = dict(job or {"model": model.config._name_or_path})
@@ -137,9 +134,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Run the steps; see `AtomicTrainer.train`.
 
         Raises:
-            UserError: if the model is used up, or there are no steps or no text.
+            UserError: if the model is used up or trained, or there are no steps or no text.
         """
         self.ending.check_unused()
+        if self.pruning.step >= 0 and not resume_from_checkpoint:
+            raise UserError(
+                "this trainer has trained already: pass resume_from_checkpoint=True to go on, or "
+                "make a new one from the dense model"
+            )
         if self.args.max_steps == 0:
             raise UserError(
                 "max_steps is 0, so there is nothing to train: call finalize() at once, or set "
