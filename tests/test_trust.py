@@ -208,6 +208,10 @@ def test_code_of_a_tokenizer_runs_only_when_the_user_says_so(
     assert code == 0, said
     assert (tmp_path / "mark").exists()
     assert type(load_tokenizer(str(tmp_path / "out"), trust_remote_code=True)).__name__ == "Own"
+    asked = ["vocab", model, "--data", text, "--out", tmp_path / "few", "--keep", "280"]
+    code, _, said = run(*asked, "--trust-remote-code")
+    assert code == 0, said
+    assert type(load_tokenizer(str(tmp_path / "few"), trust_remote_code=True)).__name__ == "Own"
 
 
 def test_an_engine_that_wants_the_tokenizer_advises_what_bench_has(

@@ -71,6 +71,20 @@ def test_a_stock_checkpoint_comes_out_that_all_else_takes(
     assert exported["texts_compared"] > 0  # llama.cpp splits them alike
 
 
+def test_a_token_beyond_the_embedding_goes(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[more]"})
+    assert tokenizer.pad_token_id >= 300
+    tokenizer.save_pretrained(model)
+    out = tmp_path / "small"
+    json_of(run, "vocab", model, "--data", text, "--keep", KEEP, "--out", out)
+    small = AutoTokenizer.from_pretrained(out)
+    assert len(small) == KEEP
+    assert "[more]" not in small.get_vocab()
+
+
 def test_the_models_own_text_can_be_counted(
     model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,13 @@ def test_a_model_pruned_twice_is_told_from_the_intact_one() -> None:
     assert "| perplexity (dense: before the last run), news | 20.00" in text
 
 
+def test_a_fine_tuning_between_two_prunings_is_told_of() -> None:
+    tuned = a_record(recover={"steps": 5, "data": "demo"})
+    assert "Fine-tuned afterwards: 5 steps on demo" in model_card(tuned, remote_code=False)
+    again = model_card(a_record(history=[tuned]), remote_code=False)
+    assert "Fine-tuned between: 5 steps on demo" in again
+
+
 def test_perplexities_of_one_model_alone_are_not_compared() -> None:
     for perplexity in (
         {"before": {"a": 2.0}, "after": {"b": 3.0}},

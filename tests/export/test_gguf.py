@@ -641,6 +641,14 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] 
         "f16",
         r"does not bound time steps of recurrent layers \(time_step_limit",
     ),
+    "no recurrent layers": (
+        "granitemoehybrid",
+        (),
+        "free",
+        {"layer_types": ["attention"] * 3},
+        "f16",
+        "granitehybrid: it has recurrent layers, and this model none",
+    ),
     "narrow experts": (
         "mixtral",
         (),
@@ -669,6 +677,21 @@ def test_refusals_name_the_shape_and_what_would_fit(
     with pytest.raises(UserError, match=message):
         write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name=type_name)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_added_token_beyond_the_embedding_is_left_out(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[more]"})
+    while tokenizer.pad_token_id < VOCAB:
+        tokenizer.add_tokens(f"[{len(tokenizer)}]")
+        tokenizer.pad_token = f"[{len(tokenizer) - 1}]"
+    written = write_gguf(make("llama"), tokenizer, tmp_path / "m.gguf", type_name="f16")
+    assert written.texts_compared > 0
+    keys = metadata(tmp_path / "m.gguf")
+    assert len(keys["tokenizer.ggml.tokens"]) == VOCAB
+    assert "tokenizer.ggml.padding_token_id" not in keys
 
 
 def test_f16_refuses_what_it_would_make_infinite(

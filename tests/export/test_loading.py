@@ -83,6 +83,20 @@ def test_in_another_dtype_a_model_is_what_its_file_is(
     assert in_dtype(model, torch.float32) is model
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_routers_that_files_keep_in_float32_are_not_rounded(
+    name: str, tiny_model: Callable, tmp_path: Path
+) -> None:
+    model, tokens = tiny_model(name), torch.arange(3, 35)[None]
+    save(model, tmp_path / "model")
+    loaded = load_pruned(tmp_path / "model", dtype=torch.bfloat16)
+    half = in_dtype(model, torch.bfloat16)
+    gates = [x for x, p in loaded.named_parameters() if p.dtype == torch.float32]
+    assert gates
+    assert all(torch.equal(half.get_parameter(x), model.get_parameter(x)) for x in gates)
+    assert torch.equal(logits(half, tokens), logits(loaded, tokens))
+
+
 def test_build_names_tensors_that_do_not_fit(model: PreTrainedModel) -> None:
     state = tensors(model)
     state["extra"] = torch.ones(1)

@@ -148,6 +148,26 @@ def test_the_whole_around_a_pruned_language_model_is_the_masked_one(
         assert {m.config._attn_implementation for m in inner if hasattr(m, "config")} == {"eager"}
 
 
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+def test_a_head_of_its_own_stays_where_the_config_says_that_there_is_none(
+    shapes: str, saved: Callable, tmp_path: Path
+) -> None:
+    source = saved("mistral3")
+    dense: Any = wrapper("mistral3")
+    dense.lm_head.weight = torch.nn.Parameter(torch.randn(300, 32))
+    assert dense.config.tie_word_embeddings
+    dense.save_pretrained(source)
+    small, _ = cut(load_pruned(source, dtype=torch.float32), shapes)
+    around = Around(str(source), WRAPPERS["mistral3"])
+    save(around.put(small)[0], tmp_path / "out", around=around)
+    save(small, tmp_path / "alone")
+    for name in ("out", "alone"):
+        again = load_pruned(tmp_path / name, dtype=torch.float32)
+        assert not again.config.tie_word_embeddings
+        assert torch.equal(again.get_output_embeddings().weight, dense.lm_head.weight)
+        assert torch.equal(again.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+
+
 def test_what_is_no_language_model_is_refused(saved: Callable) -> None:
     folder = saved("gemma3")
     values = json.loads((folder / "config.json").read_text())

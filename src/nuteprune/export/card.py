@@ -232,11 +232,14 @@ def _protocols(record: Mapping[str, Any]) -> str:
 
 
 def _tuned(record: Mapping[str, Any]) -> str:
-    """Say what it was fine-tuned on after pruning, if it was."""
-    if "recover" not in record:
-        return ""
-    entry = record["recover"]
-    return f"Fine-tuned afterwards: {entry['steps']:,} steps on {_plain(_public(entry['data']))}. "
+    """Say what it was fine-tuned on after pruning, or between two runs that did, if it was."""
+    runs = [(x, "between") for x in record.get("history", ())] + [(record, "afterwards")]
+    return "".join(
+        f"Fine-tuned {when}: {x['recover']['steps']:,} steps on "
+        f"{_plain(_public(x['recover']['data']))}. "
+        for x, when in runs
+        if "recover" in x
+    )
 
 
 def _layers(record: Mapping[str, Any]) -> str:

@@ -193,6 +193,9 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
         for name in (family.logit_softcap, family.attention_softcap)
         if name
     ]
+    recurrent = any(x.mixer for x in source.shape.layers)
+    if recurrent != bool(arch.mixer):
+        yield "it has recurrent layers, and this model none" if arch.mixer else "it has none"
     if arch.mixer == "convolution" and getattr(config, "conv_bias", False):
         yield "its convolutions have no biases (conv_bias)"
     if arch.mixer == "mamba2":

@@ -130,7 +130,7 @@ def read_vocabulary(
         pre="default" if is_sentencepiece else pre or find_split(backend),
         tokens=tokens,
         types=types,
-        special={name: int(x) for name, x in ends.items() if x is not None},
+        special={name: int(x) for name, x in ends.items() if x is not None and x < size},
         adds_bos=ids[0] == ends["bos"],
         adds_eos=ids[-1] == ends["eos"],
         merges=None if is_sentencepiece else merges,
@@ -149,7 +149,8 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]]:
     """Return tokens and their types by id."""
     vocabulary: dict[str, int] = dict(content["model"]["vocab"])
-    added = {x["id"]: x for x in content["added_tokens"]}
+    # Such as Gemma's token for images beside a model that sees none: no id that it could read.
+    added = {x["id"]: x for x in content["added_tokens"] if x["id"] < size}
     by_id = {i: token for token, i in vocabulary.items()}
     by_id |= {i: x["content"] for i, x in added.items()}
     if max(by_id) >= size:

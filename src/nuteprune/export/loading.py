@@ -46,13 +46,16 @@ _UNREADABLE = (
 )
 
 
-def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
+def build(
+    config: PreTrainedConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Make a model of the tensors in `state_dict`, which it holds without a copy.
 
     Args:
         config: what `pruned_config` returned.
         state_dict: all parameters by name, of one dtype and on one device; tied weights need be
             there only once.
+        dtype: what it is to compute in, as a file would be loaded; None: the tensors' own.
 
     Returns:
         The model, in eval mode.
@@ -66,7 +69,7 @@ def build(config: PreTrainedConfig, state_dict: Mapping[str, Tensor]) -> PreTrai
         None,
         config=config,
         state_dict=dict(state_dict),
-        dtype=first.dtype,
+        dtype=dtype or first.dtype,
         device_map={"": first.device},
     )
     # It notes that no tensor was renamed on the way in, and would then rename none in files, whose
@@ -109,7 +112,9 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     if wrapper_of(model_type):
         inner = language_config(config)
         of_it = _causal_lm(inner.model_type)
-        model = _load(of_it, source, stock=True, config=inner, key_mapping=KEY_MAPPING, **kwargs)
+        pruned = {"use_safetensors": True} if model_type.startswith(PREFIX) else {}
+        how = {"config": inner, "key_mapping": KEY_MAPPING, **pruned, **kwargs}
+        model = _load(of_it, source, stock=True, **how)
     elif not model_type.startswith(PREFIX):
         model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     else:
@@ -138,8 +143,8 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         return model
     stored = model.state_dict().keys()
     buffers = [(name, x) for name, x in model.named_buffers() if name in stored]
-    state = {name: x.to(dtype) for name, x in (*model.named_parameters(), *buffers)}
-    copied = build(copy.deepcopy(model.config), state)
+    state = {name: x.detach() for name, x in (*model.named_parameters(), *buffers)}
+    copied = build(copy.deepcopy(model.config), state, dtype)
     copied.generation_config = copy.deepcopy(model.generation_config)
     return copied
 
@@ -248,7 +253,18 @@ def _load(
     if any(wrong.values()):
         found = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
         raise UserError(f"weights and config of {source or 'the pruned model'} disagree: {found}")
+    _say_whether_tied(model)
     return model  # type: ignore[no-any-return]
+
+
+def _say_whether_tied(model: PreTrainedModel) -> None:
+    """Mend a config that takes a head for the embedding where the files have one of its own.
+
+    transformers then goes by the files. Who goes by the config would lose the head.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(model.config, "tie_word_embeddings", False) and head is not None:
+        model.config.tie_word_embeddings = head.weight is embedding.weight
 
 
 def _is_projection(name: str, model_type: str) -> bool:

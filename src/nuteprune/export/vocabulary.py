@@ -28,8 +28,13 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE = "chat_template.jinja"
 
 
-def merges_of(tokenizer: PreTrainedTokenizerBase) -> Merges:
+def merges_of(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Merges:
     """Return what the tokens of a tokenizer are made of.
+
+    Args:
+        tokenizer: a tokenizer with a tokenizer.json.
+        rows: of the embedding; added tokens beyond are left out, as Gemma's for images is of a
+            model that sees none.
 
     Raises:
         UserError: if it is no BPE tokenizer that can spell any bytes.
@@ -40,7 +45,11 @@ def merges_of(tokenizer: PreTrainedTokenizerBase) -> Merges:
             f"the tokenizer is a {type(tokenizer).__name__} without tokenizer.json; a vocabulary "
             "can be made smaller of BPE tokenizers that have one"
         )
-    return Merges(json.loads(backend.to_str()))
+    content = json.loads(backend.to_str())
+    if rows is not None:
+        added = content.get("added_tokens") or ()
+        content["added_tokens"] = [x for x in added if x["id"] < rows]
+    return Merges(content)
 
 
 @torch.no_grad()
@@ -88,11 +97,16 @@ def cut_tokenizer_of(
         content = json.dumps(cut_tokenizer(merges, kept), ensure_ascii=False)
         (folder / _FILES[0]).write_text(content, encoding="utf-8")
         settings = json.loads((folder / _FILES[1]).read_text(encoding="utf-8"))
-        named = settings.get("added_tokens_decoder")
-        if named:
-            settings["added_tokens_decoder"] = {new[int(i)]: x for i, x in named.items()}
+        if named := settings.get("added_tokens_decoder"):
+            there = {new[int(i)]: x for i, x in named.items() if int(i) in new}
+            settings["added_tokens_decoder"] = there
+        lost = tokenizer.get_added_vocab().keys() - merges.added.keys()
+        settings = {k: x for k, x in settings.items() if not (isinstance(x, str) and x in lost)}
         text = json.dumps(settings, ensure_ascii=False)
         (folder / _FILES[1]).write_text(text, encoding="utf-8")
+        own: Any = type(tokenizer)
+        if not own.__module__.startswith("transformers."):  # code that the user trusts, run already
+            return own.from_pretrained(folder)  # type: ignore[no-any-return]
         config = PreTrainedConfig.from_dict({"model_type": family_named(model_type).model_type})
         return AutoTokenizer.from_pretrained(folder, config=config)
 

@@ -78,6 +78,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     inner["model_type"] = given["model_type"].removeprefix(PREFIX)
     values = {key: x for key, x in whole.to_dict().items() if key != "auto_map"}
     values |= {"model_type": wrapper.model_type, "architectures": [wrapper.conditional]}
+    values["tie_word_embeddings"] = text.tie_word_embeddings  # the model's, whatever was stated
     if "pruned" not in given:
         return stock.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
     path = wrapper.inside + given["pruned"]["layers"].partition(".")[2]

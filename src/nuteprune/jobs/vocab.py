@@ -123,9 +123,10 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
                 "own: nuteprune prune --text-only writes its language model, which can be cut"
             )
         tokenizer = load_tokenizer(job.model, job.trust_remote_code)
-        merges = merges_of(tokenizer)
+        merges_of(tokenizer)  # refuses what cannot be cut, before weights are read
         model = load_model(job.model, torch.bfloat16, exact=True)
         anatomy = Anatomy(model)
+        merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
         _check_rows(job, merges, anatomy)
         counted = _count(job, model, tokenizer, output)
         kept = _chosen(anatomy, tokenizer, merges, counted, keep)
