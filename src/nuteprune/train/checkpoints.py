@@ -138,7 +138,7 @@ class AtomicTrainer(Trainer):
         signals = StopSignals()
         self.add_callback(signals)
         try:
-            with _special_tokens_kept(self.model):
+            with _special_tokens_kept(cast(nn.Module, self.model)):
                 result = super().train(checkpoint, *args, **kwargs)
         except UnpicklingError as error:  # torch's own words say how to run the code after all
             raise UserError(
