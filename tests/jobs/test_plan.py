@@ -42,6 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
 ]
 
+FP32 = torch.float32
 TINY: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -95,6 +96,34 @@ def written(folder: Path, values: dict[str, Any]) -> Path:
 def job(model: Path, **given: Any) -> PruneJob:
     asked = {"model": str(model), "out": Path("unused"), "target_sparsity": 0.2, **given}
     return make_job(PruneJob, NutePruneConfig, asked)
+
+
+ROWS = [{"neurons": 160}] * 4 + [{"kv_heads": 2}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"target_params": "270K,250K"},
+        {"target_size": "1000KB"},
+        {"target_memory": "1200KB", "context": 64},
+        {"shape": {"layers": ROWS}},
+        {"shape": {"layers": [{}, {"mlp": False}, {}, {"attention": False}, {}]}},
+        {"target_sparsity": 0.1, "gates": "attn_block"},
+    ],
+    ids=["several params", "size", "memory", "rows", "blocks", "no-block-of-one-layer"],
+)
+def test_any_target_is_planned_for_the_layers_that_a_model_has(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny, length = config(), 16
+    planned = Run.of(tiny, settings(tmp_path, **asked), length, FP32)
+    (step,) = planned.steps()
+    kinds = ",".join(planned.allocator.constraints.kinds)
+    by_share = settings(tmp_path, target_sparsity=list(planned.targets), gates=kinds)
+    (same,) = Run.of(tiny, by_share, length, FP32).steps()
+    assert step.need.peak == pytest.approx(same.need.peak, rel=0.3)
 
 
 def test_what_lives_is_counted_while_it_lives() -> None:

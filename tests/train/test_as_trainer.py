@@ -13,10 +13,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
-from transformers import TrainerControl, TrainingArguments, default_data_collator
+from transformers import TrainerControl, TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
-from nuteprune.data.blocks import BlockDataset
+from nuteprune.data.blocks import BlockDataset, collated
 from nuteprune.train import checkpoints
 from nuteprune.train.calibration import calibration_batches
 from nuteprune.train.config import RecoverConfig
@@ -177,6 +177,48 @@ def test_a_tokenizers_own_padding_does_not_get_into_the_result(
     assert load_pruned(tmp_path / "out").config.pad_token_id == own
 
 
+def test_other_columns_are_not_read(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=1)
+    blocks = trainer.train_dataset
+    trainer.train_dataset = [x | {"messages": [{"role": "user"}] * i} for i, x in enumerate(blocks)]
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_model_with_adapters_is_refused(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    make(model, tmp_path, max_steps=1)
+    with pytest.raises(UserError, match="the model has adapters already"):
+        make(model, tmp_path, max_steps=1)
+
+
+def test_what_would_do_nothing_is_refused(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    args = NutePruneConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
+    given: list[tuple[dict[str, Any], str]] = [
+        ({"optimizers": (torch.optim.SGD(model.parameters()), None)}, "would not have what is"),
+        ({"compute_loss_func": lambda *_: 0}, "compute_loss_func is not called"),
+    ]
+    for kwargs, message in given:
+        with pytest.raises(UserError, match=message):
+            NutePruneTrainer(model, args, **kwargs)
+    trainer = NutePruneTrainer(model, args, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
+    assert isinstance(trainer.create_optimizer(), torch.optim.SGD)
+    with pytest.raises(UserError, match="save_model would write no model"):
+        trainer.save_model(str(tmp_path / "out"))
+    for name, value in (("num_train_epochs", 2), ("auto_find_batch_size", True)):
+        with pytest.raises(UserError, match=name):
+            NutePruneConfig(output_dir=str(tmp_path), **{name: value})
+
+
+def test_a_checkpoint_of_a_run_in_another_folder_is_refused(tiny_model, tmp_path: Path) -> None:
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(tiny_model("llama"), tmp_path / "one", **saving).train()
+    other = make(tiny_model("llama"), tmp_path / "two", **saving)
+    with pytest.raises(UserError, match=r"set output_dir to .*one"):
+        other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-1"))
+
+
 def test_the_best_checkpoint_so_far_is_not_looked_for_where_it_was_written(
     tiny_model, tmp_path: Path
 ) -> None:
@@ -218,7 +260,7 @@ def test_callbacks_and_a_collator_may_be_none(tiny_model, tmp_path: Path) -> Non
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
     none: dict[str, Any] = {"callbacks": None, "data_collator": None}
     trainer = NutePruneTrainer(tiny_model("llama"), args, text, **none)
-    assert trainer.data_collator is default_data_collator
+    assert trainer.data_collator is collated
 
 
 def test_a_complete_run_takes_no_further_step(tiny_model, tmp_path: Path) -> None:

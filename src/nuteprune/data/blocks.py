@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,16 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         block = self.blocks[index].long()
         return {"input_ids": block, "labels": block.clone()}
+
+
+def collated(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Collate items of equal length, by what is read of them: they may have other columns.
+
+    Args:
+        items: `input_ids` and maybe `attention_mask` and `labels` (T,).
+    """
+    names = [x for x in ("input_ids", "attention_mask", "labels") if x in items[0]]
+    return {x: torch.stack([torch.as_tensor(item[x]) for item in items]) for x in names}
 
 
 def training_blocks(

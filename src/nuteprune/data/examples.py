@@ -59,7 +59,8 @@ def pad(examples: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Ten
     """Collate examples, each padded at its end to the length of the longest.
 
     Args:
-        examples: `input_ids` and `labels` (length of each,).
+        examples: `input_ids`, `labels` and, where they are padded, `attention_mask` (length of
+            each,).
         padding: token id to fill up with; any will do, since nothing attends to it.
 
     Returns:
@@ -79,7 +80,7 @@ def pad(examples: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Ten
         length = len(example["input_ids"])
         batch["input_ids"][i, :length] = torch.as_tensor(example["input_ids"])
         batch["labels"][i, :length] = torch.as_tensor(example["labels"])
-        batch["attention_mask"][i, :length] = 1
+        batch["attention_mask"][i, :length] = torch.as_tensor(example.get("attention_mask", 1))
     return batch
 
 

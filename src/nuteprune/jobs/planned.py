@@ -117,4 +117,5 @@ def offloaded(run: Run, peaks: Mapping[str, float]) -> dict[str, float]:
 def _without(run: Run, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
     # Their re-fit is in low rank, or off the device.
     refitted = run.sizes.refitted if run.args.compensation else 0
-    return {k: v - saved - refitted * k.startswith(("step", "re-fit")) for k, v in peaks.items()}
+    beside = ("re-fit", "step, fixed masks")
+    return {k: v - saved - refitted * (k in beside) for k, v in peaks.items()}

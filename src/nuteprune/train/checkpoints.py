@@ -122,6 +122,10 @@ class AtomicTrainer(Trainer):
         run = Path(cast(str, self.args.output_dir))
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
+            if (home := Path(checkpoint).resolve().parent) != run.resolve():
+                raise UserError(
+                    f"{checkpoint} is of a run in another folder: set output_dir to {home}"
+                )
             also = ("max_steps",) if self.args.staged else ()
             check_same(run, self.settings(), type(self.args), also=also)
             state = trainer_state(Path(checkpoint))

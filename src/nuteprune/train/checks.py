@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
@@ -27,12 +28,24 @@ SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """How `accelerate launch` asks for it, whatever the settings say."""
 
 
-def refuse_metrics(kwargs: Mapping[str, Any]) -> None:
-    """Refuse Trainer's `compute_metrics`, which would read logits.
+def check_given(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a model with adapters, and what Trainer takes but a run of ours cannot.
 
     Raises:
-        UserError: if it is among what Trainer is given.
+        UserError: naming what to do instead.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            "the model has adapters already, of its own or of a run before: load it anew, and "
+            "merge adapters that are to stay (merge_and_unload)"
+        )
+    if any(kwargs.get("optimizers") or ()):
+        raise UserError(
+            "optimizers would not have what is trained, since LoRA is added here: use the settings "
+            "optim and lr_scheduler_type, or optimizer_cls_and_kwargs"
+        )
+    if kwargs.get("compute_loss_func"):
+        raise UserError("compute_loss_func is not called: the losses are those of objective")
     if kwargs.get("compute_metrics"):
         raise UserError(
             "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
@@ -224,6 +237,12 @@ def check_combinations(args: NutePruneConfig, method: str) -> None:
             f"gate_type {args.gate_type} learns its masks in steps: pass max_steps above 0, and "
             "ramp_share or freeze_share above 0"
         )
+    if args.num_train_epochs != TrainingArguments.num_train_epochs:
+        raise UserError("num_train_epochs is not counted by: pass max_steps")
+    if args.auto_find_batch_size:
+        raise UserError("auto_find_batch_size would begin anew in the middle: pass a smaller batch")
+    if args.bf16_full_eval or args.fp16_full_eval:
+        raise UserError("full evaluation in half precision would round the model: leave it out")
     if args.fp16:
         raise UserError(
             "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "

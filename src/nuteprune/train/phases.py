@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.train.asked import SETTINGS
 from nuteprune.train.calibration import PLAIN_BATCH, stops_before
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
@@ -145,7 +147,29 @@ class Run:
 
     def _simulation(self, config: PreTrainedConfig, masks: Masks | None = None) -> Simulation:
         how: dict[str, Any] = {"kind": self.kind, "stored": self.stored, "masks": masks}
-        return Simulation(config, self.args, self.length, self.dtype, **how)
+        return Simulation(config, self._by_share(config), self.length, self.dtype, **how)
+
+    def _by_share(self, config: PreTrainedConfig) -> NutePruneConfig:
+        """Return the settings for a model of fewer layers, which is to lose the same share.
+
+        Sizes, speeds, counts of layers and tables of costs are those of the whole model.
+        """
+        args, kind = copy.copy(self.args), self.args.asked[0].kind
+        for name in SETTINGS:
+            setattr(args, name, None)
+        args.costs = None
+        if kind in ("speedup", "shape"):  # which may bring kinds of their own
+            args.gates = ",".join(self.allocator.constraints.kinds)
+        with torch.device("meta"):
+            anatomy = Anatomy(model_of(config, self.dtype, self.kind))
+        args.target_sparsity = 0.0
+        most = make_allocator(anatomy, args).maximum()
+        if most < min(self.targets):  # as where the first layer has to keep its attention
+            args.gates = None
+            most = make_allocator(anatomy, args).maximum()
+        reached = dict.fromkeys(min(x, most) for x in self.targets)
+        args.target_sparsity = list(reached)
+        return args
 
     def _step(self, moving: bool = False, snapshot: bool = False) -> Need:
         def phase(simulation: Simulation) -> Need:
@@ -267,7 +291,8 @@ class Run:
         final = self.simulated(Simulation.finalizing, (whole, whole) if copied else SHORT)
         replaced = self.sizes.refitted * (self.stored is None and self.args.compensation)
         # It begins with the moments of what was trained, and lets go of them.
-        begun = Need(self._weights + replaced + MOMENTS * self.sizes.adapters, 0)
+        moments = MOMENTS if self.args.max_steps else 1
+        begun = Need(self._weights + replaced + moments * self.sizes.adapters, 0)
         saved = self.small
         if self.stored is not None:  # mapped, and copied to be written in another dtype
             differs = self.stored != self.dtype

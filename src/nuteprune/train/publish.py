@@ -17,7 +17,7 @@ class PushesCheckpoint(Trainer):
     saved: Path | None = None
     """The folder that was written last."""
     how_to_write = "call finalize(), then save_pruned(FOLDER)"
-    """What has to come before there is something to push."""
+    """How a checkpoint that others load is written."""
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -56,6 +56,16 @@ class PushesCheckpoint(Trainer):
             message=commit_message,
             blocking=blocking,
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Refuse what would be no model: a run's state is in its checkpoints.
+
+        Raises:
+            UserError: unless Trainer writes a checkpoint.
+        """
+        if not _internal_call:
+            raise UserError(f"save_model would write no model: {self.how_to_write}")
+        super().save_model(output_dir, _internal_call)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make no repository before there is something to push."""

@@ -26,7 +26,7 @@ from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.averaging import leave_out
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.checks import check_whole, refuse_metrics
+from nuteprune.train.checks import check_given, check_whole
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.run_settings import run_settings
@@ -51,7 +51,7 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
 
     args: RecoverConfig
     model: PeftModel
-    how_to_write = "write what merge() returns with save_pretrained, and upload that folder"
+    how_to_write = "write what merge() returns with save_pretrained; upload that folder"
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         **kwargs: Any,
     ) -> None:
         check_whole(args)
-        refuse_metrics(kwargs)
+        check_given(model, kwargs)
         if hasattr(train_dataset, "__len__") and not len(train_dataset):
             raise UserError("train_dataset is empty: pass items with input_ids and labels")
         self._job = dict(job or {"model": model.config._name_or_path})

@@ -23,9 +23,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    default_data_collator,
 )
 
+from nuteprune.data.blocks import collated
 from nuteprune.distill.losses import Head, amplified, batch_counts
 from nuteprune.distill.objective import Objective, text_loss
 from nuteprune.errors import UserError
@@ -34,7 +34,7 @@ from nuteprune.train.averaging import around_sharded
 from nuteprune.train.bad_steps import clip_lora
 from nuteprune.train.calibration import Progress, check_text, silent
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.checks import refuse_metrics
+from nuteprune.train.checks import check_given
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import Ending
 from nuteprune.train.prepare import prepare
@@ -81,7 +81,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     ) -> None:
         if train_dataset is not None:
             check_text(train_dataset)
-        refuse_metrics(kwargs)
+        check_given(model, kwargs)
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
         self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
         self._job = dict(job or {"model": model.config._name_or_path})
@@ -102,7 +102,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             processing_class=processing_class,
             callbacks=[_EndOfStep(self.pruning), *(kwargs.pop("callbacks", None) or [])],
             # Items are of equal length; the default would ask the tokenizer for a padding token.
-            data_collator=kwargs.pop("data_collator", None) or default_data_collator,
+            data_collator=kwargs.pop("data_collator", None) or collated,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
@@ -168,7 +168,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         if self.optimizer is None:
             lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
             groups = self.gates.parameter_groups()
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+            given = self.optimizer_cls_and_kwargs
+            kind, settings = given or self.get_optimizer_cls_and_kwargs(
+                self.args, cast(Any, self.model)
+            )
             decay = self.args.weight_decay
             self.optimizer = kind([{"params": lora, "weight_decay": decay}, *groups], **settings)
         return self.optimizer
