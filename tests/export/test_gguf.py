@@ -24,7 +24,7 @@ from nuteprune.export.gguf import metadata, read_back, write_gguf
 from nuteprune.export.gguf_arch import BLOCK
 from nuteprune.export.gguf_archs import ARCHS
 from nuteprune.export.gguf_rows import check_super_blocks, mended, torn_rows
-from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
+from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split, name_for
 from nuteprune.export.gguf_vocab import read_vocabulary as read
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
@@ -677,6 +677,40 @@ def test_refusals_name_the_shape_and_what_would_fit(
     with pytest.raises(UserError, match=message):
         write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name=type_name)
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_that_end_a_turn_are_told(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("llama")
+    eos = tiny_tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [eos, 40, 41, 42]
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf")
+    keys = metadata(tmp_path / "m.gguf")
+    names = ("eos", "eot", "eom")
+    assert [keys[f"tokenizer.ggml.{x}_token_id"] for x in names] == [eos, 40, 41]
+    model.generation_config.eos_token_id = eos
+    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf")
+    assert "tokenizer.ggml.eot_token_id" not in metadata(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_name_lets_llama_cpp_strip_what_the_tokenizer_strips(
+    known: bool, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    more = ["<unk>", "<s>", "<|endoftext|>", "</s>"] if known else []
+    special = [AddedToken(x, special=True) for x in more]
+    tokenizer.add_tokens([*special, AddedToken("<|user|>", special=True, rstrip=True)])
+    vocabulary = read(tokenizer, len(tokenizer))
+    plain = read(tiny_tokenizer, len(tiny_tokenizer))
+    name, notes = name_for("small", vocabulary, tokenizer)
+    assert ("phi-3" in name, bool(notes)) == (known, not known)
+    assert name_for("Phi-3 cut", vocabulary, tokenizer)[0] == (
+        "Phi-3 cut" if known else "phi_3 cut"
+    )
+    assert name_for("small", plain, tiny_tokenizer) == ("small", [])
+    assert name_for("phi3-cut", plain, tiny_tokenizer)[0] == "phi_3-cut"  # it would not load
 
 
 def test_an_added_token_beyond_the_embedding_is_left_out(

@@ -97,6 +97,23 @@ def test_routers_that_files_keep_in_float32_are_not_rounded(
     assert torch.equal(logits(half, tokens), logits(loaded, tokens))
 
 
+def test_layers_that_predict_further_tokens_are_passed_over(
+    tiny_model: Callable, tmp_path: Path
+) -> None:
+    model = tiny_model("deepseek_v3")
+    save(model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    ahead = {k.replace(".2.", ".3."): v for k, v in state.items() if ".layers.2." in k}
+    save_file(state | {k: v.clone() for k, v in ahead.items()}, file, {"format": "pt"})
+    (tmp_path / "model" / "SHA256SUMS").unlink(missing_ok=True)
+    change_config(tmp_path / "model", lambda x: x.update(num_nextn_predict_layers=0))
+    with pytest.raises(UserError, match=r"unexpected: model\.layers\.3"):
+        load_pruned(tmp_path / "model")
+    change_config(tmp_path / "model", lambda x: x.update(num_nextn_predict_layers=1))
+    assert load_pruned(tmp_path / "model").config.num_hidden_layers == 3
+
+
 def test_build_names_tensors_that_do_not_fit(model: PreTrainedModel) -> None:
     state = tensors(model)
     state["extra"] = torch.ones(1)

@@ -206,6 +206,7 @@ def _layout(family: Family, mixer_width: int | None) -> dict[str, Any]:
                 "modules": list(family.mlp_modules),
                 "norms": list(family.mlp_norms),
                 "projections": axes(family.mlp + family.mlp_of(mixture=True)),
+                **({"pair": True} if experts and experts.gives_pair else {}),
             },
             **({"mixer": mixer} if family.mixer else {}),
         },

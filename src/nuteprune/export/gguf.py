@@ -28,7 +28,13 @@ from nuteprune.export.gguf_fit import Source, choose
 from nuteprune.export.gguf_keys import context_length, write_dimensions
 from nuteprune.export.gguf_rows import check_rows, mended, torn_rows
 from nuteprune.export.gguf_tensors import tensors
-from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
+from nuteprune.export.gguf_vocab import (
+    Vocabulary,
+    check_vocabulary,
+    further_ends,
+    name_for,
+    read_vocabulary,
+)
 from nuteprune.files import atomic, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import refuse_packed
@@ -117,7 +123,9 @@ def write_gguf(
     if kind.quantized:
         check_rows(shape, source.head_dim, type_name)
     vocabulary = read_vocabulary(tokenizer, len(anatomy.embedding.weight), pre_tokenizer)
-    notes += _notes(arch, source)
+    vocabulary.special.update(further_ends(vocabulary, model.generation_config))
+    name, more = name_for(name or path.stem, vocabulary, tokenizer)
+    notes += [*_notes(arch, source), *more]
     if type_name in TO_QUANTIZE:
         notes += torn_rows(shape, source.head_dim)
     infos = list(_tensor_infos(anatomy, arch, source, shape, type_name))
@@ -125,7 +133,7 @@ def write_gguf(
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as partial:
             writer = GGUFWriter(partial, arch.name)
-            _write_general(writer, name or path.stem, kind)
+            _write_general(writer, name, kind)
             write_dimensions(writer, anatomy, arch, source, shape)
             _write_vocabulary(writer, vocabulary)
             _write_tensors(writer, infos, tensors(anatomy, arch, source, shape), progress)
@@ -244,7 +252,14 @@ def read_back(path: str | os.PathLike[str]) -> Vocabulary:
     )
 
 
-_SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_SPECIAL_KEYS = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+    "eot": "eot",
+    "eom": "eom",
+}
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

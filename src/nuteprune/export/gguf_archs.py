@@ -192,7 +192,13 @@ ARCHS: dict[str, Arch] = {
             biases=frozenset({"qkv"}),
         ),
         Arch("exaone4", square_attention=True, pre_norms=False, refuses_windows=True),
-        Arch("olmo2", pre_norms=False, refuses_windows=True),
+        Arch(
+            "olmo2",
+            square_attention=True,
+            pre_norms=False,
+            head="always",
+            refuses_windows=True,
+        ),
         Arch(
             "starcoder2",
             square_attention=True,
@@ -208,7 +214,13 @@ ARCHS: dict[str, Arch] = {
             head="always",
             biases=_ALL_BIASES,
         ),
-        Arch("stablelm", partial_rotary=True, head="always", biases=frozenset({"qkv"})),
+        Arch(
+            "stablelm",
+            square_attention=True,
+            partial_rotary=True,
+            head="always",
+            biases=frozenset({"qkv"}),
+        ),
         Arch(
             "phi2",
             square_attention=True,

@@ -243,7 +243,7 @@ def _load(
         "unexpected": [
             name
             for name in sorted(info["unexpected_keys"])
-            if not stock or _is_projection(name, model.config.model_type)
+            if not stock or _is_lost(name, model.config)
         ],
         "of another size": [
             f"{name} {list(given)}, not {list(asked)}"
@@ -265,6 +265,15 @@ def _say_whether_tied(model: PreTrainedModel) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(model.config, "tie_word_embeddings", False) and head is not None:
         model.config.tie_word_embeddings = head.weight is embedding.weight
+
+
+def _is_lost(name: str, config: PreTrainedConfig) -> bool:
+    """Return whether a tensor that no module reads is of a decoder projection."""
+    ahead = getattr(config, "num_nextn_predict_layers", 0)
+    numbers = (int(x) for x in name.split(".") if x.isdigit())
+    if ahead and next(numbers, 0) >= config.num_hidden_layers:
+        return False  # it predicts tokens further on, beside the decoder
+    return _is_projection(name, config.model_type)
 
 
 def _is_projection(name: str, model_type: str) -> bool:

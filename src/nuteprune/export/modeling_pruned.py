@@ -14,17 +14,16 @@
 # mypy: ignore-errors
 """Decoders whose layers differ in size: a stock transformers model with its layers resized.
 
-This file travels with a checkpoint. It reads no file, opens no connection and runs nothing but
-what stands here: it builds the stock model and gives each decoder layer the dimensions that
-config.json states. `PrunedXyz` is made from transformers' `Xyz` when it is asked for, so one file
-serves every model type. What a layer consists of is data, under "pruned" in config.json:
+This file travels with a checkpoint. It reads no file and opens no connection: it builds the stock
+model and gives each decoder layer the dimensions that config.json states. `PrunedXyz` is made from
+transformers' `Xyz` when asked for. What a layer consists of is data, under "pruned" in config.json:
 
     layers  path of the decoder layers in the causal LM
     counts  our word ("heads", "neurons", perhaps "kv_heads", "experts") -> the config's attribute
     blocks  for "attention", "mlp" and perhaps "mixer" (what else mixes tokens): the modules that
             make up the block, the norms that serve it alone, and its projections with their axes,
             "inputs -> outputs"; "width" is the hidden size that a mixer is made for, if another;
-            "per_head" are parameters with an entry for each head
+            "per_head" are parameters with an entry for each head; "pair": it gives two outputs
     head_dim  features of a head that are written, where the config's are others
     experts  where the model is a mixture: its router, and its projections, each one tensor for all
             experts of a layer; "transposed" where that is (experts, inputs, outputs)
@@ -55,7 +54,7 @@ class Zeros(nn.Module):
 
 
 class ZerosAndNone(nn.Module):
-    """Stands where a removed attention module was: no output, no weights.
+    """Stands where attention, or an MLP that gives a pair, was removed: no output, no weights.
 
     Its name must not contain "Attention": transformers reads this file's text for classes that do,
     and would take the model for one whose attention implementation cannot be changed.
@@ -113,7 +112,8 @@ def resize_layers(model, config):
         skip = counts.pop("skip", ())
         for name, block in config.pruned["blocks"].items():
             if name in skip:
-                remove_block(layer, block, ZerosAndNone if name == "attention" else Zeros)
+                pair = name == "attention" or block.get("pair")
+                remove_block(layer, block, ZerosAndNone if pair else Zeros)
             else:
                 resize_block(layer, block, config, counts)
         if "experts" in config.pruned and "mlp" not in skip:

@@ -49,7 +49,8 @@ _WRAPPERS = """\
 `prune` knows such a checkpoint by its `architectures`. It prunes the language model inside, and
 writes the whole back: a model of the same class (uniform), or one with the modeling file (free).
 
-- All else stays as it is, bit for bit. The processor's files are copied.
+- All else that transformers loads stays as it is, bit for bit. Qwen3.5's tensors for multi-token
+  prediction (`mtp.*`) are not loaded, and so not written. The processor's files are copied.
 - Calibration sees no images.
 - Gates on `hidden` are refused: what is made of images is as wide as the language model.
 - `--text-only` writes the language model alone, with any gates.

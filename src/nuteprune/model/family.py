@@ -103,6 +103,8 @@ class Experts:
     """Config attribute: how many experts a token is routed to."""
     transposed: bool = False
     """Stacks are (experts, columns, rows)."""
+    gives_pair: bool = False
+    """The layer takes the block's output apart: what it adds, and the router's scores."""
     interleaved: bool = False
     """Rows of the same neuron, such as gate and up, stand side by side."""
     files: tuple[str, ...] = (".experts.",)

@@ -210,7 +210,7 @@ MIXTURES = (
         MIXTRAL,
         model_type="gpt_oss",
         causal_lm="GptOssForCausalLM",
-        experts=Experts(router="mlp.router", transposed=True, interleaved=True),
+        experts=Experts(router="mlp.router", transposed=True, gives_pair=True, interleaved=True),
         # While heads are masked, attention wants a sink for each.
         per_head=("self_attn.sinks",),
         counts_heads=True,
