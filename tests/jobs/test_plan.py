@@ -126,6 +126,15 @@ def test_any_target_is_planned_for_the_layers_that_a_model_has(
     assert step.need.peak == pytest.approx(same.need.peak, rel=0.3)
 
 
+def test_a_size_is_in_the_checkpoints_dtype(tmp_path: Path) -> None:
+    args = settings(tmp_path, target_size="500KB")
+    shares = {
+        Run.of(config(dtype=torch.bfloat16), args, 16, computed).targets
+        for computed in (FP32, torch.bfloat16)
+    }
+    assert len(shares) == 1
+
+
 def test_what_lives_is_counted_while_it_lives() -> None:
     with Live() as live:
         a = torch.zeros(1000)

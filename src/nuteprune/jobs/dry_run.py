@@ -132,7 +132,8 @@ def _peaks(
 ) -> dict[str, float]:
     """Return the bytes that each phase holds where the run's model is."""
     peaks = {x.name: x.need.peak for x in phases}
-    inside = {k: v for k, v in peaks.items() if k not in ("finalize", "saving")}
+    after = ("finalize", "saving", "judging the results")  # nothing of the dense model is left
+    inside = {k: v for k, v in peaks.items() if k not in after}
     if trainer.args.sharded:
         return peaks | sharded(run, inside, trainer.args.world_size)
     if job.bits:

@@ -114,11 +114,12 @@ class Run:
         Raises:
             UserError: for settings that this model cannot take.
         """
+        written = stored or getattr(config, "dtype", None)  # files are in the checkpoint's dtype
         with torch.device("meta"):
             anatomy = Anatomy(model_of(config, dtype, kind))
         allocator = make_allocator(anatomy, args)
         sizes = Sizes.of(anatomy, args, length, allocator.constraints.kinds)
-        prices = Prices.of(anatomy, dtype, args)
+        prices = Prices.of(anatomy, written if isinstance(written, torch.dtype) else dtype, args)
         goals, scores = run_targets(allocator, args, prices), allocator.chance_scores()
         targets = tuple(x.sparsity for x in goals)
         each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
