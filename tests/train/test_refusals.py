@@ -36,6 +36,23 @@ def test_a_launcher_cannot_ask_for_sharding_either(
         NutePruneTrainer(tiny_model("llama"), args)
 
 
+def test_widths_that_long_rope_cannot_state_are_not_chosen(tiny_model, tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    how = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    model, settings = (
+        tiny_model("phi3", **how),
+        {"gates": "hidden", "max_steps": 0, "hidden_multiple": 4},
+    )
+    with pytest.raises(UserError, match="takes no head count at a hidden size of 20"):
+        make(model, tmp_path, shape={"hidden": 20}, **settings)
+    for target in (0.3, 0.4):  # 20 of 32 would be the next
+        trainer = make(tiny_model("phi3", **how), tmp_path, target_sparsity=target, **settings)
+        allocator = trainer.allocator
+        assert 20 in allocator.constraints.unstated
+        assert allocator.shape(allocator.equal_scores(), target).hidden in (8, 16, 24)
+
+
 def test_one_process_shares_nothing_out(tiny_model, tmp_path: Path) -> None:
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, sharded=True)
     with pytest.raises(UserError, match="several processes: start them with torchrun"):

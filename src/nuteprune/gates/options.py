@@ -26,6 +26,7 @@ class Constraints:
         neuron_multiple: neurons kept per layer are a multiple of it (or all of them).
         hidden_multiple: the width kept is a multiple of it (or all of it).
         floor: dimensions to keep at least, those that the user chose; None: no such wish.
+        unstated: widths that the model's config cannot state.
     """
 
     kinds: tuple[str, ...]
@@ -33,6 +34,7 @@ class Constraints:
     neuron_multiple: int = 32
     hidden_multiple: int = 64
     floor: Shape | None = None
+    unstated: frozenset[int] = frozenset()
 
 
 class Options:
@@ -61,7 +63,7 @@ class Options:
         gone = np.concatenate([[0.0], np.cumsum(np.sort(self.parts["hidden"][0]))])
         floor = self.constraints.floor
         kept = _counts(width, multiple, floor.hidden if floor else 0)
-        return [(k, float(gone[width - k])) for k in kept]
+        return [(k, float(gone[width - k])) for k in kept if k not in self.constraints.unstated]
 
     def attention(self, layer: int) -> list[Option]:
         """Return what a layer's attention may become, the whole one first."""

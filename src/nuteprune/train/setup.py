@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import filterfalse
 from typing import Any
@@ -78,9 +79,9 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     _check_rows_of_stacks(anatomy, args, kinds, floor)
     if args.for_quantization:
         check_super_blocks(whole, anatomy.head_dim, kinds)
-    constraints = Constraints(
-        kinds, args.shapes == "uniform", args.neuron_multiple, args.hidden_multiple, floor
-    )
+    unstated = _unstated_widths(anatomy, args, floor) if "hidden" in kinds else frozenset()
+    uniform, multiples = args.shapes == "uniform", (args.neuron_multiple, args.hidden_multiple)
+    constraints = Constraints(kinds, uniform, *multiples, floor, unstated)
     return Allocator(Budget.of(anatomy), constraints)
 
 
@@ -152,6 +153,26 @@ def check_stock(anatomy: Anatomy, allocator: Allocator, target: float | Goal) ->
             f"{type(config).__name__} refuses them, as with long rope), so uniform shapes would be "
             "of no stock class: use --gates neurons, or --shapes free"
         )
+
+
+def _unstated_widths(
+    anatomy: Anatomy, args: NutePruneConfig, floor: Shape | None
+) -> frozenset[int]:
+    """Return the widths that the model's config cannot state, as with long rope.
+
+    Raises:
+        UserError: if the width that the user chose is one.
+    """
+    whole, found = anatomy.shape, set()
+    chosen = {floor.hidden} - {whole.hidden} if floor else set()
+    for width in chosen or range(args.hidden_multiple, whole.hidden, args.hidden_multiple):
+        try:
+            pruned_config(anatomy.config, anatomy.family, replace(whole, hidden=width))
+        except UserError:
+            if chosen:
+                raise
+            found.add(width)
+    return frozenset(found)
 
 
 def _chosen_shape(anatomy: Anatomy, args: NutePruneConfig) -> Shape | None:
