@@ -34,10 +34,6 @@ LARGE = "no stand-in is as large or as slow: its options are checked; other test
 
 HOW = {
     "nuteprune demo --out first": EXECUTED,
-    "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.25 --data my_text.jsonl --out small "
-    "--dry-run": EXECUTED,
-    "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.25 --data my_text.jsonl --out small "
-    "--steps 400": EXECUTED,
     "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --out small "
     "--dry-run": EXECUTED,
     "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --out small "
@@ -285,4 +281,4 @@ def test_the_calls_of_the_pages_run_as_they_stand(page: str, in_workspace: Path)
         written = json.loads((in_workspace / name / "nuteprune.json").read_text())
         assert record["out"] == name
         assert {key: record[key] for key in written} == written
-    assert done["record"]["sparsity"] >= 0.25
+    assert done["record"]["sparsity"] >= 0.2

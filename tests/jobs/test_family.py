@@ -54,8 +54,10 @@ def test_an_entry_is_written_wherever_it_is_asked_for(
     monkeypatch.setattr("nuteprune.jobs.family.checked", lambda *_: (entry, {}))
     run("llama", Output(quiet=True), out=file)
     assert read_family(file).family == entry
-    with pytest.raises(UserError, match=r"cannot write .*new: "):
+    with pytest.raises(UserError, match=r"new is a folder; name the file to write"):
         run("llama", Output(quiet=True), out=tmp_path / "new")
+    with pytest.raises(UserError, match=r"cannot write .*entry.yaml.x: "):
+        run("llama", Output(quiet=True), out=file / "x")
 
 
 def test_an_entry_of_another_type_or_that_nothing_holds_of_is_refused(tmp_path: Path) -> None:
