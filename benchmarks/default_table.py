@@ -40,6 +40,7 @@ FIRST = "the default"
 STYLES = {
     FIRST: ("o", "tab:blue"),
     "LLM-Pruner's units": ("s", "tab:orange"),
+    "LLM-Pruner's units, 39 % chats": ("s", "tab:orange"),
     "`--method taylor`": ("^", "tab:green"),
     "`--method flap`": ("v", "tab:red"),
 }
