@@ -37,6 +37,10 @@ from nuteprune.train.run_settings import check_same, write_settings
 from nuteprune.train.state import RunState, checkpoints, last_checkpoint, own_checkpoints
 
 
+MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json")
+"""What tells a folder with a model from a checkpoint of ours, which has none of these."""
+
+
 class StopSignals(TrainerCallback):
     """On Ctrl-C or SIGTERM: let the step end, save, stop. A second signal stops at once."""
 
@@ -164,8 +168,9 @@ class AtomicTrainer(Trainer):
 
     def _check_places(self, run: Path) -> None:
         """Refuse folders that this run's checkpoints would replace: a model of the user's, say."""
-        for folder in checkpoints(run):
-            if int(folder.name.rpartition("-")[2]) <= self.steps():
+        for folder in checkpoints(run):  # of our own, what a kill left of one may be there
+            model = any((folder / name).is_file() for name in MODEL_FILES)
+            if model and int(folder.name.rpartition("-")[2]) <= self.steps():
                 raise UserError(
                     f"{folder} is no checkpoint of nuteprune's, and one of this run may come to be "
                     "there; name another output_dir"
