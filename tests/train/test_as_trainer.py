@@ -158,7 +158,6 @@ def test_a_model_of_the_users_beside_checkpoints_stays(tiny_model, tmp_path: Pat
     (tmp_path / "checkpoint-0").rename(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-3").mkdir()  # as a kill leaves one that was being removed
     make(tiny_model("llama"), tmp_path, **saving).train()
-    (tmp_path / "checkpoint-3").rmdir()
     left = {x.name for x in tmp_path.glob("checkpoint-*")}
     assert left == {"checkpoint-4", "checkpoint-5", "checkpoint-500"}
 

@@ -36,7 +36,6 @@ from nuteprune.train.arguments import RunArguments
 from nuteprune.train.run_settings import check_same, write_settings
 from nuteprune.train.state import RunState, checkpoints, last_checkpoint, own_checkpoints
 
-
 MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json")
 """What tells a folder with a model from a checkpoint of ours, which has none of these."""
 
