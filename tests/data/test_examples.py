@@ -268,3 +268,10 @@ def test_a_long_row_is_read_up_to_what_is_held_out_of_it(
     shown = {x for y in read for x in numbers.findall(y)}
     assert len(shown) > 200
     assert shown.isdisjoint(known)
+
+
+def test_padding_that_examples_bring_is_not_attended_to() -> None:
+    ids = torch.arange(5)
+    given = {"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([0, 0, 1, 1, 1])}
+    batch = pad([given, {"input_ids": ids, "labels": ids}], padding=0)
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]

@@ -23,8 +23,9 @@ from nuteprune.export.checkpoint import assemble
 from nuteprune.export.gguf import metadata, read_back, write_gguf
 from nuteprune.export.gguf_arch import BLOCK
 from nuteprune.export.gguf_archs import ARCHS
+from nuteprune.export.gguf_ends import name_for
 from nuteprune.export.gguf_rows import check_super_blocks, mended, torn_rows
-from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split, name_for
+from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
 from nuteprune.export.gguf_vocab import read_vocabulary as read
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES

@@ -316,6 +316,23 @@ def test_a_free_mixture_loads_as_remote_code(model_type: str, tiny_model, tmp_pa
     assert torch.equal(logits(again, TOKENS), logits(loaded, TOKENS))
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral"])
+def test_a_mixture_without_an_mlp_takes_any_number_of_sequences(
+    model_type: str, tiny_model
+) -> None:
+    anatomy = Anatomy(tiny_model(model_type))
+    allocator = make_allocator(anatomy, settings("mlp_block", "free"))
+    kept = allocator.budget.shape.cut_to({"layers": [{}, {"mlp": False}, {}]})
+    masks = allocator.masks(kept, allocator.equal_scores())
+    tokens = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
+    with (hooks := MaskHooks(anatomy)).using(masks):
+        masked = logits(anatomy.model, tokens)
+    hooks.remove()
+    small, _ = assemble(anatomy, masks)
+    for rows in (1, 2, 3):  # a pair of sequences could be taken for a pair of outputs
+        assert_same(logits(small, tokens[:rows]), masked[:rows])
+
+
 def test_a_mixture_can_be_pruned_again(tiny_model) -> None:
     first = Anatomy(tiny_model("gpt_oss"))
     masks, _ = soft_masks(make_allocator(first, settings("experts", "free")), 0.4)

@@ -24,17 +24,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf_arch import BLOCK, Arch
+from nuteprune.export.gguf_ends import further_ends, name_for
 from nuteprune.export.gguf_fit import Source, choose
 from nuteprune.export.gguf_keys import context_length, write_dimensions
 from nuteprune.export.gguf_rows import check_rows, mended, torn_rows
 from nuteprune.export.gguf_tensors import tensors
-from nuteprune.export.gguf_vocab import (
-    Vocabulary,
-    check_vocabulary,
-    further_ends,
-    name_for,
-    read_vocabulary,
-)
+from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
 from nuteprune.files import atomic, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import refuse_packed

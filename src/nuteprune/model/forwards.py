@@ -1,4 +1,4 @@
-"""Modules that do otherwise for a while: in evaluation mode, or with other forward functions."""
+"""Modules that do otherwise for a while: evaluate, compute something else, have other tokens."""
 
 from __future__ import annotations
 
@@ -63,3 +63,20 @@ def noting_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
             hook = module.register_forward_hook(lambda _, __, output: outputs.append(output))
             stack.enter_context(hook)
         yield outputs
+
+
+@contextmanager
+def special_tokens_kept(model: nn.Module) -> Iterator[None]:
+    """Give a model its own special tokens back, where Trainer takes the tokenizer's for them.
+
+    Such a token may be beyond the vocabulary, and the result could not be loaded.
+    """
+    configs: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None)]
+    configs += [x.get_text_config() for x in configs[:1] if x is not None]
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    before = [(x, n, getattr(x, n)) for x in configs for n in names if hasattr(x, n)]
+    try:
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)

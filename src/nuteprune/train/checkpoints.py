@@ -7,8 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -30,14 +29,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, to_json, write_sums, write_text, writing
+from nuteprune.model.forwards import special_tokens_kept
 from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.run_settings import check_same, write_settings
-from nuteprune.train.state import RunState, checkpoints, last_checkpoint, own_checkpoints
-
-MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json")
-"""What tells a folder with a model from a checkpoint of ours, which has none of these."""
+from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
 
 
 class StopSignals(TrainerCallback):
@@ -140,12 +137,12 @@ class AtomicTrainer(Trainer):
             self.metrics_file.unlink(missing_ok=True)
             for folder in own_checkpoints(run):  # else a resumed run would go on from them
                 shutil.rmtree(folder)
-            self._check_places(run)
+            check_places(run, self.steps())
             write_settings(run, self.settings())
         signals = StopSignals()
         self.add_callback(signals)
         try:
-            with _special_tokens_kept(cast(nn.Module, self.model)):
+            with special_tokens_kept(cast(nn.Module, self.model)):
                 result = super().train(checkpoint, *args, **kwargs)
         except UnpicklingError as error:  # torch's own words say how to run the code after all
             raise UserError(
@@ -164,16 +161,6 @@ class AtomicTrainer(Trainer):
         if signals.received:  # it came after the last step
             signal.raise_signal(signals.received)
         return result
-
-    def _check_places(self, run: Path) -> None:
-        """Refuse folders that this run's checkpoints would replace: a model of the user's, say."""
-        for folder in checkpoints(run):  # of our own, what a kill left of one may be there
-            model = any((folder / name).is_file() for name in MODEL_FILES)
-            if model and int(folder.name.rpartition("-")[2]) <= self.steps():
-                raise UserError(
-                    f"{folder} is no checkpoint of nuteprune's, and one of this run may come to be "
-                    "there; name another output_dir"
-                )
 
     def steps(self) -> int:
         """Return how many steps there are in all, also where passes over the text are counted."""
@@ -285,23 +272,6 @@ class AtomicTrainer(Trainer):
                 break
             kept.append(line.decode() + "\n")
         write_text(self.metrics_file, "".join(kept))
-
-
-@contextmanager
-def _special_tokens_kept(model: nn.Module) -> Iterator[None]:
-    """Give a model its own special tokens back, where Trainer takes the tokenizer's for them.
-
-    Such a token may be beyond the vocabulary, and the result could not be loaded.
-    """
-    configs: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None)]
-    configs += [x.get_text_config() for x in configs[:1] if x is not None]
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    before = [(x, n, getattr(x, n)) for x in configs for n in names if hasattr(x, n)]
-    try:
-        yield
-    finally:
-        for config, name, value in before:
-            setattr(config, name, value)
 
 
 def trainer_state(checkpoint: Path) -> TrainerState:

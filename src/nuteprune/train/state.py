@@ -21,6 +21,8 @@ from nuteprune.errors import UserError
 from nuteprune.files import atomic, read_sums
 from nuteprune.run_folder import STATE
 
+MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json")
+"""What tells a folder with a model from a checkpoint of ours, which has none of these."""
 GROUPS = ("lora", "gates", "masks", "first_scores")
 NOTES = ("frozen", "teachers", "reached", "sums", "bad_steps")
 
@@ -114,6 +116,25 @@ def last_checkpoint(run: Path) -> Path | None:
 def own_checkpoints(run: Path) -> list[Path]:
     """Return those of `checkpoints` that are nuteprune's: others may be a model of the user's."""
     return [folder for folder in checkpoints(run) if (folder / STATE).is_file()]
+
+
+def check_places(run: Path, steps: int) -> None:
+    """Refuse folders that a run's checkpoints would replace: a model of the user's, say.
+
+    Args:
+        run: the run's folder.
+        steps: how many it has.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    for folder in checkpoints(run):  # of our own, what a kill left of one may be there
+        model = any((folder / name).is_file() for name in MODEL_FILES)
+        if model and int(folder.name.rpartition("-")[2]) <= steps:
+            raise UserError(
+                f"{folder} is no checkpoint of nuteprune's, and one of this run may come to be "
+                "there; name another output_dir"
+            )
 
 
 def checkpoints(run: Path) -> list[Path]:
