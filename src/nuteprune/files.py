@@ -174,8 +174,10 @@ def read_sums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        pairs = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {name: value for value, name in pairs}
+        lines = path.read_text(encoding="utf-8").splitlines()
+        # Other programs write " *NAME" of binary files, blank lines and comments.
+        said = [x.replace(" *", "  ", 1) for x in lines if x.strip() and not x.startswith("#")]
+        return {name: value.lower() for value, name in (x.split("  ", 1) for x in said)}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: its lines are not sums and names") from error
 

@@ -20,7 +20,7 @@ import nuteprune
 from nuteprune.data import demo as assets
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.gguf import write_gguf
-from nuteprune.export.gguf_vocab import PROBES
+from nuteprune.export.gguf_splits import PROBES
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from tests.greedy import continuation
@@ -269,6 +269,27 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str, str]] = {
         ("heads",),
         "uniform",
         "granitehybrid",
+    ),
+    "granitemoehybrid, no recurrent layers": (
+        "granitemoehybrid",
+        {"layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
+        ("kv_groups", "neurons"),
+        "uniform",
+        "granite",
+    ),
+    "granitemoehybrid, no positions": (
+        "granitemoehybrid",
+        {"layer_types": ["attention"] * 3, "position_embedding_type": "nope"},
+        ("kv_groups", "neurons"),
+        "uniform",
+        "granite",
+    ),
+    "granitemoehybrid, no recurrent layers, free": (
+        "granitemoehybrid",
+        {"layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
+        ("kv_groups", "neurons"),
+        "free",
+        "deci",
     ),
     "granitemoe": ("granitemoe", {}, ("experts", "expert_neurons"), "uniform", "granitemoe"),
     "glm4_moe": ("glm4_moe", {}, ("experts", "kv_groups", "hidden"), "uniform", "glm4moe"),

@@ -16,6 +16,7 @@ import torch
 from gguf import GGUFReader, TokenType, quants
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from nuteprune.errors import UserError
 from nuteprune.export import gguf as export
@@ -25,7 +26,8 @@ from nuteprune.export.gguf_arch import BLOCK
 from nuteprune.export.gguf_archs import ARCHS
 from nuteprune.export.gguf_ends import name_for
 from nuteprune.export.gguf_rows import check_super_blocks, mended, torn_rows
-from nuteprune.export.gguf_vocab import PROBES, SPLITS, check_vocabulary, find_split
+from nuteprune.export.gguf_splits import PROBES, SPLITS, find_split
+from nuteprune.export.gguf_vocab import check_vocabulary
 from nuteprune.export.gguf_vocab import read_vocabulary as read
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
@@ -311,6 +313,37 @@ def test_states_of_granite_4_stay_in_float32(
     assert {types[name] for name in whole} == {"F32"}
     assert_close(found["blk.2.ssm_a"], -mixer.A_log.exp()[:, None])
     assert_same(found["blk.2.ssm_norm.weight"], mixer.norm.weight.view(2, -1))
+
+
+def test_granite_4_without_recurrent_layers_is_a_granite(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    plain = {"layer_types": ["attention"] * 3, "tie_word_embeddings": True}
+    kinds = {"rope": True, "nope": False}
+    for kind, rotates in kinds.items():
+        model = make(
+            "granitemoehybrid", UNIFORM[:2], "uniform", position_embedding_type=kind, **plain
+        )
+        arch = write_gguf(model, tiny_tokenizer, tmp_path / "u.gguf", type_name="f32").arch
+        keys, found = metadata(tmp_path / "u.gguf"), dequantized(tmp_path / "u.gguf")
+        assert (arch, keys["granite.rope.scaling.finetuned"]) == ("granite", rotates)
+        assert keys["granite.attention.scale"] == pytest.approx(model.config.attention_multiplier)
+        gate, up = model.model.layers[1].shared_mlp.input_linear.weight.chunk(2)
+        assert_same(found["blk.1.ffn_gate.weight"], gate)
+        assert_same(found["blk.1.ffn_up.weight"], up)
+        (tmp_path / "u.gguf").unlink()
+    model = make(
+        "granitemoehybrid",
+        ("kv_groups", "heads", "neurons"),
+        position_embedding_type="rope",
+        **plain,
+    )
+    assert write_gguf(model, tiny_tokenizer, tmp_path / "f.gguf", type_name="f32").arch == "deci"
+    found = dequantized(tmp_path / "f.gguf")
+    scale = model.config.embedding_multiplier
+    assert_close(found["token_embd.weight"], scale * model.model.embed_tokens.weight)
+    down = model.model.layers[0].shared_mlp.output_linear.weight
+    assert_close(found["blk.0.ffn_down.weight"], model.config.residual_multiplier * down)
 
 
 def test_a_scaled_embedding_is_not_the_language_head(
@@ -642,13 +675,21 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] 
         "f16",
         r"does not bound time steps of recurrent layers \(time_step_limit",
     ),
-    "no recurrent layers": (
+    "no recurrent layers, layers of several sizes and no positions": (
+        "granitemoehybrid",
+        ("neurons",),
+        "free",
+        {"layer_types": ["attention"] * 3, "position_embedding_type": "nope"},
+        "f16",
+        "granite: it has one size for all layers.*deci: all of its layers have rotary embedding",
+    ),
+    "a recurrent layer of another width": (
         "granitemoehybrid",
         (),
         "free",
-        {"layer_types": ["attention"] * 3},
+        {"mamba_expand": 4, "mamba_n_heads": 8},
         "f16",
-        "granitehybrid: it has recurrent layers, and this model none",
+        "its mamba_expand is 2, not 4",
     ),
     "narrow experts": (
         "mixtral",
@@ -815,6 +856,7 @@ def test_stock_ways_to_say_it_are_recognised() -> None:
     ):
         backend.pre_tokenizer = given
         assert find_split(backend) == name
+    assert find_split(Qwen3_5Tokenizer().backend_tokenizer) == "qwen35"
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(UserError, match="nuteprune export takes it as --pre-tokenizer NAME"):
         find_split(backend)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,6 +22,7 @@ from nuteprune.export import hub, loading, modeling_pruned
 from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import build, in_dtype, load_config, load_pruned
 from nuteprune.export.own_family import bring_from
+from nuteprune.files import file_sum
 from nuteprune.jobs.sources import read_config
 from nuteprune.model import lookup
 from nuteprune.model.families import FAMILIES
@@ -269,12 +271,19 @@ def test_damage_is_told_in_one_line(
             "disagree: unexpected: model.layers.1.self_attn.q_proj.bias$",
         ),
         (
+            lambda x: change_weights(
+                x,
+                lambda w: w.update({"model.layers.1.mlp.up_proj.weight_scale_inv": torch.ones(1)}),
+            ),
+            "disagree: unexpected: model.layers.1.mlp.up_proj.weight_scale_inv$",
+        ),
+        (
             lambda x: change_config(x, lambda c: c.update(intermediate_size=24)),
             r"of another size: model.layers.0.mlp.down_proj.weight \[32, \d\d\], not \[32, 24\]",
         ),
         (lambda x: cut_weights(x, -100), "cannot load .*not fully covered"),
     ],
-    ids=["a layer less", "a bias more", "fewer neurons", "cut short"],
+    ids=["a layer less", "a bias more", "scales", "fewer neurons", "cut short"],
 )
 def test_stock_classes_are_not_given_what_they_would_drop_in_silence(
     harm: Callable[[Path], object],
@@ -381,3 +390,23 @@ def test_an_entry_that_travels_in_a_record_is_found_on_the_hub_too(
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(missing))
     bring_from("me/other")
     assert lookup.all_brought_along() == (family,)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tiny_model: Callable, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    load_pruned(tmp_path)
+    get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(UserError, match=r"has an adapter beside its weights .*merge_and_unload"):
+        load_pruned(tmp_path)
+
+
+def test_sums_may_be_written_as_other_programs_do(tiny_model: Callable, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    value = file_sum(tmp_path / "model.safetensors").upper()
+    (tmp_path / "SHA256SUMS").write_text(f"# of today\n\n{value} *model.safetensors\n")
+    load_pruned(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text(f"{value[::-1]} *model.safetensors\n")
+    with pytest.raises(UserError, match="changed"):
+        load_pruned(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -21,7 +22,7 @@ from nuteprune.export.loading import load_config, load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.export.wrapping import PROCESSOR_FILES, Around
 from nuteprune.gates.masks import Masks
-from nuteprune.jobs.sources import read_config
+from nuteprune.jobs.sources import around, read_config
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.wrappers import WRAPPERS, of_language_model, own_name
@@ -179,6 +180,21 @@ def test_what_is_no_language_model_is_refused(saved: Callable) -> None:
         (folder / "config.json").write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=told):
             read_config(str(folder))
+
+
+def test_what_is_around_has_to_be_whole(saved: Callable) -> None:
+    folder = saved("gemma3")
+    whole = around(str(folder))
+    assert whole is not None
+    whole.check()
+    tensors = load_file(folder / "model.safetensors")
+    name = next(x for x in sorted(tensors) if "vision" in x and tensors[x].dim() > 1)
+    for harmed in (tensors[name][:-1].clone(), None):
+        changed = {k: x for k, x in tensors.items() if k != name}
+        changed |= {} if harmed is None else {name: harmed}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match="of the right size, so what is around"):
+            whole.check()
 
 
 def test_files_for_images_are_left_out_only_where_there_are_none(

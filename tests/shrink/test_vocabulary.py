@@ -299,6 +299,7 @@ def test_settings_are_counted_anew() -> None:
         "pad_token_id": 4,
         "bos_token_id": None,
         "suppress_tokens": [9, 5],
+        "bad_words_ids": [[5], [9, 4]],
         "hidden_size": 5,
         "num_token_types": 5,
     }
@@ -308,6 +309,7 @@ def test_settings_are_counted_anew() -> None:
         "pad_token_id": None,
         "bos_token_id": None,
         "suppress_tokens": [1, 0],
+        "bad_words_ids": [[0]],
         "hidden_size": 5,
         "num_token_types": 5,
     }

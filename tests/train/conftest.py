@@ -11,6 +11,7 @@ from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.data.blocks import BlockDataset
+from nuteprune.train.asked import KINDS
 
 LENGTH = 16
 
@@ -37,6 +38,8 @@ def make(
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    if any(name in settings for name in ("shape", *(x.setting for x in KINDS.values()))):
+        del defaults["target_sparsity"]
     args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
     trainer = NutePruneTrainer(
         model,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
-from transformers import TrainerControl, TrainingArguments
+from transformers import Adafactor, TrainerControl, TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset, collated
@@ -269,7 +269,7 @@ def test_a_complete_run_takes_no_further_step(tiny_model, tmp_path: Path) -> Non
     first = make(tiny_model("llama"), tmp_path, save_strategy="steps", save_steps=2, **settings)
     first.train()
     again = make(tiny_model("llama"), tmp_path, **settings)
-    again.train(resume_from_checkpoint=True)
+    assert again.train(resume_from_checkpoint=True).global_step == 4
     assert again.state.global_step == 4
     assert steps_of(tmp_path) == [1, 2, 3, 4]
     ours, theirs = (x.finalize().state_dict() for x in (again, first))
@@ -427,6 +427,7 @@ def test_the_record_has_what_was_set_and_leaves_other_accelerators_alone(tmp_pat
     [
         ({"label_smoothing_factor": 0.1}, "no loss here smooths labels: leave it out"),
         ({"use_liger_kernel": True}, "never been tested with: leave it out"),
+        ({"torch_compile": True}, "hooks come and go in each step"),
     ],
 )
 def test_settings_that_would_do_nothing_or_harm_are_refused(
@@ -487,3 +488,74 @@ def test_a_lagrangian_run_with_a_stop_resumes_as_if_never_interrupted(
         (tmp_path / "metrics.jsonl").read_text().splitlines(), lines, strict=True
     ):
         assert json.loads(ours)["loss"] == json.loads(theirs)["loss"]
+
+
+def test_what_a_callback_does_with_the_model_can_be_the_pruned_ones(
+    tiny_model, tmp_path: Path
+) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=2)
+    trainer.train()
+    trainer.model.eval()
+    with torch.no_grad():
+        plain = trainer.model(TOKENS, use_cache=False).logits
+        with trainer.as_pruned():
+            pruned = trainer.model(TOKENS, use_cache=False).logits
+            made = trainer.model.generate(input_ids=TOKENS, max_new_tokens=6, do_sample=False)
+        small = trainer.finalize().eval()
+        wanted = small(TOKENS).logits
+    close = 1e-4 * float(wanted.abs().max())
+    assert torch.allclose(pruned, wanted, atol=close)
+    assert not torch.allclose(plain, wanted, atol=close)
+    assert torch.equal(made, small.generate(TOKENS, max_new_tokens=6, do_sample=False))
+    with pytest.raises(UserError, match="used the trainer's model up"):
+        trainer.as_pruned()
+
+
+def test_the_order_of_the_text_is_that_of_the_seed_whatever_is_drawn_before(
+    tiny_model, tmp_path: Path
+) -> None:
+    found = []
+    for folder, seed in (("a", 7), ("b", 8)):
+        trainer = make(tiny_model("llama"), tmp_path / folder, max_steps=3)
+        torch.manual_seed(seed)
+        trainer.train()
+        found.append([line["loss"] for line in metrics(tmp_path / folder)])
+    assert found[0] == found[1]
+
+
+def test_blocks_to_calibrate_on_are_as_long_as_the_text_not_as_its_first_item() -> None:
+    items = [{"input_ids": list(range(4))}, *({"input_ids": list(range(9))} for _ in range(5))]
+    assert [x.shape for x in calibration_batches(items, 4, 2)] == [(2, 9), (2, 9)]
+
+
+def test_items_of_several_lengths_want_a_collator(tiny_model, tmp_path: Path) -> None:
+    items = [{"input_ids": torch.arange(3, 3 + n)} for n in (4, 9, 9)]
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match=r"have 4 to 9 tokens: .* data_collator that pads"):
+        NutePruneTrainer(tiny_model("llama"), args, items)
+
+
+def test_multipliers_want_an_optimizer_that_ascends(tiny_model, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"gate_type": "hard_concrete", "ramp_share": 0.5}
+    trainer = make(tiny_model("llama"), tmp_path, **settings)
+    trainer.optimizer_cls_and_kwargs = (Adafactor, {"lr": 1e-3, "relative_step": False})
+    with pytest.raises(UserError, match="multipliers ascend, which Adafactor cannot do"):
+        trainer.create_optimizer()
+
+
+def test_a_model_over_several_devices_is_refused(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers": "cpu"}
+    with pytest.raises(UserError, match="spread over 0, cpu: load it without device_map"):
+        make(model, tmp_path)
+
+
+def test_only_the_process_that_saves_writes_the_runs_state(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tiny_model("llama"), tmp_path / "run")
+    trainer._save(str(tmp_path / "a"))
+    assert (tmp_path / "a").is_dir()
+    monkeypatch.setattr(NutePruneConfig, "should_save", False)
+    trainer._save(str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()

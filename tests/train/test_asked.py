@@ -95,6 +95,8 @@ def test_a_config_tells_its_targets_in_one_way(tmp_path: Path) -> None:
     [
         ({"target_params": "1M", "target_size": "1MB"}, "--params and --size both say how much"),
         ({"target_memory": "1MB", "context": 4, "shape": {"neurons": 8}}, "--memory and --shape"),
+        ({"target_sparsity": 0.3, "target_params": "1M"}, "--sparsity and --params both say"),
+        ({"target_sparsity": [0.1, 0.3], "shape": {"neurons": 8}}, "--sparsity and --shape"),
         ({"target_memory": "1MB"}, "say for how many tokens with --context"),
         ({"target_memory": "1MB", "context": 0}, "context is 0; it must be at least 1"),
         ({"target_memory": "1MB", "context": 1, "sequences": 0}, "sequences is 0"),

@@ -295,3 +295,23 @@ def test_rows_may_hold_lists(tiny_model, tiny_tokenizer, tmp_path: Path) -> None
 def test_senseless_settings_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be at least"):
         RecoverConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_passes_over_the_text_go_on_in_steps_of_the_same_size(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": -1}
+    size, passes = "per_device_train_batch_size", "gradient_accumulation_steps"
+
+    def trainer(**more: Any) -> Any:
+        return make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(), **settings, **more)
+
+    whole = trainer(num_train_epochs=2)
+    whole.add_callback(StopAt(2))
+    with pytest.raises(KeyboardInterrupt):
+        whole.train()
+    each = whole.args.per_device_train_batch_size
+    with pytest.raises(UserError, match="started with sequences_per_step"):
+        trainer(num_train_epochs=2, **{size: 2 * each}).train(resume_from_checkpoint=True)
+    again = trainer(num_train_epochs=2, **{size: each // 2, passes: 2})
+    assert again.train(resume_from_checkpoint=True).global_step == whole.steps()

@@ -312,3 +312,10 @@ def test_a_run_that_stops_early_has_its_last_target_all_the_same(
         return
     with pytest.raises(UserError, match=r"stopped before it had the model of 30\.0% sparsity"):
         trainer.finalize_target(1, copy.deepcopy(dense))
+
+
+def test_a_target_that_is_none_is_refused(tiny_model, tmp_path: Path) -> None:
+    trainer = make(tiny_model("llama"), tmp_path, max_steps=4, target_sparsity=[0.1, 0.3])
+    trainer.train()
+    with pytest.raises(UserError, match="there is nothing to cut"):
+        trainer.finalize_target(-1, tiny_model("llama"))

@@ -17,7 +17,7 @@ import typer
 
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.files import WRONG_PLACE, narrow_locale
-from nuteprune.processes import is_main
+from nuteprune.processes import is_main, rank
 
 LONGEST = 1000
 """Characters of an error's line: what the user passed may be in it, and of any length."""
@@ -97,8 +97,10 @@ def main() -> None:
     except (UserError, RunFailed) as error:
         if debug:
             raise
-        # All processes of a run meet the same error, and one line is enough.
-        _fail(str(error) if is_main() else "", 2 if isinstance(error, UserError) else 1)
+        # All processes of a run meet the same wrong input, and one line is enough.
+        wrong = isinstance(error, UserError)
+        line = str(error) if is_main() else "" if wrong else f"process {rank()}: {error}"
+        _fail(line, 2 if wrong else 1)
     except OSError as error:
         if debug:
             raise

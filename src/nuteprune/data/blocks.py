@@ -55,7 +55,16 @@ def collated(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
     Args:
         items: `input_ids` and maybe `attention_mask` and `labels` (T,).
+
+    Raises:
+        UserError: if their lengths differ.
     """
+    lengths = {len(item["input_ids"]) for item in items}
+    if len(lengths) > 1:
+        raise UserError(
+            f"items of train_dataset have {min(lengths)} to {max(lengths)} tokens: cut text into "
+            "blocks of one length, or pass a data_collator that pads"
+        )
     names = [x for x in ("input_ids", "attention_mask", "labels") if x in items[0]]
     return {x: torch.stack([torch.as_tensor(item[x]) for item in items]) for x in names}
 

@@ -65,7 +65,7 @@ ARCHS: dict[str, Arch] = {
             window_period=6,
             wide_scale_at=62,
         ),
-        replace(_LLAMA, name="granite", multipliers=True),
+        replace(_LLAMA, name="granite", multipliers=True, optional_rope=True),
         replace(
             _LLAMA,
             name="granitehybrid",
@@ -75,6 +75,7 @@ ARCHS: dict[str, Arch] = {
             optional_attention=True,
             optional_rope=True,
             mixer="mamba2",
+            built_in=MappingProxyType({"mamba_expand": 2}),
         ),
         Arch(
             "falcon-h1",

@@ -63,6 +63,11 @@ class Source:
         return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
 
     @property
+    def rotates(self) -> bool:
+        """Whether there is rotary embedding at all: Granite 4 can do without."""
+        return getattr(self.config, "position_embedding_type", "rope") == "rope"
+
+    @property
     def window(self) -> int | None:
         """Tokens that some layer looks back, itself included; None if all see everything."""
         window = getattr(self.config, "sliding_window", None)
@@ -91,10 +96,7 @@ def choose(source: Source) -> Arch:
         if reason is None:
             return ARCHS[name]
         reasons.append(f"{name}: {reason}")
-    none = "no architecture of llama.cpp is known to compute it"
-    if source.family.mixer:
-        none = "its recurrent layers are not written yet"
-    why = "; ".join(reasons) or none
+    why = "; ".join(reasons) or "no architecture of llama.cpp is known to compute it"
     raise UserError(f"{source.family.model_type} cannot be written as GGUF: {why}")
 
 
@@ -195,7 +197,13 @@ def _special_misfits(arch: Arch, source: Source) -> Iterator[str]:
     ]
     recurrent = any(x.mixer for x in source.shape.layers)
     if recurrent != bool(arch.mixer):
-        yield "it has recurrent layers, and this model none" if arch.mixer else "it has none"
+        yield (
+            "it has recurrent layers, and this model none"
+            if arch.mixer
+            else "it has no recurrent layers"
+        )
+    if not (source.rotates or arch.optional_rope):
+        yield "all of its layers have rotary embedding (position_embedding_type)"
     if arch.mixer == "convolution" and getattr(config, "conv_bias", False):
         yield "its convolutions have no biases (conv_bias)"
     if arch.mixer == "mamba2":

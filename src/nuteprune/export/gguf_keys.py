@@ -45,7 +45,7 @@ def write_dimensions(
         writer.add_layer_norm_rms_eps(getattr(config, family.config_names["epsilon"]))
     _write_rope(writer, source)
     if arch.optional_rope:  # llama.cpp's name for whether there is one
-        writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
+        writer.add_rope_scaling_finetuned(source.rotates)
     if arch.window_period is not None and not arch.chunked:
         writer.add_sliding_window(source.window or 0)
     if arch.softcaps:

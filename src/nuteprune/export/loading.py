@@ -253,6 +253,11 @@ def _load(
     if any(wrong.values()):
         found = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
         raise UserError(f"weights and config of {source or 'the pruned model'} disagree: {found}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{source} has an adapter beside its weights (adapter_config.json): merge it "
+            "(merge_and_unload) and pass what is written, or remove that file"
+        )
     _say_whether_tied(model)
     return model  # type: ignore[no-any-return]
 
@@ -268,7 +273,7 @@ def _say_whether_tied(model: PreTrainedModel) -> None:
 
 
 def _is_lost(name: str, config: PreTrainedConfig) -> bool:
-    """Return whether a tensor that no module reads is of a decoder projection."""
+    """Return whether a tensor that no module reads is of a decoder projection, as its scales are."""
     ahead = getattr(config, "num_nextn_predict_layers", 0)
     numbers = (int(x) for x in name.split(".") if x.isdigit())
     if ahead and next(numbers, 0) >= config.num_hidden_layers:
@@ -281,9 +286,7 @@ def _is_projection(name: str, model_type: str) -> bool:
     family = brought_along(model_type) or FAMILIES.get(model_type.removeprefix(PREFIX))
     if family is None or not name.startswith(f"{family.layers}."):
         return False
-    stacks = family.experts.files if family.experts else ()
-    own = (f".{p.path}.{kind}" for p in family.projections for kind in ("weight", "bias"))
-    return name.endswith(tuple(own)) or any(path in name for path in stacks)
+    return any(path in name for path in family.files)
 
 
 def some(names: list[str]) -> str:

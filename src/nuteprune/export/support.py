@@ -103,6 +103,7 @@ def _conditions(arch: Arch, family: Family) -> str:
         (arch.refuses_windows, "no windows"),
         (arch.experts is not None and not arch.experts.dense, "experts in all layers"),
         (not arch.partial_rotary and "phi3" in family.gguf, "fully rotary heads"),
+        (bool(family.mixer) and not arch.mixer, "no recurrent layers"),
         (family.multipliers and not arch.multipliers, "multipliers folded into the weights"),
     ]
     found = ", ".join(text for holds, text in said if holds)

@@ -139,6 +139,14 @@ class Around:
         # Now, so that a run does not end without them.
         self._processor = processor_files(source)
 
+    def check(self) -> None:
+        """Refuse a checkpoint that lacks some of what is around its language model.
+
+        Raises:
+            UserError: naming a tensor that is missing, or of another size.
+        """
+        self._load("auto")
+
     def put(self, small: PreTrainedModel) -> tuple[PreTrainedModel, int]:
         """Return the whole model around a pruned language model, fit to be saved.
 
@@ -167,12 +175,20 @@ class Around:
         count = sum(p.numel() for k, p in whole.named_parameters() if own_name(k) is None)
         return model.eval(), count
 
-    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+    def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
         values, _ = PreTrainedConfig.get_config_dict(self.source)
         pruned = str(values["model_type"]).startswith(PREFIX)
         holder: Any = modeling_pruned if pruned else transformers
         name = f"Pruned{self.wrapper.conditional}" if pruned else self.wrapper.conditional
-        return getattr(holder, name).from_pretrained(self.source, dtype=dtype)  # type: ignore[no-any-return]
+        how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        whole, info = getattr(holder, name).from_pretrained(self.source, dtype=dtype, **how)
+        unfit = {*info["missing_keys"], *(x[0] for x in info["mismatched_keys"])}
+        if lost := sorted(x for x in unfit if own_name(x) is None):
+            raise UserError(
+                f"{self.source} has no {lost[0]} of the right size, so what is around its language "
+                "model cannot be kept; pass a whole checkpoint, or --text-only"
+            )
+        return whole  # type: ignore[no-any-return]
 
     def copy_processor(self, folder: Path) -> None:
         """Copy the files by which images are read into a folder, as they are."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nuteprune.errors import UserError
@@ -294,7 +295,9 @@ def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores
             for kind in kinds
         }
         with probe.hooks.using(Masks(layout, leaves)):
-            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        # Not the model's own loss: a mixture may add the balance of its routers.
+        loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
         # The model's loss is a mean over sequences; what is wanted are gradients of their sum.
         grads = torch.autograd.grad(loss * len(ids_BT) * LOSS_SCALE, list(leaves.values()))
         for kind, grad in zip(kinds, grads, strict=True):

@@ -287,7 +287,11 @@ def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     text = {"data": specs if len(specs) > 1 else specs[0], "shares": shares}
     costs = job.settings.get("costs")
     table = {"costs": costs} if args.target_speedup is not None and isinstance(costs, str) else {}
-    return {**job.recorded(), **text, **target, **table, **chosen_settings(args)}
+    found = {**job.recorded(), **text, **target, **table, **chosen_settings(args)}
+    if args.world_size > 1:  # one process does the same in as many passes
+        passes = args.gradient_accumulation_steps * args.world_size
+        found["gradient_accumulation_steps"] = passes
+    return found
 
 
 def whole(job: PruneJob) -> PreTrainedModel:

@@ -86,12 +86,13 @@ def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
 
 
 def check_wrapper(job: PruneJob, trainer: NutePruneTrainer) -> None:
-    """Refuse what cannot be put back into a wrapper: a narrower model, a mixture of free shapes.
+    """Refuse what cannot be put back into a wrapper: a narrower model, a mixture of free shapes, or
+    one that lacks what is around its language model.
 
     Raises:
         UserError: naming what to do instead.
     """
-    if outside(job) is None:
+    if (whole := outside(job)) is None:
         return
     constraints = trainer.allocator.constraints
     if trainer.allocator.budget.per_token and not constraints.uniform:
@@ -104,6 +105,7 @@ def check_wrapper(job: PruneJob, trainer: NutePruneTrainer) -> None:
             f"gates on hidden cannot be used here: what {job.model} makes of images is as wide as "
             "its language model; leave hidden out of --gates, or pass --text-only"
         )
+    whole.check()
 
 
 def outside(job: PruneJob) -> Around | None:

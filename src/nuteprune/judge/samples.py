@@ -5,12 +5,13 @@ Shape suffixes: B prompts, N blocks of a source, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.tokens import texts_of
 
@@ -38,15 +39,28 @@ def continuations(
     positions = getattr(model.config, "max_position_embeddings", None) or length + new_tokens
     ids_BT = prompts_BT.to(model.device)
     padding = tokenizer.pad_token_id, tokenizer.eos_token_id, 0
-    made_BT = cast(Any, model).generate(
-        input_ids=ids_BT,
-        attention_mask=torch.ones_like(ids_BT),
-        max_new_tokens=min(new_tokens, positions - length),
-        do_sample=False,
-        pad_token_id=next(token for token in padding if token is not None),
-    )
+    known = model.get_input_embeddings().weight.shape[0]
+    with _plain(model):
+        made_BT = cast(Any, model).generate(
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=min(new_tokens, positions - length),
+            do_sample=False,
+            pad_token_id=next(x for x in padding if x is not None and x < known),
+        )
     texts = texts_of(tokenizer, made_BT[:, length:].tolist(), skip_special_tokens=True)
     return [text.rstrip() for text in texts]
+
+
+@contextmanager
+def _plain(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model stop where it does by its own settings, and ignore what else they say."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def side_by_side(

@@ -82,7 +82,7 @@ HYBRIDS = (
                 "multiple of the hidden size, so that cannot be cut alone"
             }
         ),
-        gguf=("granitehybrid",),
+        gguf=("granitehybrid", "granite", "deci"),
     ),
     replace(
         PLAIN,

@@ -167,7 +167,7 @@ def renumber(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any
 
 def names_tokens(key: str) -> bool:
     """Return whether a setting holds token ids."""
-    return key.endswith(("_token_id", "_token_ids", "suppress_tokens"))
+    return key.endswith(("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids"))
 
 
 def tokens_in(values: Mapping[str, Any]) -> set[int]:
@@ -175,12 +175,18 @@ def tokens_in(values: Mapping[str, Any]) -> set[int]:
     found: set[int] = set()
     for key, value in values.items():
         if names_tokens(key):
-            found |= {x for x in (value if isinstance(value, list) else [value]) if _is_id(x)}
+            found |= {x for x in _flat(value) if _is_id(x)}
     return found
+
+
+def _flat(value: Any) -> list[Any]:
+    return [x for part in value for x in _flat(part)] if isinstance(value, list) else [value]
 
 
 def _ids(value: Any, new: Mapping[int, int]) -> Any:
     if isinstance(value, list):
+        if value and isinstance(value[0], list):  # sequences: one that lost a token cannot appear
+            return [[new[x] for x in row] for row in value if new.keys() >= set(row)] or None
         return [new[x] for x in value if x in new]
     return new.get(value) if _is_id(value) else value
 

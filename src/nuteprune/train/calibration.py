@@ -169,8 +169,8 @@ def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tenso
     Padding is left out, and what follows moves up.
 
     Args:
-        dataset: items with `input_ids` (T,) of equal length and, where there is padding,
-            `attention_mask` (T,).
+        dataset: items with `input_ids` (T,) and, where there is padding, `attention_mask` (T,);
+            blocks are as long as the longest of the last `count`.
         count: blocks wanted; a short dataset gives some of them twice.
         batch_size: blocks per batch.
 
@@ -178,7 +178,8 @@ def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tenso
         UserError: if there is no text, or nothing but padding.
     """
     check_text(dataset)
-    size, length = len(dataset), len(dataset[0]["input_ids"])
+    size = len(dataset)
+    length = max(len(dataset[size - 1 - i]["input_ids"]) for i in range(min(count, size)))
     parts: list[Tensor] = []
     missing, read = count * length, 0
     while missing > 0:

@@ -23,9 +23,10 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import damage, sync, sync_tree, to_json, write_sums, write_text, writing
@@ -126,19 +127,22 @@ class AtomicTrainer(Trainer):
                 raise UserError(
                     f"{checkpoint} is of a run in another folder: set output_dir to {home}"
                 )
-            also = ("max_steps",) if self.args.staged else ()
+            also: tuple[str, ...] = ("max_steps",) if self.args.staged else ()
+            if self.args.max_steps <= 0:  # passes over the text are counted in steps of this size
+                also = ("sequences_per_step",)
             check_same(run, self.settings(), type(self.args), also=also)
             state = trainer_state(Path(checkpoint))
             if 0 < self.steps() <= state.global_step:  # Trainer would take one more
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
-                return None
+                return TrainOutput(state.global_step, 0.0, {})
         elif self.args.should_save:
             self.metrics_file.unlink(missing_ok=True)
             for folder in own_checkpoints(run):  # else a resumed run would go on from them
                 shutil.rmtree(folder)
             check_places(run, self.steps())
             write_settings(run, self.settings())
+        set_seed(self.args.seed)  # the order of the text is drawn from torch's seed of the moment
         signals = StopSignals()
         self.add_callback(signals)
         try:
@@ -202,6 +206,8 @@ class AtomicTrainer(Trainer):
         return f"make room, then go on from {last.name} with the same command and --resume"
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # Trainer asks all processes
+            return
         folder = Path(cast(str, output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.run_state().save(folder)

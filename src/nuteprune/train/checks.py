@@ -39,6 +39,12 @@ def check_given(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
             "the model has adapters already, of its own or of a run before: load it anew, and "
             "merge adapters that are to stay (merge_and_unload)"
         )
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) > 1:
+        raise UserError(
+            f"the model's weights are spread over {', '.join(sorted(map(str, places)))}: load it "
+            "without device_map, and use the settings sharded or offload"
+        )
     if any(kwargs.get("optimizers") or ()):
         raise UserError(
             "optimizers would not have what is trained, since LoRA is added here: use the settings "
@@ -172,6 +178,11 @@ def check_trainer_settings(args: TrainingArguments) -> None:
         raise UserError(
             "use_liger_kernel patches the model's own forward passes, which masks and two roles "
             "have never been tested with: leave it out"
+        )
+    if args.torch_compile:
+        raise UserError(
+            "torch_compile is not supported: hooks come and go in each step, which compiled code "
+            "would not see; leave it out"
         )
     if args.n_gpu > 1:
         args._n_gpu = 1

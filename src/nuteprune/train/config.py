@@ -240,7 +240,7 @@ class NutePruneConfig(RunArguments):
     )
     lora_targets: str = setting("all", "all, or qv (the paper's).", choices=("all", "qv"))
     compensation: bool = setting(True, "Re-fit projections in closed form when masks freeze.")
-    sharded: bool = setting(False, "Share the dense model's weights out over processes.", role=CALL)
+    sharded: bool = setting(False, "Share the dense model's weights out over processes.")
     offload: bool = setting(
         False,
         "Keep the dense model's layers in main memory or on disk; each comes to the device as it "
@@ -314,7 +314,9 @@ class NutePruneConfig(RunArguments):
 
     def _spell_targets(self) -> None:
         """Let a record say the same, however targets were spelled."""
-        check_one(vars(self), [kind.setting for kind in KINDS.values()] + ["shape"])
+        default = type(self).target_sparsity  # which says nothing
+        given = {k: v for k, v in vars(self).items() if (k, v) != ("target_sparsity", default)}
+        check_one(given, ["target_sparsity", *(x.setting for x in KINDS.values()), "shape"])
         targets = self.targets
         self.target_sparsity = targets[0] if len(targets) == 1 else list(targets)
         if (kind := KINDS.get(self.asked[0].kind)) is not None:

@@ -98,8 +98,8 @@ class Ending:
         if self.reloads:
             raise UserError(
                 "weights that are sharded, in 8 or 4 bits, or narrower than they are stored cannot "
-                "be cut: load the model again, whole and in full precision, and call "
-                "finalize(dense=...) in one process"
+                "be cut: load the model again, whole and in full precision, call settle() in all "
+                "processes, then finalize(dense=...) in one"
             )
 
     def cut(self, dense: PreTrainedModel | Callable[[], PreTrainedModel] | None) -> PreTrainedModel:
@@ -121,7 +121,7 @@ class Ending:
     def cut_earlier(self, index: int, dense: PreTrainedModel) -> PreTrainedModel:
         """Return the smaller model of an earlier target; see `finalize_target`."""
         ready, reached = self._ready, self._pruning.reached
-        if index >= len(reached):
+        if not 0 <= index < len(reached):
             raise UserError(
                 f"the run stopped before it had the model of {ready.targets[index]:.1%} sparsity: "
                 "there is nothing to cut"

@@ -54,7 +54,8 @@ def run_settings(args: RunArguments, job: Mapping[str, Any]) -> dict[str, Any]:
     kept |= set(LEARNS) | set(_changed(args))
     found = {name: getattr(args, name) for name in sorted(kept)}
     plain = {k: v.value if isinstance(v, Enum) else v for k, v in {**job, **found}.items()}
-    about = {"schema": SCHEMA, "nuteprune": version("nuteprune")}
+    about: dict[str, Any] = {"schema": SCHEMA, "nuteprune": version("nuteprune")}
+    about["sequences_per_step"] = args.sequences_per_step
     settings: dict[str, Any] = json.loads(to_json({**about, **plain}))
     return settings
 

@@ -8,7 +8,7 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +42,10 @@ from nuteprune.train.pruning import Pruning
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.run_settings import run_settings, write_settings
 from nuteprune.train.state import RunState
+
+
+FIRST = 32
+"""Items of the text that are looked at before a run."""
 
 
 class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
@@ -79,8 +83,13 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         job: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        collator = kwargs.pop("data_collator", None) or collated
         if train_dataset is not None:
             check_text(train_dataset)
+            if collator is collated:  # before units are scored
+                collated(
+                    [train_dataset[i] for i in range(min(FIRST, len(cast(Sized, train_dataset))))]
+                )
         check_given(model, kwargs)
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
         self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
@@ -102,7 +111,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             processing_class=processing_class,
             callbacks=[_EndOfStep(self.pruning), *(kwargs.pop("callbacks", None) or [])],
             # Items are of equal length; the default would ask the tokenizer for a padding token.
-            data_collator=kwargs.pop("data_collator", None) or collated,
+            data_collator=collator,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
@@ -174,6 +183,12 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             )
             decay = self.args.weight_decay
             self.optimizer = kind([{"params": lora, "weight_decay": decay}, *groups], **settings)
+            ascends = any(group.get("maximize") for group in groups)
+            if ascends and "maximize" not in self.optimizer.defaults:
+                raise UserError(
+                    f"the Lagrangian's multipliers ascend, which {kind.__name__} cannot do: pass "
+                    "an optimizer that has maximize"
+                )
         return self.optimizer
 
     def create_scheduler(
@@ -261,12 +276,19 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None, None]:
         """Return the language-model loss of the student as it is now; see `Trainer.evaluate`."""
-        self.ending.check_unused()
         inputs = self._prepare_inputs(inputs)
-        masks = self.gates.snapshot().to(str(self.args.device))
-        with self.coforward.student(masks):
+        with self.as_pruned():
             passage = self.coforward.run(model, inputs, teacher=None)
         return text_loss(passage, Head.of(self.anatomy), inputs), None, None
+
+    def as_pruned(self) -> AbstractContextManager[None]:
+        """Return a context in which `model` does what would be cut now; outside it has no masks.
+
+        Raises:
+            UserError: if the model is used up.
+        """
+        self.ending.check_unused()
+        return self.coforward.student(self.gates.snapshot().to(str(self.args.device)))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
@@ -362,11 +384,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
                 is not the folder or hub id that the model was loaded from.
 
         Returns:
-            The record as it was written; parameter counts are those of the written files.
+            The record as it was written; parameter counts are those of the written files. The main
+            process alone writes: in others it is empty.
 
         Raises:
             UserError: if nothing was finalized yet, or the folder holds other files.
         """
+        if not self.is_world_process_zero():
+            return {}
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
         written = self.ending.save(Path(folder), tokenizer, record, around)
         self.saved = Path(folder)
