@@ -1,7 +1,7 @@
 """How llama.cpp splits text before a byte-level BPE merges it: by names that a file states.
 
-A wrong name gives other tokens without a word. So the name is found by comparing what it does with what
-the tokenizer does, on text that is hard to split.
+A wrong name gives other tokens without a word. So the name is found by comparing what it does with
+what the tokenizer does, on text that is hard to split.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def _say_whether_tied(model: PreTrainedModel) -> None:
 
 
 def _is_lost(name: str, config: PreTrainedConfig) -> bool:
-    """Return whether a tensor that no module reads is of a decoder projection, as its scales are."""
+    """Return whether a tensor that no module reads is of a decoder projection, or scales it."""
     ahead = getattr(config, "num_nextn_predict_layers", 0)
     numbers = (int(x) for x in name.split(".") if x.isdigit())
     if ahead and next(numbers, 0) >= config.num_hidden_layers:

@@ -86,8 +86,9 @@ def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
 
 
 def check_wrapper(job: PruneJob, trainer: NutePruneTrainer) -> None:
-    """Refuse what cannot be put back into a wrapper: a narrower model, a mixture of free shapes, or
-    one that lacks what is around its language model.
+    """Refuse what cannot be put back into a wrapper, and a wrapper that is not whole.
+
+    A narrower model cannot be put back, nor a mixture of free shapes.
 
     Raises:
         UserError: naming what to do instead.

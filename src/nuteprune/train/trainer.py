@@ -43,7 +43,6 @@ from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.run_settings import run_settings, write_settings
 from nuteprune.train.state import RunState
 
-
 FIRST = 32
 """Items of the text that are looked at before a run."""
 
