@@ -39,7 +39,7 @@ def continuations(
     positions = getattr(model.config, "max_position_embeddings", None) or length + new_tokens
     ids_BT = prompts_BT.to(model.device)
     padding = tokenizer.pad_token_id, tokenizer.eos_token_id, 0
-    known = model.get_input_embeddings().weight.shape[0]
+    known = cast(Any, model).get_input_embeddings().weight.shape[0]
     with _plain(model):
         made_BT = cast(Any, model).generate(
             input_ids=ids_BT,
