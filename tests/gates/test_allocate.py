@@ -45,7 +45,9 @@ class Case:
 
     @cached_property
     def allocator(self) -> Allocator:
-        return Allocator(self.budget, Constraints(self.kinds, self.uniform, 8, 4))
+        further = ("kv_groups", "neurons", "hidden", "attn_block", "mlp_block")
+        others = tuple(x for x in further if x not in self.kinds)
+        return Allocator(self.budget, Constraints(self.kinds, self.uniform, 8, 4, others=others))
 
     @cached_property
     def shapes(self) -> dict[Shape, int]:

@@ -23,6 +23,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.gates.surgeon import input_slopes, surgeon_scores
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Asked, _with, config_of, run
+from nuteprune.jobs.planned import in_bits
 from nuteprune.jobs.settings import make_job
 from nuteprune.model.wrappers import WRAPPERS
 from nuteprune.simulated import Live
@@ -31,7 +32,7 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches
 from nuteprune.train.kernels import KERNEL, KERNELS, on_cpu
 from nuteprune.train.own_text import tokens_to_write
-from nuteprune.train.phases import Phase, Run
+from nuteprune.train.phases import FIXED, WITH_TEACHERS, Phase, Run, disk
 from nuteprune.train.simulate import Simulation, model_of
 from tests.unplanned import leave_unplanned
 from tests.wrapped import CONFIGS
@@ -256,7 +257,7 @@ def test_what_is_saved_on_a_cpu_is_mapped(tmp_path: Path) -> None:
     def saved(dtype: torch.dtype, stored: torch.dtype | None) -> tuple[float, float]:
         run = Run.of(config(), settings(tmp_path), 24, dtype, stored=stored)
         object.__setattr__(run, "simulated", lambda *_: Need(0, 0))
-        return run.after_steps()[-1].need.peak - run.sizes.adapters, run.small
+        return run.after_steps()[-1].need.peak - run.sizes.adapters, run.results[-1]
 
     half, whole = torch.bfloat16, torch.float32
     held, small = saved(half, None)
@@ -590,6 +591,40 @@ def test_each_round_of_scoring_is_planned(tmp_path: Path) -> None:
         assert three[name] == (3 if repeated else 1) * one[name], name
         assert ramp[name] == one[name], name
     assert "cutting units one by one" in one
+
+
+def test_what_earlier_rounds_and_targets_leave_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_unplanned(monkeypatch.setattr)
+
+    def held(stored: torch.dtype | None = None, **more: Any) -> tuple[dict[str, float], int]:
+        run = Run.of(config(), settings(tmp_path, **more), 24, torch.bfloat16, stored=stored)
+        return {x.name: x.need.peak - 1e9 for x in run.phases()}, run.sizes.refitted
+
+    found, refitted = held(target_sparsity=0.7)
+    assert found["scoring"] == found["cutting units one by one"] == refitted
+    assert found[FIXED] == held(target_sparsity=0.3)[0]["scoring"] == 0
+    assert held(torch.bfloat16, target_sparsity=0.7)[0]["scoring"] == 0  # it is mapped
+    found, _ = held(target_sparsity=[0.1, 0.2], ramp_share=0.5, max_steps=20)
+    assert (found[WITH_TEACHERS], found[FIXED]) == (2 * refitted, refitted)
+
+
+def test_files_are_in_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    def written_by(dtype: torch.dtype) -> dict[str, float]:
+        args = settings(tmp_path, target_sparsity=[0.1, 0.2])
+        return disk(Run.of(config(dtype=torch.float32), args, 24, dtype))
+
+    half, whole = written_by(torch.bfloat16), written_by(torch.float32)
+    for what in ("result", "cut", "targets"):
+        assert half[what] == pytest.approx(whole[what], rel=1e-6), what
+
+
+def test_four_bits_have_scales(tmp_path: Path) -> None:
+    run = Run.of(config(), settings(tmp_path), 24, torch.bfloat16)
+    saved = {bits: -in_bits(run, {"judging": 0.0}, bits)["judging"] for bits in (8, 4)}
+    assert saved[8] == run.sizes.projections / 2
+    assert saved[4] == run.sizes.projections * (1 - 4.5 / 16)
 
 
 def test_the_disk_of_a_device_has_none_of_what_cpus_alone_write(

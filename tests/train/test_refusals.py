@@ -198,3 +198,14 @@ def test_a_pass_that_fails_leaves_no_masks_behind(
     assert trainer.hooks.masks is None
     with pytest.raises(AttributeError):
         trainer.hooks.masks = trainer.gates.snapshot()
+
+
+def test_no_kinds_are_advised_that_would_be_refused(tiny_model, tmp_path: Path) -> None:
+    def told(**settings: Any) -> str:
+        with pytest.raises(UserError, match="out of reach") as error:
+            make(tiny_model("llama"), tmp_path, target_sparsity=0.99, **settings)
+        return str(error.value)
+
+    assert "with hidden they" in told()
+    assert "with attn_block they" in told()
+    assert "no kind reaches further" in told(method="wanda")

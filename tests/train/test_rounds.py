@@ -17,6 +17,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import trying_out
+from nuteprune.train import calibration
 from nuteprune.train.calibration import refit_on, score_in_rounds, score_on, stops_before
 from nuteprune.train.prepare import prepare
 from nuteprune.train.setup import make_allocator
@@ -57,6 +58,7 @@ def test_what_is_left_is_scored_as_the_smaller_model(
 ) -> None:
     """Against scores of a model that is cut in fact."""
     monkeypatch.setattr(removal, "ROUNDS", 1000)  # one unit at a time, in both
+    monkeypatch.setattr(calibration, "PRICED", 0)
     model, args = tiny_model("llama"), settings(tmp_path, method=method)
     dense = deepcopy(model)
     ready = prepare(model, args)

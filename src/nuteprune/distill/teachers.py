@@ -239,11 +239,10 @@ class Teachers:
 def _packed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Return the values of tensors, one after the other, in one on the CPU.
 
-    Hundreds of small ones would be as many transfers, and pieces of memory that are not given back.
+    It is made there: a device may have no room for a second copy.
     """
     sizes = [value.numel() for value in tensors.values()]
-    device = next(iter(tensors.values())).device
-    packed = torch.empty(sum(sizes), dtype=dtype, device=device)
+    packed = torch.empty(sum(sizes), dtype=dtype)
     for part, value in zip(packed.split(sizes), tensors.values(), strict=True):
         part.copy_(value.flatten())
-    return packed.cpu()
+    return packed

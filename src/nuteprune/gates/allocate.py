@@ -29,7 +29,6 @@ from nuteprune.gates.highest import layer_masks, top
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.options import Constraints, Options
 from nuteprune.gates.units import chance
-from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import LayerShape, Shape
 
 Scores = Mapping[str, Tensor]
@@ -119,13 +118,8 @@ class Allocator:
 
     def _out_of_reach(self, goal: Goal, least: float) -> str:
         """Say how far the gates reach, and which others would reach further."""
-        kinds, family = self.constraints.kinds, self.budget.family
-        grouped = any(layer.heads_per_group > 1 for layer in self.budget.shape.layers)
-        further = []
-        for kind in GATE_KINDS:
-            alone = kind == "kv_groups" and not grouped  # such a group is a head
-            if kind in kinds or alone or family.refusal(kind, self.constraints.uniform):
-                continue
+        kinds, further = self.constraints.kinds, []
+        for kind in self.constraints.others:
             wider = replace(self.constraints, kinds=(*kinds, kind))
             if (reached := Allocator(self.budget, wider).least(goal.cost)) < least:
                 further.append(f"with {kind} they {goal.reach(reached)}")

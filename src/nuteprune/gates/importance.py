@@ -223,6 +223,7 @@ class Method:
             gradients; each layer is told to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
         settled: what a run makes of its scores once all rounds are through.
+        priced: whether they follow what units cost at the target; see `train.pricing`.
     """
 
     score: Callable[[Probe], Scores]
@@ -233,6 +234,7 @@ class Method:
     reads_plain: int = 0
     cuts: bool = False
     settled: Callable[[Layout, Scores], Scores] = lambda layout, scores: scores
+    priced: bool = False
 
 
 _INPUTS = ("heads", "kv_groups", "neurons")
@@ -246,7 +248,7 @@ METHODS: dict[str, Method] = {
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
-    "surgeon": Method(surgeon, reads_plain=3, cuts=True, settled=last_neurons_floored),
+    "surgeon": Method(surgeon, reads_plain=3, cuts=True, settled=last_neurons_floored, priced=True),
     "reconstruction": Method(
         reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, reads_plain=1
     ),

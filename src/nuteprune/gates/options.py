@@ -27,6 +27,7 @@ class Constraints:
         hidden_multiple: the width kept is a multiple of it (or all of it).
         floor: dimensions to keep at least, those that the user chose; None: no such wish.
         unstated: widths that the model's config cannot state.
+        others: kinds of gates that could be added to those in use.
     """
 
     kinds: tuple[str, ...]
@@ -35,6 +36,7 @@ class Constraints:
     hidden_multiple: int = 64
     floor: Shape | None = None
     unstated: frozenset[int] = frozenset()
+    others: tuple[str, ...] = ()
 
 
 class Options:

@@ -29,13 +29,12 @@ from nuteprune.gates.expert_neurons import neuron_costs, noting_routed, watched_
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores, check_finite
 from nuteprune.gates.removal import removal_costs
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import Projection
 from nuteprune.model.forwards import in_place_of
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
 
-INPUTS = {"heads": "attention", "kv_groups": "attention", "neurons": "mlp"}
+INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_block"}
 """Kind of gate -> the block whose last projection reads its units, and is re-fitted."""
 READ = {**INPUTS, "expert_neurons": "experts"}
 """The same of all kinds that have this cost."""
@@ -82,7 +81,7 @@ def removal_scores(probe: Probe, slopes: Mapping[Key, Tensor]) -> Scores:
             lengths_I = slopes[block, layer].sqrt()
             kinds = [kind for kind in probe.kinds if READ[kind] == block]
             counts = [probe.layout.sizes[kind][layer] for kind in kinds]
-            linear = probe.anatomy.linear(layer, _read_by(probe, block, layer))
+            linear = probe.anatomy.linear(layer, probe.anatomy.ends(layer)[block])
             assert linear is not None
             costs = removal_costs(weight_of(linear).float(), lengths_I, covariance_II, counts)
             for kind, costs_U in zip(kinds, costs, strict=True):
@@ -169,9 +168,4 @@ def _require_gradients(_: nn.Module, __: Any, output: Tensor) -> None:
 
 
 def _reader(probe: Probe, block: str, layer: int) -> Any:
-    return probe.anatomy.projection(layer, _read_by(probe, block, layer))
-
-
-def _read_by(probe: Probe, block: str, layer: int) -> Projection:
-    anatomy = probe.anatomy
-    return anatomy.family.attention[-1] if block == "attention" else anatomy.down(layer)
+    return probe.anatomy.projection(layer, probe.anatomy.ends(layer)[block])

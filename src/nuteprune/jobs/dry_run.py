@@ -120,7 +120,7 @@ def _planned(
     peaks = _peaks(job, trainer, run, phases)
     entries = [entry(phase, rate, peaks[phase.name]) for phase in phases]
     for x in entries:
-        if packed:  # so is what they save
+        if packed or trainer.args.offload:  # so is what they save
             x |= {"how": FORMULA}
         if x["phase"] == "writing text":
             x |= {"seconds": writing, "how": MEASURED}

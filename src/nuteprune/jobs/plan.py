@@ -229,7 +229,7 @@ def _with(planned: Run, whole: Mapping[str, float], less: Mapping[str, Any]) -> 
         if name.startswith("step"):
             moving, snapshot = "ramp" in name, "teachers" in name
             need = changed.simulated(partial(Simulation.step, moving=moving, snapshot=snapshot))
-            peaks[name] = need.peak
+            peaks[name] = need.peak + changed.left.get(name, 0)
     return peaks
 
 

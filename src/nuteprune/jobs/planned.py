@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from nuteprune.console import Output, duration, megabytes
-from nuteprune.train.phases import Phase, Run
+from nuteprune.train.phases import FIXED, Phase, Run
 
+HELD = {8: 8, 4: 4.5}
+"""Bits that a weight takes: NF4 has a scale in fp32 for each 64 of them."""
 MEASURED_FOR = 0.3
 """Seconds that a rate is measured for."""
 
@@ -47,14 +49,14 @@ class Rate:
 
 def measured_rate(dtype: torch.dtype, device: str) -> float:
     """Return the floating-point operations a second of a product of matrices on a device."""
-    size = 1024
+    size = 1024 if device == "cpu" else 8192  # a launch takes longer than a small product
     a = torch.ones(size, size, dtype=dtype, device=device)
     return 2 * size**3 / _fastest(lambda: (a @ a)[0, 0])
 
 
 def measured_reading(device: str) -> float:
     """Return the bytes a second that a sum of many numbers reads on a device."""
-    a = torch.ones(2**24, device=device)
+    a = torch.ones(2 ** (24 if device == "cpu" else 28), device=device)
     return a.nbytes / _fastest(a.sum)
 
 
@@ -104,7 +106,7 @@ def sharded(run: Run, peaks: Mapping[str, float], count: int) -> dict[str, float
 
 def in_bits(run: Run, peaks: Mapping[str, float], bits: int) -> dict[str, float]:
     """Return peaks of phases on a device where projections are held in so many bits."""
-    return _without(run, peaks, run.sizes.projections * (1 - bits / 8 / run.dtype.itemsize))
+    return _without(run, peaks, run.sizes.projections * (1 - HELD[bits] / 8 / run.dtype.itemsize))
 
 
 def offloaded(run: Run, peaks: Mapping[str, float]) -> dict[str, float]:
@@ -116,6 +118,5 @@ def offloaded(run: Run, peaks: Mapping[str, float]) -> dict[str, float]:
 
 def _without(run: Run, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
     # Their re-fit is in low rank, or off the device.
-    refitted = run.sizes.refitted if run.args.compensation else 0
-    beside = ("re-fit", "step, fixed masks")
-    return {k: v - saved - refitted * (k in beside) for k, v in peaks.items()}
+    own = dict.fromkeys(("re-fit", FIXED), run.refitted)
+    return {k: v - saved - own.get(k, 0) - run.left.get(k, 0) for k, v in peaks.items()}

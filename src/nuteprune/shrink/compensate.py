@@ -55,6 +55,36 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Regression:
+    """What a projection is fitted to, whichever of its inputs are left.
+
+    Args:
+        weight_OI: the weight that the ridge pulls towards, fp32.
+        covariance_II: X^T X of its unmasked inputs, fp32.
+        target_OI: the weight whose outputs, from all inputs, are wanted, fp32.
+        missing_OI: E^T X of what is wanted beyond that, fp32; None: nothing.
+    """
+
+    weight_OI: Tensor
+    covariance_II: Tensor
+    target_OI: Tensor
+    missing_OI: Tensor | None
+
+    def fit(self, mask_I: Tensor) -> Tensor:
+        """Return the weight fitted to inputs that are multiplied so, as it is if none is gone."""
+        if not _lost(mask_I):
+            return self.weight_OI
+        mask_I = mask_I.to(self.weight_OI)
+        return ridge_fit(
+            self.weight_OI, self.covariance_II, mask_I, self.target_OI, self.missing_OI
+        )
+
+
+Note = Callable[[int, str, Regression, Tensor], None]
+"""Told (layer, block, what its last projection is fitted to, its fit) before that is installed."""
+
+
+@dataclass(frozen=True)
 class _Lack:
     """Where it shows what the residual stream lacks in front of a block.
 
@@ -86,6 +116,7 @@ def refit(
     progress: Callable[[], None] = lambda: None,
     dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     install_stack: InstallStack | None = None,
+    note: Note | None = None,
 ) -> None:
     """Fit the output and down projections of all layers, in order.
 
@@ -98,9 +129,11 @@ def refit(
         progress: called after each layer.
         dense: a context in which a layer has the dense model's weights, whatever is in their place.
         install_stack: puts routed experts' fits into the model; None: these stay as they are.
+        note: told of all projections whose inputs have masks, also of those that lost nothing.
     """
     layers = range(len(anatomy.layers))
-    ends = [lost_inputs(anatomy, masks, i) for i in layers]
+    taking = lost_inputs if note is None else masked_ends
+    ends = [taking(anatomy, masks, i) for i in layers]
     thin = [None if install_stack is None else lost_neurons(anatomy, masks, i) for i in layers]
     if not any(ends) and all(x is None for x in thin):  # as where whole experts go alone
         for _ in ends:
@@ -117,7 +150,14 @@ def refit(
                 read = intact.reads(i, norms)
         for block, projection, mask in found:
             lack = _Lack(norms.get(block), read.pop(block, ()), anatomy.block_scale(block))
-            install(i, projection, _fit(anatomy, text, i, projection, mask, lack, dense))
+            regression = _regression(anatomy, text, i, projection, lack, dense)
+            fitted_OI = regression.fit(mask)
+            if note is not None:
+                note(i, block, regression, fitted_OI)
+            if _lost(mask):
+                masked_II = regression.covariance_II.mul_(mask_I := mask.to(fitted_OI))
+                install(i, projection, Fit(fitted_OI, masked_II.mul_(mask_I[:, None])))
+            del regression, fitted_OI  # large
         read.clear()  # large, as what the next layer's norms read
         if install_stack is not None and (mask_EF := thin[i]) is not None:
             mixture = cast(Mixture, anatomy.mixture(i))
@@ -130,50 +170,51 @@ def refit(
         progress()
 
 
-def _fit(
+def _regression(
     anatomy: Anatomy,
     text: Layerwise,
     layer: int,
     projection: Projection,
-    mask: Tensor,
     lack: _Lack,
     dense: Callable[[int], AbstractContextManager[Any]],
-) -> Fit:
-    """Return the fit of a projection where the text stands.
+) -> Regression:
+    """Return what a projection is fitted to where the text stands.
 
     Args:
         anatomy: the model.
         text: calibration text in front of the layer.
         layer: its index.
         projection: the last one of a block of it.
-        mask: multipliers (I,) of its inputs.
         lack: where what the residual stream lacks shows.
         dense: see `refit`.
     """
     module = anatomy.projection(layer, projection)
     covariance_II, missing_OI = text.covariance(layer, projection, lack.norm, lack.read)
     weight_OI = effective_weight(module)
-    mask_I = mask.to(weight_OI)
     with dense(layer):  # LoRA may have made up for some of what is gone
         target_OI = weight_of(without_lora(module)).float()
     if missing_OI is not None:
         missing_OI.mul_(FEEDBACK / lack.scale)
-    fitted_OI = ridge_fit(weight_OI, covariance_II, mask_I, target_OI, missing_OI)
-    del weight_OI, target_OI, missing_OI  # large, as what follows
-    masked_II = covariance_II.mul_(mask_I).mul_(mask_I[:, None])  # large: in place
-    return Fit(fitted_OI, masked_II)
+    return Regression(weight_OI, covariance_II, target_OI, missing_OI)
 
 
-def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
-    """Return (block, projection, mask) of a layer's output projections that lost inputs."""
+def masked_ends(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
+    """Return (block, projection, mask) of a layer's output projections whose inputs have masks."""
     masked = masks.inputs(layer)
     return [
         (block, projection, mask)
         for block, projection in anatomy.ends(layer).items()
-        if (mask := masked[block]) is not None
-        and not bool((mask > 0).all())
-        and anatomy.projection(layer, projection) is not None
+        if (mask := masked[block]) is not None and anatomy.projection(layer, projection) is not None
     ]
+
+
+def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
+    """Return those of `masked_ends` that lost inputs."""
+    return [x for x in masked_ends(anatomy, masks, layer) if _lost(x[2])]
+
+
+def _lost(mask: Tensor) -> bool:
+    return not bool((mask > 0).all())
 
 
 def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:

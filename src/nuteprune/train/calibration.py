@@ -17,10 +17,14 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores, check_finite
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed
-from nuteprune.shrink.compensate import Install, InstallStack, refit
+from nuteprune.shrink.compensate import Fit, Install, InstallStack, Note, refit
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.pricing import BLOCKS as PRICED_BLOCKS
+from nuteprune.train.pricing import Trial as Changed
+from nuteprune.train.pricing import changes_of, following, logits_of, noting_trials, prices_of
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
@@ -29,6 +33,8 @@ PLAIN_BATCH = 4
 
 Trial = Callable[[], AbstractContextManager[Install]]
 """Lets a re-fit change the model's weights for a while."""
+PRICED = 2
+"""How often scores follow what is measured at the target; see `train.pricing`."""
 MOST_AT_ONCE = 0.3
 """Most of the projections that goes by scores of one model. They say little of what is left then;
 see docs/log.md."""
@@ -46,12 +52,21 @@ def stops_before(
     There are none on a ramp, which re-estimates scores itself, and none without a re-fit of whole
     weights: heads and neurons alone have one.
     """
-    refitted = args.compensation and set(kinds) <= set(INPUTS)
-    whole = not (args.sharded or packed)
-    if any(args.shares) or not (METHODS[args.method].reads and refitted and whole):
+    if not (METHODS[args.method].reads and tries(args, kinds, packed)):
         return []
     rounds = math.ceil(target / MOST_AT_ONCE - 1e-9)
     return [target * i / rounds for i in range(1, rounds)]
+
+
+def tries(args: NutePruneConfig, kinds: Collection[str], packed: bool) -> bool:
+    """Return whether cuts can be tried: masks come at once, and whole weights are re-fitted."""
+    refitted = args.compensation and set(kinds) <= set(INPUTS)
+    return refitted and not (any(args.shares) or args.sharded or packed)
+
+
+def priced(args: NutePruneConfig, kinds: Collection[str], packed: bool = False) -> bool:
+    """Return whether scores follow what is measured at the target."""
+    return METHODS[args.method].priced and tries(args, kinds, packed)
 
 
 def score_in_rounds(
@@ -94,7 +109,48 @@ def score_in_rounds(
             refit_on(dataset, args, anatomy, hooks, on_device, install, progress, dense)
             again = score_on(dataset, args, anatomy, hooks, allocator, progress)
         scores = {k: torch.where(masks.values[k] > 0, again[k], scores[k]) for k in scores}
-    return METHODS[args.method].settled(allocator.layout, scores)
+    scores = METHODS[args.method].settled(allocator.layout, scores)
+    for _ in range(PRICED if priced(args, kinds, packed) else 0):
+        found = dataset, args, anatomy, hooks, allocator, target, scores, trial, progress, dense
+        scores = price_on(*found)
+    return scores
+
+
+def price_on(
+    dataset: Any,
+    args: NutePruneConfig,
+    anatomy: Anatomy,
+    hooks: MaskHooks,
+    allocator: Allocator,
+    target: float,
+    scores: Scores,
+    trial: Trial,
+    progress: Progress,
+    dense: Callable[[int], AbstractContextManager[Any]],
+) -> Scores:
+    """Cut to a target by scores, measure what units cost there, and let the scores follow.
+
+    The text is the beginning of the training text: the re-fit reads its end.
+    """
+    masks = allocator.masks(allocator.shape(scores, target), scores)
+    changes = changes_of(masks, scores, allocator.constraints.neuron_multiple)
+    batches = calibration_batches(dataset, PRICED_BLOCKS, PLAIN_BATCH, first=True)
+    tick = counted(progress, "cutting a little more and less", len(changes))
+    on_device = masks.to(str(anatomy.embedding.weight.device))
+    with torch.no_grad(), hooks.using(None):
+        intact = [logits_of(anatomy, batch_BT) for batch_BT in batches]
+    trials: list[Changed] = []
+    with trial() as install:
+
+        def put(layer: int, projection: Projection, weight_OI: Tensor) -> None:
+            weight_OI = weight_OI.to(anatomy.embedding.weight.device)
+            install(layer, projection, Fit(weight_OI, weight_OI.new_empty(0)))
+
+        note = noting_trials(anatomy, on_device, changes, trials)
+        refit_on(dataset, args, anatomy, hooks, on_device, install, progress, dense, note=note)
+        prices = prices_of(trials, anatomy, hooks, put, batches, intact, tick)
+    check_finite([torch.tensor(list(prices.values()))], args.method)
+    return following(scores, prices, allocator.layout)
 
 
 def score_on(
@@ -132,12 +188,13 @@ def refit_on(
     progress: Progress = silent,
     dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     install_stack: InstallStack | None = None,
+    note: Note | None = None,
 ) -> None:
     """Re-fit the output and down projections to frozen masks; see `shrink.compensate.refit`."""
     blocks, size = args.refit_blocks, args.per_device_train_batch_size
     batches = calibration_batches(dataset, blocks, size)
     tick = counted(progress, "re-fitting projections", len(anatomy.layers))
-    refit(anatomy, hooks, masks, batches, install, tick, dense, install_stack)
+    refit(anatomy, hooks, masks, batches, install, tick, dense, install_stack, note)
 
 
 def check_text(dataset: Any) -> None:
@@ -163,7 +220,9 @@ def check_text(dataset: Any) -> None:
         )
 
 
-def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tensor]:
+def calibration_batches(
+    dataset: Any, count: int, batch_size: int, first: bool = False
+) -> list[Tensor]:
     """Return token ids (B, T) of `count` blocks from the end of the training text.
 
     Padding is left out, and what follows moves up.
@@ -173,19 +232,21 @@ def calibration_batches(dataset: Any, count: int, batch_size: int) -> list[Tenso
             blocks are as long as the longest of the last `count`.
         count: blocks wanted; a short dataset gives some of them twice.
         batch_size: blocks per batch.
+        first: take them from its beginning.
 
     Raises:
         UserError: if there is no text, or nothing but padding.
     """
     check_text(dataset)
     size = len(dataset)
-    length = max(len(dataset[size - 1 - i]["input_ids"]) for i in range(min(count, size)))
+    order = range(size) if first else range(size - 1, -1, -1)
+    length = max(len(dataset[i]["input_ids"]) for i in order[:count])
     parts: list[Tensor] = []
     missing, read = count * length, 0
     while missing > 0:
         if read == size and not any(map(len, parts)):
             raise UserError("the training text is nothing but padding: check its attention_mask")
-        item = dataset[size - 1 - read % size]
+        item = dataset[order[read % size]]
         ids = torch.as_tensor(item["input_ids"])
         if "attention_mask" in item:
             ids = ids[torch.as_tensor(item["attention_mask"]).bool()]

@@ -33,6 +33,8 @@ from nuteprune.train.targets import Prices, run_targets
 
 SIMULATED = "simulated"
 FORMULA = "formula"
+RAMP, WITH_TEACHERS, FIXED = "step, ramp", "step, ramp and teachers", "step, fixed masks"
+"""Kinds of steps."""
 MOMENTS = 3
 """What Adam holds of a trained parameter, as a multiple: itself and two moments."""
 ON_CPUS = ("refitted", "cut")
@@ -80,6 +82,7 @@ class Run:
             device, which holds all.
         own: share of the text that the model writes itself.
         packed: whether weights are in few bits or sharded, so that units are scored once.
+        written: dtype of the files of a checkpoint; None: that of the run.
     """
 
     config: PreTrainedConfig
@@ -95,6 +98,7 @@ class Run:
     stored: torch.dtype | None = None
     own: float = GUARD
     packed: bool = False
+    written: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -115,16 +119,17 @@ class Run:
             UserError: for settings that this model cannot take.
         """
         written = stored or getattr(config, "dtype", None)  # files are in the checkpoint's dtype
+        written = written if isinstance(written, torch.dtype) else dtype
         with torch.device("meta"):
             anatomy = Anatomy(model_of(config, dtype, kind))
         allocator = make_allocator(anatomy, args)
         sizes = Sizes.of(anatomy, args, length, allocator.constraints.kinds)
-        prices = Prices.of(anatomy, written if isinstance(written, torch.dtype) else dtype, args)
+        prices = Prices.of(anatomy, written, args)
         goals, scores = run_targets(allocator, args, prices), allocator.chance_scores()
         targets = tuple(x.sparsity for x in goals)
         each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
         found = tuple(x for x in each if x)
-        end = (targets, found, kind, judged, stored, own, packed)
+        end = (targets, found, kind, judged, stored, own, packed, written)
         return cls(config, args, length, dtype, sizes, allocator, *end)
 
     @property
@@ -188,7 +193,27 @@ class Run:
 
     def phases(self) -> list[Phase]:
         """Return all phases, in their order."""
-        return [*self.before_steps(), *self.steps(), *self.after_steps()]
+        found = [*self.before_steps(), *self.steps(), *self.after_steps()]
+        return [replace(x, need=x.need + Need(self.left.get(x.name, 0), 0)) for x in found]
+
+    @property
+    def refitted(self) -> int:
+        """Bytes of re-fitted weights beside the base's own, at most; CPUs map them."""
+        return self.sizes.refitted if self.args.compensation and self.stored is None else 0
+
+    @property
+    def left(self) -> dict[str, float]:
+        """Phase -> bytes of re-fitted weights that earlier rounds or targets have left there."""
+        kinds, later = self.allocator.constraints.kinds, len(self.targets) > 1
+        tried = bool(stops_before(self.targets[-1], self.args, kinds, self.packed))
+        copies = {
+            "scoring": tried,
+            "cutting units one by one": tried,
+            RAMP: later,
+            WITH_TEACHERS: 2 * later,  # a teacher has its own
+            FIXED: later and self.snapshots,
+        }
+        return {name: float(count) * self.refitted for name, count in copies.items()}
 
     @cached_property
     def _judging(self) -> Need:
@@ -270,19 +295,19 @@ class Run:
         found = []
         if ramp > 0:
             snapshots = self.snapshots
-            name = "step, ramp and teachers" if snapshots else "step, ramp"
+            name = WITH_TEACHERS if snapshots else RAMP
             need = self._step(moving=True, snapshot=snapshots)
             found.append(Phase(name, need.times(each * ramp), steps=ramp))
         if args.max_steps > ramp:
             need = self._step()
             steps = args.max_steps - ramp
-            found.append(Phase("step, fixed masks", need.times(each * steps), steps=steps))
+            found.append(Phase(FIXED, need.times(each * steps), steps=steps))
         return found
 
     @property
-    def small(self) -> float:
-        """Bytes of the smallest result."""
-        return self.sizes.weights - self.targets[-1] * self.sizes.projections
+    def results(self) -> list[float]:
+        """Bytes of the model of each target, in the dtype of the run; the smallest last."""
+        return [self.sizes.weights - x * self.sizes.projections for x in self.targets]
 
     def after_steps(self) -> list[Phase]:
         """Return what comes after the last step."""
@@ -290,36 +315,36 @@ class Run:
         whole = self.config.num_hidden_layers
         copied = self.stored not in (None, self.dtype)
         final = self.simulated(Simulation.finalizing, (whole, whole) if copied else SHORT)
-        replaced = self.sizes.refitted * (self.stored is None and self.args.compensation)
         # It begins with the moments of what was trained, and lets go of them.
         moments = MOMENTS if self.args.max_steps else 1
-        begun = Need(self._weights + replaced + moments * self.sizes.adapters, 0)
-        saved = self.small
+        begun = Need(self._weights + self.refitted + moments * self.sizes.adapters, 0)
+        saved = self.results[0]
         if self.stored is not None:  # mapped, and copied to be written in another dtype
             differs = self.stored != self.dtype
             saved *= differs * self.stored.itemsize / self.dtype.itemsize
         saving = Need(saved + self.sizes.adapters, 0)
         found = [Phase("finalize", begun.then(final)), Phase("saving", saving, FORMULA)]
         if self.judged is not None:
-            gone = self._weights - (self.small if self.stored is None else 0)
-            passes = len(self.targets) * self.judged / JUDGED
-            less = self.small / self.sizes.weights
-            need = (self._judging - Need(gone, 0)).times(less * passes)
+            gone = self._weights - (self.results[0] if self.stored is None else 0)
+            passes = sum(self.results) / self.sizes.weights * self.judged / JUDGED
+            need = (self._judging - Need(gone, 0)).times(passes)
             found.append(Phase("judging the results", need, FORMULA))
         return found
 
 
 def disk(run: Run) -> dict[str, float]:
     """Return the bytes that a run writes, by what they are for."""
-    targets, sizes = run.targets, run.sizes
+    targets, sizes, each = run.targets, run.sizes, run.dtype.itemsize
     teachers = snapshots(targets[-1], run.schedule.ramp_steps) if run.snapshots else 0
+    later = teachers * (1 - targets[0] / targets[-1])  # these have re-fitted weights, in bfloat16
+    files = (run.written or run.dtype).itemsize / each
     refitted = sizes.refitted if run.args.compensation else 0
     checkpoint = 3 * sizes.adapters + refitted
     return {
-        "result": run.small * len(targets),
+        "result": sum(run.results) * files,
         "refitted": refitted,
-        "cut": run.small,  # the same, until it is written
+        "cut": run.results[0] * files,  # the same, until it is written
         "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
-        "teachers": teachers * sizes.adapters / 2,
-        "targets": (len(targets) - 1) * (sizes.adapters + 2 * refitted),
+        "teachers": teachers * sizes.adapters / 2 + later * refitted * 2 / each,
+        "targets": (len(targets) - 1) * (sizes.adapters + refitted * 4 / each),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import filterfalse
@@ -24,7 +25,7 @@ from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import BLOCK_KINDS
+from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape, kinds_of_cut
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
@@ -69,20 +70,46 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
         raise UserError(
             f"gates on {', '.join(kinds)} cannot cut to the shape; it needs {', '.join(needed)}"
         )
-    check_scorable(args.method, kinds)
-    layout = Layout(whole, anatomy.head_dim)
-    for kind in kinds:
-        if reason := refused(kind):
-            raise UserError(f"gates on {kind} cannot be used here: {reason}")
-        if not layout.units(kind):
-            raise UserError(f"gates on {kind} cannot be used here: the model has none left to cut")
-    _check_rows_of_stacks(anatomy, args, kinds, floor)
-    if args.for_quantization:
-        check_super_blocks(whole, anatomy.head_dim, kinds)
+    _check_kinds(anatomy, args, kinds, floor)
+    others = _others(anatomy, args, kinds, floor)
     unstated = _unstated_widths(anatomy, args, floor) if "hidden" in kinds else frozenset()
     uniform, multiples = args.shapes == "uniform", (args.neuron_multiple, args.hidden_multiple)
-    constraints = Constraints(kinds, uniform, *multiples, floor, unstated)
+    constraints = Constraints(kinds, uniform, *multiples, floor, unstated, others)
     return Allocator(Budget.of(anatomy), constraints)
+
+
+def _check_kinds(
+    anatomy: Anatomy, args: NutePruneConfig, kinds: tuple[str, ...], floor: Shape | None
+) -> None:
+    """Refuse kinds of gates that a run cannot have.
+
+    Raises:
+        UserError: naming the first of them, and why.
+    """
+    check_scorable(args.method, kinds)
+    layout = Layout(anatomy.shape, anatomy.head_dim)
+    for kind in kinds:
+        reason = _refusal(anatomy, kind, args.shapes == "uniform")
+        if reason is None and not layout.units(kind):
+            reason = "the model has none left to cut"
+        if reason:
+            raise UserError(f"gates on {kind} cannot be used here: {reason}")
+    _check_rows_of_stacks(anatomy, args, kinds, floor)
+    if args.for_quantization:
+        check_super_blocks(anatomy.shape, anatomy.head_dim, kinds)
+
+
+def _others(
+    anatomy: Anatomy, args: NutePruneConfig, kinds: tuple[str, ...], floor: Shape | None
+) -> tuple[str, ...]:
+    """Return the kinds of gates that could be added to those of a run."""
+    found = []
+    for kind in GATE_KINDS:
+        if kind not in kinds and _kinds_here(anatomy.shape, (kind,)) == (kind,):
+            with suppress(UserError):
+                _check_kinds(anatomy, args, (*kinds, kind), floor)
+                found.append(kind)
+    return tuple(found)
 
 
 def _check_mixture(anatomy: Anatomy, args: NutePruneConfig, mixture: bool, speed: bool) -> None:

@@ -1,0 +1,223 @@
+"""What units cost where they are to go: measured at a target, in the model cut to it and re-fitted.
+
+Scores are predictions: of one projection at a time, near the dense model. Where much is cut
+together, some layers cost a multiple of what was predicted, and some next to nothing. So each
+layer's neurons are cut a little further, and a little less far, and each unit of attention goes
+alone, or comes back. The projection that reads them is re-fitted to that. The KL divergence from
+the dense model, on text that the re-fit did not read, tells what it costs. Scores follow half-way.
+Source: that a cut is judged by the true loss of the whole model, EvoPress (Sieberling et al. 2024,
+arXiv 2410.14649), which searches by it. Here it corrects scores. Measured in docs/log.md.
+
+Shape suffixes: T tokens, V vocabulary, U units of a layer, N units of one kind in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from nuteprune.gates.cutting import mean_kl
+from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.probe import Scores
+from nuteprune.gates.surgeon import INPUTS
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import Projection
+from nuteprune.model.forwards import giving, noting_outputs
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.shrink.compensate import Note, Regression
+
+BLOCKS = 8
+"""Blocks of text that tell."""
+FURTHER = 1 / 12
+"""Share of a layer's neurons by which it is cut further, or less far."""
+TRUST = 0.5
+"""Scores are multiplied by this power of what was measured over what was predicted: half-way, since
+many changes that are small alone are not small together."""
+MOST = 10.0
+"""That ratio is no more than this, nor less than one over it: 8 blocks do not tell it well."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another way to cut a layer.
+
+    Args:
+        kind: of the units that go, or come back.
+        layer: theirs.
+        units: which of the layer's.
+        back: whether they come back.
+    """
+
+    kind: str
+    layer: int
+    units: tuple[int, ...]
+    back: bool
+
+    @property
+    def followers(self) -> tuple[str, int, tuple[int, ...]]:
+        """What it tells the price of: all neurons of a layer, or a unit of attention."""
+        return self.kind, self.layer, () if self.kind == "neurons" else self.units
+
+    def of(self, masks: Masks) -> Masks:
+        """Return masks with the change made."""
+        values = {kind: value.clone() for kind, value in masks.values.items()}
+        part_U = values[self.kind].split(masks.layout.sizes[self.kind])[self.layer]
+        part_U[list(self.units)] = float(self.back)
+        return Masks(masks.layout, values)
+
+
+def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
+    """Return the changes of a cut that are to be measured.
+
+    The first layer's attention is left out: it goes last of all, whatever a few blocks say; see
+    `gates.importance.first_attention_last`. So is what would leave nothing of a layer.
+
+    Args:
+        masks: the cut, 0 and 1, on the CPU.
+        scores: of all units.
+        multiple: neurons go and come in multiples of it.
+    """
+    found = []
+    for kind, value_N in masks.values.items():
+        sizes = masks.layout.sizes[kind]
+        parts = zip(value_N.split(sizes), scores[kind].split(sizes), strict=True)
+        for layer, (mask_U, score_U) in enumerate(parts):
+            kept, gone = (mask_U > 0).nonzero().flatten(), (mask_U == 0).nonzero().flatten()
+            if kind == "neurons":
+                count = max(1, round(len(mask_U) * FURTHER / multiple)) * multiple
+                cheapest = kept[score_U[kept].argsort()][:count]
+                dearest = gone[score_U[gone].argsort(descending=True)][:count]
+                each = [(cheapest, False)] if count < len(kept) else []
+                each += [(dearest, True)] if len(gone) else []
+            elif layer:
+                each = [(u[None], False) for u in kept] * (len(kept) > 1)
+                each += [(u[None], True) for u in gone]
+            else:
+                each = []
+            found += [Change(kind, layer, tuple(u.tolist()), back) for u, back in each]
+    return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A change, and the weight that the projection has with it.
+
+    Args:
+        change: the change.
+        projection: the one that reads the units.
+        weight_OI: its weight, in the model's dtype, on the CPU.
+        own_OI: its weight without the change.
+    """
+
+    change: Change
+    projection: Projection
+    weight_OI: Tensor
+    own_OI: Tensor
+
+
+def noting_trials(
+    anatomy: Anatomy, masks: Masks, changes: Sequence[Change], trials: list[Trial]
+) -> Note:
+    """Return what re-fits each projection to all changes of its inputs, while a cut is re-fitted.
+
+    Args:
+        anatomy: the model.
+        masks: the cut.
+        changes: of it.
+        trials: where they are collected.
+    """
+    dtype = anatomy.model.dtype
+
+    def note(layer: int, block: str, regression: Regression, fitted_OI: Tensor) -> None:
+        own_OI = fitted_OI.to("cpu", dtype)
+        for change in changes:
+            if change.layer == layer and INPUTS[change.kind] == block:
+                mask_I = change.of(masks).inputs(layer)[block]
+                assert mask_I is not None
+                other_OI = regression.fit(mask_I).to("cpu", dtype)
+                trials.append(Trial(change, anatomy.ends(layer)[block], other_OI, own_OI))
+
+    return note
+
+
+@torch.no_grad()
+def prices_of(
+    trials: Sequence[Trial],
+    anatomy: Anatomy,
+    hooks: MaskHooks,
+    put: Callable[[int, Projection, Tensor], None],
+    batches: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    tick: Callable[[], None],
+) -> dict[Change, float]:
+    """Return what changes cost, in nats a token: how much further the model is from the dense one.
+
+    Args:
+        trials: the changes.
+        anatomy: the model, cut and re-fitted: columns of what is gone are 0.
+        hooks: where masks would multiply in it.
+        put: puts a weight into it.
+        batches: token ids (B, T).
+        dense: the dense model's logits (B x T, V) of each batch.
+        tick: called after each change.
+    """
+    layers, found = anatomy.layers, {}
+    with hooks.using(None):
+        own, outputs = [], []
+        for batch_BT, dense_TV in zip(batches, dense, strict=True):
+            with noting_outputs(layers) as noted:
+                own.append(mean_kl(dense_TV, logits_of(anatomy, batch_BT)))
+            outputs.append(noted)
+        for trial in trials:
+            change = trial.change
+            put(change.layer, trial.projection, trial.weight_OI)
+            losses = []
+            for batch_BT, dense_TV, noted in zip(batches, dense, outputs, strict=True):
+                # Layers before it give what they gave.
+                with giving(layers[: change.layer], noted[: change.layer]):
+                    losses.append(mean_kl(dense_TV, logits_of(anatomy, batch_BT)))
+            put(change.layer, trial.projection, trial.own_OI)
+            found[change] = float(torch.stack(losses).mean() - torch.stack(own).mean())
+            tick()
+    return found
+
+
+def logits_of(anatomy: Anatomy, ids_BT: Tensor) -> Tensor:
+    """Return the logits (B x T, V) of a model, as it is."""
+    ids_BT = ids_BT.to(anatomy.model.device)
+    logits_BTV: Tensor = anatomy.model(input_ids=ids_BT, use_cache=False).logits
+    return logits_BTV.flatten(0, 1)
+
+
+def following(scores: Scores, prices: Mapping[Change, float], layout: Layout) -> Scores:
+    """Return scores that went half-way to what was measured.
+
+    What counts is what units cost beside others: all are compared with the median.
+
+    Args:
+        scores: kind -> (N,), as they were when the changes were made.
+        prices: change -> what it costs.
+        layout: the model's units.
+    """
+    found = {kind: value.clone() for kind, value in scores.items()}
+    parts = {kind: value.split(layout.sizes[kind]) for kind, value in found.items()}
+    measured: dict[tuple[str, int, tuple[int, ...]], list[tuple[float, float]]] = {}
+    for change, price in prices.items():
+        predicted = float(parts[change.kind][change.layer][list(change.units)].sum())
+        both = (-price, predicted) if change.back else (price, predicted)
+        measured.setdefault(change.followers, []).append(both)
+    ratios = {
+        key: max(0.0, sum(x for x, _ in both)) / total
+        for key, both in measured.items()
+        if (total := sum(x for _, x in both)) > 0
+    }
+    usual = median([x for x in ratios.values() if x > 0] or [1.0])
+    for (kind, layer, units), ratio in ratios.items():
+        factor = min(max(ratio / usual, 1 / MOST), MOST) ** TRUST
+        part_U = parts[kind][layer]
+        part_U[list(units) if units else slice(None)] *= factor
+    return found
