@@ -29,7 +29,7 @@ from transformers import TrainingArguments
 from nuteprune.mapped import mapped
 from nuteprune.model import offload
 from nuteprune.simulated import Live
-from nuteprune.train import finish
+from nuteprune.train import finish, pricing
 
 DEVICE = torch.device("cuda:0")
 ATEN = torch.ops.aten
@@ -171,7 +171,7 @@ def _let_weights_be_away(patch: pytest.MonkeyPatch) -> None:
     for name in ("device", "is_meta", "is_cpu", "is_cuda"):
         patch.setattr(offload.Away, name, vars(There)[name], raising=False)
     outside = _disable_current_modes()(mapped)  # safetensors cannot read within a mode
-    for module in (offload, finish):
+    for module in (offload, finish, pricing):
         patch.setattr(module, "mapped", outside)
 
 

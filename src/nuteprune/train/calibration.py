@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ def price_on(
     masks = allocator.masks(allocator.shape(scores, target), scores)
     changes = changes_of(masks, scores, allocator.constraints.neuron_multiple)
     batches = calibration_batches(dataset, PRICED_BLOCKS, PLAIN_BATCH, first=True)
-    tick = counted(progress, "cutting a little more and less", len(changes))
+    tick = counted(progress, "cutting more and less", len(changes))
     on_device = masks.to(str(anatomy.embedding.weight.device))
     with torch.no_grad(), hooks.using(None):
         intact = [logits_of(anatomy, batch_BT) for batch_BT in batches]
@@ -143,10 +144,10 @@ def price_on(
     with trial() as install:
 
         def put(layer: int, projection: Projection, weight_OI: Tensor) -> None:
-            weight_OI = weight_OI.to(anatomy.embedding.weight.device)
             install(layer, projection, Fit(weight_OI, weight_OI.new_empty(0)))
 
-        note = noting_trials(anatomy, on_device, changes, trials)
+        room = Path(cast(str, args.output_dir))
+        note = noting_trials(anatomy, on_device, changes, trials, room)
         refit_on(dataset, args, anatomy, hooks, on_device, install, progress, dense, note=note)
         prices = prices_of(trials, anatomy, hooks, put, batches, intact, tick)
     check_finite([torch.tensor(list(prices.values()))], args.method)

@@ -21,11 +21,12 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.asked import SETTINGS
-from nuteprune.train.calibration import PLAIN_BATCH, stops_before
+from nuteprune.train.calibration import PLAIN_BATCH, PRICED, priced, stops_before
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
 from nuteprune.train.kernels import of_all_widths
 from nuteprune.train.own_text import GUARD, tokens_to_write
+from nuteprune.train.pricing import BLOCKS as PRICED_BLOCKS
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.simulate import Simulation, model_of
 from nuteprune.train.sizes import Sizes
@@ -35,6 +36,7 @@ SIMULATED = "simulated"
 FORMULA = "formula"
 RAMP, WITH_TEACHERS, FIXED = "step, ramp", "step, ramp and teachers", "step, fixed masks"
 """Kinds of steps."""
+PRICING = "cutting more and less"
 MOMENTS = 3
 """What Adam holds of a trained parameter, as a multiple: itself and two moments."""
 ON_CPUS = ("refitted", "cut")
@@ -197,6 +199,12 @@ class Run:
         return [replace(x, need=x.need + Need(self.left.get(x.name, 0), 0)) for x in found]
 
     @property
+    def priced(self) -> bool:
+        """Whether scores follow what is measured at the target."""
+        kinds = self.allocator.constraints.kinds
+        return self.args.scored_blocks > 0 and priced(self.args, kinds, self.packed)
+
+    @property
     def refitted(self) -> int:
         """Bytes of re-fitted weights beside the base's own, at most; CPUs map them."""
         return self.sizes.refitted if self.args.compensation and self.stored is None else 0
@@ -209,6 +217,7 @@ class Run:
         copies = {
             "scoring": tried,
             "cutting units one by one": tried,
+            PRICING: True,
             RAMP: later,
             WITH_TEACHERS: 2 * later,  # a teacher has its own
             FIXED: later and self.snapshots,
@@ -245,13 +254,27 @@ class Run:
             # Each unit alone, from its own layer on: half of the layers on the average.
             turns = units / 2
             found.append(Phase("cutting units one by one", copying.times(turns * rounds)))
+        tries = PRICED * self.priced
+        if tries:
+            found.append(Phase(PRICING, self._pricing(block, units).times(tries), FORMULA))
         if args.compensation:
             batches = args.refit_blocks / args.per_device_train_batch_size
             refit = self._one_by_one(Simulation.refitting, batches)
             if args.max_steps and (self.schedule.stage(0).freeze_step or len(self.targets) > 1):
                 refit += Need((MOMENTS - 1) * self.sizes.adapters, 0)  # it is between steps
-            found.append(Phase("re-fit", refit.times(len(stops) + len(self.targets))))
+            found.append(Phase("re-fit", refit.times(len(stops) + tries + len(self.targets))))
         return found
+
+    def _pricing(self, block: float, units: int) -> Need:
+        """Measure what units cost at the target; see `train.pricing`."""
+        shape, each = self.allocator.budget.shape, self.dtype.itemsize
+        tokens = PRICED_BLOCKS * self.length
+        # The dense model's logits and the outputs of all layers are held.
+        held = tokens * (self.config.vocab_size + len(shape.layers) * shape.hidden) * each
+        changes = units + 2 * sum(x.neurons > 0 for x in shape.layers)
+        # Each from its own layer on: half of the layers on the average.
+        work = block * PRICED_BLOCKS * changes / 2
+        return replace(self._judging, flops=work, fine=0) + Need(held, 0)
 
     def _one_by_one(self, phase: Callable[[Simulation, int], Need], batches: float) -> Need:
         """Go through a phase in which batches pass a layer together."""
@@ -343,6 +366,7 @@ def disk(run: Run) -> dict[str, float]:
     return {
         "result": sum(run.results) * files,
         "refitted": refitted,
+        "tried": sizes.tried * run.priced,  # while units are scored
         "cut": run.results[0] * files,  # the same, until it is written
         "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
         "teachers": teachers * sizes.adapters / 2 + later * refitted * 2 / each,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,10 +25,12 @@ from nuteprune.gates.cutting import mean_kl
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import Scores
 from nuteprune.gates.surgeon import INPUTS
+from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import effective_weight
 from nuteprune.shrink.compensate import Note, Regression
 
 BLOCKS = 8
@@ -109,18 +112,20 @@ class Trial:
     Args:
         change: the change.
         projection: the one that reads the units.
-        weight_OI: its weight, in the model's dtype, on the CPU.
-        own_OI: its weight without the change.
+        weight_OI: its weight, in the model's dtype, in a file.
     """
 
     change: Change
     projection: Projection
     weight_OI: Tensor
-    own_OI: Tensor
 
 
 def noting_trials(
-    anatomy: Anatomy, masks: Masks, changes: Sequence[Change], trials: list[Trial]
+    anatomy: Anatomy,
+    masks: Masks,
+    changes: Sequence[Change],
+    trials: list[Trial],
+    folder: Path,
 ) -> Note:
     """Return what re-fits each projection to all changes of its inputs, while a cut is re-fitted.
 
@@ -129,17 +134,18 @@ def noting_trials(
         masks: the cut.
         changes: of it.
         trials: where they are collected.
+        folder: where there is room for their weights.
     """
     dtype = anatomy.model.dtype
 
-    def note(layer: int, block: str, regression: Regression, fitted_OI: Tensor) -> None:
-        own_OI = fitted_OI.to("cpu", dtype)
+    def note(layer: int, block: str, regression: Regression, _: Tensor) -> None:
         for change in changes:
             if change.layer == layer and INPUTS[change.kind] == block:
                 mask_I = change.of(masks).inputs(layer)[block]
                 assert mask_I is not None
-                other_OI = regression.fit(mask_I).to("cpu", dtype)
-                trials.append(Trial(change, anatomy.ends(layer)[block], other_OI, own_OI))
+                fitted_OI = regression.fit(mask_I).to("cpu", dtype)
+                kept = mapped({"weight": fitted_OI}, folder)["weight"]
+                trials.append(Trial(change, anatomy.ends(layer)[block], kept))
 
     return note
 
@@ -174,13 +180,15 @@ def prices_of(
             outputs.append(noted)
         for trial in trials:
             change = trial.change
+            reading = anatomy.projection(change.layer, trial.projection)
+            own_OI = effective_weight(reading).to("cpu", copy=True)
             put(change.layer, trial.projection, trial.weight_OI)
             losses = []
             for batch_BT, dense_TV, noted in zip(batches, dense, outputs, strict=True):
                 # Layers before it give what they gave.
                 with giving(layers[: change.layer], noted[: change.layer]):
                     losses.append(mean_kl(dense_TV, logits_of(anatomy, batch_BT)))
-            put(change.layer, trial.projection, trial.own_OI)
+            put(change.layer, trial.projection, own_OI)
             found[change] = float(torch.stack(losses).mean() - torch.stack(own).mean())
             tick()
     return found

@@ -21,6 +21,7 @@ class Sizes:
         layer: of one decoder layer, the largest.
         outside: of what is in no layer: embedding, head, final norm.
         refitted: what the re-fit puts beside the base's weights, at most.
+        tried: weights that are re-fitted to try a cut out; see `train.pricing`.
         adapters: LoRA, in fp32.
         cached: keys and values while the model writes.
         together: how many texts it writes at a time, at most.
@@ -32,6 +33,7 @@ class Sizes:
     layer: int
     outside: int
     refitted: int
+    tried: int
     adapters: int
     cached: int
     together: int
@@ -51,14 +53,17 @@ class Sizes:
         """
         each = anatomy.model.dtype.itemsize
         layers = [sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers]
-        last, adapters = 0, 0
-        for i in range(len(layers)):
-            ends = {projection.path for projection in anatomy.ends(i).values()}
+        last, adapters, tried = 0, 0, 0
+        for i, layer in enumerate(anatomy.shape.layers):
+            ends = {projection.path: block for block, projection in anatomy.ends(i).items()}
+            attention = layer.heads * ("heads" in kinds) + layer.kv_heads * ("kv_groups" in kinds)
+            changes = {"attn_block": attention, "mlp_block": 2 * ("neurons" in kinds)}
             for path in anatomy.family.adapted:
                 module = anatomy.without_lora(i, path)
                 if module is not None:
                     adapters += args.lora_rank * sum(module.weight.shape)
                     last += module.weight.numel() * (path in ends)
+                    tried += module.weight.numel() * changes.get(ends.get(path, ""), 0)
             if "expert_neurons" in kinds and (mixture := anatomy.mixture(i)) is not None:
                 last += mixture.stack(mixture.down).numel() * (not mixture.entry.weighed_first)
         total = anatomy.parameters()
@@ -69,6 +74,7 @@ class Sizes:
             layer=max(layers) * each,
             outside=(total - sum(layers)) * each,
             refitted=last * each,
+            tried=tried * each,
             adapters=adapters * 4,
             cached=most_cached(anatomy.model, length),
             together=fitting(anatomy.model, length),
