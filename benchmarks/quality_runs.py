@@ -34,7 +34,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install
-from nuteprune.train.calibration import refit_on, score_in_rounds, stops_before
+from nuteprune.train.calibration import priced, refit_on, score_in_rounds, stops_before
 from nuteprune.train.config import METHOD
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.state import last_checkpoint
@@ -258,8 +258,10 @@ class Bench:
         self, text: BlockDataset, config: NutePruneConfig, allocator: Allocator, target: float
     ) -> tuple[dict[str, Tensor], float]:
         """Return a method's scores and the seconds they took; once where they are the same."""
-        stops = stops_before(target, config, allocator.constraints.kinds)
-        key = (config.method, config.seed, *stops)
+        kinds = allocator.constraints.kinds
+        # Those that follow what is measured at the target are of that target.
+        at = (target,) if priced(config, kinds) else ()
+        key = (config.method, config.seed, *stops_before(target, config, kinds), *at)
         if key not in self._scores:
             started = time.monotonic()
             scores = score_in_rounds(
