@@ -27,6 +27,7 @@ from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_ba
 from nuteprune.train.kernels import of_all_widths
 from nuteprune.train.own_text import GUARD, tokens_to_write
 from nuteprune.train.pricing import BLOCKS as PRICED_BLOCKS
+from nuteprune.train.pricing import UNITS
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.simulate import Simulation, model_of
 from nuteprune.train.sizes import Sizes
@@ -256,7 +257,7 @@ class Run:
             found.append(Phase("cutting units one by one", copying.times(turns * rounds)))
         tries = PRICED * self.priced
         if tries:
-            found.append(Phase(PRICING, self._pricing(block, units).times(tries), FORMULA))
+            found.append(Phase(PRICING, self._pricing(block).times(tries), FORMULA))
         if args.compensation:
             batches = args.refit_blocks / args.per_device_train_batch_size
             refit = self._one_by_one(Simulation.refitting, batches)
@@ -265,13 +266,20 @@ class Run:
             found.append(Phase("re-fit", refit.times(len(stops) + tries + len(self.targets))))
         return found
 
-    def _pricing(self, block: float, units: int) -> Need:
+    def _pricing(self, block: float) -> Need:
         """Measure what units cost at the target; see `train.pricing`."""
-        shape, each = self.allocator.budget.shape, self.dtype.itemsize
+        shape = self.allocator.budget.shape
         tokens = PRICED_BLOCKS * self.length
         # The dense model's logits and the outputs of all layers are held.
-        held = tokens * (self.config.vocab_size + len(shape.layers) * shape.hidden) * each
-        changes = units + 2 * sum(x.neurons > 0 for x in shape.layers)
+        held = (
+            tokens
+            * (self.config.vocab_size + len(shape.layers) * shape.hidden)
+            * self.dtype.itemsize
+        )
+        sizes = self.allocator.layout.sizes
+        kinds = self.allocator.constraints.kinds
+        each = {"heads": 2 * UNITS, "kv_groups": 2 * UNITS, "neurons": 2}
+        changes = sum(min(size, each[kind]) for kind in kinds for size in sizes[kind])
         # Each from its own layer on: half of the layers on the average.
         work = block * PRICED_BLOCKS * changes / 2
         return replace(self._judging, flops=work, fine=0) + Need(held, 0)

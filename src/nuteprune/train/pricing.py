@@ -35,6 +35,8 @@ from nuteprune.shrink.compensate import Note, Regression
 
 BLOCKS = 8
 """Blocks of text that tell."""
+UNITS = 4
+"""Units of attention of a layer that go, and that come back, at most: those nearest to the cut."""
 FURTHER = 1 / 12
 """Share of a layer's neurons by which it is cut further, or less far."""
 TRUST = 0.5
@@ -84,24 +86,25 @@ def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
         scores: of all units.
         multiple: neurons go and come in multiples of it.
     """
+
+    def further(neurons: int) -> int:
+        return max(1, round(neurons * FURTHER / multiple)) * multiple
+
     found = []
     for kind, value_N in masks.values.items():
         sizes = masks.layout.sizes[kind]
-        parts = zip(value_N.split(sizes), scores[kind].split(sizes), strict=True)
-        for layer, (mask_U, score_U) in enumerate(parts):
-            kept, gone = (mask_U > 0).nonzero().flatten(), (mask_U == 0).nonzero().flatten()
+        layers = zip(value_N.split(sizes), scores[kind].split(sizes), strict=True)
+        for layer, (mask_U, score_U) in enumerate(layers):
+            order_U = score_U.argsort()
+            cheapest = order_U[mask_U[order_U] > 0]  # of those that stay
+            dearest = order_U[mask_U[order_U] == 0].flip(0)  # of those that went
+            each, most = 1, UNITS * (layer > 0)
             if kind == "neurons":
-                count = max(1, round(len(mask_U) * FURTHER / multiple)) * multiple
-                cheapest = kept[score_U[kept].argsort()][:count]
-                dearest = gone[score_U[gone].argsort(descending=True)][:count]
-                each = [(cheapest, False)] if count < len(kept) else []
-                each += [(dearest, True)] if len(gone) else []
-            elif layer:
-                each = [(u[None], False) for u in kept] * (len(kept) > 1)
-                each += [(u[None], True) for u in gone]
-            else:
-                each = []
-            found += [Change(kind, layer, tuple(u.tolist()), back) for u, back in each]
+                each, most = further(len(mask_U)), 1
+            going = [x for x in cheapest.split(each)[:most] if len(x) < len(cheapest)]
+            coming = [x for x in dearest.split(each)[:most] if len(x)]
+            for back, parts in enumerate((going, coming)):
+                found += [Change(kind, layer, tuple(x.tolist()), bool(back)) for x in parts]
     return found
 
 

@@ -9,6 +9,7 @@ from nuteprune.data.writing import fitting, most_cached
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.pricing import UNITS
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Sizes:
         last, adapters, tried = 0, 0, 0
         for i, layer in enumerate(anatomy.shape.layers):
             ends = {projection.path: block for block, projection in anatomy.ends(i).items()}
-            attention = layer.heads * ("heads" in kinds) + layer.kv_heads * ("kv_groups" in kinds)
+            units = {"heads": layer.heads, "kv_groups": layer.kv_heads}
+            attention = sum(min(x, 2 * UNITS) for kind, x in units.items() if kind in kinds)
             changes = {"attn_block": attention, "mlp_block": 2 * ("neurons" in kinds)}
             for path in anatomy.family.adapted:
                 module = anatomy.without_lora(i, path)
