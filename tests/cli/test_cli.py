@@ -11,12 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from nuteprune.console import Output
-from nuteprune.errors import Interrupted
+from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import judging
 from nuteprune.jobs.folder import alone
@@ -263,6 +264,18 @@ def test_of_several_processes_one_says_that_a_run_was_stopped(
         monkeypatch.setenv("RANK", rank)
         code, _, err = run(*options(model, text, tmp_path / "out"))
         assert (code, err) == (143, line)
+
+
+def test_what_fails_in_another_process_alone_is_told_there(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for error, code, line in (
+        (RunFailed("no room"), 1, "nuteprune: process 1: no room\n"),
+        (UserError("no such file"), 2, ""),
+    ):
+        monkeypatch.setattr("nuteprune.jobs.prune.run", Mock(side_effect=error))
+        assert run(*options(model, text, tmp_path / "out"))[::2] == (code, line)
 
 
 @pytest.mark.slow

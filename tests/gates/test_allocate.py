@@ -370,3 +370,13 @@ def test_out_of_reach_names_the_gates_that_reach_further(name: str) -> None:
             most = 1 - min(wider.shapes.values()) / case.budget.before
             assert math.floor(1000 * most) / 10 == float(said[1])
             assert most > case.allocator.maximum()
+
+
+def test_heads_and_groups_that_free_unequal_amounts_are_counted_by_what_they_free() -> None:
+    """Queries with a gate of their own: two ways of as many steps free 11 and 12 units."""
+    case = Case((GROUPED,), ("kv_groups", "heads"), model_type="qwen3_5_text")
+    scores = {
+        "kv_groups": torch.tensor([1.0, 50]),
+        "heads": torch.tensor([0.42, 0.5, 40, 0.05, 0.05, 40]),
+    }
+    assert case.allocator.shape(scores, 0.3).layers == (LayerShape(2, 2, 24),)

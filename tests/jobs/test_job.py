@@ -12,6 +12,7 @@ import pytest
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob, RecoverJob, what_it_is
+from nuteprune.jobs.prune import recorded
 from nuteprune.jobs.settings import RENAMED, RENAMED_VALUES, make_job
 from nuteprune.jobs.text import mixture
 from nuteprune.run_folder import SELF
@@ -157,3 +158,12 @@ def test_what_a_model_writes_does_not_judge(kind: Any, trainer: Any) -> None:
     with pytest.raises(UserError, match=r"^self is text that .*pass other text here"):
         make_job(kind, trainer, {**OUT, "eval_data": SELF})
     assert make_job(kind, trainer, {**OUT, "eval_data": f"./{SELF}"}).eval_data == f"./{SELF}"
+
+
+def test_a_run_of_several_processes_is_made_again_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=2)
+    assert recorded(job({}), args)["gradient_accumulation_steps"] == 2
+    monkeypatch.setattr(NutePruneConfig, "world_size", 4)
+    assert recorded(job({}), args)["gradient_accumulation_steps"] == 8

@@ -557,5 +557,7 @@ def test_only_the_process_that_saves_writes_the_runs_state(
     trainer._save(str(tmp_path / "a"))
     assert (tmp_path / "a").is_dir()
     monkeypatch.setattr(NutePruneConfig, "should_save", False)
+    monkeypatch.setattr(NutePruneTrainer, "is_world_process_zero", lambda self: False)
     trainer._save(str(tmp_path / "b"))
+    assert trainer.save_pruned(tmp_path / "b") == {}
     assert not (tmp_path / "b").exists()

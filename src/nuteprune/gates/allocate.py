@@ -24,7 +24,14 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Priced
-from nuteprune.gates.frontier import Frontier, alike, by_price, cheapest, frontier
+from nuteprune.gates.frontier import (
+    Frontier,
+    alike,
+    by_price,
+    cheapest,
+    frontier,
+    proportional,
+)
 from nuteprune.gates.highest import layer_masks, top
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.options import Constraints, Options
@@ -201,24 +208,21 @@ class Allocator:
             attention = [alike([attention[i] for i in x]) for x in self._alike_attentions]
             mlp = [alike([mlp[i] for i in x]) for x in self._alike_mlps]
         divide = uniform and self.budget.family.heads_divide_hidden
-        # Steps that stand for units are the same at any width, those of a price are not.
-        # A mixer is as much as many heads, or few: its steps have to be those of its price.
-        whole_mixers = (
-            any(x.mixer for x in self.budget.shape.layers)
-            and "attn_block" in self.constraints.kinds
-        )
-        by_units = cost.by_units and not whole_mixers
-        same = by_units and not divide
+        # Steps that stand for units are the same at any width, those of a price are not. Units of
+        # attention count alike, but for a mixer that goes, and for heads with rows of a gate.
+        by_units = (cost.by_units and proportional(attention), cost.by_units)
+        same = all(by_units) and not divide
         found: list[tuple[int, float, Frontier, Frontier]] = []
         for width, loss in options.widths():
             fitting = [[o for o in x if not divide or width % o.kept[0] == 0] for x in attention]
             if same and found:
                 found.append((width, loss, *found[0][2:]))
             elif all(fitting):
-                priced = (
-                    (fitting, mlp) if by_units else (by_price(fitting, width), by_price(mlp, width))
-                )
-                found.append((width, loss, frontier(priced[0]), frontier(priced[1])))
+                priced = [
+                    frontier(x if units else by_price(x, width))
+                    for x, units in zip((fitting, mlp), by_units, strict=True)
+                ]
+                found.append((width, loss, priced[0], priced[1]))
         if not found:
             raise UserError(
                 "uniform shapes need a number of heads that divides the width, and none that these "

@@ -107,6 +107,20 @@ def by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[Option
     ]
 
 
+def proportional(layers: Sequence[Sequence[Option]]) -> bool:
+    """Return whether as many steps free as much at any width, whichever options they are of."""
+    freed = [
+        (o.steps, own[0].coefficient - o.coefficient, own[0].constant - o.constant)
+        for own in layers
+        for o in own[1:]
+    ]
+    return all(
+        steps * first[1] == first[0] * coefficient and steps * first[2] == first[0] * constant
+        for first in freed[:1]
+        for steps, coefficient, constant in freed
+    )
+
+
 def alike(layers: Sequence[Sequence[Option]]) -> list[Option]:
     """Return the options that all layers have, summed up (uniform shapes)."""
     tables = [{o.kept: o for o in options} for options in layers]
