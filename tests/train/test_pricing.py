@@ -154,8 +154,8 @@ def test_scores_that_followed_lead_nearer_to_the_dense_model(
 
     monkeypatch.setattr(calibration, "score_on", wrong)
     kept = []
-    for rounds in (0, 2):
-        monkeypatch.setattr(calibration, "PRICED", rounds)
+    for priced in (False, True):
+        monkeypatch.setattr(calibration, "priced", lambda *_, follow=priced: follow)
         given = TEXT, settings(tmp_path, calibration_blocks=8), ready.anatomy
         scores = score_in_rounds(
             *given, ready.hooks, ready.allocator, 0.3, partial(trying_out, ready.coforward.bank)

@@ -58,7 +58,7 @@ def test_what_is_left_is_scored_as_the_smaller_model(
 ) -> None:
     """Against scores of a model that is cut in fact."""
     monkeypatch.setattr(removal, "ROUNDS", 1000)  # one unit at a time, in both
-    monkeypatch.setattr(calibration, "PRICED", 0)
+    monkeypatch.setattr(calibration, "priced", lambda *_: False)
     model, args = tiny_model("llama"), settings(tmp_path, method=method)
     dense = deepcopy(model)
     ready = prepare(model, args)

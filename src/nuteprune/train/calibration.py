@@ -34,8 +34,6 @@ PLAIN_BATCH = 4
 
 Trial = Callable[[], AbstractContextManager[Install]]
 """Lets a re-fit change the model's weights for a while."""
-PRICED = 2
-"""How often scores follow what is measured at the target; see `train.pricing`."""
 MOST_AT_ONCE = 0.3
 """Most of the projections that goes by scores of one model. They say little of what is left then;
 see docs/log.md."""
@@ -111,10 +109,10 @@ def score_in_rounds(
             again = score_on(dataset, args, anatomy, hooks, allocator, progress)
         scores = {k: torch.where(masks.values[k] > 0, again[k], scores[k]) for k in scores}
     scores = METHODS[args.method].settled(allocator.layout, scores)
-    for _ in range(PRICED if priced(args, kinds, packed) else 0):
-        found = dataset, args, anatomy, hooks, allocator, target, scores, trial, progress, dense
-        scores = price_on(*found)
-    return scores
+    if not priced(args, kinds, packed):
+        return scores
+    found = dataset, args, anatomy, hooks, allocator, target, scores, trial, progress, dense
+    return price_on(*found)
 
 
 def price_on(

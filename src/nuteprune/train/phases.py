@@ -21,7 +21,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.asked import SETTINGS
-from nuteprune.train.calibration import PLAIN_BATCH, PRICED, priced, stops_before
+from nuteprune.train.calibration import PLAIN_BATCH, priced, stops_before
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
 from nuteprune.train.kernels import of_all_widths
@@ -255,15 +255,14 @@ class Run:
             # Each unit alone, from its own layer on: half of the layers on the average.
             turns = units / 2
             found.append(Phase("cutting units one by one", copying.times(turns * rounds)))
-        tries = PRICED * self.priced
-        if tries:
-            found.append(Phase(PRICING, self._pricing(block).times(tries), FORMULA))
+        if self.priced:
+            found.append(Phase(PRICING, self._pricing(block), FORMULA))
         if args.compensation:
             batches = args.refit_blocks / args.per_device_train_batch_size
             refit = self._one_by_one(Simulation.refitting, batches)
             if args.max_steps and (self.schedule.stage(0).freeze_step or len(self.targets) > 1):
                 refit += Need((MOMENTS - 1) * self.sizes.adapters, 0)  # it is between steps
-            found.append(Phase("re-fit", refit.times(len(stops) + tries + len(self.targets))))
+            found.append(Phase("re-fit", refit.times(len(stops) + self.priced + len(self.targets))))
         return found
 
     def _pricing(self, block: float) -> Need:

@@ -33,7 +33,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import effective_weight
 from nuteprune.shrink.compensate import Note, Regression
 
-BLOCKS = 8
+BLOCKS = 16
 """Blocks of text that tell."""
 UNITS = 4
 """Units of attention of a layer that go, and that come back, at most: those nearest to the cut."""
@@ -43,7 +43,7 @@ TRUST = 0.5
 """Scores are multiplied by this power of what was measured over what was predicted: half-way, since
 many changes that are small alone are not small together."""
 MOST = 10.0
-"""That ratio is no more than this, nor less than one over it: 8 blocks do not tell it well."""
+"""That ratio is no more than this, nor less than one over it: so few blocks do not tell it well."""
 
 
 @dataclass(frozen=True)
