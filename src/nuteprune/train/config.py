@@ -17,6 +17,7 @@ from nuteprune.model.family import GATE_KINDS
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.asked import KINDS, Asked, check_one, several, sparsities
 from nuteprune.train.checks import check_combinations, check_kinds, check_targets
+from nuteprune.train.pricing import BLOCKS as PRICED_BLOCKS
 from nuteprune.train.settings import CALL, HOW, setting
 
 METHOD = "surgeon"
@@ -367,9 +368,13 @@ class NutePruneConfig(RunArguments):
 
     @property
     def blocks(self) -> int:
-        """Blocks that the run needs: its steps, its scores and its re-fit share them."""
+        """Blocks that the run needs: its steps, its scores and its re-fit share them.
+
+        What measures prices at the target is beside what the re-fit reads.
+        """
         learned = self.max_steps * self.sequences_per_step
-        return max(1, learned, self.scored_blocks, self.refit_blocks)
+        beside = PRICED_BLOCKS if METHODS[self.method].priced else 0
+        return max(1, learned, self.scored_blocks, self.refit_blocks + beside)
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:
