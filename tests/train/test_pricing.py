@@ -18,7 +18,7 @@ from nuteprune.shrink.compensate import trying_out
 from nuteprune.train import calibration
 from nuteprune.train.calibration import calibration_batches, refit_on, score_in_rounds, score_on
 from nuteprune.train.prepare import prepare
-from nuteprune.train.pricing import BLOCKS, MOST, Change, changes_of, following, logits_of
+from nuteprune.train.pricing import MOST, Change, changes_of, following, logits_of
 from tests.refits import install_weight
 
 from .test_rounds import TEXT, settings
@@ -86,7 +86,7 @@ def test_prices_are_those_of_a_model_that_is_cut_so(
     assert all(map(torch.equal, plain, ready.model.parameters()))
     assert set(seen) == set(changes_of(masks, scores, 4))
 
-    batches = calibration_batches(TEXT, BLOCKS, 4, first=True)
+    batches = calibration_batches(TEXT, args.priced_blocks, 4, first=True)
     assert torch.equal(batches[0][1], TEXT[1]["input_ids"])
 
     def refitted(to: Masks) -> Anatomy:

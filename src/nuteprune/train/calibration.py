@@ -23,7 +23,6 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed
 from nuteprune.shrink.compensate import Fit, Install, InstallStack, Note, refit
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.pricing import BLOCKS as PRICED_BLOCKS
 from nuteprune.train.pricing import Trial as Changed
 from nuteprune.train.pricing import changes_of, following, logits_of, noting_trials, prices_of
 
@@ -133,7 +132,7 @@ def price_on(
     """
     masks = allocator.masks(allocator.shape(scores, target), scores)
     changes = changes_of(masks, scores, allocator.constraints.neuron_multiple)
-    batches = calibration_batches(dataset, PRICED_BLOCKS, PLAIN_BATCH, first=True)
+    batches = calibration_batches(dataset, args.priced_blocks, PLAIN_BATCH, first=True)
     tick = counted(progress, "cutting more and less", len(changes))
     on_device = masks.to(str(anatomy.embedding.weight.device))
     with torch.no_grad(), hooks.using(None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
@@ -17,7 +18,6 @@ from nuteprune.model.family import GATE_KINDS
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.asked import KINDS, Asked, check_one, several, sparsities
 from nuteprune.train.checks import check_combinations, check_kinds, check_targets
-from nuteprune.train.pricing import BLOCKS as PRICED_BLOCKS
 from nuteprune.train.settings import CALL, HOW, setting
 
 METHOD = "surgeon"
@@ -26,6 +26,8 @@ FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
 REFIT_BLOCKS = 4.5
 """Blocks of the re-fit, for each block that scores are taken on."""
+PRICED_BLOCKS = 0.5
+"""The same of what tells the price of units at the target, which no re-fit reads."""
 
 
 @dataclass
@@ -367,14 +369,15 @@ class NutePruneConfig(RunArguments):
         return round(REFIT_BLOCKS * self.calibration_blocks) if self.compensation else 0
 
     @property
-    def blocks(self) -> int:
-        """Blocks that the run needs: its steps, its scores and its re-fit share them.
+    def priced_blocks(self) -> int:
+        """Blocks that tell what units cost at the target, beside what the re-fit reads."""
+        return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * METHODS[self.method].priced
 
-        What measures prices at the target is beside what the re-fit reads.
-        """
+    @property
+    def blocks(self) -> int:
+        """Blocks that the run needs: its steps, its scores and its re-fit share them."""
         learned = self.max_steps * self.sequences_per_step
-        beside = PRICED_BLOCKS if METHODS[self.method].priced else 0
-        return max(1, learned, self.scored_blocks, self.refit_blocks + beside)
+        return max(1, learned, self.scored_blocks, self.refit_blocks + self.priced_blocks)
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:

@@ -26,7 +26,6 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
 from nuteprune.train.kernels import of_all_widths
 from nuteprune.train.own_text import GUARD, tokens_to_write
-from nuteprune.train.pricing import BLOCKS as PRICED_BLOCKS
 from nuteprune.train.pricing import UNITS
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.simulate import Simulation, model_of
@@ -268,7 +267,7 @@ class Run:
     def _pricing(self, block: float) -> Need:
         """Measure what units cost at the target; see `train.pricing`."""
         shape = self.allocator.budget.shape
-        tokens = PRICED_BLOCKS * self.length
+        tokens = self.args.priced_blocks * self.length
         # The dense model's logits and the outputs of all layers are held.
         held = (
             tokens
@@ -280,7 +279,7 @@ class Run:
         each = {"heads": 2 * UNITS, "kv_groups": 2 * UNITS, "neurons": 2}
         changes = sum(min(size, each[kind]) for kind in kinds for size in sizes[kind])
         # Each from its own layer on: half of the layers on the average.
-        work = block * PRICED_BLOCKS * changes / 2
+        work = block * self.args.priced_blocks * changes / 2
         return replace(self._judging, flops=work, fine=0) + Need(held, 0)
 
     def _one_by_one(self, phase: Callable[[Simulation, int], Need], batches: float) -> Need:

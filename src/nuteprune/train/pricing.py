@@ -33,8 +33,6 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import effective_weight
 from nuteprune.shrink.compensate import Note, Regression
 
-BLOCKS = 16
-"""Blocks of text that tell."""
 UNITS = 4
 """Units of attention of a layer that go, and that come back, at most: those nearest to the cut."""
 FURTHER = 1 / 12
