@@ -46,7 +46,9 @@ class Case:
     @cached_property
     def allocator(self) -> Allocator:
         further = ("kv_groups", "neurons", "hidden", "attn_block", "mlp_block")
-        others = tuple(x for x in further if x not in self.kinds)
+        refusal = FAMILIES[self.model_type].refusal
+        new = (x for x in further if x not in self.kinds)
+        others = tuple(x for x in new if not refusal(x, self.uniform))
         return Allocator(self.budget, Constraints(self.kinds, self.uniform, 8, 4, others=others))
 
     @cached_property

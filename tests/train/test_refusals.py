@@ -208,4 +208,7 @@ def test_no_kinds_are_advised_that_would_be_refused(tiny_model, tmp_path: Path) 
 
     assert "with hidden they" in told()
     assert "with attn_block they" in told()
-    assert "no kind reaches further" in told(method="wanda")
+    wanda = told(method="wanda")  # which scores heads, KV groups and neurons
+    assert "with heads they" in wanda
+    assert "hidden" not in wanda
+    assert "_block" not in wanda

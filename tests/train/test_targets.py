@@ -85,16 +85,13 @@ def test_each_target_gives_the_model_of_its_own_moment(
 def test_several_targets_without_training_are_the_models_of_runs_of_their_own(
     tiny_model, tmp_path: Path
 ) -> None:
-    """Up to 30 %: beyond, all share the scores of the largest target's rounds."""
-    trainer = make(
-        tiny_model("llama"), tmp_path / "run", target_sparsity=[0.15, 0.2, 0.3], max_steps=0
-    )
+    """Up to 30 %: beyond, all share the scores of the largest target's rounds, as all prices."""
+    plain: dict[str, Any] = {"max_steps": 0, "method": "fisher"}
+    trainer = make(tiny_model("llama"), tmp_path / "run", target_sparsity=[0.15, 0.2, 0.3], **plain)
     made = [trainer.finalize()]
     made += [trainer.finalize_target(index, tiny_model("llama")) for index in (0, 1)]
     for small, target in zip(made, (0.3, 0.15, 0.2), strict=True):
-        alone = make(
-            tiny_model("llama"), tmp_path / str(target), target_sparsity=target, max_steps=0
-        )
+        alone = make(tiny_model("llama"), tmp_path / str(target), target_sparsity=target, **plain)
         expected = alone.finalize()
         assert small.state_dict().keys() == expected.state_dict().keys()
         with torch.no_grad():
