@@ -41,7 +41,7 @@ for layer in trainer.anatomy.layers:
     layer.reshard()  # what the last step left whole for the next one
 trainer.anatomy.model.reshard()
 check()
-with pytest.raises(UserError, match="call finalize"):
+with pytest.raises(UserError, match="then finalize"):
     trainer.finalize()
 if trainer.is_world_process_zero():
     small = trainer.finalize(AutoModelForCausalLM.from_pretrained(model))
