@@ -23,8 +23,14 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed
 from nuteprune.shrink.compensate import Fit, Install, InstallStack, Note, refit
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.pricing import Trial as Changed
-from nuteprune.train.pricing import changes_of, following, logits_of, noting_trials, prices_of
+from nuteprune.train.pricing import (
+    Tried,
+    changes_of,
+    following,
+    logits_of,
+    noting_trials,
+    prices_of,
+)
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
@@ -82,7 +88,7 @@ def score_in_rounds(
 
     At a stop the units that go by the scores so far are cut and the others re-fitted, for a while.
     Units that have gone keep the scores by which they went. See `Method.settled` for what is made
-    of the scores in the end.
+    of the scores in the end; then they may follow what is measured at the target (`price_on`).
 
     Args:
         dataset: the training text.
@@ -137,7 +143,7 @@ def price_on(
     on_device = masks.to(str(anatomy.embedding.weight.device))
     with torch.no_grad(), hooks.using(None):
         intact = [logits_of(anatomy, batch_BT) for batch_BT in batches]
-    trials: list[Changed] = []
+    trials: list[Tried] = []
     with trial() as install:
 
         def put(layer: int, projection: Projection, weight_OI: Tensor) -> None:

@@ -107,7 +107,7 @@ def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Tried:
     """A change, and the weight that the projection has with it.
 
     Args:
@@ -125,7 +125,7 @@ def noting_trials(
     anatomy: Anatomy,
     masks: Masks,
     changes: Sequence[Change],
-    trials: list[Trial],
+    trials: list[Tried],
     folder: Path,
 ) -> Note:
     """Return what re-fits each projection to all changes of its inputs, while a cut is re-fitted.
@@ -146,14 +146,14 @@ def noting_trials(
                 assert mask_I is not None
                 fitted_OI = regression.fit(mask_I).to("cpu", dtype)
                 kept = mapped({"weight": fitted_OI}, folder)["weight"]
-                trials.append(Trial(change, anatomy.ends(layer)[block], kept))
+                trials.append(Tried(change, anatomy.ends(layer)[block], kept))
 
     return note
 
 
 @torch.no_grad()
 def prices_of(
-    trials: Sequence[Trial],
+    trials: Sequence[Tried],
     anatomy: Anatomy,
     hooks: MaskHooks,
     put: Callable[[int, Projection, Tensor], None],
