@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from nuteprune.gates.cutting import mean_kl
+from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
@@ -76,13 +78,11 @@ def test_prices_are_those_of_a_model_that_is_cut_so(
     monkeypatch.setattr(
         calibration, "following", lambda scores, prices, _: seen.update(prices) or scores
     )
-    found = TEXT, args, ready.anatomy, ready.hooks, ready.allocator, 0.5, scores
-    calibration.price_on(
-        *found,
-        partial(trying_out, ready.coforward.bank),
-        calibration.silent,
-        ready.coforward.bank.as_dense,
-    )
+    monkeypatch.setattr(calibration, "score_on", lambda *_: scores)
+    monkeypatch.setattr(calibration, "stops_before", lambda *_: [])
+    monkeypatch.setitem(METHODS, "surgeon", replace(METHODS["surgeon"], settled=lambda _, x: x))
+    bank, found = ready.coforward.bank, (TEXT, args, ready.anatomy, ready.hooks, ready.allocator)
+    score_in_rounds(*found, 0.5, partial(trying_out, bank), dense=bank.as_dense)
     assert all(map(torch.equal, plain, ready.model.parameters()))
     assert set(seen) == set(changes_of(masks, scores, 4))
 

@@ -18,19 +18,11 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores, check_finite
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.packed import is_packed
-from nuteprune.shrink.compensate import Fit, Install, InstallStack, Note, refit
+from nuteprune.shrink.compensate import Install, InstallStack, Note, refit
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.pricing import (
-    Tried,
-    changes_of,
-    following,
-    logits_of,
-    noting_trials,
-    prices_of,
-)
+from nuteprune.train.pricing import Measure, changes_of, following
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
@@ -88,7 +80,8 @@ def score_in_rounds(
 
     At a stop the units that go by the scores so far are cut and the others re-fitted, for a while.
     Units that have gone keep the scores by which they went. See `Method.settled` for what is made
-    of the scores in the end; then they may follow what is measured at the target (`price_on`).
+    of the scores in the end; then they may follow what is measured at the target
+    (`train.pricing`).
 
     Args:
         dataset: the training text.
@@ -116,43 +109,17 @@ def score_in_rounds(
     scores = METHODS[args.method].settled(allocator.layout, scores)
     if not priced(args, kinds, packed):
         return scores
-    found = dataset, args, anatomy, hooks, allocator, target, scores, trial, progress, dense
-    return price_on(*found)
-
-
-def price_on(
-    dataset: Any,
-    args: NutePruneConfig,
-    anatomy: Anatomy,
-    hooks: MaskHooks,
-    allocator: Allocator,
-    target: float,
-    scores: Scores,
-    trial: Trial,
-    progress: Progress,
-    dense: Callable[[int], AbstractContextManager[Any]],
-) -> Scores:
-    """Cut to a target by scores, measure what units cost there, and let the scores follow.
-
-    The text is the beginning of the training text: the re-fit reads its end.
-    """
+    # The beginning of the text tells: the re-fit reads its end.
+    batches = calibration_batches(dataset, args.priced_blocks, PLAIN_BATCH, first=True)
     masks = allocator.masks(allocator.shape(scores, target), scores)
     changes = changes_of(masks, scores, allocator.constraints.neuron_multiple)
-    batches = calibration_batches(dataset, args.priced_blocks, PLAIN_BATCH, first=True)
     tick = counted(progress, "cutting more and less", len(changes))
     on_device = masks.to(str(anatomy.embedding.weight.device))
-    with torch.no_grad(), hooks.using(None):
-        intact = [logits_of(anatomy, batch_BT) for batch_BT in batches]
-    trials: list[Tried] = []
+    measure = Measure(anatomy, hooks, batches, Path(cast(str, args.output_dir)), tick)
     with trial() as install:
-
-        def put(layer: int, projection: Projection, weight_OI: Tensor) -> None:
-            install(layer, projection, Fit(weight_OI, weight_OI.new_empty(0)))
-
-        room = Path(cast(str, args.output_dir))
-        note = noting_trials(anatomy, on_device, changes, trials, room)
+        note = measure.note(on_device, changes)
         refit_on(dataset, args, anatomy, hooks, on_device, install, progress, dense, note=note)
-        prices = prices_of(trials, anatomy, hooks, put, batches, intact, tick)
+        prices = measure.prices(install)
     check_finite([torch.tensor(list(prices.values()))], args.method)
     return following(scores, prices, allocator.layout)
 

@@ -31,7 +31,7 @@ from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import effective_weight
-from nuteprune.shrink.compensate import Note, Regression
+from nuteprune.shrink.compensate import Fit, Install, Note, Regression
 
 UNITS = 4
 """Units of attention of a layer that go, and that come back, at most: those nearest to the cut."""
@@ -121,78 +121,87 @@ class Tried:
     weight_OI: Tensor
 
 
-def noting_trials(
-    anatomy: Anatomy,
-    masks: Masks,
-    changes: Sequence[Change],
-    trials: list[Tried],
-    folder: Path,
-) -> Note:
-    """Return what re-fits each projection to all changes of its inputs, while a cut is re-fitted.
+class Measure:
+    """Measures what changes of a cut cost; made while the model is dense.
 
     Args:
         anatomy: the model.
-        masks: the cut.
-        changes: of it.
-        trials: where they are collected.
-        folder: where there is room for their weights.
-    """
-    dtype = anatomy.model.dtype
-
-    def note(layer: int, block: str, regression: Regression, _: Tensor) -> None:
-        for change in changes:
-            if change.layer == layer and INPUTS[change.kind] == block:
-                mask_I = change.of(masks).inputs(layer)[block]
-                assert mask_I is not None
-                fitted_OI = regression.fit(mask_I).to("cpu", dtype)
-                kept = mapped({"weight": fitted_OI}, folder)["weight"]
-                trials.append(Tried(change, anatomy.ends(layer)[block], kept))
-
-    return note
-
-
-@torch.no_grad()
-def prices_of(
-    trials: Sequence[Tried],
-    anatomy: Anatomy,
-    hooks: MaskHooks,
-    put: Callable[[int, Projection, Tensor], None],
-    batches: Sequence[Tensor],
-    dense: Sequence[Tensor],
-    tick: Callable[[], None],
-) -> dict[Change, float]:
-    """Return what changes cost, in nats a token: how much further the model is from the dense one.
-
-    Args:
-        trials: the changes.
-        anatomy: the model, cut and re-fitted: columns of what is gone are 0.
-        hooks: where masks would multiply in it.
-        put: puts a weight into it.
-        batches: token ids (B, T).
-        dense: the dense model's logits (B x T, V) of each batch.
+        hooks: where masks multiply in it.
+        batches: token ids (B, T) that tell.
+        folder: where there is room for weights.
         tick: called after each change.
     """
-    layers, found = anatomy.layers, {}
-    with hooks.using(None):
-        own, outputs = [], []
-        for batch_BT, dense_TV in zip(batches, dense, strict=True):
-            with noting_outputs(layers) as noted:
-                own.append(mean_kl(dense_TV, logits_of(anatomy, batch_BT)))
-            outputs.append(noted)
-        for trial in trials:
-            change = trial.change
-            reading = anatomy.projection(change.layer, trial.projection)
-            own_OI = effective_weight(reading).to("cpu", copy=True)
-            put(change.layer, trial.projection, trial.weight_OI)
-            losses = []
-            for batch_BT, dense_TV, noted in zip(batches, dense, outputs, strict=True):
-                # Layers before it give what they gave.
-                with giving(layers[: change.layer], noted[: change.layer]):
-                    losses.append(mean_kl(dense_TV, logits_of(anatomy, batch_BT)))
-            put(change.layer, trial.projection, own_OI)
-            found[change] = float(torch.stack(losses).mean() - torch.stack(own).mean())
-            tick()
-    return found
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        hooks: MaskHooks,
+        batches: Sequence[Tensor],
+        folder: Path,
+        tick: Callable[[], None],
+    ) -> None:
+        self._anatomy, self._hooks, self._batches = anatomy, hooks, batches
+        self._folder, self._tick = folder, tick
+        self._tried: list[Tried] = []
+        with hooks.using(None):
+            self._dense = [logits_of(anatomy, batch_BT) for batch_BT in batches]
+
+    def note(self, masks: Masks, changes: Sequence[Change]) -> Note:
+        """Return what re-fits projections to changes of a cut, while the cut is re-fitted.
+
+        Args:
+            masks: the cut.
+            changes: of it.
+        """
+        anatomy = self._anatomy
+
+        def note(layer: int, block: str, regression: Regression, _: Tensor) -> None:
+            for change in changes:
+                if change.layer == layer and INPUTS[change.kind] == block:
+                    mask_I = change.of(masks).inputs(layer)[block]
+                    assert mask_I is not None
+                    fitted_OI = regression.fit(mask_I).to("cpu", anatomy.model.dtype)
+                    kept_OI = mapped({"weight": fitted_OI}, self._folder)["weight"]
+                    self._tried.append(Tried(change, anatomy.ends(layer)[block], kept_OI))
+
+        return note
+
+    @torch.no_grad()
+    def prices(self, install: Install) -> dict[Change, float]:
+        """Return what the changes cost, in nats a token: how much further off the model is.
+
+        Args:
+            install: puts a weight into the model, which is cut and re-fitted: columns of what is
+                gone are 0.
+        """
+        layers, found = self._anatomy.layers, {}
+        with self._hooks.using(None):
+            own, outputs = [], []
+            for batch in range(len(self._batches)):
+                with noting_outputs(layers) as noted:
+                    own.append(self._loss(batch))
+                outputs.append(noted)
+            for tried in self._tried:
+                layer, projection = tried.change.layer, tried.projection
+                reading = self._anatomy.projection(layer, projection)
+                own_OI = effective_weight(reading).to("cpu", copy=True)
+                install(layer, projection, _fit(tried.weight_OI))
+                losses = []
+                for batch, noted in enumerate(outputs):
+                    with giving(layers[:layer], noted[:layer]):  # which give what they gave
+                        losses.append(self._loss(batch))
+                install(layer, projection, _fit(own_OI))
+                found[tried.change] = float(torch.stack(losses).mean() - torch.stack(own).mean())
+                self._tick()
+        return found
+
+    def _loss(self, batch: int) -> Tensor:
+        return mean_kl(self._dense[batch], logits_of(self._anatomy, self._batches[batch]))
+
+
+def _fit(weight_OI: Tensor) -> Fit:
+    return Fit(weight_OI, weight_OI.new_empty(0))  # of which no covariance is read
 
 
 def logits_of(anatomy: Anatomy, ids_BT: Tensor) -> Tensor:
