@@ -194,7 +194,7 @@ def test_the_table_of_settings_has_those_without_an_option_and_their_defaults() 
         name: x.default
         for kind in (NutePruneConfig, PruneJob)
         for name, x in declared(kind).items()
-        if not x.metadata["option"] and x.default is not dataclasses.MISSING
+        if not x.option and x.default is not dataclasses.MISSING
     }
     assert ours.keys() - trainers <= told.keys()
     for name in ours.keys() & told.keys():

@@ -96,8 +96,8 @@ def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
         own &= kind.__annotations__.keys()
     found = declared(kind)
     assert own <= found.keys()
-    assert all(x.metadata["help"] for x in found.values())
-    options = [x.metadata["option"] for x in found.values() if x.metadata["option"]]
+    assert all(x.help for x in found.values())
+    options = [x.option for x in found.values() if x.option]
     assert len(options) == len(set(options))
 
 

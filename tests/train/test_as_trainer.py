@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
-from transformers import Adafactor, TrainerControl, TrainingArguments
+from transformers import Adafactor, HfArgumentParser, TrainerControl, TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset, collated
@@ -32,6 +32,29 @@ TOKENS = torch.arange(3, 15)[None]
 
 def steps_of(folder: Path) -> list[int]:
     return [line["step"] for line in metrics(folder)]
+
+
+@pytest.mark.parametrize("kind", [NutePruneConfig, RecoverConfig])
+def test_transformers_parser_reads_the_settings(
+    kind: type[TrainingArguments], tmp_path: Path
+) -> None:
+    parser = HfArgumentParser(kind)
+    words = ["--output_dir", str(tmp_path), "--use_cpu"]
+    (parsed,) = parser.parse_args_into_dataclasses([*words, "--lora_rank", "3"])
+    assert parsed.to_dict() == kind(output_dir=str(tmp_path), use_cpu=True, lora_rank=3).to_dict()
+    assert "Rank of the adapters" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"), [("--target_sparsity 0.3", (0.3,)), ("--target_params 100M", ("100M",))]
+)
+def test_transformers_parser_reads_a_target(
+    words: str, asked: tuple[float | str, ...], tmp_path: Path
+) -> None:
+    given = ["--output_dir", str(tmp_path), "--use_cpu", *words.split()]
+    (parsed,) = HfArgumentParser(NutePruneConfig).parse_args_into_dataclasses(given)
+    told = {"sparsity": parsed.target_sparsity, "params": parsed.target_params}
+    assert (told[parsed.asked[0].kind],) == asked
 
 
 def test_the_result_generates_as_the_intact_model_did(tiny_model, tmp_path: Path) -> None:

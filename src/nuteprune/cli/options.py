@@ -12,18 +12,17 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from nuteprune.jobs.job import Job, PruneJob
-from nuteprune.train.settings import declared, word
+from nuteprune.train.settings import declared
 
 Command = Callable[..., None]
 _JOB, _PRUNE = declared(Job), declared(PruneJob)
 
 
 def _option(name: str, **more: Any) -> Any:
-    metadata = _JOB[name].metadata
-    return typer.Option(metadata["option"], help=metadata["help"], **more)
+    return typer.Option(_JOB[name].option, help=_JOB[name].help, **more)
 
 
-Model = Annotated[str, typer.Argument(help=_JOB["model"].metadata["help"])]
+Model = Annotated[str, typer.Argument(help=_JOB["model"].help)]
 # As text, since "" would be the path of the folder that the user is in.
 Out = Annotated[str, _option("out", metavar="PATH")]
 OptionalOut = Annotated[str | None, _option("out", metavar="PATH")]
@@ -31,7 +30,7 @@ Device = Annotated[str | None, _option("device")]
 Dtype = Annotated[str | None, _option("dtype")]
 TextColumn = Annotated[str | None, _option("text_column")]
 TrustRemoteCode = Annotated[bool, _option("trust_remote_code")]
-Family = Annotated[str | None, typer.Option("--family", help=_PRUNE["family"].metadata["help"])]
+Family = Annotated[str | None, typer.Option("--family", help=_PRUNE["family"].help)]
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
 Set = Annotated[
     list[str] | None,
@@ -73,13 +72,12 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
     """Return a parameter for each option that a dataclass declares."""
     hints, found = get_type_hints(kind), []
     for name, x in declared(kind).items():
-        option = x.metadata["option"]
-        if option is not None:
-            plain: Any = bool if x.metadata["flag"] else _plain(hints[name])
-            plain = list[str] if x.metadata["several"] else plain
-            hint = Annotated[plain | None, typer.Option(option, help=x.metadata["help"])]
+        if x.option is not None:
+            plain: Any = bool if x.flag else _plain(hints[name])
+            plain = list[str] if x.several else plain
+            hint = Annotated[plain | None, typer.Option(x.option, help=x.help)]
             only = inspect.Parameter.KEYWORD_ONLY
-            called = name if keyword.iskeyword(word(name, x)) else word(name, x)  # as `for`
+            called = name if keyword.iskeyword(x.word) else x.word  # as `for`
             found.append(inspect.Parameter(called, only, default=None, annotation=hint))
     return found
 

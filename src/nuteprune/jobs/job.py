@@ -97,7 +97,7 @@ class Job:
     def recorded(self) -> dict[str, Any]:
         """Return what of the job is for the record: name -> value, left out where not given."""
         fields = declared(type(self)).items()
-        kept = [name for name, x in fields if x.metadata["role"] in (WHAT, HOW)]
+        kept = [name for name, x in fields if x.role in (WHAT, HOW)]
         return {name: x for name in kept if (x := getattr(self, name)) is not None}
 
 

@@ -11,19 +11,19 @@ import yaml
 from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.train.asked import KINDS, Asked
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.settings import CALL, declared, word
+from nuteprune.train.settings import CALL, declared
 
 OPTIONS = {
-    name: x.metadata["option"]
+    name: x.option
     for kind in (NutePruneConfig, PruneJob)
     for name, x in declared(kind).items()
-    if x.metadata["option"] and not x.metadata["flag"] and name != "shape"
+    if x.option and not x.flag and name != "shape"
 }
 """Settings that `nuteprune prune` has an option of its own for; the others go through `--set`."""
 TUNING = {
-    word(name, x): x.metadata["option"]
-    for name, x in declared(RecoverJob).items()
-    if x.metadata["option"] and not x.metadata["flag"] and x.metadata["role"] != CALL
+    x.word: x.option
+    for x in declared(RecoverJob).values()
+    if x.option and not x.flag and x.role != CALL
 }
 """What a record says of a recovery, and the options of `nuteprune recover` for it."""
 NOT_OF_RECORD = ("accumulation", "save_steps", "device")

@@ -24,7 +24,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.job import Job
 from nuteprune.train.asked import SETTINGS, check_one
-from nuteprune.train.settings import CALL, declared, word
+from nuteprune.train.settings import CALL, declared
 
 J = TypeVar("J", bound=Job)
 
@@ -142,10 +142,10 @@ def _known(kinds: Sequence[type], call: bool) -> dict[str, tuple[str, Any]]:
         hints, here = get_type_hints(kind), declared(kind)
         for x in dataclasses.fields(kind):
             trainers = issubclass(kind, TrainingArguments) and x.init and x.name not in _REFUSED
-            ours = x.name in here and (call or here[x.name].metadata["role"] != CALL or trainers)
+            ours = x.name in here and (call or here[x.name].role != CALL or trainers)
             if trainers or ours:
                 fact = (x.name, hints[x.name])
-                found[x.name] = found[word(x.name, x) if x.name in here else x.name] = fact
+                found[x.name] = found[here[x.name].word if x.name in here else x.name] = fact
     return found
 
 

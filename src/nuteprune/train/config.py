@@ -105,30 +105,30 @@ class NutePruneConfig(RunArguments):
             mapped from files; each comes to the device as it is read.
     """
 
-    target_sparsity: float | list[float] | str = setting(
+    target_sparsity: float | str | list[float] = setting(
         0.2,
         "Share of the decoder layers' parameters to remove, such as 0.2 (demo's default). "
         "Several (0.2,0.3,0.5) give several checkpoints from one run.",
         option="--sparsity",
     )
-    target_params: str | float | list[Any] | None = setting(
+    target_params: float | str | list[Any] | None = setting(
         None,
         "Parameters to end at, instead of --sparsity, such as 100M: all of them, tied ones once.",
         option="--params",
     )
-    target_active_params: str | float | list[Any] | None = setting(
+    target_active_params: float | str | list[Any] | None = setting(
         None,
         "Active parameters to end at, instead of --sparsity, such as 3B: of a mixture of experts "
         "only those that a token is routed to count.",
         option="--active-params",
     )
-    target_size: str | float | list[Any] | None = setting(
+    target_size: float | str | list[Any] | None = setting(
         None,
         "Size of the weight file to end at, instead of --sparsity, such as 200MB or 190MiB; in "
         "the checkpoint's dtype.",
         option="--size",
     )
-    target_memory: str | float | list[Any] | None = setting(
+    target_memory: float | str | list[Any] | None = setting(
         None,
         "Memory of weights and KV cache to end at, instead of --sparsity, such as 4GiB; in the "
         "checkpoint's dtype, at --context tokens.",
@@ -143,7 +143,7 @@ class NutePruneConfig(RunArguments):
         bounds=(1, 1e6),
         option="--sequences",
     )
-    target_speedup: str | float | list[Any] | None = setting(
+    target_speedup: float | str | list[Any] | None = setting(
         None,
         "Speed to end at, instead of --sparsity, such as 1.5 times the dense model's: measured on "
         "the run's device, or by --costs. Whole blocks may go too.",
@@ -284,7 +284,7 @@ class NutePruneConfig(RunArguments):
     seed: int = setting(
         42, "Seed of everything random (default {default}).", bounds=(0, 2**31 - 1), option="--seed"
     )
-    report_to: str | list[str] | None = setting(
+    report_to: list[str] | str | None = setting(
         "none",
         "Trackers that follow the run: tensorboard, wandb, trackio or another of Trainer's, comma "
         "separated; install them yourself.",

@@ -35,7 +35,7 @@ def run_config(checkpoint: Path) -> NutePruneConfig | RecoverConfig:
     settings = read_settings(checkpoint.resolve().parent)
     kind: type[NutePruneConfig] | type[RecoverConfig]
     kind = NutePruneConfig if "method" in settings else RecoverConfig
-    what = [name for name, x in declared(kind).items() if x.metadata["role"] == WHAT]
+    what = [name for name, x in declared(kind).items() if x.role == WHAT]
     given = {name: settings[name] for name in what if name in settings}
     try:
         return kind(output_dir=str(checkpoint), use_cpu=True, **given)

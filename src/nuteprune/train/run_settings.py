@@ -50,7 +50,7 @@ def run_settings(args: RunArguments, job: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Name -> value, fit for JSON.
     """
-    kept = {name for name, x in declared(type(args)).items() if x.metadata["role"] != CALL}
+    kept = {name for name, x in declared(type(args)).items() if x.role != CALL}
     kept |= set(LEARNS) | set(_changed(args))
     found = {name: getattr(args, name) for name in sorted(kept)}
     plain = {k: v.value if isinstance(v, Enum) else v for k, v in {**job, **found}.items()}
@@ -128,9 +128,7 @@ def check_same(run: Path, now: Mapping[str, Any], *kinds: type, also: Iterable[s
         UserError: naming the first setting that differs.
     """
     before = read_settings(run)
-    compared = {
-        k for kind in kinds for k, x in declared(kind).items() if x.metadata["role"] == WHAT
-    }
+    compared = {k for kind in kinds for k, x in declared(kind).items() if x.role == WHAT}
     for key in sorted(compared | set(LEARNS) | set(also)):
         if before.get(key) != now.get(key):
             raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, field
+from dataclasses import MISSING, Field, dataclass, field
 from typing import Any
 
 from nuteprune.errors import UserError
@@ -30,6 +30,30 @@ TRAINER_BOUNDS: Mapping[str, tuple[float, float]] = {
     "adam_epsilon": (0, 1),
 }
 """Smallest and largest value of what `transformers.TrainingArguments` declares without any."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting as it was declared: its name, and what `setting` was given."""
+
+    name: str
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    bounds: tuple[float, float] | None
+    option: str | None
+    flag: bool
+    several: bool
+    role: str
+
+    @property
+    def word(self) -> str:
+        """What users call it: its option without dashes, where it has one."""
+        return self.option.removeprefix("--").replace("-", "_") if self.option else self.name
+
+
+_FACTS: dict[Field[Any], dict[str, Any]] = {}
+# Not in the fields' metadata: transformers.HfArgumentParser passes all of that on to argparse.
 
 
 def setting(
@@ -55,8 +79,10 @@ def setting(
         several: whether the option may be repeated.
         role: `WHAT`, `HOW` or `CALL`.
     """
-    facts = {
-        "help": help.replace("{default}", str(default)),
+    told = help.replace("{default}", str(default))
+    made: Field[Any] = field(default=default, metadata={"help": told})
+    _FACTS[made] = {
+        "help": told,
         "choices": tuple(choices),
         "bounds": bounds,
         "option": option,
@@ -64,24 +90,19 @@ def setting(
         "several": several,
         "role": role,
     }
-    return field(default=default, metadata=facts)
+    return made
 
 
-def declared(kind: type) -> dict[str, dataclasses.Field[Any]]:
+def declared(kind: type) -> dict[str, Setting]:
     """Return the settings that a dataclass declares by `setting`, by name, in their order."""
-    fields = {x.name: x for x in dataclasses.fields(kind) if "role" in x.metadata}
+    ours = [x for x in dataclasses.fields(kind) if x in _FACTS]
+    found = {x.name: Setting(x.name, x.default, **_FACTS[x]) for x in ours}
     order: dict[str, None] = {}
     for base in reversed(kind.__mro__):  # what a class declares anew stands where it does that
         for name in inspect.get_annotations(base):
             order.pop(name, None)
             order[name] = None
-    return {name: fields[name] for name in order if name in fields}
-
-
-def word(name: str, declaration: dataclasses.Field[Any]) -> str:
-    """Return what users call a setting: its option without dashes, where it has one."""
-    option = declaration.metadata["option"]
-    return option.removeprefix("--").replace("-", "_") if option else name
+    return {name: found[name] for name in order if name in found}
 
 
 def check_declared(settings: Any) -> None:
@@ -90,12 +111,12 @@ def check_declared(settings: Any) -> None:
     Raises:
         UserError: naming the setting and what it may be.
     """
-    kind = type(settings)
-    bounds = {name: x.metadata["bounds"] for name, x in declared(kind).items()}
-    for name, x in declared(kind).items():
-        value, choices = getattr(settings, name), x.metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+    ours = declared(type(settings))
+    for name, x in ours.items():
+        value = getattr(settings, name)
+        if x.choices and value is not None and value not in x.choices:
+            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(x.choices)}")
+    bounds = {name: x.bounds for name, x in ours.items()}
     for name, limits in {**TRAINER_BOUNDS, **bounds}.items():
         value = getattr(settings, name, None)
         if limits is None or value is None:
