@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.gates.cutting import mean_kl
+from nuteprune.gates.cutting import Predicted, mean_kl
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
@@ -97,7 +97,9 @@ def test_prices_are_those_of_a_model_that_is_cut_so(
     def loss(anatomy: Anatomy) -> float:
         whole = Anatomy(dense)
         with torch.no_grad():
-            each = [mean_kl(logits_of(whole, x), logits_of(anatomy, x)) for x in batches]
+            each = [
+                mean_kl(Predicted.of(logits_of(whole, x)), logits_of(anatomy, x)) for x in batches
+            ]
         return float(torch.stack(each).mean())
 
     own = refitted(masks)

@@ -31,10 +31,30 @@ COPIES = 0.1
 """Share of the repeat's tokens that a model gets right if it copies at all."""
 AT_ONCE = 4
 """Units that are cut at a time, each in a sequence of its own."""
-ROWS = 16
-"""Tokens whose logits are compared at a time: what a processor's caches can hold in fp32."""
+CACHED, LAUNCHED = 2**18, 2**24
+"""Logits that are compared at a time: in fp32 a processor's caches hold them, and enough for one
+launch of a kernel elsewhere."""
 LOWEST_ID = 1 / 50
 """Share of the vocabulary that is left out at its beginning: bytes and special tokens."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model predicts.
+
+    Args:
+        logits_TV: its logits.
+        sums_T: the logarithms of the sums of their exponentials, fp32.
+    """
+
+    logits_TV: Tensor
+    sums_T: Tensor
+
+    @classmethod
+    def of(cls, logits_TV: Tensor) -> Predicted:
+        """Sum up what logits say."""
+        parts = logits_TV.split(_rows(logits_TV))
+        return cls(logits_TV, torch.cat([x.float().logsumexp(-1) for x in parts]))
 
 
 @dataclass(frozen=True)
@@ -43,19 +63,20 @@ class Dense:
 
     Args:
         ids_ST: the sequences, each followed by itself.
-        logits_STV: of the repeats' tokens.
+        repeats: what it predicts of each one's repeat.
         outputs: of each layer.
     """
 
     ids_ST: Tensor
-    logits_STV: Tensor
+    repeats: list[Predicted]
     outputs: list[Any]
 
     @property
     def copied(self) -> float:
         """The share of the repeats' tokens that it gets right."""
         repeats_ST = self.ids_ST[:, self.ids_ST.shape[1] // 2 :]
-        return float((self.logits_STV.argmax(-1) == repeats_ST).float().mean())
+        likeliest_ST = torch.stack([x.logits_TV.argmax(-1) for x in self.repeats])
+        return float((likeliest_ST == repeats_ST).float().mean())
 
 
 def copying_kept(probe: Probe, scores: Scores) -> Scores:
@@ -100,7 +121,7 @@ def run_dense(probe: Probe) -> Dense:
     ids_ST = repeated(vocabulary, min(LENGTH, positions // 2), probe.seed).to(device)
     with probe.hooks.using(None), noting_outputs(probe.anatomy.layers) as outputs:
         logits_STV = _repeats(probe, ids_ST)
-    return Dense(ids_ST, logits_STV, outputs)
+    return Dense(ids_ST, [Predicted.of(x) for x in logits_STV], outputs)
 
 
 def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
@@ -144,11 +165,11 @@ def losses_of(probe: Probe, kind: str, layer: int, units_B: Tensor, dense: Dense
     masks = Masks(probe.layout, {kind: values_BN})
     losses_B = torch.zeros(count, device=device)
     before = probe.anatomy.layers[:layer]
-    for s, (ids_T, dense_TV) in enumerate(zip(dense.ids_ST, dense.logits_STV, strict=True)):
+    for s, (ids_T, repeat) in enumerate(zip(dense.ids_ST, dense.repeats, strict=True)):
         given = [_of_sequence(output, s, count) for output in dense.outputs[:layer]]
         with probe.hooks.using(masks), giving(before, given):
             cut_BTV = _repeats(probe, ids_T.expand(count, -1))
-        losses_B += torch.stack([mean_kl(dense_TV, cut_TV) for cut_TV in cut_BTV])
+        losses_B += torch.stack([mean_kl(repeat, cut_TV) for cut_TV in cut_BTV])
     return losses_B / len(dense.ids_ST)
 
 
@@ -159,14 +180,21 @@ def _of_sequence(output: Any, sequence: int, count: int) -> Any:
     return output[sequence].expand(count, -1, -1)
 
 
-def mean_kl(p_TV: Tensor, q_TV: Tensor) -> Tensor:
-    """Return the mean over tokens of KL(p || q), both given as logits.
+def mean_kl(p: Predicted, q_TV: Tensor) -> Tensor:
+    """Return the mean over tokens of KL(p || q), q given as logits.
 
     KL = sum p (z_p - z_q) + logsumexp(z_q) - logsumexp(z_p): no logarithm of each chance is held.
     """
-    total = torch.zeros((), device=p_TV.device)
-    for p_RV, q_RV in zip(p_TV.split(ROWS), q_TV.split(ROWS), strict=True):
+    total, rows = torch.zeros((), device=q_TV.device), _rows(q_TV)
+    parts = (p.logits_TV.split(rows), p.sums_T.split(rows), q_TV.split(rows))
+    for p_RV, sum_R, q_RV in zip(*parts, strict=True):
         p_RV, q_RV = p_RV.float(), q_RV.float()
-        total += (q_RV.logsumexp(-1) - p_RV.logsumexp(-1)).sum()
-        total += (p_RV.softmax(-1) * p_RV.sub(q_RV)).sum()
-    return total / len(p_TV)
+        total += (q_RV.logsumexp(-1) - sum_R).sum()
+        total += (p_RV.sub(sum_R[:, None]).exp_() * p_RV.sub(q_RV)).sum()
+    return total / len(q_TV)
+
+
+def _rows(logits_TV: Tensor) -> int:
+    """Return of how many tokens logits are compared at a time."""
+    most = CACHED if logits_TV.device.type == "cpu" else LAUNCHED
+    return max(1, most // logits_TV.shape[1])

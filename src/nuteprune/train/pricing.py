@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from nuteprune.gates.cutting import mean_kl
+from nuteprune.gates.cutting import Predicted, mean_kl
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import Scores
 from nuteprune.gates.surgeon import INPUTS
@@ -145,7 +145,7 @@ class Measure:
         self._folder, self._tick = folder, tick
         self._tried: list[Tried] = []
         with hooks.using(None):
-            self._dense = [logits_of(anatomy, batch_BT) for batch_BT in batches]
+            self._dense = [Predicted.of(logits_of(anatomy, x)) for x in batches]
 
     def note(self, masks: Masks, changes: Sequence[Change]) -> Note:
         """Return what re-fits projections to changes of a cut, while the cut is re-fitted.
