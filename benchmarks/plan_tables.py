@@ -20,7 +20,8 @@ from transformers import AutoConfig
 
 from nuteprune import NutePruneConfig
 from nuteprune.jobs.plan import variants_of
-from nuteprune.train.phases import Run, disk
+from nuteprune.train.disk import disk
+from nuteprune.train.phases import Run
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
 QWEN3: dict[str, Any] = {

@@ -29,10 +29,11 @@ from nuteprune.model.wrappers import WRAPPERS
 from nuteprune.simulated import Live
 from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.disk import disk
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches
 from nuteprune.train.kernels import KERNEL, KERNELS, on_cpu
 from nuteprune.train.own_text import tokens_to_write
-from nuteprune.train.phases import FIXED, PRICING, WITH_TEACHERS, Phase, Run, disk
+from nuteprune.train.phases import FIXED, PRICING, WITH_TEACHERS, Phase, Run
 from nuteprune.train.simulate import Simulation, model_of
 from tests.unplanned import leave_unplanned
 from tests.wrapped import CONFIGS

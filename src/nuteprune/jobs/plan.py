@@ -28,7 +28,8 @@ from nuteprune.jobs.text import own_share
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
-from nuteprune.train.phases import FORMULA, ON_CPUS, Phase, Run, disk
+from nuteprune.train.disk import ON_CPUS, disk
+from nuteprune.train.phases import FORMULA, Phase, Run
 from nuteprune.train.settings import check_declared
 from nuteprune.train.simulate import Simulation
 

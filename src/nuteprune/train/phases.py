@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.blocks import JUDGED
 from nuteprune.data.openings import TEXT_TOKENS
-from nuteprune.distill.teachers import kind_met, snapshots
+from nuteprune.distill.teachers import kind_met
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
@@ -26,7 +26,7 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
 from nuteprune.train.kernels import of_all_widths
 from nuteprune.train.own_text import GUARD, tokens_to_write
-from nuteprune.train.pricing import UNITS
+from nuteprune.train.pricing import most_changes
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.simulate import Simulation, model_of
 from nuteprune.train.sizes import Sizes
@@ -39,8 +39,6 @@ RAMP, WITH_TEACHERS, FIXED = "step, ramp", "step, ramp and teachers", "step, fix
 PRICING = "cutting more and less"
 MOMENTS = 3
 """What Adam holds of a trained parameter, as a multiple: itself and two moments."""
-ON_CPUS = ("refitted", "cut")
-"""What `disk` counts that runs on CPUs alone write."""
 
 
 @dataclass(frozen=True)
@@ -275,9 +273,7 @@ class Run:
             * self.dtype.itemsize
         )
         sizes = self.allocator.layout.sizes
-        kinds = self.allocator.constraints.kinds
-        each = {"heads": 2 * UNITS, "kv_groups": 2 * UNITS, "neurons": 2}
-        changes = sum(min(size, each[kind]) for kind in kinds for size in sizes[kind])
+        changes = sum(most_changes(kind, size) for kind in sizes for size in sizes[kind])
         # Each from its own layer on: half of the layers on the average.
         work = block * self.args.priced_blocks * changes / 2
         return replace(self._judging, flops=work, fine=0) + Need(held, 0)
@@ -359,22 +355,3 @@ class Run:
             need = (self._judging - Need(gone, 0)).times(passes)
             found.append(Phase("judging the results", need, FORMULA))
         return found
-
-
-def disk(run: Run) -> dict[str, float]:
-    """Return the bytes that a run writes, by what they are for."""
-    targets, sizes, each = run.targets, run.sizes, run.dtype.itemsize
-    teachers = snapshots(targets[-1], run.schedule.ramp_steps) if run.snapshots else 0
-    later = teachers * (1 - targets[0] / targets[-1])  # these have re-fitted weights, in bfloat16
-    files = (run.written or run.dtype).itemsize / each
-    refitted = sizes.refitted if run.args.compensation else 0
-    checkpoint = 3 * sizes.adapters + refitted
-    return {
-        "result": sum(run.results) * files,
-        "refitted": refitted,
-        "tried": sizes.tried * run.priced,  # while units are scored
-        "cut": run.results[0] * files,  # the same, until it is written
-        "checkpoints": 3 * checkpoint if run.args.max_steps else 0,  # two are kept, one is written
-        "teachers": teachers * sizes.adapters / 2 + later * refitted * 2 / each,
-        "targets": (len(targets) - 1) * (sizes.adapters + refitted * 4 / each),
-    }

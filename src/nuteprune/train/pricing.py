@@ -106,6 +106,16 @@ def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
     return found
 
 
+def most_changes(kind: str, units: int) -> int:
+    """Return how many changes of a layer are measured at most.
+
+    Args:
+        kind: of its units.
+        units: how many it has of that kind.
+    """
+    return min(units, 2 if kind == "neurons" else 2 * UNITS)
+
+
 @dataclass(frozen=True)
 class Tried:
     """A change, and the weight that the projection has with it.

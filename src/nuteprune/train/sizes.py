@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from nuteprune.data.writing import fitting, most_cached
 from nuteprune.gates.budget import Budget
+from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.pricing import UNITS
+from nuteprune.train.pricing import most_changes
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,16 @@ class Sizes:
         last, adapters, tried = 0, 0, 0
         for i, layer in enumerate(anatomy.shape.layers):
             ends = {projection.path: block for block, projection in anatomy.ends(i).items()}
-            units = {"heads": layer.heads, "kv_groups": layer.kv_heads}
-            attention = sum(min(x, 2 * UNITS) for kind, x in units.items() if kind in kinds)
-            changes = {"attn_block": attention, "mlp_block": 2 * ("neurons" in kinds)}
+            units = {"heads": layer.heads, "kv_groups": layer.kv_heads, "neurons": layer.neurons}
+            changes: Counter[str] = Counter()
+            for kind in INPUTS.keys() & kinds:
+                changes[INPUTS[kind]] += most_changes(kind, units[kind])
             for path in anatomy.family.adapted:
                 module = anatomy.without_lora(i, path)
                 if module is not None:
                     adapters += args.lora_rank * sum(module.weight.shape)
                     last += module.weight.numel() * (path in ends)
-                    tried += module.weight.numel() * changes.get(ends.get(path, ""), 0)
+                    tried += module.weight.numel() * changes[ends.get(path, "")]
             if "expert_neurons" in kinds and (mixture := anatomy.mixture(i)) is not None:
                 last += mixture.stack(mixture.down).numel() * (not mixture.entry.weighed_first)
         total = anatomy.parameters()
