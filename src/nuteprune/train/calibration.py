@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from nuteprune.data.blocks import collated
 from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS, Method
@@ -26,6 +27,8 @@ from nuteprune.train.pricing import Measure, changes_of, following
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work outside of training."""
+FIRST = 32
+"""Items of the text that are looked at before a run."""
 PLAIN_BATCH = 4
 """Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
 
@@ -168,8 +171,12 @@ def refit_on(
     refit(anatomy, hooks, masks, batches, install, tick, dense, install_stack, note)
 
 
-def check_text(dataset: Any) -> None:
+def check_text(dataset: Any, alike: bool = False) -> None:
     """Refuse what no training text can be read from at any place, as calibration does.
+
+    Args:
+        dataset: the text.
+        alike: whether its items have to be of one length; the first ones tell.
 
     Raises:
         UserError: naming what is missing.
@@ -189,6 +196,8 @@ def check_text(dataset: Any) -> None:
             f"items of train_dataset have {', '.join(map(str, item))} and no input_ids: pass "
             "tokenized text"
         )
+    if alike:
+        collated([dataset[i] for i in range(min(FIRST, len(dataset)))])
 
 
 def calibration_batches(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
@@ -115,6 +116,23 @@ def check_offload(args: NutePruneConfig, packed: bool) -> None:
         raise UserError(
             "bf16 casts weights, and the casts would wait for the backward pass on the device: "
             "with offload use --dtype bfloat16 instead"
+        )
+
+
+def check_ascent(groups: Iterable[Mapping[str, Any]], optimizer: Optimizer) -> None:
+    """Refuse an optimizer that cannot ascend where some parameters have to.
+
+    Args:
+        groups: of parameters, as the optimizer was given them.
+        optimizer: made of them.
+
+    Raises:
+        UserError: if it knows no `maximize`.
+    """
+    if any(group.get("maximize") for group in groups) and "maximize" not in optimizer.defaults:
+        raise UserError(
+            f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
+            "pass an optimizer that has maximize"
         )
 
 

@@ -8,7 +8,7 @@ distillation losses train LoRA (and log-alpha), snapshots become teachers. At th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,7 @@ from nuteprune.train.averaging import around_sharded
 from nuteprune.train.bad_steps import clip_lora
 from nuteprune.train.calibration import Progress, check_text, silent
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.checks import check_given
+from nuteprune.train.checks import check_ascent, check_given
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.finish import Ending
 from nuteprune.train.prepare import prepare
@@ -42,9 +42,6 @@ from nuteprune.train.pruning import Pruning
 from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.run_settings import run_settings, write_settings
 from nuteprune.train.state import RunState
-
-FIRST = 32
-"""Items of the text that are looked at before a run."""
 
 
 class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
@@ -84,11 +81,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     ) -> None:
         collator = kwargs.pop("data_collator", None) or collated
         if train_dataset is not None:
-            check_text(train_dataset)
-            if collator is collated:  # before units are scored
-                collated(
-                    [train_dataset[i] for i in range(min(FIRST, len(cast(Sized, train_dataset))))]
-                )
+            check_text(train_dataset, alike=collator is collated)
         check_given(model, kwargs)
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
         self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
@@ -182,12 +175,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             )
             decay = self.args.weight_decay
             self.optimizer = kind([{"params": lora, "weight_decay": decay}, *groups], **settings)
-            ascends = any(group.get("maximize") for group in groups)
-            if ascends and "maximize" not in self.optimizer.defaults:
-                raise UserError(
-                    f"the Lagrangian's multipliers ascend, which {kind.__name__} cannot do: pass "
-                    "an optimizer that has maximize"
-                )
+            check_ascent(groups, self.optimizer)
         return self.optimizer
 
     def create_scheduler(
