@@ -17,7 +17,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.compensate import trying_out
-from nuteprune.train import calibration
+from nuteprune.train import calibration, pricing
 from nuteprune.train.calibration import calibration_batches, refit_on, score_in_rounds, score_on
 from nuteprune.train.prepare import prepare
 from nuteprune.train.pricing import MOST, Change, changes_of, following, logits_of
@@ -32,8 +32,9 @@ def cut(ready: Any, target: float) -> tuple[Any, Masks]:
 
 
 def test_changes_are_of_the_cheapest_that_stay_and_the_dearest_that_went(
-    tiny_model: Any, tmp_path: Path
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pricing, "NEAR", 1e9)
     ready = prepare(tiny_model("llama"), settings(tmp_path))
     scores, masks = cut(ready, 0.5)
     found = changes_of(masks, scores, 4)
@@ -64,11 +65,30 @@ def test_changes_are_of_the_cheapest_that_stay_and_the_dearest_that_went(
     assert {i for i, back in attention if not back} == {i for i in (1, 2) if kept[i].sum() > 1}
 
 
+def test_attention_far_from_the_cut_is_not_measured(tiny_model: Any, tmp_path: Path) -> None:
+    ready = prepare(tiny_model("llama"), settings(tmp_path))
+    scores, masks = cut(ready, 0.5)
+    scores["kv_groups"] = torch.tensor([1.0, 1.0, 0.4, 0.6, 1.9, 2.1])
+    gone = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])  # so the cut is at 0.6
+
+    def units(mask: torch.Tensor) -> set[tuple[int, tuple[int, ...], bool]]:
+        changed = Masks(masks.layout, masks.values | {"kv_groups": mask})
+        found = changes_of(changed, scores, 4)
+        return {(x.layer, x.units, x.back) for x in found if x.kind == "kv_groups"}
+
+    assert units(gone) == {(1, (0,), True), (1, (1,), True)}
+    gone[3] = 1.0  # at 0.4
+    assert units(gone) == {(1, (0,), True)}
+    gone[2] = 1.0  # nothing is gone: at the cheapest, 0.4
+    assert units(gone) == {(1, (0,), False), (1, (1,), False)}
+
+
 @pytest.mark.slow
 def test_prices_are_those_of_a_model_that_is_cut_so(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other layers stay as they were re-fitted to the cut itself."""
+    monkeypatch.setattr(pricing, "NEAR", 1e9)
     model, args = tiny_model("llama"), settings(tmp_path)
     dense = deepcopy(model)
     ready = prepare(model, args)

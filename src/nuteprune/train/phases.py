@@ -26,7 +26,7 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
 from nuteprune.train.kernels import of_all_widths
 from nuteprune.train.own_text import GUARD, tokens_to_write
-from nuteprune.train.pricing import most_changes
+from nuteprune.train.pricing import usual_changes
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.simulate import Simulation, model_of
 from nuteprune.train.sizes import Sizes
@@ -273,7 +273,7 @@ class Run:
             * self.dtype.itemsize
         )
         sizes = self.allocator.layout.sizes
-        changes = sum(most_changes(kind, size) for kind in sizes for size in sizes[kind])
+        changes = sum(usual_changes(kind, size) for kind in sizes for size in sizes[kind])
         # Each from its own layer on: half of the layers on the average.
         work = block * self.args.priced_blocks * changes / 2
         return replace(self._judging, flops=work, fine=0) + Need(held, 0)
