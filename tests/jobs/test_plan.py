@@ -597,6 +597,11 @@ def test_each_round_of_scoring_is_planned(tmp_path: Path) -> None:
         if name not in (PRICING, "re-fit"):
             assert ramp[name] == one[name], name
     assert "cutting units one by one" in one
+    # Each layer a little more and a little less, from its own place on: half of the layers.
+    neurons = work(0.3, gates="neurons")
+    block = neurons["judging the dense model"] / JUDGED
+    blocks = settings(tmp_path).priced_blocks
+    assert neurons[PRICING] == pytest.approx(config().num_hidden_layers * block * blocks)
 
 
 def test_what_earlier_rounds_and_targets_leave_is_held(

@@ -272,8 +272,8 @@ class Run:
             * (self.config.vocab_size + len(shape.layers) * shape.hidden)
             * self.dtype.itemsize
         )
-        sizes = self.allocator.layout.sizes
-        changes = sum(usual_changes(kind, size) for kind in sizes for size in sizes[kind])
+        sizes, kinds = self.allocator.layout.sizes, self.allocator.constraints.kinds
+        changes = sum(usual_changes(kind, size) for kind in kinds for size in sizes[kind])
         # Each from its own layer on: half of the layers on the average.
         work = block * self.args.priced_blocks * changes / 2
         return replace(self._judging, flops=work, fine=0) + Need(held, 0)
