@@ -98,6 +98,8 @@ def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
     for kind, value_N in masks.values.items():
         sizes = masks.layout.sizes[kind]
         near_N = _near_the_cut(value_N, scores[kind])
+        if kind == "neurons":
+            near_N.fill_(True)
         layers = zip(*(x.split(sizes) for x in (value_N, scores[kind], near_N)), strict=True)
         for layer, (mask_U, score_U, near_U) in enumerate(layers):
             order_U = score_U.argsort()
@@ -109,15 +111,13 @@ def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
             going = [x for x in cheapest.split(each)[:most] if len(x) < len(cheapest)]
             coming = [x for x in dearest.split(each)[:most] if len(x)]
             for back, parts in enumerate((going, coming)):
-                found += [
-                    Change(kind, layer, tuple(x.tolist()), bool(back))
-                    for x in parts
-                    if kind == "neurons" or near_U[x]
-                ]
+                near = [x for x in parts if near_U[x].all()]
+                found += [Change(kind, layer, tuple(x.tolist()), bool(back)) for x in near]
     return found
 
 
 def _near_the_cut(mask_N: Tensor, score_N: Tensor) -> Tensor:
+    """Return which scores are near to the largest of those that went, or to the smallest of all."""
     gone_N = mask_N == 0
     cut = score_N[gone_N].max() if gone_N.any() else score_N.min()
     return (score_N > cut / NEAR) & (score_N < cut * NEAR)
