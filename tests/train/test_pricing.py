@@ -102,7 +102,14 @@ def test_prices_are_those_of_a_model_that_is_cut_so(
     monkeypatch.setattr(calibration, "stops_before", lambda *_: [])
     monkeypatch.setitem(METHODS, "surgeon", replace(METHODS["surgeon"], settled=lambda _, x: x))
     bank, found = ready.coforward.bank, (TEXT, args, ready.anatomy, ready.hooks, ready.allocator)
-    score_in_rounds(*found, 0.5, partial(trying_out, bank), dense=bank.as_dense)
+    told: list[str] = []
+
+    def progress(what: str, *_: int) -> None:
+        told.append(what)
+
+    score_in_rounds(*found, 0.5, partial(trying_out, bank), progress, dense=bank.as_dense)
+    first = told.index("cutting more and less")
+    assert told[first:] == ["cutting more and less"] * (1 + len(seen))  # nothing is timed with it
     assert all(map(torch.equal, plain, ready.model.parameters()))
     assert set(seen) == set(changes_of(masks, scores, 4))
 

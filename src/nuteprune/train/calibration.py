@@ -116,13 +116,14 @@ def score_in_rounds(
     batches = calibration_batches(dataset, args.priced_blocks, PLAIN_BATCH, first=True)
     masks = allocator.masks(allocator.shape(scores, target), scores)
     changes = changes_of(masks, scores, allocator.constraints.neuron_multiple)
-    tick = counted(progress, "cutting more and less", len(changes))
     on_device = masks.to(str(anatomy.embedding.weight.device))
-    measure = Measure(anatomy, hooks, batches, Path(cast(str, args.output_dir)), tick)
+    measure = Measure(anatomy, hooks, batches, Path(cast(str, args.output_dir)))
     with trial() as install:
         note = measure.note(on_device, changes)
         refit_on(dataset, args, anatomy, hooks, on_device, install, progress, dense, note=note)
-        prices = measure.prices(install)
+        # Counted from here, so that the re-fit is not taken for the time of a change.
+        tick = counted(progress, "cutting more and less", len(changes))
+        prices = measure.prices(install, tick)
     check_finite([torch.tensor(list(prices.values()))], args.method)
     return following(scores, prices, allocator.layout)
 

@@ -161,7 +161,6 @@ class Measure:
         hooks: where masks multiply in it.
         batches: token ids (B, T) that tell.
         folder: where there is room for weights.
-        tick: called after each change.
     """
 
     @torch.no_grad()
@@ -171,10 +170,9 @@ class Measure:
         hooks: MaskHooks,
         batches: Sequence[Tensor],
         folder: Path,
-        tick: Callable[[], None],
     ) -> None:
         self._anatomy, self._hooks, self._batches = anatomy, hooks, batches
-        self._folder, self._tick = folder, tick
+        self._folder = folder
         self._tried: list[Tried] = []
         with hooks.using(None):
             self._dense = [Predicted.of(logits_of(anatomy, x)) for x in batches]
@@ -200,12 +198,13 @@ class Measure:
         return note
 
     @torch.no_grad()
-    def prices(self, install: Install) -> dict[Change, float]:
+    def prices(self, install: Install, tick: Callable[[], None]) -> dict[Change, float]:
         """Return what the changes cost, in nats a token: how much further off the model is.
 
         Args:
             install: puts a weight into the model, which is cut and re-fitted: columns of what is
                 gone are 0.
+            tick: called after each change.
         """
         layers, found = self._anatomy.layers, {}
         with self._hooks.using(None):
@@ -225,7 +224,7 @@ class Measure:
                         losses.append(self._loss(batch))
                 install(layer, projection, _fit(own_OI))
                 found[tried.change] = float(torch.stack(losses).mean() - torch.stack(own).mean())
-                self._tick()
+                tick()
         return found
 
     def _loss(self, batch: int) -> Tensor:
