@@ -77,6 +77,11 @@ def test_attention_far_from_the_cut_is_not_measured(tiny_model: Any, tmp_path: P
         return {(x.layer, x.units, x.back) for x in found if x.kind == "kv_groups"}
 
     assert units(gone) == {(1, (0,), True), (1, (1,), True)}
+    # Neurons are, wherever their layer stands: it is to move as a whole.
+    scores["neurons"].split(masks.layout.sizes["neurons"])[2].mul_(1e6)
+    sides = {(x.layer, x.back) for x in changes_of(masks, scores, 4) if x.kind == "neurons"}
+    kept = [x.sum() for x in masks.values["neurons"].split(masks.layout.sizes["neurons"])]
+    assert {i for i, back in sides if not back} == {i for i in range(3) if kept[i] > 4}
     gone[3] = 1.0  # at 0.4
     assert units(gone) == {(1, (0,), True)}
     gone[2] = 1.0  # nothing is gone: at the cheapest, 0.4

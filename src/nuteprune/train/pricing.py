@@ -36,8 +36,8 @@ from nuteprune.shrink.compensate import Fit, Install, Note, Regression
 UNITS = 4
 """Units of attention of a layer that go, and that come back, at most: those nearest to the cut."""
 NEAR = 2.0
-"""The score of such a unit is within this factor of the cut. Others keep their place: measured
-with them, no unit of the demo model went that stayed without, at 20 and at 50 %."""
+"""The score of such a unit is within this factor of the cut. Others are not measured. With all of
+them measured the same units of the demo model went, at 20 and at 50 % (docs/log.md)."""
 USUALLY = 0.45
 """The share of them that this is, about: 0.33 of the demo model's at 20 %, 0.45 at 50 %."""
 FURTHER = 1 / 12
