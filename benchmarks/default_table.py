@@ -1,8 +1,9 @@
-"""Table and picture of the default on other text, from results/default.json.
+"""Tables and picture of the default on other text, from results/default.json.
 
-`python benchmarks/default_table.py` writes both anew: the table into docs/quality.md, the picture
-beside the results. A run is in the table where it has a `row`, what the table calls it; the others
-are trials that the log tells of.
+`python benchmarks/default_table.py` writes them anew: the tables into docs/quality.md, the picture
+beside the results. A run is in a table where it has a `row`, what the table calls it; the others
+are trials that the log tells of. One table has the default beside other methods, the other one what
+differs from the default in a setting.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "default.json"
 PICTURE = RESULTS.with_name("other-text.png")
 PAGE = ROOT / "docs" / "quality.md"
-TABLE = re.compile(r"(?<=<!-- table: other text -->\n\n).*?(?=\n\n)", re.S)
-"""Where the page has the table."""
+BESIDE, VARIANTS = "other text", "variants"
+"""What the page calls its tables."""
 
 Run = Mapping[str, Any]
 Group = tuple[float, int, str]
@@ -40,11 +41,12 @@ FIRST = "the default"
 STYLES = {
     FIRST: ("o", "tab:blue"),
     "LLM-Pruner's units": ("s", "tab:orange"),
-    "LLM-Pruner's units, 39 % chats": ("s", "tab:orange"),
     "`--method taylor`": ("^", "tab:green"),
     "`--method flap`": ("v", "tab:red"),
 }
 """Row -> marker and colour; other rows are not drawn."""
+METHODS = (FIRST, "LLM-Pruner's units", "`--method taylor`", "`--method flap`")
+"""Rows of the first table."""
 STEPS = (0, 80)
 """Steps of the runs that are drawn."""
 
@@ -57,10 +59,7 @@ def figures(run: Run, dense: Run) -> dict[str, float]:
 
 
 def grouped(results: Mapping[str, Any]) -> dict[Group, list[dict[str, float]]]:
-    """Return the figures of each line of the table, by target and steps.
-
-    The default comes first, then other methods, then what is like the default but for something.
-    """
+    """Return the figures of each line of the tables, by target and steps; the default first."""
     groups: dict[Group, list[dict[str, float]]] = {}
     for run in results["runs"]:
         if "row" in run:
@@ -69,9 +68,9 @@ def grouped(results: Mapping[str, Any]) -> dict[Group, list[dict[str, float]]]:
     return dict(sorted(groups.items(), key=_place))
 
 
-def _place(item: tuple[Group, Any]) -> tuple[float, int, bool, bool]:
+def _place(item: tuple[Group, Any]) -> tuple[float, int, bool]:
     (target, steps, row), _ = item
-    return target, steps, row != FIRST, row.startswith(FIRST)
+    return target, steps, row != FIRST
 
 
 def line(group: Group, seeds: Sequence[Mapping[str, float]]) -> list[str]:
@@ -86,11 +85,21 @@ def line(group: Group, seeds: Sequence[Mapping[str, float]]) -> list[str]:
     return [*cells, f"{statistics.fmean(copied):.0f}{more} %"]
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """Return the table as the page has it."""
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    lines += [line(group, seeds) for group, seeds in grouped(results).items()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("|  |", "| |")
+def tables(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tables as the page has them, by what it calls them."""
+    heads = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    found: dict[str, list[list[str]]] = {BESIDE: [*heads], VARIANTS: [*heads]}
+    for group, seeds in grouped(results).items():
+        found[BESIDE if group[2] in METHODS else VARIANTS].append(line(group, seeds))
+    return {
+        name: "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("|  |", "| |")
+        for name, lines in found.items()
+    }
+
+
+def place(name: str) -> re.Pattern[str]:
+    """Return what finds a table in the page."""
+    return re.compile(rf"(?<=<!-- table: {name} -->\n\n).*?(?=\n\n)", re.S)
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -129,10 +138,12 @@ def _panel(axis: Axes, groups: Mapping[Group, Sequence[Mapping[str, float]]], co
 
 
 def main() -> None:
-    """Write the table and the picture anew."""
+    """Write the tables and the picture anew."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(TABLE.sub(lambda _: table(results), page, count=1), encoding="utf-8")
+    for name, table in tables(results).items():
+        page = place(name).sub(lambda _, text=table: text, page, count=1)
+    PAGE.write_text(page, encoding="utf-8")
     draw(results, PICTURE)
 
 

@@ -5,9 +5,8 @@
 
 A Qwen3-MoE of 3 million parameters is trained on the training part of the embedded texts, once for
 each seed, and pruned by each method to half of the experts of each layer: without training, and
-with LoRA on attention and routers, distilled from the dense model, and so with a term that keeps
-routers near the dense model's. The same to half of the neurons of each expert, without training.
-Perplexity is of the held-out part of the same texts. A result
+with LoRA on attention and routers, distilled from the dense model. The same to half of the neurons
+of each expert, without training. Perplexity is of the held-out part of the same texts. A result
 that is on file already is not made again, so a stopped run goes on.
 """
 
@@ -50,8 +49,6 @@ CASES = {
 }
 """Kind of gate -> how many are kept of a layer or an expert, by which methods, and after how many
 steps."""
-ROUTING_METHODS, ROUTING_WEIGHTS = ("reconstruction", "surgeon"), (0.1, 1.0)
-"""Weights of the routers' term that experts are removed with too, and by which methods."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -88,7 +85,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[Any]:
     """Yield a result for each seed and case that has none yet."""
-    known = {(x["seed"], x["gates"], x["method"], x["steps"], weight_of(x)) for x in done}
+    known = {(x["seed"], x["gates"], x["method"], x["steps"]) for x in done}
     for seed in SEEDS:
         todo = [case for case in cases() if (seed, *case) not in known]
         if not todo:
@@ -98,17 +95,16 @@ def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> 
             began = time.perf_counter()
             train(dense, seed, args.trained)
             print(f"seed {seed}: trained in {time.perf_counter() - began:.0f} s", flush=True)
-        for gates, method, steps, weight in todo:
+        for gates, method, steps in todo:
             record = prune(
                 model=str(dense),
                 data="demo",
                 shape={gates: CASES[gates][0]},
-                out=folder / f"{seed}-{gates}-{method}-{steps}-{weight}",
+                out=folder / f"{seed}-{gates}-{method}-{steps}",
                 method=method,
                 gates=gates,
                 shapes="uniform",
                 steps=steps,
-                routing_weight=weight,
                 batch_size=BATCH,
                 length=LENGTH,
                 shares=[1.0],
@@ -119,22 +115,15 @@ def rows(folder: Path, args: argparse.Namespace, done: list[dict[str, Any]]) -> 
             )
             found = {when: record["perplexity"][when] for when in ("before", "after")}
             row = {"seed": seed, "gates": gates, "method": method, "steps": steps}
-            row |= {"routing_weight": weight, "params": record["params"]}
+            row["params"] = record["params"]
             print({**row, **found}, flush=True)
             yield {**row, **found, "sparsity": record["sparsity"], "seconds": record["seconds"]}
 
 
-def cases() -> Iterator[tuple[str, str, int, float]]:
-    """Yield (kind of gate, method, steps, weight of the routers' term)."""
+def cases() -> Iterator[tuple[str, str, int]]:
+    """Yield (kind of gate, method, steps)."""
     for gates, (_, methods, all_steps) in CASES.items():
-        yield from ((gates, method, steps, 0.0) for method in methods for steps in all_steps)
-    for weight in ROUTING_WEIGHTS:
-        yield from (("experts", method, DISTILLED, weight) for method in ROUTING_METHODS)
-
-
-def weight_of(row: dict[str, Any]) -> float:
-    """Return the weight of a result's term of routers."""
-    return float(row.get("routing_weight", 0.0))
+        yield from ((gates, method, steps) for method in methods for steps in all_steps)
 
 
 def train(folder: Path, seed: int, steps: int) -> None:
@@ -214,24 +203,22 @@ def tables(result: dict[str, Any]) -> str:
 def table(kind: str, found: list[dict[str, Any]]) -> str:
     """Return the table of geometric means over the texts: the seeds' mean, and each seed's."""
     dense = {x["seed"]: geometric(x["before"]) for x in found}
-    columns = sorted({(weight_of(x), x["steps"]) for x in found})
-    head = [f"{kind} kept by", *(title(n, weight) for weight, n in columns)]
+    columns = sorted({x["steps"] for x in found})
+    head = [f"{kind} kept by", *map(title, columns)]
     lines = [head, ["---"] * len(head)]
     lines.append(["all (dense)", *[told(dense.values())] * len(columns)])
     for method in dict.fromkeys(x["method"] for x in found):
         own = [x for x in found if x["method"] == method]
         cells = [
-            told(geometric(x["after"]) for x in own if (weight_of(x), x["steps"]) == column)
-            for column in columns
+            told(geometric(x["after"]) for x in own if x["steps"] == column) for column in columns
         ]
         lines.append([method, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def title(steps: int, weight: float) -> str:
+def title(steps: int) -> str:
     """Return the head of a column."""
-    after = f"after {steps} steps" if steps else "one-shot"
-    return f"{after}, routing_weight {weight:g}" if weight else after
+    return f"after {steps} steps" if steps else "one-shot"
 
 
 def geometric(values: dict[str, float]) -> float:

@@ -122,7 +122,6 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
     same = {**how, "adam_epsilon": 1e-2, "shares": 1, "compensation": False, "neuron_multiple": 8}
-    same["routing_weight"] = 0.5
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     asked = command(tiny_inputs, two, batch_size=4, sharded=True, **same)
     assert said(python(*QUICK, *asked, processes=2)).count("Saved") == 1
@@ -148,7 +147,6 @@ def test_two_processes_re_fit_experts_as_one_does(
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model("qwen2_moe", vocab_size=512).save_pretrained(tiny_inputs[0])
     same = {"gates": "expert_neurons", "neuron_multiple": 8, "adam_epsilon": 1e-2, "shares": 1}
-    same["routing_weight"] = 0.5
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     said(python(*QUICK, *command(tiny_inputs, two, batch_size=4, **same), processes=2))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)

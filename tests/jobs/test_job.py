@@ -108,8 +108,8 @@ def test_the_settings_of_a_run_are_few() -> None:
     )
     inherited = {x.name for x in dataclasses.fields(NutePruneConfig.__mro__[1])}
     # Five targets beside sparsity, what a cache, a speed and a table of costs are of, the
-    # multiples that a quantization wants, layers that stay off the device, a term of routers.
-    assert len(own - inherited) == 18 + 5 + 5 + 1 + 1 + 1
+    # multiples that a quantization wants, layers that stay off the device.
+    assert len(own - inherited) == 18 + 5 + 5 + 1 + 1
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,22 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.own_text import READINGS, tokens_to_write
 
 
-@pytest.mark.parametrize(("steps", "readings"), [(1, 1), (400, 1), (1600, READINGS)])
+@pytest.mark.parametrize(
+    ("steps", "calibration_blocks", "readings"),
+    [(1, 32, 1), (400, 32, 1), (1600, 32, READINGS), (80, 400, 1)],
+)
 def test_a_model_writes_what_is_read_and_no_more(
-    steps: int, readings: int, tiny_tokenizer, tmp_path: Path
+    steps: int, calibration_blocks: int, readings: int, tiny_tokenizer, tmp_path: Path
 ) -> None:
-    config = NutePruneConfig(output_dir=str(tmp_path), max_steps=steps, use_cpu=True)
+    config = NutePruneConfig(
+        output_dir=str(tmp_path),
+        max_steps=steps,
+        calibration_blocks=calibration_blocks,
+        use_cpu=True,
+    )
     length, share = 9, 0.5
     tokens = tokens_to_write(config, share, length)
-    most = max(config.scored_blocks, config.refit_blocks, config.blocks)
+    most = config.blocks
     # Each token is another one, so that how often it is read can be counted.
     blocks = training_blocks(
         "self",

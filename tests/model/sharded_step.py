@@ -34,7 +34,7 @@ lora = [p for p in model.parameters() if p.requires_grad]
 for p in lora:
     p.data.normal_(generator=random).mul_(0.2)
 anatomy = Anatomy(model)
-coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative, routing=True)
+coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
 of_masks = torch.Generator().manual_seed(5)  # all blocks keep something
 layout = Layout(anatomy.shape, anatomy.head_dim)
 
@@ -70,8 +70,6 @@ for student in (fixed, learned):  # the second finds what the first has left
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
         head = Head.of(anatomy)
         loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)
-        if passage.routing_loss is not None:  # of a mixture
-            loss = loss + passage.routing_loss
         loss.backward()
     average_gradients((*lora, *gates))
     dist.all_reduce(loss.detach_())

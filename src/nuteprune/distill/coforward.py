@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.distill.losses import LayerTerm, token_weights
-from nuteprune.distill.routers import Routers
 from nuteprune.distill.teachers import Role
 from nuteprune.gates.features import NarrowMasks
 from nuteprune.gates.masks import Masks
@@ -36,12 +35,10 @@ teachers have many, kernel libraries keep some 0.1 MB."""
 
 @dataclass
 class Passage:
-    """What one co-forward pass leaves: sums of layers' terms, and what both heads would read."""
+    """What one co-forward pass leaves: the sum of layers' terms, and what both heads would read."""
 
     layer_loss: Tensor | None = None
     layers: int = 0
-    routing_loss: Tensor | None = None
-    routers: int = 0
     student_BTD: Tensor | None = None
     teacher_BTD: Tensor | None = None
     _running_BTD: Tensor | None = field(default=None, repr=False)
@@ -55,9 +52,8 @@ class CoForward:
         hooks: where masks multiply in it.
         layer_term: distance of a layer's outputs (student, teacher, weights) -> scalar;
             None: no layer terms.
-        routing: whether what routers give is compared too.
-        normed: whether the last layer's outputs are compared behind the final norm.
         folder: where a CPU has weights in place of the base's, see `LoraBank`.
+        normed: whether the last layer's outputs are compared behind the final norm.
     """
 
     def __init__(
@@ -65,7 +61,6 @@ class CoForward:
         anatomy: Anatomy,
         hooks: MaskHooks,
         layer_term: LayerTerm | None = None,
-        routing: bool = False,
         folder: Path | None = None,
         normed: bool = False,
     ) -> None:
@@ -73,7 +68,6 @@ class CoForward:
         self.hooks = hooks
         self.bank = LoraBank(anatomy, folder)
         self.layer_term, self.normed = layer_term, normed
-        self.routers = Routers(anatomy, hooks) if routing else None
         self._fixed: dict[str, NarrowMasks] = {}
 
     @contextmanager
@@ -129,7 +123,6 @@ class CoForward:
             handles.append(first.register_forward_pre_hook(_take_entry(passage), prepend=True))
             for i, layer in enumerate(self.anatomy.layers):
                 handles.append(self._on_layer(passage, layer, i, teacher, theirs, weight_BT))
-            handles += self.routers.watch() if self.routers else []
         with ExitStack() as stack:
             for handle in handles:
                 stack.enter_context(handle)
@@ -167,29 +160,18 @@ class CoForward:
                 # `forward`, not a call: the layer's own hooks must not run for the teacher.
                 theirs_BTD = _hidden(layer.forward(theirs_BTD, *args[1:], **kwargs))
             passage._running_BTD = theirs_BTD
-            self._compare(passage, index, _hidden(output), weight_BT)
+            if not (self.normed and index == len(self.anatomy.layers) - 1):
+                self._add_term(passage, _hidden(output), theirs_BTD, weight_BT)
 
         # First of all hooks: FSDP2's lets the layer's weights go.
         return layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
-
-    def _compare(
-        self, passage: Passage, index: int, student_BTD: Tensor, weight_BT: Tensor
-    ) -> None:
-        """Add up the terms of a layer that both roles have gone through."""
-        if not (self.normed and index == len(self.anatomy.layers) - 1):
-            assert passage._running_BTD is not None
-            self._add_term(passage, student_BTD, passage._running_BTD, weight_BT)
-        apart = self.routers.term(index, weight_BT) if self.routers else None
-        if apart is not None:
-            passage.routing_loss = _plus(passage.routing_loss, apart)
-            passage.routers += 1
 
     def _add_term(
         self, passage: Passage, student_BTD: Tensor, teacher_BTD: Tensor, weight_BT: Tensor
     ) -> None:
         if self.layer_term is not None:
-            term = self.layer_term(student_BTD, teacher_BTD, weight_BT)
-            passage.layer_loss = _plus(passage.layer_loss, term)
+            term, total = self.layer_term(student_BTD, teacher_BTD, weight_BT), passage.layer_loss
+            passage.layer_loss = term if total is None else total + term
             passage.layers += 1
 
     def _on_final_norm(self, passage: Passage, teacher: Role | None, weight_BT: Tensor) -> Any:
@@ -210,10 +192,6 @@ def _take_entry(passage: Passage) -> Any:
         passage._running_BTD = args[0].detach()
 
     return hook
-
-
-def _plus(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total + term
 
 
 def _hidden(output: Any) -> Tensor:

@@ -36,7 +36,6 @@ class Objective:
         normed: whether the last layer's is behind the final norm, as in the authors' code.
         temperature: softening of both token distributions.
         lm_weight: weight of the language-model loss, 0 for none.
-        routing_weight: weight of the routers' terms, their mean over layers; 0 for none of them.
     """
 
     token_weight: float = 1.0
@@ -46,7 +45,6 @@ class Objective:
     normed: bool = False
     temperature: float = 1.0
     lm_weight: float = 0.0
-    routing_weight: float = 0.0
 
     @property
     def layer_distance(self) -> LayerTerm | None:
@@ -64,7 +62,7 @@ class Objective:
             inputs: the batch: `input_ids` (B, T) and maybe `attention_mask` (B, T).
 
         Returns:
-            `token_kl`, `layer` and `routing` where a teacher took part, `lm` where it has a weight.
+            `token_kl` and `layer` where a teacher took part, `lm` where it has a weight.
         """
         parts = {}
         if passage.teacher_BTD is not None and passage.student_BTD is not None:
@@ -75,8 +73,6 @@ class Objective:
         if passage.layer_loss is not None:
             count = 1 if self.layer_term == "mse" else passage.layers
             parts["layer"] = self.layer_weight * passage.layer_loss / count
-        if passage.routing_loss is not None:
-            parts["routing"] = self.routing_weight * passage.routing_loss / passage.routers
         if self.lm_weight:
             parts["lm"] = self.lm_weight * text_loss(passage, head, inputs)
         return parts

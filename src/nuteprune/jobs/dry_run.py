@@ -12,6 +12,8 @@ from nuteprune.jobs.show import told
 from nuteprune.jobs.sources import stored_dtype
 from nuteprune.jobs.text import own_share
 from nuteprune.memory import peak, reset_peak
+from nuteprune.model.packed import is_packed
+from nuteprune.train.calibration import refits, stops_before
 from nuteprune.train.extrapolate import Unplanned
 from nuteprune.train.kernels import on_cpu
 from nuteprune.train.phases import FORMULA, Phase, Run
@@ -150,8 +152,10 @@ def _where(trainer: NutePruneTrainer) -> str:
 
 def _reckoned(trainer: NutePruneTrainer, writing: float, step: float) -> float:
     """Return about how long a run takes that cannot be planned."""
-    args = trainer.args
+    args, anatomy, kinds = trainer.args, trainer.anatomy, trainer.allocator.constraints.kinds
+    asked = (args, kinds, is_packed(anatomy.model))
+    rounds = 1 + len(stops_before(trainer.targets[-1], *asked))
     # A scored or re-fitted block costs most of a step's share of one.
-    blocks = args.scored_blocks + args.refit_blocks * len(trainer.targets)
+    blocks = args.scored_blocks * rounds + args.refit_blocks * refits(trainer.targets, *asked)
     each = args.train_batch_size * args.gradient_accumulation_steps
     return writing + step * (args.max_steps + blocks / each)

@@ -37,7 +37,6 @@ LOSS_PARTS: Final[Mapping[str, tuple[str, str]]] = {
     "token_kl": ("tokens (KL)", "blue"),
     "layer": ("layers", "orange"),
     "lm": ("language model", "green"),
-    "routing": ("routers", "green"),  # never with the one above, which takes no teacher
     "penalty": ("sparsity term", "violet"),
 }
 """Key in metrics.jsonl -> (label, colour)."""

@@ -95,8 +95,6 @@ class Experts:
     """Config attribute: into how many groups of one size the router divides them, if it may."""
     weighed_first: bool = False
     """All of them read all tokens, weighed before: by 0 where they are not chosen."""
-    sigmoid: bool = False
-    """The router gives each expert a probability of its own, not a share of one."""
     count_in_4: str = ""
     """Config attribute: how many there are, where transformers 4 has another name for it."""
     per_token: str = "num_experts_per_tok"

@@ -28,10 +28,6 @@ class Mixture:
     experts: Any
     per_token: int
 
-    def logits(self, routed: tuple[Tensor, ...]) -> Tensor:
-        """Return the logits (tokens, experts) in what the router gives."""
-        return routed[1 if self.entry.weighed_first else 0]
-
     def stack(self, projection: Projection) -> nn.Parameter:
         """Return a projection's weights: (experts, rows, columns), or as the entry has them."""
         return cast(nn.Parameter, getattr(self.experts, projection.path.rpartition(".")[2]))

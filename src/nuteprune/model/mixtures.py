@@ -84,7 +84,6 @@ GLM4_MOE = replace(
         shared=_within("mlp.shared_experts"),
         shared_times="n_shared_experts",
         groups="n_group",
-        sigmoid=True,
     ),
     buffers=("mlp.gate.e_score_correction_bias",),
     gguf=("glm4moe",),
@@ -137,7 +136,6 @@ LLAMA4 = replace(
         shared_times=1,
         transposed=True,
         weighed_first=True,
-        sigmoid=True,
     ),
     config_names=MappingProxyType(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -58,14 +58,21 @@ def stops_before(
 
 
 def tries(args: NutePruneConfig, kinds: Collection[str], packed: bool) -> bool:
-    """Return whether cuts can be tried: masks come at once, and whole weights are re-fitted."""
-    refitted = args.compensation and set(kinds) <= set(INPUTS)
-    return refitted and not (any(args.shares) or args.sharded or packed)
+    """Return whether cuts of these kinds can be tried; see `NutePruneConfig.tried`."""
+    return args.tried and set(kinds) <= set(INPUTS) and not packed
 
 
 def priced(args: NutePruneConfig, kinds: Collection[str], packed: bool = False) -> bool:
     """Return whether scores follow what is measured at the target."""
     return METHODS[args.method].priced and tries(args, kinds, packed)
+
+
+def refits(
+    targets: Sequence[float], args: NutePruneConfig, kinds: Collection[str], packed: bool = False
+) -> int:
+    """Return how often projections are re-fitted: at stops, to measure there, at each target."""
+    stops = stops_before(targets[-1], args, kinds, packed)
+    return (len(stops) + priced(args, kinds, packed) + len(targets)) * args.compensation
 
 
 def score_in_rounds(

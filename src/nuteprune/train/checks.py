@@ -277,11 +277,6 @@ def check_combinations(args: NutePruneConfig, method: str) -> None:
             "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "
             "to compute in (--dtype)"
         )
-    if args.routing_weight and args.teachers == "none":
-        raise UserError(
-            f"routing_weight is {args.routing_weight:g}, and with teachers none there is no "
-            "teacher whose routers to stay near: leave one of the two out"
-        )
     if args.lora_targets == "qv" and args.compensation:
         raise UserError(
             "the re-fit puts weights in place beside LoRA, which lora_targets qv leaves the "

@@ -84,8 +84,6 @@ class NutePruneConfig(RunArguments):
         teachers: `numerous` (snapshots on the way), `dense` (the dense model alone), or `none`:
             the text itself is learned, by the language-model loss.
         objective: `relative` (token KL, and layer terms relative to the teacher's norm) or `paper`.
-        routing_weight: of a mixture of experts, weight of the term that keeps the student's routers
-            near the teacher's: their KL divergence, averaged over tokens and layers. 0: none.
 
     Parameters that control LoRA and the re-fit:
 
@@ -231,12 +229,6 @@ class NutePruneConfig(RunArguments):
         "relative", "relative, or paper (its weights and layer terms).", choices=tuple(OBJECTIVES)
     )
 
-    routing_weight: float = setting(
-        0.0,
-        "Weight of the term that keeps a mixture's routers near the teacher's; 0 (default): none.",
-        bounds=(0, 1e6),
-    )
-
     lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
     lora_alpha: int | None = setting(
         None, "The adapters' scale is alpha / rank; default: 1.", bounds=(1, 1e6)
@@ -369,15 +361,25 @@ class NutePruneConfig(RunArguments):
         return round(REFIT_BLOCKS * self.calibration_blocks) if self.compensation else 0
 
     @property
+    def tried(self) -> bool:
+        """Whether a cut can be tried: masks come at once, and whole weights are re-fitted."""
+        return self.compensation and not (any(self.shares) or self.sharded)
+
+    @property
     def priced_blocks(self) -> int:
         """Blocks that tell what units cost at the target, beside what the re-fit reads."""
-        return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * METHODS[self.method].priced
+        priced = METHODS[self.method].priced and self.tried
+        return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * priced
+
+    @property
+    def calibrated_blocks(self) -> int:
+        """Blocks that are read before the first step."""
+        return max(self.scored_blocks, self.refit_blocks + self.priced_blocks)
 
     @property
     def blocks(self) -> int:
-        """Blocks that the run needs: its steps, its scores and its re-fit share them."""
-        learned = self.max_steps * self.sequences_per_step
-        return max(1, learned, self.scored_blocks, self.refit_blocks + self.priced_blocks)
+        """Blocks that the run needs: its steps share them with what comes before."""
+        return max(1, self.max_steps * self.sequences_per_step, self.calibrated_blocks)
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:

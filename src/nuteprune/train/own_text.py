@@ -22,6 +22,6 @@ def tokens_to_write(config: NutePruneConfig, share: float, length: int) -> int:
         share: its share of the run's blocks.
         length: tokens per block.
     """
-    calibrated = max(config.scored_blocks, config.refit_blocks)
-    blocks = max(calibrated, min(config.blocks, ONCE), config.blocks / READINGS)
+    once = max(config.calibrated_blocks, min(config.blocks, ONCE))
+    blocks = max(once, config.blocks / READINGS)
     return written_blocks(max(1, round(share * blocks))) * length

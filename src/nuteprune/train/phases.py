@@ -21,7 +21,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.asked import SETTINGS
-from nuteprune.train.calibration import PLAIN_BATCH, priced, stops_before
+from nuteprune.train.calibration import PLAIN_BATCH, priced, refits, stops_before
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches, shortened
 from nuteprune.train.kernels import of_all_widths
@@ -237,8 +237,7 @@ class Run:
             need = self._writing(block)
             found.append(Phase("writing text", need, FORMULA, read=self._read_to_write()))
         kinds = self.allocator.constraints.kinds
-        stops = stops_before(self.targets[-1], args, kinds, self.packed)
-        rounds = 1 + len(stops)
+        rounds = 1 + len(stops_before(self.targets[-1], args, kinds, self.packed))
         if args.scored_blocks:  # masks that are learned ask for no scores
             scoring = self.simulated(Simulation.sloping).times(args.calibration_blocks)
             if method.reads_plain:
@@ -259,7 +258,8 @@ class Run:
             refit = self._one_by_one(Simulation.refitting, batches)
             if args.max_steps and (self.schedule.stage(0).freeze_step or len(self.targets) > 1):
                 refit += Need((MOMENTS - 1) * self.sizes.adapters, 0)  # it is between steps
-            found.append(Phase("re-fit", refit.times(len(stops) + self.priced + len(self.targets))))
+            times = refits(self.targets, args, kinds, self.packed)
+            found.append(Phase("re-fit", refit.times(times)))
         return found
 
     def _pricing(self, block: float) -> Need:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -165,12 +165,10 @@ def prepare(
     peft_model = with_lora(dense, args)
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
-    taught = replace(OBJECTIVES[args.objective], routing_weight=args.routing_weight)
-    objective = TEXT if args.teachers == "none" else taught
+    objective = TEXT if args.teachers == "none" else OBJECTIVES[args.objective]
     run, keep = Path(cast(str, args.output_dir)), args.device.type != "cpu"
-    routing = objective.routing_weight > 0
     distance, normed = objective.layer_distance, objective.normed
-    coforward = CoForward(anatomy, hooks, distance, routing, run, normed)
+    coforward = CoForward(anatomy, hooks, distance, run, normed)
     ramp, freeze = args.shares
     schedule = Schedule(targets, args.max_steps, ramp, freeze)
     kind = kind_met(args.teachers, schedule)

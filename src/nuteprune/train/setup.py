@@ -118,11 +118,6 @@ def _check_mixture(anatomy: Anatomy, args: NutePruneConfig, mixture: bool, speed
     Raises:
         UserError: saying which to leave out.
     """
-    if args.routing_weight and not mixture:
-        raise UserError(
-            f"routing_weight is {args.routing_weight:g}, and the model has no routers, which a "
-            "mixture of experts has: leave it out"
-        )
     if speed and mixture:
         raise UserError(
             "a speedup is asked for, and a table of costs is of dense blocks, not of a mixture of "
