@@ -45,7 +45,13 @@ STYLES = {
     "`--method flap`": ("v", "tab:red"),
 }
 """Row -> marker and colour; other rows are not drawn."""
-METHODS = (FIRST, "LLM-Pruner's units", "`--method taylor`", "`--method flap`")
+METHODS = (
+    FIRST,
+    "the default, `--gates neurons`",
+    "LLM-Pruner's units",
+    "`--method taylor`",
+    "`--method flap`",
+)
 """Rows of the first table."""
 STEPS = (0, 80)
 """Steps of the runs that are drawn."""
