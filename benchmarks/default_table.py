@@ -52,7 +52,7 @@ METHODS = (
     "`--method taylor`",
     "`--method flap`",
 )
-"""Rows of the first table."""
+"""Rows of the first table, in their order."""
 STEPS = (0, 80)
 """Steps of the runs that are drawn."""
 
@@ -65,7 +65,7 @@ def figures(run: Run, dense: Run) -> dict[str, float]:
 
 
 def grouped(results: Mapping[str, Any]) -> dict[Group, list[dict[str, float]]]:
-    """Return the figures of each line of the tables, by target and steps; the default first."""
+    """Return the figures of each line of the tables, by target, steps and method."""
     groups: dict[Group, list[dict[str, float]]] = {}
     for run in results["runs"]:
         if "row" in run:
@@ -74,9 +74,9 @@ def grouped(results: Mapping[str, Any]) -> dict[Group, list[dict[str, float]]]:
     return dict(sorted(groups.items(), key=_place))
 
 
-def _place(item: tuple[Group, Any]) -> tuple[float, int, bool]:
+def _place(item: tuple[Group, Any]) -> tuple[float, int, int]:
     (target, steps, row), _ = item
-    return target, steps, row != FIRST
+    return target, steps, METHODS.index(row) if row in METHODS else len(METHODS)
 
 
 def line(group: Group, seeds: Sequence[Mapping[str, float]]) -> list[str]:
