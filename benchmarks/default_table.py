@@ -48,6 +48,7 @@ STYLES = {
 METHODS = (
     FIRST,
     "the default, `--gates neurons`",
+    "the default, `--data self`",
     "LLM-Pruner's units",
     "`--method taylor`",
     "`--method flap`",
