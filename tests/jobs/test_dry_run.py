@@ -19,7 +19,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.extrapolate import Need
+from nuteprune.train.extrapolate import Need, Unplanned
 from nuteprune.train.kernels import on_cpu
 from nuteprune.train.phases import FORMULA, Phase, Run
 
@@ -30,9 +30,9 @@ pytestmark = [
 LENGTH, JUDGED = 16, 12
 
 
-def found(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+def found(model: PreTrainedModel, folder: Path, sparsity: float = 0.2) -> dict[str, Any]:
     """Do a dry run of a model, which took 5 s to write."""
-    given = {"target_sparsity": 0.2, "max_steps": 3, "neuron_multiple": 4, "length": LENGTH}
+    given = {"target_sparsity": sparsity, "max_steps": 3, "neuron_multiple": 4, "length": LENGTH}
     asked = {"model": "unused", "out": folder, **given}
     job = make_job(PruneJob, NutePruneConfig, asked)
     args = NutePruneConfig(output_dir=str(folder), use_cpu=True, **job.settings)
@@ -119,6 +119,20 @@ def test_what_cannot_be_planned_is_reckoned_by_steps(
     dry = found(tiny_model("mixtral"), tmp_path)
     assert "phases" not in dry
     assert dry["seconds"] > 5 + 3 * dry["seconds_per_step"]
+
+
+def test_what_is_reckoned_counts_rounds_and_re_fits(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 50 %: scored twice, re-fitted at the stop, where prices are measured, and at the end."""
+
+    def unplanned(*_: Any) -> None:
+        raise Unplanned("not this time")
+
+    monkeypatch.setattr("nuteprune.jobs.dry_run._planned", unplanned)
+    monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", lambda _: 2.0)
+    dry = found(tiny_model("llama"), tmp_path, 0.5)
+    assert dry["seconds"] == 5 + 2 * (3 + (96 * 2 + 144 * 3) / 4)
 
 
 def test_the_peak_of_a_step_is_counted_from_its_beginning(

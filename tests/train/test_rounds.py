@@ -18,7 +18,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import trying_out
 from nuteprune.train import calibration
-from nuteprune.train.calibration import refit_on, score_in_rounds, score_on, stops_before
+from nuteprune.train.calibration import refit_on, refits, score_in_rounds, score_on, stops_before
 from nuteprune.train.prepare import prepare
 from nuteprune.train.setup import make_allocator
 from tests.refits import install_weight
@@ -50,6 +50,32 @@ def test_stops_on_the_way(target: float, more: Any, stops: list[float], tmp_path
     assert stops_before(target, args, KINDS) == pytest.approx(stops)
     assert stops_before(target, args, (*KINDS, "hidden")) == []
     assert stops_before(target, args, KINDS, packed=True) == []
+
+
+@pytest.mark.parametrize(
+    ("targets", "more", "times", "priced"),
+    [
+        ((0.2,), {}, 2, 2),
+        ((0.5,), {}, 3, 2),
+        ((0.2, 0.5), {}, 4, 2),
+        ((0.2,), {"method": "flap"}, 1, 0),
+        ((0.5,), {"method": "flap"}, 2, 0),
+        ((0.2,), {"ramp_share": 0.5}, 1, 0),
+        ((0.2,), {"sharded": True}, 1, 0),
+        ((0.2,), {"compensation": False}, 0, 0),
+    ],
+)
+def test_re_fits_and_blocks_of_prices(
+    targets: tuple[float, ...], more: Any, times: int, priced: int, tmp_path: Path
+) -> None:
+    """At each stop, where prices are measured, and at each target; half a block for each of 4."""
+    args = settings(tmp_path, **more)
+    assert refits(targets, args, KINDS) == times
+    assert args.priced_blocks == priced
+    assert args.calibrated_blocks == max(args.scored_blocks, args.refit_blocks + priced)
+    kept = len(targets) * bool(args.compensation)
+    assert refits(targets, args, (*KINDS, "hidden")) == kept
+    assert refits(targets, args, KINDS, packed=True) == kept
 
 
 @pytest.mark.parametrize("method", ["surgeon", "fisher"])
