@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
 
 from nuteprune.errors import UserError
-from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.model.family import GATE_KINDS
+from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.train.asked import moment
 
 if TYPE_CHECKING:

@@ -12,16 +12,14 @@ from transformers import SchedulerType
 
 from nuteprune.distill.objective import OBJECTIVES
 from nuteprune.export.gguf_arch import SUPER_BLOCK
-from nuteprune.gates.gate_types import GATE_TYPES
-from nuteprune.gates.importance import METHODS
+from nuteprune.gates.importance import METHOD, METHODS
 from nuteprune.model.family import GATE_KINDS
+from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.asked import KINDS, Asked, check_one, several, sparsities
 from nuteprune.train.checks import check_combinations, check_kinds, check_targets
 from nuteprune.train.settings import CALL, HOW, setting
 
-METHOD = "surgeon"
-"""The ranking by default: docs/quality.md says why."""
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
 REFIT_BLOCKS = 4.5
@@ -341,6 +339,16 @@ class NutePruneConfig(RunArguments):
         """Shares of a target's steps by which it is reached, and masks are frozen."""
         ramp = GATE_TYPES[self.gate_type].ramp_share if self.ramp_share is None else self.ramp_share
         return ramp, ramp if self.freeze_share is None else self.freeze_share
+
+    @property
+    def pipeline(self) -> str:
+        """The module whose `pipeline` goes through the run's stages."""
+        return f"nuteprune.{'progressive.' if self.is_progressive else ''}pipeline"
+
+    @property
+    def is_progressive(self) -> bool:
+        """Whether masks move while the student learns."""
+        return GATE_TYPES[self.gate_type].trained or any(self.shares)
 
     @property
     def staged(self) -> bool:
