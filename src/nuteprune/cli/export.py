@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.export.gguf import FILE_TYPES, write_gguf
-from nuteprune.export.onnx import require_packages, write_onnx
 from nuteprune.files import at_home, check_file
-from nuteprune.jobs.family import take
-from nuteprune.jobs.sources import load_model, load_tokenizer, read_config
 
-TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
-"""Format -> how it stores weights, the default first."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
+"""Format -> how it stores weights, the default first; as `export.gguf.FILE_TYPES` has them."""
 
 
 def export(
@@ -60,6 +57,9 @@ def export(
     check_file("--out", out, f"{out}/model.{to}")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
+    from nuteprune.jobs.family import take
+    from nuteprune.jobs.sources import load_tokenizer, read_config
+
     take(family, model)
     read_config(model)
     if to == "onnx":
@@ -77,6 +77,9 @@ def _export_gguf(
     tokenizer: PreTrainedTokenizerBase,
     output: Output,
 ) -> None:
+    from nuteprune.export.gguf import write_gguf
+    from nuteprune.jobs.sources import load_model
+
     loaded = load_model(model, None)
     with output.bars() as bars:
         written = write_gguf(
@@ -103,6 +106,11 @@ def _export_gguf(
 
 
 def _export_onnx(model: str, out: Path, output: Output) -> None:
+    import torch
+
+    from nuteprune.export.onnx import require_packages, write_onnx
+    from nuteprune.jobs.sources import load_model
+
     require_packages()
     loaded = load_model(model, torch.float32)
     with output.bars() as bars:

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Bars, Output, quiet_loading
-from nuteprune.errors import UserError
 from nuteprune.export.loading import in_dtype
 from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.family import take
@@ -39,7 +38,7 @@ from nuteprune.jobs.prune_trainer import (
     outside,
     trainer_config,
 )
-from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.jobs.show import print_plan, print_report, print_results
 from nuteprune.jobs.sources import load_model, load_tokenizer, origin, pick_dtype
 from nuteprune.jobs.speed import check_speed, costs_for, judge_speed
@@ -50,12 +49,11 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
 from nuteprune.run_folder import RUN, SAMPLES, SELF_WRITTEN
-from nuteprune.train.asked import SETTINGS
 from nuteprune.train.checks import check_offload
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import offload_if_asked
+from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.run_settings import check_same, chosen_settings
-from nuteprune.train.settings import check_declared
 from nuteprune.train.targets import check_reached
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -124,7 +122,7 @@ def prune(
         RunFailed: if training breaks down or a target is missed.
     """
     given = {"model": model, "out": out, "data": data, "sparsity": sparsity, "steps": steps}
-    job = make_job(PruneJob, NutePruneConfig, {**given, **settings}, config)
+    job = make_job(PruneJob, PruneSettings, {**given, **settings}, config)
     with quiet_loading():
         result = finished(job, Output(quiet=quiet))
     return None if result is None else result.summary()
@@ -137,11 +135,7 @@ def finished(job: PruneJob, output: Output) -> Result | None:
         UserError: if no target is given, or for what `run` refuses.
         RunFailed: if training breaks down or a target is missed.
     """
-    if not SETTINGS.keys() & job.settings.keys():
-        raise UserError(
-            "no target given: pass --sparsity, such as --sparsity 0.2, or one of "
-            f"{', '.join(option for option in SETTINGS.values() if option != '--sparsity')}"
-        )
+    check_target(job)
     result = run(job, output)
     if result is not None and result.plan is None:
         print_results(result.records, output)
@@ -169,7 +163,6 @@ def run(job: PruneJob, output: Output) -> Result | None:
         RunFailed: if training breaks down or a target is missed.
     """
     started = time.monotonic()
-    check_declared(job)
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch) if job.dry_run else job.out

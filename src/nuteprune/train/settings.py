@@ -19,6 +19,8 @@ WHAT, HOW, CALL = "what a run is", "how it is done", "what one call does"
 """Roles of a setting: a run is resumed with the same `WHAT`; the record keeps `HOW` as well."""
 TRAINER_BOUNDS: Mapping[str, tuple[float, float]] = {
     "gradient_accumulation_steps": (1, 1e6),
+    "per_device_train_batch_size": (1, 1e6),
+    "learning_rate": (1e-12, 1e3),
     "save_steps": (1e-6, 1e9),
     "logging_steps": (1e-6, 1e9),
     "warmup_steps": (0, 1e9),
