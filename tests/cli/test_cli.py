@@ -215,7 +215,7 @@ def test_killed_in_its_first_steps_a_run_begins_anew_as_the_same(
         patch.setattr("transformers.Trainer.train", stop)
         assert run(*asked)[0] == 130
     assert [x.name for x in (out / "run").iterdir() if x.is_file()] == ["settings.json"]
-    code, _, err = run(*asked, "--seed", 7, "--resume")
+    code, _, err = run(*asked, "--set", "seed=7", "--resume")
     assert (code, "seed 42, not 7" in err) == (2, True)
     code, _, err = run(*asked, "--resume")
     assert code == 0, err
@@ -287,7 +287,7 @@ def test_a_run_is_not_gone_on_with_as_another(
     assert run(*saving)[0] == 0
     for change, name in (
         (["--sparsity", "0.4"], "sparsity [0.3], not [0.4]"),
-        (["--seed", "7"], "seed 42, not 7"),
+        (["--set", "seed=7"], "seed 42, not 7"),
         (["--length", "16"], "length 24, not 16"),
         (["--sparsity", "0.1,0.3"], "sparsity [0.3], not [0.1, 0.3]"),
     ):

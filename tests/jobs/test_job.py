@@ -13,7 +13,7 @@ from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob, RecoverJob, what_it_is
 from nuteprune.jobs.prune import recorded
-from nuteprune.jobs.settings import RENAMED, RENAMED_VALUES, make_job
+from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.text import mixture
 from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
@@ -74,19 +74,6 @@ def test_what_a_call_does_is_no_matter_for_a_file(tmp_path: Path) -> None:
     assert job({"dry_run": True}).dry_run
     with pytest.raises(UserError, match="unknown setting 'dry_run'"):
         job({}, assignments=["dry_run=true"])
-
-
-@pytest.mark.parametrize("name", RENAMED)
-def test_former_settings_are_told_in_a_line(name: str) -> None:
-    with pytest.raises(UserError, match=f"setting {name} is gone since 0.1.0: "):
-        job({}, assignments=[f"{name}=1"])
-    assert name not in {x.name for x in dataclasses.fields(NutePruneConfig)}
-
-
-@pytest.mark.parametrize(("name", "value"), RENAMED_VALUES)
-def test_former_values_are_told_in_a_line(name: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"setting {name}={value} is gone since 0.1.0: "):
-        job({}, assignments=[f"{name}={value}"])
 
 
 @pytest.mark.parametrize("kind", [PruneJob, RecoverJob, NutePruneConfig, RecoverConfig])

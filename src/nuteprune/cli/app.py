@@ -58,7 +58,6 @@ def make_app() -> typer.Typer:
         name="nuteprune",
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)

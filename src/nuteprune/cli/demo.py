@@ -15,7 +15,7 @@ from nuteprune.train.prune_settings import PruneSettings
 @o.with_options(
     PruneSettings,
     PruneJob,
-    but=("data", "eval_data", "text_column", "trust_remote_code", "family", "text_only"),
+    but=("data", "eval_data", "text_column", "trust_remote_code", "family"),
 )
 def demo(
     out: o.OptionalOut = None,

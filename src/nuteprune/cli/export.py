@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from nuteprune.console import Output
 
 TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
 """Format -> how it stores weights, the default first; as `export.gguf.FILE_TYPES` has them."""
@@ -44,7 +45,7 @@ def export(
     as_json: o.Json = False,
 ) -> None:
     """Write MODEL, pruned or not, in another program's format."""
-    output, out = Output(as_json), at_home(out)
+    out = at_home(out)
     if to not in TYPES:
         raise UserError(f"--to {to} is not a known format; pass one of {', '.join(TYPES)}")
     type_name = TYPES[to][0] if type_name is None else type_name
@@ -57,9 +58,11 @@ def export(
     check_file("--out", out, f"{out}/model.{to}")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
+    from nuteprune.console import Output
     from nuteprune.jobs.family import take
     from nuteprune.jobs.sources import load_tokenizer, read_config
 
+    output = Output(as_json)
     take(family, model)
     read_config(model)
     if to == "onnx":
@@ -77,6 +80,7 @@ def _export_gguf(
     tokenizer: PreTrainedTokenizerBase,
     output: Output,
 ) -> None:
+    from nuteprune.console import megabytes, millions
     from nuteprune.export.gguf import write_gguf
     from nuteprune.jobs.sources import load_model
 
@@ -108,6 +112,7 @@ def _export_gguf(
 def _export_onnx(model: str, out: Path, output: Output) -> None:
     import torch
 
+    from nuteprune.console import megabytes, millions
     from nuteprune.export.onnx import require_packages, write_onnx
     from nuteprune.jobs.sources import load_model
 

@@ -23,11 +23,11 @@ _NOT_ASKED = (
     "resume",
     "overwrite",
     "dry_run",
-    "text_only",
     "trust_remote_code",
     "shares",
     "bits",
     "offload",
+    "report_to",
 )
 
 

@@ -139,8 +139,6 @@ class PruneJob(Job):
     text_only: bool | None = setting(
         None,
         "Of a model of several modalities, write the pruned language model alone.",
-        option="--text-only",
-        flag=True,
     )
     dry_run: bool = setting(
         False, "Say what would be done; write nothing.", option="--dry-run", flag=True, role=CALL

@@ -103,7 +103,7 @@ def prune(
         model: hub id, checkpoint folder, or `demo`.
         out: folder for the result.
         sparsity: share of the decoder layers' parameters to remove; several give a checkpoint each.
-            Instead: `params="100M"`, `size="200MB"`, or `memory="4GiB"` with `context=8192`.
+            Instead: `params="100M"`, `size="200MB"`, or `memory="4GiB@8192"`.
         data: calibration and training text: a file, a folder, a hub dataset, `demo`, or `self`
             (text that the model writes itself), or several. Half is `self` and the other half what
             is named, unless `self` is named too, or `shares` are given; `shares=1` takes one alone.

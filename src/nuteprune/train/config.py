@@ -98,7 +98,6 @@ class NutePruneConfig(PruneSettings, RunArguments):
     lr_scheduler_kwargs: dict[str, Any] | str | None = None
     weight_decay: float = 0.01
     max_grad_norm: float = 0.5
-    report_to: list[str] | str | None = "none"
     save_steps: float = 50
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False

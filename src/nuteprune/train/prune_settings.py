@@ -120,10 +120,7 @@ class PruneSettings(PaperSettings):
         option="--shapes",
     )
     neuron_multiple: int = setting(
-        32,
-        "Neurons kept per layer are a multiple of it (default {default}).",
-        bounds=(1, 1e6),
-        option="--neuron-multiple",
+        32, "Neurons kept per layer are a multiple of it.", bounds=(1, 1e6)
     )
     hidden_multiple: int = setting(64, "The width kept is a multiple of it.", bounds=(1, 1e6))
     for_quantization: bool = setting(
@@ -174,6 +171,13 @@ class PruneSettings(PaperSettings):
         None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
     )
     seed: int = setting(42, "Seed of everything random.", bounds=(0, 2**31 - 1))
+    report_to: list[str] | str | None = setting(
+        "none",
+        "Trackers that follow the run: tensorboard, wandb, trackio or another of Trainer's, comma "
+        "separated; install them yourself.",
+        option="--report-to",
+        role=CALL,
+    )
 
     def __post_init__(self) -> None:
         """Check what was given.
