@@ -152,10 +152,8 @@ def test_the_demos_one_shot_model_is_cut_by_the_table_that_was_measured(
         return TABLE
 
     monkeypatch.setattr(speed, "write_table", write)
-    given = {"model": str(model), "data": str(text), "out": tmp_path / "out"} | {
-        "speedup": f"1.2@{AT}"
-    }
-    small = {"steps": 0, "length": 24, "device": "cpu", "dtype": "float32"}
+    given = {"model": str(model), "data": str(text), "out": tmp_path / "out"}
+    small = {"speedup": f"1.2@{AT}", "steps": 0, "length": 24, "device": "cpu", "dtype": "float32"}
     more = {"calibration_blocks": 2, "eval_blocks": 2, "neuron_multiple": 4, "shares": 1}
     job = make_job(PruneJob, NutePruneConfig, {**given, **small, **more})
     result = prune.run(job, output := Output(quiet=True))
@@ -187,10 +185,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "too long": (["--speedup", "1.2@1x99999+32"], "the length of --speedup at 1x9"),
     "the width": (["--speedup", 1.2, "--gates", "hidden"], "leave hidden out"),
     "with another": (["--speedup", 1.2, "--params", "20K"], "both say how much"),
-    "no such table": (
-        ["--speedup", f"1.2@{AT}", "--costs", "no.json"],
-        "cannot read --costs no.json",
-    ),
+    "no such table": (["--speedup", f"1.2@{AT}", "--costs", "no.json"], "cannot read --costs no"),
 }
 
 

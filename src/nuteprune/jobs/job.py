@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
-from nuteprune.train.settings import CALL, HOW, WHAT, declared, setting
+from nuteprune.train.settings import CALL, HOW, WHAT, check_declared, declared, setting
 
 DTYPES = ("float32", "bfloat16", "float16")
 BITS = (8, 4)
@@ -93,6 +93,9 @@ class Job:
     )
     files: tuple[Path, ...] = field(default=(), compare=False)
 
+    def __post_init__(self) -> None:
+        check_declared(self)
+
     @property
     def specs(self) -> list[str]:
         """The DATA specs that are named."""
@@ -134,6 +137,7 @@ class PruneJob(Job):
         None,
         f"{' or '.join(map(str, BITS))}: load the frozen dense model in so many bits while "
         "training; the result keeps full precision.",
+        choices=BITS,
         option="--bits",
     )
     text_only: bool | None = setting(

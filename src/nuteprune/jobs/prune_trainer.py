@@ -81,7 +81,8 @@ def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
     if kind in COUNTED and outside(job) is not None:
         raise UserError(
             f"--{kind.replace('_', '-')} cannot be used here: {job.model} has parts for images "
-            "beside its language model, which are not priced; pass --sparsity, or --set text_only=true"
+            "beside its language model, which are not priced; pass --sparsity, or "
+            "--set text_only=true"
         )
 
 

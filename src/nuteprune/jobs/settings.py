@@ -24,7 +24,7 @@ from nuteprune.files import at_home
 from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.train.asked import SETTINGS, check_one
 from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import CALL, check_declared, declared
+from nuteprune.train.settings import CALL, declared
 
 J = TypeVar("J", bound=Job)
 
@@ -101,9 +101,7 @@ def make_job(
         own["settings"] = settings
         ours = declared(PruneSettings).keys() & settings.keys()
         PruneSettings(**{key: settings[key] for key in ours})  # checks them
-    job = kind(**own)
-    check_declared(job)
-    return job
+    return kind(**own)
 
 
 def check_target(job: PruneJob) -> None:
