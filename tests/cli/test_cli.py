@@ -44,20 +44,6 @@ def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
     return ["prune", str(model), *flags, "--set", "neuron_multiple=4", *few]
 
 
-COMMANDS = (
-    *("prune", "demo", "eval", "bench", "recover", "export", "family", "inspect", "plan", "report"),
-    "vocab",
-)
-
-
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
-def test_help_of_every_command(command: list[str], run: Run) -> None:
-    code, out, err = run(*command, "--help")
-    assert code == 0
-    assert "Usage: nuteprune" in out
-    assert not err
-
-
 def test_no_command_is_a_question_for_help(run: Run) -> None:
     code, stdout, stderr = run()
     assert (code, stderr) == (0, "")
