@@ -697,7 +697,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] 
         "free",
         {},
         "q8_0",
-        "layer 0 has experts of 24 neurons: pass --type f16 or bf16.*--neuron-multiple 32",
+        "layer 0 has experts of 24 neurons: pass --type f16 or bf16.*--set neuron_multiple=32",
     ),
     "heads": (
         "llama_mha",

@@ -205,7 +205,7 @@ def test_a_model_below_its_bound_is_told_why() -> None:
     assert advice([good], odd) == []
     why, remedy = advice([good, bad], odd)
     assert why.startswith("decode reaches 50%")
-    assert "multiples of 96; prune with --neuron-multiple 128" in remedy
+    assert "multiples of 96; prune with --set neuron_multiple=128" in remedy
     assert "no larger one" in advice([bad], even)[1]
 
 

@@ -8,11 +8,7 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
-from nuteprune.jobs.evaluate import Evaluation, judged, run
-from nuteprune.jobs.family import take
 from nuteprune.judge import protocols
-from nuteprune.judge.copying import SEED as COPYING_SEED
 
 
 def evaluate(
@@ -58,9 +54,9 @@ def evaluate(
     dtype: o.Dtype = None,
     text_column: o.TextColumn = None,
     copying_seed: Annotated[
-        int,
+        int | None,
         typer.Option(help="Draws the tokens to copy. To choose between models pass one of 0 to 9."),
-    ] = COPYING_SEED,
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(help="Where the dense model of OUT/run/checkpoint-N is, if it was moved."),
@@ -75,6 +71,11 @@ def evaluate(
     says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without --data,
     --protocol and --tasks it is perplexity on the held-out part of the demo's texts.
     """
+    from nuteprune.console import Output
+    from nuteprune.jobs.evaluate import Evaluation, judged, run
+    from nuteprune.jobs.family import take
+    from nuteprune.judge.copying import SEED
+
     output = Output(as_json)
     take(family, against or judged(model, base).source)
     changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}
@@ -93,7 +94,7 @@ def evaluate(
         batch_size=batch_size,
         device=device or "auto",
         dtype=dtype or "auto",
-        copying_seed=copying_seed,
+        copying_seed=SEED if copying_seed is None else copying_seed,
         base=base,
         trust_remote_code=trust_remote_code,
     )

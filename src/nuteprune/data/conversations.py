@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from nuteprune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TEMPLATES: Final = ("auto", "chat", "alpaca")
-"""How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
 
 # The wording that models tuned on Alpaca-like data have seen (Taori et al. 2023).
 _TASK = "Below is an instruction that describes a task"

@@ -156,7 +156,7 @@ def read_examples(
         length: most tokens per example; what is longer is cut off.
         most: most examples, drawn from all of the rows (of many, from the next `HELD`); None: all,
             in the order of the rows.
-        template: one of `TEMPLATES`.
+        template: `auto`, `chat` or `alpaca`.
         text_column: the column with the messages; None finds it.
         vocab_size: the model's number of token ids; None does not check them.
         seed: draws the examples.

@@ -76,7 +76,7 @@ def check_rows(shape: Shape, head_dim: int, type_name: str) -> None:
         if inner:
             raise UserError(
                 f"--type {type_name} stores rows in blocks of {BLOCK}, and layer {i} has experts "
-                f"of {inner[0]} neurons: {instead}, or prune with --neuron-multiple {BLOCK}"
+                f"of {inner[0]} neurons: {instead}, or prune with --set neuron_multiple={BLOCK}"
             )
 
 

@@ -53,7 +53,7 @@ writes the whole back: a model of the same class (uniform), or one with the mode
   prediction (`mtp.*`) are not loaded, and so not written. The processor's files are copied.
 - Calibration sees no images.
 - Gates on `hidden` are refused: what is made of images is as wide as the language model.
-- `--text-only` writes the language model alone, with any gates.
+- `--set text_only=true` writes the language model alone, with any gates.
 - `eval`, `bench` and `export` take the language model. `vocab` refuses.
 
 `tests/export/test_wrapping.py` runs each type with an image.

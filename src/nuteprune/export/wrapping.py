@@ -186,7 +186,7 @@ class Around:
         if lost := sorted(x for x in unfit if own_name(x) is None):
             raise UserError(
                 f"{self.source} has no {lost[0]} of the right size, so what is around its language "
-                "model cannot be kept; pass a whole checkpoint, or --text-only"
+                "model cannot be kept; pass a whole checkpoint, or --set text_only=true"
             )
         return whole  # type: ignore[no-any-return]
 

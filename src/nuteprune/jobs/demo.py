@@ -16,7 +16,6 @@ from nuteprune.data.specs import DEMO
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.engines import Transformers
-from nuteprune.jobs.folder import begun
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import Result, run, tell
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
@@ -33,7 +32,6 @@ DEFAULTS = {"max_steps": 60, "target_sparsity": 0.2}
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
 PROMPT = "The history of bread begins"
-FOLDER = Path("nuteprune-demo")
 TIMED = Setting(batch_size=1, length=256, new_tokens=32)
 
 
@@ -60,21 +58,6 @@ def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     if result is None:
         return None
     return result.plan if result.plan is not None else compare(job, result, output)
-
-
-def free_folder(wanted: Path) -> Path:
-    """Return the folder, or the first of its numbered siblings that is not taken."""
-    folder, number = wanted, 1
-    while folder.exists() and any(folder.iterdir()):
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
-
-
-def begun_folder(wanted: Path) -> Path:
-    """Return the newest of the folder and its numbered siblings that a run was begun in."""
-    found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
-    return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
 
 
 def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
     if kind in COUNTED and outside(job) is not None:
         raise UserError(
             f"--{kind.replace('_', '-')} cannot be used here: {job.model} has parts for images "
-            "beside its language model, which are not priced; pass --sparsity, or --text-only"
+            "beside its language model, which are not priced; pass --sparsity, or "
+            "--set text_only=true"
         )
 
 
@@ -182,12 +183,12 @@ def check_wrapper(job: PruneJob, model: Prepared) -> None:
     if model.allocator.budget.per_token and not constraints.uniform:
         raise UserError(
             f"free shapes cannot be used here: {job.model} holds a mixture of experts within a "
-            "model of several modalities; pass --shapes uniform, or --text-only"
+            "model of several modalities; pass --shapes uniform, or --set text_only=true"
         )
     if "hidden" in constraints.kinds:
         raise UserError(
             f"gates on hidden cannot be used here: what {job.model} makes of images is as wide as "
-            "its language model; leave hidden out of --gates, or pass --text-only"
+            "its language model; leave hidden out of --gates, or pass --set text_only=true"
         )
     whole.check()
 

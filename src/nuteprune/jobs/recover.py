@@ -55,7 +55,6 @@ from nuteprune.stages.judge import copies
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.run_settings import check_same
-from nuteprune.train.settings import check_declared
 from nuteprune.train.state import last_checkpoint
 
 
@@ -97,7 +96,6 @@ def recover(
 
 def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     """Do the job, and print what came out; returns the same as `recover`."""
-    check_declared(job)
     with alone(job.out) if is_main() else nullcontext():
         _check(job)
         result = _run(job, output)

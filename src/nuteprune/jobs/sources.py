@@ -26,6 +26,7 @@ from nuteprune.export.own_family import bring_from
 from nuteprune.export.record import inside, origin_of, read_record
 from nuteprune.export.wrapping import Around, language_config
 from nuteprune.files import at_home, check_name
+from nuteprune.jobs.job import BITS, DTYPES
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import family_named
@@ -40,8 +41,6 @@ TOKENIZERS = ("*token*", "vocab*", "*.model")
 """What files of tokenizers are called."""
 PATHS = (".", "/", "~")
 """How a path begins that cannot be a hub id."""
-BITS = (8, 4)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def locate(model: str) -> str:
@@ -276,7 +275,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; pass auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
 def _cpu_multiplies_bfloat16() -> bool:

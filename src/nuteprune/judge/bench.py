@@ -199,7 +199,7 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -
     if work.neurons % _EASY_MULTIPLE == 0:
         return [*lines, f"neuron counts are multiples of {work.neurons}: no larger one would help"]
     remedy = (
-        f"neuron counts are multiples of {work.neurons}; prune with --neuron-multiple "
+        f"neuron counts are multiples of {work.neurons}; prune with --set neuron_multiple="
         f"{_EASY_MULTIPLE}: kernels tile such matrices evenly"
     )
     return [*lines, remedy]

@@ -229,4 +229,4 @@ def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftMode
         if isinstance(args, NutePruneConfig)
         else {"lora_dropout": args.lora_dropout}
     )
-    return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_scale_alpha, **more)
+    return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_rank, **more)

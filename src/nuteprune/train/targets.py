@@ -21,7 +21,7 @@ from nuteprune.gates.seconds import Seconds, seconds_of
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import count
 from nuteprune.model.shape import Shape
-from nuteprune.train.asked import Asked
+from nuteprune.train.asked import DECODE, Asked
 from nuteprune.train.config import NutePruneConfig
 
 IN_PARAMETERS = ("params", "active_params")
@@ -84,7 +84,8 @@ class Prices:
     def of(cls, anatomy: Anatomy, dtype: torch.dtype, args: NutePruneConfig) -> Prices:
         """Return the prices of a live model that is stored in a dtype."""
         allowed = getattr(anatomy.config, "max_position_embeddings", None)
-        context, sequences = args.context or allowed or 2048, args.sequences
+        about = args.asked[0].about
+        context, sequences = about.get("context") or allowed or 2048, about.get("sequences", 1)
         params = Cost(Budget.of(anatomy), Outside.of(anatomy))
         active = replace(params, active=True)
         tensors = {name: (list(p.shape), count(p)) for name, p in anatomy.model.named_parameters()}
@@ -100,7 +101,7 @@ class Prices:
         seconds = None
         if args.costs is not None:
             table = args.costs if isinstance(args.costs, Mapping) else read_table(args.costs)
-            seconds = seconds_of(table, params.budget, args.speed_for)
+            seconds = seconds_of(table, params.budget, about.get("for", DECODE))
         return cls(params, active, size, memory, context, sequences, seconds)
 
     def cache(self, shape: Shape) -> int:
