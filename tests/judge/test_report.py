@@ -180,8 +180,8 @@ def test_a_finished_run_has_all_that_is_known_and_nothing_from_outside(tmp_path:
     for expected in (
         "owner/model",
         "20.0 % of the decoder is gone",
-        "2.0 k 1.7 k −15.0 %",
-        "≈ 4.0 kB 3.4 kB −15.0 %",
+        "2.00 k 1.70 k −15.0 %",
+        "≈ 4.00 kB 3.40 kB −15.0 %",
         "news 20.00 25.00 × 1.25",
         "mean 25.00 35.00 × 1.40",
         "decode reaches 80% of its bound",
