@@ -253,7 +253,7 @@ def test_what_is_out_of_reach_says_what_stays_of_the_smallest_model(name: str) -
     assert ("neurons of each MLP" in said) == any(0 < b.neurons < a.neurons for a, b in pairs)
     assert ("head of each" in said) == all(0 < b.heads < a.heads for a, b in pairs)
     assert ("KV head of each layer" in said) == (
-        "kv_groups" in case.kinds and all(0 < b.kv_heads for _, b in pairs)
+        "kv_groups" in case.kinds and all(b.kv_heads > 0 for _, b in pairs)
     )
     assert ("first layer's attention" in said) == any(not b.heads for _, b in pairs)
     assert ("of the width" in said) == (smallest.hidden < 16)
