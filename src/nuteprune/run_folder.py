@@ -10,6 +10,7 @@ settings.json                                    what the run is
 metrics.jsonl                                    a line per step
 checkpoint-N/                                    trainer checkpoints, to resume from
 teachers/                                        snapshots that teach
+text.json                                        what the text is known by that is learned from
 self.jsonl                                       text that the dense model wrote, to train on
 samples.json  speed.json  report.html            what the report shows, and the report
 dense/                                           the dense model that `recover` compares with
@@ -34,6 +35,7 @@ TEACHERS = "teachers"
 SELF = "self"
 """What a DATA spec, and so the record, calls text that the dense model writes itself."""
 SELF_WRITTEN = f"{SELF}.jsonl"
+TEXT = "text.json"
 SAMPLES = "samples.json"
 SPEED = "speed.json"
 REPORT = "report.html"

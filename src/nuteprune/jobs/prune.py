@@ -44,6 +44,7 @@ from nuteprune.jobs.show import print_plan, print_report, print_results
 from nuteprune.jobs.sources import load_model, load_tokenizer, origin, pick_dtype
 from nuteprune.jobs.speed import check_speed, costs_for, judge_speed
 from nuteprune.jobs.text import JobText, mixture
+from nuteprune.judge.provenance import text_entry
 from nuteprune.judge.run_files import write_extra
 from nuteprune.judge.samples import side_by_side
 from nuteprune.model.anatomy import Anatomy
@@ -259,6 +260,7 @@ def _prune(
             **judge.entries(before, after),
             **provenance,
             config=recorded(job, trainer.args),
+            text=text_entry(trainer.train_dataset, held_out, provenance),
             seconds=round(time.monotonic() - started, 1),
         )
     return dict(sorted(records.items(), key=lambda item: item[1]["target"]))

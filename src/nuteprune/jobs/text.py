@@ -12,12 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
 from nuteprune.data.blocks import BlockDataset, checked_shares, held_out_blocks, training_blocks
-from nuteprune.data.self_written import room, seconds_to_write, write_text
+from nuteprune.data.self_written import room, seconds_to_write
+from nuteprune.data.self_written import write_text as write_own
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
+from nuteprune.files import to_json, write_text
 from nuteprune.jobs.job import PruneJob
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.run_folder import SELF, SELF_WRITTEN
+from nuteprune.processes import is_main
+from nuteprune.run_folder import SELF, SELF_WRITTEN, TEXT
 from nuteprune.train.calibration import Progress
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.own_text import GUARD, tokens_to_write
@@ -120,6 +123,8 @@ class JobText:
     def let_write(self, trainer: NutePruneTrainer, progress: Progress) -> bool:
         """Let the trainer's model write its share of the training text, if it has one.
 
+        Before that, what the other text is known by is written down in the run's folder.
+
         What it has written is kept in the run's folder, and read from there on resume.
 
         Args:
@@ -130,12 +135,15 @@ class JobText:
             Whether text of other settings was there, and is replaced.
         """
         config, length = trainer.args, self._job.length
+        if is_main():
+            known = self.training.fingerprint.to_dict()
+            write_text(Path(cast(str, config.output_dir)) / TEXT, to_json(known, indent=2) + "\n")
         if not (tokens := self._to_write(config)):
             return False
         folder = Path(cast(str, config.output_dir))
         before = _first_line(folder)
         with trainer.model.disable_adapter():
-            written = write_text(
+            written = write_own(
                 trainer.anatomy.model,
                 self._tokenizer,
                 tokens=tokens,
