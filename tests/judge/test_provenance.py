@@ -137,3 +137,28 @@ def test_names_that_are_the_same_everywhere_tell(
     names: list[str], learned: list[str], kind: str
 ) -> None:
     assert kind_of(Fingerprint(names=names), [Fingerprint(names=learned)]) == kind
+
+
+def test_whoever_reads_text_notes_documents_files_and_public_names(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    of = {"length": 8, "count": 1, "seed": 0}
+    text, rows = write(tmp_path / "a.txt", documents("a")), tmp_path / "rows.jsonl"
+    pairs = [{"instruction": f"Salt {i}?", "output": "It is salt."} for i in range(99)]
+    rows.write_text("\n".join(map(json.dumps, pairs)))
+    copy = write(tmp_path / "copy.jsonl", documents("b"))
+    (published,) = rows_of(f"wikitext2={copy}").values()
+    list(published.read())
+    found = {
+        "text": training_blocks(text, tiny_tokenizer, **of).fingerprint,
+        "examples": read_examples(str(rows), tiny_tokenizer, length=400).fingerprint,
+        "demo": training_blocks("demo:recipes", tiny_tokenizer, **of).fingerprint,
+        "published": published.fingerprint,
+    }
+    noted = {name: (bool(x.documents), len(x.files), x.names) for name, x in found.items()}
+    assert noted == {
+        "text": (True, 1, set()),
+        "examples": (True, 1, set()),
+        "demo": (True, 0, {"demo:recipes"}),
+        "published": (True, 1, {"wikitext2", "salesforce/wikitext"}),
+    }
