@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
 from nuteprune.data.blocks import BlockDataset, checked_shares, held_out_blocks, training_blocks
-from nuteprune.data.self_written import room, seconds_to_write
-from nuteprune.data.self_written import write_text as write_own
+from nuteprune.data.self_written import room, seconds_to_write, write_text
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
-from nuteprune.files import to_json, write_text
 from nuteprune.jobs.job import PruneJob
+from nuteprune.judge.run_files import write_extra
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import SELF, SELF_WRITTEN, TEXT
@@ -135,15 +134,14 @@ class JobText:
             Whether text of other settings was there, and is replaced.
         """
         config, length = trainer.args, self._job.length
+        folder = Path(cast(str, config.output_dir))
         if is_main():
-            known = self.training.fingerprint.to_dict()
-            write_text(Path(cast(str, config.output_dir)) / TEXT, to_json(known, indent=2) + "\n")
+            write_extra(folder, TEXT, self.training.fingerprint.to_dict())
         if not (tokens := self._to_write(config)):
             return False
-        folder = Path(cast(str, config.output_dir))
         before = _first_line(folder)
         with trainer.model.disable_adapter():
-            written = write_own(
+            written = write_text(
                 trainer.anatomy.model,
                 self._tokenizer,
                 tokens=tokens,
