@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
+from nuteprune.data.blocks import HeldOut
 from nuteprune.data.mixture import Mixture
 from nuteprune.export.loading import in_dtype
 from nuteprune.export.wrapping import Around
@@ -22,7 +22,7 @@ from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
 from nuteprune.products import Products
-from nuteprune.run_folder import SAMPLES
+from nuteprune.run_folder import SAMPLES, TEXT
 from nuteprune.stages.judge import Figures, entries, judge
 from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced
@@ -61,7 +61,7 @@ class Run:
     model: Prepared
     args: NutePruneConfig
     text: Mixture
-    held_out: Mapping[str, Tensor]
+    held_out: HeldOut
     products: Products
     progress: Progress
     first: NutePruneTrainer
@@ -134,6 +134,8 @@ class Run:
             self.model.bank.load(self._fresh)
             trainer = self.trainer_of(goal)
         trainer.masks, trainer.weights = masks, weights
+        if is_main():
+            write_extra(trainer.run_folder, TEXT, self.text.training.fingerprint.to_dict())
         with self.products.measured("teach"):
             if self.args.max_steps > 0:
                 begun = self.resumes and last_checkpoint(trainer.run_folder) is not None

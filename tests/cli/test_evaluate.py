@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nuteprune.data.blocks import training_blocks
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import evaluate, judging
@@ -52,7 +53,8 @@ def test_each_embedded_text_is_in_domain_by_itself(
     texts = {name: [f"The {name} see the grapes. " * 9] * 9 for name in ("wikipedia", "recipes")}
     monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda **_: texts)
     asked = evaluate.Evaluation("unused", changes={"length": 24}, whole=True)
-    blocks = evaluate._blocks(asked, tiny_tokenizer, ["demo:wikipedia"])
+    known = training_blocks("demo:wikipedia", tiny_tokenizer, length=8, count=1, seed=0).fingerprint
+    blocks = evaluate._blocks(asked, tiny_tokenizer, [known])
     kinds = {name: x.described["kind"] for name, x in blocks.items()}
     assert kinds == {"wikipedia": "in-domain", "recipes": "other text"}
 
@@ -84,7 +86,15 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     kept = found["retention"]["copying"]["repeat"]
     dense = shares[str(model)]
     assert kept == (pytest.approx(100 * shares[str(out)] / dense) if dense else None)
-    # In the middle of a run its settings tell.
+    # A name says nothing: what was read is known in any folder, under any name.
+    for name, content in (("elsewhere", other), ("a-copy", text)):
+        (tmp_path / name).mkdir()
+        shutil.copy(content, tmp_path / name / "text.txt")
+        monkeypatch.chdir(tmp_path / name)
+        code, stdout, _ = run("eval", out, "--data", "text.txt", *both[4:], "--json")
+        kind = json_line(stdout)["protocol"]["texts"]["text.txt"]["kind"]
+        assert kind == {"elsewhere": "other text", "a-copy": "in-domain"}[name]
+    # In the middle of a run its folder tells.
     midway = run("eval", out / "run/checkpoint-4", *both, "--json")
     assert {x["kind"] for x in json_line(midway[1])["protocol"]["texts"].values()} == {
         *("in-domain", "other text"),
@@ -96,8 +106,15 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     code, _, stderr = run("eval", out, "--base", model, "--data", text)
     assert code == 2
     assert "the model to compare with is --against" in stderr
-    # A record of a training loop of one's own names no text.
+    # Where nothing is known of the text that a record names, that is said.
     record = json.loads((out / "nuteprune.json").read_text())
+    assert record["text"]["judged"] == {"text.txt": "in-domain"}
+    del record["text"]
+    (out / "nuteprune.json").write_text(json.dumps(record))
+    code, stdout, stderr = run("eval", out, "--data", text, "--length", 24, "--json")
+    assert json_line(stdout)["protocol"]["texts"]["text.txt"]["kind"] == "not known"
+    assert "Text of which no record tells" in stderr
+    # A record of a training loop of one's own names no text.
     del record["config"]["data"]
     (out / "nuteprune.json").write_text(json.dumps(record))
     code, stdout, stderr = run("eval", out, "--data", text, "--length", 24, "--json")

@@ -16,14 +16,20 @@ from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.jobs.inspect import shapes_of
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge.headline import headline, verdict
-from nuteprune.judge.provenance import calibrated_on
+from nuteprune.judge.provenance import learned_from
 from nuteprune.judge.report import kept_rows
 from nuteprune.judge.run_files import RunFiles
 
 LAYER = {"heads": 4, "kv_heads": 2, "neurons": 48}
 PROTOCOL = {"measure": "how", "tokens": 10, "seed": 1}
 FIGURES = {"before": {"text": 2.0}, "after": {"text": 3.0}, "protocol": PROTOCOL}
-TUNED = {"steps": 2, "data": "text.txt", "kind": "text", "perplexity": FIGURES}
+READ = {
+    "documents": "0123456789abcdef" * 2,
+    "files": "",
+    "names": ["demo:recipes"],
+    "judged": {"text": "in-domain"},
+}
+TUNED = {"steps": 2, "data": "text.txt", "kind": "text", "perplexity": FIGURES, "text": READ}
 RECORD: dict[str, Any] = {
     "schema": 1,
     "target": 0.2,
@@ -40,6 +46,7 @@ RECORD: dict[str, Any] = {
     "copying": {"before": 60.0, "after": 50.0, "protocol": PROTOCOL},
     "asked": {"kind": "sparsity", "value": 0.2},
     "config": {"model": "owner/model", "data": ["text.txt", "self"], "length": 16},
+    "text": READ,
     "recover": TUNED | {"earlier": TUNED},
     "versions": {"nuteprune": "0"},
     "bytes_on_disk": 720,
@@ -79,7 +86,7 @@ def use(record: dict[str, Any]) -> None:
     perplexities_of(record)
     headline(record, None)
     verdict(RunFiles(Path("out"), Path("out/run"), record, [], [], None, {}))
-    calibrated_on(record)
+    learned_from(record)
     again(record, "out")
     model_card(record, remote_code=False)
 

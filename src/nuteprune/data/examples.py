@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from nuteprune.data import readers
 from nuteprune.data.columns import laid_out, row_document
 from nuteprune.data.conversations import Row, encode, first_characters, stretches
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.specs import embedded, hub_parts, local_files
 from nuteprune.data.split import split
 from nuteprune.data.tokens import check_ids
@@ -41,12 +42,20 @@ class Examples(Dataset[dict[str, Tensor]]):
         ids: token ids of each example.
         labels: the same, `IGNORED` where a token is only read.
         skipped: rows that gave none: without an answer, or with one that is cut off.
+        fingerprint: of the rows that they are made from.
     """
 
-    def __init__(self, ids: Sequence[Tensor], labels: Sequence[Tensor], skipped: int) -> None:
+    def __init__(
+        self,
+        ids: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        skipped: int,
+        fingerprint: Fingerprint,
+    ) -> None:
         self.ids = ids
         self.labels = labels
         self.skipped = skipped
+        self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -170,12 +179,16 @@ def read_examples(
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
     ids, labels, skipped, held_out = [], [], 0, 0
+    files = local_files(spec)
+    known = Fingerprint(names=[hub_parts(spec)[0].lower()] if files is None else [])
     rows = laid_out(_rows(spec, text_column) or (), text_column)
     for found in rows if most is None else _drawn(rows, random.Random(seed)):
         where, row, layout = found
         if not _is_instruction(found):
             raise UserError(f"{where}: not instruction data, as the first row is; mend the row")
         document = row_document(row, layout, where, tokenizer)
+        for text in readers.split_long(document):
+            known.add_document(text)
         trained = _before_held_out(document)
         if document.strip() and not document[:trained].strip():
             held_out += 1
@@ -200,7 +213,9 @@ def read_examples(
             "pass a greater --length, or data with answers"
         )
     check_ids(torch.cat(ids), vocab_size)
-    return Examples(ids, labels, skipped)
+    for file in files or ():
+        known.add_file(file)
+    return Examples(ids, labels, skipped, known)
 
 
 def _before_held_out(document: str) -> int | None:

@@ -8,11 +8,12 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nuteprune.data.columns import choose_layout, row_documents
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Documents:
     Args:
         name: what the user calls the source.
         read: starts reading it.
+        fingerprint: what is known of it so far: of all that was read.
 
     Raises:
         UserError: on iteration, where the source cannot be read or holds no text.
@@ -43,15 +45,24 @@ class Documents:
 
     name: str
     read: Callable[[], Iterator[str]]
+    fingerprint: Fingerprint = field(default_factory=Fingerprint, compare=False)
 
     def __iter__(self) -> Iterator[str]:
         empty = True
         for text in itertools.chain.from_iterable(map(split_long, self.read())):
             if text and not text.isspace():
                 empty = False
+                self.fingerprint.add_document(text)
                 yield text
         if empty:
             raise UserError(f"{self.name}: holds no text; pass a source that has some")
+
+    def rows(self) -> Iterator[str]:
+        """Yield the rows as they are, the empty and the long ones too."""
+        for row in self.read():
+            for text in split_long(row):
+                self.fingerprint.add_document(text)
+            yield row
 
 
 def boundary(text: str, near: int) -> int:

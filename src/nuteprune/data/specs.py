@@ -8,15 +8,16 @@ itself (`nuteprune.data.self_written`).
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuteprune.data import demo as assets
 from nuteprune.data import readers
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.readers import Documents
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, check_name
@@ -68,13 +69,23 @@ def sources_of(
     refuse_self(spec)
     if names := embedded(spec):
         texts = assets.documents(domains=names).items()
-        return [Documents(x, partial(iter, y)) for x, y in texts if spec == DEMO or x in names]
+        return [
+            Documents(x, partial(iter, y), Fingerprint(names=[f"{DEMO}:{x}"]))
+            for x, y in texts
+            if spec == DEMO or x in names
+        ]
     options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
     if (files := local_files(spec)) is not None:
-        read = partial(readers.file_documents, **options)
-        name = at_home(spec).absolute().name or spec
-        return [Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
-    return [Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
+        known = Fingerprint()
+
+        def read() -> Iterator[str]:
+            for file in files:
+                known.add_file(file)
+                yield from readers.file_documents(file, **options)
+
+        return [Documents(at_home(spec).absolute().name or spec, read, known)]
+    known = Fingerprint(names=[hub_parts(spec)[0].lower()])
+    return [Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options), known)]
 
 
 def refuse_self(spec: str) -> None:

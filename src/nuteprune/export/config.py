@@ -18,8 +18,12 @@ FREE_SHAPE_KEYS = (
     "auto_map",
     "per_layer_config",
     "pruned",
+    "without_code",
 )
 """What a config with counts per layer states beside the stock class's values."""
+WITHOUT_CODE = {"without_code": {"model_type": ""}}
+"""Read in place of all of config.json where its code may not be run, as for a tokenizer alone:
+transformers then looks for a config of no type, and would warn of this one's type and counts."""
 INVERSE_DIVISOR = "logit_scale"
 """Added where a family divides logits; elsewhere it may be the family's own. vLLM's Transformers
 backend knows the inverse alone."""
@@ -121,6 +125,7 @@ def _free_config(
         "pruned": _layout(family, mixer_width) | _own_head_dim(values, family),
         "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
         "allow_global_per_layer_attribute_access": True,
+        **WITHOUT_CODE,
     }
     if family.logit_divisor:
         values[INVERSE_DIVISOR] = 1 / values[family.logit_divisor]

@@ -36,7 +36,14 @@ COUNT = Leaf("a count", lambda x: type(x) is int and x >= 0)
 SIZE = Leaf("a count above 0", lambda x: type(x) is int and x > 0)
 TEXT = Leaf("text", lambda x: isinstance(x, str))
 TEXTS = Leaf("text or a list of texts", _texts)
+KINDS = Leaf(
+    "an object of texts",
+    lambda x: isinstance(x, dict) and all(isinstance(y, str) for y in x.values()),
+)
 FIGURES = Leaf("an object of numbers above 0", _figures)
+HASHES = Leaf(
+    "hexadecimal digits", lambda x: isinstance(x, str) and not x.strip("0123456789abcdef")
+)
 NUMBERS = Leaf("a list of numbers", lambda x: isinstance(x, list) and all(map(_number, x)))
 
 Form = Leaf | Mapping[str, Any] | list[Any]
@@ -51,7 +58,9 @@ _BEFORE_AFTER = {"before": SIZE, "after": SIZE}
 _LAYER = {"heads": COUNT, "kv_heads": COUNT, "neurons": COUNT}
 _JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
 _COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
+_READ = {"documents": HASHES, "files": HASHES, "names": TEXTS, "judged?": KINDS}
 _TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
+_TUNED["text?"] = _READ
 _TUNED["earlier?"] = _TUNED
 RECORD: dict[str, Any] = {
     "target": NUMBER,
@@ -67,6 +76,7 @@ RECORD: dict[str, Any] = {
     "teachers?": {"count": COUNT, "sparsities?": NUMBERS},
     "perplexity?": _JUDGED,
     "copying?": {"before?": _or_null(NUMBER), "after?": _or_null(NUMBER), "protocol?": _COPIED},
+    "text?": _READ,
     "asked?": {"kind": TEXT, "value": NUMBER},
     "config?": {"model?": _or_null(TEXT), "data?": TEXTS, "length?": SIZE, "eval_blocks?": SIZE}
     | dict.fromkeys(("eval_data?", "text_column?"), _or_null(TEXT)),

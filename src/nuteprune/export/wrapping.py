@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTra
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.export.config import FREE_SHAPE_KEYS
+from nuteprune.export.config import FREE_SHAPE_KEYS, WITHOUT_CODE
 from nuteprune.export.hub import file_of
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import family_named
@@ -76,7 +76,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     dropped = (*FREE_SHAPE_KEYS, "architectures", "transformers_version")
     inner = {key: x for key, x in given.items() if key not in dropped}
     inner["model_type"] = given["model_type"].removeprefix(PREFIX)
-    values = {key: x for key, x in whole.to_dict().items() if key != "auto_map"}
+    values = {key: x for key, x in whole.to_dict().items() if key not in FREE_SHAPE_KEYS}
     values |= {"model_type": wrapper.model_type, "architectures": [wrapper.conditional]}
     values["tie_word_embeddings"] = text.tie_word_embeddings  # the model's, whatever was stated
     if "pruned" not in given:
@@ -97,6 +97,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
         "model_type": PREFIX + wrapper.model_type,
         "architectures": [f"Pruned{wrapper.conditional}"],
         "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
+        **WITHOUT_CODE,
     }
     config_class = getattr(modeling_pruned, f"Pruned{stock.__name__}")
     return config_class.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output
-from nuteprune.data.specs import DEMO, embedded
+from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
@@ -23,11 +25,12 @@ from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick
 from nuteprune.judge import protocols, texts
 from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import perplexity
-from nuteprune.judge.provenance import calibrated_on, kind_of
+from nuteprune.judge.provenance import kind_of, learned_from
 from nuteprune.judge.tasks import Tasks
 from nuteprune.judge.units import dtype_name
 from nuteprune.judge.verdicts import Verdicts
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.run_folder import TEXT
 from nuteprune.stages.judge import copies
 from nuteprune.train.midway import is_midway, load_midway
 from nuteprune.train.run_settings import read_settings
@@ -101,7 +104,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     tokenizer = load_tokenizer(models[0].source, asked.trust_remote_code)
     cut: dict[str, texts.Blocks] = {}
     if asked.data or asked.protocol or questions is None:
-        cut = _blocks(asked, tokenizer, _calibrated(models))
+        cut = _blocks(asked, tokenizer, _learned(models))
         if asked.against is not None:
             same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
     verdicts = Verdicts(cut, questions)
@@ -189,16 +192,27 @@ def _check(asked: Evaluation) -> None:
             raise UserError(f"--{name} is for text, and with --tasks none is read unless --data is")
 
 
-def _calibrated(models: Sequence[Judged]) -> list[str] | None:
-    """Return the texts that the models were calibrated on; None if no record names any."""
+def _learned(models: Sequence[Judged]) -> list[Fingerprint | None]:
+    """Return what is known of the text that made the models; empty if no record tells of any."""
     records = [record for x in models if (record := record_of(x.source)) is not None]
     runs = [x.checkpoint.resolve().parent for x in models if x.checkpoint is not None]
-    records += [{"config": read_settings(run)} for run in runs]
-    return [spec for x in records for spec in calibrated_on(x)] or None
+    records += [{"config": read_settings(run), **_text_of(run)} for run in runs]
+    return [one for x in records for one in learned_from(x)]
+
+
+def _text_of(run: Path) -> dict[str, Any]:
+    """Return what a run in the middle learns from, as its record will have it; {}: not known."""
+    path = run / TEXT
+    try:
+        return {"text": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and it is not known") from error
 
 
 def _blocks(
-    asked: Evaluation, tokenizer: PreTrainedTokenizerBase, calibrated: Sequence[str] | None
+    asked: Evaluation,
+    tokenizer: PreTrainedTokenizerBase,
+    learned: Sequence[Fingerprint | None],
 ) -> dict[str, texts.Blocks]:
     """Cut each text by the protocol that was asked for, or by the one that suits it."""
     protocol, whole = asked.protocol, asked.whole
@@ -210,14 +224,13 @@ def _blocks(
         name = protocol or ("nuteprune" if published else protocols.HELD_OUT)
         how = protocols.changed(protocols.protocol_named(name), **asked.changes)
         found = texts.rows_of(spec, whole=whole, text_column=asked.text_column, tokenizer=tokenizer)
-        for source, read in found.items():
+        for source, rows in found.items():
             if source in cut:
                 raise UserError(
                     f"two texts are called {source}: name each only once, or rename a file"
                 )
-            made = texts.make_blocks(source, read(), tokenizer, how)
-            own = f"{DEMO}:{source}" if embedded(spec) else spec  # each of its texts by itself
-            kind = None if calibrated is None else kind_of(own, calibrated)
+            made = texts.make_blocks(source, rows.read(), tokenizer, how)
+            kind = kind_of(rows.fingerprint, learned) if learned else None
             part = "all" if whole or published else "held-out"
             described = {"kind": kind, "protocol": name, "part": part, **made.described}
             cut[source] = dataclasses.replace(made, described=described)

@@ -32,6 +32,7 @@ from nuteprune.jobs.sources import (
 )
 from nuteprune.jobs.speed import costs_for
 from nuteprune.jobs.text import mixture, text_of
+from nuteprune.judge.provenance import text_entry
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run import Run
@@ -121,7 +122,9 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
 
     def about() -> dict[str, Any]:
         seconds = round(time.monotonic() - started, 1)
-        return {**origin(job.model), "config": recorded(job, config), "seconds": seconds}
+        earlier = origin(job.model)
+        known = text_entry(text.training, held_out, earlier)
+        return {**earlier, "config": recorded(job, config), "text": known, "seconds": seconds}
 
     return Run(
         model=prepared,

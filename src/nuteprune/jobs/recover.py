@@ -46,6 +46,7 @@ from nuteprune.jobs.sources import (
     stored_dtype,
 )
 from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.judge.provenance import text_entry
 from nuteprune.judge.work import Work
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
@@ -155,6 +156,7 @@ def _tune(
         **_settings(job, kind, trainer, training),
         "seconds_per_step": statistics.median(progress.seconds) if progress.seconds else None,
         "perplexity": {"before": before, "after": after, "protocol": protocol(judged)},
+        "text": text_entry(training, judged, record),
     }
     work = Work.of(small)
     return Tuned(_write(job, small, tokenizer, record, entry), work.blocks + work.head)

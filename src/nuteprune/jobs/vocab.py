@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.specs import iter_documents
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
@@ -106,7 +107,7 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         anatomy = Anatomy(model)
         merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
         _check_rows(job, merges, anatomy)
-        counted = _count(job, model, tokenizer, output)
+        counted, known = _count(job, model, tokenizer, output)
         kept = _chosen(anatomy, tokenizer, merges, counted, keep)
         small = cut_model(anatomy, kept)
         smaller = cut_tokenizer_of(tokenizer, merges, kept, model.config.model_type)
@@ -122,6 +123,7 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
             **origin(job.model),
             vocab=_vocab(anatomy, kept, counted),
             config=_asked(job, keep),
+            text=known.to_dict(),
             seconds=round(time.monotonic() - started, 1),
         )
     _print(job, record, output)
@@ -160,9 +162,10 @@ def _chosen(
 
 def _count(
     job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Output
-) -> Counter[int]:
-    """Return how often each token is used in the text."""
+) -> tuple[Counter[int], Fingerprint]:
+    """Return how often each token is used in the text, and what the text is known by."""
     counted: Counter[int] = Counter()
+    known = Fingerprint()
     with output.bars() as bars:
         for spec in job.specs:
             if spec == SELF:
@@ -188,7 +191,8 @@ def _count(
                         counted.update(ids)
                     read += sum(map(len, texts))
                     bars.update(f"counting {name}", read, MOST_CHARACTERS)
-    return counted
+                known.update(documents.fingerprint)
+    return counted, known
 
 
 def parts(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -6,17 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nuteprune.data.specs import DEMO
-from nuteprune.export.card import named_to_judge, since_dense
+from nuteprune.export.card import since_dense
 from nuteprune.export.record import perplexities_of
 from nuteprune.gates.budget import gone
 from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, calibrated_on, kind_of, named
+from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, judged_kind
 from nuteprune.judge.run_files import RunFiles, pruning_steps
 from nuteprune.judge.units import THIN, count, number, size
-from nuteprune.run_folder import SELF
 
 
 def verdict(files: RunFiles) -> str:
@@ -113,15 +111,7 @@ def headline(
 
 def text_kind(record: Mapping[str, Any]) -> str | None:
     """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
-    config, calibrated = record.get("config", {}), calibrated_on(record)
-    own = named_to_judge(record)
-    judged = named(config.get("data")) if own is None else [own]
-    if not (judged and calibrated):
-        return None
-    # Text of its own has no held-out part: alone it is judged by the demo's.
-    judged = [spec for spec in judged if spec != SELF] or [DEMO]
-    inside = any(kind_of(spec, calibrated) == IN_DOMAIN for spec in judged)
-    return f"{IN_DOMAIN} text" if inside else OTHER_TEXT
+    return {IN_DOMAIN: f"{IN_DOMAIN} text", OTHER_TEXT: OTHER_TEXT}.get(judged_kind(record))
 
 
 def _copied(record: Mapping[str, Any]) -> tuple[float, float] | None:

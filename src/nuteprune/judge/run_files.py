@@ -125,7 +125,7 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
 
 
 def write_extra(run: Path, name: str, content: Any) -> None:
-    """Write SAMPLES or SPEED into a run's folder: complete, or not at all."""
+    """Write a JSON file into a run's folder: complete, or not at all."""
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / name, to_json(content, indent=2) + "\n")
 

@@ -10,7 +10,7 @@ from nuteprune.console import Output
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.perplexity import OVERLAPPING, PROTOCOL, mean
 from nuteprune.judge.protocols import HELD_OUT
-from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT
+from nuteprune.judge.provenance import IN_DOMAIN, NOT_KNOWN, OTHER_TEXT
 from nuteprune.judge.retention import retention, retention_stderr, retentions
 from nuteprune.judge.tasks import Figure, Score, Tasks
 from nuteprune.judge.texts import Blocks
@@ -24,6 +24,7 @@ REPEAT: Final = "repeat"
 _TITLES: Final[Mapping[str | None, str]] = {
     IN_DOMAIN: "In-domain text (of sources that the model was calibrated on)",
     OTHER_TEXT: "Other text (of sources that the model was not calibrated on)",
+    NOT_KNOWN: "Text of which no record tells whether the model was calibrated on its source",
     None: "Text",
 }
 

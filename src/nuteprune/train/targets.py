@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -129,7 +130,7 @@ class Prices:
         }[asked.kind]
 
         def reach(least: float) -> str:
-            return f"leave at least {self.told(asked.kind, least)}"
+            return f"leave at least {self.told(asked.kind, _rounded_up(least))}"
 
         return Goal(cost, asked.value, str(asked), reach, "ask for more")
 
@@ -142,7 +143,7 @@ class Prices:
         before = self.seconds.total(self.seconds.budget.shape)
 
         def reach(least: float) -> str:
-            return f"make it at most {before / least:.2f} x as fast"
+            return f"make it at most {math.floor(100 * before / least) / 100:.2f} x as fast"
 
         return Goal(self.seconds, before / asked.value, str(asked), reach, "ask for less")
 
@@ -156,9 +157,15 @@ class Prices:
         """Return what a model has of a kind of target, for people."""
         if kind in IN_PARAMETERS:
             each = " a token goes through" * (kind == "active_params")
-            return f"{millions(value) if value >= 1e6 else f'{value:,.0f}'} parameters{each}"
+            return f"{millions(value)} parameters{each}"
         cache = f" with the KV cache of {self.sequences} x {self.context} tokens"
         return megabytes(value) + cache * (kind == "memory")
+
+
+def _rounded_up(value: float) -> float:
+    """Return a number of parameters or bytes to three digits, so that it can be asked for."""
+    unit = 10 ** max(0, math.floor(math.log10(value)) - 2)
+    return float(math.ceil(value / unit) * unit)
 
 
 def read_table(path: str) -> dict[str, Any]:
