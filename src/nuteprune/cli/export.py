@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.cli import options as o
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.export.gguf import FILE_TYPES, write_gguf
+from nuteprune.export.gguf.write import FILE_TYPES, write_gguf
 from nuteprune.export.onnx import require_packages, write_onnx
 from nuteprune.files import at_home, check_file
 from nuteprune.jobs.family import take

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import INVERSE_DIVISOR
-from nuteprune.export.gguf_fit import Source, choose
-from nuteprune.export.gguf_rows import check_rows, mended, torn_rows
+from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
+from nuteprune.export.gguf.rows import check_rows, padded_shape, torn_rows
 from nuteprune.export.onnx_graph import check_mixers, check_rope
 from nuteprune.model.families import FAMILIES
 
@@ -23,14 +23,14 @@ class Client:
     free: str
     run_by: str
     """The test that runs it, or that it was not run here."""
-    objections: Callable[[Source], Iterator[str]]
+    objections: Callable[[ModelFacts], Iterator[str]]
 
 
-def _none(_: Source) -> Iterator[str]:
+def _none(_: ModelFacts) -> Iterator[str]:
     yield from ()
 
 
-def _vllm(source: Source) -> Iterator[str]:
+def _vllm(source: ModelFacts) -> Iterator[str]:
     bare = [i for i, x in enumerate(source.shape.layers) if not x.mixes]
     if bare:
         yield f"it refuses layers without attention ({_listed(bare)}); prune without attn_block"
@@ -53,7 +53,7 @@ def _vllm(source: Source) -> Iterator[str]:
         )
 
 
-def _inverse_divisor(source: Source) -> str:
+def _inverse_divisor(source: ModelFacts) -> str:
     """Return the option that tells the Transformers backend what logits are divided by."""
     if not (name := source.family.logit_divisor):
         return ""
@@ -61,20 +61,20 @@ def _inverse_divisor(source: Source) -> str:
     return f" --hf-overrides '{json.dumps(stated)}'"
 
 
-def _batching(source: Source) -> Iterator[str]:
+def _batching(source: ModelFacts) -> Iterator[str]:
     if len({x.kv_heads for x in source.shape.layers}) > 1:
         yield "its paged cache wants the same number of KV heads in all layers"
 
 
-def _one_size(source: Source) -> Iterator[str]:
+def _one_size(source: ModelFacts) -> Iterator[str]:
     first = source.shape.layers[0]
     if not (source.shape.uniform and first.mixes and first.mlp):
         yield "it wants all layers whole and of one size; prune with --shapes uniform"
 
 
-def _llama_cpp(source: Source) -> Iterator[str]:
+def _llama_cpp(source: ModelFacts) -> Iterator[str]:
     try:
-        shape, notes = mended(source.shape, choose(source), quantized=True)
+        shape, notes = padded_shape(source.shape, choose_architecture(source), quantized=True)
         yield from notes
         check_rows(shape, source.head_dim, "q8_0")
     except UserError as error:
@@ -83,7 +83,7 @@ def _llama_cpp(source: Source) -> Iterator[str]:
     yield from torn_rows(shape, source.head_dim)
 
 
-def _onnx(source: Source) -> Iterator[str]:
+def _onnx(source: ModelFacts) -> Iterator[str]:
     try:
         check_mixers(source.family)
         check_rope(source.config)
@@ -140,6 +140,6 @@ CLIENTS = (
 )
 
 
-def warnings(source: Source) -> list[str]:
+def warnings(source: ModelFacts) -> list[str]:
     """Return what programs would object to in a model's shapes, each line with its name."""
     return [f"{x.name}: {line}" for x in CLIENTS for line in x.objections(source)]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from nuteprune.export.clients import CLIENTS
-from nuteprune.export.gguf_arch import Arch
-from nuteprune.export.gguf_archs import ARCHS
+from nuteprune.export.gguf.architectures import ARCHITECTURES, Architecture
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS, Family
 from nuteprune.model.wrappers import WRAPPERS
@@ -96,7 +95,7 @@ def _gates() -> Iterator[str]:
 _NO_ARCH = "no architecture"
 
 
-def _conditions(arch: Arch, family: Family) -> str:
+def _conditions(arch: Architecture, family: Family) -> str:
     said = [
         (arch.square_attention and not family.head_dim_from_hidden, "heads and width whole"),
         (arch.head == "never", "tied embeddings"),
@@ -113,7 +112,7 @@ def _conditions(arch: Arch, family: Family) -> str:
 def _gguf() -> str:
     rows = []
     for name, family in FAMILIES.items():
-        archs = [ARCHS[x] for x in family.gguf]
+        archs = [ARCHITECTURES[x] for x in family.gguf]
         uniform, free = (
             ", else ".join(_conditions(x, family) for x in archs if x.per_layer == per_layer)
             for per_layer in (False, True)

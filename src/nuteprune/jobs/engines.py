@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
-from nuteprune.export.gguf import write_gguf
+from nuteprune.export.gguf.write import write_gguf
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
 from nuteprune.judge.llama_cpp import LlamaCppRunner, require_binding

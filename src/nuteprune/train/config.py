@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from transformers import SchedulerType
 
 from nuteprune.distill.objective import OBJECTIVES
-from nuteprune.export.gguf_arch import SUPER_BLOCK
 from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.model.family import GATE_KINDS
+from nuteprune.model.shape import SUPER_BLOCK
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.asked import KINDS, Asked, check_one, several, sparsities
 from nuteprune.train.checks import check_combinations, check_kinds, check_targets
