@@ -10,16 +10,17 @@ from transformers import CONFIG_MAPPING
 
 from nuteprune.export.clients import warnings
 from nuteprune.export.gguf.choose import ModelFacts
-from nuteprune.export.support import support_page
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
+from tests.scripts import script
 
 REPOSITORY = Path(__file__).parents[2]
+support_page = script("support", "docs").support_page
 
 
 def test_the_page_is_what_the_code_says() -> None:
     page = (REPOSITORY / "docs" / "support.md").read_text(encoding="utf-8")
-    assert page == support_page(), "python -m nuteprune.export.support > docs/support.md"
+    assert page == support_page(), "python docs/support.py > docs/support.md"
 
 
 def test_tests_that_the_page_names_exist() -> None:

@@ -146,10 +146,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def cell_text(
-    row: Mapping[str, object],
-    name: str,
-    where: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    row: Mapping[str, object], name: str, where: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
     """Return a cell's text, chat messages rendered; a missing cell has none.
 

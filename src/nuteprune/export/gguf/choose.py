@@ -205,7 +205,7 @@ def _mixer_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
         if [x.attention for x in layers] != [(i + 1) % period == 0 for i in range(len(layers))]:
             yield "every n-th of its layers has attention, and here they are at no such distance"
         if config.linear_key_head_dim != config.linear_value_head_dim:
-            yield "values of its recurrent layers are as wide as keys (linear_value_head_dim)"
+            yield "its recurrent layers have values as wide as keys (linear_value_head_dim)"
     if arch.latent and config.q_lora_rank is not None and len(layers) in _DIRECT_QUERIES:
         yield f"with {len(layers)} layers its queries come straight from the width (q_lora_rank)"
 
@@ -242,10 +242,7 @@ def _expert_misfits(arch: Architecture, experts: ExpertRouting, facts: ModelFact
     period = expert_period(facts.shape)
     expected, where = {
         "": ([], "all of its layers have experts"),
-        "first": (
-            list(range(len(dense))),
-            "all of its layers after the first ones have experts",
-        ),
+        "first": (list(range(len(dense))), "all of its layers after the first ones have experts"),
         "between": (
             [i for i in range(len(layers)) if (i + 1) % period],
             "every n-th of its layers has experts",

@@ -195,10 +195,7 @@ def _tensor_infos(named: Named, type_name: str) -> Iterator[_TensorInfo]:
 
 
 def _write_tensors(
-    writer: GGUFWriter,
-    infos: list[_TensorInfo],
-    named: Named,
-    progress: Callable[[int, int], None],
+    writer: GGUFWriter, infos: list[_TensorInfo], named: Named, progress: Callable[[int, int], None]
 ) -> None:
     """Write the file: keys, the index of tensors, then one tensor after another."""
     for info in infos:
