@@ -157,7 +157,8 @@ def cell_text(
     if cell is None:
         return ""
     if isinstance(cell, list):
-        return _well_formed(_chat_text(cell, f"{where}, column '{name}'", tokenizer))
+        place = f"{where}, column '{name}'"
+        return _well_formed(render(chat_turns(cell, place), place, tokenizer))
     if isinstance(cell, str):
         return _well_formed(cell)
     raise UserError(
@@ -172,12 +173,6 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _chat_text(
-    messages: list[object], where: str, tokenizer: PreTrainedTokenizerBase | None
-) -> str:
-    return render(chat_turns(messages, where), where, tokenizer)
 
 
 def chat_turns(messages: list[object], where: str) -> list[dict[str, str]]:

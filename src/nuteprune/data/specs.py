@@ -8,15 +8,17 @@ itself (`nuteprune.data.self_written`).
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nuteprune.data import demo as assets
 from nuteprune.data import readers
+from nuteprune.data.columns import row_documents
 from nuteprune.data.readers import Documents
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, check_name
@@ -66,12 +68,19 @@ def sources_of(
     if names := embedded(spec):
         texts = assets.documents(domains=names).items()
         return [Documents(x, partial(iter, y)) for x, y in texts if spec == DEMO or x in names]
-    options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
+
+    def documents(rows: Iterable[tuple[str, object]]) -> Iterator[str]:
+        return row_documents(rows, text_column, tokenizer)
+
+    def file_documents(path: Path) -> Iterator[str]:
+        rows = readers.file_rows(path, text_column)
+        return readers.text_documents(path) if rows is None else documents(rows)
+
     if (files := local_files(spec)) is not None:
-        read = partial(readers.file_documents, **options)
         name = at_home(spec).absolute().name or spec
-        return [Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
-    return [Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
+        return [Documents(name, lambda: chain.from_iterable(map(file_documents, files)))]
+    parts = hub_parts(spec)
+    return [Documents(spec, lambda: documents(readers.hub_rows(*parts)))]
 
 
 def refuse_self(spec: str) -> None:

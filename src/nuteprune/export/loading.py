@@ -257,7 +257,7 @@ def _load(
     model_class: Any, source: str | None, *, stock: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
     """Call `from_pretrained`, but refuse what it would make up: weights that do not fit."""
-    with one_line(source or "the pruned model"), _quiet():
+    with one_line(source or "the pruned model"), without_notes():
         try:
             model, info = model_class.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -338,8 +338,8 @@ def one_line(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting at length what `_load` says in a line."""
+def without_notes() -> Iterator[None]:
+    """Keep transformers from reporting at length, as of what `_load` says in a line."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -231,6 +231,13 @@ def _attention_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
             yield "its sliding layers rotate by theta 10000, unscaled"
 
 
+_WITH_EXPERTS = {
+    "": "all of its layers have experts",
+    "first": "all of its layers after the first ones have experts",
+    "between": "every n-th of its layers has experts",
+}
+
+
 def expert_period(shape: Shape) -> int:
     """Return n where every n-th layer has experts, if it is so."""
     return next((i for i, x in enumerate(shape.layers) if x.experts), 0) + 1
@@ -238,18 +245,11 @@ def expert_period(shape: Shape) -> int:
 
 def _expert_misfits(arch: Architecture, experts: ExpertRouting, facts: ModelFacts) -> Iterator[str]:
     family, config, layers = facts.family, facts.config, facts.shape.layers
-    dense = [i for i, layer in enumerate(layers) if not layer.experts]
-    period = expert_period(facts.shape)
-    expected, where = {
-        "": ([], "all of its layers have experts"),
-        "first": (list(range(len(dense))), "all of its layers after the first ones have experts"),
-        "between": (
-            [i for i in range(len(layers)) if (i + 1) % period],
-            "every n-th of its layers has experts",
-        ),
-    }[experts.dense]
+    dense, period = [i for i, x in enumerate(layers) if not x.experts], expert_period(facts.shape)
+    between = [i for i in range(len(layers)) if (i + 1) % period]
+    expected = {"": [], "first": [*range(len(dense))], "between": between}[experts.dense]
     if dense != expected:
-        yield f"{where}, but layer {dense[0]} has none"
+        yield f"{_WITH_EXPERTS[experts.dense]}, but layer {dense[0]} has none"
     if arch.unnormed_at is not None:
         count = max(x.experts for x in layers)
         normed = count != arch.unnormed_at

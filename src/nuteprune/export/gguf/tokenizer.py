@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from gguf import TokenType
@@ -36,16 +36,11 @@ _KEYS = {
     "chat_template": "tokenizer.chat_template",
 }
 """A field of `Vocabulary` -> its key, in the file's order; special tokens have one each."""
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"} | {
-    x: x for x in ("eot", "eom")
-}
+_SPECIAL = {x: x for x in ("bos", "eos", "eot", "eom")} | {"unk": "unknown", "pad": "padding"}
 """A special token -> what its key calls it."""
-ENDS = frozenset(
-    {
-        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
-        *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>"),
-        "<end_of_utterance>",
-    }
+ENDS = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
+    *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>"),
 )
 """Tokens by whose text llama.cpp knows that they end a generation; in `llama-vocab.cpp`."""
 STRIPS = ("phi-3", "phi3")
@@ -119,6 +114,7 @@ def read_vocabulary(
     merges = [x if isinstance(x, str) else " ".join(x) for x in content["model"]["merges"]]
     is_sentencepiece = bool(content["model"]["byte_fallback"])
     ids, template = tokenizer("a").input_ids, tokenizer.chat_template
+    first = str(backend.encode("a", add_special_tokens=False).tokens[0])
     ends = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     return Vocabulary(
         model="llama" if is_sentencepiece else "gpt2",
@@ -130,7 +126,7 @@ def read_vocabulary(
         adds_eos=ids[-1] == ends["eos"],
         merges=None if is_sentencepiece else merges,
         scores=_scores(tokens, merges) if is_sentencepiece else None,
-        adds_space=is_sentencepiece and _begins_with_space(backend),
+        adds_space=is_sentencepiece and first.startswith("▁"),
         chat_template=template.get("default") if isinstance(template, dict) else template,
     )
 
@@ -170,14 +166,8 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenTy
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     """Return scores that make the best-first merging of SentencePiece that of a BPE."""
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(merges):
-        ranks.setdefault(merge.replace(" ", ""), rank)
+    ranks = {merges[i].replace(" ", ""): i for i in reversed(range(len(merges)))}
     return [-float(ranks.get(token, len(merges))) for token in tokens]
-
-
-def _begins_with_space(backend: Tokenizer) -> bool:
-    return str(backend.encode("a", add_special_tokens=False).tokens[0]).startswith("▁")
 
 
 def further_end_tokens(vocabulary: Vocabulary, settings: Any) -> dict[str, int]:
@@ -212,11 +202,8 @@ def name_that_strips(
     named = any(x in name.lower() for x in STRIPS)
     if strips and known:
         return name if named else f"{name} (phi-3)", []
-    if named:
-        name = re.sub("(?i)phi-?3", "phi_3", name)
-    if strips:
-        return name, [f"llama.cpp keeps white space after {strips[0]}, which the tokenizer drops"]
-    return name, []
+    note = "llama.cpp keeps white space after {}, which the tokenizer drops"
+    return re.sub("(?i)phi-?3", "phi_3", name), [note.format(x) for x in strips[:1]]
 
 
 def check_vocabulary(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -239,22 +226,19 @@ def check_vocabulary(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase)
         theirs = tokenizer(text, add_special_tokens=False).input_ids
         ours = encode(text)
         if ours != theirs:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-                min(len(ours), len(theirs)),
-            )
+            pairs = enumerate(zip_longest(ours, theirs))
+            at = next(i for i, (a, b) in pairs if a != b)
+            mine, own = ([vocabulary.tokens[i] for i in x[at : at + 3]] for x in (ours, theirs))
             raise UserError(
-                f"llama.cpp would split {text!r} differently from token {at} on, "
-                f"{[vocabulary.tokens[x] for x in ours[at : at + 3]]} instead of "
-                f"{[vocabulary.tokens[x] for x in theirs[at : at + 3]]}: "
-                "this tokenizer cannot be expressed in GGUF"
+                f"llama.cpp would split {text!r} differently from token {at} on, {mine} instead "
+                f"of {own}: this tokenizer cannot be expressed in GGUF"
             )
     return len(PROBES)
 
 
 def _user_defined(vocabulary: Vocabulary) -> list[str]:
-    defined = zip(vocabulary.tokens, vocabulary.types, strict=True)
-    return [token for token, kind in defined if kind == TokenType.USER_DEFINED]
+    kinds = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    return [token for token, kind in kinds if kind == TokenType.USER_DEFINED]
 
 
 def _byte_level(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
