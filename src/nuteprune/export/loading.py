@@ -180,31 +180,36 @@ def _language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     return language_config(values)
 
 
-def bring_recorded_family(source: str | os.PathLike[str], **where: Any) -> None:
+def record_path(source: str, **where: Any) -> Path | None:
+    """Return where the record of a checkpoint is, None if it has none that can be had."""
+    if not Path(source).is_dir():
+        from nuteprune.export.hub import download_record
+
+        return download_record(source, **where)
+    path = Path(source) / RECORD
+    return path if path.is_file() else None
+
+
+def bring_recorded_family(source: str, **where: Any) -> None:
     """Let this process know the family that a checkpoint's record describes, if it does.
 
     Args:
         source: a folder, or the name of a model on the hub.
-        where: what more says where on the hub; see `hub.record_path`.
+        where: what more says where on the hub, such as `revision`.
 
     Raises:
         UserError: if what the record says of it makes no sense.
     """
-    found: Path | None = Path(source) / RECORD
-    if not Path(source).is_dir():
-        from nuteprune.export.hub import record_path
-
-        found = record_path(source, **where)
-    if found is None:
+    if (path := record_path(source, **where)) is None:
         return
     try:
-        record = json.loads(found.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # what reads the record says so
         return
     if isinstance(record, dict) and FAMILY in record:
         from nuteprune.model.family_file import from_dict
 
-        bring_along(from_dict(record[FAMILY], found))
+        bring_along(from_dict(record[FAMILY], path))
 
 
 def _check_routing(source: str, config: PreTrainedConfig) -> None:
