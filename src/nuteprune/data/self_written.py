@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,8 @@ def write_text(
     path = folder / SELF_WRITTEN
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-    with _one_process(path):
+    # One process of a run writes, while the others wait to read what it wrote.
+    with FileLock(path.with_name(f".{path.name}.lock")) if several_started() else nullcontext():
         found, kept = _read(path, key)
         if path.is_file() and path.stat().st_size > kept:
             _append(path, kept, b"")
@@ -189,13 +190,3 @@ def _append(path: Path, kept: int, lines: bytes) -> int:
         file.flush()
         os.fsync(file.fileno())
     return kept + len(lines)
-
-
-@contextmanager
-def _one_process(path: Path) -> Iterator[None]:
-    """Let one process of a run write, while the others wait to read what it wrote."""
-    if not several_started():
-        yield
-        return
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        yield

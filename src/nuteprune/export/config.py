@@ -109,15 +109,8 @@ def _free_config(
 ) -> PreTrainedConfig:
     """Return a config with counts for each layer."""
     stock = CONFIG_MAPPING[family.model_type]
-    classes = {
-        "AutoConfig": stock.__name__,
-        "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
-        "AutoModelForCausalLM": family.causal_lm,
-    }
     values = values | {
-        "model_type": PREFIX + family.model_type,
-        "architectures": [f"Pruned{family.causal_lm}"],
-        "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
+        **free_shape_names(family.model_type, AutoModelForCausalLM=family.causal_lm),
         "pruned": _layout(family, mixer_width) | _own_head_dim(values, family),
         "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
         "allow_global_per_layer_attribute_access": True,
@@ -135,6 +128,26 @@ def _free_config(
     if config is None:
         raise UserError(f"{stock.__name__} takes no head count at a hidden size of {hidden}")
     return config
+
+
+def free_shape_names(model_type: str, **auto_classes: str) -> dict[str, Any]:
+    """Return by which names a config tells that its model's layers differ.
+
+    Args:
+        model_type: the stock config's.
+        auto_classes: transformers' auto classes -> the stock model classes that they give.
+    """
+    stock = CONFIG_MAPPING[model_type]
+    classes = {
+        "AutoConfig": stock.__name__,
+        "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
+        **auto_classes,
+    }
+    return {
+        "model_type": PREFIX + model_type,
+        "architectures": [f"Pruned{next(iter(auto_classes.values()))}"],
+        "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
+    }
 
 
 def _own_head_dim(values: dict[str, Any], family: Family) -> dict[str, int]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.export.config import FREE_SHAPE_KEYS
+from nuteprune.export.config import FREE_SHAPE_KEYS, free_shape_names
 from nuteprune.export.hub import file_of
 from nuteprune.export.loading import class_named
 from nuteprune.model.family import PREFIX
@@ -82,17 +82,9 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     path = wrapper.inside + given["pruned"]["layers"].partition(".")[2]
     inner["pruned"] = given["pruned"] | {"layers": path}
     inner["pruned"]["per_layer_config"] = given["per_layer_config"]
-    classes = {
-        "AutoConfig": stock.__name__,
-        "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
-        "AutoModelForImageTextToText": wrapper.conditional,
-        "AutoModelForCausalLM": wrapper.conditional,  # what lm-evaluation-harness asks for
-    }
-    values |= {
-        "model_type": PREFIX + wrapper.model_type,
-        "architectures": [f"Pruned{wrapper.conditional}"],
-        "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
-    }
+    # By the second, lm-evaluation-harness asks for it.
+    autos = ("AutoModelForImageTextToText", "AutoModelForCausalLM")
+    values |= free_shape_names(wrapper.model_type, **dict.fromkeys(autos, wrapper.conditional))
     config_class = class_named(f"Pruned{stock.__name__}")
     return config_class.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
 

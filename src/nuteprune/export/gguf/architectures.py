@@ -156,6 +156,9 @@ _NEIGHBOURS = replace(_SQUARE, interleaved_rope=True)
 _PHI = replace(_SQUARE, partial_rotary=True, head="always", biases=_ALL, needs_biases=True)
 _COHERE = replace(_NEIGHBOURS, head="never", one_norm=True)
 _NORMED_AFTER = replace(_SQUARE, pre_norms=False, refuses_windows=True)
+_GLM4 = Architecture("glm4", partial_rotary=True, biases=("qkv",))
+_GLM = replace(_GLM4, interleaved_rope=True, fused_gate=True)
+_ROUTED_ALIKE = ExpertRouting(own_width=False)
 _SHARED = ExpertRouting(shared="own")
 _SHARED_TIMES = ExpertRouting(shared="times", dense="first", states_weights=True)
 
@@ -186,14 +189,8 @@ _KNOWN = (
         built_in={"mamba_expand": 2},
     ),
     Architecture("falcon-h1", mixer="mamba2", bare_mlp_norm=True, folded=_FALCON_H1),
-    replace(_LLAMA, biases=("qkv", "o"), experts=ExpertRouting(own_width=False, always=False)),
-    replace(
-        _LLAMA,
-        name="granitemoe",
-        multipliers=True,
-        biases=(),
-        experts=ExpertRouting(own_width=False),
-    ),
+    replace(_LLAMA, biases=("qkv", "o"), experts=replace(_ROUTED_ALIKE, always=False)),
+    replace(_LLAMA, name="granitemoe", multipliers=True, biases=(), experts=_ROUTED_ALIKE),
     replace(_QWEN3, name="qwen3moe", experts=ExpertRouting()),
     replace(_QWEN2, name="qwen2moe", experts=replace(_SHARED, sums_to_one=False)),
     replace(
@@ -201,15 +198,9 @@ _KNOWN = (
         name="olmoe",
         biases=(),
         head="always",
-        experts=ExpertRouting(sums_to_one=False, own_width=False, joint_key_norm=True),
+        experts=replace(_ROUTED_ALIKE, sums_to_one=False, joint_key_norm=True),
     ),
-    Architecture(
-        "glm4moe",
-        partial_rotary=True,
-        biases=("qkv",),
-        mlp_norm="post_attention_norm",
-        experts=_SHARED_TIMES,
-    ),
+    replace(_GLM4, name="glm4moe", mlp_norm="post_attention_norm", experts=_SHARED_TIMES),
     Architecture(
         "gpt-oss",
         head="always",
@@ -249,9 +240,7 @@ _KNOWN = (
     _GEMMA,
     replace(_LLAMA, name="arcee", activations=("relu2",), biases=()),
     replace(_LLAMA, name="smollm3", biases=(), unrotated_period=4),
-    Architecture(
-        "glm4", interleaved_rope=True, fused_gate=True, partial_rotary=True, biases=("qkv",)
-    ),
+    _GLM,
     replace(_NORMED_AFTER, name="exaone4"),
     replace(_NORMED_AFTER, name="olmo2", head="always"),
     replace(_SQUARE, name="starcoder2", activations=_GELU_TANH, biases=_ALL, needs_biases=True),
@@ -261,14 +250,7 @@ _KNOWN = (
     replace(_NEIGHBOURS, name="olmo"),
     replace(_COHERE, name="command-r"),
     replace(_COHERE, name="cohere2", window_period=4),
-    replace(
-        _NEIGHBOURS,
-        name="chatglm",
-        fused_qkv=True,
-        fused_gate=True,
-        partial_rotary=True,
-        biases=("qkv",),
-    ),
+    replace(_GLM, name="chatglm", square_attention=True, fused_qkv=True),
     Architecture("hunyuan-dense"),
     replace(
         _SQUARE,

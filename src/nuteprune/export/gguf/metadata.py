@@ -70,12 +70,11 @@ def _count_keys(arch: Architecture, shape: Shape) -> Keys:
         dense = [x.neurons for x in layers if not x.experts]
         neurons = dense or [x.expert_neurons for x in layers]
     most = 1 if arch.latent else max(kv_heads)
+    # Where there are none, an architecture has a convolution or Mamba 2.
+    states_kv_heads = each or arch.mixer in ("convolution", "mamba2")
     return {
         "attention.head_count": heads if each else max(heads),
-        # Where there are none, an architecture has a convolution or Mamba 2.
-        "attention.head_count_kv": (
-            kv_heads if each or arch.mixer in ("convolution", "mamba2") else most
-        ),
+        "attention.head_count_kv": kv_heads if states_kv_heads else most,
         "feed_forward_length": neurons if each else max(neurons),
     }
 
@@ -104,21 +103,20 @@ def _mixer_keys(anatomy: Anatomy, arch: Architecture, facts: ModelFacts) -> Keys
     if arch.mixer == "convolution":
         return {"shortconv.l_cache": taps}
     if arch.mixer == "mamba2":
-        return {
-            "ssm.conv_kernel": taps,
-            "ssm.state_size": config.mamba_d_state,
-            "ssm.group_count": config.mamba_n_groups,
-            "ssm.time_step_rank": config.mamba_n_heads,
-            "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head,
-        }
-    keys = {
+        states, groups = config.mamba_d_state, config.mamba_n_groups
+        heads, head_dim = config.mamba_n_heads, config.mamba_d_head
+    else:
+        states, groups = config.linear_key_head_dim, config.linear_num_key_heads
+        heads, head_dim = config.linear_num_value_heads, config.linear_value_head_dim
+    keys: Keys = {
         "ssm.conv_kernel": taps,
-        "ssm.state_size": config.linear_key_head_dim,
-        "ssm.group_count": config.linear_num_key_heads,
-        "ssm.time_step_rank": config.linear_num_value_heads,
-        "ssm.inner_size": config.linear_value_head_dim * config.linear_num_value_heads,
-        "full_attention_interval": facts.shape.first_attention + 1,
+        "ssm.state_size": states,
+        "ssm.group_count": groups,
+        "ssm.time_step_rank": heads,
+        "ssm.inner_size": heads * head_dim,
     }
+    if arch.mixer != "mamba2":
+        keys["full_attention_interval"] = facts.shape.first_attention + 1
     if arch.mixer == "tiled_delta_net":  # of images' positions; those of text are all one
         keys["rope.dimension_sections"] = [*facts.rope.get("mrope_section", _SECTIONS), 0]
     return keys
