@@ -30,28 +30,6 @@ _SHOWN_NAMES = 20
 _SAME_DAY = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
 
 
-def row_documents(
-    rows: Iterable[tuple[str, object]],
-    text_column: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Iterator[str]:
-    """Turn rows into documents; the layout found in the first row holds for all.
-
-    Args:
-        rows: (where the row comes from, the row: column name -> cell).
-        text_column: the column that holds the text; None finds it.
-        tokenizer: renders rows of chat messages; may be None where there are none.
-
-    Returns:
-        A document per row; some may be empty.
-
-    Raises:
-        UserError: a row has no text where it should.
-    """
-    for where, row, layout in laid_out(rows, text_column):
-        yield row_document(row, layout, where, tokenizer)
-
-
 def laid_out(
     rows: Iterable[tuple[str, object]], text_column: str | None
 ) -> Iterator[tuple[str, Mapping[str, object], tuple[str, ...]]]:

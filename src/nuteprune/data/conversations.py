@@ -57,17 +57,13 @@ def stretches(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> 
     if template == "alpaca":
         asked = (_ALPACA_INPUT if more else _ALPACA).format(instruction, more)
         ends = tokenizer.eos_token or ""
-        return [Stretch(_start(tokenizer) + asked, False), Stretch(answer + ends, bool(answer))]
+        begins = str(tokenizer.bos_token) if bos_of(tokenizer) else ""
+        return [Stretch(begins + asked, False), Stretch(answer + ends, bool(answer))]
     asked = "\n\n".join(filter(None, (instruction, more)))
     turns = [{"role": "user", "content": asked}]
     if answer:
         turns.append({"role": "assistant", "content": answer})
     return _chat_stretches(turns, where, tokenizer)
-
-
-def _start(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the token that the tokenizer puts before a text, if it does."""
-    return str(tokenizer.bos_token) if bos_of(tokenizer) else ""
 
 
 def _chat_stretches(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from nuteprune.data import demo as assets
 from nuteprune.data import readers
-from nuteprune.data.columns import row_documents
+from nuteprune.data.columns import laid_out, row_document
 from nuteprune.data.readers import Documents
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, check_name
@@ -70,7 +70,8 @@ def sources_of(
         return [Documents(x, partial(iter, y)) for x, y in texts if spec == DEMO or x in names]
 
     def documents(rows: Iterable[tuple[str, object]]) -> Iterator[str]:
-        return row_documents(rows, text_column, tokenizer)
+        for where, row, layout in laid_out(rows, text_column):
+            yield row_document(row, layout, where, tokenizer)
 
     def file_documents(path: Path) -> Iterator[str]:
         rows = readers.file_rows(path, text_column)

@@ -36,7 +36,8 @@ def split(document: str) -> tuple[list[str], list[str]]:
     parts: tuple[list[str], list[str]] = ([], [])
     for text in split_long(document):
         passages = _passages(text)
-        held_out = _below_threshold([_rank(passage) for passage in passages])
+        hashes = [hashlib.blake2b(x.strip().encode(), digest_size=8) for x in passages]
+        held_out = _below_threshold([int.from_bytes(x.digest(), "big") for x in hashes])
         ranked = zip(held_out, passages, strict=True)
         for held, stretch in itertools.groupby(ranked, key=itemgetter(0)):
             parts[held].append("".join(passage for _, passage in stretch))
@@ -57,10 +58,6 @@ def _passages(text: str) -> list[str]:
     count = -(-len(bare) // _PASSAGE)
     cuts = [0, *(boundary(bare, len(bare) * i // count) for i in range(1, count)), len(bare)]
     return [bare[start:end] for start, end in itertools.pairwise(cuts)]
-
-
-def _rank(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
 
 
 def _below_threshold(ranks: list[int]) -> list[bool]:

@@ -108,10 +108,11 @@ def _free_config(
     values: dict[str, Any], family: Family, shape: Shape, mixer_width: int | None
 ) -> PreTrainedConfig:
     """Return a config with counts for each layer."""
-    stock = CONFIG_MAPPING[family.model_type]
+    stock, name = CONFIG_MAPPING[family.model_type], family.config_names.get("head_dim")
+    own_head_dim = {"head_dim": values[name]} if name else {}  # the config's is something else
     values = values | {
         **free_shape_names(family.model_type, AutoModelForCausalLM=family.causal_lm),
-        "pruned": _layout(family, mixer_width) | _own_head_dim(values, family),
+        "pruned": _layout(family, mixer_width) | own_head_dim,
         "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
         "allow_global_per_layer_attribute_access": True,
     }
@@ -148,12 +149,6 @@ def free_shape_names(model_type: str, **auto_classes: str) -> dict[str, Any]:
         "architectures": [f"Pruned{next(iter(auto_classes.values()))}"],
         "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
     }
-
-
-def _own_head_dim(values: dict[str, Any], family: Family) -> dict[str, int]:
-    """Return what heads write where the config's `head_dim` is something else."""
-    name = family.config_names.get("head_dim")
-    return {"head_dim": values[name]} if name else {}
 
 
 def _first_valid(

@@ -131,7 +131,7 @@ class Exporter:
         ids_BT, position_BT = torch.ones(2, 3, dtype=torch.long), torch.tensor([[2, 3, 4]] * 2)
         mask_BS = torch.ones(2, 5, dtype=torch.long)
         new, seen, cached = {0: batch, 1: tokens}, {0: batch, 1: total}, {0: batch, 2: past}
-        with _plain_attention(self.model), _quiet():
+        with _tracing(self.model):
             program: Any = torch.onnx.export(
                 self.wrapped,
                 (ids_BT, mask_BS, position_BT, self.past(2, 2)),
@@ -184,21 +184,14 @@ def _forget_origins(graph: Any) -> None:
 
 
 @contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let attention be plain products and softmax for a while, which every runtime computes."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def _tracing(model: PreTrainedModel) -> Iterator[None]:
+    """Let attention be plain products and softmax, which every runtime computes, and torch quiet.
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from telling of its own deprecations and of packages that nobody needs here."""
-    logger = logging.getLogger("torch.onnx")
+    It would tell of its own deprecations and of packages that nobody needs here.
+    """
+    before, logger = model.config._attn_implementation, logging.getLogger("torch.onnx")
     level = logger.level
+    model.set_attn_implementation("eager")
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -206,3 +199,4 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        model.set_attn_implementation(before)

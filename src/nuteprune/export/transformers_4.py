@@ -11,8 +11,6 @@ from transformers import PreTrainedConfig
 
 from nuteprune.model.lookup import family_named
 
-_TEXT = "text_config"
-
 
 def add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
     """Add what transformers 4 calls by another name to a config's file.
@@ -22,11 +20,11 @@ def add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
     """
     inner = config.get_text_config()
     keys = _rope_keys_of_4(inner) | _expert_keys_of_4(inner)
-
-    def with_keys(content: dict[str, Any]) -> dict[str, Any]:
-        return content | (keys if inner is config else {_TEXT: content[_TEXT] | keys})
-
-    _edit(path, with_keys, sort_keys=True)
+    if inner is config:
+        _edit(path, lambda content: content | keys, sort_keys=True)
+    else:
+        text = "text_config"
+        _edit(path, lambda content: content | {text: content[text] | keys}, sort_keys=True)
 
 
 LONG_ROPE = {"rope_type", "rope_theta", "short_factor", "long_factor", "partial_rotary_factor"}

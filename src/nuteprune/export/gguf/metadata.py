@@ -33,12 +33,14 @@ def model_keys(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, shape: S
     keys["block_count"] = len(shape.layers)
     keys |= _head_keys(arch, facts)
     if family.norm.startswith("layer"):
-        keys["attention.layer_norm_epsilon"] = _epsilon(anatomy.final_norm)
+        norm: Any = anatomy.final_norm  # OLMo's has no attribute, and the default
+        epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5))
+        keys["attention.layer_norm_epsilon"] = float(epsilon)
         if hasattr(config, "use_parallel_residual"):
             keys["use_parallel_residual"] = config.use_parallel_residual
     else:
-        epsilon = float(getattr(config, family.config_names["epsilon"]))
-        keys["attention.layer_norm_rms_epsilon"] = epsilon
+        epsilon = getattr(config, family.config_names["epsilon"])
+        keys["attention.layer_norm_rms_epsilon"] = float(epsilon)
     keys |= _rope_keys(facts)
     if arch.optional_rope:  # llama.cpp's name for whether there is one
         keys["rope.scaling.finetuned"] = facts.rotates
@@ -141,16 +143,11 @@ def _expert_keys(anatomy: Anatomy, arch: Architecture, shape: Shape) -> Keys:
         keys["interleave_moe_layer_step"] = expert_period(shape)
     if experts.states_weights:
         keys["expert_gating_func"] = int(ExpertGatingFuncType.SIGMOID)
-        keys["expert_weights_norm"] = config.norm_topk_prob
+        keys["expert_weights_norm"] = bool(config.norm_topk_prob)
         keys["expert_weights_scale"] = float(config.routed_scaling_factor)
     if experts.groups and anatomy.groups > 1:
         keys |= {"expert_group_count": anatomy.groups, "expert_group_used_count": config.topk_group}
     return keys
-
-
-def _epsilon(norm: Any) -> float:
-    """Return a LayerNorm's epsilon; OLMo's has no attribute, and the default."""
-    return float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
 
 
 def context_length(arch: Architecture, facts: ModelFacts) -> int:
@@ -173,7 +170,7 @@ def _rope_keys(facts: ModelFacts) -> Keys:
     if kind == "longrope":
         keys["rope.scaling.attn_factor"] = float(ROPE_INIT_FUNCTIONS[kind](facts.config, "cpu")[1])
     if kind in ("longrope", "yarn"):
-        original = rope["original_max_position_embeddings"]
+        original = int(rope["original_max_position_embeddings"])
         keys["rope.scaling.original_context_length"] = original
     if kind == "yarn":
         keys["rope.scaling.yarn_beta_fast"] = float(rope.get("beta_fast") or 32.0)

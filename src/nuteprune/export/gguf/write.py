@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import (
@@ -168,8 +168,7 @@ def _differences(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
         )
 
 
-@dataclass(frozen=True)
-class _TensorInfo:
+class _TensorInfo(NamedTuple):
     name: str
     shape: tuple[int, ...]
     stored: GGMLQuantizationType
