@@ -15,7 +15,10 @@ from nuteprune.model.shape import LayerShape, Shape
 from tests.scripts import script
 
 REPOSITORY = Path(__file__).parents[2]
-support_page = script("support", "docs").support_page
+
+
+def support_page() -> str:
+    return script("support", "docs").support_page()
 
 
 def test_the_page_is_what_the_code_says() -> None:
