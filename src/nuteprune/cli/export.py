@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nuteprune.console import Output
 
 TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
-"""Format -> how it stores weights, the default first; as `export.gguf.FILE_TYPES` has them."""
+"""Format -> how it stores weights, the default first; as `export.gguf.write.FILE_TYPES` has them."""
 
 
 def export(
@@ -81,7 +81,7 @@ def _export_gguf(
     output: Output,
 ) -> None:
     from nuteprune.console import megabytes, millions
-    from nuteprune.export.gguf import write_gguf
+    from nuteprune.export.gguf.write import write_gguf
     from nuteprune.jobs.sources import load_model
 
     loaded = load_model(model, None)

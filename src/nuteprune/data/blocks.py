@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.readers import Documents, split_long
 from nuteprune.data.specs import DEMO, sources_of
-from nuteprune.data.split import held_out_part, split
+from nuteprune.data.split import held_out_part, shuffled, split
 from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
@@ -292,27 +292,11 @@ def _training_tokens(
         stretches = (stretch for document in source for stretch in split(document)[0] or [""])
         texts = (passage for x in stretches for passage in split_long(x, most))
         seen = 0
-        for tokens in tokens_of(_shuffled(texts, rng), tokenizer):
+        for tokens in tokens_of(shuffled(texts, rng, _SHUFFLE_CHARS, len), tokenizer):
             seen += len(tokens)
             yield tokens
         if seen < length:
             raise too_short(f"{source.name} (its training part)", seen, length)
-
-
-def _shuffled(texts: Iterable[str], rng: random.Random) -> Iterator[str]:
-    """Draw each next text from those held, at most `_SHUFFLE_CHARS` characters in all."""
-    held: list[str] = []
-    chars = 0
-    for text in texts:
-        held.append(text)
-        chars += len(text)
-        while chars > _SHUFFLE_CHARS:
-            drawn = rng.randrange(len(held))
-            held[drawn], held[-1] = held[-1], held[drawn]
-            chars -= len(held[-1])
-            yield held.pop()
-    rng.shuffle(held)
-    yield from held
 
 
 def _check_size(length: int, count: int) -> None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +19,7 @@ from nuteprune.data.columns import laid_out, row_document
 from nuteprune.data.conversations import Row, encode, first_characters, stretches
 from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.specs import embedded, hub_parts, local_files
-from nuteprune.data.split import split
+from nuteprune.data.split import shuffled, split
 from nuteprune.data.tokens import check_ids
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
@@ -103,7 +101,7 @@ def holds_instructions(spec: str, text_column: str | None = None) -> bool:
     Raises:
         UserError: a source cannot be read.
     """
-    rows = _rows(spec, text_column, plain=True)
+    rows = _rows(spec, text_column, among_text=True)
     first = None if rows is None else next(iter(laid_out(rows, text_column)), None)
     return first is not None and _is_instruction(first)
 
@@ -114,34 +112,29 @@ def _is_instruction(found: Row) -> bool:
 
 
 def _rows(
-    spec: str, text_column: str | None, plain: bool = False
+    spec: str, text_column: str | None, among_text: bool = False
 ) -> Iterator[tuple[str, object]] | None:
     """Return the rows of a DATA spec, None where it has none.
 
     Args:
         spec: the DATA spec.
         text_column: the column with the text or messages.
-        plain: whether files of plain text may lie among those of rows; they are left out.
+        among_text: whether files of plain text may lie among those of rows; they are left out.
     """
     if spec == SELF or embedded(spec):
         return None
     files = local_files(spec)
     if files is None:
         return readers.hub_rows(*hub_parts(spec))
-    of_rows = [file for file in files if file.suffix.lower() != ".txt"]
-    if not of_rows:
+    each = [(file, readers.file_rows(file, text_column)) for file in files]
+    if all(rows is None for _, rows in each):
         return None
-    files = of_rows if plain else files
-    return itertools.chain.from_iterable(map(partial(_file_rows, text_column), files))
-
-
-def _file_rows(text_column: str | None, file: Path) -> Iterator[tuple[str, object]]:
-    rows = readers.file_rows(file, text_column)
-    if rows is None:
+    text = [file for file, rows in each if rows is None]
+    if text and not among_text:
         raise UserError(
-            f"{file}: plain text among files of rows; pass either of them as a folder of its own"
+            f"{text[0]}: plain text among files of rows; pass either of them as a folder of its own"
         )
-    return rows
+    return itertools.chain.from_iterable(rows for _, rows in each if rows is not None)
 
 
 def read_examples(
@@ -182,7 +175,7 @@ def read_examples(
     files = local_files(spec)
     known = Fingerprint(names=[hub_parts(spec)[0].lower()] if files is None else [])
     rows = laid_out(_rows(spec, text_column) or (), text_column)
-    for found in rows if most is None else _drawn(rows, random.Random(seed)):
+    for found in rows if most is None else shuffled(rows, random.Random(seed), HELD):
         where, row, layout = found
         if not _is_instruction(found):
             raise UserError(f"{where}: not instruction data, as the first row is; mend the row")
@@ -222,16 +215,3 @@ def _before_held_out(document: str) -> int | None:
     """Return how many characters of a document come before what is held out of it; None: all."""
     held_out = split(document)[1]
     return document.find(held_out[0]) if held_out else None
-
-
-def _drawn(rows: Iterable[Row], rng: random.Random) -> Iterator[Row]:
-    """Draw each next row from those held."""
-    held: list[Row] = []
-    for row in rows:
-        held.append(row)
-        if len(held) > HELD:
-            i = rng.randrange(len(held))
-            held[i], held[-1] = held[-1], held[i]
-            yield held.pop()
-    rng.shuffle(held)
-    yield from held

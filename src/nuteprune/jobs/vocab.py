@@ -19,7 +19,7 @@ from nuteprune.data.specs import iter_documents
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
-from nuteprune.export.gguf_splits import PROBES
+from nuteprune.export.gguf.splits import PROBES
 from nuteprune.export.record import write_pruned
 from nuteprune.export.vocabulary import (
     check_spelling,

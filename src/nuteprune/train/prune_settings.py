@@ -12,8 +12,8 @@ from math import lcm
 from typing import Any
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_arch import SUPER_BLOCK
 from nuteprune.model.family import GATE_KINDS
+from nuteprune.model.shape import SUPER_BLOCK
 from nuteprune.train.asked import DECODE, KINDS, MOMENT, Asked, all_asked, check_one, sparsities
 from nuteprune.train.settings import CALL, HOW, check_declared, setting
 

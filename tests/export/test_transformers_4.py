@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from nuteprune.export.card import model_card
 from nuteprune.export.checkpoint import save
-from nuteprune.export.tokenizer import plain_merges
+from nuteprune.export.transformers_4 import plain_merges
 
 from .conftest import said_by_transformers
 from .test_card import a_record
