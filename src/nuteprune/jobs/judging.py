@@ -1,4 +1,4 @@
-"""What a prune job finds out of its models: perplexity, copying from context, how they write."""
+"""What jobs find out of models: perplexity, copying, and of a pruned one beside the dense one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.console import Bars
 from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import RunFailed, UserError
+from nuteprune.judge.beside import Beside, judge_beside
 from nuteprune.judge.copying import Copying, copying
 from nuteprune.judge.perplexity import mean, perplexities, protocol
-from nuteprune.judge.samples import continuations, prompts
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,10 @@ class Figures:
     Args:
         perplexity: source -> perplexity on held-out text.
         copying: how it copies from its context; None where that cannot be measured.
-        texts: how it goes on with each prompt.
     """
 
     perplexity: dict[str, float]
     copying: Copying | None
-    texts: list[str]
 
 
 def copies(
@@ -62,7 +60,6 @@ class Judge:
         self, held_out: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, bars: Bars
     ) -> None:
         self.held_out, self.tokenizer, self._bars = held_out, tokenizer, bars
-        self.prompts_BT = prompts(held_out)
 
     def figures(self, what: str, model: PreTrainedModel) -> Figures:
         """Return what is found of a model.
@@ -82,7 +79,7 @@ class Judge:
         if copied is not None:
             note += f"  copying {copied.percent:.0f} %"
         self._bars.update(title, 1, 1, note)
-        return Figures(found, copied, continuations(model, self.tokenizer, self.prompts_BT))
+        return Figures(found, copied)
 
     def entries(self, before: Figures, after: Figures) -> dict[str, Any]:
         """Return what the record says of a model beside the dense one."""
@@ -95,3 +92,11 @@ class Judge:
                 "protocol": before.copying.protocol,
             }
         return entries
+
+    def beside(self, dense: PreTrainedModel, pruned: PreTrainedModel) -> Beside:
+        """Return what is found of a pruned model beside the dense one; see `judge_beside`."""
+        title = "answers and context"
+        self._bars.update(title, 0, 1)
+        found = judge_beside(dense, pruned, self.tokenizer, self.held_out)
+        self._bars.update(title, 1, 1)
+        return found

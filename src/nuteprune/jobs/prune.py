@@ -45,7 +45,6 @@ from nuteprune.jobs.sources import load_model, load_tokenizer, origin, pick_dtyp
 from nuteprune.jobs.speed import check_speed, costs_for, judge_speed
 from nuteprune.jobs.text import JobText, mixture
 from nuteprune.judge.run_files import write_extra
-from nuteprune.judge.samples import side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
@@ -144,7 +143,7 @@ def finished(job: PruneJob, output: Output) -> Result | None:
         )
     result = run(job, output)
     if result is not None and result.plan is None:
-        print_results(result.records, output)
+        print_results(job, result.records, output)
         tell(job, result, output)
     return result
 
@@ -230,8 +229,7 @@ def _prune(
     apart = job.bits is not None or trainer.args.sharded
     place = "cpu" if apart else str(trainer.args.device)
     provenance = origin(job.model) if is_main() else {}
-    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-    judge = Judge(held_out, tokenizer, bars)
+    judge = Judge(held_out, cast(PreTrainedTokenizerBase, trainer.processing_class), bars)
     before = None
     if is_main() and not apart:
         before = judge.figures("the dense model", trainer.anatomy.model)
@@ -245,18 +243,23 @@ def _prune(
     if job.resume:
         clear_result(job.out, job.overwrite)
     records = {}
+    dense = None
     for index, small in _smaller(job, trainer):
-        after = judge.figures("the pruned model", _as_judged(small, trainer, place))
+        judged = _as_judged(small, trainer, place)
+        after = judge.figures("the pruned model", judged)
+        if dense is None:  # only now: the run's own model was in memory till the first was cut
+            dense = _as_judged(load_model(job.model, trainer.computed_dtype), trainer, place)
+        beside = judge.beside(dense, judged)
         if trainer.args.offload:  # as it is written
             bring_home(small)
         if index == len(trainer.targets) - 1:
-            samples = side_by_side(tokenizer, judge.prompts_BT, before.texts, after.texts)
-            write_extra(job.out / RUN, SAMPLES, samples)
+            write_extra(job.out / RUN, SAMPLES, beside.samples)
         folder = target_folder(job, [target.asked for target in trainer.goals], index)
         records[folder] = trainer.save_pruned(
             folder,
             outside(job),
             **judge.entries(before, after),
+            **beside.entries,
             **provenance,
             config=recorded(job, trainer.args),
             seconds=round(time.monotonic() - started, 1),

@@ -18,11 +18,13 @@ from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
 from nuteprune.jobs.text import mixture
+from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
+from nuteprune.judge.run_files import read_samples
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.run_folder import RECORD
+from nuteprune.run_folder import RECORD, RUN
 from nuteprune.train.asked import spelled
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
@@ -127,10 +129,12 @@ def print_report(job: PruneJob, output: Output) -> None:
         output.line(f"Report  none: {error}")
 
 
-def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> None:
-    """Print what came out, for each target a table and two lines."""
+def print_results(job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output) -> None:
+    """Print what came out, for each target tables and two lines; answers of the highest one."""
+    *_, last = records
     for folder, record in records.items():
         print_result(folder, record, output)
+        print_beside(record, read_samples(job.out / RUN) if folder == last else [], output)
 
 
 COUNTS_SHOWN = (
