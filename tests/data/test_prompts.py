@@ -97,9 +97,7 @@ def test_questions_are_those_that_the_model_ends(chats, tiny_model) -> None:
     assert str(SEED) in found.source
 
 
-def test_models_that_do_not_chat_go_on_with_text_of_each_source(
-    tiny_model, tiny_tokenizer
-) -> None:
+def test_models_that_do_not_chat_go_on_with_text_of_each_source(tiny_model, tiny_tokenizer) -> None:
     model = tiny_model("llama", vocab_size=300)
     text = {"a": torch.arange(200).view(4, 50), "b": torch.arange(200, 296).view(2, 48)}
     found = make_prompts(model, tiny_tokenizer, text, count=3)

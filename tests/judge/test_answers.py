@@ -109,7 +109,10 @@ def test_figures_are_those_of_the_stock_models_logits(tiny_model, tiny_tokenizer
     count = len(kl)
     assert found["kl"] == pytest.approx(sum(kl) / count, rel=1e-4)
     assert found["agreement"] == pytest.approx(100 * sum(same) / count)
-    for when, answers in (("before", [x.dense for x in pairs]), ("after", [x.pruned for x in pairs])):
+    for when, answers in (
+        ("before", [x.dense for x in pairs]),
+        ("after", [x.pruned for x in pairs]),
+    ):
         assert found["nats"][when] == pytest.approx(sum(nats[when]) / len(nats[when]), rel=1e-4)
         assert found["length"][when] == pytest.approx(sum(map(len, answers)) / 4)
         shares = [repeated(x) for x in answers]

@@ -93,7 +93,11 @@ def test_where_no_token_needs_it_nothing_is_said(
 
 def test_blocks_are_cut_evenly_from_sources_that_are_long_enough() -> None:
     span = Span(8, 3)  # 20 tokens
-    text = [torch.arange(50).view(2, 25), torch.arange(38).view(2, 19), torch.arange(60).view(3, 20)]
+    text = [
+        torch.arange(50).view(2, 25),
+        torch.arange(38).view(2, 19),
+        torch.arange(60).view(3, 20),
+    ]
     found = cut_blocks(text, span, most=5)
     assert found.tolist() == [[*range(20)], [*range(25, 45)], [*range(20)], [*range(20, 40)]]
     with_bos = cut_blocks([text[1], text[0]], span, [0], most=4)

@@ -11,8 +11,8 @@ class Row(NamedTuple):
 
     Args:
         what: what it is, with its unit.
-        dense: of the dense model; None: of both together.
-        pruned: of the pruned model; None: nothing to measure it on.
+        dense: of the dense model; None: of both together, or not known.
+        pruned: of the pruned model; None: not known, such as where no token is there for it.
         digits: after the point.
     """
 

@@ -58,17 +58,17 @@ def _or_null(leaf: Leaf) -> Leaf:
 _BEFORE_AFTER = {"before": SIZE, "after": SIZE}
 _LAYER = {"heads": COUNT, "kv_heads": COUNT, "neurons": COUNT}
 _JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
-_BOTH = {"before": NUMBER, "after": NUMBER}
+_BOTH = dict.fromkeys(("before", "after"), _or_null(NUMBER))
 _ANSWERS = {
     **dict.fromkeys(("looping", "repeated", "length", "nats"), _BOTH),
-    **dict.fromkeys(("kl", "agreement"), NUMBER),
+    **dict.fromkeys(("kl", "agreement"), _or_null(NUMBER)),
     "protocol": {"measures": WORDS, "prompts": TEXT, "answers": SIZE, "most_tokens": SIZE}
     | {"tokens": SIZE},
 }
 _CONTEXT = {
     **dict.fromkeys(("tokens", "needing"), COUNT),
     **dict.fromkeys(("lost", "lost_elsewhere", "kept"), _or_null(NUMBER)),
-    "gain": dict.fromkeys(("before", "after"), _or_null(NUMBER)),
+    "gain": _BOTH,
     "protocol": {"measures": WORDS, "blocks": COUNT},
 }
 _SPANS = Leaf("an object of figures of context", lambda x: _all_fit(x, _CONTEXT))

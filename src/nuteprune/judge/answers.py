@@ -200,8 +200,9 @@ def _pair(
     sure_nV, kept_nV = (_log_probabilities(model, prompt, own) for model in (dense, pruned))
     kept_nV = kept_nV.to(sure_nV.device)
     agreed = (sure_nV.argmax(-1) == kept_nV.argmax(-1)).sum()
-    # A token that the dense model rules out adds nothing, though its logarithm is not finite.
-    kl = (sure_nV.exp() * (sure_nV - kept_nV)).nan_to_num(0, 0, 0).sum()
+    chance_nV = sure_nV.exp()
+    apart_nV = chance_nV * (sure_nV - kept_nV)
+    kl = apart_nV[chance_nV > 0].sum()  # what the dense model rules out has no finite logarithm
     strange = other[: fresh(other)]
     nats = (
         _nats(sure_nV, own[: fresh(own)]),
