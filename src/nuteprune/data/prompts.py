@@ -29,7 +29,7 @@ QUESTION_TOKENS: Final = 32
 """Tokens of a question at most; one that the model does not end by then is left out."""
 BEGINNING_TOKENS: Final = 32
 
-_SPARE = 1.5  # so many more are begun than are wanted, since some are not ended
+_SPARE = 2  # times as many are begun as are wanted, since not all are ended
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count
     opening = openings(model, tokenizer, most=2**20, seed=SEED)
     if not opening.asks:
         return []
-    batch = [Text(opening, None) for _ in range(round(count * _SPARE))]
+    batch = [Text(opening, None) for _ in range(count * _SPARE)]
     most = len(opening.asks) + QUESTION_TOKENS + len(opening.answers)
     generator = torch.Generator().manual_seed(SEED)
     for _ in write_batch(model, opening, batch, most, generator):
