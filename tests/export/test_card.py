@@ -103,7 +103,7 @@ def test_the_card_says_what_text_is_judged_and_how_it_copies() -> None:
 def test_the_card_has_answers_and_context_with_how_they_are_judged() -> None:
     text = model_card(a_record(**BESIDE), remote_code=False)
     for expected in (
-        "| answers, answers that loop, % | 3.1 | 17.2 | |",
+        "| answers, looping, % | 3.1 | 17.2 | |",
         "| answers, KL divergence, nats per token |  | 0.450 | |",
         "| context, nats lost, 12 tokens that need it |  | 1.25 | |",
         "| context, nats lost, the other 88 |  |  | |",

@@ -42,7 +42,7 @@ def test_answers_and_context_are_told_with_what_they_are(
     verdicts.print(Output())
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for expected in (
-        "answers that loop, % 3.1 17.2",
+        "looping, % 3.1 17.2",
         "nats lost, 12 tokens that need it 1.25",
         "kl: how far.",
         "kept: how much.",

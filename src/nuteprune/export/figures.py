@@ -37,7 +37,7 @@ def answer_rows(record: Mapping[str, Any]) -> list[Row]:
         return Row(what, found[key]["before"], found[key]["after"], digits)
 
     return [
-        both("answers that loop, %", "looping", 1),
+        both("looping, %", "looping", 1),
         both("repeated 4-grams, %", "repeated", 1),
         both("length, tokens", "length", 1),
         both("strangeness to the dense model, nats per token", "nats", 2),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,8 +133,8 @@ def print_results(job: PruneJob, records: Mapping[Path, dict[str, Any]], output:
     """Print what came out, for each target tables and two lines; answers of the highest one."""
     *_, last = records
     for folder, record in records.items():
-        print_result(folder, record, output)
-        print_beside(record, read_samples(job.out / RUN) if folder == last else [], output)
+        samples = read_samples(job.out / RUN) if folder == last else []
+        print_result(folder, record, samples, output)
 
 
 COUNTS_SHOWN = (
@@ -145,8 +145,13 @@ COUNTS_SHOWN = (
 """Counts of parameters that are shown -> what their keys in a record begin with."""
 
 
-def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> None:
-    """Print one checkpoint's record as a table and two lines."""
+def print_result(
+    folder: Path,
+    record: Mapping[str, Any],
+    samples: Sequence[Mapping[str, str]],
+    output: Output,
+) -> None:
+    """Print one checkpoint's record as tables, answers and two lines."""
     ppl, params = record["perplexity"], record["params"]
     rows = [
         *(
@@ -162,6 +167,7 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
     if (copied := record.get("copying")) is not None:
         rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in ("before", "after"))])
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
+    print_beside(record, samples, output)
     asked = record["asked"]
     goal = f"target {record['target']:.1%}"
     if asked["kind"] in COUNTED:

@@ -54,6 +54,10 @@ def verdict(files: RunFiles) -> str:
     if copied := _copied(record):
         then, now = (f"{number(share)}{THIN}%" for share in copied)
         parts.append(f"it copies {now} of random tokens from its context ({then} before)")
+    looping = record.get("answers", {}).get("looping", {})
+    if None not in (loops := [looping.get(when) for when in ("before", "after")]):
+        then, now = (f"{number(share)}{THIN}%" for share in loops)
+        parts.append(f"{now} of its answers loop ({then} of the dense model's)")
     if gains := told_gains(files.speed):
         span = dict.fromkeys((number(gains[0]), number(gains[-1])))
         parts.append(f"it runs {' to '.join(span)}{THIN}× as fast")
