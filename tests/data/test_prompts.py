@@ -75,23 +75,30 @@ def _bare() -> Any:
     return ByT5Tokenizer()
 
 
-def test_questions_are_those_that_the_model_ends(chats, tiny_model) -> None:
-    """All logits are equal, so that a token is what its random number says."""
+@pytest.mark.parametrize("more", [1, 100])
+def test_questions_are_those_that_the_model_ends_first(more: int, chats, tiny_model) -> None:
+    """All tokens are alike, but that the end is `more` times as likely: random numbers tell."""
     model = tiny_model("llama", vocab_size=300, max_position_embeddings=512)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    found = make_prompts(model, chats, {}, count=20)
+    end, count, begun = chats.eos_token_id, 20, 30
+    chances = torch.ones(300)
+    chances[end] = more
+    model.lm_head.register_forward_hook(lambda *x: chances.log().expand_as(x[2]))
+    found = make_prompts(model, chats, {}, count=count)
     asks = chats("user: ", add_special_tokens=False).input_ids
     random = torch.Generator().manual_seed(SEED)
     drawn = [
-        torch.rand(30, generator=random, dtype=torch.float64)
-        for _ in range(1 + len(asks) + QUESTION_TOKENS)  # after bos or what stands for it
+        torch.rand(begun, generator=random, dtype=torch.float64)
+        for _ in range(len(asks) + QUESTION_TOKENS)  # bos, or what stands for it, is there before
     ]
-    rows = (torch.stack(drawn[len(asks) :], 1) * len(chats)).long().tolist()
-    ends = chats.eos_token_id
-    said = [row[: row.index(ends)] for row in rows if ends in row[:QUESTION_TOKENS]]
-    wanted = [text for ids in said if (text := chats.decode(ids).strip())]
-    assert 1 < len(wanted) < 20
+    sums = chances[: len(chats)].double().cumsum(0)
+    at = torch.searchsorted(sums, torch.stack(drawn[len(asks) :], 1) * sums[-1], right=True)
+    said = [row[: row.index(end)] for row in at.tolist() if end in row]
+    if len(said) >= count:
+        last = sorted(map(len, said))[count - 1]
+        said = [row for row in said if len(row) <= last]
+    wanted = [text for ids in said if (text := chats.decode(ids).strip())][:count]
+    assert 1 < len(wanted) < count
+    assert (more > 1) == (len(said) >= count)
     assert found.texts == wanted
     assert chats.batch_decode(found.ids) == [f"user: {x}</s>assistant: " for x in wanted]
     assert str(SEED) in found.source

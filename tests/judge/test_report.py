@@ -178,7 +178,7 @@ def test_answers_and_context_stand_beside_how_they_were_judged(tmp_path: Path) -
     folder = a_run(tmp_path / "out", a_record(**BESIDE), some_steps(), samples=samples)
     page = page_of(folder)
     for expected in (
-        "17.19 % of its answers loop (3.13 % of the dense model's)",
+        "17.19 % of its answers loop (3.12 % of the dense model's)",
         "looping, % 3.1 17.2 × 5.50",
         "KL divergence, nats per token 0.450",
         "nats gained by context 3.00 1.50 × 0.50",

@@ -25,11 +25,11 @@ COUNT: Final = 24
 """Prompts that are made where no file of them is given."""
 SEED: Final = 1618
 """Draws the questions. A run draws its text by other numbers, so nothing was trained on them."""
-QUESTION_TOKENS: Final = 32
+QUESTION_TOKENS: Final = 48
 """Tokens of a question at most; one that the model does not end by then is left out."""
 BEGINNING_TOKENS: Final = 32
 
-_SPARE = 2  # times as many are begun as are wanted, since not all are ended
+_SPARE = 1.5  # times as many are begun as are wanted, since not all are ended
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,15 @@ def make_prompts(
 
 
 def _questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """Return questions that a model writes at temperature 1, those alone that it ends."""
+    """Return questions that a model draws at temperature 1: those of a batch that it ends first."""
     opening = openings(model, tokenizer, most=2**20, seed=SEED)
     if not opening.asks:
         return []
-    batch = [Text(opening, None) for _ in range(count * _SPARE)]
+    batch = [Text(opening, None) for _ in range(round(count * _SPARE))]
     most = len(opening.asks) + QUESTION_TOKENS + len(opening.answers)
     generator = torch.Generator().manual_seed(SEED)
     for _ in write_batch(model, opening, batch, most, generator):
-        if not any(text.asks or text.given for text in batch):
+        if sum(not (text.asks or text.given) for text in batch) >= count:
             break
     texts = texts_of(tokenizer, filter(None, (_question(x.ids, opening) for x in batch)))
     return [text.strip() for text in texts if text.strip()][:count]

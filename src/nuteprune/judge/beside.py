@@ -17,7 +17,7 @@ from nuteprune.export.figures import answer_rows, context_rows
 from nuteprune.judge.answers import TOKENS, answer_both, entry_of, shown
 from nuteprune.judge.context import SPANS, cut_blocks, judge_context
 
-BLOCKS: Final = 24
+BLOCKS: Final = 12
 """Blocks of text at most that the use of context is measured on, where nothing else is said."""
 
 
