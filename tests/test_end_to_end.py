@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from nuteprune.export.record import blocks_recount
 from nuteprune.gates import cutting
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs.folder import DEMOS
+from nuteprune.stages import judge as judging
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge import copying
+from nuteprune.judge.beside import judge_beside
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
@@ -73,6 +76,7 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     monkeypatch.setattr(cutting, "SEQUENCES", 1)
     monkeypatch.setattr(cutting, "LENGTH", 16)
     monkeypatch.setattr(copying, "SEQUENCES", 2)
+    monkeypatch.setattr(judging, "judge_beside", partial(judge_beside, tokens=2, blocks=3))
     with pytest.raises(SystemExit) as stopped:
         main()
     out, err = capsys.readouterr()
@@ -81,6 +85,9 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     folder = tmp_path / DEMOS
     assert record["out"] == str(DEMOS)
     assert 0.2 <= record["sparsity"] <= 0.201
+    assert record["answers"]["protocol"]["prompts"].startswith("questions written by the dense")
+    assert 0 < record["answers"]["kl"] < 10
+    assert "The worst answer" in err
 
     dense = recount(assets.model_folder())["total"]
     counted = recount(folder)

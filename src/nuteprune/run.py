@@ -16,7 +16,7 @@ from nuteprune.export.loading import in_dtype
 from nuteprune.export.wrapping import Around
 from nuteprune.gates.masks import Masks
 from nuteprune.judge.run_files import write_extra
-from nuteprune.judge.samples import prompts, side_by_side
+from nuteprune.judge.beside import judge_beside
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
@@ -35,6 +35,19 @@ from nuteprune.train.targets import Target
 from nuteprune.train.trainer import NutePruneTrainer
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is found of a smaller model.
+
+    Args:
+        entries: of its record.
+        samples: answers side by side, as the report reads them.
+    """
+
+    entries: Record
+    samples: list[dict[str, str]]
 
 
 @dataclass
@@ -75,6 +88,7 @@ class Run:
 
     def __post_init__(self) -> None:
         lora = self.model.bank.state() if len(self.goals) > 1 else {}
+        self._dense: PreTrainedModel | None = None
         self._fresh = {name: value.cpu().clone() for name, value in lora.items()}
 
     @property
@@ -111,6 +125,94 @@ class Run:
             return judge(model, self.held_out, self.text.tokenizer, **how)
 
         held_out = entries(self.held_out, _NOTHING, _NOTHING)["perplexity"]["protocol"]
+        found: Figures = self.products.keep_json("judge", make, held_out=held_out)
+        return found
+
+    def cut(self) -> Cut:
+        """Return the stages before the first step: score, price, choose, refit."""
+        text, products = self.text.training, self.products
+        return Cut(self.model, self.args, text, products, self.progress, self.run_folder_of)
+
+    def teach(
+        self, goal: Target, masks: Masks | None = None, weights: Weights | None = None
+    ) -> NutePruneTrainer:
+        """Distil the model that is cut; masks and weights may be the trainer's to find.
+
+        Args:
+            goal: what it is to become.
+            masks: what is kept.
+            weights: what `refit` returned for these masks.
+        """
+        trainer = self.first
+        if goal is not self.goals[0]:  # as a run of its own would begin
+            self.model.bank.load(self._fresh)
+            trainer = self.trainer_of(goal)
+        trainer.masks, trainer.weights = masks, weights
+        if is_main():
+            write_extra(trainer.run_folder, TEXT, self.text.training.fingerprint.to_dict())
+        with self.products.measured("teach"):
+            if self.args.max_steps > 0:
+                begun = self.resumes and last_checkpoint(trainer.run_folder) is not None
+                trainer.train(resume_from_checkpoint=begun or None)
+            trainer.settle()
+        return trainer
+
+    def slice(self, trainer: NutePruneTrainer, goal: Target) -> Sliced:
+        """Merge, fold and cut: the run's own model for the last goal, where that can be."""
+        with self.products.measured("slice"):
+            if goal is self.goals[-1]:
+                reloads = self.model.must_be_reloaded
+                trainer.finalize((lambda: self.reload(None)) if reloads else None)
+            else:
+                trainer.cut_copy(self.reload(None))
+        assert trainer.sliced is not None
+        return trainer.sliced
+
+    def judge(self, sliced: Sliced, dense: Figures | None) -> Judged:
+        """Judge a smaller model as its file will compute, beside the dense one."""
+        computed = self.model.origin.computed_dtype
+        if self._dense is None:  # only now: the run's own was in memory till the last cut
+            self._dense = self._placed(self.reload(computed))
+        if dense is None:
+            dense = self._judge_dense(self._dense)
+        with self.products.measured("judge"):
+            small = self._placed(in_dtype(sliced.model, computed))
+            how: dict[str, Any] = {"name": "the pruned model", "progress": self.progress}
+            found = judge(small, self.held_out, self.text.tokenizer, **how)
+            self.progress("judge answers and context", 0, 1)
+            beside = judge_beside(self._dense, small, self.text.tokenizer, self.held_out)
+            self.progress("judge answers and context", 1, 1)
+            if self.args.offload:  # as it is written
+                bring_home(sliced.model)
+        return Judged(entries(self.held_out, dense, found) | beside.entries, beside.samples)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a model where it is judged."""
+        offload_if_asked(Anatomy(model.requires_grad_(False)), self.args, self.model.origin)
+        place = str(self.args.device) if self.model.has_whole_weights else "cpu"
+        return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
+
+    def save(self, trainer: NutePruneTrainer, sliced: Sliced, judged: Judged) -> tuple[Path, Record]:
+        """Write a checkpoint with its record; returns its folder, and the record."""
+        write_extra(trainer.run_folder, SAMPLES, judged.samples)
+        folder = self.folder_of(trainer.goal)
+        record = save(
+            sliced,
+            folder,
+            self.text.tokenizer,
+            around=self.around,
+            **{
+                **trainer.about(sliced),
+                **judged.entries,
+                **self.about(),
+                "stages": self.products.costs,
+                "peak_memory_bytes": self.products.peak,
+            },
+        )
+        return folder, record
+
+
+_NOTHING, _NOTHING)["perplexity"]["protocol"]
         found: Figures = self.products.keep_json("judge", make, held_out=held_out)
         return found
 
@@ -196,7 +298,7 @@ class Run:
         return folder, record
 
 
-_NOTHING: Figures = {"perplexity": {}, "copying": None, "texts": []}
+_NOTHING: Figures = {"perplexity": {}, "copying": None}
 
 
 def in_percent(progress: Progress) -> Callable[[int, int], None]:

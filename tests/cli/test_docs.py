@@ -71,6 +71,7 @@ HOW = {
     "nuteprune eval small --against demo --data demo --data code.jsonl "
     "--data medicine.jsonl": PARSED,
     "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
+    "nuteprune eval small --against demo --prompts asked.jsonl --answer-tokens 128": EXECUTED,
     "nuteprune eval out/run/checkpoint-200 --against Qwen/Qwen3-0.6B "
     "--data my_text.jsonl": EXECUTED,
     "nuteprune eval small --against Qwen/Qwen3-0.6B --tasks commonsense7 --batch-size 16": PARSED,

@@ -199,6 +199,25 @@ def test_local_tasks(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     assert found["retention"]["tasks"] == {"school": 100, "mean": 100}
 
 
+def test_both_models_answer_the_prompts_of_a_file(model: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "the student"}\n{"prompt": "a teacher"}\n')
+    given = ["--against", model, "--prompts", tmp_path / "asked.jsonl", "--answer-tokens", 5]
+    code, stdout, stderr = run("eval", model, *given, "--tasks", "", *ASKED)
+    assert (code, stdout) == (2, "")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n\n".join(f"Teacher {i} is less pruned. " * 9 for i in range(80)))
+    code, stdout, stderr = run("eval", model, *given, "--data", text, "--length", 24, *ASKED)
+    assert code == 0, stderr
+    found = json_line(stdout)
+    answers = found["answers"]
+    assert (answers["kl"], answers["agreement"]) == (0, 100)
+    how = answers["protocol"]
+    assert (how["prompts"], how["answers"], how["most_tokens"]) == ("of asked.jsonl", 2, 5)
+    assert {x["prompt"] for x in found["samples"]} == {"the student", "a teacher"}
+    assert "context" not in found  # blocks of 24 are too short
+    assert "looping, %" in stderr
+
+
 def test_each_model_is_asked_with_its_own_tokenizer(
     model: Path,
     sentencepiece_tokenizer: Any,
@@ -259,6 +278,8 @@ BAD = {
     "the same text twice": (["--data", "TEXT", "--data", "TEXT"], "only once"),
     "text too short": (["--data", "TEXT", "--length", "99999"], "a block takes 99999"),
     "batch size 0": (["--batch-size", "0"], "at least 1"),
+    "prompts for one model": (["--prompts", "a.jsonl"], "--against"),
+    "no answers": (["--answer-tokens", "0"], "--answer-tokens 0: pass at least 1"),
     "copying seed too large": (["--copying-seed", str(2**64)], "from 0 to 2147483647"),
     "fewer than no examples": (["--tasks", "piqa", "--fewshot", "-1"], "--fewshot -1: pass 0"),
     "limit without tasks": (["--limit", "3"], "--tasks"),

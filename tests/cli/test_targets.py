@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import nuteprune
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import judging
 from nuteprune.judge import copying
+from nuteprune.judge.beside import Beside
 from nuteprune.judge.run_files import read_run
-from nuteprune.judge.samples import continuations
 from nuteprune.run_folder import TARGETS
 from nuteprune.train.asked import KINDS, Asked
 from tests.conftest import Run, cache_of, json_line
@@ -109,7 +108,7 @@ def test_so_it_is_for_the_demo_model(
 ) -> None:
     # What is said of quality is not looked at here, and takes most of the time.
     monkeypatch.setattr(copying, "SEQUENCES", 1)
-    monkeypatch.setattr(judging, "continuations", partial(continuations, new_tokens=1))
+    monkeypatch.setattr(judging, "judge_beside", lambda *_: Beside({}, []))
     out = tmp_path / "out"
     named = ["prune", "demo", *words, "--data", text, "--shares", 1, "--out", out, *SMALL]
     fast = ["--method", "magnitude", "--set", "compensation=false", "--dtype", "bfloat16"]

@@ -30,6 +30,17 @@ READ = {
     "judged": {"text": "in-domain"},
 }
 TUNED = {"steps": 2, "data": "text.txt", "kind": "text", "perplexity": FIGURES, "text": READ}
+BOTH = {"before": 1.0, "after": 2.0}
+ANSWERS = {
+    **dict.fromkeys(("looping", "repeated", "length", "nats"), BOTH),
+    **{"kl": 0.1, "agreement": 90.0},
+    "protocol": {"measures": {"kl": "how"}, "prompts": "a", "answers": 2, "most_tokens": 8}
+    | {"tokens": 9},
+}
+CONTEXT = {
+    **{"tokens": 9, "needing": 3, "lost": 0.5, "lost_elsewhere": None, "gain": BOTH, "kept": 50.0},
+    "protocol": {"measures": {"lost": "how"}, "blocks": 1},
+}
 RECORD: dict[str, Any] = {
     "schema": 1,
     "target": 0.2,
@@ -44,6 +55,8 @@ RECORD: dict[str, Any] = {
     "teachers": {"count": 1, "sparsities": [0.1]},
     "perplexity": FIGURES,
     "copying": {"before": 60.0, "after": 50.0, "protocol": PROTOCOL},
+    "answers": ANSWERS,
+    "context": {"256": CONTEXT},
     "asked": {"kind": "sparsity", "value": 0.2},
     "config": {"model": "owner/model", "data": ["text.txt", "self"], "length": 16},
     "text": READ,
@@ -119,6 +132,8 @@ def test_whatever_is_odd_in_a_record_is_refused_or_no_trouble(tmp_path: Path) ->
         (("layers",), [LAYER] * 2, "layers are 2, and layers_before 1"),
         (("layers",), [], "layers is not a list, or an empty one"),
         (("config",), None, "config is not an object"),
+        (("answers", "kl"), "odd", "answers.kl is not a finite number or null"),
+        (("context", "256", "lost"), ..., "context is not an object of figures of context"),
         (("history", 0, "hidden", "before"), 0, r"history\[0\].hidden.before is not a count above"),
     ],
 )

@@ -25,6 +25,7 @@ from nuteprune.judge.headline import text_kind, verdict
 from nuteprune.judge.report import kept_rows
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from nuteprune.train.state import RunState
+from tests.export.test_card import BESIDE
 
 pytestmark = pytest.mark.slow
 
@@ -177,6 +178,27 @@ SPEED = {
 
 
 # --- the page --------------------------------------------------------------------------------
+
+
+def test_answers_and_context_stand_beside_how_they_were_judged(tmp_path: Path) -> None:
+    samples = [{"which": "worst", "prompt": "Why?", "dense": "So.", "pruned": "So so so"}]
+    folder = a_run(tmp_path / "out", a_record(**BESIDE), some_steps(), samples=samples)
+    page = page_of(folder)
+    for expected in (
+        "17.19 % of its answers loop (3.12 % of the dense model's)",
+        "looping, % 3.1 17.2 × 5.50",
+        "KL divergence, nats per token 0.450",
+        "nats gained by context 3.00 1.50 × 0.50",
+        "nats lost, 12 tokens that need it 1.25",
+        "Context: the last tokens of 3 blocks of 256.",
+        "kl: how far.",
+        "The worst answer",
+        "So so so",
+    ):
+        assert expected in page.text
+    several = BESIDE["context"] | {"1152": BESIDE["context"]["256"]}
+    folder = a_run(tmp_path / "several", a_record(context=several), some_steps())
+    assert "gain kept, %, blocks of 1152 50.0" in page_of(folder).text
 
 
 def test_a_finished_run_has_all_that_is_known_and_nothing_from_outside(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ Form = Leaf | Mapping[str, Any] | list[Any]
 """A value, an object by key (`?` ends one that may be missing), or a list of one form."""
 
 
+def _all_fit(value: Any, form: Form) -> bool:
+    return isinstance(value, dict) and not any(_misfit(x, form, "") for x in value.values())
+
+
 def _or_null(leaf: Leaf) -> Leaf:
     return Leaf(f"{leaf.named} or null", lambda x: x is None or leaf.fits(x))
 
@@ -57,6 +61,20 @@ def _or_null(leaf: Leaf) -> Leaf:
 _BEFORE_AFTER = {"before": SIZE, "after": SIZE}
 _LAYER = {"heads": COUNT, "kv_heads": COUNT, "neurons": COUNT}
 _JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
+_BOTH = dict.fromkeys(("before", "after"), _or_null(NUMBER))
+_ANSWERS = {
+    **dict.fromkeys(("looping", "repeated", "length", "nats"), _BOTH),
+    **dict.fromkeys(("kl", "agreement"), _or_null(NUMBER)),
+    "protocol": {"measures": WORDS, "prompts": TEXT, "answers": SIZE, "most_tokens": SIZE}
+    | {"tokens": SIZE},
+}
+_CONTEXT = {
+    **dict.fromkeys(("tokens", "needing"), COUNT),
+    **dict.fromkeys(("lost", "lost_elsewhere", "kept"), _or_null(NUMBER)),
+    "gain": _BOTH,
+    "protocol": {"measures": WORDS, "blocks": COUNT},
+}
+_SPANS = Leaf("an object of figures of context", lambda x: _all_fit(x, _CONTEXT))
 _COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
 _READ = {"documents": HASHES, "files": HASHES, "names": TEXTS, "judged?": KINDS}
 _TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
@@ -77,6 +95,8 @@ RECORD: dict[str, Any] = {
     "perplexity?": _JUDGED,
     "copying?": {"before?": _or_null(NUMBER), "after?": _or_null(NUMBER), "protocol?": _COPIED},
     "text?": _READ,
+    "answers?": _ANSWERS,
+    "context?": _SPANS,
     "asked?": {"kind": TEXT, "value": NUMBER},
     "config?": {"model?": _or_null(TEXT), "data?": TEXTS, "length?": SIZE, "eval_blocks?": SIZE}
     | dict.fromkeys(("eval_data?", "text_column?"), _or_null(TEXT)),

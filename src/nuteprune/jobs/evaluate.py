@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.console import Output
+from nuteprune.console import Bars, Output
 from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.prompts import Prompts, read_prompts
 from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
@@ -23,6 +24,8 @@ from nuteprune.files import at_home
 from nuteprune.jobs.comparison import same_tokens
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
 from nuteprune.judge import protocols, texts
+from nuteprune.judge.answers import TOKENS
+from nuteprune.judge.beside import Beside, judge_beside
 from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.provenance import kind_of, learned_from
@@ -34,6 +37,9 @@ from nuteprune.run_folder import TEXT
 from nuteprune.stages.judge import copies
 from nuteprune.train.midway import is_midway, load_midway
 from nuteprune.train.run_settings import read_settings
+
+BLOCKS = 96
+"""Blocks of text at most that the use of context is measured on."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Evaluation:
         include_path: folder of task files.
         limit: most questions per task.
         fewshot: examples before each question.
+        prompts: file of prompts that both models answer; None: such as `make_prompts` makes.
+        answer_tokens: of an answer at most.
         batch_size: blocks or questions per forward pass.
         device: `auto`, `cpu`, `cuda`.
         dtype: what is computed in.
@@ -71,6 +79,8 @@ class Evaluation:
     include_path: Path | None = None
     limit: int | None = None
     fewshot: int | None = None
+    prompts: Path | None = None
+    answer_tokens: int = TOKENS
     batch_size: int = 4
     device: str = "auto"
     dtype: str = "auto"
@@ -105,9 +115,11 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     cut: dict[str, texts.Blocks] = {}
     if asked.data or asked.protocol or questions is None:
         cut = _blocks(asked, tokenizer, _learned(models))
-        if asked.against is not None:
-            same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
+    prompts = None if asked.prompts is None else read_prompts(asked.prompts, tokenizer)
+    if beside := asked.against is not None and bool(cut or prompts):
+        same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
     verdicts = Verdicts(cut, questions)
+    held: list[PreTrainedModel] = []
     with output.bars() as bars:
         for i, one in enumerate(models):
             bars.update("models", i, len(models), one.name)
@@ -122,9 +134,13 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
             verdicts.copying |= {one.name: copied} if copied is not None else {}
             if questions is not None:
                 verdicts.tasks[one.name] = questions.ask(loaded, own, asked.batch_size)
+            if beside:
+                held.append(loaded)
             del loaded
             gc.collect()
         bars.update("models", len(models), len(models))
+        if beside:
+            verdicts.beside = _beside(asked, tokenizer, held, cut, prompts, bars)
     if asked.against is not None:
         verdicts.compare(asked.model, asked.against)
     verdicts.print(output)
@@ -179,6 +195,10 @@ def _check(asked: Evaluation) -> None:
         raise UserError(f"--batch-size {asked.batch_size}: pass at least 1")
     if not 0 <= asked.copying_seed < 2**31:
         raise UserError(f"--copying-seed {asked.copying_seed}: pass a number from 0 to {2**31 - 1}")
+    if asked.answer_tokens < 1:
+        raise UserError(f"--answer-tokens {asked.answer_tokens}: pass at least 1")
+    if asked.prompts is not None and asked.against is None:
+        raise UserError("--prompts is for answers beside the dense model's; name that as --against")
     for_tasks = {"include-path": asked.include_path, "limit": asked.limit, "fewshot": asked.fewshot}
     for name, value in for_tasks.items():
         if value is not None and asked.tasks is None:
@@ -235,6 +255,23 @@ def _blocks(
             described = {"kind": kind, "protocol": name, "part": part, **made.described}
             cut[source] = dataclasses.replace(made, described=described)
     return cut
+
+
+def _beside(
+    asked: Evaluation,
+    tokenizer: PreTrainedTokenizerBase,
+    held: Sequence[PreTrainedModel],
+    cut: Mapping[str, texts.Blocks],
+    prompts: Prompts | None,
+    bars: Bars,
+) -> Beside:
+    """Judge the first model beside the last one."""
+    bars.update("answers and context", 0, 1)
+    text = {name: blocks.tokens_NT for name, blocks in cut.items()}
+    how: dict[str, Any] = {"prompts": prompts, "tokens": asked.answer_tokens, "blocks": BLOCKS}
+    found = judge_beside(held[-1], held[0], tokenizer, text, **how)
+    bars.update("answers and context", 1, 1)
+    return found
 
 
 def _measure(

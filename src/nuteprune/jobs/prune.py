@@ -108,7 +108,7 @@ def finished(job: PruneJob, output: Output) -> Result | None:
     check_target(job)
     result = run(job, output)
     if result is not None and result.plan is None:
-        print_results(result.records, output)
+        print_results(job, result.records, output)
         tell(job, result, output)
     return result
 

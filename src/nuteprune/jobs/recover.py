@@ -279,7 +279,8 @@ def _write(
     if "recover" in record:
         entry["earlier"] = record["recover"]
     new = {**record, "recover": entry, "perplexity": judged_again(record, entry)}
-    new.pop("copying", None)  # it was measured before the fine-tuning
+    for key in ("copying", "answers", "context"):  # measured before the fine-tuning
+        new.pop(key, None)
     if (copied := copies(small, tokenizer)) is not None and "copying" in record:
         new["copying"] = {**record["copying"], "after": copied.percent}
     return {**result, **write_again(job.out, small, tokenizer, new, around(job.model))}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nuteprune.export.card import since_dense
+from nuteprune.export.figures import answer_rows, context_rows
 from nuteprune.export.record import perplexities_of
 from nuteprune.gates.budget import gone
 from nuteprune.judge import bench
@@ -51,6 +52,10 @@ def verdict(files: RunFiles) -> str:
     if copied := _copied(record):
         then, now = (f"{number(share)}{THIN}%" for share in copied)
         parts.append(f"it copies {now} of random tokens from its context ({then} before)")
+    looping = record.get("answers", {}).get("looping", {})
+    if None not in (loops := [looping.get(when) for when in ("before", "after")]):
+        then, now = (f"{number(share)}{THIN}%" for share in loops)
+        parts.append(f"{now} of its answers loop ({then} of the dense model's)")
     if gains := told_gains(files.speed):
         span = dict.fromkeys((number(gains[0]), number(gains[-1])))
         parts.append(f"it runs {' to '.join(span)}{THIN}× as fast")
@@ -84,18 +89,19 @@ def headline(
     groups = [("Size", cells)]
     before, after = judged_on_both(record)
     if before:
-        rows = [_compared(x, before[x], after[x], after[x] / before[x]) for x in before]
+        rows = [_compared(x, before[x], after[x]) for x in before]
         if len(before) > 1:
             old_mean, new_mean = mean(before), mean(after)
-            rows.append(_compared("mean", old_mean, new_mean, new_mean / old_mean))
+            rows.append(_compared("mean", old_mean, new_mean))
         kind = text_kind(record)
         title = f"Perplexity on {kind}" if kind else "Perplexity"
         groups.append((f"{title}, lower is better", rows))
     if copied := _copied(record):
-        old_share, new_share = copied
-        ratio = new_share / old_share if old_share else math.nan
-        row = _compared(f"tokens right,{THIN}%", old_share, new_share, ratio)
+        row = _compared(f"tokens right,{THIN}%", *copied)
         groups.append(("Copying from context, higher is better", [row]))
+    for group, figures in (("Answers", answer_rows(record)), ("Context", context_rows(record))):
+        if figures:
+            groups.append((group, [(*x.cells, _change(x.dense, x.pruned)) for x in figures]))
     if speed is not None and speed["rows"]:
         groups.append(
             (
@@ -132,9 +138,12 @@ def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, st
     return what, show(before), show(after), f"−{percent(gone(before, after), 1)}"
 
 
-def _compared(what: str, before: float, after: float, ratio: float) -> tuple[str, str, str, str]:
-    change = "" if math.isnan(ratio) else f"×{THIN}{number(ratio)}"
-    return what, number(before), number(after), change
+def _compared(what: str, before: float, after: float) -> tuple[str, str, str, str]:
+    return what, number(before), number(after), _change(before, after)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"×{THIN}{number(after / before)}" if before and after is not None else ""
 
 
 def _gain(row: Mapping[str, Any]) -> float:
