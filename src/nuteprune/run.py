@@ -5,31 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
 from nuteprune.data.blocks import HeldOut
 from nuteprune.data.mixture import Mixture
-from nuteprune.export.loading import in_dtype
 from nuteprune.export.wrapping import Around
 from nuteprune.gates.masks import Masks
 from nuteprune.judge.run_files import write_extra
-from nuteprune.judge.beside import judge_beside
-from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
-from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
 from nuteprune.products import Products
-from nuteprune.run_folder import SAMPLES, TEXT
+from nuteprune.run_folder import TEXT
 from nuteprune.stages.judge import Figures, entries, judge
-from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.cut import Cut
-from nuteprune.train.prepare import Prepared, offload_if_asked
+from nuteprune.train.prepare import Prepared
 from nuteprune.train.state import last_checkpoint
 from nuteprune.train.targets import Target
 from nuteprune.train.trainer import NutePruneTrainer
@@ -167,135 +162,6 @@ class Run:
                 trainer.cut_copy(self.reload(None))
         assert trainer.sliced is not None
         return trainer.sliced
-
-    def judge(self, sliced: Sliced, dense: Figures | None) -> Judged:
-        """Judge a smaller model as its file will compute, beside the dense one."""
-        computed = self.model.origin.computed_dtype
-        if self._dense is None:  # only now: the run's own was in memory till the last cut
-            self._dense = self._placed(self.reload(computed))
-        if dense is None:
-            dense = self._judge_dense(self._dense)
-        with self.products.measured("judge"):
-            small = self._placed(in_dtype(sliced.model, computed))
-            how: dict[str, Any] = {"name": "the pruned model", "progress": self.progress}
-            found = judge(small, self.held_out, self.text.tokenizer, **how)
-            self.progress("judge answers and context", 0, 1)
-            beside = judge_beside(self._dense, small, self.text.tokenizer, self.held_out)
-            self.progress("judge answers and context", 1, 1)
-            if self.args.offload:  # as it is written
-                bring_home(sliced.model)
-        return Judged(entries(self.held_out, dense, found) | beside.entries, beside.samples)
-
-    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return a model where it is judged."""
-        offload_if_asked(Anatomy(model.requires_grad_(False)), self.args, self.model.origin)
-        place = str(self.args.device) if self.model.has_whole_weights else "cpu"
-        return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
-
-    def save(self, trainer: NutePruneTrainer, sliced: Sliced, judged: Judged) -> tuple[Path, Record]:
-        """Write a checkpoint with its record; returns its folder, and the record."""
-        write_extra(trainer.run_folder, SAMPLES, judged.samples)
-        folder = self.folder_of(trainer.goal)
-        record = save(
-            sliced,
-            folder,
-            self.text.tokenizer,
-            around=self.around,
-            **{
-                **trainer.about(sliced),
-                **judged.entries,
-                **self.about(),
-                "stages": self.products.costs,
-                "peak_memory_bytes": self.products.peak,
-            },
-        )
-        return folder, record
-
-
-_NOTHING, _NOTHING)["perplexity"]["protocol"]
-        found: Figures = self.products.keep_json("judge", make, held_out=held_out)
-        return found
-
-    def cut(self) -> Cut:
-        """Return the stages before the first step: score, price, choose, refit."""
-        text, products = self.text.training, self.products
-        return Cut(self.model, self.args, text, products, self.progress, self.run_folder_of)
-
-    def teach(
-        self, goal: Target, masks: Masks | None = None, weights: Weights | None = None
-    ) -> NutePruneTrainer:
-        """Distil the model that is cut; masks and weights may be the trainer's to find.
-
-        Args:
-            goal: what it is to become.
-            masks: what is kept.
-            weights: what `refit` returned for these masks.
-        """
-        trainer = self.first
-        if goal is not self.goals[0]:  # as a run of its own would begin
-            self.model.bank.load(self._fresh)
-            trainer = self.trainer_of(goal)
-        trainer.masks, trainer.weights = masks, weights
-        if is_main():
-            write_extra(trainer.run_folder, TEXT, self.text.training.fingerprint.to_dict())
-        with self.products.measured("teach"):
-            if self.args.max_steps > 0:
-                begun = self.resumes and last_checkpoint(trainer.run_folder) is not None
-                trainer.train(resume_from_checkpoint=begun or None)
-            trainer.settle()
-        return trainer
-
-    def slice(self, trainer: NutePruneTrainer, goal: Target) -> Sliced:
-        """Merge, fold and cut: the run's own model for the last goal, where that can be."""
-        with self.products.measured("slice"):
-            if goal is self.goals[-1]:
-                reloads = self.model.must_be_reloaded
-                trainer.finalize((lambda: self.reload(None)) if reloads else None)
-            else:
-                trainer.cut_copy(self.reload(None))
-        assert trainer.sliced is not None
-        return trainer.sliced
-
-    def judge(self, sliced: Sliced, dense: Figures | None) -> tuple[Figures, Figures]:
-        """Judge a smaller model as its file will compute; returns dense and smaller figures."""
-        model = self.model
-        computed = model.origin.computed_dtype
-        if dense is None:  # nobody waits for it any more
-            dense = self._judge_dense(self.reload(computed))
-        place = str(self.args.device) if model.has_whole_weights else "cpu"
-        with self.products.measured("judge"):
-            small = in_dtype(sliced.model, computed).requires_grad_(False)
-            offload_if_asked(Anatomy(small), self.args, model.origin)
-            small = cast(PreTrainedModel, small.to(place))  # type: ignore[arg-type]
-            how: dict[str, Any] = {"name": "the pruned model", "progress": self.progress}
-            found = judge(small, self.held_out, self.text.tokenizer, **how)
-            if self.args.offload:  # as it is written
-                bring_home(sliced.model)
-        return dense, found
-
-    def save(
-        self, trainer: NutePruneTrainer, sliced: Sliced, judged: tuple[Figures, Figures]
-    ) -> tuple[Path, Record]:
-        """Write a checkpoint with its record; returns its folder, and the record."""
-        dense, found = judged
-        texts = (dense["texts"], found["texts"])
-        tokenizer, prompts_BT = self.text.tokenizer, prompts(self.held_out)
-        write_extra(trainer.run_folder, SAMPLES, side_by_side(tokenizer, prompts_BT, *texts))
-        folder = self.folder_of(trainer.goal)
-        record = save(
-            sliced,
-            folder,
-            tokenizer,
-            around=self.around,
-            **{
-                **trainer.about(sliced),
-                **entries(self.held_out, dense, found),
-                **self.about(),
-                "stages": self.products.costs,
-                "peak_memory_bytes": self.products.peak,
-            },
-        )
-        return folder, record
 
 
 _NOTHING: Figures = {"perplexity": {}, "copying": None}

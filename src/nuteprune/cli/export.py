@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nuteprune.console import Output
 
 TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
-"""Format -> how it stores weights, the default first; as `export.gguf.write.FILE_TYPES` has them."""
+"""Format -> how it stores weights, the default first; see `gguf.write.FILE_TYPES`."""
 
 
 def export(

@@ -14,7 +14,7 @@ from nuteprune.data.columns import chat_turns, render
 from nuteprune.data.openings import Openings, openings
 from nuteprune.data.readers import file_rows
 from nuteprune.data.tokens import bos_of, texts_of
-from nuteprune.data.writing import Text, write_batch
+from nuteprune.data.writing import TextInProgress, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
 
@@ -122,7 +122,7 @@ def _questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count
     opening = openings(model, tokenizer, most=2**20, seed=SEED)
     if not opening.asks:
         return []
-    batch = [Text(opening, None) for _ in range(round(count * _SPARE))]
+    batch = [TextInProgress(opening, None) for _ in range(round(count * _SPARE))]
     most = len(opening.asks) + QUESTION_TOKENS + len(opening.answers)
     generator = torch.Generator().manual_seed(SEED)
     for _ in write_batch(model, opening, batch, most, generator):

@@ -65,14 +65,14 @@ _BOTH = dict.fromkeys(("before", "after"), _or_null(NUMBER))
 _ANSWERS = {
     **dict.fromkeys(("looping", "repeated", "length", "nats"), _BOTH),
     **dict.fromkeys(("kl", "agreement"), _or_null(NUMBER)),
-    "protocol": {"measures": WORDS, "prompts": TEXT, "answers": SIZE, "most_tokens": SIZE}
+    "protocol": {"measures": KINDS, "prompts": TEXT, "answers": SIZE, "most_tokens": SIZE}
     | {"tokens": SIZE},
 }
 _CONTEXT = {
     **dict.fromkeys(("tokens", "needing"), COUNT),
     **dict.fromkeys(("lost", "lost_elsewhere", "kept"), _or_null(NUMBER)),
     "gain": _BOTH,
-    "protocol": {"measures": WORDS, "blocks": COUNT},
+    "protocol": {"measures": KINDS, "blocks": COUNT},
 }
 _SPANS = Leaf("an object of figures of context", lambda x: _all_fit(x, _CONTEXT))
 _COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
