@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
 from nuteprune.data.blocks import HeldOut
 from nuteprune.data.mixture import Mixture
+from nuteprune.export.loading import in_dtype
 from nuteprune.export.wrapping import Around
 from nuteprune.gates.masks import Masks
+from nuteprune.judge.beside import judge_beside
 from nuteprune.judge.run_files import write_extra
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
+from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
 from nuteprune.products import Products
-from nuteprune.run_folder import TEXT
+from nuteprune.run_folder import SAMPLES, TEXT
 from nuteprune.stages.judge import Figures, entries, judge
+from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.cut import Cut
-from nuteprune.train.prepare import Prepared
+from nuteprune.train.prepare import Prepared, offload_if_asked
 from nuteprune.train.state import last_checkpoint
 from nuteprune.train.targets import Target
 from nuteprune.train.trainer import NutePruneTrainer
@@ -162,6 +167,51 @@ class Run:
                 trainer.cut_copy(self.reload(None))
         assert trainer.sliced is not None
         return trainer.sliced
+
+    def judge(self, sliced: Sliced, dense: Figures | None) -> Judged:
+        """Judge a smaller model as its file will compute, beside the dense one."""
+        computed = self.model.origin.computed_dtype
+        if self._dense is None:  # only now: the run's own was in memory till the last cut
+            self._dense = self._placed(self.reload(computed))
+        if dense is None:
+            dense = self._judge_dense(self._dense)
+        with self.products.measured("judge"):
+            small = self._placed(in_dtype(sliced.model, computed))
+            how: dict[str, Any] = {"name": "the pruned model", "progress": self.progress}
+            found = judge(small, self.held_out, self.text.tokenizer, **how)
+            self.progress("judge answers and context", 0, 1)
+            beside = judge_beside(self._dense, small, self.text.tokenizer, self.held_out)
+            self.progress("judge answers and context", 1, 1)
+            if self.args.offload:  # as it is written
+                bring_home(sliced.model)
+        return Judged(entries(self.held_out, dense, found) | beside.entries, beside.samples)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a model where it is judged."""
+        offload_if_asked(Anatomy(model.requires_grad_(False)), self.args, self.model.origin)
+        place = str(self.args.device) if self.model.has_whole_weights else "cpu"
+        return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
+
+    def save(
+        self, trainer: NutePruneTrainer, sliced: Sliced, judged: Judged
+    ) -> tuple[Path, Record]:
+        """Write a checkpoint with its record; returns its folder, and the record."""
+        write_extra(trainer.run_folder, SAMPLES, judged.samples)
+        folder = self.folder_of(trainer.goal)
+        record = save(
+            sliced,
+            folder,
+            self.text.tokenizer,
+            around=self.around,
+            **{
+                **trainer.about(sliced),
+                **judged.entries,
+                **self.about(),
+                "stages": self.products.costs,
+                "peak_memory_bytes": self.products.peak,
+            },
+        )
+        return folder, record
 
 
 _NOTHING: Figures = {"perplexity": {}, "copying": None}

@@ -113,6 +113,7 @@ def write_pruned(
         from nuteprune.model.family_file import to_dict
 
         record[FAMILY] = to_dict(family)
+    record.setdefault("peak_memory_bytes", peak())
     full = make_record(
         params={
             **params,
@@ -121,7 +122,6 @@ def write_pruned(
         },
         **record,
         bytes_on_disk=weights_size(folder),
-        peak_memory_bytes=peak(),
     )
     return _write_texts(folder, whole, full)
 
