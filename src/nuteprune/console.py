@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Drawn
 from rich.table import Table
 from rich.text import Text
 
 from nuteprune.files import to_json
 from nuteprune.processes import is_main
 
+Progress = Callable[[str, int, int], None]
+"""Told (what is being done, units done, units in all) during long work."""
 WIDE = 200
 """Columns where there is no terminal to fit: a file or a pipe takes tables whole."""
 
@@ -105,7 +108,7 @@ class Bars:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = Progress(
+        self.progress = Drawn(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -174,3 +177,20 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def counted(progress: Progress, what: str, total: int) -> Callable[[], None]:
+    """Return a function that tells `progress` of one more unit done each time it is called."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(what, done, total)
+
+    progress(what, 0, total)
+    return tick

@@ -18,13 +18,13 @@ from nuteprune.data.specs import DEMO
 from nuteprune.distill.objective import OBJECTIVES
 from nuteprune.errors import UserError
 from nuteprune.export.gguf import FILE_TYPES
-from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.engines import ENGINES
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
 from nuteprune.jobs.prune import recorded
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.text import mixture
+from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prune_settings import PruneSettings

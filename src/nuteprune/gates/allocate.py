@@ -107,6 +107,13 @@ class Allocator:
             return floor  # steps of a price are rounded, so the very least may be missed
         return shape
 
+    def sparsity(self, masks: Masks) -> float:
+        """Return the exact sparsity of masks once everything at 0 is cut, as a recount has it."""
+        hard = {kind: (value > 0).cpu().double() for kind, value in masks.values.items()}
+        kept = 1 - float(self.budget.expected_sparsity(Masks(self.layout, hard)))
+        before = self.budget.before
+        return (before - round(kept * before)) / before
+
     def goal(self, sparsity: float) -> Goal:
         """Return the goal of a sparsity, in [0, 1)."""
         before = self.budget.before

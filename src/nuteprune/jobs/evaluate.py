@@ -19,7 +19,6 @@ from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.comparison import same_tokens
-from nuteprune.jobs.judging import copies
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
 from nuteprune.judge import protocols, texts
 from nuteprune.judge.copying import SEED
@@ -29,6 +28,7 @@ from nuteprune.judge.tasks import Tasks
 from nuteprune.judge.units import dtype_name
 from nuteprune.judge.verdicts import Verdicts
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.stages.judge import copies
 from nuteprune.train.midway import is_midway, load_midway
 from nuteprune.train.run_settings import read_settings
 

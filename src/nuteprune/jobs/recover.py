@@ -32,7 +32,6 @@ from nuteprune.jobs.folder import (
     nothing_left,
 )
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
-from nuteprune.jobs.judging import copies
 from nuteprune.jobs.progress import RecoveryProgress
 from nuteprune.jobs.recover_text import check_room, kind_of_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
@@ -52,6 +51,7 @@ from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import DENSE, RUN
+from nuteprune.stages.judge import copies
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.run_settings import check_same

@@ -11,53 +11,49 @@ from torch.utils.data import Dataset
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.data.examples import Examples
 from nuteprune.data.specs import DEMO
-from nuteprune.distill.teachers import kind_met
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
-from nuteprune.jobs.text import mixture
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.run import Run
 from nuteprune.run_folder import RECORD
 from nuteprune.train.asked import spelled
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
-from nuteprune.train.trainer import NutePruneTrainer
 
 
-def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None:
+def print_plan(job: PruneJob, run: Run, output: Output) -> None:
     """Print what is going to be done, in a few lines."""
-    args, budget, model = trainer.args, trainer.allocator.budget, trainer.anatomy.model
-    shape = budget.shape
-    total = trainer.anatomy.parameters()
+    args, prepared = run.args, run.model
+    budget, model = prepared.allocator.budget, prepared.anatomy.model
+    shape, total = budget.shape, prepared.origin.parameters
     first = shape.layers[0]
-    targets = ", ".join(told(target) for target in trainer.goals)
-    goal = budget.before * trainer.targets[-1]
+    targets = ", ".join(told(goal) for goal in run.goals)
+    goal = budget.before * run.goals[-1].sparsity
     output.line(
-        f"Model   {job.model}: {trainer.anatomy.family.model_type}, {len(shape.layers)} layers, "
+        f"Model   {job.model}: {prepared.anatomy.family.model_type}, {len(shape.layers)} layers, "
         f"{first.heads} heads on {first.kv_heads} KV heads, {_inner(budget)}, "
         f"width {shape.hidden}, {millions(total)} parameters"
     )
     output.line(
         f"Target  {targets} of {millions(budget.before)} decoder parameters = "
         f"{millions(goal)} ({goal / total:.1%} of all), {args.shapes} shapes, gates on "
-        f"{', '.join(trainer.kinds)} (at most {trainer.allocator.maximum():.1%})"
+        f"{', '.join(prepared.kinds)} (at most {prepared.allocator.maximum():.1%})"
     )
-    freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
     held = f" (projections held in {job.bits} bits)" if job.bits else ""
-    teachers = kind_met(args.teachers, trainer.schedule)
-    specs, shares = mixture(job, args.sharded)
-    whole = sum(shares)
-    said = " + ".join(f"{x / whole:.0%} {spec}" for spec, x in zip(specs, shares, strict=True))
+    specs, shares = run.text.specs, run.text.shares
+    said = " + ".join(
+        f"{x / sum(shares):.0%} {spec}" for spec, x in zip(specs, shares, strict=True)
+    )
     output.line(
         f"Run     {args.max_steps} steps of {args.sequences_per_step} x {job.length} tokens on "
-        f"{args.device}, {dtype_name(model.dtype)}{held}; masks freeze at step "
-        f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
-        f"{args.learning_rate:g}; text {said}"
+        f"{args.device}, {dtype_name(model.dtype)}{held}; {run.first.manner()}LoRA rank "
+        f"{args.lora_rank} at {args.learning_rate:g}; text {said}"
     )
     if held_in_mxfp4(read_config(job.model)):
         stored = dtype_name(stored_dtype(model))
@@ -112,11 +108,6 @@ def print_recovery(
         f"{args.device}, {dtype_name(anatomy.model.dtype)}; LoRA rank {args.lora_rank} on all "
         f"projections ({millions(trained)} parameters) at {args.learning_rate:g}"
     )
-
-
-def stage_starts(trainer: NutePruneTrainer) -> list[int]:
-    """Return the first step of each target's share of the run."""
-    return sorted({stage.first for stage in trainer.schedule.stages})
 
 
 def print_report(job: PruneJob, output: Output) -> None:

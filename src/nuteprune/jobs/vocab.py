@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
-from nuteprune.data.self_written import write_text
 from nuteprune.data.specs import iter_documents
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
@@ -33,10 +32,11 @@ from nuteprune.jobs.folder import alone, check_out, clear
 from nuteprune.jobs.job import Job, VocabJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
-from nuteprune.jobs.text import in_percent
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.run import in_percent
 from nuteprune.run_folder import SELF
 from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
+from nuteprune.stages.write import write
 
 MOST_CHARACTERS = 50_000_000
 """Text that tokens are counted in; of more the rest is left aside."""
@@ -168,7 +168,7 @@ def _count(
             if spec == SELF:
                 check_positions(job.length, model.config)
                 with tempfile.TemporaryDirectory() as scratch:
-                    written = write_text(
+                    written = write(
                         model,
                         tokenizer,
                         tokens=SELF_TOKENS,

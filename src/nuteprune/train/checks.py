@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
 
 from nuteprune.errors import UserError
-from nuteprune.gates.gate_types import GATE_TYPES
+from nuteprune.progressive.gate_types import GATE_TYPES
 
 if TYPE_CHECKING:
     from nuteprune.train.config import NutePruneConfig

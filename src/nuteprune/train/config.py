@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 from transformers import SchedulerType
 
-from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
+from nuteprune.gates.method_names import METHOD
+from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.checks import check_combinations
-from nuteprune.train.prune_settings import METHOD, PruneSettings
+from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.settings import setting
 
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
@@ -123,6 +124,16 @@ class NutePruneConfig(PruneSettings, RunArguments):
         """Shares of a target's steps by which it is reached, and masks are frozen."""
         ramp = GATE_TYPES[self.gate_type].ramp_share if self.ramp_share is None else self.ramp_share
         return ramp, ramp if self.freeze_share is None else self.freeze_share
+
+    @property
+    def pipeline(self) -> str:
+        """The module whose `pipeline` goes through the run's stages."""
+        return f"nuteprune.{'progressive.' if self.is_progressive else ''}pipeline"
+
+    @property
+    def is_progressive(self) -> bool:
+        """Whether masks move while the student learns."""
+        return GATE_TYPES[self.gate_type].trained or any(self.shares)
 
     @property
     def staged(self) -> bool:

@@ -13,17 +13,10 @@ from typing import Any
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf_arch import SUPER_BLOCK
+from nuteprune.gates.method_names import METHOD, METHOD_NAMES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.train.asked import DECODE, KINDS, MOMENT, Asked, all_asked, check_one, sparsities
 from nuteprune.train.settings import CALL, HOW, check_declared, setting
-
-METHOD = "surgeon"
-"""The ranking by default: docs/quality.md says why."""
-METHODS = (
-    *("random", "magnitude", "wanda", "flap", "taylor", "fisher", METHOD),
-    *("reconstruction", "reap", "frequency", "similarity"),
-)
-"""The rankings: the keys of `gates.importance.METHODS`."""
 
 
 @dataclass
@@ -132,8 +125,8 @@ class PruneSettings(PaperSettings):
 
     method: str = setting(
         METHOD,
-        f"How units are ranked (default {METHOD}): {', '.join(METHODS)}.",
-        choices=METHODS,
+        f"How units are ranked (default {METHOD}): {', '.join(METHOD_NAMES)}.",
+        choices=METHOD_NAMES,
         option="--method",
     )
     calibration_blocks: int = setting(32, "Blocks of text for the scores.", bounds=(1, 1e6))

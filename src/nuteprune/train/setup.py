@@ -10,7 +10,6 @@ from itertools import filterfalse
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
@@ -18,8 +17,6 @@ from nuteprune.export.gguf_rows import check_super_blocks
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Goal
-from nuteprune.gates.gate_types import GATE_TYPES
-from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import check_scorable
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
@@ -223,11 +220,6 @@ def _kinds_here(whole: Shape, kinds: tuple[str, ...]) -> tuple[str, ...]:
     if any(layer.heads_per_group > 1 for layer in whole.layers):
         return kinds
     return tuple(dict.fromkeys("heads" if kind == "kv_groups" else kind for kind in kinds))
-
-
-def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:
-    """Return gates of the run's type, which may start from scores."""
-    return GATE_TYPES[args.gate_type].make(allocator, scores)
 
 
 def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftModel:

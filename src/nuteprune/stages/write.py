@@ -1,4 +1,4 @@
-"""Text that a model writes itself: what it knows, in a file to be calibrated and trained on."""
+"""Write: the dense model writes its share of the text, which is kept in a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
-def write_text(
+def write(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -98,7 +98,7 @@ def write_text(
 def _how(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
 ) -> tuple[Openings, Sizes]:
-    """Return how texts begin, and what batches they are written in; errors as `write_text`."""
+    """Return how texts begin, and what batches they are written in; errors as `write`."""
     most = room(tokenizer, length)
     if tokens < 1:
         raise UserError(f"{tokens} tokens to write: pass at least 1")
@@ -113,7 +113,7 @@ def _tokens(found: list[list[list[int]]]) -> int:
 def seconds_to_write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int
 ) -> float:
-    """Return about how long `write_text` takes, by timing the first positions of its batches.
+    """Return about how long `write` takes, by timing the first positions of its batches.
 
     Texts are taken to be as long as they may be.
     """

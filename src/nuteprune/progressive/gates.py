@@ -85,10 +85,6 @@ class Gates(nn.Module):
         """Fix the masks, in an exportable shape at a sparsity or another goal."""
         raise NotImplementedError
 
-    def thaw(self) -> None:
-        """Let masks move again, towards the next target."""
-        self.frozen = False
-
     def restore_masks(self, masks: Masks) -> None:
         """Take over masks that were frozen before a run was interrupted."""
         raise NotImplementedError
@@ -178,13 +174,5 @@ class RankedGates(Gates):
     def restore_masks(self, masks: Masks) -> None:
         """Take over frozen masks."""
         self._hard = masks.to(next(iter(self.scores.values())).device)
-        self._sparsity = sparsity_of(self.allocator, masks)
+        self._sparsity = self.allocator.sparsity(masks)
         self.frozen = True
-
-
-def sparsity_of(allocator: Allocator, masks: Masks) -> float:
-    """Return the exact sparsity of masks once everything at 0 is cut, as `Budget.sparsity` does."""
-    budget = allocator.budget
-    hard = {kind: (value > 0).cpu().double() for kind, value in masks.values.items()}
-    kept = 1 - float(budget.expected_sparsity(Masks(allocator.layout, hard)))
-    return (budget.before - round(kept * budget.before)) / budget.before

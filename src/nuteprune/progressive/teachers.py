@@ -2,7 +2,7 @@
 
 While sparsity grows, the student learns from a teacher that is a few snapshots less pruned. Once
 the target is reached, it walks back through the teachers to the dense model, in equal shares of the
-steps that `gates.schedule.Stage.rested` gives. Source: the paper's progressive distillation.
+steps that `Schedule.rested` gives. Source: the paper's progressive distillation.
 """
 
 from __future__ import annotations
@@ -18,31 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import atomic, file_sum, writing
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.schedule import Schedule, Stage
+from nuteprune.progressive.schedule import Schedule
 
-
-@dataclass(frozen=True)
-class Role:
-    """A role of the backbone: its masks (None: open) and LoRA weights (None: without)."""
-
-    masks: Masks | None = None
-    lora: Mapping[str, Tensor] | None = None
-
-
-DENSE = Role()
 LORA = "lora"
 """The tensor of a snapshot that holds all LoRA weights; the others are masks, by kind."""
-
-
-def kind_met(asked: str, schedule: Schedule) -> str:
-    """Return the kind of teachers that a run meets: never ramping, the dense model for `numerous`.
-
-    A target that is reached at once leaves no snapshot that is less pruned than the student.
-    """
-    return "dense" if asked == "numerous" and not schedule.ramps else asked
 
 
 def spacing_of(target: float) -> float:
@@ -62,15 +45,15 @@ class Plan:
     Args:
         spacing: a snapshot is taken at every further `spacing` of sparsity.
         lag: while sparsity grows, the teacher is this many snapshots behind the newest.
-        kind: `numerous` (as said), `dense` (the dense model alone) or `none`.
+        has_snapshots: whether there are any; else the dense model teaches.
     """
 
     spacing: float
     lag: int
-    kind: str = "numerous"
+    has_snapshots: bool = True
 
     @classmethod
-    def for_target(cls, target: float, ramp_steps: int, kind: str = "numerous") -> Plan:
+    def for_target(cls, target: float, ramp_steps: int, has_snapshots: bool = True) -> Plan:
         """Return the published plan (every point, 10 behind), scaled down where a run is small.
 
         The spacing is finer where the target is small, and the lag is at most half of the snapshots
@@ -79,27 +62,28 @@ class Plan:
         Args:
             target: sparsity that the run ends at.
             ramp_steps: optimizer steps on the way there.
-            kind: of teachers, as in `Plan`.
+            has_snapshots: as in `Plan`.
         """
         lag = min(10, max(1, round(snapshots(target, ramp_steps) / 2)))
-        return cls(spacing_of(target), lag, kind)
+        return cls(spacing_of(target), lag, has_snapshots)
 
     def due(self, sparsity: float, newest: float) -> bool:
         """Return whether a snapshot is to be taken at a sparsity."""
-        return self.kind == "numerous" and sparsity >= newest + self.spacing - 1e-9
+        return self.has_snapshots and sparsity >= newest + self.spacing - 1e-9
 
-    def teacher(self, stage: Stage, step: int, count: int) -> int:
+    def teacher(self, schedule: Schedule, step: int, count: int) -> int:
         """Return the index of a step's teacher, -1 for the dense model.
 
         Args:
-            stage: of the schedule, that the step is in.
+            schedule: of the run.
             step: counted from 0.
             count: teachers there are.
         """
-        if self.kind != "numerous":
+        if not self.has_snapshots:
             return -1
-        resting = stage.resting(step)
-        return self.returning(count, stage.rested(step)) if resting else self.growing(count)
+        if schedule.rests(step):
+            return self.returning(count, schedule.rested(step))
+        return self.growing(count)
 
     def growing(self, count: int) -> int:
         """Return the index of the teacher while sparsity grows, -1 for the dense model."""

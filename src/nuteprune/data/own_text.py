@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from nuteprune.data.blocks import written_blocks
-from nuteprune.train.config import NutePruneConfig
 
 GUARD = 0.5
 """Share of the text that the model writes itself, where nothing else is said. Calibrated on one
@@ -14,14 +13,14 @@ READINGS = 4
 """Most times that longer training reads what the model has written."""
 
 
-def tokens_to_write(config: NutePruneConfig, share: float, length: int) -> int:
+def tokens_to_write(blocks: int, calibrated: int, share: float, length: int) -> int:
     """Return how many tokens a model writes itself.
 
     Args:
-        config: the run's settings.
-        share: its share of the run's blocks.
+        blocks: that the run reads.
+        calibrated: those of them that are read before the first step.
+        share: the model's share of the run's blocks.
         length: tokens per block.
     """
-    once = max(config.calibrated_blocks, min(config.blocks, ONCE))
-    blocks = max(once, config.blocks / READINGS)
-    return written_blocks(max(1, round(share * blocks))) * length
+    once = max(calibrated, min(blocks, ONCE))
+    return written_blocks(max(1, round(share * max(once, blocks / READINGS)))) * length

@@ -1,4 +1,4 @@
-"""What units cost where they are to go: measured at a target, in the model cut to it and re-fitted.
+"""Price: what units cost where they are to go, measured in the model that is cut and re-fitted.
 
 Scores are predictions: of one projection at a time, near the dense model. Where much is cut
 together, some layers cost a multiple of what was predicted, and some next to nothing. So each
@@ -8,30 +8,34 @@ the dense model, on text that the re-fit did not read, tells what it costs. Scor
 Source: that a cut is judged by the true loss of the whole model, EvoPress (Sieberling et al. 2024,
 arXiv 2410.14649), which searches by it. Here it corrects scores. Measured in docs/log.md.
 
-Shape suffixes: T tokens, V vocabulary, U units of a layer, N units of one kind in the whole model.
+Shape suffixes: T tokens, V vocabulary, U units of a layer, N blocks, or units of one kind in
+the whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
+from nuteprune.console import Progress, counted, silent
+from nuteprune.gates.costs import Goal
 from nuteprune.gates.cutting import Predicted, mean_kl
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.probe import Scores
+from nuteprune.gates.probe import Scores, check_finite
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.mapped import mapped
-from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, noting_outputs
-from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import effective_weight
-from nuteprune.shrink.compensate import Fit, Install, Note, Regression
+from nuteprune.shrink.compensate import Note, Regression
+from nuteprune.stages.choose import choose
+from nuteprune.stages.prunable import Prunable
+from nuteprune.stages.refit import refit
+from nuteprune.stages.score import PLAIN_BATCH
 
 UNITS = 4
 """Units of attention of a layer that go, and that come back, at most: those nearest to the cut."""
@@ -47,6 +51,44 @@ TRUST = 0.5
 many changes that are small alone are not small together."""
 MOST = 10.0
 """That ratio is no more than this, nor less than one over it: so few blocks do not tell it well."""
+
+
+def price(
+    model: Prunable,
+    scores: Scores,
+    target: float | Goal,
+    blocks: Tensor,
+    refit_blocks: Tensor,
+    *,
+    batch_size: int = 4,
+    progress: Progress = silent,
+) -> Scores:
+    """Return scores that went half-way to what cuts cost at the target.
+
+    Args:
+        model: the model, whose cuts can be tried; see `Prunable.can_try_cuts`.
+        scores: kind -> (N,), as `score` returned them.
+        target: share of the decoder's projection parameters to remove, or another goal.
+        blocks: token ids (N, T) that tell, which the refit does not read.
+        refit_blocks: token ids (N, T) that the refit reads.
+        batch_size: blocks that go through a layer together in the refit.
+        progress: told of the refit, and of each change.
+
+    Raises:
+        RunFailed: if what is measured is not finite.
+    """
+    masks = choose(model, scores, target)
+    multiple = model.allocator.constraints.neuron_multiple
+    changes = changes_of(masks.to("cpu"), scores, multiple)
+    measure = Measure(model, blocks.split(PLAIN_BATCH))
+    note = measure.note(masks, changes)
+    weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress, note=note)
+    # Counted from here, so that the refit is not taken for the time of a change.
+    tick = counted(progress, "price", len(changes))
+    with model.bank.using_weights(weights):
+        prices = measure.prices(tick)
+    check_finite([torch.tensor(list(prices.values()))], "price")
+    return following(scores, prices, model.layout)
 
 
 @dataclass(frozen=True)
@@ -157,25 +199,16 @@ class Measure:
     """Measures what changes of a cut cost; made while the model is dense.
 
     Args:
-        anatomy: the model.
-        hooks: where masks multiply in it.
+        model: the model.
         batches: token ids (B, T) that tell.
-        folder: where there is room for weights.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        anatomy: Anatomy,
-        hooks: MaskHooks,
-        batches: Sequence[Tensor],
-        folder: Path,
-    ) -> None:
-        self._anatomy, self._hooks, self._batches = anatomy, hooks, batches
-        self._folder = folder
+    def __init__(self, model: Prunable, batches: Sequence[Tensor]) -> None:
+        self._model, self._batches = model, batches
         self._tried: list[Tried] = []
-        with hooks.using(None):
-            self._dense = [Predicted.of(logits_of(anatomy, x)) for x in batches]
+        with model.hooks.using(None):
+            self._dense = [Predicted.of(logits_of(model, x)) for x in batches]
 
     def note(self, masks: Masks, changes: Sequence[Change]) -> Note:
         """Return what re-fits projections to changes of a cut, while the cut is re-fitted.
@@ -184,30 +217,32 @@ class Measure:
             masks: the cut.
             changes: of it.
         """
-        anatomy = self._anatomy
+        anatomy, folder = self._model.anatomy, self._model.bank.folder
 
         def note(layer: int, block: str, regression: Regression, _: Tensor) -> None:
             for change in changes:
                 if change.layer == layer and INPUTS[change.kind] == block:
                     mask_I = change.of(masks).inputs(layer)[block]
                     assert mask_I is not None
-                    fitted_OI = regression.fit(mask_I).to("cpu", anatomy.model.dtype)
-                    kept_OI = mapped({"weight": fitted_OI}, self._folder)["weight"]
-                    self._tried.append(Tried(change, anatomy.ends(layer)[block], kept_OI))
+                    weight_OI = regression.fit(mask_I).to("cpu", anatomy.model.dtype)
+                    if folder is not None:
+                        weight_OI = mapped({"weight": weight_OI}, folder)["weight"]
+                    self._tried.append(Tried(change, anatomy.ends(layer)[block], weight_OI))
 
         return note
 
     @torch.no_grad()
-    def prices(self, install: Install, tick: Callable[[], None]) -> dict[Change, float]:
+    def prices(self, tick: Callable[[], None]) -> dict[Change, float]:
         """Return what the changes cost, in nats a token: how much further off the model is.
 
+        The model is cut and re-fitted now: columns of what is gone are 0.
+
         Args:
-            install: puts a weight into the model, which is cut and re-fitted: columns of what is
-                gone are 0.
             tick: called after each change.
         """
-        layers, found = self._anatomy.layers, {}
-        with self._hooks.using(None):
+        model, found = self._model, {}
+        layers = model.anatomy.layers
+        with model.hooks.using(None):
             own, outputs = [], []
             for batch in range(len(self._batches)):
                 with noting_outputs(layers) as noted:
@@ -215,30 +250,26 @@ class Measure:
                 outputs.append(noted)
             for tried in self._tried:
                 layer, projection = tried.change.layer, tried.projection
-                reading = self._anatomy.projection(layer, projection)
+                reading = model.anatomy.projection(layer, projection)
                 own_OI = effective_weight(reading).to("cpu", copy=True)
-                install(layer, projection, _fit(tried.weight_OI))
+                model.bank.set_weight(layer, projection, tried.weight_OI)
                 losses = []
                 for batch, noted in enumerate(outputs):
                     with giving(layers[:layer], noted[:layer]):  # which give what they gave
                         losses.append(self._loss(batch))
-                install(layer, projection, _fit(own_OI))
+                model.bank.set_weight(layer, projection, own_OI)
                 found[tried.change] = float(torch.stack(losses).mean() - torch.stack(own).mean())
                 tick()
         return found
 
     def _loss(self, batch: int) -> Tensor:
-        return mean_kl(self._dense[batch], logits_of(self._anatomy, self._batches[batch]))
+        return mean_kl(self._dense[batch], logits_of(self._model, self._batches[batch]))
 
 
-def _fit(weight_OI: Tensor) -> Fit:
-    return Fit(weight_OI, weight_OI.new_empty(0))  # of which no covariance is read
-
-
-def logits_of(anatomy: Anatomy, ids_BT: Tensor) -> Tensor:
+def logits_of(model: Prunable, ids_BT: Tensor) -> Tensor:
     """Return the logits (B x T, V) of a model, as it is."""
-    ids_BT = ids_BT.to(anatomy.model.device)
-    logits_BTV: Tensor = anatomy.model(input_ids=ids_BT, use_cache=False).logits
+    ids_BT = ids_BT.to(model.device)
+    logits_BTV: Tensor = model.anatomy.model(input_ids=ids_BT, use_cache=False).logits
     return logits_BTV.flatten(0, 1)
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal
-from nuteprune.gates.gates import Gates, sparsity_of
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.schedule import Lagrangian
 from nuteprune.gates.units import losses_of
+from nuteprune.progressive.gates import Gates
+from nuteprune.progressive.schedule import Lagrangian
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 TEMPERATURE = 2 / 3
@@ -118,7 +118,7 @@ class HardConcreteGates(Gates):
     def sparsity(self) -> float:
         """Return the expected sparsity, that of the final masks once frozen."""
         if self._final is not None:
-            return sparsity_of(self.allocator, self._final)
+            return self.allocator.sparsity(self._final)
         return float(self._expected())
 
     @torch.no_grad()
@@ -147,11 +147,6 @@ class HardConcreteGates(Gates):
         self._final = Masks(self.allocator.layout, soft)
         self.frozen = True
         return self._final
-
-    def thaw(self) -> None:
-        """Let masks move again, towards the next target."""
-        super().thaw()
-        self._final = None
 
     def restore_masks(self, masks: Masks) -> None:
         """Take over frozen masks."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.gates import Gates, RankedGates
-from nuteprune.gates.hard_concrete import HardConcreteGates
+from nuteprune.progressive.gates import Gates, RankedGates
+from nuteprune.progressive.hard_concrete import HardConcreteGates
 
 
 @dataclass(frozen=True)
