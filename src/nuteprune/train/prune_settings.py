@@ -32,10 +32,10 @@ class PaperSettings:
     freeze_share: float | None = setting(
         None, "Share of the steps by which masks are frozen.", bounds=(0, 1)
     )
-    teachers: str = setting(
-        "numerous",
-        "numerous (snapshots on the way), dense, or none (the text itself is learned).",
-        choices=("numerous", "dense", "none"),
+    teacher: str = setting(
+        "dense",
+        "dense, snapshots (of a ramp, on its way), or none (the text itself is learned).",
+        choices=("dense", "snapshots", "none"),
     )
     objective: str = setting(
         "relative",
