@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.cli import demo as demo_command
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.distill.coforward import CoForward
@@ -20,6 +19,7 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates import cutting
 from nuteprune.gates.masks import Masks
+from nuteprune.jobs.folder import DEMOS
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge import copying
 from nuteprune.model.anatomy import Anatomy
@@ -78,8 +78,8 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     out, err = capsys.readouterr()
     assert not stopped.value.code, err
     record = json_line(out)
-    folder = tmp_path / demo_command.FOLDER
-    assert record["out"] == str(demo_command.FOLDER)
+    folder = tmp_path / DEMOS
+    assert record["out"] == str(DEMOS)
     assert 0.2 <= record["sparsity"] <= 0.201
 
     dense = recount(assets.model_folder())["total"]

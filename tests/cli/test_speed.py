@@ -183,7 +183,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "another phase": (["--speedup", "1.2@training"], "decode, prefill, both"),
     "another moment": (["--speedup", "1.2@both:256"], "1.5@1x256+32"),
     "too long": (["--speedup", "1.2@1x99999+32"], "the length of --speedup at 1x9"),
-    "the width": (["--speedup", 1.2, "--gates", "hidden"], "leave hidden out"),
+    "the width": (["--speedup", f"1.2@{AT}", "--gates", "hidden"], "leave hidden out"),
     "with another": (["--speedup", 1.2, "--params", "20K"], "both say how much"),
     "no such table": (["--speedup", f"1.2@{AT}", "--costs", "no.json"], "cannot read --costs no"),
 }
