@@ -31,8 +31,6 @@ from nuteprune.gates.surgeon import has_cost, surgeon_scores
 from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked, squared_weights
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 
-METHOD = "surgeon"
-"""The ranking by default: docs/quality.md says why."""
 FLOORED = 0.999
 """How far what is below a floor moves towards it: the rest keeps its order."""
 

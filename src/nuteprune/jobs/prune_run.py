@@ -55,7 +55,7 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
     Raises:
         UserError: if they cannot work.
     """
-    bookkeeping = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
+    bookkeeping = {"save_strategy": "steps", "save_total_limit": 2}
     here = {"disable_tqdm": True, "use_cpu": pick_device(job.device) == "cpu"}
     with settings_of_user():
         return NutePruneConfig(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})

@@ -72,7 +72,7 @@ class ProgressiveTrainer(NutePruneTrainer):
             model = prepare(model, args, stored_dtype)
         goal = goal or model.goals[-1]
         self.schedule = Schedule(goal.sparsity, args.max_steps, *args.shares)
-        has_snapshots = args.teachers == "numerous" and self.schedule.ramps
+        has_snapshots = args.teacher == "snapshots" and self.schedule.ramps
         self.plan = Plan.for_target(goal.sparsity, self.schedule.ramp_steps, has_snapshots)
         allocator, self._type = model.allocator, GATE_TYPES[args.gate_type]
         self.gates = self._type.make(allocator, allocator.equal_scores())
@@ -152,7 +152,7 @@ class ProgressiveTrainer(NutePruneTrainer):
 
     def teacher(self) -> Role | None:
         """Return the step's teacher, on the run's device and in its dtype; None without any."""
-        if self.args.teachers == "none":
+        if self.args.teacher == "none":
             return None
         dtype = self.anatomy.embedding.weight.dtype
         return self.teachers.role(self._teacher_index, str(self.args.device), dtype)
@@ -207,8 +207,9 @@ class ProgressiveTrainer(NutePruneTrainer):
 
     def manner(self) -> str:
         """Return what is worth saying of how the run teaches, before it begins."""
-        teachers = "snapshots" if self.plan.has_snapshots else self.args.teachers
-        return f"masks freeze at step {self.schedule.freeze_step}; teachers: {teachers}; "
+        teacher = "dense" if self.args.teacher == "snapshots" else self.args.teacher
+        teacher = "snapshots" if self.plan.has_snapshots else teacher
+        return f"masks freeze at step {self.schedule.freeze_step}; teacher: {teacher}; "
 
     def note(self, logs: Mapping[str, Any]) -> str:
         """Return what is shown of a step, by its logs."""

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 from transformers import SchedulerType
 
 from nuteprune.gates.importance import METHODS
+from nuteprune.gates.method_names import METHOD
 from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.checks import check_combinations
-from nuteprune.train.prune_settings import METHOD, PruneSettings
+from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.settings import setting
 
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
@@ -63,7 +64,7 @@ class NutePruneConfig(PruneSettings, RunArguments):
             or `hard_concrete` (the paper's stochastic gates, driven by its Lagrangian).
         calibration_blocks: blocks of text for the scores; the re-fit reads 4.5 times as many.
         ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
-            at the first step; without a ramp there are no teachers on the way. None: 0 for ranked
+            at the first step; without a ramp there are no snapshots. None: 0 for ranked
             gates, 0.5 for hard-concrete ones.
         freeze_share: share of the steps by which masks are frozen, if later than the ramp's end;
             None: as `ramp_share`. Both 0: masks are frozen, and weights re-fitted, before the first
@@ -72,8 +73,8 @@ class NutePruneConfig(PruneSettings, RunArguments):
     Parameters that control distillation:
 
     Args:
-        teachers: `numerous` (snapshots on the way), `dense` (the dense model alone), or `none`:
-            the text itself is learned, by the language-model loss.
+        teacher: `dense` (the dense model), `snapshots` (those that a ramp leaves on its way), or
+            `none`: the text itself is learned, by the language-model loss.
         objective: `relative` (token KL, and layer terms relative to the teacher's norm) or `paper`.
 
     Parameters that control LoRA and the re-fit:

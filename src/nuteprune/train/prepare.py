@@ -174,7 +174,7 @@ def prepare(
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
     bank = LoraBank(anatomy, Path(cast(str, args.output_dir)))
-    objective = TEXT if args.teachers == "none" else OBJECTIVES[args.objective]
+    objective = TEXT if args.teacher == "none" else OBJECTIVES[args.objective]
     distance, normed = objective.layer_distance, objective.normed
     if args.sharded:
         shard_base(anatomy, all_processes(args.device))

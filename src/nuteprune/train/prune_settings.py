@@ -12,18 +12,11 @@ from math import lcm
 from typing import Any
 
 from nuteprune.errors import UserError
+from nuteprune.gates.method_names import METHOD, METHOD_NAMES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import SUPER_BLOCK
 from nuteprune.train.asked import DECODE, KINDS, MOMENT, Asked, all_asked, check_one, sparsities
 from nuteprune.train.settings import CALL, HOW, check_declared, setting
-
-METHOD = "surgeon"
-"""The ranking by default: docs/quality.md says why."""
-METHODS = (
-    *("random", "magnitude", "wanda", "flap", "taylor", "fisher", METHOD),
-    *("reconstruction", "reap", "frequency", "similarity"),
-)
-"""The rankings: the keys of `gates.importance.METHODS`."""
 
 
 @dataclass
@@ -39,10 +32,10 @@ class PaperSettings:
     freeze_share: float | None = setting(
         None, "Share of the steps by which masks are frozen.", bounds=(0, 1)
     )
-    teachers: str = setting(
-        "numerous",
-        "numerous (snapshots on the way), dense, or none (the text itself is learned).",
-        choices=("numerous", "dense", "none"),
+    teacher: str = setting(
+        "dense",
+        "dense, snapshots (of a ramp, on its way), or none (the text itself is learned).",
+        choices=("dense", "snapshots", "none"),
     )
     objective: str = setting(
         "relative",
@@ -132,8 +125,8 @@ class PruneSettings(PaperSettings):
 
     method: str = setting(
         METHOD,
-        f"How units are ranked (default {METHOD}): {', '.join(METHODS)}.",
-        choices=METHODS,
+        f"How units are ranked (default {METHOD}): {', '.join(METHOD_NAMES)}.",
+        choices=METHOD_NAMES,
         option="--method",
     )
     calibration_blocks: int = setting(32, "Blocks of text for the scores.", bounds=(1, 1e6))

@@ -242,7 +242,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     def teacher(self) -> Role | None:
         """Return the step's teacher; None without any."""
-        return None if self.args.teachers == "none" else DENSE
+        return None if self.args.teacher == "none" else DENSE
 
     def penalty(self) -> Tensor | None:
         """Return what the loss has beside the objective; None for nothing."""
