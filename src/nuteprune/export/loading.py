@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -29,6 +29,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import brought_along, family_named
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
+from nuteprune.simulated import has_data
 from nuteprune.run_folder import SUMS
 
 _UNREADABLE = (
@@ -64,8 +65,12 @@ def build(
         UserError: if the tensors are not those that the config asks for.
     """
     first = next(iter(state_dict.values()))
+    kind: Any = _causal_lm(config.model_type)
+    if not has_data(first):  # a plan's
+        with torch.device("meta"):
+            return cast(PreTrainedModel, kind._from_config(config))
     model = _load(
-        _causal_lm(config.model_type),
+        kind,
         None,
         config=config,
         state_dict=dict(state_dict),
