@@ -13,13 +13,15 @@ T = TypeVar("T")
 
 
 class Watch:
-    """Told by the code of a run what tensors alone do not show; see `watches`."""
+    """Told by the code of a run what tensors alone do not show; see `watches`.
+
+    `times` is how often what is multiplied now counts.
+    """
+
+    times = 1
 
     def leave(self, tensor: Tensor) -> None:
         """Count a tensor no more: a file stands behind it, or it is in main memory."""
-
-    def repeat(self, times: int) -> None:
-        """Count what is multiplied from now on so many times."""
 
     def once(self, key: Any, work: Callable[[], Any]) -> Any:
         """Do some work, or count it as it was counted before under this key."""
@@ -71,10 +73,10 @@ def alike(parts: Sequence[T], tensor: Tensor) -> Iterator[T]:
         yield from parts
     elif parts:
         for watch in watches:
-            watch.repeat(len(parts))
+            watch.times *= len(parts)
         yield parts[0]
         for watch in watches:
-            watch.repeat(1)
+            watch.times //= len(parts)
 
 
 

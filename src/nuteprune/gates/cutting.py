@@ -24,7 +24,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.head import last_logits
-from nuteprune.simulated import number, scored
+from nuteprune.simulated import alike, number, scored
 
 SEQUENCES, LENGTH = 3, 100
 """Sequences, and the tokens of each that come once more. 300 tokens tell the groups apart."""
@@ -147,7 +147,8 @@ def copying_losses(probe: Probe, kind: str, dense: Dense) -> Tensor:
     layout, count = probe.layout, probe.layout.units(kind)
     losses_N, first = torch.zeros(count), 0
     for layer, size in enumerate(layout.sizes[kind]):
-        for units in torch.arange(first, first + size).split(AT_ONCE) if size else ():
+        groups = torch.arange(first, first + size).split(AT_ONCE) if size else ()
+        for units in alike(groups, dense.repeats[0].logits_TV):
             losses_N[units] = scored(losses_of(probe, kind, layer, units, dense))
         first += size
         probe.progress()
@@ -188,7 +189,7 @@ def mean_kl(p: Predicted, q_TV: Tensor) -> Tensor:
     """
     total, rows = torch.zeros((), device=q_TV.device), _rows(q_TV)
     parts = (p.logits_TV.split(rows), p.sums_T.split(rows), q_TV.split(rows))
-    for p_RV, sum_R, q_RV in zip(*parts, strict=True):
+    for p_RV, sum_R, q_RV in alike(list(zip(*parts, strict=True)), q_TV):
         p_RV, q_RV = p_RV.float(), q_RV.float()
         total += (q_RV.logsumexp(-1) - sum_R).sum()
         total += (p_RV.sub(sum_R[:, None]).exp_() * p_RV.sub(q_RV)).sum()

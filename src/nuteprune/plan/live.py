@@ -80,7 +80,6 @@ class Live(TorchDispatchMode, Watch):
         self.sizes: set[Any] = set()
         self.ticks: list[int] = []
         self._known: dict[int, int] = {}
-        self._times = 1
 
     def __enter__(self) -> Live:
         """Begin to count."""
@@ -113,7 +112,7 @@ class Live(TorchDispatchMode, Watch):
             work = FLOPS[packet](*args[:2] if packet is _SOLVE else args[:1])
         elif packet in flop_registry:
             work = flop_registry[packet](*args, **kwargs, out_val=result)
-        work *= self._times
+        work *= self.times
         self.flops += work
         self.fine += work * (args[0].dtype not in HALF) if work else 0
         return result
@@ -138,22 +137,17 @@ class Live(TorchDispatchMode, Watch):
         self.peak, self.flops, self.fine, self.ticks = self.now, 0, 0, []
         self.sizes.clear()
 
-    def repeat(self, times: int) -> None:
-        """Count what is multiplied from now on so many times."""
-        self._times = times
-
     def once(self, key: Any, work: Callable[[], Any]) -> Any:
         """Do some work, or count it as it was counted before under this key, in any run."""
         top, self.peak = self.peak, self.now
         if key not in self._done:
-            before = self.flops, self.fine
-            begun = self.now
+            flops, fine, begun = self.flops, self.fine, self.now
+            times, self.times = self.times, 1
             result = work()
-            took = (self.flops - before[0], self.fine - before[1], self.peak - begun)
-            self._done[key] = (result, *took)
-            self.flops, self.fine = before
+            self._done[key] = result, self.flops - flops, self.fine - fine, self.peak - begun
+            self.flops, self.fine, self.times = flops, fine, times
         result, flops, fine, held = self._done[key]
-        self.flops, self.fine = self.flops + flops, self.fine + fine
+        self.flops, self.fine = self.flops + flops * self.times, self.fine + fine * self.times
         self.peak = max(top, self.now + held)
         return result
 

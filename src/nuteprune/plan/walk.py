@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -106,24 +107,28 @@ class Walk:
         stretches += [ticks[i : i + layers] for i in range(gradients, len(ticks), layers)]
         return Need.of(live, [max(began, *x) for x in stretches])
 
-    def price(self) -> Need:
-        """Measure what changes of the cut cost: at first they are fitted, then tried."""
+    def price(self, blocks: int) -> Need:
+        """Measure what changes of the cut cost: at first they are fitted, then tried.
+
+        Work is that of fitting alone.
+
+        Args:
+            blocks: that the refit reads.
+        """
         args, model = self._args, self._model
         scores, goal = model.allocator.chance_scores(), model.goals[-1].goal
-        told: list[str] = []
+        texts = self._text(args.priced_blocks), self._text(blocks)
+        fitted: list[Need] = []
         with self._counting() as live:
-            tell = live.progress
 
-            def progress(title: str, done: int, total: int) -> None:
-                told.append(title)
-                tell()
+            def progress(title: str, done: int, _: int) -> None:
+                if (title, done) == ("price", 0):
+                    fitted.append(Need.of(live))
+                    live.restart()
 
             size = args.per_device_train_batch_size
-            texts = self._text(args.priced_blocks), self._text(size)
             price(model, scores, goal, *texts, batch_size=size, progress=progress)
-        before = told.index("price") + 1
-        peaks = [*live.ticks, live.peak]
-        return Need.of(live, [max(peaks[:before]), max(peaks[before:])])
+        return replace(fitted[0], peaks=(fitted[0].peak, live.peak))
 
     def refit(self, blocks: int) -> Need:
         """Re-fit all layers at their most, on so much text; what is fitted stays."""
