@@ -79,8 +79,6 @@ def alike(parts: Sequence[T], tensor: Tensor) -> Iterator[T]:
             watch.times //= len(parts)
 
 
-
-
 def once(work: Callable[[], T], tensor: Tensor, *sizes: int) -> T:
     """Return what work returns; without data, what it did when sizes were these.
 

@@ -29,8 +29,8 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import brought_along, family_named
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
-from nuteprune.simulated import has_data
 from nuteprune.run_folder import SUMS
+from nuteprune.simulated import has_data
 
 _UNREADABLE = (
     ArithmeticError,

@@ -60,6 +60,7 @@ def removal_costs(
         covariance_II: C in fp32; used up.
         counts: units of each kind that the inputs are shared out to.
     """
+
     def measured() -> list[Tensor]:
         size_I = (covariance_II.diagonal() * (1 + DAMPING) + LEAST).sqrt()
         correlation_II = covariance_II.div_(size_I).div_(size_I[:, None])
@@ -70,7 +71,9 @@ def removal_costs(
         for count in counts:
             rounds = list(removals(scaled_OI.to(inverse_II), inverse_II, count))
             order_U, costs_U = (torch.cat(parts) for parts in zip(*rounds, strict=True))
-            found.append(torch.zeros(count).to(costs_U).index_copy(0, order_U, costs_U.cummax(0)[0]))
+            found.append(
+                torch.zeros(count).to(costs_U).index_copy(0, order_U, costs_U.cummax(0)[0])
+            )
         return [scored(costs_U.float()) for costs_U in found]
 
     return once(measured, weight_OI, *weight_OI.shape, *counts)

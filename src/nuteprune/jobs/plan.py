@@ -7,7 +7,6 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,14 @@ from nuteprune.files import at_home
 from nuteprune.jobs.family import take
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
-from nuteprune.jobs.prune_trainer import trainer_config
+from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config
 from nuteprune.jobs.text import own_share
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
-from nuteprune.train.disk import ON_CPUS, disk
-from nuteprune.train.phases import FORMULA, Phase, Run
+from nuteprune.plan.phases import FORMULA, ON_CPUS, Phase, Plan
 from nuteprune.train.settings import check_declared
-from nuteprune.train.simulate import Simulation
 
 SPARE = 0.95
 """Share of a device's memory that a run may take; allocators and libraries have the rest."""
@@ -100,7 +97,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         if args.offload or job.bits is not None:
             what = "offload" if args.offload else "bits"
             raise UserError(f"a plan says by itself what {what} saves: use --device-memory")
-        planned = Run.of(config, args, job.length, dtype, own=own_share(job))
+        planned = Plan.of(config, args, job.length, dtype, own=own_share(job))
         layer = planned.sizes.layer
         if asked.memory is not None and layer > SPARE * asked.memory:
             raise UserError(
@@ -115,7 +112,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
     return result
 
 
-def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -> dict[str, Any]:
+def _taken(job: PruneJob, asked: Asked, planned: Plan, phases: Sequence[Phase]) -> dict[str, Any]:
     """Return what a run takes as it is asked for."""
     dtype, sizes, of_a_token = planned.dtype, planned.sizes, planned.of_a_token
     rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype, pick_device("auto"))
@@ -130,8 +127,8 @@ def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -
         "weights_bytes": sizes.weights,
         "phases": entries,
         "peak_bytes": max(phase.need.peak for phase in phases),
-        "main_memory_bytes": sizes.weights,
-        "disk_bytes": disk(planned),
+        "main_memory_bytes": sizes.weights * planned.written.itemsize // dtype.itemsize,
+        "disk_bytes": planned.disk(),
         "seconds": sum(x["seconds"] for x in entries),
         "flops_per_second": rate.plain,
         "fine_flops_per_second": rate.fine,
@@ -140,7 +137,7 @@ def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -
     }
 
 
-def _choices(planned: Run, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
+def _choices(planned: Plan, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
     """Return the settings that take less, and the first of them that fits."""
     variants = list(variants_of(planned, phases, (devices,)))
     if devices > 1:  # one process keeps layers off its device, several share them out
@@ -180,7 +177,7 @@ def config_of(model: str) -> PreTrainedConfig:
     return config
 
 
-def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) -> Iterator[Variant]:
+def variants_of(planned: Plan, phases: Sequence[Phase], counts: Sequence[int]) -> Iterator[Variant]:
     """Yield settings that take less, those that cost least first.
 
     Args:
@@ -189,7 +186,7 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
         counts: numbers of devices that weights may be sharded over.
     """
     args = planned.args
-    whole = {x.name: x.need.peak for x in phases if x.name != "saving"}
+    whole = {x.name: x.need.peak for x in phases if x.name != "save"}
     yield Variant("as asked", whole, 1.0, "simulated")
     size = args.per_device_train_batch_size
     less: dict[str, Any] = {}
@@ -206,7 +203,7 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
         factor *= SLOWER
         whole = _with(planned, whole, less)
         yield Variant(" ".join(words), whole, factor, "simulated")
-    on_device = {k: v for k, v in whole.items() if k != "finalize"}  # that in main memory
+    on_device = {k: v for k, v in whole.items() if k != "slice"}  # that in main memory
     for count in (x for x in counts if x > 1):
         peaks = sharded(planned, on_device, count)
         yield Variant(" ".join([*words, "--set sharded=true"]), peaks, factor, FORMULA)
@@ -219,19 +216,16 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
         yield Variant(" ".join([*words, "--offload"]), peaks, factor, FORMULA)
 
 
-def _with(planned: Run, whole: Mapping[str, float], less: Mapping[str, Any]) -> dict[str, float]:
+def _with(planned: Plan, whole: Mapping[str, float], less: Mapping[str, Any]) -> dict[str, float]:
     """Return peaks under other settings of the steps."""
     # Not made anew, since that lets settings of before win under their other names.
     args = copy.copy(planned.args)
     vars(args).update(less)
     changed = dataclasses.replace(planned, args=args)
-    peaks = dict(whole)
-    for name in whole:
-        if name.startswith("step"):
-            moving, snapshot = "ramp" in name, "teachers" in name
-            need = changed.simulated(partial(Simulation.step, moving=moving, snapshot=snapshot))
-            peaks[name] = need.peak + changed.left.get(name, 0)
-    return peaks
+    if not args.max_steps:
+        return dict(whole)
+    (teach,) = changed.teach()
+    return {**whole, teach.name: teach.need.peak}
 
 
 def _choice(variant: Variant, memory: float) -> dict[str, Any]:
@@ -245,7 +239,7 @@ def _choice(variant: Variant, memory: float) -> dict[str, Any]:
     }
 
 
-def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:
+def _print(result: Mapping[str, Any], planned: Plan, output: Output) -> None:
     args, config = planned.args, planned.config
     output.line(
         f"Model   {result['model']}: {config.model_type}, {config.num_hidden_layers} layers, "

@@ -176,8 +176,8 @@ class Plan:
 
     def phases(self) -> list[Phase]:
         """Return all phases, in their order."""
-        found = [*self._write(), self._judge(), *self._score(), *self._price(), *self._refit()]
-        return [*found, *self._teach(), *self._slice()]
+        found = [*self._write(), self.judge(), *self.score(), *self.price(), *self._refit()]
+        return [*found, *self.teach(), *self.cut()]
 
     # -- stages
 
@@ -191,7 +191,7 @@ class Plan:
         return self.allocator.constraints.kinds
 
     @property
-    def _refitted(self) -> int:
+    def refitted(self) -> int:
         """Bytes of re-fitted weights beside the base's own, at most; CPUs map them."""
         return self.sizes.refitted if self.args.compensation and self.stored is None else 0
 
@@ -232,7 +232,8 @@ class Plan:
         held = self._weights + sizes.adapters + sizes.cached
         return [Phase("write", Need((held,), self._block * blocks), FORMULA, read=reading)]
 
-    def _judge(self) -> Phase:
+    def judge(self) -> Phase:
+        """Return the phase of judging."""
         batches = (self.judged or JUDGED) / JUDGED
         several = self.judged is not None and len(self.targets) > 1 and self.stored is None
         if self.judged is not None:
@@ -240,7 +241,8 @@ class Plan:
         need = self._judged.held(self.results[0] * several)  # beside the dense one
         return Phase("judge", need.times(batches))
 
-    def _score(self) -> list[Phase]:
+    def score(self) -> list[Phase]:
+        """Return the phase of scoring, if there is one."""
         args, method = self.args, METHODS[self.args.method]
         if args.is_progressive and not args.scored_blocks:  # masks that are learned
             return []
@@ -251,7 +253,7 @@ class Plan:
         need = in_batches(scored, args.scored_blocks, FEW_BLOCKS)
         stops = stops_before(self.targets[-1]) if method.reads and self._tries_cuts else []
         if stops:
-            need = need.times(1 + len(stops)).held(self._refitted)
+            need = need.times(1 + len(stops)).held(self.refitted)
             need = need.then(self._refits.times(len(stops)))
         return [Phase("score", need)]
 
@@ -263,7 +265,8 @@ class Plan:
     def _refit_on(self, blocks: int) -> Need:
         return self.walked(partial(Walk.refit, blocks=blocks), ONE_BY_ONE)
 
-    def _price(self) -> list[Phase]:
+    def price(self) -> list[Phase]:
+        """Return the phase of pricing, if there is one."""
         args, sizes = self.args, self.allocator.layout.sizes
         if not self._is_priced:
             return []
@@ -298,7 +301,8 @@ class Plan:
         found: dict[str, int] = planned.kinds_of_steps(self.args, self.targets[-1])
         return found
 
-    def _teach(self) -> list[Phase]:
+    def teach(self) -> list[Phase]:
+        """Return the phase of all steps, if there are any."""
         args, need = self.args, Need((0,))
         for kind, steps in self._steps.items():
             each = args.gradient_accumulation_steps * steps * len(self.targets)
@@ -316,14 +320,15 @@ class Plan:
         masks = of_all_widths([self.allocator.chance(x) for x in self.targets])
         return replace(need, sizes=self.walked(step, masks=masks).sizes) if masks else need
 
-    def _slice(self) -> list[Phase]:
+    def cut(self) -> list[Phase]:
+        """Return the phases after teaching."""
         # Few layers hold most when what is in none is cut. Many copied ones hold most before that.
         whole = self.config.num_hidden_layers
         copied = self.stored not in (None, self.dtype)
         cut = self.walked(Walk.slice, (whole,) if copied else SHORT)
         adapters = self.sizes.adapters
         # It begins with the moments of what was trained, and lets go of them.
-        begun = self._weights + self._refitted + (1 + MOMENTS * bool(self._steps)) * adapters
+        begun = self._weights + self.refitted + (1 + MOMENTS * bool(self._steps)) * adapters
         saved = self.results[0]
         if self.stored is not None:  # mapped, and copied to be written in another dtype
             saved *= copied * self.stored.itemsize / self.dtype.itemsize

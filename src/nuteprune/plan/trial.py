@@ -16,8 +16,8 @@ def seconds_per_step(trainer: NutePruneTrainer) -> float:
     args, dataset = trainer.args, cast(Any, trainer.train_dataset)
     batch = [dataset[i % len(dataset)] for i in range(args.train_batch_size)]
     inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+    before, seconds, model = trainer.masks, 0.0, trainer.model
     cut_by_chance(trainer)
-    seconds, model = 0.0, trainer.model
     for _ in range(2):  # the first one warms up
         started = time.monotonic()
         with trainer.accelerator.autocast():
@@ -25,6 +25,7 @@ def seconds_per_step(trainer: NutePruneTrainer) -> float:
         model.zero_grad()
         seconds = time.monotonic() - started
     model.eval()
+    trainer.masks = before
     return seconds * args.gradient_accumulation_steps
 
 
