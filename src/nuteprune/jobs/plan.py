@@ -204,12 +204,13 @@ def variants_of(planned: Plan, phases: Sequence[Phase], counts: Sequence[int]) -
         whole = _with(planned, whole, less)
         yield Variant(" ".join(words), whole, factor, "simulated")
     on_device = {k: v for k, v in whole.items() if k != "slice"}  # that in main memory
+    untried = {k: v for k, v in on_device.items() if k != "price"}  # which needs whole weights
     for count in (x for x in counts if x > 1):
-        peaks = sharded(planned, on_device, count)
+        peaks = sharded(planned, untried, count)
         yield Variant(" ".join([*words, "--set sharded=true"]), peaks, factor, FORMULA)
     # Stacked experts are not cut in fewer bits.
     for bits in () if planned.allocator.budget.per_token else (8, 4):
-        peaks = in_bits(planned, on_device, bits)
+        peaks = in_bits(planned, untried, bits)
         yield Variant(" ".join([*words, f"--bits {bits}"]), peaks, factor, FORMULA)
     if not planned.allocator.budget.family.mixer:  # mixers stay on the device
         peaks = offloaded(planned, on_device)

@@ -119,5 +119,5 @@ def offloaded(plan: Plan, peaks: Mapping[str, float]) -> dict[str, float]:
 
 def _without(plan: Plan, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
     # Their re-fit is in low rank, or off the device.
-    own = dict.fromkeys(("refit", "teach"), plan.refitted)
+    own = dict.fromkeys(("price", "refit", "teach", *["score"][: plan.stops]), plan.refitted)
     return {k: v - saved - own.get(k, 0) for k, v in peaks.items()}

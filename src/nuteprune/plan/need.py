@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from transformers import PreTrainedConfig
 
 from nuteprune.errors import UserError
@@ -77,23 +78,16 @@ def through(found: Sequence[tuple[float, Need]], at: float) -> Need:
         at: the place.
     """
 
-    def line(values: Sequence[float], places: Sequence[float]) -> float:
-        total = 0.0
-        for i, value in enumerate(values):
-            for j, place in enumerate(places):
-                if i != j:
-                    value *= (at - place) / (places[i] - place)
-            total += value
-        return total
+    def at_place(values: Sequence[float], places: Sequence[float]) -> float:
+        return float(np.polyval(np.polyfit(places, values, len(places) - 1), at))
 
     places, needs = zip(*found, strict=True)
-    last = places[-2:]
-    peaks = zip(*(x.peaks for x in needs[-2:]), strict=True)
+    whole, last = (lambda x: at_place(x, places)), (lambda x: at_place(x[-2:], places[-2:]))
     return Need(
-        tuple(line(x, last) for x in peaks),
-        line([x.flops for x in needs], places),
-        line([x.fine for x in needs], places),
-        line([x.sizes for x in needs[-2:]], last),
+        tuple(map(last, zip(*(x.peaks for x in needs), strict=True))),
+        whole([x.flops for x in needs]),
+        whole([x.fine for x in needs]),
+        last([x.sizes for x in needs]),
     )
 
 

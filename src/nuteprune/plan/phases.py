@@ -204,6 +204,12 @@ class Plan:
         return METHODS[self.args.method].priced and self._tries_cuts
 
     @property
+    def stops(self) -> int:
+        """How many times what is left is scored again."""
+        again = METHODS[self.args.method].reads and self._tries_cuts
+        return len(stops_before(self.targets[-1])) if again else 0
+
+    @property
     def results(self) -> list[float]:
         """Bytes of the model of each target, in the dtype of the run; the smallest last."""
         return [self.sizes.weights - x * self.sizes.projections for x in self.targets]
@@ -243,7 +249,7 @@ class Plan:
 
     def score(self) -> list[Phase]:
         """Return the phase of scoring, if there is one."""
-        args, method = self.args, METHODS[self.args.method]
+        args = self.args
         if args.is_progressive and not args.scored_blocks:  # masks that are learned
             return []
 
@@ -251,27 +257,29 @@ class Plan:
             return self.walked(partial(Walk.score, blocks=blocks), PARTS_OF_LAYERS)
 
         need = in_batches(scored, args.scored_blocks, FEW_BLOCKS)
-        stops = stops_before(self.targets[-1]) if method.reads and self._tries_cuts else []
-        if stops:
-            need = need.times(1 + len(stops)).held(self.refitted)
-            need = need.then(self._refits.times(len(stops)))
+        if stops := self.stops:
+            need = need.times(1 + stops).held(self.refitted).then(self._refits[0].times(stops))
         return [Phase("score", need)]
 
     @cached_property
-    def _refits(self) -> Need:
-        size = self.args.per_device_train_batch_size
-        return in_batches(self._refit_on, self.args.refit_blocks, (2 * size, 3 * size))
+    def _refits(self) -> tuple[Need, int, Need]:
+        """What a refit takes on all blocks; how many are few, and what these take."""
+        size, found = self.args.per_device_train_batch_size, dict[int, Need]()
 
-    def _refit_on(self, blocks: int) -> Need:
-        return self.walked(partial(Walk.refit, blocks=blocks), ONE_BY_ONE)
+        def refit(blocks: int) -> Need:
+            return found.setdefault(
+                blocks, self.walked(partial(Walk.refit, blocks=blocks), ONE_BY_ONE)
+            )
+
+        whole = in_batches(refit, self.args.refit_blocks, (2 * size, 3 * size))
+        return whole, *next(iter(found.items()))
 
     def price(self) -> list[Phase]:
         """Return the phase of pricing, if there is one."""
         args, sizes = self.args, self.allocator.layout.sizes
         if not self._is_priced:
             return []
-        few = min(args.refit_blocks, 2 * args.per_device_train_batch_size)
-        part = self._refit_on(few)
+        whole, few, part = self._refits
         need = self.walked(partial(Walk.price, blocks=few))
         fitted, tried = need.peaks
         changes = sum(usual_changes(kind, size) for kind in self._kinds for size in sizes[kind])
@@ -279,9 +287,9 @@ class Plan:
         trying = self._block * args.priced_blocks * changes / 2
         need = replace(
             need,
-            peaks=(fitted + self._refits.peak - part.peak, tried),
-            flops=need.flops + self._refits.flops - part.flops + trying,
-            fine=need.fine + self._refits.fine - part.fine + trying * (need.fine == need.flops),
+            peaks=(fitted + whole.peak - part.peak, tried),
+            flops=need.flops + whole.flops - part.flops + trying,
+            fine=need.fine + whole.fine - part.fine,
         )
         return [Phase("price", need)]
 
@@ -289,7 +297,7 @@ class Plan:
         if not self.args.compensation:
             return []
         between = self.args.is_progressive and "fixed" not in list(self._steps)[:1]
-        need = self._refits.held(MOMENTS * self.sizes.adapters * between)
+        need = self._refits[0].held(MOMENTS * self.sizes.adapters * between)
         return [Phase("refit", need.times(len(self.targets)))]
 
     @cached_property

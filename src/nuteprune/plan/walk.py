@@ -60,6 +60,7 @@ class Walk:
         masks: Masks | None = None,
     ) -> None:
         self._args, self._length, self._stored = args, length, stored
+        self._config, self._kind = config, kind
         if model is None:
             with torch.device("meta"):
                 model = model_of(config, dtype, kind)
@@ -104,7 +105,7 @@ class Walk:
         layers = len(self._model.anatomy.layers)
         stretches = [ticks[:gradients]]
         stretches += [ticks[i : i + layers] for i in range(gradients, len(ticks), layers)]
-        return Need.of(live, [max(began, *x) for x in stretches])
+        return Need.of(live, [max([began, *x]) for x in stretches])
 
     def price(self, blocks: int) -> Need:
         """Measure what changes of the cut cost: at first they are fitted, then tried.
@@ -195,15 +196,26 @@ class Walk:
             live.restart()
             if trainer.optimizer is not None:
                 trainer.optimizer.state.clear()
+            learned = model.bank.learned()
             slice_model(
-                model.unwrapped(),
+                self._reloaded(live) if model.must_be_reloaded else model.unwrapped(),
                 self._masks,
-                model.bank.learned(),
+                learned,
                 computed_dtype=origin.computed_dtype,
                 stored_dtype=origin.stored_dtype,
                 folder=self._folder,
             )
         return Need.of(live)
+
+    def _reloaded(self, live: Live) -> PreTrainedModel:
+        """Return the dense model anew as it is stored, mapped from its file."""
+        self._model.free()
+        with torch.device("meta"):
+            dense = model_of(self._config, self._model.origin.stored_dtype, self._kind)
+        without_data(dense)
+        for parameter in dense.parameters():
+            live.leave(parameter)
+        return dense
 
 
 def model_of(
