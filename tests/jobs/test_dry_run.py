@@ -37,10 +37,16 @@ pytestmark = [
 LENGTH, JUDGED = 16, 12
 
 
-def found(model: PreTrainedModel, folder: Path, sparsity: float = 0.2, **more: Any) -> Any:
+def found(
+    model: PreTrainedModel,
+    folder: Path,
+    sparsity: float = 0.2,
+    output: Output = Output(quiet=True),  # noqa: B008
+    **more: Any,
+) -> Any:
     """Do a dry run of a model that writes nothing."""
     given = {"target_sparsity": sparsity, "max_steps": 3, "neuron_multiple": 4, "length": LENGTH}
-    asked = {"model": "unused", "out": folder, "shares": "1", **given, **more}
+    asked = {"model": "unused", "out": folder, "shares": [1.0], **given, **more}
     job = make_job(PruneJob, NutePruneConfig, asked)
     args = NutePruneConfig(output_dir=str(folder), use_cpu=True, **job.settings)
     prepared = prepare(model, args)
@@ -63,7 +69,7 @@ def found(model: PreTrainedModel, folder: Path, sparsity: float = 0.2, **more: A
         around=None,
         about=dict,
     )
-    return print_dry_run(job, run, Output(quiet=True))
+    return print_dry_run(job, run, output)
 
 
 def test_work_in_fp32_has_a_rate_of_its_own() -> None:
@@ -105,8 +111,7 @@ def test_where_no_step_is_run_a_dry_run_says_so(
 ) -> None:
     leave_unplanned(monkeypatch.setattr)
     monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", lambda _: 1 / 0)
-    monkeypatch.setattr("tests.jobs.test_dry_run.Output", lambda **_: Output())
-    dry = found(tiny_model("llama"), tmp_path, max_steps=0)
+    dry = found(tiny_model("llama"), tmp_path, output=Output(), max_steps=0)
     assert dry["seconds_per_step"] is None
     assert "no step was run" in capsys.readouterr().out
 
