@@ -27,7 +27,7 @@ from nuteprune.jobs.text import own_share
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
-from nuteprune.plan.phases import FORMULA, ON_CPUS, Phase, Plan
+from nuteprune.plan.phases import FORMULA, ON_CPUS, SIMULATED, Phase, Plan
 from nuteprune.train.settings import check_declared
 
 SPARE = 0.95
@@ -66,13 +66,20 @@ class Variant:
 
     settings: str
     peaks: Mapping[str, float]
-    factor: float
-    how: str
+    factor: float = 1.0
+    how: str = SIMULATED
 
-    @property
-    def peak(self) -> float:
-        """The largest of all phases."""
-        return max(self.peaks.values())
+    def entry(self, memory: float) -> dict[str, Any]:
+        """Return what JSON says of it, on a device of so many bytes."""
+        phase = max(self.peaks, key=lambda x: self.peaks[x])
+        return {
+            "settings": self.settings,
+            "peak_bytes": round(self.peaks[phase]),
+            "phase": phase,
+            "step_time": self.factor,
+            "fits": self.peaks[phase] <= SPARE * memory,
+            "how": self.how,
+        }
 
 
 def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
@@ -139,15 +146,14 @@ def _taken(job: PruneJob, asked: Asked, planned: Plan, phases: Sequence[Phase]) 
 
 def _choices(planned: Plan, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
     """Return the settings that take less, and the first of them that fits."""
-    variants = list(variants_of(planned, phases, (devices,)))
-    if devices > 1:  # one process keeps layers off its device, several share them out
-        variants = [v for v in variants if "--offload" not in v.settings]
-    fits = next((v for v in variants if v.peak <= SPARE * memory), None)
+    variants = variants_of(planned, phases, (devices,))
+    # One process keeps layers off its device, several share them out.
+    found = [x.entry(memory) for x in variants if devices == 1 or "--offload" not in x.settings]
     return {
         "devices": devices,
         "device_memory_bytes": memory,
-        "settings": [_choice(v, memory) for v in variants],
-        "fits": fits.settings if fits else None,
+        "settings": found,
+        "fits": next((x["settings"] for x in found if x["fits"]), None),
     }
 
 
@@ -187,34 +193,29 @@ def variants_of(planned: Plan, phases: Sequence[Phase], counts: Sequence[int]) -
     """
     args = planned.args
     whole = {x.name: x.need.peak for x in phases if x.name != "save"}
-    yield Variant("as asked", whole, 1.0, "simulated")
-    size = args.per_device_train_batch_size
+    yield Variant("as asked", whole)
+    size, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     less: dict[str, Any] = {}
-    words, factor = [], 1.0
+    words, factor = "", 1.0
     if size > 1:
-        accumulated = size * args.gradient_accumulation_steps
+        accumulated *= size
         less |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulated}
-        words.append(f"--batch-size 1 --set gradient_accumulation_steps={accumulated}")
-        whole = _with(planned, whole, less)
-        yield Variant(" ".join(words), whole, factor, "simulated")
+        words = f"--batch-size 1 --set gradient_accumulation_steps={accumulated} "
+        yield Variant(words.strip(), whole := _with(planned, whole, less))
     if not args.gradient_checkpointing:
         less |= {"gradient_checkpointing": True}
-        words.append("--gradient-checkpointing")
-        factor *= SLOWER
-        whole = _with(planned, whole, less)
-        yield Variant(" ".join(words), whole, factor, "simulated")
+        words, factor = f"{words}--gradient-checkpointing ", SLOWER
+        yield Variant(words.strip(), whole := _with(planned, whole, less), factor)
     on_device = {k: v for k, v in whole.items() if k != "slice"}  # that in main memory
     untried = {k: v for k, v in on_device.items() if k != "price"}  # which needs whole weights
     for count in (x for x in counts if x > 1):
         peaks = sharded(planned, untried, count)
-        yield Variant(" ".join([*words, "--set sharded=true"]), peaks, factor, FORMULA)
+        yield Variant(f"{words}--set sharded=true", peaks, factor, FORMULA)
     # Stacked experts are not cut in fewer bits.
     for bits in () if planned.allocator.budget.per_token else (8, 4):
-        peaks = in_bits(planned, untried, bits)
-        yield Variant(" ".join([*words, f"--bits {bits}"]), peaks, factor, FORMULA)
+        yield Variant(f"{words}--bits {bits}", in_bits(planned, untried, bits), factor, FORMULA)
     if not planned.allocator.budget.family.mixer:  # mixers stay on the device
-        peaks = offloaded(planned, on_device)
-        yield Variant(" ".join([*words, "--offload"]), peaks, factor, FORMULA)
+        yield Variant(f"{words}--offload", offloaded(planned, on_device), factor, FORMULA)
 
 
 def _with(planned: Plan, whole: Mapping[str, float], less: Mapping[str, Any]) -> dict[str, float]:
@@ -222,22 +223,8 @@ def _with(planned: Plan, whole: Mapping[str, float], less: Mapping[str, Any]) ->
     # Not made anew, since that lets settings of before win under their other names.
     args = copy.copy(planned.args)
     vars(args).update(less)
-    changed = dataclasses.replace(planned, args=args)
-    if not args.max_steps:
-        return dict(whole)
-    (teach,) = changed.teach()
-    return {**whole, teach.name: teach.need.peak}
-
-
-def _choice(variant: Variant, memory: float) -> dict[str, Any]:
-    return {
-        "settings": variant.settings,
-        "peak_bytes": round(variant.peak),
-        "phase": max(variant.peaks, key=lambda x: variant.peaks[x]),
-        "step_time": variant.factor,
-        "fits": variant.peak <= SPARE * memory,
-        "how": variant.how,
-    }
+    steps = dataclasses.replace(planned, args=args).teach()
+    return {**whole, **{x.name: x.need.peak for x in steps}}
 
 
 def _print(result: Mapping[str, Any], planned: Plan, output: Output) -> None:

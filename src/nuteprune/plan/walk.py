@@ -28,6 +28,7 @@ from nuteprune.stages.price import price
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.stages.slice import slice_model
+from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.trainer import NutePruneTrainer
@@ -177,6 +178,7 @@ class Walk:
                 trainer = progressive.Planned(self._model, self._args, kind, self._masks)
             else:
                 trainer = NutePruneTrainer(self._model, self._args, masks=self._masks)
+            trainer.bad_steps = BadSteps(torch.device("cpu"))  # where all claim to be
             if weights is not None:
                 self._model.bank.install(weights)
             del weights
