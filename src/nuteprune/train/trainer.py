@@ -31,6 +31,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.lora import Learned, Weights
 from nuteprune.model.offload import bring_home
 from nuteprune.products import Products
+from nuteprune.simulated import has_data
 from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.averaging import around_sharded
@@ -120,7 +121,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     # -- several processes
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self.args.sharded:  # else it is there already
+        # A sharded one is there already, and one without data is nowhere.
+        if not self.args.sharded and has_data(self.anatomy.embedding.weight):
             super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **more: Any) -> Any:
