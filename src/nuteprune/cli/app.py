@@ -15,6 +15,7 @@ from io import TextIOWrapper
 
 import typer
 
+from nuteprune.console import printable
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.files import WRONG_PLACE, narrow_locale
 from nuteprune.processes import is_main, rank
@@ -137,7 +138,7 @@ def _check_names(arguments: list[str]) -> None:
 
 def _fail(message: str, code: int) -> None:
     if message:
-        line = " ".join(message.split())
+        line = printable(" ".join(message.split()))
         cut = f"{line[:LONGEST]} ..." if len(line) > LONGEST else line
         print(f"nuteprune: {cut}", file=sys.stderr)
     sys.exit(code)

@@ -14,9 +14,10 @@ from nuteprune.cli import options as o
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.export.gguf import FILE_TYPES, write_gguf
-from nuteprune.export.onnx import require_packages, write_onnx
-from nuteprune.files import at_home, check_file
+from nuteprune.export.onnx import data_files, require_packages, write_onnx
+from nuteprune.files import at_home
 from nuteprune.jobs.family import take
+from nuteprune.jobs.guard import check_file
 from nuteprune.jobs.sources import load_model, load_tokenizer, read_config
 
 TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
@@ -41,7 +42,7 @@ def export(
             help="gguf: llama.cpp's name for the tokenizer's split; default: found by trying."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: o.Overwrite = False,
     family: o.Family = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
@@ -57,9 +58,9 @@ def export(
         )
     if pre_tokenizer is not None and to != "gguf":
         raise UserError(f"--pre-tokenizer is for --to gguf; leave it out with --to {to}")
-    check_file("--out", out, f"{out}/model.{to}")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
+    reads = [("model", model), ("entry", family)]
+    beside = data_files(out) if to == "onnx" else ()
+    check_file("--out", out, reads, overwrite, f"model.{to}", beside)
     take(family, model)
     read_config(model)
     if to == "onnx":

@@ -9,6 +9,7 @@ import typer
 
 from nuteprune.cli import options as o
 from nuteprune.console import Output
+from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge.report import PLOTS, write_report
 
@@ -27,6 +28,7 @@ def report(
     The page needs no network.
     """
     output = Output(as_json)
+    check_writable("RUN", folder)
     page = write_report(folder, again)
     plots = sorted((page.parent / PLOTS).glob("*.png"))
     output.line(f"Report  {page}")

@@ -30,7 +30,7 @@ from nuteprune.export.gguf_keys import context_length, write_dimensions
 from nuteprune.export.gguf_rows import check_rows, mended, torn_rows
 from nuteprune.export.gguf_tensors import tensors
 from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
-from nuteprune.files import atomic, writing
+from nuteprune.files import atomic, check_room, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import refuse_packed
 from nuteprune.model.shape import Shape
@@ -126,6 +126,7 @@ def write_gguf(
     infos = list(_tensor_infos(anatomy, arch, source, shape, type_name))
     with writing(path, "make room and do the same again"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path, sum(info.bytes for info in infos))
         with atomic(path) as partial:
             writer = GGUFWriter(partial, arch.name)
             _write_general(writer, name, kind)
@@ -158,6 +159,10 @@ class _TensorInfo:
     shape: tuple[int, ...]
     stored: GGMLQuantizationType
 
+    @property
+    def bytes(self) -> int:
+        return prod(quants.quant_shape_to_byte_shape(self.shape, self.stored))
+
 
 def _tensor_infos(
     anatomy: Anatomy, arch: Arch, source: Source, shape: Shape, type_name: str
@@ -188,9 +193,8 @@ def _write_tensors(
 ) -> None:
     """Write the file: keys, the index of tensors, then one tensor after another."""
     for info in infos:
-        size = prod(quants.quant_shape_to_byte_shape(info.shape, info.stored))
         dtype = np.dtype(np.float32)  # only declared; `raw_dtype` is what counts
-        writer.add_tensor_info(info.name, info.shape, dtype, size, raw_dtype=info.stored)
+        writer.add_tensor_info(info.name, info.shape, dtype, info.bytes, raw_dtype=info.stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.onnx_graph import Exporter, check_rope
-from nuteprune.files import remove, sync, writing
+from nuteprune.files import check_room, partial_of, remove, sync, writing
 from nuteprune.model.packed import refuse_packed
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -76,11 +76,12 @@ def write_onnx(model: PreTrainedModel, path: Path) -> Written:
     graph = exporter.graph()
     parameters = exporter.anatomy.parameters()
     data = f"{path.name}.{secrets.token_hex(4)}.data" if 4 * parameters > LARGEST_FILE else None
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with writing(path, "make room and do the same again"):
         try:
             remove(partial)  # what a killed export left
             partial.mkdir(parents=True)
+            check_room(path, 4 * parameters)
             _save(graph, partial / path.name, data)
             error = exporter.error(partial / path.name)
             if not error <= LARGEST_ERROR:
@@ -110,7 +111,11 @@ def _move(partial: Path, path: Path, data: str | None) -> list[Path]:
         (partial / name).replace(path.with_name(name))
         moved.append(path.with_name(name))
     sync(path.parent)
-    pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.data"
-    for old in set(path.parent.glob(pattern)) - set(moved):
+    for old in set(data_files(path)) - set(moved):
         old.unlink()
     return moved[::-1]
+
+
+def data_files(path: Path) -> list[Path]:
+    """Return the files of weights that are beside an ONNX file, or were."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.data"))

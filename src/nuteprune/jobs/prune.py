@@ -20,16 +20,8 @@ from nuteprune.errors import UserError
 from nuteprune.export.loading import in_dtype
 from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.family import take
-from nuteprune.jobs.folder import (
-    alone,
-    check_out,
-    clear,
-    clear_result,
-    goes_on,
-    is_stated,
-    nothing_left,
-    target_folder,
-)
+from nuteprune.jobs.folder import clear, clear_result, goes_on, is_stated, target_folder
+from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.judging import Judge
 from nuteprune.jobs.prune_trainer import (

@@ -16,7 +16,7 @@ from nuteprune.console import Bars, Output
 from nuteprune.data.demo import cache_folder
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import to_json, write_text
+from nuteprune.files import to_json, write_text, writing
 from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
@@ -41,8 +41,9 @@ def write_table(
 ) -> dict[str, Any]:
     """Measure what the blocks of a model cost, and write the table."""
     table = cost_table(model, setting, device, dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_json(table, indent=1) + "\n")
+    with writing(path, "make room and do the same again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, to_json(table, indent=1) + "\n")
     return table
 
 
@@ -73,7 +74,7 @@ def costs_for(
     if several_started():
         raise UserError(
             "a speedup in a run of several processes needs one table for all: measure it with "
-            "nuteprune bench MODEL --costs FILE, and pass --costs FILE"
+            "nuteprune bench MODEL --save-costs FILE, and pass --costs FILE"
         )
     device, anatomy = pick_device(job.device), Anatomy(model)
     dtype = pick_dtype(job.dtype, device)

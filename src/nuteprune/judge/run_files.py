@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
-from nuteprune.files import to_json, write_text
+from nuteprune.files import to_json, write_text, writing
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
 from nuteprune.train.state import RunState, last_checkpoint
@@ -126,8 +126,9 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
 
 def write_extra(run: Path, name: str, content: Any) -> None:
     """Write SAMPLES or SPEED into a run's folder: complete, or not at all."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / name, to_json(content, indent=2) + "\n")
+    with writing(run / name, "make room and do the same again"):
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / name, to_json(content, indent=2) + "\n")
 
 
 def pruning_steps(files: RunFiles) -> bool:
