@@ -129,7 +129,7 @@ def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
     assert "timing blocks" not in stderr
     file = tmp_path / "new" / "costs.json"
     short = ["--lengths", 8, "--new-tokens", 4, "--device", "cpu", "--dtype", "float32"]
-    code, stdout, stderr = run("bench", model, "--costs", file, *short, "--json")
+    code, stdout, stderr = run("bench", model, "--save-costs", file, *short, "--json")
     assert code == 0, stderr
     found = json_line(stdout)
     written = json.loads(file.read_text())
