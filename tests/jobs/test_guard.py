@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nuteprune.errors import UserError
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
-from nuteprune.jobs.guard import alone, check_out, nothing_left
+from nuteprune.jobs.guard import alone, check_out, check_writable, nothing_left
 from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
@@ -121,3 +121,60 @@ def test_what_is_around_the_user_is_not_overwritten(
     check_out(Job("demo", Path(), overwrite=True))  # but an output folder that the user is in
     with pytest.raises(UserError, match="--overwrite would remove all of it; name another"):
         check_out(Job("demo", at_home(out), overwrite=True))
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_a_folder_with_a_part_of_what_is_read_is_not_overwritten(what: str, tmp_path: Path) -> None:
+    """A model in three files, or a folder of texts, of which one is a link into `out`."""
+    (tmp_path / "read" / "below").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "third").write_text("read")
+    for name in ("first", "second"):
+        (tmp_path / "read" / name).write_text("read")
+    place = tmp_path / "read" if what == "model" else tmp_path / "read" / "below"
+    (place / "third").symlink_to(tmp_path / "out" / "third")
+    given = {"model": "some/model", what: str(tmp_path / "read")}
+    job = Job(out=tmp_path / "out", overwrite=True, **given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"holds the {what} .*read; name another folder"):
+        check_out(job)
+    (place / "third").unlink()
+    check_out(job)
+
+
+def test_the_demos_files_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "caches" / "ours"))
+    (tmp_path / "caches" / "ours" / "model").mkdir(parents=True)
+    (tmp_path / "caches" / "ours" / "model" / "config.json").touch()
+    for out in ("caches", "caches/ours", "caches/ours/model"):
+        with pytest.raises(UserError, match="holds the model demo"):
+            check_out(Job("demo", tmp_path / out, overwrite=True))
+    check_out(Job("demo", tmp_path / "caches" / "ours" / "out", overwrite=True))
+
+
+def test_caches_of_models_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "ours" / "cache"))
+    monkeypatch.setattr("nuteprune.jobs.guard.HF_HUB_CACHE", str(tmp_path / "hub" / "cache"))
+    for out in ("ours", "hub"):
+        (tmp_path / out).mkdir()
+        job = Job("some/model", tmp_path / out, data="some/data", overwrite=True)
+        with pytest.raises(UserError, match="a cache of models"):
+            check_out(job)
+
+
+def test_links_in_a_circle_are_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "loop").symlink_to("loop")
+    check_out(Job(str(tmp_path / "model"), tmp_path / "out", overwrite=True))
+
+
+def test_a_disk_that_takes_names_and_no_bytes_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: nullcontext(full))
+        with pytest.raises(RunFailed, match=r"cannot write --out .*new: No space left"):
+            check_writable("--out", tmp_path / "new")
