@@ -9,7 +9,7 @@ import pytest
 
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
-from nuteprune.jobs.guard import alone, check_out, check_writable, nothing_left
+from nuteprune.jobs.guard import alone, check_file, check_out, check_writable, nothing_left
 from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
@@ -163,6 +163,23 @@ def test_caches_of_models_are_not_overwritten(
         job = Job("some/model", tmp_path / out, data="some/data", overwrite=True)
         with pytest.raises(UserError, match="a cache of models"):
             check_out(job)
+
+
+def test_a_model_in_the_hubs_cache_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--some--model"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    for folder in (repo / "blobs", repo / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "blobs" / "1").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    for file in (repo / "blobs" / "1", snapshot / "config.json"):
+        with pytest.raises(UserError, match="belongs to the model some/model, which would be lost"):
+            check_file("--out", file, [("model", "some/model")], True, "model.gguf")
+    check_file("--out", file, [("model", "no model's name")], True, "model.gguf")
 
 
 def test_links_in_a_circle_are_no_hindrance(tmp_path: Path) -> None:

@@ -63,25 +63,37 @@ def file_of(source: str, name: str) -> Path | None:
         ) from error
 
 
+def folder_of(source: str, **where: Any) -> Path | None:
+    """Return the folder of a model on this machine, None if it is not here, or is no model's name.
+
+    Args:
+        source: a folder, or the name of a model on the hub, of which the cache is looked at.
+        where: what `from_pretrained` takes; `revision` and `cache_dir` say where in the cache.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    here = {k: where[k] for k in ("revision", "cache_dir") if k in where}
+    try:
+        cached = try_to_load_from_cache(source, "config.json", **here)
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def check_inside(source: str, **where: Any) -> None:
     """Refuse a model whose files are elsewhere: what a stranger's folder names is not followed.
 
     Links of the hub's cache, from `snapshots/REVISION` to `blobs`, are its own way to keep files.
 
     Args:
-        source: a folder, or the name of a model on the hub, of which the cache is looked at.
-        where: what `from_pretrained` takes; `revision` and `cache_dir` say where in the cache.
+        source: a folder, or the name of a model on the hub.
+        where: see `folder_of`.
 
     Raises:
         UserError: naming the file.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        here = {k: where[k] for k in ("revision", "cache_dir") if k in where}
-        cached = try_to_load_from_cache(source, "config.json", **here)
-        if not isinstance(cached, str):
-            return
-        folder = Path(cached).parent
+    if (folder := folder_of(source, **where)) is None:
+        return
     home = Path(os.path.realpath(folder))
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     for file in (x for x in folder.iterdir() if x.is_file() and not hidden(x)):

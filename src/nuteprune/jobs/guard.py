@@ -17,6 +17,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from nuteprune.data.demo import cache_folder
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
+from nuteprune.export.hub import folder_of
 from nuteprune.files import at_home, writing
 from nuteprune.jobs.folder import begun, written_in
 from nuteprune.jobs.job import Job
@@ -114,6 +115,8 @@ def _files(what: str, named: str | None) -> Iterator[Path]:
     if not named or named == SELF:
         return
     place = cache_folder() if named == DEMO else at_home(named)
+    if what == "model" and not place.exists():
+        place = folder_of(named) or place
     if place.exists():
         yield place
     if place.is_dir():

@@ -18,6 +18,7 @@ from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import to_json, write_text, writing
 from nuteprune.jobs.engines import Transformers
+from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
 from nuteprune.jobs.timing import for_report, measure
@@ -91,6 +92,7 @@ def costs_for(
     key = hashlib.sha256(told_.encode()).hexdigest()[:16]
     path = cache_folder() / f"costs-{key}.json"
     if not path.is_file():  # a table that is there is read from a cache that cannot be written too
+        check_writable("the table of costs", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):  # two runs would time each other
             if not path.is_file():
