@@ -55,7 +55,7 @@ def check_file(
         UserError: saying what to pass instead.
         RunFailed: if the disk is full.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, which raises for a name that is too long
         named = path / example
         raise UserError(f"{option} {path} is a folder; name the file to write, such as {named}")
     if kept := _read_from(path, reads):
