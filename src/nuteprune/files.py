@@ -87,7 +87,7 @@ def follow_umask(path: Path) -> None:
     """
     if os.name == "nt":
         return
-    probe = (path if path.is_dir() else path.parent) / f".{os.getpid()}.{rank()}.probe"
+    probe = (path if path.is_dir() else path.parent) / f".{path.name}.{rank()}.probe"
     # Nothing but a new file shows what the umask, or the folder's access list, makes of them.
     try:
         probe.touch()
