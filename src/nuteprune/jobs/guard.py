@@ -147,7 +147,7 @@ def check_out(job: Job, resumes: bool = True) -> None:
         raise UserError(f"--out {out} holds the {kept}; name another folder")
     for what, named in texts:
         place = at_home(named)
-        inside = named not in (DEMO, SELF) and _real(out).is_relative_to(_real(place))
+        inside = named not in ("", DEMO, SELF) and _real(out).is_relative_to(_real(place))
         if inside and place.is_dir():
             raise UserError(
                 f"--out {out} is inside the {what} {named}, and what the run writes would be read "
