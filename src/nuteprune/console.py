@@ -6,14 +6,15 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Drawn
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +24,8 @@ from nuteprune.processes import is_main
 
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Characters that steer a terminal or turn the order of letters; lines and tabs are left."""
+Progress = Callable[[str, int, int], None]
+"""Told (what is being done, units done, units in all) during long work."""
 WIDE = 200
 """Columns where there is no terminal to fit: a file or a pipe takes tables whole."""
 
@@ -125,7 +128,7 @@ class Bars:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = Progress(
+        self.progress = Drawn(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -179,14 +182,28 @@ class _Pace:
         return (now - self.started) * (total - done) / (done - self.done)
 
 
+def scaled(value: float, billions: str) -> tuple[str, str]:
+    """Return a number in at least three digits, and the letter of its scale.
+
+    Args:
+        value: a count, or bytes.
+        billions: the letter of 10^9: `B` of a count, `G` of bytes.
+    """
+    for scale, letter in ((1e9, billions), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            digits = 2 if letter == billions or value < 10 * scale else 1
+            return f"{value / scale:.{digits}f}", letter
+    return f"{value:.0f}", ""
+
+
 def millions(count: float) -> str:
     """Return a parameter count for people, such as 134.5M."""
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    return "".join(scaled(count, "B"))
 
 
 def megabytes(size: float) -> str:
-    """Return a size for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    """Return a size for people, such as 134.5 MB."""
+    return "{} {}B".format(*scaled(size, "G"))
 
 
 def duration(seconds: float) -> str:
@@ -194,3 +211,20 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def counted(progress: Progress, what: str, total: int) -> Callable[[], None]:
+    """Return a function that tells `progress` of one more unit done each time it is called."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(what, done, total)
+
+    progress(what, 0, total)
+    return tick

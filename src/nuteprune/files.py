@@ -6,6 +6,7 @@ Sums are kept as `sha256sum` writes and checks them: `cd FOLDER && sha256sum -c 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -64,6 +65,11 @@ def partial_of(path: Path) -> Path:
     name = os.fsencode(path.name)
     short = path.name if len(name) <= MOST_BYTES - 50 else hashlib.sha256(name).hexdigest()
     return path.with_name(f".{short}.{rank()}.partial")
+
+
+def data_files(path: Path) -> list[Path]:
+    """Return the files of weights that are beside an ONNX file, or were."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.data"))
 
 
 def check_room(path: Path, size: int) -> None:

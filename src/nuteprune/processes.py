@@ -40,5 +40,27 @@ def agree(tensors: Iterable[Tensor]) -> None:
     from torch import distributed
 
     if several():
+        on_device = distributed.get_backend() == "nccl"
         for tensor in tensors:
-            distributed.broadcast(tensor, src=0)
+            sent = tensor.cuda() if on_device else tensor
+            distributed.broadcast(sent, src=0)
+            if sent is not tensor:
+                tensor.copy_(sent)
+
+
+def share(found: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Return the main process's tensors in all processes, None where it has none."""
+    if not several():
+        return found
+    import torch
+    from torch import distributed
+
+    form = {k: (tuple(v.shape), v.dtype) for k, v in found.items()} if found is not None else None
+    sent: list[dict[str, tuple[tuple[int, ...], torch.dtype]] | None] = [form]
+    distributed.broadcast_object_list(sent, src=0)
+    if (forms := sent[0]) is None:
+        return None
+    here = found if is_main() else {k: torch.empty(s, dtype=d) for k, (s, d) in forms.items()}
+    assert here is not None
+    agree(here.values())
+    return here

@@ -3,14 +3,19 @@
 OUT/
 config.json, model.safetensors, tokenizer files    the pruned checkpoint
 nuteprune.json  README.md  SHA256SUMS              its record, its card, its sums
-sparsity-0.2/, sparsity-0.3/                       checkpoints of several targets, instead; or
+sparsity-0.2/, sparsity-0.3/                       checkpoints of several targets, instead, each
+                                                   with a run/ beside the shared one; or
                                                    params-100M/ and so on: see `train.asked`
 run/
 settings.json                                    what the run is
-metrics.jsonl                                    a line per step
-checkpoint-N/                                    trainer checkpoints, to resume from
-teachers/                                        snapshots that teach
-self.jsonl                                       text that the dense model wrote, to train on
+self.jsonl                                       write: text that the dense model wrote
+score.safetensors  price.safetensors             score, price: what each unit costs
+choose.safetensors                               choose: masks, kind -> (N,)
+refit.safetensors                                refit: the weights that stay
+judge.json                                       judge: figures of the dense model
+metrics.jsonl  checkpoint-N/                     teach: a line per step, and what is resumed from
+teachers/                                        snapshots that teach, of recipes that ask for them
+text.json                                        what the text is known by that is learned from
 samples.json  speed.json  report.html            what the report shows, and the report
 dense/                                           the dense model that `recover` compares with
 """
@@ -34,6 +39,7 @@ TEACHERS = "teachers"
 SELF = "self"
 """What a DATA spec, and so the record, calls text that the dense model writes itself."""
 SELF_WRITTEN = f"{SELF}.jsonl"
+TEXT = "text.json"
 SAMPLES = "samples.json"
 SPEED = "speed.json"
 REPORT = "report.html"

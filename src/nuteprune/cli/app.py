@@ -15,7 +15,6 @@ from io import TextIOWrapper
 
 import typer
 
-from nuteprune.console import printable
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.files import WRONG_PLACE, narrow_locale
 from nuteprune.processes import is_main, rank
@@ -40,7 +39,7 @@ def _root(
 
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
-    # Imported here, so that libraries are quiet by the time they are loaded.
+    # Imported here: `main` checks names before anything else.
     from nuteprune.cli import (
         bench,
         demo,
@@ -59,7 +58,6 @@ def make_app() -> typer.Typer:
         name="nuteprune",
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
@@ -138,6 +136,8 @@ def _check_names(arguments: list[str]) -> None:
 
 def _fail(message: str, code: int) -> None:
     if message:
+        from nuteprune.console import printable  # rich takes its time
+
         line = printable(" ".join(message.split()))
         cut = f"{line[:LONGEST]} ..." if len(line) > LONGEST else line
         print(f"nuteprune: {cut}", file=sys.stderr)
@@ -152,9 +152,10 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # a level set here, its import resets
-    from transformers.utils import logging as transformers_logging
+    if "transformers" in sys.modules:  # it has read these, in a program that calls `main`
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.export.gguf import FILE_TYPES, write_gguf
-from nuteprune.export.onnx import data_files, require_packages, write_onnx
-from nuteprune.files import at_home
-from nuteprune.jobs.family import take
+from nuteprune.files import at_home, data_files
 from nuteprune.jobs.guard import check_file
-from nuteprune.jobs.sources import load_model, load_tokenizer, read_config
 
-TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
-"""Format -> how it stores weights, the default first."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nuteprune.console import Output
+
+TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
+"""Format -> how it stores weights, the default first; see `gguf.write.FILE_TYPES`."""
 
 
 def export(
@@ -48,7 +46,7 @@ def export(
     as_json: o.Json = False,
 ) -> None:
     """Write MODEL, pruned or not, in another program's format."""
-    output, out = Output(as_json), at_home(out)
+    out = at_home(out)
     if to not in TYPES:
         raise UserError(f"--to {to} is not a known format; pass one of {', '.join(TYPES)}")
     type_name = TYPES[to][0] if type_name is None else type_name
@@ -61,6 +59,11 @@ def export(
     reads = [("model", model), ("entry", family)]
     beside = data_files(out) if to == "onnx" else ()
     check_file("--out", out, reads, overwrite, f"model.{to}", beside)
+    from nuteprune.console import Output
+    from nuteprune.jobs.family import take
+    from nuteprune.jobs.sources import load_tokenizer, read_config
+
+    output = Output(as_json)
     take(family, model)
     read_config(model)
     if to == "onnx":
@@ -78,6 +81,10 @@ def _export_gguf(
     tokenizer: PreTrainedTokenizerBase,
     output: Output,
 ) -> None:
+    from nuteprune.console import megabytes, millions
+    from nuteprune.export.gguf.write import write_gguf
+    from nuteprune.jobs.sources import load_model
+
     loaded = load_model(model, None)
     with output.bars() as bars:
         written = write_gguf(
@@ -104,6 +111,12 @@ def _export_gguf(
 
 
 def _export_onnx(model: str, out: Path, output: Output) -> None:
+    import torch
+
+    from nuteprune.console import megabytes, millions
+    from nuteprune.export.onnx import require_packages, write_onnx
+    from nuteprune.jobs.sources import load_model
+
     require_packages()
     loaded = load_model(model, torch.float32)
     with output.bars() as bars:

@@ -8,10 +8,7 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
 from nuteprune.jobs.guard import check_writable
-from nuteprune.jobs.reproduce import again
-from nuteprune.judge.report import PLOTS, write_report
 
 
 def report(
@@ -27,8 +24,12 @@ def report(
 
     The page needs no network.
     """
-    output = Output(as_json)
     check_writable("RUN", folder)
+    from nuteprune.console import Output
+    from nuteprune.jobs.reproduce import again
+    from nuteprune.judge.report import PLOTS, write_report
+
+    output = Output(as_json)
     page = write_report(folder, again)
     plots = sorted((page.parent / PLOTS).glob("*.png"))
     output.line(f"Report  {page}")

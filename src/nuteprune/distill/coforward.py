@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nuteprune.distill.losses import LayerTerm, token_weights
-from nuteprune.distill.teachers import Role
 from nuteprune.gates.features import NarrowMasks
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy, no_logits
@@ -31,6 +29,18 @@ from nuteprune.model.packed import is_packed
 TEACHERS_MULTIPLE = 128
 """Neurons of a teacher's layer are computed in multiples of it: for each other size, of which
 teachers have many, kernel libraries keep some 0.1 MB."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """A role of the backbone: its masks (None: open) and LoRA weights (None: without)."""
+
+    masks: Masks | None = None
+    lora: Mapping[str, Tensor] | None = None
+
+
+DENSE = Role()
+"""The dense model."""
 
 
 @dataclass
@@ -50,9 +60,9 @@ class CoForward:
     Args:
         anatomy: a model wrapped by PEFT.
         hooks: where masks multiply in it.
+        bank: its LoRA weights, and weights in place of the base's.
         layer_term: distance of a layer's outputs (student, teacher, weights) -> scalar;
             None: no layer terms.
-        folder: where a CPU has weights in place of the base's, see `LoraBank`.
         normed: whether the last layer's outputs are compared behind the final norm.
     """
 
@@ -60,13 +70,13 @@ class CoForward:
         self,
         anatomy: Anatomy,
         hooks: MaskHooks,
+        bank: LoraBank,
         layer_term: LayerTerm | None = None,
-        folder: Path | None = None,
         normed: bool = False,
     ) -> None:
         self.anatomy = anatomy
         self.hooks = hooks
-        self.bank = LoraBank(anatomy, folder)
+        self.bank = bank
         self.layer_term, self.normed = layer_term, normed
         self._fixed: dict[str, NarrowMasks] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import secrets
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.onnx_graph import Exporter, check_rope
-from nuteprune.files import check_room, partial_of, remove, sync, writing
+from nuteprune.files import check_room, data_files, partial_of, remove, sync, writing
 from nuteprune.model.packed import refuse_packed
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -27,7 +26,7 @@ LARGEST_FILE = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenOnnx:
     """What came of an export."""
 
     files: list[str]
@@ -50,7 +49,7 @@ def require_packages() -> None:
         )
 
 
-def write_onnx(model: PreTrainedModel, path: Path) -> Written:
+def write_onnx(model: PreTrainedModel, path: Path) -> WrittenOnnx:
     """Write a model as an ONNX file, which appears when ONNX Runtime has computed the same with it.
 
     Weights of 2 GB and more are in a second file, `NAME.*.data` beside it.
@@ -93,7 +92,7 @@ def write_onnx(model: PreTrainedModel, path: Path) -> Written:
         finally:
             remove(partial)
     size = sum(x.stat().st_size for x in files)
-    return Written([x.name for x in files], parameters, size, error)
+    return WrittenOnnx([x.name for x in files], parameters, size, error)
 
 
 def _save(graph: Any, file: Path, data: str | None) -> None:
@@ -114,8 +113,3 @@ def _move(partial: Path, path: Path, data: str | None) -> list[Path]:
     for old in set(data_files(path)) - set(moved):
         old.unlink()
     return moved[::-1]
-
-
-def data_files(path: Path) -> list[Path]:
-    """Return the files of weights that are beside an ONNX file, or were."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.data"))

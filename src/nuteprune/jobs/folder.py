@@ -23,6 +23,8 @@ from nuteprune.train.state import last_checkpoint
 
 _TARGET = re.compile(rf"({'|'.join(TARGETS)})\d[\w.+-]*")
 """Names of the folders of several targets, as `train.asked` spells them."""
+DEMOS = Path("nuteprune-demo")
+"""Where a demo writes that is told nothing else."""
 
 
 def begun(out: Path) -> bool:
@@ -30,6 +32,21 @@ def begun(out: Path) -> bool:
     run = out / RUN
     kept = (run / SELF_WRITTEN, run / SETTINGS)
     return last_checkpoint(run) is not None or any(x.is_file() for x in kept)
+
+
+def free_folder(wanted: Path) -> Path:
+    """Return the folder, or the first of its numbered siblings that is not taken."""
+    folder, number = wanted, 1
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def begun_folder(wanted: Path) -> Path:
+    """Return the newest of the folder and its numbered siblings that a run was begun in."""
+    found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
+    return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
 
 
 def goes_on(job: Job) -> bool:
@@ -62,14 +79,18 @@ def written_in(out: Path) -> set[str]:
 
 
 def clear_result(out: Path, overwrite: bool = False) -> None:
-    """Remove what an earlier end of a run wrote, and keep the run itself.
+    """Remove what an earlier end of a run wrote, and keep the run itself: each target's too.
 
     Args:
         out: the output folder.
         overwrite: remove what is not the run's as well.
     """
     visible = {x.name for x in out.iterdir() if not hidden(x)} if overwrite else set()
-    _remove(out, (written_in(out) | visible) - {RUN})
+    names = (written_in(out) | visible) - {RUN}
+    begun_targets = {x for x in names if _TARGET.fullmatch(x) and (out / x / RUN).is_dir()}
+    for name in begun_targets:
+        clear_result(out / name, overwrite=True)  # a checkpoint is written beside `run` alone
+    _remove(out, names - begun_targets)
 
 
 def _remove(out: Path, names: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -17,10 +17,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from nuteprune.data.demo import cache_folder
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.export.hub import folder_of
 from nuteprune.files import at_home, writing
 from nuteprune.jobs.folder import begun, written_in
 from nuteprune.jobs.job import Job
+from nuteprune.processes import is_main
 from nuteprune.run_folder import RUN, SELF, SELF_WRITTEN, SETTINGS, hidden
 
 Reads = Iterable[tuple[str, str | None]]
@@ -116,6 +116,8 @@ def _files(what: str, named: str | None) -> Iterator[Path]:
         return
     place = cache_folder() if named == DEMO else at_home(named)
     if what == "model" and not place.exists():
+        from nuteprune.export.hub import folder_of  # the hub's client takes its time
+
         place = folder_of(named) or place
     if place.exists():
         yield place
@@ -178,6 +180,16 @@ def check_out(job: Job, resumes: bool = True) -> None:
             f"--out {out} is not empty; name another folder, or pass --overwrite to replace it"
             + (" or --resume to go on with it" if resumes and begun(out) else "")
         )
+
+
+def check_free(job: Job, resumes: bool = True) -> None:
+    """Refuse a folder that the job cannot write to, before libraries are loaded to do the job.
+
+    The job asks again, when it holds the folder. Arguments and errors as of `check_out`.
+    """
+    if is_main():
+        with alone(job.out) if job.out.is_dir() else nullcontext():
+            check_out(job, resumes)
 
 
 def _around_the_user() -> Iterator[Path]:

@@ -30,7 +30,6 @@ from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
 from nuteprune.train.disk import ON_CPUS, disk
 from nuteprune.train.phases import FORMULA, Phase, Run
-from nuteprune.train.settings import check_declared
 from nuteprune.train.simulate import Simulation
 
 SPARE = 0.95
@@ -85,7 +84,6 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         UserError: for a config without the facts that a plan needs, settings that cannot work, or
             memory that cannot hold a single layer.
     """
-    check_declared(job)
     take(job.family, job.model)
     config = config_of(job.model)
     check_positions(job.length, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,53 +11,51 @@ from torch.utils.data import Dataset
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.data.examples import Examples
 from nuteprune.data.specs import DEMO
-from nuteprune.distill.teachers import kind_met
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
-from nuteprune.jobs.text import mixture
+from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
+from nuteprune.judge.run_files import read_samples
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.run_folder import RECORD
+from nuteprune.run import Run
+from nuteprune.run_folder import RECORD, RUN
 from nuteprune.train.asked import spelled
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
-from nuteprune.train.trainer import NutePruneTrainer
 
 
-def print_plan(job: PruneJob, trainer: NutePruneTrainer, output: Output) -> None:
+def print_plan(job: PruneJob, run: Run, output: Output) -> None:
     """Print what is going to be done, in a few lines."""
-    args, budget, model = trainer.args, trainer.allocator.budget, trainer.anatomy.model
-    shape = budget.shape
-    total = trainer.anatomy.parameters()
+    args, prepared = run.args, run.model
+    budget, model = prepared.allocator.budget, prepared.anatomy.model
+    shape, total = budget.shape, prepared.origin.parameters
     first = shape.layers[0]
-    targets = ", ".join(told(target) for target in trainer.goals)
-    goal = budget.before * trainer.targets[-1]
+    targets = ", ".join(told(goal) for goal in run.goals)
+    goal = budget.before * run.goals[-1].sparsity
     output.line(
-        f"Model   {job.model}: {trainer.anatomy.family.model_type}, {len(shape.layers)} layers, "
+        f"Model   {job.model}: {prepared.anatomy.family.model_type}, {len(shape.layers)} layers, "
         f"{first.heads} heads on {first.kv_heads} KV heads, {_inner(budget)}, "
         f"width {shape.hidden}, {millions(total)} parameters"
     )
     output.line(
         f"Target  {targets} of {millions(budget.before)} decoder parameters = "
         f"{millions(goal)} ({goal / total:.1%} of all), {args.shapes} shapes, gates on "
-        f"{', '.join(trainer.kinds)} (at most {trainer.allocator.maximum():.1%})"
+        f"{', '.join(prepared.kinds)} (at most {prepared.allocator.maximum():.1%})"
     )
-    freezes = [str(trainer.schedule.stage(stage).freeze_step) for stage in stage_starts(trainer)]
     held = f" (projections held in {job.bits} bits)" if job.bits else ""
-    teachers = kind_met(args.teachers, trainer.schedule)
-    specs, shares = mixture(job, args.sharded)
-    whole = sum(shares)
-    said = " + ".join(f"{x / whole:.0%} {spec}" for spec, x in zip(specs, shares, strict=True))
+    specs, shares = run.text.specs, run.text.shares
+    said = " + ".join(
+        f"{x / sum(shares):.0%} {spec}" for spec, x in zip(specs, shares, strict=True)
+    )
     output.line(
         f"Run     {args.max_steps} steps of {args.sequences_per_step} x {job.length} tokens on "
-        f"{args.device}, {dtype_name(model.dtype)}{held}; masks freeze at step "
-        f"{', '.join(freezes)}; teachers: {teachers}; LoRA rank {args.lora_rank} at "
-        f"{args.learning_rate:g}; text {said}"
+        f"{args.device}, {dtype_name(model.dtype)}{held}; {run.first.manner()}LoRA rank "
+        f"{args.lora_rank} at {args.learning_rate:g}; text {said}"
     )
     if held_in_mxfp4(read_config(job.model)):
         stored = dtype_name(stored_dtype(model))
@@ -114,11 +112,6 @@ def print_recovery(
     )
 
 
-def stage_starts(trainer: NutePruneTrainer) -> list[int]:
-    """Return the first step of each target's share of the run."""
-    return sorted({stage.first for stage in trainer.schedule.stages})
-
-
 def print_report(job: PruneJob, output: Output) -> None:
     """Write the report of a finished run and say where it is; the checkpoint stands without it."""
     try:
@@ -127,10 +120,12 @@ def print_report(job: PruneJob, output: Output) -> None:
         output.line(f"Report  none: {error}")
 
 
-def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> None:
-    """Print what came out, for each target a table and two lines."""
+def print_results(job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output) -> None:
+    """Print what came out, for each target tables and two lines; answers of the highest one."""
+    *_, last = records
     for folder, record in records.items():
-        print_result(folder, record, output)
+        samples = read_samples(job.out / RUN) if folder == last else []
+        print_result(folder, record, samples, output)
 
 
 COUNTS_SHOWN = (
@@ -141,8 +136,13 @@ COUNTS_SHOWN = (
 """Counts of parameters that are shown -> what their keys in a record begin with."""
 
 
-def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> None:
-    """Print one checkpoint's record as a table and two lines."""
+def print_result(
+    folder: Path,
+    record: Mapping[str, Any],
+    samples: Sequence[Mapping[str, str]],
+    output: Output,
+) -> None:
+    """Print one checkpoint's record as tables, answers and two lines."""
     ppl, params = record["perplexity"], record["params"]
     rows = [
         *(
@@ -158,6 +158,7 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
     if (copied := record.get("copying")) is not None:
         rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in ("before", "after"))])
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
+    print_beside(record, samples, output)
     asked = record["asked"]
     goal = f"target {record['target']:.1%}"
     if asked["kind"] in COUNTED:

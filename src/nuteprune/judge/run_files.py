@@ -3,7 +3,8 @@
 An output folder of `prune` has nuteprune.json and, in run/, metrics.jsonl, trainer checkpoints and,
 if something wrote them, two small files that the report shows as they are:
 
-    samples.json  [{"prompt": text, "dense": text, "pruned": text}, ...]: continuations
+    samples.json  [{"prompt": text, "dense": text, "pruned": text}, ...]: answers; `which` says
+                  why one is shown, and may be left out
     speed.json    {"conditions": text, "rows": [{"name": text, "unit": text, "dense": number,
                   "pruned": number, "better": "higher" or "lower", "gain": number, "low": number,
                   "high": number, "bound": number}, ...], "notes": [text, ...]}: medians of a
@@ -23,14 +24,14 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import to_json, write_text, writing
 from nuteprune.model.family import GATE_KINDS
+from nuteprune.products import read_tensors
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
-from nuteprune.train.state import RunState, last_checkpoint
 
 _SAMPLE_KEYS = ("prompt", "dense", "pruned")
 _SPEED_NUMBERS = ("gain", "low", "high", "bound")
@@ -125,7 +126,7 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
 
 
 def write_extra(run: Path, name: str, content: Any) -> None:
-    """Write SAMPLES or SPEED into a run's folder: complete, or not at all."""
+    """Write a JSON file into a run's folder: complete, or not at all."""
     with writing(run / name, "make room and do the same again"):
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / name, to_json(content, indent=2) + "\n")
@@ -235,21 +236,20 @@ def _check_rows(
 
 
 def _gates(run: Path) -> dict[str, GateScores]:
-    """Read what the newest trainer checkpoint knows of the gates; nothing if that is gone."""
-    checkpoint = last_checkpoint(run)
-    if checkpoint is None:
-        return {}
+    """Read what units cost and which stay; nothing if that is gone."""
     try:
-        state = RunState.load(checkpoint)
-    except (UserError, SafetensorError, KeyError, TypeError, ValueError):
-        return {}  # cut off or from elsewhere: the report does without
-    return _gate_scores(state.gates, state.masks)
+        there = next(x for x in ("price", "score") if (run / f"{x}.safetensors").is_file())
+        scores = read_tensors(run / f"{there}.safetensors")[0]
+        masks = read_tensors(run / "choose.safetensors")[0]
+    except (StopIteration, UserError):
+        return {}  # of a recipe that learns masks, or cut off: the report does without
+    return _gate_scores(scores, masks)
 
 
-def _gate_scores(gates: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, GateScores]:
+def _gate_scores(gates: Mapping[str, Tensor], masks: Mapping[str, Any]) -> dict[str, GateScores]:
     found = {}
     for kind in GATE_KINDS:
-        scores = gates.get(f"scores_{kind}")
+        scores = gates.get(kind)
         if scores is not None:
             kept = (masks[kind] > 0).numpy() if kind in masks else None
             values = cast(NDArray[np.float64], scores.double().numpy())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
-from nuteprune.model.offload import home_of, like
+from nuteprune.model.offload import Away, home_of, like
 from nuteprune.model.packed import weight_of
 
 ADAPTER = "default"
@@ -38,6 +38,10 @@ class Part(NamedTuple):
 
 Learned = dict[tuple[int, str], Part]
 """What a run has learned: (layer, path of a projection) -> its part."""
+
+
+Weights = dict[str, Tensor]
+"""What stands beside base weights or in place of them, by the names of `LoraBank.state`."""
 
 
 class _Place(NamedTuple):
@@ -93,9 +97,9 @@ class LoraBank:
         }
         return lora | replaced
 
-    def learned(self, state: Mapping[str, Tensor]) -> Learned:
-        """Return weights that `state` returned by the projection that they are of."""
-        found = {}
+    def learned(self) -> Learned:
+        """Return the weights of now (not copies) by the projection that they are of."""
+        state, found = self.state(), {}
         for where, (name, _, _, lora) in self._places.items():
             scale = 1.0 if lora is None else lora.scaling[ADAPTER]
             part = Part(scale, *(state.get(f"{name}.{x}") for x in "ABW"))
@@ -103,7 +107,6 @@ class LoraBank:
                 found[where] = part
         return found
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over weights that `state` returned, perhaps in another process.
 
@@ -111,7 +114,13 @@ class LoraBank:
             UserError: if they are not of this model and these settings.
         """
         self.clear()
-        own, lora = self.state(), {k: v for k, v in state.items() if not k.endswith(".W")}
+        self.load_lora({k: v for k, v in state.items() if not k.endswith(".W")})
+        self.install({k: v for k, v in state.items() if k.endswith(".W")}, keeps_lora=True)
+
+    @torch.no_grad()
+    def load_lora(self, lora: Mapping[str, Tensor]) -> None:
+        """Take over LoRA's sides alone; errors as `load`."""
+        own = {k: v for k, v in self.state().items() if not k.endswith(".W")}
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in lora.items()}:
             raise UserError(
                 "the LoRA weights are not those of this model and these settings: use the run's "
@@ -119,9 +128,48 @@ class LoraBank:
             )
         for key, value in lora.items():
             own[key].copy_(value)
+
+    def weights(self) -> Weights:
+        """Return what stands in place of base weights now, by the names of `state`."""
+        return {key: value for key, value in self.state().items() if key.endswith(".W")}
+
+    @torch.no_grad()
+    def install(self, weights: Mapping[str, Tensor], keeps_lora: bool = False) -> None:
+        """Put weights that a refit returned in their places: whole ones, or sides of LoRA.
+
+        Args:
+            weights: by the names of `state`.
+            keeps_lora: whether LoRA goes on to add what it adds where whole weights come.
+        """
+        lora = self.state()
         for place in self._places.values():
-            if (new_OI := state.get(f"{place.name}.W")) is not None:
-                self._replace(place, new_OI)
+            if (new_OI := weights.get(f"{place.name}.W")) is not None:
+                self._replace(place, new_OI, stored=True)
+                if place.lora is not None and not keeps_lora:
+                    cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
+        for key, value in weights.items():
+            if not key.endswith(".W"):
+                lora[key].copy_(value)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Undo at the end what is put in place, or beside base weights, meanwhile."""
+        lora = {key: value.clone() for key, value in self.state().items() if key[-1] in "AB"}
+        try:
+            yield
+        finally:
+            self.clear()
+            own = self.state()
+            with torch.no_grad():
+                for key, value in lora.items():
+                    own[key].copy_(value)
+
+    @contextmanager
+    def using_weights(self, weights: Weights) -> Iterator[None]:
+        """Compute with weights that a refit returned for a while."""
+        with self.kept():
+            self.install(weights)
+            yield
 
     @torch.no_grad()
     def set_weight(self, layer: int, projection: Projection, weight_OI: Tensor) -> None:
@@ -141,10 +189,12 @@ class LoraBank:
         """Let go of base weights that others stand in place of; there is no way back then."""
         self._dense.clear()
 
-    def _replace(self, place: _Place, weight_OI: Tensor) -> None:
+    def _replace(self, place: _Place, weight_OI: Tensor, stored: bool = False) -> None:
         dense_OI = self._dense.setdefault(place.name, place.weight)
-        # In a folder, since the base's are mapped from their files too.
-        new_OI = like(dense_OI, weight_OI.to(dense_OI), self.folder)
+        # In a folder, since the base's are mapped from their files too; what is stored is there.
+        at_home = stored and isinstance(dense_OI, Away)
+        value_OI = weight_OI if at_home else weight_OI.to(dense_OI)
+        new_OI = like(dense_OI, value_OI, None if stored else self.folder)
         place.weight = nn.Parameter(new_OI, requires_grad=False)
 
     @torch.no_grad()

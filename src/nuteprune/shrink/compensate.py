@@ -14,8 +14,8 @@ experts, F neurons of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import BLOCK_KINDS, Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise, Read
-from nuteprune.model.lora import LoraBank, effective_weight
+from nuteprune.model.lora import effective_weight
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
 from nuteprune.shrink.ridge import ridge_fit, with_ridge
@@ -108,7 +108,7 @@ InstallStack = Callable[[int, Projection, Tensor], None]
 
 
 @torch.no_grad()
-def refit(
+def fit_projections(
     anatomy: Anatomy,
     hooks: MaskHooks,
     masks: Masks,
@@ -187,7 +187,7 @@ def _regression(
         layer: its index.
         projection: the last one of a block of it.
         lack: where what the residual stream lacks shows.
-        dense: see `refit`.
+        dense: see `fit_projections`.
     """
     module = anatomy.projection(layer, projection)
     covariance_II, missing_OI = text.covariance(layer, projection, lack.norm, lack.read)
@@ -227,47 +227,6 @@ def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
         if norm is not None and anatomy.post_norm(layer, block) is None and not weighed:
             found[block] = norm
     return found
-
-
-def install_in_place(bank: LoraBank, anatomy: Anatomy) -> Install:
-    """Return an `Install` by which the student has the whole fit in place of a base weight.
-
-    Columns whose inputs are gone stay as they were, for units that may return.
-    """
-
-    def install(layer: int, projection: Projection, fit: Fit) -> None:
-        kept_I = fit.covariance_II.diagonal() > 0
-        weight_OI = effective_weight(anatomy.projection(layer, projection))
-        bank.set_weight(layer, projection, torch.where(kept_I, fit.weight_OI, weight_OI))
-
-    return install
-
-
-@contextmanager
-def trying_out(bank: LoraBank) -> Iterator[Install]:
-    """Give an `Install` of the whole fit, with zeros where inputs are gone, and undo it at the end.
-
-    The model then needs no masks to be the pruned one.
-    """
-
-    def install(layer: int, projection: Projection, fit: Fit) -> None:
-        bank.set_weight(layer, projection, fit.weight_OI)
-
-    try:
-        yield install
-    finally:
-        bank.clear()
-
-
-def install_lora(bank: LoraBank, anatomy: Anatomy, rank: int) -> Install:
-    """Return an `Install` that puts the low-rank form of the fit's update into LoRA."""
-
-    def install(layer: int, projection: Projection, fit: Fit) -> None:
-        base = anatomy.linear(layer, projection)
-        assert base is not None
-        bank.set_delta(layer, projection, *low_rank(fit, weight_of(base), rank))
-
-    return install
 
 
 def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
@@ -15,9 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
 
 from nuteprune.errors import UserError
-from nuteprune.gates.gate_types import GATE_TYPES
-from nuteprune.model.family import GATE_KINDS
-from nuteprune.train.asked import moment
+from nuteprune.progressive.gate_types import GATE_TYPES
 
 if TYPE_CHECKING:
     from nuteprune.train.config import NutePruneConfig
@@ -204,45 +201,6 @@ def check_trainer_settings(args: TrainingArguments) -> None:
         )
     if args.n_gpu > 1:
         args._n_gpu = 1
-
-
-def check_kinds(kinds: Iterable[str]) -> None:
-    """Refuse kinds of gates that there are not.
-
-    Raises:
-        UserError: naming the first one, and those that there are.
-    """
-    for kind in kinds:
-        if kind not in GATE_KINDS:
-            raise UserError(f"{kind!r} is not a kind of gate; known kinds: {', '.join(GATE_KINDS)}")
-
-
-def check_targets(args: NutePruneConfig) -> None:
-    """Refuse targets that are no shares, do not grow, or are more than there are steps.
-
-    Raises:
-        UserError: naming the target.
-    """
-    moment(args.speed_at)
-    if args.target_memory is not None and args.context is None:
-        raise UserError(
-            f"memory is {args.target_memory} of weights and KV cache: say for how many tokens "
-            "with --context, such as --context 8192"
-        )
-    for target in args.targets:
-        if not 0 < target < 1:
-            raise UserError(
-                f"sparsity is {target:g}; it is a share, so it must lie between 0 and 1, both "
-                "excluded (0.2 removes 20 %)"
-            )
-    if any(a >= b for a, b in pairwise(args.targets)):
-        raise UserError(f"targets are {', '.join(f'{t:g}' for t in args.targets)}; they must grow")
-    count = len(args.asked)
-    if 0 < args.max_steps < count:
-        raise UserError(
-            f"{count} targets need at least {count} steps, one for each, or 0 to "
-            f"prune without training; max_steps is {args.max_steps}"
-        )
 
 
 def check_combinations(args: NutePruneConfig, method: str) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.files import damage
-from nuteprune.gates.gates import sparsity_of
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
+from nuteprune.products import read_tensors
 from nuteprune.run_folder import SETTINGS, STATE
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
 from nuteprune.train.run_settings import read_settings
@@ -63,8 +65,11 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
     dense = Anatomy(model)
     allocator = make_allocator(dense, args) if isinstance(args, NutePruneConfig) else None
     anatomy = Anatomy(with_lora(dense, args))
+    fixed = isinstance(args, NutePruneConfig) and "masks" not in state.tensors
+    has_weights = fixed and cast(NutePruneConfig, args).compensation
+    weights = _product(checkpoint, "refit") if has_weights else {}
     try:
-        LoraBank(anatomy).load(state.lora)
+        LoraBank(anatomy).load(weights | state.lora)
     except UserError as error:
         raise UserError(
             f"{checkpoint}: its LoRA weights are not of this model; pass the model that the run "
@@ -72,6 +77,11 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
         ) from error
     if allocator is None:
         return anatomy.model.eval(), None
-    masks = Masks(allocator.layout, state.masks)
+    masks = Masks(allocator.layout, state.tensors.get("masks") or _product(checkpoint, "choose"))
     MaskHooks(anatomy, masks.to(anatomy.model.device))
-    return anatomy.model.eval(), sparsity_of(allocator, masks)
+    return anatomy.model.eval(), allocator.sparsity(masks)
+
+
+def _product(checkpoint: Path, stage: str) -> dict[str, Tensor]:
+    """Return what a stage of the checkpoint's run has left beside it."""
+    return read_tensors(checkpoint.resolve().parent / f"{stage}.safetensors")[0]

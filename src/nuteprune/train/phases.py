@@ -140,7 +140,7 @@ class Run:
     @property
     def snapshots(self) -> bool:
         """Whether teachers are met on the way."""
-        return kind_met(self.args.teachers, self.schedule) == "numerous"
+        return kind_met(self.args.teacher, self.schedule) == "snapshots"
 
     def simulated(
         self, phase: Callable[[Simulation], Need], short: tuple[int, int] = SHORT

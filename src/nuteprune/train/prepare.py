@@ -1,4 +1,4 @@
-"""A dense model made ready for a run: LoRA and gates on it, hooks in it, teachers beside it."""
+"""A dense model made ready for a run: LoRA on it, hooks in it, its targets checked."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.objective import OBJECTIVES, TEXT, Objective
-from nuteprune.distill.teachers import Plan, Teachers, kind_met
+from nuteprune.errors import UserError
+from nuteprune.export.loading import exact_dtype
 from nuteprune.export.record import origin_of, read_record
-from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.gates import Gates
-from nuteprune.gates.schedule import Schedule
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
 from nuteprune.model.offload import offload
-from nuteprune.model.packed import is_packed, make_trainable
+from nuteprune.model.packed import forget_packed, is_packed, make_trainable
 from nuteprune.model.sharding import all_processes, shard_base
-from nuteprune.run_folder import RECORD, TEACHERS
+from nuteprune.run_folder import RECORD
+from nuteprune.stages.prunable import Prunable
 from nuteprune.train.averaging import leave_out
 from nuteprune.train.checks import check_checkpointing, check_offload, check_shards, check_whole
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import check_stock, make_allocator, make_gates, with_lora
+from nuteprune.train.setup import check_stock, make_allocator, with_lora
 from nuteprune.train.targets import Prices, Target, run_targets
 
 
@@ -68,52 +68,61 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model with all that a run hangs on it.
+class Prepared(Prunable):
+    """A dense model with all that a run hangs on it.
 
     Args:
         origin: what it was.
-        model: the dense model with LoRA and gates.
-        anatomy: its parts.
-        hooks: where masks multiply in it.
+        model: the dense model with LoRA.
         coforward: the two roles that it plays.
-        allocator: which shapes it can be cut to.
         prices: what a model of any shape costs.
         goals: what it is to become, the largest first.
-        schedule: when it reaches them.
-        plan: which teacher serves when.
-        teachers: none yet.
-        gates: all units alike as yet.
         objective: what it is trained on.
     """
 
     origin: Origin
     model: PeftModel
-    anatomy: Anatomy
-    hooks: MaskHooks
     coforward: CoForward
-    allocator: Allocator
     prices: Prices
     goals: tuple[Target, ...]
-    schedule: Schedule
-    plan: Plan
-    teachers: Teachers
-    gates: Gates
     objective: Objective
 
     @property
-    def targets(self) -> tuple[float, ...]:
-        """The sparsities that it is to reach, growing."""
-        return tuple(target.sparsity for target in self.goals)
+    def must_be_reloaded(self) -> bool:
+        """Whether the model that is cut has to be loaded anew.
 
-    @property
-    def met(self) -> list[float]:
-        """Sparsities of the teachers on the way; models of earlier targets may be kept besides."""
-        return self.teachers.sparsities if self.plan.kind == "numerous" else []
+        So it is where the run's own is not whole, or does not hold all values that are stored.
+        """
+        stored, own = self.origin.stored_dtype, self.origin.computed_dtype
+        return not self.has_whole_weights or exact_dtype(stored, own) != own
 
-    def target(self, sparsity: float) -> Target:
-        """Return the target of one of `targets`."""
-        return self.goals[self.targets.index(sparsity)]
+    def check_can_be_cut(self) -> None:
+        """Refuse to cut the run's own model where it has to be loaded anew.
+
+        Raises:
+            UserError: saying how.
+        """
+        if self.must_be_reloaded:
+            raise UserError(
+                "weights that are sharded, in 8 or 4 bits, or narrower than they are stored cannot "
+                "be cut: load the model again, whole and in full precision, call settle() in all "
+                "processes, then finalize(dense=...) in one"
+            )
+
+    def unwrapped(self) -> PreTrainedModel:
+        """Return the dense model itself, without hooks and LoRA; it is prepared no more."""
+        self.hooks.remove()
+        self.bank.release()
+        return cast(PreTrainedModel, self.model.unload())
+
+    def free(self) -> None:
+        """Drop the model's own weights, to make room for another; LoRA stays."""
+        self.hooks.remove()
+        self.bank.release()
+        for name, module in self.model.get_base_model().named_modules():
+            if "lora_" not in name:
+                module._parameters = dict.fromkeys(module._parameters)
+                forget_packed(module)
 
 
 def offload_if_asked(anatomy: Anatomy, args: NutePruneConfig, origin: Origin) -> None:
@@ -157,7 +166,6 @@ def prepare(
     # Fails early, before the model is touched, if a target is out of reach.
     prices = Prices.of(dense, origin.stored_dtype, args)
     goals = run_targets(allocator, args, prices)
-    targets = tuple(target.sparsity for target in goals)
     check_stock(dense, allocator, goals[-1].goal)
     model.requires_grad_(False)
     silence_dropout(model)
@@ -165,31 +173,23 @@ def prepare(
     peft_model = with_lora(dense, args)
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
-    objective = TEXT if args.teachers == "none" else OBJECTIVES[args.objective]
-    run, keep = Path(cast(str, args.output_dir)), args.device.type != "cpu"
+    bank = LoraBank(anatomy, Path(cast(str, args.output_dir)))
+    objective = TEXT if args.teacher == "none" else OBJECTIVES[args.objective]
     distance, normed = objective.layer_distance, objective.normed
-    coforward = CoForward(anatomy, hooks, distance, run, normed)
-    ramp, freeze = args.shares
-    schedule = Schedule(targets, args.max_steps, ramp, freeze)
-    kind = kind_met(args.teachers, schedule)
-    gates = make_gates(allocator, allocator.equal_scores(), args)
-    peft_model.add_module("nuteprune_gates", gates)
     if args.sharded:
         shard_base(anatomy, all_processes(args.device))
     leave_out(peft_model)
     offload_if_asked(anatomy, args, origin)
     return Prepared(
-        origin=origin,
-        model=peft_model,
         anatomy=anatomy,
         hooks=hooks,
-        coforward=coforward,
+        bank=bank,
         allocator=allocator,
+        is_sharded=args.sharded,
+        origin=origin,
+        model=peft_model,
+        coforward=CoForward(anatomy, hooks, bank, distance, normed),
         prices=prices,
         goals=goals,
-        schedule=schedule,
-        plan=Plan.for_target(targets[-1], schedule.ramp_steps, kind),
-        teachers=Teachers(run / TEACHERS, allocator.layout, keep),
-        gates=gates,
         objective=objective,
     )

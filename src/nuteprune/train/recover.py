@@ -125,7 +125,7 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
 
     def run_state(self) -> RunState:
         """Return what has been learned: the LoRA weights."""
-        return RunState(lora=self.bank.state())
+        return RunState({"lora": self.bank.state()})
 
     def take_state(self, state: RunState) -> None:
         """Go back to what had been learned."""

@@ -10,16 +10,12 @@ from itertools import filterfalse
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
-from nuteprune.export.gguf_rows import check_super_blocks
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Goal
-from nuteprune.gates.gate_types import GATE_TYPES
-from nuteprune.gates.gates import Gates
 from nuteprune.gates.importance import check_scorable
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
@@ -96,6 +92,8 @@ def _check_kinds(
             raise UserError(f"gates on {kind} cannot be used here: {reason}")
     _check_rows_of_stacks(anatomy, args, kinds, floor)
     if args.for_quantization:
+        from nuteprune.export.gguf.rows import check_super_blocks
+
         check_super_blocks(anatomy.shape, anatomy.head_dim, kinds)
 
 
@@ -225,11 +223,6 @@ def _kinds_here(whole: Shape, kinds: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys("heads" if kind == "kv_groups" else kind for kind in kinds))
 
 
-def make_gates(allocator: Allocator, scores: Mapping[str, Tensor], args: NutePruneConfig) -> Gates:
-    """Return gates of the run's type, which may start from scores."""
-    return GATE_TYPES[args.gate_type].make(allocator, scores)
-
-
 def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftModel:
     """Wrap a model with a run's LoRA: on all projections, or on those that make Q and V."""
     more: dict[str, Any] = (
@@ -237,4 +230,4 @@ def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftMode
         if isinstance(args, NutePruneConfig)
         else {"lora_dropout": args.lora_dropout}
     )
-    return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_scale_alpha, **more)
+    return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_rank, **more)

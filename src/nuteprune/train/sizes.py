@@ -10,8 +10,8 @@ from nuteprune.data.writing import fitting, most_cached
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.stages.price import most_changes
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.pricing import most_changes
 
 
 @dataclass(frozen=True)

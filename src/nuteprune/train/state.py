@@ -1,7 +1,7 @@
 """What a trainer checkpoint holds of the method, beside what `transformers.Trainer` saves.
 
-One safetensors file: the tensors of `GROUPS`, and in its metadata the lists of `NOTES`. It appears
-complete or not at all.
+One safetensors file: tensors in groups, and notes in its metadata. It appears complete or not at
+all.
 """
 
 from __future__ import annotations
@@ -9,22 +9,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nuteprune.errors import UserError
 from nuteprune.files import atomic, read_sums
-from nuteprune.run_folder import STATE
+from nuteprune.run_folder import CHECKPOINT, STATE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json")
 """What tells a folder with a model from a checkpoint of ours, which has none of these."""
-GROUPS = ("lora", "gates", "masks", "first_scores")
-NOTES = ("frozen", "teachers", "reached", "sums", "bad_steps")
 
 
 @dataclass(frozen=True)
@@ -32,37 +29,31 @@ class RunState:
     """The method's state at the end of a step.
 
     Args:
-        lora: LoRA weights by layer, projection and side.
-        gates: the gates' parameters and buffers.
-        masks: the masks of the moment by kind, without noise.
-        frozen: whether they are final.
-        teachers: sparsity of each teacher on disk.
-        reached: which teachers are the models of earlier targets.
-        first_scores: the units' scores before training, by kind.
-        sums: SHA-256 of each teacher's file.
-        bad_steps: steps that were not finite: in all, and in a row up to now.
+        tensors: group -> name -> value; `lora` has LoRA's sides by layer, projection and side.
+        notes: what else there is, as JSON has it.
     """
 
-    lora: dict[str, Tensor]
-    gates: dict[str, Tensor] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    frozen: bool = False
-    teachers: list[float] = field(default_factory=list)
-    reached: list[int] = field(default_factory=list)
-    first_scores: dict[str, Tensor] = field(default_factory=dict)
-    sums: list[str] = field(default_factory=list)
-    bad_steps: list[int] = field(default_factory=lambda: [0, 0])
+    tensors: dict[str, dict[str, Tensor]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def lora(self) -> dict[str, Tensor]:
+        """LoRA's sides, and what else `LoraBank.state` has."""
+        return self.tensors.get("lora", {})
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
-        groups = {name: getattr(self, name) for name in GROUPS}
+        from safetensors.torch import (
+            save_file,  # loads torch, which a look for checkpoints need not
+        )
+
         tensors = {
             f"{group}/{name}": value.detach().cpu().contiguous()
-            for group, values in groups.items()
+            for group, values in self.tensors.items()
             for name, value in values.items()
         }
         # One entry: safetensors writes several in an order that changes from run to run.
-        notes = {"notes": json.dumps({name: getattr(self, name) for name in NOTES})}
+        notes = {"notes": json.dumps(self.notes)}
         with atomic(folder / STATE) as partial:
             save_file(tensors, partial, metadata=notes)
 
@@ -76,19 +67,18 @@ class RunState:
         path = folder / STATE
         if not path.is_file():
             raise UserError(f"cannot resume from {folder}: it has no {STATE}")
-        groups: dict[str, dict[str, Tensor]] = {name: {} for name in GROUPS}
+        groups: dict[str, dict[str, Tensor]] = {}
         try:
             with safe_open(path, framework="pt") as file:
-                notes = json.loads(file.metadata()["notes"])
+                notes = dict(json.loads(file.metadata()["notes"]))
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     group, name = key.split("/", 1)
-                    groups[group][name] = file.get_tensor(key)
-            return cls(**cast(dict[str, Any], groups | notes))
-        except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+                    groups.setdefault(group, {})[name] = file.get_tensor(key)
+            return cls(groups, notes)
+        except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
 
 
-@torch.no_grad()
 def restore(current: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
     """Copy saved tensors into current ones of the same names and shapes.
 
@@ -139,7 +129,7 @@ def check_places(run: Path, steps: int) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return a run's trainer checkpoints, those there in part too, the newest last."""
-    found = run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if run.is_dir() else ()
+    found = run.glob(f"{CHECKPOINT}*") if run.is_dir() else ()
     numbered = [(int(number), x) for x in found if (number := x.name.rpartition("-")[2]).isdigit()]
     return [folder for _, folder in sorted(numbered)]
 

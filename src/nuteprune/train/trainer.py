@@ -1,8 +1,7 @@
-"""NutePruneTrainer: runs the method on top of `transformers.Trainer`; orchestration only.
+"""NutePruneTrainer: teaches a model whose masks are fixed, on top of `transformers.Trainer`.
 
-A step: gates give the masks of the moment, one pass of the backbone plays student and teacher,
-distillation losses train LoRA (and log-alpha), snapshots become teachers. At the end: finalize.
-`Pruning` decides on the way, `Ending` at its end; here they meet Trainer.
+A step: one pass of the backbone plays student and teacher, and distillation losses train LoRA. The
+trainer is given masks and re-fitted weights, or calls the stages that make them.
 """
 
 from __future__ import annotations
@@ -17,43 +16,50 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from nuteprune.console import Progress, silent
 from nuteprune.data.blocks import collated
+from nuteprune.data.calibration import check_text
+from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.distill.losses import Head, amplified, batch_counts
-from nuteprune.distill.objective import Objective, text_loss
+from nuteprune.distill.objective import text_loss
 from nuteprune.errors import UserError
 from nuteprune.export.wrapping import Around
+from nuteprune.gates.masks import Masks
+from nuteprune.model.lora import Learned, Weights
+from nuteprune.model.offload import bring_home
+from nuteprune.products import Products
+from nuteprune.stages.save import save
+from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.averaging import around_sharded
-from nuteprune.train.bad_steps import clip_lora
-from nuteprune.train.calibration import Progress, check_text, silent
+from nuteprune.train.bad_steps import BadSteps, clip_lora
 from nuteprune.train.checkpoints import AtomicTrainer
-from nuteprune.train.checks import check_ascent, check_given
+from nuteprune.train.checks import check_given
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.finish import Ending
-from nuteprune.train.prepare import prepare
-from nuteprune.train.pruning import Pruning
+from nuteprune.train.cut import Cut
+from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.publish import PushesCheckpoint
-from nuteprune.train.run_settings import run_settings, write_settings
+from nuteprune.train.run_settings import chosen_settings, run_settings, write_settings
 from nuteprune.train.state import RunState
+from nuteprune.train.targets import Target
 
 
 class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
-    """Prunes a causal language model while it learns from less pruned versions of itself.
+    """Teaches a causal language model that is cut, by the dense model that it was.
 
     Args:
-        model: a dense causal LM of a supported family; it is wrapped with LoRA, and `finalize`
-            uses it up.
+        model: a dense causal LM of a supported family, which is wrapped with LoRA, or one that is
+            prepared; `finalize` uses it up.
         args: the run's settings.
         train_dataset: items with `input_ids` (T,) of equal length and, where there is padding,
             `attention_mask` (T,).
         processing_class: the tokenizer, saved with the result.
+        masks: what is kept; None: the stages decide.
+        weights: what `refit` returned for these masks.
+        goal: which of the model's goals they are for; None: the last one.
+        products: where the stages leave what they make; None: in the run's folder.
         progress: told about long work outside of training.
         stored_dtype: of the checkpoint that the model is from, which the result keeps; None: the
             model's own.
@@ -70,50 +76,59 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Prepared,
         args: NutePruneConfig,
         train_dataset: Dataset[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        masks: Masks | None = None,
+        weights: Weights | None = None,
+        goal: Target | None = None,
+        products: Products | None = None,
         progress: Progress = silent,
         stored_dtype: torch.dtype | None = None,
         job: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         collator = kwargs.pop("data_collator", None) or collated
+        self.check_settings(args)
         if train_dataset is not None:
             check_text(train_dataset, alike=collator is collated)
-        check_given(model, kwargs)
+        if isinstance(model, PreTrainedModel):
+            check_given(model, kwargs)
+            model = prepare(model, args, stored_dtype)
+        self.ready, self.goal = model, goal or model.goals[-1]
+        self.masks, self.weights, self._products = masks, weights, products
+        self.anatomy, self.coforward = model.anatomy, model.coforward
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
-        self.loss_scale = 2.0**14 if model.dtype == torch.float16 else 1.0
-        self._job = dict(job or {"model": model.config._name_or_path})
-        ready = prepare(model, args, stored_dtype)
-        self.anatomy, self.hooks, self.coforward = ready.anatomy, ready.hooks, ready.coforward
-        self.allocator, self.targets, self.schedule = ready.allocator, ready.targets, ready.schedule
-        self.goals, self.prices = ready.goals, ready.prices
-        self.gates, self.teachers = ready.gates, ready.teachers
-        self.objective: Objective = ready.objective
-        self.computed_dtype = ready.origin.computed_dtype
-        self.pruning = Pruning(ready, args, lambda: self.train_dataset, progress)
-        self.ending = Ending(self.pruning)
+        self.loss_scale = 2.0**14 if model.origin.computed_dtype == torch.float16 else 1.0
+        self.bad_steps = BadSteps(args.device)
         self.parts: dict[str, Tensor | float] = {}
+        self.sliced: Sliced | None = None
+        self._job = dict(job or {"model": model.anatomy.config._name_or_path})
+        self._progress, self._used_up, self._step, self._has_trained = progress, False, -1, False
         super().__init__(
-            model=ready.model,
+            model=model.model,
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            callbacks=[_EndOfStep(self.pruning), *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[_EndOfStep(self), *(kwargs.pop("callbacks", None) or [])],
             # Items are of equal length; the default would ask the tokenizer for a padding token.
             data_collator=collator,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-        # Trainer leaves models in 8 or 4 bits where they are, and what hangs on them too.
-        self.gates.to(self.args.device)
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of gates in use."""
-        return self.allocator.constraints.kinds
+    def check_settings(self, args: NutePruneConfig) -> None:
+        """Refuse settings of another trainer.
+
+        Raises:
+            UserError: naming it.
+        """
+        if args.is_progressive:
+            raise UserError(
+                "these settings move masks while the student learns: use ProgressiveTrainer of "
+                "nuteprune.progressive"
+            )
 
     # -- several processes
 
@@ -137,8 +152,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         Raises:
             UserError: if the model is used up or trained, or there are no steps or no text.
         """
-        self.ending.check_unused()
-        if self.pruning.step >= 0 and not resume_from_checkpoint:
+        self.check_unused()
+        if self._has_trained and not resume_from_checkpoint:
             raise UserError(
                 "this trainer has trained already: pass resume_from_checkpoint=True to go on, or "
                 "make a new one from the dense model"
@@ -149,13 +164,34 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
                 "max_steps above 0"
             )
         check_text(self.train_dataset)
-        if not self.pruning.warm and not resume_from_checkpoint:
-            self.warm_start()
+        self.begin(resumes=bool(resume_from_checkpoint))
+        self._has_trained = True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def warm_start(self) -> None:
-        """Score all units on calibration text and start the gates from the scores."""
-        self.pruning.warm_start()
+    def begin(self, resumes: bool = False) -> None:
+        """Have masks and weights, and put these into the model; all processes take part.
+
+        Args:
+            resumes: whether what a run before has left in the folder is taken.
+        """
+        if self.masks is None:
+            cut = self.stages_before(resumes)
+            scores = cut.price(cut.score())
+            self.masks = cut.choose(scores, self.goal)
+            self.weights = cut.refit(self.masks, self.goal)
+        if self.weights is not None:
+            self.ready.bank.install(self.weights)
+            self.weights = None
+
+    def stages_before(self, resumes: bool) -> Cut:
+        """Return the stages before the first step; see `begin`."""
+        products = self._products or Products(self.run_folder, self.settings(), resumes)
+        return Cut(self.ready, self.args, self.train_dataset, products, self._progress)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's files are."""
+        return Path(cast(str, self.args.output_dir))
 
     def check_optimizer(self) -> None:
         """Make optimizer, schedule and loader once, so that settings fail before a run begins."""
@@ -164,57 +200,53 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.create_optimizer_and_scheduler(max(1, self.args.max_steps))
         self.optimizer = self.lr_scheduler = None
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups for what is trained."""
+        lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
+        return [{"params": lora, "weight_decay": self.args.weight_decay}]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with a group for LoRA and, where gates are trained, theirs."""
+        """Make the optimizer of the settings with the groups of `parameter_groups`."""
         if self.optimizer is None:
-            lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
-            groups = self.gates.parameter_groups()
             given = self.optimizer_cls_and_kwargs
             kind, settings = given or self.get_optimizer_cls_and_kwargs(
                 self.args, cast(Any, self.model)
             )
-            decay = self.args.weight_decay
-            self.optimizer = kind([{"params": lora, "weight_decay": decay}, *groups], **settings)
-            check_ascent(groups, self.optimizer)
+            self.optimizer = kind(self.parameter_groups(), **settings)
         return self.optimizer
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LRScheduler:
-        """Make the schedule of LoRA's rate; what is trained of gates has a constant one.
-
-        As in the authors' code: else the multipliers slow down while sparsity still rises.
-        """
-        made = self.lr_scheduler is None
-        schedule = super().create_scheduler(num_training_steps, optimizer)
-        if made and isinstance(schedule, LambdaLR):
-            own = set(self.gates.parameters())
-            for i, group in enumerate(schedule.optimizer.param_groups):
-                if own.intersection(group["params"]):
-                    schedule.lr_lambdas[i] = lambda _: 1.0
-                    group["lr"] = group["initial_lr"]  # the first step's is set already
-        return schedule
 
     # -- a step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
-        """Run one micro-batch; the first of a step prepares masks and teacher."""
-        before = self.parts if self.state.global_step == self.pruning.step else {}
-        self.pruning.begin_step(self.state.global_step)
+        """Run one micro-batch; the first of a step prepares the step."""
+        step = self.state.global_step
+        before = self.parts if step == self._step else {}
+        if step != self._step:
+            self._step = step
+            self.begin_step(step)
         with self.student(inputs):
             loss = super().training_step(model, inputs, *args)
-        self.gates.observe()
         share = 1 / self.current_gradient_accumulation_steps
         self.parts = {k: before.get(k, 0.0) + share * x for k, x in self.parts.items()}
         return loss
 
-    def student(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Return a context in which the model is the step's student, forward and backward.
+    def begin_step(self, step: int) -> None:
+        """Prepare an optimizer step; masks are fixed, so there is nothing to prepare."""
 
-        Args:
-            inputs: the micro-batch; each of its sequences may have masks of its own.
-        """
-        return self.coforward.student(self.gates.masks(len(inputs["input_ids"])))
+    def end_step(self) -> None:
+        """Finish an optimizer step."""
+
+    def student(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Return a context in which the model is the step's student, forward and backward."""
+        return self.coforward.student(self.masks)
+
+    def teacher(self) -> Role | None:
+        """Return the step's teacher; None without any."""
+        return None if self.args.teacher == "none" else DENSE
+
+    def penalty(self) -> Tensor | None:
+        """Return what the loss has beside the objective; None for nothing."""
+        return None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Return a step's `batch_counts` (3,), of all processes; None where its parts are alike."""
@@ -232,7 +264,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the distillation loss of a micro-batch plus the step's sparsity term.
+        """Return the distillation loss of a micro-batch.
 
         It is called within `student`, as its backward pass has to be. Trainer takes the mean
         over micro-batches and processes. Where some have more padding than others, each counts by
@@ -244,15 +276,15 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             return_outputs: not used.
             num_items_in_batch: the step's `batch_counts` (3,); None: all micro-batches are alike.
         """
-        assert self.hooks.masks is not None, "without masks the student would be the dense model"
+        assert self.ready.hooks.masks is not None, "without masks the student is the dense model"
+        objective = self.ready.objective
         # Not a local variable: a teacher need not be in memory any more in the backward pass.
-        passage = self.coforward.run(model, inputs, self.pruning.read_teacher())
-        parts = self.objective.parts(passage, Head.of(self.anatomy), inputs)
+        passage = self.coforward.run(model, inputs, self.teacher())
+        parts = objective.parts(passage, Head.of(self.anatomy), inputs)
         if isinstance(num_items_in_batch, Tensor):
             batches = self.current_gradient_accumulation_steps * self.args.world_size
-            parts = self.objective.by_share(parts, inputs, num_items_in_batch / batches)
-        penalty = self.gates.penalty()
-        if penalty is not None:
+            parts = objective.by_share(parts, inputs, num_items_in_batch / batches)
+        if (penalty := self.penalty()) is not None:
             parts["penalty"] = penalty
         self.parts = {name: value.detach() for name, value in parts.items()}
         loss = torch.stack(list(parts.values())).sum()
@@ -274,12 +306,29 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         Raises:
             UserError: if the model is used up.
         """
-        self.ending.check_unused()
-        return self.coforward.student(self.gates.snapshot().to(str(self.args.device)))
+        self.check_unused()
+        return self.coforward.student(self.masks)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
-        return clip_lora(model, self.args.max_grad_norm, self.loss_scale, self.pruning.bad_steps)
+        return clip_lora(model, self.args.max_grad_norm, self.loss_scale, self.bad_steps)
+
+    def figures(self) -> dict[str, float]:
+        """Return what a step's line in the logs says of the method."""
+        return {"sparsity": self.sparsity(), "bad_steps": self.bad_steps.total}
+
+    def manner(self) -> str:
+        """Return what is worth saying of how the run teaches, before it begins."""
+        return ""
+
+    def note(self, logs: Mapping[str, Any]) -> str:
+        """Return what is shown of a step, by its logs."""
+        return f"loss {logs['loss']:.3f}"
+
+    def sparsity(self) -> float:
+        """Return the sparsity of the step's masks."""
+        assert self.masks is not None
+        return self.ready.allocator.sparsity(self.masks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's figures to the logs, and each step's line to metrics.jsonl.
@@ -289,46 +338,62 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """
         if "loss" in logs:
             logs |= {name: float(value) for name, value in self.parts.items()}
-            logs |= self.pruning.figures()
+            logs |= self.figures()
             self.write_metrics(logs)
         super().log(logs, start_time)
-        self.pruning.bad_steps.check(self.state.global_step, self.args.learning_rate)
+        self.bad_steps.check(self.state.global_step, self.args.learning_rate)
 
     # -- checkpoints of a run
 
     def settings(self) -> dict[str, Any]:
         """Return what the run is, however its settings were spelled."""
-        found = run_settings(self.args, self._job) | {"gates": ",".join(self.kinds)}
-        if self.goals[0].asked.kind == "sparsity":
-            found["target_sparsity"] = list(self.targets)
+        found = run_settings(self.args, self._job) | {"gates": ",".join(self.ready.kinds)}
+        goals = self.ready.goals
+        if goals[0].asked.kind == "sparsity":
+            found["target_sparsity"] = [goal.sparsity for goal in goals]
         else:
             del found["target_sparsity"]  # a default, which says nothing
         return found
 
     def run_state(self) -> RunState:
-        """Return what the run has learned and decided."""
-        return self.pruning.state()
+        """Return what has been learned; masks and re-fitted weights are products of the run."""
+        lora = {k: v for k, v in self.ready.bank.state().items() if not k.endswith(".W")}
+        return RunState({"lora": lora}, {"bad_steps": self._bad_steps()})
+
+    def _bad_steps(self) -> list[int]:
+        return [self.bad_steps.total, self.bad_steps.in_row]
 
     def take_state(self, state: RunState) -> None:
-        """Go back to what a run had learned and decided."""
-        self.pruning.take(state)
+        """Go back to what had been learned."""
+        self.ready.bank.load_lora(state.lora)
+        self.bad_steps.restore(*state.notes["bad_steps"])
+        self._step = -1
 
     # -- after the last step
 
+    def check_unused(self) -> None:
+        """Refuse to go on with a model that is used up.
+
+        Raises:
+            UserError: if it is.
+        """
+        if self._used_up:
+            raise UserError(
+                "finalize() has used the trainer's model up, and what was learned with it: keep "
+                "what it returned. To go on from a checkpoint of the run, make a new trainer and "
+                "call train(resume_from_checkpoint=True)"
+            )
+
     def settle(self) -> None:
-        """Have scores and final masks, if training has not led to them; all processes take part."""
-        if not self.pruning.warm:
-            self.warm_start()
-        if self.args.max_steps == 0:  # else `train` has written it
-            if self.args.should_save:
-                write_settings(Path(cast(str, self.args.output_dir)), self.settings())
-            self.pruning.pass_targets()
-        self.pruning.settle()
+        """Have final masks, if training has not led to them; all processes take part."""
+        self.begin()
+        if self.args.max_steps == 0 and self.args.should_save:  # else `train` has written it
+            write_settings(self.run_folder, self.settings())
 
     def finalize(
         self, dense: PreTrainedModel | Callable[[], PreTrainedModel] | None = None
     ) -> PreTrainedModel:
-        """Freeze, re-fit, merge, fold and slice; uses the trainer's model up.
+        """Merge, fold and slice; uses the trainer's model up.
 
         Args:
             dense: the model that is cut, loaded anew, its weights whole and as exact as they are
@@ -342,22 +407,48 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             UserError: if the trainer's own model cannot be cut and no other is given; at a second
                 call.
         """
-        self.ending.check_unused()
+        self.check_unused()
         if dense is None:
-            self.ending.check_whole()
+            self.ready.check_can_be_cut()
         self.settle()
         if self.optimizer is not None:
             self.optimizer.state.clear()  # moments of what is not trained any more
-        return self.ending.cut(dense)
+        learned = self.ready.bank.learned()
+        self._used_up = True
+        if dense is None:
+            base = self.ready.unwrapped()
+            if self.args.offload:
+                bring_home(base)
+        else:
+            self.ready.free()
+            base = dense if isinstance(dense, PreTrainedModel) else dense()
+        return self._cut(base, learned)
 
-    def finalize_target(self, index: int, model: PreTrainedModel) -> PreTrainedModel:
-        """Return the smaller model of an earlier target; `save_pruned` writes it from then on.
+    def cut_copy(self, dense: PreTrainedModel) -> PreTrainedModel:
+        """Return the smaller model, cut from the dense model loaded anew; the trainer's stays.
 
         Args:
-            index: which of the targets, counted from 0.
-            model: the dense model, loaded anew; it is used up.
+            dense: see `finalize`.
         """
-        return self.ending.cut_earlier(index, model)
+        self.settle()
+        return self._cut(dense, self.ready.bank.learned())
+
+    def _cut(self, base: PreTrainedModel, learned: Learned) -> PreTrainedModel:
+        origin = self.ready.origin
+        self.sliced = slice_model(
+            base,
+            self.final_masks(),
+            learned,
+            computed_dtype=origin.computed_dtype,
+            stored_dtype=origin.stored_dtype,
+            folder=self.run_folder,
+        )
+        return self.sliced.model
+
+    def final_masks(self) -> Masks:
+        """Return the masks that are cut by."""
+        assert self.masks is not None
+        return self.masks
 
     def save_pruned(
         self, folder: str | os.PathLike[str], around: Around | None = None, **record: Any
@@ -379,15 +470,39 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """
         if not self.is_world_process_zero():
             return {}
+        if self.sliced is None:
+            raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        written = self.ending.save(Path(folder), tokenizer, record, around)
+        about = {**self.about(self.sliced), **record}
+        written = save(self.sliced, Path(folder), tokenizer, around=around, **about)
         self.saved = Path(folder)
         return written
 
+    def about(self, sliced: Sliced) -> dict[str, Any]:
+        """Return what `stages.save` is told of the run, by its arguments."""
+        ready, origin, shape = self.ready, self.ready.origin, sliced.shape
+        came_to, cache = ready.allocator.budget.sparsity(shape), ready.prices.cache(shape)
+        return {
+            **origin.entries,
+            "budget": ready.allocator.budget,
+            "parameters": {"before": origin.parameters, **ready.prices.of_a_token(shape)},
+            "stored_dtype": origin.stored_dtype,
+            "config": chosen_settings(self.args),
+            "shapes": self.args.shapes,
+            "teachers": {"count": len(self.teachers_met()), "sparsities": self.teachers_met()},
+            "bad_steps": self.bad_steps.total,
+            "seed": self.args.seed,
+            **self.goal.record(came_to, cache),
+        }
+
+    def teachers_met(self) -> list[float]:
+        """Return the sparsities of the teachers on the way, of which there are none."""
+        return []
+
 
 class _EndOfStep(TrainerCallback):
-    def __init__(self, pruning: Pruning) -> None:
-        self.pruning = pruning
+    def __init__(self, trainer: NutePruneTrainer) -> None:
+        self.trainer = trainer
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.pruning.end_step()
+        self.trainer.end_step()

@@ -1,0 +1,80 @@
+"""The text of a run: sources with their shares, and what the model writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nuteprune.data.blocks import BlockDataset, HeldOut, held_out_blocks, training_blocks
+from nuteprune.run_folder import SELF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Mixture:
+    """Text for one model.
+
+    Args:
+        specs: DATA specs; `self` is what the model writes.
+        shares: of the tokens, one for each spec.
+        tokenizer: the model's.
+        length: tokens per block.
+        count: blocks to train on.
+        to_write: tokens that the model writes itself, 0 where it has no share.
+        seed: draws the order of passages and blocks.
+        column: that holds the text in structured files; None finds it.
+        vocabulary: the model's number of token ids.
+
+    Raises:
+        UserError: if the text cannot be had, or does not suit the model.
+    """
+
+    specs: Sequence[str]
+    shares: Sequence[float]
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    count: int
+    to_write: int
+    seed: int
+    column: str | None
+    vocabulary: int
+    training: BlockDataset = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Until the model has written its own, something of the same size stands in for it.
+        self.training = self._blocks([[0] * self.length])
+
+    def use_written(self, written: Sequence[list[int]]) -> None:
+        """Train on what the model has written, where it has a share.
+
+        Args:
+            written: token ids of each text, as `stages.write` returns them.
+        """
+        self.training.blocks = self._blocks(written).blocks
+
+    def _blocks(self, written: Sequence[list[int]]) -> BlockDataset:
+        return training_blocks(
+            self.specs,
+            self.tokenizer,
+            length=self.length,
+            count=self.count,
+            seed=self.seed,
+            shares=self.shares,
+            written=written if SELF in self.specs else (),
+            text_column=self.column,
+            vocab_size=self.vocabulary,
+        )
+
+    def held_out(self, specs: str | Sequence[str], count: int) -> HeldOut:
+        """Return blocks to judge by, source -> (N, T), N at most `count`."""
+        return held_out_blocks(
+            specs,
+            self.tokenizer,
+            length=self.length,
+            count=count,
+            text_column=self.column,
+            vocab_size=self.vocabulary,
+        )

@@ -1,0 +1,226 @@
+"""Writes GGUF files: keys, an index of tensors, then one tensor after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import (
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    LlamaFileType,
+    quants,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.errors import UserError
+from nuteprune.export.gguf.architectures import Architecture
+from nuteprune.export.gguf.block_tensors import Named
+from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
+from nuteprune.export.gguf.metadata import context_length, model_keys
+from nuteprune.export.gguf.rows import BLOCK, check_rows, padded_shape, torn_rows
+from nuteprune.export.gguf.tensors import all_tensors
+from nuteprune.export.gguf.tokenizer import (
+    Vocabulary,
+    check_vocabulary,
+    further_end_tokens,
+    name_that_strips,
+    read_vocabulary,
+)
+from nuteprune.files import atomic, check_room, writing
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.packed import refuse_packed
+
+Q = GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class FileType:
+    """How weights are stored: the type of matrices, that of embedding and head, and the label."""
+
+    matrices: GGMLQuantizationType
+    ends: GGMLQuantizationType
+    label: LlamaFileType
+    quantized: bool = False
+
+
+FILE_TYPES: dict[str, FileType] = {
+    "f16": FileType(Q.F16, Q.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": FileType(Q.BF16, Q.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": FileType(Q.Q8_0, Q.Q8_0, LlamaFileType.MOSTLY_Q8_0, quantized=True),
+    # Four bits cost the most in the embedding and the head: those get eight.
+    "q4_0": FileType(Q.Q4_0, Q.Q8_0, LlamaFileType.MOSTLY_Q4_0, quantized=True),
+    "f32": FileType(Q.F32, Q.F32, LlamaFileType.ALL_F32),
+}
+"""What `--type` takes. Vectors and norms are always float32, as llama.cpp wants them."""
+_QUANTIZED = (Q.Q8_0, Q.Q4_0)
+TO_QUANTIZE = ("f16", "bf16")
+"""Those that llama.cpp's own quantizer is given: K-quants are made of them."""
+
+_IN_FLOAT32 = (".ffn_gate_inp.", ".shortconv.conv.", ".ssm_conv1d.", ".ssm_norm.", ".bias")
+"""Routers, convolutions, norms and experts' biases, which stay in float32."""
+_F16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class WrittenGguf:
+    """What came of an export."""
+
+    arch: str
+    tensors: int
+    parameters: int
+    bytes: int
+    texts_compared: int
+    notes: list[str]
+
+
+def write_gguf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike[str],
+    *,
+    type_name: str = "f16",
+    name: str = "",
+    pre_tokenizer: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> WrittenGguf:
+    """Write a model and its tokenizer as a GGUF file.
+
+    The file appears when it is complete and its tokenizer has been compared with the original.
+
+    Args:
+        model: a model of a supported family, pruned or not.
+        tokenizer: its tokenizer.
+        path: the file; one that is there is replaced.
+        type_name: one of `FILE_TYPES`.
+        name: what the file calls the model.
+        pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None finds it.
+        progress: told how many tensors of how many are written.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: if llama.cpp cannot express the model, or would compute something else; says
+            which shape or property, and what would make it fit. Nothing is written then.
+        RunFailed: if writing went wrong on the way, as where the disk is full.
+    """
+    refuse_packed(model)
+    path, kind = Path(path), FILE_TYPES[type_name]
+    anatomy = Anatomy(model)
+    facts = ModelFacts(anatomy.family, anatomy.config, anatomy.shape, anatomy.biases)
+    arch = choose_architecture(facts)
+    shape, notes = padded_shape(facts.shape, arch, kind.quantized)
+    if kind.quantized:
+        check_rows(shape, facts.head_dim, type_name)
+    vocabulary = read_vocabulary(tokenizer, len(anatomy.embedding.weight), pre_tokenizer)
+    vocabulary.special.update(further_end_tokens(vocabulary, model.generation_config))
+    name, strip_notes = name_that_strips(name or path.stem, vocabulary, tokenizer)
+    notes += [*_differences(arch, facts), *strip_notes]
+    if type_name in TO_QUANTIZE:
+        notes += torn_rows(shape, facts.head_dim)
+    infos = list(_tensor_infos(all_tensors(anatomy, arch, facts, shape), type_name))
+    keys = {"general.type": "model", "general.name": name, "general.file_type": int(kind.label)}
+    keys["general.quantization_version"] = GGML_QUANT_VERSION
+    of_model = model_keys(anatomy, arch, facts, shape)
+    keys |= {f"{arch.name}.{key}": value for key, value in of_model.items()}
+    with writing(path, "make room and do the same again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path, sum(info.bytes for info in infos))
+        with atomic(path) as partial:
+            writer = GGUFWriter(partial, arch.name)
+            for key, value in (keys | vocabulary.keys()).items():
+                _ADD[type(value)](writer, key, value)
+            _write_tensors(writer, infos, all_tensors(anatomy, arch, facts, shape), progress)
+            compared = check_vocabulary(read_back(partial), tokenizer)
+            size = partial.stat().st_size
+    parameters = sum(prod(info.shape) for info in infos)
+    return WrittenGguf(arch.name, len(infos), parameters, size, compared, notes)
+
+
+_ADD: dict[type, Callable[[GGUFWriter, str, Any], None]] = {
+    bool: GGUFWriter.add_bool,
+    int: GGUFWriter.add_uint32,
+    float: GGUFWriter.add_float32,
+    str: GGUFWriter.add_string,
+    list: GGUFWriter.add_array,
+}
+"""How a file states what is of a type."""
+
+
+def _differences(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
+    """Yield what llama.cpp does otherwise than the model, though it can express it."""
+    if facts.window and arch.window_period is None:
+        yield (
+            f"the context length is {context_length(arch, facts)}, the model's attention window: "
+            "llama.cpp lets this architecture attend to everything"
+        )
+    if facts.rope.get("rope_type") == "yarn" and not facts.rope.get("truncate", True):
+        yield (
+            "llama.cpp rounds where YaRN's ramp begins and ends to whole features, and this model "
+            "does not: its logits differ there, the more so the longer the text (docs/gguf.md)"
+        )
+
+
+class _TensorInfo(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    stored: GGMLQuantizationType
+
+    @property
+    def bytes(self) -> int:
+        return prod(quants.quant_shape_to_byte_shape(self.shape, self.stored))
+
+
+def _tensor_infos(named: Named, type_name: str) -> Iterator[_TensorInfo]:
+    """Yield what the file's index says of tensors, which goes before all their values."""
+    kind = FILE_TYPES[type_name]
+    for name, values in named:
+        stored = Q.F32
+        if values.ndim > 1 < values.shape[-1] and not any(x in name for x in _IN_FLOAT32):
+            stored = kind.matrices if name.startswith("blk.") else kind.ends
+        if stored in _QUANTIZED and values.shape[-1] % BLOCK:
+            stored = Q.F16  # a row that no gate cuts; the others were checked
+        largest = np.abs(values).max(initial=0)
+        if not np.isfinite(largest):
+            raise UserError(f"{name} has values that are not finite: the checkpoint is damaged")
+        if stored == Q.F16 and largest > _F16_MAX:
+            raise UserError(
+                f"{name} has values beyond {_F16_MAX:.0f}, the largest of --type f16: pass bf16"
+            )
+        yield _TensorInfo(name, values.shape, stored)
+
+
+def _write_tensors(
+    writer: GGUFWriter, infos: list[_TensorInfo], named: Named, progress: Callable[[int, int], None]
+) -> None:
+    """Write the file: keys, the index of tensors, then one tensor after another."""
+    for info in infos:
+        dtype = np.dtype(np.float32)  # only declared; `raw_dtype` is what counts
+        writer.add_tensor_info(info.name, info.shape, dtype, info.bytes, raw_dtype=info.stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for i, (info, (_, array)) in enumerate(zip(infos, named, strict=True)):
+            writer.write_tensor_data(quants.quantize(array, info.stored))
+            progress(i + 1, len(infos))
+    finally:
+        writer.close()
+
+
+def read_back(path: str | os.PathLike[str]) -> Vocabulary:
+    """Return the tokenizer that a GGUF file describes."""
+    return Vocabulary.of_keys(read_keys(path))
+
+
+def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the keys and values of a GGUF file."""
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}

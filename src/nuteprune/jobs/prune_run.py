@@ -1,0 +1,216 @@
+"""From a prune job to its run: model, text and trainers, and what cannot be done for a wrapper."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+
+from nuteprune.console import Bars
+from nuteprune.errors import UserError
+from nuteprune.export.wrapping import Around
+from nuteprune.files import to_json
+from nuteprune.jobs.family import take
+from nuteprune.jobs.folder import target_folder
+from nuteprune.jobs.job import PruneJob, what_it_is
+from nuteprune.jobs.progress import StepProgress
+from nuteprune.jobs.settings import settings_of_user
+from nuteprune.jobs.sources import (
+    around,
+    load_model,
+    load_tokenizer,
+    origin,
+    pick_device,
+    pick_dtype,
+    stored_dtype,
+)
+from nuteprune.jobs.speed import costs_for
+from nuteprune.jobs.text import mixture, text_of
+from nuteprune.judge.provenance import text_entry
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.products import Products
+from nuteprune.run import Run
+from nuteprune.run_folder import RUN
+from nuteprune.train.checks import check_given, check_offload
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prepare import Prepared, prepare
+from nuteprune.train.run_settings import chosen_settings
+from nuteprune.train.targets import COUNTED, Target
+from nuteprune.train.trainer import NutePruneTrainer
+
+
+def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
+    """Return the settings of a job's trainer.
+
+    Args:
+        job: the job.
+        folder: the run's folder.
+
+    Raises:
+        UserError: if they cannot work.
+    """
+    bookkeeping = {"save_strategy": "steps", "save_total_limit": 2}
+    here = {"disable_tqdm": True, "use_cpu": pick_device(job.device) == "cpu"}
+    with settings_of_user():
+        return NutePruneConfig(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
+
+
+def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float) -> Run:
+    """Load what a job names, and make its run.
+
+    Args:
+        job: the job.
+        config: its trainer's settings.
+        bars: where progress is shown.
+        started: when the job began, by `time.monotonic`.
+
+    Raises:
+        UserError: for anything that cannot work; nothing is written then.
+    """
+    check_offload(config, packed=job.bits is not None)
+    take(job.family, job.model)
+    check_priced(job, config)
+    tokenizer = load_tokenizer(job.model, job.trust_remote_code)
+    model = load_model(job.model, pick_dtype(job.dtype, job.device), job.bits, str(config.device))
+    text = text_of(job, config, tokenizer, Anatomy(model))
+    held_out = text.held_out(job.eval_data or job.specs, job.eval_blocks)
+    config.costs = costs_for(job, config, model, bars)
+    with settings_of_user():
+        check_given(model, {})
+        prepared = prepare(model, config, stored_dtype(model))
+    check_wrapper(job, prepared)
+    targets = [goal.asked for goal in prepared.goals]
+    shared = Path(str(config.output_dir))
+
+    def folder_of(goal: Target) -> Path:
+        return target_folder(job, targets, prepared.goals.index(goal))
+
+    def run_folder_of(goal: Target) -> Path:
+        return shared if len(targets) == 1 else folder_of(goal) / RUN
+
+    what = {**what_it_is(job), **_of_table(job, config)}
+
+    def trainer_of(goal: Target) -> NutePruneTrainer:
+        own = copy.copy(config)
+        own.output_dir = str(run_folder_of(goal))
+        kind = import_module(config.pipeline).TRAINER
+        with settings_of_user():
+            trainer: NutePruneTrainer = kind(
+                prepared,
+                own,
+                text.training,
+                tokenizer,
+                goal=goal,
+                products=products,
+                progress=bars.update,
+                job=what,
+            )
+            trainer.check_optimizer()
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(StepProgress(trainer, bars))
+        return trainer
+
+    products = Products(None, {})
+    first = trainer_of(prepared.goals[0])  # settings fail, and the model is placed, before all else
+    products = Products(None if job.dry_run else shared, _inputs(first.settings()), job.resume)
+
+    def about() -> dict[str, Any]:
+        seconds = round(time.monotonic() - started, 1)
+        earlier = origin(job.model)
+        known = text_entry(text.training, held_out, earlier)
+        return {**earlier, "config": recorded(job, config), "text": known, "seconds": seconds}
+
+    return Run(
+        model=prepared,
+        args=config,
+        text=text,
+        held_out=held_out,
+        products=products,
+        progress=bars.update,
+        first=first,
+        trainer_of=trainer_of,
+        reload=lambda dtype: load_model(job.model, dtype),
+        folder_of=folder_of,
+        run_folder_of=run_folder_of,
+        resumes=job.resume,
+        around=outside(job),
+        about=about,
+    )
+
+
+def _inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all products of a run depend on, of its settings."""
+    return {name: settings[name] for name in ("model", "dtype", "nuteprune") if name in settings}
+
+
+def _of_table(job: PruneJob, config: NutePruneConfig) -> dict[str, str]:
+    """Return the hash of the table of costs that was named, which says what units go."""
+    named = job.settings.get("costs") is not None and config.target_speedup is not None
+    if not (named and isinstance(config.costs, Mapping)):
+        return {}
+    return {"costs": hashlib.blake2b(to_json(config.costs).encode(), digest_size=8).hexdigest()}
+
+
+def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
+    """Refuse a size of a model of several modalities: its language model alone has a price.
+
+    Raises:
+        UserError: naming what to pass instead.
+    """
+    kind = config.asked[0].kind
+    if kind in COUNTED and outside(job) is not None:
+        raise UserError(
+            f"--{kind.replace('_', '-')} cannot be used here: {job.model} has parts for images "
+            "beside its language model, which are not priced; pass --sparsity, or "
+            "--set text_only=true"
+        )
+
+
+def check_wrapper(job: PruneJob, model: Prepared) -> None:
+    """Refuse what cannot be put back into a wrapper, and a wrapper that is not whole.
+
+    A narrower model cannot be put back, nor a mixture of free shapes.
+
+    Raises:
+        UserError: naming what to do instead.
+    """
+    if (whole := outside(job)) is None:
+        return
+    constraints = model.allocator.constraints
+    if model.allocator.budget.per_token and not constraints.uniform:
+        raise UserError(
+            f"free shapes cannot be used here: {job.model} holds a mixture of experts within a "
+            "model of several modalities; pass --shapes uniform, or --set text_only=true"
+        )
+    if "hidden" in constraints.kinds:
+        raise UserError(
+            f"gates on hidden cannot be used here: what {job.model} makes of images is as wide as "
+            "its language model; leave hidden out of --gates, or pass --set text_only=true"
+        )
+    whole.check()
+
+
+def outside(job: PruneJob) -> Around | None:
+    """Return what is written around the pruned language model; None where nothing is."""
+    return None if job.text_only else around(job.model)
+
+
+def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
+    """Return the settings that reproduce a run: the job's, and those that are not defaults."""
+    by_share = args.shape is None and args.asked[0].kind == "sparsity"
+    target = {"target_sparsity": args.target_sparsity} if by_share else {}
+    specs, shares = mixture(job, args.sharded)
+    text = {"data": specs if len(specs) > 1 else specs[0], "shares": shares}
+    costs = job.settings.get("costs")
+    table = {"costs": costs} if args.target_speedup is not None and isinstance(costs, str) else {}
+    found = {**job.recorded(), **text, **target, **table, **chosen_settings(args)}
+    if args.world_size > 1:  # one process does the same in as many passes
+        passes = args.gradient_accumulation_steps * args.world_size
+        found["gradient_accumulation_steps"] = passes
+    return found

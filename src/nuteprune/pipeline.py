@@ -1,0 +1,51 @@
+"""The main job on one screen: nine stages, each a module of `stages`, in order.
+
+    write    the dense model writes its share of the text
+    score    what each unit costs
+    price    what the cuts cost at the target; the scores follow
+    choose   which units go
+    refit    the weights that stay, by least squares
+    teach    LoRA, distilled from the dense model
+    slice    merge, fold, cut
+    judge    before and after
+    save     checkpoint, record, card
+
+`Run` gives each stage the run's settings and keeps what it returns in the run's folder, so that a
+run that was killed goes on with the first stage whose product is not there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nuteprune.processes import is_main
+from nuteprune.run import Record, Run
+from nuteprune.train.trainer import NutePruneTrainer
+
+TRAINER = NutePruneTrainer
+
+
+def pipeline(run: Run) -> dict[Path, Record]:
+    """Make a smaller checkpoint for each of a run's goals; the run's own model is used up.
+
+    Returns:
+        Folder -> record; of the main process alone.
+
+    Raises:
+        RunFailed: if training breaks down, or what is measured is not finite.
+    """
+    run.write()
+    dense = run.judge_dense()
+    cut = run.cut()
+    scores = cut.score()
+    scores = cut.price(scores)
+    records = {}
+    for goal in run.goals:
+        masks = cut.choose(scores, goal)
+        weights = cut.refit(masks, goal)
+        trainer = run.teach(goal, masks, weights)
+        if is_main():
+            sliced = run.slice(trainer, goal)
+            judged = run.judge(sliced, dense)
+            folder, records[folder] = run.save(trainer, sliced, judged)
+    return records

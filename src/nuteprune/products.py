@@ -1,0 +1,207 @@
+"""What the stages of a run leave in its folder, what each depends on, and what it took.
+
+A product is a file with a key: the settings and inputs that it depends on, those of the stages
+before it among them. A resumed run takes each product whose key is its own, and goes on from the
+first that is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nuteprune.errors import UserError
+from nuteprune.files import atomic, to_json, write_text, writing
+from nuteprune.memory import peak, reset_peak
+from nuteprune.processes import agree, is_main, share
+
+Tensors = dict[str, Tensor]
+Cost = dict[str, float]
+"""`seconds`, `cpu_seconds`, `peak_memory_bytes`."""
+
+
+class Products:
+    """The products of a run's stages, in their order.
+
+    Args:
+        folder: the run's; None: nothing is kept.
+        about: what all of them depend on, such as the model and its text.
+        resumes: whether products that are there are taken; else they are made anew.
+        given: stage -> a product from elsewhere.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        about: Mapping[str, Any],
+        resumes: bool = False,
+        given: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.folder, self.resumes = folder, resumes
+        self.costs: dict[str, Cost] = {}
+        self.found: list[str] = []
+        self._given = dict(given or {})
+        self._key: dict[str, Any] = json.loads(to_json(about))
+
+    def depends(self, stage: str, **settings: Any) -> None:
+        """Add to what this stage and those after it depend on."""
+        added = {f"{stage}.{name}": value for name, value in settings.items()}
+        self._key |= json.loads(to_json(added))
+
+    def keep(
+        self, stage: str, make: Callable[[], Tensors], folder: Path | None = None, **settings: Any
+    ) -> Tensors:
+        """Return a stage's tensors: those that are there, or new ones, which are written.
+
+        Args:
+            stage: its name.
+            make: makes them.
+            folder: where they are; None: with the others.
+            **settings: what they depend on, beside what the stages before depend on.
+
+        Raises:
+            UserError: if a product that was given is of other settings, or is none.
+        """
+        self.depends(stage, **settings)
+        path = self._path(stage, folder or self.folder)
+        found = share(self._find(stage, path)) if path is not None else None
+        if found is not None:
+            return found
+        with self.measured(stage):
+            made = make()
+        agree(made.values())
+        return self._write(stage, path, made) if path is not None and is_main() else made
+
+    def keep_json(self, stage: str, make: Callable[[], Any], **settings: Any) -> Any:
+        """Return what a stage found out, as JSON has it; of the main process alone."""
+        self.depends(stage, **settings)
+        path = self._path(stage, self.folder, "json")
+        if self.resumes and path is not None and path.is_file():
+            kept = _read_json(path)
+            if kept.get("key") == self._key:
+                self._note(stage, kept["cost"])
+                return kept["value"]
+        with self.measured(stage):
+            made = make()
+        if path is not None:
+            kept = {"key": self._key, "cost": self.costs[stage], "value": made}
+            with writing(path, "make room, then go on with --resume"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, to_json(kept))
+        return made
+
+    @contextmanager
+    def measured(self, stage: str) -> Iterator[None]:
+        """Add what is done meanwhile to what a stage took."""
+        reset_peak()
+        begun, cpu_begun = time.monotonic(), time.process_time()
+        try:
+            yield
+        finally:
+            cost = self.costs.setdefault(stage, {})
+            took = {"seconds": time.monotonic() - begun}
+            took["cpu_seconds"] = time.process_time() - cpu_begun
+            for name, value in took.items():
+                cost[name] = round(cost.get(name, 0.0) + value, 2)
+            cost["peak_memory_bytes"] = max(cost.get("peak_memory_bytes", 0), peak())
+
+    @property
+    def peak(self) -> int:
+        """The most memory that a stage took, in bytes."""
+        return max((int(x["peak_memory_bytes"]) for x in self.costs.values()), default=0)
+
+    def _path(self, stage: str, folder: Path | None, ending: str = "safetensors") -> Path | None:
+        return None if folder is None or self.folder is None else folder / f"{stage}.{ending}"
+
+    def _find(self, stage: str, path: Path) -> Tensors | None:
+        """Return a stage's tensors if they are there, with the key of now; in the main process."""
+        if not is_main():
+            return None
+        if (given := self._given.get(stage)) is not None:
+            return self._take(stage, given)
+        if not (self.resumes and path.is_file()):
+            return None
+        try:
+            tensors, notes = read_tensors(path)
+        except UserError:  # cut off by a kill: it is made anew
+            return None
+        if notes.get("key") != self._key:
+            return None
+        self._note(stage, notes["cost"])
+        return tensors
+
+    def _take(self, stage: str, path: Path) -> Tensors:
+        """Return a product from elsewhere.
+
+        Raises:
+            UserError: naming the first setting that differs.
+        """
+        tensors, notes = read_tensors(path)
+        before = notes.get("key", {})
+        for name in before.keys() & self._key.keys():
+            if before[name] != self._key[name]:
+                raise UserError(
+                    f"{path} was made with {name} {before[name]}, and this run has "
+                    f"{self._key[name]}: pass the same, or leave {stage} to the run"
+                )
+        self.depends(stage, given=digest(tensors))
+        self._note(stage, {"seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_bytes": 0})
+        return tensors
+
+    def _note(self, stage: str, cost: Cost) -> None:
+        self.costs[stage] = cost
+        self.found.append(stage)
+
+    def _write(self, stage: str, path: Path, tensors: Tensors) -> Tensors:
+        """Write a product; returns it as it is read from there, or from its device."""
+        about = {"key": self._key, "cost": self.costs[stage], "order": list(tensors)}
+        notes = {"notes": to_json(about)}  # one entry: safetensors writes several in any order
+        with writing(path, "make room, then go on with --resume"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as partial:
+                save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, notes)
+        if any(x.device.type != "cpu" for x in tensors.values()):
+            return tensors
+        return read_tensors(path)[0]
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Return a product's tensors, mapped from its file, and its notes: `key` and `cost`.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+            names = notes.get("order") or sorted(file.keys())
+            return {name: file.get_tensor(name) for name in names}, notes
+    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return what tells tensors from others."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        found.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        found.update(tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # cut off by a kill: it is made anew
+        return {}
+    return found if isinstance(found, dict) else {}

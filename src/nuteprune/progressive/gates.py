@@ -1,0 +1,178 @@
+"""Gates in training: from learned state to the masks of a step, and to the final ones.
+
+All kinds share one interface. `RankedGates` hold hard, exportable masks at the scheduled sparsity
+at every step and keep re-estimating each unit's score from the gradients of its mask. The paper's,
+whose masks are soft and trained themselves, are in `hard_concrete.py`.
+
+Shape suffixes: B batch, N units of one kind in the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.costs import Goal
+from nuteprune.gates.masks import Masks
+from nuteprune.processes import several
+
+DECAY = 0.99
+"""Weight of the past in the moving average of scores, per step."""
+
+
+class Gates(nn.Module):
+    """What the trainer asks of gates.
+
+    Args:
+        allocator: turns scores into exportable shapes and masks.
+        scores: one-shot importance of each unit, kind -> (N,); the warm start.
+    """
+
+    def __init__(self, allocator: Allocator, scores: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.allocator = allocator
+        self.kinds = tuple(scores)
+        for kind, value in scores.items():
+            self.register_buffer(f"scores_{kind}", value.float().clone())
+        self.frozen = False
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Loss that removing each unit is expected to cost, kind -> (N,)."""
+        return {kind: self.get_buffer(f"scores_{kind}") for kind in self.kinds}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups for what is trained of the gates."""
+        return []
+
+    def begin_step(self, sparsity: float, seed: int) -> None:
+        """Prepare the masks of one optimizer step; the same on all ranks and micro-batches."""
+        raise NotImplementedError
+
+    def masks(self, batch_size: int) -> Masks:
+        """Return the step's masks for a micro-batch, with gradients unless frozen."""
+        raise NotImplementedError
+
+    def observe(self) -> None:
+        """Take in what a micro-batch's backward pass told about the gates."""
+
+    def end_step(self) -> None:
+        """Finish an optimizer step."""
+
+    def penalty(self) -> Tensor | None:
+        """Return the sparsity term of the loss, None if there is none."""
+        return None
+
+    def figures(self) -> dict[str, float]:
+        """Return what else is worth a line in the logs."""
+        return {}
+
+    def sparsity(self) -> float:
+        """Return the expected sparsity of the step's masks."""
+        raise NotImplementedError
+
+    def snapshot(self) -> Masks:
+        """Return the step's masks without noise: what a teacher remembers."""
+        raise NotImplementedError
+
+    def freeze(self, asked: float | Goal) -> Masks:
+        """Fix the masks, in an exportable shape at a sparsity or another goal."""
+        raise NotImplementedError
+
+    def restore_masks(self, masks: Masks) -> None:
+        """Take over masks that were frozen before a run was interrupted."""
+        raise NotImplementedError
+
+
+class RankedGates(Gates):
+    """Hard masks at the scheduled sparsity; scores follow the gradients of the masks.
+
+    The score of unit u is the diagonal Fisher information of its mask, sum over sequences of
+    (d loss / d mask_u)^2, first from the warm start, then as a moving average over training steps.
+    Removed units get gradients too, and so may return; experts do not, since no token is sent to
+    one that is gone.
+
+    Args:
+        allocator: turns scores into exportable shapes and masks.
+        scores: one-shot importance of each unit, kind -> (N,); the warm start.
+        decay: weight of the past in the moving average, per step.
+    """
+
+    def __init__(
+        self, allocator: Allocator, scores: Mapping[str, Tensor], decay: float = DECAY
+    ) -> None:
+        super().__init__(allocator, scores)
+        self.decay = decay
+        self._hard = Masks.open(allocator.layout, self.kinds)
+        self._leaves: dict[str, Tensor] = {}
+        self._seen: dict[str, Tensor] = {}
+        self._sparsity = 0.0
+
+    def begin_step(self, sparsity: float, seed: int) -> None:
+        """Choose the step's hard masks by the scores of the moment."""
+        if not self.frozen:
+            self._choose(sparsity)
+
+    def _choose(self, asked: float | Goal) -> None:
+        shape = self.allocator.shape(self.scores, asked)
+        device = next(iter(self.scores.values())).device
+        self._hard = self.allocator.masks(shape, self.scores).to(device)
+        self._sparsity = self.allocator.budget.sparsity(shape)
+
+    def masks(self, batch_size: int) -> Masks:
+        """Return masks (B, N), one row per sequence, so that gradients come per sequence."""
+        if self.frozen:
+            return self._hard
+        self._leaves = {
+            kind: torch.zeros(batch_size, len(value), device=value.device, requires_grad=True)
+            for kind, value in self._hard.values.items()
+        }
+        values = {kind: self._hard.values[kind] + leaf for kind, leaf in self._leaves.items()}
+        return Masks(self.allocator.layout, values)
+
+    def observe(self) -> None:
+        """Add up squared per-sequence gradients."""
+        for kind, leaf in self._leaves.items():
+            if leaf.grad is not None:
+                squared = leaf.grad.float().square().sum(0)
+                self._seen[kind] = self._seen[kind] + squared if kind in self._seen else squared
+        self._leaves = {}
+
+    def end_step(self) -> None:
+        """Move the scores towards what the step has seen, on the scores' own scale."""
+        if self._seen and not self.frozen:
+            if several():
+                for kind in self.kinds:
+                    dist.all_reduce(self._seen[kind])
+            seen = sum(float(v.sum()) for v in self._seen.values())
+            have = sum(float(v.sum()) for v in self.scores.values())
+            if 0 < seen < math.inf:  # squares overflow where gradients do not yet
+                for kind, value in self.scores.items():
+                    value.lerp_(self._seen[kind] * (have / seen), 1 - self.decay)
+        self._seen = {}
+
+    def sparsity(self) -> float:
+        """Return the exact sparsity of the step's masks."""
+        return self._sparsity
+
+    def snapshot(self) -> Masks:
+        """Return the step's hard masks."""
+        return self._hard
+
+    def freeze(self, asked: float | Goal) -> Masks:
+        """Fix the masks at the scores of the moment."""
+        self._choose(asked)
+        self.frozen = True
+        return self._hard
+
+    def restore_masks(self, masks: Masks) -> None:
+        """Take over frozen masks."""
+        self._hard = masks.to(next(iter(self.scores.values())).device)
+        self._sparsity = self.allocator.sparsity(masks)
+        self.frozen = True

@@ -1,0 +1,232 @@
+"""The numerous teachers: snapshots of masks and LoRA at growing sparsity, kept on disk.
+
+While sparsity grows, the student learns from a teacher that is a few snapshots less pruned. Once
+the target is reached, it walks back through the teachers to the dense model, in equal shares of the
+steps that `Schedule.rested` gives. Source: the paper's progressive distillation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nuteprune.distill.coforward import DENSE, Role
+from nuteprune.errors import RunFailed, UserError
+from nuteprune.files import atomic, file_sum, writing
+from nuteprune.gates.masks import Layout, Masks
+from nuteprune.progressive.schedule import Schedule
+
+LORA = "lora"
+"""The tensor of a snapshot that holds all LoRA weights; the others are masks, by kind."""
+
+
+def spacing_of(target: float) -> float:
+    """Return the sparsity from snapshot to snapshot: a point, or less where the target is small."""
+    return min(0.01, target / 10)
+
+
+def snapshots(target: float, ramp_steps: int) -> float:
+    """Return about how many snapshots a ramp leaves, at most one a step."""
+    return min(target / spacing_of(target), ramp_steps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which teacher serves when.
+
+    Args:
+        spacing: a snapshot is taken at every further `spacing` of sparsity.
+        lag: while sparsity grows, the teacher is this many snapshots behind the newest.
+        has_snapshots: whether there are any; else the dense model teaches.
+    """
+
+    spacing: float
+    lag: int
+    has_snapshots: bool = True
+
+    @classmethod
+    def for_target(cls, target: float, ramp_steps: int, has_snapshots: bool = True) -> Plan:
+        """Return the published plan (every point, 10 behind), scaled down where a run is small.
+
+        The spacing is finer where the target is small, and the lag is at most half of the snapshots
+        that a ramp can leave, one a step, so that a small target or a short run has teachers too.
+
+        Args:
+            target: sparsity that the run ends at.
+            ramp_steps: optimizer steps on the way there.
+            has_snapshots: as in `Plan`.
+        """
+        lag = min(10, max(1, round(snapshots(target, ramp_steps) / 2)))
+        return cls(spacing_of(target), lag, has_snapshots)
+
+    def due(self, sparsity: float, newest: float) -> bool:
+        """Return whether a snapshot is to be taken at a sparsity."""
+        return self.has_snapshots and sparsity >= newest + self.spacing - 1e-9
+
+    def teacher(self, schedule: Schedule, step: int, count: int) -> int:
+        """Return the index of a step's teacher, -1 for the dense model.
+
+        Args:
+            schedule: of the run.
+            step: counted from 0.
+            count: teachers there are.
+        """
+        if not self.has_snapshots:
+            return -1
+        if schedule.rests(step):
+            return self.returning(count, schedule.rested(step))
+        return self.growing(count)
+
+    def growing(self, count: int) -> int:
+        """Return the index of the teacher while sparsity grows, -1 for the dense model."""
+        return max(-1, count - 1 - self.lag)
+
+    def returning(self, count: int, progress: float) -> int:
+        """Return the index of the teacher after the target is reached, -1 for the dense model.
+
+        Where fewer snapshots were taken than planned (steps of sparsity can be coarse), only the
+        newest half of them counts as too close to the student.
+
+        Args:
+            count: teachers there are.
+            progress: share of the way back that is over; 1 and more: the dense model's turn.
+        """
+        useful = count - min(self.lag, max(1, count // 2)) if count else 0
+        return max(-1, useful - 1 - int(progress * (useful + 1)))
+
+
+class Teachers:
+    """A queue of snapshots in a folder, at most one of them in memory.
+
+    Args:
+        folder: where snapshots are; made when the first is taken.
+        layout: the units of the model's masks.
+        keep: whether the last one stays in memory when nobody holds it any more: where it is far
+            from the disk. On CPUs, a file that was read before is a moment away.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, keep: bool = False) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.keep = keep
+        self.sparsities: list[float] = []
+        self.sums: list[str] = []
+        self._loaded: tuple[tuple[int, str, torch.dtype], Role] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sparsities)
+
+    @property
+    def newest(self) -> float:
+        """Sparsity of the newest teacher, 0 (the dense model's) if there is none."""
+        return self.sparsities[-1] if self.sparsities else 0.0
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:04d}.safetensors"
+
+    def record(
+        self,
+        sparsity: float,
+        masks: Masks,
+        lora: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """Write a snapshot, its LoRA weights in `dtype`: complete on disk, or not at all.
+
+        Raises:
+            RunFailed: if it cannot be written.
+        """
+        tensors = {k: v.detach().cpu().contiguous() for k, v in masks.values.items()}
+        tensors[LORA] = _packed(lora, dtype)
+        shapes = {key: list(value.shape) for key, value in lora.items()}
+        # One entry: safetensors writes several in an order that changes from run to run.
+        notes = {"notes": json.dumps({"sparsity": sparsity, "shapes": shapes})}
+        path = self._path(len(self))
+        with writing(f"the teacher {path}", "make room, then go on with --resume"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as partial:
+                save_file(tensors, partial, metadata=notes)
+            self.sums.append(file_sum(path))
+        self.sparsities.append(sparsity)
+
+    def restore(self, sparsities: Sequence[float], sums: Sequence[str]) -> None:
+        """Go back to the teachers that a checkpoint knew; later snapshots are forgotten.
+
+        Args:
+            sparsities: of each teacher.
+            sums: SHA-256 of each teacher's file.
+
+        Raises:
+            UserError: if one is gone, or is not what was written.
+        """
+        for index, expected in enumerate(sums):
+            path = self._path(index)
+            if not path.is_file():
+                raise UserError(f"cannot resume: the teacher {path} is gone")
+            if file_sum(path) != expected:
+                raise UserError(
+                    f"cannot resume: the teacher {path} is damaged: its SHA-256 is not the one "
+                    "that it was written with"
+                )
+        self.sparsities, self.sums = list(sparsities), list(sums)
+        self._loaded = None
+
+    def role(self, index: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Role:
+        """Return a teacher, -1 being the dense model.
+
+        Args:
+            index: which of the snapshots.
+            device: where it is to teach.
+            dtype: of its LoRA weights; the base weights' own spares casts and, where that is
+                what they are stored in, memory.
+        """
+        if index < 0:
+            return DENSE
+        if not self.keep:
+            return self._read(index, device, dtype)
+        wanted = index, device, dtype
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = None  # gone before another one comes
+            self._loaded = wanted, self._read(index, device, dtype)
+        return self._loaded[1]
+
+    def _read(self, index: int, device: str, dtype: torch.dtype) -> Role:
+        path = self._path(index)
+        # Under several processes torch says cpu:0, which safetensors does not know.
+        place = "cpu" if torch.device(device).type == "cpu" else device
+        try:
+            with safe_open(path, framework="pt", device=place) as file:
+                # Copies: what is read is the file itself, which is in memory as long as a part.
+                masks = {
+                    key: file.get_tensor(key).to(torch.float32, copy=True)
+                    for key in file.keys()  # noqa: SIM118
+                    if key != LORA
+                }
+                packed = file.get_tensor(LORA).to(dtype)
+                shapes: dict[str, list[int]] = json.loads(file.metadata()["notes"])["shapes"]
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(f"the teacher {path} cannot be read any more: {error}") from error
+        parts = packed.split([math.prod(shape) for shape in shapes.values()])
+        lora = {key: part.view(shapes[key]) for key, part in zip(shapes, parts, strict=True)}
+        return Role(Masks(self.layout, masks), lora)
+
+
+@torch.no_grad()
+def _packed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the values of tensors, one after the other, in one on the CPU.
+
+    It is made there: a device may have no room for a second copy.
+    """
+    sizes = [value.numel() for value in tensors.values()]
+    packed = torch.empty(sum(sizes), dtype=dtype)
+    for part, value in zip(packed.split(sizes), tensors.values(), strict=True):
+        part.copy_(value.flatten())
+    return packed

@@ -1,0 +1,256 @@
+"""ProgressiveTrainer: masks move while the student learns, and earlier snapshots of it teach.
+
+A step: gates give the masks of the moment, an earlier snapshot of masks and LoRA or the dense model
+teaches, and the gates follow their gradients. At the end of the ramp masks are fixed.
+Source: the paper (arXiv 2402.09773), sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.data.calibration import calibration_blocks
+from nuteprune.distill.coforward import Role
+from nuteprune.gates.masks import Masks
+from nuteprune.processes import agree
+from nuteprune.progressive.gate_types import GATE_TYPES
+from nuteprune.progressive.schedule import Schedule
+from nuteprune.progressive.teachers import Plan, Teachers
+from nuteprune.run_folder import TEACHERS
+from nuteprune.stages.refit import refit
+from nuteprune.train.averaging import leave_out
+from nuteprune.train.checks import check_ascent, check_given
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prepare import Prepared, prepare
+from nuteprune.train.state import RunState, restore
+from nuteprune.train.targets import Target
+from nuteprune.train.trainer import NutePruneTrainer
+
+FAR = 0.05
+"""Sparsity that masks may lack when they are frozen. More goes at once then, with no step to learn
+which units that should be."""
+logger = logging.getLogger(__name__)
+
+
+class ProgressiveTrainer(NutePruneTrainer):
+    """Prunes a causal language model while it learns from less pruned versions of itself.
+
+    Args:
+        model: see `NutePruneTrainer`.
+        args: the run's settings.
+        train_dataset: see `NutePruneTrainer`.
+        processing_class: the tokenizer.
+        goal: which of the model's goals is meant; None: the last one.
+        stored_dtype: see `NutePruneTrainer`.
+        **kwargs: passed on.
+
+    Raises:
+        UserError: as `NutePruneTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Prepared,
+        args: NutePruneConfig,
+        train_dataset: Dataset[Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        goal: Target | None = None,
+        stored_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, PreTrainedModel):
+            check_given(model, kwargs)
+            model = prepare(model, args, stored_dtype)
+        goal = goal or model.goals[-1]
+        self.schedule = Schedule(goal.sparsity, args.max_steps, *args.shares)
+        has_snapshots = args.teacher == "snapshots" and self.schedule.ramps
+        self.plan = Plan.for_target(goal.sparsity, self.schedule.ramp_steps, has_snapshots)
+        allocator, self._type = model.allocator, GATE_TYPES[args.gate_type]
+        self.gates = self._type.make(allocator, allocator.equal_scores())
+        model.model.add_module("nuteprune_gates", self.gates)
+        leave_out(model.model)
+        self._teacher_index, self._has_scores = -1, False
+        super().__init__(model, args, train_dataset, processing_class, goal=goal, **kwargs)
+        keep = args.device.type != "cpu"
+        self.teachers = Teachers(self.run_folder / TEACHERS, model.layout, keep)
+        # Trainer leaves models in 8 or 4 bits where they are, and what hangs on them too.
+        self.gates.to(self.args.device)
+
+    def check_settings(self, args: NutePruneConfig) -> None:
+        """Take all settings."""
+
+    def begin(self, resumes: bool = False) -> None:
+        """Start the gates from scores, where they follow any."""
+        if self._has_scores or resumes or not self._type.ranked:
+            return
+        scores = self.stages_before(resumes).score()
+        fresh = self._type.make(self.ready.allocator, scores)
+        self.gates.load_state_dict(fresh.state_dict())
+        agree(self.gates.state_dict().values())
+        self._has_scores = True
+
+    def check_optimizer(self) -> None:
+        """See `NutePruneTrainer.check_optimizer`; refuses an optimizer that cannot ascend."""
+        self.create_optimizer()
+        check_ascent(self.gates.parameter_groups(), cast(torch.optim.Optimizer, self.optimizer))
+        self.optimizer = None
+        super().check_optimizer()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return groups for LoRA and for what is trained of the gates."""
+        return [*super().parameter_groups(), *self.gates.parameter_groups()]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """Make the schedule of LoRA's rate; what is trained of gates has a constant one.
+
+        As in the authors' code: else the multipliers slow down while sparsity still rises.
+        """
+        made = self.lr_scheduler is None
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if made and isinstance(schedule, LambdaLR):
+            own = set(self.gates.parameters())
+            for i, group in enumerate(schedule.optimizer.param_groups):
+                if own.intersection(group["params"]):
+                    schedule.lr_lambdas[i] = lambda _: 1.0
+                    group["lr"] = group["initial_lr"]  # the first step's is set already
+        return schedule
+
+    # -- a step
+
+    def begin_step(self, step: int) -> None:
+        """Prepare masks and teacher of an optimizer step."""
+        if step >= self.schedule.freeze_step and not self.gates.frozen:
+            self.freeze()
+        seed = (self.args.seed * 1_000_003 + step) % 2**32  # of more bits torch uses the last 32
+        self.gates.begin_step(self.schedule.sparsity(step), seed)
+        self._teacher_index = self.plan.teacher(self.schedule, step, len(self.teachers))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """Run one micro-batch; the gates see its gradients."""
+        loss = super().training_step(model, inputs, *args)
+        self.gates.observe()
+        return loss
+
+    def student(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Return a context in which the model is the step's student, forward and backward.
+
+        Args:
+            inputs: the micro-batch; each of its sequences may have masks of its own.
+        """
+        return self.coforward.student(self.gates.masks(len(inputs["input_ids"])))
+
+    def teacher(self) -> Role | None:
+        """Return the step's teacher, on the run's device and in its dtype; None without any."""
+        if self.args.teacher == "none":
+            return None
+        dtype = self.anatomy.embedding.weight.dtype
+        return self.teachers.role(self._teacher_index, str(self.args.device), dtype)
+
+    def penalty(self) -> Tensor | None:
+        """Return the Lagrangian's term; None where there is none."""
+        return self.gates.penalty()
+
+    def end_step(self) -> None:
+        """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
+        self.gates.end_step()
+        sparsity = self.gates.sparsity()
+        if not self.gates.frozen and self.plan.due(sparsity, self.teachers.newest):
+            self.teachers.record(sparsity, self.gates.snapshot(), self.ready.bank.state())
+
+    def freeze(self) -> None:
+        """Fix the masks, and re-fit the weights that stay where that is asked for."""
+        args, expected, asked = self.args, self.gates.sparsity(), self.goal.sparsity
+        if self._step >= 0 and expected < asked - FAR:
+            logger.warning(
+                f"learned masks were frozen where they expected to cut {expected:.1%}, not "
+                f"{asked:.1%}: quality suffers; more --steps let them get there"
+            )
+        masks = self.gates.freeze(self.goal.goal)
+        if args.compensation:
+            blocks = calibration_blocks(self.train_dataset, args.refit_blocks)
+            size, rank = args.per_device_train_batch_size, args.lora_rank
+            weights = refit(
+                self.ready, masks, blocks, batch_size=size, rank=rank, progress=self._progress
+            )
+            agree(weights.values())
+            self.ready.bank.install(weights)
+
+    def as_pruned(self) -> AbstractContextManager[None]:
+        """Return a context in which `model` does what would be cut now; outside it has no masks."""
+        self.check_unused()
+        return self.coforward.student(self.gates.snapshot().to(str(self.args.device)))
+
+    def sparsity(self) -> float:
+        """Return the expected sparsity of the step's masks."""
+        return self.gates.sparsity()
+
+    def figures(self) -> dict[str, float]:
+        """Return what a step's line in the logs says of the method."""
+        return {
+            **self.gates.figures(),
+            **super().figures(),
+            "target": self.schedule.sparsity(self._step),
+            "teacher": self._teacher_index,
+            "teachers": len(self.teachers),
+        }
+
+    def manner(self) -> str:
+        """Return what is worth saying of how the run teaches, before it begins."""
+        teacher = "dense" if self.args.teacher == "snapshots" else self.args.teacher
+        teacher = "snapshots" if self.plan.has_snapshots else teacher
+        return f"masks freeze at step {self.schedule.freeze_step}; teacher: {teacher}; "
+
+    def note(self, logs: Mapping[str, Any]) -> str:
+        """Return what is shown of a step, by its logs."""
+        index = int(logs["teacher"])
+        teacher = "dense" if index < 0 else f"{self.teachers.sparsities[index]:.1%}"
+        return f"{super().note(logs)}  sparsity {logs['sparsity']:.1%}  teacher {teacher}"
+
+    # -- checkpoints of a run, and its end
+
+    def run_state(self) -> RunState:
+        """Return what the run has learned and decided."""
+        tensors = {
+            "lora": self.ready.bank.state(),
+            "gates": self.gates.state_dict(),
+            "masks": self.gates.snapshot().values,
+        }
+        teachers = {"teachers": self.teachers.sparsities, "sums": self.teachers.sums}
+        notes = {"frozen": self.gates.frozen, "bad_steps": self._bad_steps(), **teachers}
+        return RunState(tensors, notes)
+
+    def take_state(self, state: RunState) -> None:
+        """Go back to what a run had learned and decided."""
+        self._step = -1
+        self.ready.bank.load(state.lora)
+        restore(self.gates.state_dict(), state.tensors["gates"], "gates")
+        if state.notes["frozen"]:
+            self.gates.restore_masks(Masks(self.ready.layout, state.tensors["masks"]))
+        self.teachers.restore(state.notes["teachers"], state.notes["sums"])
+        self.bad_steps.restore(*state.notes["bad_steps"])
+        self._has_scores = True
+
+    def settle(self) -> None:
+        """Fix the masks, if training has not led to that."""
+        super().settle()
+        if not self.gates.frozen:
+            self.freeze()
+
+    def final_masks(self) -> Masks:
+        """Return the masks that are cut by."""
+        return self.gates.snapshot()
+
+    def teachers_met(self) -> list[float]:
+        """Return the sparsities of the teachers on the way."""
+        return self.teachers.sparsities

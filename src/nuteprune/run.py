@@ -1,0 +1,230 @@
+"""A run's stages with its settings, its text and the folder where each leaves its product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+from nuteprune.console import Progress
+from nuteprune.data.blocks import HeldOut
+from nuteprune.data.mixture import Mixture
+from nuteprune.export.loading import in_dtype
+from nuteprune.export.wrapping import Around
+from nuteprune.gates.masks import Masks
+from nuteprune.judge.beside import judge_beside
+from nuteprune.judge.run_files import write_extra
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.lora import Weights
+from nuteprune.model.offload import bring_home
+from nuteprune.processes import is_main
+from nuteprune.products import Products
+from nuteprune.run_folder import SAMPLES, TEXT
+from nuteprune.stages.judge import Figures, entries, judge
+from nuteprune.stages.save import save
+from nuteprune.stages.slice import Sliced
+from nuteprune.stages.write import write
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.cut import Cut
+from nuteprune.train.prepare import Prepared, offload_if_asked
+from nuteprune.train.state import last_checkpoint
+from nuteprune.train.targets import Target
+from nuteprune.train.trainer import NutePruneTrainer
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is found of a smaller model.
+
+    Args:
+        entries: of its record.
+        samples: answers side by side, as the report reads them.
+    """
+
+    entries: Record
+    samples: list[dict[str, str]]
+
+
+@dataclass
+class Run:
+    """A run; each stage is a method, in the order of `pipeline`.
+
+    Args:
+        model: the dense model, prepared.
+        args: the run's settings.
+        text: what is calibrated and trained on.
+        held_out: what is judged by, source -> (N, T).
+        products: what the stages leave.
+        progress: told of each stage.
+        first: the trainer of the first goal.
+        trainer_of: makes the trainer of a goal.
+        reload: loads the dense model anew, whole; in the run's dtype, or as it is stored (None).
+        folder_of: where a goal's checkpoint goes.
+        run_folder_of: where what is left of a goal on the way goes.
+        resumes: whether the run goes on with what is in its folder.
+        around: what is written around the pruned language model; None: nothing.
+        about: what else each record is to hold.
+    """
+
+    model: Prepared
+    args: NutePruneConfig
+    text: Mixture
+    held_out: HeldOut
+    products: Products
+    progress: Progress
+    first: NutePruneTrainer
+    trainer_of: Callable[[Target], NutePruneTrainer]
+    reload: Callable[[Any], PreTrainedModel]
+    folder_of: Callable[[Target], Path]
+    run_folder_of: Callable[[Target], Path]
+    resumes: bool
+    around: Around | None
+    about: Callable[[], Record]
+
+    def __post_init__(self) -> None:
+        lora = self.model.bank.state() if len(self.goals) > 1 else {}
+        self._dense: PreTrainedModel | None = None
+        self._fresh = {name: value.cpu().clone() for name, value in lora.items()}
+
+    @property
+    def goals(self) -> tuple[Target, ...]:
+        """What the model is to become, the largest first."""
+        return self.model.goals
+
+    def write(self) -> None:
+        """Let the dense model write its share of the text, if it has one."""
+        text, folder = self.text, self.products.folder
+        if not text.to_write or folder is None:
+            return
+        with self.products.measured("write"), self.model.model.disable_adapter():
+            written = write(
+                self.model.anatomy.model,
+                text.tokenizer,
+                tokens=text.to_write,
+                length=text.length,
+                seed=text.seed,
+                folder=folder,
+                progress=in_percent(self.progress),
+            )
+        text.use_written(written)
+
+    def judge_dense(self) -> Figures | None:
+        """Judge the dense model; None where the run's own cannot be judged, or elsewhere."""
+        if not (is_main() and self.model.has_whole_weights):
+            return None
+        return self._judge_dense(self.model.anatomy.model)
+
+    def _judge_dense(self, model: PreTrainedModel) -> Figures:
+        def make() -> Figures:
+            how: dict[str, Any] = {"name": "the dense model", "progress": self.progress}
+            return judge(model, self.held_out, self.text.tokenizer, **how)
+
+        held_out = entries(self.held_out, _NOTHING, _NOTHING)["perplexity"]["protocol"]
+        found: Figures = self.products.keep_json("judge", make, held_out=held_out)
+        return found
+
+    def cut(self) -> Cut:
+        """Return the stages before the first step: score, price, choose, refit."""
+        text, products = self.text.training, self.products
+        return Cut(self.model, self.args, text, products, self.progress, self.run_folder_of)
+
+    def teach(
+        self, goal: Target, masks: Masks | None = None, weights: Weights | None = None
+    ) -> NutePruneTrainer:
+        """Distil the model that is cut; masks and weights may be the trainer's to find.
+
+        Args:
+            goal: what it is to become.
+            masks: what is kept.
+            weights: what `refit` returned for these masks.
+        """
+        trainer = self.first
+        if goal is not self.goals[0]:  # as a run of its own would begin
+            self.model.bank.load(self._fresh)
+            trainer = self.trainer_of(goal)
+        trainer.masks, trainer.weights = masks, weights
+        if is_main():
+            write_extra(trainer.run_folder, TEXT, self.text.training.fingerprint.to_dict())
+        with self.products.measured("teach"):
+            if self.args.max_steps > 0:
+                begun = self.resumes and last_checkpoint(trainer.run_folder) is not None
+                trainer.train(resume_from_checkpoint=begun or None)
+            trainer.settle()
+        return trainer
+
+    def slice(self, trainer: NutePruneTrainer, goal: Target) -> Sliced:
+        """Merge, fold and cut: the run's own model for the last goal, where that can be."""
+        with self.products.measured("slice"):
+            if goal is self.goals[-1]:
+                reloads = self.model.must_be_reloaded
+                trainer.finalize((lambda: self.reload(None)) if reloads else None)
+            else:
+                trainer.cut_copy(self.reload(None))
+        assert trainer.sliced is not None
+        return trainer.sliced
+
+    def judge(self, sliced: Sliced, dense: Figures | None) -> Judged:
+        """Judge a smaller model as its file will compute, beside the dense one."""
+        computed = self.model.origin.computed_dtype
+        if self._dense is None:  # only now: the run's own was in memory till the last cut
+            self._dense = self._placed(self.reload(computed))
+        if dense is None:
+            dense = self._judge_dense(self._dense)
+        with self.products.measured("judge"):
+            small = self._placed(in_dtype(sliced.model, computed))
+            how: dict[str, Any] = {"name": "the pruned model", "progress": self.progress}
+            found = judge(small, self.held_out, self.text.tokenizer, **how)
+            self.progress("judge answers and context", 0, 1)
+            beside = judge_beside(self._dense, small, self.text.tokenizer, self.held_out)
+            self.progress("judge answers and context", 1, 1)
+            if self.args.offload:  # as it is written
+                bring_home(sliced.model)
+        return Judged(entries(self.held_out, dense, found) | beside.entries, beside.samples)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a model where it is judged."""
+        offload_if_asked(Anatomy(model.requires_grad_(False)), self.args, self.model.origin)
+        place = str(self.args.device) if self.model.has_whole_weights else "cpu"
+        return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
+
+    def save(
+        self, trainer: NutePruneTrainer, sliced: Sliced, judged: Judged
+    ) -> tuple[Path, Record]:
+        """Write a checkpoint with its record; returns its folder, and the record."""
+        write_extra(trainer.run_folder, SAMPLES, judged.samples)
+        folder = self.folder_of(trainer.goal)
+        record = save(
+            sliced,
+            folder,
+            self.text.tokenizer,
+            around=self.around,
+            **{
+                **trainer.about(sliced),
+                **judged.entries,
+                **self.about(),
+                "stages": self.products.costs,
+                "peak_memory_bytes": self.products.peak,
+            },
+        )
+        return folder, record
+
+
+_NOTHING: Figures = {"perplexity": {}, "copying": None}
+
+
+def in_percent(progress: Progress) -> Callable[[int, int], None]:
+    """Return what is told of tokens written, and tells each percent once."""
+    last = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if (percent := 100 * done // total) > last:
+            last = percent
+            progress("write, percent", percent, 100)
+
+    return tell

@@ -1,0 +1,303 @@
+"""Price: what units cost where they are to go, measured in the model that is cut and re-fitted.
+
+Scores are predictions: of one projection at a time, near the dense model. Where much is cut
+together, some layers cost a multiple of what was predicted, and some next to nothing. So each
+layer's neurons are cut a little further, and a little less far, and each unit of attention goes
+alone, or comes back. The projection that reads them is re-fitted to that. The KL divergence from
+the dense model, on text that the re-fit did not read, tells what it costs. Scores follow half-way.
+Source: that a cut is judged by the true loss of the whole model, EvoPress (Sieberling et al. 2024,
+arXiv 2410.14649), which searches by it. Here it corrects scores. Measured in docs/log.md.
+
+Shape suffixes: T tokens, V vocabulary, U units of a layer, N blocks, or units of one kind in
+the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from nuteprune.console import Progress, counted, silent
+from nuteprune.gates.costs import Goal
+from nuteprune.gates.cutting import Predicted, mean_kl
+from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.probe import Scores, check_finite
+from nuteprune.gates.surgeon import INPUTS
+from nuteprune.mapped import mapped
+from nuteprune.model.family import Projection
+from nuteprune.model.forwards import giving, noting_outputs
+from nuteprune.model.lora import effective_weight
+from nuteprune.shrink.compensate import Note, Regression
+from nuteprune.stages.choose import choose
+from nuteprune.stages.prunable import Prunable
+from nuteprune.stages.refit import refit
+from nuteprune.stages.score import PLAIN_BATCH
+
+UNITS = 4
+"""Units of attention of a layer that go, and that come back, at most: those nearest to the cut."""
+NEAR = 2.0
+"""The score of such a unit is within this factor of the cut. Others are not measured. With all of
+them measured the same units of the demo model went, at 20 and at 50 % (docs/log.md)."""
+USUALLY = 0.45
+"""The share of them that this is, about: 0.33 of the demo model's at 20 %, 0.45 at 50 %."""
+FURTHER = 1 / 12
+"""Share of a layer's neurons by which it is cut further, or less far."""
+TRUST = 0.5
+"""Scores are multiplied by this power of what was measured over what was predicted: half-way, since
+many changes that are small alone are not small together."""
+MOST = 10.0
+"""That ratio is no more than this, nor less than one over it: so few blocks do not tell it well."""
+
+
+def price(
+    model: Prunable,
+    scores: Scores,
+    target: float | Goal,
+    blocks: Tensor,
+    refit_blocks: Tensor,
+    *,
+    batch_size: int = 4,
+    progress: Progress = silent,
+) -> Scores:
+    """Return scores that went half-way to what cuts cost at the target.
+
+    Args:
+        model: the model, whose cuts can be tried; see `Prunable.can_try_cuts`.
+        scores: kind -> (N,), as `score` returned them.
+        target: share of the decoder's projection parameters to remove, or another goal.
+        blocks: token ids (N, T) that tell, which the refit does not read.
+        refit_blocks: token ids (N, T) that the refit reads.
+        batch_size: blocks that go through a layer together in the refit.
+        progress: told of the refit, and of each change.
+
+    Raises:
+        RunFailed: if what is measured is not finite.
+    """
+    masks = choose(model, scores, target)
+    multiple = model.allocator.constraints.neuron_multiple
+    changes = changes_of(masks.to("cpu"), scores, multiple)
+    measure = Measure(model, blocks.split(PLAIN_BATCH))
+    note = measure.note(masks, changes)
+    weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress, note=note)
+    # Counted from here, so that the refit is not taken for the time of a change.
+    tick = counted(progress, "price", len(changes))
+    with model.bank.using_weights(weights):
+        prices = measure.prices(tick)
+    check_finite([torch.tensor(list(prices.values()))], "price")
+    return following(scores, prices, model.layout)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another way to cut a layer.
+
+    Args:
+        kind: of the units that go, or come back.
+        layer: theirs.
+        units: which of the layer's.
+        back: whether they come back.
+    """
+
+    kind: str
+    layer: int
+    units: tuple[int, ...]
+    back: bool
+
+    @property
+    def followers(self) -> tuple[str, int, tuple[int, ...]]:
+        """What it tells the price of: all neurons of a layer, or a unit of attention."""
+        return self.kind, self.layer, () if self.kind == "neurons" else self.units
+
+    def of(self, masks: Masks) -> Masks:
+        """Return masks with the change made."""
+        values = {kind: value.clone() for kind, value in masks.values.items()}
+        part_U = values[self.kind].split(masks.layout.sizes[self.kind])[self.layer]
+        part_U[list(self.units)] = float(self.back)
+        return Masks(masks.layout, values)
+
+
+def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
+    """Return the changes of a cut that are to be measured.
+
+    The first layer's attention is left out: it goes last of all, whatever a few blocks say; see
+    `gates.importance.first_attention_last`. So is attention far from the cut, and what would leave
+    nothing of a layer.
+
+    Args:
+        masks: the cut, 0 and 1, on the CPU.
+        scores: of all units.
+        multiple: neurons go and come in multiples of it.
+    """
+
+    def further(neurons: int) -> int:
+        return max(1, round(neurons * FURTHER / multiple)) * multiple
+
+    found = []
+    for kind, value_N in masks.values.items():
+        sizes = masks.layout.sizes[kind]
+        near_N = _near_the_cut(value_N, scores[kind])
+        if kind == "neurons":
+            near_N.fill_(True)
+        layers = zip(*(x.split(sizes) for x in (value_N, scores[kind], near_N)), strict=True)
+        for layer, (mask_U, score_U, near_U) in enumerate(layers):
+            order_U = score_U.argsort()
+            cheapest = order_U[mask_U[order_U] > 0]  # of those that stay
+            dearest = order_U[mask_U[order_U] == 0].flip(0)  # of those that went
+            each, most = 1, UNITS * (layer > 0)
+            if kind == "neurons":
+                each, most = further(len(mask_U)), 1
+            going = [x for x in cheapest.split(each)[:most] if len(x) < len(cheapest)]
+            coming = [x for x in dearest.split(each)[:most] if len(x)]
+            for back, parts in enumerate((going, coming)):
+                near = [x for x in parts if near_U[x].all()]
+                found += [Change(kind, layer, tuple(x.tolist()), bool(back)) for x in near]
+    return found
+
+
+def _near_the_cut(mask_N: Tensor, score_N: Tensor) -> Tensor:
+    """Return which scores are near to the largest of those that went, or to the smallest of all."""
+    gone_N = mask_N == 0
+    cut = score_N[gone_N].max() if gone_N.any() else score_N.min()
+    return (score_N > cut / NEAR) & (score_N < cut * NEAR)
+
+
+def most_changes(kind: str, units: int) -> int:
+    """Return how many changes of a layer are measured at most.
+
+    Args:
+        kind: of its units.
+        units: how many it has of that kind.
+    """
+    return min(units, 2 if kind == "neurons" else 2 * UNITS)
+
+
+def usual_changes(kind: str, units: int) -> float:
+    """Return how many changes of a layer are measured usually; see `most_changes`."""
+    return most_changes(kind, units) * (1 if kind == "neurons" else USUALLY)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A change, and the weight that the projection has with it.
+
+    Args:
+        change: the change.
+        projection: the one that reads the units.
+        weight_OI: its weight, in the model's dtype, in a file.
+    """
+
+    change: Change
+    projection: Projection
+    weight_OI: Tensor
+
+
+class Measure:
+    """Measures what changes of a cut cost; made while the model is dense.
+
+    Args:
+        model: the model.
+        batches: token ids (B, T) that tell.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Prunable, batches: Sequence[Tensor]) -> None:
+        self._model, self._batches = model, batches
+        self._tried: list[Tried] = []
+        with model.hooks.using(None):
+            self._dense = [Predicted.of(logits_of(model, x)) for x in batches]
+
+    def note(self, masks: Masks, changes: Sequence[Change]) -> Note:
+        """Return what re-fits projections to changes of a cut, while the cut is re-fitted.
+
+        Args:
+            masks: the cut.
+            changes: of it.
+        """
+        anatomy, folder = self._model.anatomy, self._model.bank.folder
+
+        def note(layer: int, block: str, regression: Regression, _: Tensor) -> None:
+            for change in changes:
+                if change.layer == layer and INPUTS[change.kind] == block:
+                    mask_I = change.of(masks).inputs(layer)[block]
+                    assert mask_I is not None
+                    weight_OI = regression.fit(mask_I).to("cpu", anatomy.model.dtype)
+                    if folder is not None:
+                        weight_OI = mapped({"weight": weight_OI}, folder)["weight"]
+                    self._tried.append(Tried(change, anatomy.ends(layer)[block], weight_OI))
+
+        return note
+
+    @torch.no_grad()
+    def prices(self, tick: Callable[[], None]) -> dict[Change, float]:
+        """Return what the changes cost, in nats a token: how much further off the model is.
+
+        The model is cut and re-fitted now: columns of what is gone are 0.
+
+        Args:
+            tick: called after each change.
+        """
+        model, found = self._model, {}
+        layers = model.anatomy.layers
+        with model.hooks.using(None):
+            own, outputs = [], []
+            for batch in range(len(self._batches)):
+                with noting_outputs(layers) as noted:
+                    own.append(self._loss(batch))
+                outputs.append(noted)
+            for tried in self._tried:
+                layer, projection = tried.change.layer, tried.projection
+                reading = model.anatomy.projection(layer, projection)
+                own_OI = effective_weight(reading).to("cpu", copy=True)
+                model.bank.set_weight(layer, projection, tried.weight_OI)
+                losses = []
+                for batch, noted in enumerate(outputs):
+                    with giving(layers[:layer], noted[:layer]):  # which give what they gave
+                        losses.append(self._loss(batch))
+                model.bank.set_weight(layer, projection, own_OI)
+                found[tried.change] = float(torch.stack(losses).mean() - torch.stack(own).mean())
+                tick()
+        return found
+
+    def _loss(self, batch: int) -> Tensor:
+        return mean_kl(self._dense[batch], logits_of(self._model, self._batches[batch]))
+
+
+def logits_of(model: Prunable, ids_BT: Tensor) -> Tensor:
+    """Return the logits (B x T, V) of a model, as it is."""
+    ids_BT = ids_BT.to(model.device)
+    logits_BTV: Tensor = model.anatomy.model(input_ids=ids_BT, use_cache=False).logits
+    return logits_BTV.flatten(0, 1)
+
+
+def following(scores: Scores, prices: Mapping[Change, float], layout: Layout) -> Scores:
+    """Return scores that went half-way to what was measured.
+
+    What counts is what units cost beside others: all are compared with the median.
+
+    Args:
+        scores: kind -> (N,), as they were when the changes were made.
+        prices: change -> what it costs.
+        layout: the model's units.
+    """
+    found = {kind: value.clone() for kind, value in scores.items()}
+    parts = {kind: value.split(layout.sizes[kind]) for kind, value in found.items()}
+    measured: dict[tuple[str, int, tuple[int, ...]], list[tuple[float, float]]] = {}
+    for change, price in prices.items():
+        predicted = float(parts[change.kind][change.layer][list(change.units)].sum())
+        both = (-price, predicted) if change.back else (price, predicted)
+        measured.setdefault(change.followers, []).append(both)
+    ratios = {
+        key: max(0.0, sum(x for x, _ in both)) / total
+        for key, both in measured.items()
+        if (total := sum(x for _, x in both)) > 0
+    }
+    usual = median([x for x in ratios.values() if x > 0] or [1.0])
+    for (kind, layer, units), ratio in ratios.items():
+        factor = min(max(ratio / usual, 1 / MOST), MOST) ** TRUST
+        part_U = parts[kind][layer]
+        part_U[list(units) if units else slice(None)] *= factor
+    return found

@@ -1,0 +1,60 @@
+"""A dense model that can be cut: what the stages work on, and leave as they found it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.masks import Layout
+from nuteprune.gates.surgeon import INPUTS
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
+from nuteprune.model.packed import is_packed
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """A dense model with its hooks.
+
+    Args:
+        anatomy: its parts; LoRA is on its projections, and adds nothing.
+        hooks: where masks multiply in it.
+        bank: what stands beside its weights, or in place of them.
+        allocator: which shapes it can be cut to.
+        is_sharded: whether its weights are shared out over processes.
+    """
+
+    anatomy: Anatomy
+    hooks: MaskHooks
+    bank: LoraBank
+    allocator: Allocator
+    is_sharded: bool
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of gates in use."""
+        return self.allocator.constraints.kinds
+
+    @property
+    def layout(self) -> Layout:
+        """Its units."""
+        return self.allocator.layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where its embedding is."""
+        device: torch.device = self.anatomy.embedding.weight.device
+        return device
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether other weights can stand in place of its own: neither packed nor sharded."""
+        return not (self.is_sharded or is_packed(self.anatomy.model))
+
+    @property
+    def can_try_cuts(self) -> bool:
+        """Whether cuts can be tried: whole weights are re-fitted to all that the gates remove."""
+        return self.has_whole_weights and set(self.kinds) <= set(INPUTS)

@@ -1,0 +1,74 @@
+"""Refit: the weights that stay, by least squares; see `shrink.compensate`.
+
+Shape suffixes: N blocks, T tokens of a block, O rows, I columns of a weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nuteprune.console import Progress, counted, silent
+from nuteprune.gates.masks import Masks
+from nuteprune.model.family import Projection
+from nuteprune.model.lora import Weights
+from nuteprune.model.packed import weight_of
+from nuteprune.shrink.compensate import Fit, InstallStack, Note, fit_projections, low_rank
+from nuteprune.stages.prunable import Prunable
+
+FEWER_DIRECTIONS = 32
+"""Rank of a refit where weights are packed or sharded, so that LoRA alone can hold it."""
+
+
+@torch.no_grad()
+def refit(
+    model: Prunable,
+    masks: Masks,
+    blocks: Tensor,
+    *,
+    batch_size: int = 4,
+    rank: int = FEWER_DIRECTIONS,
+    progress: Progress = silent,
+    note: Note | None = None,
+) -> Weights:
+    """Fit the output and down projections of all layers to the inputs that masks leave.
+
+    Args:
+        model: the model.
+        masks: the final masks.
+        blocks: token ids (N, T) of calibration text.
+        batch_size: blocks that go through a layer together.
+        rank: of LoRA, which holds the fit where weights are packed or sharded.
+        progress: told of each layer.
+        note: see `shrink.compensate.fit_projections`.
+
+    Returns:
+        By name, as `LoraBank` has them: whole weights (O, I) whose columns are 0 where inputs are
+        gone, mapped from files on CPUs; or LoRA's two sides where weights are packed or sharded.
+    """
+    bank, anatomy = model.bank, model.anatomy
+    whole = model.has_whole_weights
+
+    def install(layer: int, projection: Projection, fit: Fit) -> None:
+        if whole:
+            bank.set_weight(layer, projection, fit.weight_OI)
+            return
+        base = anatomy.linear(layer, projection)
+        assert base is not None
+        bank.set_delta(layer, projection, *low_rank(fit, weight_of(base), rank))
+
+    stacks: InstallStack | None = bank.set_weight if whole and note is None else None
+    tick = counted(progress, "refit", len(anatomy.layers))
+    with bank.kept():
+        fit_projections(
+            anatomy,
+            model.hooks,
+            masks,
+            blocks.split(batch_size),
+            install,
+            tick,
+            bank.as_dense,
+            stacks,
+            note,
+        )
+        return bank.weights() if whole else {k: v.clone() for k, v in bank.state().items()}

@@ -1,0 +1,113 @@
+"""Score: what each unit costs, by a method of `gates.importance`.
+
+Scores of one model say little of what is left once much of it is gone. So beyond `MOST_AT_ONCE`
+there are rounds: what goes by the scores so far is cut, the others are re-fitted, and what is left
+is scored again.
+
+Shape suffixes: N blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.console import Progress, counted, silent
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.method_names import METHOD
+from nuteprune.gates.probe import Probe, Scores, check_finite
+from nuteprune.stages.choose import choose
+from nuteprune.stages.prunable import Prunable
+from nuteprune.stages.refit import refit
+
+PLAIN_BATCH = 4
+"""Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
+MOST_AT_ONCE = 0.3
+"""Most of the projections that goes by scores of one model; see docs/log.md."""
+
+
+def score(
+    model: Prunable,
+    blocks: Tensor,
+    *,
+    method: str = METHOD,
+    target: float = 0.0,
+    refit_blocks: Tensor | None = None,
+    batch_size: int = 4,
+    seed: int = 42,
+    progress: Progress = silent,
+) -> Scores:
+    """Return the loss that removing each unit is expected to cost.
+
+    Units that have gone in a round keep the scores by which they went. See `Method.settled` for
+    what is made of the scores in the end.
+
+    Args:
+        model: the model.
+        blocks: token ids (N, T) of calibration text; methods that also read without gradients take
+            gradients on the first of them alone.
+        method: a key of `gates.importance.METHODS`.
+        target: the largest sparsity that is to be reached.
+        refit_blocks: token ids (N, T) for the refit of each round; None: there are no rounds.
+        batch_size: blocks that go through a layer together in the refit.
+        seed: draws the random scores, and tokens that repeat.
+        progress: told of scoring and refit.
+
+    Returns:
+        Kind -> (N,), fp32 on the CPU.
+
+    Raises:
+        RunFailed: if scores are not finite.
+    """
+    found = _score_once(model, blocks, method, seed, progress)
+    for sparsity in stops_before(target):
+        if refit_blocks is None:
+            break
+        masks = choose(model, found, sparsity)
+        weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress)
+        with model.bank.using_weights(weights):
+            again = _score_once(model, blocks, method, seed, progress)
+        kept = masks.to("cpu").values
+        found = {k: torch.where(kept[k] > 0, again[k], found[k]) for k in found}
+    return METHODS[method].settled(model.layout, found)
+
+
+def stops_before(target: float) -> list[float]:
+    """Return the sparsities on the way to a target at which what is left is scored again."""
+    rounds = math.ceil(target / MOST_AT_ONCE - 1e-9)
+    return [target * i / rounds for i in range(1, rounds)]
+
+
+def _score_once(
+    model: Prunable, blocks: Tensor, method: str, seed: int, progress: Progress
+) -> Scores:
+    chosen, kinds, anatomy = METHODS[method], model.kinds, model.anatomy
+    # One block at a time where a scoring may need all logits of a batch.
+    batches = blocks[: len(blocks) // max(1, chosen.reads_plain)].split(1) if chosen.reads else ()
+    plain = blocks.split(PLAIN_BATCH) if chosen.reads_plain else ()
+    cut = sum(kind in kinds for kind in ("heads", "kv_groups")) * chosen.cuts
+    turns = len(batches) + len(anatomy.layers) * (bool(plain) + cut)
+    tick = counted(progress, "score", turns)
+    budget = model.allocator.budget
+    probe = Probe(anatomy, model.hooks, budget, kinds, batches, plain, seed, tick)
+    with _frozen_parameters(anatomy.model):
+        scores = chosen.score(probe)
+    check_finite(scores.values(), method)
+    return {kind: value.float().cpu() for kind, value in scores.items()}
+
+
+@contextmanager
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Take gradients of activations alone for a while."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,80 @@
+"""Slice: LoRA merged, masks folded, rows and columns of what is gone cut out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import assemble, rounded_as_stored
+from nuteprune.export.loading import exact_dtype
+from nuteprune.gates.masks import Masks
+from nuteprune.mapped import mapped
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.lora import Learned
+from nuteprune.model.shape import Shape
+from nuteprune.shrink.finalize import merge_layer
+from nuteprune.shrink.slicing import Tensors
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A smaller model.
+
+    Args:
+        model: its weights rounded as they will be stored.
+        shape: its dimensions.
+        masks: what was kept of the dense model, on the CPU.
+    """
+
+    model: PreTrainedModel
+    shape: Shape
+    masks: Masks
+
+
+def slice_model(
+    dense: PreTrainedModel,
+    masks: Masks,
+    learned: Learned,
+    *,
+    computed_dtype: torch.dtype,
+    stored_dtype: torch.dtype,
+    folder: Path | None = None,
+) -> Sliced:
+    """Return the smaller model.
+
+    Args:
+        dense: the dense model without adapters; it is used up.
+        masks: the final masks.
+        learned: what was learned, as `LoraBank.learned` has it; it is used up.
+        computed_dtype: what the run computed in.
+        stored_dtype: of the checkpoint that the dense model is from, which the result keeps.
+        folder: where a CPU has room for weights; None: they stay in memory.
+
+    Raises:
+        UserError: if the masks are of another model.
+    """
+    anatomy = Anatomy(dense.eval())
+    if anatomy.shape != masks.layout.shape:
+        raise UserError(
+            "the dense model given is not the one that was trained: its dimensions differ; "
+            "load the run's own model again"
+        )
+    exact = torch.promote_types(dense.dtype, exact_dtype(stored_dtype, computed_dtype))
+
+    def begin(layer: int | None) -> None:
+        for parameter in (dense if layer is None else anatomy.layers[layer]).parameters():
+            parameter.data = parameter.data.to(exact)
+        if layer is not None:
+            merge_layer(anatomy, layer, learned, computed_dtype)
+
+    def hold(part: Tensors) -> Tensors:
+        part = rounded_as_stored(part, stored_dtype)  # judged is what will be written
+        return part if folder is None else mapped(part, folder)
+
+    masks = masks.to("cpu")
+    small, shape = assemble(anatomy, masks, begin=begin, hold=hold)
+    return Sliced(small, shape, masks)

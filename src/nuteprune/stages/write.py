@@ -1,0 +1,192 @@
+"""Write: the dense model writes its share of the text, which is kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+
+from nuteprune.data.openings import Openings, openings
+from nuteprune.data.tokens import bos_of, end_of, texts_of
+from nuteprune.data.writing import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
+from nuteprune.errors import UserError
+from nuteprune.files import writing
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.offload import home_of
+from nuteprune.processes import several_started
+from nuteprune.run_folder import SELF_WRITTEN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    length: int,
+    seed: int,
+    folder: Path,
+    progress: Progress = lambda done, total: None,
+) -> list[list[int]]:
+    """Let a model write text, drawn at temperature 1, and keep it in a file.
+
+    A text begins with a token that is drawn, each time another one, after what the tokenizer
+    begins a text with, or after end-of-text. It goes on to where the model ends it, for
+    `openings.TEXT_TOKENS` tokens at most. Where there is a chat template a quarter of the tokens
+    is chats: the model writes a user's question and the answer, of a block's length at most.
+
+    The file is written batch by batch. Called again with the same arguments, whole batches in it
+    are kept, and the rest is written as if there had been no break, to the byte.
+
+    Args:
+        model: the model, before anything is changed in it.
+        tokenizer: its tokenizer.
+        tokens: how many there are at least.
+        length: tokens per block of training; a chat fills one block at most.
+        seed: draws the first tokens and what is written.
+        folder: where the file is, by the name of `run_folder.SELF_WRITTEN`; made if need be.
+        progress: told how many tokens there are, and how many are asked for.
+
+    Returns:
+        Token ids of each text, ended by the token that ends a text, as `training_blocks` takes
+        them.
+
+    Raises:
+        UserError: the folder is no place to write to, or the length leaves no room for text.
+        RunFailed: writing the file failed on the way.
+    """
+    end = end_of(tokenizer)
+    opening, sizes = _how(model, tokenizer, tokens, length, seed)
+    key = _key(model, opening, sizes, seed)
+    path = folder / SELF_WRITTEN
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    # One process of a run writes, while the others wait to read what it wrote.
+    with FileLock(path.with_name(f".{path.name}.lock")) if several_started() else nullcontext():
+        found, kept = _read(path, key)
+        if path.is_file() and path.stat().st_size > kept:
+            _append(path, kept, b"")
+        while (have := _tokens(found)) < tokens:
+            batch, longest = next_batch(opening, sizes, [_tokens([x]) for x in found])
+            number = len(found)
+            draws = random.Random(f"{seed} {number}").getrandbits(63)
+            generator = torch.Generator().manual_seed(draws)
+            for written in write_batch(model, opening, batch, longest, generator):
+                progress(min(have + written, tokens), tokens)
+            ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
+            about = {"batch": number, "of": len(ended), "key": key}
+            lines = [_line(tokenizer, opening, ids) | about for ids in ended]
+            kept = _append(path, kept, "".join(json.dumps(x) + "\n" for x in lines).encode())
+            found.append(ended)
+        progress(tokens, tokens)
+    while _tokens(found[:-1]) >= tokens:  # of a call that asked for more
+        del found[-1]
+    return [ids for batch in found for ids in batch]
+
+
+def _how(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
+) -> tuple[Openings, BatchSizes]:
+    """Return how texts begin, and what batches they are written in; errors as `write`."""
+    most = room(tokenizer, length)
+    if tokens < 1:
+        raise UserError(f"{tokens} tokens to write: pass at least 1")
+    opening = openings(model, tokenizer, most=most, seed=seed)
+    return opening, BatchSizes.of(opening, tokens, most, fitting(model, length))
+
+
+def _tokens(found: list[list[list[int]]]) -> int:
+    return sum(len(ids) for batch in found for ids in batch)
+
+
+def seconds_to_write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int
+) -> float:
+    """Return about how long `write` takes, by timing the first positions of its batches.
+
+    Texts are taken to be as long as they may be.
+    """
+    end = len(end_of(tokenizer))
+    opening, sizes = _how(model, tokenizer, tokens, length, seed=0)
+    seconds, written = dict[int, float](), list[int]()
+    total = 0.0
+    while sum(written) < tokens:
+        batch, longest = next_batch(opening, sizes, written)
+        size = len(batch)
+        seconds[size] = seconds.get(size) or seconds_per_token(model, size)
+        total += seconds[size] * (len(opening.start) + longest - 1)
+        written.append(size * (longest + end))
+    return total
+
+
+def room(tokenizer: PreTrainedTokenizerBase, length: int) -> int:
+    """Return how many tokens of a block a text has at most, as `training_blocks` cuts them.
+
+    Raises:
+        UserError: if the length leaves no room for text.
+    """
+    most = length - len(bos_of(tokenizer)) - len(end_of(tokenizer))
+    if most < 2:
+        raise UserError(f"blocks of {length} tokens have no room for text: pass a greater length")
+    return most
+
+
+def _key(model: PreTrainedModel, opening: Openings, sizes: BatchSizes, seed: int) -> str:
+    """Return what tells a file of the same text from one that another run has left."""
+    anatomy = Anatomy(model)
+    # Of models that were tuned from one another the embedding may be the same.
+    own = [x for name, x in anatomy.layers[-1].named_parameters() if "lora_" not in name]
+    weights = [home_of(x).flatten()[:64].tolist() for x in (anatomy.embedding.weight, *own)]
+    facts = [weights, sorted(opening.ends), opening.known, opening.start, opening.firsts]
+    facts += [opening.asks, opening.answers, opening.chats, sizes, seed]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+
+
+def _line(tokenizer: PreTrainedTokenizerBase, opening: Openings, ids: list[int]) -> dict[str, Any]:
+    [text] = texts_of(tokenizer, [ids[:-1] if ids[-1] in opening.ends else ids])
+    return {"text": text, "ids": ids}
+
+
+def _read(path: Path, key: str) -> tuple[list[list[list[int]]], int]:
+    """Return the texts of whole batches, batch by batch, and how many bytes those are."""
+    found: list[list[list[int]]] = []
+    batch: list[list[int]] = []
+    kept = seen = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                row = json.loads(line)
+                if (row["key"], row["batch"]) != (key, len(found)) or not line.endswith(b"\n"):
+                    break
+                seen += len(line)
+                batch.append(row["ids"])
+                if len(batch) == row["of"]:
+                    found.append(batch)
+                    kept, batch = seen, []
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):  # a line that was being written, or is not ours
+        pass
+    return found, kept
+
+
+def _append(path: Path, kept: int, lines: bytes) -> int:
+    """Write lines behind the bytes that are kept, and return how many bytes there are then."""
+    with writing(path, "go on with --resume"), path.open("ab") as file:
+        file.truncate(kept)
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    return kept + len(lines)

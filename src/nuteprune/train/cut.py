@@ -1,0 +1,146 @@
+"""The stages before the first step, with a run's settings and text: each leaves its product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nuteprune.console import Progress
+from nuteprune.data.calibration import calibration_blocks
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.probe import Scores
+from nuteprune.model.lora import Weights
+from nuteprune.products import Products, digest
+from nuteprune.stages.choose import choose
+from nuteprune.stages.price import price
+from nuteprune.stages.refit import refit
+from nuteprune.stages.score import score
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prepare import Prepared
+from nuteprune.train.targets import Target
+
+
+class Cut:
+    """Decides what goes, and what the weights that stay become.
+
+    Args:
+        model: the dense model.
+        args: the run's settings.
+        text: the training text, whose ends are calibrated on.
+        products: what the stages leave.
+        progress: told of each stage.
+        folder_of: where products of a goal are; None: with the others.
+    """
+
+    def __init__(
+        self,
+        model: Prepared,
+        args: NutePruneConfig,
+        text: Any,
+        products: Products,
+        progress: Progress,
+        folder_of: Callable[[Target], Path | None] | None = None,
+    ) -> None:
+        self.model, self.args, self.products, self._progress = model, args, products, progress
+        self._folder_of = folder_of or (lambda _: products.folder)
+        count = max(args.scored_blocks, args.refit_blocks)
+        self._end_NT = calibration_blocks(text, count)
+        # The beginning of the text tells prices: the refit reads its end.
+        self._beginning_NT = calibration_blocks(text, args.priced_blocks, first=True)
+        read = {"end": self._end_NT, "beginning": self._beginning_NT}
+        products.depends("text", calibration=digest(read))
+        self._refit_NT = self._end_NT[: args.refit_blocks]
+        self._size = args.per_device_train_batch_size
+
+    @property
+    def tries_cuts(self) -> bool:
+        """Whether a cut is tried before it is made: in rounds of scoring, and for prices."""
+        return self.args.tried and self.model.can_try_cuts
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether scores follow what cuts cost at the target."""
+        return METHODS[self.args.method].priced and self.tries_cuts
+
+    def score(self) -> Scores:
+        """Return what each unit costs."""
+        args, model = self.args, self.model
+        blocks_NT = self._end_NT[: args.scored_blocks]
+        rounds = METHODS[args.method].reads and self.tries_cuts
+        target = model.goals[-1].sparsity
+
+        def make() -> Scores:
+            return score(
+                model,
+                blocks_NT,
+                method=args.method,
+                target=target,
+                refit_blocks=self._refit_NT if rounds else None,
+                batch_size=self._size,
+                seed=args.seed,
+                progress=self._progress,
+            )
+
+        return self.products.keep(
+            "score",
+            make,
+            method=args.method,
+            gates=model.kinds,
+            seed=args.seed,
+            target=target if rounds else None,
+        )
+
+    def price(self, scores: Scores) -> Scores:
+        """Return scores that follow what cuts cost at the last target."""
+        if not self.is_priced:
+            return scores
+        goal = self.model.goals[-1]
+
+        def make() -> Scores:
+            return price(
+                self.model,
+                scores,
+                goal.goal,
+                self._beginning_NT,
+                self._refit_NT,
+                batch_size=self._size,
+                progress=self._progress,
+            )
+
+        return self.products.keep("price", make, target=str(goal.asked), sparsity=goal.sparsity)
+
+    def choose(self, scores: Scores, goal: Target) -> Masks:
+        """Return which units stay at a target."""
+        model = self.model
+        values = self.products.keep(
+            "choose",
+            lambda: choose(model, scores, goal.goal).to("cpu").values,
+            folder=self._folder_of(goal),
+            target=str(goal.asked),
+            sparsity=goal.sparsity,
+            shapes=self.args.shapes,
+            neuron_multiple=self.args.neuron_multiple,
+            hidden_multiple=self.args.hidden_multiple,
+        )
+        return Masks(model.layout, values).to(model.device)
+
+    def refit(self, masks: Masks, goal: Target) -> Weights | None:
+        """Return the weights that stay; None where they are to stay as they are."""
+        if not self.args.compensation:
+            return None
+        return self.products.keep(
+            "refit",
+            lambda: refit(
+                self.model,
+                masks,
+                self._refit_NT,
+                batch_size=self._size,
+                rank=self.args.lora_rank,
+                progress=self._progress,
+            ),
+            folder=self._folder_of(goal),
+            batch_size=self._size,
+            rank=self.args.lora_rank,
+        )
