@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.jobs.folder import check_free
+from nuteprune.jobs.guard import check_free
 from nuteprune.jobs.job import VocabJob
 from nuteprune.jobs.settings import make_job
 

