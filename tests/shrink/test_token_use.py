@@ -30,7 +30,7 @@ def test_what_a_model_expects_is_its_mean_probability(
 
 
 def test_windows_are_of_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_use, "WINDOWS", 50)
+    monkeypatch.setattr(token_use, "POSITIONS", 200)
     windows = Windows(4)
     for number in range(1000):
         windows.add([number] * (number % 9))

@@ -96,7 +96,7 @@ def command(record: Mapping[str, Any], out: str) -> list[str]:
     if (keep := config.get("keep")) is not None:  # its vocabulary was cut
         named = [f"--data {shlex.quote(spec)}" for spec in config["data"]]
         start = f"nuteprune vocab {shlex.quote(model)}"
-        how = ("text_column", "length", "steps")
+        how = ("text_column", "length")
         named += [f"{OPTIONS[x]} {shlex.quote(str(config[x]))}" for x in how if x in config]
         return [start, *named, f"--keep {keep}", f"--out {shlex.quote(out)}"]
     parts = [f"nuteprune prune {shlex.quote(model)}"]

@@ -41,7 +41,6 @@ from nuteprune.shrink.token_ids import tokens_in, unknown_ids
 from nuteprune.shrink.token_use import POSITIONS, WINDOW, Windows, expected_use, use_of
 from nuteprune.shrink.vocabulary import Merges, choose
 from nuteprune.train.own_text import GUARD
-from nuteprune.train.respelling import STEPS, TEXTS, alternating, heal, spellings
 from nuteprune.train.settings import check_declared, setting
 
 MOST_CHARACTERS = 50_000_000
@@ -60,7 +59,6 @@ class VocabJob(Job):
 
     Args:
         data: text that tells which tokens stay.
-        steps: of training afterwards.
     """
 
     data: list[str] | str = setting(
@@ -71,13 +69,6 @@ class VocabJob(Job):
         "May be repeated.",
         option="--data",
         several=True,
-    )
-    steps: int = setting(
-        STEPS,
-        "Steps in which the model learns to read and write what is spelled in parts now (default "
-        "{default}); 0 leaves its weights as they are.",
-        bounds=(0, 1e6),
-        option="--steps",
     )
 
 
@@ -114,7 +105,7 @@ def vocab(
         return run(job, keep, Output(quiet=quiet))
 
 
-def run(job: VocabJob, keep: int, output: Output) -> dict[str, Any]:
+def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
     """Count, choose, cut and write; returns the record with the folder as `out`.
 
     Args:
@@ -142,15 +133,15 @@ def run(job: VocabJob, keep: int, output: Output) -> dict[str, Any]:
         merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
         _check_rows(job, merges, anatomy)
         _tell_unknown(anatomy, output)
-        text = _read(job, anatomy, tokenizer, output)
-        used = _used(anatomy, merges, text)
-        kept = choose(merges, used, keep, _needed(anatomy, tokenizer))
+        needed = _needed(anatomy, tokenizer)
+        choose(merges, (), keep, needed)  # refuses a number that cannot be, before text is written
+        positions = getattr(model.config, "max_position_embeddings", job.length)
+        length = min(job.length, positions)
+        text = _read(job, length, anatomy, tokenizer, output)
+        kept = choose(merges, _used(anatomy, merges, text), keep, needed)
         smaller = cut_tokenizer_of(tokenizer, merges, kept, model.config.model_type)
         check_spelling(tokenizer, smaller, PROBES)
-        with output.bars() as bars:
-            how = spellings(merges, smaller, len(used))
-            lessons = alternating(text.windows.texts, text.own, text.start, how, job.steps * TEXTS)
-            small = heal(model, cut_model(anatomy, kept), lessons, how, job.steps, bars.update)
+        small = cut_model(anatomy, kept)
         if job.overwrite:
             clear(job.out)
         record = write_pruned(
@@ -161,18 +152,17 @@ def run(job: VocabJob, keep: int, output: Output) -> dict[str, Any]:
             **_unpruned(anatomy, keep),
             **origin(job.model),
             vocab=_vocab(anatomy, kept, text.counted),
-            config=_asked(job, keep),
+            config=_asked(job, keep, length),
             seconds=round(time.monotonic() - started, 1),
         )
     _print(job, record, output)
     return {"out": str(job.out), **record}
 
 
-def _asked(job: VocabJob, keep: int) -> dict[str, Any]:
+def _asked(job: Job, keep: int, length: int) -> dict[str, Any]:
     """Return the settings that reproduce the run."""
-    learning = {"length": job.length, "steps": job.steps}
     column = {"text_column": job.text_column} if job.text_column is not None else {}
-    return {"model": job.model, "data": job.specs, "keep": keep, **column, **learning}
+    return {"model": job.model, "data": job.specs, "keep": keep, **column, "length": length}
 
 
 def _check_rows(job: Job, merges: Merges, anatomy: Anatomy) -> None:
@@ -196,7 +186,7 @@ def _tell_unknown(anatomy: Anatomy, output: Output) -> None:
     rows = anatomy.embedding.weight.shape[0]
     config, generation = anatomy.model.config, anatomy.model.generation_config
     for name, found in (("config.json", config), ("generation_config.json", generation)):
-        known = type(found)().to_dict().keys() | vars(found).get("attribute_map", {}).keys()
+        known = type(found)().to_dict().keys() | getattr(found, "attribute_map", {}).keys()
         for key in unknown_ids(found.to_dict(), known, rows):
             output.line(
                 f"Note    {key} in {name} is none of transformers' settings and stays as it is: "
@@ -204,8 +194,8 @@ def _tell_unknown(anatomy: Anatomy, output: Output) -> None:
             )
 
 
-class Text:
-    """What tokens are chosen by, and what the model learns from.
+class _Text:
+    """What tokens are chosen by.
 
     Args:
         start: token ids that each text is read after.
@@ -232,12 +222,11 @@ class Text:
 
 
 def _read(
-    job: VocabJob, anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, output: Output
-) -> Text:
-    """Read the text that is named, and let the model write its own."""
-    length = min(job.length, getattr(anatomy.model.config, "max_position_embeddings", job.length))
+    job: Job, length: int, anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, output: Output
+) -> _Text:
+    """Read the text that is named, and let the model write its own, of a length at most."""
     start = bos_of(tokenizer) or end_of(tokenizer)
-    text = Text(start, max(1, min(WINDOW, length - len(start))))
+    text = _Text(start, max(1, min(WINDOW, length - len(start))))
     with output.bars() as bars, tempfile.TemporaryDirectory() as scratch:
         for spec in [x for x in job.specs if x != SELF]:
             for name, documents in iter_documents(
@@ -262,7 +251,7 @@ def _read(
     return text
 
 
-def _used(anatomy: Anatomy, merges: Merges, text: Text) -> list[float]:
+def _used(anatomy: Anatomy, merges: Merges, text: _Text) -> list[float]:
     """Return how often each token will be used, by id."""
     expected_V, flat_V = expected_use(anatomy, text.windows.texts, text.start)
     _, own_V = expected_use(anatomy, text.own, text.start)

@@ -19,8 +19,6 @@ POSITIONS = 6000
 """Of each kind of text, where the model is asked what comes next."""
 WINDOW = 64
 """Tokens of a text that the model reads together, at most."""
-WINDOWS = 400
-"""Of all texts together."""
 _FOREIGN = 0.02
 """How much what the model knows counts of tokens with letters that the text does not have."""
 _FORMS = 0.25
@@ -46,8 +44,9 @@ class Windows:
         if not ids:
             return
         self._seen += 1
-        at = len(self.texts) if len(self.texts) < WINDOWS else self._draws.randrange(self._seen)
-        if at < WINDOWS:
+        most = POSITIONS // self.length
+        at = len(self.texts) if len(self.texts) < most else self._draws.randrange(self._seen)
+        if at < most:
             start = self._draws.randrange(max(1, len(ids) - self.length))
             self.texts[at : at + 1] = [list(ids[start : start + self.length])]
 
