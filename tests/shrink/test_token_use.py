@@ -48,7 +48,7 @@ def test_what_the_text_shows_and_what_the_model_knows_share_the_use() -> None:
     counted_V[shown] = 1
     use = torch.tensor(use_of(merges, counted_V, flat_V, flat_V, 0.0))
     assert set(use.topk(len(set(shown))).indices.tolist()) == set(shown)
-    use = torch.tensor(use_of(merges, counted_V, flat_V, flat_V, 1.0))
+    use = torch.tensor(use_of(merges, counted_V, counted_V, flat_V, 1.0))
     assert use.sum() == pytest.approx(1)
     names = {i: x for x, i in merges.ids.items() if x not in merges.added}
     known = set("".join(names[i] for i in shown))

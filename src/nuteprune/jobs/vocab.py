@@ -152,17 +152,18 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
             **_unpruned(anatomy, keep),
             **origin(job.model),
             vocab=_vocab(anatomy, kept, text.counted),
-            config=_asked(job, keep, length),
+            config=_asked(job, keep),
             seconds=round(time.monotonic() - started, 1),
         )
     _print(job, record, output)
     return {"out": str(job.out), **record}
 
 
-def _asked(job: Job, keep: int, length: int) -> dict[str, Any]:
+def _asked(job: Job, keep: int) -> dict[str, Any]:
     """Return the settings that reproduce the run."""
     column = {"text_column": job.text_column} if job.text_column is not None else {}
-    return {"model": job.model, "data": job.specs, "keep": keep, **column, "length": length}
+    length = {"length": job.length} if job.length != VocabJob.length else {}
+    return {"model": job.model, "data": job.specs, "keep": keep, **column, **length}
 
 
 def _check_rows(job: Job, merges: Merges, anatomy: Anatomy) -> None:
