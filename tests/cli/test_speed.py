@@ -12,12 +12,12 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from nuteprune.jobs.prune_trainer import trainer_config
 
 from nuteprune.console import Output
 from nuteprune.jobs import prune, speed, timing
 from nuteprune.jobs.demo import one_shot
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune_trainer import trainer_config
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge.bench import Timing
