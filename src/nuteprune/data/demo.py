@@ -271,7 +271,7 @@ def convert_gguf(gguf: Path, folder: Path, **how: Any) -> PreTrainedTokenizerBas
         model.generation_config._from_model_config = False
         vars(model).pop("hf_quantizer", None)  # its work is done, but save_pretrained refuses
         model.save_pretrained(folder)
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def _beside(target: Path) -> Path:

@@ -102,7 +102,8 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         if around(job.model) is not None:
             raise UserError(
                 f"{job.model} is a model of several modalities, whose processor has tokens of its "
-                "own: nuteprune prune --set text_only=true writes its language model, which can be cut"
+                "own: nuteprune prune --set text_only=true writes its language model, which can be "
+                "cut"
             )
         tokenizer = load_tokenizer(job.model, job.trust_remote_code)
         merges_of(tokenizer)  # refuses what cannot be cut, before weights are read

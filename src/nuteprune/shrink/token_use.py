@@ -109,7 +109,7 @@ def use_of(
     alike_V = _shares((order_V * _of_all_forms(merges, shown_V)).sqrt() * familiar_V)
     known_V = (1 - _FORMS) * thought_V + _FORMS * alike_V
     use_V = (1 - guard) * shown_V + guard * known_V
-    return use_V.double().tolist()  # type: ignore[no-any-return]
+    return use_V.double().tolist()
 
 
 def _of_all_forms(merges: Merges, shown_V: Tensor) -> Tensor:

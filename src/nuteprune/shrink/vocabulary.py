@@ -107,7 +107,8 @@ class Merges:
         return {i: self._parts(x) for x, i in self.all_ids.items() if x not in whole}
 
     def _parts(self, token: str) -> tuple[int, ...]:
-        spelled, last = list(token), ()
+        spelled = list(token)
+        last: tuple[str, ...] = ()
         while len(spelled) > 1:
             pairs = pairwise(spelled)
             rank, at = min((self.ranks.get(x, len(self.ranks)), i) for i, x in enumerate(pairs))
