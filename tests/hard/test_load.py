@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nuteprune import NutePruneConfig, NutePruneTrainer, load_pruned
+from nuteprune import NutePruneConfig, load_pruned
 from nuteprune.data.blocks import BlockDataset
+from nuteprune.progressive.trainer import ProgressiveTrainer
 
 from .conftest import Server
 
@@ -65,7 +66,7 @@ def test_3000_steps_hold_memory_and_open_files_flat(tiny_model, tmp_path: Path) 
         disable_tqdm=True,
     )
     watch = Watch()
-    trainer = NutePruneTrainer(
+    trainer = ProgressiveTrainer(
         tiny_model("llama", num_hidden_layers=2), args, dataset, callbacks=[watch]
     )
     trainer.train()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nuteprune.gates.gate_types import GATE_TYPES
 
 import nuteprune
 from nuteprune.cli.bench import bench
@@ -18,7 +19,6 @@ from nuteprune.data.specs import DEMO
 from nuteprune.distill.objective import OBJECTIVES
 from nuteprune.errors import UserError
 from nuteprune.export.gguf import FILE_TYPES
-from nuteprune.gates.gate_types import GATE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.engines import ENGINES
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
+from nuteprune.train.own_text import tokens_to_write
 from torch import nn
 from torch.backends import mkldnn
 from torch.profiler import ProfilerActivity, profile
@@ -27,12 +29,10 @@ from nuteprune.jobs.planned import in_bits
 from nuteprune.jobs.settings import make_job
 from nuteprune.model.wrappers import WRAPPERS
 from nuteprune.simulated import Live
-from nuteprune.train.calibration import PLAIN_BATCH, frozen_parameters
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.disk import disk
 from nuteprune.train.extrapolate import ONE_BY_ONE, SHORT, Need, extended, in_batches
 from nuteprune.train.kernels import KERNEL, KERNELS, on_cpu
-from nuteprune.train.own_text import tokens_to_write
 from nuteprune.train.phases import FIXED, PRICING, WITH_TEACHERS, Phase, Run
 from nuteprune.train.simulate import Simulation, model_of
 from tests.unplanned import leave_unplanned

@@ -11,6 +11,7 @@ from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.data.blocks import BlockDataset
+from nuteprune.progressive.trainer import ProgressiveTrainer
 from nuteprune.train.asked import KINDS
 
 LENGTH = 16
@@ -22,9 +23,10 @@ def make(
     callbacks: list[Any] | None = None,
     eval_dataset: Any = None,
     stored_dtype: torch.dtype | None = None,
+    given: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """Return a trainer for a tiny model; settings are those of its config."""
+    """Return a trainer for a tiny model; settings, those of its config, say of which kind."""
     random = torch.Generator().manual_seed(0)
     blocks = BlockDataset(torch.randint(3, 90, (64, LENGTH), generator=random))
     defaults: dict[str, Any] = {
@@ -41,16 +43,26 @@ def make(
     if any(name in settings for name in ("shape", *(x.setting for x in KINDS.values()))):
         del defaults["target_sparsity"]
     args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
-    trainer = NutePruneTrainer(
+    kind = ProgressiveTrainer if args.is_progressive else NutePruneTrainer
+    trainer = kind(
         model,
         args,
         blocks,
         callbacks=callbacks or [],
         eval_dataset=eval_dataset,
         stored_dtype=stored_dtype,
+        **(given or {}),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def trial_step(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Go through a micro-batch of a trainer that has masks; leaves its gradients."""
+    with trainer.student(inputs):
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+    return loss.detach()
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
