@@ -136,8 +136,8 @@ class NutePruneConfig(PruneSettings, RunArguments):
 
     @property
     def staged(self) -> bool:
-        """Whether targets, or a ramp, have shares of the steps."""
-        return len(self.asked) > 1 or any(self.shares)
+        """Whether a ramp has a share of the steps."""
+        return any(self.shares)
 
     @property
     def scored_blocks(self) -> int:
