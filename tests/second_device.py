@@ -29,7 +29,7 @@ from transformers import TrainingArguments
 from nuteprune import products
 from nuteprune.mapped import mapped
 from nuteprune.model import offload
-from nuteprune.simulated import Live
+from nuteprune.plan.live import Live
 from nuteprune.stages import price
 from nuteprune.stages import slice as cutting
 

@@ -140,7 +140,7 @@ PLAIN: dict[str, Any] = {"method": "fisher", "quiet": True}
 """Scores that depend on no target, up to 30 %, as those of the default and its prices do."""
 
 
-@pytest.mark.parametrize("settings", [{}, {"ramp_share": 0.5}], ids=["fixed", "ramp"])
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}], ids=["fixed", "ramp"])
 def test_each_goal_has_the_model_of_a_run_of_its_own(
     settings: dict[str, Any],
     inputs: tuple[Path, Path],

@@ -122,7 +122,7 @@ def test_the_card_has_answers_and_context_with_how_they_are_judged() -> None:
         ({"teachers": {"count": 0}}, "structured pruning with distillation from the dense model"),
         ({"teachers": {"count": 7}}, "structured pruning with distillation from numerous teachers"),
         ({"config": {"max_steps": 0}}, "structured pruning\n"),
-        ({"config": {"teachers": "none"}}, "structured pruning\n"),
+        ({"config": {"teacher": "none"}}, "structured pruning\n"),
         ({"vocab": {"after": 9}, "config": {"keep": 9}}, "a vocabulary of 9 tokens\n"),
         (
             {"history": [a_record(teachers={"count": 7})], "config": {"max_steps": 0}},

@@ -30,8 +30,8 @@ SETTINGS = {
 OPTIONS = ["--length", "16", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"]
 RUNS: dict[str, dict[str, Any]] = {
     "two targets": {},
-    "a ramp": {"ramp_share": 0.5},
-    "stochastic gates": {"gate_type": "hard_concrete"},
+    "a ramp": {"progressive": True},
+    "stochastic gates": {"progressive": True, "gate_type": "hard_concrete"},
 }
 OF_STAGES = {"scoring", "pricing", "choosing", "refitting", "keeping a product", "cutting a copy"}
 PHASES_OF = {

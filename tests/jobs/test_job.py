@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nuteprune.gates.gate_types import GATE_TYPES
 
 import nuteprune
 from nuteprune.cli.bench import bench
@@ -22,9 +21,10 @@ from nuteprune.export.gguf import FILE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.engines import ENGINES
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
-from nuteprune.jobs.prune import recorded
+from nuteprune.jobs.prune_run import recorded
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.text import mixture
+from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prune_settings import PruneSettings
@@ -103,7 +103,7 @@ offload steps batch-size gradient-checkpointing report-to out data eval-data tex
 device dtype resume overwrite trust-remote-code shares family bits dry-run
 """
 WITHOUT_OPTION = """
-gate_type ramp_share freeze_share teachers objective lora_targets neuron_multiple hidden_multiple
+gate_type ramp_share freeze_share teacher objective lora_targets neuron_multiple hidden_multiple
 calibration_blocks lora_rank compensation sharded gradient_accumulation_steps learning_rate seed
 eval_blocks text_only
 """

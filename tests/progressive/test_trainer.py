@@ -90,6 +90,47 @@ def test_a_teacher_is_gone_before_the_backward_pass(
     trial_step(trainer, {"input_ids": ids})
 
 
+def test_the_published_loss_by_hand(tiny_model, tmp_path: Path) -> None:
+    """0.9 x sum over layers of MSE + 0.1 x T^2 KL(teacher || student), T = 2/3, of a first step.
+
+    As in the authors' code: `hidden_states` ends after the final norm, and the KL divergence is
+    `F.kl_div` of logits (B, T, V) by `batchmean`, so the sum over tokens.
+    """
+    trainer = make(
+        tiny_model("llama"),
+        tmp_path,
+        method="fisher",
+        compensation=False,
+        objective="paper",
+        max_steps=1,
+    )
+    batches = []
+    compute = trainer.compute_loss
+
+    def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        batches.append(inputs["input_ids"].clone())
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watched
+    trainer.train()
+    masks = trainer.final_masks().values
+    teacher, student = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        for i, layer in enumerate(student.model.layers):
+            columns = masks["kv_groups"].view(3, 2)[i].repeat_interleave(16)
+            layer.self_attn.o_proj.weight *= columns
+            layer.mlp.down_proj.weight *= masks["neurons"].view(3, 48)[i]
+        theirs, ours = (x(batches[0], output_hidden_states=True) for x in (teacher, student))
+    pairs = zip(theirs.hidden_states[1:], ours.hidden_states[1:], strict=True)
+    mse = sum(float(((a - b) ** 2).mean()) for a, b in pairs)
+    p, q = (torch.softmax(x.logits / (2 / 3), -1) for x in (theirs, ours))
+    kl = float(torch.nn.functional.kl_div(q.log(), p, reduction="batchmean"))
+    line = metrics(tmp_path)[0]
+    assert line["layer"] == pytest.approx(0.9 * mse, rel=1e-4)
+    assert line["token_kl"] == pytest.approx(0.1 * (2 / 3) ** 2 * kl, rel=1e-4)
+    assert line["loss"] == pytest.approx(line["layer"] + line["token_kl"], rel=1e-4)
+
+
 def test_masks_that_freeze_last_are_at_the_target(tiny_model, tmp_path: Path) -> None:
     settings = {"gate_type": "hard_concrete", "ramp_share": 0.6, "freeze_share": 1.0}
     trainer = make(tiny_model("llama"), tmp_path / "run", max_steps=3, **settings)
@@ -135,7 +176,7 @@ def test_weight_decay_spares_gates(tiny_model, tmp_path: Path) -> None:
 
 
 def test_multipliers_want_an_optimizer_that_ascends(tiny_model, tmp_path: Path) -> None:
-    trainer = make(tiny_model("llama"), tmp_path, gate_type="hard_concrete", ramp_share=0.5)
+    trainer = make(tiny_model("llama"), tmp_path, gate_type="hard_concrete")
     trainer.optimizer_cls_and_kwargs = (Adafactor, {"lr": 1e-3, "relative_step": False})
     with pytest.raises(UserError, match="multipliers ascend, which Adafactor cannot do"):
         trainer.create_optimizer()

@@ -14,10 +14,12 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.products import Products
+from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.stages.prunable import Prunable
 from nuteprune.train.cut import Cut
 from nuteprune.train.prepare import prepare
 from nuteprune.train.setup import make_allocator
+from tests.train.conftest import PROGRESSIVE
 
 TEXT = torch.randint(3, 96, (40, 16), generator=torch.Generator().manual_seed(0))
 KINDS = ("kv_groups", "neurons")
@@ -25,7 +27,8 @@ KINDS = ("kv_groups", "neurons")
 
 def settings(folder: Path, **more: Any) -> NutePruneConfig:
     common = {"use_cpu": True, "calibration_blocks": 4, "neuron_multiple": 4, "max_steps": 2}
-    return NutePruneConfig(output_dir=str(folder), **{**common, **more})
+    kind = ProgressiveConfig if more.keys() & PROGRESSIVE else NutePruneConfig
+    return kind(output_dir=str(folder), **{**common, **more})
 
 
 def plain(model: Any, folder: Path) -> Prunable:

@@ -11,10 +11,17 @@ from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.data.blocks import BlockDataset
+from nuteprune.progressive.config import ProgressiveConfig
+from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.progressive.trainer import ProgressiveTrainer
 from nuteprune.train.asked import KINDS
+from nuteprune.train.prune_settings import PruneSettings
+from nuteprune.train.settings import declared
 
 LENGTH = 16
+PROGRESSIVE = declared(ProgressiveSettings).keys() - declared(PruneSettings).keys()
+"""Settings that masks move by."""
+PROGRESSIVE_KINDS: Any = (ProgressiveConfig, ProgressiveTrainer)
 
 
 def make(
@@ -42,9 +49,10 @@ def make(
     }
     if any(name in settings for name in ("shape", *(x.setting for x in KINDS.values()))):
         del defaults["target_sparsity"]
-    args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
-    kind = ProgressiveTrainer if args.is_progressive else NutePruneTrainer
-    trainer = kind(
+    moves = settings.get("teacher") == "snapshots" or settings.keys() & PROGRESSIVE
+    config, kind = PROGRESSIVE_KINDS if moves else (NutePruneConfig, NutePruneTrainer)
+    args = config(output_dir=str(out), **{**defaults, **settings})
+    trainer: Any = kind(
         model,
         args,
         blocks,

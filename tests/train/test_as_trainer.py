@@ -19,6 +19,7 @@ from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset, collated
 from nuteprune.data.calibration import calibration_blocks
 from nuteprune.products import read_tensors
+from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.train import checkpoints
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.run_settings import chosen_settings
@@ -305,7 +306,7 @@ class Padded(Dataset[Any]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{"teachers": "dense"}, {"teachers": "none"}, {"objective": "paper"}], ids=str
+    "settings", [{"teacher": "dense"}, {"teacher": "none"}, {"objective": "paper"}], ids=str
 )
 def test_padding_counts_alike_however_a_step_is_parted(
     settings: dict[str, Any], tiny_model, tmp_path: Path
@@ -420,9 +421,11 @@ def test_a_stop_of_another_process_is_not_the_first_of_two_signals(
 
 
 def test_the_record_has_what_was_set_and_leaves_other_accelerators_alone(tmp_path: Path) -> None:
-    own = {"learning_rate": 1e-3, "gate_type": "hard_concrete", "seed": 7}
-    for given in ({}, own, own | {"ramp_share": 0.25}, {"lr_scheduler_type": "cosine"}):
-        args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+    own: dict[str, Any] = {"learning_rate": 1e-3, "seed": 7}
+    moving: dict[str, Any] = {"progressive": True, "gate_type": "hard_concrete", **own}
+    for given in ({}, own, moving, moving | {"ramp_share": 0.25}, {"lr_scheduler_type": "cosine"}):
+        kind = ProgressiveConfig if "progressive" in given else NutePruneConfig
+        args = kind(output_dir=str(tmp_path), use_cpu=True, **given)
         other = Accelerator(cpu=True)
         assert chosen_settings(args) == given
         assert other.distributed_type == "NO"

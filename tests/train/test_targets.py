@@ -142,7 +142,6 @@ def test_uniform_shapes_of_no_stock_class_are_refused(tiny_model, tmp_path: Path
         ({"shape": {"hidden": 16}, "gates": "neurons"}, "it needs hidden"),
         ({"shape": {"layers": [{"neurons": 8}, {}, {}]}, "shapes": "uniform"}, "uniform"),
         ({"target_sparsity": "0.4,0.3"}, "must grow"),
-        ({"target_sparsity": [0.1, 0.2, 0.3], "max_steps": 2}, "at least 3 steps"),
         ({"target_sparsity": "a"}, "neither a share nor several"),
         ({"target_sparsity": []}, "neither a share nor several"),
         ({"target_params": []}, "write a number above"),

@@ -168,7 +168,7 @@ def _taught(record: Mapping[str, Any]) -> str:
 
 def _teacher(run: Mapping[str, Any]) -> str:
     config = run.get("config", {})
-    if config.get("teachers") == "none" or config.get("max_steps") == 0:
+    if config.get("teacher") == "none" or config.get("max_steps") == 0:
         return ""
     return "numerous teachers" if run.get("teachers", {}).get("count") else "the dense model"
 

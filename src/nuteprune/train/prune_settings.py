@@ -12,48 +12,15 @@ from math import lcm
 from typing import Any
 
 from nuteprune.errors import UserError
+from nuteprune.gates.method_names import METHOD, METHOD_NAMES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import SUPER_BLOCK
 from nuteprune.train.asked import DECODE, KINDS, MOMENT, Asked, all_asked, check_one, sparsities
 from nuteprune.train.settings import CALL, HOW, check_declared, setting
 
-METHOD = "surgeon"
-"""The ranking by default: docs/quality.md says why."""
-METHODS = (
-    *("random", "magnitude", "wanda", "flap", "taylor", "fisher", METHOD),
-    *("reconstruction", "reap", "frequency", "similarity"),
-)
-"""The rankings: the keys of `gates.importance.METHODS`."""
-
 
 @dataclass
-class PaperSettings:
-    """Settings of the paper's own dynamics: all that only a run with a ramp, or its gates, has."""
-
-    gate_type: str = setting(
-        "ranked", "ranked, or hard_concrete (the paper's).", choices=("ranked", "hard_concrete")
-    )
-    ramp_share: float | None = setting(
-        None, "Share of the steps by which the target is reached.", bounds=(0, 1)
-    )
-    freeze_share: float | None = setting(
-        None, "Share of the steps by which masks are frozen.", bounds=(0, 1)
-    )
-    teachers: str = setting(
-        "numerous",
-        "numerous (snapshots on the way), dense, or none (the text itself is learned).",
-        choices=("numerous", "dense", "none"),
-    )
-    objective: str = setting(
-        "relative",
-        "relative, or paper (its weights and layer terms).",
-        choices=("relative", "paper"),
-    )
-    lora_targets: str = setting("all", "all, or qv (the paper's).", choices=("all", "qv"))
-
-
-@dataclass
-class PruneSettings(PaperSettings):
+class PruneSettings:
     """Settings of a run that prunes; see `train.config.NutePruneConfig`."""
 
     target_sparsity: float | str | list[float] = setting(
@@ -132,11 +99,19 @@ class PruneSettings(PaperSettings):
 
     method: str = setting(
         METHOD,
-        f"How units are ranked (default {METHOD}): {', '.join(METHODS)}.",
-        choices=METHODS,
+        f"How units are ranked (default {METHOD}): {', '.join(METHOD_NAMES)}.",
+        choices=METHOD_NAMES,
         option="--method",
     )
     calibration_blocks: int = setting(32, "Blocks of text for the scores.", bounds=(1, 1e6))
+    teacher: str = setting(
+        "dense", "dense, or none (the text itself is learned).", choices=("dense", "none")
+    )
+    progressive: bool = setting(
+        False,
+        "Masks move while the student learns, as in the paper: see recipes/paper.yaml and "
+        "nuteprune.progressive.",
+    )
     lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
     compensation: bool = setting(True, "Re-fit projections in closed form when masks freeze.")
     sharded: bool = setting(False, "Share the dense model's weights out over processes.")
@@ -209,7 +184,7 @@ class PruneSettings(PaperSettings):
             setattr(self, kind.setting, told[0] if len(told) == 1 else told)
 
     def _check_targets(self) -> None:
-        """Refuse targets that are no shares, do not grow, or are more than there are steps."""
+        """Refuse targets that are no shares, or do not grow."""
         for target in self.targets:
             if not 0 < target < 1:
                 raise UserError(
@@ -219,12 +194,6 @@ class PruneSettings(PaperSettings):
         if any(a >= b for a, b in pairwise(self.targets)):
             told = ", ".join(f"{t:g}" for t in self.targets)
             raise UserError(f"targets are {told}; they must grow")
-        count = len(self.asked)
-        if 0 < self.max_steps < count:
-            raise UserError(
-                f"{count} targets need at least {count} steps, one for each, or 0 to "
-                f"prune without training; max_steps is {self.max_steps}"
-            )
 
     @property
     def targets(self) -> tuple[float, ...]:

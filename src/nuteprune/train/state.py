@@ -43,15 +43,15 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
+        from safetensors.torch import (
+            save_file,  # loads torch, which a look for checkpoints need not
+        )
+
         tensors = {
             f"{group}/{name}": value.detach().cpu().contiguous()
             for group, values in self.tensors.items()
             for name, value in values.items()
         }
-        from safetensors.torch import (
-            save_file,  # loads torch: whoever looks for checkpoints need not
-        )
-
         # One entry: safetensors writes several in an order that changes from run to run.
         notes = {"notes": json.dumps(self.notes)}
         with atomic(folder / STATE) as partial:
