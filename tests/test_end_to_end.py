@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from nuteprune.distill.teachers import Role
 
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
-from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.coforward import CoForward, Role
 from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
@@ -26,6 +25,7 @@ from nuteprune.judge import copying
 from nuteprune.judge.beside import judge_beside
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
 from nuteprune.stages import judge as judging
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
@@ -130,7 +130,7 @@ def test_exactness_on_the_real_model(tmp_path: Path) -> None:
             assert torch.equal(model(tokens, use_cache=False).logits, stock)  # rule 1
         with hooks.using(masks):
             masked = model(tokens, use_cache=False).logits
-        coforward, weight = CoForward(anatomy, hooks), torch.ones(1, 24)
+        coforward, weight = CoForward(anatomy, hooks, LoraBank(anatomy)), torch.ones(1, 24)
         with (
             coforward.student(masks),
             coforward.roles(None, weight),

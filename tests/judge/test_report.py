@@ -14,17 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
-from nuteprune.files import write_sums
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
 from nuteprune.judge.headline import text_kind, verdict
 from nuteprune.judge.report import kept_rows
 from nuteprune.judge.run_files import read_run, teacher_sparsities
-from nuteprune.train.state import RunState
 from tests.export.test_card import BESIDE
 
 pytestmark = pytest.mark.slow
@@ -526,25 +525,26 @@ def test_teachers_come_from_the_record_else_from_the_steps(tmp_path: Path) -> No
     assert "teacher" not in page_of(untaught).text.lower().replace("numerous teachers", "")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("frozen", [True, False])
-def test_gates_come_from_the_last_trainer_checkpoint(frozen: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("priced", [True, False])
+def test_gates_come_from_what_the_stages_left(priced: bool, tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out", a_record(), some_steps())
-    checkpoint = folder / "run/checkpoint-6"
-    checkpoint.mkdir()
-    gates = {"scores_neurons": torch.rand(40), "scores_kv_groups": torch.tensor([0.5, 0.0, 0.5])}
+    scores = {"neurons": torch.rand(40), "kv_groups": torch.tensor([0.5, 0.0, 0.5])}
     masks = {"neurons": (torch.arange(40) < 30).float(), "kv_groups": torch.ones(3)}
-    RunState({}, gates, masks if frozen else {}).save(checkpoint)
-    write_sums(checkpoint)
+    left = {"score": scores, "choose": masks, "price": {k: 3 * x for k, x in scores.items()}}
+    for stage, tensors in left.items():
+        if priced or stage != "price":
+            save_file(tensors, folder / "run" / f"{stage}.safetensors")
+    found = read_run(folder).gates["neurons"]
+    assert found.scores == pytest.approx((1 + 2 * priced) * scores["neurons"].double().numpy())
     page = page_of(folder)
     assert "gates" in page.sections
     labels = " ".join(a.get("aria-label", "") for _, a in page.elements)
-    assert ("40 neurons: 30 kept, 10 not." in labels) == frozen
+    assert "40 neurons: 30 kept, 10 not." in labels
     assert "loss if removed" in page.text
     assert {"gates_neurons.png", "gates_kv_groups.png"} <= {
         path.name for path in (folder / "run/plots").iterdir()
     }
-    (checkpoint / "nuteprune_state.safetensors").write_bytes(b"cut off")
+    (folder / "run" / "choose.safetensors").write_bytes(b"cut off")
     assert "gates" not in page_of(folder).sections
 
 

@@ -21,11 +21,12 @@ from nuteprune.data.self_written import write_text
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nuteprune.data import self_written, writing
+from nuteprune.data import writing
 from nuteprune.data.openings import Openings, openings
 from nuteprune.data.writing import draw
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN
+from nuteprune.stages import write as stage
 from tests.forked import Forked
 
 pytestmark = pytest.mark.slow
@@ -65,7 +66,7 @@ def model(tiny_model) -> PreTrainedModel:
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, **changes: Any) -> list[list[int]]:
     options: dict[str, Any] = {"tokens": 300, "length": LENGTH, "seed": 3, "folder": folder}
-    return write_text(model, tokenizer, **options | changes)
+    return stage.write(model, tokenizer, **options | changes)
 
 
 def expected(
@@ -201,7 +202,7 @@ def test_the_time_that_it_takes_is_that_of_whole_texts(
     monkeypatch.setattr(writing, "_step", slow)
     monkeypatch.setattr(writing, "BATCH", batch)
     monkeypatch.setattr(writing.time, "monotonic", lambda: clock[0])
-    told = self_written.seconds_to_write(model, tokenizer, tokens=tokens, length=LENGTH)
+    told = stage.seconds_to_write(model, tokenizer, tokens=tokens, length=LENGTH)
     monkeypatch.setattr(
         writing, "draw", lambda logits, _: logits.new_full([len(logits)], 65).long()
     )
@@ -342,7 +343,7 @@ class TestFile:
     ) -> None:
         texts = write(model, tokenizer, tmp_path)
         whole = (tmp_path / SELF_WRITTEN).read_bytes()
-        monkeypatch.setattr(self_written, "write_batch", None)
+        monkeypatch.setattr(stage, "write_batch", None)
         assert write(model, tokenizer, tmp_path) == texts
         fewer = write(model, tokenizer, tmp_path, tokens=100)
         assert fewer == texts[: len(fewer)]
@@ -449,14 +450,15 @@ def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> No
         "import sys, json\n"
         "from pathlib import Path\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from nuteprune.data import self_written, writing\n"
+        "from nuteprune.data import writing\n"
+        "from nuteprune.stages.write import write\n"
         "writing.BATCH = 4\n"
         "folder = Path(sys.argv[1])\n"
         "model = AutoModelForCausalLM.from_pretrained(folder / 'model')\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder / 'model')\n"
         "def told(done, total):\n"
         "    print(done, flush=True)\n"
-        "print(json.dumps(self_written.write_text(model, tokenizer, tokens=1500, length=24, seed=3,"
+        "print(json.dumps(write(model, tokenizer, tokens=1500, length=24, seed=3,"
         " folder=folder / sys.argv[2], progress=told)))\n"
     )
 
