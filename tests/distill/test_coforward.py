@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from nuteprune.distill.teachers import DENSE, Role
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn

@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nuteprune.data.self_written import write_text
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
