@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nuteprune import prune
 from nuteprune.cli.app import quiet_libraries
 from nuteprune.errors import RunFailed
-from nuteprune.export.gguf import write_gguf
+from nuteprune.export.gguf.write import write_gguf
 from nuteprune.files import to_json
 from nuteprune.jobs.sources import load_model, load_tokenizer
 from nuteprune.judge.llama_cpp import require_binding

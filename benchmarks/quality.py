@@ -48,10 +48,10 @@ from nuteprune.train.config import METHOD, NutePruneConfig
 OURS = "nuteprune"
 BLOCKS = "attn_block,mlp_block"
 ABLATION: dict[str, dict[str, Any]] = {
-    "no distillation": {"teachers": "none"},
-    "half ramp, numerous teachers": {"ramp_share": 0.5},
-    "half ramp, dense teacher": {"ramp_share": 0.5, "teachers": "dense"},
-    "hard-concrete gates": {"gate_type": "hard_concrete"},
+    "no distillation": {"teacher": "none"},
+    "half ramp, numerous teachers": {"ramp_share": 0.5, "teacher": "snapshots"},
+    "half ramp, dense teacher": {"ramp_share": 0.5},
+    "hard-concrete gates": {"gate_type": "hard_concrete", "teacher": "snapshots"},
     "rank 128": {"lora_rank": 128},
     "no re-fit": {"compensation": False},
     "uniform shapes": {"shapes": "uniform"},

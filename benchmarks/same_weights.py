@@ -42,6 +42,7 @@ def tiny(model_type: str) -> PreTrainedModel:
         settings |= {"num_key_value_heads": 2, "head_dim": 8}
     if model_type == "opt":
         settings |= {"word_embed_proj_dim": 32, "dropout": 0.0}
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings)).eval()
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -69,7 +69,7 @@ def parser_of() -> argparse.ArgumentParser:
     add("--data", action="append", help="text, as `nuteprune prune --data` takes it")
     add("--other-text", type=Path, metavar="FOLDER", help="jsonl files to judge by, a domain each")
     add("--speedups", default="1.3,1.6", help="of decoding, comma separated")
-    add("--at", default="1x256+32", help="what is timed, as --speed-at says it")
+    add("--at", default="1x256+32", help="what is timed, as --speedup says it after @")
     add("--passes", type=int, default=speed.PASSES, help="counted passes of each pair")
     add("--length", type=int, default=256, help="tokens of a block")
     add("--eval-blocks", type=int, default=EVAL_BLOCKS, help="blocks of each text")

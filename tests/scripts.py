@@ -1,4 +1,4 @@
-"""The scripts under benchmarks/ as modules: no package, they import one another by name."""
+"""Scripts under benchmarks/ and docs/ as modules: no package, they import one another by name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
 
 
-def script(name: str) -> Any:
-    """Return a script of benchmarks/ as a module."""
-    if str(FOLDER) not in sys.path:
-        sys.path.insert(0, str(FOLDER))
+def script(name: str, folder: str = "benchmarks") -> Any:
+    """Return a script of a folder as a module."""
+    if str(ROOT / folder) not in sys.path:
+        sys.path.insert(0, str(ROOT / folder))
     return importlib.import_module(name)

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from nuteprune.console import Bars, Output
+from nuteprune.console import Bars, Output, megabytes, millions
 
 
 class Clock:
@@ -109,3 +109,18 @@ def test_a_bar_on_a_terminal_keeps_brackets() -> None:
         bars.update("a[old]", 1, 1, "[/b]")
     assert "a[old]" in text.getvalue()
     assert "[/b]" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "size"),
+    [
+        (999, "999", "999 B"),
+        (56_224, "56.2k", "56.2 kB"),
+        (186_612, "186.6k", "186.6 kB"),
+        (1_234_567, "1.23M", "1.23 MB"),
+        (134_515_008, "134.5M", "134.5 MB"),
+        (1_234_567_890, "1.23B", "1.23 GB"),
+    ],
+)
+def test_sizes_have_three_digits_whatever_their_scale(value: int, count: str, size: str) -> None:
+    assert (millions(value), megabytes(value)) == (count, size)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nuteprune.cli import demo as demo_command
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.distill.coforward import CoForward
@@ -20,8 +20,11 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates import cutting
 from nuteprune.gates.masks import Masks
+from nuteprune.jobs.folder import DEMOS
+from nuteprune.stages import judge as judging
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge import copying
+from nuteprune.judge.beside import judge_beside
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
@@ -73,14 +76,18 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     monkeypatch.setattr(cutting, "SEQUENCES", 1)
     monkeypatch.setattr(cutting, "LENGTH", 16)
     monkeypatch.setattr(copying, "SEQUENCES", 2)
+    monkeypatch.setattr(judging, "judge_beside", partial(judge_beside, tokens=2, blocks=3))
     with pytest.raises(SystemExit) as stopped:
         main()
     out, err = capsys.readouterr()
     assert not stopped.value.code, err
     record = json_line(out)
-    folder = tmp_path / demo_command.FOLDER
-    assert record["out"] == str(demo_command.FOLDER)
+    folder = tmp_path / DEMOS
+    assert record["out"] == str(DEMOS)
     assert 0.2 <= record["sparsity"] <= 0.201
+    assert record["answers"]["protocol"]["prompts"].startswith("questions written by the dense")
+    assert 0 < record["answers"]["kl"] < 10
+    assert "The worst answer" in err
 
     dense = recount(assets.model_folder())["total"]
     counted = recount(folder)

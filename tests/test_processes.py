@@ -192,7 +192,7 @@ def mixtures(model: PreTrainedModel) -> list[Mixture]:
 @pytest.mark.parametrize(
     "how",
     [
-        {"gate_type": "hard_concrete", "teachers": "numerous"},
+        {"gate_type": "hard_concrete", "teacher": "snapshots"},
         {"sharded": True, "ramp_share": 0.5, "shares": 1, "compensation": False},
     ],
     ids=["learned masks", "sharded"],

@@ -44,7 +44,7 @@ def module_tree() -> str:
     for folder in (SOURCE, *(SOURCE / room for room in rooms())):
         if folder != SOURCE:
             lines.append(f"\n{folder.name}/: {first_line(folder / '__init__.py')}\n")
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.glob("*.py") if folder == SOURCE else folder.rglob("*.py")):
             if path.name != "__init__.py":
                 name = str(path.relative_to(SOURCE))
                 lines.append(f"{name:26} {first_line(path).replace('`', '')}\n")

@@ -162,14 +162,28 @@ class _Pace:
         return (now - self.started) * (total - done) / (done - self.done)
 
 
+def scaled(value: float, billions: str) -> tuple[str, str]:
+    """Return a number in at least three digits, and the letter of its scale.
+
+    Args:
+        value: a count, or bytes.
+        billions: the letter of 10^9: `B` of a count, `G` of bytes.
+    """
+    for scale, letter in ((1e9, billions), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            digits = 2 if letter == billions or value < 10 * scale else 1
+            return f"{value / scale:.{digits}f}", letter
+    return f"{value:.0f}", ""
+
+
 def millions(count: float) -> str:
     """Return a parameter count for people, such as 134.5M."""
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    return "".join(scaled(count, "B"))
 
 
 def megabytes(size: float) -> str:
-    """Return a size for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    """Return a size for people, such as 134.5 MB."""
+    return "{} {}B".format(*scaled(size, "G"))
 
 
 def duration(seconds: float) -> str:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
+from nuteprune.data.blocks import HeldOut
 from nuteprune.data.mixture import Mixture
 from nuteprune.export.loading import in_dtype
 from nuteprune.export.wrapping import Around
 from nuteprune.gates.masks import Masks
+from nuteprune.judge.beside import judge_beside
 from nuteprune.judge.run_files import write_extra
-from nuteprune.judge.samples import prompts, side_by_side
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
 from nuteprune.products import Products
-from nuteprune.run_folder import SAMPLES
+from nuteprune.run_folder import SAMPLES, TEXT
 from nuteprune.stages.judge import Figures, entries, judge
 from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced
@@ -35,6 +35,19 @@ from nuteprune.train.targets import Target
 from nuteprune.train.trainer import NutePruneTrainer
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is found of a smaller model.
+
+    Args:
+        entries: of its record.
+        samples: answers side by side, as the report reads them.
+    """
+
+    entries: Record
+    samples: list[dict[str, str]]
 
 
 @dataclass
@@ -61,7 +74,7 @@ class Run:
     model: Prepared
     args: NutePruneConfig
     text: Mixture
-    held_out: Mapping[str, Tensor]
+    held_out: HeldOut
     products: Products
     progress: Progress
     first: NutePruneTrainer
@@ -75,6 +88,7 @@ class Run:
 
     def __post_init__(self) -> None:
         lora = self.model.bank.state() if len(self.goals) > 1 else {}
+        self._dense: PreTrainedModel | None = None
         self._fresh = {name: value.cpu().clone() for name, value in lora.items()}
 
     @property
@@ -134,6 +148,8 @@ class Run:
             self.model.bank.load(self._fresh)
             trainer = self.trainer_of(goal)
         trainer.masks, trainer.weights = masks, weights
+        if is_main():
+            write_extra(trainer.run_folder, TEXT, self.text.training.fingerprint.to_dict())
         with self.products.measured("teach"):
             if self.args.max_steps > 0:
                 begun = self.resumes and last_checkpoint(trainer.run_folder) is not None
@@ -152,40 +168,44 @@ class Run:
         assert trainer.sliced is not None
         return trainer.sliced
 
-    def judge(self, sliced: Sliced, dense: Figures | None) -> tuple[Figures, Figures]:
-        """Judge a smaller model as its file will compute; returns dense and smaller figures."""
-        model = self.model
-        computed = model.origin.computed_dtype
-        if dense is None:  # nobody waits for it any more
-            dense = self._judge_dense(self.reload(computed))
-        place = str(self.args.device) if model.has_whole_weights else "cpu"
+    def judge(self, sliced: Sliced, dense: Figures | None) -> Judged:
+        """Judge a smaller model as its file will compute, beside the dense one."""
+        computed = self.model.origin.computed_dtype
+        if self._dense is None:  # only now: the run's own was in memory till the last cut
+            self._dense = self._placed(self.reload(computed))
+        if dense is None:
+            dense = self._judge_dense(self._dense)
         with self.products.measured("judge"):
-            small = in_dtype(sliced.model, computed).requires_grad_(False)
-            offload_if_asked(Anatomy(small), self.args, model.origin)
-            small = cast(PreTrainedModel, small.to(place))  # type: ignore[arg-type]
+            small = self._placed(in_dtype(sliced.model, computed))
             how: dict[str, Any] = {"name": "the pruned model", "progress": self.progress}
             found = judge(small, self.held_out, self.text.tokenizer, **how)
+            self.progress("judge answers and context", 0, 1)
+            beside = judge_beside(self._dense, small, self.text.tokenizer, self.held_out)
+            self.progress("judge answers and context", 1, 1)
             if self.args.offload:  # as it is written
                 bring_home(sliced.model)
-        return dense, found
+        return Judged(entries(self.held_out, dense, found) | beside.entries, beside.samples)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a model where it is judged."""
+        offload_if_asked(Anatomy(model.requires_grad_(False)), self.args, self.model.origin)
+        place = str(self.args.device) if self.model.has_whole_weights else "cpu"
+        return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
 
     def save(
-        self, trainer: NutePruneTrainer, sliced: Sliced, judged: tuple[Figures, Figures]
+        self, trainer: NutePruneTrainer, sliced: Sliced, judged: Judged
     ) -> tuple[Path, Record]:
         """Write a checkpoint with its record; returns its folder, and the record."""
-        dense, found = judged
-        texts = (dense["texts"], found["texts"])
-        tokenizer, prompts_BT = self.text.tokenizer, prompts(self.held_out)
-        write_extra(trainer.run_folder, SAMPLES, side_by_side(tokenizer, prompts_BT, *texts))
+        write_extra(trainer.run_folder, SAMPLES, judged.samples)
         folder = self.folder_of(trainer.goal)
         record = save(
             sliced,
             folder,
-            tokenizer,
+            self.text.tokenizer,
             around=self.around,
             **{
                 **trainer.about(sliced),
-                **entries(self.held_out, dense, found),
+                **judged.entries,
                 **self.about(),
                 "stages": self.products.costs,
                 "peak_memory_bytes": self.products.peak,
@@ -194,7 +214,7 @@ class Run:
         return folder, record
 
 
-_NOTHING: Figures = {"perplexity": {}, "copying": None, "texts": []}
+_NOTHING: Figures = {"perplexity": {}, "copying": None}
 
 
 def in_percent(progress: Progress) -> Callable[[int, int], None]:

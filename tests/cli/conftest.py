@@ -107,6 +107,7 @@ def workspace(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFacto
     rows = "".join(json.dumps({"text": text}) + "\n" for text in sentences(80))
     for name in ("my_text.jsonl", "c4.jsonl"):
         (folder / name).write_text(rows)
+    (folder / "asked.jsonl").write_text('{"prompt": "Is a teacher less pruned?"}\n')
     (folder / "DATA").mkdir()
     (folder / "DATA" / "text.txt").write_text("\n\n\n".join(sentences(80)))
     asked = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(60)]

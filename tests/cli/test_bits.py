@@ -23,7 +23,7 @@ def test_the_command_line_packs_resumes_and_tells(
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the student learns from teacher number {i}" for i in range(900)))
     command = ["prune", tmp_path / "model", "--sparsity", "0.2,0.3", "--data", text, "--steps", "4"]
-    command += ["--length", "16", "--batch-size", "2", "--neuron-multiple", "4"]
+    command += ["--length", "16", "--batch-size", "2", "--set", "neuron_multiple=4"]
     command += ["--set", "calibration_blocks=4"]
     command += ["--set", "save_steps=3", "--device", "cpu", "--out"]
 

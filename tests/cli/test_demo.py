@@ -21,8 +21,11 @@ from nuteprune.run_folder import RUN, SELF_WRITTEN
 def asked(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Calls the command; returns the job that it would do."""
     jobs: list[PruneJob] = []
-    monkeypatch.setattr(demo, "fetch", lambda *_: None)
-    monkeypatch.setattr(demo, "finished", lambda job, _: jobs.append(with_defaults(job)))
+    monkeypatch.setattr("nuteprune.jobs.demo.fetch", lambda *_: None)
+    monkeypatch.setattr(
+        "nuteprune.jobs.demo.finished", lambda job, _: jobs.append(with_defaults(job))
+    )
+    monkeypatch.setattr(demo, "check_free", lambda _: None)
     monkeypatch.chdir(tmp_path)
 
     def call(*args: Any) -> PruneJob:

@@ -43,8 +43,7 @@ HOW = {
     "nuteprune prune demo --sparsity 0.1,0.2,0.3 --out ladder --steps 90": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --method wanda": EXECUTED,
     "nuteprune prune MODEL --speedup 1.3 --data DATA --out OUT": LARGE,
-    "nuteprune prune MODEL --speedup 1.2,1.5 --for both --speed-at 1x512+64 --data DATA "
-    "--out OUT": LARGE,
+    "nuteprune prune MODEL --speedup 1.2,1.5@both:1x512+64 --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --speedup 1.3 --costs costs.json --data DATA --out OUT": LARGE,
     "nuteprune bench MODEL --costs costs.json --lengths 256 --new-tokens 32 --device cpu": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.3 --for-quantization --data DATA --out OUT": LARGE,
@@ -52,7 +51,7 @@ HOW = {
     "nuteprune prune MODEL --sparsity 0.45 --shapes uniform --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --params 100M --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --size 200MB --data DATA --out OUT": LARGE,
-    "nuteprune prune MODEL --memory 300MB --context 2048 --data DATA --out OUT": LARGE,
+    "nuteprune prune MODEL --memory 300MB@2048 --data DATA --out OUT": LARGE,
     "nuteprune prune huggyllama/llama-7b --config recipes/llama-7b.yaml --out small --dry-run": DRY,
     "nuteprune prune huggyllama/llama-7b --config recipes/llama-7b.yaml --out small": DRY,
     "nuteprune prune meta-llama/Llama-3.1-8B --config recipes/llama-3-8b.yaml --out small": DRY,
@@ -72,6 +71,7 @@ HOW = {
     "nuteprune eval small --against demo --data demo --data code.jsonl "
     "--data medicine.jsonl": PARSED,
     "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
+    "nuteprune eval small --against demo --prompts asked.jsonl --answer-tokens 128": EXECUTED,
     "nuteprune eval out/run/checkpoint-200 --against Qwen/Qwen3-0.6B "
     "--data my_text.jsonl": EXECUTED,
     "nuteprune eval small --against Qwen/Qwen3-0.6B --tasks commonsense7 --batch-size 16": PARSED,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nuteprune.data.blocks import training_blocks
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import evaluate, judging
@@ -52,7 +53,8 @@ def test_each_embedded_text_is_in_domain_by_itself(
     texts = {name: [f"The {name} see the grapes. " * 9] * 9 for name in ("wikipedia", "recipes")}
     monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda **_: texts)
     asked = evaluate.Evaluation("unused", changes={"length": 24}, whole=True)
-    blocks = evaluate._blocks(asked, tiny_tokenizer, ["demo:wikipedia"])
+    known = training_blocks("demo:wikipedia", tiny_tokenizer, length=8, count=1, seed=0).fingerprint
+    blocks = evaluate._blocks(asked, tiny_tokenizer, [known])
     kinds = {name: x.described["kind"] for name, x in blocks.items()}
     assert kinds == {"wikipedia": "in-domain", "recipes": "other text"}
 
@@ -84,7 +86,15 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     kept = found["retention"]["copying"]["repeat"]
     dense = shares[str(model)]
     assert kept == (pytest.approx(100 * shares[str(out)] / dense) if dense else None)
-    # In the middle of a run its settings tell.
+    # A name says nothing: what was read is known in any folder, under any name.
+    for name, content in (("elsewhere", other), ("a-copy", text)):
+        (tmp_path / name).mkdir()
+        shutil.copy(content, tmp_path / name / "text.txt")
+        monkeypatch.chdir(tmp_path / name)
+        code, stdout, _ = run("eval", out, "--data", "text.txt", *both[4:], "--json")
+        kind = json_line(stdout)["protocol"]["texts"]["text.txt"]["kind"]
+        assert kind == {"elsewhere": "other text", "a-copy": "in-domain"}[name]
+    # In the middle of a run its folder tells.
     midway = run("eval", out / "run/checkpoint-4", *both, "--json")
     assert {x["kind"] for x in json_line(midway[1])["protocol"]["texts"].values()} == {
         *("in-domain", "other text"),
@@ -96,8 +106,15 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
     code, _, stderr = run("eval", out, "--base", model, "--data", text)
     assert code == 2
     assert "the model to compare with is --against" in stderr
-    # A record of a training loop of one's own names no text.
+    # Where nothing is known of the text that a record names, that is said.
     record = json.loads((out / "nuteprune.json").read_text())
+    assert record["text"]["judged"] == {"text.txt": "in-domain"}
+    del record["text"]
+    (out / "nuteprune.json").write_text(json.dumps(record))
+    code, stdout, stderr = run("eval", out, "--data", text, "--length", 24, "--json")
+    assert json_line(stdout)["protocol"]["texts"]["text.txt"]["kind"] == "not known"
+    assert "Text of which no record tells" in stderr
+    # A record of a training loop of one's own names no text.
     del record["config"]["data"]
     (out / "nuteprune.json").write_text(json.dumps(record))
     code, stdout, stderr = run("eval", out, "--data", text, "--length", 24, "--json")
@@ -139,8 +156,7 @@ def test_a_checkpoint_midway_is_the_model_of_its_step(
     """The last step's checkpoint, masks frozen, judges as the result that was sliced from it."""
     out = tmp_path / "out"
     freeze = "freeze_share=0.75"  # at step 3 of 4
-    own = ("lora_rank=128", "lora_alpha=64")
-    sets = ("save_steps=2", f"gate_type={gate_type}", freeze, "compensation=false", *own)
+    sets = ("save_steps=2", f"gate_type={gate_type}", freeze, "compensation=false", "lora_rank=128")
     prune(run, model, text, out, *(x for s in sets for x in ("--set", s)))
     checkpoint = out / f"run/checkpoint-{steps}"
     asked = ["--data", text, "--length", 24, *ASKED]
@@ -181,6 +197,25 @@ def test_local_tasks(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     score = found["tasks"][str(model)]["school"]
     assert (score["metric"], score["samples"]) == ("acc", 4)
     assert found["retention"]["tasks"] == {"school": 100, "mean": 100}
+
+
+def test_both_models_answer_the_prompts_of_a_file(model: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "the student"}\n{"prompt": "a teacher"}\n')
+    given = ["--against", model, "--prompts", tmp_path / "asked.jsonl", "--answer-tokens", 5]
+    code, stdout, stderr = run("eval", model, *given, "--tasks", "", *ASKED)
+    assert (code, stdout) == (2, "")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n\n".join(f"Teacher {i} is less pruned. " * 9 for i in range(80)))
+    code, stdout, stderr = run("eval", model, *given, "--data", text, "--length", 24, *ASKED)
+    assert code == 0, stderr
+    found = json_line(stdout)
+    answers = found["answers"]
+    assert (answers["kl"], answers["agreement"]) == (0, 100)
+    how = answers["protocol"]
+    assert (how["prompts"], how["answers"], how["most_tokens"]) == ("of asked.jsonl", 2, 5)
+    assert {x["prompt"] for x in found["samples"]} == {"the student", "a teacher"}
+    assert "context" not in found  # blocks of 24 are too short
+    assert "looping, %" in stderr
 
 
 def test_each_model_is_asked_with_its_own_tokenizer(
@@ -243,6 +278,8 @@ BAD = {
     "the same text twice": (["--data", "TEXT", "--data", "TEXT"], "only once"),
     "text too short": (["--data", "TEXT", "--length", "99999"], "a block takes 99999"),
     "batch size 0": (["--batch-size", "0"], "at least 1"),
+    "prompts for one model": (["--prompts", "a.jsonl"], "--against"),
+    "no answers": (["--answer-tokens", "0"], "--answer-tokens 0: pass at least 1"),
     "copying seed too large": (["--copying-seed", str(2**64)], "from 0 to 2147483647"),
     "fewer than no examples": (["--tasks", "piqa", "--fewshot", "-1"], "--fewshot -1: pass 0"),
     "limit without tasks": (["--limit", "3"], "--tasks"),

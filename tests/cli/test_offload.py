@@ -17,7 +17,7 @@ def test_a_job_writes_the_same(run: Run, tiny_model, tiny_tokenizer, tmp_path: P
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the student learns from teacher number {i}" for i in range(900)))
     command = ["prune", tmp_path / "model", "--sparsity", "0.2,0.3", "--data", text, "--steps", "2"]
-    command += ["--length", "16", "--batch-size", "2", "--neuron-multiple", "4", "--gates"]
+    command += ["--length", "16", "--batch-size", "2", "--set", "neuron_multiple=4", "--gates"]
     command += ["neurons", "--set", "calibration_blocks=4", "--set", "eval_blocks=2"]
     # The file holds float32, so that weights, and the result, are converted.
     command += ["--device", "cpu", "--dtype", "bfloat16", "--out"]

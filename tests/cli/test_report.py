@@ -47,7 +47,7 @@ def test_a_run_its_report_and_the_same_run_by_the_reports_command(
     Path("dense/README.md").write_text("---\nlicense: mit\n---\n")
     documents = (f"Teacher {i} is less pruned than student {i + 1}. " * 6 for i in range(80))
     Path("my text.txt").write_text("\n\n\n".join(documents))
-    small = ("--steps", 3, "--batch-size", 2, "--length", 24, "--device", "cpu", "--seed", 5)
+    small = ("--steps", 3, "--batch-size", 2, "--length", 24, "--device", "cpu", "--set", "seed=5")
     more = ("--set", "neuron_multiple=4", "--set", "lr_scheduler_kwargs={power: 2, lr_end: 1.0e-9}")
     asked = ("prune", "dense", "--sparsity", 0.3, "--data", "my text.txt", "--out", "out")
     code, _, err = run(*asked, *small, *more)

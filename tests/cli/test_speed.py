@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 AT = "1x8+4"
 SMALL = [
     *("--steps", "0", "--length", "24", "--device", "cpu", "--dtype", "float32", "--shares", "1"),
-    *("--set", "calibration_blocks=2", "--set", "eval_blocks=2", "--neuron-multiple", "4"),
+    *("--set", "calibration_blocks=2", "--set", "eval_blocks=2", "--set", "neuron_multiple=4"),
 ]
 TABLE: dict[str, Any] = {
     **{"schema": 1, "model_type": "llama", "hidden": 32, "head_dim": 8, "layers": 3},
@@ -68,7 +68,7 @@ def passes(model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 def words(model: Path, text: Path, tmp_path: Path) -> list[Any]:
     table = tmp_path / "costs.json"
     table.write_text(json.dumps(TABLE))
-    named = ["--data", text, "--out", tmp_path / "out", "--costs", table, "--speed-at", AT]
+    named = ["--data", text, "--out", tmp_path / "out", "--costs", table]
     return ["prune", model, *named, *SMALL]
 
 
@@ -76,7 +76,7 @@ def words(model: Path, text: Path, tmp_path: Path) -> list[Any]:
 def test_the_result_is_as_fast_as_is_asked_by_the_table(
     phase: str, words: list[Any], passes: dict[str, float], run: Run
 ) -> None:
-    code, stdout, stderr = run(*words, "--speedup", 1.3, "--for", phase, "--json")
+    code, stdout, stderr = run(*words, "--speedup", f"1.3@{phase}:{AT}", "--json")
     assert code == 0, stderr
     record = json_line(stdout)
     before, after = (seconds(record[x], phase) for x in ("layers_before", "layers"))
@@ -91,7 +91,7 @@ def test_the_result_is_as_fast_as_is_asked_by_the_table(
     assert record["config"]["costs"] == str(table)
     rest = {name: 0.99 * cost for name, cost in TABLE["rest"].items()}
     table.write_text(json.dumps({**TABLE, "rest": rest}))
-    code, _, stderr = run(*words, "--speedup", 1.3, "--for", phase, "--resume")
+    code, _, stderr = run(*words, "--speedup", f"1.3@{phase}:{AT}", "--resume")
     assert (code, "was started with costs" in stderr) == (2, True)
 
 
@@ -100,7 +100,7 @@ def test_only_what_is_slower_than_95_percent_of_it_in_every_pass_has_failed(
     ours: float, expected: int, words: list[Any], passes: dict[str, float], run: Run
 ) -> None:
     passes["ours"] = ours  # 1.238 and 1.226 times as fast; 0.95 of 1.3 is 1.235
-    code, _, stderr = run(*words, "--speedup", 1.3)
+    code, _, stderr = run(*words, "--speedup", f"1.3@{AT}")
     assert code == expected, stderr
     last = stderr.splitlines()[-1] if code else ""
     assert ("the target was missed" in last) == (code == 1)
@@ -121,7 +121,7 @@ def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
 ) -> None:
     monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
     words = ["prune", model, "--data", text, "--out", tmp_path / "out", *SMALL]
-    asked = ["--speedup", 1.01, "--speed-at", AT, "--dry-run"]
+    asked = ["--speedup", f"1.01@{AT}", "--dry-run"]
     for _ in range(2):
         code, _, stderr = run(*words, *asked)
         assert code == 0, stderr
@@ -152,8 +152,8 @@ def test_the_demos_one_shot_model_is_cut_by_the_table_that_was_measured(
         return TABLE
 
     monkeypatch.setattr(speed, "write_table", write)
-    given = {"model": str(model), "data": str(text), "out": tmp_path / "out", "speedup": 1.2}
-    small = {"steps": 0, "length": 24, "device": "cpu", "dtype": "float32", "speed_at": AT}
+    given = {"model": str(model), "data": str(text), "out": tmp_path / "out"}
+    small = {"speedup": f"1.2@{AT}", "steps": 0, "length": 24, "device": "cpu", "dtype": "float32"}
     more = {"calibration_blocks": 2, "eval_blocks": 2, "neuron_multiple": 4, "shares": 1}
     job = make_job(PruneJob, NutePruneConfig, {**given, **small, **more})
     result = prune.run(job, output := Output(quiet=True))
@@ -171,7 +171,7 @@ def test_several_processes_need_one_table(
 ) -> None:
     monkeypatch.setattr("nuteprune.jobs.speed.several_started", lambda: True)
     words = ["prune", model, "--data", text, "--out", tmp_path / "out", *SMALL]
-    code, _, stderr = run(*words, "--speedup", 1.2, "--speed-at", AT)
+    code, _, stderr = run(*words, "--speedup", f"1.2@{AT}")
     assert code == 2
     assert "needs one table for all" in stderr
 
@@ -179,13 +179,13 @@ def test_several_processes_need_one_table(
 BAD: dict[str, tuple[list[Any], str]] = {
     "slower": (["--speedup", 0.9], "above 1"),
     "falling": (["--speedup", "1.3,1.2"], "largest model comes first"),
-    "out of reach": (["--speedup", 99], "make it at most"),
-    "another phase": (["--speedup", 1.2, "--for", "training"], "decode, prefill, both"),
-    "another moment": (["--speedup", 1.2, "--speed-at", "256"], "such as 1x256+32"),
-    "too long": (["--speedup", 1.2, "--speed-at", "1x99999+32"], "the length at --speed-at 1x9"),
-    "the width": (["--speedup", 1.2, "--gates", "hidden"], "leave hidden out"),
+    "out of reach": (["--speedup", f"99@{AT}"], "make it at most"),
+    "another phase": (["--speedup", "1.2@training"], "decode, prefill, both"),
+    "another moment": (["--speedup", "1.2@both:256"], "1.5@1x256+32"),
+    "too long": (["--speedup", "1.2@1x99999+32"], "the length of --speedup at 1x9"),
+    "the width": (["--speedup", f"1.2@{AT}", "--gates", "hidden"], "leave hidden out"),
     "with another": (["--speedup", 1.2, "--params", "20K"], "both say how much"),
-    "no such table": (["--speedup", 1.2, "--costs", "no.json"], "cannot read --costs no.json"),
+    "no such table": (["--speedup", f"1.2@{AT}", "--costs", "no.json"], "cannot read --costs no"),
 }
 
 

@@ -35,8 +35,15 @@ def stored(
 
 def prune(run: Run, model: Path, text: Path, out: Path, *more: str) -> None:
     command = ["prune", model, "--data", text, "--out", out, "--device", "cpu"]
-    sizes = ["--dtype", "bfloat16", "--length", "16", "--batch-size", "2", "--neuron-multiple", "4"]
-    blocks = ["--set", "calibration_blocks=4", "--set", "eval_blocks=2"]
+    sizes = ["--dtype", "bfloat16", "--length", "16", "--batch-size", "2"]
+    blocks = [
+        "--set",
+        "neuron_multiple=4",
+        "--set",
+        "calibration_blocks=4",
+        "--set",
+        "eval_blocks=2",
+    ]
     code, _, err = run(*command, *sizes, *blocks, *more)
     assert code == 0, err
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import nuteprune
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import judging
 from nuteprune.judge import copying
+from nuteprune.judge.beside import Beside
 from nuteprune.judge.run_files import read_run
-from nuteprune.judge.samples import continuations
 from nuteprune.run_folder import TARGETS
 from nuteprune.train.asked import KINDS, Asked
 from tests.conftest import Run, cache_of, json_line
@@ -25,9 +24,11 @@ from tests.conftest import Run, cache_of, json_line
 pytestmark = pytest.mark.slow
 
 CONTEXT = 40
+POSITIONS = 64
+"""What the models of these tests have, and a cache is told of where none is asked for."""
 SMALL = [
     *("--steps", "0", "--length", "24", "--device", "cpu", "--dtype", "float32"),
-    *("--set", "calibration_blocks=2", "--set", "eval_blocks=2", "--neuron-multiple", "1"),
+    *("--set", "calibration_blocks=2", "--set", "eval_blocks=2", "--set", "neuron_multiple=1"),
 ]
 
 
@@ -70,11 +71,10 @@ def test_the_result_is_at_most_a_percent_below_what_is_asked(
     params, size = counted(model)
     whole = {"params": params, "size": size, "memory": size + cached(model, sequences=3)}[kind]
     asked = round(0.7 * whole)
+    wanted = f"{asked}@3x{CONTEXT}" if kind == "memory" else asked
     more = ["--gates", gates, "--set", "hidden_multiple=4"] if gates else []
-    if kind == "memory":
-        more += ["--context", CONTEXT, "--sequences", 3]
     out = tmp_path / "out"
-    words = ["prune", model, f"--{kind}", asked, "--data", text, "--shares", 1, "--out", out]
+    words = ["prune", model, f"--{kind}", wanted, "--data", text, "--shares", 1, "--out", out]
     code, stdout, stderr = run(*words, *SMALL, *more, "--json")
     assert code == 0, stderr
     params, size = counted(out)
@@ -95,7 +95,7 @@ def test_the_result_is_at_most_a_percent_below_what_is_asked(
     [
         (["--params", "100M"], 100_000_000),
         (["--size", "200MB"], 200_000_000),
-        (["--memory", "300MB", "--context", "2048"], 300_000_000),
+        (["--memory", "300MB@2048"], 300_000_000),
     ],
 )
 def test_so_it_is_for_the_demo_model(
@@ -108,11 +108,11 @@ def test_so_it_is_for_the_demo_model(
 ) -> None:
     # What is said of quality is not looked at here, and takes most of the time.
     monkeypatch.setattr(copying, "SEQUENCES", 1)
-    monkeypatch.setattr(judging, "continuations", partial(continuations, new_tokens=1))
+    monkeypatch.setattr(judging, "judge_beside", lambda *_: Beside({}, []))
     out = tmp_path / "out"
     named = ["prune", "demo", *words, "--data", text, "--shares", 1, "--out", out, *SMALL]
     fast = ["--method", "magnitude", "--set", "compensation=false", "--dtype", "bfloat16"]
-    code, _, stderr = run(*named, *fast, "--neuron-multiple", 8)
+    code, _, stderr = run(*named, *fast, "--set", "neuron_multiple=8")
     assert code == 0, stderr
     params, size = counted(out)
     features = sum(
@@ -185,23 +185,22 @@ def test_a_dry_run_says_what_a_target_comes_to_in_the_other_words(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
     words = ["prune", model, "--data", text, "--out", tmp_path / "out", *SMALL, "--dry-run"]
-    about = ["--context", CONTEXT, "--sequences", 2, "--json"]
-    code, stdout, stderr = run(*words, "--sparsity", "0.2,0.4", *about)
+    code, stdout, stderr = run(*words, "--sparsity", "0.2,0.4", "--json")
     assert code == 0, stderr
     plan = json_line(stdout)
     assert plan["asked"] == [{"kind": "sparsity", "value": x} for x in (0.2, 0.4)]
-    assert (plan["context"], plan["sequences"]) == (CONTEXT, 2)
+    assert (plan["context"], plan["sequences"]) == (POSITIONS, 1)
     params, size = counted(model)
-    whole = cached(model, sequences=2)
+    whole = cached(model, sequences=1) * POSITIONS / CONTEXT
     kept = [sum(x["kv_heads"] for x in shape["layers"]) for shape in plan["shape"]]
     assert plan["cache_bytes"] == [whole * heads / (3 * 2) for heads in kept]
     for after, file in zip(plan["parameters"], plan["bytes"], strict=True):
         assert file - 4 * after == pytest.approx(size - 4 * params, abs=500)
-    again = run(*words, "--params", plan["parameters"][0], *about)[1]
+    again = run(*words, "--params", plan["parameters"][0], "--json")[1]
     plan = json_line(again)
     assert plan["sparsity"][0] == pytest.approx(0.2, abs=0.01)
-    for part in ("parameters", "on disk", "of KV cache for 2 x 40 tokens"):
-        assert part in run(*words, "--params", "150K", *about[:-1])[1]
+    for part in ("parameters", "on disk", f"of KV cache for 1 x {POSITIONS} tokens"):
+        assert part in run(*words, "--params", "150K")[1]
 
 
 BAD: dict[str, tuple[list[Any], str]] = {
@@ -210,7 +209,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "no unit": (["--params", "20 apples"], "such as 100M"),
     "a bit of a unit": (["--size", "1G"], "such as 200MB"),
     "negative": (["--size=-600kB"], "above 0"),
-    "memory of no context": (["--memory", "700kB"], "--context 8192"),
+    "memory of no context": (["--memory", "700kB"], "such as 4GiB@8192"),
     "rising": (["--params", "150K,160K"], "largest model comes first"),
     "out of reach": (["--params", "10K"], "leave at least"),
     "gates that reach further": (["--params", "10K"], "with attn_block they leave at least"),

@@ -89,7 +89,10 @@ def test_a_mixture_within_a_wrapper_is_written_in_uniform_shapes(
 ) -> None:
     code, _, err = run(*options(saved("qwen3_5_moe"), text, tmp_path / "out", "--shapes", "free"))
     assert code == 2
-    assert "within a model of several modalities; pass --shapes uniform, or --text-only" in err
+    assert (
+        "within a model of several modalities; pass --shapes uniform, or --set text_only=true"
+        in err
+    )
 
 
 @pytest.mark.slow(4)
@@ -102,13 +105,13 @@ def test_the_language_model_alone_can_be_written(
     assert code == 2
     assert "what" in err
     assert "is as wide as its language model" in err
-    assert "--text-only" in err
+    assert "--set text_only=true" in err
     sized = ["prune", model, "--data", text, "--out", out, "--params", "100K", *SETTINGS]
     code, _, err = run(*sized)
     assert code == 2
     assert "--params cannot be used here" in err
     assert not out.exists()
-    code, stdout, err = run(*refused, "--text-only")
+    code, stdout, err = run(*refused, "--set", "text_only=true")
     assert code == 0, err
     record = json_line(stdout)
     assert "wrapper" not in record

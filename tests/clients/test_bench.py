@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nuteprune.export.checkpoint import save
-from nuteprune.export.gguf import write_gguf
+from nuteprune.export.gguf.write import write_gguf
 from tests.conftest import json_line
 from tests.greedy import continuation
 

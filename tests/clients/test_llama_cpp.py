@@ -19,8 +19,8 @@ from transformers import (
 import nuteprune
 from nuteprune.data import demo as assets
 from nuteprune.export.checkpoint import recount, save
-from nuteprune.export.gguf import write_gguf
-from nuteprune.export.gguf_splits import PROBES
+from nuteprune.export.gguf.splits import PROBES
+from nuteprune.export.gguf.write import write_gguf
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from tests.greedy import continuation

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.export.checkpoint import save
 from nuteprune.export.clients import warnings
-from nuteprune.export.gguf_fit import Source
+from nuteprune.export.gguf.choose import ModelFacts
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from tests.greedy import continuation
@@ -224,7 +224,7 @@ def test_what_is_said_of_heads_that_its_own_class_would_not_see(
 ) -> None:
     whole = tiny_model("granitemoe", **own_sizes("granitemoe"))
     model = prune_at_random(whole, ("experts", "kv_groups"), "uniform")
-    source = Source(FAMILIES["granitemoe"], model.config, Anatomy(model).shape, {})
+    source = ModelFacts(FAMILIES["granitemoe"], model.config, Anatomy(model).shape, {})
     [line] = [x for x in warnings(source) if x.startswith("vLLM: ")]
     said = line.partition("; pass --model-impl transformers --hf-overrides ")[2]
     overrides = json.loads(said.strip("'"))

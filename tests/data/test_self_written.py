@@ -252,7 +252,7 @@ def test_a_quarter_is_chats_however_many_tokens_are_asked_for(
 ) -> None:
     tokenizer.chat_template = CHAT
     opening = openings(model, tokenizer, most=254, seed=0)
-    sizes = writing.Sizes.of(opening, tokens, 254, 64)
+    sizes = writing.BatchSizes.of(opening, tokens, 254, 64)
     written, of_chats, begun = [], 0, []
     while sum(written) < tokens:
         batch, longest = writing.next_batch(opening, sizes, written)

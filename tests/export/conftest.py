@@ -22,6 +22,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
 from tests.conftest import TINY, Run
+from tests.forked import python
 
 HIDDEN, HEADS, KV_HEADS, NEURONS, VOCAB = 96, 6, 2, 96, 128
 GROUPED = {"num_key_value_heads": KV_HEADS, "head_dim": HIDDEN // HEADS}
@@ -224,3 +225,29 @@ def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
     return model(tokens, **kwargs).logits
+
+
+PLAIN = """
+import torch, transformers
+transformers.logging.disable_progress_bar()
+transformers.AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)
+model = transformers.{auto}.from_pretrained({folder!r}, trust_remote_code=True)
+assert type(model).__name__.startswith("Pruned")
+mask = torch.ones(1, 3).long()
+model.generate(torch.tensor([[5, 6, 7]]), attention_mask=mask, max_new_tokens=2, do_sample=False)
+model.save_pretrained({folder!r} + "-again")
+"""
+
+
+def said_by_transformers(folder: Path, auto: str) -> tuple[int, str, str]:
+    """What a process prints that loads a checkpoint as README does, and knows nothing of ours.
+
+    Args:
+        folder: a checkpoint of free shapes with its tokenizer.
+        auto: the class of transformers that loads it.
+
+    Returns:
+        The exit code, and what it printed to stdout and stderr.
+    """
+    ended = python("-c", PLAIN.format(folder=str(folder), auto=auto))
+    return ended.code, ended.out, ended.err

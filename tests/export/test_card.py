@@ -12,6 +12,23 @@ from nuteprune.export import card_metadata
 from nuteprune.export.card import model_card, with_plots
 from nuteprune.export.card_metadata import inherited_licence
 
+BESIDE: dict[str, Any] = {
+    "answers": {
+        "looping": {"before": 3.125, "after": 17.1875},
+        **{key: {"before": 1.0, "after": 2.0} for key in ("repeated", "length", "nats")},
+        **{"kl": 0.45, "agreement": 80.0},
+        "protocol": {"prompts": "questions", "answers": 64, "most_tokens": 32, "tokens": 900}
+        | {"measures": {"kl": "how far"}},
+    },
+    "context": {
+        "256": {
+            **{"tokens": 100, "needing": 12, "lost": 1.25, "lost_elsewhere": None, "kept": 50.0},
+            "gain": {"before": 3.0, "after": 1.5},
+            "protocol": {"blocks": 3, "measures": {"kept": "how much"}},
+        },
+    },
+}
+
 
 def a_record(**changes: Any) -> dict[str, Any]:
     return {
@@ -83,13 +100,29 @@ def test_the_card_says_what_text_is_judged_and_how_it_copies() -> None:
     assert "| 0.0 % | 0.0 % |  |" in model_card(a_record(copying=nothing), remote_code=False)
 
 
+def test_the_card_has_answers_and_context_with_how_they_are_judged() -> None:
+    text = model_card(a_record(**BESIDE), remote_code=False)
+    for expected in (
+        "| answers, looping, % | 3.1 | 17.2 | |",
+        "| answers, KL divergence, nats per token |  | 0.450 | |",
+        "| context, nats lost, 12 tokens that need it |  | 1.25 | |",
+        "| context, nats lost, the other 88 |  |  | |",
+        "| context, nats gained by context | 3.00 | 1.50 | |",
+        "to 64 prompts (questions), of 32 tokens at most; the dense model's have 900.",
+        "\n- kl: how far.\n",
+        "\n- Context: the last tokens of 3 blocks of 256.\n",
+    ):
+        assert expected in text
+    assert "context" not in model_card(a_record(), remote_code=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"teachers": {"count": 0}}, "structured pruning with distillation from the dense model"),
         ({"teachers": {"count": 7}}, "structured pruning with distillation from numerous teachers"),
         ({"config": {"max_steps": 0}}, "structured pruning\n"),
-        ({"config": {"teachers": "none"}}, "structured pruning\n"),
+        ({"config": {"teacher": "none"}}, "structured pruning\n"),
         ({"vocab": {"after": 9}, "config": {"keep": 9}}, "a vocabulary of 9 tokens\n"),
         (
             {"history": [a_record(teachers={"count": 7})], "config": {"max_steps": 0}},

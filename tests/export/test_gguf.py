@@ -19,16 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from nuteprune.errors import UserError
-from nuteprune.export import gguf as export
 from nuteprune.export.checkpoint import assemble
-from nuteprune.export.gguf import metadata, read_back, write_gguf
-from nuteprune.export.gguf_arch import BLOCK
-from nuteprune.export.gguf_archs import ARCHS
-from nuteprune.export.gguf_ends import name_for
-from nuteprune.export.gguf_rows import check_super_blocks, mended, torn_rows
-from nuteprune.export.gguf_splits import PROBES, SPLITS, find_split
-from nuteprune.export.gguf_vocab import check_vocabulary
-from nuteprune.export.gguf_vocab import read_vocabulary as read
+from nuteprune.export.gguf import write as export
+from nuteprune.export.gguf.architectures import ARCHITECTURES
+from nuteprune.export.gguf.rows import BLOCK, check_super_blocks, padded_shape, torn_rows
+from nuteprune.export.gguf.splits import PROBES, SPLITS, find_split
+from nuteprune.export.gguf.tokenizer import check_vocabulary, name_that_strips
+from nuteprune.export.gguf.tokenizer import read_vocabulary as read
+from nuteprune.export.gguf.write import read_back, read_keys, write_gguf
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
@@ -142,7 +140,7 @@ def test_deci_has_counts_and_tensors_by_layer(
     layers = Anatomy(model).shape.layers
     assert len(set(layers)) > 1
     written = write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
-    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    keys, found = read_keys(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
     assert (written.arch, keys["general.architecture"]) == ("deci", "deci")
     assert keys["deci.attention.head_count"] == [x.heads for x in layers]
     assert keys["deci.attention.head_count_kv"] == [x.kv_heads for x in layers]
@@ -189,7 +187,7 @@ def test_gptneox_stacks_what_lies_interleaved(
 ) -> None:
     model = make("gpt_neox", ("neurons",), "uniform")
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
-    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    keys, found = read_keys(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
     fused = model.gpt_neox.layers[1].attention.query_key_value
     for kind in ("weight", "bias"):
         parts = getattr(fused, kind).unflatten(0, (4, 3, 8))  # heads; q, k, v; head_dim
@@ -204,7 +202,7 @@ def test_granite_states_its_multipliers_or_has_them_folded_in(
     free = {"mlp_bias": False, "attention_bias": False, "tie_word_embeddings": True}
     uniform = make("granite", UNIFORM, "uniform")
     write_gguf(uniform, tiny_tokenizer, tmp_path / "u.gguf", type_name="f32")
-    keys = metadata(tmp_path / "u.gguf")
+    keys = read_keys(tmp_path / "u.gguf")
     assert [keys[f"granite.{x}_scale"] for x in ("embedding", "residual", "logit")] == [2, 0.5, 4]
     model = make("granite", FREE, **free)
     write_gguf(model, tiny_tokenizer, tmp_path / "f.gguf", type_name="f32")
@@ -240,7 +238,7 @@ def test_latents_have_keys_and_values_apart(
     sizes = {"moe_intermediate_size": 32, "n_shared_experts": 1, "kv_lora_rank": 32}
     model = make("deepseek_v3", num_hidden_layers=2, q_lora_rank=32, **sizes)
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
-    found, keys = dequantized(tmp_path / "m.gguf"), metadata(tmp_path / "m.gguf")
+    found, keys = dequantized(tmp_path / "m.gguf"), read_keys(tmp_path / "m.gguf")
     attention, latent = model.model.layers[1].self_attn, torch.randn(32)
     key, value = attention.kv_b_proj(latent).detach().view(4, 14).split([6, 8], dim=1)
     back = found["blk.1.attn_k_b.weight"].transpose(0, 2, 1) @ latent.numpy()
@@ -260,7 +258,7 @@ def test_value_heads_of_qwen3_5_are_ordered_by_place_first(
     sizes = {"linear_num_value_heads": 6, "linear_value_head_dim": 4, "num_hidden_layers": 2}
     model = make("qwen3_5_text", layer_types=["linear_attention", "full_attention"], **sizes)
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
-    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    keys, found = read_keys(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
     mixer = model.model.layers[0].linear_attn
     heads = [0, 3, 1, 4, 2, 5]  # of 2 key heads, with three value heads each
     rows = torch.arange(24).view(6, 4)[heads].flatten()
@@ -302,7 +300,7 @@ def test_states_of_granite_4_stay_in_float32(
 ) -> None:
     model = make("granitemoehybrid", ("neurons",), "uniform", mamba_n_groups=2)
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="q8_0")
-    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    keys, found = read_keys(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
     types = {x.name: x.tensor_type.name for x in GGUFReader(tmp_path / "m.gguf").tensors}
     mixer = model.model.layers[2].mamba
     assert keys["granitehybrid.attention.head_count_kv"] == [0, 2, 0]
@@ -325,7 +323,7 @@ def test_granite_4_without_recurrent_layers_is_a_granite(
             "granitemoehybrid", UNIFORM[:2], "uniform", position_embedding_type=kind, **plain
         )
         arch = write_gguf(model, tiny_tokenizer, tmp_path / "u.gguf", type_name="f32").arch
-        keys, found = metadata(tmp_path / "u.gguf"), dequantized(tmp_path / "u.gguf")
+        keys, found = read_keys(tmp_path / "u.gguf"), dequantized(tmp_path / "u.gguf")
         assert (arch, keys["granite.rope.scaling.finetuned"]) == ("granite", rotates)
         assert keys["granite.attention.scale"] == pytest.approx(model.config.attention_multiplier)
         gate, up = model.model.layers[1].shared_mlp.input_linear.weight.chunk(2)
@@ -369,7 +367,7 @@ def test_what_is_missing_is_zero_where_llama_cpp_would_go_wrong(
     assert without_mlp
     assert without_attention
     written = write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="f32")
-    keys, found = metadata(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
+    keys, found = read_keys(tmp_path / "m.gguf"), dequantized(tmp_path / "m.gguf")
     assert [keys["openelm.feed_forward_length"][i] for i in without_mlp] == [BLOCK] * len(
         without_mlp
     )
@@ -384,10 +382,10 @@ def test_what_is_missing_is_zero_where_llama_cpp_would_go_wrong(
 
 def test_deci_states_that_there_is_no_attention() -> None:
     shape = Shape(32, (LayerShape(2, 1, 40), LayerShape(0, 0, 0), LayerShape(2, 1, 0)))
-    deci, notes = mended(shape, ARCHS["deci"], quantized=False)
+    deci, notes = padded_shape(shape, ARCHITECTURES["deci"], quantized=False)
     assert [(x.heads, x.neurons) for x in deci.layers] == [(2, 40), (0, 32), (2, 32)]
     assert len(notes) == 1
-    openelm, _ = mended(shape, ARCHS["openelm"], quantized=True)
+    openelm, _ = padded_shape(shape, ARCHITECTURES["openelm"], quantized=True)
     assert [(x.heads, x.neurons) for x in openelm.layers] == [(2, 64), (1, 32), (2, 32)]
 
 
@@ -436,10 +434,10 @@ def test_windows_that_llama_cpp_ignores_bound_the_context(
     make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     written = write_gguf(make("mistral"), tiny_tokenizer, tmp_path / "m.gguf")
-    assert metadata(tmp_path / "m.gguf")["llama.context_length"] == 6
+    assert read_keys(tmp_path / "m.gguf")["llama.context_length"] == 6
     assert "context length is 6" in written.notes[0]
     write_gguf(make("gemma3_text", **GEMMA3), tiny_tokenizer, tmp_path / "g.gguf")
-    keys = metadata(tmp_path / "g.gguf")
+    keys = read_keys(tmp_path / "g.gguf")
     assert keys["gemma3.context_length"] == 64
     assert keys["gemma3.attention.sliding_window"] == 6
 
@@ -697,7 +695,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str, dict[str, Any], str, str]] 
         "free",
         {},
         "q8_0",
-        "layer 0 has experts of 24 neurons: pass --type f16 or bf16.*--neuron-multiple 32",
+        "layer 0 has experts of 24 neurons: pass --type f16 or bf16.*--set neuron_multiple=32",
     ),
     "heads": (
         "llama_mha",
@@ -728,12 +726,12 @@ def test_tokens_that_end_a_turn_are_told(
     eos = tiny_tokenizer.eos_token_id
     model.generation_config.eos_token_id = [eos, 40, 41, 42]
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf")
-    keys = metadata(tmp_path / "m.gguf")
+    keys = read_keys(tmp_path / "m.gguf")
     names = ("eos", "eot", "eom")
     assert [keys[f"tokenizer.ggml.{x}_token_id"] for x in names] == [eos, 40, 41]
     model.generation_config.eos_token_id = eos
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf")
-    assert "tokenizer.ggml.eot_token_id" not in metadata(tmp_path / "m.gguf")
+    assert "tokenizer.ggml.eot_token_id" not in read_keys(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -746,13 +744,15 @@ def test_a_name_lets_llama_cpp_strip_what_the_tokenizer_strips(
     tokenizer.add_tokens([*special, AddedToken("<|user|>", special=True, rstrip=True)])
     vocabulary = read(tokenizer, len(tokenizer))
     plain = read(tiny_tokenizer, len(tiny_tokenizer))
-    name, notes = name_for("small", vocabulary, tokenizer)
+    name, notes = name_that_strips("small", vocabulary, tokenizer)
     assert ("phi-3" in name, bool(notes)) == (known, not known)
-    assert name_for("Phi-3 cut", vocabulary, tokenizer)[0] == (
+    assert name_that_strips("Phi-3 cut", vocabulary, tokenizer)[0] == (
         "Phi-3 cut" if known else "phi_3 cut"
     )
-    assert name_for("small", plain, tiny_tokenizer) == ("small", [])
-    assert name_for("phi3-cut", plain, tiny_tokenizer)[0] == "phi_3-cut"  # it would not load
+    assert name_that_strips("small", plain, tiny_tokenizer) == ("small", [])
+    assert (
+        name_that_strips("phi3-cut", plain, tiny_tokenizer)[0] == "phi_3-cut"
+    )  # it would not load
 
 
 def test_an_added_token_beyond_the_embedding_is_left_out(
@@ -765,7 +765,7 @@ def test_an_added_token_beyond_the_embedding_is_left_out(
         tokenizer.pad_token = f"[{len(tokenizer) - 1}]"
     written = write_gguf(make("llama"), tokenizer, tmp_path / "m.gguf", type_name="f16")
     assert written.texts_compared > 0
-    keys = metadata(tmp_path / "m.gguf")
+    keys = read_keys(tmp_path / "m.gguf")
     assert len(keys["tokenizer.ggml.tokens"]) == VOCAB
     assert "tokenizer.ggml.padding_token_id" not in keys
 
@@ -802,7 +802,7 @@ def test_what_is_no_number_is_not_written(
 
 
 def test_every_family_names_known_architectures() -> None:
-    assert {name for x in FAMILIES.values() for name in x.gguf} == ARCHS.keys()
+    assert {name for x in FAMILIES.values() for name in x.gguf} == ARCHITECTURES.keys()
 
 
 # --- tokenizers ------------------------------------------------------------------------------
@@ -935,7 +935,7 @@ def test_the_command(folder: Path, tmp_path: Path, run: Callable) -> None:
     result = json_line(stdout)
     assert (result["arch"], result["type"]) == ("deci", "q8_0")
     assert result["bytes"] == out.stat().st_size
-    assert metadata(out)["general.name"] == "model"
+    assert read_keys(out)["general.name"] == "model"
     for args, message in (
         ((folder, "--to", "gguf", "--out", out), "exists; pass --overwrite"),
         ((folder, "--to", "mlx", "--out", out), "--to mlx"),
@@ -950,7 +950,7 @@ def test_the_command(folder: Path, tmp_path: Path, run: Callable) -> None:
         assert message in err
         assert len(err.strip().splitlines()) == 1
     assert run(folder, "--to", "gguf", "--out", out, "--overwrite")[0] == 0
-    assert metadata(out)["general.file_type"] == 1
+    assert read_keys(out)["general.file_type"] == 1
 
 
 def test_a_failed_export_leaves_the_old_file(
@@ -973,15 +973,15 @@ def test_a_failed_export_leaves_the_old_file(
 KILLED = """
 import os, signal, sys
 from nuteprune.cli.app import main
-from nuteprune.export import gguf
+from nuteprune.export.gguf import write
 
-written = gguf.GGUFWriter.write_tensor_data
+written = write.GGUFWriter.write_tensor_data
 
 def last_words(self, *arguments, **named):
     written(self, *arguments, **named)
     os.kill(os.getpid(), signal.SIGKILL)
 
-gguf.GGUFWriter.write_tensor_data = last_words
+write.GGUFWriter.write_tensor_data = last_words
 main()
 """
 
@@ -998,7 +998,7 @@ def test_a_killed_export_leaves_the_old_file_or_none(
     assert python("-c", KILLED, *command).code == -signal.SIGKILL
     assert (out.read_bytes() if out.exists() else None) == old
     assert run(*command[1:])[0] == 0  # the same again goes on as if nothing had been
-    assert metadata(out)["general.architecture"] == "deci"
+    assert read_keys(out)["general.architecture"] == "deci"
     assert sorted(x.name for x in tmp_path.iterdir()) == ["m.gguf", "model"]
 
 

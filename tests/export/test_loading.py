@@ -20,8 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.export import hub, loading, modeling_pruned
 from nuteprune.export.checkpoint import save
-from nuteprune.export.loading import build, in_dtype, load_config, load_pruned
-from nuteprune.export.own_family import bring_from
+from nuteprune.export.loading import (
+    bring_recorded_family,
+    build,
+    in_dtype,
+    load_config,
+    load_pruned,
+)
 from nuteprune.files import file_sum
 from nuteprune.jobs.sources import read_config
 from nuteprune.model import lookup
@@ -380,7 +385,7 @@ def test_an_entry_that_travels_in_a_record_is_found_on_the_hub_too(
 
     monkeypatch.setattr(hub, "hf_hub_download", fetch)
     monkeypatch.setattr(lookup, "_OWN", {})
-    bring_from("me/small", revision="v2")
+    bring_recorded_family("me/small", revision="v2")
     assert asked == [("me/small", RECORD, {"revision": "v2"})]
     assert lookup.brought_along("mine") == family
     bias = "model.layers.0.self_attn.q_proj.bias"  # which a config may not deny
@@ -388,7 +393,7 @@ def test_an_entry_that_travels_in_a_record_is_found_on_the_hub_too(
         assert loading._is_projection(bias, model_type)
     missing = LocalEntryNotFoundError("no such file")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(missing))
-    bring_from("me/other")
+    bring_recorded_family("me/other")
     assert lookup.all_brought_along() == (family,)
 
 

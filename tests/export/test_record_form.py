@@ -16,14 +16,31 @@ from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.jobs.inspect import shapes_of
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge.headline import headline, verdict
-from nuteprune.judge.provenance import calibrated_on
+from nuteprune.judge.provenance import learned_from
 from nuteprune.judge.report import kept_rows
 from nuteprune.judge.run_files import RunFiles
 
 LAYER = {"heads": 4, "kv_heads": 2, "neurons": 48}
 PROTOCOL = {"measure": "how", "tokens": 10, "seed": 1}
 FIGURES = {"before": {"text": 2.0}, "after": {"text": 3.0}, "protocol": PROTOCOL}
-TUNED = {"steps": 2, "data": "text.txt", "kind": "text", "perplexity": FIGURES}
+READ = {
+    "documents": "0123456789abcdef" * 2,
+    "files": "",
+    "names": ["demo:recipes"],
+    "judged": {"text": "in-domain"},
+}
+TUNED = {"steps": 2, "data": "text.txt", "kind": "text", "perplexity": FIGURES, "text": READ}
+BOTH = {"before": 1.0, "after": 2.0}
+ANSWERS = {
+    **dict.fromkeys(("looping", "repeated", "length", "nats"), BOTH),
+    **{"kl": 0.1, "agreement": 90.0},
+    "protocol": {"measures": {"kl": "how"}, "prompts": "a", "answers": 2, "most_tokens": 8}
+    | {"tokens": 9},
+}
+CONTEXT = {
+    **{"tokens": 9, "needing": 3, "lost": 0.5, "lost_elsewhere": None, "gain": BOTH, "kept": 50.0},
+    "protocol": {"measures": {"lost": "how"}, "blocks": 1},
+}
 RECORD: dict[str, Any] = {
     "schema": 1,
     "target": 0.2,
@@ -38,8 +55,11 @@ RECORD: dict[str, Any] = {
     "teachers": {"count": 1, "sparsities": [0.1]},
     "perplexity": FIGURES,
     "copying": {"before": 60.0, "after": 50.0, "protocol": PROTOCOL},
+    "answers": ANSWERS,
+    "context": {"256": CONTEXT},
     "asked": {"kind": "sparsity", "value": 0.2},
     "config": {"model": "owner/model", "data": ["text.txt", "self"], "length": 16},
+    "text": READ,
     "recover": TUNED | {"earlier": TUNED},
     "versions": {"nuteprune": "0"},
     "bytes_on_disk": 720,
@@ -79,7 +99,7 @@ def use(record: dict[str, Any]) -> None:
     perplexities_of(record)
     headline(record, None)
     verdict(RunFiles(Path("out"), Path("out/run"), record, [], [], None, {}))
-    calibrated_on(record)
+    learned_from(record)
     again(record, "out")
     model_card(record, remote_code=False)
 
@@ -112,6 +132,8 @@ def test_whatever_is_odd_in_a_record_is_refused_or_no_trouble(tmp_path: Path) ->
         (("layers",), [LAYER] * 2, "layers are 2, and layers_before 1"),
         (("layers",), [], "layers is not a list, or an empty one"),
         (("config",), None, "config is not an object"),
+        (("answers", "kl"), "odd", "answers.kl is not a finite number or null"),
+        (("context", "256", "lost"), ..., "context is not an object of figures of context"),
         (("history", 0, "hidden", "before"), 0, r"history\[0\].hidden.before is not a count above"),
     ],
 )

@@ -9,17 +9,22 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from nuteprune.export.clients import warnings
-from nuteprune.export.gguf_fit import Source
-from nuteprune.export.support import support_page
+from nuteprune.export.gguf.choose import ModelFacts
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
+from tests.forked import python
+from tests.scripts import script
 
 REPOSITORY = Path(__file__).parents[2]
 
 
+def support_page() -> str:
+    return script("support", "docs").support_page()
+
+
 def test_the_page_is_what_the_code_says() -> None:
     page = (REPOSITORY / "docs" / "support.md").read_text(encoding="utf-8")
-    assert page == support_page(), "python -m nuteprune.export.support > docs/support.md"
+    assert page == support_page(), "python docs/support.py > docs/support.md"
 
 
 def test_tests_that_the_page_names_exist() -> None:
@@ -31,7 +36,7 @@ def test_tests_that_the_page_names_exist() -> None:
 def objections(name: str, *layers: LayerShape, hidden: int = 256, **config: Any) -> str:
     family = FAMILIES[name]
     stock = CONFIG_MAPPING[name](hidden_size=hidden, num_attention_heads=4, **config)
-    return "\n".join(warnings(Source(family, stock, Shape(hidden, layers), {})))
+    return "\n".join(warnings(ModelFacts(family, stock, Shape(hidden, layers), {})))
 
 
 def test_nothing_is_said_of_shapes_that_all_take() -> None:
@@ -103,3 +108,13 @@ def test_frequencies_that_follow_the_length_are_said_to_be_no_graph() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 5e3, "factor": 2.0}
     found = objections("llama", *[LayerShape(4, 2, 512)] * 2, head_dim=64, rope_parameters=rope)
     assert "ONNX Runtime: rope_type dynamic changes its frequencies" in found
+
+
+@pytest.mark.slow
+def test_a_run_loads_no_format_that_it_does_not_write() -> None:
+    code = "import sys, nuteprune.cli.prune, nuteprune.jobs.prune; print(*sys.modules)"
+    loaded = python("-c", code).out.split()
+    assert "nuteprune.export.checkpoint" in loaded
+    assert not [
+        x for x in loaded if x.startswith(("nuteprune.export.gguf", "nuteprune.export.onnx"))
+    ]

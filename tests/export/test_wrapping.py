@@ -30,6 +30,8 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.wrapped import CONFIGS, inputs, wrapper
 
+from .conftest import said_by_transformers
+
 
 @pytest.fixture
 def saved(tiny_tokenizer: Any, tmp_path: Path) -> Callable[[str], Path]:
@@ -147,6 +149,17 @@ def test_the_whole_around_a_pruned_language_model_is_the_masked_one(
         assert (eager - ours).abs().max() <= 1e-4 * ours.abs().max()
         inner = loaded.model.language_model.modules()
         assert {m.config._attn_implementation for m in inner if hasattr(m, "config")} == {"eager"}
+
+
+@pytest.mark.slow
+def test_transformers_has_nothing_to_say_of_free_shapes_inside_of_a_wrapper(
+    saved: Callable, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    source = saved("gemma3")
+    small, _ = cut(load_pruned(source, dtype=torch.float32), "free")
+    around = Around(str(source), WRAPPERS["gemma3"])
+    save(around.put(small)[0], tmp_path / "out", tiny_tokenizer, around)
+    assert said_by_transformers(tmp_path / "out", "AutoModelForImageTextToText") == (0, "", "")
 
 
 @pytest.mark.parametrize("shapes", ["free", "uniform"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from nuteprune.train.targets import Prices
 from tests.conftest import TINY, cache_of
 
 
-def prices(anatomy: Anatomy, folder: Path, dtype: torch.dtype, **settings: int) -> Prices:
+def prices(anatomy: Anatomy, folder: Path, dtype: torch.dtype, **settings: Any) -> Prices:
     args = NutePruneConfig(output_dir=str(folder), use_cpu=True, **settings)
     return Prices.of(anatomy, dtype, args)
 
@@ -54,7 +55,7 @@ def test_parameters_and_bytes_are_those_of_the_written_file(
 def test_the_cache_is_what_generation_keeps(name: str, tiny_model, tmp_path: Path) -> None:
     model = tiny_model(name)
     anatomy = Anatomy(model)
-    priced = prices(anatomy, tmp_path, model.dtype, context=20, sequences=2)
+    priced = prices(anatomy, tmp_path, model.dtype, target_memory="1GB@2x20")
     tokens = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
     cache = cache_of(model, tokens)
     held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)

@@ -44,7 +44,7 @@ PHASES = {
     "nuteprune.export.checkpoint:save": "exporting",
     "nuteprune.export.record:write_pruned": "writing the record",
     "nuteprune.judge.report:write_report": "reporting",
-    "nuteprune.export.gguf:write_gguf": "writing GGUF",
+    "nuteprune.export.gguf.write:write_gguf": "writing GGUF",
     "nuteprune.jobs.folder:clear": "clearing",
     "nuteprune.jobs.folder:clear_result": "clearing a result",
     "nuteprune.data.demo:fetch": "downloading",

@@ -85,7 +85,7 @@ def prune(changes: dict[str, str] | None = None, *more: str) -> list[str]:
     return ["prune", "MODEL", *flat, "--set=neuron_multiple=4", "--dry-run", *more]
 
 
-OPTIONS = [*GOOD, "--gates", "--shapes", "--seed", "--text-column", "--eval-data", "--config"]
+OPTIONS = [*GOOD, "--gates", "--shapes", "--text-column", "--eval-data", "--config"]
 OPTIONS += ["--shape", "--sparsty", "--set"]
 options = st.dictionaries(
     st.sampled_from([x for x in OPTIONS if x != "--out"]), words, min_size=1, max_size=3

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import keyword
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import nuteprune
+from nuteprune.cli.bench import bench
+from nuteprune.cli.export import TYPES
 from nuteprune.data.specs import DEMO
+from nuteprune.distill.objective import OBJECTIVES
 from nuteprune.errors import UserError
-from nuteprune.jobs.job import PruneJob, RecoverJob, what_it_is
-from nuteprune.jobs.prune import recorded
-from nuteprune.jobs.settings import RENAMED, RENAMED_VALUES, make_job
+from nuteprune.export.gguf import FILE_TYPES
+from nuteprune.gates.importance import METHODS
+from nuteprune.jobs.engines import ENGINES
+from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
+from nuteprune.jobs.prune_run import recorded
+from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.text import mixture
+from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.run_folder import SELF
-from nuteprune.train.config import NutePruneConfig, RecoverConfig
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.settings import declared
 
 OUT: dict[str, Any] = {"model": "m", "out": "o"}
@@ -76,40 +87,52 @@ def test_what_a_call_does_is_no_matter_for_a_file(tmp_path: Path) -> None:
         job({}, assignments=["dry_run=true"])
 
 
-@pytest.mark.parametrize("name", RENAMED)
-def test_former_settings_are_told_in_a_line(name: str) -> None:
-    with pytest.raises(UserError, match=f"setting {name} is gone since 0.1.0: "):
-        job({}, assignments=[f"{name}=1"])
-    assert name not in {x.name for x in dataclasses.fields(NutePruneConfig)}
-
-
-@pytest.mark.parametrize(("name", "value"), RENAMED_VALUES)
-def test_former_values_are_told_in_a_line(name: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"setting {name}={value} is gone since 0.1.0: "):
-        job({}, assignments=[f"{name}={value}"])
-
-
-@pytest.mark.parametrize("kind", [PruneJob, RecoverJob, NutePruneConfig, RecoverConfig])
+@pytest.mark.parametrize("kind", [PruneJob, RecoverJob, VocabJob, PruneSettings])
 def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
     own = {x.name for x in dataclasses.fields(kind)} - {"settings", "files"}
-    if issubclass(kind, NutePruneConfig | RecoverConfig):
-        own &= kind.__annotations__.keys()
     found = declared(kind)
-    assert own <= found.keys()
+    assert own == found.keys()
     assert all(x.help for x in found.values())
     options = [x.option for x in found.values() if x.option]
     assert len(options) == len(set(options))
 
 
-def test_the_settings_of_a_run_are_few() -> None:
-    """A new setting is a decision: raise the count only with one."""
-    own = {x.name for x in dataclasses.fields(NutePruneConfig)} & set(
-        NutePruneConfig.__annotations__
-    )
-    inherited = {x.name for x in dataclasses.fields(NutePruneConfig.__mro__[1])}
-    # Five targets beside sparsity, what a cache, a speed and a table of costs are of, the
-    # multiples that a quantization wants, layers that stay off the device.
-    assert len(own - inherited) == 18 + 5 + 5 + 1 + 1
+OPTIONS = """
+sparsity params active-params size memory speedup costs shape gates shapes for-quantization method
+offload steps batch-size gradient-checkpointing report-to out data eval-data text-column length
+device dtype resume overwrite trust-remote-code shares family bits dry-run
+"""
+WITHOUT_OPTION = """
+gate_type ramp_share freeze_share teacher objective lora_targets neuron_multiple hidden_multiple
+calibration_blocks lora_rank compensation sharded gradient_accumulation_steps learning_rate seed
+eval_blocks text_only
+"""
+
+
+def test_the_settings_of_a_prune_job_are_few() -> None:
+    """A new one is a decision; beside these, transformers' own are settings."""
+    found = [x for kind in (PruneSettings, PruneJob) for x in declared(kind).values()]
+    assert [x.option for x in found if x.option] == [f"--{x}" for x in OPTIONS.split()]
+    rest = [x.name for x in found if not x.option]
+    assert rest == [*WITHOUT_OPTION.split()[:-2], "model", *WITHOUT_OPTION.split()[-2:]]
+
+
+def test_names_that_help_tells_are_those_of_what_does_the_work() -> None:
+    """Help may not load what does it."""
+    ours = declared(PruneSettings)
+    assert ours["method"].choices == tuple(METHODS)
+    assert ours["gate_type"].choices == tuple(GATE_TYPES)
+    assert ours["objective"].choices == tuple(OBJECTIVES)
+    assert TYPES["gguf"] == tuple(FILE_TYPES)
+    assert inspect.signature(bench).parameters["engine"].default == next(iter(ENGINES))
+
+
+@pytest.mark.parametrize("word", ["for", "sed", "stepz", "lenght"])
+def test_what_python_is_told_of_a_setting_is_a_name_of_python(word: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"unknown setting '{word}'") as error:
+        nuteprune.prune(str(tmp_path), out=tmp_path / "out", sparsity=0.2, **{word: 1})
+    _, _, near = str(error.value).partition("did you mean ")
+    assert not near or (near[:-1].isidentifier() and not keyword.iskeyword(near[:-1]))
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ ROWS = [{"neurons": 160}] * 4 + [{"kv_heads": 2}]
     [
         {"target_params": "270K,250K"},
         {"target_size": "1000KB"},
-        {"target_memory": "1200KB", "context": 64},
+        {"target_memory": "1200KB@64"},
         {"shape": {"layers": ROWS}},
         {"shape": {"layers": [{}, {"mlp": False}, {}, {"attention": False}, {}]}},
         {"target_sparsity": 0.1, "gates": "attn_block"},

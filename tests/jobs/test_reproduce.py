@@ -33,16 +33,16 @@ def test_the_command_says_what_was_set() -> None:
         ("--length", "64"),
         ("--sparsity", "0.2"),
         ("--steps", "6"),
-        ("--seed", "7"),
         ("--set", "learning_rate=1.0e-05"),
         ("--set", "compensation=false"),
         ("--set", "lr_scheduler_kwargs={power: 1.0, lr_end: 1.0e-07}"),
+        ("--set", "seed=7"),
         ("--out", "new folder"),
     ]
 
 
 def test_a_recovery_is_made_again_from_the_target_that_it_was_of() -> None:
-    config = {"model": "demo", "stops": [0.1], "target_sparsity": 0.2, "max_steps": 9}
+    config = {"model": "demo", "target_sparsity": [0.1, 0.2], "max_steps": 9}
     first = {"data": "a b.txt", "text_column": "text", "steps": 5, "dtype": "auto", "seed": 3}
     second = {"data": "demo", "epochs": 0.5, "steps": 7, "asked_for": "epochs", "earlier": first}
     second["eval_data"] = "c.txt"

@@ -53,7 +53,7 @@ def asks(
         path.write_text("{}")
 
     monkeypatch.setattr(speed, "write_table", write_table)
-    asked = {"target_speedup": "1.3", "speed_at": "1x8+4", "use_cpu": True}
+    asked = {"target_speedup": "1.3@1x8+4", "use_cpu": True}
     config = NutePruneConfig(output_dir=str(tmp_path / "run"), **asked)
     job = PruneJob(DEMO, tmp_path / "out", device="cpu", dtype="float32")
     model = tiny_model("llama")

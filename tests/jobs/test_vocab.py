@@ -9,7 +9,8 @@ import pytest
 
 import nuteprune
 from nuteprune.errors import UserError
-from nuteprune.jobs.vocab import NOT_HERE, parts
+from nuteprune.jobs.job import VocabJob
+from nuteprune.jobs.vocab import parts
 
 
 def test_text_is_read_in_small_parts_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +26,7 @@ def test_text_is_read_in_small_parts_and_no_further(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        *(({name: "any"}, f"setting {name} has no use in vocab") for name in NOT_HERE),
+        *(({name: "any"}, f"setting {name} has no use in vocab") for name in VocabJob.NOT_HERE),
         ({"length": 1}, "length is 1; it must be at least 2"),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_speed_is_compared_pass_by_pass_and_with_what_was_cut() -> None:
     assert found["prefill"]["median"] == found["decode"]["median"] == 2.0
     assert found["prefill"]["bound"] == pytest.approx((6 * 160 + 40) / (6 * 80 + 40))
     assert found["decode"]["bound"] == pytest.approx(200 / 120)
-    assert found["decode"]["reached"] == pytest.approx(2.0 * 120 / 200)
+    assert found["decode"]["reached"] is None  # two pairs are no measurement
     # Attention over the context is among the work, and so are blocks that are called no more.
     cut = work(blocks=80, moved=120, queries=8, cached=4, attention_blocks=1)
     whole = work(blocks=160, moved=200, queries=16, cached=8)
@@ -198,15 +199,43 @@ def test_a_ratio_says_no_more_than_its_spread_and_its_bound_let_it(
     assert (f"{median:.2f}" in shown) == (said in ("faster", "slower"))
 
 
-def test_a_model_below_its_bound_is_told_why() -> None:
-    good = {"prefill": {"reached": 1.0}, "decode": {"reached": 0.95}}
-    bad = {"prefill": {"reached": 1.0}, "decode": {"reached": 0.5}}
+def measured(ratio: float, spread: float = 0.0) -> dict[str, dict[str, Any]]:
+    """A comparison of a model that takes `1 / ratio` of the dense one's time, its bound 2 x."""
+    factors = torch.linspace(1 - spread, 1 + spread, 5).tolist()
+    ours = [Timing(x / ratio, 3 * x / ratio) for x in factors]
+    cut = work(blocks=80, head=0, moved=100)
+    return compare(SETTING, ours, [Timing(1.0, 3.0)] * 5, cut, work(head=0))
+
+
+def test_a_model_that_is_faster_and_below_its_bound_is_told_why() -> None:
     odd, even = work(), work(neurons=256)
+    good, bad = measured(1.9), measured(1.2)
+    assert good["decode"]["reached"] == pytest.approx(0.95)
     assert advice([good], odd) == []
-    why, remedy = advice([good, bad], odd)
-    assert why.startswith("decode reaches 50%")
-    assert "multiples of 96; prune with --neuron-multiple 128" in remedy
-    assert "no larger one" in advice([bad], even)[1]
+    prefill, decode, remedy = advice([good, bad], odd)
+    assert prefill.startswith("prefill reaches 60% of its bound at worst: time goes into what does")
+    assert decode.startswith("decode reaches 60%")
+    assert "multiples of 96; prune with --set neuron_multiple=128" in remedy
+    assert "no larger one" in advice([bad], even)[-1]
+
+
+@pytest.mark.parametrize("comparison", [measured(1.2, spread=0.3), measured(2.5)])
+def test_what_is_no_measurement_has_no_share_of_the_bound_and_no_reason(
+    comparison: dict[str, dict[str, Any]],
+) -> None:
+    assert {x["verdict"] for x in comparison.values()} <= {"none", "noise"}
+    assert {x["reached"] for x in comparison.values()} == {None}
+    assert advice([comparison], work()) == []
+
+
+def test_a_slower_model_is_not_told_that_what_does_not_shrink_slows_it() -> None:
+    found = measured(0.5)
+    assert {x["reached"] for x in found.values()} == {None}
+    prefill, decode, _ = advice([measured(1.9), found], work())
+    for phase, line in (("prefill", prefill), ("decode", decode)):
+        assert line.startswith(f"{phase} is slower than the dense model, 0.50 x at worst")
+        assert "does not shrink" not in line
+        assert "of its bound" not in line
 
 
 @pytest.fixture(scope="module")

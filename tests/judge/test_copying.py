@@ -11,6 +11,7 @@ from nuteprune.data.tokens import bos_of
 from nuteprune.errors import UserError
 from nuteprune.judge import copying as module
 from nuteprune.judge.copying import LENGTH, SEED, SEQUENCES, copying, draw, ordinary_ids
+from nuteprune.model.decoding import cache_name
 
 TOKENS = SEQUENCES * LENGTH
 
@@ -96,6 +97,27 @@ def test_the_share_is_of_the_models_own_logits(tiny_model, tiny_tokenizer) -> No
     right = (likeliest[:, 31:-1] == drawn).sum()
     assert found.percent == pytest.approx(100 * int(right) / drawn.numel())
     assert found == copying(model, tiny_tokenizer, seed=3, batch_size=32)
+
+
+def test_the_figure_is_that_of_writing_token_by_token(tiny_model, tiny_tokenizer) -> None:
+    model, seen = tiny_model("llama", vocab_size=20), []  # so few tokens that guesses are right
+    hook = model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    found = copying(model, tiny_tokenizer)
+    hook.remove()
+    ids_NT, cached, right, count = torch.cat(seen), {}, 0, 0
+    first = ids_NT.shape[1] // 2
+    for at in range(ids_NT.shape[1] - 1):
+        with torch.no_grad():
+            output = model(input_ids=ids_NT[:, at : at + 1], use_cache=True, **cached)
+        cached = {(key := cache_name(output)): output[key]}
+        if at + 1 >= first:
+            assert torch.equal(ids_NT[:, at + 1], ids_NT[:, at + 1 - first])
+            right += int((output.logits[:, 0].argmax(-1) == ids_NT[:, at + 1]).sum())
+            count += len(ids_NT)
+    assert (count, found.percent) == (found.tokens, pytest.approx(100 * right / count))
+    assert right > 10
 
 
 def test_texts_begin_with_bos_where_the_tokenizer_has_it(measure, tiny_tokenizer) -> None:

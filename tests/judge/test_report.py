@@ -25,6 +25,7 @@ from nuteprune.judge.headline import text_kind, verdict
 from nuteprune.judge.report import kept_rows
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from nuteprune.train.state import RunState
+from tests.export.test_card import BESIDE
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,12 @@ def layer(heads: int, kv_heads: int, neurons: int) -> dict[str, Any]:
     return {"heads": heads, "kv_heads": kv_heads, "neurons": neurons, **blocks}
 
 
+def judged(*kinds: str) -> dict[str, Any]:
+    """What a record says of a run's text, of which nothing was kept but what judged."""
+    nothing = {"documents": "", "files": "", "names": []}
+    return {**nothing, "judged": {f"text {i}": kind for i, kind in enumerate(kinds)}}
+
+
 def a_record(depth: int = 3, **changes: Any) -> dict[str, Any]:
     return {
         "schema": 1,
@@ -67,6 +74,7 @@ def a_record(depth: int = 3, **changes: Any) -> dict[str, Any]:
         },
         "base_model": "owner/model",
         "config": {"model": "owner/model", "data": "text.txt", "target_sparsity": 0.2},
+        "text": judged("in-domain"),
         "seconds": 100.0,
         "bytes_on_disk": 3400,
         "seed": 7,
@@ -172,6 +180,27 @@ SPEED = {
 # --- the page --------------------------------------------------------------------------------
 
 
+def test_answers_and_context_stand_beside_how_they_were_judged(tmp_path: Path) -> None:
+    samples = [{"which": "worst", "prompt": "Why?", "dense": "So.", "pruned": "So so so"}]
+    folder = a_run(tmp_path / "out", a_record(**BESIDE), some_steps(), samples=samples)
+    page = page_of(folder)
+    for expected in (
+        "17.19 % of its answers loop (3.12 % of the dense model's)",
+        "looping, % 3.1 17.2 × 5.50",
+        "KL divergence, nats per token 0.450",
+        "nats gained by context 3.00 1.50 × 0.50",
+        "nats lost, 12 tokens that need it 1.25",
+        "Context: the last tokens of 3 blocks of 256.",
+        "kl: how far.",
+        "The worst answer",
+        "So so so",
+    ):
+        assert expected in page.text
+    several = BESIDE["context"] | {"1152": BESIDE["context"]["256"]}
+    folder = a_run(tmp_path / "several", a_record(context=several), some_steps())
+    assert "gain kept, %, blocks of 1152 50.0" in page_of(folder).text
+
+
 def test_a_finished_run_has_all_that_is_known_and_nothing_from_outside(tmp_path: Path) -> None:
     samples = [{"prompt": "Once", "dense": "upon a time", "pruned": "there was"}]
     folder = a_run(tmp_path / "out", a_record(), some_steps(), samples=samples, speed=SPEED)
@@ -180,8 +209,8 @@ def test_a_finished_run_has_all_that_is_known_and_nothing_from_outside(tmp_path:
     for expected in (
         "owner/model",
         "20.0 % of the decoder is gone",
-        "2.0 k 1.7 k −15.0 %",
-        "≈ 4.0 kB 3.4 kB −15.0 %",
+        "2.00 k 1.70 k −15.0 %",
+        "≈ 4.00 kB 3.40 kB −15.0 %",
         "news 20.00 25.00 × 1.25",
         "mean 25.00 35.00 × 1.40",
         "decode reaches 80% of its bound",
@@ -421,29 +450,30 @@ def test_the_report_says_what_text_is_judged_and_how_it_copies(tmp_path: Path) -
         "a sequence, repeated; 3,200 tokens, seed 77",
     ):
         assert expected in page.text
-    config = {**a_record()["config"], "eval_data": "owner/other"}
-    page = page_of(a_run(tmp_path / "other", a_record(config=config), None))
+    page = page_of(a_run(tmp_path / "other", a_record(text=judged("other text")), None))
     assert "Perplexity on other text, lower is better" in page.text
     assert "Copying" not in page.text
 
 
 @pytest.mark.parametrize(
-    ("config", "more", "kind"),
+    ("record", "kind"),
     [
-        ({"data": "demo"}, {}, "in-domain text"),
-        ({"data": ["demo", "self"]}, {}, "in-domain text"),
-        ({"data": "self"}, {}, "other text"),  # judged by the demo's
-        ({"data": "self"}, {"recover": {"data": "mine.jsonl"}}, "other text"),
-        ({"data": "self"}, {"recover": {"data": "demo"}}, "in-domain text"),
-        ({"data": "self", "eval_data": "a.txt"}, {"recover": {"data": "a.txt"}}, "in-domain text"),
-        ({"data": "demo"}, {"recover": {"data": "demo", "eval_data": "a.txt"}}, "other text"),
-        ({}, {}, None),
+        ({"text": judged("in-domain", "other text")}, "in-domain text"),
+        ({"text": judged("other text")}, "other text"),
+        ({"text": judged("other text", "not known")}, None),
+        (
+            {"text": judged("other text"), "recover": {"text": judged("in-domain")}},
+            "in-domain text",
+        ),
+        ({"text": judged("in-domain"), "recover": {"text": judged("other text")}}, "other text"),
+        ({"text": judged("in-domain"), "recover": {}}, None),
+        ({}, None),
     ],
 )
-def test_what_judges_is_in_domain_if_a_run_learned_from_it(
-    config: dict[str, Any], more: dict[str, Any], kind: str | None
+def test_the_kind_of_text_is_that_of_the_last_run_that_judged(
+    record: dict[str, Any], kind: str | None
 ) -> None:
-    assert text_kind({"config": config, **more}) == kind
+    assert text_kind(record) == kind
 
 
 def test_a_missed_target_is_said(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.judge import tasks
-from nuteprune.judge.tasks import COMMONSENSE7, Figure, Score, Tasks, read_scores
+from nuteprune.judge.tasks import COMMONSENSE7, Figure, Score, Tasks, flips, read_scores
 from nuteprune.judge.verdicts import Verdicts
 
 QUESTIONS = [
@@ -217,6 +217,24 @@ def test_retention_has_the_paired_error_of_its_tasks(capsys: pytest.CaptureFixtu
     errors = verdicts.retention_stderr["tasks"]
     assert (errors["b"], errors["mean"]) == (None, None)
     assert errors["a"] == pytest.approx(25)
+
+
+def test_flips_are_counted_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    def score(*answers: float) -> Score:
+        value = sum(answers) / len(answers)
+        return Score(value, "acc", None, True, len(answers), answers=answers)
+
+    ours = {"a": score(1, 0, 0, 1, 0), "b": score(0.5, 1), "c": score(1, 0)}
+    dense = {"a": score(1, 1, 1, 0, 0), "b": score(0.0, 1), "c": Score(0.5, "acc", None, True, 2)}
+    verdicts = Verdicts({}, None, tasks={"small": ours, "large": dense})
+    assert verdicts.to_dict()["flips"] == {}
+    verdicts.compare("small", "large")
+    # Those of b are no right or wrong, those of c are not known.
+    assert verdicts.to_dict()["flips"] == {"a": {"lost": 2, "won": 1, "asked": 5}}
+    verdicts.print(Output())
+    said = "a: of 5 questions 2 went from right to wrong and 1 from wrong to right"
+    assert said in capsys.readouterr().out
+    assert flips(ours["a"], score(1, 1)) is None
 
 
 def test_the_error_of_what_is_better_low_is_that_of_the_same_ratio() -> None:

@@ -68,7 +68,7 @@ def test_our_own_blocks_begin_with_bos_as_those_of_training_do(
     (expected,) = held_out_blocks(str(path), tokenizer, length=16, count=4).values()
     (rows,) = rows_of(str(path)).values()
     made = make_blocks(
-        "text", rows(), tokenizer, changed(PROTOCOLS["held-out"], length=16, blocks=4)
+        "text", rows.read(), tokenizer, changed(PROTOCOLS["held-out"], length=16, blocks=4)
     )
     assert torch.equal(made.tokens_NT, expected)
     assert (expected[:, 0] == 0).all()
@@ -139,12 +139,12 @@ def test_the_default_is_what_prune_judges_by(
     path = tmp_path / "a.txt"
     path.write_text("\n\n\n".join(f"document {i} with some words in it" for i in range(400)))
     protocol = changed(PROTOCOLS["held-out"], length=16, blocks=5)
-    (read,) = rows_of(str(path)).values()
-    made = make_blocks("a.txt", read(), tokenizer, protocol)
+    (rows,) = rows_of(str(path)).values()
+    made = make_blocks("a.txt", rows.read(), tokenizer, protocol)
     (expected,) = held_out_blocks(str(path), tokenizer, length=16, count=5).values()
     assert torch.equal(made.tokens_NT, expected)
     (all_of_it,) = rows_of(str(path), whole=True).values()
-    assert len(list(all_of_it())) == 400
+    assert len(list(all_of_it.read())) == 400
 
 
 def test_a_local_copy_keeps_its_empty_rows(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_local_copy_keeps_its_empty_rows(tmp_path: Path) -> None:
     rows = [{"text": ""}, {"text": " = Title = \n"}, {"text": ""}]
     path.write_text("\n".join(map(json.dumps, rows)))
     found = rows_of(f"wikitext2={path}")
-    assert list(found["wikitext2"]()) == ["", " = Title = \n", ""]
+    assert list(found["wikitext2"].read()) == ["", " = Title = \n", ""]
 
 
 def test_names_are_single_files_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_names_are_single_files_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> N
         return datasets.Dataset.from_dict({"text": [str(i) for i in range(1200)]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(rows_of("c4")["c4"]()) == [str(i) for i in range(1100)]
+    assert list(rows_of("c4")["c4"].read()) == [str(i) for i in range(1100)]
     (options,) = asked.values()
     assert options["data_files"] == {"test": "en/c4-validation.00000-of-00008.json.gz"}
     assert options["split"] == "test"
@@ -175,7 +175,7 @@ def test_without_the_hub_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"no network at all.*--data ptb=FILE"):
-        rows_of("ptb")["ptb"]()
+        list(rows_of("ptb")["ptb"].read())
 
 
 def test_overlap_gives_each_token_more_to_go_by(

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from nuteprune.console import Output
+from nuteprune.judge.beside import Beside
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.tasks import Score
 from nuteprune.judge.texts import Blocks
 from nuteprune.judge.verdicts import Verdicts
+from tests.export.test_card import BESIDE
 
 
 def copied(percent: float, **changes: Any) -> Copying:
@@ -30,6 +32,28 @@ def test_copies_of_other_sequences_are_not_compared(capsys: pytest.CaptureFixtur
         assert kept == ({} if changes else {"copying": {"repeat": 50.0}})
         assert ("50.0 %" in told) == (not changes)
         assert ("copied other sequences" in told) == bool(changes)
+
+
+def test_answers_and_context_are_told_with_what_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sample = {"which": "worst", "prompt": "Why?", "dense": "So.", "pruned": "So\nso so"}
+    verdicts = Verdicts({}, None, beside=Beside(BESIDE, [sample]))
+    verdicts.print(Output())
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for expected in (
+        "looping, % 3.1 17.2",
+        "nats lost, 12 tokens that need it 1.25",
+        "kl: how far.",
+        "kept: how much.",
+        "The worst answer, by repeats: Why?",
+        "pruned: So so so",
+    ):
+        assert expected in said
+    found = verdicts.to_dict()
+    assert {key: found[key] for key in BESIDE} == BESIDE
+    assert found["samples"] == [sample]
+    assert not {"answers", "context", "samples"} & Verdicts({}, None).to_dict().keys()
 
 
 def test_unlike_metrics_have_a_mean_neither_in_the_table_nor_in_the_json(

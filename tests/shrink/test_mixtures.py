@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -395,8 +396,30 @@ def test_active_parameters_can_be_asked_for(tiny_model) -> None:
     shape = allocator.shape(allocator.chance_scores(), target.goal)
     assert 22_000 < priced.of_a_token(shape)["active_after"] <= 26_000
     few = NutePruneConfig(output_dir="unused", gates="experts", target_active_params=20_000)
-    with pytest.raises(UserError, match=r"leave at least .* a token goes through .* since every"):
+    with pytest.raises(UserError, match=r"leave at least .* a token goes through") as error:
         run_targets(make_allocator(anatomy, few), few, priced)
+    reason = "since what stays is 2 experts of each layer, as many as a token takes and all that"
+    assert reason in str(error.value)  # of neurons and KV heads these gates say nothing
+
+
+@pytest.mark.parametrize("gates", ["experts", "experts,expert_neurons", "kv_groups"])
+@pytest.mark.parametrize("kind", ["params", "size"])
+def test_what_an_error_says_can_be_reached_can_be_asked_for(
+    kind: str, gates: str, tiny_model
+) -> None:
+    anatomy = Anatomy(tiny_model("mixtral"))
+
+    def ask(value: str) -> None:
+        args = NutePruneConfig(output_dir="unused", gates=gates, **{f"target_{kind}": value})
+        run_targets(make_allocator(anatomy, args), args, Prices.of(anatomy, torch.float32, args))
+
+    with pytest.raises(UserError, match="out of reach") as error:
+        ask("1k" if kind == "params" else "1kB")
+    least, *others = re.findall(r"at least ([\d.]+) ?(kB?)", str(error.value))
+    assert all(len(number.replace(".", "")) >= 3 for number, _ in (least, *others))
+    ask("".join(least))
+    with pytest.raises(UserError, match="out of reach"):
+        ask(f"{0.99 * float(least[0])}{least[1]}")
 
 
 @pytest.mark.parametrize(

@@ -321,7 +321,7 @@ class Padded(Dataset[Any]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{"teachers": "dense"}, {"teachers": "none"}, {"objective": "paper"}], ids=str
+    "settings", [{"teacher": "dense"}, {"teacher": "none"}, {"objective": "paper"}], ids=str
 )
 def test_padding_counts_alike_however_a_step_is_parted(
     settings: dict[str, Any], tiny_model, tmp_path: Path

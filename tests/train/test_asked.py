@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nuteprune.errors import UserError
 from nuteprune.train.asked import KINDS, Asked, several, spelled
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prune_settings import PruneSettings
 
 
 @pytest.mark.parametrize(
@@ -81,9 +82,11 @@ def test_a_config_tells_its_targets_in_one_way(tmp_path: Path) -> None:
     args = config(tmp_path, target_params=["120000K", 1e8])
     assert args.target_params == ["120M", "100M"]
     assert args.asked == (Asked("params", 120_000_000), Asked("params", 100_000_000))
-    args = config(tmp_path, target_memory="1048576KiB", context=2048)
-    assert args.target_memory == "1GiB"
-    assert args.asked[0].about == {"context": 2048, "sequences": 1}
+    args = config(tmp_path, target_memory=["2097152KiB", "1048576KiB@4x2048"])
+    assert args.target_memory == ["2GiB", "1GiB@4x2048"]
+    assert args.asked[0].about == {"context": 2048, "sequences": 4}
+    assert config(tmp_path, target_memory=args.target_memory).asked == args.asked
+    assert config(tmp_path, target_memory="1GiB@1x64").target_memory == "1GiB@64"
     assert config(tmp_path, target_sparsity="0.2,0.3").asked == (
         Asked("sparsity", 0.2),
         Asked("sparsity", 0.3),
@@ -91,15 +94,36 @@ def test_a_config_tells_its_targets_in_one_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "told", "faster", "at"),
+    [
+        ("1.5", "1.5", "decode", "1x256+32"),
+        (1.5, "1.5", "decode", "1x256+32"),
+        ("1.5@decode:1x256+32", "1.5", "decode", "1x256+32"),
+        ("1.5x@prefill", "1.5@prefill", "prefill", "1x256+32"),
+        ("1.5@2x64+8", "1.5@2x64+8", "decode", "2x64+8"),
+        ("1.5@both:2x64+8", "1.5@both:2x64+8", "both", "2x64+8"),
+    ],
+)
+def test_a_speedup_tells_what_is_to_be_faster_and_when(
+    written: Any, told: str, faster: str, at: str
+) -> None:
+    args = PruneSettings(target_speedup=written)
+    assert args.target_speedup == told
+    assert args.asked == (Asked("speedup", 1.5, {"for": faster, "at": at}),)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"target_params": "1M", "target_size": "1MB"}, "--params and --size both say how much"),
-        ({"target_memory": "1MB", "context": 4, "shape": {"neurons": 8}}, "--memory and --shape"),
+        ({"target_memory": "1MB@4", "shape": {"neurons": 8}}, "--memory and --shape"),
         ({"target_sparsity": 0.3, "target_params": "1M"}, "--sparsity and --params both say"),
         ({"target_sparsity": [0.1, 0.3], "shape": {"neurons": 8}}, "--sparsity and --shape"),
-        ({"target_memory": "1MB"}, "say for how many tokens with --context"),
-        ({"target_memory": "1MB", "context": 0}, "context is 0; it must be at least 1"),
-        ({"target_memory": "1MB", "context": 1, "sequences": 0}, "sequences is 0"),
+        ({"target_memory": "1MB"}, "say for how many tokens, such as 4GiB@8192"),
+        ({"target_memory": "1MB@0"}, "@0 says for no number of tokens"),
+        ({"target_memory": "1MB@0x1"}, "@0x1 says for no number of tokens"),
+        ({"target_memory": ["2MB@4", "1MB@4"]}, "memory is '2MB@4'"),
+        ({"target_params": "1M@4"}, "params is '1M@4'"),
         ({"target_params": "3M,2M,1M", "max_steps": 2}, "3 targets need at least 3 steps"),
     ],
 )

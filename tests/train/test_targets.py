@@ -47,9 +47,9 @@ SEVERAL: dict[str, Any] = {"target_sparsity": "0.15,0.3,0.45", "max_steps": 9}
         {},
         {"method": "fisher"},
         {"ramp_share": 0.5},
-        {"ramp_share": 0.5, "teachers": "dense"},
+        {"ramp_share": 0.5, "teacher": "snapshots"},
         {"gate_type": "hard_concrete"},
-        {"gate_type": "hard_concrete", "teachers": "dense"},
+        {"gate_type": "hard_concrete", "teacher": "snapshots"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "default",
 )
@@ -75,7 +75,7 @@ def test_each_target_gives_the_model_of_its_own_moment(
         assert record["target"] == target
         assert target <= record["sparsity"] <= target + 0.02
     assert load_pruned(tmp_path / "stop0").config.num_hidden_layers == 3
-    numerous = trainer.schedule.ramps and "teachers" not in settings
+    numerous = trainer.schedule.ramps and settings.get("teacher") == "snapshots"
     assert all((record["teachers"]["count"] > 0) == numerous for record in records)
     served = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(served) == 9

@@ -25,8 +25,8 @@ from .conftest import LENGTH, make, metrics
         {"method": "flap"},
         {"method": "similarity", "neuron_multiple": 48},
         {"shapes": "uniform"},
-        {"objective": "paper", "teachers": "dense"},
-        {"teachers": "none", "compensation": False},
+        {"objective": "paper", "teacher": "dense"},
+        {"teacher": "none", "compensation": False},
     ],
     ids=[
         "default",
@@ -78,7 +78,7 @@ def test_training_lowers_the_loss_that_pruning_caused(tiny_model, tmp_path: Path
         tmp_path,
         max_steps=60,
         per_device_train_batch_size=16,
-        teachers="dense",
+        teacher="dense",
         compensation=False,
         ramp_share=0.1,
         freeze_share=0.1,
@@ -387,7 +387,7 @@ def test_dropout_makes_no_noise_and_stays_in_the_config(tiny_model, tmp_path: Pa
 def test_the_language_model_term_is_the_models_own_loss_of_real_tokens(
     tiny_model, tmp_path: Path
 ) -> None:
-    trainer = make(tiny_model("llama"), tmp_path, teachers="none")
+    trainer = make(tiny_model("llama"), tmp_path, teacher="none")
     ids = torch.arange(3, 35).reshape(2, LENGTH)
     real = torch.ones_like(ids)
     real[1, 10:] = 0

@@ -39,7 +39,7 @@ def _root(
 
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
-    # Imported here, so that libraries are quiet by the time they are loaded.
+    # Imported here: `main` checks names before anything else.
     from nuteprune.cli import (
         bench,
         demo,
@@ -58,7 +58,6 @@ def make_app() -> typer.Typer:
         name="nuteprune",
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
@@ -151,9 +150,10 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # a level set here, its import resets
-    from transformers.utils import logging as transformers_logging
+    if "transformers" in sys.modules:  # it has read these, in a program that calls `main`
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

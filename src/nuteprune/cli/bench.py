@@ -8,10 +8,6 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
-from nuteprune.jobs.bench import run
-from nuteprune.jobs.engines import ENGINES
-from nuteprune.jobs.family import take
 from nuteprune.run_folder import RUN, SPEED
 
 
@@ -24,7 +20,7 @@ def bench(
             help="What runs them: transformers, or llama.cpp (exports them; --dtype float16, "
             "bfloat16 or float32 is then the type of the files)."
         ),
-    ] = next(iter(ENGINES)),
+    ] = "transformers",
     batch_sizes: Annotated[str, typer.Option(help="Sequences at a time, with commas.")] = "1,4",
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt, with commas.")] = "256",
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
@@ -50,6 +46,10 @@ def bench(
     Prompts are random tokens. Each model has a process of its own; with --against they take turns,
     so that what else the machine does hits both alike.
     """
+    from nuteprune.console import Output
+    from nuteprune.jobs.bench import run
+    from nuteprune.jobs.family import take
+
     output = Output(as_json)
     take(family, against or model)
     found = run(

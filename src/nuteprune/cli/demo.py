@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
 from nuteprune.data.specs import DEMO
-from nuteprune.jobs.demo import FOLDER, begun_folder, fetch, finished, free_folder
+from nuteprune.jobs.folder import DEMOS, begun_folder, check_free, free_folder
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.settings import make_job
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prune_settings import PruneSettings
 
 
 @o.with_options(
-    NutePruneConfig,
+    PruneSettings,
     PruneJob,
-    but=("data", "eval_data", "text_column", "trust_remote_code", "family", "text_only"),
+    but=("data", "eval_data", "text_column", "trust_remote_code", "family"),
 )
 def demo(
     out: o.OptionalOut = None,
@@ -30,12 +29,16 @@ def demo(
     Without --out the result is in ./nuteprune-demo, or -2, -3, ... where that is taken.
     With --overwrite it is ./nuteprune-demo.
     """
+    pick = begun_folder if given["resume"] else free_folder
+    folder = DEMOS if given["overwrite"] else pick(DEMOS)
+    asked = {"model": DEMO, "out": folder if out is None else out, **given}
+    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
+    check_free(job)
+    from nuteprune.console import Output
+    from nuteprune.jobs.demo import fetch, finished
+
     output = Output(as_json)
     fetch(output)
-    pick = begun_folder if given["resume"] else free_folder
-    folder = FOLDER if given["overwrite"] else pick(FOLDER)
-    asked = {"model": DEMO, "out": folder if out is None else out, **given}
-    job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
     result = finished(job, output)
     if result is not None:
         output.result(result)

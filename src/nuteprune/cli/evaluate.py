@@ -1,4 +1,4 @@
-"""`nuteprune eval`: perplexity, copying and tasks of a checkpoint, dense, pruned or midway."""
+"""`nuteprune eval`: how good a checkpoint is, dense, pruned or midway."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
-from nuteprune.jobs.evaluate import Evaluation, judged, run
-from nuteprune.jobs.family import take
 from nuteprune.judge import protocols
-from nuteprune.judge.copying import SEED as COPYING_SEED
 
 
 def evaluate(
     model: o.Model,
     against: Annotated[
-        str | None, typer.Option(help="The dense model: adds what is retained of it, in percent.")
+        str | None,
+        typer.Option(help="The dense model: adds what is retained of it, answers and context."),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -53,14 +50,22 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most questions per task.")] = None,
     fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts that both models answer, JSON lines with 'prompt' or 'messages'; without "
+            "it questions that the dense model writes, or beginnings of the text."
+        ),
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Blocks or questions per forward pass.")] = 4,
     device: o.Device = None,
     dtype: o.Dtype = None,
     text_column: o.TextColumn = None,
     copying_seed: Annotated[
-        int,
+        int | None,
         typer.Option(help="Draws the tokens to copy. To choose between models pass one of 0 to 9."),
-    ] = COPYING_SEED,
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(help="Where the dense model of OUT/run/checkpoint-N is, if it was moved."),
@@ -69,12 +74,18 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure how good MODEL is: perplexity, copying, tasks.
+    """Measure how good MODEL is: perplexity, copying, tasks; with --against answers and context.
 
-    Perplexity is measured on text, copying on random tokens. Tasks are zero-shot unless --fewshot
-    says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without --data,
-    --protocol and --tasks it is perplexity on the held-out part of the demo's texts.
+    Perplexity is measured on text, copying on random tokens. Beside the dense model: whether greedy
+    answers loop, and what is lost on tokens that need their context. Tasks are zero-shot unless
+    --fewshot says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without
+    --data, --protocol and --tasks the text is the held-out part of the demo's.
     """
+    from nuteprune.console import Output
+    from nuteprune.jobs.evaluate import Evaluation, judged, run
+    from nuteprune.jobs.family import take
+    from nuteprune.judge.copying import SEED
+
     output = Output(as_json)
     take(family, against or judged(model, base).source)
     changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}
@@ -90,10 +101,12 @@ def evaluate(
         include_path=include_path,
         limit=limit,
         fewshot=fewshot,
+        prompts=prompts,
+        answer_tokens=answer_tokens,
         batch_size=batch_size,
         device=device or "auto",
         dtype=dtype or "auto",
-        copying_seed=copying_seed,
+        copying_seed=SEED if copying_seed is None else copying_seed,
         base=base,
         trust_remote_code=trust_remote_code,
     )

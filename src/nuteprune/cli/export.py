@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.export.gguf import FILE_TYPES, write_gguf
-from nuteprune.export.onnx import require_packages, write_onnx
 from nuteprune.files import at_home, check_file
-from nuteprune.jobs.family import take
-from nuteprune.jobs.sources import load_model, load_tokenizer, read_config
 
-TYPES = {"gguf": tuple(FILE_TYPES), "onnx": ("f32",)}
-"""Format -> how it stores weights, the default first."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nuteprune.console import Output
+
+TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
+"""Format -> how it stores weights, the default first; see `gguf.write.FILE_TYPES`."""
 
 
 def export(
@@ -47,7 +45,7 @@ def export(
     as_json: o.Json = False,
 ) -> None:
     """Write MODEL, pruned or not, in another program's format."""
-    output, out = Output(as_json), at_home(out)
+    out = at_home(out)
     if to not in TYPES:
         raise UserError(f"--to {to} is not a known format; pass one of {', '.join(TYPES)}")
     type_name = TYPES[to][0] if type_name is None else type_name
@@ -60,6 +58,11 @@ def export(
     check_file("--out", out, f"{out}/model.{to}")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
+    from nuteprune.console import Output
+    from nuteprune.jobs.family import take
+    from nuteprune.jobs.sources import load_tokenizer, read_config
+
+    output = Output(as_json)
     take(family, model)
     read_config(model)
     if to == "onnx":
@@ -77,6 +80,10 @@ def _export_gguf(
     tokenizer: PreTrainedTokenizerBase,
     output: Output,
 ) -> None:
+    from nuteprune.console import megabytes, millions
+    from nuteprune.export.gguf.write import write_gguf
+    from nuteprune.jobs.sources import load_model
+
     loaded = load_model(model, None)
     with output.bars() as bars:
         written = write_gguf(
@@ -103,6 +110,12 @@ def _export_gguf(
 
 
 def _export_onnx(model: str, out: Path, output: Output) -> None:
+    import torch
+
+    from nuteprune.console import megabytes, millions
+    from nuteprune.export.onnx import require_packages, write_onnx
+    from nuteprune.jobs.sources import load_model
+
     require_packages()
     loaded = load_model(model, torch.float32)
     with output.bars() as bars:

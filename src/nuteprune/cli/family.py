@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
-from nuteprune.jobs.family import run
 
 
 def family(
@@ -26,5 +24,8 @@ def family(
 
     The entry is tried on a small model: the gates that hold with it are named.
     """
+    from nuteprune.console import Output
+    from nuteprune.jobs.family import run
+
     output = Output(as_json)
     output.result(run(model, output, file, out))

@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
-from nuteprune.jobs.inspect import run
 
 
 def inspect(
@@ -17,5 +15,8 @@ def inspect(
     as_json: o.Json = False,
 ) -> None:
     """Show the layers, parameters and quality of a pruned checkpoint."""
+    from nuteprune.console import Output
+    from nuteprune.jobs.inspect import run
+
     output = Output(as_json)
     output.result(run(folder, output))

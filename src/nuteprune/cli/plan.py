@@ -8,13 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.plan import Asked, run
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.asked import value_of
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prune_settings import PruneSettings
 
 _NOT_ASKED = (
     "out",
@@ -25,7 +23,6 @@ _NOT_ASKED = (
     "resume",
     "overwrite",
     "dry_run",
-    "text_only",
     "trust_remote_code",
     "shares",
     "bits",
@@ -34,7 +31,7 @@ _NOT_ASKED = (
 )
 
 
-@o.with_options(NutePruneConfig, PruneJob, but=_NOT_ASKED)
+@o.with_options(PruneSettings, PruneJob, but=_NOT_ASKED)
 def plan(
     model: Annotated[
         str,
@@ -66,12 +63,15 @@ def plan(
         raise UserError("--devices, --tflops and --bandwidth must be above 0")
     if devices > 1 and device_memory is None:
         raise UserError(f"--devices {devices}: say what memory each has with --device-memory")
-    output = Output(as_json)
     asked = {"model": model, "out": Path("unused"), **given}
-    job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
+    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
     memory = None
     if device_memory is not None:
         memory = value_of("memory", device_memory, "--device-memory")
     rate = None if tflops is None else tflops * 1e12
     reading = None if bandwidth is None else bandwidth * 1e9
+    from nuteprune.console import Output
+    from nuteprune.jobs.plan import Asked, run
+
+    output = Output(as_json)
     output.result(run(job, Asked(devices, memory, rate, reading), output))

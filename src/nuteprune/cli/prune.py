@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
+from nuteprune.jobs.folder import check_free
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune import finished
-from nuteprune.jobs.settings import make_job
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.jobs.settings import check_target, make_job
+from nuteprune.train.prune_settings import PruneSettings
 
 
-@o.with_options(NutePruneConfig, PruneJob)
+@o.with_options(PruneSettings, PruneJob)
 def prune(
     model: o.Model,
     out: o.Out,
@@ -25,9 +24,14 @@ def prune(
 
     --dry-run says first which shapes can be had, and what time and memory the run would take.
     """
-    output = Output(as_json)
     asked = {"model": model, "out": out, **given}
-    job = make_job(PruneJob, NutePruneConfig, asked, config, assignments or ())
+    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
+    check_target(job)
+    check_free(job)
+    from nuteprune.console import Output
+    from nuteprune.jobs.prune import finished
+
+    output = Output(as_json)
     result = finished(job, output)
     if result is not None:
         output.result(result.summary())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
+from nuteprune.jobs.folder import check_free
 from nuteprune.jobs.job import RecoverJob
-from nuteprune.jobs.recover import finished
 from nuteprune.jobs.settings import make_job
 
 
@@ -18,8 +17,12 @@ def recover(model: o.Model, out: o.Out, as_json: o.Json = False, **given: Any) -
     LoRA on all projections is trained and merged. The result is a checkpoint of the same shape and
     dtype, with its record kept.
     """
-    output = Output(as_json)
     job = make_job(RecoverJob, None, {"model": model, "out": out, **given})
+    check_free(job)
+    from nuteprune.console import Output
+    from nuteprune.jobs.recover import finished
+
+    output = Output(as_json)
     result = finished(job, output)
     if result is not None:
         output.result(result)

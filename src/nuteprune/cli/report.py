@@ -8,9 +8,6 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
-from nuteprune.jobs.reproduce import again
-from nuteprune.judge.report import PLOTS, write_report
 
 
 def report(
@@ -26,6 +23,10 @@ def report(
 
     The page needs no network.
     """
+    from nuteprune.console import Output
+    from nuteprune.jobs.reproduce import again
+    from nuteprune.judge.report import PLOTS, write_report
+
     output = Output(as_json)
     page = write_report(folder, again)
     plots = sorted((page.parent / PLOTS).glob("*.png"))

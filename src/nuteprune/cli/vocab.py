@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.console import Output
+from nuteprune.jobs.folder import check_free
+from nuteprune.jobs.job import VocabJob
 from nuteprune.jobs.settings import make_job
-from nuteprune.jobs.vocab import NOT_HERE, VocabJob, run
 
 
-@o.with_options(VocabJob, but=NOT_HERE)
+@o.with_options(VocabJob, but=VocabJob.NOT_HERE)
 def vocab(
     model: o.Model,
     out: o.Out,
@@ -25,6 +25,10 @@ def vocab(
     The 256 bytes are among them, so any text can still be spelled. Embedding and head are cut to
     these rows. The result is a stock checkpoint of the same class.
     """
-    output = Output(as_json)
     job = make_job(VocabJob, None, {"model": model, "out": out, **given})
+    check_free(job, resumes=False)
+    from nuteprune.console import Output
+    from nuteprune.jobs.vocab import run
+
+    output = Output(as_json)
     output.result(run(job, keep, output))

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.readers import Documents, split_long
 from nuteprune.data.specs import DEMO, sources_of
-from nuteprune.data.split import held_out_part, split
+from nuteprune.data.split import held_out_part, shuffled, split
 from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
@@ -37,10 +38,12 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         blocks: token ids (count, length), of any integer type.
+        fingerprint: of the text that they are cut from; None: of none.
     """
 
-    def __init__(self, blocks: Tensor) -> None:
+    def __init__(self, blocks: Tensor, fingerprint: Fingerprint | None = None) -> None:
         self.blocks = blocks
+        self.fingerprint = fingerprint or Fingerprint()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -48,6 +51,14 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         block = self.blocks[index].long()
         return {"input_ids": block, "labels": block.clone()}
+
+
+class HeldOut(dict[str, Tensor]):
+    """Blocks to judge by, source name -> (n, length), and the fingerprint of each source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fingerprints: dict[str, Fingerprint] = {}
 
 
 def collated(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -109,7 +120,7 @@ def training_blocks(
     whose = torch.tensor(turns(checked_shares(shares, specs), count))
     bos = bos_of(tokenizer)
     read = length - len(bos)
-    blocks = torch.empty(count, read, dtype=torch.int32)
+    blocks, known = torch.empty(count, read, dtype=torch.int32), Fingerprint()
     for index, name in enumerate(specs):
         own = torch.nonzero(whose == index).flatten()
         texts: list[Documents | Sequence[list[int]]] = (
@@ -118,9 +129,11 @@ def training_blocks(
         for turn, text in enumerate(texts):
             places = own[turn :: len(texts)]
             blocks[places] = _drawn_blocks(text, tokenizer, read, len(places), seed)
+            if isinstance(text, Documents):
+                known.update(text.fingerprint)
     blocks = after(bos, blocks)
     check_ids(blocks, vocab_size)
-    return BlockDataset(blocks)
+    return BlockDataset(blocks, known)
 
 
 def turns(shares: Sequence[float], count: int) -> list[int]:
@@ -223,7 +236,7 @@ def held_out_blocks(
     count: int,
     text_column: str | None = None,
     vocab_size: int | None = None,
-) -> dict[str, Tensor]:
+) -> HeldOut:
     """Cut the held-out part of each source into blocks, in the source's order.
 
     What a model writes itself has no held-out part; where there is no other text, that of `demo`
@@ -249,7 +262,7 @@ def held_out_blocks(
     read = length - len(bos)
     specs = [spec] if isinstance(spec, str) else spec
     others = [name for name in specs if name != SELF] or [DEMO]
-    held_out: dict[str, Tensor] = {}
+    held_out = HeldOut()
     for name in others:
         for source in sources_of(name, text_column, tokenizer):
             tokens = collect(tokens_of(held_out_part(source), tokenizer), count * read)
@@ -260,7 +273,9 @@ def held_out_blocks(
             blocks = after(bos, tokens[: whole * read].view(whole, read))
             check_ids(blocks, vocab_size)
             # Files of one name in different folders are told apart by their specs.
-            held_out[name if source.name in held_out else source.name] = blocks.long()
+            called = name if source.name in held_out else source.name
+            held_out[called] = blocks.long()
+            held_out.fingerprints[called] = source.fingerprint
     return held_out
 
 
@@ -277,27 +292,11 @@ def _training_tokens(
         stretches = (stretch for document in source for stretch in split(document)[0] or [""])
         texts = (passage for x in stretches for passage in split_long(x, most))
         seen = 0
-        for tokens in tokens_of(_shuffled(texts, rng), tokenizer):
+        for tokens in tokens_of(shuffled(texts, rng, _SHUFFLE_CHARS, len), tokenizer):
             seen += len(tokens)
             yield tokens
         if seen < length:
             raise too_short(f"{source.name} (its training part)", seen, length)
-
-
-def _shuffled(texts: Iterable[str], rng: random.Random) -> Iterator[str]:
-    """Draw each next text from those held, at most `_SHUFFLE_CHARS` characters in all."""
-    held: list[str] = []
-    chars = 0
-    for text in texts:
-        held.append(text)
-        chars += len(text)
-        while chars > _SHUFFLE_CHARS:
-            drawn = rng.randrange(len(held))
-            held[drawn], held[-1] = held[-1], held[drawn]
-            chars -= len(held[-1])
-            yield held.pop()
-    rng.shuffle(held)
-    yield from held
 
 
 def _check_size(length: int, count: int) -> None:

@@ -30,28 +30,6 @@ _SHOWN_NAMES = 20
 _SAME_DAY = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
 
 
-def row_documents(
-    rows: Iterable[tuple[str, object]],
-    text_column: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Iterator[str]:
-    """Turn rows into documents; the layout found in the first row holds for all.
-
-    Args:
-        rows: (where the row comes from, the row: column name -> cell).
-        text_column: the column that holds the text; None finds it.
-        tokenizer: renders rows of chat messages; may be None where there are none.
-
-    Returns:
-        A document per row; some may be empty.
-
-    Raises:
-        UserError: a row has no text where it should.
-    """
-    for where, row, layout in laid_out(rows, text_column):
-        yield row_document(row, layout, where, tokenizer)
-
-
 def laid_out(
     rows: Iterable[tuple[str, object]], text_column: str | None
 ) -> Iterator[tuple[str, Mapping[str, object], tuple[str, ...]]]:
@@ -146,10 +124,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def cell_text(
-    row: Mapping[str, object],
-    name: str,
-    where: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    row: Mapping[str, object], name: str, where: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
     """Return a cell's text, chat messages rendered; a missing cell has none.
 
@@ -160,7 +135,8 @@ def cell_text(
     if cell is None:
         return ""
     if isinstance(cell, list):
-        return _well_formed(_chat_text(cell, f"{where}, column '{name}'", tokenizer))
+        place = f"{where}, column '{name}'"
+        return _well_formed(render(chat_turns(cell, place), place, tokenizer))
     if isinstance(cell, str):
         return _well_formed(cell)
     raise UserError(
@@ -175,12 +151,6 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _chat_text(
-    messages: list[object], where: str, tokenizer: PreTrainedTokenizerBase | None
-) -> str:
-    return render(chat_turns(messages, where), where, tokenizer)
 
 
 def chat_turns(messages: list[object], where: str) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from nuteprune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TEMPLATES: Final = ("auto", "chat", "alpaca")
-"""How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
 
 # The wording that models tuned on Alpaca-like data have seen (Taori et al. 2023).
 _TASK = "Below is an instruction that describes a task"
@@ -57,7 +54,8 @@ def stretches(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> 
     if template == "alpaca":
         asked = (_ALPACA_INPUT if more else _ALPACA).format(instruction, more)
         ends = tokenizer.eos_token or ""
-        return [Stretch(_start(tokenizer) + asked, False), Stretch(answer + ends, bool(answer))]
+        begins = str(tokenizer.bos_token) if bos_of(tokenizer) else ""
+        return [Stretch(begins + asked, False), Stretch(answer + ends, bool(answer))]
     asked = "\n\n".join(filter(None, (instruction, more)))
     turns = [{"role": "user", "content": asked}]
     if answer:
@@ -65,36 +63,27 @@ def stretches(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> 
     return _chat_stretches(turns, where, tokenizer)
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the token that the tokenizer puts before a text, if it does."""
-    return str(tokenizer.bos_token) if bos_of(tokenizer) else ""
-
-
 def _chat_stretches(
     turns: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Stretch]:
     """Learn every answer, or the last one alone where the template rewrites earlier turns."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    around = [_around(turns, i, where, tokenizer) for i in answers]
+    before = ["", *(told for _, told in around)]
+    each = zip(before, around, strict=False)
+    if not all(asked.startswith(done) and told.startswith(asked) for done, (asked, told) in each):
+        answers, around, before = answers[-1:], around[-1:], [""]
+        if not around[0][1].startswith(around[0][0]):
+            raise UserError(
+                f"{where}: the model's chat template does not continue a question with its answer, "
+                "so the two cannot be told apart; pass --template alpaca with rows of instruction "
+                "and output, or plain text"
+            )
     found: list[Stretch] = []
-    done = ""
-    for i in answers:
-        asked, told = _around(turns, i, where, tokenizer)
-        if not (asked.startswith(done) and told.startswith(asked)):
-            break
-        learned = bool(turns[i]["content"].strip())  # a call of a tool leaves it empty
-        found += [Stretch(asked[len(done) :], False), Stretch(told[len(asked) :], learned)]
-        done = told
-    else:
-        return found
-    asked, told = _around(turns, answers[-1], where, tokenizer)
-    if not told.startswith(asked):
-        raise UserError(
-            f"{where}: the model's chat template does not continue a question with its answer, so "
-            "the two cannot be told apart; pass --template alpaca with rows of instruction and "
-            "output, or plain text"
-        )
-    learned = bool(turns[answers[-1]]["content"].strip())
-    return [Stretch(asked, False), Stretch(told[len(asked) :], learned)]
+    for i, done, (asked, told) in zip(answers, before, around, strict=False):
+        is_learned = bool(turns[i]["content"].strip())  # a call of a tool leaves it empty
+        found += [Stretch(asked[len(done) :], False), Stretch(told[len(asked) :], is_learned)]
+    return found
 
 
 def _around(

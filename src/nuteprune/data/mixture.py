@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.blocks import BlockDataset, HeldOut, held_out_blocks, training_blocks
 from nuteprune.run_folder import SELF
 
 if TYPE_CHECKING:
@@ -70,7 +68,7 @@ class Mixture:
             vocab_size=self.vocabulary,
         )
 
-    def held_out(self, specs: str | Sequence[str], count: int) -> dict[str, Tensor]:
+    def held_out(self, specs: str | Sequence[str], count: int) -> HeldOut:
         """Return blocks to judge by, source -> (N, T), N at most `count`."""
         return held_out_blocks(
             specs,

@@ -70,7 +70,11 @@ def openings(
     """
     vocabulary: Any = model.get_input_embeddings().weight
     known = min(len(tokenizer), vocabulary.shape[0])
-    between = _between_documents(tokenizer)
+    given: Any = tokenizer.added_tokens_decoder
+    added = given if isinstance(given, Mapping) else {}  # Mistral's own has a method there
+    special = {*tokenizer.all_special_ids, *(i for i, x in added.items() if x.special)}
+    # What stood between documents in pretraining, if anything did.
+    between = [i for i, x in added.items() if x.content == END_OF_TEXT] or end_of(tokenizer)
     start = bos_of(tokenizer) or between
     asks, answers = _chat(tokenizer)
     if asks[: len(start)] == start:
@@ -78,7 +82,7 @@ def openings(
     if len(asks) + len(answers) > most // 2 or max([*asks, *answers], default=0) >= known:
         asks = answers = []
     ends = _ends(model, tokenizer) | set(between)
-    firsts = _firsts(tokenizer, known)
+    firsts = _firsts(tokenizer, known, special)
     random.Random(f"{seed} first tokens").shuffle(firsts)
     return Openings(
         start=tuple(start),
@@ -86,15 +90,9 @@ def openings(
         asks=tuple(asks),
         answers=tuple(answers),
         ends=frozenset(ends),
-        asked=frozenset(ends.union(answers[:1]) & (ends | _special(tokenizer))),
+        asked=frozenset(ends.union(answers[:1]) & (ends | special)),
         known=known,
     )
-
-
-def _between_documents(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token that stood between documents in pretraining; empty if there is none."""
-    added = {token.content: i for i, token in _added(tokenizer).items()}
-    return [added[END_OF_TEXT]] if END_OF_TEXT in added else end_of(tokenizer)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -111,24 +109,12 @@ def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return list(asks), list(answers)
 
 
-def _firsts(tokenizer: PreTrainedTokenizerBase, known: int) -> list[int]:
+def _firsts(tokenizer: PreTrainedTokenizerBase, known: int, special: set[int]) -> list[int]:
     """Return the tokens that are text by themselves, or all where none is."""
-    special = _special(tokenizer)
     ordinary = [i for i in range(known) if i not in special]
     texts = texts_of(tokenizer, [[i] for i in ordinary])
     whole = [i for i, x in zip(ordinary, texts, strict=True) if x.strip() and "\ufffd" not in x]
     return whole or ordinary or list(range(known))
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = _added(tokenizer).items()
-    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-
-
-def _added(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:
-    """Return the tokens that were added to a tokenizer, by id; none where it does not tell."""
-    added = tokenizer.added_tokens_decoder
-    return added if isinstance(added, Mapping) else {}  # Mistral's own has a method there
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

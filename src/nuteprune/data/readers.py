@@ -8,15 +8,12 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nuteprune.data.columns import choose_layout, row_documents
+from nuteprune.data.columns import choose_layout
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.errors import UserError, in_one_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 MAX_DOCUMENT_CHARS = 2**20  # a longer document counts as several, one after the other
@@ -36,6 +33,7 @@ class Documents:
     Args:
         name: what the user calls the source.
         read: starts reading it.
+        fingerprint: what is known of it so far: of all that was read.
 
     Raises:
         UserError: on iteration, where the source cannot be read or holds no text.
@@ -43,15 +41,24 @@ class Documents:
 
     name: str
     read: Callable[[], Iterator[str]]
+    fingerprint: Fingerprint = field(default_factory=Fingerprint, compare=False)
 
     def __iter__(self) -> Iterator[str]:
         empty = True
         for text in itertools.chain.from_iterable(map(split_long, self.read())):
             if text and not text.isspace():
                 empty = False
+                self.fingerprint.add_document(text)
                 yield text
         if empty:
             raise UserError(f"{self.name}: holds no text; pass a source that has some")
+
+    def rows(self) -> Iterator[str]:
+        """Yield the rows as they are, the empty and the long ones too."""
+        for row in self.read():
+            for text in split_long(row):
+                self.fingerprint.add_document(text)
+            yield row
 
 
 def boundary(text: str, near: int) -> int:
@@ -111,26 +118,6 @@ def text_files(path: Path) -> list[Path]:
     return files
 
 
-def file_documents(
-    path: Path, *, text_column: str | None, tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[str]:
-    """Read the documents of a file.
-
-    Args:
-        path: a file whose suffix is one of `SUFFIXES`.
-        text_column: the column that holds the text; None finds it.
-        tokenizer: renders rows of chat messages; may be None where there are none.
-
-    Returns:
-        The documents in the file's order; some may be empty.
-
-    Raises:
-        UserError: the file cannot be read as what its suffix says, or holds no text column.
-    """
-    rows = file_rows(path, text_column)
-    return _text_documents(path) if rows is None else row_documents(rows, text_column, tokenizer)
-
-
 def file_rows(path: Path, text_column: str | None) -> Iterator[tuple[str, object]] | None:
     """Read the rows of a file.
 
@@ -146,32 +133,6 @@ def file_rows(path: Path, text_column: str | None) -> Iterator[tuple[str, object
     if suffix == ".txt":
         return None
     return _parquet_rows(path, text_column) if suffix == ".parquet" else _json_rows(path)
-
-
-def hub_documents(
-    dataset: str,
-    config: str | None,
-    split: str,
-    *,
-    text_column: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Iterator[str]:
-    """Stream the documents of a dataset on the hub.
-
-    Args:
-        dataset: the dataset's id.
-        config: the configuration's name; None is the default one.
-        split: the split's name.
-        text_column: the column that holds the text; None finds it.
-        tokenizer: renders rows of chat messages; may be None where there are none.
-
-    Returns:
-        The documents in the dataset's order; some may be empty.
-
-    Raises:
-        UserError: the dataset cannot be reached or read, or holds no text column.
-    """
-    return row_documents(hub_rows(dataset, config, split), text_column, tokenizer)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -201,8 +162,12 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read ({in_one_line(error)}); pass another file")
 
 
-def _text_documents(path: Path) -> Iterator[str]:
-    """Split at two or more empty lines; a document that goes on and on comes in parts."""
+def text_documents(path: Path) -> Iterator[str]:
+    """Split a file at two or more empty lines; a document that goes on and on comes in parts.
+
+    Raises:
+        UserError: the file cannot be read as UTF-8.
+    """
     rest, ended = "", False
     for chunk in _decoded(path):
         rest += chunk
@@ -210,10 +175,8 @@ def _text_documents(path: Path) -> Iterator[str]:
             rest = _EMPTY_LINES.sub("", rest, count=1)
         *whole, rest = _DOCUMENT_END.split(rest)
         *parts, rest = split_long(rest)
-        yield from whole
-        yield from parts
-        ended = bool(whole) or ended
-        ended &= not parts
+        yield from (*whole, *parts)
+        ended = (ended or bool(whole)) and not parts
     yield rest
 
 
@@ -225,7 +188,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
         rest += chunk
         position = 0
         while True:
-            start = _row_start(rest, position)
+            between = _BETWEEN_JSON_ROWS.match(rest, position)
+            assert between is not None  # it may be empty
+            start = between.end()
             line += rest.count("\n", position, start)
             position = start
             if start == len(rest):
@@ -245,11 +210,6 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
             yield where, row
             line += rest.count("\n", start, position)
         rest = rest[position:]
-
-
-def _row_start(text: str, position: int) -> int:
-    between = _BETWEEN_JSON_ROWS.match(text, position)
-    return between.end() if between else position
 
 
 def _parquet_rows(path: Path, text_column: str | None) -> Iterator[tuple[str, object]]:

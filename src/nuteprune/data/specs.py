@@ -8,15 +8,18 @@ itself (`nuteprune.data.self_written`).
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nuteprune.data import demo as assets
 from nuteprune.data import readers
+from nuteprune.data.columns import laid_out, row_document
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.readers import Documents
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, check_name
@@ -31,10 +34,7 @@ _HUB_SPEC = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:\\]*){0,2}")
 
 
 def iter_documents(
-    spec: str,
-    *,
-    text_column: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    spec: str, *, text_column: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Documents]:
     """Find the sources of a DATA spec; files and the hub are read when iterated over.
 
@@ -68,13 +68,31 @@ def sources_of(
     refuse_self(spec)
     if names := embedded(spec):
         texts = assets.documents(domains=names).items()
-        return [Documents(x, partial(iter, y)) for x, y in texts if spec == DEMO or x in names]
-    options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer}
+        return [
+            Documents(x, partial(iter, y), Fingerprint(names=[f"{DEMO}:{x}"]))
+            for x, y in texts
+            if spec == DEMO or x in names
+        ]
+
+    def documents(rows: Iterable[tuple[str, object]]) -> Iterator[str]:
+        for where, row, layout in laid_out(rows, text_column):
+            yield row_document(row, layout, where, tokenizer)
+
     if (files := local_files(spec)) is not None:
-        read = partial(readers.file_documents, **options)
-        name = at_home(spec).absolute().name or spec
-        return [Documents(name, lambda: itertools.chain.from_iterable(map(read, files)))]
-    return [Documents(spec, partial(readers.hub_documents, *hub_parts(spec), **options))]
+        known = Fingerprint()
+
+        def file_documents(path: Path) -> Iterator[str]:
+            known.add_file(path)
+            rows = readers.file_rows(path, text_column)
+            yield from readers.text_documents(path) if rows is None else documents(rows)
+
+        def read() -> Iterator[str]:
+            return chain.from_iterable(map(file_documents, files))
+
+        return [Documents(at_home(spec).absolute().name or spec, read, known)]
+    parts = hub_parts(spec)
+    known = Fingerprint(names=[parts[0].lower()])
+    return [Documents(spec, lambda: documents(readers.hub_rows(*parts)), known)]
 
 
 def refuse_self(spec: str) -> None:

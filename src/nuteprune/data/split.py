@@ -1,15 +1,18 @@
-"""Which text is trained on and which is held out: a document is split alike wherever it is read."""
+"""Which text is trained on and which is held out, and how what is read is shuffled."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
+from typing import TypeVar
 
 from nuteprune.data.readers import boundary, split_long
 
 HELD_OUT_SHARE = 0.05
+T = TypeVar("T")
 
 # A document of more characters is split in itself, so that a book alone gives both parts. Below
 # that, one passage would be too great a share of it.
@@ -33,7 +36,8 @@ def split(document: str) -> tuple[list[str], list[str]]:
     parts: tuple[list[str], list[str]] = ([], [])
     for text in split_long(document):
         passages = _passages(text)
-        held_out = _below_threshold([_rank(passage) for passage in passages])
+        hashes = [hashlib.blake2b(x.strip().encode(), digest_size=8) for x in passages]
+        held_out = _below_threshold([int.from_bytes(x.digest(), "big") for x in hashes])
         ranked = zip(held_out, passages, strict=True)
         for held, stretch in itertools.groupby(ranked, key=itemgetter(0)):
             parts[held].append("".join(passage for _, passage in stretch))
@@ -56,12 +60,26 @@ def _passages(text: str) -> list[str]:
     return [bare[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-def _rank(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
-
-
 def _below_threshold(ranks: list[int]) -> list[bool]:
     threshold = HELD_OUT_SHARE * 2**64
     if len(ranks) > 1:
         threshold = min(max(threshold, min(ranks) + 1), max(ranks))
     return [rank < threshold for rank in ranks]
+
+
+def shuffled(
+    items: Iterable[T], rng: random.Random, most: int, size_of: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """Draw each next item from those held, whose sizes come to `most` in all."""
+    held: list[T] = []
+    size = 0
+    for item in items:
+        held.append(item)
+        size += size_of(item)
+        while size > most:
+            drawn = rng.randrange(len(held))
+            held[drawn], held[-1] = held[-1], held[drawn]
+            size -= size_of(held[-1])
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held

@@ -33,7 +33,7 @@ TIMED = 4
 """Positions that an estimate of time is taken from; the first ones warm up."""
 
 
-class Text:
+class TextInProgress:
     """A text that is being written: which of its tokens are given, and when it ends.
 
     Args:
@@ -48,7 +48,7 @@ class Text:
         self.ids: list[int] = []
         self.ended = False
 
-    def take(self, drawn: int) -> int:
+    def next_token(self, drawn: int) -> int:
         """Go on by a token: the next that is given, or else the one that the model draws."""
         answers = self.opening.answers
         if self.ended:
@@ -66,7 +66,7 @@ class Text:
         return drawn
 
 
-class Sizes(NamedTuple):
+class BatchSizes(NamedTuple):
     """How many texts a batch has, and how many tokens each at most: plain ones, and chats."""
 
     plain: int
@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
     chat_tokens: int
 
     @classmethod
-    def of(cls, opening: Openings, tokens: int, most: int, together: int) -> Sizes:
+    def of(cls, opening: Openings, tokens: int, most: int, together: int) -> BatchSizes:
         """Return those for so many tokens.
 
         Args:
@@ -91,7 +91,9 @@ class Sizes(NamedTuple):
         return cls(min(together, plain), short, math.ceil(chats / max(alike, 1)), most)
 
 
-def next_batch(opening: Openings, sizes: Sizes, written: Sequence[int]) -> tuple[list[Text], int]:
+def next_batch(
+    opening: Openings, sizes: BatchSizes, written: Sequence[int]
+) -> tuple[list[TextInProgress], int]:
     """Return the texts of the next batch, and how many tokens each has at most.
 
     It is of chats where a batch of chats brings these nearer to their share of the tokens.
@@ -114,14 +116,14 @@ def next_batch(opening: Openings, sizes: Sizes, written: Sequence[int]) -> tuple
             plain += tokens
             begun += sizes.plain
     if chats_are_due():
-        return [Text(opening, None) for _ in range(sizes.chats)], sizes.chat_tokens
-    return [Text(opening, begun + i) for i in range(sizes.plain)], sizes.plain_tokens
+        return [TextInProgress(opening, None) for _ in range(sizes.chats)], sizes.chat_tokens
+    return [TextInProgress(opening, begun + i) for i in range(sizes.plain)], sizes.plain_tokens
 
 
 def write_batch(
     model: PreTrainedModel,
     opening: Openings,
-    batch: Sequence[Text],
+    batch: Sequence[TextInProgress],
     most: int,
     generator: torch.Generator,
 ) -> Iterator[int]:
@@ -141,7 +143,7 @@ def write_batch(
         if position < len(opening.start):
             next_B = [opening.start[position]] * len(batch)
         else:
-            next_B = [x.take(i) for x, i in zip(batch, drawn_B.tolist(), strict=True)]
+            next_B = [x.next_token(i) for x, i in zip(batch, drawn_B.tolist(), strict=True)]
         yield sum(len(x.ids) for x in batch)
         if position == total - 1 or all(x.ended for x in batch):
             return

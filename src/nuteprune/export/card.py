@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.export.card_metadata import metadata, short_name
+from nuteprune.export.figures import answer_rows, context_rows, definitions
 from nuteprune.gates.budget import gone
 from nuteprune.model.shape import SAID
 from nuteprune.run_folder import SELF
@@ -167,7 +168,7 @@ def _taught(record: Mapping[str, Any]) -> str:
 
 def _teacher(run: Mapping[str, Any]) -> str:
     config = run.get("config", {})
-    if config.get("teachers") == "none" or config.get("max_steps") == 0:
+    if config.get("teacher") == "none" or config.get("max_steps") == 0:
         return ""
     return "numerous teachers" if run.get("teachers", {}).get("count") else "the dense model"
 
@@ -212,6 +213,9 @@ def _table(record: Mapping[str, Any]) -> str:
     if old is not None and new is not None:
         change = f"× {new / old:.2f}" if old else ""
         rows.append(f"| copying{since}, tokens right | {old:.1f} % | {new:.1f} % | {change} |")
+    groups = {"answers": answer_rows(record), "context": context_rows(record)}
+    for group, figures in groups.items():
+        rows += [f"| {group}{since}, {' | '.join(x.cells)} | |" for x in figures]
     return "\n".join(rows) + "\n"
 
 
@@ -228,7 +232,8 @@ def _protocols(record: Mapping[str, Any]) -> str:
         said.append(f"Perplexity, on held-out text{text}: {measure}.")
     if how := record.get("copying", {}).get("protocol"):
         said.append(f"Copying from context: {how['measure']}; {how['tokens']:,} tokens.")
-    return " ".join(said)
+    listed = "".join(f"\n- {_plain(x)}" for x in definitions(record))
+    return " ".join(said) + (f"\n{listed}" if listed else "")
 
 
 def _tuned(record: Mapping[str, Any]) -> str:

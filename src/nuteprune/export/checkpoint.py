@@ -10,31 +10,28 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, one_line, some
-from nuteprune.export.tokenizer import save_for_older
-from nuteprune.export.wrapping import Around
+from nuteprune.export.transformers_4 import add_keys_of_4, save_tokenizer_for_4
 from nuteprune.files import follow_umask, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import all_brought_along, family_named
+from nuteprune.model.lookup import all_brought_along
 from nuteprune.model.shape import Shape
 from nuteprune.run_folder import RUN, SUMS, hidden
 from nuteprune.shrink.slicing import Tensors, cut_state, narrower_epsilon, shape_of
+
+if TYPE_CHECKING:
+    from nuteprune.export.wrapping import Around
 
 PARTIAL = ".partial"
 """Folder in which a checkpoint is written before it is moved to its place."""
@@ -122,39 +119,27 @@ def save(
     folder = Path(folder)
     partial = folder / PARTIAL  # beside it might be another file system
     with writing(folder, "make room and do the same again; for a run, with --resume"):
-        _write_beside(partial, folder, model, tokenizer, around, max_shard_size)
-
-
-def _write_beside(
-    partial: Path,
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    around: Around | None,
-    max_shard_size: int | str,
-) -> None:
-    try:
         there = folder.iterdir() if folder.exists() else ()
-        present = sorted({x.name for x in there if not hidden(x)} - {RUN})
-        if present:
+        if present := sorted({x.name for x in there if not hidden(x)} - {RUN}):
             raise UserError(f"{folder} is not empty ({some(present)}); name another folder")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        model.generation_config = _savable(model.generation_config)
-        if not model.config.model_type.startswith(PREFIX):
-            vars(model.config).pop("auto_map", None)
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
-        _add_keys_of_4(partial / "config.json", model.config)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-            save_for_older(partial)
-        if around is not None:
-            around.copy_processor(partial)
-        follow_umask(partial)
-        write_sums(partial)
-        _move(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            model.generation_config = _savable(model.generation_config)
+            if not model.config.model_type.startswith(PREFIX):
+                vars(model.config).pop("auto_map", None)
+            model.save_pretrained(partial, max_shard_size=max_shard_size)
+            add_keys_of_4(partial / "config.json", model.config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+                save_tokenizer_for_4(partial)
+            if around is not None:
+                around.copy_processor(partial)
+            follow_umask(partial)
+            write_sums(partial)
+            _move(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _savable(settings: GenerationConfig) -> GenerationConfig:
@@ -184,53 +169,6 @@ def _move(source: Path, folder: Path) -> None:
     sync(folder)
     (source / "config.json").replace(folder / "config.json")
     sync(folder)
-
-
-def _add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
-    """Add what transformers 4 calls by another name to a config's file.
-
-    It takes defaults in silence without them. Of a model of several modalities they are added to
-    its language model's.
-    """
-    inner = config.get_text_config()
-    content = json.loads(path.read_text(encoding="utf-8"))
-    of_language = content if inner is config else content["text_config"]
-    of_language |= _rope_keys_of_4(inner) | _expert_keys_of_4(inner)
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-LONG_ROPE = {"rope_type", "rope_theta", "short_factor", "long_factor", "partial_rotary_factor"}
-"""What transformers 4 reads of a long rope in three keys and beside them; others say more in it."""
-ORIGINAL = "original_max_position_embeddings"
-"""The length before it was made longer: some configs state it beside their rope."""
-
-
-def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the rope keys of transformers 4."""
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        return {}
-    # Some types have one set of parameters per kind of attention.
-    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
-    names = family_named(config.model_type).rope_names
-    keys = {name: full[key] for key, name in names.items() if key in full}
-    if sliding:
-        keys["rope_local_base_freq"] = sliding["rope_theta"]
-    if full["rope_type"] == "default":
-        return keys
-    beside = {ORIGINAL} if hasattr(config, ORIGINAL) else set()
-    if full["rope_type"] == "longrope" and not set(full) - LONG_ROPE - beside:  # just these three
-        factors = {key: full[key] for key in ("short_factor", "long_factor")}
-        return keys | {"rope_scaling": {"type": "longrope", **factors}}
-    return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}
-
-
-def _expert_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return how many experts there are, by the name that transformers 4 has for it."""
-    family = family_named(config.model_type)
-    name = family.experts.count_in_4 if family.experts else ""
-    return {name: getattr(config, family.config_names["experts"])} if name else {}
 
 
 def header_bytes(tensors: Mapping[str, tuple[Sequence[int], int]], dtype: torch.dtype) -> int:

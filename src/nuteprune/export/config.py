@@ -18,8 +18,12 @@ FREE_SHAPE_KEYS = (
     "auto_map",
     "per_layer_config",
     "pruned",
+    "without_code",
 )
 """What a config with counts per layer states beside the stock class's values."""
+WITHOUT_CODE = {"without_code": {"model_type": ""}}
+"""Read in place of all of config.json where its code may not be run, as for a tokenizer alone:
+transformers then looks for a config of no type, and would warn of this one's type and counts."""
 INVERSE_DIVISOR = "logit_scale"
 """Added where a family divides logits; elsewhere it may be the family's own. vLLM's Transformers
 backend knows the inverse alone."""
@@ -108,17 +112,11 @@ def _free_config(
     values: dict[str, Any], family: Family, shape: Shape, mixer_width: int | None
 ) -> PreTrainedConfig:
     """Return a config with counts for each layer."""
-    stock = CONFIG_MAPPING[family.model_type]
-    classes = {
-        "AutoConfig": stock.__name__,
-        "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
-        "AutoModelForCausalLM": family.causal_lm,
-    }
+    stock, name = CONFIG_MAPPING[family.model_type], family.config_names.get("head_dim")
+    own_head_dim = {"head_dim": values[name]} if name else {}  # the config's is something else
     values = values | {
-        "model_type": PREFIX + family.model_type,
-        "architectures": [f"Pruned{family.causal_lm}"],
-        "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
-        "pruned": _layout(family, mixer_width) | _own_head_dim(values, family),
+        **free_shape_names(family.model_type, AutoModelForCausalLM=family.causal_lm),
+        "pruned": _layout(family, mixer_width) | own_head_dim,
         "per_layer_config": {str(i): _stated(family, x) for i, x in enumerate(shape.layers)},
         "allow_global_per_layer_attribute_access": True,
     }
@@ -137,10 +135,25 @@ def _free_config(
     return config
 
 
-def _own_head_dim(values: dict[str, Any], family: Family) -> dict[str, int]:
-    """Return what heads write where the config's `head_dim` is something else."""
-    name = family.config_names.get("head_dim")
-    return {"head_dim": values[name]} if name else {}
+def free_shape_names(model_type: str, **auto_classes: str) -> dict[str, Any]:
+    """Return by which names a config tells that its model's layers differ.
+
+    Args:
+        model_type: the stock config's.
+        auto_classes: transformers' auto classes -> the stock model classes that they give.
+    """
+    stock = CONFIG_MAPPING[model_type]
+    classes = {
+        "AutoConfig": stock.__name__,
+        "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
+        **auto_classes,
+    }
+    return {
+        "model_type": PREFIX + model_type,
+        "architectures": [f"Pruned{next(iter(auto_classes.values()))}"],
+        "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
+        **WITHOUT_CODE,
+    }
 
 
 def _first_valid(

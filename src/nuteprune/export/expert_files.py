@@ -12,7 +12,7 @@ _ONE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 """A tensor of one expert: its layer's stack, its number, its projection."""
 
 
-def torn(folder: Path) -> str | None:
+def first_misfit(folder: Path) -> str | None:
     """Return which expert's tensor is missing, or of another size than that of the others.
 
     transformers stacks them when it loads them, and does not say which it could not stack.

@@ -18,18 +18,15 @@ from nuteprune.errors import UserError, in_one_line
 from nuteprune.run_folder import RECORD, RUN
 
 
-def record_path(source: str | os.PathLike[str], **where: Any) -> Path | None:
+def download_record(source: str, **where: Any) -> Path | None:
     """Return where the record of a checkpoint is, None if it has none that can be had.
 
     Args:
-        source: a folder, or the name of a model on the hub.
+        source: the name of a model on the hub.
         where: what `hf_hub_download` takes, such as `revision`.
     """
-    if Path(source).is_dir():
-        path = Path(source) / RECORD
-        return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(str(source), RECORD, **where))
+        return Path(hf_hub_download(source, RECORD, **where))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -21,29 +22,19 @@ from transformers.initialization import no_init_weights
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.export.expert_files import torn
-from nuteprune.export.own_family import bring_from
-from nuteprune.export.wrapping import language_config
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import brought_along, family_named
+from nuteprune.model.lookup import bring_along, brought_along, family_named
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
-from nuteprune.run_folder import SUMS
+from nuteprune.run_folder import RECORD, SUMS
 from nuteprune.simulated import has_data
 
+FAMILY = "family"
+"""Where a record has the entry of a family that is not listed."""
 _UNREADABLE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError),
 )
 
 
@@ -112,18 +103,19 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     kwargs = {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "use_safetensors")}
     with one_line(source):
         config = config_values(source, **kwargs)
-    bring_from(source, **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs})
+    where = {k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs}
+    bring_recorded_family(source, **where)
     model_type = config["model_type"]
+    if model_type.startswith(PREFIX):
+        kwargs["use_safetensors"] = True
     if wrapper_of(model_type):
-        inner = language_config(config)
-        of_it = _causal_lm(inner.model_type)
-        pruned = {"use_safetensors": True} if model_type.startswith(PREFIX) else {}
-        how = {"config": inner, "key_mapping": KEY_MAPPING, **pruned, **kwargs}
-        model = _load(of_it, source, stock=True, **how)
-    elif not model_type.startswith(PREFIX):
-        model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
+        inner = _language_config(config)
+        kwargs = {"config": inner, "key_mapping": KEY_MAPPING, **kwargs}
+        model = _load(_causal_lm(inner.model_type), source, stock=True, **kwargs)
+    elif model_type.startswith(PREFIX):
+        model = _load(_causal_lm(model_type), source, **kwargs)
     else:
-        model = _load(_causal_lm(model_type), source, use_safetensors=True, **kwargs)
+        model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     with one_line(source):
         _check_routing(source, model.config)
     # Last, since what does not fit can be told more clearly.
@@ -176,15 +168,53 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     source = str(source)
     with one_line(source):
         values = config_values(source)
-    bring_from(source)
+    bring_recorded_family(source)
     with one_line(source):
         if wrapper_of(values["model_type"]):
-            config = language_config(values)
+            config = _language_config(values)
         else:
             config_class: Any = _causal_lm(values["model_type"], values).config_class
             config = config_class.from_dict(values)
         _check_routing(source, config)
     return config
+
+
+def _language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    from nuteprune.export.wrapping import language_config  # few models have others around them
+
+    return language_config(values)
+
+
+def record_path(source: str, **where: Any) -> Path | None:
+    """Return where the record of a checkpoint is, None if it has none that can be had."""
+    if not Path(source).is_dir():
+        from nuteprune.export.hub import download_record
+
+        return download_record(source, **where)
+    path = Path(source) / RECORD
+    return path if path.is_file() else None
+
+
+def bring_recorded_family(source: str, **where: Any) -> None:
+    """Let this process know the family that a checkpoint's record describes, if it does.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        where: what more says where on the hub, such as `revision`.
+
+    Raises:
+        UserError: if what the record says of it makes no sense.
+    """
+    if (path := record_path(source, **where)) is None:
+        return
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # what reads the record says so
+        return
+    if isinstance(record, dict) and FAMILY in record:
+        from nuteprune.model.family_file import from_dict
+
+        bring_along(from_dict(record[FAMILY], path))
 
 
 def _check_routing(source: str, config: PreTrainedConfig) -> None:
@@ -224,36 +254,36 @@ def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
 
 def _causal_lm(model_type: str, config: Mapping[str, Any] | None = None) -> type[PreTrainedModel]:
     name = family_named(model_type, config).causal_lm
-    if model_type.startswith(PREFIX):
-        return getattr(modeling_pruned, f"Pruned{name}")  # type: ignore[no-any-return]
-    return getattr(transformers, name)  # type: ignore[no-any-return]
+    pruned = "Pruned" if model_type.startswith(PREFIX) else ""
+    return class_named(f"{pruned}{name}")  # type: ignore[no-any-return]
+
+
+def class_named(name: str) -> Any:
+    """Return a class of transformers, or what is made of one where the name begins so."""
+    return getattr(modeling_pruned if name.startswith("Pruned") else transformers, name)
 
 
 def _load(
     model_class: Any, source: str | None, *, stock: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
     """Call `from_pretrained`, but refuse what it would make up: weights that do not fit."""
-    with one_line(source or "the pruned model"), _quiet():
+    with one_line(source or "the pruned model"), without_notes():
         try:
             model, info = model_class.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except RuntimeError as error:  # which points to a report that is not shown here
-            if source is not None and (found := torn(Path(source))):
+            from nuteprune.export.expert_files import first_misfit
+
+            if source is not None and (found := first_misfit(Path(source))):
                 raise UserError(f"experts of {source} cannot be stacked: {found}") from error
             raise
     # Stock checkpoints may carry more than their class reads, and always have; but no projections.
+    unread, sizes = sorted(info["unexpected_keys"]), sorted(info["mismatched_keys"])
     wrong = {
         "missing": sorted(info["missing_keys"]),
-        "unexpected": [
-            name
-            for name in sorted(info["unexpected_keys"])
-            if not stock or _is_lost(name, model.config)
-        ],
-        "of another size": [
-            f"{name} {list(given)}, not {list(asked)}"
-            for name, given, asked in sorted(info["mismatched_keys"])
-        ],
+        "unexpected": [x for x in unread if not stock or _is_lost(x, model.config)],
+        "of another size": [f"{x} {list(given)}, not {list(asked)}" for x, given, asked in sizes],
     }
     if any(wrong.values()):
         found = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
@@ -318,8 +348,8 @@ def one_line(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting at length what `_load` says in a line."""
+def without_notes() -> Iterator[None]:
+    """Keep transformers from reporting at length, as of what `_load` says in a line."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

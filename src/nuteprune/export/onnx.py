@@ -27,7 +27,7 @@ LARGEST_FILE = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenOnnx:
     """What came of an export."""
 
     files: list[str]
@@ -50,7 +50,7 @@ def require_packages() -> None:
         )
 
 
-def write_onnx(model: PreTrainedModel, path: Path) -> Written:
+def write_onnx(model: PreTrainedModel, path: Path) -> WrittenOnnx:
     """Write a model as an ONNX file, which appears when ONNX Runtime has computed the same with it.
 
     Weights of 2 GB and more are in a second file, `NAME.*.data` beside it.
@@ -92,7 +92,7 @@ def write_onnx(model: PreTrainedModel, path: Path) -> Written:
         finally:
             remove(partial)
     size = sum(x.stat().st_size for x in files)
-    return Written([x.name for x in files], parameters, size, error)
+    return WrittenOnnx([x.name for x in files], parameters, size, error)
 
 
 def _save(graph: Any, file: Path, data: str | None) -> None:

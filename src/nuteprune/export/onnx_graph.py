@@ -10,14 +10,13 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -34,13 +33,12 @@ class ExplicitCache(nn.Module):
 
     Args:
         model: a causal LM, pruned or not.
-        attends: for each layer whether it has attention, and so keys and values.
+        layers: those that have attention, and so keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, attends: Sequence[bool]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         super().__init__()
-        self.model = model
-        self.layers = [i for i, has in enumerate(attends) if has]
+        self.model, self.layers = model, list(layers)
         self.cache_name = cache_name(inspect.signature(model.forward).parameters)
 
     def forward(
@@ -58,12 +56,8 @@ class ExplicitCache(nn.Module):
         cache = DynamicCache()
         for layer, (key_BKPH, value_BKPH) in zip(self.layers, past, strict=True):
             cache.update(key_BKPH, value_BKPH, layer)
-        logits_BTV = self.model(
-            input_ids=ids_BT,
-            attention_mask=mask_BS,
-            position_ids=position_BT,
-            **{self.cache_name: cache},
-        ).logits
+        given = {"input_ids": ids_BT, "attention_mask": mask_BS, "position_ids": position_BT}
+        logits_BTV = self.model(**given, **{self.cache_name: cache}).logits
         layers: list[Any] = cache.layers
         return logits_BTV, [(layers[i].keys, layers[i].values) for i in self.layers]
 
@@ -117,10 +111,10 @@ class Exporter:
         check_mixers(self.anatomy.family)
         layers = self.anatomy.shape.layers
         self.kv_heads = {i: x.kv_heads for i, x in enumerate(layers) if x.attention}
-        self.wrapped = ExplicitCache(model, [x.attention for x in layers]).eval()
+        self.wrapped = ExplicitCache(model, [*self.kv_heads]).eval()
         parts = [f"{i}.{part}" for i in self.kv_heads for part in ("key", "value")]
-        self.past_names = [f"past_key_values.{part}" for part in parts]
-        self.inputs = ["input_ids", "attention_mask", "position_ids", *self.past_names]
+        past = [f"past_key_values.{part}" for part in parts]
+        self.inputs = ["input_ids", "attention_mask", "position_ids", *past]
         self.outputs = ["logits", *(f"present.{part}" for part in parts)]
 
     def past(self, batch: int, length: int) -> list[KeyValue]:
@@ -136,18 +130,13 @@ class Exporter:
         # Any sizes do, but 0 and 1, which tracing would take for constants.
         ids_BT, position_BT = torch.ones(2, 3, dtype=torch.long), torch.tensor([[2, 3, 4]] * 2)
         mask_BS = torch.ones(2, 5, dtype=torch.long)
-        of_cache = {0: batch, 2: past}
-        with _eager(self.model), _quiet():
+        new, seen, cached = {0: batch, 1: tokens}, {0: batch, 1: total}, {0: batch, 2: past}
+        with _tracing(self.model):
             program: Any = torch.onnx.export(
                 self.wrapped,
                 (ids_BT, mask_BS, position_BT, self.past(2, 2)),
                 dynamo=True,
-                dynamic_shapes=(
-                    {0: batch, 1: tokens},
-                    {0: batch, 1: total},
-                    {0: batch, 1: tokens},
-                    [(of_cache, of_cache) for _ in self.kv_heads],
-                ),
+                dynamic_shapes=(new, seen, new, [(cached, cached) for _ in self.kv_heads]),
                 input_names=self.inputs,
                 output_names=self.outputs,
                 verbose=False,
@@ -165,6 +154,7 @@ class Exporter:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        read = {x.name for x in session.get_inputs()}  # some graphs read no positions
         random = torch.Generator().manual_seed(0)
         ids_BS = torch.randint(3, self.model.config.vocab_size, (2, 12), generator=random)
         mask_BS = torch.ones_like(ids_BS)
@@ -178,8 +168,8 @@ class Exporter:
         for start, end in ((0, 9), (9, 10), (10, 12)):
             new = slice(start, end)
             given = (ids_BS[:, new], mask_BS[:, :end], position_BS[:, new])
-            feed = dict(zip(self.inputs, [x.numpy() for x in given] + cache, strict=True))
-            logits_BTV, *cache = _run(session, feed)
+            feed = zip(self.inputs, [x.numpy() for x in given] + cache, strict=True)
+            logits_BTV, *cache = session.run(None, {k: v for k, v in feed if k in read})
             seen = mask_BS[:, new].numpy().astype(bool)
             worst = max(worst, float(np.abs(logits_BTV - expected_BSV[:, new])[seen].max()))
         return worst / float(np.abs(expected_BSV).max())
@@ -193,28 +183,15 @@ def _forget_origins(graph: Any) -> None:
             value.metadata_props.clear()
 
 
-def _run(session: Any, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-    """Return a session's outputs; what a graph does not read (positions, in some) is left out."""
-    read = {x.name for x in session.get_inputs()}
-    return session.run(None, {k: v for k, v in feed.items() if k in read})  # type: ignore[no-any-return]
-
-
 @contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Let attention be plain products and softmax for a while, which every runtime computes."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def _tracing(model: PreTrainedModel) -> Iterator[None]:
+    """Let attention be plain products and softmax, which every runtime computes, and torch quiet.
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from telling of its own deprecations and of packages that nobody needs here."""
-    logger = logging.getLogger("torch.onnx")
+    It would tell of its own deprecations and of packages that nobody needs here.
+    """
+    before, logger = model.config._attn_implementation, logging.getLogger("torch.onnx")
     level = logger.level
+    model.set_attn_implementation("eager")
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -222,3 +199,4 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        model.set_attn_implementation(before)

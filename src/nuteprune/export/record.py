@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -17,17 +17,19 @@ from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
 from nuteprune.export.card_metadata import LICENCE, inherited_licence
 from nuteprune.export.checkpoint import recount, save
-from nuteprune.export.own_family import of_record
+from nuteprune.export.loading import FAMILY
 from nuteprune.export.record_form import misfit
-from nuteprune.export.wrapping import Around
 from nuteprune.files import to_json, write_text
 from nuteprune.gates.budget import gone
 from nuteprune.memory import peak
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import family_named
+from nuteprune.model.lookup import brought_along, family_named
 from nuteprune.model.shape import Shape
 from nuteprune.model.wrappers import of_language_model
 from nuteprune.run_folder import CARD, RECORD, TARGETS
+
+if TYPE_CHECKING:
+    from nuteprune.export.wrapping import Around
 
 SCHEMA = 1
 
@@ -43,12 +45,7 @@ def blocks_recount(tensors: Mapping[str, list[int]], model_type: str) -> int:
 
 
 def make_record(
-    *,
-    target: float,
-    params: Mapping[str, int],
-    before: Shape,
-    after: Shape,
-    **rest: Any,
+    *, target: float, params: Mapping[str, int], before: Shape, after: Shape, **rest: Any
 ) -> dict[str, Any]:
     """Return the record of a pruned checkpoint.
 
@@ -112,7 +109,11 @@ def write_pruned(
     counted = recount(folder)
     if "license" not in record:
         record |= inherited_licence(record.get("base_model"))
-    record |= of_record(model.config.model_type)
+    if family := brought_along(model.config.model_type):
+        from nuteprune.model.family_file import to_dict
+
+        record[FAMILY] = to_dict(family)
+    record.setdefault("peak_memory_bytes", peak())
     full = make_record(
         params={
             **params,
@@ -121,7 +122,6 @@ def write_pruned(
         },
         **record,
         bytes_on_disk=weights_size(folder),
-        peak_memory_bytes=peak(),
     )
     return _write_texts(folder, whole, full)
 

@@ -36,11 +36,22 @@ COUNT = Leaf("a count", lambda x: type(x) is int and x >= 0)
 SIZE = Leaf("a count above 0", lambda x: type(x) is int and x > 0)
 TEXT = Leaf("text", lambda x: isinstance(x, str))
 TEXTS = Leaf("text or a list of texts", _texts)
+KINDS = Leaf(
+    "an object of texts",
+    lambda x: isinstance(x, dict) and all(isinstance(y, str) for y in x.values()),
+)
 FIGURES = Leaf("an object of numbers above 0", _figures)
+HASHES = Leaf(
+    "hexadecimal digits", lambda x: isinstance(x, str) and not x.strip("0123456789abcdef")
+)
 NUMBERS = Leaf("a list of numbers", lambda x: isinstance(x, list) and all(map(_number, x)))
 
 Form = Leaf | Mapping[str, Any] | list[Any]
 """A value, an object by key (`?` ends one that may be missing), or a list of one form."""
+
+
+def _all_fit(value: Any, form: Form) -> bool:
+    return isinstance(value, dict) and not any(_misfit(x, form, "") for x in value.values())
 
 
 def _or_null(leaf: Leaf) -> Leaf:
@@ -50,8 +61,24 @@ def _or_null(leaf: Leaf) -> Leaf:
 _BEFORE_AFTER = {"before": SIZE, "after": SIZE}
 _LAYER = {"heads": COUNT, "kv_heads": COUNT, "neurons": COUNT}
 _JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
+_BOTH = dict.fromkeys(("before", "after"), _or_null(NUMBER))
+_ANSWERS = {
+    **dict.fromkeys(("looping", "repeated", "length", "nats"), _BOTH),
+    **dict.fromkeys(("kl", "agreement"), _or_null(NUMBER)),
+    "protocol": {"measures": KINDS, "prompts": TEXT, "answers": SIZE, "most_tokens": SIZE}
+    | {"tokens": SIZE},
+}
+_CONTEXT = {
+    **dict.fromkeys(("tokens", "needing"), COUNT),
+    **dict.fromkeys(("lost", "lost_elsewhere", "kept"), _or_null(NUMBER)),
+    "gain": _BOTH,
+    "protocol": {"measures": KINDS, "blocks": COUNT},
+}
+_SPANS = Leaf("an object of figures of context", lambda x: _all_fit(x, _CONTEXT))
 _COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
+_READ = {"documents": HASHES, "files": HASHES, "names": TEXTS, "judged?": KINDS}
 _TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
+_TUNED["text?"] = _READ
 _TUNED["earlier?"] = _TUNED
 RECORD: dict[str, Any] = {
     "target": NUMBER,
@@ -67,6 +94,9 @@ RECORD: dict[str, Any] = {
     "teachers?": {"count": COUNT, "sparsities?": NUMBERS},
     "perplexity?": _JUDGED,
     "copying?": {"before?": _or_null(NUMBER), "after?": _or_null(NUMBER), "protocol?": _COPIED},
+    "text?": _READ,
+    "answers?": _ANSWERS,
+    "context?": _SPANS,
     "asked?": {"kind": TEXT, "value": NUMBER},
     "config?": {"model?": _or_null(TEXT), "data?": TEXTS, "length?": SIZE, "eval_blocks?": SIZE}
     | dict.fromkeys(("eval_data?", "text_column?"), _or_null(TEXT)),

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.export import modeling_pruned
-from nuteprune.export.config import FREE_SHAPE_KEYS
+from nuteprune.export.config import FREE_SHAPE_KEYS, free_shape_names
 from nuteprune.export.hub import file_of
+from nuteprune.export.loading import class_named
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import Wrapper, own_name, wrapper_of
@@ -49,16 +48,15 @@ def language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     family = family_named(text.model_type, text.to_dict())
     if (pruned := getattr(text, "pruned", None)) is None:
         return text
-    per_layer = {"per_layer_config": pruned["per_layer_config"]}
-    inner = {key: x for key, x in pruned.items() if key not in per_layer}
+    layout = {**pruned, "layers": family.layers}
     free = {
         "model_type": PREFIX + family.model_type,
         "architectures": [f"Pruned{family.causal_lm}"],
-        "pruned": {**inner, "layers": family.layers},
+        "per_layer_config": layout.pop("per_layer_config"),
+        "pruned": layout,
         "allow_global_per_layer_attribute_access": True,
-        **per_layer,
     }
-    config_class = getattr(modeling_pruned, f"Pruned{type(text).__name__}")
+    config_class = class_named(f"Pruned{type(text).__name__}")
     return config_class.from_dict({**text.to_dict(), **free})  # type: ignore[no-any-return]
 
 
@@ -76,29 +74,18 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     dropped = (*FREE_SHAPE_KEYS, "architectures", "transformers_version")
     inner = {key: x for key, x in given.items() if key not in dropped}
     inner["model_type"] = given["model_type"].removeprefix(PREFIX)
-    values = {key: x for key, x in whole.to_dict().items() if key != "auto_map"}
+    values = {key: x for key, x in whole.to_dict().items() if key not in FREE_SHAPE_KEYS}
     values |= {"model_type": wrapper.model_type, "architectures": [wrapper.conditional]}
     values["tie_word_embeddings"] = text.tie_word_embeddings  # the model's, whatever was stated
     if "pruned" not in given:
         return stock.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
     path = wrapper.inside + given["pruned"]["layers"].partition(".")[2]
-    inner["pruned"] = {
-        **given["pruned"],
-        "layers": path,
-        "per_layer_config": given["per_layer_config"],
-    }
-    classes = {
-        "AutoConfig": stock.__name__,
-        "AutoModel": MODEL_MAPPING[stock].__name__,  # type: ignore[attr-defined]
-        "AutoModelForImageTextToText": wrapper.conditional,
-        "AutoModelForCausalLM": wrapper.conditional,  # what lm-evaluation-harness asks for
-    }
-    values |= {
-        "model_type": PREFIX + wrapper.model_type,
-        "architectures": [f"Pruned{wrapper.conditional}"],
-        "auto_map": {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()},
-    }
-    config_class = getattr(modeling_pruned, f"Pruned{stock.__name__}")
+    inner["pruned"] = given["pruned"] | {"layers": path}
+    inner["pruned"]["per_layer_config"] = given["per_layer_config"]
+    # By the second, lm-evaluation-harness asks for it.
+    autos = ("AutoModelForImageTextToText", "AutoModelForCausalLM")
+    values |= free_shape_names(wrapper.model_type, **dict.fromkeys(autos, wrapper.conditional))
+    config_class = class_named(f"Pruned{stock.__name__}")
     return config_class.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
 
 
@@ -163,7 +150,7 @@ class Around:
         outside = {k: x for k, x in whole.state_dict().items() if own_name(k) is None}
         config = wrapped_config(whole.config, small.config)
         with torch.device("meta"):
-            model: Any = _class_of(config)(config)
+            model: Any = class_named(config.architectures[0])(config)  # type: ignore[index]
         inside = {self.wrapper.name_of(k): x for k, x in small.state_dict().items()}
         given: dict[str, Tensor] = {**outside, **inside}
         missing, unexpected = model.load_state_dict(given, strict=False, assign=True)
@@ -177,16 +164,15 @@ class Around:
 
     def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
         values, _ = PreTrainedConfig.get_config_dict(self.source)
-        pruned = str(values["model_type"]).startswith(PREFIX)
-        holder: Any = modeling_pruned if pruned else transformers
-        name = f"Pruned{self.wrapper.conditional}" if pruned else self.wrapper.conditional
+        pruned = "Pruned" if str(values["model_type"]).startswith(PREFIX) else ""
         how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        whole, info = getattr(holder, name).from_pretrained(self.source, dtype=dtype, **how)
+        whole_class = class_named(f"{pruned}{self.wrapper.conditional}")
+        whole, info = whole_class.from_pretrained(self.source, dtype=dtype, **how)
         unfit = {*info["missing_keys"], *(x[0] for x in info["mismatched_keys"])}
         if lost := sorted(x for x in unfit if own_name(x) is None):
             raise UserError(
                 f"{self.source} has no {lost[0]} of the right size, so what is around its language "
-                "model cannot be kept; pass a whole checkpoint, or --text-only"
+                "model cannot be kept; pass a whole checkpoint, or --set text_only=true"
             )
         return whole  # type: ignore[no-any-return]
 
@@ -194,8 +180,3 @@ class Around:
         """Copy the files by which images are read into a folder, as they are."""
         for path in self._processor:
             shutil.copyfile(path, folder / path.name)
-
-
-def _class_of(config: PreTrainedConfig) -> Any:
-    name = config.architectures[0]  # type: ignore[index]
-    return getattr(modeling_pruned if name.startswith("Pruned") else transformers, name)

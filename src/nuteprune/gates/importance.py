@@ -32,8 +32,6 @@ from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ran
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
 
-METHOD = "surgeon"
-"""The ranking by default: docs/quality.md says why."""
 FLOORED = 0.999
 """How far what is below a floor moves towards it: the rest keeps its order."""
 

@@ -182,7 +182,7 @@ def _print_setting(setting: dict[str, Any], where: str, output: Output) -> None:
         columns += ["times faster", "bound", "reached", "verdict"]
         for cells, phase in zip(rows, ("prefill", "decode"), strict=False):
             ratio = setting["speedup"][phase]
-            share = f"{ratio['reached']:.0%}"
+            share = "-" if ratio["reached"] is None else f"{ratio['reached']:.0%}"
             cells += [_spread(ratio, "{:.2f}"), f"{ratio['bound']:.2f}", share, told(ratio)]
     padded = [[*cells, *[""] * (len(columns) - len(cells))] for cells in rows]
     title = (

@@ -1,39 +1,30 @@
-"""The job of `demo`: the embedded model pruned on the embedded text, then compared with others.
-
-Shape suffixes: B prompts, T tokens.
-"""
+"""The job of `demo`: the embedded model pruned on the embedded text, then compared with others."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
-from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.engines import Transformers
-from nuteprune.jobs.folder import begun
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import Result, run, tell
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import PASSES, told
+from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples, write_extra
-from nuteprune.judge.samples import continuations
 from nuteprune.judge.work import Setting
-from nuteprune.run_folder import RUN, SAMPLES, SPEED
+from nuteprune.run_folder import RUN, SPEED
 from nuteprune.train.asked import SETTINGS
 
 DEFAULTS = {"max_steps": 60, "target_sparsity": 0.2}
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
-PROMPT = "The history of bread begins"
-FOLDER = Path("nuteprune-demo")
 TIMED = Setting(batch_size=1, length=256, new_tokens=32)
 
 
@@ -62,38 +53,17 @@ def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     return result.plan if result.plan is not None else compare(job, result, output)
 
 
-def free_folder(wanted: Path) -> Path:
-    """Return the folder, or the first of its numbered siblings that is not taken."""
-    folder, number = wanted, 1
-    while folder.exists() and any(folder.iterdir()):
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
-
-
-def begun_folder(wanted: Path) -> Path:
-    """Return the newest of the folder and its numbered siblings that a run was begun in."""
-    found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
-    return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
-
-
 def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
-    """Print dense and pruned model side by side, and let both write."""
-    dtype = pick_dtype(job.dtype, job.device)
+    """Print dense and pruned model side by side, and answers of both."""
     out, record = list(result.records.items())[-1]
     gc.collect()  # make room for two models
     with output.bars() as bars:
         engine = Transformers.asked(job.device, job.dtype)
         speed = measure([str(out.absolute()), DEMO], [TIMED], PASSES, engine, bars)
     print_table(record, speed, output)
-    models = {"dense": load_model(DEMO, dtype), "NutePrune": load_pruned(out, dtype=dtype)}
-    tokenizer = load_tokenizer(DEMO)
-    ids_BT = tokenizer(PROMPT, return_tensors="pt").input_ids
-    texts = {name: continuations(x, tokenizer, ids_BT)[0] for name, x in models.items()}
-    for name, text in texts.items():
-        output.line(f"{name}: {PROMPT}{text}")
+    print_beside(record, read_samples(job.out / RUN), output)
     output.line()
-    keep_for_report(job.out / RUN, speed, texts)
+    write_extra(job.out / RUN, SPEED, {**speed, **for_report(speed)})
     output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
     tell(job, result, output)
     return {
@@ -109,13 +79,6 @@ def decoded(speed: Mapping[str, Any]) -> dict[str, float]:
     ours, dense = speed["settings"][0]["models"].values()
     rates = {"dense": dense, "NutePrune": ours}
     return {name: found["decode_tokens_per_second"]["median"] for name, found in rates.items()}
-
-
-def keep_for_report(run: Path, speed: dict[str, Any], texts: Mapping[str, str]) -> None:
-    """Write down what the report shows beside the record: speed, and one more sample."""
-    write_extra(run, SPEED, {**speed, **for_report(speed)})
-    sample = {"prompt": PROMPT, "dense": texts["dense"], "pruned": texts["NutePrune"]}
-    write_extra(run, SAMPLES, [sample, *read_samples(run)])
 
 
 def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output) -> None:

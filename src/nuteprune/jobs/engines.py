@@ -14,7 +14,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
-from nuteprune.export.gguf import write_gguf
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
 from nuteprune.judge.llama_cpp import LlamaCppRunner, require_binding
@@ -137,6 +136,8 @@ class LlamaCpp:
 
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
         """Export a model."""
+        from nuteprune.export.gguf.write import write_gguf  # what others do not need
+
         loaded, file = load_model(model, None), place.with_suffix(".gguf")
         written = write_gguf(
             loaded,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,24 +14,32 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.console import Output
-from nuteprune.data.specs import DEMO, embedded
+from nuteprune.console import Bars, Output
+from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.prompts import Prompts, read_prompts
+from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.comparison import same_tokens
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
 from nuteprune.judge import protocols, texts
+from nuteprune.judge.answers import TOKENS
+from nuteprune.judge.beside import Beside, judge_beside
 from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import perplexity
-from nuteprune.judge.provenance import calibrated_on, kind_of
+from nuteprune.judge.provenance import kind_of, learned_from
 from nuteprune.judge.tasks import Tasks
 from nuteprune.judge.units import dtype_name
 from nuteprune.judge.verdicts import Verdicts
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.run_folder import TEXT
 from nuteprune.stages.judge import copies
 from nuteprune.train.midway import is_midway, load_midway
 from nuteprune.train.run_settings import read_settings
+
+BLOCKS = 96
+"""Blocks of text at most that the use of context is measured on."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Evaluation:
         include_path: folder of task files.
         limit: most questions per task.
         fewshot: examples before each question.
+        prompts: file of prompts that both models answer; None: such as `make_prompts` makes.
+        answer_tokens: of an answer at most.
         batch_size: blocks or questions per forward pass.
         device: `auto`, `cpu`, `cuda`.
         dtype: what is computed in.
@@ -68,6 +79,8 @@ class Evaluation:
     include_path: Path | None = None
     limit: int | None = None
     fewshot: int | None = None
+    prompts: Path | None = None
+    answer_tokens: int = TOKENS
     batch_size: int = 4
     device: str = "auto"
     dtype: str = "auto"
@@ -101,10 +114,12 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     tokenizer = load_tokenizer(models[0].source, asked.trust_remote_code)
     cut: dict[str, texts.Blocks] = {}
     if asked.data or asked.protocol or questions is None:
-        cut = _blocks(asked, tokenizer, _calibrated(models))
-        if asked.against is not None:
-            same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
+        cut = _blocks(asked, tokenizer, _learned(models))
+    prompts = None if asked.prompts is None else read_prompts(asked.prompts, tokenizer)
+    if beside := asked.against is not None and bool(cut or prompts):
+        same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
     verdicts = Verdicts(cut, questions)
+    held: list[PreTrainedModel] = []
     with output.bars() as bars:
         for i, one in enumerate(models):
             bars.update("models", i, len(models), one.name)
@@ -119,9 +134,13 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
             verdicts.copying |= {one.name: copied} if copied is not None else {}
             if questions is not None:
                 verdicts.tasks[one.name] = questions.ask(loaded, own, asked.batch_size)
+            if beside:
+                held.append(loaded)
             del loaded
             gc.collect()
         bars.update("models", len(models), len(models))
+        if beside:
+            verdicts.beside = _beside(asked, tokenizer, held, cut, prompts, bars)
     if asked.against is not None:
         verdicts.compare(asked.model, asked.against)
     verdicts.print(output)
@@ -176,6 +195,10 @@ def _check(asked: Evaluation) -> None:
         raise UserError(f"--batch-size {asked.batch_size}: pass at least 1")
     if not 0 <= asked.copying_seed < 2**31:
         raise UserError(f"--copying-seed {asked.copying_seed}: pass a number from 0 to {2**31 - 1}")
+    if asked.answer_tokens < 1:
+        raise UserError(f"--answer-tokens {asked.answer_tokens}: pass at least 1")
+    if asked.prompts is not None and asked.against is None:
+        raise UserError("--prompts is for answers beside the dense model's; name that as --against")
     for_tasks = {"include-path": asked.include_path, "limit": asked.limit, "fewshot": asked.fewshot}
     for name, value in for_tasks.items():
         if value is not None and asked.tasks is None:
@@ -189,16 +212,27 @@ def _check(asked: Evaluation) -> None:
             raise UserError(f"--{name} is for text, and with --tasks none is read unless --data is")
 
 
-def _calibrated(models: Sequence[Judged]) -> list[str] | None:
-    """Return the texts that the models were calibrated on; None if no record names any."""
+def _learned(models: Sequence[Judged]) -> list[Fingerprint | None]:
+    """Return what is known of the text that made the models; empty if no record tells of any."""
     records = [record for x in models if (record := record_of(x.source)) is not None]
     runs = [x.checkpoint.resolve().parent for x in models if x.checkpoint is not None]
-    records += [{"config": read_settings(run)} for run in runs]
-    return [spec for x in records for spec in calibrated_on(x)] or None
+    records += [{"config": read_settings(run), **_text_of(run)} for run in runs]
+    return [one for x in records for one in learned_from(x)]
+
+
+def _text_of(run: Path) -> dict[str, Any]:
+    """Return what a run in the middle learns from, as its record will have it; {}: not known."""
+    path = run / TEXT
+    try:
+        return {"text": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and it is not known") from error
 
 
 def _blocks(
-    asked: Evaluation, tokenizer: PreTrainedTokenizerBase, calibrated: Sequence[str] | None
+    asked: Evaluation,
+    tokenizer: PreTrainedTokenizerBase,
+    learned: Sequence[Fingerprint | None],
 ) -> dict[str, texts.Blocks]:
     """Cut each text by the protocol that was asked for, or by the one that suits it."""
     protocol, whole = asked.protocol, asked.whole
@@ -210,18 +244,34 @@ def _blocks(
         name = protocol or ("nuteprune" if published else protocols.HELD_OUT)
         how = protocols.changed(protocols.protocol_named(name), **asked.changes)
         found = texts.rows_of(spec, whole=whole, text_column=asked.text_column, tokenizer=tokenizer)
-        for source, read in found.items():
+        for source, rows in found.items():
             if source in cut:
                 raise UserError(
                     f"two texts are called {source}: name each only once, or rename a file"
                 )
-            made = texts.make_blocks(source, read(), tokenizer, how)
-            own = f"{DEMO}:{source}" if embedded(spec) else spec  # each of its texts by itself
-            kind = None if calibrated is None else kind_of(own, calibrated)
+            made = texts.make_blocks(source, rows.read(), tokenizer, how)
+            kind = kind_of(rows.fingerprint, learned) if learned else None
             part = "all" if whole or published else "held-out"
             described = {"kind": kind, "protocol": name, "part": part, **made.described}
             cut[source] = dataclasses.replace(made, described=described)
     return cut
+
+
+def _beside(
+    asked: Evaluation,
+    tokenizer: PreTrainedTokenizerBase,
+    held: Sequence[PreTrainedModel],
+    cut: Mapping[str, texts.Blocks],
+    prompts: Prompts | None,
+    bars: Bars,
+) -> Beside:
+    """Judge the first model beside the last one."""
+    bars.update("answers and context", 0, 1)
+    text = {name: blocks.tokens_NT for name, blocks in cut.items()}
+    how: dict[str, Any] = {"prompts": prompts, "tokens": asked.answer_tokens, "blocks": BLOCKS}
+    found = judge_beside(held[-1], held[0], tokenizer, text, **how)
+    bars.update("answers and context", 1, 1)
+    return found
 
 
 def _measure(

@@ -11,7 +11,6 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from nuteprune.console import Output
 from nuteprune.errors import RunFailed, UserError, in_one_line
-from nuteprune.export.gguf_archs import ARCHS
 from nuteprune.files import at_home, check_file, write_text, writing
 from nuteprune.jobs.exactness import SHAPES, Found, examine, settled
 from nuteprune.jobs.sources import locate, record_of
@@ -161,8 +160,10 @@ def _check_file(file: FamilyFile, config: PreTrainedConfig, small: PreTrainedCon
         raise file.wrong(
             ("model_type",), f"it is {file.family.model_type}, and the model {config.model_type}"
         )
-    if unknown := set(file.family.gguf) - ARCHS.keys():
-        raise file.wrong(("gguf",), f"{min(unknown)} is not one of {', '.join(ARCHS)}")
+    from nuteprune.export.gguf.architectures import ARCHITECTURES
+
+    if unknown := set(file.family.gguf) - ARCHITECTURES.keys():
+        raise file.wrong(("gguf",), f"{min(unknown)} is not one of {', '.join(ARCHITECTURES)}")
     file.check_against(small, small_model(small))
 
 

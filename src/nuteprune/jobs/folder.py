@@ -7,13 +7,14 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, read_sums, remove, writing
 from nuteprune.jobs.job import Job
+from nuteprune.processes import is_main
 from nuteprune.run_folder import (
     CARD,
     RECORD,
@@ -30,6 +31,8 @@ from nuteprune.train.state import last_checkpoint
 
 _TARGET = re.compile(rf"({'|'.join(TARGETS)})\d[\w.+-]*")
 """Names of the folders of several targets, as `train.asked` spells them."""
+DEMOS = Path("nuteprune-demo")
+"""Where a demo writes that is told nothing else."""
 _READ = ("data", "eval data")
 """What is read with all files of its folder."""
 
@@ -85,11 +88,36 @@ def check_out(job: Job, resumes: bool = True) -> None:
         )
 
 
+def check_free(job: Job, resumes: bool = True) -> None:
+    """Refuse a folder that the job cannot write to, before libraries are loaded to do the job.
+
+    The job asks again, when it holds the folder. Arguments and errors as of `check_out`.
+    """
+    if is_main():
+        with alone(job.out) if job.out.is_dir() else nullcontext():
+            check_out(job, resumes)
+
+
 def begun(out: Path) -> bool:
     """Return whether a run has begun in a folder, for `--resume` to go on with or begin anew."""
     run = out / RUN
     kept = (run / SELF_WRITTEN, run / SETTINGS)
     return last_checkpoint(run) is not None or any(x.is_file() for x in kept)
+
+
+def free_folder(wanted: Path) -> Path:
+    """Return the folder, or the first of its numbered siblings that is not taken."""
+    folder, number = wanted, 1
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def begun_folder(wanted: Path) -> Path:
+    """Return the newest of the folder and its numbered siblings that a run was begun in."""
+    found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
+    return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
 
 
 def _check_folder(out: Path) -> None:

@@ -12,7 +12,7 @@ from nuteprune.console import Output, millions
 from nuteprune.export.card import since_dense
 from nuteprune.export.checkpoint import recount
 from nuteprune.export.clients import warnings
-from nuteprune.export.gguf_fit import Source
+from nuteprune.export.gguf.choose import ModelFacts
 from nuteprune.export.loading import load_config
 from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.gates.budget import Budget
@@ -36,7 +36,7 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
     before, after = shapes_of(record)
     tensors = of_language_model(counted["tensors"])
     outside = _count(counted["tensors"], counted["tensors"]) - _count(tensors, tensors)
-    source = Source(family, config, after, biases_of(family, tensors))
+    source = ModelFacts(family, config, after, biases_of(family, tensors))
     rows = record.get("vocab", {"before": 1, "after": 1})
     params = {**record["params"], "before": record["params"]["before"] - outside}
     parts = parts_of(source, before, tensors, params, (rows["before"], rows["after"]))
@@ -116,7 +116,7 @@ def inner_of(family: Family, tensors: Tensors) -> dict[str, int]:
 
 
 def parts_of(
-    source: Source,
+    source: ModelFacts,
     before: Shape,
     tensors: Tensors,
     params: Mapping[str, int],
@@ -164,7 +164,7 @@ def _count(tensors: Tensors, names: Iterable[str]) -> int:
     return sum(prod(tensors[name]) for name in names)
 
 
-def multiples_of(source: Source) -> dict[str, Any]:
+def multiples_of(source: ModelFacts) -> dict[str, Any]:
     """Return what divides the counts of all layers, and among how many devices layers split."""
     layers = source.shape.layers
     kv_heads = gcd(*(x.kv_heads for x in layers))

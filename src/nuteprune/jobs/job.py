@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from nuteprune.data.conversations import TEMPLATES
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.jobs.sources import BITS, DTYPES, pick_dtype, place
-from nuteprune.judge.units import dtype_name
 from nuteprune.run_folder import SELF
-from nuteprune.train.settings import CALL, HOW, WHAT, declared, setting
+from nuteprune.train.settings import CALL, HOW, WHAT, check_declared, declared, setting
 
+DTYPES = ("float32", "bfloat16", "float16")
+BITS = (8, 4)
+TEMPLATES = ("auto", "chat", "alpaca")
+"""How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
 INSTRUCTIONS, TEXT = "instructions", "text"
 """Kinds of data that `recover` learns."""
 RATES = {INSTRUCTIONS: 1e-4, TEXT: 1e-3}
@@ -72,7 +73,10 @@ class Job:
     eval_blocks: int = setting(24, "Held-out blocks per source.", bounds=(1, 1e6), role=HOW)
     device: str = setting("auto", "auto (default), cpu or cuda.", option="--device", role=HOW)
     dtype: str = setting(
-        "auto", f"Dtype to compute in: auto (default), {', '.join(DTYPES)}.", option="--dtype"
+        "auto",
+        f"Dtype to compute in: auto (default), {', '.join(DTYPES)}.",
+        choices=("auto", *DTYPES),
+        option="--dtype",
     )
     resume: bool = setting(
         False, "Go on from the last checkpoint in --out.", option="--resume", flag=True, role=CALL
@@ -88,6 +92,9 @@ class Job:
         role=CALL,
     )
     files: tuple[Path, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        check_declared(self)
 
     @property
     def specs(self) -> list[str]:
@@ -130,13 +137,12 @@ class PruneJob(Job):
         None,
         f"{' or '.join(map(str, BITS))}: load the frozen dense model in so many bits while "
         "training; the result keeps full precision.",
+        choices=BITS,
         option="--bits",
     )
     text_only: bool | None = setting(
         None,
         "Of a model of several modalities, write the pruned language model alone.",
-        option="--text-only",
-        flag=True,
     )
     dry_run: bool = setting(
         False, "Say what would be done; write nothing.", option="--dry-run", flag=True, role=CALL
@@ -172,7 +178,7 @@ class RecoverJob(Job):
         lora_rank: rank of LoRA, on all projections.
         batch_size: sequences per forward pass.
         accumulation: forward passes per step.
-        template: see `conversations.TEMPLATES`.
+        template: one of `TEMPLATES`.
         seed: of everything random.
         report_to: trackers, comma separated.
         gradient_checkpointing: less memory, more time.
@@ -283,8 +289,32 @@ class RecoverJob(Job):
         return self.specs[0]
 
 
+@dataclass
+class VocabJob(Job):
+    """What `vocab` is asked to do.
+
+    Args:
+        data: text that tells which tokens stay.
+    """
+
+    NOT_HERE: ClassVar = ("eval_data", "device", "dtype", "resume")
+    """Settings of other jobs that it has no use for."""
+
+    data: list[str] | str = setting(
+        DEMO,
+        "Text that tells which tokens stay: a .txt, .jsonl, .json or .parquet file, a folder of "
+        "them, a hub dataset id[:config[:split]], 'demo' (default: three small English texts), or "
+        "'self' (text that the model writes itself). May be repeated.",
+        option="--data",
+        several=True,
+    )
+
+
 def what_it_is(job: Job) -> dict[str, Any]:
     """Return what of a job says what its run is, for settings.json: in one way, however spelled."""
+    from nuteprune.jobs.sources import pick_dtype, place  # they load torch, which help never needs
+    from nuteprune.judge.units import dtype_name
+
     dtype = dtype_name(pick_dtype(job.dtype, job.device))
     named: dict[str, Any] = {
         "model": place(job.model),

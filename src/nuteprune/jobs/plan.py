@@ -28,7 +28,6 @@ from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
 from nuteprune.plan.phases import FORMULA, ON_CPUS, SIMULATED, Phase, Plan
-from nuteprune.train.settings import check_declared
 
 SPARE = 0.95
 """Share of a device's memory that a run may take; allocators and libraries have the rest."""
@@ -89,7 +88,6 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         UserError: for a config without the facts that a plan needs, settings that cannot work, or
             memory that cannot hold a single layer.
     """
-    check_declared(job)
     take(job.family, job.model)
     config = config_of(job.model)
     check_positions(job.length, config)

@@ -15,20 +15,18 @@ from typing import Any
 from torch import Tensor
 
 from nuteprune.console import Output, quiet_loading
-from nuteprune.errors import UserError
 from nuteprune.jobs.folder import alone, check_out, clear, clear_result, is_stated, nothing_left
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, trainer_config
-from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.jobs.show import print_plan, print_report, print_results
 from nuteprune.jobs.speed import check_speed, judge_speed
 from nuteprune.processes import is_main
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
-from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.run_settings import check_same, write_settings
-from nuteprune.train.settings import check_declared
 from nuteprune.train.targets import check_reached
 
 
@@ -75,7 +73,7 @@ def prune(
         model: hub id, checkpoint folder, or `demo`.
         out: folder for the result.
         sparsity: share of the decoder layers' parameters to remove; several give a checkpoint each.
-            Instead: `params="100M"`, `size="200MB"`, or `memory="4GiB"` with `context=8192`.
+            Instead: `params="100M"`, `size="200MB"`, or `memory="4GiB@8192"`.
         data: calibration and training text: a file, a folder, a hub dataset, `demo`, or `self`
             (text that the model writes itself), or several. Half is `self` and the other half what
             is named, unless `self` is named too, or `shares` are given; `shares=1` takes one alone.
@@ -94,7 +92,7 @@ def prune(
         RunFailed: if training breaks down or a target is missed.
     """
     given = {"model": model, "out": out, "data": data, "sparsity": sparsity, "steps": steps}
-    job = make_job(PruneJob, NutePruneConfig, {**given, **settings}, config)
+    job = make_job(PruneJob, PruneSettings, {**given, **settings}, config)
     with quiet_loading():
         result = finished(job, Output(quiet=quiet))
     return None if result is None else result.summary()
@@ -107,14 +105,10 @@ def finished(job: PruneJob, output: Output) -> Result | None:
         UserError: if no target is given, or for what `run` refuses.
         RunFailed: if training breaks down or a target is missed.
     """
-    if not SETTINGS.keys() & job.settings.keys():
-        raise UserError(
-            "no target given: pass --sparsity, such as --sparsity 0.2, or one of "
-            f"{', '.join(option for option in SETTINGS.values() if option != '--sparsity')}"
-        )
+    check_target(job)
     result = run(job, output)
     if result is not None and result.plan is None:
-        print_results(result.records, output)
+        print_results(job, result.records, output)
         tell(job, result, output)
     return result
 
@@ -139,7 +133,6 @@ def run(job: PruneJob, output: Output) -> Result | None:
         RunFailed: if training breaks down or a target is missed.
     """
     started = time.monotonic()
-    check_declared(job)
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch) if job.dry_run else job.out
@@ -158,7 +151,7 @@ def run(job: PruneJob, output: Output) -> Result | None:
             plan = print_dry_run(job, made, output)
             return Result({}, made.held_out, plan) if is_main() else None
         begin(job, made)
-        records = import_module(config.pipeline).pipeline(made)
+        records = import_module(config.PIPELINE).pipeline(made)
     if not is_main():
         return None
     if made.products.found:

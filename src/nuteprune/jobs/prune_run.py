@@ -20,7 +20,7 @@ from nuteprune.jobs.family import take
 from nuteprune.jobs.folder import target_folder
 from nuteprune.jobs.job import PruneJob, what_it_is
 from nuteprune.jobs.progress import StepProgress
-from nuteprune.jobs.settings import settings_of_user
+from nuteprune.jobs.settings import settings_of_user, trainer_settings
 from nuteprune.jobs.sources import (
     around,
     load_model,
@@ -32,6 +32,7 @@ from nuteprune.jobs.sources import (
 )
 from nuteprune.jobs.speed import costs_for
 from nuteprune.jobs.text import mixture, text_of
+from nuteprune.judge.provenance import text_entry
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run import Run
@@ -54,10 +55,11 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
     Raises:
         UserError: if they cannot work.
     """
-    bookkeeping = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
+    bookkeeping = {"save_strategy": "steps", "save_total_limit": 2}
     here = {"disable_tqdm": True, "use_cpu": pick_device(job.device) == "cpu"}
     with settings_of_user():
-        return NutePruneConfig(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
+        kind = trainer_settings(job.settings)
+        return kind(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
 
 
 def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float) -> Run:
@@ -98,7 +100,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
     def trainer_of(goal: Target) -> NutePruneTrainer:
         own = copy.copy(config)
         own.output_dir = str(run_folder_of(goal))
-        kind = import_module(config.pipeline).TRAINER
+        kind = import_module(config.PIPELINE).TRAINER
         with settings_of_user():
             trainer: NutePruneTrainer = kind(
                 prepared,
@@ -121,7 +123,9 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
 
     def about() -> dict[str, Any]:
         seconds = round(time.monotonic() - started, 1)
-        return {**origin(job.model), "config": recorded(job, config), "seconds": seconds}
+        earlier = origin(job.model)
+        known = text_entry(text.training, held_out, earlier)
+        return {**earlier, "config": recorded(job, config), "text": known, "seconds": seconds}
 
     return Run(
         model=prepared,
@@ -164,7 +168,8 @@ def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
     if kind in COUNTED and outside(job) is not None:
         raise UserError(
             f"--{kind.replace('_', '-')} cannot be used here: {job.model} has parts for images "
-            "beside its language model, which are not priced; pass --sparsity, or --text-only"
+            "beside its language model, which are not priced; pass --sparsity, or "
+            "--set text_only=true"
         )
 
 
@@ -182,12 +187,12 @@ def check_wrapper(job: PruneJob, model: Prepared) -> None:
     if model.allocator.budget.per_token and not constraints.uniform:
         raise UserError(
             f"free shapes cannot be used here: {job.model} holds a mixture of experts within a "
-            "model of several modalities; pass --shapes uniform, or --text-only"
+            "model of several modalities; pass --shapes uniform, or --set text_only=true"
         )
     if "hidden" in constraints.kinds:
         raise UserError(
             f"gates on hidden cannot be used here: what {job.model} makes of images is as wide as "
-            "its language model; leave hidden out of --gates, or pass --text-only"
+            "its language model; leave hidden out of --gates, or pass --set text_only=true"
         )
     whole.check()
 

@@ -46,6 +46,7 @@ from nuteprune.jobs.sources import (
     stored_dtype,
 )
 from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.judge.provenance import text_entry
 from nuteprune.judge.work import Work
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
@@ -55,7 +56,6 @@ from nuteprune.stages.judge import copies
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.run_settings import check_same
-from nuteprune.train.settings import check_declared
 from nuteprune.train.state import last_checkpoint
 
 
@@ -97,7 +97,6 @@ def recover(
 
 def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     """Do the job, and print what came out; returns the same as `recover`."""
-    check_declared(job)
     with alone(job.out) if is_main() else nullcontext():
         _check(job)
         result = _run(job, output)
@@ -157,6 +156,7 @@ def _tune(
         **_settings(job, kind, trainer, training),
         "seconds_per_step": statistics.median(progress.seconds) if progress.seconds else None,
         "perplexity": {"before": before, "after": after, "protocol": protocol(judged)},
+        "text": text_entry(training, judged, record),
     }
     work = Work.of(small)
     return Tuned(_write(job, small, tokenizer, record, entry), work.blocks + work.head)
@@ -279,7 +279,8 @@ def _write(
     if "recover" in record:
         entry["earlier"] = record["recover"]
     new = {**record, "recover": entry, "perplexity": judged_again(record, entry)}
-    new.pop("copying", None)  # it was measured before the fine-tuning
+    for key in ("copying", "answers", "context"):  # measured before the fine-tuning
+        new.pop(key, None)
     if (copied := copies(small, tokenizer)) is not None and "copying" in record:
         new["copying"] = {**record["copying"], "after": copied.percent}
     return {**result, **write_again(job.out, small, tokenizer, new, around(job.model))}

@@ -10,12 +10,12 @@ import yaml
 
 from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.train.asked import KINDS, Asked
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.settings import CALL, declared
 
 OPTIONS = {
     name: x.option
-    for kind in (NutePruneConfig, PruneJob)
+    for kind in (PruneSettings, PruneJob)
     for name, x in declared(kind).items()
     if x.option and not x.flag and name != "shape"
 }
@@ -36,9 +36,6 @@ BOOKKEEPING = frozenset({"save_steps", "save_total_limit", "dataloader_pin_memor
 def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was set in a run, its seed included, the model left out."""
     config = {**record.get("config", {}), "seed": record.get("seed")}
-    if stops := config.pop("stops", None):  # 0.1.0 kept the last of several targets apart
-        earlier = stops.split(",") if isinstance(stops, str) else stops
-        config["target_sparsity"] = [*map(float, earlier), config["target_sparsity"]]
     return {
         key: value
         for key, value in config.items()

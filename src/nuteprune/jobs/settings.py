@@ -11,20 +11,24 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib import import_module
 from numbers import Number
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import TrainingArguments
 
 from nuteprune.data.specs import refuse_self
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
-from nuteprune.jobs.job import Job
+from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.train.asked import SETTINGS, check_one
+from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.settings import CALL, declared
+
+if TYPE_CHECKING:
+    from nuteprune.train.config import NutePruneConfig
 
 J = TypeVar("J", bound=Job)
 
@@ -53,34 +57,6 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
 )
 
-
-RENAMED = {
-    "importance": "pass method, which names the ranking",
-    "stops": "pass all targets to sparsity, such as 0.2,0.3,0.5",
-    "lm_weight": "pass teachers=none to learn the text itself",
-    "compensation_blocks": "pass calibration_blocks: the re-fit reads 4.5 times as many",
-    **dict.fromkeys(
-        ("token_weight", "layer_weight", "layer_term", "kd_temperature"),
-        "pass objective: relative, or paper",
-    ),
-    **dict.fromkeys(
-        ("warm_start", "solved_schedule", "gate_learning_rate"),
-        "leave it out: hard-concrete gates learn as published",
-    ),
-    **dict.fromkeys(("ramp_power", "score_decay", "max_bad_steps"), "leave it out: it is fixed"),
-}
-"""Settings of 0.1.0 that are gone -> what to do instead."""
-RENAMED_VALUES = {
-    ("method", "nuteprune"): "leave it out: surgeon is the default",
-    ("teachers", "intact"): "the word is dense",
-    ("gate_type", "deterministic"): "use ranked or hard_concrete gates",
-    ("compensation", "start"): "pass true",
-    ("compensation", "none"): "pass false",
-    ("compensation", "finalize"): "pass true, which re-fits when masks freeze",
-}
-"""Values of settings of 0.1.0 that are gone -> what to do instead."""
-
-
 FILES = ("shape", "family", "costs")
 """Settings that may name a file."""
 
@@ -96,7 +72,7 @@ def make_job(
 
     Args:
         kind: the dataclass of the job.
-        trainer: the dataclass of its trainer's settings, which go into `settings`; None for none.
+        trainer: `PruneSettings`, where its trainer's settings are to go into `settings`; else None.
         given: options or keywords by the word that users have for them, or by full name; None
             where not given.
         config: YAML file with settings.
@@ -107,8 +83,11 @@ def make_job(
     """
     if given["out"] == "":
         raise UserError("--out is empty: is a variable not set? Name a folder")
-    kinds = [kind, *([trainer] if trainer else [])]
     file = None if config is None else at_home(Path(config))
+    assignments = list(assignments)
+    if trainer is not None and _is_progressive(file, assignments, given):
+        trainer = import_module("nuteprune.progressive.settings").ProgressiveSettings
+    kinds = [kind, *([trainer] if trainer else [])]
     settings = read_given(file, assignments, kinds)
     now = check({key: value for key, value in given.items() if value is not None}, kinds)
     check_one(now, SETTINGS)
@@ -127,26 +106,63 @@ def make_job(
     own["out"] = at_home(own["out"])  # of `--out=~/x` the shell leaves it
     if trainer is not None:
         own["settings"] = settings
+        ours = declared(trainer).keys() & settings.keys()
+        trainer(**{key: settings[key] for key in ours})  # checks them
     return kind(**own)
 
 
+def _is_progressive(file: Path | None, assignments: list[str], given: Mapping[str, Any]) -> bool:
+    """Return whether settings ask for masks that move, which have settings of their own."""
+    before = read_mapping(file, "--config") if file is not None else {}
+    assigned = [x.partition("=")[2] for x in assignments if x.partition("=")[0] == "progressive"]
+    said = [before.get("progressive"), *map(yaml.safe_load, assigned), given.get("progressive")]
+    return next((x for x in reversed(said) if x is not None), False) is True
+
+
+def trainer_settings(settings: Mapping[str, Any]) -> type[NutePruneConfig]:
+    """Return the class of a trainer's settings: the paper's own dynamics have another one."""
+    where = "progressive.config" if settings.get("progressive") else "train.config"
+    name = "ProgressiveConfig" if settings.get("progressive") else "NutePruneConfig"
+    found: type[NutePruneConfig] = getattr(import_module(f"nuteprune.{where}"), name)
+    return found
+
+
+def check_target(job: PruneJob) -> None:
+    """Refuse a job that does not say how much is to go.
+
+    Raises:
+        UserError: naming the options that say it.
+    """
+    if not SETTINGS.keys() & job.settings.keys():
+        raise UserError(
+            "no target given: pass --sparsity, such as --sparsity 0.2, or one of "
+            f"{', '.join(option for option in SETTINGS.values() if option != '--sparsity')}"
+        )
+
+
 def _known(kinds: Sequence[type], call: bool) -> dict[str, tuple[str, Any]]:
-    """Return the settings of dataclasses: word and full name -> (full name, type).
+    """Return the settings that dataclasses declare: word and full name -> (full name, type).
 
     Args:
-        kinds: the dataclasses; of transformers' settings all that have a place here count.
+        kinds: the dataclasses.
         call: whether what only one call does counts too.
     """
     found: dict[str, tuple[str, Any]] = {}
     for kind in kinds:
-        hints, here = get_type_hints(kind), declared(kind)
-        for x in dataclasses.fields(kind):
-            trainers = issubclass(kind, TrainingArguments) and x.init and x.name not in _REFUSED
-            ours = x.name in here and (call or here[x.name].role != CALL or trainers)
-            if trainers or ours:
-                fact = (x.name, hints[x.name])
-                found[x.name] = found[here[x.name].word if x.name in here else x.name] = fact
+        hints = get_type_hints(kind)
+        for name, x in declared(kind).items():
+            if call or x.role != CALL or issubclass(kind, PruneSettings):
+                found[name] = found[x.word] = (name, hints[name])
     return found
+
+
+def _trainers() -> dict[str, tuple[str, Any]]:
+    """Return all settings of a trainer that have a place here, those of transformers among them."""
+    from nuteprune.train.config import NutePruneConfig  # which loads transformers
+
+    hints = get_type_hints(NutePruneConfig)
+    fields = [x.name for x in dataclasses.fields(NutePruneConfig) if x.init]
+    return {name: (name, hints[name]) for name in fields if name not in _REFUSED}
 
 
 def read_given(
@@ -217,25 +233,21 @@ def check(settings: Mapping[str, Any], kinds: Sequence[type], call: bool = True)
         call: whether what only one call does, such as `resume`, may be among them.
 
     Raises:
-        UserError: for an unknown or former setting, one that is given by two names, or a value of
-            the wrong type.
+        UserError: for an unknown setting, one that is given by two names, or a value of the wrong
+            type.
     """
     known = _known(kinds, call)
     checked = {}
     for given, value in settings.items():
         if given in _REFUSED:
             raise UserError(f"setting {given} cannot be used here: {_REFUSED[given]}")
-        if given in RENAMED:
-            raise UserError(f"setting {given} is gone since 0.1.0: {RENAMED[given]}")
+        if given not in known and any(issubclass(kind, PruneSettings) for kind in kinds):
+            known = _trainers() | known
         if given not in known:
             near = get_close_matches(given, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"unknown setting {_short(repr(given))}{hint}")
         key, hint_of = known[given]
-        if isinstance(value, str) and (key, value) in RENAMED_VALUES:
-            raise UserError(
-                f"setting {given}={value} is gone since 0.1.0: {RENAMED_VALUES[key, value]}"
-            )
         if key in checked:
             raise UserError(f"setting {key} is given twice, once as {given}: pass it once")
         checked[key] = _coerce(given, value, hint_of)

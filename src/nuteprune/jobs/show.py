@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +16,14 @@ from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
+from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.report import write_report
+from nuteprune.judge.run_files import read_samples
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run import Run
-from nuteprune.run_folder import RECORD
+from nuteprune.run_folder import RECORD, RUN
 from nuteprune.train.asked import spelled
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
@@ -118,10 +120,12 @@ def print_report(job: PruneJob, output: Output) -> None:
         output.line(f"Report  none: {error}")
 
 
-def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> None:
-    """Print what came out, for each target a table and two lines."""
+def print_results(job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output) -> None:
+    """Print what came out, for each target tables and two lines; answers of the highest one."""
+    *_, last = records
     for folder, record in records.items():
-        print_result(folder, record, output)
+        samples = read_samples(job.out / RUN) if folder == last else []
+        print_result(folder, record, samples, output)
 
 
 COUNTS_SHOWN = (
@@ -132,8 +136,13 @@ COUNTS_SHOWN = (
 """Counts of parameters that are shown -> what their keys in a record begin with."""
 
 
-def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> None:
-    """Print one checkpoint's record as a table and two lines."""
+def print_result(
+    folder: Path,
+    record: Mapping[str, Any],
+    samples: Sequence[Mapping[str, str]],
+    output: Output,
+) -> None:
+    """Print one checkpoint's record as tables, answers and two lines."""
     ppl, params = record["perplexity"], record["params"]
     rows = [
         *(
@@ -149,6 +158,7 @@ def print_result(folder: Path, record: Mapping[str, Any], output: Output) -> Non
     if (copied := record.get("copying")) is not None:
         rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in ("before", "after"))])
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
+    print_beside(record, samples, output)
     asked = record["asked"]
     goal = f"target {record['target']:.1%}"
     if asked["kind"] in COUNTED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -20,17 +20,24 @@ from transformers.utils.quantization_config import Mxfp4Config
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.export.hub import record_path
-from nuteprune.export.loading import config_values, exact_dtype, load_pruned
-from nuteprune.export.own_family import bring_from
+from nuteprune.export.loading import (
+    bring_recorded_family,
+    config_values,
+    exact_dtype,
+    load_pruned,
+    record_path,
+)
 from nuteprune.export.record import inside, origin_of, read_record
-from nuteprune.export.wrapping import Around, language_config
 from nuteprune.files import at_home, check_name
+from nuteprune.jobs.job import BITS, DTYPES
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
 from nuteprune.run_folder import SELF
+
+if TYPE_CHECKING:
+    from nuteprune.export.wrapping import Around
 
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 """What the demo's model is; the package that carries it has no model card."""
@@ -40,8 +47,6 @@ TOKENIZERS = ("*token*", "vocab*", "*.model")
 """What files of tokenizers are called."""
 PATHS = (".", "/", "~")
 """How a path begins that cannot be a hub id."""
-BITS = (8, 4)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def locate(model: str) -> str:
@@ -98,9 +103,11 @@ def read_config(model: str) -> dict[str, Any]:
         values = config_values(where)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {model}: {_told(error, model)}") from error
-    bring_from(where)
+    bring_recorded_family(where)
     model_type = values["model_type"]
     if (wrapper := wrapper_of(model_type)) is not None:
+        from nuteprune.export.wrapping import language_config
+
         language_config(values)  # refuses what is not supported
         expected = wrapper.conditional
     else:
@@ -118,7 +125,11 @@ def read_config(model: str) -> dict[str, Any]:
 def around(model: str) -> Around | None:
     """Return what a model of several modalities has around its language model, None for others."""
     wrapper = wrapper_of(read_config(model)["model_type"])
-    return None if wrapper is None else Around(locate(model), wrapper)
+    if wrapper is None:
+        return None
+    from nuteprune.export.wrapping import Around
+
+    return Around(locate(model), wrapper)
 
 
 def load_model(
@@ -276,7 +287,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; pass auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -63,9 +63,10 @@ def costs_for(
     """
     if config.target_speedup is None:
         return config.costs  # type: ignore[return-value]
-    setting = Setting(*moment(config.speed_at))
+    at = config.asked[0].about["at"]
+    setting = Setting(*moment(at))
     longest = setting.length + setting.new_tokens
-    check_positions(longest, model.config, f"the length at --speed-at {config.speed_at}")
+    check_positions(longest, model.config, f"the length of --speedup at {at}")
     if isinstance(config.costs, Mapping):
         return config.costs
     if config.costs is not None:
@@ -83,7 +84,7 @@ def costs_for(
         hardware_of(device),
         dtype,
         torch.get_num_threads(),
-        config.speed_at,
+        at,
         anatomy.family.model_type,
     )
     told_ = repr((*what, anatomy.head_dim, anatomy.shape, anatomy.embedding.weight.shape[0]))

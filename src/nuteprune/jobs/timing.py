@@ -160,9 +160,9 @@ def for_report(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _against_bound(setting: dict[str, Any]) -> str:
-    said = (
-        f"{phase} {told(ratio)}, {ratio['reached']:.0%} of its bound {ratio['bound']:.2f} x"
-        for phase, ratio in setting["speedup"].items()
-        if phase != "both"
-    )
+    said = []
+    for phase, ratio in setting["speedup"].items():
+        if phase != "both":
+            share = "" if ratio["reached"] is None else f"{ratio['reached']:.0%} of "
+            said.append(f"{phase} {told(ratio)}, {share}its bound {ratio['bound']:.2f} x")
     return f"batch {setting['batch_size']}, {setting['length']} tokens: {'; '.join(said)}"

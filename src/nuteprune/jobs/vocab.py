@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
-from nuteprune.data.specs import DEMO, iter_documents
+from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.specs import iter_documents
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
-from nuteprune.export.gguf_splits import PROBES
+from nuteprune.export.gguf.splits import PROBES
 from nuteprune.export.record import write_pruned
 from nuteprune.export.vocabulary import (
     check_spelling,
@@ -30,14 +30,14 @@ from nuteprune.export.vocabulary import (
 )
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.folder import alone, check_out, clear
-from nuteprune.jobs.job import Job
+from nuteprune.jobs.job import Job, VocabJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run import in_percent
 from nuteprune.run_folder import SELF
 from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
-from nuteprune.train.settings import check_declared, setting
+from nuteprune.stages.write import write
 
 MOST_CHARACTERS = 50_000_000
 """Text that tokens are counted in; of more the rest is left aside."""
@@ -45,26 +45,6 @@ SELF_TOKENS = 50_000
 """Tokens that the model writes where it is its own text that is counted."""
 TOGETHER = 1_000_000
 """Characters that are tokenized at a time, about."""
-NOT_HERE = ("eval_data", "device", "dtype", "resume")
-"""Settings of other jobs that a cut of the vocabulary has no use for."""
-
-
-@dataclass
-class VocabJob(Job):
-    """What `vocab` is asked to do.
-
-    Args:
-        data: text that tells which tokens stay.
-    """
-
-    data: list[str] | str = setting(
-        DEMO,
-        "Text that tells which tokens stay: a .txt, .jsonl, .json or .parquet file, a folder of "
-        "them, a hub dataset id[:config[:split]], 'demo' (default: three small English texts), or "
-        "'self' (text that the model writes itself). May be repeated.",
-        option="--data",
-        several=True,
-    )
 
 
 def vocab(
@@ -93,7 +73,7 @@ def vocab(
         UserError: for anything that cannot work; nothing is written then.
         RunFailed: if the tokenizer that is left does not spell what the full one does.
     """
-    if foreign := [x for x in NOT_HERE if settings.get(x) is not None]:
+    if foreign := [x for x in VocabJob.NOT_HERE if settings.get(x) is not None]:
         raise UserError(f"setting {foreign[0]} has no use in vocab: leave it out")
     job = make_job(VocabJob, None, {"model": model, "out": out, "data": data, **settings})
     with quiet_loading():
@@ -113,13 +93,13 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         RunFailed: if the tokenizer that is left does not spell what the full one does.
     """
     started = time.monotonic()
-    check_declared(job)
     with alone(job.out):
         check_out(job, resumes=False)
         if around(job.model) is not None:
             raise UserError(
                 f"{job.model} is a model of several modalities, whose processor has tokens of its "
-                "own: nuteprune prune --text-only writes its language model, which can be cut"
+                "own: nuteprune prune --set text_only=true writes its language model, which can "
+                "be cut"
             )
         tokenizer = load_tokenizer(job.model, job.trust_remote_code)
         merges_of(tokenizer)  # refuses what cannot be cut, before weights are read
@@ -127,7 +107,7 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         anatomy = Anatomy(model)
         merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
         _check_rows(job, merges, anatomy)
-        counted = _count(job, model, tokenizer, output)
+        counted, known = _count(job, model, tokenizer, output)
         kept = _chosen(anatomy, tokenizer, merges, counted, keep)
         small = cut_model(anatomy, kept)
         smaller = cut_tokenizer_of(tokenizer, merges, kept, model.config.model_type)
@@ -143,6 +123,7 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
             **origin(job.model),
             vocab=_vocab(anatomy, kept, counted),
             config=_asked(job, keep),
+            text=known.to_dict(),
             seconds=round(time.monotonic() - started, 1),
         )
     _print(job, record, output)
@@ -181,9 +162,10 @@ def _chosen(
 
 def _count(
     job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Output
-) -> Counter[int]:
-    """Return how often each token is used in the text."""
+) -> tuple[Counter[int], Fingerprint]:
+    """Return how often each token is used in the text, and what the text is known by."""
     counted: Counter[int] = Counter()
+    known = Fingerprint()
     with output.bars() as bars:
         for spec in job.specs:
             if spec == SELF:
@@ -209,7 +191,8 @@ def _count(
                         counted.update(ids)
                     read += sum(map(len, texts))
                     bars.update(f"counting {name}", read, MOST_CHARACTERS)
-    return counted
+                known.update(documents.fingerprint)
+    return counted, known
 
 
 def parts(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -143,8 +143,10 @@ def compare(
     found: dict[str, dict[str, Any]] = {}
     for phase, values in ratios.items():
         spread, bound = Spread.of(values), max(bounds[phase], calls)
-        figures = {**asdict(spread), "bound": bound, "reached": spread.median / bound}
-        found[phase] = {**figures, "verdict": verdict(figures, len(values))}
+        figures = {**asdict(spread), "bound": bound}
+        said = verdict(figures, len(values))
+        reached = spread.median / bound if said == "faster" else None
+        found[phase] = {**figures, "reached": reached, "verdict": said}
     return found
 
 
@@ -177,7 +179,7 @@ def told(ratio: Mapping[str, Any]) -> str:
 
 
 def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -> list[str]:
-    """Return what to say where a model stays below its bound.
+    """Return what to say where a model measured slower, or faster but below its bound.
 
     Args:
         comparisons: of each setting, from `compare`.
@@ -188,8 +190,15 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -
         ("prefill", "attention within the prompt, norms and many small operations"),
         ("decode", "attention over the context, norms and the calls of many small operations"),
     ):
-        reached = [found[phase]["reached"] for found in comparisons]
-        if reached and min(reached) < GOOD:
+        ratios = [found[phase] for found in comparisons]
+        slower = [x["median"] for x in ratios if x["verdict"] == "slower"]
+        reached = [x["reached"] for x in ratios if x["reached"] is not None]
+        if slower:
+            lines.append(
+                f"{phase} is slower than the dense model, {min(slower):.2f} x at worst: less work "
+                "takes longer, so kernels do not suit the sizes that are left"
+            )
+        if min(reached, default=GOOD) < GOOD:
             lines.append(
                 f"{phase} reaches {min(reached):.0%} of its bound at worst: time goes into what "
                 f"does not shrink ({why}), the more so the smaller the model"
@@ -199,7 +208,7 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -
     if work.neurons % _EASY_MULTIPLE == 0:
         return [*lines, f"neuron counts are multiples of {work.neurons}: no larger one would help"]
     remedy = (
-        f"neuron counts are multiples of {work.neurons}; prune with --neuron-multiple "
+        f"neuron counts are multiples of {work.neurons}; prune with --set neuron_multiple="
         f"{_EASY_MULTIPLE}: kernels tile such matrices evenly"
     )
     return [*lines, remedy]

@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nuteprune.data.specs import DEMO
-from nuteprune.export.card import named_to_judge, since_dense
+from nuteprune.export.card import since_dense
+from nuteprune.export.figures import answer_rows, context_rows
 from nuteprune.export.record import perplexities_of
 from nuteprune.gates.budget import gone
 from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, calibrated_on, kind_of, named
+from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, judged_kind
 from nuteprune.judge.run_files import RunFiles, pruning_steps
 from nuteprune.judge.units import THIN, count, number, size
-from nuteprune.run_folder import SELF
 
 
 def verdict(files: RunFiles) -> str:
@@ -53,6 +52,10 @@ def verdict(files: RunFiles) -> str:
     if copied := _copied(record):
         then, now = (f"{number(share)}{THIN}%" for share in copied)
         parts.append(f"it copies {now} of random tokens from its context ({then} before)")
+    looping = record.get("answers", {}).get("looping", {})
+    if None not in (loops := [looping.get(when) for when in ("before", "after")]):
+        then, now = (f"{number(share)}{THIN}%" for share in loops)
+        parts.append(f"{now} of its answers loop ({then} of the dense model's)")
     if gains := told_gains(files.speed):
         span = dict.fromkeys((number(gains[0]), number(gains[-1])))
         parts.append(f"it runs {' to '.join(span)}{THIN}× as fast")
@@ -86,18 +89,19 @@ def headline(
     groups = [("Size", cells)]
     before, after = judged_on_both(record)
     if before:
-        rows = [_compared(x, before[x], after[x], after[x] / before[x]) for x in before]
+        rows = [_compared(x, before[x], after[x]) for x in before]
         if len(before) > 1:
             old_mean, new_mean = mean(before), mean(after)
-            rows.append(_compared("mean", old_mean, new_mean, new_mean / old_mean))
+            rows.append(_compared("mean", old_mean, new_mean))
         kind = text_kind(record)
         title = f"Perplexity on {kind}" if kind else "Perplexity"
         groups.append((f"{title}, lower is better", rows))
     if copied := _copied(record):
-        old_share, new_share = copied
-        ratio = new_share / old_share if old_share else math.nan
-        row = _compared(f"tokens right,{THIN}%", old_share, new_share, ratio)
+        row = _compared(f"tokens right,{THIN}%", *copied)
         groups.append(("Copying from context, higher is better", [row]))
+    for group, figures in (("Answers", answer_rows(record)), ("Context", context_rows(record))):
+        if figures:
+            groups.append((group, [(*x.cells, _change(x.dense, x.pruned)) for x in figures]))
     if speed is not None and speed["rows"]:
         groups.append(
             (
@@ -113,15 +117,7 @@ def headline(
 
 def text_kind(record: Mapping[str, Any]) -> str | None:
     """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
-    config, calibrated = record.get("config", {}), calibrated_on(record)
-    own = named_to_judge(record)
-    judged = named(config.get("data")) if own is None else [own]
-    if not (judged and calibrated):
-        return None
-    # Text of its own has no held-out part: alone it is judged by the demo's.
-    judged = [spec for spec in judged if spec != SELF] or [DEMO]
-    inside = any(kind_of(spec, calibrated) == IN_DOMAIN for spec in judged)
-    return f"{IN_DOMAIN} text" if inside else OTHER_TEXT
+    return {IN_DOMAIN: f"{IN_DOMAIN} text", OTHER_TEXT: OTHER_TEXT}.get(judged_kind(record))
 
 
 def _copied(record: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -142,9 +138,12 @@ def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, st
     return what, show(before), show(after), f"−{percent(gone(before, after), 1)}"
 
 
-def _compared(what: str, before: float, after: float, ratio: float) -> tuple[str, str, str, str]:
-    change = "" if math.isnan(ratio) else f"×{THIN}{number(ratio)}"
-    return what, number(before), number(after), change
+def _compared(what: str, before: float, after: float) -> tuple[str, str, str, str]:
+    return what, number(before), number(after), _change(before, after)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"×{THIN}{number(after / before)}" if before and after is not None else ""
 
 
 def _gain(row: Mapping[str, Any]) -> float:

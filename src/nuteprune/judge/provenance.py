@@ -3,73 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
-from nuteprune.data.specs import embedded
-from nuteprune.files import at_home
-from nuteprune.judge.protocols import TEXTS
+from nuteprune.data.fingerprint import Fingerprint
 
 IN_DOMAIN: Final = "in-domain"
 OTHER_TEXT: Final = "other text"
+NOT_KNOWN: Final = "not known"
+CHANCE = 0.01
+"""Share of a text's documents that any two texts may have in common, such as short answers."""
 
 
-def calibrated_on(record: Mapping[str, Any]) -> list[str]:
-    """Return the DATA specs that a model was calibrated, trained or fine-tuned on, from its record.
+def learned_from(record: Mapping[str, Any]) -> list[Fingerprint | None]:
+    """Return what is known of the text that made a model, one for each run; None: not known.
 
     Args:
         record: its nuteprune.json. Earlier prunings and recoveries count too.
     """
-    return list(dict.fromkeys(_specs(record)))
+    return list(_learned(record))
 
 
-def _specs(record: Mapping[str, Any]) -> Iterator[str]:
+def _learned(record: Mapping[str, Any]) -> Iterator[Fingerprint | None]:
     for earlier in record.get("history", ()):
-        yield from _specs(earlier)
-    yield from named(record.get("config", {}).get("data"))
+        yield from _learned(earlier)
+    if "text" in record or record.get("config", {}).get("data"):
+        yield _stated(record)
     entry = record.get("recover")
     while entry:
-        yield from named(entry.get("data"))
+        yield _stated(entry)
         entry = entry.get("earlier")
 
 
-def named(data: Any) -> list[str]:
-    """Return the specs of a setting: one, several, or none."""
-    return [data] if isinstance(data, str) else [str(x) for x in data or ()]
+def _stated(run: Mapping[str, Any]) -> Fingerprint | None:
+    return Fingerprint(run["text"]) if "text" in run else None
 
 
-def kind_of(spec: str, calibrated: Iterable[str]) -> str:
-    """Return whether a text is `IN_DOMAIN` or `OTHER_TEXT` for a model.
+def kind_of(judged: Fingerprint, learned: Iterable[Fingerprint | None]) -> str:
+    """Return whether a text is `IN_DOMAIN` or `OTHER_TEXT` for a model, or `NOT_KNOWN`.
+
+    It is in-domain if it has a file or a public name of what was learned from, or more than
+    `CHANCE` of its documents are of that. It is other text only where none of them is, and at least
+    one of them would be known of every run, had it been learned from.
 
     Args:
-        spec: what names the text: a DATA spec, a published text, or `name=FILE`.
-        calibrated: the DATA specs that the model was calibrated on.
+        judged: of the source of the text.
+        learned: from `learned_from`.
     """
-    return IN_DOMAIN if any(_same_source(spec, x) for x in calibrated) else OTHER_TEXT
+    shares = [None if run is None else run.share_of(judged) for run in learned]
+    if any(share is not None and share > CHANCE for share in shares):
+        return IN_DOMAIN
+    return OTHER_TEXT if all(share == 0 for share in shares) else NOT_KNOWN
 
 
-def _same_source(spec: str, calibrated: str) -> bool:
-    """Return whether two texts may be of one source; where it cannot be told, they are."""
-    if spec == calibrated:
-        return True
-    name, is_copy, path = spec.partition("=")
-    if name in TEXTS:
-        published = _hub_id(calibrated) in (name, TEXTS[name].repo.lower())
-        return published or (bool(is_copy) and _same_source(path, calibrated))
-    if (ours := embedded(spec)) or embedded(calibrated):
-        return bool({*ours} & {*embedded(calibrated)})
-    judged, trained = (at_home(x).absolute().resolve() for x in (spec, calibrated))
-    if judged.exists():
-        # A path in a record may be of another machine or folder: then its name has to do.
-        inside = _within(judged, trained) or _within(trained, judged)
-        return inside or (not trained.exists() and judged.name == trained.name)
-    return _hub_id(spec) == _hub_id(calibrated)
+def text_entry(
+    learned: Any, judged: Any, earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what a record says of a run's text, as `text`.
+
+    Args:
+        learned: the data set that was trained on; one without a `fingerprint` is not known.
+        judged: what perplexity was measured on, from `nuteprune.data.blocks.held_out_blocks`.
+        earlier: the record of what the model was before, as far as there is one.
+
+    Returns:
+        `documents`, `files`, `names` (see `Fingerprint`), and `judged`: source -> its kind.
+    """
+    known = [*learned_from(earlier or {}), learned.fingerprint]
+    kinds = {source: kind_of(x, known) for source, x in judged.fingerprints.items()}
+    return {**learned.fingerprint.to_dict(), "judged": kinds}
 
 
-def _within(path: Path, folder: Path) -> bool:
-    return path == folder or folder in path.parents
+def judged_kind(record: Mapping[str, Any]) -> str:
+    """Return of what kind the text is that a record's perplexities are of.
 
-
-def _hub_id(spec: str) -> str:
-    """Return the dataset that a spec names; its configurations and splits are one source."""
-    return spec.partition(":")[0].lower()
+    Args:
+        record: its nuteprune.json.
+    """
+    run = record.get("recover", record)
+    kinds = set(run.get("text", {}).get("judged", {}).values())
+    if IN_DOMAIN in kinds:
+        return IN_DOMAIN
+    return OTHER_TEXT if kinds == {OTHER_TEXT} else NOT_KNOWN

@@ -12,6 +12,7 @@ import yaml
 
 from nuteprune.errors import UserError
 from nuteprune.export.card import with_plots
+from nuteprune.export.figures import definitions
 from nuteprune.files import atomic, write_text
 from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, Plot, percent
@@ -127,6 +128,7 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         record=record,
         verdict=verdict(files),
         table=headline(record, files.speed) if record else [],
+        definitions=definitions(record or {}),
         spread=all("low" in row for row in (files.speed or {}).get("rows", [])),
         rows=kept_rows(record) if record else [],
         files=files,

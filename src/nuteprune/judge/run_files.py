@@ -3,7 +3,8 @@
 An output folder of `prune` has nuteprune.json and, in run/, metrics.jsonl, trainer checkpoints and,
 if something wrote them, two small files that the report shows as they are:
 
-    samples.json  [{"prompt": text, "dense": text, "pruned": text}, ...]: continuations
+    samples.json  [{"prompt": text, "dense": text, "pruned": text}, ...]: answers; `which` says
+                  why one is shown, and may be left out
     speed.json    {"conditions": text, "rows": [{"name": text, "unit": text, "dense": number,
                   "pruned": number, "better": "higher" or "lower", "gain": number, "low": number,
                   "high": number, "bound": number}, ...], "notes": [text, ...]}: medians of a
@@ -125,7 +126,7 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
 
 
 def write_extra(run: Path, name: str, content: Any) -> None:
-    """Write SAMPLES or SPEED into a run's folder: complete, or not at all."""
+    """Write a JSON file into a run's folder: complete, or not at all."""
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / name, to_json(content, indent=2) + "\n")
 

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,6 +84,29 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the single answers, fit for JSON."""
         return {k: v for k, v in asdict(self).items() if k != "answers"}
+
+
+class Flips(NamedTuple):
+    """Questions that one of two models has right and the other wrong (arXiv 2407.09141).
+
+    Two models of the same accuracy may differ in many answers; these are counted.
+    """
+
+    lost: int
+    """Right by the dense model, wrong by the pruned one."""
+    won: int
+    asked: int
+
+
+def flips(pruned: Score, dense: Score) -> Flips | None:
+    """Return the flips of a task; None where answers are not right or wrong, or not known."""
+    mine, theirs = pruned.answers, dense.answers
+    if mine is None or theirs is None or len(mine) != len(theirs):
+        return None
+    if not {*mine, *theirs} <= {0.0, 1.0}:
+        return None
+    pairs = list(zip(theirs, mine, strict=True))
+    return Flips(pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0)), len(pairs))
 
 
 class Tasks:

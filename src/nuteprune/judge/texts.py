@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.readers import Documents
 from nuteprune.data.specs import iter_documents, local_files
 from nuteprune.data.split import held_out_part
 from nuteprune.data.tokens import after, bos_of, collect, tokens_of, too_short
@@ -40,13 +42,26 @@ class Blocks:
     described: Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a text.
+
+    Args:
+        read: starts reading them.
+        fingerprint: of the text's source, as far as it was read.
+    """
+
+    read: Callable[[], Iterable[str]]
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+
+
 def rows_of(
     spec: str,
     *,
     whole: bool = False,
     text_column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> dict[str, Callable[[], Iterable[str]]]:
+) -> dict[str, Rows]:
     """Find the rows of a text, the empty ones too.
 
     Args:
@@ -56,14 +71,15 @@ def rows_of(
         tokenizer: renders rows of chat messages.
 
     Returns:
-        Source name -> a function that reads its rows.
+        Source name -> its rows.
 
     Raises:
         UserError: if there is no such text, or (when read) it cannot be read.
     """
     name, is_copy, path = spec.partition("=")
     if spec in TEXTS:
-        return {spec: partial(_hub_rows, spec)}
+        published = Documents(spec, partial(_hub_rows, spec), _published(spec))
+        return {spec: Rows(published.rows, published.fingerprint)}
     if is_copy and name in TEXTS:
         text = TEXTS[name]
         files = local_files(path)
@@ -79,11 +95,18 @@ def rows_of(
                 f"({', '.join(found)}); pass one Parquet or JSON file of its rows"
             )
         (copy,) = found.values()
-        return {name: lambda: itertools.islice(copy.read(), text.rows)}
+        copy.fingerprint.update(_published(name))
+        return {name: Rows(lambda: itertools.islice(copy.rows(), text.rows), copy.fingerprint)}
     sources = iter_documents(spec, text_column=text_column, tokenizer=tokenizer)
-    if whole:
-        return {name: source.read for name, source in sources.items()}
-    return {name: partial(_held_out, name, source) for name, source in sources.items()}
+    return {
+        name: Rows(x.rows if whole else partial(_held_out, name, x), x.fingerprint)
+        for name, x in sources.items()
+    }
+
+
+def _published(name: str) -> Fingerprint:
+    """Return what a published text is known by before it is read."""
+    return Fingerprint(names=[name, TEXTS[name].repo.lower()])
 
 
 def _held_out(name: str, source: Iterable[str]) -> Iterator[str]:
@@ -98,7 +121,7 @@ def _held_out(name: str, source: Iterable[str]) -> Iterator[str]:
         )
 
 
-def _hub_rows(name: str) -> list[str]:
+def _hub_rows(name: str) -> Iterator[str]:
     import datasets
 
     text = TEXTS[name]
@@ -106,7 +129,7 @@ def _hub_rows(name: str) -> list[str]:
         rows = datasets.load_dataset(
             text.repo, data_files={"test": text.file}, revision=text.revision, split="test"
         )
-        return list(rows[text.column][: text.rows])
+        return iter(rows[text.column][: text.rows])
     # Whatever the hub client and the format's reader below `datasets` raise.
     except Exception as error:
         raise UserError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from nuteprune.console import scaled
+
 THIN = "\u202f"
 """Stands between a number and its unit."""
 
@@ -16,15 +18,12 @@ def number(value: float) -> str:
 
 def count(value: float) -> str:
     """Return a count of parameters for people."""
-    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.{2 if unit == 'B' else 1}f}{THIN}{unit}"
-    return f"{value:.0f}"
+    return THIN.join(filter(None, scaled(value, "B")))
 
 
 def size(value: float) -> str:
     """Return a number of bytes for people."""
-    return count(value).replace("B", "G") + ("B" if value >= 1e3 else f"{THIN}B")
+    return f"{THIN.join(scaled(value, 'G'))}B"
 
 
 def duration(seconds: float) -> str:

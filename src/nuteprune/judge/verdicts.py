@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from nuteprune.console import Output
+from nuteprune.export.figures import definitions
+from nuteprune.judge.beside import Beside, print_beside
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.perplexity import OVERLAPPING, PROTOCOL, mean
 from nuteprune.judge.protocols import HELD_OUT
-from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT
+from nuteprune.judge.provenance import IN_DOMAIN, NOT_KNOWN, OTHER_TEXT
 from nuteprune.judge.retention import retention, retention_stderr, retentions
-from nuteprune.judge.tasks import Figure, Score, Tasks
+from nuteprune.judge.tasks import Figure, Flips, Score, Tasks, flips
 from nuteprune.judge.texts import Blocks
 
 Retention = dict[str, float | None]
@@ -24,6 +26,7 @@ REPEAT: Final = "repeat"
 _TITLES: Final[Mapping[str | None, str]] = {
     IN_DOMAIN: "In-domain text (of sources that the model was calibrated on)",
     OTHER_TEXT: "Other text (of sources that the model was not calibrated on)",
+    NOT_KNOWN: "Text of which no record tells whether the model was calibrated on its source",
     None: "Text",
 }
 
@@ -40,6 +43,8 @@ class Verdicts:
         tasks: model -> task -> score.
         midway: model -> sparsity of its masks, of models in the middle of a run.
         retention: `perplexity`, `copying` and `tasks` -> text or task -> percent; see `compare`.
+        flips: task -> questions that one model has right and the other wrong; see `compare`.
+        beside: answers and context of the first model beside the dense one's; None: not judged.
         retention_stderr: `tasks` -> task -> standard error of that, in percentage points.
     """
 
@@ -49,6 +54,8 @@ class Verdicts:
     copying: dict[str, Copying] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)
     midway: dict[str, float] = dataclasses.field(default_factory=dict)
+    flips: dict[str, Flips] = dataclasses.field(default_factory=dict)
+    beside: Beside | None = None
     retention: dict[str, Retention] = dataclasses.field(default_factory=dict)
     retention_stderr: dict[str, Retention] = dataclasses.field(default_factory=dict)
 
@@ -71,6 +78,8 @@ class Verdicts:
             if not _of_one_kind(mine):
                 kept.pop(MEAN, None)
             self.retention["tasks"] = kept
+            both = {task: flips(mine[task], of_dense[task]) for task in mine if task in of_dense}
+            self.flips = {task: found for task, found in both.items() if found is not None}
             self.retention_stderr["tasks"] = _errors(kept, mine, of_dense)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +102,9 @@ class Verdicts:
             "tasks_protocol": None if self.questions is None else self.questions.described(),
             "retention": self.retention,
             "retention_stderr": self.retention_stderr,
+            "flips": {task: found._asdict() for task, found in self.flips.items()},
             "midway_sparsity": self.midway,
+            **({} if self.beside is None else self.beside.to_dict()),
         }
 
     def print(self, output: Output) -> None:
@@ -108,6 +119,10 @@ class Verdicts:
                 self._print_perplexity(output, title, texts)
         if self.copying and self.copying.keys() == set(names):
             self._print_copying(output)
+        if self.beside is not None:
+            print_beside(self.beside.entries, self.beside.samples, output)
+            for said in definitions(self.beside.entries):
+                output.line(said)
         if self.tasks:
             self._print_tasks(output)
 
@@ -163,6 +178,11 @@ class Verdicts:
         columns = ["task", "metric", "questions", "std error", *LABELS[: len(found)]]
         compared = kept if "tasks" in self.retention else None
         _table(output, "Tasks", columns, rows, compared)
+        for task, flipped in self.flips.items():
+            output.line(
+                f"{task}: of {flipped.asked} questions {flipped.lost} went from right to wrong and "
+                f"{flipped.won} from wrong to right"
+            )
         asked = None if self.questions is None else self.questions.described().get("fewshot")
         own = {task: x.fewshot for task, x in found[0].items() if x.fewshot not in (None, asked)}
         if asked is not None and own:

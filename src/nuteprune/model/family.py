@@ -201,7 +201,7 @@ class Family:
     activation: str = "hidden_act"
     """Config attribute that names the MLP's activation function."""
     gguf: tuple[str, ...] = ()
-    """llama.cpp's architectures that compute the same (`export.gguf_archs`), best first."""
+    """llama.cpp's architectures that compute the same (`export.gguf.architectures`), best first."""
     requires: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
     """Config values that this entry describes; other checkpoints of the type are refused."""
     settles: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))

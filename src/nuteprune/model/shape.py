@@ -9,6 +9,9 @@ from typing import Any, Self
 
 from nuteprune.errors import UserError
 
+SUPER_BLOCK = 256
+"""Weights of a row that llama.cpp's K-quants store together."""
+
 
 @dataclass(frozen=True)
 class LayerShape:

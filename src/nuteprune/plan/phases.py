@@ -250,7 +250,7 @@ class Plan:
     def score(self) -> list[Phase]:
         """Return the phase of scoring, if there is one."""
         args = self.args
-        if args.is_progressive and not args.scored_blocks:  # masks that are learned
+        if args.progressive and not args.scored_blocks:  # masks that are learned
             return []
 
         def scored(blocks: int) -> Need:
@@ -296,14 +296,14 @@ class Plan:
     def _refit(self) -> list[Phase]:
         if not self.args.compensation:
             return []
-        between = self.args.is_progressive and "fixed" not in list(self._steps)[:1]
+        between = self.args.progressive and "fixed" not in list(self._steps)[:1]
         need = self._refits[0].held(MOMENTS * self.sizes.adapters * between)
         return [Phase("refit", need.times(len(self.targets)))]
 
     @cached_property
     def _steps(self) -> dict[str, int]:
         """Kind of steps -> how many there are to a target."""
-        if not self.args.is_progressive:
+        if not self.args.progressive:
             return {"": self.args.max_steps} if self.args.max_steps else {}
         planned = import_module("nuteprune.progressive.plan")
         found: dict[str, int] = planned.kinds_of_steps(self.args, self.targets[-1])
@@ -350,11 +350,11 @@ class Plan:
         args, sizes, count = self.args, self.sizes, len(self.targets)
         files = self.written.itemsize / self.dtype.itemsize
         refitted, teachers = sizes.refitted * args.compensation, 0.0
-        if args.is_progressive:
+        if args.progressive:
             planned = import_module("nuteprune.progressive.plan")
             teachers = sum(planned.snapshots_of(args, x) for x in self.targets)
         # Two are kept, one is written; masks that move are in it with what is re-fitted.
-        checkpoints = 3 * (3 * sizes.adapters + refitted * args.is_progressive)
+        checkpoints = 3 * (3 * sizes.adapters + refitted * args.progressive)
         return {
             "result": sum(self.results) * files,
             "refitted": refitted * count,

@@ -32,7 +32,7 @@ def seconds_per_step(trainer: NutePruneTrainer) -> float:
 def cut_by_chance(trainer: NutePruneTrainer) -> None:
     """Give a run that has not begun the masks of a step: by chance, at its target."""
     masks = trainer.ready.allocator.chance(trainer.goal.sparsity).to(trainer.ready.device)
-    if trainer.args.is_progressive:
+    if trainer.args.progressive:
         import_module("nuteprune.progressive.plan").begin(trainer, masks)
     else:
         trainer.masks = masks

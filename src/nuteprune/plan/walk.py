@@ -194,7 +194,7 @@ class Walk:
     def slice(self) -> Need:
         """Merge, fold and cut what was taught; uses the model up."""
         model, origin = self._model, self._model.origin
-        with self._taught("fixed" * self._args.is_progressive) as (live, trainer):
+        with self._taught("fixed" * self._args.progressive) as (live, trainer):
             live.restart()
             if trainer.optimizer is not None:
                 trainer.optimizer.state.clear()

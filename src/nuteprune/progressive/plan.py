@@ -10,10 +10,10 @@ from torch import Tensor
 
 from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.gates.masks import Masks
+from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.progressive.schedule import Schedule
 from nuteprune.progressive.teachers import snapshots
 from nuteprune.progressive.trainer import ProgressiveTrainer
-from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -21,21 +21,21 @@ MOVING, TAUGHT, FIXED = "moving", "taught", "fixed"
 """Kinds of steps: masks move, or move while snapshots teach, or are fixed."""
 
 
-def kinds_of_steps(args: NutePruneConfig, sparsity: float) -> dict[str, int]:
+def kinds_of_steps(args: ProgressiveConfig, sparsity: float) -> dict[str, int]:
     """Return kind -> how many steps there are of it, to a sparsity."""
     ramp = min(args.max_steps, _schedule(args, sparsity).freeze_step)
     found = {TAUGHT if snapshots_of(args, sparsity) else MOVING: ramp}
     return {k: v for k, v in (found | {FIXED: args.max_steps - ramp}).items() if v}
 
 
-def snapshots_of(args: NutePruneConfig, sparsity: float) -> float:
+def snapshots_of(args: ProgressiveConfig, sparsity: float) -> float:
     """Return about how many snapshots there will be on the way to a sparsity."""
     schedule = _schedule(args, sparsity)
-    has_snapshots = args.teachers == "numerous" and schedule.ramps
+    has_snapshots = args.teacher == "snapshots" and schedule.ramps
     return has_snapshots * snapshots(sparsity, schedule.ramp_steps)
 
 
-def _schedule(args: NutePruneConfig, sparsity: float) -> Schedule:
+def _schedule(args: ProgressiveConfig, sparsity: float) -> Schedule:
     return Schedule(sparsity, args.max_steps, *args.shares)
 
 
@@ -62,7 +62,7 @@ class Planned(ProgressiveTrainer):
         masks: by chance.
     """
 
-    def __init__(self, model: Prepared, args: NutePruneConfig, kind: str, masks: Masks) -> None:
+    def __init__(self, model: Prepared, args: ProgressiveConfig, kind: str, masks: Masks) -> None:
         super().__init__(model, args)
         self._fixed, self._kind = masks, kind
 
@@ -76,12 +76,13 @@ class Planned(ProgressiveTrainer):
 
     def _leaf(self, *size: int) -> Tensor:
         weight = self.anatomy.embedding.weight
-        return weight.new_ones(size, dtype=torch.float32).requires_grad_()
+        leaf: Tensor = weight.new_ones(size, dtype=torch.float32).requires_grad_()
+        return leaf
 
     def teacher(self) -> Role | None:
         """See `ProgressiveTrainer.teacher`."""
-        if self.args.teachers == "none" or self._kind != TAUGHT:
-            return None if self.args.teachers == "none" else DENSE
+        if self.args.teacher == "none" or self._kind != TAUGHT:
+            return None if self.args.teacher == "none" else DENSE
         dtype = self.anatomy.embedding.weight.dtype
         held = {k: torch.empty_like(v, dtype=dtype) for k, v in self.ready.bank.state().items()}
         return Role(self._fixed, held)

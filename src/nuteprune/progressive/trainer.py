@@ -8,7 +8,7 @@ Source: the paper (arXiv 2402.09773), sections 3.2 and 3.3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -20,16 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.calibration import calibration_blocks
 from nuteprune.distill.coforward import Role
+from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
 from nuteprune.processes import agree
+from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.progressive.schedule import Schedule
 from nuteprune.progressive.teachers import Plan, Teachers
 from nuteprune.run_folder import TEACHERS
 from nuteprune.stages.refit import refit
 from nuteprune.train.averaging import leave_out
-from nuteprune.train.checks import check_ascent, check_given
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.checks import check_given
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.state import RunState, restore
 from nuteprune.train.targets import Target
@@ -57,10 +58,12 @@ class ProgressiveTrainer(NutePruneTrainer):
         UserError: as `NutePruneTrainer`.
     """
 
+    args: ProgressiveConfig
+
     def __init__(
         self,
         model: PreTrainedModel | Prepared,
-        args: NutePruneConfig,
+        args: ProgressiveConfig,
         train_dataset: Dataset[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         goal: Target | None = None,
@@ -72,7 +75,7 @@ class ProgressiveTrainer(NutePruneTrainer):
             model = prepare(model, args, stored_dtype)
         goal = goal or model.goals[-1]
         self.schedule = Schedule(goal.sparsity, args.max_steps, *args.shares)
-        has_snapshots = args.teachers == "numerous" and self.schedule.ramps
+        has_snapshots = args.teacher == "snapshots" and self.schedule.ramps
         self.plan = Plan.for_target(goal.sparsity, self.schedule.ramp_steps, has_snapshots)
         allocator, self._type = model.allocator, GATE_TYPES[args.gate_type]
         self.gates = self._type.make(allocator, allocator.equal_scores())
@@ -84,9 +87,6 @@ class ProgressiveTrainer(NutePruneTrainer):
         self.teachers = Teachers(self.run_folder / TEACHERS, model.layout, keep)
         # Trainer leaves models in 8 or 4 bits where they are, and what hangs on them too.
         self.gates.to(self.args.device)
-
-    def check_settings(self, args: NutePruneConfig) -> None:
-        """Take all settings."""
 
     def begin(self, resumes: bool = False) -> None:
         """Start the gates from scores, where they follow any."""
@@ -152,7 +152,7 @@ class ProgressiveTrainer(NutePruneTrainer):
 
     def teacher(self) -> Role | None:
         """Return the step's teacher, on the run's device and in its dtype; None without any."""
-        if self.args.teachers == "none":
+        if self.args.teacher == "none":
             return None
         dtype = self.anatomy.embedding.weight.dtype
         return self.teachers.role(self._teacher_index, str(self.args.device), dtype)
@@ -207,8 +207,9 @@ class ProgressiveTrainer(NutePruneTrainer):
 
     def manner(self) -> str:
         """Return what is worth saying of how the run teaches, before it begins."""
-        teachers = "snapshots" if self.plan.has_snapshots else self.args.teachers
-        return f"masks freeze at step {self.schedule.freeze_step}; teachers: {teachers}; "
+        teacher = "dense" if self.args.teacher == "snapshots" else self.args.teacher
+        teacher = "snapshots" if self.plan.has_snapshots else teacher
+        return f"masks freeze at step {self.schedule.freeze_step}; teacher: {teacher}; "
 
     def note(self, logs: Mapping[str, Any]) -> str:
         """Return what is shown of a step, by its logs."""
@@ -253,3 +254,20 @@ class ProgressiveTrainer(NutePruneTrainer):
     def teachers_met(self) -> list[float]:
         """Return the sparsities of the teachers on the way."""
         return self.teachers.sparsities
+
+
+def check_ascent(groups: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that cannot ascend where some parameters have to.
+
+    Args:
+        groups: of parameters, as the optimizer was given them.
+        optimizer: made of them.
+
+    Raises:
+        UserError: if it knows no `maximize`.
+    """
+    if any(group.get("maximize") for group in groups) and "maximize" not in optimizer.defaults:
+        raise UserError(
+            f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
+            "pass an optimizer that has maximize"
+        )

@@ -1,4 +1,4 @@
-"""Judge: perplexity on held-out text, copying from context, how a model goes on with a text."""
+"""Judge: perplexity on held-out text, copying from context; answers are judged beside the dense."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.judge.copying import Copying, copying
 from nuteprune.judge.perplexity import perplexities, protocol
-from nuteprune.judge.samples import continuations, prompts
 
 Figures = dict[str, Any]
-"""`perplexity` {source: value}, `copying` {percent, protocol} or None, `texts`; fit for JSON."""
+"""`perplexity` {source: value}, `copying` {percent, protocol} or None; fit for JSON."""
 
 
 def copies(
@@ -66,9 +65,8 @@ def judge(
         )
     copied = copies(model, tokenizer)
     about = {"percent": copied.percent, "protocol": copied.protocol} if copied else None
-    texts = continuations(model, tokenizer, prompts(held_out))
     progress(title, 1, 1)
-    return {"perplexity": found, "copying": about, "texts": texts}
+    return {"perplexity": found, "copying": about}
 
 
 def entries(held_out: Mapping[str, Tensor], before: Figures, after: Figures) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.console import Progress, counted, silent
-from nuteprune.gates.importance import METHOD, METHODS
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.method_names import METHOD
 from nuteprune.gates.probe import Probe, Scores, check_finite
 from nuteprune.stages.choose import choose
 from nuteprune.stages.prunable import Prunable

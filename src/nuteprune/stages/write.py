@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from nuteprune.data.openings import Openings, openings
 from nuteprune.data.tokens import bos_of, end_of, texts_of
-from nuteprune.data.writing import Sizes, fitting, next_batch, seconds_per_token, write_batch
+from nuteprune.data.writing import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
@@ -73,7 +73,8 @@ def write(
     path = folder / SELF_WRITTEN
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-    with _one_process(path):
+    # One process of a run writes, while the others wait to read what it wrote.
+    with FileLock(path.with_name(f".{path.name}.lock")) if several_started() else nullcontext():
         found, kept = _read(path, key)
         if path.is_file() and path.stat().st_size > kept:
             _append(path, kept, b"")
@@ -97,13 +98,13 @@ def write(
 
 def _how(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
-) -> tuple[Openings, Sizes]:
+) -> tuple[Openings, BatchSizes]:
     """Return how texts begin, and what batches they are written in; errors as `write`."""
     most = room(tokenizer, length)
     if tokens < 1:
         raise UserError(f"{tokens} tokens to write: pass at least 1")
     opening = openings(model, tokenizer, most=most, seed=seed)
-    return opening, Sizes.of(opening, tokens, most, fitting(model, length))
+    return opening, BatchSizes.of(opening, tokens, most, fitting(model, length))
 
 
 def _tokens(found: list[list[list[int]]]) -> int:
@@ -142,7 +143,7 @@ def room(tokenizer: PreTrainedTokenizerBase, length: int) -> int:
     return most
 
 
-def _key(model: PreTrainedModel, opening: Openings, sizes: Sizes, seed: int) -> str:
+def _key(model: PreTrainedModel, opening: Openings, sizes: BatchSizes, seed: int) -> str:
     """Return what tells a file of the same text from one that another run has left."""
     anatomy = Anatomy(model)
     # Of models that were tuned from one another the embedding may be the same.
@@ -189,13 +190,3 @@ def _append(path: Path, kept: int, lines: bytes) -> int:
         file.flush()
         os.fsync(file.fileno())
     return kept + len(lines)
-
-
-@contextmanager
-def _one_process(path: Path) -> Iterator[None]:
-    """Let one process of a run write, while the others wait to read what it wrote."""
-    if not several_started():
-        yield
-        return
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        yield

@@ -15,7 +15,6 @@ class RunArguments(TrainingArguments):
     """The base of the dataclasses that declare a run's settings; see `train.settings`."""
 
     lora_rank: int
-    lora_alpha: int | None
 
     FOLLOWING: ClassVar[Mapping[str, Any]] = {}
     """Settings that are left open -> what follows from the others: on no record."""
@@ -36,11 +35,6 @@ class RunArguments(TrainingArguments):
     def staged(self) -> bool:
         """Whether what a step is to do depends on how many steps there are in all."""
         return False
-
-    @property
-    def lora_scale_alpha(self) -> int:
-        """Alpha of LoRA's scale, alpha / rank."""
-        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @property
     def sequences_per_step(self) -> int:

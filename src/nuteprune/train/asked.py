@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
@@ -26,6 +26,34 @@ BYTE_UNITS = {
 """Unit of a size -> its bytes, the largest first."""
 
 
+DECODE, MOMENT = "decode", "1x256+32"
+"""What is to be faster, and at which sequences x prompt + new tokens, where nothing is said."""
+FASTER = (DECODE, "prefill", "both")
+"""What may be asked to be faster; both: the whole of a moment."""
+
+
+def _cache(where: str) -> dict[str, Any]:
+    """Return the KV cache that memory is asked for with, written as `8192` or `2x8192`."""
+    match = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,9})", where)
+    sequences, context = (int(match[1] or 1), int(match[2])) if match else (0, 0)
+    if not sequences * context:
+        raise UserError(
+            f"memory is of weights and KV cache, and @{where[:60]} says for no number of tokens: "
+            "write 4GiB@8192, or 4GiB@2x8192 for two sequences"
+            if where
+            else "memory is of weights and KV cache: say for how many tokens, such as 4GiB@8192"
+        )
+    return {"context": context, "sequences": sequences}
+
+
+def _pace(where: str) -> dict[str, Any]:
+    """Return what is to be faster, and when, written as `prefill`, `1x512+64` or both with `:`."""
+    first, _, rest = where.partition(":")
+    faster, at = (first, rest) if first in FASTER else (DECODE, where)
+    moment(at or MOMENT)
+    return {"for": faster, "at": at or MOMENT}
+
+
 @dataclass(frozen=True)
 class Kind:
     """A way to say how large the result may be.
@@ -37,6 +65,7 @@ class Kind:
         such: an example.
         above: what it is more than.
         whole: whether it is a whole number.
+        at: reads what stands after an `@`; None: nothing does.
     """
 
     setting: str
@@ -45,14 +74,17 @@ class Kind:
     such: str
     above: int = 0
     whole: bool = True
+    at: Callable[[str], dict[str, Any]] | None = None
 
 
 KINDS = {
     "params": Kind("target_params", "--params", COUNT_UNITS, "100M"),
     "active_params": Kind("target_active_params", "--active-params", COUNT_UNITS, "3B"),
     "size": Kind("target_size", "--size", BYTE_UNITS, "200MB"),
-    "memory": Kind("target_memory", "--memory", BYTE_UNITS, "4GiB"),
-    "speedup": Kind("target_speedup", "--speedup", {"x": 1, "": 1}, "1.5", above=1, whole=False),
+    "memory": Kind("target_memory", "--memory", BYTE_UNITS, "4GiB", at=_cache),
+    "speedup": Kind(
+        "target_speedup", "--speedup", {"x": 1, "": 1}, "1.5", above=1, whole=False, at=_pace
+    ),
 }
 """Kind of target, as the record has it -> how it is written."""
 SETTINGS = {"target_sparsity": "--sparsity", "shape": "--shape"} | {
@@ -79,6 +111,16 @@ class Asked:
     def text(self) -> str:
         """The value as users write it, in one way alone."""
         return spelled(self.kind, self.value)
+
+    @property
+    def at(self) -> str:
+        """What it depends on, as users write it after the value: `@8192`; nothing by default."""
+        if self.kind == "memory":
+            context, sequences = self.about["context"], self.about["sequences"]
+            return f"@{context}" if sequences == 1 else f"@{sequences}x{context}"
+        usual = {"for": DECODE, "at": MOMENT}
+        told = [x for key, x in self.about.items() if x != usual.get(key)]
+        return f"@{':'.join(told)}" if told else ""
 
     @property
     def folder(self) -> str:
@@ -116,6 +158,25 @@ def sparsities(given: Any) -> tuple[float, ...]:
         raise UserError(
             f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.3,0.5"
         ) from error
+
+
+def all_asked(kind: str, given: Any) -> tuple[Asked, ...]:
+    """Return the targets of a kind that are given, the largest model first.
+
+    Args:
+        kind: one of `KINDS`.
+        given: as for `several`; text, or the last of a list, may end with `@` and what it is at.
+
+    Raises:
+        UserError: for what is no such value, or where it does not say what it is at.
+    """
+    read, about = KINDS[kind].at, {}
+    if read is not None:
+        parts = list(_each(given))
+        last, _, where = str(parts[-1]).partition("@")
+        about = read(where)
+        given = [*parts[:-1], last] if isinstance(given, list | tuple) else last
+    return tuple(Asked(kind, value, about) for value in several(kind, given))
 
 
 def several(kind: str, given: Any) -> tuple[float, ...]:
@@ -198,6 +259,7 @@ def moment(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d{1,6})x(\d{1,7})\+(\d{1,7})", text)
     if match is None or not all(numbers := tuple(map(int, match.groups()))):
         raise UserError(
-            f"speed_at is {text[:60]!r}; write sequences x prompt + new tokens, such as 1x256+32"
+            f"speedup is asked for at {text[:60]!r}; write {', '.join(FASTER)}, or sequences x "
+            f"prompt + new tokens, or both: 1.5@prefill, 1.5@{MOMENT}, 1.5@prefill:{MOMENT}"
         )
     return numbers[0], numbers[1], numbers[2]

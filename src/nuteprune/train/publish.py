@@ -8,7 +8,6 @@ from typing import Any
 from transformers import Trainer
 
 from nuteprune.errors import UserError
-from nuteprune.export.hub import upload
 
 
 class PushesCheckpoint(Trainer):
@@ -47,6 +46,8 @@ class PushesCheckpoint(Trainer):
         if self.saved is None:
             raise UserError(f"there is nothing to push yet: {self.how_to_write}")
         args = self.args
+        from nuteprune.export.hub import upload
+
         return upload(
             self.saved,
             args.hub_model_id,

@@ -19,6 +19,8 @@ WHAT, HOW, CALL = "what a run is", "how it is done", "what one call does"
 """Roles of a setting: a run is resumed with the same `WHAT`; the record keeps `HOW` as well."""
 TRAINER_BOUNDS: Mapping[str, tuple[float, float]] = {
     "gradient_accumulation_steps": (1, 1e6),
+    "per_device_train_batch_size": (1, 1e6),
+    "learning_rate": (1e-12, 1e3),
     "save_steps": (1e-6, 1e9),
     "logging_steps": (1e-6, 1e9),
     "warmup_steps": (0, 1e9),
@@ -39,7 +41,7 @@ class Setting:
     name: str
     default: Any
     help: str
-    choices: tuple[str, ...]
+    choices: tuple[Any, ...]
     bounds: tuple[float, float] | None
     option: str | None
     flag: bool
@@ -60,7 +62,7 @@ def setting(
     default: Any = MISSING,
     help: str = "",
     *,
-    choices: Sequence[str] = (),
+    choices: Sequence[Any] = (),
     bounds: tuple[float, float] | None = None,
     option: str | None = None,
     flag: bool = False,
@@ -72,7 +74,7 @@ def setting(
     Args:
         default: its default; none: it must be given.
         help: one line for the user; `{default}` in it stands for the default.
-        choices: the names that it may be.
+        choices: the values that it may have.
         bounds: its smallest and largest value.
         option: its option on the command line, such as `--steps`; None: `--set` reaches it.
         flag: whether the option stands alone, without a value.
@@ -115,7 +117,9 @@ def check_declared(settings: Any) -> None:
     for name, x in ours.items():
         value = getattr(settings, name)
         if x.choices and value is not None and value not in x.choices:
-            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(x.choices)}")
+            raise UserError(
+                f"{name} is {value!r}; it must be one of {', '.join(map(str, x.choices))}"
+            )
     bounds = {name: x.bounds for name, x in ours.items()}
     for name, limits in {**TRAINER_BOUNDS, **bounds}.items():
         value = getattr(settings, name, None)

@@ -13,7 +13,6 @@ from peft import PeftModel
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
-from nuteprune.export.gguf_rows import check_super_blocks
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Goal
@@ -93,6 +92,8 @@ def _check_kinds(
             raise UserError(f"gates on {kind} cannot be used here: {reason}")
     _check_rows_of_stacks(anatomy, args, kinds, floor)
     if args.for_quantization:
+        from nuteprune.export.gguf.rows import check_super_blocks
+
         check_super_blocks(anatomy.shape, anatomy.head_dim, kinds)
 
 
@@ -225,8 +226,8 @@ def _kinds_here(whole: Shape, kinds: tuple[str, ...]) -> tuple[str, ...]:
 def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftModel:
     """Wrap a model with a run's LoRA: on all projections, or on those that make Q and V."""
     more: dict[str, Any] = (
-        {"queries_and_values": args.lora_targets == "qv"}
+        {"queries_and_values": args.has_narrow_lora}
         if isinstance(args, NutePruneConfig)
         else {"lora_dropout": args.lora_dropout}
     )
-    return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_scale_alpha, **more)
+    return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_rank, **more)

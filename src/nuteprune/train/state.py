@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nuteprune.errors import UserError
 from nuteprune.files import atomic, read_sums
-from nuteprune.run_folder import STATE
+from nuteprune.run_folder import CHECKPOINT, STATE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json")
 """What tells a folder with a model from a checkpoint of ours, which has none of these."""
@@ -44,6 +43,10 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
+        from safetensors.torch import (
+            save_file,  # loads torch, which a look for checkpoints need not
+        )
+
         tensors = {
             f"{group}/{name}": value.detach().cpu().contiguous()
             for group, values in self.tensors.items()
@@ -76,7 +79,6 @@ class RunState:
             raise UserError(f"{path} is damaged: {error}") from error
 
 
-@torch.no_grad()
 def restore(current: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
     """Copy saved tensors into current ones of the same names and shapes.
 
@@ -127,7 +129,7 @@ def check_places(run: Path, steps: int) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return a run's trainer checkpoints, those there in part too, the newest last."""
-    found = run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if run.is_dir() else ()
+    found = run.glob(f"{CHECKPOINT}*") if run.is_dir() else ()
     numbered = [(int(number), x) for x in found if (number := x.name.rpartition("-")[2]).isdigit()]
     return [folder for _, folder in sorted(numbered)]
 

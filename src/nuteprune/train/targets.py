@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,7 +22,7 @@ from nuteprune.gates.seconds import Seconds, seconds_of
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import count
 from nuteprune.model.shape import Shape
-from nuteprune.train.asked import Asked
+from nuteprune.train.asked import DECODE, Asked
 from nuteprune.train.config import NutePruneConfig
 
 IN_PARAMETERS = ("params", "active_params")
@@ -84,7 +85,8 @@ class Prices:
     def of(cls, anatomy: Anatomy, dtype: torch.dtype, args: NutePruneConfig) -> Prices:
         """Return the prices of a live model that is stored in a dtype."""
         allowed = getattr(anatomy.config, "max_position_embeddings", None)
-        context, sequences = args.context or allowed or 2048, args.sequences
+        about = args.asked[0].about
+        context, sequences = about.get("context") or allowed or 2048, about.get("sequences", 1)
         params = Cost(Budget.of(anatomy), Outside.of(anatomy))
         active = replace(params, active=True)
         tensors = {name: (list(p.shape), count(p)) for name, p in anatomy.model.named_parameters()}
@@ -100,7 +102,7 @@ class Prices:
         seconds = None
         if args.costs is not None:
             table = args.costs if isinstance(args.costs, Mapping) else read_table(args.costs)
-            seconds = seconds_of(table, params.budget, args.speed_for)
+            seconds = seconds_of(table, params.budget, about.get("for", DECODE))
         return cls(params, active, size, memory, context, sequences, seconds)
 
     def cache(self, shape: Shape) -> int:
@@ -128,7 +130,7 @@ class Prices:
         }[asked.kind]
 
         def reach(least: float) -> str:
-            return f"leave at least {self.told(asked.kind, least)}"
+            return f"leave at least {self.told(asked.kind, _rounded_up(least))}"
 
         return Goal(cost, asked.value, str(asked), reach, "ask for more")
 
@@ -141,7 +143,7 @@ class Prices:
         before = self.seconds.total(self.seconds.budget.shape)
 
         def reach(least: float) -> str:
-            return f"make it at most {before / least:.2f} x as fast"
+            return f"make it at most {math.floor(100 * before / least) / 100:.2f} x as fast"
 
         return Goal(self.seconds, before / asked.value, str(asked), reach, "ask for less")
 
@@ -155,9 +157,15 @@ class Prices:
         """Return what a model has of a kind of target, for people."""
         if kind in IN_PARAMETERS:
             each = " a token goes through" * (kind == "active_params")
-            return f"{millions(value) if value >= 1e6 else f'{value:,.0f}'} parameters{each}"
+            return f"{millions(value)} parameters{each}"
         cache = f" with the KV cache of {self.sequences} x {self.context} tokens"
         return megabytes(value) + cache * (kind == "memory")
+
+
+def _rounded_up(value: float) -> float:
+    """Return a number of parameters or bytes to three digits, so that it can be asked for."""
+    unit = 10 ** max(0, math.floor(math.log10(value)) - 2)
+    return float(math.ceil(value / unit) * unit)
 
 
 def read_table(path: str) -> dict[str, Any]:

@@ -91,7 +91,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         **kwargs: Any,
     ) -> None:
         collator = kwargs.pop("data_collator", None) or collated
-        self.check_settings(args)
         if train_dataset is not None:
             check_text(train_dataset, alike=collator is collated)
         if isinstance(model, PreTrainedModel):
@@ -118,18 +117,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-
-    def check_settings(self, args: NutePruneConfig) -> None:
-        """Refuse settings of another trainer.
-
-        Raises:
-            UserError: naming it.
-        """
-        if args.is_progressive:
-            raise UserError(
-                "these settings move masks while the student learns: use ProgressiveTrainer of "
-                "nuteprune.progressive"
-            )
 
     # -- several processes
 
@@ -244,7 +231,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
     def teacher(self) -> Role | None:
         """Return the step's teacher; None without any."""
-        return None if self.args.teachers == "none" else DENSE
+        return None if self.args.teacher == "none" else DENSE
 
     def penalty(self) -> Tensor | None:
         """Return what the loss has beside the objective; None for nothing."""

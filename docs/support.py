@@ -1,12 +1,10 @@
-"""docs/support.md, made from the code: `python -m nuteprune.export.support > docs/support.md`."""
+"""support.md, made from the code: `python docs/support.py > docs/support.md`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from nuteprune.export.clients import CLIENTS
-from nuteprune.export.gguf_arch import Arch
-from nuteprune.export.gguf_archs import ARCHS
+from nuteprune.export.gguf.architectures import ARCHITECTURES, Architecture
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS, Family
 from nuteprune.model.wrappers import WRAPPERS
@@ -14,7 +12,7 @@ from nuteprune.model.wrappers import WRAPPERS
 _INTRO = """\
 # What is supported
 
-This page is generated from the code (`python -m nuteprune.export.support`). A test holds it to
+This page is generated from the code (`python docs/support.py`). A test holds it to
 that.
 
 Tests run every cell of the first table: `tests/shrink/test_exactness.py`, and for mixtures of
@@ -53,7 +51,7 @@ writes the whole back: a model of the same class (uniform), or one with the mode
   prediction (`mtp.*`) are not loaded, and so not written. The processor's files are copied.
 - Calibration sees no images.
 - Gates on `hidden` are refused: what is made of images is as wide as the language model.
-- `--text-only` writes the language model alone, with any gates.
+- `--set text_only=true` writes the language model alone, with any gates.
 - `eval`, `bench` and `export` take the language model. `vocab` refuses.
 
 `tests/export/test_wrapping.py` runs each type with an image.
@@ -65,6 +63,38 @@ _GGUF = """\
 The architecture of llama.cpp that `nuteprune export --to gguf` writes. Where several are named, it
 is the first that fits. [gguf.md](gguf.md) has the details.
 """
+
+
+_STOCK = "as the stock class"
+_REMOTE = "`trust_remote_code=True`, or `load_pruned`"
+_WITHOUT_BACKEND = ", ".join(name for name, x in FAMILIES.items() if not x.vllm_backend)
+_EXPORT = "`nuteprune export --to {}`"
+_PROGRAMS = [
+    ["transformers 5", _STOCK, _REMOTE, "tests/export"],
+    [
+        "transformers 4.57",
+        f"{_STOCK}, of families that it has; no hybrids",
+        f"{_REMOTE}; no hybrids, mixtures, apertus, stablelm",
+        "tests/clients/test_transformers_4.py",
+    ],
+    ["transformers `generate_batch`", _STOCK, "equal KV heads only", "not run here"],
+    ["lm-evaluation-harness", _STOCK, _REMOTE, "tests/clients/test_lm_eval.py"],
+    [
+        "vLLM",
+        _STOCK,
+        f"its Transformers backend, `--trust-remote-code`; not {_WITHOUT_BACKEND}",
+        "tests/clients/test_vllm.py",
+    ],
+    [
+        "llama.cpp",
+        _EXPORT.format("gguf"),
+        f"{_EXPORT.format('gguf')}, by family (below)",
+        "tests/clients/test_llama_cpp.py",
+    ],
+    ["ONNX Runtime", *[_EXPORT.format("onnx")] * 2, "tests/clients/test_onnx.py"],
+    *([name, _STOCK, "no", "not run here"] for name in ("SGLang", "TGI", "TensorRT-LLM")),
+]
+"""A program, how it loads uniform and free shapes, and the test that runs it."""
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -96,7 +126,7 @@ def _gates() -> Iterator[str]:
 _NO_ARCH = "no architecture"
 
 
-def _conditions(arch: Arch, family: Family) -> str:
+def _conditions(arch: Architecture, family: Family) -> str:
     said = [
         (arch.square_attention and not family.head_dim_from_hidden, "heads and width whole"),
         (arch.head == "never", "tied embeddings"),
@@ -113,7 +143,7 @@ def _conditions(arch: Arch, family: Family) -> str:
 def _gguf() -> str:
     rows = []
     for name, family in FAMILIES.items():
-        archs = [ARCHS[x] for x in family.gguf]
+        archs = [ARCHITECTURES[x] for x in family.gguf]
         uniform, free = (
             ", else ".join(_conditions(x, family) for x in archs if x.per_layer == per_layer)
             for per_layer in (False, True)
@@ -130,10 +160,7 @@ def _wrappers() -> str:
 
 def support_page() -> str:
     """Return the text of docs/support.md."""
-    clients = _table(
-        ["program", "uniform", "free", "run by"],
-        [[x.name, x.uniform, x.free, x.run_by] for x in CLIENTS],
-    )
+    clients = _table(["program", "uniform", "free", "run by"], _PROGRAMS)
     parts = [
         _INTRO,
         *_gates(),

@@ -1,13 +1,13 @@
-"""GGUF files, which llama.cpp and all that is built on it load."""
+"""Writes GGUF files: keys, an index of tensors, then one tensor after the other."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import (
@@ -16,24 +16,27 @@ from gguf import (
     GGUFReader,
     GGUFWriter,
     LlamaFileType,
-    TokenType,
     quants,
 )
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_arch import BLOCK, Arch
-from nuteprune.export.gguf_ends import further_ends, name_for
-from nuteprune.export.gguf_fit import Source, choose
-from nuteprune.export.gguf_keys import context_length, write_dimensions
-from nuteprune.export.gguf_rows import check_rows, mended, torn_rows
-from nuteprune.export.gguf_tensors import tensors
-from nuteprune.export.gguf_vocab import Vocabulary, check_vocabulary, read_vocabulary
+from nuteprune.export.gguf.architectures import Architecture
+from nuteprune.export.gguf.block_tensors import Named
+from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
+from nuteprune.export.gguf.metadata import context_length, model_keys
+from nuteprune.export.gguf.rows import BLOCK, check_rows, padded_shape, torn_rows
+from nuteprune.export.gguf.tensors import all_tensors
+from nuteprune.export.gguf.tokenizer import (
+    Vocabulary,
+    check_vocabulary,
+    further_end_tokens,
+    name_that_strips,
+    read_vocabulary,
+)
 from nuteprune.files import atomic, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import refuse_packed
-from nuteprune.model.shape import Shape
 
 Q = GGMLQuantizationType
 
@@ -61,13 +64,13 @@ _QUANTIZED = (Q.Q8_0, Q.Q4_0)
 TO_QUANTIZE = ("f16", "bf16")
 """Those that llama.cpp's own quantizer is given: K-quants are made of them."""
 
-_WHOLE = (".ffn_gate_inp.", ".shortconv.conv.", ".ssm_conv1d.", ".ssm_norm.", ".bias")
+_IN_FLOAT32 = (".ffn_gate_inp.", ".shortconv.conv.", ".ssm_conv1d.", ".ssm_norm.", ".bias")
 """Routers, convolutions, norms and experts' biases, which stay in float32."""
 _F16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenGguf:
     """What came of an export."""
 
     arch: str
@@ -87,7 +90,7 @@ def write_gguf(
     name: str = "",
     pre_tokenizer: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Written:
+) -> WrittenGguf:
     """Write a model and its tokenizer as a GGUF file.
 
     The file appears when it is complete and its tokenizer has been compared with the original.
@@ -112,61 +115,71 @@ def write_gguf(
     refuse_packed(model)
     path, kind = Path(path), FILE_TYPES[type_name]
     anatomy = Anatomy(model)
-    source = Source(anatomy.family, anatomy.config, anatomy.shape, anatomy.biases)
-    arch = choose(source)
-    shape, notes = mended(source.shape, arch, kind.quantized)
+    facts = ModelFacts(anatomy.family, anatomy.config, anatomy.shape, anatomy.biases)
+    arch = choose_architecture(facts)
+    shape, notes = padded_shape(facts.shape, arch, kind.quantized)
     if kind.quantized:
-        check_rows(shape, source.head_dim, type_name)
+        check_rows(shape, facts.head_dim, type_name)
     vocabulary = read_vocabulary(tokenizer, len(anatomy.embedding.weight), pre_tokenizer)
-    vocabulary.special.update(further_ends(vocabulary, model.generation_config))
-    name, more = name_for(name or path.stem, vocabulary, tokenizer)
-    notes += [*_notes(arch, source), *more]
+    vocabulary.special.update(further_end_tokens(vocabulary, model.generation_config))
+    name, strip_notes = name_that_strips(name or path.stem, vocabulary, tokenizer)
+    notes += [*_differences(arch, facts), *strip_notes]
     if type_name in TO_QUANTIZE:
-        notes += torn_rows(shape, source.head_dim)
-    infos = list(_tensor_infos(anatomy, arch, source, shape, type_name))
+        notes += torn_rows(shape, facts.head_dim)
+    infos = list(_tensor_infos(all_tensors(anatomy, arch, facts, shape), type_name))
+    keys = {"general.type": "model", "general.name": name, "general.file_type": int(kind.label)}
+    keys["general.quantization_version"] = GGML_QUANT_VERSION
+    of_model = model_keys(anatomy, arch, facts, shape)
+    keys |= {f"{arch.name}.{key}": value for key, value in of_model.items()}
     with writing(path, "make room and do the same again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as partial:
             writer = GGUFWriter(partial, arch.name)
-            _write_general(writer, name, kind)
-            write_dimensions(writer, anatomy, arch, source, shape)
-            _write_vocabulary(writer, vocabulary)
-            _write_tensors(writer, infos, tensors(anatomy, arch, source, shape), progress)
+            for key, value in (keys | vocabulary.keys()).items():
+                _ADD[type(value)](writer, key, value)
+            _write_tensors(writer, infos, all_tensors(anatomy, arch, facts, shape), progress)
             compared = check_vocabulary(read_back(partial), tokenizer)
             size = partial.stat().st_size
     parameters = sum(prod(info.shape) for info in infos)
-    return Written(arch.name, len(infos), parameters, size, compared, notes)
+    return WrittenGguf(arch.name, len(infos), parameters, size, compared, notes)
 
 
-def _notes(arch: Arch, source: Source) -> Iterator[str]:
+_ADD: dict[type, Callable[[GGUFWriter, str, Any], None]] = {
+    bool: GGUFWriter.add_bool,
+    int: GGUFWriter.add_uint32,
+    float: GGUFWriter.add_float32,
+    str: GGUFWriter.add_string,
+    list: GGUFWriter.add_array,
+}
+"""How a file states what is of a type."""
+
+
+def _differences(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
     """Yield what llama.cpp does otherwise than the model, though it can express it."""
-    if source.window and arch.window_period is None:
+    if facts.window and arch.window_period is None:
         yield (
-            f"the context length is {context_length(arch, source)}, the model's attention window: "
+            f"the context length is {context_length(arch, facts)}, the model's attention window: "
             "llama.cpp lets this architecture attend to everything"
         )
-    if source.rope.get("rope_type") == "yarn" and not source.rope.get("truncate", True):
+    if facts.rope.get("rope_type") == "yarn" and not facts.rope.get("truncate", True):
         yield (
             "llama.cpp rounds where YaRN's ramp begins and ends to whole features, and this model "
             "does not: its logits differ there, the more so the longer the text (docs/gguf.md)"
         )
 
 
-@dataclass(frozen=True)
-class _TensorInfo:
+class _TensorInfo(NamedTuple):
     name: str
     shape: tuple[int, ...]
     stored: GGMLQuantizationType
 
 
-def _tensor_infos(
-    anatomy: Anatomy, arch: Arch, source: Source, shape: Shape, type_name: str
-) -> Iterator[_TensorInfo]:
-    """Yield what the file's index says of the tensors, which goes before all their values."""
+def _tensor_infos(named: Named, type_name: str) -> Iterator[_TensorInfo]:
+    """Yield what the file's index says of tensors, which goes before all their values."""
     kind = FILE_TYPES[type_name]
-    for name, values in tensors(anatomy, arch, source, shape):
+    for name, values in named:
         stored = Q.F32
-        if values.ndim > 1 < values.shape[-1] and not any(x in name for x in _WHOLE):
+        if values.ndim > 1 < values.shape[-1] and not any(x in name for x in _IN_FLOAT32):
             stored = kind.matrices if name.startswith("blk.") else kind.ends
         if stored in _QUANTIZED and values.shape[-1] % BLOCK:
             stored = Q.F16  # a row that no gate cuts; the others were checked
@@ -181,10 +194,7 @@ def _tensor_infos(
 
 
 def _write_tensors(
-    writer: GGUFWriter,
-    infos: list[_TensorInfo],
-    values: Iterable[tuple[str, NDArray[np.float32]]],
-    progress: Callable[[int, int], None],
+    writer: GGUFWriter, infos: list[_TensorInfo], named: Named, progress: Callable[[int, int], None]
 ) -> None:
     """Write the file: keys, the index of tensors, then one tensor after another."""
     for info in infos:
@@ -195,68 +205,18 @@ def _write_tensors(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     try:
-        for i, (info, (_, array)) in enumerate(zip(infos, values, strict=True)):
+        for i, (info, (_, array)) in enumerate(zip(infos, named, strict=True)):
             writer.write_tensor_data(quants.quantize(array, info.stored))
             progress(i + 1, len(infos))
     finally:
         writer.close()
 
 
-def _write_general(writer: GGUFWriter, name: str, kind: FileType) -> None:
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(kind.label)
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-
-
-def _write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.merges is not None:
-        writer.add_token_merges(vocabulary.merges)
-    if vocabulary.scores is not None:
-        writer.add_token_scores(vocabulary.scores)
-    for name, token in vocabulary.special.items():
-        getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_eos_token(vocabulary.adds_eos)
-    writer.add_add_space_prefix(vocabulary.adds_space)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
-
-
 def read_back(path: str | os.PathLike[str]) -> Vocabulary:
     """Return the tokenizer that a GGUF file describes."""
-    values = metadata(path)
-    prefix = "tokenizer.ggml."
-    ids = {name: values.get(f"{prefix}{key}_token_id") for name, key in _SPECIAL_KEYS.items()}
-    return Vocabulary(
-        model=values[f"{prefix}model"],
-        pre=values[f"{prefix}pre"],
-        tokens=values[f"{prefix}tokens"],
-        types=[TokenType(x) for x in values[f"{prefix}token_type"]],
-        special={name: x for name, x in ids.items() if x is not None},
-        adds_bos=values[f"{prefix}add_bos_token"],
-        adds_eos=values[f"{prefix}add_eos_token"],
-        merges=values.get(f"{prefix}merges"),
-        scores=values.get(f"{prefix}scores"),
-        adds_space=values[f"{prefix}add_space_prefix"],
-        chat_template=values.get("tokenizer.chat_template"),
-    )
+    return Vocabulary.of_keys(read_keys(path))
 
 
-_SPECIAL_KEYS = {
-    "bos": "bos",
-    "eos": "eos",
-    "unk": "unknown",
-    "pad": "padding",
-    "eot": "eot",
-    "eom": "eom",
-}
-
-
-def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the keys and values of a GGUF file."""
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}

@@ -27,18 +27,26 @@ PROBES = (
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"  # a word
+_WORDS = _CONTRACTION + "|" + _BEFORE + r"\p{L}+|"
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
+_OTHERS_AND_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (
-    r"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{suffix}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{suffix}"
+_LOWER_CASE, _UPPER_CASE = f"{_BEFORE}{_UPPER}*{_LOWER}+", f"{_BEFORE}{_UPPER}+{_LOWER}*"
+_GPT4O = f"{_LOWER_CASE}{_CONTRACTION}?|{_UPPER_CASE}{_CONTRACTION}?" + r"|\p{N}{1,3}"
+_TEKKEN = f"{_LOWER_CASE}|{_UPPER_CASE}" + r"|\p{N}"
+_QWEN35 = (
+    _CONTRACTION + "|" + _BEFORE + r"[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _TAIL
 )
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_OTHERS_AND_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _TAIL
+)
 
 
 @dataclass(frozen=True)
-class Split:
+class TextSplit:
     """One of llama.cpp's splits of text before merging: regular expressions, one after another."""
 
     patterns: tuple[str, ...]
@@ -46,42 +54,15 @@ class Split:
     """A piece that is a token stays whole, whatever the merges say."""
 
 
-SPLITS: dict[str, Split] = {
-    "gpt-2": Split((_GPT2,)),
-    "smollm": Split((r"\p{N}", _GPT2)),
-    "llama-bpe": Split((_WORDS + r"\p{N}{1,3}" + _OTHERS + _TAIL,), ignores_merges=True),
-    "qwen2": Split((_WORDS + r"\p{N}" + _OTHERS + _TAIL,)),
-    "gpt-4o": Split(
-        (
-            _CASED.format(upper=_UPPER, lower=_LOWER, suffix=_CONTRACTION)
-            + r"|\p{N}{1,3}"
-            + _OTHERS_AND_SLASH
-            + _TAIL,
-        )
-    ),
-    "tekken": Split(
-        (
-            _CASED.format(upper=_UPPER, lower=_LOWER, suffix="")
-            + r"|\p{N}"
-            + _OTHERS_AND_SLASH
-            + _TAIL,
-        ),
-        ignores_merges=True,
-    ),
-    "qwen35": Split(
-        (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-            r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _TAIL,
-        )
-    ),
-    "deepseek-v3": Split(
-        (
-            r"\p{N}{1,3}",
-            r"[一-龥぀-ゟ゠-ヿ]+",
-            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-            r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _TAIL,
-        )
-    ),
+SPLITS: dict[str, TextSplit] = {
+    "gpt-2": TextSplit((_GPT2,)),
+    "smollm": TextSplit((r"\p{N}", _GPT2)),
+    "llama-bpe": TextSplit((_WORDS + r"\p{N}{1,3}" + _OTHERS,), ignores_merges=True),
+    "qwen2": TextSplit((_WORDS + r"\p{N}" + _OTHERS,)),
+    "gpt-4o": TextSplit((_GPT4O + _OTHERS_AND_SLASH,)),
+    "tekken": TextSplit((_TEKKEN + _OTHERS_AND_SLASH,), ignores_merges=True),
+    "qwen35": TextSplit((_QWEN35,)),
+    "deepseek-v3": TextSplit((r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK)),
 }
 """llama.cpp's name (`tokenizer.ggml.pre`) -> what it does; in `llama-vocab.cpp`."""
 
@@ -93,11 +74,8 @@ def find_split(backend: Tokenizer) -> str:
         UserError: if it is none of those in `SPLITS`.
     """
     given = backend.pre_tokenizer
-    for name in SPLITS:
-        ours = pre_tokenizer(name)
-        if given is not None and all(
-            _pieces(given, text) == _pieces(ours, text) for text in PROBES
-        ):
+    for name in SPLITS if given is not None else ():
+        if _pieces(pre_tokenizer(name)) == _pieces(given):
             return name
     raise UserError(
         "the tokenizer splits text in a way that is none of llama.cpp's known ones "
@@ -106,8 +84,8 @@ def find_split(backend: Tokenizer) -> str:
     )
 
 
-def _pieces(splits: Any, text: str) -> list[str]:
-    return [piece for piece, _ in splits.pre_tokenize_str(text)]
+def _pieces(splits: Any) -> list[list[str]]:
+    return [[piece for piece, _ in splits.pre_tokenize_str(text)] for text in PROBES]
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from nuteprune.export.card import model_card
 from nuteprune.export.checkpoint import save
-from nuteprune.export.tokenizer import plain_merges
+from nuteprune.export.transformers_4 import plain_merges
 
+from .conftest import said_by_transformers
 from .test_card import a_record
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +80,11 @@ def test_wherever_a_tokenizer_is_loaded_it_is_told_so() -> None:
     found = {name: ours.findall(text) for name, text in texts.items()}
     assert {"README.md", "serving.md", "onnx.md", "card"} <= {name for name in found if found[name]}
     assert all(", trust_remote_code=False)" in x for lines in found.values() for x in lines)
+
+
+@pytest.mark.slow
+def test_transformers_has_nothing_to_say_of_free_shapes(
+    case: Callable, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    save(case("llama").pruned, tmp_path / "model", tiny_tokenizer)
+    assert said_by_transformers(tmp_path / "model", "AutoModelForCausalLM") == (0, "", "")

@@ -9,9 +9,10 @@ describes is built here a second time and compared with the original on text tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from gguf import TokenType
@@ -19,7 +20,33 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf_splits import PROBES, SPLITS, find_split, pre_tokenizer
+from nuteprune.export.gguf.splits import PROBES, SPLITS, find_split, pre_tokenizer
+
+_KEYS = {
+    "model": "tokenizer.ggml.model",
+    "pre": "tokenizer.ggml.pre",
+    "tokens": "tokenizer.ggml.tokens",
+    "types": "tokenizer.ggml.token_type",
+    "merges": "tokenizer.ggml.merges",
+    "scores": "tokenizer.ggml.scores",
+    "special": "tokenizer.ggml.{}_token_id",
+    "adds_bos": "tokenizer.ggml.add_bos_token",
+    "adds_eos": "tokenizer.ggml.add_eos_token",
+    "adds_space": "tokenizer.ggml.add_space_prefix",
+    "chat_template": "tokenizer.chat_template",
+}
+"""A field of `Vocabulary` -> its key, in the file's order; special tokens have one each."""
+_SPECIAL = {x: x for x in ("bos", "eos", "eot", "eom")} | {"unk": "unknown", "pad": "padding"}
+"""A special token -> what its key calls it."""
+ENDS = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
+    *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>"),
+)
+"""Tokens by whose text llama.cpp knows that they end a generation; in `llama-vocab.cpp`."""
+STRIPS = ("phi-3", "phi3")
+"""Of models with one of these in their name llama.cpp drops white space after special tokens."""
+_STRIPPED_BY_NAME = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+"""Tokens that it then looks up, and does not load the file without."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +59,7 @@ class Vocabulary:
     tokens: list[str]
     types: list[TokenType]
     special: dict[str, int]
-    """`bos`, `eos`, `unk`, `pad` -> token id."""
+    """`bos`, `eos`, `unk`, `pad`, `eot`, `eom` -> token id."""
     adds_bos: bool
     adds_eos: bool
     merges: list[str] | None = None
@@ -40,6 +67,26 @@ class Vocabulary:
     adds_space: bool = False
     """A space goes before the text."""
     chat_template: str | None = None
+
+    def keys(self) -> dict[str, Any]:
+        """Return what a file states of it, by key."""
+        found: dict[str, Any] = {}
+        for field, key in _KEYS.items():
+            value = getattr(self, field)
+            if field == "special":
+                found |= {key.format(_SPECIAL[name]): i for name, i in value.items()}
+            elif value is not None:
+                found[key] = value
+        return found
+
+    @classmethod
+    def of_keys(cls, keys: Mapping[str, Any]) -> Vocabulary:
+        """Return the tokenizer that a file's keys describe."""
+        fields: dict[str, Any] = {field: keys.get(key) for field, key in _KEYS.items()}
+        ids = {name: keys.get(_KEYS["special"].format(x)) for name, x in _SPECIAL.items()}
+        fields["special"] = {name: i for name, i in ids.items() if i is not None}
+        fields["types"] = [TokenType(x) for x in keys[_KEYS["types"]]]
+        return cls(**fields)
 
 
 def read_vocabulary(
@@ -66,7 +113,8 @@ def read_vocabulary(
     tokens, types = _tokens(content, size)
     merges = [x if isinstance(x, str) else " ".join(x) for x in content["model"]["merges"]]
     is_sentencepiece = bool(content["model"]["byte_fallback"])
-    ids = tokenizer("a").input_ids
+    ids, template = tokenizer("a").input_ids, tokenizer.chat_template
+    first = str(backend.encode("a", add_special_tokens=False).tokens[0])
     ends = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     return Vocabulary(
         model="llama" if is_sentencepiece else "gpt2",
@@ -78,15 +126,9 @@ def read_vocabulary(
         adds_eos=ids[-1] == ends["eos"],
         merges=None if is_sentencepiece else merges,
         scores=_scores(tokens, merges) if is_sentencepiece else None,
-        adds_space=is_sentencepiece and _leads_with_space(backend),
-        chat_template=_chat_template(tokenizer),
+        adds_space=is_sentencepiece and first.startswith("▁"),
+        chat_template=template.get("default") if isinstance(template, dict) else template,
     )
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the template, the default one where there are several by name."""
-    template: Any = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
 
 
 def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]]:
@@ -124,14 +166,44 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenTy
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     """Return scores that make the best-first merging of SentencePiece that of a BPE."""
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(merges):
-        ranks.setdefault(merge.replace(" ", ""), rank)
+    ranks = {merges[i].replace(" ", ""): i for i in reversed(range(len(merges)))}
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
-def _leads_with_space(backend: Tokenizer) -> bool:
-    return str(backend.encode("a", add_special_tokens=False).tokens[0]).startswith("▁")
+def further_end_tokens(vocabulary: Vocabulary, settings: Any) -> dict[str, int]:
+    """Return `eot` and `eom`: tokens at which a model stops, and llama.cpp would not, two at most.
+
+    Args:
+        vocabulary: the tokenizer's keys.
+        settings: of the model's generation.
+    """
+    given = getattr(settings, "eos_token_id", None)
+    tokens, known = vocabulary.tokens, (None, vocabulary.special.get("eos"))
+    ids = [x for x in (given if isinstance(given, list) else [given]) if x not in known]
+    further = [i for i in ids if i < len(tokens) and tokens[i] not in ENDS]
+    return dict(zip(("eot", "eom"), further, strict=False))
+
+
+def name_that_strips(
+    name: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[str]]:
+    """Return a name by which llama.cpp strips what the tokenizer strips, and notes on the rest.
+
+    GGUF has no key for it.
+
+    Args:
+        name: what the model is to be called.
+        vocabulary: the tokenizer's keys.
+        tokenizer: the checkpoint's.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    strips = sorted(x.content for x in added if x.special and x.rstrip)
+    known = set(vocabulary.tokens) >= _STRIPPED_BY_NAME
+    named = any(x in name.lower() for x in STRIPS)
+    if strips and known:
+        return name if named else f"{name} (phi-3)", []
+    note = "llama.cpp keeps white space after {}, which the tokenizer drops"
+    return re.sub("(?i)phi-?3", "phi_3", name), [note.format(x) for x in strips[:1]]
 
 
 def check_vocabulary(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -154,25 +226,22 @@ def check_vocabulary(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase)
         theirs = tokenizer(text, add_special_tokens=False).input_ids
         ours = encode(text)
         if ours != theirs:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-                min(len(ours), len(theirs)),
-            )
+            pairs = enumerate(zip_longest(ours, theirs))
+            at = next(i for i, (a, b) in pairs if a != b)
+            mine, own = ([vocabulary.tokens[i] for i in x[at : at + 3]] for x in (ours, theirs))
             raise UserError(
-                f"llama.cpp would split {text!r} differently from token {at} on, "
-                f"{[vocabulary.tokens[x] for x in ours[at : at + 3]]} instead of "
-                f"{[vocabulary.tokens[x] for x in theirs[at : at + 3]]}: "
-                "this tokenizer cannot be expressed in GGUF"
+                f"llama.cpp would split {text!r} differently from token {at} on, {mine} instead "
+                f"of {own}: this tokenizer cannot be expressed in GGUF"
             )
     return len(PROBES)
 
 
 def _user_defined(vocabulary: Vocabulary) -> list[str]:
-    defined = zip(vocabulary.tokens, vocabulary.types, strict=True)
-    return [token for token, kind in defined if kind == TokenType.USER_DEFINED]
+    kinds = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    return [token for token, kind in kinds if kind == TokenType.USER_DEFINED]
 
 
-def _byte_level(vocabulary: Vocabulary) -> Any:
+def _byte_level(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """Return an encoder that does what llama.cpp's `gpt2` does with the file's keys."""
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     merges = [(a, b) for a, _, b in (x.partition(" ") for x in vocabulary.merges or ())]
@@ -183,7 +252,7 @@ def _byte_level(vocabulary: Vocabulary) -> Any:
     return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
-def _best_first(vocabulary: Vocabulary) -> Any:
+def _best_first(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """Return an encoder that does what llama.cpp's `llama` does with the file's keys."""
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     scores = vocabulary.scores or []

@@ -1,0 +1,215 @@
+"""All settings of a run that prunes, each declared once: what a recipe may set.
+
+Nothing heavy is imported, since help, usage errors and most refusals come from here alone.
+`train.config.NutePruneConfig` adds what `transformers.TrainingArguments` has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import lcm
+from typing import Any
+
+from nuteprune.errors import UserError
+from nuteprune.gates.method_names import METHOD, METHOD_NAMES
+from nuteprune.model.family import GATE_KINDS
+from nuteprune.model.shape import SUPER_BLOCK
+from nuteprune.train.asked import DECODE, KINDS, MOMENT, Asked, all_asked, check_one, sparsities
+from nuteprune.train.settings import CALL, HOW, check_declared, setting
+
+
+@dataclass
+class PruneSettings:
+    """Settings of a run that prunes; see `train.config.NutePruneConfig`."""
+
+    target_sparsity: float | str | list[float] = setting(
+        0.2,
+        "Share of the decoder layers' parameters to remove, such as 0.2 (demo's default). "
+        "Several (0.2,0.3,0.5) give several checkpoints from one run.",
+        option="--sparsity",
+    )
+    target_params: float | str | list[Any] | None = setting(
+        None,
+        "Parameters to end at, instead of --sparsity, such as 100M: all of them, tied ones once.",
+        option="--params",
+    )
+    target_active_params: float | str | list[Any] | None = setting(
+        None,
+        "Active parameters to end at, instead of --sparsity, such as 3B: of a mixture of experts "
+        "only those that a token is routed to count.",
+        option="--active-params",
+    )
+    target_size: float | str | list[Any] | None = setting(
+        None,
+        "Size of the weight file to end at, instead of --sparsity, such as 200MB or 190MiB; in "
+        "the checkpoint's dtype.",
+        option="--size",
+    )
+    target_memory: float | str | list[Any] | None = setting(
+        None,
+        "Memory of weights and KV cache to end at, instead of --sparsity: 4GiB@8192 is 4 GiB with "
+        "8192 tokens in the cache, 4GiB@2x8192 with two such sequences; in the checkpoint's dtype.",
+        option="--memory",
+    )
+    target_speedup: float | str | list[Any] | None = setting(
+        None,
+        f"Speed to end at, instead of --sparsity, such as 1.5 times the dense model's. 1.5 is of "
+        f"{DECODE} at {MOMENT} (sequences x tokens of the prompt + tokens after it); 1.5@prefill, "
+        "1.5@both or 1.5@prefill:1x512+64 are of others. Measured on the run's device, or by "
+        "--costs. Whole blocks may go too.",
+        option="--speedup",
+    )
+    costs: dict[str, Any] | str | None = setting(
+        None,
+        "For --speedup: a table of what blocks cost, from nuteprune bench MODEL --costs FILE, "
+        "perhaps of another machine. Default: measured by the run.",
+        option="--costs",
+        role=CALL,
+    )
+    shape: dict[str, Any] | str | None = setting(
+        None,
+        "YAML or JSON file with the dimensions to cut to, instead of --sparsity. Another "
+        "checkpoint's nuteprune.json serves too.",
+        option="--shape",
+    )
+    gates: str | None = setting(
+        None,
+        f"Kinds of gates, comma separated: {', '.join(GATE_KINDS)}. Default: heads (KV groups "
+        "where heads share one) and neurons; of a mixture of experts, experts.",
+        option="--gates",
+    )
+    shapes: str = setting(
+        "free",
+        "free (default): each layer keeps its own counts. uniform: the same in all layers, a "
+        "stock model.",
+        choices=("free", "uniform"),
+        option="--shapes",
+    )
+    neuron_multiple: int = setting(
+        32, "Neurons kept per layer are a multiple of it.", bounds=(1, 1e6)
+    )
+    hidden_multiple: int = setting(64, "The width kept is a multiple of it.", bounds=(1, 1e6))
+    for_quantization: bool = setting(
+        False,
+        f"Neurons and width in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants need.",
+        option="--for-quantization",
+        flag=True,
+    )
+
+    method: str = setting(
+        METHOD,
+        f"How units are ranked (default {METHOD}): {', '.join(METHOD_NAMES)}.",
+        choices=METHOD_NAMES,
+        option="--method",
+    )
+    calibration_blocks: int = setting(32, "Blocks of text for the scores.", bounds=(1, 1e6))
+    teacher: str = setting(
+        "dense", "dense, or none (the text itself is learned).", choices=("dense", "none")
+    )
+    progressive: bool = setting(
+        False,
+        "Masks move while the student learns, as in the paper: see recipes/paper.yaml and "
+        "nuteprune.progressive.",
+    )
+    lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
+    compensation: bool = setting(True, "Re-fit projections in closed form when masks freeze.")
+    sharded: bool = setting(False, "Share the dense model's weights out over processes.")
+    offload: bool = setting(
+        False,
+        "Keep the dense model's layers in main memory or on disk; each comes to the device as it "
+        "is needed.",
+        option="--offload",
+        flag=True,
+        role=HOW,
+    )
+
+    # Of TrainingArguments: those that recipes set, or that have an option.
+    max_steps: int = setting(
+        80,
+        "Optimizer steps (default {default}; demo 60). 0 prunes without training.",
+        bounds=(0, 1e9),
+        option="--steps",
+        role=HOW,
+    )
+    per_device_train_batch_size: int = setting(
+        4,
+        "Sequences per forward pass of each process (default {default}; demo 2, with 2 "
+        "accumulated).",
+        bounds=(1, 1e6),
+        option="--batch-size",
+        role=HOW,
+    )
+    gradient_accumulation_steps: int = setting(1, "Forward passes per step.", role=HOW)
+    learning_rate: float = setting(2e-3, "Learning rate of LoRA.", bounds=(1e-12, 1e3))
+    gradient_checkpointing: bool | None = setting(
+        None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
+    )
+    seed: int = setting(42, "Seed of everything random.", bounds=(0, 2**31 - 1))
+    report_to: list[str] | str | None = setting(
+        "none",
+        "Trackers that follow the run: tensorboard, wandb, trackio or another of Trainer's, comma "
+        "separated; install them yourself.",
+        option="--report-to",
+        role=CALL,
+    )
+
+    def __post_init__(self) -> None:
+        """Check what was given.
+
+        Raises:
+            UserError: naming a setting that cannot work.
+        """
+        check_declared(self)
+        for kind in (self.gates or "").split(",") if self.gates else ():
+            if kind.strip() not in GATE_KINDS:
+                known = ", ".join(GATE_KINDS)
+                raise UserError(f"{kind.strip()!r} is not a kind of gate; known kinds: {known}")
+        if self.for_quantization:
+            self.neuron_multiple = lcm(self.neuron_multiple, SUPER_BLOCK)
+            self.hidden_multiple = lcm(self.hidden_multiple, SUPER_BLOCK)
+        self._spell_targets()
+        self._check_targets()
+
+    def _spell_targets(self) -> None:
+        """Let a record say the same, however targets were spelled."""
+        default = PruneSettings.target_sparsity  # which says nothing
+        given = {k: v for k, v in vars(self).items() if (k, v) != ("target_sparsity", default)}
+        check_one(given, ["target_sparsity", *(x.setting for x in KINDS.values()), "shape"])
+        targets = self.targets
+        self.target_sparsity = targets[0] if len(targets) == 1 else list(targets)
+        asked = self.asked
+        if (kind := KINDS.get(asked[0].kind)) is not None:
+            told = [*(x.text for x in asked[:-1]), asked[-1].text + asked[-1].at]
+            setattr(self, kind.setting, told[0] if len(told) == 1 else told)
+
+    def _check_targets(self) -> None:
+        """Refuse targets that are no shares, do not grow, or are more than there are steps."""
+        for target in self.targets:
+            if not 0 < target < 1:
+                raise UserError(
+                    f"sparsity is {target:g}; it is a share, so it must lie between 0 and 1, both "
+                    "excluded (0.2 removes 20 %)"
+                )
+        if any(a >= b for a, b in pairwise(self.targets)):
+            told = ", ".join(f"{t:g}" for t in self.targets)
+            raise UserError(f"targets are {told}; they must grow")
+        count = len(self.asked)
+        if 0 < self.max_steps < count:
+            raise UserError(
+                f"{count} targets need at least {count} steps, one for each, or 0 to "
+                f"prune without training; max_steps is {self.max_steps}"
+            )
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The sparsities to reach, growing, where it is sparsity that is asked for."""
+        return sparsities(self.target_sparsity)
+
+    @property
+    def asked(self) -> tuple[Asked, ...]:
+        """What is asked for, the largest model first; of a chosen shape what is left aside."""
+        for name, kind in KINDS.items():
+            if (given := getattr(self, kind.setting)) is not None:
+                return all_asked(name, given)
+        return tuple(Asked("sparsity", value) for value in self.targets)
