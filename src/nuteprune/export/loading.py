@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -29,6 +29,7 @@ from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import bring_along, brought_along, family_named
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
 from nuteprune.run_folder import RECORD, SUMS
+from nuteprune.simulated import has_data
 
 FAMILY = "family"
 """Where a record has the entry of a family that is not listed."""
@@ -56,8 +57,12 @@ def build(
         UserError: if the tensors are not those that the config asks for.
     """
     first = next(iter(state_dict.values()))
+    kind: Any = _causal_lm(config.model_type)
+    if not has_data(first):  # a plan's
+        with torch.device("meta"):
+            return cast(PreTrainedModel, kind._from_config(config))
     model = _load(
-        _causal_lm(config.model_type),
+        kind,
         None,
         config=config,
         state_dict=dict(state_dict),

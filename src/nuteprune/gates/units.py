@@ -20,6 +20,7 @@ from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.packed import weight_of
 from nuteprune.model.shape import PER_HEAD, LayerShape, axis_sizes
 from nuteprune.model.sharding import gathered
+from nuteprune.simulated import scored
 
 
 def unit_parameters(budget: Budget, kind: str) -> Tensor:
@@ -67,9 +68,9 @@ def squared_weights(anatomy: Anatomy, kinds: tuple[str, ...]) -> dict[str, Tenso
     for i, layer in enumerate(anatomy.shape.layers):
         with gathered(anatomy.layers[i]):
             parts, width_D = _layer_squares(anatomy, i, layer)
-        hidden_D += width_D
+        hidden_D += scored(width_D)
         for kind, values in layers.items():
-            values.append(parts[kind])
+            values.append(scored(parts[kind]))
     found = {kind: torch.cat(values) for kind, values in layers.items()}
     return {kind: hidden_D if kind == "hidden" else found[kind] for kind in kinds}
 

@@ -152,7 +152,7 @@ def run(job: PruneJob, output: Output) -> Result | None:
             plan = print_dry_run(job, made, output)
             return Result({}, made.held_out, plan) if is_main() else None
         begin(job, made)
-        records = import_module(config.pipeline).pipeline(made)
+        records = import_module(config.PIPELINE).pipeline(made)
     if not is_main():
         return None
     if made.products.found:
