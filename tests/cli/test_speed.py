@@ -18,6 +18,7 @@ from nuteprune.console import Output
 from nuteprune.jobs import prune, speed, timing
 from nuteprune.jobs.demo import one_shot
 from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge.bench import Timing

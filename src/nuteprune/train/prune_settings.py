@@ -62,7 +62,7 @@ class PruneSettings:
     )
     costs: dict[str, Any] | str | None = setting(
         None,
-        "For --speedup: a table of what blocks cost, from nuteprune bench MODEL --costs FILE, "
+        "For --speedup: a table of what blocks cost, from nuteprune bench MODEL --save-costs FILE, "
         "perhaps of another machine. Default: measured by the run.",
         option="--costs",
         role=CALL,
