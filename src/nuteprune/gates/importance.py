@@ -3,8 +3,8 @@
 Every method answers with scores in the form that the allocator takes: additive losses, of which
 the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`,
 `surgeon`) are taken as they are. Those that only rank come through `units.losses_of`, so that the
-allocator follows their ranking, made as each paper makes it: `magnitude`, `wanda` and the scores of
-experts rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
+allocator follows their ranking, made as each paper makes it: `wanda` and the scores of experts
+rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
 and `similarity` across all.
 
 Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
@@ -26,9 +26,9 @@ from nuteprune.gates.cutting import copying_kept
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.gates.rerouting import reconstruction, removal_order
-from nuteprune.gates.routed import frequency, reap
+from nuteprune.gates.routed import reap
 from nuteprune.gates.surgeon import has_cost, surgeon_scores
-from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked, squared_weights
+from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 
 FLOORED = 0.999
@@ -41,17 +41,6 @@ def random(probe: Probe) -> Scores:
     The floor that any method has to be above.
     """
     return chance(probe.budget, probe.layout, probe.kinds, probe.seed)
-
-
-def magnitude(probe: Probe) -> Scores:
-    """L2 norm of all weights that go with the unit, ranked within its layer.
-
-    |u|_2 = sqrt(sum of w^2 over the rows and columns of every projection that belong to u).
-    Source: Han et al. 2015 (arXiv 1506.02626), by groups as the L2 baseline of LLM-Pruner (Ma,
-    Fang and Wang 2023, arXiv 2305.11627).
-    """
-    squares = squared_weights(probe.anatomy, probe.kinds)
-    return ranked(probe, {kind: value.sqrt() for kind, value in squares.items()})
 
 
 def wanda(probe: Probe) -> Scores:
@@ -243,7 +232,6 @@ _EXPERTS = ("experts",)
 _ONLY_EXPERTS = "it judges whole routed experts"
 METHODS: dict[str, Method] = {
     "random": Method(random, reads=False),
-    "magnitude": Method(magnitude, reads=False),
     "wanda": Method(wanda, _INPUTS, _ONLY_INPUTS),
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
@@ -253,7 +241,6 @@ METHODS: dict[str, Method] = {
         reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, reads_plain=1
     ),
     "reap": Method(reap, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
-    "frequency": Method(frequency, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
     "similarity": Method(
         similarity,
         BLOCK_KINDS,
