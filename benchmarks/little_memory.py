@@ -158,7 +158,7 @@ def write_model(size: Size, folder: Path) -> int:
     """Write a model of random weights in bfloat16 and return their bytes."""
     from transformers import AutoConfig
 
-    from nuteprune.train.simulate import model_of
+    from nuteprune.plan.walk import model_of
 
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"], **size.shape)

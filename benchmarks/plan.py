@@ -1,4 +1,4 @@
-"""What a plan says that each phase of a run holds, beside what the run was measured to hold.
+"""What a plan says that each stage of a run holds, beside what the run was measured to hold.
 
     python benchmarks/plan.py --json benchmarks/results/plan.json
 
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -191,13 +192,13 @@ def anonymous() -> int:
 
 
 def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[str, int]:
-    """Go through a run and return its phases' peaks in bytes."""
-    from nuteprune import NutePruneTrainer
+    """Go through a run and return its stages' peaks in bytes."""
     from nuteprune.data.blocks import BlockDataset
-    from nuteprune.gates import cutting, importance
+    from nuteprune.gates import cutting
     from nuteprune.jobs.sources import load_model, stored_dtype
     from nuteprune.judge.perplexity import perplexities
-    from nuteprune.train import calibration, pruning
+    from nuteprune.progressive import trainer as progressive
+    from nuteprune.train import cut
 
     watch = watching()
     dense = load_model(model, getattr(torch, cell.dtype))
@@ -205,28 +206,20 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     args = cell.arguments(out)
     vocabulary = dense.config.vocab_size
     tokens = torch.randint(3, vocabulary, (args.blocks, cell.length), generator=random)
-    with watch.phase("judging the dense model"):
+    with watch.phase("judge"):
         perplexities(dense, {"random": tokens[:4]}, batch_size=4)
-    stored = stored_dtype(dense)
-    trainer = NutePruneTrainer(dense, args, BlockDataset(tokens), stored_dtype=stored)
+    stored, kind = stored_dtype(dense), import_module(args.pipeline).TRAINER
+    trainer = kind(dense, args, BlockDataset(tokens), stored_dtype=stored)
     del dense
-    watch.around(calibration, "score_on", lambda: "scoring")
-    watch.around(importance, "copying_kept", lambda: "cutting units one by one")
     cutting.copying_losses = few_losses
-    watch.around(pruning, "refit_on", lambda: "re-fit")
-    ramp = "step, ramp and teachers" if trainer.schedule.stage(0).ramp_steps > 1 else "step, ramp"
-
-    def step() -> str:
-        return "step, fixed masks" if trainer.gates.frozen else ramp
-
-    trainer.warm_start()
-    trainer.pruning.begin_step(0)  # a re-fit before the first step is none of its own
-    watch.around(trainer, "training_step", step)
-    with watch.phase(step()):
+    for stage in ("score", "price", "refit"):
+        watch.around(cut, stage, lambda name=stage: name)
+    watch.around(progressive, "refit", lambda: "refit")
+    with watch.phase("teach"):
         trainer.train()
-    with watch.phase("finalize"):
+    with watch.phase("slice"):
         trainer.finalize()
-    with watch.phase("saving"):
+    with watch.phase("save"):
         trainer.save_pruned(Path(out) / "small")
     return watch.peaks
 
@@ -244,14 +237,14 @@ def planned(cell: Cell, model: str) -> dict[str, int]:
     """Return what the plan says of the same."""
     from nuteprune.jobs.plan import config_of
     from nuteprune.jobs.sources import read_config
-    from nuteprune.train.kernels import on_cpu
-    from nuteprune.train.phases import Run
+    from nuteprune.plan.kernels import on_cpu
+    from nuteprune.plan.phases import Plan
 
     config, dtype = config_of(model), getattr(torch, cell.dtype)
     values = read_config(model)
     stored = getattr(torch, str(values.get("dtype") or values.get("torch_dtype")))
     with tempfile.TemporaryDirectory() as out:
-        run = Run.of(config, cell.arguments(out), cell.length, dtype, stored=stored)
+        run = Plan.of(config, cell.arguments(out), cell.length, dtype, stored=stored)
         phases = run.phases()
     return {name: round(peak) for name, peak in on_cpu({x.name: x.need for x in phases}).items()}
 
@@ -260,7 +253,7 @@ def llama_1b(folder: Path) -> None:
     """Write a model of random weights."""
     from transformers import AutoConfig
 
-    from nuteprune.train.simulate import model_of
+    from nuteprune.plan.walk import model_of
 
     torch.manual_seed(0)
     model_of(AutoConfig.for_model(**LLAMA_1B), torch.bfloat16).save_pretrained(folder)

@@ -20,8 +20,7 @@ from transformers import AutoConfig
 
 from nuteprune import NutePruneConfig
 from nuteprune.jobs.plan import variants_of
-from nuteprune.train.disk import disk
-from nuteprune.train.phases import Run
+from nuteprune.plan.phases import Plan
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
 QWEN3: dict[str, Any] = {
@@ -69,7 +68,7 @@ def planned(name: str) -> dict[str, Any]:
             per_device_train_batch_size=BATCH,
             gradient_accumulation_steps=ACCUMULATED,
         )
-        run = Run.of(config, args, LENGTH, torch.bfloat16)
+        run = Plan.of(config, args, LENGTH, torch.bfloat16)
         phases = run.phases()
         variants = list(variants_of(run, phases, DEVICES))
     columns = {"as asked": {x.name: x.need.peak for x in phases}}
@@ -85,7 +84,7 @@ def planned(name: str) -> dict[str, Any]:
         "steps": args.max_steps,
         "peak_bytes": columns,
         "flops": {x.name: x.need.flops for x in phases},
-        "disk_bytes": disk(run),
+        "disk_bytes": run.disk(),
     }
 
 

@@ -228,7 +228,7 @@ def _row(trainer: NutePruneTrainer, backward: Callable[[], Tensor]) -> Row:
 
 def nuteprune(cell: Cell) -> Row:
     """Return a step of ours, taught by the dense model."""
-    from nuteprune.train.step_cost import trial_step
+    from nuteprune.plan.trial import trial_step
 
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base), tokens(cell, base)
@@ -237,7 +237,7 @@ def nuteprune(cell: Cell) -> Row:
 
 def ramp(cell: Cell) -> Row:
     """Return a step of ours while masks move, taught by the dense model."""
-    from nuteprune.train.step_cost import trial_step
+    from nuteprune.plan.trial import trial_step
 
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)
@@ -247,7 +247,8 @@ def ramp(cell: Cell) -> Row:
 def teachers(cell: Cell) -> Row:
     """Return one that writes a snapshot and is taught by another one from disk."""
     from nuteprune.distill.teachers import Teachers
-    from nuteprune.train.step_cost import trial_step
+
+    from nuteprune.plan.trial import trial_step
 
     base = backbone(cell)
     trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)

@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 
 from nuteprune.mapped import mapped
 from nuteprune.model import offload
-from nuteprune.simulated import Live
+from nuteprune.plan.live import Live
 from nuteprune.train import finish, pricing
 
 DEVICE = torch.device("cuda:0")

@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from nuteprune.distill.teachers import Role
 
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.distill.coforward import CoForward
-from nuteprune.distill.teachers import Role
 from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates import cutting
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs.folder import DEMOS
-from nuteprune.stages import judge as judging
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge import copying
 from nuteprune.judge.beside import judge_beside
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.stages import judge as judging
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.conftest import json_line

@@ -1,4 +1,4 @@
-"""Plans whose phases nobody goes through: that is a second of work for each, and more.
+"""Plans whose stages nobody goes through: that is a second of work for each, and more.
 
 tests/jobs/test_plan.py and tests/jobs/test_dry_run.py go through them.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nuteprune.train.extrapolate import Need
-from nuteprune.train.phases import Run
+from nuteprune.plan.need import Need
+from nuteprune.plan.phases import Plan
 
 
 def leave_unplanned(replace: Callable[[Any, str, Any], None]) -> None:
-    """Let each phase take the same.
+    """Let each stage take the same.
 
     Args:
         replace: does it, such as `setattr` of `pytest.MonkeyPatch`.
     """
-    for name in ("simulated", "_one_by_one", "_step"):
-        replace(Run, name, lambda *_, **__: Need(peak=1e9, flops=1e9))
+    replace(Plan, "walked", lambda *_, **__: Need(peaks=(1e9, 1e9), flops=1e9))

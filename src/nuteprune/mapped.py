@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nuteprune.files import writing
+from nuteprune.simulated import has_data, left
 
 
 def mapped(part: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -26,6 +27,8 @@ def mapped(part: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         UserError: if nothing can be written there.
         RunFailed: if writing went wrong on the way, as where the disk is full.
     """
+    if not all(map(has_data, part.values())):
+        return {name: left(x) for name, x in part.items()}
     if any(x.device.type != "cpu" for x in part.values()):
         return part
     with writing(folder, "make room, then go on with --resume"):

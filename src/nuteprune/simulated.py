@@ -1,125 +1,93 @@
-"""Tensors without data: whether they are, what of them lives, and what is multiplied."""
+"""Tensors without data, which plans are made on: how the code of a run goes without asking it."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-_SOLVE = torch.ops.aten.cholesky_solve
-FLOPS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten.linalg_cholesky_ex: lambda a: _cubes(a) // 3,
-    torch.ops.aten.cholesky_inverse: lambda a: 2 * _cubes(a) // 3,
-    _SOLVE: lambda b, a: 2 * b.numel() * a.shape[-1],
-}
-"""What torch does not count, by the number of multiplications and additions of dense matrices."""
-
-INSIDE: dict[Any, Callable[..., int]] = {
-    torch.ops.aten.multinomial: lambda chances, *_: chances.nbytes,  # noise for each chance
-    _SOLVE: lambda _, factor, *__: factor.nbytes,  # a copy for LAPACK
-}
-"""Bytes that operations hold inside of themselves, where they are many: measured on a CPU."""
-
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
-"""Products of matrices, as torch breaks up layers and their gradients."""
-HALF = (torch.bfloat16, torch.float16)
+T = TypeVar("T")
 
 
-def _cubes(a: Tensor) -> int:
-    return a.numel() * a.shape[-1]
+class Watch:
+    """Told by the code of a run what tensors alone do not show; see `watches`.
+
+    `times` is how often what is multiplied now counts.
+    """
+
+    times = 1
+
+    def leave(self, tensor: Tensor) -> None:
+        """Count a tensor no more: a file stands behind it, or it is in main memory."""
+
+    def once(self, key: Any, work: Callable[[], Any]) -> Any:
+        """Do some work, or count it as it was counted before under this key."""
+        return work()
+
+
+watches: list[Watch] = []
+"""Who is told; nobody in a run."""
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Return whether a tensor has data."""
+    return not isinstance(tensor, FakeTensor)
 
 
 def usual(condition: Tensor) -> bool:
     """Return whether a condition holds; of one without data, True: what is asked is the usual."""
-    return True if isinstance(condition, FakeTensor) else bool(condition)
+    return bool(condition) if has_data(condition) else True
 
 
-def without_data(model: nn.Module) -> FakeTensorMode | None:
-    """Let a model's tensors on the meta device claim, without data, to be on the CPU.
+def number(value: Tensor) -> float:
+    """Return a number; of one without data, 1."""
+    return float(value) if has_data(value) else 1.0
 
-    Returns:
-        What their operations go through; None if the model has data.
+
+def scored(value: Tensor) -> Tensor:
+    """Return figures on the CPU; in place of those without data, chance."""
+    if has_data(value):
+        return value.cpu()
+    drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(value.numel()))
+    return drawn.to(value.dtype)
+
+
+def left(tensor: Tensor) -> Tensor:
+    """Return a tensor that takes no memory of the device, or has a file behind it."""
+    for watch in watches:
+        watch.leave(tensor)
+    return tensor
+
+
+def alike(parts: Sequence[T], tensor: Tensor) -> Iterator[T]:
+    """Yield what the same is done with; the first alone, which counts for all, without data.
+
+    Args:
+        parts: what is gone through.
+        tensor: one that it is done with.
     """
-    mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
-    made: dict[Tensor, Tensor] = {}
-
-    def claimed(tensor: Tensor) -> Tensor:
-        if tensor not in made:
-            fake: Any = FakeTensor(mode, tensor.detach(), cpu)
-            trained = tensor.requires_grad
-            is_weight = isinstance(tensor, nn.Parameter)
-            made[tensor] = nn.Parameter(fake, requires_grad=trained) if is_weight else fake
-        return made[tensor]
-
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    tensors[name] = claimed(tensor)  # type: ignore[assignment]
-    return mode if made else None
+    if has_data(tensor):
+        yield from parts
+    elif parts:
+        for watch in watches:
+            watch.times *= len(parts)
+        yield parts[0]
+        for watch in watches:
+            watch.times //= len(parts)
 
 
-class Live(TorchDispatchMode):
-    """Counts the storages that operations make, while they live, and floating-point operations.
+def once(work: Callable[[], T], tensor: Tensor, *sizes: int) -> T:
+    """Return what work returns; without data, what it did when sizes were these.
 
-    `now` and `peak` are bytes. Of what an operation holds inside of itself, `INSIDE` alone is
-    counted. `sizes` are those of products in half precision: a CPU's library makes a kernel for
-    each, and keeps it. `fine` are those of `flops` that are not in half precision.
+    Args:
+        work: a function, by whose name it is known.
+        tensor: one that it is done with.
+        sizes: all that decides what is multiplied.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.flops = self.fine = 0
-        self.sizes: set[Any] = set()
-        self._known: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation and count what it made."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.count(tensor)
-        packet = func._overloadpacket
-        if packet in INSIDE:
-            self.peak = max(self.peak, self.now + INSIDE[packet](*args))
-        if packet in PRODUCTS and result.dtype in HALF:
-            sides = [x for x in args if isinstance(x, Tensor)][-2:]
-            self.sizes.add(tuple((*x.shape, *x.stride()) for x in sides))
-        work = 0
-        if packet in FLOPS:
-            work = FLOPS[packet](*args[:2] if packet is _SOLVE else args[:1])
-        elif packet in flop_registry:
-            work = flop_registry[packet](*args, **kwargs, out_val=result)
-        self.flops += work
-        self.fine += work * (args[0].dtype not in HALF) if work else 0
-        return result
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is let go, if it is not counted already."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._known:
-            self._known[key] = storage.nbytes()
-            self.now += self._known[key]
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._let_go, key)
-
-    def leave(self, tensor: Tensor) -> None:
-        """Count a tensor's storage no more, though it lives: a file stands behind it."""
-        self.count(tensor)
-        key = tensor.untyped_storage()._cdata
-        self.now -= self._known[key]
-        self._known[key] = 0
-
-    def _let_go(self, key: int) -> None:
-        self.now -= self._known.pop(key)
+    if has_data(tensor) or not watches:
+        return work()
+    found: T = watches[-1].once((work.__qualname__, *sizes), work)
+    return found

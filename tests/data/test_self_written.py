@@ -17,12 +17,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nuteprune.data.self_written import write_text
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nuteprune.data import self_written, writing
 from nuteprune.data.openings import Openings, openings
-from nuteprune.data.self_written import write_text
 from nuteprune.data.writing import draw
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from nuteprune.distill.teachers import DENSE, Role
 from peft import PeftModel
 from torch import Tensor, nn
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import layer_relative
-from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy

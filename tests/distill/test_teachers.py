@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from nuteprune.distill.teachers import DENSE, Plan, Teachers, kind_met
+from nuteprune.gates.schedule import Schedule
 from torch import Tensor
 
-from nuteprune.distill.teachers import DENSE, Plan, Teachers, kind_met
 from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.schedule import Schedule
 from nuteprune.model.shape import LayerShape, Shape
 
 LAYOUT = Layout(Shape(16, (LayerShape(4, 2, 6), LayerShape(4, 2, 6))), 4)

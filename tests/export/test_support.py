@@ -12,6 +12,7 @@ from nuteprune.export.clients import warnings
 from nuteprune.export.gguf.choose import ModelFacts
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
+from tests.forked import python
 from tests.scripts import script
 
 REPOSITORY = Path(__file__).parents[2]
@@ -107,3 +108,13 @@ def test_frequencies_that_follow_the_length_are_said_to_be_no_graph() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 5e3, "factor": 2.0}
     found = objections("llama", *[LayerShape(4, 2, 512)] * 2, head_dim=64, rope_parameters=rope)
     assert "ONNX Runtime: rope_type dynamic changes its frequencies" in found
+
+
+@pytest.mark.slow
+def test_a_run_loads_no_format_that_it_does_not_write() -> None:
+    code = "import sys, nuteprune.cli.prune, nuteprune.jobs.prune; print(*sys.modules)"
+    loaded = python("-c", code).out.split()
+    assert "nuteprune.export.checkpoint" in loaded
+    assert not [
+        x for x in loaded if x.startswith(("nuteprune.export.gguf", "nuteprune.export.onnx"))
+    ]

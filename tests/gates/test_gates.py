@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nuteprune.gates.gates import Gates, RankedGates
+from nuteprune.gates.hard_concrete import HardConcreteGates
 from torch import Tensor
 
 from nuteprune.gates import hard_concrete
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.gates import Gates, RankedGates
-from nuteprune.gates.hard_concrete import HardConcreteGates
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES

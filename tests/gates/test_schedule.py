@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from nuteprune.gates.schedule import Lagrangian, Schedule
 
 

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from nuteprune import NutePruneTrainer
-from nuteprune.console import Output
+from nuteprune.console import Output, silent
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate
 from nuteprune.jobs.settings import make_job
+from nuteprune.plan.kernels import on_cpu
+from nuteprune.plan.need import Need, Unplanned
+from nuteprune.plan.phases import Phase, Plan
+from nuteprune.plan.walk import Walk
+from nuteprune.products import Products
+from nuteprune.run import Run
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.extrapolate import Need, Unplanned
-from nuteprune.train.kernels import on_cpu
-from nuteprune.train.phases import FORMULA, Phase, Run
+from nuteprune.train.prepare import prepare
+from tests.unplanned import leave_unplanned
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
@@ -30,48 +37,83 @@ pytestmark = [
 LENGTH, JUDGED = 16, 12
 
 
-def found(model: PreTrainedModel, folder: Path, sparsity: float = 0.2) -> dict[str, Any]:
-    """Do a dry run of a model, which took 5 s to write."""
+def found(
+    model: PreTrainedModel,
+    folder: Path,
+    sparsity: float = 0.2,
+    output: Output = Output(quiet=True),  # noqa: B008
+    **more: Any,
+) -> Any:
+    """Do a dry run of a model that writes nothing."""
     given = {"target_sparsity": sparsity, "max_steps": 3, "neuron_multiple": 4, "length": LENGTH}
-    asked = {"model": "unused", "out": folder, **given}
+    asked = {"model": "unused", "out": folder, "shares": [1.0], **given, **more}
     job = make_job(PruneJob, NutePruneConfig, asked)
     args = NutePruneConfig(output_dir=str(folder), use_cpu=True, **job.settings)
-    tokens = torch.randint(3, 90, (args.blocks, LENGTH))
-    trainer = NutePruneTrainer(model, args, BlockDataset(tokens))
-    return print_dry_run(job, trainer, 5.0, JUDGED, Output(quiet=True))
+    prepared = prepare(model, args)
+    text = SimpleNamespace(
+        to_write=0, training=BlockDataset(torch.randint(3, 90, (args.blocks, LENGTH)))
+    )
+    run = Run(
+        model=prepared,
+        args=args,
+        text=cast(Any, text),
+        held_out={"random": torch.zeros(JUDGED, LENGTH, dtype=torch.long)},
+        products=Products(None, {}),
+        progress=silent,
+        first=import_module(args.pipeline).TRAINER(prepared, args, text.training),
+        trainer_of=lambda _: run.first,
+        reload=lambda _: model,
+        folder_of=lambda _: folder,
+        run_folder_of=lambda _: folder,
+        resumes=False,
+        around=None,
+        about=dict,
+    )
+    return print_dry_run(job, run, output)
 
 
 def test_work_in_fp32_has_a_rate_of_its_own() -> None:
-    phase = Phase("any", Need(0, flops=700, fine=200), read=60)
+    phase = Phase("any", Need((0,), flops=700, fine=200), read=60)
     assert Rate(plain=100.0, fine=10.0).seconds(phase) == 5 + 20
     assert Rate(plain=100.0, fine=10.0, read=30.0).seconds(phase) == 5 + 20 + 2
 
 
-@pytest.mark.slow(seconds=8)
-def test_all_phases_are_planned_at_the_rate_of_a_real_step(
-    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+@pytest.mark.slow(seconds=15)
+@pytest.mark.parametrize("more", [{}, {"ramp_share": 0.5}], ids=["", "ramp"])
+def test_all_stages_are_planned_at_the_rate_of_a_real_step(
+    more: dict[str, Any], tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     config = copy.deepcopy(model.config)
-    dry = found(model, tmp_path)
+    dry = found(model, tmp_path, **more)
     phases = {x["phase"]: x for x in dry["phases"]}
-    args = NutePruneConfig(
-        output_dir=str(tmp_path), use_cpu=True, target_sparsity=0.2, max_steps=3, neuron_multiple=4
-    )
-    planned = Run.of(config, args, LENGTH, torch.float32, stored=torch.float32).phases()
+    given = {"target_sparsity": 0.2, "max_steps": 3, "neuron_multiple": 4, **more}
+    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+    how: dict[str, Any] = {"stored": torch.float32, "judged": JUDGED, "own": 0.0}
+    planned = Plan.of(config, args, LENGTH, torch.float32, **how).phases()
     peaks = on_cpu({x.name: x.need for x in planned})
-    assert list(phases) == [*peaks, "judging the results"]
+    assert list(phases) == list(peaks)
     for phase in planned:
         assert phases[phase.name]["peak_bytes"] == round(peaks[phase.name])
-    assert phases["step, fixed masks"]["seconds"] == pytest.approx(3 * dry["seconds_per_step"])
-    assert phases["writing text"]["seconds"] == 5
-    rate = phases["step, fixed masks"]["flops"] / phases["step, fixed masks"]["seconds"]
-    assert phases["re-fit"]["seconds"] == pytest.approx(phases["re-fit"]["flops"] / rate)
-    # Three batches of four blocks each.
-    judging = {x.name: x.need.flops for x in planned}["judging the dense model"]
-    assert phases["judging the dense model"]["flops"] == 3 * judging
-    assert phases["judging the results"]["how"] == FORMULA
+    assert phases["teach"]["seconds"] == pytest.approx(3 * dry["seconds_per_step"])
+    rate = phases["teach"]["flops"] / phases["teach"]["seconds"]
+    assert phases["refit"]["seconds"] == pytest.approx(phases["refit"]["flops"] / rate)
     assert dry["seconds"] == pytest.approx(sum(x["seconds"] for x in dry["phases"]))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.slow(seconds=5)
+def test_where_no_step_is_run_a_dry_run_says_so(
+    tiny_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    leave_unplanned(monkeypatch.setattr)
+    monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", lambda _: 1 / 0)
+    dry = found(tiny_model("llama"), tmp_path, output=Output(), max_steps=0)
+    assert dry["seconds_per_step"] is None
+    assert "no step was run" in capsys.readouterr().out
 
 
 @pytest.mark.slow(seconds=5)
@@ -91,9 +133,8 @@ def test_the_end_begins_with_the_moments(
     states = [x for state in trainer.optimizer.state.values() for x in state.values()]
     learned = [x for x in trainer.model.parameters() if x.requires_grad]
     held = sum(x.nbytes for x in (*states, *learned))
-    run = Run.of(config, args, LENGTH, torch.float32, stored=torch.float32)
-    planned = next(x.need.peak for x in run.after_steps() if x.name == "finalize")
-    assert planned == pytest.approx(held, rel=0.01)
+    run = Plan.of(config, args, LENGTH, torch.float32, stored=torch.float32)
+    assert run.cut()[0].need.peak == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.slow(seconds=5)
@@ -106,11 +147,14 @@ def test_inversions_take_time_too(
     args = NutePruneConfig(
         output_dir=str(tmp_path), use_cpu=True, target_sparsity=0.2, neuron_multiple=4
     )
-    phases = Run.of(config, args, LENGTH, torch.bfloat16).before_steps()
-    needs = {phase.name: phase.need for phase in phases}
-    assert needs["scoring"].fine > config.num_hidden_layers * neurons**3
-    assert needs["re-fit"].fine > config.num_hidden_layers * neurons**3 / 3
-    assert needs["judging the dense model"].fine < needs["judging the dense model"].flops
+
+    def of(stage: Callable[[Walk], Need]) -> Need:
+        return stage(Walk(config, args, LENGTH, torch.bfloat16))
+
+    assert of(lambda x: x.score(6)).fine > config.num_hidden_layers * neurons**3
+    assert of(lambda x: x.refit(8)).fine > config.num_hidden_layers * neurons**3 / 3
+    judge = of(Walk.judge)
+    assert judge.fine < judge.flops
 
 
 def test_what_cannot_be_planned_is_reckoned_by_steps(
@@ -118,7 +162,7 @@ def test_what_cannot_be_planned_is_reckoned_by_steps(
 ) -> None:
     dry = found(tiny_model("mixtral"), tmp_path)
     assert "phases" not in dry
-    assert dry["seconds"] > 5 + 3 * dry["seconds_per_step"]
+    assert dry["seconds"] > 3 * dry["seconds_per_step"]
 
 
 def test_what_is_reckoned_counts_rounds_and_re_fits(
@@ -132,7 +176,7 @@ def test_what_is_reckoned_counts_rounds_and_re_fits(
     monkeypatch.setattr("nuteprune.jobs.dry_run._planned", unplanned)
     monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", lambda _: 2.0)
     dry = found(tiny_model("llama"), tmp_path, 0.5)
-    assert dry["seconds"] == 5 + 2 * (3 + (96 * 2 + 144 * 3) / 4)
+    assert dry["seconds"] == 2 * (3 + (96 * 2 + 144 * 3) / 4)
 
 
 def test_the_peak_of_a_step_is_counted_from_its_beginning(

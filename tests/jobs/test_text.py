@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from nuteprune.train.own_text import READINGS, tokens_to_write
 
 from nuteprune.data.blocks import training_blocks
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.own_text import READINGS, tokens_to_write
 
 
 @pytest.mark.parametrize(

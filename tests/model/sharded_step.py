@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from nuteprune.distill.teachers import Role
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.losses import Head, layer_relative, token_kl
-from nuteprune.distill.teachers import Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy

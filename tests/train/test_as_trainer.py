@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from nuteprune.train.calibration import calibration_batches
 from torch.utils.data import Dataset
 from transformers import Adafactor, HfArgumentParser, TrainerControl, TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset, collated
+from nuteprune.plan.trial import seconds_per_step
 from nuteprune.train import checkpoints
-from nuteprune.train.calibration import calibration_batches
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.run_settings import chosen_settings
-from nuteprune.train.step_cost import seconds_per_step
 
 from .conftest import LENGTH, make, metrics
 

@@ -15,7 +15,7 @@ from nuteprune.distill.objective import Objective
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.gates import importance
 from nuteprune.gates.probe import Probe, Scores
-from nuteprune.train.step_cost import trial_step
+from nuteprune.plan.trial import trial_step
 
 from .conftest import LENGTH, make
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from nuteprune.train.calibration import calibration_batches, refit_on, score_in_rounds, score_on
+from nuteprune.train.pricing import MOST, Change, changes_of, following, logits_of
 
 from nuteprune.gates.cutting import Predicted, mean_kl
 from nuteprune.gates.importance import METHODS
@@ -18,9 +20,7 @@ from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.compensate import trying_out
 from nuteprune.train import calibration, pricing
-from nuteprune.train.calibration import calibration_batches, refit_on, score_in_rounds, score_on
 from nuteprune.train.prepare import prepare
-from nuteprune.train.pricing import MOST, Change, changes_of, following, logits_of
 from tests.refits import install_weight
 
 from .test_rounds import TEXT, settings

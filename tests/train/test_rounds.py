@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from nuteprune.train.calibration import refit_on, refits, score_in_rounds, score_on, stops_before
 
 from nuteprune import NutePruneConfig
 from nuteprune.data.blocks import BlockDataset
@@ -18,7 +19,6 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import trying_out
 from nuteprune.train import calibration
-from nuteprune.train.calibration import refit_on, refits, score_in_rounds, score_on, stops_before
 from nuteprune.train.prepare import prepare
 from nuteprune.train.setup import make_allocator
 from tests.refits import install_weight

@@ -15,7 +15,7 @@ from nuteprune import UserError, load_pruned
 from nuteprune.gates.units import chance
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import LayerShape, Shape
-from nuteprune.train.step_cost import seconds_per_step
+from nuteprune.plan.trial import seconds_per_step
 
 from .conftest import make
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from nuteprune import RunFailed, UserError, load_pruned
 from nuteprune.gates.allocate import Allocator
-from nuteprune.train.step_cost import trial_step
+from nuteprune.plan.trial import trial_step
 
 from .conftest import LENGTH, make, metrics
 

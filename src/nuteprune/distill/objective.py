@@ -94,20 +94,8 @@ class Objective:
         return {k: v * shares.get(k, distilled) for k, v in parts.items()}
 
 
-OBJECTIVES = {
-    "relative": Objective(),
-    # As published: the sum over layers of plain squared errors, the sum over tokens of the KL
-    # divergence, and no language-model loss.
-    "paper": Objective(
-        token_weight=0.1,
-        token_sum=True,
-        layer_weight=0.9,
-        layer_term="mse",
-        normed=True,
-        temperature=2 / 3,
-    ),
-}
-"""Name, as the setting `objective` has it, -> the terms where a teacher takes part."""
+RELATIVE = Objective()
+"""Token KL, and layer terms relative to the teacher's norm: the default."""
 TEXT = Objective(token_weight=0.0, layer_weight=0.0, lm_weight=1.0)
 """Without a teacher: the language-model loss of the text itself."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -22,12 +22,14 @@ from transformers.initialization import no_init_weights
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
+from nuteprune.export.hub import check_inside
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import bring_along, brought_along, family_named
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
 from nuteprune.run_folder import RECORD, SUMS
+from nuteprune.simulated import has_data
 
 FAMILY = "family"
 """Where a record has the entry of a family that is not listed."""
@@ -55,8 +57,12 @@ def build(
         UserError: if the tensors are not those that the config asks for.
     """
     first = next(iter(state_dict.values()))
+    kind: Any = _causal_lm(config.model_type)
+    if not has_data(first):  # a plan's
+        with torch.device("meta"):
+            return cast(PreTrainedModel, kind._from_config(config))
     model = _load(
-        _causal_lm(config.model_type),
+        kind,
         None,
         config=config,
         state_dict=dict(state_dict),
@@ -113,6 +119,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
         model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     with one_line(source):
         _check_routing(source, model.config)
+    check_inside(source, **kwargs)  # again, since the hub's files are here only now
     # Last, since what does not fit can be told more clearly.
     check_pruned(Path(source))
     return model
@@ -236,6 +243,7 @@ def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
     Raises:
         OSError, ValueError: if there is none, or it is no config.
     """
+    check_inside(source, **kwargs)
     try:
         values, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
     except TypeError as error:  # it looks for keys in whatever JSON there is

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import weight_of
+from nuteprune.simulated import scored
 
 
 class Moments:
@@ -29,8 +30,8 @@ class Moments:
     def add(self, rows: Tensor) -> None:
         """Take in more rows."""
         self.count += len(rows)
-        self.sum_I += rows.sum(0).cpu().double()
-        self.square_I += rows.square().sum(0).cpu().double()
+        self.sum_I += scored(rows.sum(0)).double()
+        self.square_I += scored(rows.square().sum(0)).double()
 
     @property
     def norm(self) -> Tensor:

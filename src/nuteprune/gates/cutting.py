@@ -24,6 +24,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.probe import Probe, Scores
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.head import last_logits
+from nuteprune.simulated import alike, number, scored
 
 SEQUENCES, LENGTH = 3, 100
 """Sequences, and the tokens of each that come once more. 300 tokens tell the groups apart."""
@@ -76,7 +77,7 @@ class Dense:
         """The share of the repeats' tokens that it gets right."""
         repeats_ST = self.ids_ST[:, self.ids_ST.shape[1] // 2 :]
         likeliest_ST = torch.stack([x.logits_TV.argmax(-1) for x in self.repeats])
-        return float((likeliest_ST == repeats_ST).float().mean())
+        return number((likeliest_ST == repeats_ST).float().mean())
 
 
 def copying_kept(probe: Probe, scores: Scores) -> Scores:
@@ -146,8 +147,9 @@ def copying_losses(probe: Probe, kind: str, dense: Dense) -> Tensor:
     layout, count = probe.layout, probe.layout.units(kind)
     losses_N, first = torch.zeros(count), 0
     for layer, size in enumerate(layout.sizes[kind]):
-        for units in torch.arange(first, first + size).split(AT_ONCE) if size else ():
-            losses_N[units] = losses_of(probe, kind, layer, units, dense).cpu()
+        groups = torch.arange(first, first + size).split(AT_ONCE) if size else ()
+        for units in alike(groups, dense.repeats[0].logits_TV):
+            losses_N[units] = scored(losses_of(probe, kind, layer, units, dense))
         first += size
         probe.progress()
     return losses_N
@@ -187,7 +189,7 @@ def mean_kl(p: Predicted, q_TV: Tensor) -> Tensor:
     """
     total, rows = torch.zeros((), device=q_TV.device), _rows(q_TV)
     parts = (p.logits_TV.split(rows), p.sums_T.split(rows), q_TV.split(rows))
-    for p_RV, sum_R, q_RV in zip(*parts, strict=True):
+    for p_RV, sum_R, q_RV in alike(list(zip(*parts, strict=True)), q_TV):
         p_RV, q_RV = p_RV.float(), q_RV.float()
         total += (q_RV.logsumexp(-1) - sum_R).sum()
         total += (p_RV.sub(sum_R[:, None]).exp_() * p_RV.sub(q_RV)).sum()

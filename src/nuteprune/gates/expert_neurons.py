@@ -22,6 +22,7 @@ from torch import Tensor
 from nuteprune.gates.removal import removal_costs
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import computed_with
+from nuteprune.simulated import alike, has_data
 
 ROWS = 4096
 """Tokens of an expert whose neurons are held at a time."""
@@ -74,18 +75,19 @@ def neuron_costs(mixture: Mixture, routed: Routed, slopes_EF: Tensor) -> Tensor:
     """
     down = mixture.stack(mixture.down)
     found = []
-    for expert, slopes_F in enumerate(slopes_EF):
+    for expert, slopes_F in alike(list(enumerate(slopes_EF)), down):
         weight_DF = mixture.plain(down[expert]).float()
         covariance_FF = neuron_covariance(mixture, routed, expert)
         found += removal_costs(weight_DF, slopes_F.sqrt(), covariance_FF, [len(slopes_F)])
-    return torch.stack(found)
+    return torch.stack(found).expand_as(slopes_EF)
 
 
 def neuron_covariance(mixture: Mixture, routed: Routed, expert: int) -> Tensor:
     """Return C (F, F) of an expert's neurons, in fp32; zeros where no token is routed to it."""
     width, heard = mixture.sizes[1], 0.0
-    sum_FF = torch.zeros(width, width, device=mixture.stack(mixture.down).device)
-    for hidden_SD, index_SK, weight_SK in routed:
+    sum_FF = mixture.stack(mixture.down).new_zeros(width, width, dtype=torch.float32)
+    # Which tokens reach an expert is data.
+    for hidden_SD, index_SK, weight_SK in filter(lambda x: has_data(x[1]), routed):
         token_P, place_P = (index_SK == expert).nonzero(as_tuple=True)
         for rows_P, weight_P in zip(
             token_P.split(ROWS), weight_SK[token_P, place_P].float().split(ROWS), strict=True

@@ -30,6 +30,7 @@ from nuteprune.gates.routed import reap
 from nuteprune.gates.surgeon import has_cost, surgeon_scores
 from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
+from nuteprune.simulated import number, scored
 
 FLOORED = 0.999
 """How far what is below a floor moves towards it: the rest keeps its order."""
@@ -52,7 +53,7 @@ def wanda(probe: Probe) -> Scores:
     """
     columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     for watched in _read_inputs(probe):
-        size_I = watched.weight().abs().sum(0).cpu()
+        size_I = scored(watched.weight().abs().sum(0))
         columns[watched.units].append(size_I * watched.moments.norm)
     scores = {kind: over_columns(probe.layout, kind, columns) for kind in probe.kinds}
     return ranked(probe, scores)
@@ -69,7 +70,7 @@ def flap(probe: Probe) -> Scores:
     """
     columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     for watched in _read_inputs(probe):
-        norm_I = watched.weight().square().sum(0).cpu()
+        norm_I = scored(watched.weight().square().sum(0))
         metric_I = watched.moments.variance * norm_I
         metric_I /= metric_I.mean().clamp(min=1e-30)  # z-scores are the same; squares stay in range
         if watched.units == "heads":
@@ -187,7 +188,7 @@ def similarity(probe: Probe) -> Scores:
             ("attn_block", (before_MD, between_MD)),
             ("mlp_block", (between_MD, after_MD)),
         ):
-            total[kind][layer] += float((1 - torch.cosine_similarity(*pair)).sum())
+            total[kind][layer] += number((1 - torch.cosine_similarity(*pair)).sum())
 
     with watching_streams(probe.anatomy, take):
         probe.read()
@@ -290,7 +291,7 @@ def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores
         # The model's loss is a mean over sequences; what is wanted are gradients of their sum.
         grads = torch.autograd.grad(loss * len(ids_BT) * LOSS_SCALE, list(leaves.values()))
         for kind, grad in zip(kinds, grads, strict=True):
-            total[kind] += measure(grad.float() / LOSS_SCALE).sum(0).cpu()
+            total[kind] += scored(measure(grad.float() / LOSS_SCALE).sum(0))
         sequences += len(ids_BT)
         probe.progress()
     return {kind: value / max(1, sequences) for kind, value in total.items()}

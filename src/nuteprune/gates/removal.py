@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nuteprune.simulated import usual
+from nuteprune.simulated import once, scored, usual
 
 DAMPING = 1e-2
 """What is added to the diagonal of C, as a share of itself."""
@@ -60,17 +60,23 @@ def removal_costs(
         covariance_II: C in fp32; used up.
         counts: units of each kind that the inputs are shared out to.
     """
-    size_I = (covariance_II.diagonal() * (1 + DAMPING) + LEAST).sqrt()
-    correlation_II = covariance_II.div_(size_I).div_(size_I[:, None])
-    correlation_II.fill_diagonal_(1)
-    inverse_II = inverse_of_correlations(correlation_II)
-    scaled_OI = weight_OI * (size_I * lengths_I / weight_OI.norm(dim=0).clamp(min=LEAST))
-    found = []
-    for count in counts:
-        rounds = list(removals(scaled_OI.to(inverse_II), inverse_II, count))
-        order_U, costs_U = (torch.cat(parts) for parts in zip(*rounds, strict=True))
-        found.append(torch.zeros(count).to(costs_U).index_copy(0, order_U, costs_U.cummax(0)[0]))
-    return [costs_U.float().cpu() for costs_U in found]
+
+    def measured() -> list[Tensor]:
+        size_I = (covariance_II.diagonal() * (1 + DAMPING) + LEAST).sqrt()
+        correlation_II = covariance_II.div_(size_I).div_(size_I[:, None])
+        correlation_II.fill_diagonal_(1)
+        inverse_II = inverse_of_correlations(correlation_II)
+        scaled_OI = weight_OI * (size_I * lengths_I / weight_OI.norm(dim=0).clamp(min=LEAST))
+        found = []
+        for count in counts:
+            rounds = list(removals(scaled_OI.to(inverse_II), inverse_II, count))
+            order_U, costs_U = (torch.cat(parts) for parts in zip(*rounds, strict=True))
+            found.append(
+                torch.zeros(count).to(costs_U).index_copy(0, order_U, costs_U.cummax(0)[0])
+            )
+        return [scored(costs_U.float()) for costs_U in found]
+
+    return once(measured, weight_OI, *weight_OI.shape, *counts)
 
 
 def removals(weight_OI: Tensor, inverse_II: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:

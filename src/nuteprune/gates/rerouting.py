@@ -24,6 +24,7 @@ from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import rows_of
 from nuteprune.model.sharding import gathered
+from nuteprune.simulated import has_data
 
 ROUNDS = 24
 """Rounds in which the experts of a layer go, at most."""
@@ -70,6 +71,8 @@ def removal_order(probe: Probe) -> Tensor:
 def _order(mixture: Mixture, read: Sequence[Tensor]) -> Tensor:
     """Return the places (E,) of a layer's experts, given batches of what it reads (S, D)."""
     left, gone = list(range(mixture.sizes[0])), list[int]()
+    if not all(map(has_data, read)):  # which experts go is data
+        return torch.tensor(left).float()
     step = -(-(len(left) - mixture.per_token) // ROUNDS)
     dense: list[Tensor] = []
     while len(left) > mixture.per_token:

@@ -16,6 +16,7 @@ from nuteprune.gates.probe import Probe, Scores
 from nuteprune.gates.units import ranked
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.mixture import Mixture
+from nuteprune.simulated import has_data, scored
 
 
 class Heard:
@@ -37,6 +38,8 @@ class Heard:
     def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Take in a batch that is routed: what the experts read, indices, weights."""
         hidden_SD, index_SK, weight_SK = args
+        if not has_data(hidden_SD):
+            return
         chosen = index_SK.flatten()
         self.tokens_E += torch.bincount(chosen.cpu(), minlength=len(self.tokens_E))
         # As many tokens as there are pairs, each with one expert, which is heard in full.
@@ -51,8 +54,8 @@ class Heard:
         """Take in a batch that all experts read, weighed before: (E x S, D), and what they give."""
         count = len(self.tokens_E)
         read_ESD, output_ESD = (x.view(count, -1, x.shape[-1]) for x in (args[0], output))
-        self.tokens_E += (read_ESD != 0).any(-1).sum(1).cpu()
-        self.loud_E += output_ESD.double().norm(dim=-1).sum(1).cpu()
+        self.tokens_E += scored((read_ESD != 0).any(-1).sum(1))
+        self.loud_E += scored(output_ESD.double().norm(dim=-1).sum(1))
 
 
 @contextmanager

@@ -1,59 +1,64 @@
-"""What a dry run says: which shapes can be had, and what each phase of the run will take."""
+"""What a dry run says: which shapes can be had, and what each stage of the run will take."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from nuteprune.console import Output, duration, megabytes, millions
+from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.show import told
-from nuteprune.jobs.sources import stored_dtype
 from nuteprune.jobs.text import own_share
 from nuteprune.memory import peak, reset_peak
-from nuteprune.model.packed import is_packed
-from nuteprune.train.calibration import refits, stops_before
-from nuteprune.train.extrapolate import Unplanned
-from nuteprune.train.kernels import on_cpu
-from nuteprune.train.phases import FORMULA, Phase, Run
-from nuteprune.train.step_cost import seconds_per_step
-from nuteprune.train.trainer import NutePruneTrainer
+from nuteprune.plan.kernels import on_cpu
+from nuteprune.plan.need import Unplanned
+from nuteprune.plan.phases import FORMULA, Phase, Plan
+from nuteprune.plan.trial import seconds_per_step
+from nuteprune.run import Run
+from nuteprune.stages.score import stops_before
+from nuteprune.stages.write import seconds_to_write
 
-MEASURED = "measured"
 BYTES_OF_ADAM = 8
 """Per trained parameter: two moments in fp32, which a single step does not make."""
 
 
-def print_dry_run(
-    job: PruneJob, trainer: NutePruneTrainer, writing: float, judged: int, output: Output
-) -> dict[str, Any]:
+def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
     """Print which shapes can be had, and what the run will take; return both.
 
     Args:
         job: the job.
-        trainer: a run that has not begun.
-        writing: the seconds that the model writes text, reckoned.
-        judged: blocks of text that models are judged by.
+        run: one that has not begun.
         output: prints.
     """
-    found = _reached(trainer, output)
-    reset_peak()  # loading and timing what is written may have held more
-    step = seconds_per_step(trainer)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    memory = peak() + trained * BYTES_OF_ADAM
+    found = _reached(run, output)
+    trainer, args = run.first, run.args
+    writing = _seconds_to_write(run)
+    step = memory = None
+    if args.max_steps:
+        reset_peak()  # loading and timing what is written may have held more
+        step = seconds_per_step(trainer)
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        memory = peak() + trained * BYTES_OF_ADAM
     try:
-        taken = _planned(job, trainer, writing, judged, step)
-        print_phases(taken["phases"], _where(trainer), output)
-        said = "all phases by the rate of that step"
+        taken = _planned(job, run, writing, step)
+        print_phases(taken["phases"], _where(run), output)
     except Unplanned as error:
         output.line(f"Note    {error}")
-        taken = {"seconds": _reckoned(trainer, writing, step)}
-        said = "scoring and re-fit as so many steps"
-    output.line(
-        f"Cost    {step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one; "
-        f"{duration(taken['seconds'])} in all, {said}"
-    )
+        taken = {"seconds": _reckoned(run, writing, step)}
+    if step is None or memory is None:
+        said = (
+            f"{duration(taken['seconds'])} in all, at the rate of products alone: no step was run"
+        )
+    else:
+        rest = "by the rate of that step" if "phases" in taken else "the rest as so many steps"
+        said = (
+            f"{step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one; "
+            f"{duration(taken['seconds'])} in all, {rest}"
+        )
+    output.line(f"Cost    {said}")
     output.line("Dry run no model was written.")
     return {
         **found,
@@ -64,17 +69,27 @@ def print_dry_run(
     }
 
 
-def _reached(trainer: NutePruneTrainer, output: Output) -> dict[str, Any]:
+def _seconds_to_write(run: Run) -> float:
+    """Return how long the model writes text, timed on its first positions."""
+    text = run.text
+    if not text.to_write:
+        return 0.0
+    how: dict[str, Any] = {"tokens": text.to_write, "length": text.length}
+    with run.model.model.disable_adapter():
+        return seconds_to_write(run.model.anatomy.model, text.tokenizer, **how)
+
+
+def _reached(run: Run, output: Output) -> dict[str, Any]:
     """Print what each target comes to, in all words, and return it."""
-    budget, prices = trainer.allocator.budget, trainer.prices
-    scores = trainer.allocator.chance_scores()
-    shapes = [trainer.allocator.shape(scores, target.goal) for target in trainer.goals]
+    allocator, prices = run.model.allocator, run.model.prices
+    budget, scores = allocator.budget, allocator.chance_scores()
+    shapes = [allocator.shape(scores, goal.goal) for goal in run.goals]
     counts = [int(prices.params.total(shape)) for shape in shapes]
     sizes = [int(prices.size.total(shape)) for shape in shapes]
     caches = [prices.cache(shape) for shape in shapes]
     active = [of["active_after"] for shape in shapes if (of := prices.of_a_token(shape))]
     faster = [x for shape in shapes if (x := prices.speedup(shape)) is not None]
-    for i, (target, shape) in enumerate(zip(trainer.goals, shapes, strict=True)):
+    for i, (target, shape) in enumerate(zip(run.goals, shapes, strict=True)):
         output.line(
             f"Reach   {told(target)} asked, {budget.sparsity(shape):.3%} gone: "
             f"{millions(counts[i])} parameters"
@@ -84,9 +99,9 @@ def _reached(trainer: NutePruneTrainer, output: Output) -> dict[str, Any]:
             + (f"; expected to be {faster[i]:.2f} x as fast" if faster else "")
         )
     return {
-        "targets": list(trainer.targets),
+        "targets": [goal.sparsity for goal in run.goals],
         "sparsity": [budget.sparsity(shape) for shape in shapes],
-        "asked": [{"kind": x.asked.kind, "value": x.asked.value} for x in trainer.goals],
+        "asked": [{"kind": x.asked.kind, "value": x.asked.value} for x in run.goals],
         "parameters": counts,
         **({"active_parameters": active} if active else {}),
         "bytes": sizes,
@@ -98,64 +113,67 @@ def _reached(trainer: NutePruneTrainer, output: Output) -> dict[str, Any]:
     }
 
 
-def _planned(
-    job: PruneJob, trainer: NutePruneTrainer, writing: float, judged: int, step: float
-) -> dict[str, Any]:
-    """Return what phases take by a plan, at the rate of a step of `step` seconds.
+def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dict[str, Any]:
+    """Return what stages take by a plan, at the rate of a step of `step` seconds.
 
     Raises:
         Unplanned: if the model cannot be gone through without data.
     """
-    model, args, dtype = trainer.anatomy.model, copy.copy(trainer.args), trainer.computed_dtype
+    model, args, origin = run.model.anatomy.model, copy.copy(run.args), run.model.origin
     args.sharded = args.offload = False  # what these save is by formula
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
-    packed = bool(job.bits or trainer.args.sharded)
-    whole = trainer.args.device.type == "cpu" and not packed
-    stored = stored_dtype(model) if whole else None
-    own = own_share(job, trainer.args.sharded)
-    run = Run.of(config, args, job.length, dtype, type(model), judged, stored, own, packed)
-    phases = run.phases()
+    packed = bool(job.bits or run.args.sharded)
+    whole = args.device.type == "cpu" and not packed
+    plan = Plan.of(
+        config,
+        args,
+        job.length,
+        origin.computed_dtype,
+        kind=type(model),
+        judged=sum(len(x) for x in run.held_out.values()),
+        stored=origin.stored_dtype if whole else None,
+        own=own_share(job, run.args.sharded),
+        packed=packed,
+    )
+    phases = plan.phases()
     timed = next((x for x in phases if x.steps), None)
-    plain = timed.need.flops / timed.steps / step if timed else None
-    rate = Rate.measured(dtype, trainer.args.device.type, plain)
-    peaks = _peaks(job, trainer, run, phases)
+    plain = timed.need.flops / timed.steps / step if timed and step else None
+    rate = Rate.measured(origin.computed_dtype, args.device.type, plain)
+    peaks = _peaks(job, run, plan, phases)
     entries = [entry(phase, rate, peaks[phase.name]) for phase in phases]
     for x in entries:
-        if packed or trainer.args.offload:  # so is what they save
+        if packed or run.args.offload:  # so is what they save
             x |= {"how": FORMULA}
-        if x["phase"] == "writing text":
-            x |= {"seconds": writing, "how": MEASURED}
+        if x["phase"] == "write":
+            x |= {"seconds": writing, "how": "measured"}
     return {"phases": entries, "seconds": sum(x["seconds"] for x in entries)}
 
 
-def _peaks(
-    job: PruneJob, trainer: NutePruneTrainer, run: Run, phases: list[Phase]
-) -> dict[str, float]:
+def _peaks(job: PruneJob, run: Run, plan: Plan, phases: Sequence[Phase]) -> dict[str, float]:
     """Return the bytes that each phase holds where the run's model is."""
     peaks = {x.name: x.need.peak for x in phases}
-    after = ("finalize", "saving", "judging the results")  # nothing of the dense model is left
-    inside = {k: v for k, v in peaks.items() if k not in after}
-    if trainer.args.sharded:
-        return peaks | sharded(run, inside, trainer.args.world_size)
+    inside = {k: v for k, v in peaks.items() if k not in ("slice", "save")}  # of the dense model
+    if run.args.sharded:
+        return peaks | sharded(plan, inside, run.args.world_size)
     if job.bits:
-        return peaks | in_bits(run, inside, job.bits)
-    if run.stored is not None:
+        return peaks | in_bits(plan, inside, job.bits)
+    if plan.stored is not None:
         return on_cpu({x.name: x.need for x in phases})
-    return peaks | (offloaded(run, inside) if trainer.args.offload else {})
+    return peaks | (offloaded(plan, inside) if run.args.offload else {})
 
 
-def _where(trainer: NutePruneTrainer) -> str:
-    on_cpu = trainer.args.device.type == "cpu"
-    return "beside Python and files" if on_cpu else "peak on a device"
+def _where(run: Run) -> str:
+    return "beside Python and files" if run.args.device.type == "cpu" else "peak on a device"
 
 
-def _reckoned(trainer: NutePruneTrainer, writing: float, step: float) -> float:
+def _reckoned(run: Run, writing: float, step: float | None) -> float:
     """Return about how long a run takes that cannot be planned."""
-    args, anatomy, kinds = trainer.args, trainer.anatomy, trainer.allocator.constraints.kinds
-    asked = (args, kinds, is_packed(anatomy.model))
-    rounds = 1 + len(stops_before(trainer.targets[-1], *asked))
+    cut, args = run.cut(), run.args
+    rounds = METHODS[args.method].reads and cut.tries_cuts
+    stops = len(stops_before(run.goals[-1].sparsity)) * rounds
     # A scored or re-fitted block costs most of a step's share of one.
-    blocks = args.scored_blocks * rounds + args.refit_blocks * refits(trainer.targets, *asked)
+    refits = stops + cut.is_priced + len(run.goals)
+    blocks = args.scored_blocks * (1 + stops) + args.refit_blocks * refits
     each = args.train_batch_size * args.gradient_accumulation_steps
-    return writing + step * (args.max_steps + blocks / each)
+    return writing + (step or 0.0) * (args.max_steps * len(run.goals) + blocks / each)

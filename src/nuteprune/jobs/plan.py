@@ -7,7 +7,6 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,13 @@ from nuteprune.files import at_home
 from nuteprune.jobs.family import take
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
-from nuteprune.jobs.prune_trainer import trainer_config
+from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config
 from nuteprune.jobs.text import own_share
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
-from nuteprune.train.disk import ON_CPUS, disk
-from nuteprune.train.phases import FORMULA, Phase, Run
-from nuteprune.train.simulate import Simulation
+from nuteprune.plan.phases import FORMULA, ON_CPUS, SIMULATED, Phase, Plan
 
 SPARE = 0.95
 """Share of a device's memory that a run may take; allocators and libraries have the rest."""
@@ -68,13 +65,20 @@ class Variant:
 
     settings: str
     peaks: Mapping[str, float]
-    factor: float
-    how: str
+    factor: float = 1.0
+    how: str = SIMULATED
 
-    @property
-    def peak(self) -> float:
-        """The largest of all phases."""
-        return max(self.peaks.values())
+    def entry(self, memory: float) -> dict[str, Any]:
+        """Return what JSON says of it, on a device of so many bytes."""
+        phase = max(self.peaks, key=lambda x: self.peaks[x])
+        return {
+            "settings": self.settings,
+            "peak_bytes": round(self.peaks[phase]),
+            "phase": phase,
+            "step_time": self.factor,
+            "fits": self.peaks[phase] <= SPARE * memory,
+            "how": self.how,
+        }
 
 
 def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         if args.offload or job.bits is not None:
             what = "offload" if args.offload else "bits"
             raise UserError(f"a plan says by itself what {what} saves: use --device-memory")
-        planned = Run.of(config, args, job.length, dtype, own=own_share(job))
+        planned = Plan.of(config, args, job.length, dtype, own=own_share(job))
         layer = planned.sizes.layer
         if asked.memory is not None and layer > SPARE * asked.memory:
             raise UserError(
@@ -113,7 +117,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
     return result
 
 
-def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -> dict[str, Any]:
+def _taken(job: PruneJob, asked: Asked, planned: Plan, phases: Sequence[Phase]) -> dict[str, Any]:
     """Return what a run takes as it is asked for."""
     dtype, sizes, of_a_token = planned.dtype, planned.sizes, planned.of_a_token
     rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype, pick_device("auto"))
@@ -128,8 +132,8 @@ def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -
         "weights_bytes": sizes.weights,
         "phases": entries,
         "peak_bytes": max(phase.need.peak for phase in phases),
-        "main_memory_bytes": sizes.weights,
-        "disk_bytes": disk(planned),
+        "main_memory_bytes": sizes.weights * planned.written.itemsize // dtype.itemsize,
+        "disk_bytes": planned.disk(),
         "seconds": sum(x["seconds"] for x in entries),
         "flops_per_second": rate.plain,
         "fine_flops_per_second": rate.fine,
@@ -138,17 +142,16 @@ def _taken(job: PruneJob, asked: Asked, planned: Run, phases: Sequence[Phase]) -
     }
 
 
-def _choices(planned: Run, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
+def _choices(planned: Plan, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
     """Return the settings that take less, and the first of them that fits."""
-    variants = list(variants_of(planned, phases, (devices,)))
-    if devices > 1:  # one process keeps layers off its device, several share them out
-        variants = [v for v in variants if "--offload" not in v.settings]
-    fits = next((v for v in variants if v.peak <= SPARE * memory), None)
+    variants = variants_of(planned, phases, (devices,))
+    # One process keeps layers off its device, several share them out.
+    found = [x.entry(memory) for x in variants if devices == 1 or "--offload" not in x.settings]
     return {
         "devices": devices,
         "device_memory_bytes": memory,
-        "settings": [_choice(v, memory) for v in variants],
-        "fits": fits.settings if fits else None,
+        "settings": found,
+        "fits": next((x["settings"] for x in found if x["fits"]), None),
     }
 
 
@@ -178,7 +181,7 @@ def config_of(model: str) -> PreTrainedConfig:
     return config
 
 
-def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) -> Iterator[Variant]:
+def variants_of(planned: Plan, phases: Sequence[Phase], counts: Sequence[int]) -> Iterator[Variant]:
     """Yield settings that take less, those that cost least first.
 
     Args:
@@ -187,63 +190,42 @@ def variants_of(planned: Run, phases: Sequence[Phase], counts: Sequence[int]) ->
         counts: numbers of devices that weights may be sharded over.
     """
     args = planned.args
-    whole = {x.name: x.need.peak for x in phases if x.name != "saving"}
-    yield Variant("as asked", whole, 1.0, "simulated")
-    size = args.per_device_train_batch_size
+    whole = {x.name: x.need.peak for x in phases if x.name != "save"}
+    yield Variant("as asked", whole)
+    size, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     less: dict[str, Any] = {}
-    words, factor = [], 1.0
+    words, factor = "", 1.0
     if size > 1:
-        accumulated = size * args.gradient_accumulation_steps
+        accumulated *= size
         less |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulated}
-        words.append(f"--batch-size 1 --set gradient_accumulation_steps={accumulated}")
-        whole = _with(planned, whole, less)
-        yield Variant(" ".join(words), whole, factor, "simulated")
+        words = f"--batch-size 1 --set gradient_accumulation_steps={accumulated} "
+        yield Variant(words.strip(), whole := _with(planned, whole, less))
     if not args.gradient_checkpointing:
         less |= {"gradient_checkpointing": True}
-        words.append("--gradient-checkpointing")
-        factor *= SLOWER
-        whole = _with(planned, whole, less)
-        yield Variant(" ".join(words), whole, factor, "simulated")
-    on_device = {k: v for k, v in whole.items() if k != "finalize"}  # that in main memory
+        words, factor = f"{words}--gradient-checkpointing ", SLOWER
+        yield Variant(words.strip(), whole := _with(planned, whole, less), factor)
+    on_device = {k: v for k, v in whole.items() if k != "slice"}  # that in main memory
+    untried = {k: v for k, v in on_device.items() if k != "price"}  # which needs whole weights
     for count in (x for x in counts if x > 1):
-        peaks = sharded(planned, on_device, count)
-        yield Variant(" ".join([*words, "--set sharded=true"]), peaks, factor, FORMULA)
+        peaks = sharded(planned, untried, count)
+        yield Variant(f"{words}--set sharded=true", peaks, factor, FORMULA)
     # Stacked experts are not cut in fewer bits.
     for bits in () if planned.allocator.budget.per_token else (8, 4):
-        peaks = in_bits(planned, on_device, bits)
-        yield Variant(" ".join([*words, f"--bits {bits}"]), peaks, factor, FORMULA)
+        yield Variant(f"{words}--bits {bits}", in_bits(planned, untried, bits), factor, FORMULA)
     if not planned.allocator.budget.family.mixer:  # mixers stay on the device
-        peaks = offloaded(planned, on_device)
-        yield Variant(" ".join([*words, "--offload"]), peaks, factor, FORMULA)
+        yield Variant(f"{words}--offload", offloaded(planned, on_device), factor, FORMULA)
 
 
-def _with(planned: Run, whole: Mapping[str, float], less: Mapping[str, Any]) -> dict[str, float]:
+def _with(planned: Plan, whole: Mapping[str, float], less: Mapping[str, Any]) -> dict[str, float]:
     """Return peaks under other settings of the steps."""
     # Not made anew, since that lets settings of before win under their other names.
     args = copy.copy(planned.args)
     vars(args).update(less)
-    changed = dataclasses.replace(planned, args=args)
-    peaks = dict(whole)
-    for name in whole:
-        if name.startswith("step"):
-            moving, snapshot = "ramp" in name, "teachers" in name
-            need = changed.simulated(partial(Simulation.step, moving=moving, snapshot=snapshot))
-            peaks[name] = need.peak + changed.left.get(name, 0)
-    return peaks
+    steps = dataclasses.replace(planned, args=args).teach()
+    return {**whole, **{x.name: x.need.peak for x in steps}}
 
 
-def _choice(variant: Variant, memory: float) -> dict[str, Any]:
-    return {
-        "settings": variant.settings,
-        "peak_bytes": round(variant.peak),
-        "phase": max(variant.peaks, key=lambda x: variant.peaks[x]),
-        "step_time": variant.factor,
-        "fits": variant.peak <= SPARE * memory,
-        "how": variant.how,
-    }
-
-
-def _print(result: Mapping[str, Any], planned: Run, output: Output) -> None:
+def _print(result: Mapping[str, Any], planned: Plan, output: Output) -> None:
     args, config = planned.args, planned.config
     output.line(
         f"Model   {result['model']}: {config.model_type}, {config.num_hidden_layers} layers, "

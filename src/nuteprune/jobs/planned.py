@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.console import Output, duration, megabytes
-from nuteprune.train.phases import FIXED, Phase, Run
+from nuteprune.plan.phases import Phase, Plan
 
 HELD = {8: 8, 4: 4.5}
 """Bits that a weight takes: NF4 has a scale in fp32 for each 64 of them."""
@@ -97,26 +97,27 @@ def print_phases(entries: Sequence[Mapping[str, Any]], where: str, output: Outpu
     output.table("What each phase takes", ["phase", where, "TFLOP", "time", "how"], rows)
 
 
-def sharded(run: Run, peaks: Mapping[str, float], count: int) -> dict[str, float]:
+def sharded(plan: Plan, peaks: Mapping[str, float], count: int) -> dict[str, float]:
     """Return peaks of phases on a device where weights are sharded over so many."""
-    sizes = run.sizes
+    sizes = plan.sizes
     gathered = 2 * sizes.layer + sizes.outside
-    return _without(run, peaks, sizes.weights - sizes.weights / count - gathered)
+    return _without(plan, peaks, sizes.weights - sizes.weights / count - gathered)
 
 
-def in_bits(run: Run, peaks: Mapping[str, float], bits: int) -> dict[str, float]:
+def in_bits(plan: Plan, peaks: Mapping[str, float], bits: int) -> dict[str, float]:
     """Return peaks of phases on a device where projections are held in so many bits."""
-    return _without(run, peaks, run.sizes.projections * (1 - HELD[bits] / 8 / run.dtype.itemsize))
+    held = HELD[bits] / 8 / plan.dtype.itemsize
+    return _without(plan, peaks, plan.sizes.projections * (1 - held))
 
 
-def offloaded(run: Run, peaks: Mapping[str, float]) -> dict[str, float]:
+def offloaded(plan: Plan, peaks: Mapping[str, float]) -> dict[str, float]:
     """Return peaks of phases on a device that has one layer at a time."""
-    sizes = run.sizes
+    sizes = plan.sizes
     # Room of two: re-fitted weights are beside the teacher's.
-    return _without(run, peaks, sizes.weights - sizes.outside - 2 * sizes.layer)
+    return _without(plan, peaks, sizes.weights - sizes.outside - 2 * sizes.layer)
 
 
-def _without(run: Run, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
+def _without(plan: Plan, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
     # Their re-fit is in low rank, or off the device.
-    own = dict.fromkeys(("re-fit", FIXED), run.refitted)
-    return {k: v - saved - own.get(k, 0) - run.left.get(k, 0) for k, v in peaks.items()}
+    own = dict.fromkeys(("price", "refit", "teach", *["score"][: plan.stops]), plan.refitted)
+    return {k: v - saved - own.get(k, 0) for k, v in peaks.items()}

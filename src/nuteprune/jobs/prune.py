@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from nuteprune.console import Output, quiet_loading
-from nuteprune.jobs.folder import alone, check_out, clear, clear_result, is_stated, nothing_left
+from nuteprune.jobs.folder import clear, clear_result, is_stated
+from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
@@ -151,7 +152,7 @@ def run(job: PruneJob, output: Output) -> Result | None:
             plan = print_dry_run(job, made, output)
             return Result({}, made.held_out, plan) if is_main() else None
         begin(job, made)
-        records = import_module(config.pipeline).pipeline(made)
+        records = import_module(config.PIPELINE).pipeline(made)
     if not is_main():
         return None
     if made.products.found:

@@ -20,7 +20,7 @@ from nuteprune.jobs.family import take
 from nuteprune.jobs.folder import target_folder
 from nuteprune.jobs.job import PruneJob, what_it_is
 from nuteprune.jobs.progress import StepProgress
-from nuteprune.jobs.settings import settings_of_user
+from nuteprune.jobs.settings import settings_of_user, trainer_settings
 from nuteprune.jobs.sources import (
     around,
     load_model,
@@ -58,7 +58,8 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
     bookkeeping = {"save_strategy": "steps", "save_total_limit": 2}
     here = {"disable_tqdm": True, "use_cpu": pick_device(job.device) == "cpu"}
     with settings_of_user():
-        return NutePruneConfig(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
+        kind = trainer_settings(job.settings)
+        return kind(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
 
 
 def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float) -> Run:
@@ -99,7 +100,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
     def trainer_of(goal: Target) -> NutePruneTrainer:
         own = copy.copy(config)
         own.output_dir = str(run_folder_of(goal))
-        kind = import_module(config.pipeline).TRAINER
+        kind = import_module(config.PIPELINE).TRAINER
         with settings_of_user():
             trainer: NutePruneTrainer = kind(
                 prepared,

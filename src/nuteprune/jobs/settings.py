@@ -11,10 +11,11 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib import import_module
 from numbers import Number
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -25,6 +26,9 @@ from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.train.asked import SETTINGS, check_one
 from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.settings import CALL, declared
+
+if TYPE_CHECKING:
+    from nuteprune.train.config import NutePruneConfig
 
 J = TypeVar("J", bound=Job)
 
@@ -79,8 +83,11 @@ def make_job(
     """
     if given["out"] == "":
         raise UserError("--out is empty: is a variable not set? Name a folder")
-    kinds = [kind, *([trainer] if trainer else [])]
     file = None if config is None else at_home(Path(config))
+    assignments = list(assignments)
+    if trainer is not None and _is_progressive(file, assignments, given):
+        trainer = import_module("nuteprune.progressive.settings").ProgressiveSettings
+    kinds = [kind, *([trainer] if trainer else [])]
     settings = read_given(file, assignments, kinds)
     now = check({key: value for key, value in given.items() if value is not None}, kinds)
     check_one(now, SETTINGS)
@@ -99,9 +106,25 @@ def make_job(
     own["out"] = at_home(own["out"])  # of `--out=~/x` the shell leaves it
     if trainer is not None:
         own["settings"] = settings
-        ours = declared(PruneSettings).keys() & settings.keys()
-        PruneSettings(**{key: settings[key] for key in ours})  # checks them
+        ours = declared(trainer).keys() & settings.keys()
+        trainer(**{key: settings[key] for key in ours})  # checks them
     return kind(**own)
+
+
+def _is_progressive(file: Path | None, assignments: list[str], given: Mapping[str, Any]) -> bool:
+    """Return whether settings ask for masks that move, which have settings of their own."""
+    before = read_mapping(file, "--config") if file is not None else {}
+    assigned = [x.partition("=")[2] for x in assignments if x.partition("=")[0] == "progressive"]
+    said = [before.get("progressive"), *map(yaml.safe_load, assigned), given.get("progressive")]
+    return next((x for x in reversed(said) if x is not None), False) is True
+
+
+def trainer_settings(settings: Mapping[str, Any]) -> type[NutePruneConfig]:
+    """Return the class of a trainer's settings: the paper's own dynamics have another one."""
+    where = "progressive.config" if settings.get("progressive") else "train.config"
+    name = "ProgressiveConfig" if settings.get("progressive") else "NutePruneConfig"
+    found: type[NutePruneConfig] = getattr(import_module(f"nuteprune.{where}"), name)
+    return found
 
 
 def check_target(job: PruneJob) -> None:

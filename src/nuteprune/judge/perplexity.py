@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nuteprune.distill.losses import IGNORED
 from nuteprune.model.forwards import evaluating
+from nuteprune.simulated import number
 
 _MEASURE = "exp of the mean next-token negative log-likelihood (float32), "
 # How the numbers are made, for the record; `protocol` adds what differs from run to run.
@@ -56,7 +57,7 @@ def perplexity(
     is_read_NT = torch.arange(length) < context[:, None]
     targets = blocks.masked_fill(is_read_NT, IGNORED)
     batches = zip(blocks.split(batch_size), targets.split(batch_size), strict=True)
-    with torch.inference_mode(), evaluating(model):
+    with torch.no_grad(), evaluating(model):
         total = sum(_negative_log_likelihood(model, x.to(device), y) for x, y in batches)
     predicted = int((~is_read_NT).sum())
     # Unlike math.exp, a tensor's goes to infinity where a broken model takes it.
@@ -112,7 +113,7 @@ def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor, targets_BT: Te
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     targets_BT = targets_BT.to(logits_BTV.device)
     return sum(
-        F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum").item()
+        number(F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum"))
         for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT[:, 1:], strict=True)
         for logits, targets in zip(
             logits_TV.split(_POSITIONS), targets_T.split(_POSITIONS), strict=True

@@ -23,6 +23,7 @@ from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, in_place_of
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.sharding import gathered, is_sharded
+from nuteprune.simulated import once
 
 PANEL = 256
 """Columns of a product of inputs that are formed at once."""
@@ -280,18 +281,28 @@ class _Products:
         size = rows_MI.shape[1]
         if self._sum_II is None:
             self._sum_II = rows_MI.new_zeros(size, size)
-        for start in range(0, size, PANEL):
-            panel_MP = rows_MI[:, start : start + PANEL]
-            self._sum_II[start:, start : start + PANEL].addmm_(rows_MI[:, start:].T, panel_MP)
+        sum_II = self._sum_II
+
+        def multiply() -> None:
+            for start in range(0, size, PANEL):
+                panel_MP = rows_MI[:, start : start + PANEL]
+                sum_II[start:, start : start + PANEL].addmm_(rows_MI[:, start:].T, panel_MP)
+
+        once(multiply, rows_MI, *rows_MI.shape)
 
     def whole(self) -> Tensor:
         """Return both triangles."""
-        assert self._sum_II is not None
-        for start in range(0, len(self._sum_II), PANEL):
-            below = slice(start + PANEL, None)
-            panel = slice(start, start + PANEL)
-            self._sum_II[panel, below] = self._sum_II[below, panel].T
-        return self._sum_II
+        sum_II = self._sum_II
+        assert sum_II is not None
+
+        def mirror() -> None:
+            for start in range(0, len(sum_II), PANEL):
+                below = slice(start + PANEL, None)
+                panel = slice(start, start + PANEL)
+                sum_II[panel, below] = sum_II[below, panel].T
+
+        once(mirror, sum_II, len(sum_II))
+        return sum_II
 
 
 @contextmanager

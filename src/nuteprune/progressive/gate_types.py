@@ -21,18 +21,15 @@ class GateType:
         ranked: whether masks follow one-shot scores; else all units start alike.
         trained: whether the optimizer trains them: then they need steps to learn in, and an
             optimizer that can ascend for the Lagrangian's multipliers.
-        ramp_share: share of the steps by which the target is reached, by default.
     """
 
     make: Callable[[Allocator, Mapping[str, Tensor]], Gates]
     ranked: bool
     trained: bool
-    ramp_share: float
 
 
 GATE_TYPES = {
-    # A ranking is best followed at once: see docs/quality.md.
-    "ranked": GateType(RankedGates, ranked=True, trained=False, ramp_share=0.0),
-    "hard_concrete": GateType(HardConcreteGates, ranked=False, trained=True, ramp_share=0.5),
+    "ranked": GateType(RankedGates, ranked=True, trained=False),
+    "hard_concrete": GateType(HardConcreteGates, ranked=False, trained=True),
 }
 """Name, as the setting `gate_type` has it, -> what it is."""

@@ -8,7 +8,7 @@ Source: the paper (arXiv 2402.09773), sections 3.2 and 3.3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -20,16 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.calibration import calibration_blocks
 from nuteprune.distill.coforward import Role
+from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
 from nuteprune.processes import agree
+from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.progressive.schedule import Schedule
 from nuteprune.progressive.teachers import Plan, Teachers
 from nuteprune.run_folder import TEACHERS
 from nuteprune.stages.refit import refit
 from nuteprune.train.averaging import leave_out
-from nuteprune.train.checks import check_ascent, check_given
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.checks import check_given
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.state import RunState, restore
 from nuteprune.train.targets import Target
@@ -57,10 +58,12 @@ class ProgressiveTrainer(NutePruneTrainer):
         UserError: as `NutePruneTrainer`.
     """
 
+    args: ProgressiveConfig
+
     def __init__(
         self,
         model: PreTrainedModel | Prepared,
-        args: NutePruneConfig,
+        args: ProgressiveConfig,
         train_dataset: Dataset[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         goal: Target | None = None,
@@ -84,9 +87,6 @@ class ProgressiveTrainer(NutePruneTrainer):
         self.teachers = Teachers(self.run_folder / TEACHERS, model.layout, keep)
         # Trainer leaves models in 8 or 4 bits where they are, and what hangs on them too.
         self.gates.to(self.args.device)
-
-    def check_settings(self, args: NutePruneConfig) -> None:
-        """Take all settings."""
 
     def begin(self, resumes: bool = False) -> None:
         """Start the gates from scores, where they follow any."""
@@ -254,3 +254,20 @@ class ProgressiveTrainer(NutePruneTrainer):
     def teachers_met(self) -> list[float]:
         """Return the sparsities of the teachers on the way."""
         return self.teachers.sparsities
+
+
+def check_ascent(groups: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that cannot ascend where some parameters have to.
+
+    Args:
+        groups: of parameters, as the optimizer was given them.
+        optimizer: made of them.
+
+    Raises:
+        UserError: if it knows no `maximize`.
+    """
+    if any(group.get("maximize") for group in groups) and "maximize" not in optimizer.defaults:
+        raise UserError(
+            f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
+            "pass an optimizer that has maximize"
+        )

@@ -17,6 +17,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.mixture import Mixture
 from nuteprune.shrink.ridge import ridge_fit
+from nuteprune.simulated import alike
 
 
 def lost_neurons(anatomy: Anatomy, masks: Masks, layer: int) -> Tensor | None:
@@ -47,11 +48,11 @@ def fitted_stack(mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tens
     """
     stack = mixture.stack(mixture.down).detach()
     fitted = stack.clone()
-    for expert, mask_F in enumerate(mask_EF):
-        kept_F = mask_F > 0
-        if not bool(kept_F.all()):
-            own_DF, wanted_DF = (mixture.plain(x[expert]).float() for x in (stack, target))
-            covariance_FF = neuron_covariance(mixture, routed, expert)
-            new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
-            mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
+    thin = [i for i, mask_F in enumerate(mask_EF) if not bool((mask_F > 0).all())]
+    for expert in alike(thin, stack):
+        mask_F, kept_F = mask_EF[expert], mask_EF[expert] > 0
+        own_DF, wanted_DF = (mixture.plain(x[expert]).float() for x in (stack, target))
+        covariance_FF = neuron_covariance(mixture, routed, expert)
+        new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
+        mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
     return fitted

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from statistics import median
 
 import torch
@@ -32,6 +33,7 @@ from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.lora import effective_weight
 from nuteprune.shrink.compensate import Note, Regression
+from nuteprune.simulated import alike, left, number
 from nuteprune.stages.choose import choose
 from nuteprune.stages.prunable import Prunable
 from nuteprune.stages.refit import refit
@@ -224,7 +226,7 @@ class Measure:
                 if change.layer == layer and INPUTS[change.kind] == block:
                     mask_I = change.of(masks).inputs(layer)[block]
                     assert mask_I is not None
-                    weight_OI = regression.fit(mask_I).to("cpu", anatomy.model.dtype)
+                    weight_OI = left(regression.fit(mask_I).to("cpu", anatomy.model.dtype))
                     if folder is not None:
                         weight_OI = mapped({"weight": weight_OI}, folder)["weight"]
                     self._tried.append(Tried(change, anatomy.ends(layer)[block], weight_OI))
@@ -248,7 +250,9 @@ class Measure:
                 with noting_outputs(layers) as noted:
                     own.append(self._loss(batch))
                 outputs.append(noted)
-            for tried in self._tried:
+            by_weight = groupby(self._tried, lambda x: (x.change.layer, x.projection.path))
+            each = (alike(list(same), model.anatomy.embedding.weight) for _, same in by_weight)
+            for tried in chain.from_iterable(each):
                 layer, projection = tried.change.layer, tried.projection
                 reading = model.anatomy.projection(layer, projection)
                 own_OI = effective_weight(reading).to("cpu", copy=True)
@@ -258,7 +262,7 @@ class Measure:
                     with giving(layers[:layer], noted[:layer]):  # which give what they gave
                         losses.append(self._loss(batch))
                 model.bank.set_weight(layer, projection, own_OI)
-                found[tried.change] = float(torch.stack(losses).mean() - torch.stack(own).mean())
+                found[tried.change] = number(torch.stack(losses).mean() - torch.stack(own).mean())
                 tick()
         return found
 

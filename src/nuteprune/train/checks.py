@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.training_args import OptimizerNames
 
 from nuteprune.errors import UserError
-from nuteprune.progressive.gate_types import GATE_TYPES
 
 if TYPE_CHECKING:
     from nuteprune.train.config import NutePruneConfig
-
-ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
-"""Values of `optim` that know `maximize`."""
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """How `accelerate launch` asks for it, whatever the settings say."""
@@ -116,23 +110,6 @@ def check_offload(args: NutePruneConfig, packed: bool) -> None:
         )
 
 
-def check_ascent(groups: Iterable[Mapping[str, Any]], optimizer: Optimizer) -> None:
-    """Refuse an optimizer that cannot ascend where some parameters have to.
-
-    Args:
-        groups: of parameters, as the optimizer was given them.
-        optimizer: made of them.
-
-    Raises:
-        UserError: if it knows no `maximize`.
-    """
-    if any(group.get("maximize") for group in groups) and "maximize" not in optimizer.defaults:
-        raise UserError(
-            f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
-            "pass an optimizer that has maximize"
-        )
-
-
 def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
     """Refuse activation checkpointing that hooks of layers and shared masks cannot do with.
 
@@ -203,27 +180,15 @@ def check_trainer_settings(args: TrainingArguments) -> None:
         args._n_gpu = 1
 
 
-def check_combinations(args: NutePruneConfig, method: str) -> None:
+def check_combinations(args: NutePruneConfig) -> None:
     """Refuse settings that do not go together.
 
     Args:
         args: the settings.
-        method: the ranking by default.
 
     Raises:
         UserError: saying which to leave out.
     """
-    gate_type = GATE_TYPES[args.gate_type]
-    if not gate_type.ranked and args.method != method:
-        raise UserError(
-            f"gate_type {args.gate_type} starts all units alike, so method {args.method} has "
-            "nothing to rank: leave one of the two out"
-        )
-    if gate_type.trained and not (args.max_steps and any(args.shares)):
-        raise UserError(
-            f"gate_type {args.gate_type} learns its masks in steps: pass max_steps above 0, and "
-            "ramp_share or freeze_share above 0"
-        )
     if args.num_train_epochs != TrainingArguments.num_train_epochs:
         raise UserError("num_train_epochs is not counted by: pass max_steps")
     if args.auto_find_batch_size:
@@ -234,15 +199,4 @@ def check_combinations(args: NutePruneConfig, method: str) -> None:
         raise UserError(
             "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype "
             "to compute in (--dtype)"
-        )
-    if args.lora_targets == "qv" and args.compensation:
-        raise UserError(
-            "the re-fit puts weights in place beside LoRA, which lora_targets qv leaves the "
-            "output and down projections without: set compensation to false"
-        )
-    optimizer = OptimizerNames(args.optim).value
-    if gate_type.trained and optimizer not in ASCENDING:
-        raise UserError(
-            f"the Lagrangian's multipliers ascend, which optim {optimizer} cannot do: leave "
-            "optim out"
         )

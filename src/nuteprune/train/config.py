@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from transformers import SchedulerType
 
+from nuteprune.distill.objective import RELATIVE, TEXT, Objective
+from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
-from nuteprune.gates.method_names import METHOD
-from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.checks import check_combinations
 from nuteprune.train.prune_settings import PruneSettings
@@ -60,28 +60,18 @@ class NutePruneConfig(PruneSettings, RunArguments):
 
     Args:
         method: the one-shot scoring that ranks units: a key of `gates.importance.METHODS`.
-        gate_type: `ranked` (hard masks by the scores, which a ramp re-estimates from gradients)
-            or `hard_concrete` (the paper's stochastic gates, driven by its Lagrangian).
         calibration_blocks: blocks of text for the scores; the re-fit reads 4.5 times as many.
-        ramp_share: share of the steps by which the target is reached; masks are frozen there. 0:
-            at the first step; without a ramp there are no snapshots. None: 0 for ranked
-            gates, 0.5 for hard-concrete ones.
-        freeze_share: share of the steps by which masks are frozen, if later than the ramp's end;
-            None: as `ramp_share`. Both 0: masks are frozen, and weights re-fitted, before the first
-            step.
 
     Parameters that control distillation:
 
     Args:
-        teacher: `dense` (the dense model), `snapshots` (those that a ramp leaves on its way), or
-            `none`: the text itself is learned, by the language-model loss.
-        objective: `relative` (token KL, and layer terms relative to the teacher's norm) or `paper`.
+        teacher: `dense` (the dense model) or `none`: the text itself is learned, by the
+            language-model loss.
 
     Parameters that control LoRA and the re-fit:
 
     Args:
         lora_rank: rank of the adapters.
-        lora_targets: `all` projections or `qv` (queries and values, the paper's).
         compensation: re-fit the output and down projections in closed form when masks freeze:
             whole, or as low-rank start of LoRA where weights are sharded or in 8 or 4 bits.
 
@@ -104,6 +94,8 @@ class NutePruneConfig(PruneSettings, RunArguments):
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
 
+    PIPELINE: ClassVar[str] = "nuteprune.pipeline"
+    """The module whose `pipeline` goes through a run's stages."""
     FOLLOWING: ClassVar[Mapping[str, Any]] = {
         "lr_scheduler_kwargs": FALLS_LATE,
         "gradient_checkpointing": False,
@@ -116,35 +108,31 @@ class NutePruneConfig(PruneSettings, RunArguments):
         RunArguments.__post_init__(self)
         PruneSettings.__post_init__(self)
         if self.ddp_find_unused_parameters is None:  # frozen gates are unused
-            self.ddp_find_unused_parameters = GATE_TYPES[self.gate_type].trained
-        check_combinations(self, METHOD)
+            self.ddp_find_unused_parameters = self.has_unused_parameters
+        check_combinations(self)
+        if self.progressive and type(self).PIPELINE == NutePruneConfig.PIPELINE:
+            raise UserError(
+                "progressive settings are those of nuteprune.progressive.config.ProgressiveConfig"
+            )
 
     @property
-    def shares(self) -> tuple[float, float]:
-        """Shares of a target's steps by which it is reached, and masks are frozen."""
-        ramp = GATE_TYPES[self.gate_type].ramp_share if self.ramp_share is None else self.ramp_share
-        return ramp, ramp if self.freeze_share is None else self.freeze_share
+    def losses(self) -> Objective:
+        """What the student is trained on."""
+        return TEXT if self.teacher == "none" else RELATIVE
 
     @property
-    def pipeline(self) -> str:
-        """The module whose `pipeline` goes through the run's stages."""
-        return f"nuteprune.{'progressive.' if self.is_progressive else ''}pipeline"
+    def has_narrow_lora(self) -> bool:
+        """Whether LoRA is on queries and values alone."""
+        return False
 
     @property
-    def is_progressive(self) -> bool:
-        """Whether masks move while the student learns."""
-        return GATE_TYPES[self.gate_type].trained or any(self.shares)
-
-    @property
-    def staged(self) -> bool:
-        """Whether targets, or a ramp, have shares of the steps."""
-        return len(self.asked) > 1 or any(self.shares)
+    def has_unused_parameters(self) -> bool:
+        """Whether parameters that are trained may have no gradients."""
+        return False
 
     @property
     def scored_blocks(self) -> int:
         """Blocks that the one-shot scores read, those without gradients among them."""
-        if not GATE_TYPES[self.gate_type].ranked:
-            return 0
         method = METHODS[self.method]
         return self.calibration_blocks * max(int(method.reads), method.reads_plain)
 
@@ -155,8 +143,8 @@ class NutePruneConfig(PruneSettings, RunArguments):
 
     @property
     def tried(self) -> bool:
-        """Whether a cut can be tried: masks come at once, and whole weights are re-fitted."""
-        return self.compensation and not (any(self.shares) or self.sharded)
+        """Whether a cut can be tried before the first step: whole weights are re-fitted."""
+        return self.compensation and not self.sharded
 
     @property
     def priced_blocks(self) -> int:

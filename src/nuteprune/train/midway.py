@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import cast
 
@@ -36,7 +37,11 @@ def run_config(checkpoint: Path) -> NutePruneConfig | RecoverConfig:
     """
     settings = read_settings(checkpoint.resolve().parent)
     kind: type[NutePruneConfig] | type[RecoverConfig]
-    kind = NutePruneConfig if "method" in settings else RecoverConfig
+    kind = RecoverConfig
+    if "method" in settings:
+        kind = NutePruneConfig
+    if settings.get("progressive"):  # nothing else of a run is
+        kind = import_module("nuteprune.progressive.config").ProgressiveConfig
     what = [name for name, x in declared(kind).items() if x.role == WHAT]
     given = {name: settings[name] for name in what if name in settings}
     try:

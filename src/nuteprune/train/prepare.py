@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
-from nuteprune.distill.objective import OBJECTIVES, TEXT, Objective
+from nuteprune.distill.objective import Objective
 from nuteprune.errors import UserError
 from nuteprune.export.loading import exact_dtype
 from nuteprune.export.record import origin_of, read_record
@@ -174,7 +174,7 @@ def prepare(
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
     bank = LoraBank(anatomy, Path(cast(str, args.output_dir)))
-    objective = TEXT if args.teacher == "none" else OBJECTIVES[args.objective]
+    objective = args.losses
     distance, normed = objective.layer_distance, objective.normed
     if args.sharded:
         shard_base(anatomy, all_processes(args.device))

@@ -20,33 +20,7 @@ from nuteprune.train.settings import CALL, HOW, check_declared, setting
 
 
 @dataclass
-class PaperSettings:
-    """Settings of the paper's own dynamics: all that only a run with a ramp, or its gates, has."""
-
-    gate_type: str = setting(
-        "ranked", "ranked, or hard_concrete (the paper's).", choices=("ranked", "hard_concrete")
-    )
-    ramp_share: float | None = setting(
-        None, "Share of the steps by which the target is reached.", bounds=(0, 1)
-    )
-    freeze_share: float | None = setting(
-        None, "Share of the steps by which masks are frozen.", bounds=(0, 1)
-    )
-    teacher: str = setting(
-        "dense",
-        "dense, snapshots (of a ramp, on its way), or none (the text itself is learned).",
-        choices=("dense", "snapshots", "none"),
-    )
-    objective: str = setting(
-        "relative",
-        "relative, or paper (its weights and layer terms).",
-        choices=("relative", "paper"),
-    )
-    lora_targets: str = setting("all", "all, or qv (the paper's).", choices=("all", "qv"))
-
-
-@dataclass
-class PruneSettings(PaperSettings):
+class PruneSettings:
     """Settings of a run that prunes; see `train.config.NutePruneConfig`."""
 
     target_sparsity: float | str | list[float] = setting(
@@ -130,6 +104,14 @@ class PruneSettings(PaperSettings):
         option="--method",
     )
     calibration_blocks: int = setting(32, "Blocks of text for the scores.", bounds=(1, 1e6))
+    teacher: str = setting(
+        "dense", "dense, or none (the text itself is learned).", choices=("dense", "none")
+    )
+    progressive: bool = setting(
+        False,
+        "Masks move while the student learns, as in the paper: see recipes/paper.yaml and "
+        "nuteprune.progressive.",
+    )
     lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
     compensation: bool = setting(True, "Re-fit projections in closed form when masks freeze.")
     sharded: bool = setting(False, "Share the dense model's weights out over processes.")

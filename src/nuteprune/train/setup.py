@@ -226,7 +226,7 @@ def _kinds_here(whole: Shape, kinds: tuple[str, ...]) -> tuple[str, ...]:
 def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftModel:
     """Wrap a model with a run's LoRA: on all projections, or on those that make Q and V."""
     more: dict[str, Any] = (
-        {"queries_and_values": args.lora_targets == "qv"}
+        {"queries_and_values": args.has_narrow_lora}
         if isinstance(args, NutePruneConfig)
         else {"lora_dropout": args.lora_dropout}
     )

@@ -31,6 +31,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.lora import Learned, Weights
 from nuteprune.model.offload import bring_home
 from nuteprune.products import Products
+from nuteprune.simulated import has_data
 from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.averaging import around_sharded
@@ -90,7 +91,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         **kwargs: Any,
     ) -> None:
         collator = kwargs.pop("data_collator", None) or collated
-        self.check_settings(args)
         if train_dataset is not None:
             check_text(train_dataset, alike=collator is collated)
         if isinstance(model, PreTrainedModel):
@@ -118,22 +118,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         )
         self.model_accepts_loss_kwargs = False
 
-    def check_settings(self, args: NutePruneConfig) -> None:
-        """Refuse settings of another trainer.
-
-        Raises:
-            UserError: naming it.
-        """
-        if args.is_progressive:
-            raise UserError(
-                "these settings move masks while the student learns: use ProgressiveTrainer of "
-                "nuteprune.progressive"
-            )
-
     # -- several processes
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self.args.sharded:  # else it is there already
+        # A sharded one is there already, and one without data is nowhere.
+        if not self.args.sharded and has_data(self.anatomy.embedding.weight):
             super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **more: Any) -> Any:

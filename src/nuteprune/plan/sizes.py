@@ -24,7 +24,7 @@ class Sizes:
         layer: of one decoder layer, the largest.
         outside: of what is in no layer: embedding, head, final norm.
         refitted: what the re-fit puts beside the base's weights, at most.
-        tried: weights that are re-fitted to try a cut out; see `train.pricing`.
+        tried: weights that are re-fitted to try a cut out; see `stages.price`.
         adapters: LoRA, in fp32.
         cached: keys and values while the model writes.
         together: how many texts it writes at a time, at most.

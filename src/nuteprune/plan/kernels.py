@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.train.extrapolate import Need
+from nuteprune.plan.need import Need
 
 KERNEL = 0.58e6
 """Bytes of the kernel that oneDNN makes on CPUs for each size of a product in half precision, and

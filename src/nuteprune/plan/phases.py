@@ -1,0 +1,365 @@
+"""What each stage of a run takes, in memory and work, from a config alone: its phases in a plan."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from nuteprune.data.blocks import JUDGED
+from nuteprune.data.openings import TEXT_TOKENS
+from nuteprune.data.own_text import GUARD, tokens_to_write
+from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.surgeon import INPUTS
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.plan.kernels import of_all_widths
+from nuteprune.plan.need import (
+    ONE_BY_ONE,
+    PARTS_OF_LAYERS,
+    SHORT,
+    Need,
+    extended,
+    in_batches,
+    shortened,
+)
+from nuteprune.plan.sizes import Sizes
+from nuteprune.plan.walk import Walk, model_of
+from nuteprune.stages.price import usual_changes
+from nuteprune.stages.score import stops_before
+from nuteprune.train.asked import SETTINGS
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.setup import make_allocator
+from nuteprune.train.targets import Prices, run_targets
+
+SIMULATED, FORMULA = "simulated", "formula"
+MOMENTS = 2
+"""What Adam holds of a trained parameter beside it, as a multiple."""
+FEW_BLOCKS = (6, 9)
+"""Blocks that are scored in place of many: in more than one batch, with and without gradients."""
+ON_CPUS = ("cut",)
+"""What `Plan.disk` counts that runs on CPUs alone write."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a stage takes in a run.
+
+    Args:
+        name: the stage's.
+        need: its peak in bytes, weights among them, and the work of all of it.
+        how: `SIMULATED`, or by a `FORMULA` where code would ask for data.
+        steps: optimizer steps in it.
+        read: bytes of weights and of keys and values that are read where few tokens at a time are
+            multiplied; elsewhere work takes longer.
+    """
+
+    name: str
+    need: Need
+    how: str = SIMULATED
+    steps: int = 0
+    read: float = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run to be planned.
+
+    Args:
+        config: of the dense model.
+        args: the run's settings.
+        length: tokens per block.
+        dtype: what is computed in.
+        sizes: of the model's parts.
+        allocator: which shapes it can be cut to.
+        targets: the sparsities that it is to reach, growing.
+        of_a_token: `active_before` and `active_after` at each target; empty where there are no
+            experts.
+        written: dtype of the files of a checkpoint.
+        kind: the model's class; None: the stock one of the config.
+        judged: blocks of held-out text; None: not known, and one batch is gone through.
+        stored: dtype of the checkpoint, if the run is on a CPU. Peaks are then of what no file
+            stands behind: weights are mapped, unless the run computes in another dtype. None: a
+            device, which holds all.
+        own: share of the text that the model writes itself.
+        packed: whether weights are in few bits or sharded, so that cuts are not tried.
+    """
+
+    config: PreTrainedConfig
+    args: NutePruneConfig
+    length: int
+    dtype: torch.dtype
+    sizes: Sizes
+    allocator: Allocator
+    targets: tuple[float, ...]
+    of_a_token: tuple[dict[str, int], ...]
+    written: torch.dtype
+    kind: type[PreTrainedModel] | None = None
+    judged: int | None = None
+    stored: torch.dtype | None = None
+    own: float = GUARD
+    packed: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        config: PreTrainedConfig,
+        args: NutePruneConfig,
+        length: int,
+        dtype: torch.dtype,
+        **more: Any,
+    ) -> Plan:
+        """Look at the model of a config, without making its weights.
+
+        Raises:
+            UserError: for settings that this model cannot take.
+        """
+        written = more.get("stored") or getattr(config, "dtype", None)
+        written = written if isinstance(written, torch.dtype) else dtype
+        with torch.device("meta"):
+            anatomy = Anatomy(model_of(config, dtype, more.get("kind")))
+        allocator = make_allocator(anatomy, args)
+        sizes = Sizes.of(anatomy, args, length, allocator.constraints.kinds)
+        prices = Prices.of(anatomy, written, args)
+        goals, scores = run_targets(allocator, args, prices), allocator.chance_scores()
+        targets = tuple(x.sparsity for x in goals)
+        each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
+        found = tuple(x for x in each if x)
+        return cls(config, args, length, dtype, sizes, allocator, targets, found, written, **more)
+
+    # -- what is gone through
+
+    def walked(
+        self,
+        stage: Callable[[Walk], Need],
+        short: tuple[int, ...] = SHORT,
+        masks: Masks | None = None,
+    ) -> Need:
+        """Go through a stage without data."""
+
+        def run(config: PreTrainedConfig) -> Need:
+            how: dict[str, Any] = {"kind": self.kind, "stored": self.stored, "masks": masks}
+            return stage(Walk(config, self._by_share(config), self.length, self.dtype, **how))
+
+        if masks is not None:
+            return run(shortened(self.config, len(masks.layout.shape.layers)))
+        return extended(self.config, run, short, self.allocator.layout.shape.layers)
+
+    def _by_share(self, config: PreTrainedConfig) -> NutePruneConfig:
+        """Return the settings for a model of fewer layers, which is to lose the same share.
+
+        Sizes, speeds, counts of layers and tables of costs are those of the whole model.
+        """
+        args, asked = copy.copy(self.args), self.args.asked[0].kind
+        for name in SETTINGS:
+            setattr(args, name, None)
+        args.costs = None
+        if asked in ("speedup", "shape"):  # which may bring kinds of their own
+            args.gates = ",".join(self.allocator.constraints.kinds)
+        with torch.device("meta"):
+            anatomy = Anatomy(model_of(config, self.dtype, self.kind))
+        args.target_sparsity = 0.0
+        most = make_allocator(anatomy, args).maximum()
+        if most < min(self.targets):  # as where the first layer has to keep its attention
+            args.gates = None
+            most = make_allocator(anatomy, args).maximum()
+        args.target_sparsity = min(self.targets[0], most)
+        return args
+
+    def phases(self) -> list[Phase]:
+        """Return all phases, in their order."""
+        found = [*self._write(), self.judge(), *self.score(), *self.price(), *self._refit()]
+        return [*found, *self.teach(), *self.cut()]
+
+    # -- stages
+
+    @property
+    def _weights(self) -> float:
+        """Bytes of the dense model that count."""
+        return 0 if self.stored == self.dtype else self.sizes.weights
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return self.allocator.constraints.kinds
+
+    @property
+    def refitted(self) -> int:
+        """Bytes of re-fitted weights beside the base's own, at most; CPUs map them."""
+        return self.sizes.refitted if self.args.compensation and self.stored is None else 0
+
+    @property
+    def _tries_cuts(self) -> bool:
+        return self.args.tried and not self.packed and set(self._kinds) <= set(INPUTS)
+
+    @property
+    def _is_priced(self) -> bool:
+        return METHODS[self.args.method].priced and self._tries_cuts
+
+    @property
+    def stops(self) -> int:
+        """How many times what is left is scored again."""
+        again = METHODS[self.args.method].reads and self._tries_cuts
+        return len(stops_before(self.targets[-1])) if again else 0
+
+    @property
+    def results(self) -> list[float]:
+        """Bytes of the model of each target, in the dtype of the run; the smallest last."""
+        return [self.sizes.weights - x * self.sizes.projections for x in self.targets]
+
+    @cached_property
+    def _judged(self) -> Need:
+        return self.walked(Walk.judge)
+
+    @property
+    def _block(self) -> float:
+        """Work of the dense model on a block."""
+        return self._judged.flops / JUDGED
+
+    def _write(self) -> list[Phase]:
+        read = (self.args.blocks, self.args.calibrated_blocks)
+        blocks = tokens_to_write(*read, self.own, self.length) // self.length if self.own else 0
+        if not blocks:
+            return []
+        # A token at a time, as if none were a chat: all weights are read at each position, and on
+        # the average half of the keys and values.
+        short, sizes = min(TEXT_TOKENS, self.length), self.sizes
+        texts = math.ceil(blocks * self.length / short)
+        together = min(sizes.together, texts)
+        cached = sizes.cached * short / self.length * together / sizes.together
+        reading = math.ceil(texts / together) * short * (sizes.read + cached / 2)
+        held = self._weights + sizes.adapters + sizes.cached
+        return [Phase("write", Need((held,), self._block * blocks), FORMULA, read=reading)]
+
+    def judge(self) -> Phase:
+        """Return the phase of judging."""
+        batches = (self.judged or JUDGED) / JUDGED
+        several = self.judged is not None and len(self.targets) > 1 and self.stored is None
+        if self.judged is not None:
+            batches *= 1 + sum(self.results) / self.sizes.weights
+        need = self._judged.held(self.results[0] * several)  # beside the dense one
+        return Phase("judge", need.times(batches))
+
+    def score(self) -> list[Phase]:
+        """Return the phase of scoring, if there is one."""
+        args = self.args
+        if args.progressive and not args.scored_blocks:  # masks that are learned
+            return []
+
+        def scored(blocks: int) -> Need:
+            return self.walked(partial(Walk.score, blocks=blocks), PARTS_OF_LAYERS)
+
+        need = in_batches(scored, args.scored_blocks, FEW_BLOCKS)
+        if stops := self.stops:
+            need = need.times(1 + stops).held(self.refitted).then(self._refits[0].times(stops))
+        return [Phase("score", need)]
+
+    @cached_property
+    def _refits(self) -> tuple[Need, int, Need]:
+        """What a refit takes on all blocks; how many are few, and what these take."""
+        size, found = self.args.per_device_train_batch_size, dict[int, Need]()
+
+        def refit(blocks: int) -> Need:
+            return found.setdefault(
+                blocks, self.walked(partial(Walk.refit, blocks=blocks), ONE_BY_ONE)
+            )
+
+        whole = in_batches(refit, self.args.refit_blocks, (2 * size, 3 * size))
+        return whole, *next(iter(found.items()))
+
+    def price(self) -> list[Phase]:
+        """Return the phase of pricing, if there is one."""
+        args, sizes = self.args, self.allocator.layout.sizes
+        if not self._is_priced:
+            return []
+        whole, few, part = self._refits
+        need = self.walked(partial(Walk.price, blocks=few))
+        fitted, tried = need.peaks
+        changes = sum(usual_changes(kind, size) for kind in self._kinds for size in sizes[kind])
+        # Each from its own layer on: half of the layers on the average.
+        trying = self._block * args.priced_blocks * changes / 2
+        need = replace(
+            need,
+            peaks=(fitted + whole.peak - part.peak, tried),
+            flops=need.flops + whole.flops - part.flops + trying,
+            fine=need.fine + whole.fine - part.fine,
+        )
+        return [Phase("price", need)]
+
+    def _refit(self) -> list[Phase]:
+        if not self.args.compensation:
+            return []
+        between = self.args.progressive and "fixed" not in list(self._steps)[:1]
+        need = self._refits[0].held(MOMENTS * self.sizes.adapters * between)
+        return [Phase("refit", need.times(len(self.targets)))]
+
+    @cached_property
+    def _steps(self) -> dict[str, int]:
+        """Kind of steps -> how many there are to a target."""
+        if not self.args.progressive:
+            return {"": self.args.max_steps} if self.args.max_steps else {}
+        planned = import_module("nuteprune.progressive.plan")
+        found: dict[str, int] = planned.kinds_of_steps(self.args, self.targets[-1])
+        return found
+
+    def teach(self) -> list[Phase]:
+        """Return the phase of all steps, if there are any."""
+        args, need = self.args, Need((0,))
+        for kind, steps in self._steps.items():
+            each = args.gradient_accumulation_steps * steps * len(self.targets)
+            need = need.then(self.step(kind).times(each))
+        return [Phase("teach", need, steps=args.max_steps * len(self.targets))][: args.max_steps]
+
+    def step(self, kind: str = "") -> Need:
+        """Return what a step of a kind takes, a batch of it."""
+        step = partial(Walk.teach, kind=kind)
+        need = self.walked(step)
+        narrow = kind != "moving"
+        if self.stored is None or not narrow or hasattr(self.config, "pruned"):
+            return need
+        # Layers of the same widths share kernels, so these do not grow layer by layer.
+        masks = of_all_widths([self.allocator.chance(x) for x in self.targets])
+        return replace(need, sizes=self.walked(step, masks=masks).sizes) if masks else need
+
+    def cut(self) -> list[Phase]:
+        """Return the phases after teaching."""
+        # Few layers hold most when what is in none is cut. Many copied ones hold most before that.
+        whole = self.config.num_hidden_layers
+        copied = self.stored not in (None, self.dtype)
+        cut = self.walked(Walk.slice, (whole,) if copied else SHORT)
+        adapters = self.sizes.adapters
+        # It begins with the moments of what was trained, and lets go of them.
+        begun = self._weights + self.refitted + (1 + MOMENTS * bool(self._steps)) * adapters
+        saved = self.results[0]
+        if self.stored is not None:  # mapped, and copied to be written in another dtype
+            saved *= copied * self.stored.itemsize / self.dtype.itemsize
+        save = Phase("save", Need((saved + adapters,)), FORMULA)
+        return [Phase("slice", Need((begun,)).then(cut)), save]
+
+    # -- the disk
+
+    def disk(self) -> dict[str, float]:
+        """Return the bytes that a run writes, by what they are for."""
+        args, sizes, count = self.args, self.sizes, len(self.targets)
+        files = self.written.itemsize / self.dtype.itemsize
+        refitted, teachers = sizes.refitted * args.compensation, 0.0
+        if args.progressive:
+            planned = import_module("nuteprune.progressive.plan")
+            teachers = sum(planned.snapshots_of(args, x) for x in self.targets)
+        # Two are kept, one is written; masks that move are in it with what is re-fitted.
+        checkpoints = 3 * (3 * sizes.adapters + refitted * args.progressive)
+        return {
+            "result": sum(self.results) * files,
+            "refitted": refitted * count,
+            "tried": sizes.tried * self._is_priced,
+            "cut": self.results[0] * files,  # the same as the result, until it is written
+            "checkpoints": checkpoints * count * bool(args.max_steps),
+            "teachers": teachers * sizes.adapters / 2,
+        }

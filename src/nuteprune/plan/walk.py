@@ -1,0 +1,230 @@
+"""A run's stages on a model without data: what each holds and multiplies, without doing it.
+
+The code is the stages' own: text, masks and scores are real, weights and activations are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from nuteprune.data.blocks import JUDGED
+from nuteprune.gates.importance import METHODS
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.surgeon import READ
+from nuteprune.judge.perplexity import perplexities
+from nuteprune.model.lora import Weights
+from nuteprune.plan.live import Live, without_data
+from nuteprune.plan.need import Need
+from nuteprune.plan.trial import trial_step
+from nuteprune.stages.price import price
+from nuteprune.stages.refit import refit
+from nuteprune.stages.score import score
+from nuteprune.stages.slice import slice_model
+from nuteprune.train.bad_steps import BadSteps
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prepare import Prepared, prepare
+from nuteprune.train.trainer import NutePruneTrainer
+
+
+class Walk:
+    """A model without data, prepared for a run; it is good for a stage, or several.
+
+    Args:
+        config: of the dense model.
+        args: the run's settings.
+        length: tokens per block.
+        dtype: what is computed in.
+        model: with data, to measure what else is told; None: one without is made of the config.
+        kind: the model's class; None: the stock one of the config.
+        stored: dtype of the checkpoint, if the run is on a CPU. What is mapped from files is not
+            counted then. None: a device, which holds all.
+        masks: the cut; None: by chance, at the last target.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        args: NutePruneConfig,
+        length: int,
+        dtype: torch.dtype,
+        model: PreTrainedModel | None = None,
+        kind: type[PreTrainedModel] | None = None,
+        stored: torch.dtype | None = None,
+        masks: Masks | None = None,
+    ) -> None:
+        self._args, self._length, self._stored = args, length, stored
+        self._config, self._kind = config, kind
+        if model is None:
+            with torch.device("meta"):
+                model = model_of(config, dtype, kind)
+        self._model: Prepared = prepare(model, args, stored)
+        self._folder = Path(str(args.output_dir)) if stored is not None else None
+        self._model.bank.folder = self._folder
+        without_data(self._model.model)
+        self._masks = masks or self._model.allocator.chance(self._model.goals[-1].sparsity)
+
+    @contextmanager
+    def _counting(self) -> Iterator[Live]:
+        model, live = self._model.model, Live()
+        mapped = self._stored == self._model.origin.computed_dtype
+        with live:
+            for tensor in (*model.parameters(), *model.buffers()):
+                live.count(tensor)
+            for parameter in model.parameters() if mapped else ():
+                if not parameter.requires_grad:
+                    live.leave(parameter)
+            live.peak = live.now
+            yield live
+
+    def _text(self, blocks: int) -> Tensor:
+        return torch.zeros(blocks, self._length, dtype=torch.long)
+
+    def judge(self) -> Need:
+        """Judge the dense model by a batch of held-out text."""
+        with self._counting() as live:
+            perplexities(self._model.anatomy.model, {"": self._text(JUDGED)}, batch_size=JUDGED)
+        return Need.of(live)
+
+    def score(self, blocks: int) -> Need:
+        """Score the units once on so much text: gradients, then layer by layer, in stretches."""
+        method = self._args.method
+        with self._counting() as live:
+            score(self._model, self._text(blocks), method=method, progress=live.progress)
+            live.progress()
+        # The first time it tells that it begins; the rest of the last stretch is of the one before.
+        began, *ticks, rest = live.ticks
+        ticks[-1:] = [max(*ticks[-1:], rest)] if ticks else [rest]
+        gradients = blocks // max(1, METHODS[method].reads_plain) if METHODS[method].reads else 0
+        layers = len(self._model.anatomy.layers)
+        stretches = [ticks[:gradients]]
+        stretches += [ticks[i : i + layers] for i in range(gradients, len(ticks), layers)]
+        return Need.of(live, [max([began, *x]) for x in stretches])
+
+    def price(self, blocks: int) -> Need:
+        """Measure what changes of the cut cost: at first they are fitted, then tried.
+
+        Work is that of fitting alone.
+
+        Args:
+            blocks: that the refit reads.
+        """
+        args, model = self._args, self._model
+        scores, goal = model.allocator.chance_scores(), model.goals[-1].goal
+        texts = self._text(args.priced_blocks), self._text(blocks)
+        fitted: list[Need] = []
+        with self._counting() as live:
+
+            def progress(title: str, done: int, _: int) -> None:
+                if (title, done) == ("price", 0):
+                    fitted.append(Need.of(live))
+                    live.restart()
+
+            size = args.per_device_train_batch_size
+            price(model, scores, goal, *texts, batch_size=size, progress=progress)
+        return replace(fitted[0], peaks=(fitted[0].peak, live.peak))
+
+    def refit(self, blocks: int) -> Need:
+        """Re-fit all layers at their most, on so much text; what is fitted stays."""
+        with self._counting() as live:
+            fitted = self._refit(self._widest(), blocks)
+            del fitted
+        return Need.of(live)
+
+    def _refit(self, masks: Masks, blocks: int) -> Weights:
+        args, text = self._args, self._text(blocks)
+        size, rank = args.per_device_train_batch_size, args.lora_rank
+        return refit(self._model, masks, text, batch_size=size, rank=rank)
+
+    def _widest(self) -> Masks:
+        """Return masks that close a single unit of each kind in each layer.
+
+        The widest layer decides what a refit holds, and each may be the one that keeps most.
+        """
+        layout, values = self._masks.layout, {}
+        for kind in self._masks.values:
+            parts = [torch.ones(size) for size in layout.sizes[kind]]
+            for part in parts if kind in READ else ():
+                part[-1:] = 0
+            values[kind] = torch.cat(parts)
+        return Masks(layout, values)
+
+    def teach(self, kind: str = "") -> Need:
+        """Do an optimizer step; see `_taught`."""
+        with self._taught(kind) as (live, _):
+            return Need.of(live)
+
+    @contextmanager
+    def _taught(self, kind: str) -> Iterator[tuple[Live, NutePruneTrainer]]:
+        """Do two optimizer steps, the second of which has all that a step finds.
+
+        Args:
+            kind: of the steps where masks move; see `progressive.plan`.
+        """
+        size = self._args.per_device_train_batch_size
+        with self._counting() as live:
+            weights = None
+            if self._args.compensation and kind in ("", "fixed"):
+                weights = self._refit(self._masks, 1)
+            if kind:
+                progressive = import_module("nuteprune.progressive.plan")
+                trainer = progressive.Planned(self._model, self._args, kind, self._masks)
+            else:
+                trainer = NutePruneTrainer(self._model, self._args, masks=self._masks)
+            trainer.bad_steps = BadSteps(torch.device("cpu"))  # where all claim to be
+            if weights is not None:
+                self._model.bank.install(weights)
+            del weights
+            live.restart()
+            for _ in range(2 if self._args.max_steps else 0):
+                live.flops = live.fine = 0
+                trial_step(trainer, {"input_ids": self._text(size)})
+                trainer._clip_grad_norm(trainer.model)
+                trainer.create_optimizer().step()
+                trainer.model.zero_grad()
+            yield live, trainer
+
+    def slice(self) -> Need:
+        """Merge, fold and cut what was taught; uses the model up."""
+        model, origin = self._model, self._model.origin
+        with self._taught("fixed" * self._args.progressive) as (live, trainer):
+            live.restart()
+            if trainer.optimizer is not None:
+                trainer.optimizer.state.clear()
+            learned = model.bank.learned()
+            slice_model(
+                self._reloaded(live) if model.must_be_reloaded else model.unwrapped(),
+                self._masks,
+                learned,
+                computed_dtype=origin.computed_dtype,
+                stored_dtype=origin.stored_dtype,
+                folder=self._folder,
+            )
+        return Need.of(live)
+
+    def _reloaded(self, live: Live) -> PreTrainedModel:
+        """Return the dense model anew as it is stored, mapped from its file."""
+        self._model.free()
+        with torch.device("meta"):
+            dense = model_of(self._config, self._model.origin.stored_dtype, self._kind)
+        without_data(dense)
+        for parameter in dense.parameters():
+            live.leave(parameter)
+        return dense
+
+
+def model_of(
+    config: PreTrainedConfig, dtype: torch.dtype, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """Return a model of a config, of the stock class or another, on the device of the moment."""
+    make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
+    model: PreTrainedModel = make(config, dtype=dtype)
+    model.eval()
+    return model

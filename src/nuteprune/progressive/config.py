@@ -1,0 +1,103 @@
+"""Settings of a `ProgressiveTrainer`: ours, and all of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers.training_args import OptimizerNames
+
+from nuteprune.distill.objective import Objective
+from nuteprune.errors import UserError
+from nuteprune.gates.method_names import METHOD
+from nuteprune.progressive.gate_types import GATE_TYPES
+from nuteprune.progressive.objective import OBJECTIVES
+from nuteprune.progressive.settings import ProgressiveSettings
+from nuteprune.train.config import NutePruneConfig
+
+ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+"""Values of `optim` that know `maximize`."""
+
+
+@dataclass
+class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):
+    """Settings of a run whose masks move while the student learns.
+
+    Args:
+        gate_type: `ranked` (hard masks by the scores, which are re-estimated from gradients) or
+            `hard_concrete` (the paper's stochastic gates, driven by its Lagrangian).
+        ramp_share: share of the steps by which the target is reached; masks are frozen there.
+        freeze_share: share of the steps by which masks are frozen, if later than the ramp's end.
+        teacher: `snapshots` (those that the ramp leaves on its way), `dense`, or `none`.
+        objective: `relative` (token KL, and layer terms relative to the teacher's norm) or `paper`.
+        lora_targets: `all` projections or `qv` (queries and values, the paper's).
+
+    Raises:
+        UserError: for settings that do not go together.
+    """
+
+    PIPELINE: ClassVar[str] = "nuteprune.progressive.pipeline"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        gate_type, optimizer = GATE_TYPES[self.gate_type], OptimizerNames(self.optim).value
+        if not any(self.shares):
+            raise UserError(
+                "masks that move need steps to move in: pass ramp_share or freeze_share above 0, "
+                "or leave progressive out"
+            )
+        if gate_type.trained and not self.max_steps:
+            raise UserError(
+                f"gate_type {self.gate_type} learns its masks in steps: pass max_steps above 0"
+            )
+        if not gate_type.ranked and self.method != METHOD:
+            raise UserError(
+                f"gate_type {self.gate_type} starts all units alike, so method {self.method} has "
+                "nothing to rank: leave one of the two out"
+            )
+        if self.has_narrow_lora and self.compensation:
+            raise UserError(
+                "the refit puts weights in place beside LoRA, which lora_targets qv leaves the "
+                "output and down projections without: set compensation to false"
+            )
+        if gate_type.trained and optimizer not in ASCENDING:
+            raise UserError(
+                f"the Lagrangian's multipliers ascend, which optim {optimizer} cannot do: leave "
+                "optim out"
+            )
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the steps by which the target is reached, and masks are frozen."""
+        freeze = self.ramp_share if self.freeze_share is None else self.freeze_share
+        return self.ramp_share, freeze
+
+    @property
+    def has_unused_parameters(self) -> bool:
+        """Whether parameters that are trained may have no gradients: gates that are frozen."""
+        return GATE_TYPES[self.gate_type].trained
+
+    @property
+    def staged(self) -> bool:
+        """Whether what a step is to do depends on how many steps there are in all."""
+        return True
+
+    @property
+    def losses(self) -> Objective:
+        """What the student is trained on."""
+        return super().losses if self.teacher == "none" else OBJECTIVES[self.objective]
+
+    @property
+    def has_narrow_lora(self) -> bool:
+        """Whether LoRA is on queries and values alone."""
+        return self.lora_targets == "qv"
+
+    @property
+    def scored_blocks(self) -> int:
+        """Blocks that the one-shot scores read, those without gradients among them."""
+        return super().scored_blocks if GATE_TYPES[self.gate_type].ranked else 0
+
+    @property
+    def tried(self) -> bool:
+        """Whether a cut can be tried before the first step: never, since masks move."""
+        return False
