@@ -117,7 +117,7 @@ def surgeon(probe: Probe) -> Scores:
     experts have no re-fit, so they keep their Fisher score, which estimates the same loss. Which
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
-    `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
+    `copying_kept`. The first attention goes last of all; see `first_attention_last`.
     In the end the last layer's neurons cost their median at least; see `last_neurons_floored`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
     ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
@@ -135,19 +135,22 @@ def surgeon(probe: Probe) -> Scores:
 
 
 def first_attention_last(layout: Layout, scores: Scores) -> Scores:
-    """Raise the scores of the first layer's heads and KV groups above those of all others.
+    """Raise the scores of the first attention's heads and KV groups above those of all others.
 
-    There the first token of a sequence sees nothing but itself. That tells it from all others, and
-    makes it the attention sink: a hidden state hundreds of times as large as the rest. Without a
-    sink the whole sequence is lost. It is a switch, so gradients of a dense model do not show it. A
-    few blocks of text have too few first tokens to show it either.
+    It is that of the first layer that has any (`Shape.first_attention`). There the first token of a
+    sequence sees nothing but itself. That tells it from all others, and makes it the attention
+    sink: a hidden state hundreds of times as large as the rest. Without a sink the whole sequence
+    is lost. It is a switch, so gradients of a dense model do not show it. A few blocks of text have
+    too few first tokens to show it either.
     Source: attention sinks, Xiao et al. 2023 (arXiv 2309.17453); massive activations, Sun et al.
     2024 (arXiv 2402.17762); measured in docs/log.md.
     """
-    raised = dict(scores)
+    raised, first = dict(scores), layout.shape.first_attention
     for kind in {"heads", "kv_groups"} & scores.keys():
-        first, rest = scores[kind].split([layout.sizes[kind][0], sum(layout.sizes[kind][1:])])
-        raised[kind] = torch.cat([first + rest.max(), rest]) if len(rest) else first
+        parts = list(scores[kind].split(layout.sizes[kind]))
+        if len(rest := torch.cat([*parts[:first], *parts[first + 1 :]])):
+            parts[first] = parts[first] + rest.max()
+        raised[kind] = torch.cat(parts)
     return raised
 
 
