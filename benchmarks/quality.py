@@ -87,7 +87,7 @@ class Plan:
     targets: Sequence[float] = (0.1, 0.2, 0.25, 0.5)
     seeds: Sequence[int] = (0, 1, 2)
     trained: Sequence[str] = (OURS, "fisher", "taylor", "random")
-    trained_once: Sequence[str] = ("magnitude", "wanda", "flap", "similarity")
+    trained_once: Sequence[str] = ("wanda", "flap", "similarity")
     trained_targets: Sequence[float] = (0.2, 0.5)
     steps: int = 80
     long_steps: int = 400

@@ -255,7 +255,7 @@ def test_what_is_out_of_reach_says_what_stays_of_the_smallest_model(name: str) -
     assert ("KV head of each layer" in said) == (
         "kv_groups" in case.kinds and all(b.kv_heads > 0 for _, b in pairs)
     )
-    assert ("first layer's attention" in said) == any(not b.heads for _, b in pairs)
+    assert ("attention of the first layer" in said) == any(not b.heads for _, b in pairs)
     assert ("of the width" in said) == (smallest.hidden < 16)
     assert "expert" not in said
 

@@ -154,7 +154,7 @@ class Allocator:
         found = {
             "heads": f"one {'query head of each KV head' if grouped else 'head of each layer'}",
             "kv_groups": "one KV head of each layer",
-            "attn_block": "the first layer's attention",
+            "attn_block": "attention of the first layer that has any",
             "neurons": f"{neurons} MLP",
             "experts": f"{budget.per_token} experts of each layer, as many as a token takes",
             "expert_neurons": f"{neurons} expert",

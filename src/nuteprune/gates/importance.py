@@ -3,8 +3,8 @@
 Every method answers with scores in the form that the allocator takes: additive losses, of which
 the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`,
 `surgeon`) are taken as they are. Those that only rank come through `units.losses_of`, so that the
-allocator follows their ranking, made as each paper makes it: `magnitude`, `wanda` and the scores of
-experts rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
+allocator follows their ranking, made as each paper makes it: `wanda` and the scores of experts
+rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
 and `similarity` across all.
 
 Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
@@ -26,9 +26,9 @@ from nuteprune.gates.cutting import copying_kept
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
 from nuteprune.gates.rerouting import reconstruction, removal_order
-from nuteprune.gates.routed import frequency, reap
+from nuteprune.gates.routed import reap
 from nuteprune.gates.surgeon import has_cost, surgeon_scores
-from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked, squared_weights
+from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
 
@@ -42,17 +42,6 @@ def random(probe: Probe) -> Scores:
     The floor that any method has to be above.
     """
     return chance(probe.budget, probe.layout, probe.kinds, probe.seed)
-
-
-def magnitude(probe: Probe) -> Scores:
-    """L2 norm of all weights that go with the unit, ranked within its layer.
-
-    |u|_2 = sqrt(sum of w^2 over the rows and columns of every projection that belong to u).
-    Source: Han et al. 2015 (arXiv 1506.02626), by groups as the L2 baseline of LLM-Pruner (Ma,
-    Fang and Wang 2023, arXiv 2305.11627).
-    """
-    squares = squared_weights(probe.anatomy, probe.kinds)
-    return ranked(probe, {kind: value.sqrt() for kind, value in squares.items()})
 
 
 def wanda(probe: Probe) -> Scores:
@@ -128,7 +117,7 @@ def surgeon(probe: Probe) -> Scores:
     experts have no re-fit, so they keep their Fisher score, which estimates the same loss. Which
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
-    `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
+    `copying_kept`. The first attention goes last of all; see `first_attention_last`.
     In the end the last layer's neurons cost their median at least; see `last_neurons_floored`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
     ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
@@ -146,19 +135,22 @@ def surgeon(probe: Probe) -> Scores:
 
 
 def first_attention_last(layout: Layout, scores: Scores) -> Scores:
-    """Raise the scores of the first layer's heads and KV groups above those of all others.
+    """Raise the scores of the first attention's heads and KV groups above those of all others.
 
-    There the first token of a sequence sees nothing but itself. That tells it from all others, and
-    makes it the attention sink: a hidden state hundreds of times as large as the rest. Without a
-    sink the whole sequence is lost. It is a switch, so gradients of a dense model do not show it. A
-    few blocks of text have too few first tokens to show it either.
+    It is that of the first layer that has any (`Shape.first_attention`). There the first token of a
+    sequence sees nothing but itself. That tells it from all others, and makes it the attention
+    sink: a hidden state hundreds of times as large as the rest. Without a sink the whole sequence
+    is lost. It is a switch, so gradients of a dense model do not show it. A few blocks of text have
+    too few first tokens to show it either.
     Source: attention sinks, Xiao et al. 2023 (arXiv 2309.17453); massive activations, Sun et al.
     2024 (arXiv 2402.17762); measured in docs/log.md.
     """
-    raised = dict(scores)
+    raised, first = dict(scores), layout.shape.first_attention
     for kind in {"heads", "kv_groups"} & scores.keys():
-        first, rest = scores[kind].split([layout.sizes[kind][0], sum(layout.sizes[kind][1:])])
-        raised[kind] = torch.cat([first + rest.max(), rest]) if len(rest) else first
+        parts = list(scores[kind].split(layout.sizes[kind]))
+        if len(rest := torch.cat([*parts[:first], *parts[first + 1 :]])):
+            parts[first] = parts[first] + rest.max()
+        raised[kind] = torch.cat(parts)
     return raised
 
 
@@ -244,7 +236,6 @@ _EXPERTS = ("experts",)
 _ONLY_EXPERTS = "it judges whole routed experts"
 METHODS: dict[str, Method] = {
     "random": Method(random, reads=False),
-    "magnitude": Method(magnitude, reads=False),
     "wanda": Method(wanda, _INPUTS, _ONLY_INPUTS),
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
@@ -254,7 +245,6 @@ METHODS: dict[str, Method] = {
         reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, reads_plain=1
     ),
     "reap": Method(reap, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
-    "frequency": Method(frequency, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
     "similarity": Method(
         similarity,
         BLOCK_KINDS,

@@ -1,4 +1,4 @@
-"""What routed experts do on text: how often each is chosen, and how much of it is heard.
+"""What routed experts do on text: how much of each is heard.
 
 Shape suffixes: S tokens, K experts of a token, E experts, D hidden width.
 """
@@ -24,11 +24,10 @@ class Heard:
 
     Args:
         mixture: the layer's experts.
-        loud: whether to sum up norms too, for which each expert is computed once more.
     """
 
-    def __init__(self, mixture: Mixture, loud: bool) -> None:
-        self._mixture, self._loud = mixture, loud
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
         self.tokens_E = torch.zeros(mixture.sizes[0], dtype=torch.float64)
         self.loud_E = torch.zeros(mixture.sizes[0], dtype=torch.float64)
 
@@ -43,8 +42,6 @@ class Heard:
             return
         chosen = index_SK.flatten()
         self.tokens_E += torch.bincount(chosen.cpu(), minlength=len(self.tokens_E))
-        if not self._loud:
-            return
         # As many tokens as there are pairs, each with one expert, which is heard in full.
         each_SD = hidden_SD.repeat_interleave(index_SK.shape[-1], 0)
         alone = torch.ones_like(weight_SK).view(-1, 1)
@@ -62,7 +59,7 @@ class Heard:
 
 
 @contextmanager
-def hearing_experts(anatomy: Anatomy, loud: bool = True) -> Iterator[list[Heard]]:
+def hearing_experts(anatomy: Anatomy) -> Iterator[list[Heard]]:
     """Sum up what the experts of all layers do, layer after layer.
 
     Yields:
@@ -71,7 +68,7 @@ def hearing_experts(anatomy: Anatomy, loud: bool = True) -> Iterator[list[Heard]
     found = []
     with ExitStack() as stack:
         for mixture in filter(None, map(anatomy.mixture, range(len(anatomy.layers)))):
-            heard, experts = Heard(mixture, loud), mixture.experts
+            heard, experts = Heard(mixture), mixture.experts
             found.append(heard)
             if mixture.entry.weighed_first:
                 stack.enter_context(experts.register_forward_hook(heard.add_weighed))
@@ -92,14 +89,3 @@ def reap(probe: Probe) -> Scores:
     with hearing_experts(probe.anatomy) as heard:
         probe.read()
     return ranked(probe, {"experts": torch.cat([layer.reap() for layer in heard])})
-
-
-def frequency(probe: Probe) -> Scores:
-    """How many tokens are routed to an expert, ranked within its layer.
-
-    The baseline that expert pruning is compared with: Muzio, Sun and He 2024 (SEER-MoE, arXiv
-    2404.05089).
-    """
-    with hearing_experts(probe.anatomy, loud=False) as heard:
-        probe.read()
-    return ranked(probe, {"experts": torch.cat([layer.tokens_E.float() for layer in heard])})

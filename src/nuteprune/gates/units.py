@@ -1,7 +1,7 @@
-"""What belongs to a unit: its parameters, its weights, its rank among the units of its layer.
+"""What belongs to a unit: its parameters, its rank among the units of its layer.
 
-Shape suffixes: O rows, I columns of a projection, D hidden width, H heads and G KV heads of a
-layer, E experts, F neurons of each, U units of a layer, N units of one kind in the whole model.
+Shape suffixes: I inputs of a projection, U units of a layer, N units of one kind in the whole
+model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,8 @@ from torch import Tensor
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.probe import Probe, Scores
-from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
-from nuteprune.model.packed import weight_of
-from nuteprune.model.shape import PER_HEAD, LayerShape, axis_sizes
-from nuteprune.model.sharding import gathered
-from nuteprune.simulated import scored
+from nuteprune.model.shape import LayerShape
 
 
 def unit_parameters(budget: Budget, kind: str) -> Tensor:
@@ -59,99 +55,6 @@ def unit_parameters(budget: Budget, kind: str) -> Tensor:
 def _count(form: tuple[int, int], hidden: int) -> float:
     coefficient, constant = form
     return float(coefficient * hidden + constant)
-
-
-def squared_weights(anatomy: Anatomy, kinds: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the sum of squares (N,) of all weights and biases that each unit would take along."""
-    layers: dict[str, list[Tensor]] = {kind: [] for kind in kinds if kind != "hidden"}
-    hidden_D = torch.zeros(anatomy.shape.hidden)
-    for i, layer in enumerate(anatomy.shape.layers):
-        with gathered(anatomy.layers[i]):
-            parts, width_D = _layer_squares(anatomy, i, layer)
-        hidden_D += scored(width_D)
-        for kind, values in layers.items():
-            values.append(scored(parts[kind]))
-    found = {kind: torch.cat(values) for kind, values in layers.items()}
-    return {kind: hidden_D if kind == "hidden" else found[kind] for kind in kinds}
-
-
-def _layer_squares(
-    anatomy: Anatomy, index: int, layer: LayerShape
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the sums of squares of a layer's units, by kind, and of each hidden feature (D,)."""
-    sizes = axis_sizes(layer, anatomy.head_dim)
-    axes = {axis: torch.zeros(size) for axis, size in sizes.items()}
-    hidden_D, uncut = torch.zeros(anatomy.shape.hidden), torch.zeros(())
-    for projection in anatomy.family.projections:
-        linear = anatomy.linear(index, projection)
-        if linear is None:
-            continue
-        square_OI = weight_of(linear).float().cpu().square()
-        if projection in anatomy.family.uncut:
-            if not projection.inside:
-                hidden_D += square_OI.sum(0 if projection.columns == "hidden" else 1)
-            uncut = uncut + square_OI.sum()
-            continue
-        if projection.columns != "hidden":
-            axes[projection.columns] += square_OI.sum(0)
-            hidden_D += square_OI.sum(1)
-            continue
-        hidden_D += square_OI.sum(0)
-        rows_O = square_OI.sum(1)
-        if linear.bias is not None:
-            rows_O = rows_O + linear.bias.detach().float().cpu().square()
-        for axis, part in zip(
-            projection.rows, rows_O.split([sizes[a] for a in projection.rows]), strict=True
-        ):
-            axes[axis] += part
-    experts_EF = _expert_squares(anatomy, index, hidden_D)
-    heads_H, groups_G = _head_squares(axes, layer, anatomy.head_dim)
-    return {
-        "heads": heads_H,
-        "kv_groups": groups_G,
-        "neurons": axes["neurons"],
-        "experts": experts_EF.sum(1),
-        "expert_neurons": experts_EF.flatten(),
-        "attn_block": (groups_G.sum() + uncut)[None][: layer.mixes],
-        "mlp_block": (axes["neurons"].sum() + experts_EF.sum())[None][: layer.mlp],
-    }, hidden_D
-
-
-def _head_squares(
-    axes: Mapping[str, Tensor], layer: LayerShape, head_dim: int
-) -> tuple[Tensor, Tensor]:
-    """Return the sums of squares of a layer's heads (H,) and KV groups (G,), given each axis's."""
-    heads_H = sum(
-        (axes[axis].view(-1, many * head_dim).sum(1) for axis, many in PER_HEAD.items()),
-        torch.zeros(layer.heads),
-    )
-    groups_G = axes["kv"].view(-1, head_dim).sum(1)
-    if layer.attention:
-        groups_G = groups_G + heads_H.view(layer.kv_heads, -1).sum(1)
-    return groups_G if layer.heads_per_group == 1 else heads_H, groups_G
-
-
-def _expert_squares(anatomy: Anatomy, index: int, hidden_D: Tensor) -> Tensor:
-    """Return the sums of squares (E, F) of a layer's experts; add those of hidden features."""
-    mixture = anatomy.mixture(index)
-    if mixture is None:
-        return torch.zeros(0, 0)
-    entry, found_EF = mixture.entry, torch.zeros(mixture.sizes)
-    for projection in entry.projections:
-        square = mixture.stack(projection).detach().float().cpu().square()
-        inner, outer = (1, 2) if (projection.columns == "hidden") != entry.transposed else (2, 1)
-        hidden_D += square.sum((0, inner))
-        rows = square.sum(outer)
-        bias = mixture.bias(projection)
-        if projection.columns == "hidden":
-            if bias is not None:
-                rows = rows + bias.detach().float().cpu().square()
-            stacked = (
-                (-1, len(projection.rows)) if entry.interleaved else (len(projection.rows), -1)
-            )
-            rows = rows.unflatten(1, stacked).sum(2 if entry.interleaved else 1)
-        found_EF += rows
-    return found_EF
 
 
 def over_columns(
