@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nuteprune.data.blocks import training_blocks
+from nuteprune.data.own_text import READINGS, tokens_to_write
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.own_text import READINGS, tokens_to_write
 
 
 @pytest.mark.parametrize(
