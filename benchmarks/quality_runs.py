@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nuteprune.train.calibration import priced, refit_on, score_in_rounds, stops_before
 from quality_text import Judge, Setting, Texts
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
@@ -34,7 +35,6 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.shrink.compensate import Fit, Install
-from nuteprune.train.calibration import priced, refit_on, score_in_rounds, stops_before
 from nuteprune.train.config import METHOD
 from nuteprune.train.setup import make_allocator
 from nuteprune.train.state import last_checkpoint

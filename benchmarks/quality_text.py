@@ -11,13 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nuteprune.data.self_written import write_text
+from nuteprune.train.own_text import tokens_to_write
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune import NutePruneConfig, UserError
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.data.demo import TEXTS
-from nuteprune.data.self_written import write_text
 from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part
 from nuteprune.jobs.job import PruneJob
@@ -28,7 +29,6 @@ from nuteprune.judge.protocols import HELD_OUT, PROTOCOLS
 from nuteprune.judge.provenance import IN_DOMAIN, kind_of
 from nuteprune.judge.texts import make_blocks
 from nuteprune.run_folder import SELF
-from nuteprune.train.own_text import tokens_to_write
 
 CHOOSING_SEED = 9
 """Draws the sequences of `copying` where settings are chosen; reported figures have another."""

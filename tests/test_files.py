@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nuteprune.files import sync
+from nuteprune.files import atomic, sync
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,12 @@ def test_only_a_folder_that_cannot_be_waited_for_is_forgiven(
         return
     with pytest.raises(OSError, match=os.strerror(number)):
         sync(path)
+
+
+@pytest.mark.parametrize("name", ["plain", "n" * 255])
+def test_what_goes_wrong_is_told_by_the_files_own_name(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with pytest.raises(FileNotFoundError) as told, atomic(path):
+        pass  # nothing was written
+    assert told.value.filename == str(path)
+    assert ".partial" not in str(told.value)

@@ -18,6 +18,7 @@ import torch
 import nuteprune
 from nuteprune.data import demo as assets
 from nuteprune.errors import UserError
+from nuteprune.export import loading
 from nuteprune.export.loading import load_pruned
 from nuteprune.files import write_sums
 from nuteprune.jobs.engines import LlamaCpp
@@ -237,3 +238,86 @@ def test_names_in_archives_are_no_places(tmp_path: Path, monkeypatch: pytest.Mon
     before = sorted(tmp_path.rglob("*"))
     assert "plain" in assets.documents()["one"]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- files that are elsewhere -------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tiny_model, tmp_path: Path) -> Path:
+    """A model in several files, with one of them outside its folder as well."""
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    shutil.copy(first_of(folder), tmp_path / "elsewhere.safetensors")
+    return folder
+
+
+def first_of(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def name_in_index(folder: Path, name: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(first_of(folder).name, name))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/elsewhere.safetensors", ".."])
+def test_an_index_names_no_files_outside_the_folder(name: str, sharded: Path) -> None:
+    name_in_index(sharded, str(sharded.parent / name[1:]) if name.startswith("/") else name)
+    with pytest.raises(UserError, match="is no file of the model's folder"):
+        load_pruned(sharded)
+
+
+def test_links_out_of_the_folder_are_not_followed_and_others_are(sharded: Path) -> None:
+    first = first_of(sharded)
+    first.rename(sharded / "one.bin")
+    first.symlink_to("one.bin")
+    load_pruned(sharded)
+    first.unlink()
+    first.symlink_to("../elsewhere.safetensors")
+    with pytest.raises(UserError, match=r"is a link to .*elsewhere.safetensors, outside"):
+        load_pruned(sharded)
+    (sharded.parent / "alias").symlink_to(sharded)
+    with pytest.raises(UserError, match="outside the model's folder"):
+        load_pruned(sharded.parent / "alias")
+
+
+@pytest.mark.parametrize("named", ["by its folder", "by its name"])
+def test_the_hubs_cache_keeps_its_links(
+    named: str, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "hub" / "models--some--model"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    for folder in (repo / "blobs", repo / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        shutil.copy(file, repo / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    source = str(snapshot) if named == "by its folder" else "some/model"
+    load_pruned(source, cache_dir=tmp_path / "hub")
+    index = snapshot / "model.safetensors.index.json"
+    text = index.read_text().replace(first_of(snapshot).name, "../../../../elsewhere.safetensors")
+    index.unlink()
+    index.write_text(text)
+    with pytest.raises(UserError, match="is no file of the model's folder"):
+        load_pruned(source, cache_dir=tmp_path / "hub")
+    index.unlink()
+    index.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(UserError, match="outside the model's folder"):
+        load_pruned(source, cache_dir=tmp_path / "hub")
+
+
+def test_what_comes_while_a_model_is_loaded_is_looked_at_too(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = loading._load
+
+    def bring(*args: object, **named: object) -> object:
+        name_in_index(sharded, "../elsewhere.safetensors")  # as a download brings an index
+        return load(*args, **named)
+
+    monkeypatch.setattr(loading, "_load", bring)
+    with pytest.raises(UserError, match="is no file of the model's folder"):
+        load_pruned(sharded)

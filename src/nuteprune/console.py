@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Drawn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from nuteprune.files import to_json
 from nuteprune.processes import is_main
 
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Characters that steer a terminal or turn the order of letters; lines and tabs are left."""
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, units done, units in all) during long work."""
 WIDE = 200
@@ -44,6 +48,22 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def printable(text: str) -> str:
+    """Return text, which may be of a stranger's file, without what is no letter to a terminal."""
+    return _UNSHOWN.sub("", text)
+
+
+class _Terminal(Console):
+    """A console that shows text of any file, in lines, tables and bars alike, as mere letters."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield the parts of what is printed; what rich itself tells the terminal stays."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
+
+
 class Output:
     """Prints for a person, and with `as_json` one machine-readable line as the last on stdout.
 
@@ -59,10 +79,10 @@ class Output:
         quiet = quiet or not is_main()
         # Names of files and models may have brackets or colons: `id[:config[:split]]`.
         plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-        self.console = Console(stderr=as_json, soft_wrap=False, quiet=quiet, **plain)
+        self.console = _Terminal(stderr=as_json, soft_wrap=False, quiet=quiet, **plain)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = WIDE
-        self.progress_console = Console(stderr=True, quiet=quiet, **plain)
+        self.progress_console = _Terminal(stderr=True, quiet=quiet, **plain)
 
     def line(self, text: str = "") -> None:
         """Print a line for people."""

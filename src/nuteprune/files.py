@@ -6,6 +6,7 @@ Sums are kept as `sha256sum` writes and checks them: `cd FOLDER && sha256sum -c 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -29,6 +30,8 @@ WRONG_PLACE = {
     *(errno.ELOOP, errno.EINVAL, errno.EEXIST),
 }
 """What no second try mends: another place has to be named."""
+MOST_BYTES = 255
+"""Length of a file's name, on most file systems."""
 
 
 @contextmanager
@@ -41,26 +44,46 @@ def atomic(path: Path) -> Iterator[Path]:
     Args:
         path: the file; one that is there is replaced.
     """
-    partial = path.with_name(f".{path.name}.{rank()}.partial")
+    partial = partial_of(path)
     try:
         yield partial
         follow_umask(partial)
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
+    except OSError as error:
+        if str(error.filename) == str(partial):  # the user knows the file by its own name
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         with suppress(OSError):
             partial.unlink()
 
 
-def check_file(option: str, path: Path, example: str = "a file in it") -> None:
-    """Refuse a path that an option names for a file, where it is a folder.
+def partial_of(path: Path) -> Path:
+    """Return where a file is made until it is complete: hidden beside it, and no name too long."""
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= MOST_BYTES - 50 else hashlib.sha256(name).hexdigest()
+    return path.with_name(f".{short}.{rank()}.partial")
+
+
+def data_files(path: Path) -> list[Path]:
+    """Return the files of weights that are beside an ONNX file, or were."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.data"))
+
+
+def check_room(path: Path, size: int) -> None:
+    """Refuse to begin a file that its file system has no room for.
 
     Raises:
-        UserError: naming an example.
+        RunFailed: if fewer than `size` bytes are free there.
     """
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; name the file to write, such as {example}")
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise RunFailed(
+            f"cannot write {path}: it takes {size:,} bytes, and {free:,} are free there; make room "
+            "and do the same again"
+        )
 
 
 def follow_umask(path: Path) -> None:
@@ -144,7 +167,8 @@ def writing(what: str | Path, remedy: str = "") -> Iterator[None]:
         yield
     # torch raises RuntimeError where its file could not be written.
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = in_one_line(error)
+        # Without the name of a file that is hidden until it is complete.
+        reason = getattr(error, "strerror", None) or in_one_line(error)
         if isinstance(error, OSError) and error.errno in WRONG_PLACE:
             raise UserError(f"cannot write {what}: {reason}") from error
         hint = f"; {remedy}" if remedy else ""

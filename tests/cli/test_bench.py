@@ -130,14 +130,14 @@ BAD: dict[str, tuple[list[str], str]] = {
     "another engine": (["--engine", "vllm"], "one of transformers, llama.cpp"),
     "no binding": (["--engine", "llama.cpp"], "pip install 'nuteprune[llama-cpp]'"),
     "unknown dtype": (["--dtype", "float99"], "float99"),
-    "costs beside another": (["--costs", "costs.json", "--against", "demo"], "of MODEL alone"),
-    "no file of costs": (["--costs", ""], "is a folder; name the file to write"),
+    "costs beside another": (["--save-costs", "costs.json", "--against", "demo"], "of MODEL alone"),
+    "no file of costs": (["--save-costs", ""], "is a folder; name the file to write"),
 }
 
 
 BAD_HERE: dict[str, tuple[list[str], str]] = {
     "on a GPU": (["--device", "cuda"], "timed on the CPU"),
-    "costs of blocks": (["--costs", "costs.json"], "leave one of the two out"),
+    "costs of blocks": (["--save-costs", "costs.json"], "leave one of the two out"),
 }
 
 

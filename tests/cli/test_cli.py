@@ -20,7 +20,7 @@ from nuteprune.console import Output
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import judging
-from nuteprune.jobs.folder import alone
+from nuteprune.jobs.guard import alone
 from tests.conftest import Run, json_line
 
 from .conftest import TINY

@@ -12,7 +12,7 @@ from nuteprune.cli import demo
 from nuteprune.errors import UserError
 from nuteprune.files import write_sums
 from nuteprune.jobs.demo import DEFAULTS, MEMORY, with_defaults
-from nuteprune.jobs.folder import check_out
+from nuteprune.jobs.guard import check_out
 from nuteprune.jobs.job import PruneJob
 from nuteprune.run_folder import RUN, SELF_WRITTEN
 

@@ -45,7 +45,8 @@ HOW = {
     "nuteprune prune MODEL --speedup 1.3 --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --speedup 1.2,1.5@both:1x512+64 --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --speedup 1.3 --costs costs.json --data DATA --out OUT": LARGE,
-    "nuteprune bench MODEL --costs costs.json --lengths 256 --new-tokens 32 --device cpu": EXECUTED,
+    "nuteprune bench MODEL --save-costs costs.json --lengths 256 --new-tokens 32 "
+    "--device cpu": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.3 --for-quantization --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --shape half.yaml --shapes uniform --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --sparsity 0.45 --shapes uniform --data DATA --out OUT": LARGE,

@@ -62,7 +62,7 @@ def test_a_type_that_is_not_listed_is_pruned_by_a_proposed_entry(
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
     code, _, err = run("family", model, "--out", entry)  # it may have been mended since
     assert code == 2
-    assert "exists, and may hold what you have mended" in err
+    assert "exists; pass --overwrite to replace it" in err
     code, _, err = run("family", model, "--out", "")
     assert code == 2
     assert "is a folder; name the file" in err

@@ -161,7 +161,7 @@ def test_export(run: Run) -> None:
 
 
 def test_a_table_of_costs_and_a_speedup(run: Run) -> None:
-    table = ("--costs", "costs.json", "--lengths", "8", "--new-tokens", "4", "--device", "cpu")
+    table = ("--save-costs", "costs.json", "--lengths", "8", "--new-tokens", "4", "--device", "cpu")
     assert json_of(run, "bench", DENSE, *table)["out"] == "costs.json"
     fast = ["prune", DENSE, "--speedup", "1.0001@1x8+4", "--costs", "costs.json"]
     few = [*TINY["prune"], "--data", "my_text.jsonl", "--out", "new"]

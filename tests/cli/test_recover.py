@@ -16,7 +16,7 @@ from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.data.blocks import training_blocks
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import recover as recovery
-from nuteprune.jobs.folder import alone
+from nuteprune.jobs.guard import alone
 from nuteprune.jobs.sources import load_tokenizer
 from nuteprune.judge.copying import copying
 from tests.conftest import Run, json_line

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
+from nuteprune.jobs.prune_trainer import trainer_config
 
 from nuteprune.console import Output
 from nuteprune.jobs import prune, speed, timing
 from nuteprune.jobs.demo import one_shot
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.sources import load_model
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.work import Setting
 from nuteprune.judge.worker import Worker
@@ -129,7 +136,7 @@ def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
     assert "timing blocks" not in stderr
     file = tmp_path / "new" / "costs.json"
     short = ["--lengths", 8, "--new-tokens", 4, "--device", "cpu", "--dtype", "float32"]
-    code, stdout, stderr = run("bench", model, "--costs", file, *short, "--json")
+    code, stdout, stderr = run("bench", model, "--save-costs", file, *short, "--json")
     assert code == 0, stderr
     found = json_line(stdout)
     written = json.loads(file.read_text())
@@ -164,6 +171,49 @@ def test_the_demos_one_shot_model_is_cut_by_the_table_that_was_measured(
     [record] = result.records.values()
     assert plain["layers"] == record["layers"]
     assert plain["params"]["after"] == record["params"]["after"] < record["params"]["before"]
+
+
+def test_two_runs_at_once_share_one_table(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
+    both, measured = Barrier(2), []
+
+    def write(path: Path, *_: Any) -> None:
+        measured.append(path)
+        time.sleep(0.3)  # in which the other would begin
+        path.write_text(json.dumps(TABLE))
+
+    monkeypatch.setattr(speed, "write_table", write)
+    given = {"model": str(model), "speedup": 1.2, "speed_at": AT, "device": "cpu"}
+    job = make_job(PruneJob, NutePruneConfig, {**given, "out": tmp_path / "out"})
+    config, loaded = trainer_config(job, tmp_path / "run"), load_model(str(model), None)
+
+    def table(_: int) -> Any:
+        with Output(quiet=True).bars() as bars:
+            both.wait()
+            return speed.costs_for(job, config, loaded, bars)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(table, range(2)))
+    assert len(measured) == 1
+    assert found[0] == found[1]
+
+
+def test_a_cache_that_takes_nothing_is_told_before_blocks_are_timed(
+    words: list[Any], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("nuteprune.jobs.guard.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(speed, "write_table", None)
+    at = words.index("--costs")
+    code, _, stderr = run(*words[:at], *words[at + 2 :], "--speedup", 1.2, "--dry-run")
+    assert code == 2
+    assert f"cannot write the table of costs {tmp_path / 'cache'}/costs-" in stderr
+    assert "Read-only file system" in stderr
 
 
 def test_several_processes_need_one_table(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from nuteprune.distill.teachers import DENSE, Role
 from peft import PeftModel
 from torch import Tensor, nn
 

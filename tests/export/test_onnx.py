@@ -93,8 +93,8 @@ def test_a_file_that_computes_something_else_is_not_written(
 def test_what_a_killed_export_left_behind_is_replaced(
     case: Callable, tmp_path: Path, fake: dict[str, Any]
 ) -> None:
-    (tmp_path / ".m.onnx.partial").mkdir()
-    (tmp_path / ".m.onnx.partial" / "m.onnx.01234567.data").write_bytes(b"half")
+    (tmp_path / ".m.onnx.0.partial").mkdir()
+    (tmp_path / ".m.onnx.0.partial" / "m.onnx.01234567.data").write_bytes(b"half")
     written = write_onnx(case("llama").pruned, tmp_path / "m.onnx")
     assert content(tmp_path) == {"m.onnx": b"graph"}
     assert (written.files, written.bytes) == (["m.onnx"], 5)

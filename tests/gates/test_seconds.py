@@ -72,7 +72,7 @@ def test_fewer_neurons_never_cost_more_than_were_timed_of_more() -> None:
 def test_a_table_of_another_model_or_none_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         seconds_of(table(**changes), CASE.budget, "decode")
-    assert "nuteprune bench MODEL --costs FILE" in str(error.value)
+    assert "nuteprune bench MODEL --save-costs FILE" in str(error.value)
 
 
 @pytest.mark.parametrize("seed", range(12))

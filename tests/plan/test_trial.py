@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from nuteprune.plan.sizes import Sizes
-from nuteprune.plan.trial import seconds_per_step
-from nuteprune.plan.walk import Walk
 from transformers import AutoConfig
 
 from nuteprune import NutePruneConfig
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.plan.sizes import Sizes
+from nuteprune.plan.trial import seconds_per_step
+from nuteprune.plan.walk import Walk
 from tests.train.conftest import make
 
 pytestmark = pytest.mark.slow

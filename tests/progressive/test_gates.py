@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nuteprune.gates.gates import Gates, RankedGates
+from nuteprune.gates.hard_concrete import HardConcreteGates
 from torch import Tensor
 
 from nuteprune.gates.allocate import Allocator

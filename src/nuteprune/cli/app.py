@@ -136,7 +136,9 @@ def _check_names(arguments: list[str]) -> None:
 
 def _fail(message: str, code: int) -> None:
     if message:
-        line = " ".join(message.split())
+        from nuteprune.console import printable  # rich takes its time
+
+        line = printable(" ".join(message.split()))
         cut = f"{line[:LONGEST]} ..." if len(line) > LONGEST else line
         print(f"nuteprune: {cut}", file=sys.stderr)
     sys.exit(code)

@@ -31,13 +31,14 @@ def bench(
     save: Annotated[
         bool, typer.Option("--save", help=f"Also write MODEL/{RUN}/{SPEED} for the report.")
     ] = False,
-    costs: Annotated[
+    save_costs: Annotated[
         Path | None,
         typer.Option(
             help="Write what MODEL's blocks cost to this file, for prune --speedup; at the first "
             "of --batch-sizes and --lengths, whatever --repeats says."
         ),
     ] = None,
+    overwrite: o.Overwrite = False,
     family: o.Family = None,
     as_json: o.Json = False,
 ) -> None:
@@ -48,10 +49,8 @@ def bench(
     """
     from nuteprune.console import Output
     from nuteprune.jobs.bench import run
-    from nuteprune.jobs.family import take
 
     output = Output(as_json)
-    take(family, against or model)
     found = run(
         model,
         against,
@@ -65,6 +64,8 @@ def bench(
         device=device or "auto",
         dtype=dtype or "auto",
         save=save,
-        costs=costs,
+        save_costs=save_costs,
+        overwrite=overwrite,
+        family=family,
     )
     output.result(found)

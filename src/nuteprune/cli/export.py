@@ -10,7 +10,8 @@ import typer
 
 from nuteprune.cli import options as o
 from nuteprune.errors import UserError
-from nuteprune.files import at_home, check_file
+from nuteprune.files import at_home, data_files
+from nuteprune.jobs.guard import check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def export(
             help="gguf: llama.cpp's name for the tokenizer's split; default: found by trying."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: o.Overwrite = False,
     family: o.Family = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
@@ -55,9 +56,9 @@ def export(
         )
     if pre_tokenizer is not None and to != "gguf":
         raise UserError(f"--pre-tokenizer is for --to gguf; leave it out with --to {to}")
-    check_file("--out", out, f"{out}/model.{to}")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; pass --overwrite to replace it, or name another file")
+    reads = [("model", model), ("entry", family)]
+    beside = data_files(out) if to == "onnx" else ()
+    check_file("--out", out, reads, overwrite, f"model.{to}", beside)
     from nuteprune.console import Output
     from nuteprune.jobs.family import take
     from nuteprune.jobs.sources import load_tokenizer, read_config

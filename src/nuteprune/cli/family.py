@@ -18,6 +18,7 @@ def family(
         Path | None, typer.Option("--family", help="Check this entry in place of proposing one.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="YAML file to write the entry to.")] = None,
+    overwrite: o.Overwrite = False,
     as_json: o.Json = False,
 ) -> None:
     """Propose an entry for a model type that is not listed.
@@ -28,4 +29,4 @@ def family(
     from nuteprune.jobs.family import run
 
     output = Output(as_json)
-    output.result(run(model, output, file, out))
+    output.result(run(model, output, file, out, overwrite))

@@ -36,6 +36,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="One setting, key=value (docs/recipes.md lists them); repeatable."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the file where it is there already.")
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nuteprune.cli import options as o
-from nuteprune.jobs.folder import check_free
+from nuteprune.jobs.guard import check_free
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.train.prune_settings import PruneSettings

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nuteprune.cli import options as o
+from nuteprune.jobs.guard import check_writable
 
 
 def report(
@@ -23,6 +24,7 @@ def report(
 
     The page needs no network.
     """
+    check_writable("RUN", folder)
     from nuteprune.console import Output
     from nuteprune.jobs.reproduce import again
     from nuteprune.judge.report import PLOTS, write_report

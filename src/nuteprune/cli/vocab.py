@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nuteprune.cli import options as o
-from nuteprune.jobs.folder import check_free
+from nuteprune.jobs.guard import check_free
 from nuteprune.jobs.job import VocabJob
 from nuteprune.jobs.settings import make_job
 
@@ -20,7 +20,7 @@ def vocab(
     as_json: o.Json = False,
     **given: Any,
 ) -> None:
-    """Keep KEEP of MODEL's tokens: those that DATA needs most.
+    """Keep KEEP of MODEL's tokens: those that DATA and what the model knows need most.
 
     The 256 bytes are among them, so any text can still be spelled. Embedding and head are cut to
     these rows. The result is a stock checkpoint of the same class.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from nuteprune.errors import UserError, in_one_line
-from nuteprune.run_folder import RECORD, RUN
+from nuteprune.run_folder import RECORD, RUN, hidden
 
 
 def download_record(source: str, **where: Any) -> Path | None:
@@ -57,6 +58,64 @@ def file_of(source: str, name: str) -> Path | None:
             f"it cannot be told whether {source} has a {name} ({in_one_line(error)}); try again "
             "when the hub can be reached, or pass the folder of a complete download"
         ) from error
+
+
+def folder_of(source: str, **where: Any) -> Path | None:
+    """Return the folder of a model on this machine, None if it is not here, or is no model's name.
+
+    Args:
+        source: a folder, or the name of a model on the hub, of which the cache is looked at.
+        where: what `from_pretrained` takes; `revision` and `cache_dir` say where in the cache.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    here = {k: where[k] for k in ("revision", "cache_dir") if k in where}
+    try:
+        cached = try_to_load_from_cache(source, "config.json", **here)
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def check_inside(source: str, **where: Any) -> None:
+    """Refuse a model whose files are elsewhere: what a stranger's folder names is not followed.
+
+    Links of the hub's cache, from `snapshots/REVISION` to `blobs`, are its own way to keep files.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        where: see `folder_of`.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if (folder := folder_of(source, **where)) is None:
+        return
+    home = Path(os.path.realpath(folder))
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    for file in (x for x in folder.iterdir() if x.is_file() and not hidden(x)):
+        real = Path(os.path.realpath(file))
+        if not any(real.is_relative_to(x) for x in homes):
+            raise UserError(
+                f"{file} is a link to {real}, outside the model's folder, and is not followed; "
+                "copy that file into the folder if you trust it"
+            )
+    for index in folder.glob("*.index.json"):
+        for name in _named_in(index):
+            if name in ("", ".", "..") or "/" in name or "\\" in name:
+                raise UserError(
+                    f"{index} names {name!r}, which is no file of the model's folder; its weights "
+                    "have to be beside it, by their plain names"
+                )
+
+
+def _named_in(index: Path) -> set[str]:
+    """Return the names of files in an index of weights; none where it is damaged, told later."""
+    try:
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        return {str(x) for x in names}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return set()
 
 
 def upload(

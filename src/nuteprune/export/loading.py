@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
+from nuteprune.export.hub import check_inside
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
@@ -118,6 +119,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
         model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     with one_line(source):
         _check_routing(source, model.config)
+    check_inside(source, **kwargs)  # again, since the hub's files are here only now
     # Last, since what does not fit can be told more clearly.
     check_pruned(Path(source))
     return model
@@ -241,6 +243,7 @@ def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
     Raises:
         OSError, ValueError: if there is none, or it is no config.
     """
+    check_inside(source, **kwargs)
     try:
         values, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
     except TypeError as error:  # it looks for keys in whatever JSON there is

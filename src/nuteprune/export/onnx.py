@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import secrets
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.onnx_graph import Exporter, check_rope
-from nuteprune.files import remove, sync, writing
+from nuteprune.files import check_room, data_files, partial_of, remove, sync, writing
 from nuteprune.model.packed import refuse_packed
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -76,11 +75,12 @@ def write_onnx(model: PreTrainedModel, path: Path) -> WrittenOnnx:
     graph = exporter.graph()
     parameters = exporter.anatomy.parameters()
     data = f"{path.name}.{secrets.token_hex(4)}.data" if 4 * parameters > LARGEST_FILE else None
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with writing(path, "make room and do the same again"):
         try:
             remove(partial)  # what a killed export left
             partial.mkdir(parents=True)
+            check_room(path, 4 * parameters)
             _save(graph, partial / path.name, data)
             error = exporter.error(partial / path.name)
             if not error <= LARGEST_ERROR:
@@ -110,7 +110,6 @@ def _move(partial: Path, path: Path, data: str | None) -> list[Path]:
         (partial / name).replace(path.with_name(name))
         moved.append(path.with_name(name))
     sync(path.parent)
-    pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.data"
-    for old in set(path.parent.glob(pattern)) - set(moved):
+    for old in set(data_files(path)) - set(moved):
         old.unlink()
     return moved[::-1]

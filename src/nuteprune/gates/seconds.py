@@ -99,7 +99,7 @@ def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"the table of costs cannot be read ({type(error).__name__}: {error}); nuteprune bench "
-            "MODEL --costs FILE writes one"
+            "MODEL --save-costs FILE writes one"
         ) from error
     _check_reach(found, budget)
     return found
@@ -122,7 +122,7 @@ def check_model(table: Mapping[str, Any], budget: Budget) -> None:
         if table[name] != value:
             raise UserError(
                 f"the table of costs is of {name} {table[name]}, not {value}: measure this model "
-                "with nuteprune bench MODEL --costs FILE"
+                "with nuteprune bench MODEL --save-costs FILE"
             )
 
 
@@ -133,5 +133,5 @@ def _check_reach(found: Seconds, budget: Budget) -> None:
             raise UserError(
                 f"the table of costs says nothing of {layer.kv_heads} KV heads and "
                 f"{layer.neurons} neurons, which the model has: measure it with nuteprune bench "
-                "MODEL --costs FILE"
+                "MODEL --save-costs FILE"
             )

@@ -9,9 +9,11 @@ import torch
 
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.files import at_home, check_file
+from nuteprune.files import at_home
 from nuteprune.gates.seconds import PHASES
 from nuteprune.jobs.engines import Transformers, pick_engine
+from nuteprune.jobs.family import take
+from nuteprune.jobs.guard import check_absent, check_file, check_writable
 from nuteprune.jobs.sources import load_model, read_config
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import conditions, for_report, measure
@@ -36,7 +38,9 @@ def run(
     device: str,
     dtype: str,
     save: bool,
-    costs: Path | None = None,
+    save_costs: Path | None = None,
+    overwrite: bool = False,
+    family: str | None = None,
 ) -> dict[str, Any]:
     """Time the models in turns, print what was found, and return it.
 
@@ -53,11 +57,14 @@ def run(
         device: `auto`, `cpu`, `cuda`.
         dtype: what is computed in; in llama.cpp, what the exported files hold.
         save: also write it into the run's folder, for the report.
-        costs: write what the model's blocks cost to this file, and do nothing else.
+        save_costs: write what the model's blocks cost to this file, and do nothing else.
+        overwrite: replace what was saved before.
+        family: YAML file with the entry of a model type that is not listed; None: it is.
 
     Raises:
         UserError: for anything that cannot work.
     """
+    take(family, against or model)
     settings = [
         Setting(batch, length, _positive(new_tokens, "--new-tokens"))
         for batch in _numbers(batch_sizes, "--batch-sizes")
@@ -67,23 +74,25 @@ def run(
     if threads is not None:
         _positive(threads, "--threads")
     names = [model] if against in (None, model) else [model, str(against)]
-    target = _target(names) if save else None
+    target = _target(names, overwrite) if save else None
     chosen = pick_engine(engine, device, dtype, threads)
     for name in names:
         read_config(name)
-    if costs is not None:
+    if save_costs is not None:
         if not isinstance(chosen, Transformers):
             raise UserError(
-                f"--costs times blocks in transformers, and --engine {engine} has none of them; "
-                "leave one of the two out"
+                f"--save-costs times blocks in transformers, and --engine {engine} has none of "
+                "them; leave one of the two out"
             )
         if against is not None or save:
             raise UserError(
-                "--costs writes a table of MODEL alone; leave out --against and --save, or time "
-                "them without --costs"
+                "--save-costs writes a table of MODEL alone; leave out --against and --save, or "
+                "time them without --save-costs"
             )
-        check_file("--costs", at_home(costs), f"{costs}/costs.json")
-        return _costs(model, at_home(costs), settings[0], chosen, output)
+        path = at_home(save_costs)
+        reads = [("model", model), ("entry", family)]
+        check_file("--save-costs", path, reads, overwrite, "costs.json")
+        return _costs(model, path, settings[0], chosen, output)
     with output.bars() as bars:
         found = measure(names, settings, repeats, chosen, bars)
     found["against"] = against  # a model may be its own dense one
@@ -131,7 +140,7 @@ def _numbers(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(_positive(x, option) for x in numbers))
 
 
-def _target(names: list[str]) -> Path:
+def _target(names: list[str], overwrite: bool) -> Path:
     folder = at_home(names[0])
     if len(names) == 1:
         raise UserError("--save is for comparisons; pass the dense model as --against")
@@ -140,6 +149,8 @@ def _target(names: list[str]) -> Path:
             f"--save writes {RUN}/{SPEED} for the report, and {folder} is not the output folder of "
             "a run; pass one as MODEL, or leave --save out"
         )
+    check_absent([folder / RUN / SPEED], overwrite, "leave --save out")
+    check_writable("--save", folder / RUN / SPEED)
     return folder / RUN
 
 

@@ -11,8 +11,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from nuteprune.console import Output
 from nuteprune.errors import RunFailed, UserError, in_one_line
-from nuteprune.files import at_home, check_file, write_text, writing
+from nuteprune.files import at_home, write_text, writing
 from nuteprune.jobs.exactness import SHAPES, Found, examine, settled
+from nuteprune.jobs.guard import check_file
 from nuteprune.jobs.sources import locate, record_of
 from nuteprune.model.axes import base_config
 from nuteprune.model.family import Family
@@ -23,7 +24,11 @@ from nuteprune.model.small import config_named, small_config, small_model
 
 
 def run(
-    model: str, output: Output, file: Path | None = None, out: Path | None = None
+    model: str,
+    output: Output,
+    file: Path | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Propose an entry for a model's type, or take one from a file, and say what holds of it.
 
@@ -32,6 +37,7 @@ def run(
         output: where to print.
         file: an entry to check in place of proposing one.
         out: where to write the entry, with what does not hold refused in it.
+        overwrite: replace a file that is there.
 
     Raises:
         UserError: if no entry can describe the type, with the reason; or nothing can be written
@@ -39,9 +45,8 @@ def run(
         RunFailed: if nothing of the entry holds, or writing goes wrong on the way.
     """
     if out is not None:
-        check_file("--out", at_home(out), f"{out}/family.yaml")
-        if at_home(out).exists():
-            raise UserError(f"{out} exists, and may hold what you have mended; name another file")
+        reads = [("model", model), ("entry", str(file) if file else None)]
+        check_file("--out", at_home(out), reads, overwrite, "family.yaml")
     config = config_of(model)
     entry, found = checked(config, read_family(at_home(file)) if file else None)
     rows = [[kind, *(_cell(found, kind, shapes) for shapes in SHAPES)] for kind in found]

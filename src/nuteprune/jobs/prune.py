@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from nuteprune.console import Output, quiet_loading
-from nuteprune.jobs.folder import alone, check_out, clear, clear_result, is_stated, nothing_left
+from nuteprune.jobs.folder import clear, clear_result, is_stated
+from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job

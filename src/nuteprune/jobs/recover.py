@@ -23,14 +23,8 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
 from nuteprune.jobs.comparison import Tuned, compared, judged_again, judged_text, note, same_tokens
-from nuteprune.jobs.folder import (
-    alone,
-    check_out,
-    clear,
-    clear_result,
-    goes_on,
-    nothing_left,
-)
+from nuteprune.jobs.folder import clear, clear_result, goes_on
+from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
 from nuteprune.jobs.progress import RecoveryProgress
 from nuteprune.jobs.recover_text import check_room, kind_of_text, training_text

@@ -16,8 +16,9 @@ from nuteprune.console import Bars, Output
 from nuteprune.data.demo import cache_folder
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import to_json, write_text
+from nuteprune.files import to_json, write_text, writing
 from nuteprune.jobs.engines import Transformers
+from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
 from nuteprune.jobs.timing import for_report, measure
@@ -41,8 +42,9 @@ def write_table(
 ) -> dict[str, Any]:
     """Measure what the blocks of a model cost, and write the table."""
     table = cost_table(model, setting, device, dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_json(table, indent=1) + "\n")
+    with writing(path, "make room and do the same again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, to_json(table, indent=1) + "\n")
     return table
 
 
@@ -74,7 +76,7 @@ def costs_for(
     if several_started():
         raise UserError(
             "a speedup in a run of several processes needs one table for all: measure it with "
-            "nuteprune bench MODEL --costs FILE, and pass --costs FILE"
+            "nuteprune bench MODEL --save-costs FILE, and pass --costs FILE"
         )
     device, anatomy = pick_device(job.device), Anatomy(model)
     dtype = pick_dtype(job.dtype, device)
@@ -91,6 +93,7 @@ def costs_for(
     key = hashlib.sha256(told_.encode()).hexdigest()[:16]
     path = cache_folder() / f"costs-{key}.json"
     if not path.is_file():  # a table that is there is read from a cache that cannot be written too
+        check_writable("the table of costs", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):  # two runs would time each other
             if not path.is_file():

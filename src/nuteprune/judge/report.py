@@ -10,10 +10,9 @@ from typing import Any
 import jinja2
 import yaml
 
-from nuteprune.errors import UserError
 from nuteprune.export.card import with_plots
 from nuteprune.export.figures import definitions
-from nuteprune.files import atomic, write_text
+from nuteprune.files import atomic, write_text, writing
 from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, Plot, percent
 from nuteprune.judge.headline import headline, judged_on_both, verdict
@@ -46,12 +45,13 @@ def write_report(folder: Path, again: Again) -> Path:
 
     Raises:
         UserError: if there is no run, a file of it is damaged, or nothing can be written there.
+        RunFailed: if writing went wrong on the way, as where the disk is full.
     """
     files = read_run(Path(folder))
     drawn = draw(files)
     page = render(files, drawn, again)
     target = files.run / REPORT
-    try:
+    with writing(f"the report to {files.run}"):
         (files.run / PLOTS).mkdir(parents=True, exist_ok=True)
         for plot in drawn.values():
             with atomic(files.run / PLOTS / f"{plot.name}.png") as partial:
@@ -59,8 +59,6 @@ def write_report(folder: Path, again: Again) -> Path:
         with atomic(target) as partial:
             partial.write_bytes(_UNPRINTABLE.sub("\ufffd", page).encode("utf-8", "replace"))
         _complete_card(files, drawn)
-    except OSError as error:
-        raise UserError(f"cannot write the report to {files.run}: {error.strerror}") from error
     return target
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
-from nuteprune.files import to_json, write_text
+from nuteprune.files import to_json, write_text, writing
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.products import read_tensors
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
@@ -127,8 +127,9 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
 
 def write_extra(run: Path, name: str, content: Any) -> None:
     """Write a JSON file into a run's folder: complete, or not at all."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / name, to_json(content, indent=2) + "\n")
+    with writing(run / name, "make room and do the same again"):
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / name, to_json(content, indent=2) + "\n")
 
 
 def pruning_steps(files: RunFiles) -> bool:

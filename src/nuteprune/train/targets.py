@@ -138,7 +138,7 @@ class Prices:
         if self.seconds is None:
             raise UserError(
                 f"{asked} needs a table of what blocks cost: pass costs, a file that nuteprune "
-                "bench MODEL --costs FILE writes"
+                "bench MODEL --save-costs FILE writes"
             )
         before = self.seconds.total(self.seconds.budget.shape)
 

@@ -34,7 +34,7 @@ from nuteprune.export.gguf.tokenizer import (
     name_that_strips,
     read_vocabulary,
 )
-from nuteprune.files import atomic, writing
+from nuteprune.files import atomic, check_room, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import refuse_packed
 
@@ -133,6 +133,7 @@ def write_gguf(
     keys |= {f"{arch.name}.{key}": value for key, value in of_model.items()}
     with writing(path, "make room and do the same again"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path, sum(info.bytes for info in infos))
         with atomic(path) as partial:
             writer = GGUFWriter(partial, arch.name)
             for key, value in (keys | vocabulary.keys()).items():
@@ -173,6 +174,10 @@ class _TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     stored: GGMLQuantizationType
 
+    @property
+    def bytes(self) -> int:
+        return prod(quants.quant_shape_to_byte_shape(self.shape, self.stored))
+
 
 def _tensor_infos(named: Named, type_name: str) -> Iterator[_TensorInfo]:
     """Yield what the file's index says of tensors, which goes before all their values."""
@@ -198,9 +203,8 @@ def _write_tensors(
 ) -> None:
     """Write the file: keys, the index of tensors, then one tensor after another."""
     for info in infos:
-        size = prod(quants.quant_shape_to_byte_shape(info.shape, info.stored))
         dtype = np.dtype(np.float32)  # only declared; `raw_dtype` is what counts
-        writer.add_tensor_info(info.name, info.shape, dtype, size, raw_dtype=info.stored)
+        writer.add_tensor_info(info.name, info.shape, dtype, info.bytes, raw_dtype=info.stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
