@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from nuteprune.distill.teachers import DENSE, Role
 from peft import PeftModel
 from torch import Tensor, nn
 

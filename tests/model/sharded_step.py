@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 import torch
-from nuteprune.distill.teachers import Role
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor

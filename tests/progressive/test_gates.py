@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nuteprune.gates.gates import Gates, RankedGates
-from nuteprune.gates.hard_concrete import HardConcreteGates
 from torch import Tensor
 
 from nuteprune.gates.allocate import Allocator
