@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from nuteprune.train.own_text import READINGS, tokens_to_write
 
 from nuteprune.data.blocks import training_blocks
+from nuteprune.data.own_text import READINGS, tokens_to_write
 from nuteprune.train.config import NutePruneConfig
 
 

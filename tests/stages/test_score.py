@@ -38,7 +38,7 @@ def test_stops_on_the_way(target: float, stops: list[float]) -> None:
         ({"ramp_share": 0.5}, False, False),
         ({"compensation": False}, False, False),
         ({"sharded": True}, False, False),
-        ({"gates": "kv_groups,neurons,hidden", "method": "fisher"}, False, False),
+        ({"gates": "neurons,hidden", "hidden_multiple": 8, "method": "fisher"}, False, False),
     ],
     ids=str,
 )
@@ -61,7 +61,6 @@ def test_what_is_left_is_scored_as_the_smaller_model(
 ) -> None:
     """Against scores of a model that is cut in fact."""
     monkeypatch.setattr(removal, "ROUNDS", 1000)  # one unit at a time, in both
-    monkeypatch.setattr(stage, "MOST_AT_ONCE", 0.25)
     blocks, refit_blocks = TEXT[:4], TEXT[:18]
     ready = prepare(tiny_model("llama"), settings(tmp_path))
     found = score(ready, blocks, method=method, target=0.5, refit_blocks=refit_blocks)
