@@ -19,7 +19,7 @@ import torch
 from nuteprune.console import Output
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.export.loading import load_pruned
-from nuteprune.jobs import judging
+from nuteprune.stages import judge as judging
 from nuteprune.jobs.guard import alone
 from tests.conftest import Run, json_line
 

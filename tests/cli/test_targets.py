@@ -13,7 +13,7 @@ import torch
 
 import nuteprune
 from nuteprune.export.loading import load_pruned
-from nuteprune.jobs import judging
+from nuteprune.stages import judge as judging
 from nuteprune.judge import copying
 from nuteprune.judge.beside import Beside
 from nuteprune.judge.run_files import read_run

@@ -15,7 +15,7 @@ import nuteprune
 from nuteprune.cli.bench import bench
 from nuteprune.cli.export import TYPES
 from nuteprune.data.specs import DEMO
-from nuteprune.distill.objective import OBJECTIVES
+from nuteprune.progressive.objective import OBJECTIVES
 from nuteprune.errors import UserError
 from nuteprune.export.gguf import FILE_TYPES
 from nuteprune.gates.importance import METHODS
