@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from nuteprune.data.blocks import training_blocks
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
-from nuteprune.jobs import evaluate, judging
+from nuteprune.jobs import evaluate
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.tasks import Score
+from nuteprune.stages import judge as judging
 from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow

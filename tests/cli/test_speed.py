@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nuteprune.console import Output
-from nuteprune.jobs import prune, speed, timing
+from nuteprune.jobs import speed, timing
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job

@@ -13,11 +13,11 @@ import torch
 
 import nuteprune
 from nuteprune.export.loading import load_pruned
-from nuteprune.stages import judge as judging
 from nuteprune.judge import copying
 from nuteprune.judge.beside import Beside
 from nuteprune.judge.run_files import read_run
 from nuteprune.run_folder import TARGETS
+from nuteprune.stages import judge as judging
 from nuteprune.train.asked import KINDS, Asked
 from tests.conftest import Run, cache_of, json_line
 

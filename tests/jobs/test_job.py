@@ -15,9 +15,8 @@ import nuteprune
 from nuteprune.cli.bench import bench
 from nuteprune.cli.export import TYPES
 from nuteprune.data.specs import DEMO
-from nuteprune.progressive.objective import OBJECTIVES
 from nuteprune.errors import UserError
-from nuteprune.export.gguf import FILE_TYPES
+from nuteprune.export.gguf.write import FILE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.engines import ENGINES
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
@@ -25,6 +24,8 @@ from nuteprune.jobs.prune_run import recorded
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.text import mixture
 from nuteprune.progressive.gate_types import GATE_TYPES
+from nuteprune.progressive.objective import OBJECTIVES
+from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prune_settings import PruneSettings
@@ -103,9 +104,8 @@ offload steps batch-size gradient-checkpointing report-to out data eval-data tex
 device dtype resume overwrite trust-remote-code shares family bits dry-run
 """
 WITHOUT_OPTION = """
-gate_type ramp_share freeze_share teacher objective lora_targets neuron_multiple hidden_multiple
-calibration_blocks lora_rank compensation sharded gradient_accumulation_steps learning_rate seed
-eval_blocks text_only
+neuron_multiple hidden_multiple calibration_blocks teacher progressive lora_rank compensation sharded
+gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """
 
 
@@ -119,7 +119,7 @@ def test_the_settings_of_a_prune_job_are_few() -> None:
 
 def test_names_that_help_tells_are_those_of_what_does_the_work() -> None:
     """Help may not load what does it."""
-    ours = declared(PruneSettings)
+    ours = declared(ProgressiveSettings)
     assert ours["method"].choices == tuple(METHODS)
     assert ours["gate_type"].choices == tuple(GATE_TYPES)
     assert ours["objective"].choices == tuple(OBJECTIVES)
