@@ -148,8 +148,8 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
     raised, first = dict(scores), layout.shape.first_attention
     for kind in {"heads", "kv_groups"} & scores.keys():
         parts = list(scores[kind].split(layout.sizes[kind]))
-        if len(rest := torch.cat([*parts[:first], *parts[first + 1 :]])):
-            parts[first] = parts[first] + rest.max()
+        others = [x.max() for i, x in enumerate(parts) if i != first and len(x)]
+        parts[first] = parts[first] + max(others, default=0)
         raised[kind] = torch.cat(parts)
     return raised
 
