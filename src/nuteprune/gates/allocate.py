@@ -32,10 +32,9 @@ from nuteprune.gates.frontier import (
     frontier,
     proportional,
 )
-from nuteprune.gates.highest import layer_masks, top
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.options import Constraints, Options
-from nuteprune.gates.units import chance
+from nuteprune.gates.options import Constraints, Options, layer_masks, top
+from nuteprune.gates.scores import chance
 from nuteprune.model.shape import LayerShape, Shape
 
 Scores = Mapping[str, Tensor]

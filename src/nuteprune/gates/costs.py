@@ -93,7 +93,7 @@ def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 
 class Priced(Protocol):
-    """What the allocator asks of prices, whatever their unit: see `Cost` and `gates.seconds`."""
+    """What the allocator asks of prices, in any unit: see `Cost` and `gates.speed_costs`."""
 
     @property
     def budget(self) -> Budget:

@@ -1,8 +1,7 @@
 """What removing units costs once the weights that stay make up for them, measured on text.
 
-The maths is that of `gates.removal`: a projection's inputs have a curvature C, and the loss's
-gradients by them second moments. Neurons of a routed expert have those of its own down projection;
-see `gates.expert_neurons`.
+The maths is that of `gates.surgeon_costs`: a projection's inputs have a curvature C, and the loss's
+gradients by them second moments. Neurons of a routed expert have those of its own down projection.
 
 The loss is the cross entropy of tokens that the model itself draws: its curvature is that of the KL
 divergence from the dense model, which distillation minimises. Gradients need little text. C needs
@@ -25,9 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.expert_neurons import neuron_costs, noting_routed, watched_experts
-from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores, check_finite
-from nuteprune.gates.removal import removal_costs
+from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, check_finite
+from nuteprune.gates.surgeon_costs import (
+    neuron_costs,
+    noting_routed,
+    removal_costs,
+    watched_experts,
+)
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import in_place_of
 from nuteprune.model.layerwise import Layerwise

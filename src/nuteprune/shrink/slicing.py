@@ -12,8 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.features import features, kept_rows, kept_units, live_groups
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.narrow_masks import features, kept_rows, kept_units, live_groups
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection

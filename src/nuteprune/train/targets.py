@@ -18,7 +18,7 @@ from nuteprune.files import at_home
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Outside
-from nuteprune.gates.seconds import Seconds, seconds_of
+from nuteprune.gates.speed_costs import Seconds, seconds_of
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import count
 from nuteprune.model.shape import Shape

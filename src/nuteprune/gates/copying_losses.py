@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.scores import Probe, Scores
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.head import last_logits
 from nuteprune.simulated import alike, number, scored
