@@ -231,7 +231,7 @@ def few_losses(probe: Any, kind: str, dense: Any) -> torch.Tensor:
     from nuteprune.gates import copying_losses
 
     units = torch.arange(min(copying_losses.AT_ONCE, probe.layout.sizes[kind][0]))
-    copying_losses.losses_of(probe, kind, 0, units, dense)
+    copying_losses.losses_without(probe, kind, 0, units, dense)
     return torch.ones(probe.layout.units(kind))
 
 

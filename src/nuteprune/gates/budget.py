@@ -163,7 +163,7 @@ class Budget:
 
     def sparsity(self, shape: Shape) -> float:
         """Return the share of projection parameters that cutting to a shape removes."""
-        return gone(self.before, self.parameters(shape))
+        return share_gone(self.before, self.parameters(shape))
 
     def expected_sparsity(self, keep: Masks) -> Tensor:
         """Return the expected sparsity, differentiable in the units' keep probabilities.
@@ -217,7 +217,7 @@ def unit_parameters(budget: Budget, kind: str) -> Tensor:
     return torch.tensor(counts)
 
 
-def gone(before: float, after: float) -> float:
+def share_gone(before: float, after: float) -> float:
     """Return the share that is gone; unlike 1 - after / before, 20 % comes out as 0.2."""
     return (before - after) / before
 

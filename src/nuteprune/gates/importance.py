@@ -182,7 +182,7 @@ def similarity(probe: Probe) -> Scores:
     total = {kind: torch.zeros(count) for kind in BLOCK_KINDS}
     tokens = [0] * count
 
-    def take(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
+    def add_turns(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
         tokens[layer] += len(before_MD)
         for kind, pair in (
             ("attn_block", (before_MD, between_MD)),
@@ -190,7 +190,7 @@ def similarity(probe: Probe) -> Scores:
         ):
             total[kind][layer] += number((1 - torch.cosine_similarity(*pair)).sum())
 
-    with watching_streams(probe.anatomy, take):
+    with watching_streams(probe.anatomy, add_turns):
         probe.read()
     found = {}
     for kind in probe.kinds:

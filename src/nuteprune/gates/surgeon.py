@@ -44,8 +44,8 @@ READ = {**INPUTS, "expert_neurons": "experts"}
 
 Key = tuple[str, int]
 """A block, and a layer."""
-Take = Callable[[str, int, Tensor], None]
-"""Told (block, layer, sums of squared gradients over some tokens (I,))."""
+AddSquares = Callable[[str, int, Tensor], None]
+"""Takes in (block, layer, sums of squared gradients over some tokens (I,))."""
 
 
 def has_cost(anatomy: Anatomy, kind: str) -> bool:
@@ -120,11 +120,11 @@ def input_slopes(probe: Probe) -> dict[Key, Tensor]:
     total: dict[Key, Tensor] = {}
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
-    def take(block: str, layer: int, squares_I: Tensor) -> None:
+    def add_squares(block: str, layer: int, squares_I: Tensor) -> None:
         slope_I, key = squares_I / LOSS_SCALE**2 / sequences, (block, layer)
         total[key] = total[key] + slope_I if key in total else slope_I
 
-    with _gradients_of_inputs(probe, take):
+    with _gradients_of_inputs(probe, add_squares):
         for batch_BT in probe.batches:
             _back(probe, batch_BT.to(device), generator)
             probe.progress()
@@ -140,27 +140,27 @@ def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
 
 
 @contextmanager
-def _gradients_of_inputs(probe: Probe, take: Take) -> Iterator[None]:
-    """Tell the squared gradients by what last projections read, as a backward pass forms them."""
+def _gradients_of_inputs(probe: Probe, add: AddSquares) -> Iterator[None]:
+    """Pass on squared gradients by what last projections read, as a backward pass forms them."""
     anatomy = probe.anatomy
     with ExitStack() as stack:
         stack.enter_context(anatomy.embedding.register_forward_hook(_require_gradients))
         for block in dict.fromkeys(READ[kind] for kind in probe.kinds):
             for layer in range(len(anatomy.layers)):
-                told = partial(take, block, layer)
+                add_own = partial(add, block, layer)
                 if block == "experts":
                     mixture = anatomy.mixture(layer)
                     if mixture is not None:
-                        watched = watched_experts(mixture, told)
+                        watched = watched_experts(mixture, add_own)
                         stack.enter_context(in_place_of([mixture.experts], [watched]))
                 elif (module := _reader(probe, block, layer)) is not None:
-                    stack.enter_context(module.register_forward_pre_hook(_watching(told)))
+                    stack.enter_context(module.register_forward_pre_hook(_adding_squares(add_own)))
         yield
 
 
-def _watching(take: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _adding_squares(add: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        args[0].register_hook(lambda grad: take(grad.flatten(0, -2).float().square().sum(0)))
+        args[0].register_hook(lambda grad: add(grad.flatten(0, -2).float().square().sum(0)))
 
     return hook
 

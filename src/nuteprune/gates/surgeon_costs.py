@@ -178,20 +178,20 @@ def noting_routed(mixture: Mixture | None) -> Iterator[Routed]:
         yield routed
 
 
-def watched_experts(mixture: Mixture, take: Callable[[Tensor], None]) -> Callable[..., Tensor]:
-    """Return a forward function of a layer's experts that tells the gradients of their neurons.
+def watched_experts(mixture: Mixture, add: Callable[[Tensor], None]) -> Callable[..., Tensor]:
+    """Return a forward function of a layer's experts that passes on the gradients of their neurons.
 
     Args:
         mixture: the experts.
-        take: told the sums over tokens of squared gradients (E x F,), in a backward pass.
+        add: takes in sums over tokens of squared gradients (E x F,), in a backward pass.
     """
 
     def watch(inner_PF: Tensor, expert_P: Tensor, _: Tensor) -> Tensor:
-        def told(grad_PF: Tensor) -> None:
+        def add_squares(grad_PF: Tensor) -> None:
             squares_EF = grad_PF.new_zeros(mixture.sizes, dtype=torch.float32)
-            take(squares_EF.index_add_(0, expert_P, grad_PF.float().square()).flatten())
+            add(squares_EF.index_add_(0, expert_P, grad_PF.float().square()).flatten())
 
-        inner_PF.register_hook(told)
+        inner_PF.register_hook(add_squares)
         return inner_PF
 
     def forward(hidden_SD: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
