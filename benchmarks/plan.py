@@ -196,7 +196,7 @@ def anonymous() -> int:
 def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[str, int]:
     """Go through a run and return its stages' peaks in bytes."""
     from nuteprune.data.blocks import BlockDataset
-    from nuteprune.gates import cutting
+    from nuteprune.gates import copying_losses
     from nuteprune.jobs.sources import load_model, stored_dtype
     from nuteprune.judge.perplexity import perplexities
     from nuteprune.progressive import trainer as progressive
@@ -213,7 +213,7 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     stored, kind = stored_dtype(dense), import_module(args.PIPELINE).TRAINER
     trainer = kind(dense, args, BlockDataset(tokens), stored_dtype=stored)
     del dense
-    cutting.copying_losses = few_losses
+    copying_losses.copying_losses = few_losses
     for stage in ("score", "price", "refit"):
         watch.around(cut, stage, lambda name=stage: name)
     watch.around(progressive, "refit", lambda: "refit")
@@ -228,10 +228,10 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
 
 def few_losses(probe: Any, kind: str, dense: Any) -> torch.Tensor:
     """Cut some of the first layer's units alone, in place of all: each holds the same."""
-    from nuteprune.gates import cutting
+    from nuteprune.gates import copying_losses
 
-    units = torch.arange(min(cutting.AT_ONCE, probe.layout.sizes[kind][0]))
-    cutting.losses_of(probe, kind, 0, units, dense)
+    units = torch.arange(min(copying_losses.AT_ONCE, probe.layout.sizes[kind][0]))
+    copying_losses.losses_without(probe, kind, 0, units, dense)
     return torch.ones(probe.layout.units(kind))
 
 

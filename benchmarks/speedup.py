@@ -35,7 +35,7 @@ from nuteprune.export.loading import unfilled
 from nuteprune.files import file_sum
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal
-from nuteprune.gates.seconds import Seconds, seconds_of
+from nuteprune.gates.speed_costs import Seconds, seconds_of
 from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.settings import read_given
 from nuteprune.jobs.speed import write_table

@@ -184,7 +184,7 @@ def trainer_for(cell: Cell, base: PreTrainedModel, ramp: float = 0.0) -> NutePru
     """Return a trainer, its masks fixed or on a ramp, in a folder that goes with the process."""
     from nuteprune import NutePruneConfig, NutePruneTrainer
     from nuteprune.data.blocks import BlockDataset
-    from nuteprune.gates.units import chance
+    from nuteprune.gates.scores import chance
 
     folder = tempfile.mkdtemp(prefix="nuteprune-step-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

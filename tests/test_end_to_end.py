@@ -17,7 +17,7 @@ from nuteprune.distill.coforward import CoForward, Role
 from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
-from nuteprune.gates import cutting
+from nuteprune.gates import copying_losses
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs.folder import DEMOS
 from nuteprune.jobs.sources import load_model
@@ -73,8 +73,8 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     monkeypatch.setattr(sys, "argv", ["nuteprune", *args, *settings, "--json"])
     monkeypatch.chdir(tmp_path)
     # What is measured by copying takes a minute of a core each time; here a part of it will do.
-    monkeypatch.setattr(cutting, "SEQUENCES", 1)
-    monkeypatch.setattr(cutting, "LENGTH", 16)
+    monkeypatch.setattr(copying_losses, "SEQUENCES", 1)
+    monkeypatch.setattr(copying_losses, "LENGTH", 16)
     monkeypatch.setattr(copying, "SEQUENCES", 2)
     monkeypatch.setattr(judging, "judge_beside", partial(judge_beside, tokens=2, blocks=3))
     with pytest.raises(SystemExit) as stopped:

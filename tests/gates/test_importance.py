@@ -13,20 +13,19 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.budget import Budget
+from nuteprune.gates.budget import Budget, unit_parameters
 from nuteprune.gates.importance import METHODS, check_scorable
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.method_names import METHOD, METHOD_NAMES
 from nuteprune.gates.options import Constraints
-from nuteprune.gates.probe import Probe
-from nuteprune.gates.removal import (
+from nuteprune.gates.scores import Probe, losses_of
+from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
+from nuteprune.gates.surgeon_costs import (
     ROUNDS,
     inverse_of_correlations,
     removal_costs,
     removals,
 )
-from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
-from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.shape import LayerShape, Shape

@@ -20,7 +20,7 @@ from nuteprune.data.blocks import JUDGED
 from nuteprune.data.own_text import tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_config
-from nuteprune.gates import cutting
+from nuteprune.gates import copying_losses
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Asked, _with, config_of, run
@@ -288,7 +288,7 @@ RAMP: dict[str, Any] = {"progressive": True, "ramp_share": 0.5}
 def test_a_stage_without_data_holds_what_it_holds_with_data(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cutting, "COPIES", 0.0)  # the model knows nothing, and copies nothing
+    monkeypatch.setattr(copying_losses, "COPIES", 0.0)  # the model copies nothing
     values, found = config(num_hidden_layers=3), []
     more = RAMP if stage in ("moving", "taught", "fixed") else {}
     for model in (None, model_of(values, torch.float32)):

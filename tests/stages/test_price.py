@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.gates.cutting import Predicted, mean_kl
+from nuteprune.gates.copying_losses import Predicted, mean_kl
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.shrink.compensate import fit_projections

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nuteprune.export.checkpoint import assemble
-from nuteprune.gates import removal
+from nuteprune.gates import surgeon_costs
 from nuteprune.gates.importance import METHODS
 from nuteprune.shrink.compensate import fit_projections
 from nuteprune.stages import score as stage
@@ -60,7 +60,7 @@ def test_what_is_left_is_scored_as_the_smaller_model(
     method: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against scores of a model that is cut in fact."""
-    monkeypatch.setattr(removal, "ROUNDS", 1000)  # one unit at a time, in both
+    monkeypatch.setattr(surgeon_costs, "ROUNDS", 1000)  # one unit at a time, in both
     blocks, refit_blocks = TEXT[:4], TEXT[:18]
     ready = prepare(tiny_model("llama"), settings(tmp_path))
     found = score(ready, blocks, method=method, target=0.5, refit_blocks=refit_blocks)

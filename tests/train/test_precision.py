@@ -15,7 +15,7 @@ from nuteprune import load_pruned
 from nuteprune.distill.objective import Objective
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.gates import importance
-from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.scores import Probe, Scores
 
 from .conftest import LENGTH, make, trial_step
 

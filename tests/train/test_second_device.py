@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nuteprune.distill.objective import Objective
-from nuteprune.gates import removal
+from nuteprune.gates import surgeon_costs
 from nuteprune.products import read_tensors
 from nuteprune.shrink import compensate
 from tests.second_device import DEVICE, There, second_device
@@ -83,7 +83,7 @@ def beside(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.slow(seconds=4)
 @pytest.mark.parametrize(
     ("place", "name"),
-    [(Objective, "parts"), (removal, "inverse_of_correlations"), (compensate, "ridge_fit")],
+    [(Objective, "parts"), (surgeon_costs, "inverse_of_correlations"), (compensate, "ridge_fit")],
     ids=["step", "scoring", "re-fit"],
 )
 def test_a_tensor_made_without_a_device_is_caught(

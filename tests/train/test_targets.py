@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainerCallback
 
 from nuteprune import UserError
-from nuteprune.gates.units import chance
+from nuteprune.gates.scores import chance
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import LayerShape, Shape
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nuteprune.export.card_metadata import metadata, short_name
 from nuteprune.export.figures import answer_rows, context_rows, definitions
-from nuteprune.gates.budget import gone
+from nuteprune.gates.budget import share_gone
 from nuteprune.model.shape import SAID
 from nuteprune.run_folder import SELF
 
@@ -156,8 +156,8 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **record,
         "params": params,
-        "sparsity": gone(params["blocks_before"], params["blocks_after"]),
-        "total_sparsity": gone(params["before"], params["after"]),
+        "sparsity": share_gone(params["blocks_before"], params["blocks_after"]),
+        "total_sparsity": share_gone(params["before"], params["after"]),
         "layers_before": first["layers_before"],
         "hidden": {"before": first["hidden"]["before"], "after": record["hidden"]["after"]},
     }

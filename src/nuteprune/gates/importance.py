@@ -2,7 +2,7 @@
 
 Every method answers with scores in the form that the allocator takes: additive losses, of which
 the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`,
-`surgeon`) are taken as they are. Those that only rank come through `units.losses_of`, so that the
+`surgeon`) are taken as they are. Those that only rank come through `scores.losses_of`, so that the
 allocator follows their ranking, made as each paper makes it: `wanda` and the scores of experts
 rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
 and `similarity` across all.
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.activations import Watched, watching_inputs, watching_streams
-from nuteprune.gates.cutting import copying_kept
+from nuteprune.gates.copying_losses import copying_kept
+from nuteprune.gates.expert_scores import reap, reconstruction, removal_order
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
-from nuteprune.gates.rerouting import reconstruction, removal_order
-from nuteprune.gates.routed import reap
+from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, chance, in_order, losses_of, ranked
 from nuteprune.gates.surgeon import has_cost, surgeon_scores
-from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
 
@@ -51,12 +49,12 @@ def wanda(probe: Probe) -> Scores:
     inputs on calibration text. Source: Sun et al. 2023 (arXiv 2306.11695); its structured form,
     with the same share from every layer, is Wanda-sp of An et al. 2023 (arXiv 2312.11983).
     """
-    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-    for watched in _read_inputs(probe):
-        size_I = scored(watched.weight().abs().sum(0))
-        columns[watched.units].append(size_I * watched.moments.norm)
-    scores = {kind: over_columns(probe.layout, kind, columns) for kind in probe.kinds}
-    return ranked(probe, scores)
+
+    def metric(watched: Watched) -> Tensor:
+        return scored(watched.weight().abs().sum(0)) * watched.moments.norm
+
+    # Units of a layer have as many columns each, so that means rank as sums do.
+    return ranked(probe, _means_of_inputs(probe, metric))
 
 
 def flap(probe: Probe) -> Scores:
@@ -68,17 +66,16 @@ def flap(probe: Probe) -> Scores:
     its public code (CASIA-LMC-Lab/FLAP): less of attention goes then, which did better
     (docs/log.md). In place of its bias compensation there is the re-fit that all methods share.
     """
-    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-    for watched in _read_inputs(probe):
+
+    def metric(watched: Watched) -> Tensor:
         norm_I = scored(watched.weight().square().sum(0))
         metric_I = watched.moments.variance * norm_I
         metric_I /= metric_I.mean().clamp(min=1e-30)  # z-scores are the same; squares stay in range
         if watched.units == "heads":
             metric_I.square_()
-        scaled_I = (metric_I - metric_I.mean()) / metric_I.std().clamp(min=1e-30)
-        columns[watched.units].append(scaled_I)
-    means = {kind: over_columns(probe.layout, kind, columns, mean=True) for kind in probe.kinds}
-    return losses_of(probe.budget, means)
+        return (metric_I - metric_I.mean()) / metric_I.std().clamp(min=1e-30)
+
+    return losses_of(probe.budget, _means_of_inputs(probe, metric))
 
 
 def taylor(probe: Probe) -> Scores:
@@ -113,7 +110,7 @@ def surgeon(probe: Probe) -> Scores:
     and C that of all inputs of the projection that reads them: a unit is cheap if the loss
     does not depend on it, or if the other inputs can predict it: the re-fit then makes up for it.
     The cheapest units of a layer go first, and the others cost what they cost without these.
-    Neurons of routed experts have their own: see `gates.expert_neurons`. Hidden width, blocks and
+    Neurons of routed experts have their own: see `gates.surgeon_costs`. Hidden width, blocks and
     experts have no re-fit, so they keep their Fisher score, which estimates the same loss. Which
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
@@ -148,8 +145,8 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
     raised, first = dict(scores), layout.shape.first_attention
     for kind in {"heads", "kv_groups"} & scores.keys():
         parts = list(scores[kind].split(layout.sizes[kind]))
-        if len(rest := torch.cat([*parts[:first], *parts[first + 1 :]])):
-            parts[first] = parts[first] + rest.max()
+        others = [x.max() for i, x in enumerate(parts) if i != first and len(x)]
+        parts[first] = parts[first] + max(others, default=0)
         raised[kind] = torch.cat(parts)
     return raised
 
@@ -185,7 +182,7 @@ def similarity(probe: Probe) -> Scores:
     total = {kind: torch.zeros(count) for kind in BLOCK_KINDS}
     tokens = [0] * count
 
-    def take(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
+    def add_turns(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
         tokens[layer] += len(before_MD)
         for kind, pair in (
             ("attn_block", (before_MD, between_MD)),
@@ -193,7 +190,7 @@ def similarity(probe: Probe) -> Scores:
         ):
             total[kind][layer] += number((1 - torch.cosine_similarity(*pair)).sum())
 
-    with watching_streams(probe.anatomy, take):
+    with watching_streams(probe.anatomy, add_turns):
         probe.read()
     found = {}
     for kind in probe.kinds:
@@ -269,10 +266,24 @@ def check_scorable(name: str, kinds: Sequence[str]) -> None:
             )
 
 
-def _read_inputs(probe: Probe) -> list[Watched]:
+def _means_of_inputs(probe: Probe, metric: Callable[[Watched], Tensor]) -> Scores:
+    """Return means (N,) over the inputs of the output or down projection that each unit feeds.
+
+    Args:
+        probe: the model and the text.
+        metric: from a projection that has read the text to a value (I,) of each input.
+    """
     with watching_inputs(probe.anatomy) as watched:
         probe.read()
-    return watched
+    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
+    for projection in watched:
+        columns[projection.units].append(metric(projection))
+    found = {}
+    for kind in probe.kinds:
+        there = [count for count in probe.layout.sizes[kind] if count]  # some may be gone already
+        pairs = zip(columns["neurons" if kind == "neurons" else "heads"], there, strict=True)
+        found[kind] = torch.cat([values_I.view(count, -1).mean(1) for values_I, count in pairs])
+    return found
 
 
 def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from nuteprune.console import Progress, counted, silent
+from nuteprune.gates.copying_losses import Predicted, mean_kl
 from nuteprune.gates.costs import Goal
-from nuteprune.gates.cutting import Predicted, mean_kl
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.probe import Scores, check_finite
+from nuteprune.gates.scores import Scores, check_finite
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.mapped import mapped
 from nuteprune.model.family import Projection

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nuteprune.errors import UserError
-from nuteprune.gates.budget import Budget
+from nuteprune.gates.budget import Budget, unit_parameters
+from nuteprune.gates.expert_scores import hearing_experts
 from nuteprune.gates.importance import METHODS, check_scorable
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.probe import Probe
-from nuteprune.gates.routed import hearing_experts
-from nuteprune.gates.units import losses_of, ranks, unit_parameters
+from nuteprune.gates.scores import Probe, losses_of, ranks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from tests.families import MIXTURES
