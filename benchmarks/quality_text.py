@@ -143,9 +143,7 @@ class Texts:
     def _written(self, model: PreTrainedModel, seed: int, tokens: int) -> Sequence[list[int]]:
         folder = self._folder / "self-written" / f"seed-{seed}_{tokens}-tokens"
         length = self._setting.length
-        return write(
-            model, self._tokenizer, tokens=tokens, length=length, seed=seed, folder=folder
-        )
+        return write(model, self._tokenizer, tokens=tokens, length=length, seed=seed, folder=folder)
 
 
 class Judge:
