@@ -249,30 +249,19 @@ def block_with(page: str, words: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # transformers' own default
-@pytest.mark.parametrize(
-    "writes", [False, True], ids=["text of yours alone", "with text that the model writes"]
-)
 def test_the_loop_of_the_page_runs_as_it_stands(
-    writes: bool,
-    model: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = "docs/api.md"
     code = block_with(page, "NutePruneTrainer(")
     assert code.count('"Qwen/Qwen3-0.6B"') == 2
     assert "max_steps=400," in code
-    if writes:  # "before you make the trainer"
-        before, made, after = code.partition("trainer = NutePruneTrainer(")
-        code = before + block_with(page, "write_text(") + made + after
     small = "max_steps=1, neuron_multiple=4, calibration_blocks=2,"
     code = code.replace("Qwen/Qwen3-0.6B", str(model)).replace("max_steps=400,", small)
     code = code.replace("my_text.jsonl", str(text)).replace("length=512", "length=24")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
     assert (tmp_path / "small" / "nuteprune.json").is_file()
-    assert (tmp_path / "small" / "run" / "self.jsonl").is_file() == writes
 
 
 @pytest.mark.slow
