@@ -118,8 +118,8 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, bench: Bench) -> None:
         self.args, self.bench = args, bench
-        self.at = timed.Setting(*moment(args.at))
-        self.engine = Transformers.asked("cpu", args.dtype, args.threads)
+        self.at = timed.Workload(*moment(args.at))
+        self.engine = Transformers.from_options("cpu", args.dtype, args.threads)
         self.cell = Cell("speedup", {}, 0.2, 0, seed=0)
         self.config = bench.config(self.cell, str(bench.folder / "unused"))
         self.allocator = make_allocator(bench.anatomy, self.config)

@@ -14,16 +14,15 @@ from typing import Any
 import pytest
 
 from nuteprune.console import Output
-from nuteprune.jobs import prune, speed, timing
-from nuteprune.jobs.demo import one_shot
+from nuteprune.jobs import speed, timing
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune_trainer import trainer_config
+from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge.bench import Timing
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 from nuteprune.judge.worker import Worker
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prune_settings import PruneSettings
 from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
@@ -63,7 +62,7 @@ def passes(model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     told = {"ours": 1.0, "dense": 1.3}
 
     class Told(Worker):
-        def time(self, _: Setting) -> Timing:
+        def time(self, _: Workload) -> Timing:
             who = "dense" if Path(self.name) == model else "ours"
             return Timing(told[who], told[who])
 
@@ -146,33 +145,6 @@ def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
     assert run(*words, *asked, "--costs", file)[0] == 0
 
 
-def test_the_demos_one_shot_model_is_cut_by_the_table_that_was_measured(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
-    measured: list[Path] = []
-
-    def write(path: Path, *_: Any) -> dict[str, Any]:
-        measured.append(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(TABLE))
-        return TABLE
-
-    monkeypatch.setattr(speed, "write_table", write)
-    given = {"model": str(model), "data": str(text), "out": tmp_path / "out"}
-    small = {"speedup": f"1.2@{AT}", "steps": 0, "length": 24, "device": "cpu", "dtype": "float32"}
-    more = {"calibration_blocks": 2, "eval_blocks": 2, "neuron_multiple": 4, "shares": 1}
-    job = make_job(PruneJob, NutePruneConfig, {**given, **small, **more})
-    result = prune.run(job, output := Output(quiet=True))
-    assert result is not None
-    with output.bars() as bars:
-        plain = one_shot(job, result.scores, result.held_out, tmp_path / "plain", bars)
-    assert len(measured) == 1
-    [record] = result.records.values()
-    assert plain["layers"] == record["layers"]
-    assert plain["params"]["after"] == record["params"]["after"] < record["params"]["before"]
-
-
 def test_two_runs_at_once_share_one_table(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,8 +157,8 @@ def test_two_runs_at_once_share_one_table(
         path.write_text(json.dumps(TABLE))
 
     monkeypatch.setattr(speed, "write_table", write)
-    given = {"model": str(model), "speedup": 1.2, "speed_at": AT, "device": "cpu"}
-    job = make_job(PruneJob, NutePruneConfig, {**given, "out": tmp_path / "out"})
+    given = {"model": str(model), "speedup": f"1.2@{AT}", "device": "cpu"}
+    job = make_job(PruneJob, PruneSettings, {**given, "out": tmp_path / "out"})
     config, loaded = trainer_config(job, tmp_path / "run"), load_model(str(model), None)
 
     def table(_: int) -> Any:
