@@ -1,4 +1,4 @@
-"""What llama.cpp's Q4_K_M makes of a pruned model, with and without `--for-quantization`.
+"""What llama.cpp's Q4_K_M makes of a pruned model, with and without `--set for_quantization=true`.
 
     python benchmarks/k_quants.py --json benchmarks/results/k-quants.json    # two minutes
     python benchmarks/k_quants.py --show benchmarks/results/k-quants.json    # runs nothing

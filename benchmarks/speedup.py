@@ -117,8 +117,8 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, bench: Bench) -> None:
         self.args, self.bench = args, bench
-        self.at = timed.Setting(*moment(args.at))
-        self.engine = Transformers.asked("cpu", args.dtype, args.threads)
+        self.at = timed.Workload(*moment(args.at))
+        self.engine = Transformers.from_options("cpu", args.dtype, args.threads)
         self.costs = self._costs()
         cell = Cell("speedup", {}, 0.2, 0, seed=0)
         self.cut = bench.cut(cell, bench.folder / "stages", keeps=True)

@@ -175,6 +175,18 @@ def writing(what: str | Path, remedy: str = "") -> Iterator[None]:
         raise RunFailed(f"cannot write {what}: {reason[:200]}{hint}") from error
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, complete or not at all, into a folder that is made if need be.
+
+    Raises:
+        UserError: if nothing can be written at that place.
+        RunFailed: if writing went wrong on the way.
+    """
+    with writing(path, "make room and do the same again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, to_json(content, indent=2) + "\n")
+
+
 def file_sum(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel
 
@@ -13,10 +13,9 @@ from nuteprune.console import Progress
 from nuteprune.data.blocks import HeldOut
 from nuteprune.data.mixture import Mixture
 from nuteprune.export.loading import in_dtype
-from nuteprune.export.wrapping import Around
+from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
 from nuteprune.judge.beside import judge_beside
-from nuteprune.judge.run_files import write_extra
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
@@ -33,6 +32,9 @@ from nuteprune.train.prepare import Prepared, offload_if_asked
 from nuteprune.train.state import last_checkpoint
 from nuteprune.train.targets import Target
 from nuteprune.train.trainer import NutePruneTrainer
+
+if TYPE_CHECKING:
+    from nuteprune.export.wrapping import Around
 
 Record = dict[str, Any]
 
@@ -153,7 +155,7 @@ class Run:
         trainer = self.first if goal is self.goals[0] else self.trainer_of(goal)
         trainer.masks, trainer.weights = masks, weights
         if is_main():
-            write_extra(trainer.run_folder, TEXT, self.text.training.fingerprint.to_dict())
+            write_json(trainer.run_folder / TEXT, self.text.training.fingerprint.to_dict())
         with self.products.measured("teach"):
             if self.args.max_steps > 0:
                 begun = self.resumes and last_checkpoint(trainer.run_folder) is not None
@@ -200,7 +202,7 @@ class Run:
         self, trainer: NutePruneTrainer, sliced: Sliced, judged: Judged
     ) -> tuple[Path, Record]:
         """Write a checkpoint with its record; returns its folder, and the record."""
-        write_extra(trainer.run_folder, SAMPLES, judged.samples)
+        write_json(trainer.run_folder / SAMPLES, judged.samples)
         folder = self.folder_of(trainer.goal)
         record = save(
             sliced,

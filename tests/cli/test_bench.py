@@ -10,7 +10,7 @@ import pytest
 
 from nuteprune.jobs import timing
 from nuteprune.judge.bench import Timing
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 from tests.conftest import Run, json_line
 from tests.stand_in_llama_cpp import install
 
@@ -29,7 +29,7 @@ class Here:
         self.name, self.runner = name, load()
         self.about = self.runner.about()
 
-    def time(self, setting: Setting) -> Timing:
+    def time(self, setting: Workload) -> Timing:
         return self.runner.time(setting)
 
     def __enter__(self) -> Here:

@@ -20,7 +20,7 @@ from nuteprune.console import Output
 from nuteprune.errors import Interrupted, RunFailed, UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs.guard import alone
-from nuteprune.stages import judge as judging
+from nuteprune.stages import judge
 from tests.conftest import Run, json_line
 
 from .conftest import TINY
@@ -162,12 +162,7 @@ def test_resume_and_overwrite(model: Path, text: Path, tmp_path: Path, run: Run)
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 4])
 def test_killed_before_its_first_checkpoint_a_run_keeps_what_its_model_wrote(
-    steps: int,
-    model: Path,
-    text: Path,
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
+    steps: int, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -326,7 +321,7 @@ def test_home_is_found_where_the_shell_leaves_it(
 def test_a_model_that_computes_nothing_finite_is_no_success(
     model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judging, "perplexities", lambda *_, **__: {"text": float("inf")})
+    monkeypatch.setattr(judge, "perplexities", lambda *_, **__: {"text": float("inf")})
     code, _, err = run(*options(model, text, tmp_path / "out"))
     assert code == 1
     assert "the perplexity of the dense model is not finite" in err
@@ -364,42 +359,18 @@ BAD = {
         ["prune", "MODEL", "--sparsity", "1.5", "--out", "OUT", "--data", "TEXT"],
         "between",
     ),
-    "out of reach": (
-        [*PRUNE, "--sparsity", "0.9", "--set", "gates=kv_groups"],
-        "at most",
-    ),
+    "out of reach": ([*PRUNE, "--sparsity", "0.9", "--set", "gates=kv_groups"], "at most"),
     "folder of an unset variable": ([*PRUNE, "--out", ""], "--out is empty"),
     "model of an unset variable": (["eval", "", "--data", "TEXT"], "a name is empty"),
     "text of an unset variable": ([*PRUNE, "--data", ""], "a name is empty"),
-    "no such data": (
-        [*PRUNE, "--data", "no.txt"],
-        "no.txt",
-    ),
-    "empty data": (
-        [*PRUNE, "--data", "EMPTY"],
-        "EMPTY",
-    ),
+    "no such data": ([*PRUNE, "--data", "no.txt"], "no.txt"),
+    "empty data": ([*PRUNE, "--data", "EMPTY"], "EMPTY"),
     "unknown option": (["prune", "MODEL", "--sparsty", "0.2", "--out", "OUT"], "--sparsity"),
-    "unknown key": (
-        [*PRUNE, "--set", "lerning_rate=1"],
-        "learning_rate",
-    ),
-    "wrong type": (
-        [*PRUNE, "--set", "max_steps=many"],
-        "type int",
-    ),
-    "unknown gate": (
-        [*PRUNE, "--gates", "headz"],
-        "known kinds",
-    ),
-    "unknown device": (
-        [*PRUNE, "--device", "abacus"],
-        "abacus",
-    ),
-    "unknown dtype": (
-        [*PRUNE, "--dtype", "float99"],
-        "float99",
-    ),
+    "unknown key": ([*PRUNE, "--set", "lerning_rate=1"], "learning_rate"),
+    "wrong type": ([*PRUNE, "--set", "max_steps=many"], "type int"),
+    "unknown gate": ([*PRUNE, "--gates", "headz"], "known kinds"),
+    "unknown device": ([*PRUNE, "--device", "abacus"], "abacus"),
+    "unknown dtype": ([*PRUNE, "--dtype", "float99"], "float99"),
     "unknown command": (["prun"], "prun"),
     "inspect what is no checkpoint": (["inspect", "."], "nuteprune.json"),
 }
@@ -486,15 +457,13 @@ def test_several_targets_and_chosen_dimensions_from_the_command_line(
         assert record["out"] == str(folder)
         assert record["sparsity"] >= record["target"]
         assert load_pruned(folder).config.num_hidden_layers == 3
-    page = (several / "run" / "report.html").read_text()
-    assert "(target 40.0\u202f%)" in page
-    assert "has not been finished" not in page
-    code, stdout, stderr = run("report", several / "sparsity-0.2")
-    assert code == 0, stderr
-    page = (several / "sparsity-0.2" / "run" / "report.html").read_text()
-    assert "has not been finished" not in page
-    assert re.search(r"steps of training(<br>[^<]*)?</dt><dd>3</dd>", page)
-    assert "(run/plots/layers.png)" in (several / "sparsity-0.2" / "README.md").read_text()
+        page = (folder / "run" / "report.html").read_text()
+        assert f"(target {record['target']:.1%})".replace("%", "\u202f%") in page
+        steps = (folder / "run" / "metrics.jsonl").read_text().count("\n")
+        assert re.search(rf"steps of training(<br>[^<]*)?</dt><dd>{steps}</dd>", page)
+        assert "(run/plots/layers.png)" in (folder / "README.md").read_text()
+    assert run("report", several)[0] == 0
+    assert not (several / "run" / "report.html").exists()
     wanted, again = several / "sparsity-0.2" / "nuteprune.json", tmp_path / "again"
     assert run(*options(model, text, again, sparsity=None, shape=wanted))[0] == 0
     assert json.loads((again / "nuteprune.json").read_text())["layers"] == targets[0]["layers"]
@@ -519,12 +488,7 @@ def under_ascii(*args: Any, cwd: Path | None = None) -> tuple[int, str]:
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "nuteprune.cli", *map(str, args)]
     done = subprocess.run(
-        command,
-        env=os.environ | locale,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
+        command, env=os.environ | locale, cwd=cwd, capture_output=True, text=True, encoding="utf-8"
     )
     return done.returncode, done.stderr
 
@@ -555,12 +519,7 @@ def test_a_name_within_a_file_may_be_the_one(run: Run, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("setting", ["data", "eval_data"])
 def test_a_name_in_a_settings_file_may_be_the_one(
-    setting: str,
-    model: Path,
-    text: Path,
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
+    setting: str, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "größer.txt").write_text(text.read_text())
     named = {"data": str(text), setting: str(tmp_path / "größer.txt")}

@@ -48,7 +48,7 @@ HOW = {
     "nuteprune prune MODEL --speedup 1.3 --costs costs.json --data DATA --out OUT": LARGE,
     "nuteprune bench MODEL --save-costs costs.json --lengths 256 --new-tokens 32 "
     "--device cpu": EXECUTED,
-    "nuteprune prune MODEL --sparsity 0.3 --for-quantization --data DATA --out OUT": LARGE,
+    "nuteprune prune MODEL --sparsity 0.3 --set for_quantization=true --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --shape half.yaml --shapes uniform --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --sparsity 0.45 --shapes uniform --data DATA --out OUT": LARGE,
     "nuteprune prune MODEL --params 100M --data DATA --out OUT": LARGE,
@@ -68,7 +68,8 @@ HOW = {
     "--out small --set sharded=true": PARSED,
     "accelerate launch --num_processes 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
-    "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --report-to tensorboard": PARSED,
+    "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT "
+    "--set report_to=tensorboard": PARSED,
     "nuteprune eval small --against Qwen/Qwen3-0.6B --data my_text.jsonl --data demo": PARSED,
     "nuteprune eval small --against demo --data demo --data code.jsonl "
     "--data medicine.jsonl": PARSED,

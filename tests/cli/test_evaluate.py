@@ -15,7 +15,7 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import evaluate
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.tasks import Score
-from nuteprune.stages import judge as judging
+from nuteprune.stages import judge
 from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
@@ -237,7 +237,7 @@ def test_each_model_is_asked_with_its_own_tokenizer(
 
         def ask(self, _: Any, tokenizer: Any, *__: Any) -> dict[str, Score]:
             seen.append(tokenizer("the student").input_ids)
-            return {"school": Score(1.0, "acc", None, True, 4)}
+            return {"school": Score(1.0, None, True, "acc", 4)}
 
         def described(self) -> dict[str, Any]:
             return {}
@@ -254,7 +254,7 @@ def test_where_copying_cannot_be_measured_the_rest_is(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(model, other)
-    measure, calls = judging.copying, []
+    measure, calls = judge.copying, []
 
     def only_the_first(*args: Any, **how: Any) -> Copying:
         calls.append(args)
@@ -262,7 +262,7 @@ def test_where_copying_cannot_be_measured_the_rest_is(
             raise UserError("too few positions")
         return measure(*args, **how)
 
-    monkeypatch.setattr(judging, "copying", only_the_first)
+    monkeypatch.setattr(judge, "copying", only_the_first)
     asked = ["--against", other, "--data", text, "--length", 24, *ASKED]
     code, stdout, stderr = run("eval", model, *asked)
     assert code == 0, stderr
@@ -278,11 +278,14 @@ BAD = {
     "no such text": (["--data", "nope.txt"], "nope.txt"),
     "the same text twice": (["--data", "TEXT", "--data", "TEXT"], "only once"),
     "text too short": (["--data", "TEXT", "--length", "99999"], "a block takes 99999"),
-    "batch size 0": (["--batch-size", "0"], "at least 1"),
+    "batch size 0": (["--batch-size", "0"], "from 1 to"),
     "prompts for one model": (["--prompts", "a.jsonl"], "--against"),
-    "no answers": (["--answer-tokens", "0"], "--answer-tokens 0: pass at least 1"),
+    "no answers": (["--answer-tokens", "0"], "--answer-tokens 0: pass a number from 1"),
     "copying seed too large": (["--copying-seed", str(2**64)], "from 0 to 2147483647"),
-    "fewer than no examples": (["--tasks", "piqa", "--fewshot", "-1"], "--fewshot -1: pass 0"),
+    "fewer than no examples": (
+        ["--tasks", "piqa", "--fewshot", "-1"],
+        "a number from 0",
+    ),
     "limit without tasks": (["--limit", "3"], "--tasks"),
     "text for tasks alone": (["--tasks", "piqa", "--length", "512"], "--length is for text"),
     "unknown option": (["--set", "lora_rank=3"], "No such option"),

@@ -20,9 +20,9 @@ from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge.bench import Timing
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 from nuteprune.judge.worker import Worker
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prune_settings import PruneSettings
 from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def passes(model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     told = {"ours": 1.0, "dense": 1.3}
 
     class Told(Worker):
-        def time(self, _: Setting) -> Timing:
+        def time(self, _: Workload) -> Timing:
             who = "dense" if Path(self.name) == model else "ours"
             return Timing(told[who], told[who])
 
@@ -157,8 +157,8 @@ def test_two_runs_at_once_share_one_table(
         path.write_text(json.dumps(TABLE))
 
     monkeypatch.setattr(speed, "write_table", write)
-    given = {"model": str(model), "speedup": 1.2, "speed_at": AT, "device": "cpu"}
-    job = make_job(PruneJob, NutePruneConfig, {**given, "out": tmp_path / "out"})
+    given = {"model": str(model), "speedup": f"1.2@{AT}", "device": "cpu"}
+    job = make_job(PruneJob, PruneSettings, {**given, "out": tmp_path / "out"})
     config, loaded = trainer_config(job, tmp_path / "run"), load_model(str(model), None)
 
     def table(_: int) -> Any:

@@ -17,7 +17,6 @@ from nuteprune.judge import copying
 from nuteprune.judge.beside import Beside
 from nuteprune.judge.run_files import read_run
 from nuteprune.run_folder import TARGETS
-from nuteprune.stages import judge as judging
 from nuteprune.train.asked import KINDS, Asked
 from tests.conftest import Run, cache_of, json_line
 
@@ -108,7 +107,7 @@ def test_so_it_is_for_the_demo_model(
 ) -> None:
     # What is said of quality is not looked at here, and takes most of the time.
     monkeypatch.setattr(copying, "SEQUENCES", 1)
-    monkeypatch.setattr(judging, "judge_beside", lambda *_: Beside({}, []))
+    monkeypatch.setattr("nuteprune.run.judge_beside", lambda *_: Beside({}, []))
     out = tmp_path / "out"
     named = ["prune", "demo", *words, "--data", text, "--shares", 1, "--out", out, *SMALL]
     fast = ["--method", "random", "--set", "compensation=false", "--dtype", "bfloat16"]
@@ -146,10 +145,13 @@ def test_a_checkpoint_of_several_has_the_steps_that_led_to_it(
     small = [x if x != "0" else "7" for x in SMALL]
     code, _, stderr = run(*words, "--out", out, *small)
     assert code == 0, stderr
-    for name, last in (("160K", 2), ("150K", 4), ("140K", 7)):
-        assert [x["step"] for x in read_run(out / f"params-{name}").metrics] == [
-            *range(1, last + 1)
-        ]
+    for name in ("160K", "150K", "140K"):
+        read = read_run(out / f"params-{name}")
+        assert read.run == out.resolve() / f"params-{name}" / "run"
+        assert [x["step"] for x in read.metrics] == [*range(1, len(read.metrics) + 1)]
+        assert read.metrics
+        assert read.gates
+        assert (read.run / "report.html").is_file()
 
 
 def test_folders_of_targets_are_known() -> None:

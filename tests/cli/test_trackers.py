@@ -55,7 +55,7 @@ def test_trackers_see_what_the_method_does(
 ) -> None:
     out = tmp_path / "out"
     more = PUBLISHED if published else []
-    code, _, stderr = run(*asked(model, text, out, "--report-to", "of_test", *more))
+    code, _, stderr = run(*asked(model, text, out, "--set", "report_to=of_test", *more))
     assert code == 0, stderr
     steps = [line for line in tracker.lines if "loss" in line]
     assert len(steps) == 6
@@ -92,8 +92,9 @@ def test_an_unknown_tracker_is_refused(
     command: str, model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
     out = tmp_path / "out"
-    share = ["--sparsity", "0.3"] if command == "prune" else []
-    named = ["--length", "24", "--steps", "2", "--device", "cpu", "--report-to", "parchment"]
+    tracked = ["--report-to", "parchment"]
+    share = ["--sparsity", "0.3", "--set", "report_to=parchment"] if command == "prune" else tracked
+    named = ["--length", "24", "--steps", "2", "--device", "cpu"]
     code, _, stderr = run(command, model, "--data", text, "--out", out, *named, *share)
     assert (code, len(stderr.splitlines())) == (2, 1), stderr
     assert "parchment" in stderr
@@ -107,7 +108,7 @@ def test_tensorboard_files_hold_the_curves(
     from tensorboard.backend.event_processing import event_accumulator as reader
 
     out = tmp_path / "out"
-    code, _, stderr = run(*asked(model, text, out, "--report-to", "tensorboard", *PUBLISHED))
+    code, _, stderr = run(*asked(model, text, out, "--set", "report_to=tensorboard", *PUBLISHED))
     assert code == 0, stderr
     (folder,) = {path.parent for path in out.rglob("events.out.tfevents.*")}
     events = reader.EventAccumulator(str(folder)).Reload()

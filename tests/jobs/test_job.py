@@ -35,7 +35,7 @@ OUT: dict[str, Any] = {"model": "m", "out": "o"}
 
 
 def job(given: dict[str, Any], **more: Any) -> PruneJob:
-    return make_job(PruneJob, NutePruneConfig, {**OUT, **given}, **more)
+    return make_job(PruneJob, PruneSettings, {**OUT, **given}, **more)
 
 
 def test_words_full_names_files_and_assignments_come_to_the_same(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_what_a_call_does_is_no_matter_for_a_file(tmp_path: Path) -> None:
         job({}, assignments=["dry_run=true"])
 
 
-@pytest.mark.parametrize("kind", [PruneJob, RecoverJob, VocabJob, PruneSettings])
+@pytest.mark.parametrize("kind", [PruneJob, RecoverJob, VocabJob, ProgressiveSettings])
 def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
     own = {x.name for x in dataclasses.fields(kind)} - {"settings", "files"}
     found = declared(kind)
@@ -99,13 +99,13 @@ def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
 
 
 OPTIONS = """
-sparsity params active-params size memory speedup costs shape gates shapes for-quantization method
-offload steps batch-size gradient-checkpointing report-to out data eval-data text-column length
+sparsity params active-params size memory speedup costs shape gates shapes method
+offload steps batch-size gradient-checkpointing out data eval-data text-column length
 device dtype resume overwrite trust-remote-code shares family bits dry-run
 """
 WITHOUT_OPTION = """
-neuron_multiple hidden_multiple calibration_blocks teacher progressive lora_rank compensation
-sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
+neuron_multiple hidden_multiple for_quantization calibration_blocks teacher progressive lora_rank
+compensation sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """
 
 
@@ -121,8 +121,9 @@ def test_names_that_help_tells_are_those_of_what_does_the_work() -> None:
     """Help may not load what does it."""
     ours = declared(ProgressiveSettings)
     assert ours["method"].choices == tuple(METHODS)
-    assert ours["gate_type"].choices == tuple(GATE_TYPES)
-    assert ours["objective"].choices == tuple(OBJECTIVES)
+    paper = declared(ProgressiveSettings)
+    assert paper["gate_type"].choices == tuple(GATE_TYPES)
+    assert paper["objective"].choices == tuple(OBJECTIVES)
     assert TYPES["gguf"] == tuple(FILE_TYPES)
     assert inspect.signature(bench).parameters["engine"].default == next(iter(ENGINES))
 
@@ -175,7 +176,7 @@ def test_what_a_run_is_does_not_hang_on_the_spelling(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("kind", "trainer"), [(PruneJob, NutePruneConfig), (RecoverJob, None)], ids=["prune", "recover"]
+    ("kind", "trainer"), [(PruneJob, PruneSettings), (RecoverJob, None)], ids=["prune", "recover"]
 )
 def test_what_a_model_writes_does_not_judge(kind: Any, trainer: Any) -> None:
     with pytest.raises(UserError, match=r"^self is text that .*pass other text here"):

@@ -16,7 +16,7 @@ from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.headline import told_gains
 from nuteprune.judge.runners import About
-from nuteprune.judge.work import Setting, Work
+from nuteprune.judge.work import Work, Workload
 
 BOUND = 1.25
 WORKS = {
@@ -43,7 +43,7 @@ def injected(monkeypatch: pytest.MonkeyPatch) -> Any:
                 self.name = name
                 self.about = About(WORKS[name], None, "none", "sdpa", 1, "CPU")
 
-            def time(self, _: Setting) -> Timing:
+            def time(self, _: Workload) -> Timing:
                 order.append(self.name)
                 seconds = ALONE[self.name] * next(loads)
                 return Timing(seconds, seconds)
@@ -55,7 +55,7 @@ def injected(monkeypatch: pytest.MonkeyPatch) -> Any:
                 pass
 
         monkeypatch.setattr(timing, "Worker", Fake)
-        settings = [Setting(1, 8, 4)]
+        settings = [Workload(1, 8, 4)]
         with Output(quiet=True).bars() as bars:
             found = measure(["small", "dense"], settings, repeats, ENGINE, bars)
         return found, order

@@ -9,7 +9,15 @@ from transformers import ByT5Tokenizer
 
 from nuteprune.data.prompts import Prompts
 from nuteprune.errors import UserError
-from nuteprune.judge.answers import Pair, answer_both, ends_of, entry_of, fresh, repeated, shown
+from nuteprune.judge.answers import (
+    Pair,
+    answer_both,
+    ends_of,
+    entry_of,
+    fresh,
+    pick_samples,
+    repeated,
+)
 from nuteprune.judge.answers import write as written
 from tests.families import HYBRIDS, MIXTURES, each
 
@@ -141,14 +149,14 @@ def test_a_model_beside_itself_loses_nothing(tiny_model, tiny_tokenizer) -> None
 def test_those_shown_are_picked_by_repeats_then_by_divergence(tiny_tokenizer) -> None:
     loop, fine = [7] * 10, [1, 2]
     pairs = [pair(loop, 1, "c"), pair(fine, 9, "b"), pair(loop, 2, "d"), pair(fine, 3, "a")]
-    picked = {x["which"]: x["prompt"] for x in shown(pairs, tiny_tokenizer)}
+    picked = {x["which"]: x["prompt"] for x in pick_samples(pairs, tiny_tokenizer)}
     assert picked == {"median": "b", "worst": "d"}
-    assert [x["prompt"] for x in shown(pairs[:1], tiny_tokenizer)] == ["c", "c"]
+    assert [x["prompt"] for x in pick_samples(pairs[:1], tiny_tokenizer)] == ["c", "c"]
 
 
 def test_tokens_that_a_tokenizer_does_not_know_are_no_text() -> None:
     tokenizer = ByT5Tokenizer()
     with pytest.raises(ValueError, match="range"):
         tokenizer.decode([500])
-    row = shown([Pair("q", [107, 108], [500], 0, 0, (0, 0))], tokenizer)[0]
+    row = pick_samples([Pair("q", [107, 108], [500], 0, 0, (0, 0))], tokenizer)[0]
     assert row == {"which": "median", "prompt": "q", "dense": "hi", "pruned": ""}

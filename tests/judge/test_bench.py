@@ -19,19 +19,19 @@ from nuteprune.judge.bench import (
     Timing,
     advice,
     compare,
+    say_ratio,
     summarize,
     time_once,
-    told,
     verdict,
 )
 from nuteprune.judge.runners import TorchRunner
-from nuteprune.judge.work import Setting, Work, experts_met
+from nuteprune.judge.work import Work, Workload, experts_met
 from nuteprune.judge.worker import Worker
 from tests.conftest import cache_of
 from tests.forked import workers
 from tests.greedy import continuation
 
-SETTING = Setting(batch_size=2, length=6, new_tokens=3)
+SETTING = Workload(batch_size=2, length=6, new_tokens=3)
 
 
 def load(folder: str) -> TorchRunner:
@@ -108,7 +108,7 @@ def test_a_window_bounds_what_a_token_meets_and_reads(tiny_model) -> None:
     work, whole = Work.of(model), Work.of(tiny_model("gemma2", sliding_window=64))
     queries, cached = work.queries // 3, work.cached // 3
     assert work.windows == ((4, queries, cached),) * 2
-    setting = Setting(2, 10, 3)
+    setting = Workload(2, 10, 3)
     less = sum(2 * queries * (t + 1 - min(t + 1, 4)) for t in range(10))
     assert work.prefill(setting) == whole.prefill(setting) - 2 * 2 * less
     # Three steps read the cache of 11, 12 and 13 tokens, and of 4 where there is a window.
@@ -132,7 +132,7 @@ def test_a_larger_batch_reads_more_experts(model_type: str, tiny_model) -> None:
     stacks = [sum(p.numel() for p in m.parameters()) for m in experts]
     work = Work.of(model)
     assert [n * each for n, each in work.stacks] == stacks
-    one, five = (work.decode(Setting(n, 2, 3)) for n in (1, 5))  # within a window
+    one, five = (work.decode(Workload(n, 2, 3)) for n in (1, 5))  # within a window
     cache = 4 * work.cached
     assert one == 4 * (work.moved + cache)
     share = experts_met(6, work.per_token, 5) / 6
@@ -195,7 +195,7 @@ def test_a_ratio_says_no_more_than_its_spread_and_its_bound_let_it(
 ) -> None:
     ratio = {"low": low, "median": median, "high": high, "bound": 1.2}
     assert verdict(ratio, passes) == said
-    shown = told({**ratio, "verdict": said})
+    shown = say_ratio({**ratio, "verdict": said})
     assert (f"{median:.2f}" in shown) == (said in ("faster", "slower"))
 
 
@@ -255,7 +255,7 @@ def test_a_worker_times_its_model_in_another_process(folder: Path) -> None:
         assert worker.about.threads == 1
         assert worker.about.work == Work.of(load_pruned(folder))
         with pytest.raises(RunFailed, match="Error"):
-            worker.time(Setting(1, 0, 1))
+            worker.time(Workload(1, 0, 1))
         worker._process.join()
         with pytest.raises(RunFailed, match="ended with code 0"):
             worker.time(SETTING)

@@ -17,7 +17,7 @@ from nuteprune.judge.block_times import (
     trial_model,
     watched,
 )
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -92,7 +92,7 @@ def test_a_single_thread_is_timed_by_its_own_clock(tiny_model, monkeypatch) -> N
 
 def test_the_table_of_a_model_prices_it(tiny_model) -> None:
     model = tiny_model("llama")
-    found = cost_table(model, Setting(1, 6, 3), "cpu", torch.float32)
+    found = cost_table(model, Workload(1, 6, 3), "cpu", torch.float32)
     budget = Budget.of(Anatomy(model))
     for phase in ("prefill", "decode", "both"):
         seconds = seconds_of(found, budget, phase)

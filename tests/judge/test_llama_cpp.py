@@ -9,7 +9,7 @@ from gguf import GGUFWriter
 
 from nuteprune.errors import RunFailed
 from nuteprune.judge.llama_cpp import LlamaCppRunner
-from nuteprune.judge.work import Setting, Work
+from nuteprune.judge.work import Work, Workload
 from tests.stand_in_llama_cpp import Library, install
 
 TOKENS = 40
@@ -34,7 +34,7 @@ def runner(library: Library, tmp_path: Path) -> LlamaCppRunner:
 def test_a_pass_is_a_prompt_and_the_likeliest_tokens_after_it(
     runner: LlamaCppRunner, library: Library
 ) -> None:
-    timing = runner.time(Setting(batch_size=2, length=5, new_tokens=3))
+    timing = runner.time(Workload(batch_size=2, length=5, new_tokens=3))
     assert timing.first_token > 0
     assert timing.decode > 0
     ((prompt, *decoded),) = library.passes
@@ -48,7 +48,7 @@ def test_a_pass_is_a_prompt_and_the_likeliest_tokens_after_it(
 
 
 def test_a_context_is_made_for_each_setting(runner: LlamaCppRunner, library: Library) -> None:
-    short, long = Setting(1, 5, 3), Setting(3, 255, 2)
+    short, long = Workload(1, 5, 3), Workload(3, 255, 2)
     for setting in (short, short, long):
         runner.time(setting)
     assert len(library.passes) == 3
@@ -71,4 +71,4 @@ def test_what_llama_cpp_says_is_handed_on(runner: LlamaCppRunner, library: Libra
         LlamaCppRunner("nowhere.gguf", WORK, None)
     library.code = -3
     with pytest.raises(RunFailed, match="code -3"):
-        runner.time(Setting(1, 5, 3))
+        runner.time(Workload(1, 5, 3))

@@ -169,8 +169,13 @@ SPEED = {
             **{"name": "decode", "unit": "tokens/s", "dense": 10, "pruned": 12},
             # The median of ratios, pass by pass, and its spread.
             **{"better": "higher", "gain": 1.25, "low": 1.2, "high": 1.3, "bound": 1.33},
+            "verdict": "faster",
         },
-        {"name": "first token", "unit": "ms", "dense": 90.0, "pruned": 60.0, "better": "lower"},
+        {
+            **{"name": "first token", "unit": "ms", "dense": 90.0, "pruned": 60.0},
+            **{"better": "lower", "gain": 1.5, "low": 1.4, "high": 1.6, "bound": 1.7},
+            "verdict": "faster",
+        },
     ],
     "notes": ["decode reaches 80% of its bound at worst"],
 }
@@ -217,7 +222,7 @@ def test_a_finished_run_has_all_that_is_known_and_nothing_from_outside(tmp_path:
         "and it runs 1.25 × as fast",
         "first token, ms 90.00 60.00 × 1.50",
         "upon a time",
-        "--seed 7",
+        "--set seed=7",
     ):
         assert expected in page.text
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -344,8 +349,7 @@ def test_what_is_missing_of_a_record_is_left_out(broken: dict[str, Any], tmp_pat
     steps = some_steps()
     steps[0] |= {"loss": None}
     del steps[0]["sparsity"]
-    speed = {"rows": [{"name": "d", "unit": "s", "dense": 2, "pruned": 1, "better": "lower"}]}
-    page = page_of(a_run(tmp_path / "out", record, steps, speed=speed))
+    page = page_of(a_run(tmp_path / "out", record, steps, speed=SPEED))
     assert {"dense-and-pruned", "training"} <= set(page.sections)
 
 
@@ -407,30 +411,29 @@ def test_a_block_that_was_not_there_before_is_not_gone(
     ("changes", "said"),
     [
         ({}, "it runs 1.25\u202f× as fast"),
-        ({"gain": 0.8, "low": 0.7, "high": 0.9}, "it runs 0.80\u202f× as fast"),
-        ({"gain": 1.34, "bound": 1.19}, None),
-        ({"low": 0.98}, None),
-        ({"gain": 0.95, "low": 0.9, "high": 1.01}, None),
-        *(({key: None}, None) for key in ("gain", "low", "high", "bound")),
+        ({"gain": 0.8, "verdict": "slower"}, "it runs 0.80\u202f× as fast"),
+        ({"gain": 1.34, "verdict": "noise"}, None),
+        ({"low": 0.98, "verdict": "none"}, None),
     ],
 )
 def test_the_verdict_states_no_speed_that_cannot_be_told(
-    changes: dict[str, float | None], said: str | None, tmp_path: Path
+    changes: dict[str, Any], said: str | None, tmp_path: Path
 ) -> None:
     sure = SPEED["rows"][0]  # type: ignore[index]
-    row = {k: v for k, v in {**sure, **changes}.items() if v is not None}  # type: ignore[dict-item]
-    files = read_run(a_run(tmp_path / "one", a_record(), None, speed={"rows": [row]}))
+    row = {**sure, **changes}  # type: ignore[dict-item]
+    files = read_run(a_run(tmp_path / "one", a_record(), None, speed={**SPEED, "rows": [row]}))
     assert said is None or said in verdict(files)
     assert ("as fast" in verdict(files)) == (said is not None)
     # One that can be told does not make up for one that cannot.
-    both = read_run(a_run(tmp_path / "two", a_record(), None, speed={"rows": [sure, row]}))
+    both = read_run(a_run(tmp_path / "two", a_record(), None, speed={**SPEED, "rows": [sure, row]}))
     assert ("as fast" in verdict(both)) == (said is not None)
 
 
 def test_the_table_shows_no_gain_that_cannot_be_told(tmp_path: Path) -> None:
     sure = SPEED["rows"][0]  # type: ignore[index]
-    rows = [{**sure, "name": "a", "gain": 1.34}, {**sure, "name": "b", "low": 0.9}]  # type: ignore[dict-item]
-    page = page_of(a_run(tmp_path / "out", a_record(), None, speed={"rows": rows}))
+    verdicts = {"a": "noise", "b": "none"}
+    rows = [{**sure, "name": x, "verdict": verdict} for x, verdict in verdicts.items()]  # type: ignore[dict-item]
+    page = page_of(a_run(tmp_path / "out", a_record(), None, speed={**SPEED, "rows": rows}))
     assert "a, tokens/s 10.00 12.00 noise (bound 1.33)" in page.text
     assert "b, tokens/s 10.00 12.00 no difference measured" in page.text
 
@@ -525,27 +528,56 @@ def test_teachers_come_from_the_record_else_from_the_steps(tmp_path: Path) -> No
     assert "teacher" not in page_of(untaught).text.lower().replace("numerous teachers", "")
 
 
-@pytest.mark.parametrize("priced", [True, False])
-def test_gates_come_from_what_the_stages_left(priced: bool, tmp_path: Path) -> None:
-    folder = a_run(tmp_path / "out", a_record(), some_steps())
-    scores = {"neurons": torch.rand(40), "kv_groups": torch.tensor([0.5, 0.0, 0.5])}
-    masks = {"neurons": (torch.arange(40) < 30).float(), "kv_groups": torch.ones(3)}
-    left = {"score": scores, "choose": masks, "price": {k: 3 * x for k, x in scores.items()}}
-    for stage, tensors in left.items():
-        if priced or stage != "price":
-            save_file(tensors, folder / "run" / f"{stage}.safetensors")
-    found = read_run(folder).gates["neurons"]
-    assert found.scores == pytest.approx((1 + 2 * priced) * scores["neurons"].double().numpy())
-    page = page_of(folder)
+def gates_of(page: Page) -> str:
     assert "gates" in page.sections
-    labels = " ".join(a.get("aria-label", "") for _, a in page.elements)
-    assert "40 neurons: 30 kept, 10 not." in labels
+    return " ".join(a.get("aria-label", "") for _, a in page.elements)
+
+
+SCORES = {"neurons": torch.arange(1.0, 41.0), "kv_groups": torch.tensor([0.5, 0.1, 0.5])}
+
+
+def masks_of(neurons: int) -> dict[str, torch.Tensor]:
+    return {"neurons": (torch.arange(40) < neurons).float(), "kv_groups": torch.ones(3)}
+
+
+def test_gates_come_from_what_was_scored_and_chosen(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "out", a_record(), some_steps()) / "run"
+    save_file(SCORES, run / "score.safetensors")
+    assert "gates" not in page_of(run.parent).sections  # nothing is chosen yet
+    save_file(masks_of(30), run / "choose.safetensors")
+    page = page_of(run.parent)
+    assert "40 neurons: 30 kept, 10 not." in gates_of(page)
     assert "loss if removed" in page.text
     assert {"gates_neurons.png", "gates_kv_groups.png"} <= {
-        path.name for path in (folder / "run/plots").iterdir()
+        path.name for path in (run / "plots").iterdir()
     }
-    (folder / "run" / "choose.safetensors").write_bytes(b"cut off")
-    assert "gates" not in page_of(folder).sections
+    save_file({"neurons": SCORES["neurons"][:4]}, run / "price.safetensors")  # prices count more
+    save_file({"neurons": torch.tensor([1.0, 1, 0, 0])}, run / "choose.safetensors")
+    assert "4 neurons: 2 kept, 2 not." in gates_of(page_of(run.parent))
+    (run / "price.safetensors").write_bytes(b"cut off")
+    assert "gates" not in page_of(run.parent).sections
+
+
+def test_of_several_targets_each_has_its_own_run_and_scores_are_shared(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    save_file(SCORES, tmp_path / "run/score.safetensors")
+    for share, steps in ((0.2, 3), (0.5, 5)):
+        folder = a_run(tmp_path / f"sparsity-{share}", a_record(target=share), some_steps(steps))
+        save_file(masks_of(int(40 - 40 * share)), folder / "run/choose.safetensors")
+    page = page_of(tmp_path / "sparsity-0.2")
+    assert "32 kept, 8 not" in gates_of(page)
+    assert len(read_run(tmp_path / "sparsity-0.2").metrics) == 3
+    for folder in (tmp_path, tmp_path / "run"):  # the highest
+        assert write_report(folder) == (tmp_path / "sparsity-0.5/run/report.html").resolve()
+    assert "20 kept, 20 not" in gates_of(Page(tmp_path / "sparsity-0.5/run/report.html"))
+
+
+def test_what_each_stage_took_is_a_table(tmp_path: Path) -> None:
+    cost = {"seconds": 90.4, "cpu_seconds": 170.2, "peak_memory_bytes": 2_000_000_000}
+    page = page_of(a_run(tmp_path / "out", a_record(stages={"score": cost}), None))
+    assert "score 90 s 3 min 2.00 GB" in page.text
+    with pytest.raises(UserError, match="stages"):
+        page_of(a_run(tmp_path / "bad", a_record(stages={"score": {"seconds": 1}}), None))
 
 
 # --- files -----------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_all_metrics_of_a_task_are_read() -> None:
 def test_the_table_and_the_json_show_all_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     def score(perplexity: float, accuracy: float) -> Score:
         others = {"acc": Figure(accuracy, 0.01, True)}
-        return Score(perplexity, "perplexity", 1.5, False, 9, others)
+        return Score(perplexity, 1.5, False, "perplexity", 9, others)
 
     found = {"small": {"lambada": score(50.0, 0.3)}, "large": {"lambada": score(40.0, 0.4)}}
     verdicts = Verdicts({}, None, tasks=found)
@@ -198,7 +198,7 @@ def test_the_table_and_the_json_show_all_metrics(capsys: pytest.CaptureFixture[s
 def test_retention_has_the_paired_error_of_its_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     def score(*answers: float) -> Score:
         value = sum(answers) / len(answers)
-        return Score(value, "acc", None, True, len(answers), answers=answers)
+        return Score(value, None, True, "acc", len(answers), answers=answers)
 
     ours = {"a": score(1, 0, 1, 1), "b": score(0, 1, 0, 1)}
     dense = {"a": score(1, 1, 1, 1), "b": score(0, 1, 1, 1)}
@@ -212,7 +212,7 @@ def test_retention_has_the_paired_error_of_its_tasks(capsys: pytest.CaptureFixtu
     assert "a acc 4 - 0.7500 1.0000 75.0 ± 25.0 %" in lines
     assert any(x.startswith("mean") and "±" in x for x in lines)
     # Without the answers of one task neither it nor the mean has an error.
-    verdicts.tasks["large"]["b"] = Score(0.75, "acc", None, True, 4)
+    verdicts.tasks["large"]["b"] = Score(0.75, None, True, "acc", 4)
     verdicts.compare("small", "large")
     errors = verdicts.retention_stderr["tasks"]
     assert (errors["b"], errors["mean"]) == (None, None)
@@ -222,10 +222,10 @@ def test_retention_has_the_paired_error_of_its_tasks(capsys: pytest.CaptureFixtu
 def test_flips_are_counted_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
     def score(*answers: float) -> Score:
         value = sum(answers) / len(answers)
-        return Score(value, "acc", None, True, len(answers), answers=answers)
+        return Score(value, None, True, "acc", len(answers), answers=answers)
 
     ours = {"a": score(1, 0, 0, 1, 0), "b": score(0.5, 1), "c": score(1, 0)}
-    dense = {"a": score(1, 1, 1, 0, 0), "b": score(0.0, 1), "c": Score(0.5, "acc", None, True, 2)}
+    dense = {"a": score(1, 1, 1, 0, 0), "b": score(0.0, 1), "c": Score(0.5, None, True, "acc", 2)}
     verdicts = Verdicts({}, None, tasks={"small": ours, "large": dense})
     assert verdicts.to_dict()["flips"] == {}
     verdicts.compare("small", "large")
@@ -240,7 +240,7 @@ def test_flips_are_counted_both_ways(capsys: pytest.CaptureFixture[str]) -> None
 def test_the_error_of_what_is_better_low_is_that_of_the_same_ratio() -> None:
     def verdict(ours: list[float], dense: list[float], higher: bool) -> Verdicts:
         def score(answers: list[float]) -> Score:
-            return Score(sum(answers) / 4, "mae", None, higher, 4, answers=tuple(answers))
+            return Score(sum(answers) / 4, None, higher, "mae", 4, answers=tuple(answers))
 
         found = Verdicts({}, None, tasks={"a": {"t": score(ours)}, "b": {"t": score(dense)}})
         found.compare("a", "b")
@@ -254,8 +254,8 @@ def test_the_error_of_what_is_better_low_is_that_of_the_same_ratio() -> None:
 
 
 def test_unlike_figures_have_no_mean(capsys: pytest.CaptureFixture[str]) -> None:
-    accuracy, other = Score(0.5, "acc", None, True, 4), Score(0.25, "acc_norm", None, True, 4)
-    guess = Score(25.3, "perplexity", None, False, 4)
+    accuracy, other = Score(0.5, None, True, "acc", 4), Score(0.25, None, True, "acc_norm", 4)
+    guess = Score(25.3, None, False, "perplexity", 4)
     for scores, has_mean in (
         ({"a": accuracy, "b": other}, True),
         ({"a": accuracy, "b": guess}, False),

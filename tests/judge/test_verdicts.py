@@ -59,7 +59,7 @@ def test_answers_and_context_are_told_with_what_they_are(
 def test_unlike_metrics_have_a_mean_neither_in_the_table_nor_in_the_json(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scores = {"a": Score(0.5, "acc", None, True, 4), "b": Score(30.0, "f1", None, True, 4)}
+    scores = {"a": Score(0.5, None, True, "acc", 4), "b": Score(30.0, None, True, "f1", 4)}
     verdicts = Verdicts({}, None, tasks={"small": scores, "large": scores})
     verdicts.compare("small", "large")
     verdicts.print(Output())
@@ -75,7 +75,7 @@ def test_examples_other_than_those_asked_for_are_told(capsys: pytest.CaptureFixt
             return {"fewshot": 5}
 
     scores = {
-        name: Score(0.5, "acc", None, True, 4, fewshot=count)
+        name: Score(0.5, None, True, "acc", 4, fewshot=count)
         for name, count in {"own": 0, "asked": 5, "group": None}.items()
     }
     verdicts = Verdicts({}, Questions(), tasks={"small": scores})  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.narrow_masks import NarrowMasks
 from nuteprune.judge.block_times import cost_table
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
@@ -470,7 +470,7 @@ def test_onnx_and_tables_of_costs_are_refused(tiny_model) -> None:
     with pytest.raises(UserError, match="mixtral routes tokens to experts, and a graph would keep"):
         check_mixers(FAMILIES["mixtral"])
     with pytest.raises(UserError, match="cannot be timed by count: it routes to experts; ask for"):
-        cost_table(tiny_model("mixtral"), Setting(1, 8, 2), "cpu", torch.float32)
+        cost_table(tiny_model("mixtral"), Workload(1, 8, 2), "cpu", torch.float32)
 
 
 def test_quantised_experts_are_refused(tiny_model) -> None:

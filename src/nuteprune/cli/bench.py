@@ -47,25 +47,9 @@ def bench(
     Prompts are random tokens. Each model has a process of its own; with --against they take turns,
     so that what else the machine does hits both alike.
     """
+    given = {name: value for name, value in locals().items() if value is not None}
     from nuteprune.console import Output
     from nuteprune.jobs.bench import run
 
-    output = Output(as_json)
-    found = run(
-        model,
-        against,
-        output,
-        engine=engine,
-        batch_sizes=batch_sizes,
-        lengths=lengths,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        threads=threads,
-        device=device or "auto",
-        dtype=dtype or "auto",
-        save=save,
-        save_costs=save_costs,
-        overwrite=overwrite,
-        family=family,
-    )
-    output.result(found)
+    output = Output(given.pop("as_json"))
+    output.result(run(output=output, **given))

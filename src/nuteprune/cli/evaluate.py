@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,33 +81,14 @@ def evaluate(
     --fewshot says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without
     --data, --protocol and --tasks the text is the held-out part of the demo's.
     """
+    given = {name: value for name, value in locals().items() if value is not None}
     from nuteprune.console import Output
-    from nuteprune.jobs.evaluate import Evaluation, judged, run
-    from nuteprune.jobs.family import take
-    from nuteprune.judge.copying import SEED
+    from nuteprune.jobs.evaluate import Evaluation, candidate_of, run
+    from nuteprune.jobs.sources import use_family
 
-    output = Output(as_json)
-    take(family, against or judged(model, base).source)
-    changes = {"length": length, "stride": stride, "joining": joining, "blocks": blocks}
-    asked = Evaluation(
-        model=model,
-        against=against,
-        data=data,
-        protocol=protocol,
-        changes=changes,
-        whole=whole,
-        text_column=text_column,
-        tasks=tasks,
-        include_path=include_path,
-        limit=limit,
-        fewshot=fewshot,
-        prompts=prompts,
-        answer_tokens=answer_tokens,
-        batch_size=batch_size,
-        device=device or "auto",
-        dtype=dtype or "auto",
-        copying_seed=SEED if copying_seed is None else copying_seed,
-        base=base,
-        trust_remote_code=trust_remote_code,
-    )
-    output.result(run(asked, output))
+    output = Output(given.pop("as_json"))
+    use_family(given.pop("family", None), against or candidate_of(model, base).source)
+    changes: dict[str, Any] = {
+        x: given.pop(x) for x in ("length", "stride", "joining", "blocks") if x in given
+    }
+    output.result(run(Evaluation(**given, changes=changes), output))

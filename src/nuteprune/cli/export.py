@@ -60,11 +60,10 @@ def export(
     beside = data_files(out) if to == "onnx" else ()
     check_file("--out", out, reads, overwrite, f"model.{to}", beside)
     from nuteprune.console import Output
-    from nuteprune.jobs.family import take
-    from nuteprune.jobs.sources import load_tokenizer, read_config
+    from nuteprune.jobs.sources import load_tokenizer, read_config, use_family
 
     output = Output(as_json)
-    take(family, model)
+    use_family(family, model)
     read_config(model)
     if to == "onnx":
         _export_onnx(model, out, output)

@@ -27,7 +27,6 @@ _NOT_ASKED = (
     "shares",
     "bits",
     "offload",
-    "report_to",
 )
 
 

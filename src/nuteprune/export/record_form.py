@@ -25,7 +25,6 @@ def _texts(value: Any) -> bool:
 
 
 def _figures(value: Any) -> bool:
-    # What was not finite is null; 0.1.0 wrote it as it was.
     return isinstance(value, dict) and all(
         x is None or (type(x) in (int, float) and x > 0) for x in value.values()
     )
@@ -80,6 +79,8 @@ _READ = {"documents": HASHES, "files": HASHES, "names": TEXTS, "judged?": KINDS}
 _TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
 _TUNED["text?"] = _READ
 _TUNED["earlier?"] = _TUNED
+_COST = dict.fromkeys(("seconds", "cpu_seconds", "peak_memory_bytes"), NUMBER)
+_STAGES = Leaf("an object of what stages took", lambda x: _all_fit(x, _COST))
 RECORD: dict[str, Any] = {
     "target": NUMBER,
     "sparsity": NUMBER,
@@ -106,6 +107,7 @@ RECORD: dict[str, Any] = {
     "bytes_on_disk?": SIZE,
     "peak_memory_bytes?": NUMBER,
     "seconds?": NUMBER,
+    "stages?": _STAGES,
     "seed?": COUNT,
 }
 """The keys that readers of a record go by; see docs/json.md. It may have others."""

@@ -9,24 +9,21 @@ import torch
 
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.files import at_home
+from nuteprune.files import at_home, write_json
 from nuteprune.gates.speed_costs import PHASES
 from nuteprune.jobs.engines import Transformers, pick_engine
-from nuteprune.jobs.family import take
 from nuteprune.jobs.guard import check_absent, check_file, check_writable
-from nuteprune.jobs.sources import load_model, read_config
+from nuteprune.jobs.sources import load_model, read_config, use_family
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import conditions, for_report, measure
-from nuteprune.judge.bench import told
-from nuteprune.judge.run_files import write_extra
+from nuteprune.judge.bench import say_ratio
 from nuteprune.judge.verdicts import LABELS
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 from nuteprune.run_folder import RECORD, RUN, SPEED
 
 
 def run(
     model: str,
-    against: str | None,
     output: Output,
     *,
     engine: str,
@@ -34,10 +31,11 @@ def run(
     lengths: str,
     new_tokens: int,
     repeats: int,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    save: bool,
+    save: bool = False,
+    against: str | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     save_costs: Path | None = None,
     overwrite: bool = False,
     family: str | None = None,
@@ -46,17 +44,17 @@ def run(
 
     Args:
         model: the checkpoint.
-        against: the dense model; None: no comparison.
         output: where it is printed.
         engine: what runs the models, one of `ENGINES`.
         batch_sizes: sequences at a time, comma separated.
         lengths: tokens of the prompt, comma separated.
         new_tokens: tokens decoded after the prompt.
         repeats: counted passes, after one to warm up.
+        save: also write it into the run's folder, for the report.
+        against: the dense model; None: no comparison.
         threads: on a CPU; None: as many as torch takes.
         device: `auto`, `cpu`, `cuda`.
         dtype: what is computed in; in llama.cpp, what the exported files hold.
-        save: also write it into the run's folder, for the report.
         save_costs: write what the model's blocks cost to this file, and do nothing else.
         overwrite: replace what was saved before.
         family: YAML file with the entry of a model type that is not listed; None: it is.
@@ -64,9 +62,9 @@ def run(
     Raises:
         UserError: for anything that cannot work.
     """
-    take(family, against or model)
+    use_family(family, against or model)
     settings = [
-        Setting(batch, length, _positive(new_tokens, "--new-tokens"))
+        Workload(batch, length, _positive(new_tokens, "--new-tokens"))
         for batch in _numbers(batch_sizes, "--batch-sizes")
         for length in _numbers(lengths, "--lengths")
     ]
@@ -98,13 +96,13 @@ def run(
     found["against"] = against  # a model may be its own dense one
     _print(found, output)
     if target is not None:
-        write_extra(target, SPEED, {**found, **for_report(found)})
+        write_json(target / SPEED, {**found, **for_report(found)})
         output.line(f"Written to {target / SPEED}")
     return found
 
 
 def _costs(
-    model: str, path: Path, setting: Setting, engine: Transformers, output: Output
+    model: str, path: Path, setting: Workload, engine: Transformers, output: Output
 ) -> dict[str, Any]:
     """Write the table that `prune --costs` takes, and return it with its path as `out`."""
     if engine.threads is not None:
@@ -194,7 +192,12 @@ def _print_setting(setting: dict[str, Any], where: str, output: Output) -> None:
         for cells, phase in zip(rows, ("prefill", "decode"), strict=False):
             ratio = setting["speedup"][phase]
             share = "-" if ratio["reached"] is None else f"{ratio['reached']:.0%}"
-            cells += [_spread(ratio, "{:.2f}"), f"{ratio['bound']:.2f}", share, told(ratio)]
+            cells += [
+                _spread(ratio, "{:.2f}"),
+                f"{ratio['bound']:.2f}",
+                share,
+                say_ratio(ratio),
+            ]
     padded = [[*cells, *[""] * (len(columns) - len(cells))] for cells in rows]
     title = (
         f"Batch {setting['batch_size']}, prompt of {setting['length']} tokens, "

@@ -10,22 +10,23 @@ from nuteprune.console import Output, megabytes, millions
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.export.record import weights_size
+from nuteprune.files import write_json
 from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune import Result, run, tell
+from nuteprune.jobs.prune import Result, finish, run
 from nuteprune.jobs.timing import for_report, measure
-from nuteprune.judge.bench import PASSES, told
+from nuteprune.judge.bench import PASSES, say_ratio
 from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.run_files import read_samples, write_extra
-from nuteprune.judge.work import Setting
+from nuteprune.judge.run_files import read_samples
+from nuteprune.judge.work import Workload
 from nuteprune.run_folder import RUN, SPEED
 from nuteprune.train.asked import SETTINGS
 
 DEFAULTS = {"max_steps": 60, "target_sparsity": 0.2}
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
-TIMED = Setting(batch_size=1, length=256, new_tokens=32)
+TIMED = Workload(batch_size=1, length=256, new_tokens=32)
 
 
 def fetch(output: Output) -> None:
@@ -58,14 +59,14 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     out, record = list(result.records.items())[-1]
     gc.collect()  # make room for two models
     with output.bars() as bars:
-        engine = Transformers.asked(job.device, job.dtype)
+        engine = Transformers.from_options(job.device, job.dtype)
         speed = measure([str(out.absolute()), DEMO], [TIMED], PASSES, engine, bars)
     print_table(record, speed, output)
-    print_beside(record, read_samples(job.out / RUN), output)
+    print_beside(record, read_samples(out / RUN), output)
     output.line()
-    write_extra(job.out / RUN, SPEED, {**speed, **for_report(speed)})
+    write_json(out / RUN / SPEED, {**speed, **for_report(speed)})
     output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
-    tell(job, result, output)
+    finish(job, result, output)
     return {
         "out": str(out),
         **record,
@@ -86,6 +87,7 @@ def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output
     sources = list(record["perplexity"]["before"])
     ratios = speed["settings"][0]["speedup"]
     phases = ("prefill", "decode")
+    gains = [say_ratio(ratios[x]) for x in phases]
 
     def row(name: str, when: str, size: int, times: list[str]) -> list[str]:
         ppl, copied = record["perplexity"][when], record.get("copying", {}).get(when)
@@ -105,7 +107,7 @@ def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output
         ["", "params", "on disk", *sources, "mean", "copies", *phases],
         [
             row("dense", "before", weights_size(assets.model_folder()), ["1 x"] * 2),
-            row("NutePrune", "after", record["bytes_on_disk"], [told(ratios[x]) for x in phases]),
+            row("NutePrune", "after", record["bytes_on_disk"], gains),
         ],
     )
     ratio = mean(record["perplexity"]["after"]) / mean(record["perplexity"]["before"])

@@ -10,7 +10,7 @@ from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
-from nuteprune.jobs.show import told
+from nuteprune.jobs.show import describe_target
 from nuteprune.jobs.text import own_share
 from nuteprune.memory import peak, reset_peak
 from nuteprune.plan.kernels import on_cpu
@@ -91,7 +91,7 @@ def _reached(run: Run, output: Output) -> dict[str, Any]:
     faster = [x for shape in shapes if (x := prices.speedup(shape)) is not None]
     for i, (target, shape) in enumerate(zip(run.goals, shapes, strict=True)):
         output.line(
-            f"Reach   {told(target)} asked, {budget.sparsity(shape):.3%} gone: "
+            f"Reach   {describe_target(target)} asked, {budget.sparsity(shape):.3%} gone: "
             f"{millions(counts[i])} parameters"
             f"{f', {millions(active[i])} of them active per token' if active else ''}, "
             f"{megabytes(sizes[i])} on disk, and {megabytes(caches[i])} of KV cache "

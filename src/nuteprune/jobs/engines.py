@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -41,27 +41,6 @@ class Ready:
     bytes_on_disk: Callable[[], int | None]
 
 
-class Engine(Protocol):
-    """What runs models: `device` and `dtype` are told, `prepare` makes a model ready for it."""
-
-    @property
-    def device(self) -> str:
-        """The kind of hardware: `cpu` or `cuda`."""
-
-    @property
-    def dtype(self) -> str:
-        """What weights are held in, by torch's name."""
-
-    def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
-        """Make a model ready.
-
-        Args:
-            model: as the user named it.
-            place: a path that is free for it, in a folder that lives as long as the workers.
-            bars: where progress is shown.
-        """
-
-
 @dataclass(frozen=True)
 class Transformers:
     """Plain transformers, which loads a checkpoint as it is.
@@ -77,7 +56,7 @@ class Transformers:
     threads: int | None = None
 
     @classmethod
-    def asked(cls, device: str, dtype: str, threads: int | None = None) -> Transformers:
+    def from_options(cls, device: str, dtype: str, threads: int | None = None) -> Transformers:
         """Return the engine for what options say, `auto` among them."""
         kind = pick_device(device)
         return cls(kind, pick_dtype(dtype, kind), threads)
@@ -88,7 +67,13 @@ class Transformers:
         return dtype_name(self.computed)
 
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
-        """Make a model ready; nothing is written."""
+        """Make a model ready; nothing is written.
+
+        Args:
+            model: as the user named it.
+            place: a path that is free for it, in a folder that lives as long as the workers.
+            bars: where progress is shown.
+        """
         own = tuple(map(to_dict, all_brought_along()))
         return Ready(partial(self._load, model, own), partial(_on_disk, model))
 
@@ -117,7 +102,7 @@ class LlamaCpp:
     device = "cpu"
 
     @classmethod
-    def asked(cls, device: str, dtype: str, threads: int | None) -> LlamaCpp:
+    def from_options(cls, device: str, dtype: str, threads: int | None) -> LlamaCpp:
         """Return the engine for what options say, `auto` among them.
 
         Raises:
@@ -135,7 +120,7 @@ class LlamaCpp:
         return dtype_name(self.stored)
 
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
-        """Export a model."""
+        """Export a model to a file at `place`; see `Transformers.prepare`."""
         from nuteprune.export.gguf.write import write_gguf  # what others do not need
 
         loaded, file = load_model(model, None), place.with_suffix(".gguf")
@@ -152,9 +137,11 @@ class LlamaCpp:
         return Ready(load, lambda: written.bytes)
 
 
+Engine = Transformers | LlamaCpp
+"""What runs models: `device` and `dtype` are told, `prepare` makes a model ready for it."""
 ENGINES: dict[str, Callable[[str, str, int | None], Engine]] = {
-    "transformers": Transformers.asked,
-    "llama.cpp": LlamaCpp.asked,
+    "transformers": Transformers.from_options,
+    "llama.cpp": LlamaCpp.from_options,
 }
 """Name -> what makes the engine of device, dtype and threads; the default first."""
 

@@ -98,7 +98,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     """
     _check(asked)
     names = [name for name in (asked.model, asked.against) if name is not None]
-    models = [judged(name, asked.base) for name in names]
+    models = [candidate_of(name, asked.base) for name in names]
     if asked.base is not None and not any(x.checkpoint for x in models):
         raise UserError(
             f"--base is for a checkpoint in the middle of a run, and {asked.model} is a whole "
@@ -149,7 +149,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Candidate:
     """A model to judge.
 
     Args:
@@ -168,7 +168,7 @@ class Judged:
         return (model, None) if self.checkpoint is None else load_midway(model, self.checkpoint)
 
 
-def judged(name: str, base: str | None) -> Judged:
+def candidate_of(name: str, base: str | None) -> Candidate:
     """Return what a user names: a model, or a trainer checkpoint of a run.
 
     Args:
@@ -180,31 +180,32 @@ def judged(name: str, base: str | None) -> Judged:
     """
     folder = at_home(name)
     if not is_midway(folder):
-        return Judged(name, name)
+        return Candidate(name, name)
     source = base or read_settings(folder.resolve().parent).get("model")
     if not source:
         raise UserError(
             f"{name} is a checkpoint in the middle of a run, and holds only what the run has "
             "learned; pass the model that it prunes as --base"
         )
-    return Judged(name, str(source), folder)
+    return Candidate(name, str(source), folder)
 
 
 def _check(asked: Evaluation) -> None:
-    if asked.batch_size < 1:
-        raise UserError(f"--batch-size {asked.batch_size}: pass at least 1")
-    if not 0 <= asked.copying_seed < 2**31:
-        raise UserError(f"--copying-seed {asked.copying_seed}: pass a number from 0 to {2**31 - 1}")
-    if asked.answer_tokens < 1:
-        raise UserError(f"--answer-tokens {asked.answer_tokens}: pass at least 1")
+    numbers = {"batch-size": (1, asked.batch_size), "answer-tokens": (1, asked.answer_tokens)}
+    numbers |= {"copying-seed": (0, asked.copying_seed), "fewshot": (0, asked.fewshot or 0)}
+    for name, (least, value) in numbers.items():
+        if not least <= value < 2**31:
+            raise UserError(f"--{name} {value}: pass a number from {least} to {2**31 - 1}")
     if asked.prompts is not None and asked.against is None:
         raise UserError("--prompts is for answers beside the dense model's; name that as --against")
-    for_tasks = {"include-path": asked.include_path, "limit": asked.limit, "fewshot": asked.fewshot}
-    for name, value in for_tasks.items():
-        if value is not None and asked.tasks is None:
+    for_tasks: dict[str, Any] = {
+        "include-path": asked.include_path,
+        "limit": asked.limit,
+        "fewshot": asked.fewshot,
+    }
+    for name, given in for_tasks.items():
+        if given is not None and asked.tasks is None:
             raise UserError(f"--{name} is for tasks; name some with --tasks")
-    if asked.fewshot is not None and asked.fewshot < 0:
-        raise UserError(f"--fewshot {asked.fewshot}: pass 0 or more examples")
     for_text = {**asked.changes, "whole": asked.whole or None, "text-column": asked.text_column}
     no_text = asked.tasks is not None and not (asked.data or asked.protocol)
     for name, given in for_text.items():
@@ -212,7 +213,7 @@ def _check(asked: Evaluation) -> None:
             raise UserError(f"--{name} is for text, and with --tasks none is read unless --data is")
 
 
-def _learned(models: Sequence[Judged]) -> list[Fingerprint | None]:
+def _learned(models: Sequence[Candidate]) -> list[Fingerprint | None]:
     """Return what is known of the text that made the models; empty if no record tells of any."""
     records = [record for x in models if (record := record_of(x.source)) is not None]
     runs = [x.checkpoint.resolve().parent for x in models if x.checkpoint is not None]
@@ -275,7 +276,7 @@ def _beside(
 
 
 def _measure(
-    one: Judged, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, update: Any
+    one: Candidate, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, update: Any
 ) -> dict[str, float]:
     vocabulary = Anatomy(loaded).embedding.weight.shape[0]
     found = {}

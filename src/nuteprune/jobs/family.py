@@ -14,11 +14,11 @@ from nuteprune.errors import RunFailed, UserError, in_one_line
 from nuteprune.files import at_home, write_text, writing
 from nuteprune.jobs.exactness import SHAPES, Found, examine, settled
 from nuteprune.jobs.guard import check_file
-from nuteprune.jobs.sources import locate, record_of
+from nuteprune.jobs.sources import locate
 from nuteprune.model.axes import base_config
 from nuteprune.model.family import Family
 from nuteprune.model.family_file import FamilyFile, read_family, to_dict, to_text
-from nuteprune.model.lookup import bring_along, why_never
+from nuteprune.model.lookup import why_never
 from nuteprune.model.proposal import propose
 from nuteprune.model.small import config_named, small_config, small_model
 
@@ -122,23 +122,6 @@ def checked(config: PreTrainedConfig, file: FamilyFile | None = None) -> tuple[F
     if best:
         return best[1:]
     raise RunFailed(f"no entry for {config.model_type} holds: {problems[0] if problems else ''}")
-
-
-def take(file: str | None, model: str) -> None:
-    """Let this process know the entry of a file, for a model, checked on a small one of its type.
-
-    Args:
-        file: its path; None: the type is a listed one, and nothing is done.
-        model: as the user named it.
-
-    Raises:
-        UserError: if the file is wrong, or its entry does not fit the model.
-    """
-    if file is not None:
-        if at_home(model).is_dir() and record_of(model) is not None:
-            raise UserError(f"the record of {model} has its entry; leave --family out")
-        entry, _ = checked(config_of(model), read_family(at_home(file)))
-        bring_along(entry)
 
 
 def _proposed(config: PreTrainedConfig) -> list[Family]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
+from nuteprune.train.prune_settings import RecoverSettings
 from nuteprune.train.settings import CALL, HOW, WHAT, check_declared, declared, setting
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -167,7 +168,7 @@ class PruneJob(Job):
 
 
 @dataclass
-class RecoverJob(Job):
+class RecoverJob(RecoverSettings, Job):
     """What `recover` is asked to do.
 
     Args:
@@ -224,12 +225,6 @@ class RecoverJob(Job):
         f"Learning rate of LoRA ({RATES[INSTRUCTIONS]}; plain text: {RATES[TEXT]}).",
         bounds=(1e-12, 1e3),
         option="--learning-rate",
-    )
-    lora_rank: int = setting(
-        8,
-        "Rank of LoRA, on all projections (default {default}).",
-        bounds=(1, 1e5),
-        option="--lora-rank",
     )
     batch_size: int = setting(
         8,

@@ -18,11 +18,10 @@ from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
-from nuteprune.jobs.family import take
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_run import trainer_config
-from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config
+from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config, use_family
 from nuteprune.jobs.text import own_share
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
@@ -88,7 +87,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         UserError: for a config without the facts that a plan needs, settings that cannot work, or
             memory that cannot hold a single layer.
     """
-    take(job.family, job.model)
+    use_family(job.family, job.model)
     config = config_of(job.model)
     check_positions(job.length, config)
     named = job.dtype != "auto"

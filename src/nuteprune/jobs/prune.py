@@ -21,7 +21,6 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.jobs.show import print_plan, print_report, print_results
-from nuteprune.jobs.speed import check_speed, judge_speed
 from nuteprune.processes import is_main
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
@@ -109,19 +108,24 @@ def finished(job: PruneJob, output: Output) -> Result | None:
     check_target(job)
     result = run(job, output)
     if result is not None and result.plan is None:
-        print_results(job, result.records, output)
-        tell(job, result, output)
+        print_results(result.records, output)
+        finish(job, result, output)
     return result
 
 
-def tell(job: PruneJob, result: Result, output: Output) -> None:
-    """Measure the speed that was asked for, write the report, and hold the result to it.
+def finish(job: PruneJob, result: Result, output: Output) -> None:
+    """Measure the speed that was asked for, write the reports, and hold the result to it.
 
     Raises:
         RunFailed: if it is too slow.
     """
-    result.speedups = judge_speed(job, result.records, output)
-    print_report(job, output)
+    fast = {k: x for k, x in result.records.items() if x["asked"]["kind"] == "speedup"}
+    if fast:
+        from nuteprune.jobs.speed import check_speed, judge_speed  # few runs ask for it
+
+        result.speedups = judge_speed(job, fast, output)
+    for folder in result.records:
+        print_report(folder, output)
     for folder, speedup in result.speedups.items():
         check_speed(result.records[folder], speedup)
 

@@ -8,15 +8,13 @@ import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback
 
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
-from nuteprune.export.wrapping import Around
 from nuteprune.files import to_json
-from nuteprune.jobs.family import take
 from nuteprune.jobs.folder import target_folder
 from nuteprune.jobs.job import PruneJob, what_it_is
 from nuteprune.jobs.progress import StepProgress
@@ -29,8 +27,8 @@ from nuteprune.jobs.sources import (
     pick_device,
     pick_dtype,
     stored_dtype,
+    use_family,
 )
-from nuteprune.jobs.speed import costs_for
 from nuteprune.jobs.text import mixture, text_of
 from nuteprune.judge.provenance import text_entry
 from nuteprune.model.anatomy import Anatomy
@@ -43,6 +41,9 @@ from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.run_settings import chosen_settings
 from nuteprune.train.targets import COUNTED, Target
 from nuteprune.train.trainer import NutePruneTrainer
+
+if TYPE_CHECKING:
+    from nuteprune.export.wrapping import Around
 
 
 def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
@@ -75,13 +76,16 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
         UserError: for anything that cannot work; nothing is written then.
     """
     check_offload(config, packed=job.bits is not None)
-    take(job.family, job.model)
+    use_family(job.family, job.model)
     check_priced(job, config)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     model = load_model(job.model, pick_dtype(job.dtype, job.device), job.bits, str(config.device))
     text = text_of(job, config, tokenizer, Anatomy(model))
     held_out = text.held_out(job.eval_data or job.specs, job.eval_blocks)
-    config.costs = costs_for(job, config, model, bars)
+    if config.target_speedup is not None:
+        from nuteprune.jobs.speed import costs_for  # few runs ask for it
+
+        config.costs = costs_for(job, config, model, bars)
     with settings_of_user():
         check_given(model, {})
         prepared = prepare(model, config, stored_dtype(model))
@@ -140,7 +144,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
         folder_of=folder_of,
         run_folder_of=run_folder_of,
         resumes=job.resume,
-        around=outside(job),
+        around=wrapper_around(job),
         about=about,
     )
 
@@ -165,7 +169,7 @@ def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
         UserError: naming what to pass instead.
     """
     kind = config.asked[0].kind
-    if kind in COUNTED and outside(job) is not None:
+    if kind in COUNTED and wrapper_around(job) is not None:
         raise UserError(
             f"--{kind.replace('_', '-')} cannot be used here: {job.model} has parts for images "
             "beside its language model, which are not priced; pass --sparsity, or "
@@ -181,7 +185,7 @@ def check_wrapper(job: PruneJob, model: Prepared) -> None:
     Raises:
         UserError: naming what to do instead.
     """
-    if (whole := outside(job)) is None:
+    if (whole := wrapper_around(job)) is None:
         return
     constraints = model.allocator.constraints
     if model.allocator.budget.per_token and not constraints.uniform:
@@ -197,7 +201,7 @@ def check_wrapper(job: PruneJob, model: Prepared) -> None:
     whole.check()
 
 
-def outside(job: PruneJob) -> Around | None:
+def wrapper_around(job: PruneJob) -> Around | None:
     """Return what is written around the pruned language model; None where nothing is."""
     return None if job.text_only else around(job.model)
 

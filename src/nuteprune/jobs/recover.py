@@ -29,7 +29,7 @@ from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, Recover
 from nuteprune.jobs.progress import RecoveryProgress
 from nuteprune.jobs.recover_text import check_room, kind_of_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
-from nuteprune.jobs.show import print_recovered, print_recovery
+from nuteprune.jobs.show_recover import print_recovered, print_recovery
 from nuteprune.jobs.sources import (
     around,
     load_model,

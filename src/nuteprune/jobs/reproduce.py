@@ -18,8 +18,8 @@ OPTIONS = {
     for kind in (PruneSettings, PruneJob)
     for name, x in declared(kind).items()
     if x.option and not x.flag and name != "shape"
-}
-"""Settings that `nuteprune prune` has an option of its own for; the others go through `--set`."""
+} | {"keep": "--keep"}
+"""Settings that have an option of their own, of `vocab` too; the others go through `--set`."""
 TUNING = {
     x.word: x.option
     for x in declared(RecoverJob).values()
@@ -86,19 +86,14 @@ def command(record: Mapping[str, Any], out: str) -> list[str]:
         record: a run's nuteprune.json; empty if it tells no model.
         out: name of the output folder.
     """
-    config = record.get("config", {})
-    model = config.get("model")
+    given, model = settings(record), record.get("config", {}).get("model")
     if model is None:
         return []
-    if (keep := config.get("keep")) is not None:  # its vocabulary was cut
-        named = [f"--data {shlex.quote(spec)}" for spec in config["data"]]
-        start = f"nuteprune vocab {shlex.quote(model)}"
-        how = ("text_column", "length")
-        named += [f"{OPTIONS[x]} {shlex.quote(str(config[x]))}" for x in how if x in config]
-        return [start, *named, f"--keep {keep}", f"--out {shlex.quote(out)}"]
-    parts = [f"nuteprune prune {shlex.quote(model)}"]
-    rest = []
-    for key, value in settings(record).items():
+    cuts_vocabulary = "keep" in given
+    if cuts_vocabulary:  # which draws nothing
+        given.pop("seed", None)
+    parts, rest = [f"nuteprune {'vocab' if cuts_vocabulary else 'prune'} {shlex.quote(model)}"], []
+    for key, value in given.items():
         if key == "data":
             named = [value] if isinstance(value, str) else value
             parts.extend(f"{OPTIONS[key]} {shlex.quote(spec)}" for spec in named)

@@ -32,7 +32,7 @@ from nuteprune.files import at_home, check_name
 from nuteprune.jobs.job import BITS, DTYPES
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import family_named
+from nuteprune.model.lookup import bring_along, family_named
 from nuteprune.model.wrappers import wrapper_of
 from nuteprune.run_folder import SELF
 
@@ -102,7 +102,7 @@ def read_config(model: str) -> dict[str, Any]:
     try:
         values = config_values(where)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load model {model}: {_told(error, model)}") from error
+        raise UserError(f"cannot load model {model}: {_in_words(error, model)}") from error
     bring_recorded_family(where)
     model_type = values["model_type"]
     if (wrapper := wrapper_of(model_type)) is not None:
@@ -120,6 +120,26 @@ def read_config(model: str) -> dict[str, Any]:
             f"supported: {', '.join(f.causal_lm for f in FAMILIES.values())}"
         )
     return values
+
+
+def use_family(file: str | None, model: str) -> None:
+    """Let this process know the entry of a file, for a model, checked on a small one of its type.
+
+    Args:
+        file: its path; None: the type is a listed one, and nothing is done.
+        model: as the user named it.
+
+    Raises:
+        UserError: if the file is wrong, or its entry does not fit the model.
+    """
+    if file is None:
+        return
+    if at_home(model).is_dir() and record_of(model) is not None:
+        raise UserError(f"the record of {model} has its entry; leave --family out")
+    from nuteprune.jobs.family import checked, config_of  # few models need it
+    from nuteprune.model.family_file import read_family
+
+    bring_along(checked(config_of(model), read_family(at_home(file)))[0])
 
 
 def around(model: str) -> Around | None:
@@ -238,12 +258,12 @@ def load_tokenizer(
                 f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there "
                 "from the model that it was made of"
             ) from error
-        said = _told(error, model)
+        said = _in_words(error, model)
         raise UserError(f"cannot load the tokenizer of {model}: {said}") from error
     return tokenizer
 
 
-def _told(error: Exception, model: str) -> str:
+def _in_words(error: Exception, model: str) -> str:
     """Return what the hub or a file's reader has to say, and what to do about it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "gated repo" in str(error):

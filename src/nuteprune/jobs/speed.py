@@ -16,16 +16,15 @@ from nuteprune.console import Bars, Output
 from nuteprune.data.demo import cache_folder
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import to_json, write_text, writing
+from nuteprune.files import write_json
 from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
 from nuteprune.jobs.timing import for_report, measure
-from nuteprune.judge.bench import PASSES, hardware_of, told
+from nuteprune.judge.bench import PASSES, hardware_of, say_ratio
 from nuteprune.judge.block_times import cost_table
-from nuteprune.judge.run_files import write_extra
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import several_started
 from nuteprune.run_folder import RUN, SPEED
@@ -38,20 +37,18 @@ MISSED = 0.95
 
 
 def write_table(
-    path: Path, model: PreTrainedModel, setting: Setting, device: str, dtype: torch.dtype
+    path: Path, model: PreTrainedModel, setting: Workload, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Measure what the blocks of a model cost, and write the table."""
     table = cost_table(model, setting, device, dtype)
-    with writing(path, "make room and do the same again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, to_json(table, indent=1) + "\n")
+    write_json(path, table)
     return table
 
 
 def costs_for(
     job: PruneJob, config: NutePruneConfig, model: PreTrainedModel, bars: Bars
-) -> dict[str, Any] | None:
-    """Return the table of costs of a run, measured once for each kind of model and machine.
+) -> dict[str, Any]:
+    """Return the table of costs for a speed, measured once for each kind of model and machine.
 
     Args:
         job: the job.
@@ -63,13 +60,11 @@ def costs_for(
         UserError: if several processes would each measure a table of their own, or the model has
             no positions for what is to be fast.
     """
-    if config.target_speedup is None:
-        return config.costs  # type: ignore[return-value]
     at = config.asked[0].about["at"]
-    setting = Setting(*moment(at))
+    setting = Workload(*moment(at))
     longest = setting.length + setting.new_tokens
     check_positions(longest, model.config, f"the length of --speedup at {at}")
-    if isinstance(config.costs, Mapping):
+    if isinstance(config.costs, dict):
         return config.costs
     if config.costs is not None:
         return read_table(config.costs)
@@ -110,22 +105,20 @@ def judge_speed(
 
     Args:
         job: the job.
-        records: folder -> record of each checkpoint.
+        records: folder -> record of each checkpoint that is to be fast.
         output: where it is told.
     """
     found: dict[Path, dict[str, Any]] = {}
     for folder, record in records.items():
         asked = record["asked"]
-        if asked["kind"] != "speedup":
-            continue
-        setting = Setting(*moment(asked["at"]))
-        engine = Transformers.asked(job.device, job.dtype)
+        setting = Workload(*moment(asked["at"]))
+        engine = Transformers.from_options(job.device, job.dtype)
         with output.bars() as bars:
             speed = measure([str(folder.absolute()), job.model], [setting], PASSES, engine, bars)
-        write_extra(job.out / RUN, SPEED, {**speed, **for_report(speed)})
+        write_json(folder / RUN / SPEED, {**speed, **for_report(speed)})
         ratio = speed["settings"][0]["speedup"][asked["for"]]
         output.line(
-            f"Speed   {asked['for']} at {asked['at']}: {told(ratio)}; passes in pairs give "
+            f"Speed   {asked['for']} at {asked['at']}: {say_ratio(ratio)}; passes in pairs give "
             f"{ratio['low']:.2f} to {ratio['high']:.2f}, and {asked['value']:g} x was asked for"
         )
         found[folder] = speed["settings"][0]["speedup"]

@@ -15,8 +15,8 @@ import torch
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
 from nuteprune.jobs.engines import Engine, Ready
-from nuteprune.judge.bench import Timing, advice, compare, summarize, told
-from nuteprune.judge.work import Setting
+from nuteprune.judge.bench import Timing, advice, compare, say_ratio, summarize
+from nuteprune.judge.work import Workload
 from nuteprune.judge.worker import Worker
 
 REPORTED = (
@@ -29,7 +29,7 @@ REPORTED = (
 
 def measure(
     names: Sequence[str],
-    settings: Sequence[Setting],
+    settings: Sequence[Workload],
     repeats: int,
     engine: Engine,
     bars: Bars,
@@ -67,7 +67,7 @@ def _make_room() -> None:
         torch.cuda.empty_cache()
 
 
-def _check_positions(workers: dict[str, Worker], settings: Sequence[Setting]) -> None:
+def _check_positions(workers: dict[str, Worker], settings: Sequence[Workload]) -> None:
     for name, worker in workers.items():
         longest = max(x.length + x.new_tokens for x in settings)
         if worker.about.positions is not None and longest > worker.about.positions:
@@ -78,7 +78,7 @@ def _check_positions(workers: dict[str, Worker], settings: Sequence[Setting]) ->
 
 
 def _time(
-    workers: dict[str, Worker], setting: Setting, repeats: int, bars: Bars
+    workers: dict[str, Worker], setting: Workload, repeats: int, bars: Bars
 ) -> dict[str, list[Timing]]:
     """Let the workers take turns, in an order that turns round each time."""
     timings: dict[str, list[Timing]] = {name: [] for name in workers}
@@ -95,7 +95,7 @@ def _time(
 def _result(
     workers: dict[str, Worker],
     ready: dict[str, Ready],
-    settings: Sequence[Setting],
+    settings: Sequence[Workload],
     timings: Sequence[dict[str, list[Timing]]],
 ) -> dict[str, Any]:
     """Return all figures, fit for JSON."""
@@ -164,5 +164,5 @@ def _against_bound(setting: dict[str, Any]) -> str:
     for phase, ratio in setting["speedup"].items():
         if phase != "both":
             share = "" if ratio["reached"] is None else f"{ratio['reached']:.0%} of "
-            said.append(f"{phase} {told(ratio)}, {share}its bound {ratio['bound']:.2f} x")
+            said.append(f"{phase} {say_ratio(ratio)}, {share}its bound {ratio['bound']:.2f} x")
     return f"batch {setting['batch_size']}, {setting['length']} tokens: {'; '.join(said)}"

@@ -255,7 +255,7 @@ def entry_of(pairs: Sequence[Pair], source: str, tokens: int = TOKENS) -> dict[s
     }
 
 
-def shown(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+def pick_samples(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     """Return the median and the worst answers as the report reads them.
 
     The pruned model's answers are put in order by their share of repeated 4-grams, and where that

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.judge.work import Setting, Work
+from nuteprune.judge.work import Work, Workload
 from nuteprune.model.decoding import cache_name
 
 GOOD = 0.9
@@ -88,7 +88,7 @@ def _wait(model: PreTrainedModel) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def summarize(setting: Setting, timings: Sequence[Timing]) -> dict[str, Any]:
+def summarize(setting: Workload, timings: Sequence[Timing]) -> dict[str, Any]:
     """Return one model's figures in one setting, fit for JSON.
 
     Args:
@@ -106,7 +106,7 @@ def summarize(setting: Setting, timings: Sequence[Timing]) -> dict[str, Any]:
 
 
 def compare(
-    setting: Setting,
+    setting: Workload,
     ours: Sequence[Timing],
     dense: Sequence[Timing],
     our_work: Work,
@@ -166,7 +166,7 @@ def verdict(ratio: Mapping[str, float], passes: int = PASSES) -> str:
     return "faster" if ratio["median"] > 1 else "slower"
 
 
-def told(ratio: Mapping[str, Any]) -> str:
+def say_ratio(ratio: Mapping[str, Any]) -> str:
     """Return what a ratio of times says, for people.
 
     Args:

@@ -14,7 +14,7 @@ from nuteprune.data.prompts import Prompts, make_prompts
 from nuteprune.data.tokens import bos_of
 from nuteprune.errors import UserError
 from nuteprune.export.figures import answer_rows, context_rows
-from nuteprune.judge.answers import TOKENS, answer_both, entry_of, shown
+from nuteprune.judge.answers import TOKENS, answer_both, entry_of, pick_samples
 from nuteprune.judge.context import SPANS, cut_blocks, judge_context
 
 BLOCKS: Final = 12
@@ -68,7 +68,7 @@ def judge_beside(
         asked = prompts or make_prompts(dense, tokenizer, text)
         pairs = answer_both(dense, pruned, tokenizer, asked, tokens)
         entries["answers"] = entry_of(pairs, asked.source, tokens)
-        samples = shown(pairs, tokenizer)
+        samples = pick_samples(pairs, tokenizer)
     except UserError:
         if prompts is not None:
             raise

@@ -25,7 +25,7 @@ from nuteprune.export.loading import unfilled
 from nuteprune.gates.speed_costs import PHASES, SCHEMA
 from nuteprune.judge.bench import PASSES, hardware_of, time_once
 from nuteprune.judge.units import dtype_name
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.shape import LayerShape, Shape
@@ -127,7 +127,7 @@ def _now(anatomy: Anatomy) -> float:
 
 
 def cost_table(
-    model: PreTrainedModel, setting: Setting, device: str, dtype: torch.dtype
+    model: PreTrainedModel, setting: Workload, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return what blocks of a model's kind take.
 

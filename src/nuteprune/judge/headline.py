@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ from nuteprune.export.card import since_dense
 from nuteprune.export.figures import answer_rows, context_rows
 from nuteprune.export.record import perplexities_of
 from nuteprune.gates.budget import share_gone
-from nuteprune.judge import bench
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, judged_kind
@@ -107,7 +105,12 @@ def headline(
             (
                 "Speed",
                 [
-                    (f"{x['name']}, {x['unit']}", number(x["dense"]), number(x["pruned"]), _told(x))
+                    (
+                        f"{x['name']}, {x['unit']}",
+                        number(x["dense"]),
+                        number(x["pruned"]),
+                        _gain(x),
+                    )
                     for x in speed["rows"]
                 ],
             )
@@ -146,38 +149,22 @@ def _change(before: float | None, after: float | None) -> str:
     return f"×{THIN}{number(after / before)}" if before and after is not None else ""
 
 
-def _gain(row: Mapping[str, Any]) -> float:
-    """Return how many times faster, or smaller, the pruned model is."""
-    if "gain" in row:
-        return float(row["gain"])
-    better, worse = row["pruned"], row["dense"]
-    if row["better"] == "lower":
-        better, worse = worse, better
-    return float(better / worse) if worse else math.nan
-
-
 def told_gains(speed: Mapping[str, Any] | None) -> list[float]:
     """Return the gains in speed that a verdict may state, growing; none if one row is doubtful.
 
-    Rows without a spread and a bound are doubtful. So are gains within their spread, and those
-    beyond what the work saved allows. To leave out the doubtful rows alone would pick the best.
+    Doubtful are gains within their spread, and those beyond what the work saved allows. To leave
+    out the doubtful rows alone would pick the best.
     """
     rows = [row for row in (speed or {}).get("rows", []) if row["better"] == "higher"]
-    if not all(_verdict(row) in ("faster", "slower") for row in rows):
+    if not all(row["verdict"] in ("faster", "slower") for row in rows):
         return []
-    return sorted(_gain(row) for row in rows)
+    return sorted(row["gain"] for row in rows)
 
 
-def _verdict(row: Mapping[str, Any]) -> str | None:
-    """Return what a row's gain says; None where it has no spread or no bound to tell it by."""
-    if not all(key in row for key in ("gain", "low", "high", "bound")):
-        return None
-    return str(row.get("verdict") or bench.verdict({**row, "median": row["gain"]}))
-
-
-def _told(row: Mapping[str, Any]) -> str:
+def _gain(row: Mapping[str, Any]) -> str:
     """Return a row's gain as the table shows it."""
-    found = _verdict(row)
-    if found in ("none", "noise"):
-        return bench.told({"median": row["gain"], "bound": row["bound"], "verdict": found})
-    return f"×{THIN}{number(_gain(row))}"
+    if row["verdict"] in ("none", "noise"):
+        from nuteprune.judge import bench  # few runs time anything
+
+        return bench.say_ratio({**row, "median": row["gain"]})
+    return f"×{THIN}{number(row['gain'])}"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.runners import About
-from nuteprune.judge.work import Setting, Work
+from nuteprune.judge.work import Work, Workload
 
 BINDING = "llama_cpp_py_sync"
 CACHES = {4: 0, 2: 1}
@@ -73,14 +73,14 @@ class LlamaCppRunner:
         vocabulary = self._lib.llama_model_get_vocab(self._model)
         self._tokens = int(self._lib.llama_vocab_n_tokens(vocabulary))
         self._context: Any = None
-        self._fits: Setting | None = None
+        self._fits: Workload | None = None
 
     def about(self) -> About:
         """Return what the model is, and what runs it."""
         engine = f"llama.cpp {self._version}"
         return About(self._work, self._positions, engine, "its own", self._threads, "CPU")
 
-    def time(self, setting: Setting) -> Timing:
+    def time(self, setting: Workload) -> Timing:
         """Time one pass of random tokens, decoded greedily."""
         self._make_room(setting)
         size = (setting.batch_size, setting.length)
@@ -92,7 +92,7 @@ class LlamaCppRunner:
             next_B1 = self._eval(next_B1, setting.length + step)
         return Timing(known - started, time.perf_counter() - known)
 
-    def _make_room(self, setting: Setting) -> None:
+    def _make_room(self, setting: Workload) -> None:
         """Have an empty context for a setting: the one from before, or a new one."""
         if setting != self._fits:
             if self._context is not None:
@@ -100,7 +100,7 @@ class LlamaCppRunner:
             self._context, self._fits = self._new_context(setting), setting
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
-    def _new_context(self, setting: Setting) -> Any:
+    def _new_context(self, setting: Workload) -> Any:
         params = self._lib.llama_context_default_params()
         held = setting.length + setting.new_tokens
         params.n_ctx = setting.batch_size * -(-held // _CELLS) * _CELLS

@@ -43,7 +43,7 @@ LOSS_PARTS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """A row of the heat map: what each layer kept of one kind, and had before."""
 
     name: str
@@ -110,7 +110,7 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot:
     return finish("loss", f"Line chart over {step[-1]:.0f} steps: {ends}.", figure)
 
 
-def layers_plot(rows: Sequence[Row]) -> Plot:
+def layers_plot(rows: Sequence[LayerRow]) -> Plot:
     """Draw a heat map: layers from first to last, and the share that each kept of each kind."""
     count = len(rows[0].kept)
     with new_figure("Kept in each layer", 62 + 40 * len(rows)) as (figure, axes):
@@ -131,16 +131,16 @@ def layers_plot(rows: Sequence[Row]) -> Plot:
     return finish("layers", alt, figure)
 
 
-def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike | None) -> Plot:
+def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike) -> Plot:
     """Draw how the scores of one kind of gate are distributed, and where the cut came to lie.
 
     Args:
         kind: kind of gate.
         scores: (N,), one per unit.
-        kept: (N,), whether a unit stays; None if that is not decided.
+        kept: (N,), whether a unit stays.
     """
     score_N = np.asarray(scores, dtype=float)
-    kept_N = np.ones(len(score_N), bool) if kept is None else np.asarray(kept, bool)
+    kept_N = np.asarray(kept, bool)
     fine = np.isfinite(score_N) & (score_N > 0)
     score_N, kept_N = score_N[fine], kept_N[fine]
     words = kind.replace("kv_groups", "KV groups").replace("_", " ")
@@ -151,9 +151,7 @@ def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike | None) -> Plot:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: power(x)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        groups = [(kept_N, "blue", "kept" if kept is not None else "units")]
-        if kept is not None:
-            groups.insert(0, (~kept_N, "orange", "removed"))
+        groups = [(~kept_N, "orange", "removed"), (kept_N, "blue", "kept")]
         axes.hist(
             [score_N[group] for group, *_ in groups],
             edges,
@@ -167,8 +165,8 @@ def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike | None) -> Plot:
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
         legend(axes)
-    alt = f"Histogram of the scores of {len(score_N):,} {words}"
-    alt += "." if kept is None else f": {int(kept_N.sum()):,} kept, {int((~kept_N).sum()):,} not."
+    stay, go = int(kept_N.sum()), int((~kept_N).sum())
+    alt = f"Histogram of the scores of {len(score_N):,} {words}: {stay:,} kept, {go:,} not."
     return finish(f"gates_{kind}", alt, figure)
 
 
@@ -263,7 +261,7 @@ def _scale(figure: Figure) -> None:
         axes.text(x, 0, text, ha=side, va="center", color=COLOURS["muted"])
 
 
-def _row_in_words(row: Row) -> str:
+def _row_in_words(row: LayerRow) -> str:
     pairs = zip(row.kept, row.before, strict=True)
     shares = {layer: kept / before for layer, (kept, before) in enumerate(pairs) if before}
     said = f"{row.name}: {sum(row.kept):,} of {sum(row.before):,} kept"

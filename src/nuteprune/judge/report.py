@@ -16,7 +16,7 @@ from nuteprune.files import atomic, write_text, writing
 from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, Plot, percent
 from nuteprune.judge.headline import headline, judged_on_both, verdict
-from nuteprune.judge.plots import Row
+from nuteprune.judge.plots import LayerRow
 from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run, teacher_sparsities
 from nuteprune.judge.units import count, duration, size
 from nuteprune.model.shape import MLP_COUNTS, SAID
@@ -81,12 +81,12 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
         yield plots.gates_plot(kind, gate.scores, gate.kept)
 
 
-def kept_rows(record: Mapping[str, Any]) -> list[Row]:
+def kept_rows(record: Mapping[str, Any]) -> list[LayerRow]:
     """Return the counts of each layer, a row per kind; KV heads where they tell more than heads."""
     before, after = record["layers_before"], record["layers"]
 
-    def row(name: str, key: str) -> Row:
-        return Row(name, [x.get(key, 0) for x in after], [x.get(key, 0) for x in before])
+    def row(name: str, key: str) -> LayerRow:
+        return LayerRow(name, [x.get(key, 0) for x in after], [x.get(key, 0) for x in before])
 
     heads, groups = row("heads", "heads"), row("KV heads", "kv_heads")
     alike = all(
@@ -127,7 +127,6 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         verdict=verdict(files),
         table=headline(record, files.speed) if record else [],
         definitions=definitions(record or {}),
-        spread=all("low" in row for row in (files.speed or {}).get("rows", [])),
         rows=kept_rows(record) if record else [],
         files=files,
         last=files.metrics[-1] if files.metrics else None,

@@ -7,35 +7,31 @@ if something wrote them, two small files that the report shows as they are:
                   why one is shown, and may be left out
     speed.json    {"conditions": text, "rows": [{"name": text, "unit": text, "dense": number,
                   "pruned": number, "better": "higher" or "lower", "gain": number, "low": number,
-                  "high": number, "bound": number}, ...], "notes": [text, ...]}: medians of a
-                  benchmark. The gain says how many times better, where it is not the ratio of the
-                  two; low and high are its spread; the bound is what the work saved allows; the
-                  verdict is that of bench. Notes say what there is to say. All from the gain on
-                  may be left out; without spread and bound the verdict states no speed.
+                  "high": number, "bound": number, "verdict": text}, ...], "notes": [text, ...]}:
+                  medians of a benchmark. The gain says how many times better; low and high are
+                  its spread; the bound is what the work saved allows; the verdict is that of bench.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
-from nuteprune.files import to_json, write_text, writing
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.products import read_tensors
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
 
 _SAMPLE_KEYS = ("prompt", "dense", "pruned")
-_SPEED_NUMBERS = ("gain", "low", "high", "bound")
-_SPEED_KEYS = ("name", "unit", "dense", "pruned", "better")
+_SPEED_NUMBERS = ("dense", "pruned", "gain", "low", "high", "bound")
+_SPEED_KEYS = ("name", "unit", "better", "verdict", *_SPEED_NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,11 @@ class GateScores:
 
     Args:
         scores: (N,), one per unit: the loss that its removal is expected to cost.
-        kept: (N,), whether the unit stays; None while masks are not frozen.
+        kept: (N,), whether the unit stays.
     """
 
     scores: NDArray[np.float64]
-    kept: NDArray[np.bool_] | None
+    kept: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class RunFiles:
         metrics: one mapping per logged step, in order.
         samples: rows of samples.json.
         speed: content of speed.json, None if there is none.
-        gates: kind of gate -> its scores, empty if no trainer checkpoint is left.
+        gates: kind of gate -> its scores, empty if they are gone, or were learned.
     """
 
     folder: Path
@@ -79,7 +75,7 @@ def read_run(folder: Path) -> RunFiles:
 
     Args:
         folder: the output folder of `prune` or `recover`, the folder of metrics in it, or the
-            checkpoint of one of several targets. For a folder with several, the highest counts.
+            checkpoint of one of several targets. Of a folder with several the highest is read.
 
     Raises:
         UserError: if there is no run, or one of its files is damaged.
@@ -90,10 +86,10 @@ def read_run(folder: Path) -> RunFiles:
     named_so = folder.name == RUN and not (folder / RUN).is_dir()  # an output folder may be as well
     run = folder if (folder / METRICS).is_file() or named_so else folder / RUN
     root = folder.parent if run == folder and folder.name == RUN else folder
-    record = read_record(root) if (root / RECORD).is_file() else _last_target(root)
+    if not (root / RECORD).is_file() and (highest := _highest_target(root)) is not None:
+        root, run = highest, highest / RUN
+    record = read_record(root) if (root / RECORD).is_file() else None
     metrics = _metrics(run / METRICS)
-    if record is not None and not metrics and root.name.startswith(TARGETS):
-        metrics = _up_to(record, root.parent)
     if record is None and not metrics:
         raise UserError(
             f"{root} has neither {RECORD} nor a step in {RUN}/{METRICS}; pass the --out folder "
@@ -102,11 +98,8 @@ def read_run(folder: Path) -> RunFiles:
     speed = _json(run / SPEED)
     if speed is not None:
         rows = speed.get("rows") if isinstance(speed, dict) else None
-        _check_rows(
-            run / SPEED, rows, _SPEED_KEYS, numbers=("dense", "pruned"), maybe=_SPEED_NUMBERS
-        )
-        speed.setdefault("conditions", "")
-        notes = speed.get("notes", [])
+        _check_rows(run / SPEED, rows, _SPEED_KEYS, _SPEED_NUMBERS)
+        notes = speed.get("notes")
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise UserError(f"{run / SPEED} cannot be shown: notes must be a list of texts")
     return RunFiles(root, run, record, metrics, read_samples(run), speed, _gates(run))
@@ -123,13 +116,6 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
         return []
     _check_rows(run / SAMPLES, samples, _SAMPLE_KEYS)
     return cast(list[dict[str, Any]], samples)
-
-
-def write_extra(run: Path, name: str, content: Any) -> None:
-    """Write a JSON file into a run's folder: complete, or not at all."""
-    with writing(run / name, "make room and do the same again"):
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / name, to_json(content, indent=2) + "\n")
 
 
 def pruning_steps(files: RunFiles) -> bool:
@@ -155,24 +141,10 @@ def teacher_sparsities(files: RunFiles) -> list[float] | None:
     return found
 
 
-def _last_target(root: Path) -> dict[str, Any] | None:
-    """Return the record of the highest target, where a run had several."""
-    return max(_of_targets(root), key=lambda record: record["target"], default=None)
-
-
-def _of_targets(root: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's targets, where it had several."""
-    return [read_record(x.parent) for name in TARGETS for x in root.glob(f"{name}*/{RECORD}")]
-
-
-def _up_to(record: Mapping[str, Any], root: Path) -> list[dict[str, Any]]:
-    """Return the steps that led to one of a run's targets: all have equal shares of the run."""
-    metrics, targets = _metrics(root / RUN / METRICS), [x["target"] for x in _of_targets(root)]
-    if not metrics:
-        return []
-    reached = sum(x <= record["target"] for x in targets)
-    last = metrics[-1]["step"] * reached // len(targets)
-    return [x for x in metrics if x["step"] <= last]
+def _highest_target(root: Path) -> Path | None:
+    """Return the checkpoint of the highest target in a folder of several; None: of none."""
+    found = [x.parent for name in TARGETS for x in root.glob(f"{name}*/{RECORD}")]
+    return max(found, key=lambda folder: read_record(folder)["target"], default=None)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -218,14 +190,12 @@ def _check_rows(
     rows: Any,
     keys: Sequence[str],
     numbers: Sequence[str] = (),
-    maybe: Sequence[str] = (),
 ) -> None:
     def fits(row: Any) -> bool:
         return (
             isinstance(row, dict)
             and all(key in row for key in keys)
             and all(isinstance(row[key], (int, float)) for key in numbers)
-            and all(isinstance(row.get(key, 0), (int, float)) for key in maybe)
         )
 
     if not isinstance(rows, list) or not all(map(fits, rows)):
@@ -236,22 +206,20 @@ def _check_rows(
 
 
 def _gates(run: Path) -> dict[str, GateScores]:
-    """Read what units cost and which stay; nothing if that is gone."""
+    """Read what units cost and which stay; nothing if that is gone.
+
+    Args:
+        run: the run's folder, or that of one of several targets, beside the folder that they share.
+    """
+    shared = run.parent.parent / RUN if run.parent.name.startswith(TARGETS) else run
+    there = [shared / f"{name}.safetensors" for name in ("price", "score")]
     try:
-        there = next(x for x in ("price", "score") if (run / f"{x}.safetensors").is_file())
-        scores = read_tensors(run / f"{there}.safetensors")[0]
+        scores = read_tensors(next(x for x in there if x.is_file()))[0]
         masks = read_tensors(run / "choose.safetensors")[0]
     except (StopIteration, UserError):
         return {}  # of a recipe that learns masks, or cut off: the report does without
-    return _gate_scores(scores, masks)
-
-
-def _gate_scores(gates: Mapping[str, Tensor], masks: Mapping[str, Any]) -> dict[str, GateScores]:
-    found = {}
-    for kind in GATE_KINDS:
-        scores = gates.get(kind)
-        if scores is not None:
-            kept = (masks[kind] > 0).numpy() if kind in masks else None
-            values = cast(NDArray[np.float64], scores.double().numpy())
-            found[kind] = GateScores(values, kept)
-    return found
+    return {
+        kind: GateScores(scores[kind].double().numpy(), (masks[kind] > 0).numpy())
+        for kind in GATE_KINDS
+        if kind in scores and kind in masks
+    }

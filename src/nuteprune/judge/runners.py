@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from nuteprune.judge.bench import Timing, hardware_of, time_once
-from nuteprune.judge.work import Setting, Work
+from nuteprune.judge.work import Work, Workload
 from nuteprune.model.anatomy import Anatomy
 
 
@@ -44,7 +44,7 @@ class Runner(Protocol):
     def about(self) -> About:
         """Return what the model is, and what runs it."""
 
-    def time(self, setting: Setting) -> Timing:
+    def time(self, setting: Workload) -> Timing:
         """Time one pass of random tokens."""
 
 
@@ -70,7 +70,7 @@ class TorchRunner:
             hardware_of(model.device),
         )
 
-    def time(self, setting: Setting) -> Timing:
+    def time(self, setting: Workload) -> Timing:
         """Time one pass of random tokens."""
         random = torch.Generator().manual_seed(0)
         size = (setting.batch_size, setting.length)

@@ -52,14 +52,11 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a model reaches in a task.
+class Score(Figure):
+    """What a model reaches in a task: its figure by the metric that counts in means.
 
     Args:
-        value: its figure by the metric that counts in means.
-        metric: what it is, such as `acc_norm`.
-        stderr: its standard error, None if the harness gives none.
-        higher_is_better: which way is better.
+        metric: what that is, such as `acc_norm`.
         samples: questions asked; None for a group of tasks.
         others: the task's other metrics -> figure, in the task's order.
         answers: the figure's value for each question asked, in the order of the questions; None
@@ -67,19 +64,11 @@ class Score:
         fewshot: worked examples before each question; None for a group whose tasks differ.
     """
 
-    value: float
     metric: str
-    stderr: float | None
-    higher_is_better: bool
     samples: int | None
     others: Mapping[str, Figure] = field(default_factory=dict)
     answers: tuple[float, ...] | None = None
     fewshot: int | None = None
-
-    @property
-    def figure(self) -> Figure:
-        """The figure that counts in means."""
-        return Figure(self.value, self.stderr, self.higher_is_better)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the single answers, fit for JSON."""

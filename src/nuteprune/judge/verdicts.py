@@ -164,7 +164,7 @@ class Verdicts:
         rows, kept = [], []
         for task, score in found[0].items():
             count = "-" if score.samples is None else str(score.samples)
-            rows.append([task, score.metric, count, *_cells([x[task].figure for x in found])])
+            rows.append([task, score.metric, count, *_cells([x[task] for x in found])])
             kept.append(self._kept(task))
             for metric, figure in score.others.items():
                 figures = [x[task].others[metric] for x in found]

@@ -14,7 +14,7 @@ _ENDLESS = 2**62
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workload:
     """What is timed.
 
     Args:
@@ -95,7 +95,7 @@ class Work:
             ),
         )
 
-    def prefill(self, setting: Setting) -> int:
+    def prefill(self, setting: Workload) -> int:
         """Multiply-adds in a prefill; the head serves only the last token.
 
         A token's queries meet the keys and the values of all tokens up to it, within a window.
@@ -106,7 +106,7 @@ class Work:
             met -= queries * beyond * (beyond + 1)
         return setting.batch_size * (setting.length * self.blocks + self.head + met)
 
-    def decode(self, setting: Setting) -> float:
+    def decode(self, setting: Workload) -> float:
         """Bytes that a decoding step reads on average: weights and cache.
 
         Weights are read once for the whole batch, those of an expert if any token goes through it.

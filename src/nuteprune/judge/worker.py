@@ -17,7 +17,7 @@ from nuteprune import memory
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.runners import About, Runner
-from nuteprune.judge.work import Setting
+from nuteprune.judge.work import Workload
 
 
 class Worker:
@@ -46,7 +46,7 @@ class Worker:
             self.close()
             raise
 
-    def time(self, setting: Setting) -> Timing:
+    def time(self, setting: Workload) -> Timing:
         """Time one pass."""
         with suppress(BrokenPipeError):  # it has ended; why, is told where its answer is missing
             self._pipe.send(setting)
@@ -110,6 +110,6 @@ def _serve(pipe: Connection, load: Callable[[], Runner]) -> None:
         pipe.send(RunFailed(f"{type(error).__name__}: {error}"))
 
 
-def _timed(runner: Runner, setting: Setting) -> Timing:
+def _timed(runner: Runner, setting: Workload) -> Timing:
     memory.reset_peak()
     return dataclasses.replace(runner.time(setting), peak_memory=memory.peak())

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.record import write_pruned
-from nuteprune.export.wrapping import Around
 from nuteprune.gates.budget import Budget
 from nuteprune.stages.slice import Sliced
+
+if TYPE_CHECKING:
+    from nuteprune.export.wrapping import Around
 
 
 def save(

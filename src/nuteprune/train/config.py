@@ -14,7 +14,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.checks import check_combinations
-from nuteprune.train.prune_settings import PruneSettings
+from nuteprune.train.prune_settings import PruneSettings, RecoverSettings
 from nuteprune.train.settings import setting
 
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
@@ -93,6 +93,7 @@ class NutePruneConfig(PruneSettings, RunArguments):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
+    report_to: list[str] | str | None = "none"
 
     PIPELINE: ClassVar[str] = "nuteprune.pipeline"
     """The module whose `pipeline` goes through a run's stages."""
@@ -171,7 +172,7 @@ class NutePruneConfig(PruneSettings, RunArguments):
 
 
 @dataclass
-class RecoverConfig(RunArguments):
+class RecoverConfig(RecoverSettings, RunArguments):
     """Settings of a `RecoverTrainer`: those below, and all of `transformers.TrainingArguments`.
 
     Args:
@@ -179,7 +180,6 @@ class RecoverConfig(RunArguments):
         lora_dropout: share of the adapters' input that is dropped in training.
     """
 
-    lora_rank: int = setting(8, "Rank of the adapters.", bounds=(1, 1e5))
     lora_dropout: float = setting(0.0, "Share of inputs dropped.", bounds=(0, 1))
 
     # Defaults of TrainingArguments that differ here.

@@ -93,8 +93,6 @@ class PruneSettings:
     for_quantization: bool = setting(
         False,
         f"Neurons and width in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants need.",
-        option="--for-quantization",
-        flag=True,
     )
 
     method: str = setting(
@@ -146,13 +144,6 @@ class PruneSettings:
         None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
     )
     seed: int = setting(42, "Seed of everything random.", bounds=(0, 2**31 - 1))
-    report_to: list[str] | str | None = setting(
-        "none",
-        "Trackers that follow the run: tensorboard, wandb, trackio or another of Trainer's, comma "
-        "separated; install them yourself.",
-        option="--report-to",
-        role=CALL,
-    )
 
     def __post_init__(self) -> None:
         """Check what was given.
@@ -207,3 +198,15 @@ class PruneSettings:
             if (given := getattr(self, kind.setting)) is not None:
                 return all_asked(name, given)
         return tuple(Asked("sparsity", value) for value in self.targets)
+
+
+@dataclass
+class RecoverSettings:
+    """What a recovery's trainer and its job have in common."""
+
+    lora_rank: int = setting(
+        8,
+        "Rank of LoRA, on all projections (default {default}).",
+        bounds=(1, 1e5),
+        option="--lora-rank",
+    )

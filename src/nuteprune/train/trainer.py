@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
@@ -26,7 +26,6 @@ from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.distill.losses import Head, amplified, batch_counts
 from nuteprune.distill.objective import text_loss
 from nuteprune.errors import UserError
-from nuteprune.export.wrapping import Around
 from nuteprune.gates.masks import Masks
 from nuteprune.model.lora import Learned, Weights
 from nuteprune.model.offload import bring_home
@@ -45,6 +44,9 @@ from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.run_settings import chosen_settings, run_settings, write_settings
 from nuteprune.train.state import RunState
 from nuteprune.train.targets import Target
+
+if TYPE_CHECKING:
+    from nuteprune.export.wrapping import Around
 
 
 class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):

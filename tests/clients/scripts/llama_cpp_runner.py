@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from nuteprune.judge.llama_cpp import LlamaCppRunner
-from nuteprune.judge.work import Setting, Work
+from nuteprune.judge.work import Work, Workload
 
 
 def greedy(job: dict) -> list[list[int]]:
@@ -16,7 +16,7 @@ def greedy(job: dict) -> list[list[int]]:
     prompt_BT = np.array(job["prompt"])
     work = Work(0, 0, 0, 0, 4, 1, 0, 0, 1, 1)
     runner = LlamaCppRunner(job["file"], work, None, threads=1)
-    runner._make_room(Setting(*prompt_BT.shape, job["steps"]))
+    runner._make_room(Workload(*prompt_BT.shape, job["steps"]))
     made = [runner._eval(prompt_BT, 0)]
     for step in range(job["steps"]):
         made.append(runner._eval(made[-1], prompt_BT.shape[1] + step))

@@ -109,7 +109,7 @@ def check_super_blocks(shape: Shape, head_dim: int, kinds: Collection[str]) -> N
     if shape.hidden % SUPER_BLOCK and "hidden" not in kinds:
         raise UserError(
             f"the width is {shape.hidden}, {weights}, so no cut of other kinds makes its rows fit: "
-            "leave --for-quantization out and export with --type q8_0 or q4_0, or add hidden to "
+            "leave for_quantization out and export with --type q8_0 or q4_0, or add hidden to "
             "--gates"
         )
     for layer in filter(lambda x: x.heads, shape.layers):
@@ -117,5 +117,5 @@ def check_super_blocks(shape: Shape, head_dim: int, kinds: Collection[str]) -> N
             if kind in kinds and heads * head_dim % SUPER_BLOCK:
                 raise UserError(
                     f"a unit of {kind} has {heads * head_dim} features, {weights}: with "
-                    "--for-quantization leave it out of --gates, such as --gates neurons"
+                    "for_quantization leave it out of --gates, such as --gates neurons"
                 )
