@@ -104,8 +104,8 @@ offload steps batch-size gradient-checkpointing report-to out data eval-data tex
 device dtype resume overwrite trust-remote-code shares family bits dry-run
 """
 WITHOUT_OPTION = """
-neuron_multiple hidden_multiple calibration_blocks teacher progressive lora_rank compensation sharded
-gradient_accumulation_steps learning_rate seed eval_blocks text_only
+neuron_multiple hidden_multiple calibration_blocks teacher progressive lora_rank compensation
+sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """
 
 

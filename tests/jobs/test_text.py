@@ -26,7 +26,7 @@ def test_a_model_writes_what_is_read_and_no_more(
         use_cpu=True,
     )
     length, share = 9, 0.5
-    tokens = tokens_to_write(config, share, length)
+    tokens = tokens_to_write(config.blocks, config.calibrated_blocks, share, length)
     most = config.blocks
     # Each token is another one, so that how often it is read can be counted.
     blocks = training_blocks(

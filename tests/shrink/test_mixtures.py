@@ -378,7 +378,7 @@ def test_parameters_are_counted_with_the_rows_of_routers(model_type: str, tiny_m
 
 def test_latent_attention_is_priced_by_what_it_caches(tiny_model) -> None:
     anatomy = Anatomy(tiny_model("deepseek_v3"))
-    args = NutePruneConfig(output_dir="unused", gates="experts", target_memory="1MB@2x9")
+    args = NutePruneConfig(output_dir="unused", gates="experts", target_memory="1GiB@2x9")
     prices = Prices.of(anatomy, torch.float32, args)
     kept = cache_of(anatomy.model, TOKENS).layers
     held = sum(x.keys.nbytes + x.values.nbytes for x in kept)

@@ -69,19 +69,29 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, **changes: Any) 
 
 
 def expected(
-    model: PreTrainedModel, opening: Openings, numbers: np.ndarray, number: int | None, most: int
+    model: PreTrainedModel,
+    opening: Openings,
+    numbers: np.ndarray,
+    number: int | None,
+    most: int,
+    written: list[int],
 ) -> list[int]:
-    """One text, each token drawn by the stock model from the whole text before it, no cache."""
+    """One text, each token drawn by the stock model from the whole text before it, no cache.
+
+    Up to the first token that is not the written one: what the model gives for all beginnings of
+    what is written, one pass tells.
+    """
     asks = number is None
     ids = list(opening.asks if number is None else opening.given(number))
-    while len(ids) < most:
-        context = torch.tensor([[*opening.start, *ids]])
-        with torch.no_grad():
-            logits = model(input_ids=context, use_cache=False).logits[0, -1]
-        chances = torch.softmax(logits[: opening.known].double(), 0).numpy()
+    context = torch.tensor([[*opening.start, *written]])
+    with torch.no_grad():
+        logits_TV = model(input_ids=context, use_cache=False).logits[0]
+    while len(ids) < most and ids == written[: len(ids)]:
         # The draws begin with the position that the first token of all is fed at.
-        at = numbers[len(opening.start) + len(ids) - 1]
-        token = int(np.searchsorted(np.cumsum(chances), at * chances.sum(), side="right"))
+        at = len(opening.start) + len(ids) - 1
+        chances = torch.softmax(logits_TV[at, : opening.known].double(), 0).numpy()
+        drawn = numbers[at] * chances.sum()
+        token = int(np.searchsorted(np.cumsum(chances), drawn, side="right"))
         if asks and token in opening.asked:
             asks = False
             ids += opening.answers
@@ -123,7 +133,7 @@ def check(model: PreTrainedModel, tokenizer: Any, folder: Path) -> list[list[int
         numbers = numbers_of(3, batch, len(written), longest)
         for i, row in enumerate(written):
             number = None if chats else plain + i
-            found = expected(model, opening, numbers[:, i], number, longest)
+            found = expected(model, opening, numbers[:, i], number, longest, row["ids"])
             assert row["ids"] == (found if found[-1] in opening.ends else found + end)
         plain += 0 if chats else len(written)
     assert sum(map(len, texts)) >= 300
