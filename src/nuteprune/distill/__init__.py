@@ -1,1 +1,1 @@
-"""Who teaches: the teachers, one backbone in two roles, the losses."""
+"""Who teaches: one backbone in two roles, and the losses."""

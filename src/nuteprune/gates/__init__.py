@@ -1,1 +1,1 @@
-"""What is removed: gates, masks, scores, the parameter budget, the sparsity schedule."""
+"""What is removed: masks, scores, the parameter budget, and the knapsack that chooses."""

@@ -9,7 +9,8 @@ stream, or is of a fixed size, so a model's count is hidden x coefficient + cons
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from nuteprune.model.family import BLOCK_KINDS, Family, Projection
 from nuteprune.model.shape import PER_HEAD, LayerShape, Shape, axis_sizes
 
 
+@dataclass(frozen=True, eq=False)
 class Budget:
     """Counts the parameters of a model cut to some shape.
 
@@ -33,22 +35,17 @@ class Budget:
         inner: `Anatomy.inner_sizes`, of what no gate cuts.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        shape: Shape,
-        head_dim: int,
-        biases: Mapping[str, bool],
-        per_token: int = 0,
-        inner: Mapping[str, int] | None = None,
-    ) -> None:
-        self.family = family
-        self.shape = shape
-        self.head_dim = head_dim
-        self.biases = dict(biases)
-        self.per_token = per_token
-        self.inner = dict(inner or {})
-        self.before = self.parameters(shape)
+    family: Family
+    shape: Shape
+    head_dim: int
+    biases: Mapping[str, bool]
+    per_token: int = 0
+    inner: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def before(self) -> int:
+        """The parameters before pruning."""
+        return self.parameters(self.shape)
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> Budget:

@@ -87,7 +87,7 @@ class _Layer:
     mlp_input: Tensor | None
 
 
-class NarrowMasks:
+class NarrowMasks(Masks):
     """Fixed masks, for hooks: neurons and KV groups at 0 are not computed.
 
     KV groups go as wholes, so that as many query heads share one as before. A block with no unit
@@ -101,21 +101,13 @@ class NarrowMasks:
     """
 
     def __init__(self, masks: Masks, family: Family, multiple: int = 1) -> None:
+        super().__init__(masks.layout, masks.values)
         self.masks = masks
         self._multiple = multiple
         self._on_cpu = masks.to("cpu")
         self._device = next((v.device for v in masks.values.values()), torch.device("cpu"))
         self._family = family
         self._layers: dict[int, _Layer] = {}
-
-    @property
-    def hidden(self) -> Tensor | None:
-        """Multipliers of the residual stream."""
-        return self.masks.hidden
-
-    def part(self, kind: str, layer: int) -> Tensor | None:
-        """Return a layer's multipliers of a kind."""
-        return self.masks.part(kind, layer)
 
     def attention_input(self, layer: int) -> Tensor | None:
         """Return multipliers of what the attention output projection still reads."""
