@@ -42,7 +42,7 @@ TRAINED, DISTILLED = 1000, 40
 WIDTH = 96
 VOCABULARY = 2048
 RATE, BALANCE = 3e-3, 0.02
-EXPERT_METHODS = ("random", "frequency", "reap", "fisher", "reconstruction", "surgeon")
+EXPERT_METHODS = ("random", "reap", "fisher", "reconstruction", "surgeon")
 CASES = {
     "experts": (EXPERTS // 2, EXPERT_METHODS, (0, DISTILLED)),
     "expert_neurons": (WIDTH // 2, ("random", "fisher", "surgeon"), (0,)),

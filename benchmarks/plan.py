@@ -46,6 +46,7 @@ LLAMA_1B: dict[str, Any] = {
 }
 """1.1 billion parameters, in wide layers with few neurons: what is inverted grows with the cube of
 these, and would take most of a run on few cores."""
+RAMP: dict[str, Any] = {"progressive": True, "ramp_share": 1.0, "teacher": "snapshots"}
 SHORT: dict[str, Any] = {"calibration_blocks": 2, "lora_rank": 8}
 """Settings with which a run of it is short."""
 
@@ -70,11 +71,12 @@ class Cell:
 
     def arguments(self, out: str) -> Any:
         """Return the trainer's settings."""
-        from nuteprune import NutePruneConfig
+        from nuteprune.jobs.settings import trainer_settings
 
         common = {"target_sparsity": 0.3, "max_steps": 2, "calibration_blocks": 4}
         here = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
-        return NutePruneConfig(output_dir=out, **{**common, **here, **self.settings})
+        settings = {**common, **here, **self.settings}
+        return trainer_settings(settings)(output_dir=out, **settings)
 
 
 CELLS = (
@@ -91,7 +93,7 @@ CELLS = (
         "demo",
         "float32",
         256,
-        {"per_device_train_batch_size": 2, "ramp_share": 1.0, "max_steps": 4},
+        {"per_device_train_batch_size": 2, **RAMP, "max_steps": 4},
     ),
     Cell("default", "llama-1b", "bfloat16", 128, {"per_device_train_batch_size": 1, **SHORT}),
     Cell(
@@ -106,7 +108,7 @@ CELLS = (
         "llama-1b",
         "bfloat16",
         128,
-        {"per_device_train_batch_size": 2, "ramp_share": 1.0, "max_steps": 3, **SHORT},
+        {"per_device_train_batch_size": 2, **RAMP, "max_steps": 3, **SHORT},
     ),
 )
 
@@ -194,7 +196,7 @@ def anonymous() -> int:
 def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[str, int]:
     """Go through a run and return its stages' peaks in bytes."""
     from nuteprune.data.blocks import BlockDataset
-    from nuteprune.gates import cutting
+    from nuteprune.gates import copying_losses
     from nuteprune.jobs.sources import load_model, stored_dtype
     from nuteprune.judge.perplexity import perplexities
     from nuteprune.progressive import trainer as progressive
@@ -208,10 +210,10 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     tokens = torch.randint(3, vocabulary, (args.blocks, cell.length), generator=random)
     with watch.phase("judge"):
         perplexities(dense, {"random": tokens[:4]}, batch_size=4)
-    stored, kind = stored_dtype(dense), import_module(args.pipeline).TRAINER
+    stored, kind = stored_dtype(dense), import_module(args.PIPELINE).TRAINER
     trainer = kind(dense, args, BlockDataset(tokens), stored_dtype=stored)
     del dense
-    cutting.copying_losses = few_losses
+    copying_losses.copying_losses = few_losses
     for stage in ("score", "price", "refit"):
         watch.around(cut, stage, lambda name=stage: name)
     watch.around(progressive, "refit", lambda: "refit")
@@ -226,10 +228,10 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
 
 def few_losses(probe: Any, kind: str, dense: Any) -> torch.Tensor:
     """Cut some of the first layer's units alone, in place of all: each holds the same."""
-    from nuteprune.gates import cutting
+    from nuteprune.gates import copying_losses
 
-    units = torch.arange(min(cutting.AT_ONCE, probe.layout.sizes[kind][0]))
-    cutting.losses_of(probe, kind, 0, units, dense)
+    units = torch.arange(min(copying_losses.AT_ONCE, probe.layout.sizes[kind][0]))
+    copying_losses.losses_without(probe, kind, 0, units, dense)
     return torch.ones(probe.layout.units(kind))
 
 

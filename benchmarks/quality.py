@@ -41,17 +41,17 @@ from nuteprune.data.demo import TEXTS
 from nuteprune.data.specs import DEMO
 from nuteprune.files import file_sum
 from nuteprune.gates.importance import METHODS
+from nuteprune.gates.method_names import METHOD
 from nuteprune.jobs.settings import read_given
 from nuteprune.jobs.sources import pick_device
-from nuteprune.train.config import METHOD, NutePruneConfig
+from nuteprune.train.config import NutePruneConfig
 
 OURS = "nuteprune"
 BLOCKS = "attn_block,mlp_block"
 ABLATION: dict[str, dict[str, Any]] = {
     "no distillation": {"teacher": "none"},
-    "half ramp, numerous teachers": {"ramp_share": 0.5, "teacher": "snapshots"},
-    "half ramp, dense teacher": {"ramp_share": 0.5},
-    "hard-concrete gates": {"gate_type": "hard_concrete", "teacher": "snapshots"},
+    "half ramp, numerous teachers": {"progressive": True},
+    "hard-concrete gates": {"progressive": True, "gate_type": "hard_concrete"},
     "rank 128": {"lora_rank": 128},
     "no re-fit": {"compensation": False},
     "uniform shapes": {"shapes": "uniform"},
@@ -87,7 +87,7 @@ class Plan:
     targets: Sequence[float] = (0.1, 0.2, 0.25, 0.5)
     seeds: Sequence[int] = (0, 1, 2)
     trained: Sequence[str] = (OURS, "fisher", "taylor", "random")
-    trained_once: Sequence[str] = ("magnitude", "wanda", "flap", "similarity")
+    trained_once: Sequence[str] = ("wanda", "flap", "similarity")
     trained_targets: Sequence[float] = (0.2, 0.5)
     steps: int = 80
     long_steps: int = 400

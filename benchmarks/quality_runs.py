@@ -10,33 +10,32 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from quality_text import Judge, Setting, Texts
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from nuteprune import NutePruneConfig, NutePruneTrainer, RunFailed, UserError
+from nuteprune import NutePruneConfig, RunFailed, UserError
 from nuteprune.cli.app import quiet_libraries
+from nuteprune.console import silent
 from nuteprune.data.blocks import BlockDataset
-from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.method_names import METHOD
+from nuteprune.jobs.settings import trainer_settings
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import Projection
-from nuteprune.model.hooks import MaskHooks
-from nuteprune.shrink.compensate import Fit, Install
-from nuteprune.train.calibration import priced, refit_on, score_in_rounds, stops_before
-from nuteprune.train.config import METHOD
-from nuteprune.train.setup import make_allocator
+from nuteprune.model.lora import Weights
+from nuteprune.products import Products
+from nuteprune.train.cut import Cut
+from nuteprune.train.prepare import prepare
 from nuteprune.train.state import last_checkpoint
 
 
@@ -65,8 +64,6 @@ class Cell:
         return f"{label}_{100 * self.target:g}_{self.steps}-steps_seed-{self.seed}.json"
 
 
-OLD_NAME = "nuteprune"
-"""What records of 0.1.0 call the default's method."""
 DENSE = "dense.json"
 """File of the dense model's record."""
 SETTING = "setting.json"
@@ -95,7 +92,6 @@ class Bench:
     ) -> None:
         self.setting, self.folder, self.say = setting, folder, say
         self.other_text = other_text
-        self._scores: dict[tuple[Any, ...], tuple[dict[str, Tensor], float]] = {}
         path = folder / SETTING
         if path.exists() and Setting.read(path) != setting:
             raise UserError(
@@ -123,41 +119,46 @@ class Bench:
         """What cells are judged by."""
         return Judge(self.setting, self.tokenizer, self.texts.specs, self.other_text)
 
-    @cached_property
-    def anatomy(self) -> Anatomy:
-        """The dense model of the untrained cells."""
-        return Anatomy(self._load())
+    # -- what each cell has of its own
 
-    @cached_property
-    def _hooks(self) -> MaskHooks:
-        return MaskHooks(self.anatomy)
-
-    def _load(self) -> PreTrainedModel:
+    def model(self) -> PreTrainedModel:
+        """Return the dense model, loaded anew."""
         model = load_model(self.setting.model, pick_dtype(self.setting.dtype, self.setting.device))
         return model.to(self.setting.device).requires_grad_(False)  # type: ignore[arg-type]
 
     def config(self, cell: Cell, folder: str) -> NutePruneConfig:
         """Return the settings of a cell's run."""
-        return NutePruneConfig(
-            output_dir=folder,
-            **{
-                "save_strategy": "steps",
-                "save_steps": 50,
-                "save_total_limit": 1,
-                "disable_tqdm": True,
-                "use_cpu": self.setting.device == "cpu",
-                "target_sparsity": cell.target,
-                "max_steps": cell.steps,
-                "seed": cell.seed,
-                **self.setting.settings,
-                **cell.settings,
-            },
-        )
+        settings = {
+            "save_strategy": "steps",
+            "save_steps": 50,
+            "save_total_limit": 1,
+            "disable_tqdm": True,
+            "use_cpu": self.setting.device == "cpu",
+            "target_sparsity": cell.target,
+            "max_steps": cell.steps,
+            "seed": cell.seed,
+            **self.setting.settings,
+            **cell.settings,
+        }
+        return trainer_settings(settings)(output_dir=folder, **settings)
 
     def text(self, model: PreTrainedModel, cell: Cell, config: NutePruneConfig) -> BlockDataset:
         """Return what a cell is calibrated and trained on: the same for all methods."""
         plain = self.config(replace(cell, settings={}), config.output_dir)
         return self.texts.training(model, config, plain)
+
+    def cut(self, cell: Cell, folder: Path, keeps: bool = False) -> Cut:
+        """Return a cell's stages before the first step.
+
+        Args:
+            cell: the cell.
+            folder: where files of its run are.
+            keeps: whether what the stages leave is kept there, and taken from there.
+        """
+        config, model = self.config(cell, str(folder)), self.model()
+        text = self.text(model, cell, config)
+        products = Products(folder if keeps else None, {}, resumes=keeps)
+        return Cut(prepare(model, config), config, text, products, silent)
 
     # -- cells
 
@@ -189,8 +190,7 @@ class Bench:
         kind = self._train if cell.steps else self._score_only
         record = self._kept(cell.file_name, cell.file_name, lambda: self._attempt(kind, cell))
         default = {"method": METHOD}
-        kept = {k: METHOD if x == OLD_NAME else x for k, x in record["settings"].items()}
-        if default | kept != default | cell.settings:
+        if default | record["settings"] != default | cell.settings:
             raise UserError(
                 f"{self.folder / cell.file_name} is of other settings than {cell.label} has now; "
                 "remove it to run it again"
@@ -213,10 +213,10 @@ class Bench:
             return {**asdict(cell), "refused": str(error)}
 
     def _judge_dense(self) -> dict[str, Any]:
-        started = time.monotonic()
+        started, model = time.monotonic(), self.model()
         return {
-            **self.judge.figures(self.anatomy.model),
-            "params": self.anatomy.parameters(),
+            **self.judge.figures(model),
+            "params": Anatomy(model).parameters(),
             "protocol": {**protocol(self.judge.held_out), **self.judge.protocol()},
             "seconds_to_judge": round(time.monotonic() - started, 1),
         }
@@ -224,112 +224,65 @@ class Bench:
     def _score_only(self, cell: Cell) -> dict[str, Any]:
         """Mask the dense model by one-shot scores, judge it, re-fit it, and judge it again."""
         with tempfile.TemporaryDirectory() as folder:
-            config = self.config(cell, folder)
-        allocator = make_allocator(self.anatomy, config)
-        text = self.text(self.anatomy.model, cell, config)
-        scores, scoring_seconds = self.score(text, config, allocator, cell.target)
-        started = time.monotonic()
-        shape = allocator.shape(scores, cell.target)
-        masks = allocator.masks(shape, scores).to(self.setting.device)
-        seconds = scoring_seconds + time.monotonic() - started
-        plain = self._judge_masked(masks)
-        refitted, refit_seconds = self.refitted(text, config, masks)
-        budget = allocator.budget
-        removed = budget.before - budget.parameters(shape)
+            cut = self.cut(cell, Path(folder))
+            goal = cut.model.goals[-1]
+            masks = cut.choose(cut.price(cut.score()), goal)
+            plain = {**self.judged(cut, masks), "seconds": seconds_of(cut.products)}
+            refitted = {}
+            if (weights := cut.refit(masks, goal)) is not None:
+                figures = self.judged(cut, masks, weights)
+                refitted = {"refitted": {**figures, "seconds": seconds_of(cut.products)}}
+        sparsity, before = cut.model.allocator.sparsity(masks), cut.model.allocator.budget.before
+        removed = round(sparsity * before)
         return {
-            "sparsity": removed / budget.before,
-            "params": self.anatomy.parameters() - removed,
+            "sparsity": sparsity,
+            "params": cut.model.origin.parameters - removed,
             **plain,
-            "seconds": round(seconds, 3),
-            "refitted": {**refitted, "seconds": round(seconds + refit_seconds, 3)},
+            **refitted,
         }
 
-    def refitted(
-        self, text: BlockDataset, config: NutePruneConfig, masks: Masks
-    ) -> tuple[dict[str, Any], float]:
-        """Return the figures of the model that is re-fitted to masks, and the seconds it took."""
-        started = time.monotonic()
-        with self._weights_put_back() as install:
-            refit_on(text, config, self.anatomy, self._hooks, masks, install)
-            seconds = time.monotonic() - started
-            return self._judge_masked(masks), seconds
+    def judged(self, cut: Cut, masks: Masks, weights: Weights | None = None) -> dict[str, Any]:
+        """Judge by masks: the same function as the sliced model's, without cutting anything.
 
-    def score(
-        self, text: BlockDataset, config: NutePruneConfig, allocator: Allocator, target: float
-    ) -> tuple[dict[str, Tensor], float]:
-        """Return a method's scores and the seconds they took; once where they are the same."""
-        kinds = allocator.constraints.kinds
-        # Those that follow what is measured at the target are of that target.
-        at = (target,) if priced(config, kinds) else ()
-        key = (config.method, config.seed, *stops_before(target, config, kinds), *at)
-        if key not in self._scores:
-            started = time.monotonic()
-            scores = score_in_rounds(
-                text,
-                config,
-                self.anatomy,
-                self._hooks,
-                allocator,
-                target,
-                self._weights_put_back,
-            )
-            self._scores[key] = (scores, time.monotonic() - started)
-        return self._scores[key]
-
-    def _judge_masked(self, masks: Masks) -> dict[str, Any]:
-        """Judge by masks: the same function as the sliced model's, without cutting anything."""
-        with self._hooks.using(masks):
-            return self.judge.figures(self.anatomy.model)
-
-    @contextmanager
-    def _weights_put_back(self) -> Iterator[Install]:
-        """Give what installs a re-fit, and undo what it did to output and down projections."""
-        family = self.anatomy.family
-        last = (family.attention[-1], family.mlp[-1])
-        layers = range(len(self.anatomy.layers))
-        linears = [x for i in layers for p in last if (x := self.anatomy.linear(i, p)) is not None]
-        weights = [linear.weight.detach().clone() for linear in linears]
-
-        def install(layer: int, projection: Projection, fit: Fit) -> None:
-            linear = self.anatomy.linear(layer, projection)
-            assert linear is not None
-            linear.weight.copy_(fit.weight_OI)
-
-        try:
-            yield install
-        finally:
-            with torch.no_grad():
-                for linear, weight in zip(linears, weights, strict=True):
-                    linear.weight.copy_(weight)
+        Args:
+            cut: has the model.
+            masks: what is kept.
+            weights: what `refit` returned for them; None: the dense model's.
+        """
+        model = cut.model
+        with model.bank.using_weights(weights or {}), model.hooks.using(masks):
+            return self.judge.figures(model.anatomy.model)
 
     def _train(self, cell: Cell) -> dict[str, Any]:
-        """Train, finalize and judge; a run that was cut short goes on from its last checkpoint."""
-        for name in ("_hooks", "anatomy"):  # one model in memory
-            self.__dict__.pop(name, None)
+        """Train, finalize and judge; a run that was cut short goes on from what it has left."""
         run = self.folder / "runs" / Path(cell.file_name).stem
         config = self.config(cell, str(run))
-        model = self._load()
+        model = self.model()
         text = self.text(model, cell, config)
         started = time.monotonic()
-        trainer = NutePruneTrainer(model, config, text, self.tokenizer)
+        kind = import_module(config.PIPELINE).TRAINER
+        trainer = kind(model, config, text, self.tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(run) is not None)
         small = trainer.finalize()
         seconds = time.monotonic() - started
-        shutil.rmtree(run)
         found = self.judge.figures(small)
-        after = sum(p.numel() for p in small.parameters())
-        sparsity = trainer.allocator.budget.sparsity(trainer.ending.finished.shape)
-        teachers = len(trainer.teachers)
-        del trainer, model, small
-        gc.collect()  # a trainer and its callbacks hold each other
-        return {
-            "sparsity": sparsity,
-            "params": after,
+        shutil.rmtree(run)  # its weights may be mapped from there
+        result = {
+            "sparsity": trainer.ready.allocator.budget.sparsity(trainer.sliced.shape),
+            "params": sum(p.numel() for p in small.parameters()),
             **found,
             "seconds": round(seconds, 3),
-            "teachers": teachers,
+            "teachers": len(trainer.teachers_met()),
         }
+        del trainer, model, small
+        gc.collect()  # a trainer and its callbacks hold each other
+        return result
+
+
+def seconds_of(products: Products) -> float:
+    """Return what the stages so far have taken."""
+    return round(sum(cost["seconds"] for cost in products.costs.values()), 2)
 
 
 def write_json(path: Path, data: Any) -> None:

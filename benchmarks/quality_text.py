@@ -17,18 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune import NutePruneConfig, UserError
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
 from nuteprune.data.demo import TEXTS
-from nuteprune.data.self_written import write_text
+from nuteprune.data.own_text import tokens_to_write
 from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.text import mixture
-from nuteprune.judge.copying import SEED, copying
+from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import mean, perplexities
 from nuteprune.judge.protocols import HELD_OUT, PROTOCOLS
 from nuteprune.judge.provenance import IN_DOMAIN, kind_of
 from nuteprune.judge.texts import make_blocks
 from nuteprune.run_folder import SELF
-from nuteprune.train.own_text import tokens_to_write
+from nuteprune.stages.judge import copies
+from nuteprune.stages.write import write
 
 CHOOSING_SEED = 9
 """Draws the sequences of `copying` where settings are chosen; reported figures have another."""
@@ -121,7 +122,10 @@ class Texts:
         length, share, tokens = self._setting.length, 0.0, 0
         if SELF in self.specs:
             share = self.shares[self.specs.index(SELF)] / sum(self.shares)
-            tokens = max(tokens_to_write(x, share, length) for x in (config, plain))
+            tokens = max(
+                tokens_to_write(x.blocks, x.calibrated_blocks, share, length)
+                for x in (config, plain)
+            )
         key = (config.seed, max(config.blocks, plain.blocks), tokens)
         if key not in self._made:
             seed, count, _ = key
@@ -139,9 +143,7 @@ class Texts:
     def _written(self, model: PreTrainedModel, seed: int, tokens: int) -> Sequence[list[int]]:
         folder = self._folder / "self-written" / f"seed-{seed}_{tokens}-tokens"
         length = self._setting.length
-        return write_text(
-            model, self._tokenizer, tokens=tokens, length=length, seed=seed, folder=folder
-        )
+        return write(model, self._tokenizer, tokens=tokens, length=length, seed=seed, folder=folder)
 
 
 class Judge:
@@ -196,10 +198,8 @@ class Judge:
         found = perplexities(model, self.held_out, batch_size=4)
         other = perplexities(model, self.other, batch_size=4)
         seed = CHOOSING_SEED if self._setting.choose else SEED
-        try:
-            percent: float | None = copying(model, self._tokenizer, seed=seed).percent
-        except UserError:  # too few ids or positions
-            percent = None
+        copied = copies(model, self._tokenizer, seed=seed)
+        percent = copied.percent if copied else None
         return {"perplexity": found, "mean": mean(found), "copying": percent, "other": other}
 
     def protocol(self) -> dict[str, Any]:

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from quality_runs import Bench, Cell, machine, results, write_json
 from quality_text import Setting, files_of, times_dense
-from safetensors.torch import load_file, save_file
 
 from nuteprune.console import Output
 from nuteprune.data.specs import DEMO
@@ -35,19 +34,19 @@ from nuteprune.export.loading import unfilled
 from nuteprune.files import file_sum
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal
-from nuteprune.gates.seconds import Seconds, seconds_of
+from nuteprune.gates.speed_costs import Seconds, seconds_of
 from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.settings import read_given
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import conditions, measure
 from nuteprune.judge import bench as speed
 from nuteprune.judge import work as timed
-from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.shape import Shape
+from nuteprune.products import Products
 from nuteprune.train.asked import moment
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import DEFAULT_KINDS, make_allocator
+from nuteprune.train.setup import DEFAULT_KINDS
 from nuteprune.train.targets import read_table
 
 EVAL_BLOCKS = 8
@@ -120,28 +119,20 @@ class Comparison:
         self.args, self.bench = args, bench
         self.at = timed.Workload(*moment(args.at))
         self.engine = Transformers.from_options("cpu", args.dtype, args.threads)
-        self.cell = Cell("speedup", {}, 0.2, 0, seed=0)
-        self.config = bench.config(self.cell, str(bench.folder / "unused"))
-        self.allocator = make_allocator(bench.anatomy, self.config)
         self.costs = self._costs()
+        cell = Cell("speedup", {}, 0.2, 0, seed=0)
+        self.cut = bench.cut(cell, bench.folder / "stages", keeps=True)
+        self.allocator = self.cut.model.allocator
         self.seconds = seconds_of(self.costs, self.allocator.budget, "decode")
-        self.text = bench.text(bench.anatomy.model, self.cell, self.config)
-        self.scores = self._scores()
+        self.scores = self.cut.price(self.cut.score())
+        self.cut.products = Products(None, {})  # what comes is of several shapes
 
     def _costs(self) -> dict[str, Any]:
         path = self.bench.folder / "costs.json"
         if path.exists():
             return read_table(str(path))
-        model, computed = self.bench.anatomy.model, self.engine.computed
-        return write_table(path, model, self.at, self.engine.device, computed)
-
-    def _scores(self) -> dict[str, torch.Tensor]:
-        path = self.bench.folder / "scores.safetensors"
-        if not path.exists():
-            print("scoring", flush=True)
-            scores, _ = self.bench.score(self.text, self.config, self.allocator, self.cell.target)
-            save_file({kind: x.contiguous() for kind, x in scores.items()}, path)
-        return load_file(path)
+        model, engine = self.bench.model(), self.engine
+        return write_table(path, model, self.at, engine.device, engine.computed)
 
     def rows(self, asked: float) -> list[dict[str, Any]]:
         """Return the rows of a speedup: by seconds, and by parameters."""
@@ -186,7 +177,7 @@ class Comparison:
 
     def _write(self, shape: Shape, folder: Path) -> None:
         """Write a model of a shape, to be timed: its weights are of no meaning."""
-        dense: Anatomy = self.bench.anatomy
+        dense = self.cut.model.anatomy
         model = unfilled(pruned_config(dense.config, dense.family, shape))
         save(model.to(self.engine.computed), folder)
 
@@ -214,8 +205,9 @@ class Comparison:
         name = hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
         path = self.bench.folder / f"judged-{name}.json"
         if not path.exists():
-            masks = self.allocator.masks(shape, self.scores)
-            write_json(path, self.bench.refitted(self.text, self.config, masks)[0])
+            masks = self.allocator.masks(shape, self.scores).to(self.cut.model.device)
+            weights = self.cut.refit(masks, self.cut.model.goals[-1])
+            write_json(path, self.bench.judged(self.cut, masks, weights))
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return figures
 

@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,48 +181,55 @@ def lora(cell: Cell) -> Row:
     return Row(backward, update, sum(p.numel() for p in trained))
 
 
-def trainer_for(cell: Cell, base: PreTrainedModel, ramp: float = 0.0) -> NutePruneTrainer:
-    """Return a trainer, its masks fixed or on a ramp, in a folder that goes with the process."""
-    from nuteprune import NutePruneConfig, NutePruneTrainer
+def trainer_for(cell: Cell, base: PreTrainedModel, **settings: Any) -> NutePruneTrainer:
+    """Return a trainer that has the masks of a step, in a folder that goes with the process.
+
+    Args:
+        cell: what a step is done on.
+        base: the dense model.
+        **settings: beside the cell's, such as those of masks that move.
+    """
     from nuteprune.data.blocks import BlockDataset
-    from nuteprune.gates.units import chance
+    from nuteprune.jobs.settings import trainer_settings
+    from nuteprune.plan.trial import cut_by_chance
 
     folder = tempfile.mkdtemp(prefix="nuteprune-step-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     checkpointing = {"gradient_checkpointing": True} if cell.checkpointing else {}
-    config = NutePruneConfig(
+    config = trainer_settings(settings)(
         output_dir=folder,
         target_sparsity=cell.sparsity,
-        ramp_share=ramp,
         use_cpu=cell.device == "cpu",
         lora_rank=cell.rank,
         learning_rate=LEARNING_RATE,
         per_device_train_batch_size=cell.batch_size,
         **checkpointing,
+        **settings,
     )
     data = BlockDataset(tokens(cell, base)["input_ids"].cpu())
-    trainer = NutePruneTrainer(base, config, data)
+    trainer: NutePruneTrainer = import_module(config.PIPELINE).TRAINER(base, config, data)
     if cell.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
-    # Scores by which all parts lose about the same share, as they do by real ones.
-    scores = chance(trainer.allocator.budget, trainer.allocator.layout, trainer.kinds, seed=0)
-    for kind, value in trainer.gates.scores.items():
-        value.copy_(scores[kind])
-    if not ramp:
-        trainer.gates.freeze(cell.sparsity)
+    if config.progressive:  # else all units would be alike
+        for kind, score in trainer.ready.allocator.chance_scores().items():
+            trainer.gates.scores[kind].copy_(score)
+    cut_by_chance(trainer)
     return trainer
 
 
 def _row(trainer: NutePruneTrainer, backward: Callable[[], Tensor]) -> Row:
     optimizer = trainer.create_optimizer()
+    gates = getattr(trainer, "gates", None)
 
     def update() -> None:
-        trainer.gates.observe()
+        if gates is not None:
+            gates.observe()
         trainer._clip_grad_norm(trainer.model)
         optimizer.step()
         optimizer.zero_grad()
-        trainer.gates.end_step()
+        if gates is not None:
+            gates.end_step()
 
     return Row(backward, update, sum(p.numel() for p in optimizer.param_groups[0]["params"]))
 
@@ -240,19 +248,18 @@ def ramp(cell: Cell) -> Row:
     from nuteprune.plan.trial import trial_step
 
     base = backbone(cell)
-    trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)
+    trainer, inputs = trainer_for(cell, base, progressive=True), tokens(cell, base)
     return _row(trainer, lambda: trial_step(trainer, inputs))
 
 
 def teachers(cell: Cell) -> Row:
     """Return one that writes a snapshot and is taught by another one from disk."""
-    from nuteprune.distill.teachers import Teachers
-
     from nuteprune.plan.trial import trial_step
+    from nuteprune.progressive.teachers import Teachers
 
     base = backbone(cell)
-    trainer, inputs = trainer_for(cell, base, ramp=0.5), tokens(cell, base)
-    state = trainer.coforward.bank.state()
+    trainer: Any = trainer_for(cell, base, progressive=True)
+    inputs, state = tokens(cell, base), trainer.ready.bank.state()
     for share in SNAPSHOTS:
         trainer.gates.begin_step(share * cell.sparsity, 0)
         trainer.teachers.record(share * cell.sparsity, trainer.gates.snapshot(), state)
@@ -263,7 +270,8 @@ def teachers(cell: Cell) -> Row:
         turn += 1
         written = Teachers(trainer.teachers.folder / "written", trainer.teachers.layout)
         written.record(cell.sparsity, trainer.gates.snapshot(), state)
-        return trial_step(trainer, inputs, turn % len(SNAPSHOTS))
+        trainer._teacher_index = turn % len(SNAPSHOTS)
+        return trial_step(trainer, inputs)
 
     return _row(trainer, backward)
 
@@ -305,7 +313,7 @@ def _plain_distillation(
         else:
             with trainer.model.disable_adapter():
                 theirs, theirs_BTV = outputs(trainer.model, trainer.anatomy)
-    with trainer.hooks.using(trainer.gates.masks(len(inputs["input_ids"]))):
+    with trainer.ready.hooks.using(trainer.masks):
         with adapters(cell, trainer.model):
             ours, ours_BTV = outputs(trainer.model, trainer.anatomy)
         weight_BT = inputs["attention_mask"].float()

@@ -26,10 +26,12 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import TrainingArguments
 
+from nuteprune import products
 from nuteprune.mapped import mapped
 from nuteprune.model import offload
 from nuteprune.plan.live import Live
-from nuteprune.train import finish, pricing
+from nuteprune.stages import price
+from nuteprune.stages import slice as cutting
 
 DEVICE = torch.device("cuda:0")
 ATEN = torch.ops.aten
@@ -170,8 +172,10 @@ def _let_weights_be_away(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Tensor, "_make_wrapper_subclass", shell)
     for name in ("device", "is_meta", "is_cpu", "is_cuda"):
         patch.setattr(offload.Away, name, vars(There)[name], raising=False)
-    outside = _disable_current_modes()(mapped)  # safetensors cannot read within a mode
-    for module in (offload, finish, pricing):
+    # safetensors cannot read within a mode.
+    patch.setattr(products, "read_tensors", _disable_current_modes()(products.read_tensors))
+    outside = _disable_current_modes()(mapped)
+    for module in (offload, cutting, price):
         patch.setattr(module, "mapped", outside)
 
 

@@ -13,20 +13,20 @@ import torch
 
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
-from nuteprune.distill.coforward import CoForward
-from nuteprune.distill.teachers import Role
+from nuteprune.distill.coforward import CoForward, Role
 from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
-from nuteprune.gates import cutting
+from nuteprune.gates import copying_losses
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs.folder import DEMOS
-from nuteprune.stages import judge as judging
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge import copying
 from nuteprune.judge.beside import judge_beside
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
+from nuteprune.stages import judge as judging
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.conftest import json_line
@@ -73,8 +73,8 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     monkeypatch.setattr(sys, "argv", ["nuteprune", *args, *settings, "--json"])
     monkeypatch.chdir(tmp_path)
     # What is measured by copying takes a minute of a core each time; here a part of it will do.
-    monkeypatch.setattr(cutting, "SEQUENCES", 1)
-    monkeypatch.setattr(cutting, "LENGTH", 16)
+    monkeypatch.setattr(copying_losses, "SEQUENCES", 1)
+    monkeypatch.setattr(copying_losses, "LENGTH", 16)
     monkeypatch.setattr(copying, "SEQUENCES", 2)
     monkeypatch.setattr(judging, "judge_beside", partial(judge_beside, tokens=2, blocks=3))
     with pytest.raises(SystemExit) as stopped:
@@ -130,7 +130,7 @@ def test_exactness_on_the_real_model(tmp_path: Path) -> None:
             assert torch.equal(model(tokens, use_cache=False).logits, stock)  # rule 1
         with hooks.using(masks):
             masked = model(tokens, use_cache=False).logits
-        coforward, weight = CoForward(anatomy, hooks), torch.ones(1, 24)
+        coforward, weight = CoForward(anatomy, hooks, LoraBank(anatomy)), torch.ones(1, 24)
         with (
             coforward.student(masks),
             coforward.roles(None, weight),

@@ -40,7 +40,7 @@ def pipeline(run: Run) -> dict[Path, Record]:
     scores = cut.score()
     scores = cut.price(scores)
     records = {}
-    for goal in run.goals:
+    for goal in run.each_goal():
         masks = cut.choose(scores, goal)
         weights = cut.refit(masks, goal)
         trainer = run.teach(goal, masks, weights)

@@ -74,7 +74,7 @@ class Products:
         """
         self.depends(stage, **settings)
         path = self._path(stage, folder or self.folder)
-        found = share(self._find(stage, path)) if path is not None else None
+        found = share(self._find(stage, path))
         if found is not None:
             return found
         with self.measured(stage):
@@ -123,13 +123,13 @@ class Products:
     def _path(self, stage: str, folder: Path | None, ending: str = "safetensors") -> Path | None:
         return None if folder is None or self.folder is None else folder / f"{stage}.{ending}"
 
-    def _find(self, stage: str, path: Path) -> Tensors | None:
+    def _find(self, stage: str, path: Path | None) -> Tensors | None:
         """Return a stage's tensors if they are there, with the key of now; in the main process."""
         if not is_main():
             return None
         if (given := self._given.get(stage)) is not None:
             return self._take(stage, given)
-        if not (self.resumes and path.is_file()):
+        if path is None or not (self.resumes and path.is_file()):
             return None
         try:
             tensors, notes = read_tensors(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -98,6 +98,13 @@ class Run:
         """What the model is to become, the largest first."""
         return self.model.goals
 
+    def each_goal(self) -> Iterator[Target]:
+        """Go through the goals; each finds the model as a run of its own would."""
+        for goal in self.goals:
+            if goal is not self.goals[0]:
+                self.model.bank.load(self._fresh)
+            yield goal
+
     def write(self) -> None:
         """Let the dense model write its share of the text, if it has one."""
         text, folder = self.text, self.products.folder
@@ -145,10 +152,7 @@ class Run:
             masks: what is kept.
             weights: what `refit` returned for these masks.
         """
-        trainer = self.first
-        if goal is not self.goals[0]:  # as a run of its own would begin
-            self.model.bank.load(self._fresh)
-            trainer = self.trainer_of(goal)
+        trainer = self.first if goal is self.goals[0] else self.trainer_of(goal)
         trainer.masks, trainer.weights = masks, weights
         if is_main():
             write_json(trainer.run_folder / TEXT, self.text.training.fingerprint.to_dict())

@@ -176,7 +176,7 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_what_its_model_wrote(
         assert run(*asked)[0] == 130
     written = (out / "run" / "self.jsonl").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("nuteprune.data.self_written.write_batch", None)  # it writes nothing again
+        patch.setattr("nuteprune.stages.write.write_batch", None)  # it writes nothing again
         code, _, err = run(*asked, "--resume")
     assert code == 0, err
     assert (out / "run" / "self.jsonl").read_bytes() == written

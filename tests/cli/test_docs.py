@@ -18,6 +18,7 @@ import yaml
 
 from nuteprune.cli.app import make_app
 from nuteprune.jobs.job import PruneJob
+from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.settings import declared
 from tests.conftest import Run
@@ -184,24 +185,34 @@ def test_the_table_of_settings_has_those_without_an_option_and_their_defaults() 
     from transformers import TrainingArguments
 
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    _, _, table = page.partition("## A recipe of your own")
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", table, re.M)
-    told = {
-        name: default.strip("` ")
-        for names, cell in rows
-        for name, default in zip(re.findall(r"\w+", names), cell.split(", "), strict=True)
-    }
+    _, _, page = page.partition("## A recipe of your own")
+    usual, _, moving = page.partition("| key, beside `progressive: true` |")
     trainers = {x.name for x in dataclasses.fields(TrainingArguments)}
-    ours = {
+    ours = settings_without_option(NutePruneConfig, PruneJob)
+    own = settings_without_option(ProgressiveConfig)
+    own = {k: x for k, x in own.items() if k not in ours or ours[k] != x}
+    del own["progressive"]
+    for table, expected in ((usual, ours), (moving, own)):
+        rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", table, re.M)
+        told = {
+            name: default.strip("` ")
+            for names, cell in rows
+            for name, default in zip(re.findall(r"\w+", names), cell.split(", "), strict=True)
+        }
+        assert expected.keys() - trainers <= told.keys()
+        for name in expected.keys() & told.keys():
+            default, said = expected[name], told[name]
+            assert default is None or said == str(default).lower() or float(said) == default, name
+
+
+def settings_without_option(*kinds: type) -> dict[str, Any]:
+    """Return the defaults of what only a file, or --set, can set."""
+    return {
         name: x.default
-        for kind in (NutePruneConfig, PruneJob)
+        for kind in kinds
         for name, x in declared(kind).items()
         if not x.option and x.default is not dataclasses.MISSING
     }
-    assert ours.keys() - trainers <= told.keys()
-    for name in ours.keys() & told.keys():
-        default, said = ours[name], told[name]
-        assert default is None or said == str(default).lower() or float(said) == default, name
 
 
 def test_the_site_has_every_page() -> None:
@@ -239,30 +250,19 @@ def block_with(page: str, words: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # transformers' own default
-@pytest.mark.parametrize(
-    "writes", [False, True], ids=["text of yours alone", "with text that the model writes"]
-)
 def test_the_loop_of_the_page_runs_as_it_stands(
-    writes: bool,
-    model: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = "docs/api.md"
     code = block_with(page, "NutePruneTrainer(")
     assert code.count('"Qwen/Qwen3-0.6B"') == 2
     assert "max_steps=400," in code
-    if writes:  # "before you make the trainer"
-        before, made, after = code.partition("trainer = NutePruneTrainer(")
-        code = before + block_with(page, "write_text(") + made + after
     small = "max_steps=1, neuron_multiple=4, calibration_blocks=2,"
     code = code.replace("Qwen/Qwen3-0.6B", str(model)).replace("max_steps=400,", small)
     code = code.replace("my_text.jsonl", str(text)).replace("length=512", "length=24")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
     assert (tmp_path / "small" / "nuteprune.json").is_file()
-    assert (tmp_path / "small" / "run" / "self.jsonl").is_file() == writes
 
 
 @pytest.mark.slow

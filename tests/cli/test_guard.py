@@ -157,7 +157,7 @@ def test_a_disk_that_takes_nothing_is_met_before_the_work(
     if writer == "bench --save":
         file = folder / "run" / "speed.json"
     monkeypatch.setattr("nuteprune.jobs.guard.tempfile.TemporaryFile", refuse)
-    for place in ("cli.export.load_model", "jobs.bench.load_model", "jobs.bench.measure"):
+    for place in ("jobs.sources.load_model", "jobs.bench.load_model", "jobs.bench.measure"):
         monkeypatch.setattr(f"nuteprune.{place}", work)
     monkeypatch.setattr("nuteprune.jobs.family.checked", work)
     code, _, stderr = run(*asked)
@@ -189,7 +189,7 @@ def test_a_file_for_which_there_is_no_room_is_not_begun(
 ) -> None:
     usage = shutil.disk_usage(folder)._replace(free=10_000)
     monkeypatch.setattr("nuteprune.files.shutil.disk_usage", lambda _: usage)
-    monkeypatch.setattr("nuteprune.export.gguf.GGUFWriter", None)
+    monkeypatch.setattr("nuteprune.export.gguf.write.GGUFWriter", None)
     file = folder.parent / "m.gguf"
     code, _, stderr = run(*command("export", folder, file))
     assert (code, f"cannot write {file}: it takes " in stderr) == (1, True), stderr
@@ -212,7 +212,7 @@ def test_files_of_any_name_are_written(writer: str, name: str, folder: Path, run
 def test_a_name_that_is_too_long_is_told_before_the_work(
     writer: str, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nuteprune.cli.export.read_config", None)
+    monkeypatch.setattr("nuteprune.jobs.sources.read_config", None)
     monkeypatch.setattr("nuteprune.jobs.bench.load_model", None)
     code, _, stderr = run(*command(writer, folder, folder.parent / ("n" * 256)))
     assert (code, len(stderr.splitlines())) == (2, 1), stderr

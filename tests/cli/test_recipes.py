@@ -17,6 +17,7 @@ FAMILY = {
     "llama-3-8b": "llama",
     "qwen3-8b": "qwen3",
     "paper": "llama_mha",
+    "progressive": "llama",
 }
 """Recipe -> tiny model of `tests/conftest.py`."""
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 256, "head_dim": 64}

@@ -1,4 +1,4 @@
-"""K-quants by the real llama.cpp: what `--set for_quantization=true` keeps whole, and what is torn."""
+"""K-quants by the real llama.cpp: what `for_quantization` keeps whole, and what is torn."""
 
 from __future__ import annotations
 

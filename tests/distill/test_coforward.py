@@ -13,14 +13,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.coforward import DENSE, CoForward, Role
 from nuteprune.distill.losses import Head, layer_relative, token_kl
-from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.model.lora import lora_in_base_dtype
+from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.model.shape import LayerShape, Shape
 from tests.families import DENSE_KINDS
 
@@ -113,7 +112,7 @@ class Student:
 def student(tiny_model, name: str, snapshot: bool, fixed: bool = False) -> Student:
     model = adapted(tiny_model(name))
     anatomy = Anatomy(model)
-    coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
+    coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy), layer_relative)
     teacher = DENSE
     if snapshot:
         random = torch.Generator().manual_seed(5)
@@ -240,7 +239,7 @@ def test_where_queries_and_values_alone_have_lora_fixed_masks_change_no_gradient
         made = add_lora(Anatomy(model), queries_and_values=True, r=2)
         fill(made, seed=1)
         anatomy = Anatomy(made)
-        coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
+        coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy), layer_relative)
         x = Student(made, coforward, fixed_masks(anatomy, 17), DENSE)
         if not narrow:
             learned = {k: v.clone().requires_grad_() for k, v in x.masks.values.items()}
@@ -370,7 +369,7 @@ def test_without_a_layer_term_both_roles_still_reach_the_head(tiny_model) -> Non
     x = student(tiny_model, "llama", snapshot=True)
     with x.student(), x.coforward.roles(x.teacher, PADDING.float()) as passage:
         x.model(**CALL)
-    plain = CoForward(x.coforward.anatomy, x.coforward.hooks)
+    plain = CoForward(x.coforward.anatomy, x.coforward.hooks, x.coforward.bank)
     with plain.student(x.masks), plain.roles(x.teacher, PADDING.float()) as other:
         x.model(**CALL)
     assert other.layer_loss is None

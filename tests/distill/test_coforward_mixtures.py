@@ -9,9 +9,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.coforward import DENSE, CoForward, Role
 from nuteprune.distill.losses import layer_relative
-from nuteprune.distill.teachers import DENSE, Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
@@ -84,7 +83,7 @@ def test_gradients_are_those_of_two_passes_with_checkpointing_or_without(
             loss = two_passes(model, masks, role, tiny_model(model_type))
             loss.backward()
         else:
-            coforward = CoForward(a := Anatomy(model), MaskHooks(a), layer_relative)
+            coforward = CoForward(a := Anatomy(model), MaskHooks(a), LoraBank(a), layer_relative)
             with coforward.student(masks):
                 with coforward.roles(role, PADDING.float()) as passage:
                     model(**CALL)

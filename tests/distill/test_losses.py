@@ -15,6 +15,7 @@ from nuteprune.distill.losses import (
     layer_relative,
     token_kl,
 )
+from nuteprune.distill.objective import Objective
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 
@@ -157,8 +158,9 @@ def test_layer_terms_by_hand() -> None:
     # squared differences 4 and 25, squared norms of the teacher 17 and 25
     assert layer_mse(student, teacher, weight) == pytest.approx((1 * 2 + 3 * 12.5) / 4)
     assert layer_relative(student, teacher, weight) == pytest.approx((4 / 17 + 3 * 1) / 4)
-    assert losses.LAYER_TERMS["mse"] is layer_mse
-    assert losses.LAYER_TERMS["relative"] is layer_relative
+    assert Objective(as_published=True).layer_distance is layer_mse
+    assert Objective().layer_distance is layer_relative
+    assert Objective(layer_weight=0.0).layer_distance is None
 
 
 def test_padding_alone_is_not_a_division_by_zero() -> None:

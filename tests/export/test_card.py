@@ -134,6 +134,22 @@ def test_who_taught_it(changes: dict[str, Any], words: str) -> None:
     assert words in model_card(a_record(**changes), remote_code=False)
 
 
+def test_a_smaller_vocabulary_alone_is_told_without_what_pruning_is() -> None:
+    counts = {"before": 2000, "after": 1700, "blocks_before": 1200, "blocks_after": 1200}
+    nothing = {"before": {}, "after": {}}
+    vocab = {"sparsity": 0.0, "vocab": {"after": 9}, "perplexity": nothing, "params": counts}
+    text = model_card(a_record(**vocab), remote_code=False)
+    assert "owner/model with a vocabulary of 9 tokens, made with `nuteprune` 1.2.3." in text
+    assert "| | before | after | |" in text
+    assert "| parameters | 2,000 | 1,700 | -15.0% |" in text
+    assert "may add to the latter, and has not been judged." in text
+    for foreign in ("2402.09773", "in decoder layers", "+0.0%", "pruned |", "figures above"):
+        assert foreign not in text
+    pruned_before = model_card(a_record(**vocab, history=[a_record()]), remote_code=False)
+    assert "2402.09773" in pruned_before
+    assert "judged by the figures above alone." in model_card(a_record(), remote_code=False)
+
+
 def test_a_model_pruned_twice_is_told_from_the_intact_one() -> None:
     counts = {"before": 4000, "after": 2000, "blocks_before": 3200, "blocks_after": 1200}
     active = {"active_before": 1000, "active_after": 800}
@@ -145,7 +161,7 @@ def test_a_model_pruned_twice_is_told_from_the_intact_one() -> None:
     assert "# model, 71.9% of its decoder removed" in text  # 900 of 3200 are left
     assert "in 2 runs one after the other" in text
     assert "| parameters | 4,000 | 1,700 | -57.5% |" in text
-    assert "| perplexity (dense: before the last run), news | 20.00" in text
+    assert "| perplexity of the last run, news | 20.00" in text
 
 
 def test_a_fine_tuning_between_two_prunings_is_told_of() -> None:

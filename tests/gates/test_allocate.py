@@ -17,7 +17,7 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.costs import Cost, Goal, Outside
+from nuteprune.gates.costs import Cost, Goal, Uncounted
 from nuteprune.gates.masks import Layout
 from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES
@@ -255,7 +255,7 @@ def test_what_is_out_of_reach_says_what_stays_of_the_smallest_model(name: str) -
     assert ("KV head of each layer" in said) == (
         "kv_groups" in case.kinds and all(b.kv_heads > 0 for _, b in pairs)
     )
-    assert ("first layer's attention" in said) == any(not b.heads for _, b in pairs)
+    assert ("attention of the first layer" in said) == any(not b.heads for _, b in pairs)
     assert ("of the width" in said) == (smallest.hidden < 16)
     assert "expert" not in said
 
@@ -336,7 +336,7 @@ def other_cost(case: Case, seed: int) -> Cost:
 
     layers = range(len(case.layers))
     blocks = [tuple((draw(3), draw(20)) for _ in layers) for _ in range(2)]
-    outside = Outside(*blocks, rest=(draw(40), draw(100)))
+    outside = Uncounted(*blocks, rest=(draw(40), draw(100)))
     return Cost(case.budget, outside, 2, tuple(draw(3000) for _ in layers), draw(50))
 
 

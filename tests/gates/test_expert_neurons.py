@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS
-from nuteprune.gates.probe import Probe
-from nuteprune.gates.removal import DAMPING
+from nuteprune.gates.scores import Probe
 from nuteprune.gates.surgeon import drawn_slope, surgeon_scores
+from nuteprune.gates.surgeon_costs import DAMPING
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from tests.families import MIXTURES

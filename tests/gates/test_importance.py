@@ -13,19 +13,19 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.budget import Budget
+from nuteprune.gates.budget import Budget, unit_parameters
 from nuteprune.gates.importance import METHODS, check_scorable
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.method_names import METHOD, METHOD_NAMES
 from nuteprune.gates.options import Constraints
-from nuteprune.gates.probe import Probe
-from nuteprune.gates.removal import (
+from nuteprune.gates.scores import Probe, losses_of
+from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
+from nuteprune.gates.surgeon_costs import (
     ROUNDS,
     inverse_of_correlations,
     removal_costs,
     removals,
 )
-from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
-from nuteprune.gates.units import losses_of, unit_parameters
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.shape import LayerShape, Shape
@@ -125,6 +125,11 @@ def test_fisher_and_taylor_are_means_over_gradients_of_one_sequence_at_a_time(
     close(taylor, {k: (v - lowest) * unit_parameters(it.budget, k) for k, v in placed.items()})
 
 
+def test_the_names_of_the_methods_are_those_of_the_list() -> None:
+    assert tuple(METHODS) == METHOD_NAMES
+    assert METHOD in METHODS
+
+
 def test_wanda_is_weights_times_norms_of_inputs(tiny_model) -> None:
     model = tiny_model("llama")
     ours = METHODS["wanda"].score(probe(model, INPUTS))
@@ -154,56 +159,6 @@ def test_flap_is_standardised_variance_times_weights_squared_in_attention(tiny_m
             metric = (metric - metric.mean()) / metric.std()
             scores[kind] += [unit.mean() for unit in units_of(metric, kind)]
     close(ours, expected_losses({kind: torch.stack(x) for kind, x in scores.items()}))
-
-
-def test_magnitude_is_the_norm_of_all_that_goes_with_a_unit(tiny_model) -> None:
-    model = tiny_model("llama", attention_bias=True)
-    ours = METHODS["magnitude"].score(probe(model, ALL))
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "_proj" in name}
-
-    def gone(names: dict[str, tuple[int, slice | int]]) -> float:
-        """Norm of the rows (0) or columns (1) that are named by projection."""
-        total = 0.0
-        for name, value in before.items():
-            for part, (axis, index) in names.items():
-                if part in name and (axis == 0 or value.dim() == 2):
-                    picked = value[index] if axis == 0 else value[:, index]
-                    total += float(picked.square().sum())
-        return total**0.5
-
-    found: dict[str, list[list[float]]] = {kind: [] for kind in ALL}
-    for i in range(3):
-        at = f"layers.{i}."
-        rows: dict[str, list[float]] = {kind: [] for kind in ALL}
-        for h in range(4):
-            head = slice(8 * h, 8 * h + 8)
-            rows["heads"].append(
-                gone({f"{at}self_attn.q": (0, head), f"{at}self_attn.o": (1, head)})
-            )
-        for g in range(2):
-            q, kv = slice(16 * g, 16 * g + 16), slice(8 * g, 8 * g + 8)
-            parts = {"q": (0, q), "o": (1, q), "k": (0, kv), "v": (0, kv)}
-            rows["kv_groups"].append(gone({f"{at}self_attn.{x}": y for x, y in parts.items()}))
-        for n in range(48):
-            parts = {"gate": (0, n), "up": (0, n), "down": (1, n)}
-            rows["neurons"].append(gone({f"{at}mlp.{x}": y for x, y in parts.items()}))
-        every = slice(None)
-        parts = {"q": (0, every), "k": (0, every), "v": (0, every), "o": (1, every)}
-        found["attn_block"].append([gone({f"{at}self_attn.{x}": y for x, y in parts.items()})])
-        found["mlp_block"].append([gone({f"{at}mlp": (0, every)})])
-        for kind in ("heads", "kv_groups", "neurons"):
-            found[kind].append(rows[kind])
-    reads = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    for d in range(32):
-        parts = {f"{x}.weight": (1, d) for x in reads}
-        parts |= {f"{x}.weight": (0, d) for x in ("o_proj", "down_proj")}
-        found["hidden"].append([gone(parts)])
-    for kind in ("hidden", "attn_block", "mlp_block"):  # one row: ranked across the model
-        found[kind] = [[x for row in found[kind] for x in row]]
-    scores = {kind: by_rank(rows) for kind, rows in found.items()}
-    lowest = min(float(x.min()) for x in scores.values())
-    budget = Budget.of(Anatomy(model))
-    close(ours, {k: (v - lowest) * unit_parameters(budget, k) for k, v in scores.items()})
 
 
 def test_similarity_is_the_turn_of_the_residual_stream(tiny_model, tiny_name: str) -> None:
@@ -292,11 +247,10 @@ def test_the_allocator_follows_a_ranking_whatever_the_size_of_units(tiny_model) 
     assert any(layer.kv_heads == 1 for layer in allocator.shape(lowest, 0.4).layers)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_methods_that_rank_in_a_layer_take_the_same_share_from_each(method, tiny_model) -> None:
+def test_a_method_that_ranks_in_a_layer_takes_the_same_share_from_each(tiny_model) -> None:
     it = probe(tiny_model("llama"), ("neurons",))
     allocator = Allocator(it.budget, Constraints(("neurons",), neuron_multiple=4))
-    shape = allocator.shape(METHODS[method].score(it), 0.3)
+    shape = allocator.shape(METHODS["wanda"].score(it), 0.3)
     shares = [layer.neurons for layer in shape.layers]
     assert max(shares) - min(shares) <= 4
     assert min(shares) < 48

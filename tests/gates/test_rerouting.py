@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.gates import rerouting
+from nuteprune.gates import expert_scores
 from nuteprune.gates.budget import Budget
+from nuteprune.gates.expert_scores import removal_order
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.probe import Probe
-from nuteprune.gates.rerouting import removal_order
+from nuteprune.gates.scores import Probe
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from tests.families import MIXTURES
@@ -67,7 +67,7 @@ def test_one_round_takes_the_cheapest_of_all(
 ) -> None:
     it = probe(tiny_model(model_type))
     one_by_one = removal_order(it)
-    monkeypatch.setattr(rerouting, "ROUNDS", 1)
+    monkeypatch.setattr(expert_scores, "ROUNDS", 1)
     at_once = removal_order(it)
     assert torch.equal(at_once.view(-1, 6).argmin(1), one_by_one.view(-1, 6).argmin(1))
     assert not torch.equal(at_once, one_by_one)

@@ -15,8 +15,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nuteprune import NutePruneConfig, NutePruneTrainer, load_pruned
+from nuteprune import load_pruned
 from nuteprune.data.blocks import BlockDataset
+from nuteprune.progressive.config import ProgressiveConfig
+from nuteprune.progressive.trainer import ProgressiveTrainer
 
 from .conftest import Server
 
@@ -46,7 +48,7 @@ class Watch(TrainerCallback):
 def test_3000_steps_hold_memory_and_open_files_flat(tiny_model, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     dataset = BlockDataset(torch.randint(3, 90, (64, 8), generator=random))
-    args = NutePruneConfig(
+    args = ProgressiveConfig(
         output_dir=str(tmp_path),
         target_sparsity=0.5,
         max_steps=3000,
@@ -65,7 +67,7 @@ def test_3000_steps_hold_memory_and_open_files_flat(tiny_model, tmp_path: Path) 
         disable_tqdm=True,
     )
     watch = Watch()
-    trainer = NutePruneTrainer(
+    trainer = ProgressiveTrainer(
         tiny_model("llama", num_hidden_layers=2), args, dataset, callbacks=[watch]
     )
     trainer.train()
@@ -206,7 +208,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_and_room_mends_it(
     model, text = tiny_inputs
     out, ballast = small_disk / "out", small_disk / "ballast"
     args = ["prune", model, "--data", text, *OPTIONS, *SETTINGS, "--sparsity=0.3", "--steps=8"]
-    args += ["--set=neuron_multiple=4", "--set=save_steps=2", "--set=ramp_share=0.5", "--out"]
+    args += ["--set=neuron_multiple=4", "--set=save_steps=2", "--set=progressive=true", "--out"]
     whole = tmp_path / "whole"
     assert server.run([*args, whole]).code == 0
     ballast.write_bytes(bytes(2**20 - kibibytes * 1024))

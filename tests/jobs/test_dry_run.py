@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -19,12 +20,14 @@ from nuteprune.data.blocks import BlockDataset
 from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate
+from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job
 from nuteprune.plan.kernels import on_cpu
 from nuteprune.plan.need import Need, Unplanned
 from nuteprune.plan.phases import Phase, Plan
 from nuteprune.plan.walk import Walk
 from nuteprune.products import Products
+from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.run import Run
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import prepare
@@ -48,7 +51,7 @@ def found(
     given = {"target_sparsity": sparsity, "max_steps": 3, "neuron_multiple": 4, "length": LENGTH}
     asked = {"model": "unused", "out": folder, "shares": [1.0], **given, **more}
     job = make_job(PruneJob, NutePruneConfig, asked)
-    args = NutePruneConfig(output_dir=str(folder), use_cpu=True, **job.settings)
+    args = trainer_config(dataclasses.replace(job, device="cpu"), folder)
     prepared = prepare(model, args)
     text = SimpleNamespace(
         to_write=0, training=BlockDataset(torch.randint(3, 90, (args.blocks, LENGTH)))
@@ -60,7 +63,7 @@ def found(
         held_out={"random": torch.zeros(JUDGED, LENGTH, dtype=torch.long)},
         products=Products(None, {}),
         progress=silent,
-        first=import_module(args.pipeline).TRAINER(prepared, args, text.training),
+        first=import_module(args.PIPELINE).TRAINER(prepared, args, text.training),
         trainer_of=lambda _: run.first,
         reload=lambda _: model,
         folder_of=lambda _: folder,
@@ -79,7 +82,7 @@ def test_work_in_fp32_has_a_rate_of_its_own() -> None:
 
 
 @pytest.mark.slow(seconds=15)
-@pytest.mark.parametrize("more", [{}, {"ramp_share": 0.5}], ids=["", "ramp"])
+@pytest.mark.parametrize("more", [{}, {"progressive": True, "ramp_share": 0.5}], ids=["", "ramp"])
 def test_all_stages_are_planned_at_the_rate_of_a_real_step(
     more: dict[str, Any], tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
@@ -88,7 +91,8 @@ def test_all_stages_are_planned_at_the_rate_of_a_real_step(
     dry = found(model, tmp_path, **more)
     phases = {x["phase"]: x for x in dry["phases"]}
     given = {"target_sparsity": 0.2, "max_steps": 3, "neuron_multiple": 4, **more}
-    args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+    kind = ProgressiveConfig if more else NutePruneConfig
+    args = kind(output_dir=str(tmp_path), use_cpu=True, **given)
     how: dict[str, Any] = {"stored": torch.float32, "judged": JUDGED, "own": 0.0}
     planned = Plan.of(config, args, LENGTH, torch.float32, **how).phases()
     peaks = on_cpu({x.name: x.need for x in planned})

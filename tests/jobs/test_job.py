@@ -119,7 +119,7 @@ def test_the_settings_of_a_prune_job_are_few() -> None:
 
 def test_names_that_help_tells_are_those_of_what_does_the_work() -> None:
     """Help may not load what does it."""
-    ours = declared(PruneSettings)
+    ours = declared(ProgressiveSettings)
     assert ours["method"].choices == tuple(METHODS)
     paper = declared(ProgressiveSettings)
     assert paper["gate_type"].choices == tuple(GATE_TYPES)

@@ -13,13 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from nuteprune.distill.coforward import CoForward
+from nuteprune.distill.coforward import CoForward, Role
 from nuteprune.distill.losses import Head, layer_relative, token_kl
-from nuteprune.distill.teachers import Role
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.lora import LoraBank
 from nuteprune.model.sharding import average_gradients, shard_base
 
 folder, out, how, checkpointing = sys.argv[1:]
@@ -34,7 +34,7 @@ lora = [p for p in model.parameters() if p.requires_grad]
 for p in lora:
     p.data.normal_(generator=random).mul_(0.2)
 anatomy = Anatomy(model)
-coforward = CoForward(anatomy, MaskHooks(anatomy), layer_relative)
+coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy), layer_relative)
 of_masks = torch.Generator().manual_seed(5)  # all blocks keep something
 layout = Layout(anatomy.shape, anatomy.head_dim)
 

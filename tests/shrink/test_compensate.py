@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -18,12 +17,12 @@ from nuteprune.shrink import ridge
 from nuteprune.shrink.compensate import (
     FEEDBACK,
     Fit,
-    install_in_place,
-    install_lora,
+    fit_projections,
     low_rank,
-    refit,
 )
 from nuteprune.shrink.ridge import RIDGE, ridge_fit
+from nuteprune.stages.prunable import Prunable
+from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.refits import install_weight
@@ -113,7 +112,7 @@ def test_refit_lowers_the_distance_to_the_intact_model(tiny_model) -> None:
         dense = anatomy.model(unseen).logits
         with hooks.using(masks):
             plain = anatomy.model(unseen).logits
-        refit(anatomy, hooks, masks, batches, install_weight(anatomy))
+        fit_projections(anatomy, hooks, masks, batches, install_weight(anatomy))
         with hooks.using(masks):
             fitted = anatomy.model(unseen).logits
     assert (fitted - dense).norm() < (plain - dense).norm()
@@ -125,7 +124,7 @@ def test_no_text_is_read_where_nothing_has_lost_inputs(tiny_model) -> None:
     masks.values["experts"][0] = 0
     read = anatomy.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("text was read"))
     text, install = [torch.arange(3, 12)[None]], install_weight(anatomy)
-    refit(anatomy, MaskHooks(anatomy), masks, text, install, lambda: ticks.append(1))
+    fit_projections(anatomy, MaskHooks(anatomy), masks, text, install, lambda: ticks.append(1))
     read.remove()
     assert len(ticks) == 3  # a bar gets to its end all the same
 
@@ -279,14 +278,12 @@ def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) 
     anatomy = Anatomy(model)
     masks = chosen(anatomy, KIND_OF_HEADS.get(name, "kv_groups"))
     hooks = MaskHooks(anatomy)
-    bank = LoraBank(anatomy)
-    install = {
-        "plain": install_weight(anatomy),
-        "lora": install_lora(bank, anatomy, 32),
-        "in place": install_in_place(bank, anatomy),
-    }[how]
-    dense = bank.as_dense if lora else nullcontext
-    refit(anatomy, hooks, masks, list(tokens_NT.split(8)), install, dense=dense)
+    if how == "plain":
+        fit_projections(anatomy, hooks, masks, tokens_NT.split(8), install_weight(anatomy))
+    else:
+        allocator: Any = None  # masks are chosen
+        ready = Prunable(anatomy, hooks, LoraBank(anatomy), allocator, is_sharded=how == "lora")
+        ready.bank.install(refit(ready, masks, tokens_NT, batch_size=8))
     expected = fitted_anew(reference, intact, name, bases, masks, tokens_NT)
     for i in range(3):
         for place, mask in zip(
@@ -322,7 +319,7 @@ def test_a_layer_goes_on_from_inputs_that_were_kept(
 
     for i in range(3):
         anatomy.model.get_submodule(f"model.layers.{i}.mlp.up_proj").register_forward_hook(count(i))
-    refit(anatomy, hooks, masks, batches, install_weight(anatomy))
+    fit_projections(anatomy, hooks, masks, batches, install_weight(anatomy))
     # In the dense model too; and the first batch of each size goes through the first layer, to see
     # how layers are called.
     assert calls == [(1 + times) * 3 + 4, (1 + times) * 3, (1 + times) * 3]

@@ -18,8 +18,8 @@ from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble, save
 from nuteprune.export.onnx_graph import check_mixers
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.features import NarrowMasks
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.narrow_masks import NarrowMasks
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.work import Workload
 from nuteprune.model.adapters import add_lora
@@ -279,7 +279,7 @@ def test_what_lora_learned_is_cut_with_its_experts(model_type: str, tiny_model) 
         anatomy.lora_layers(first)[anatomy.family.experts.router].enable_adapters(False)
         assert not torch.allclose(logits(adapted, TOKENS), masked, atol=0.01)
     hooks.remove()
-    learned, base = bank.learned(bank.state()), Anatomy(adapted.unload())
+    learned, base = bank.learned(), Anatomy(adapted.unload())
     for layer in range(3):
         merge_layer(base, layer, learned, torch.float32)
     assert not learned
@@ -378,8 +378,7 @@ def test_parameters_are_counted_with_the_rows_of_routers(model_type: str, tiny_m
 
 def test_latent_attention_is_priced_by_what_it_caches(tiny_model) -> None:
     anatomy = Anatomy(tiny_model("deepseek_v3"))
-    args = settings("experts", "free")
-    args.context, args.sequences = 9, 2
+    args = NutePruneConfig(output_dir="unused", gates="experts", target_memory="1GiB@2x9")
     prices = Prices.of(anatomy, torch.float32, args)
     kept = cache_of(anatomy.model, TOKENS).layers
     held = sum(x.keys.nbytes + x.values.nbytes for x in kept)

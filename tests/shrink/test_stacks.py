@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from nuteprune.export.checkpoint import assemble
 from nuteprune.gates.masks import Layout, Masks
@@ -17,12 +16,11 @@ from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.mixture import Mixture
-from nuteprune.plan.sizes import Sizes
-from nuteprune.plan.walk import Walk
-from nuteprune.shrink.compensate import install_in_place, refit
+from nuteprune.shrink.compensate import fit_projections
 from nuteprune.shrink.finalize import merge_layer
 from nuteprune.shrink.ridge import RIDGE
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.stages.prunable import Prunable
+from nuteprune.stages.refit import refit
 from tests.families import MIXTURES
 from tests.train.conftest import make, metrics
 
@@ -71,14 +69,13 @@ def refitted(anatomy: Anatomy, masks: Masks, bank: LoraBank | None = None) -> Ma
     def nothing(*_: Any) -> None:
         pytest.fail("nothing but experts lost inputs")
 
-    hooks, text = MaskHooks(anatomy), list(TEXT.split(8))
+    hooks = MaskHooks(anatomy)
     if bank is None:
-        refit(anatomy, hooks, masks, text, nothing, install_stack=put)
+        fit_projections(anatomy, hooks, masks, TEXT.split(8), nothing, install_stack=put)
     else:
-        install = install_in_place(bank, anatomy)
-        refit(
-            anatomy, hooks, masks, text, install, dense=bank.as_dense, install_stack=bank.set_weight
-        )
+        allocator: Any = None  # masks are chosen
+        ready = Prunable(anatomy, hooks, bank, allocator, is_sharded=False)
+        bank.install(refit(ready, masks, TEXT, batch_size=8))
     return hooks
 
 
@@ -179,7 +176,7 @@ def test_the_student_is_nearer_and_the_teacher_intact(model_type: str, tiny_mode
     with (hooks := MaskHooks(Anatomy(other))).using(masks):
         assert torch.equal(logits(other, UNSEEN), fitted)
     hooks.remove()
-    learned, base = bank.learned(state), Anatomy(tiny_model(model_type))
+    learned, base = bank.learned(), Anatomy(tiny_model(model_type))
     for layer in range(3):
         merge_layer(base, layer, learned, torch.float32)
     assert not learned
@@ -207,7 +204,7 @@ def test_killed_and_resumed_is_never_interrupted(
         trainer = make(tiny_model("qwen2_moe"), tmp_path / "run", **changes)
         checkpoint = str(tmp_path / "run" / "checkpoint-3") if resumed else None
         trainer.train(resume_from_checkpoint=checkpoint)
-        assert any(name.endswith("experts.W") for name in trainer.coforward.bank.state())
+        assert any(name.endswith("experts.W") for name in trainer.ready.bank.state())
         ends.append((metrics(tmp_path / "run"), trainer.finalize().state_dict()))
     (lines, state), (again, other) = ends
     keys = ("step", "loss", "token_kl", "layer", "grad_norm")
@@ -229,21 +226,7 @@ def test_what_a_run_writes_is_its_student(
 ) -> None:
     trainer = make(tiny_model(model_type), tmp_path, gates=gates, neuron_multiple=8, max_steps=4)
     trainer.train()
-    assert any(name.endswith("experts.W") for name in trainer.coforward.bank.state())
-    with torch.no_grad(), trainer.coforward.student(trainer.gates.snapshot()):
+    assert any(name.endswith("experts.W") for name in trainer.ready.bank.state())
+    with torch.no_grad(), trainer.as_pruned():
         masked = logits(trainer.model, UNSEEN)
     assert_same(logits(trainer.finalize(), UNSEEN), masked)
-
-
-def test_what_stands_in_place_of_stacks_is_planned(tiny_model) -> None:
-    config = AutoConfig.for_model(**tiny_model("qwen3_moe").config.to_dict())
-    stacks = 2 * 6 * 32 * 24 * 2  # of two layers, in bfloat16
-    peaks, sizes = [], []
-    for gates in ("experts", "expert_neurons"):
-        asked: dict[str, Any] = {"gates": gates, "neuron_multiple": 8, "hidden_multiple": 8}
-        args = NutePruneConfig(output_dir="unused", use_cpu=True, target_sparsity=0.3, **asked)
-        anatomy = Anatomy(tiny_model("qwen3_moe").bfloat16())
-        sizes.append(Sizes.of(anatomy, args, 8, (gates,)).refitted)
-        peaks.append(Walk(config, args, 8, torch.bfloat16).refit(1).peak)
-    assert sizes[1] - sizes[0] == stacks
-    assert peaks[1] - peaks[0] > 0.9 * stacks

@@ -36,7 +36,8 @@ from nuteprune.export.vocabulary import (
     template_tokens,
 )
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.shrink.vocabulary import Merges, choose, cut_tokenizer, renumber, tokens_in
+from nuteprune.shrink.token_ids import renumber, tokens_in, unknown_ids
+from nuteprune.shrink.vocabulary import Merges, choose, cut_tokenizer
 from tests.families import each
 
 PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
@@ -144,10 +145,14 @@ def full(request: pytest.FixtureRequest) -> Tokenizer:
     return STYLES[request.param]()
 
 
+def counted(full: Tokenizer, text: str) -> list[float]:
+    counts = Counter(full.encode(text).ids)
+    return [float(counts[i]) for i in range(full.get_vocab_size())]
+
+
 def cut(full: Tokenizer, keep: int, text: str) -> tuple[list[int], Tokenizer]:
     merges = Merges(json.loads(full.to_str()))
-    counts = Counter(full.encode(text).ids)
-    kept = choose(merges, [i for i, _ in counts.most_common()], keep)
+    kept = choose(merges, counted(full, text), keep)
     return kept, Tokenizer.from_str(json.dumps(cut_tokenizer(merges, kept)))
 
 
@@ -218,22 +223,58 @@ def test_any_text_comes_back_as_it_did_and_kept_tokens_map_one_to_one(
     assert 0.1 * count < alike < 1.9 * count  # both kinds of text are among them
 
 
-def test_what_stays_is_closed_and_what_is_used_comes_first(full: Tokenizer) -> None:
+def test_what_costs_least_goes_first(full: Tokenizer) -> None:
+    """What the choice says text becomes longer by is what the smaller tokenizer makes of it."""
     content = json.loads(full.to_str())
     merges, text = Merges(content), corpus()[2]
-    counts = Counter(full.encode(text).ids)
-    ranked = [i for i, _ in counts.most_common()]
-    least = len(choose(merges, [], 700)) if full.get_vocab_size() > 700 else 0
-    assert least == 700
-    kept = {full.id_to_token(i) for i in choose(merges, ranked, 700)}
-    assert merges.required <= kept
-    pairs = [x.split(" ") if isinstance(x, str) else x for x in content["model"]["merges"]]
-    assert all({a, b} <= kept for a, b in pairs if a + b in kept)
-    assert sum(counts[full.token_to_id(x)] for x in kept) > 0.6 * counts.total()
+    size = full.get_vocab_size()
+    use = counted(full, text)
+    kept = set(choose(merges, use, 700))
+    assert len(kept) == 700
+    assert {merges.all_ids[x] for x in merges.required} <= kept
+    assert all(kept.issuperset(merges.parts.get(i, ())) for i in kept)
+    small = Tokenizer.from_str(json.dumps(cut_tokenizer(merges, sorted(kept))))
+    longer = len(small.encode(text).ids) - len(full.encode(text).ids)
+    drawn = random.Random(0)
+    for _ in range(5):  # any other choice makes it longer
+        other = choose(merges, [drawn.random() for _ in range(size)], 700)
+        others = Tokenizer.from_str(json.dumps(cut_tokenizer(merges, other)))
+        assert len(others.encode(text).ids) - len(full.encode(text).ids) > 1.5 * longer
     with pytest.raises(UserError, match=r"tokens have to stay.*pass at least \d+"):
-        choose(merges, ranked, 100)
+        choose(merges, use, 100)
     with pytest.raises(UserError, match="pass fewer"):
-        choose(merges, ranked, full.get_vocab_size())
+        choose(merges, use, size)
+
+
+def test_parts_are_what_a_token_is_spelled_with_when_it_alone_is_gone(full: Tokenizer) -> None:
+    merges = Merges(json.loads(full.to_str()))
+    drawn = random.Random(0)
+    leaves = set(merges.parts) - {x for parts in merges.parts.values() for x in parts}
+    names = {i: token for token, i in merges.all_ids.items()}
+    plain = {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+    for gone in drawn.sample(sorted(leaves), 40):
+        kept = [i for i in sorted(names) if i != gone]
+        small = Tokenizer.from_str(json.dumps(cut_tokenizer(merges, kept) | plain))
+        spelled = small.encode(names[gone]).tokens
+        # Another path may make fewer parts of it than the one that BPE took.
+        assert len(spelled) <= len(merges.parts[gone])
+        assert "".join(spelled) == names[gone] or spelled[0].startswith("<0x")
+
+
+def test_tokens_that_a_tokenizer_keeps_free_go_unless_they_are_named() -> None:
+    full = qwen()
+    full = Tokenizer.from_str(full.to_str())
+    full.add_special_tokens([f"<|reserved_special_token_{i}|>" for i in range(9)])
+    full.add_tokens(["<unused3>", "<reserved>"])
+    merges = Merges(json.loads(full.to_str()))
+    size, named = full.get_vocab_size(), full.token_to_id("<|reserved_special_token_7|>")
+    kept = choose(merges, [1.0] * size, size - 9, [named])
+    left = {full.id_to_token(i) for i in kept}
+    assert {"<|reserved_special_token_7|>", "<reserved>"} <= left
+    assert len([x for x in left if "reserved_special" in x or "unused" in x]) == 1
+    small = Tokenizer.from_str(json.dumps(cut_tokenizer(merges, kept)))
+    assert small.get_vocab_size() == size - 9
+    assert small.decode(small.encode("a <unused3>").ids) == "a <unused3>"
 
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -255,7 +296,7 @@ def test_logits_of_kept_tokens_are_equal_to_the_bit(
     model.generation_config.eos_token_id = [size - 2, size - 3]
     merges = merges_of(tokenizer)
     more = template_tokens(tokenizer) | tokens_in(model.config.to_dict())
-    kept = choose(merges, full.encode(corpus()[1]).ids, 800, more)
+    kept = choose(merges, counted(full, corpus()[1]), 800, more)
     smaller = cut_tokenizer_of(tokenizer, merges, kept, family)
     small = cut_model(Anatomy(model), kept)
     save(small, tmp_path / "small", smaller)
@@ -302,6 +343,12 @@ def test_settings_are_counted_anew() -> None:
         "bad_words_ids": [[5], [9, 4]],
         "hidden_size": 5,
         "num_token_types": 5,
+        "sequence_bias": [[[5, 9], -2.0], [[4], 1.0]],
+        "force_words_ids": [[[5], [4]], [[9, 5]]],
+        "forced_decoder_ids": [[1, 9], [2, 4]],
+        "lang_to_id": {"<|en|>": 9, "<|fr|>": 4},
+        "image_token_index": 9,
+        "text_config": {"eos_token_id": 5, "hidden_size": 9},
     }
     assert tokens_in(values) == {4, 5, 9}
     assert renumber(values, {5: 0, 9: 1}) == {
@@ -312,7 +359,45 @@ def test_settings_are_counted_anew() -> None:
         "bad_words_ids": [[0]],
         "hidden_size": 5,
         "num_token_types": 5,
+        "sequence_bias": [[[0, 1], -2.0]],
+        "force_words_ids": [[[0]], [[1, 0]]],
+        "forced_decoder_ids": [[1, 1]],
+        "lang_to_id": {"<|en|>": 1},
+        "image_token_index": 1,
+        "text_config": {"eos_token_id": 0, "hidden_size": 9},
     }
+    bias = {(5, 9): -2.0, (4,): 1.0}
+    assert tokens_in({"sequence_bias": bias}) == {4, 5, 9}
+    assert renumber({"sequence_bias": bias}, {5: 0, 9: 1}) == {"sequence_bias": {(0, 1): -2.0}}
+    nothing = {"sequence_bias": None, "forced_decoder_ids": None, "force_words_ids": None}
+    assert renumber(nothing, {}) == nothing
+
+
+def test_settings_that_nobody_declares_are_told_where_they_could_be_tokens() -> None:
+    values = {
+        **{"hidden_size": 5, "eos_token_id": 3, "_inner": 5, "rate": 0.5, "name": "a", "on": True},
+        **{"my_ends": [5, 9], "my_words": {"a": 7}, "my_bias": {(3,): 0.5}, "large": 10},
+    }
+    assert unknown_ids(values, {"hidden_size"}, 10) == ["my_ends", "my_words", "my_bias"]
+
+
+def test_generation_goes_on_by_the_same_tokens(tiny_model: Any) -> None:
+    """A bias, and words that are forced or barred, are of the tokens that they were of."""
+    full = qwen()
+    size = full.get_vocab_size()
+    merges = Merges(json.loads(full.to_str()))
+    model = tiny_model("llama", vocab_size=size, eos_token_id=None, bos_token_id=None)
+    wanted, barred = size - 40, size - 50
+    settings = model.generation_config
+    settings.sequence_bias = [[[wanted], 1e4]]
+    settings.bad_words_ids = [[barred]]
+    kept = choose(merges, counted(full, corpus()[1]), 800, tokens_in(settings.to_dict()))
+    small = cut_model(Anatomy(model), kept)
+    given = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(torch.tensor([kept[300:303]]), **given)[0, 3:].tolist()
+    after = small.generate(torch.tensor([[300, 301, 302]]), **given)[0, 3:].tolist()
+    assert before == [kept[i] for i in after] == [wanted] * 3
+    assert small.generation_config.bad_words_ids == [[kept.index(barred)]]
 
 
 def test_post_processors_name_their_tokens_by_the_new_ids() -> None:

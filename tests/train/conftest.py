@@ -11,9 +11,17 @@ from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
 from nuteprune.data.blocks import BlockDataset
+from nuteprune.progressive.config import ProgressiveConfig
+from nuteprune.progressive.settings import ProgressiveSettings
+from nuteprune.progressive.trainer import ProgressiveTrainer
 from nuteprune.train.asked import KINDS
+from nuteprune.train.prune_settings import PruneSettings
+from nuteprune.train.settings import declared
 
 LENGTH = 16
+PROGRESSIVE = declared(ProgressiveSettings).keys() - declared(PruneSettings).keys()
+"""Settings that masks move by."""
+PROGRESSIVE_KINDS: Any = (ProgressiveConfig, ProgressiveTrainer)
 
 
 def make(
@@ -22,9 +30,10 @@ def make(
     callbacks: list[Any] | None = None,
     eval_dataset: Any = None,
     stored_dtype: torch.dtype | None = None,
+    given: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """Return a trainer for a tiny model; settings are those of its config."""
+    """Return a trainer for a tiny model; settings, those of its config, say of which kind."""
     random = torch.Generator().manual_seed(0)
     blocks = BlockDataset(torch.randint(3, 90, (64, LENGTH), generator=random))
     defaults: dict[str, Any] = {
@@ -40,17 +49,28 @@ def make(
     }
     if any(name in settings for name in ("shape", *(x.setting for x in KINDS.values()))):
         del defaults["target_sparsity"]
-    args = NutePruneConfig(output_dir=str(out), **{**defaults, **settings})
-    trainer = NutePruneTrainer(
+    moves = settings.get("teacher") == "snapshots" or settings.keys() & PROGRESSIVE
+    config, kind = PROGRESSIVE_KINDS if moves else (NutePruneConfig, NutePruneTrainer)
+    args = config(output_dir=str(out), **{**defaults, **settings})
+    trainer: Any = kind(
         model,
         args,
         blocks,
         callbacks=callbacks or [],
         eval_dataset=eval_dataset,
         stored_dtype=stored_dtype,
+        **(given or {}),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def trial_step(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Go through a micro-batch of a trainer that has masks; leaves its gradients."""
+    with trainer.student(inputs):
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+    return loss.detach()
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

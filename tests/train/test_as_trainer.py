@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from nuteprune.train.calibration import calibration_batches
 from torch.utils.data import Dataset
-from transformers import Adafactor, HfArgumentParser, TrainerControl, TrainingArguments
+from transformers import HfArgumentParser, TrainerControl, TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset, collated
-from nuteprune.plan.trial import seconds_per_step
+from nuteprune.data.calibration import calibration_blocks
+from nuteprune.products import read_tensors
+from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.train import checkpoints
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.run_settings import chosen_settings
@@ -110,11 +111,9 @@ def test_the_rate_may_fall_in_any_way(kind: str, tiny_model, tmp_path: Path) -> 
     assert rates == pytest.approx(expected[kind], rel=1e-4)
 
 
-def test_weight_decay_is_that_of_the_settings_and_spares_gates(tiny_model, tmp_path: Path) -> None:
-    soft = {"gate_type": "hard_concrete"}
-    trainer = make(tiny_model("llama"), tmp_path, weight_decay=0.25, **soft)
-    groups = trainer.create_optimizer().param_groups
-    assert [group["weight_decay"] for group in groups] == [0.25, 0.0, 0.0]
+def test_weight_decay_is_that_of_the_settings(tiny_model, tmp_path: Path) -> None:
+    groups = make(tiny_model("llama"), tmp_path, weight_decay=0.25).create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.25]
 
 
 def test_evaluation_is_the_loss_of_the_model_that_would_be_cut(tiny_model, tmp_path: Path) -> None:
@@ -265,20 +264,6 @@ def test_several_processes_neither_send_nor_hold_frozen_weights(tiny_model, tmp_
     assert len(ignored) < len(list(model.named_parameters()))
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_trial_step_is_one_of_training(checkpointing: bool, tiny_model, tmp_path: Path) -> None:
-    trainer = make(tiny_model("llama"), tmp_path, gradient_checkpointing=checkpointing)
-    seen: list[bool] = []
-    layer = trainer.anatomy.layers[0].input_layernorm
-    layer.register_forward_hook(lambda module, *_: seen.append(module.training))
-    seconds_per_step(trainer)
-    assert all(seen)
-    plain = 2 * 2  # two steps, each of student and teacher
-    assert len(seen) > plain if checkpointing else len(seen) == plain
-    assert not trainer.model.training
-
-
 def test_callbacks_and_a_collator_may_be_none(tiny_model, tmp_path: Path) -> None:
     text = make(tiny_model("llama"), tmp_path / "run").train_dataset
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
@@ -339,7 +324,7 @@ def test_padding_counts_alike_however_a_step_is_parted(
         )
         trainer.train_dataset = Padded(trainer.train_dataset, filler=50)
         trainer.train()
-        found.append((metrics(tmp_path / str(size)), trainer.coforward.bank.state()))
+        found.append((metrics(tmp_path / str(size)), trainer.ready.bank.state()))
     (ours, lora), (theirs, other) = found
     for key in ("loss", "grad_norm"):
         assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-4)
@@ -351,20 +336,20 @@ def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) ->
     for filler in (0, 50):
         trainer = make(tiny_model("llama"), tmp_path / str(filler), max_steps=1)
         trainer.train_dataset = Padded(trainer.train_dataset, filler)
-        trainer.warm_start()
-        trainer.pruning.freeze(0.3)
-        found.append((trainer.pruning.first_scores, trainer.coforward.bank.state()))
+        trainer.begin()
+        scores = read_tensors(tmp_path / str(filler) / "score.safetensors")[0]
+        found.append((scores, trainer.ready.bank.state()))
     for ours, theirs in zip(*found, strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
     padded = Padded(make(tiny_model("llama"), tmp_path / "x").train_dataset, 0)
-    (batch,) = calibration_batches(padded, 2, 2)
+    blocks = calibration_blocks(padded, 2)
     rows = [x["input_ids"][x["attention_mask"] == 1] for x in reversed(padded.rows)]
-    assert torch.equal(batch.flatten(), torch.cat(rows)[: 2 * LENGTH])
+    assert torch.equal(blocks.flatten(), torch.cat(rows)[: 2 * LENGTH])
     for row in padded.rows:
         row["attention_mask"].zero_()
     with pytest.raises(UserError, match="nothing but padding"):
-        calibration_batches(padded, 2, 2)
+        calibration_blocks(padded, 2)
 
 
 @pytest.mark.parametrize(
@@ -436,9 +421,11 @@ def test_a_stop_of_another_process_is_not_the_first_of_two_signals(
 
 
 def test_the_record_has_what_was_set_and_leaves_other_accelerators_alone(tmp_path: Path) -> None:
-    own = {"learning_rate": 1e-3, "gate_type": "hard_concrete", "seed": 7}
-    for given in ({}, own, own | {"ramp_share": 0.25}, {"lr_scheduler_type": "cosine"}):
-        args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+    own: dict[str, Any] = {"learning_rate": 1e-3, "seed": 7}
+    moving: dict[str, Any] = {"progressive": True, "gate_type": "hard_concrete", **own}
+    for given in ({}, own, moving, moving | {"ramp_share": 0.25}, {"lr_scheduler_type": "cosine"}):
+        kind = ProgressiveConfig if "progressive" in given else NutePruneConfig
+        args = kind(output_dir=str(tmp_path), use_cpu=True, **given)
         other = Accelerator(cpu=True)
         assert chosen_settings(args) == given
         assert other.distributed_type == "NO"
@@ -472,45 +459,6 @@ def test_a_process_keeps_to_one_accelerator(kind: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr(TrainingArguments, "__post_init__", with_four)
     args = kind(output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True)
     assert args.train_batch_size == 2
-
-
-def test_a_stop_is_at_its_target_where_masks_freeze_last(tiny_model, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    dense = copy.deepcopy(model)
-    trainer = make(
-        model,
-        tmp_path / "run",
-        gate_type="hard_concrete",
-        target_sparsity="0.15,0.3",
-        ramp_share=0.6,
-        freeze_share=1.0,
-        max_steps=6,
-    )
-    trainer.train()
-    trainer.finalize_target(0, dense)
-    record = trainer.save_pruned(tmp_path / "stop")
-    assert 0.15 <= record["sparsity"] <= 0.17
-    assert all(layer["neurons"] % 4 == 0 for layer in record["layers"])
-
-
-@pytest.mark.slow
-def test_a_lagrangian_run_with_a_stop_resumes_as_if_never_interrupted(
-    tiny_model, tmp_path: Path
-) -> None:
-    settings: dict[str, Any] = {
-        "gate_type": "hard_concrete",
-        "target_sparsity": "0.15,0.3",
-        "max_steps": 8,
-    }
-    whole = make(tiny_model("llama"), tmp_path, save_strategy="steps", save_steps=4, **settings)
-    whole.train()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    again = make(tiny_model("llama"), tmp_path, **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    for ours, theirs in zip(
-        (tmp_path / "metrics.jsonl").read_text().splitlines(), lines, strict=True
-    ):
-        assert json.loads(ours)["loss"] == json.loads(theirs)["loss"]
 
 
 def test_what_a_callback_does_with_the_model_can_be_the_pruned_ones(
@@ -548,7 +496,7 @@ def test_the_order_of_the_text_is_that_of_the_seed_whatever_is_drawn_before(
 
 def test_blocks_to_calibrate_on_are_as_long_as_the_text_not_as_its_first_item() -> None:
     items = [{"input_ids": list(range(4))}, *({"input_ids": list(range(9))} for _ in range(5))]
-    assert [x.shape for x in calibration_batches(items, 4, 2)] == [(2, 9), (2, 9)]
+    assert calibration_blocks(items, 4).shape == (4, 9)
 
 
 def test_items_of_several_lengths_want_a_collator(tiny_model, tmp_path: Path) -> None:
@@ -556,14 +504,6 @@ def test_items_of_several_lengths_want_a_collator(tiny_model, tmp_path: Path) ->
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(UserError, match=r"have 4 to 9 tokens: .* data_collator that pads"):
         NutePruneTrainer(tiny_model("llama"), args, items)
-
-
-def test_multipliers_want_an_optimizer_that_ascends(tiny_model, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"gate_type": "hard_concrete", "ramp_share": 0.5}
-    trainer = make(tiny_model("llama"), tmp_path, **settings)
-    trainer.optimizer_cls_and_kwargs = (Adafactor, {"lr": 1e-3, "relative_step": False})
-    with pytest.raises(UserError, match="multipliers ascend, which Adafactor cannot do"):
-        trainer.create_optimizer()
 
 
 def test_a_model_over_several_devices_is_refused(tiny_model, tmp_path: Path) -> None:

@@ -124,7 +124,6 @@ def test_a_speedup_tells_what_is_to_be_faster_and_when(
         ({"target_memory": "1MB@0x1"}, "@0x1 says for no number of tokens"),
         ({"target_memory": ["2MB@4", "1MB@4"]}, "memory is '2MB@4'"),
         ({"target_params": "1M@4"}, "params is '1M@4'"),
-        ({"target_params": "3M,2M,1M", "max_steps": 2}, "3 targets need at least 3 steps"),
     ],
 )
 def test_settings_that_contradict_are_refused(

@@ -84,12 +84,12 @@ def test_a_layer_at_a_time_is_on_the_device(
 
     def train(name: str, model: Any, **more: Any) -> Any:
         trainer = make(model, tmp_path / name, **settings, **more)
-        trainer.warm_start()
+        trainer.begin()
         before = device.arrived
         trainer.train()
         came.append(device.arrived - before)
         losses.append([x["loss"] for x in metrics(tmp_path / name)])
-        state = trainer.coforward.bank.state()
+        state = trainer.ready.bank.state()
         parts = [x for name, x in state.items() if not name.endswith(".W")]
         parts += [trainer.anatomy.embedding.weight, trainer.anatomy.head.weight]
         most.append(device.arrivals.peak - sum(x.nbytes for x in parts))

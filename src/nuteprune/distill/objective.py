@@ -13,11 +13,12 @@ from torch import Tensor
 from nuteprune.distill.coforward import Passage
 from nuteprune.distill.losses import (
     IGNORED,
-    LAYER_TERMS,
     Head,
     LayerTerm,
     batch_counts,
     language_model_loss,
+    layer_mse,
+    layer_relative,
     token_kl,
     token_weights,
 )
@@ -29,27 +30,27 @@ class Objective:
 
     Args:
         token_weight: weight of the token-level KL divergence.
-        token_sum: whether that is summed over the tokens of a sequence, as in the authors' code;
-            else it is averaged over tokens.
         layer_weight: weight of the layers' terms, 0 for none of them.
-        layer_term: `relative`: their mean over layers; `mse`: their sum, as published.
-        normed: whether the last layer's is behind the final norm, as in the authors' code.
+        as_published: whether terms are those of the authors' code: the KL divergence summed over
+            the tokens of a sequence, and plain squared errors summed over layers, the last one
+            behind the final norm. Else the KL divergence is averaged over tokens, and squared
+            errors relative to the teacher's are averaged over layers.
         temperature: softening of both token distributions.
         lm_weight: weight of the language-model loss, 0 for none.
     """
 
     token_weight: float = 1.0
-    token_sum: bool = False
     layer_weight: float = 1.0
-    layer_term: str = "relative"
-    normed: bool = False
+    as_published: bool = False
     temperature: float = 1.0
     lm_weight: float = 0.0
 
     @property
     def layer_distance(self) -> LayerTerm | None:
         """How far a layer's output is from the teacher's; None if it does not matter."""
-        return LAYER_TERMS[self.layer_term] if self.layer_weight else None
+        if not self.layer_weight:
+            return None
+        return layer_mse if self.as_published else layer_relative
 
     def parts(
         self, passage: Passage, head: Head, inputs: Mapping[str, Tensor]
@@ -68,10 +69,10 @@ class Objective:
         if passage.teacher_BTD is not None and passage.student_BTD is not None:
             weight_BT, heat = token_weights(inputs), self.temperature
             kl = token_kl(passage.student_BTD, passage.teacher_BTD, head, weight_BT, heat)
-            tokens = weight_BT.sum() / len(weight_BT) if self.token_sum else 1
+            tokens = weight_BT.sum() / len(weight_BT) if self.as_published else 1
             parts["token_kl"] = self.token_weight * tokens * kl
         if passage.layer_loss is not None:
-            count = 1 if self.layer_term == "mse" else passage.layers
+            count = 1 if self.as_published else passage.layers
             parts["layer"] = self.layer_weight * passage.layer_loss / count
         if self.lm_weight:
             parts["lm"] = self.lm_weight * text_loss(passage, head, inputs)
@@ -90,7 +91,7 @@ class Objective:
             mean_3: `batch_counts` of the mean micro-batch of the step.
         """
         distilled, learned, sequences = (batch_counts(inputs) / mean_3).unbind()
-        shares = {"lm": learned, "token_kl": sequences if self.token_sum else distilled}
+        shares = {"lm": learned, "token_kl": sequences if self.as_published else distilled}
         return {k: v * shares.get(k, distilled) for k, v in parts.items()}
 
 

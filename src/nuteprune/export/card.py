@@ -10,7 +10,7 @@ from typing import Any
 
 from nuteprune.export.card_metadata import metadata, short_name
 from nuteprune.export.figures import answer_rows, context_rows, definitions
-from nuteprune.gates.budget import gone
+from nuteprune.gates.budget import share_gone
 from nuteprune.model.shape import SAID
 from nuteprune.run_folder import SELF
 
@@ -24,10 +24,9 @@ _CARD = """\
 
 # {name}, {what}
 
-{base_model} with {removed}{taught}
-([arXiv 2402.09773](https://arxiv.org/abs/2402.09773)), made with `nuteprune` {version}.
+{base_model} with {removed}{taught}{paper}, made with `nuteprune` {version}.
 
-| | dense | pruned | |
+| | before | after | |
 |---|---:|---:|---:|
 {table}
 {protocol}
@@ -48,12 +47,15 @@ model = {auto}.from_pretrained(folder{remote})
 
 ## What it is made from
 
-- Base model: {base_model}. Intended uses, limits and biases are those of the base model; pruning
-  may add to the latter, and has been judged by the figures above alone.
+- Base model: {base_model}. Intended uses, limits and biases are those of the base model; what was
+  removed may add to the latter, and {judged}.
 - Licence: {licence}.
 - Layers: {layers}
 - Text: {text}. {wrapped}{tuned}`nuteprune.json` has all settings, versions and counts.
 """
+
+_PAPER = "\n([arXiv 2402.09773](https://arxiv.org/abs/2402.09773))"
+"""Where pruning is described; nothing of it is done to a vocabulary."""
 
 _FREE = """\
 The stock class cannot state its sizes, so a short modeling file travels with the weights
@@ -96,8 +98,10 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         base_model=_plain(base_model),
         **_said(record),
         taught=_taught(record) + _again(record),
+        paper=_PAPER if _taught(record) or record["sparsity"] > 0 else "",
         version=record.get("versions", {}).get("nuteprune", "of an unknown version"),
         table=_table(record),
+        judged=_judged(record),
         protocol=_protocols(record),
         plots="\n".join(_PLOTS),
         # Asked nothing, transformers asks whether to run the modeling file, for a tokenizer too.
@@ -152,8 +156,8 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **record,
         "params": params,
-        "sparsity": gone(params["blocks_before"], params["blocks_after"]),
-        "total_sparsity": gone(params["before"], params["after"]),
+        "sparsity": share_gone(params["blocks_before"], params["blocks_after"]),
+        "total_sparsity": share_gone(params["before"], params["after"]),
         "layers_before": first["layers_before"],
         "hidden": {"before": first["hidden"]["before"], "after": record["hidden"]["after"]},
     }
@@ -190,8 +194,7 @@ def with_plots(card: str, plots: Mapping[str, str]) -> str:
 
 
 def _table(record: Mapping[str, Any]) -> str:
-    params, ppl = record["params"], record.get("perplexity", {})
-    since = " (dense: before the last run)" if record.get("history") else ""
+    params = record["params"]
     rows = [
         f"| {what} | {params[before]:,} | {params[after]:,} | "
         f"{(params[after] - params[before]) / params[before]:+.1%} |"
@@ -200,15 +203,21 @@ def _table(record: Mapping[str, Any]) -> str:
             ("in decoder layers", "blocks_before", "blocks_after"),
             ("active per token", "active_before", "active_after"),
         )
-        if before in params
+        if before in params and params[before] != params[after]
     ]
-    rows += [
+    return "\n".join([*rows, *_figures(record)]) + "\n"
+
+
+def _figures(record: Mapping[str, Any]) -> list[str]:
+    """Return the rows that say how well the model does."""
+    ppl, copying = record.get("perplexity", {}), record.get("copying", {})
+    since = " of the last run" if record.get("history") else ""
+    rows = [
         f"| perplexity{since}, {_plain(source)} | {old:.2f} | {ppl['after'][source]:.2f} | "
         f"× {ppl['after'][source] / old:.2f} |"
         for source, old in ppl.get("before", {}).items()
         if None not in (old, ppl.get("after", {}).get(source))
     ]
-    copying = record.get("copying", {})
     old, new = copying.get("before"), copying.get("after")
     if old is not None and new is not None:
         change = f"× {new / old:.2f}" if old else ""
@@ -216,7 +225,13 @@ def _table(record: Mapping[str, Any]) -> str:
     groups = {"answers": answer_rows(record), "context": context_rows(record)}
     for group, figures in groups.items():
         rows += [f"| {group}{since}, {' | '.join(x.cells)} | |" for x in figures]
-    return "\n".join(rows) + "\n"
+    return rows
+
+
+def _judged(record: Mapping[str, Any]) -> str:
+    """Say what the model was judged by."""
+    figures = _figures(record)
+    return f"has {'been judged by the figures above alone' if figures else 'not been judged'}"
 
 
 def _protocols(record: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.loading import FAMILY
 from nuteprune.export.record_form import misfit
 from nuteprune.files import to_json, write_text
-from nuteprune.gates.budget import gone
+from nuteprune.gates.budget import share_gone
 from nuteprune.memory import peak
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import brought_along, family_named
@@ -60,8 +60,8 @@ def make_record(
     return {
         "schema": SCHEMA,
         "target": target,
-        "sparsity": gone(params["blocks_before"], params["blocks_after"]),
-        "total_sparsity": gone(params["before"], params["after"]),
+        "sparsity": share_gone(params["blocks_before"], params["blocks_after"]),
+        "total_sparsity": share_gone(params["before"], params["after"]),
         "params": dict(params),
         "layers": [
             {**layer.to_dict(), "attention": layer.mixes, "mlp": layer.mlp}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.loading import build
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lookup import family_named
-from nuteprune.shrink.vocabulary import Merges, cut_tokenizer, renumber
+from nuteprune.shrink.token_ids import renumber
+from nuteprune.shrink.vocabulary import Merges, cut_tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """Files of a tokenizer that are kept; others hold the full vocabulary."""
@@ -98,17 +99,36 @@ def cut_tokenizer_of(
         (folder / _FILES[0]).write_text(content, encoding="utf-8")
         settings = json.loads((folder / _FILES[1]).read_text(encoding="utf-8"))
         if named := settings.get("added_tokens_decoder"):
-            there = {new[int(i)]: x for i, x in named.items() if int(i) in new}
-            settings["added_tokens_decoder"] = there
-        lost = tokenizer.get_added_vocab().keys() - merges.added.keys()
-        settings = {k: x for k, x in settings.items() if not (isinstance(x, str) and x in lost)}
-        text = json.dumps(settings, ensure_ascii=False)
-        (folder / _FILES[1]).write_text(text, encoding="utf-8")
+            kept_there = {new[int(i)]: x for i, x in named.items() if int(i) in new}
+            settings["added_tokens_decoder"] = kept_there
+        there = {token for token, i in merges.added.items() if i in new}
+        lost = tokenizer.get_added_vocab().keys() - there
+        for name in _FILES[1:]:
+            if (path := folder / name).is_file():
+                read = settings if name == _FILES[1] else json.loads(path.read_text("utf-8"))
+                text = json.dumps(_without(read, lost), ensure_ascii=False)
+                path.write_text(text, encoding="utf-8")
         own: Any = type(tokenizer)
         if not own.__module__.startswith("transformers."):  # code that the user trusts, run already
             return own.from_pretrained(folder)  # type: ignore[no-any-return]
         config = PreTrainedConfig.from_dict({"model_type": family_named(model_type).model_type})
         return AutoTokenizer.from_pretrained(folder, config=config)
+
+
+def _without(settings: dict[str, Any], lost: Collection[str]) -> dict[str, Any]:
+    """Return settings of a tokenizer that name no token that is gone: it would be added anew."""
+
+    def name(x: Any) -> Any:
+        return x.get("content") if isinstance(x, dict) else x
+
+    def is_lost(x: Any) -> bool:
+        return isinstance(name(x), str) and name(x) in lost
+
+    return {
+        key: [x for x in value if not is_lost(x)] if isinstance(value, list) else value
+        for key, value in settings.items()
+        if not is_lost(value)
+    }
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -86,12 +86,12 @@ def _adding(moments: Moments) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     return hook
 
 
-Take = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Told (layer, stream before it, between attention and MLP, after it), each (M, D)."""
+AddStream = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Takes in (layer, stream before it, between attention and MLP, after it), each (M, D)."""
 
 
 @contextmanager
-def watching_streams(anatomy: Anatomy, take: Take) -> Iterator[None]:
+def watching_streams(anatomy: Anatomy, add: AddStream) -> Iterator[None]:
     """Tell the residual stream before, within and after each layer as the model reads text.
 
     A layer adds scale x (attention + MLP) to the stream, whatever the family; the scale (1 in
@@ -100,12 +100,12 @@ def watching_streams(anatomy: Anatomy, take: Take) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for i, layer in enumerate(anatomy.layers):
-            for handle in _watch_layer(anatomy, i, layer, take):
+            for handle in _watch_layer(anatomy, i, layer, add):
                 stack.enter_context(handle)
         yield
 
 
-def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, take: Take) -> list[Any]:
+def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, add: AddStream) -> list[Any]:
     seen: dict[str, Tensor] = {}
 
     def on_entry(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -121,14 +121,14 @@ def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, take: Take) -> 
         before_MD = seen.pop("before")
         after_MD = _rows(_first(output))
         if anatomy.family.mixer:
-            take(index, before_MD, seen.pop("between", after_MD), after_MD)
+            add(index, before_MD, seen.pop("between", after_MD), after_MD)
             return
         nothing_MD = torch.zeros_like(before_MD)
         attention_MD = seen.pop("attn_block", nothing_MD)
         written_MD = attention_MD + seen.pop("mlp_block", nothing_MD)
         size = written_MD.square().sum().clamp(min=1e-30)
         scale = ((after_MD - before_MD) * written_MD).sum() / size
-        take(index, before_MD, before_MD + scale * attention_MD, after_MD)
+        add(index, before_MD, before_MD + scale * attention_MD, after_MD)
 
     handles = [layer.register_forward_pre_hook(on_entry), layer.register_forward_hook(on_exit)]
     if anatomy.family.mixer:

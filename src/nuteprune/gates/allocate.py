@@ -26,16 +26,15 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Priced
 from nuteprune.gates.frontier import (
     Frontier,
-    alike,
-    by_price,
-    cheapest,
+    are_proportional,
+    cheapest_steps,
     frontier,
-    proportional,
+    shared_options,
+    steps_by_price,
 )
-from nuteprune.gates.highest import layer_masks, top
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.options import Constraints, Options
-from nuteprune.gates.units import chance
+from nuteprune.gates.options import Constraints, Options, layer_masks, top
+from nuteprune.gates.scores import chance
 from nuteprune.model.shape import LayerShape, Shape
 
 Scores = Mapping[str, Tensor]
@@ -93,7 +92,7 @@ class Allocator:
             if not len(a):
                 continue
             loss_m = np.where(exact_m <= after_m, mlp.loss_S, np.inf)
-            m = cheapest(loss_m, enough[a], after_m, limit - after_a[a] - slack)
+            m = cheapest_steps(loss_m, enough[a], after_m, limit - after_a[a] - slack)
             excess = np.maximum(0.0, limit - after_a[a] - after_m[m] - slack)
             loss = attention.loss_S[a] + mlp.loss_S[m] + width_loss
             i = np.lexsort((loss, excess))[0]
@@ -154,7 +153,7 @@ class Allocator:
         found = {
             "heads": f"one {'query head of each KV head' if grouped else 'head of each layer'}",
             "kv_groups": "one KV head of each layer",
-            "attn_block": "the first layer's attention",
+            "attn_block": "attention of the first layer that has any",
             "neurons": f"{neurons} MLP",
             "experts": f"{budget.per_token} experts of each layer, as many as a token takes",
             "expert_neurons": f"{neurons} expert",
@@ -236,12 +235,12 @@ class Allocator:
         attention, mlp = [*map(options.attention, layers)], [*map(options.mlp, layers)]
         uniform = self.constraints.uniform
         if uniform:
-            attention = [alike([attention[i] for i in x]) for x in self._alike_attentions]
-            mlp = [alike([mlp[i] for i in x]) for x in self._alike_mlps]
+            attention = [shared_options([attention[i] for i in x]) for x in self._alike_attentions]
+            mlp = [shared_options([mlp[i] for i in x]) for x in self._alike_mlps]
         divide = uniform and self.budget.family.heads_divide_hidden
         # Steps that stand for units are the same at any width, those of a price are not. Units of
         # attention count alike, but for a mixer that goes, and for heads with rows of a gate.
-        by_units = (cost.by_units and proportional(attention), cost.by_units)
+        by_units = (cost.by_units and are_proportional(attention), cost.by_units)
         same = all(by_units) and not divide
         found: list[tuple[int, float, Frontier, Frontier]] = []
         for width, loss in options.widths():
@@ -250,7 +249,7 @@ class Allocator:
                 found.append((width, loss, *found[0][2:]))
             elif all(fitting):
                 priced = [
-                    frontier(x if units else by_price(x, width))
+                    frontier(x if units else steps_by_price(x, width))
                     for x, units in zip((fitting, mlp), by_units, strict=True)
                 ]
                 found.append((width, loss, priced[0], priced[1]))

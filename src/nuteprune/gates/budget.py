@@ -8,16 +8,16 @@ stream, or is of a fixed size, so a model's count is hidden x coefficient + cons
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nuteprune.gates.masks import Masks
+from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import Family, Projection
+from nuteprune.model.family import BLOCK_KINDS, Family, Projection
 from nuteprune.model.shape import PER_HEAD, LayerShape, Shape, axis_sizes
 
 
@@ -123,6 +123,27 @@ class Budget:
                 count = count + hidden * (sizes.get(projection.columns, inner) + times * bias)
         return count
 
+    def of_a_unit(self, layer: LayerShape, kind: str) -> int:
+        """Return how many parameters go with each unit of a kind that a layer has."""
+        if kind in BLOCK_KINDS:
+            return self._of(layer, self.attention if kind == "attn_block" else self.mlp)
+        if kind == "experts":
+            return self._of(layer, self.expert)
+        block = self.attention
+        if kind == "neurons":
+            block, more = self.mlp, replace(layer, neurons=layer.neurons + 1)
+        elif kind == "expert_neurons":
+            block, more = self.expert, replace(layer, expert_neurons=layer.expert_neurons + 1)
+        else:
+            inner = layer.heads_per_group
+            heads, groups = (inner, 1) if kind == "kv_groups" else (1, inner == 1)
+            more = replace(layer, heads=layer.heads + heads, kv_heads=layer.kv_heads + groups)
+        return self._of(more, block) - self._of(layer, block)
+
+    def _of(self, layer: LayerShape, block: Callable[[LayerShape], tuple[int, int]]) -> int:
+        coefficient, constant = block(layer)
+        return coefficient * self.shape.hidden + constant
+
     def parameters(self, shape: Shape) -> int:
         """Return the exact number of projection parameters of a model of that shape."""
         total = 0
@@ -142,7 +163,7 @@ class Budget:
 
     def sparsity(self, shape: Shape) -> float:
         """Return the share of projection parameters that cutting to a shape removes."""
-        return gone(self.before, self.parameters(shape))
+        return share_gone(self.before, self.parameters(shape))
 
     def expected_sparsity(self, keep: Masks) -> Tensor:
         """Return the expected sparsity, differentiable in the units' keep probabilities.
@@ -184,7 +205,19 @@ class Budget:
         return 1 - total / self.before
 
 
-def gone(before: float, after: float) -> float:
+def unit_parameters(budget: Budget, kind: str) -> Tensor:
+    """Return how many parameters (N,) go when each unit of a kind is cut out of the whole model."""
+    shape = budget.shape
+    if kind == "hidden":
+        narrow = Shape(shape.hidden - 1, shape.layers)
+        return torch.full((shape.hidden,), float(budget.before - budget.parameters(narrow)))
+    counts: list[float] = []
+    for layer, units in zip(shape.layers, Layout(shape, budget.head_dim).sizes[kind], strict=True):
+        counts += [float(budget.of_a_unit(layer, kind))] * units
+    return torch.tensor(counts)
+
+
+def share_gone(before: float, after: float) -> float:
     """Return the share that is gone; unlike 1 - after / before, 20 % comes out as 0.2."""
     return (before - after) / before
 

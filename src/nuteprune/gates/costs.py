@@ -6,9 +6,9 @@ under a limit on their sum, whatever the unit.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
@@ -20,7 +20,7 @@ Line = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Outside:
+class Uncounted:
     """Parameters that sparsity does not count.
 
     Args:
@@ -38,7 +38,7 @@ class Outside:
     head: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, anatomy: Anatomy) -> Outside:
+    def of(cls, anatomy: Anatomy) -> Uncounted:
         """Count a live model's, tied ones once."""
         family, width = anatomy.family, anatomy.shape.hidden
         norms = {f"{path}.weight" for path in family.norms}
@@ -92,32 +92,36 @@ def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     return a[0] + b[0], a[1] + b[1]
 
 
-class Priced(Protocol):
-    """What the allocator asks of prices, whatever their unit: see `Cost` and `gates.seconds`."""
+class Priced(ABC):
+    """Prices of all that may stay of a model, in any unit: see `Cost` and `gates.speed_costs`."""
+
+    budget: Budget
 
     @property
-    def budget(self) -> Budget:
-        """What a model is made of."""
-
-    @property
+    @abstractmethod
     def by_units(self) -> bool:
         """Whether equal parts cost the same whichever layer they are of."""
 
+    @abstractmethod
     def attention(self, index: int, kept: LayerShape) -> Line:
         """Return the price of what stays of a layer's attention."""
 
+    @abstractmethod
     def mlp(self, index: int, kept: LayerShape) -> Line:
         """Return the price of what stays of a layer's MLP."""
 
+    @abstractmethod
     def rest(self, width: int) -> float:
         """Return the price of what is in no block, at a width."""
 
     def total(self, shape: Shape) -> float:
         """Return the price of a model of a shape."""
+        lines = (f(i, x) for i, x in enumerate(shape.layers) for f in (self.attention, self.mlp))
+        return self.rest(shape.hidden) + sum(a * shape.hidden + b for a, b in lines)
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Priced):
     """Prices of all that may stay of a model, in one unit.
 
     Args:
@@ -130,7 +134,7 @@ class Cost:
     """
 
     budget: Budget
-    outside: Outside | None = None
+    outside: Uncounted | None = None
     each: int = 1
     kv_head: tuple[int, ...] = ()
     fixed: int = 0
@@ -169,14 +173,6 @@ class Cost:
             return self.fixed
         coefficient, constant = self.outside.rest
         return self.each * (coefficient * width + constant) + self.fixed
-
-    def total(self, shape: Shape) -> float:
-        """Return the price of a model of a shape."""
-        total = self.rest(shape.hidden)
-        for i, layer in enumerate(shape.layers):
-            for coefficient, constant in (self.attention(i, layer), self.mlp(i, layer)):
-                total += coefficient * shape.hidden + constant
-        return total
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ FINEST = 20_000
 """Steps that the options of all layers may have together, where they stand for a price."""
 
 
-def by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[Option]]:
+def steps_by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[Option]]:
     """Return the options of layers with steps that measure what their price falls by at a width.
 
     The steps are exact where prices are whole numbers with a divisor that is large enough, else
@@ -107,7 +107,7 @@ def by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[Option
     ]
 
 
-def proportional(layers: Sequence[Sequence[Option]]) -> bool:
+def are_proportional(layers: Sequence[Sequence[Option]]) -> bool:
     """Return whether as many steps free as much at any width, whichever options they are of."""
     freed = [
         (o.steps, own[0].coefficient - o.coefficient, own[0].constant - o.constant)
@@ -121,7 +121,7 @@ def proportional(layers: Sequence[Sequence[Option]]) -> bool:
     )
 
 
-def alike(layers: Sequence[Sequence[Option]]) -> list[Option]:
+def shared_options(layers: Sequence[Sequence[Option]]) -> list[Option]:
     """Return the options that all layers have, summed up (uniform shapes)."""
     tables = [{o.kept: o for o in options} for options in layers]
     common = [kept for kept in tables[0] if all(kept in table for table in tables)]
@@ -138,7 +138,7 @@ def alike(layers: Sequence[Sequence[Option]]) -> list[Option]:
     ]
 
 
-def cheapest(
+def cheapest_steps(
     loss_S: Array, first: NDArray[np.int64], after_S: Array, floor: Array
 ) -> NDArray[np.int64]:
     """Return the steps of least loss, from `first` on, that leave no less than `floor`.

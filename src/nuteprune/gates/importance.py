@@ -2,9 +2,9 @@
 
 Every method answers with scores in the form that the allocator takes: additive losses, of which
 the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`,
-`surgeon`) are taken as they are. Those that only rank come through `units.losses_of`, so that the
-allocator follows their ranking, made as each paper makes it: `magnitude`, `wanda` and the scores of
-experts rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
+`surgeon`) are taken as they are. Those that only rank come through `scores.losses_of`, so that the
+allocator follows their ranking, made as each paper makes it: `wanda` and the scores of experts
+rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
 and `similarity` across all.
 
 Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.activations import Watched, watching_inputs, watching_streams
-from nuteprune.gates.cutting import copying_kept
+from nuteprune.gates.copying_losses import copying_kept
+from nuteprune.gates.expert_scores import reap, reconstruction, removal_order
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores
-from nuteprune.gates.rerouting import reconstruction, removal_order
-from nuteprune.gates.routed import frequency, reap
+from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, chance, in_order, losses_of, ranked
 from nuteprune.gates.surgeon import has_cost, surgeon_scores
-from nuteprune.gates.units import chance, in_order, losses_of, over_columns, ranked, squared_weights
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
 
@@ -44,17 +42,6 @@ def random(probe: Probe) -> Scores:
     return chance(probe.budget, probe.layout, probe.kinds, probe.seed)
 
 
-def magnitude(probe: Probe) -> Scores:
-    """L2 norm of all weights that go with the unit, ranked within its layer.
-
-    |u|_2 = sqrt(sum of w^2 over the rows and columns of every projection that belong to u).
-    Source: Han et al. 2015 (arXiv 1506.02626), by groups as the L2 baseline of LLM-Pruner (Ma,
-    Fang and Wang 2023, arXiv 2305.11627).
-    """
-    squares = squared_weights(probe.anatomy, probe.kinds)
-    return ranked(probe, {kind: value.sqrt() for kind, value in squares.items()})
-
-
 def wanda(probe: Probe) -> Scores:
     """Weights times the norm of what they multiply, summed over a unit, ranked within its layer.
 
@@ -62,12 +49,12 @@ def wanda(probe: Probe) -> Scores:
     inputs on calibration text. Source: Sun et al. 2023 (arXiv 2306.11695); its structured form,
     with the same share from every layer, is Wanda-sp of An et al. 2023 (arXiv 2312.11983).
     """
-    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-    for watched in _read_inputs(probe):
-        size_I = scored(watched.weight().abs().sum(0))
-        columns[watched.units].append(size_I * watched.moments.norm)
-    scores = {kind: over_columns(probe.layout, kind, columns) for kind in probe.kinds}
-    return ranked(probe, scores)
+
+    def metric(watched: Watched) -> Tensor:
+        return scored(watched.weight().abs().sum(0)) * watched.moments.norm
+
+    # Units of a layer have as many columns each, so that means rank as sums do.
+    return ranked(probe, _means_of_inputs(probe, metric))
 
 
 def flap(probe: Probe) -> Scores:
@@ -79,17 +66,16 @@ def flap(probe: Probe) -> Scores:
     its public code (CASIA-LMC-Lab/FLAP): less of attention goes then, which did better
     (docs/log.md). In place of its bias compensation there is the re-fit that all methods share.
     """
-    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-    for watched in _read_inputs(probe):
+
+    def metric(watched: Watched) -> Tensor:
         norm_I = scored(watched.weight().square().sum(0))
         metric_I = watched.moments.variance * norm_I
         metric_I /= metric_I.mean().clamp(min=1e-30)  # z-scores are the same; squares stay in range
         if watched.units == "heads":
             metric_I.square_()
-        scaled_I = (metric_I - metric_I.mean()) / metric_I.std().clamp(min=1e-30)
-        columns[watched.units].append(scaled_I)
-    means = {kind: over_columns(probe.layout, kind, columns, mean=True) for kind in probe.kinds}
-    return losses_of(probe.budget, means)
+        return (metric_I - metric_I.mean()) / metric_I.std().clamp(min=1e-30)
+
+    return losses_of(probe.budget, _means_of_inputs(probe, metric))
 
 
 def taylor(probe: Probe) -> Scores:
@@ -124,11 +110,11 @@ def surgeon(probe: Probe) -> Scores:
     and C that of all inputs of the projection that reads them: a unit is cheap if the loss
     does not depend on it, or if the other inputs can predict it: the re-fit then makes up for it.
     The cheapest units of a layer go first, and the others cost what they cost without these.
-    Neurons of routed experts have their own: see `gates.expert_neurons`. Hidden width, blocks and
+    Neurons of routed experts have their own: see `gates.surgeon_costs`. Hidden width, blocks and
     experts have no re-fit, so they keep their Fisher score, which estimates the same loss. Which
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
-    `copying_kept`. The first layer's attention goes last of all; see `first_attention_last`.
+    `copying_kept`. The first attention goes last of all; see `first_attention_last`.
     In the end the last layer's neurons cost their median at least; see `last_neurons_floored`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
     ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
@@ -146,19 +132,22 @@ def surgeon(probe: Probe) -> Scores:
 
 
 def first_attention_last(layout: Layout, scores: Scores) -> Scores:
-    """Raise the scores of the first layer's heads and KV groups above those of all others.
+    """Raise the scores of the first attention's heads and KV groups above those of all others.
 
-    There the first token of a sequence sees nothing but itself. That tells it from all others, and
-    makes it the attention sink: a hidden state hundreds of times as large as the rest. Without a
-    sink the whole sequence is lost. It is a switch, so gradients of a dense model do not show it. A
-    few blocks of text have too few first tokens to show it either.
+    It is that of the first layer that has any (`Shape.first_attention`). There the first token of a
+    sequence sees nothing but itself. That tells it from all others, and makes it the attention
+    sink: a hidden state hundreds of times as large as the rest. Without a sink the whole sequence
+    is lost. It is a switch, so gradients of a dense model do not show it. A few blocks of text have
+    too few first tokens to show it either.
     Source: attention sinks, Xiao et al. 2023 (arXiv 2309.17453); massive activations, Sun et al.
     2024 (arXiv 2402.17762); measured in docs/log.md.
     """
-    raised = dict(scores)
+    raised, first = dict(scores), layout.shape.first_attention
     for kind in {"heads", "kv_groups"} & scores.keys():
-        first, rest = scores[kind].split([layout.sizes[kind][0], sum(layout.sizes[kind][1:])])
-        raised[kind] = torch.cat([first + rest.max(), rest]) if len(rest) else first
+        parts = list(scores[kind].split(layout.sizes[kind]))
+        others = [x.max() for i, x in enumerate(parts) if i != first and len(x)]
+        parts[first] = parts[first] + max(others, default=0)
+        raised[kind] = torch.cat(parts)
     return raised
 
 
@@ -193,7 +182,7 @@ def similarity(probe: Probe) -> Scores:
     total = {kind: torch.zeros(count) for kind in BLOCK_KINDS}
     tokens = [0] * count
 
-    def take(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
+    def add_turns(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
         tokens[layer] += len(before_MD)
         for kind, pair in (
             ("attn_block", (before_MD, between_MD)),
@@ -201,7 +190,7 @@ def similarity(probe: Probe) -> Scores:
         ):
             total[kind][layer] += number((1 - torch.cosine_similarity(*pair)).sum())
 
-    with watching_streams(probe.anatomy, take):
+    with watching_streams(probe.anatomy, add_turns):
         probe.read()
     found = {}
     for kind in probe.kinds:
@@ -244,7 +233,6 @@ _EXPERTS = ("experts",)
 _ONLY_EXPERTS = "it judges whole routed experts"
 METHODS: dict[str, Method] = {
     "random": Method(random, reads=False),
-    "magnitude": Method(magnitude, reads=False),
     "wanda": Method(wanda, _INPUTS, _ONLY_INPUTS),
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
@@ -254,7 +242,6 @@ METHODS: dict[str, Method] = {
         reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, reads_plain=1
     ),
     "reap": Method(reap, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
-    "frequency": Method(frequency, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
     "similarity": Method(
         similarity,
         BLOCK_KINDS,
@@ -279,10 +266,24 @@ def check_scorable(name: str, kinds: Sequence[str]) -> None:
             )
 
 
-def _read_inputs(probe: Probe) -> list[Watched]:
+def _means_of_inputs(probe: Probe, metric: Callable[[Watched], Tensor]) -> Scores:
+    """Return means (N,) over the inputs of the output or down projection that each unit feeds.
+
+    Args:
+        probe: the model and the text.
+        metric: from a projection that has read the text to a value (I,) of each input.
+    """
     with watching_inputs(probe.anatomy) as watched:
         probe.read()
-    return watched
+    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
+    for projection in watched:
+        columns[projection.units].append(metric(projection))
+    found = {}
+    for kind in probe.kinds:
+        there = [count for count in probe.layout.sizes[kind] if count]  # some may be gone already
+        pairs = zip(columns["neurons" if kind == "neurons" else "heads"], there, strict=True)
+        found[kind] = torch.cat([values_I.view(count, -1).mean(1) for values_I, count in pairs])
+    return found
 
 
 def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores:

@@ -1,8 +1,7 @@
 """What removing units costs once the weights that stay make up for them, measured on text.
 
-The maths is that of `gates.removal`: a projection's inputs have a curvature C, and the loss's
-gradients by them second moments. Neurons of a routed expert have those of its own down projection;
-see `gates.expert_neurons`.
+The maths is that of `gates.surgeon_costs`: a projection's inputs have a curvature C, and the loss's
+gradients by them second moments. Neurons of a routed expert have those of its own down projection.
 
 The loss is the cross entropy of tokens that the model itself draws: its curvature is that of the KL
 divergence from the dense model, which distillation minimises. Gradients need little text. C needs
@@ -25,9 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.expert_neurons import neuron_costs, noting_routed, watched_experts
-from nuteprune.gates.probe import LOSS_SCALE, Probe, Scores, check_finite
-from nuteprune.gates.removal import removal_costs
+from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, check_finite
+from nuteprune.gates.surgeon_costs import (
+    neuron_costs,
+    noting_routed,
+    removal_costs,
+    watched_experts,
+)
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import in_place_of
 from nuteprune.model.layerwise import Layerwise
@@ -41,8 +44,8 @@ READ = {**INPUTS, "expert_neurons": "experts"}
 
 Key = tuple[str, int]
 """A block, and a layer."""
-Take = Callable[[str, int, Tensor], None]
-"""Told (block, layer, sums of squared gradients over some tokens (I,))."""
+AddSquares = Callable[[str, int, Tensor], None]
+"""Takes in (block, layer, sums of squared gradients over some tokens (I,))."""
 
 
 def has_cost(anatomy: Anatomy, kind: str) -> bool:
@@ -117,11 +120,11 @@ def input_slopes(probe: Probe) -> dict[Key, Tensor]:
     total: dict[Key, Tensor] = {}
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
-    def take(block: str, layer: int, squares_I: Tensor) -> None:
+    def add_squares(block: str, layer: int, squares_I: Tensor) -> None:
         slope_I, key = squares_I / LOSS_SCALE**2 / sequences, (block, layer)
         total[key] = total[key] + slope_I if key in total else slope_I
 
-    with _gradients_of_inputs(probe, take):
+    with _gradients_of_inputs(probe, add_squares):
         for batch_BT in probe.batches:
             _back(probe, batch_BT.to(device), generator)
             probe.progress()
@@ -137,27 +140,27 @@ def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
 
 
 @contextmanager
-def _gradients_of_inputs(probe: Probe, take: Take) -> Iterator[None]:
-    """Tell the squared gradients by what last projections read, as a backward pass forms them."""
+def _gradients_of_inputs(probe: Probe, add: AddSquares) -> Iterator[None]:
+    """Pass on squared gradients by what last projections read, as a backward pass forms them."""
     anatomy = probe.anatomy
     with ExitStack() as stack:
         stack.enter_context(anatomy.embedding.register_forward_hook(_require_gradients))
         for block in dict.fromkeys(READ[kind] for kind in probe.kinds):
             for layer in range(len(anatomy.layers)):
-                told = partial(take, block, layer)
+                add_own = partial(add, block, layer)
                 if block == "experts":
                     mixture = anatomy.mixture(layer)
                     if mixture is not None:
-                        watched = watched_experts(mixture, told)
+                        watched = watched_experts(mixture, add_own)
                         stack.enter_context(in_place_of([mixture.experts], [watched]))
                 elif (module := _reader(probe, block, layer)) is not None:
-                    stack.enter_context(module.register_forward_pre_hook(_watching(told)))
+                    stack.enter_context(module.register_forward_pre_hook(_adding_squares(add_own)))
         yield
 
 
-def _watching(take: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _adding_squares(add: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        args[0].register_hook(lambda grad: take(grad.flatten(0, -2).float().square().sum(0)))
+        args[0].register_hook(lambda grad: add(grad.flatten(0, -2).float().square().sum(0)))
 
     return hook
 

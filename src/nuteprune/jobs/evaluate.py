@@ -198,9 +198,13 @@ def _check(asked: Evaluation) -> None:
             raise UserError(f"--{name} {value}: pass a number from {least} to {2**31 - 1}")
     if asked.prompts is not None and asked.against is None:
         raise UserError("--prompts is for answers beside the dense model's; name that as --against")
-    for_tasks = {"include-path": asked.include_path, "limit": asked.limit, "fewshot": asked.fewshot}
-    for name, value in for_tasks.items():
-        if value is not None and asked.tasks is None:
+    for_tasks: dict[str, Any] = {
+        "include-path": asked.include_path,
+        "limit": asked.limit,
+        "fewshot": asked.fewshot,
+    }
+    for name, given in for_tasks.items():
+        if given is not None and asked.tasks is None:
             raise UserError(f"--{name} is for tasks; name some with --tasks")
     for_text = {**asked.changes, "whole": asked.whole or None, "text-column": asked.text_column}
     no_text = asked.tasks is not None and not (asked.data or asked.protocol)

@@ -18,8 +18,8 @@ from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.features import NarrowMasks
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.narrow_masks import NarrowMasks
 from nuteprune.model.anatomy import Anatomy, reading_head
 from nuteprune.model.family import GATE_KINDS, Family
 from nuteprune.model.hooks import MaskHooks

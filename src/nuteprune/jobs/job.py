@@ -297,9 +297,10 @@ class VocabJob(Job):
 
     data: list[str] | str = setting(
         DEMO,
-        "Text that tells which tokens stay: a .txt, .jsonl, .json or .parquet file, a folder of "
-        "them, a hub dataset id[:config[:split]], 'demo' (default: three small English texts), or "
-        "'self' (text that the model writes itself). May be repeated.",
+        "Text that tells which tokens stay, beside what the model itself knows: a .txt, .jsonl, "
+        ".json or .parquet file, a folder of them, a hub dataset id[:config[:split]], 'demo' "
+        "(default: three small English texts), or 'self' (nothing but text that the model writes). "
+        "May be repeated.",
         option="--data",
         several=True,
     )

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.own_text import GUARD
 from nuteprune.data.specs import iter_documents
-from nuteprune.data.tokens import check_positions
+from nuteprune.data.tokens import bos_of, end_of
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.gguf.splits import PROBES
@@ -37,13 +38,15 @@ from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, s
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run import in_percent
 from nuteprune.run_folder import SELF
-from nuteprune.shrink.vocabulary import Merges, choose, tokens_in
+from nuteprune.shrink.token_ids import tokens_in, unknown_ids
+from nuteprune.shrink.token_use import POSITIONS, WINDOW, Windows, expected_use, use_of
+from nuteprune.shrink.vocabulary import Merges, choose
 from nuteprune.stages.write import write
 
 MOST_CHARACTERS = 50_000_000
 """Text that tokens are counted in; of more the rest is left aside."""
-SELF_TOKENS = 50_000
-"""Tokens that the model writes where it is its own text that is counted."""
+SELF_TOKENS = POSITIONS
+"""Tokens that the model writes itself: what is asked of it there tells more than they do."""
 TOGETHER = 1_000_000
 """Characters that are tokenized at a time, about."""
 
@@ -99,8 +102,8 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         if around(job.model) is not None:
             raise UserError(
                 f"{job.model} is a model of several modalities, whose processor has tokens of its "
-                "own: nuteprune prune --set text_only=true writes its language model, which can "
-                "be cut"
+                "own: nuteprune prune --set text_only=true writes its language model, which can be "
+                "cut"
             )
         tokenizer = load_tokenizer(job.model, job.trust_remote_code)
         merges_of(tokenizer)  # refuses what cannot be cut, before weights are read
@@ -108,11 +111,16 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         anatomy = Anatomy(model)
         merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
         _check_rows(job, merges, anatomy)
-        counted, known = _count(job, model, tokenizer, output)
-        kept = _chosen(anatomy, tokenizer, merges, counted, keep)
-        small = cut_model(anatomy, kept)
+        _tell_unknown(anatomy, output)
+        needed = _needed(anatomy, tokenizer)
+        choose(merges, (), keep, needed)  # refuses a number that cannot be, before text is written
+        positions = getattr(model.config, "max_position_embeddings", job.length)
+        length = min(job.length, positions)
+        text = _read(job, length, anatomy, tokenizer, output)
+        kept = choose(merges, _used(anatomy, merges, text), keep, needed)
         smaller = cut_tokenizer_of(tokenizer, merges, kept, model.config.model_type)
         check_spelling(tokenizer, smaller, PROBES)
+        small = cut_model(anatomy, kept)
         if job.overwrite:
             clear(job.out)
         record = write_pruned(
@@ -122,9 +130,9 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
             {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before},
             **_unpruned(anatomy, keep),
             **origin(job.model),
-            vocab=_vocab(anatomy, kept, counted),
+            vocab=_vocab(anatomy, kept, text.counted),
             config=_asked(job, keep),
-            text=known.to_dict(),
+            text=text.known.to_dict(),
             seconds=round(time.monotonic() - started, 1),
         )
     _print(job, record, output)
@@ -134,7 +142,7 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
 def _asked(job: Job, keep: int) -> dict[str, Any]:
     """Return the settings that reproduce the run."""
     column = {"text_column": job.text_column} if job.text_column is not None else {}
-    length = {"length": job.length} if SELF in job.specs else {}
+    length = {"length": job.length} if job.length != VocabJob.length else {}
     return {"model": job.model, "data": job.specs, "keep": keep, **column, **length}
 
 
@@ -148,52 +156,90 @@ def _check_rows(job: Job, merges: Merges, anatomy: Anatomy) -> None:
         )
 
 
-def _chosen(
-    anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
-    merges: Merges,
-    counted: Counter[int],
-    keep: int,
-) -> list[int]:
-    """Return the ids that stay, growing."""
+def _needed(anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that the chat template and settings name."""
     needed = template_tokens(tokenizer) | tokens_in(anatomy.config.to_dict())
-    needed |= tokens_in(anatomy.model.generation_config.to_dict())
-    return choose(merges, [i for i, _ in counted.most_common()], keep, needed)
+    return needed | tokens_in(anatomy.model.generation_config.to_dict())
 
 
-def _count(
-    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Output
-) -> tuple[Counter[int], Fingerprint]:
-    """Return how often each token is used in the text, and what the text is known by."""
-    counted: Counter[int] = Counter()
-    known = Fingerprint()
-    with output.bars() as bars:
-        for spec in job.specs:
-            if spec == SELF:
-                check_positions(job.length, model.config)
-                with tempfile.TemporaryDirectory() as scratch:
-                    written = write(
-                        model,
-                        tokenizer,
-                        tokens=SELF_TOKENS,
-                        length=job.length,
-                        seed=0,
-                        folder=Path(scratch),
-                        progress=in_percent(bars.update),
-                    )
-                counted.update(i for ids in written for i in ids)
-                continue
+def _tell_unknown(anatomy: Anatomy, output: Output) -> None:
+    """Tell of settings that could hold token ids, which nobody can count anew."""
+    rows = anatomy.embedding.weight.shape[0]
+    config, generation = anatomy.model.config, anatomy.model.generation_config
+    for name, found in (("config.json", config), ("generation_config.json", generation)):
+        known = type(found)().to_dict().keys() | getattr(found, "attribute_map", {}).keys()
+        for key in unknown_ids(found.to_dict(), known, rows):
+            output.line(
+                f"Note    {key} in {name} is none of transformers' settings and stays as it is: "
+                "if its numbers are token ids, count them anew"
+            )
+
+
+class _Text:
+    """What tokens are chosen by.
+
+    Args:
+        start: token ids that each text is read after.
+        length: tokens of a window.
+    """
+
+    def __init__(self, start: list[int], length: int) -> None:
+        self.start = start
+        self.counted: Counter[int] = Counter()
+        self.windows = Windows(length)
+        self.own: list[list[int]] = []
+        self.known = Fingerprint()
+
+    def add(self, texts: Iterable[Sequence[int]]) -> None:
+        """Take in texts of the user's."""
+        for ids in texts:
+            self.counted.update(ids)
+            self.windows.add(ids)
+
+    def add_own(self, texts: Iterable[Sequence[int]]) -> None:
+        """Take in what the model has written; where there is nothing else, it is the user's too."""
+        self.own = [list(ids[: self.windows.length]) for ids in texts]
+        if not self.counted:
+            self.add(self.own)
+
+
+def _read(
+    job: Job, length: int, anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, output: Output
+) -> _Text:
+    """Read the text that is named, and let the model write its own, of a length at most."""
+    start = bos_of(tokenizer) or end_of(tokenizer)
+    text = _Text(start, max(1, min(WINDOW, length - len(start))))
+    with output.bars() as bars, tempfile.TemporaryDirectory() as scratch:
+        for spec in [x for x in job.specs if x != SELF]:
             for name, documents in iter_documents(
                 spec, text_column=job.text_column, tokenizer=tokenizer
             ).items():
                 read = 0
                 for texts in parts(documents):
-                    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
-                        counted.update(ids)
+                    text.add(tokenizer(texts, add_special_tokens=False).input_ids)
                     read += sum(map(len, texts))
                     bars.update(f"counting {name}", read, MOST_CHARACTERS)
-                known.update(documents.fingerprint)
-    return counted, known
+                text.known.update(documents.fingerprint)
+        text.add_own(
+            write(
+                anatomy.model,
+                tokenizer,
+                tokens=SELF_TOKENS,
+                length=length,
+                seed=0,
+                folder=Path(scratch),
+                progress=in_percent(bars.update),
+            )
+        )
+    return text
+
+
+def _used(anatomy: Anatomy, merges: Merges, text: _Text) -> list[float]:
+    """Return how often each token will be used, by id."""
+    expected_V, flat_V = expected_use(anatomy, text.windows.texts, text.start)
+    _, own_V = expected_use(anatomy, text.own, text.start)
+    counted_V = torch.tensor([float(text.counted[i]) for i in range(len(flat_V))])
+    return use_of(merges, counted_V, expected_V, flat_V + own_V, GUARD)
 
 
 def parts(documents: Iterable[str]) -> Iterator[list[str]]:

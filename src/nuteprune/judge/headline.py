@@ -8,7 +8,7 @@ from typing import Any
 from nuteprune.export.card import since_dense
 from nuteprune.export.figures import answer_rows, context_rows
 from nuteprune.export.record import perplexities_of
-from nuteprune.gates.budget import gone
+from nuteprune.gates.budget import share_gone
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, judged_kind
@@ -138,7 +138,7 @@ def judged_on_both(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[st
 
 
 def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, str, str, str]:
-    return what, show(before), show(after), f"−{percent(gone(before, after), 1)}"
+    return what, show(before), show(after), f"−{percent(share_gone(before, after), 1)}"
 
 
 def _compared(what: str, before: float, after: float) -> tuple[str, str, str, str]:

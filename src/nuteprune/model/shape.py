@@ -79,7 +79,10 @@ class Shape:
 
     @property
     def first_attention(self) -> int:
-        """The first layer with attention heads, where generation counts cached tokens."""
+        """The first layer with attention heads: it makes the attention sink, and is cut last.
+
+        Generation counts cached tokens there.
+        """
         return next((i for i, x in enumerate(self.layers) if x.attention), 0)
 
     def to_dict(self) -> dict[str, Any]:

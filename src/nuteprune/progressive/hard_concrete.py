@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.units import losses_of
+from nuteprune.gates.scores import losses_of
 from nuteprune.progressive.gates import Gates
 from nuteprune.progressive.schedule import Lagrangian
 

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from nuteprune.distill.objective import RELATIVE, Objective
 
-PAPER = Objective(
-    token_weight=0.1,
-    token_sum=True,
-    layer_weight=0.9,
-    layer_term="mse",
-    normed=True,
-    temperature=2 / 3,
-)
+PAPER = Objective(token_weight=0.1, layer_weight=0.9, as_published=True, temperature=2 / 3)
 """The sum over layers of plain squared errors, the sum over tokens of the KL divergence, and no
 language-model loss; the last layer's outputs behind the final norm, as in the authors' code."""
 OBJECTIVES = {"relative": RELATIVE, "paper": PAPER}

@@ -19,7 +19,7 @@ def pipeline(run: Run) -> dict[Path, Record]:
     run.write()
     dense = run.judge_dense()
     records = {}
-    for goal in run.goals:
+    for goal in run.each_goal():
         trainer = run.teach(goal)
         if is_main():
             sliced = run.slice(trainer, goal)

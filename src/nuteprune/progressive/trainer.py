@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +98,11 @@ class ProgressiveTrainer(NutePruneTrainer):
         agree(self.gates.state_dict().values())
         self._has_scores = True
 
-    def check_optimizer(self) -> None:
-        """See `NutePruneTrainer.check_optimizer`; refuses an optimizer that cannot ascend."""
-        self.create_optimizer()
-        check_ascent(self.gates.parameter_groups(), cast(torch.optim.Optimizer, self.optimizer))
-        self.optimizer = None
-        super().check_optimizer()
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """See `NutePruneTrainer.create_optimizer`; refuses an optimizer that cannot ascend."""
+        optimizer = super().create_optimizer(model)
+        check_ascent(self.gates.parameter_groups(), optimizer)
+        return optimizer
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return groups for LoRA and for what is trained of the gates."""

@@ -97,11 +97,10 @@ def fold_layer(anatomy: Anatomy, masks: Masks, layer: int) -> None:
         linear = anatomy.linear(layer, projection)
         if linear is None:
             continue
-        fold_columns(linear, columns)
-        fold_rows(linear, masks.hidden)
+        _fold(linear, masks.hidden, columns)
         gate, post_norm = masks.part(block, layer), anatomy.post_norm(layer, block)
         if post_norm is None:
-            fold_rows(linear, gate)
+            _fold(linear, gate)
         elif gate is not None:
             scale_norm(anatomy, post_norm, gate.to(cast(Tensor, post_norm.weight).device))
     if (mixture := anatomy.mixture(layer)) is not None:
@@ -145,36 +144,25 @@ def fold_outside(anatomy: Anatomy, masks: Masks) -> None:
 
     Where the head is tied to it, the final norm divides them out again.
     """
-    if masks.hidden is not None:
-        _fold_hidden(anatomy, masks.hidden)
-
-
-def fold_columns(linear: nn.Linear, scale_I: Tensor | None) -> None:
-    """Scale the columns of a weight."""
-    if scale_I is not None:
-        weight = linear.weight
-        put(weight, weight.float() * scale_I.to(weight.device))
-
-
-def fold_rows(linear: nn.Linear, scale_O: Tensor | None) -> None:
-    """Scale the rows of a weight and its bias."""
-    if scale_O is None:
+    if masks.hidden is None:
         return
-    for parameter in (linear.weight, linear.bias):
-        if parameter is not None:
-            scale = scale_O.to(parameter.device)
-            scale = scale.unsqueeze(-1) if parameter.dim() == 2 else scale
-            put(parameter, parameter.float() * scale)
-
-
-def _fold_hidden(anatomy: Anatomy, scale_D: Tensor) -> None:
-    tied = anatomy.tied
-    embedding = cast(Tensor, anatomy.embedding.weight)
-    scale_D = scale_D.to(embedding.device)
+    tied, embedding = anatomy.tied, cast(Tensor, anatomy.embedding.weight)
+    scale_D = masks.hidden.to(embedding.device)
     put(embedding, embedding.float() * scale_D)
     if tied:
         inverse_D = torch.where(scale_D > 0, 1 / scale_D.clamp(min=1e-12), torch.ones_like(scale_D))
         scale_norm(anatomy, anatomy.final_norm, inverse_D)
+
+
+def _fold(linear: nn.Linear, rows_O: Tensor | None, columns_I: Tensor | None = None) -> None:
+    """Scale the columns of a weight, and its rows and bias."""
+    if columns_I is not None:
+        put(linear.weight, linear.weight.float() * columns_I.to(linear.weight.device))
+    for parameter in (linear.weight, linear.bias):
+        if parameter is not None and rows_O is not None:
+            scale_O = rows_O.to(parameter.device)
+            scale_O = scale_O.unsqueeze(-1) if parameter.dim() == 2 else scale_O
+            put(parameter, parameter.float() * scale_O)
 
 
 def scale_norm(anatomy: Anatomy, norm: nn.Module, factor: Tensor | float) -> None:

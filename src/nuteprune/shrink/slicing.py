@@ -12,11 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.features import features, kept_rows, kept_units, live_groups
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.narrow_masks import features, kept_rows, kept_units, live_groups
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes
 from nuteprune.shrink.experts import cut_experts, kept_experts
 from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale_norm
@@ -49,21 +48,12 @@ def _open(gate: Tensor | None) -> bool:
 Tensors = dict[str, Tensor]
 
 
-def as_it_is(layer: int | None) -> None:
-    """Cut a part's weights as they are."""
-
-
-def in_memory(part: Tensors) -> Tensors:
-    """Keep what was cut where it is."""
-    return part
-
-
 @torch.no_grad()
 def cut_state(
     anatomy: Anatomy,
     masks: Masks,
-    begin: Callable[[int | None], None] = as_it_is,
-    hold: Callable[[Tensors], Tensors] = in_memory,
+    begin: Callable[[int | None], None] = lambda layer: None,
+    hold: Callable[[Tensors], Tensors] = lambda part: part,
 ) -> Tensors:
     """Fold masks into a model's weights, and return those of the smaller model.
 
@@ -111,7 +101,11 @@ def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, shape: Shape) -> Tens
     index = features(masks.heads(layer), masks.mlp_input(layer), old, anatomy.head_dim)
     index["hidden"] = width_D
     for projection in family.projections:
-        _cut(state, prefix, projection, index, sizes)
+        if (weight := f"{prefix}{projection.path}.weight") in state:
+            rows = kept_rows(projection, index, sizes)
+            _select(state, weight, rows, 0)
+            _select(state, weight, index[projection.columns], 1)
+            _select(state, f"{prefix}{projection.path}.bias", rows, 0)
     if family.experts is not None and kept.experts:
         cut_experts(state, prefix, family.experts, masks, layer, width_D)
     for path in family.norms:
@@ -137,31 +131,12 @@ def _cut_outside(anatomy: Anatomy, masks: Masks, shape: Shape) -> Tensors:
 
 def _gone(anatomy: Anatomy, name: str, kept: LayerShape) -> bool:
     """Return whether a layer's tensor belongs to a block that was removed."""
-    family = anatomy.family
-    parts = {
-        True: ((*family.attention_modules, *family.attention_norms), kept.mixes),
-        False: ((*family.mlp_modules, *family.mlp_norms), kept.mlp),
-    }
-    return any(
-        not stays and any(name.startswith(f"{path}.") for path in paths)
-        for paths, stays in parts.values()
-    )
-
-
-def _cut(
-    state: Tensors,
-    prefix: str,
-    projection: Projection,
-    index: dict[str, Tensor | None],
-    sizes: dict[str, int],
-) -> None:
-    weight = f"{prefix}{projection.path}.weight"
-    if weight not in state:
-        return
-    rows = kept_rows(projection, index, sizes)
-    _select(state, weight, rows, 0)
-    _select(state, weight, index[projection.columns], 1)
-    _select(state, f"{prefix}{projection.path}.bias", rows, 0)
+    family, paths = anatomy.family, list[str]()
+    if not kept.mixes:
+        paths += [*family.attention_modules, *family.attention_norms]
+    if not kept.mlp:
+        paths += [*family.mlp_modules, *family.mlp_norms]
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
 def _select(state: Tensors, name: str, index: Tensor | None, dim: int) -> None:
@@ -236,9 +211,7 @@ def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> Non
     """Scale q and k so that their norms, which share the epsilon, put out what they did."""
     for projection in anatomy.family.attention:
         linear = anatomy.linear(layer, projection)
-        if linear is not None and set(projection.rows) <= {"q", "kv"}:
-            if "v_proj" in projection.path:
-                continue
-            for parameter in (linear.weight, linear.bias):
-                if parameter is not None:
-                    put(parameter, parameter.float() * ratio)
+        of_values = "v_proj" in projection.path
+        if linear is not None and set(projection.rows) <= {"q", "kv"} and not of_values:
+            for parameter in filter(lambda x: x is not None, (linear.weight, linear.bias)):
+                put(parameter, parameter.float() * ratio)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nuteprune.gates.expert_neurons import Routed, neuron_covariance
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.surgeon_costs import Routed, neuron_covariance
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.mixture import Mixture
 from nuteprune.shrink.ridge import ridge_fit

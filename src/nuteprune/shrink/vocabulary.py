@@ -1,14 +1,20 @@
 """A smaller vocabulary: which tokens of a BPE tokenizer stay, and the tokenizer that is left.
 
-What stays is closed: with a token stay both halves of every merge that yields it. Merges stay in
-their order. So text that the full tokenizer spells with kept tokens alone is spelled alike, and
-as all bytes stay, any other text is spelled with smaller parts, down to its bytes.
+What stays is closed: with a token stay those that BPE makes on the way to it. Merges stay in their
+order. So text that the full tokenizer spells with kept tokens alone is spelled alike: within a
+token nothing that stands around it was merged. As all bytes stay, any other text is spelled with
+smaller parts, down to its bytes.
 """
 
 from __future__ import annotations
 
 import copy
+import heapq
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import pre_tokenizers
@@ -16,6 +22,11 @@ from tokenizers import pre_tokenizers
 from nuteprune.errors import UserError
 
 BYTES = 256
+_PLACEHOLDER = re.compile(r"^\W*(unused|reserved)\D*\d+\W*$")
+"""Added tokens that a tokenizer keeps free, such as `<unused7>` and `<|reserved_special_token_7|>`:
+they stay where a template or a setting names them."""
+_BLANKS = ({"▁", "Ġ", " "}, {"\t", "ĉ"}, {"\n", "Ċ"})
+"""What runs of spaces, tabs and newlines are spelled with."""
 
 
 class Merges:
@@ -45,9 +56,9 @@ class Merges:
                     "marked parts are not followed; only byte-level and SentencePiece-style BPE is"
                 )
         self.alphabet = self._alphabet()
-        self.halves: dict[str, list[tuple[str, str]]] = {}
-        for a, b in map(_pair, model["merges"]):
-            self.halves.setdefault(a + b, []).append((a, b))
+        self.ranks: dict[tuple[str, str], int] = {}
+        for rank, pair in enumerate(map(_pair, model["merges"])):
+            self.ranks.setdefault(pair, rank)
 
     def _alphabet(self) -> list[str]:
         """Return the tokens that spell bytes, and what stands for a space."""
@@ -73,62 +84,90 @@ class Merges:
 
     @property
     def required(self) -> set[str]:
-        """Tokens that always stay: bytes, added and special tokens, the unknown token."""
-        named = {*self.alphabet, *self.added, *_named(self.content.get("post_processor"))}
+        """Tokens that always stay: bytes, ASCII, runs of blanks, special tokens, the unknown one.
+
+        Of added tokens those that are kept free do not.
+        """
+        added = {x for x in self.added if not _PLACEHOLDER.match(x)}
+        plain = {x for x in self.ids if (len(x) == 1 and x.isascii()) or (x and _is_blank(x))}
+        named = {*self.alphabet, *added, *plain, *_named(self.content.get("post_processor"))}
         if (unknown := self.content["model"].get("unk_token")) is not None:
             named.add(unknown)
         return {x for x in named if x in self.ids or x in self.added}
 
-    @property
+    @cached_property
     def all_ids(self) -> dict[str, int]:
         """All tokens -> id, added ones included."""
         return {**self.ids, **self.added}
 
-    def closure(self, tokens: Iterable[str], kept: set[str]) -> set[str]:
-        """Return tokens and all that they are made of, without what is kept already."""
-        found: set[str] = set()
-        open_ = [x for x in tokens if x not in kept]
-        while open_:
-            token = open_.pop()
-            if token in found or token in kept:
-                continue
-            found.add(token)
-            open_ += [half for pair in self.halves.get(token, ()) for half in pair]
-        return found
+    @cached_property
+    def parts(self) -> dict[int, tuple[int, ...]]:
+        """What each token is spelled with where it is gone; nothing of those without parts."""
+        whole = {*self.alphabet, *self.added}
+        return {i: self._parts(x) for x, i in self.all_ids.items() if x not in whole}
+
+    def _parts(self, token: str) -> tuple[int, ...]:
+        spelled = list(token)
+        last: tuple[str, ...] = ()
+        while len(spelled) > 1:
+            pairs = pairwise(spelled)
+            rank, at = min((self.ranks.get(x, len(self.ranks)), i) for i, x in enumerate(pairs))
+            if rank == len(self.ranks):  # BPE does not make it: it is only taken whole
+                last = tuple(spelled)
+                break
+            last = (spelled[at], spelled[at + 1])
+            spelled[at : at + 2] = ["".join(last)]
+        if not last:
+            last = tuple(f"<0x{byte:02X}>" for byte in token.encode())
+        return tuple(i for x in last if (i := self.ids.get(x)) is not None)
 
 
-def choose(merges: Merges, used: Sequence[int], keep: int, more: Iterable[int] = ()) -> list[int]:
+def choose(merges: Merges, use: Sequence[float], keep: int, more: Iterable[int] = ()) -> list[int]:
     """Return the ids of the tokens that stay, growing.
+
+    One token after another goes, the one that costs least: how often it is used, times how many
+    tokens longer text becomes where it is spelled with its parts. These are then used more.
 
     Args:
         merges: the tokenizer.
-        used: ids in the order in which they are wanted, the most used first.
+        use: how often each token is used, by id; 0 of those beyond.
         keep: how many tokens are to stay.
         more: ids that have to stay.
 
     Raises:
         UserError: if more than that have to stay.
     """
-    names = {i: token for token, i in merges.all_ids.items()}
-    kept = merges.closure(merges.required, set())
-    kept |= merges.closure((names[i] for i in more if i in names), kept)
-    if keep < len(kept):
+    names = set(merges.all_ids.values())
+    if keep >= len(names):
+        raise UserError(f"the tokenizer has {len(names)} tokens, and --keep is {keep}: pass fewer")
+    parts = merges.parts
+    stays = {merges.all_ids[x] for x in merges.required} | (set(more) & names)
+    needed = Counter(x for i in names for x in parts.get(i, ()))
+    used = dict(enumerate(use))
+
+    def cost(i: int) -> float:
+        return used.get(i, 0.0) * max(0, len(parts.get(i, ())) - 1)
+
+    kept = set(names)
+    heap = [(cost(i), -i) for i in names - stays if not needed[i]]
+    heapq.heapify(heap)
+    while len(kept) > keep and heap:
+        found, i = heapq.heappop(heap)
+        if found < cost(-i):  # its parts are used more since
+            heapq.heappush(heap, (cost(-i), i))
+            continue
+        kept.remove(-i)
+        for part in parts.get(-i, ()):
+            used[part] = used.get(part, 0.0) + used.get(-i, 0.0)
+            needed[part] -= 1
+            if not needed[part] and part not in stays:
+                heapq.heappush(heap, (cost(part), -part))
+    if len(kept) > keep:
         raise UserError(
             f"{len(kept)} tokens have to stay (bytes, special and template tokens, and what they "
             f"are made of), and --keep is {keep}: pass at least {len(kept)}"
         )
-    if keep >= len(names):
-        raise UserError(f"the tokenizer has {len(names)} tokens, and --keep is {keep}: pass fewer")
-    # What the text does not use follows in the tokenizer's own order, in which frequent ones lead.
-    for i in dict.fromkeys((*used, *sorted(names))):
-        if len(kept) == keep:
-            break
-        if i in names:
-            new = merges.closure([names[i]], kept)
-            if len(kept) + len(new) <= keep:
-                kept |= new
-    ids = merges.all_ids
-    return sorted({ids[token] for token in kept})
+    return sorted(kept)
 
 
 def cut_tokenizer(merges: Merges, kept: Sequence[int]) -> dict[str, Any]:
@@ -145,8 +184,8 @@ def cut_tokenizer(merges: Merges, kept: Sequence[int]) -> dict[str, Any]:
     there = model["vocab"].keys()
     pairs = [(pair, _pair(pair)) for pair in model["merges"]]
     model["merges"] = [x for x, (a, b) in pairs if {a, b, a + b} <= there]
-    for token in content.get("added_tokens") or ():
-        token["id"] = new[token["id"]]
+    if added := content.get("added_tokens"):
+        content["added_tokens"] = [x | {"id": new[x["id"]]} for x in added if x["id"] in new]
     if content.get("post_processor"):
         content["post_processor"] = _renumbered(content["post_processor"], new)
     if content.get("padding"):
@@ -155,44 +194,8 @@ def cut_tokenizer(merges: Merges, kept: Sequence[int]) -> dict[str, Any]:
     return content
 
 
-def renumber(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
-    """Return settings of a model with the token ids in them counted anew.
-
-    Args:
-        values: a config, or settings of generation.
-        new: old id -> new id; what is not there is gone.
-    """
-    return {key: _ids(value, new) if names_tokens(key) else value for key, value in values.items()}
-
-
-def names_tokens(key: str) -> bool:
-    """Return whether a setting holds token ids."""
-    return key.endswith(("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids"))
-
-
-def tokens_in(values: Mapping[str, Any]) -> set[int]:
-    """Return the token ids that settings name."""
-    found: set[int] = set()
-    for key, value in values.items():
-        if names_tokens(key):
-            found |= {x for x in _flat(value) if _is_id(x)}
-    return found
-
-
-def _flat(value: Any) -> list[Any]:
-    return [x for part in value for x in _flat(part)] if isinstance(value, list) else [value]
-
-
-def _ids(value: Any, new: Mapping[int, int]) -> Any:
-    if isinstance(value, list):
-        if value and isinstance(value[0], list):  # sequences: one that lost a token cannot appear
-            return [[new[x] for x in row] for row in value if new.keys() >= set(row)] or None
-        return [new[x] for x in value if x in new]
-    return new.get(value) if _is_id(value) else value
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_blank(token: str) -> bool:
+    return any(set(token) <= letters for letters in _BLANKS)
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from nuteprune.console import Progress, counted, silent
+from nuteprune.gates.copying_losses import Predicted, mean_kl
 from nuteprune.gates.costs import Goal
-from nuteprune.gates.cutting import Predicted, mean_kl
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.probe import Scores, check_finite
+from nuteprune.gates.scores import Scores, check_finite
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.mapped import mapped
 from nuteprune.model.family import Projection
@@ -125,7 +125,7 @@ class Change:
 def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
     """Return the changes of a cut that are to be measured.
 
-    The first layer's attention is left out: it goes last of all, whatever a few blocks say; see
+    The first attention is left out: it goes last of all, whatever a few blocks say; see
     `gates.importance.first_attention_last`. So is attention far from the cut, and what would leave
     nothing of a layer.
 
@@ -149,7 +149,7 @@ def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
             order_U = score_U.argsort()
             cheapest = order_U[mask_U[order_U] > 0]  # of those that stay
             dearest = order_U[mask_U[order_U] == 0].flip(0)  # of those that went
-            each, most = 1, UNITS * (layer > 0)
+            each, most = 1, UNITS * (layer != masks.layout.shape.first_attention)
             if kind == "neurons":
                 each, most = further(len(mask_U)), 1
             going = [x for x in cheapest.split(each)[:most] if len(x) < len(cheapest)]

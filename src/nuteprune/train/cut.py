@@ -10,7 +10,7 @@ from nuteprune.console import Progress
 from nuteprune.data.calibration import calibration_blocks
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.probe import Scores
+from nuteprune.gates.scores import Scores
 from nuteprune.model.lora import Weights
 from nuteprune.products import Products, digest
 from nuteprune.stages.choose import choose

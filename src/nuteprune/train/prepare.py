@@ -175,7 +175,7 @@ def prepare(
     hooks = MaskHooks(anatomy)
     bank = LoraBank(anatomy, Path(cast(str, args.output_dir)))
     objective = args.losses
-    distance, normed = objective.layer_distance, objective.normed
+    distance, normed = objective.layer_distance, objective.as_published
     if args.sharded:
         shard_base(anatomy, all_processes(args.device))
     leave_out(peft_model)

@@ -62,7 +62,7 @@ class PruneSettings:
     )
     costs: dict[str, Any] | str | None = setting(
         None,
-        "For --speedup: a table of what blocks cost, from nuteprune bench MODEL --costs FILE, "
+        "For --speedup: a table of what blocks cost, from nuteprune bench MODEL --save-costs FILE, "
         "perhaps of another machine. Default: measured by the run.",
         option="--costs",
         role=CALL,
@@ -175,7 +175,7 @@ class PruneSettings:
             setattr(self, kind.setting, told[0] if len(told) == 1 else told)
 
     def _check_targets(self) -> None:
-        """Refuse targets that are no shares, do not grow, or are more than there are steps."""
+        """Refuse targets that are no shares, or do not grow."""
         for target in self.targets:
             if not 0 < target < 1:
                 raise UserError(
@@ -185,12 +185,6 @@ class PruneSettings:
         if any(a >= b for a, b in pairwise(self.targets)):
             told = ", ".join(f"{t:g}" for t in self.targets)
             raise UserError(f"targets are {told}; they must grow")
-        count = len(self.asked)
-        if 0 < self.max_steps < count:
-            raise UserError(
-                f"{count} targets need at least {count} steps, one for each, or 0 to "
-                f"prune without training; max_steps is {self.max_steps}"
-            )
 
     @property
     def targets(self) -> tuple[float, ...]:

@@ -17,8 +17,8 @@ from nuteprune.export.checkpoint import header_bytes
 from nuteprune.files import at_home
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.costs import Cost, Goal, Outside
-from nuteprune.gates.seconds import Seconds, seconds_of
+from nuteprune.gates.costs import Cost, Goal, Uncounted
+from nuteprune.gates.speed_costs import Seconds, seconds_of
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import count
 from nuteprune.model.shape import Shape
@@ -87,7 +87,7 @@ class Prices:
         allowed = getattr(anatomy.config, "max_position_embeddings", None)
         about = args.asked[0].about
         context, sequences = about.get("context") or allowed or 2048, about.get("sequences", 1)
-        params = Cost(Budget.of(anatomy), Outside.of(anatomy))
+        params = Cost(Budget.of(anatomy), Uncounted.of(anatomy))
         active = replace(params, active=True)
         tensors = {name: (list(p.shape), count(p)) for name, p in anatomy.model.named_parameters()}
         stored = tuple(f".{path}" for path in anatomy.family.buffers)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from nuteprune.judge.llama_cpp import LlamaCppRunner
-from nuteprune.judge.work import Workload, Work
+from nuteprune.judge.work import Work, Workload
 
 
 def greedy(job: dict) -> list[list[int]]:

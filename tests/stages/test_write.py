@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nuteprune.data import self_written, writing
+from nuteprune.data import writing
 from nuteprune.data.openings import Openings, openings
-from nuteprune.data.self_written import write_text
 from nuteprune.data.writing import draw
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN
+from nuteprune.stages import write as stage
 from tests.forked import Forked
 
 pytestmark = pytest.mark.slow
@@ -65,23 +65,33 @@ def model(tiny_model) -> PreTrainedModel:
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, **changes: Any) -> list[list[int]]:
     options: dict[str, Any] = {"tokens": 300, "length": LENGTH, "seed": 3, "folder": folder}
-    return write_text(model, tokenizer, **options | changes)
+    return stage.write(model, tokenizer, **options | changes)
 
 
 def expected(
-    model: PreTrainedModel, opening: Openings, numbers: np.ndarray, number: int | None, most: int
+    model: PreTrainedModel,
+    opening: Openings,
+    numbers: np.ndarray,
+    number: int | None,
+    most: int,
+    written: list[int],
 ) -> list[int]:
-    """One text, each token drawn by the stock model from the whole text before it, no cache."""
+    """One text, each token drawn by the stock model from the whole text before it, no cache.
+
+    Up to the first token that is not the written one: what the model gives for all beginnings of
+    what is written, one pass tells.
+    """
     asks = number is None
     ids = list(opening.asks if number is None else opening.given(number))
-    while len(ids) < most:
-        context = torch.tensor([[*opening.start, *ids]])
-        with torch.no_grad():
-            logits = model(input_ids=context, use_cache=False).logits[0, -1]
-        chances = torch.softmax(logits[: opening.known].double(), 0).numpy()
+    context = torch.tensor([[*opening.start, *written]])
+    with torch.no_grad():
+        logits_TV = model(input_ids=context, use_cache=False).logits[0]
+    while len(ids) < most and ids == written[: len(ids)]:
         # The draws begin with the position that the first token of all is fed at.
-        at = numbers[len(opening.start) + len(ids) - 1]
-        token = int(np.searchsorted(np.cumsum(chances), at * chances.sum(), side="right"))
+        at = len(opening.start) + len(ids) - 1
+        chances = torch.softmax(logits_TV[at, : opening.known].double(), 0).numpy()
+        drawn = numbers[at] * chances.sum()
+        token = int(np.searchsorted(np.cumsum(chances), drawn, side="right"))
         if asks and token in opening.asked:
             asks = False
             ids += opening.answers
@@ -123,7 +133,7 @@ def check(model: PreTrainedModel, tokenizer: Any, folder: Path) -> list[list[int
         numbers = numbers_of(3, batch, len(written), longest)
         for i, row in enumerate(written):
             number = None if chats else plain + i
-            found = expected(model, opening, numbers[:, i], number, longest)
+            found = expected(model, opening, numbers[:, i], number, longest, row["ids"])
             assert row["ids"] == (found if found[-1] in opening.ends else found + end)
         plain += 0 if chats else len(written)
     assert sum(map(len, texts)) >= 300
@@ -201,7 +211,7 @@ def test_the_time_that_it_takes_is_that_of_whole_texts(
     monkeypatch.setattr(writing, "_step", slow)
     monkeypatch.setattr(writing, "BATCH", batch)
     monkeypatch.setattr(writing.time, "monotonic", lambda: clock[0])
-    told = self_written.seconds_to_write(model, tokenizer, tokens=tokens, length=LENGTH)
+    told = stage.seconds_to_write(model, tokenizer, tokens=tokens, length=LENGTH)
     monkeypatch.setattr(
         writing, "draw", lambda logits, _: logits.new_full([len(logits)], 65).long()
     )
@@ -342,7 +352,7 @@ class TestFile:
     ) -> None:
         texts = write(model, tokenizer, tmp_path)
         whole = (tmp_path / SELF_WRITTEN).read_bytes()
-        monkeypatch.setattr(self_written, "write_batch", None)
+        monkeypatch.setattr(stage, "write_batch", None)
         assert write(model, tokenizer, tmp_path) == texts
         fewer = write(model, tokenizer, tmp_path, tokens=100)
         assert fewer == texts[: len(fewer)]
@@ -449,14 +459,15 @@ def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> No
         "import sys, json\n"
         "from pathlib import Path\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from nuteprune.data import self_written, writing\n"
+        "from nuteprune.data import writing\n"
+        "from nuteprune.stages.write import write\n"
         "writing.BATCH = 4\n"
         "folder = Path(sys.argv[1])\n"
         "model = AutoModelForCausalLM.from_pretrained(folder / 'model')\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder / 'model')\n"
         "def told(done, total):\n"
         "    print(done, flush=True)\n"
-        "print(json.dumps(self_written.write_text(model, tokenizer, tokens=1500, length=24, seed=3,"
+        "print(json.dumps(write(model, tokenizer, tokens=1500, length=24, seed=3,"
         " folder=folder / sys.argv[2], progress=told)))\n"
     )
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.costs import Line
-from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.gates.costs import Line, Priced
+from nuteprune.model.shape import LayerShape
 
 SCHEMA = 1
 PHASES = ("prefill", "decode")
@@ -19,7 +19,7 @@ PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
-class Seconds:
+class Seconds(Priced):
     """Seconds that a model takes, block by block; counts between measured ones are interpolated.
 
     Args:
@@ -54,15 +54,6 @@ class Seconds:
         """Return the seconds of what is in no block."""
         return self.rest_s
 
-    def total(self, shape: Shape) -> float:
-        """Return the seconds of a model of a shape."""
-        blocks = (
-            line[1]
-            for i, layer in enumerate(shape.layers)
-            for line in (self.attention(i, layer), self.mlp(i, layer))
-        )
-        return self.rest_s + sum(blocks)
-
 
 def _at(points: Mapping[int, float], count: int) -> float:
     """Return the seconds of a count: no more than a larger one took, which is noise of timing."""
@@ -87,15 +78,15 @@ def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:
         each = {"prefill": 1, "decode": int(table["new_tokens"])}
         weights = {k: n for k, n in each.items() if phase in (k, "both")}
 
-        def told(row: Mapping[str, Any]) -> float:
+        def seconds_in(row: Mapping[str, Any]) -> float:
             return float(sum(float(row[k]) * n for k, n in weights.items()))
 
         attention: dict[int, dict[int, float]] = {}
         for row in table["attention"]:
             per_group = int(row["heads"]) // int(row["kv_heads"])
-            attention.setdefault(per_group, {})[int(row["kv_heads"])] = told(row)
-        mlp = {int(row["neurons"]): told(row) for row in table["mlp"]}
-        found = Seconds(budget, attention, mlp, told(table["rest"]))
+            attention.setdefault(per_group, {})[int(row["kv_heads"])] = seconds_in(row)
+        mlp = {int(row["neurons"]): seconds_in(row) for row in table["mlp"]}
+        found = Seconds(budget, attention, mlp, seconds_in(table["rest"]))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"the table of costs cannot be read ({type(error).__name__}: {error}); nuteprune bench "

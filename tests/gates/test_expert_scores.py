@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nuteprune.errors import UserError
-from nuteprune.gates.budget import Budget
+from nuteprune.gates.budget import Budget, unit_parameters
+from nuteprune.gates.expert_scores import hearing_experts
 from nuteprune.gates.importance import METHODS, check_scorable
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.probe import Probe
-from nuteprune.gates.routed import hearing_experts
-from nuteprune.gates.units import losses_of, ranks, unit_parameters
+from nuteprune.gates.scores import Probe, losses_of, ranks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from tests.families import MIXTURES
@@ -48,7 +47,7 @@ def told(model: Any, anatomy: Anatomy, layer: int) -> tuple[Tensor, Tensor]:
     return count, loud / count.clamp(min=1)
 
 
-def test_reap_and_frequency_are_what_a_loop_finds(tiny_model) -> None:
+def test_reap_is_what_a_loop_finds(tiny_model) -> None:
     model = tiny_model("mixtral")
     it = probe(model, "experts")
     with hearing_experts(it.anatomy) as heard:
@@ -57,10 +56,9 @@ def test_reap_and_frequency_are_what_a_loop_finds(tiny_model) -> None:
     for layer, (count, loud) in zip(heard, by_hand, strict=True):
         assert torch.equal(layer.tokens_E.float(), count)
         torch.testing.assert_close(layer.reap(), loud)
-    for name, found in (("frequency", 0), ("reap", 1)):
-        placed = ranks(it.layout, "experts", torch.cat([x[found] for x in by_hand]))
-        expected = losses_of(it.budget, {"experts": placed})["experts"]
-        torch.testing.assert_close(METHODS[name].score(it)["experts"], expected)
+    placed = ranks(it.layout, "experts", torch.cat([loud for _, loud in by_hand]))
+    expected = losses_of(it.budget, {"experts": placed})["experts"]
+    torch.testing.assert_close(METHODS["reap"].score(it)["experts"], expected)
 
 
 @torch.no_grad()
@@ -127,19 +125,6 @@ def test_the_default_has_the_order_of_a_reconstruction_and_the_sizes_of_fisher(t
     for mine, first, size in zip(ours, order, sizes, strict=True):
         assert torch.equal(mine.argsort(), first.argsort())
         torch.testing.assert_close(mine.sort().values, size.sort().values)
-
-
-def test_magnitude_is_of_all_weights_of_an_expert(tiny_model) -> None:
-    it = probe(tiny_model("gpt_oss"), "experts", "expert_neurons")
-    found = []
-    for i in range(3):
-        experts = it.anatomy.mixture(i).experts
-        rows = experts.gate_up_proj.square().sum((1, 2)) + experts.gate_up_proj_bias.square().sum(1)
-        found.append((rows + experts.down_proj.square().sum((1, 2))).sqrt())
-    placed = ranks(it.layout, "experts", torch.cat(found))
-    expected = losses_of(it.budget, {"experts": placed})["experts"]
-    ours = METHODS["magnitude"].score(probe(it.anatomy.model, "experts"))["experts"]
-    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)

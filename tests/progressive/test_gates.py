@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.gates import hard_concrete
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.gates import Gates, RankedGates
-from nuteprune.gates.hard_concrete import HardConcreteGates
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.progressive import hard_concrete
+from nuteprune.progressive.gates import Gates, RankedGates
+from nuteprune.progressive.hard_concrete import HardConcreteGates
 
 LAYERS, GROUPS, NEURONS, WIDTH = 3, 4, 48, 32
 KINDS = ("kv_groups", "neurons", "hidden")

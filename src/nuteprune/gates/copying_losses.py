@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.probe import Probe, Scores
+from nuteprune.gates.scores import Probe, Scores
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.head import last_logits
 from nuteprune.simulated import alike, number, scored
@@ -59,7 +59,7 @@ class Predicted:
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseRun:
     """The dense model on sequences that repeat.
 
     Args:
@@ -114,7 +114,7 @@ def repeated(vocabulary: int, length: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def run_dense(probe: Probe) -> Dense:
+def run_dense(probe: Probe) -> DenseRun:
     """Run the dense model on what `repeated` gives."""
     model = probe.anatomy.model
     vocabulary, device = probe.anatomy.embedding.weight.shape[0], model.device
@@ -122,7 +122,7 @@ def run_dense(probe: Probe) -> Dense:
     ids_ST = repeated(vocabulary, min(LENGTH, positions // 2), probe.seed).to(device)
     with probe.hooks.using(None), noting_outputs(probe.anatomy.layers) as outputs:
         logits_STV = _repeats(probe, ids_ST)
-    return Dense(ids_ST, [Predicted.of(x) for x in logits_STV], outputs)
+    return DenseRun(ids_ST, [Predicted.of(x) for x in logits_STV], outputs)
 
 
 def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copying_losses(probe: Probe, kind: str, dense: Dense) -> Tensor:
+def copying_losses(probe: Probe, kind: str, dense: DenseRun) -> Tensor:
     """Return the KL divergence (N,) from the dense model when each unit is cut alone.
 
     Args:
@@ -149,14 +149,14 @@ def copying_losses(probe: Probe, kind: str, dense: Dense) -> Tensor:
     for layer, size in enumerate(layout.sizes[kind]):
         groups = torch.arange(first, first + size).split(AT_ONCE) if size else ()
         for units in alike(groups, dense.repeats[0].logits_TV):
-            losses_N[units] = scored(losses_of(probe, kind, layer, units, dense))
+            losses_N[units] = scored(losses_without(probe, kind, layer, units, dense))
         first += size
         probe.progress()
     return losses_N
 
 
 @torch.no_grad()
-def losses_of(probe: Probe, kind: str, layer: int, units_B: Tensor, dense: Dense) -> Tensor:
+def losses_without(probe: Probe, kind: str, layer: int, units_B: Tensor, dense: DenseRun) -> Tensor:
     """Return the mean KL divergence (B,) when each of some units of a layer is cut alone.
 
     The layers before it give what they gave in the dense model.

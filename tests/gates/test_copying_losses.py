@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.gates import cutting
+from nuteprune.gates import copying_losses
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS
-from nuteprune.gates.probe import Probe
+from nuteprune.gates.scores import Probe
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 
@@ -38,13 +38,13 @@ def test_losses_are_those_of_models_cut_by_hand(
     name: str, kind: str, tiny_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, told = tiny_model(name), []
-    monkeypatch.setattr(cutting, "CACHED", 3 * model.config.vocab_size)
+    monkeypatch.setattr(copying_losses, "CACHED", 3 * model.config.vocab_size)
     probe = a_probe(model, (kind,), told)
-    dense = cutting.run_dense(probe)
+    dense = copying_losses.run_dense(probe)
     ids_ST = dense.ids_ST
     length = ids_ST.shape[1] // 2
     assert torch.equal(ids_ST[:, :length], ids_ST[:, length:])
-    found = cutting.copying_losses(probe, kind, dense)
+    found = copying_losses.copying_losses(probe, kind, dense)
     assert len(told) == len(probe.anatomy.layers)
 
     def log_chances(of) -> Tensor:
@@ -67,13 +67,13 @@ def test_losses_are_those_of_models_cut_by_hand(
 def test_a_run_without_a_unit_begins_at_its_layer(tiny_model) -> None:
     model, calls = tiny_model("llama"), [0, 0, 0]
     probe = a_probe(model, ("kv_groups",))
-    dense = cutting.run_dense(probe)
+    dense = copying_losses.run_dense(probe)
     for i, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(
             lambda *_, i=i: calls.__setitem__(i, calls[i] + 1)  # type: ignore[misc]
         )
-    cutting.copying_losses(probe, "kv_groups", dense)
-    each = cutting.SEQUENCES  # two groups of a layer go together
+    copying_losses.copying_losses(probe, "kv_groups", dense)
+    each = copying_losses.SEQUENCES  # two groups of a layer go together
     assert calls == [each, 2 * each, 3 * each]
     with torch.no_grad():  # and the model is as it was
         length = dense.ids_ST.shape[1] // 2
@@ -88,26 +88,27 @@ def test_what_copying_hangs_on_is_raised_on_the_scale_of_the_scores(
     probe = a_probe(tiny_model("llama"), ("kv_groups",))
     scores = {"kv_groups": torch.tensor([1.0, 2, 3, 4, 5, 6])}
     losses = torch.tensor([0.1, 0.1, 0.1, 0.1, 9.0, 9.0])
-    monkeypatch.setattr(cutting, "copying_losses", lambda *_: losses)
+    monkeypatch.setattr(copying_losses, "copying_losses", lambda *_: losses)
     # A random model does not copy: there is nothing to lose, and what is measured is noise.
-    assert cutting.copying_kept(probe, scores) == scores
-    monkeypatch.setattr(cutting, "COPIES", 0.0)
-    raised = cutting.copying_kept(probe, scores)["kv_groups"]
+    assert copying_losses.copying_kept(probe, scores) == scores
+    monkeypatch.setattr(copying_losses, "COPIES", 0.0)
+    raised = copying_losses.copying_kept(probe, scores)["kv_groups"]
     assert raised.tolist() == pytest.approx([3, 3, 3, 4, 270, 270])
-    assert cutting.copying_kept(probe, {}) == {}
+    assert copying_losses.copying_kept(probe, {}) == {}
     # What has gone before is no measure of the others.
     gone = torch.tensor([0.0, 0, 0, 4, 5, 6])
     losses = torch.tensor([0.0, 1e-6, 0, 0.1, 0.1, 9.0])
-    raised = cutting.copying_kept(probe, {"kv_groups": gone})["kv_groups"]
+    raised = copying_losses.copying_kept(probe, {"kv_groups": gone})["kv_groups"]
     assert raised.tolist() == pytest.approx([0, 5e-5, 0, 5, 5, 450])
-    assert cutting.copying_kept(probe, {"kv_groups": 0 * gone})["kv_groups"].tolist() == [0] * 6
+    nothing = copying_losses.copying_kept(probe, {"kv_groups": 0 * gone})
+    assert nothing["kv_groups"].tolist() == [0] * 6
 
 
 def test_the_surgeon_asks_what_copying_loses(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = list(torch.randint(3, 90, (2, 2, 16), generator=torch.Generator().manual_seed(0)))
     found = []
     for copies in (0.1, 0.0):  # a random model copies nothing, and counts as one that does
-        monkeypatch.setattr(cutting, "COPIES", copies)
+        monkeypatch.setattr(copying_losses, "COPIES", copies)
         model = tiny_model("llama").requires_grad_(False)
         probe = a_probe(model, ("kv_groups", "neurons"), batches=ids, plain_batches=ids)
         found.append(METHODS["surgeon"].score(probe))

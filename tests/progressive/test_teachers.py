@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.distill.teachers import DENSE, Plan, Teachers, kind_met
+from nuteprune.distill.coforward import DENSE
 from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.schedule import Schedule
 from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.progressive.schedule import Schedule
+from nuteprune.progressive.teachers import Plan, Teachers
 
 LAYOUT = Layout(Shape(16, (LayerShape(4, 2, 6), LayerShape(4, 2, 6))), 4)
 
@@ -181,21 +182,15 @@ def test_the_lag_is_at_most_half_of_the_snapshots_that_a_ramp_leaves(
 
 
 @pytest.mark.parametrize(
-    ("asked", "steps", "ramp_share", "met"),
-    [
-        ("numerous", 9, 0.0, "dense"),
-        ("numerous", 9, 0.5, "numerous"),
-        ("numerous", 3, 1.0, "dense"),  # a step for each target
-        ("numerous", 4, 1.0, "numerous"),  # two for the last
-        ("numerous", 0, 0.5, "dense"),
-        ("dense", 9, 0.5, "dense"),
-        ("none", 9, 0.0, "none"),
-    ],
+    ("has_snapshots", "taught_by"),
+    [(True, [-1, -1, -1, 1, 1, 0, -1, -1, -1, -1]), (False, [-1] * 10)],
 )
-def test_teachers_are_met_on_a_ramp_alone(
-    asked: str, steps: int, ramp_share: float, met: str
-) -> None:
-    assert kind_met(asked, Schedule((0.1, 0.2, 0.3), steps, ramp_share)) == met
+def test_each_step_has_its_teacher(has_snapshots: bool, taught_by: list[int]) -> None:
+    schedule = Schedule(0.4, 10, 0.4)
+    plan = Plan.for_target(0.4, schedule.ramp_steps, has_snapshots)
+    counts = [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]  # a snapshot at the end of each step of the ramp
+    assert [plan.teacher(schedule, i, count) for i, count in enumerate(counts)] == taught_by
+    assert plan.due(0.1, 0.0) == has_snapshots
 
 
 def test_a_run_too_short_for_teachers_learns_from_the_intact_model() -> None:

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nuteprune.train.calibration import calibration_batches, refit_on, score_in_rounds, score_on
-from nuteprune.train.pricing import MOST, Change, changes_of, following, logits_of
 
-from nuteprune.gates.cutting import Predicted, mean_kl
-from nuteprune.gates.importance import METHODS
+from nuteprune.gates.copying_losses import Predicted, mean_kl
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
-from nuteprune.model.anatomy import Anatomy
-from nuteprune.shrink.compensate import trying_out
-from nuteprune.train import calibration, pricing
+from nuteprune.shrink.compensate import fit_projections
+from nuteprune.stages import price as stage
+from nuteprune.stages.choose import choose
+from nuteprune.stages.price import MOST, Change, changes_of, following, logits_of, price
+from nuteprune.stages.score import score
 from nuteprune.train.prepare import prepare
 from tests.refits import install_weight
 
-from .test_rounds import TEXT, settings
+from .conftest import TEXT, plain, settings
 
 
 def cut(ready: Any, target: float) -> tuple[Any, Masks]:
     scores = ready.allocator.chance_scores()
-    return scores, ready.allocator.masks(ready.allocator.shape(scores, target), scores)
+    return scores, choose(ready, scores, target)
 
 
 def test_changes_are_of_the_cheapest_that_stay_and_the_dearest_that_went(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pricing, "NEAR", 1e9)
-    ready = prepare(tiny_model("llama"), settings(tmp_path))
+    monkeypatch.setattr(stage, "NEAR", 1e9)
+    ready = plain(tiny_model("llama"), tmp_path)
     scores, masks = cut(ready, 0.5)
     found = changes_of(masks, scores, 4)
     for change in found:
@@ -66,7 +62,7 @@ def test_changes_are_of_the_cheapest_that_stay_and_the_dearest_that_went(
 
 
 def test_attention_far_from_the_cut_is_not_measured(tiny_model: Any, tmp_path: Path) -> None:
-    ready = prepare(tiny_model("llama"), settings(tmp_path))
+    ready = plain(tiny_model("llama"), tmp_path)
     scores, masks = cut(ready, 0.5)
     scores["kv_groups"] = torch.tensor([1.0, 1.0, 0.4, 0.6, 1.9, 2.1])
     gone = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])  # so the cut is at 0.6
@@ -93,60 +89,44 @@ def test_prices_are_those_of_a_model_that_is_cut_so(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other layers stay as they were re-fitted to the cut itself."""
-    monkeypatch.setattr(pricing, "NEAR", 1e9)
-    model, args = tiny_model("llama"), settings(tmp_path)
-    dense = deepcopy(model)
-    ready = prepare(model, args)
-    plain = [p.clone() for p in ready.model.parameters()]
+    monkeypatch.setattr(stage, "NEAR", 1e9)
+    ready = prepare(tiny_model("llama"), settings(tmp_path))
     scores, masks = cut(ready, 0.5)
     seen: dict[Change, float] = {}
-    monkeypatch.setattr(
-        calibration, "following", lambda scores, prices, _: seen.update(prices) or scores
-    )
-    monkeypatch.setattr(calibration, "score_on", lambda *_: scores)
-    monkeypatch.setattr(calibration, "stops_before", lambda *_: [])
-    monkeypatch.setitem(METHODS, "surgeon", replace(METHODS["surgeon"], settled=lambda _, x: x))
-    bank, found = ready.coforward.bank, (TEXT, args, ready.anatomy, ready.hooks, ready.allocator)
+    monkeypatch.setattr(stage, "following", lambda scores, prices, _: seen.update(prices) or scores)
     told: list[str] = []
-
-    def progress(what: str, *_: int) -> None:
-        told.append(what)
-
-    score_in_rounds(*found, 0.5, partial(trying_out, bank), progress, dense=bank.as_dense)
-    first = told.index("cutting more and less")
-    assert told[first:] == ["cutting more and less"] * (1 + len(seen))  # nothing is timed with it
-    assert all(map(torch.equal, plain, ready.model.parameters()))
+    batches, refitted_on = TEXT[20:22].split(4), TEXT[:18]
+    price(ready, scores, 0.5, TEXT[20:22], refitted_on, progress=lambda what, *_: told.append(what))
+    first = told.index("price")
+    assert told[first:] == ["price"] * (1 + len(seen))  # nothing is timed with it
     assert set(seen) == set(changes_of(masks, scores, 4))
 
-    batches = calibration_batches(TEXT, args.priced_blocks, 4, first=True)
-    assert torch.equal(batches[0][1], TEXT[1]["input_ids"])
+    def refitted(to: Masks) -> Any:
+        model = plain(tiny_model("llama"), tmp_path)
+        install = install_weight(model.anatomy)
+        fit_projections(model.anatomy, model.hooks, to, refitted_on.split(4), install)
+        return model
 
-    def refitted(to: Masks) -> Anatomy:
-        anatomy = Anatomy(deepcopy(dense).requires_grad_(False))
-        refit_on(TEXT, args, anatomy, calibration.MaskHooks(anatomy), to, install_weight(anatomy))
-        return anatomy
+    dense = plain(tiny_model("llama"), tmp_path)
 
-    def loss(anatomy: Anatomy) -> float:
-        whole = Anatomy(dense)
-        with torch.no_grad():
-            each = [
-                mean_kl(Predicted.of(logits_of(whole, x)), logits_of(anatomy, x)) for x in batches
-            ]
+    @torch.no_grad()
+    def loss(model: Any) -> float:
+        each = [mean_kl(Predicted.of(logits_of(dense, x)), logits_of(model, x)) for x in batches]
         return float(torch.stack(each).mean())
 
     own = refitted(masks)
     before = loss(own)
     for change in seen:
-        other, end = refitted(change.of(masks)), own.ends(change.layer)[INPUTS[change.kind]]
-        place, replaced = own.linear(change.layer, end), other.linear(change.layer, end)
+        other = refitted(change.of(masks)).anatomy
+        end = other.ends(change.layer)[INPUTS[change.kind]]
+        place, replaced = own.anatomy.linear(change.layer, end), other.linear(change.layer, end)
         place.weight, replaced.weight = replaced.weight, place.weight
         assert seen[change] == pytest.approx(loss(own) - before, abs=2e-6), change
         place.weight, replaced.weight = replaced.weight, place.weight
 
 
 def test_scores_follow_half_way(tiny_model: Any, tmp_path: Path) -> None:
-    ready = prepare(tiny_model("llama"), settings(tmp_path))
-    layout = ready.allocator.layout
+    layout = plain(tiny_model("llama"), tmp_path).layout
     scores = {k: torch.ones(layout.units(k)) for k in ("kv_groups", "neurons")}
     prices = {
         Change("neurons", 0, (0, 1), back=False): 4.0,
@@ -173,26 +153,14 @@ def test_scores_follow_half_way(tiny_model: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_scores_that_followed_lead_nearer_to_the_dense_model(
-    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any, tmp_path: Path
 ) -> None:
     """A layer that counts, whose scores are said to be a hundredth, gets its neurons back."""
     model = tiny_model("llama")
     model.model.layers[1].mlp.down_proj.weight.data *= 20
-    ready = prepare(model, settings(tmp_path, calibration_blocks=8))
-    real = score_on
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        found = real(*args, **kwargs)
-        found["neurons"].split(ready.allocator.layout.sizes["neurons"])[1].div_(100)
-        return found
-
-    monkeypatch.setattr(calibration, "score_on", wrong)
-    kept = []
-    for priced in (False, True):
-        monkeypatch.setattr(calibration, "priced", lambda *_, follow=priced: follow)
-        given = TEXT, settings(tmp_path, calibration_blocks=8), ready.anatomy
-        scores = score_in_rounds(
-            *given, ready.hooks, ready.allocator, 0.3, partial(trying_out, ready.coforward.bank)
-        )
-        kept.append(ready.allocator.shape(scores, 0.3).layers[1].neurons)
+    ready = prepare(model, settings(tmp_path))
+    wrong = score(ready, TEXT[:8])
+    wrong["neurons"].split(ready.layout.sizes["neurons"])[1].div_(100)
+    followed = price(ready, wrong, 0.3, TEXT[36:], TEXT[:36])
+    kept = [ready.allocator.shape(x, 0.3).layers[1].neurons for x in (wrong, followed)]
     assert kept[1] > kept[0]

@@ -1,0 +1,140 @@
+"""What a scoring reads (model, parameter count, text), and what it gives: losses, from ranks too.
+
+Shape suffixes: B batch, T tokens, U units of a layer, N units of one kind in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nuteprune.errors import RunFailed
+from nuteprune.gates.budget import Budget, unit_parameters
+from nuteprune.gates.masks import Layout
+from nuteprune.model.anatomy import Anatomy, no_logits
+from nuteprune.model.family import BLOCK_KINDS
+from nuteprune.model.hooks import MaskHooks
+from nuteprune.simulated import usual
+
+LOSS_SCALE = 2.0**10
+"""What a loss is multiplied by before its backward pass, and gradients divided by after it: float16
+would round small ones to 0. A power of two, so nothing else changes."""
+Scores = dict[str, Tensor]
+"""Kind -> (N,) losses in fp32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model is scored with.
+
+    Args:
+        anatomy: the dense model; its parameters are frozen, or their gradients are not wanted.
+        hooks: where masks multiply in it.
+        budget: its parameter count.
+        kinds: which kinds of gates to score.
+        batches: token ids (B, T) of calibration text.
+        plain_batches: token ids (B, T), T the same in all, of the text of methods that read more of
+            it where no gradients are taken.
+        seed: draws the random scores, and tokens from the model.
+        progress: called after each batch.
+    """
+
+    anatomy: Anatomy
+    hooks: MaskHooks
+    budget: Budget
+    kinds: tuple[str, ...]
+    batches: Sequence[Tensor] = ()
+    plain_batches: Sequence[Tensor] = ()
+    seed: int = 0
+    progress: Callable[[], None] = lambda: None
+
+    @property
+    def layout(self) -> Layout:
+        """The model's units."""
+        return Layout(self.budget.shape, self.budget.head_dim)
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Run the text through the model, for the hooks that watch."""
+        device = self.anatomy.model.device
+        for ids_BT in self.batches:
+            ids_BT = ids_BT.to(device)
+            kept = no_logits(ids_BT)
+            self.anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept)
+            self.progress()
+
+
+def check_finite(values: Iterable[Tensor], method: str) -> None:
+    """Refuse figures of a scoring that overflowed.
+
+    Raises:
+        RunFailed: if there are such.
+    """
+    if not all(usual(value.isfinite().all()) for value in values):
+        raise RunFailed(
+            f"scoring by {method} gave scores that are not finite: activations or gradients "
+            "overflow; use --dtype float32"
+        )
+
+
+def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> Tensor:
+    """Return the rank (N,) of each unit within its layer, in (0, 1), the best highest.
+
+    A block's place is among the blocks of its kind in the model, and so is that of any unit without
+    `by_layer`.
+    """
+    whole = kind in BLOCK_KINDS or not by_layer
+    sizes = [len(scores)] if whole else list(layout.sizes[kind])
+    parts = []
+    for part in scores.split(sizes):
+        place = part.argsort(stable=True).argsort(stable=True)
+        parts.append((place.float() + 0.5) / max(1, len(part)))
+    return torch.cat(parts)
+
+
+def ranked(probe: Probe, scores: Mapping[str, Tensor], by_layer: bool = True) -> Scores:
+    """Return losses by which the allocator follows a ranking: see `ranks` and `losses_of`."""
+    placed = {kind: ranks(probe.layout, kind, value, by_layer) for kind, value in scores.items()}
+    return losses_of(probe.budget, placed)
+
+
+def in_order(sizes: Sequence[int], losses: Tensor, places: Tensor) -> Tensor:
+    """Return each layer's losses given to its units anew: the least to the one of least place.
+
+    Args:
+        sizes: units of each layer.
+        losses: of removing each unit (N,).
+        places: that units go by (N,).
+    """
+    parts = []
+    for loss_U, place_U in zip(losses.split(sizes), places.split(sizes), strict=True):
+        order_U = place_U.argsort(stable=True)
+        parts.append(torch.empty_like(loss_U).index_copy(0, order_U, loss_U.sort().values))
+    return torch.cat(parts)
+
+
+def chance(budget: Budget, layout: Layout, kinds: Iterable[str], seed: int) -> dict[str, Tensor]:
+    """Return u x parameters of each unit, u uniform in (0, 1): each part loses about its share."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {kind: torch.rand(layout.units(kind), generator=generator) for kind in kinds}
+    return losses_of(budget, drawn)
+
+
+def losses_of(budget: Budget, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return losses from scores: with them the allocator removes the lowest scores first.
+
+    The allocator removes what costs least per parameter. A score that is compared as it is, even
+    between a neuron and a head, therefore becomes (score - lowest) x parameters.
+
+    Args:
+        budget: counts the parameters of each unit.
+        scores: kind -> (N,), comparable across layers and kinds.
+    """
+    lowest = min(float(value.min()) for value in scores.values())
+    return {
+        kind: (value - lowest) * unit_parameters(budget, kind).to(value)
+        for kind, value in scores.items()
+    }

@@ -1,0 +1,87 @@
+"""Scoring in rounds: what is left at a stop is scored as the smaller model that it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nuteprune.export.checkpoint import assemble
+from nuteprune.gates import surgeon_costs
+from nuteprune.gates.importance import METHODS
+from nuteprune.shrink.compensate import fit_projections
+from nuteprune.stages import score as stage
+from nuteprune.stages.choose import choose
+from nuteprune.stages.score import score, stops_before
+from nuteprune.train.prepare import prepare
+from tests.refits import install_weight
+
+from .conftest import KINDS, TEXT, cut_of, plain, settings
+
+
+@pytest.mark.parametrize(
+    ("target", "stops"), [(0.3, []), (0.5, [0.25]), (0.6, [0.3]), (0.75, [0.25, 0.5])]
+)
+def test_stops_on_the_way(target: float, stops: list[float]) -> None:
+    assert stops_before(target) == pytest.approx(stops)
+
+
+@pytest.mark.parametrize(
+    ("more", "rounds", "priced"),
+    [
+        ({}, True, True),
+        ({"method": "flap"}, True, False),
+        ({"method": "random"}, False, False),  # it reads nothing
+        ({"ramp_share": 0.5}, False, False),
+        ({"compensation": False}, False, False),
+        ({"sharded": True}, False, False),
+        ({"gates": "neurons,hidden", "hidden_multiple": 8, "method": "fisher"}, False, False),
+    ],
+    ids=str,
+)
+def test_rounds_and_prices_are_where_cuts_can_be_tried(
+    more: dict[str, Any], rounds: bool, priced: bool, tiny_model: Any, tmp_path: Path, monkeypatch
+) -> None:
+    cut = cut_of(tiny_model("llama"), tmp_path, target_sparsity=0.5, **more)
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "nuteprune.train.cut.score", lambda *_, **how: asked.append(how["refit_blocks"]) or {}
+    )
+    cut.score()
+    assert [x is not None for x in asked] == [rounds]
+    assert cut.is_priced == priced
+
+
+@pytest.mark.parametrize("method", ["surgeon", "fisher"])
+def test_what_is_left_is_scored_as_the_smaller_model(
+    method: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against scores of a model that is cut in fact."""
+    monkeypatch.setattr(surgeon_costs, "ROUNDS", 1000)  # one unit at a time, in both
+    blocks, refit_blocks = TEXT[:4], TEXT[:18]
+    ready = prepare(tiny_model("llama"), settings(tmp_path))
+    found = score(ready, blocks, method=method, target=0.5, refit_blocks=refit_blocks)
+
+    dense = plain(tiny_model("llama"), tmp_path)
+    chosen = METHODS[method]
+    unsettled = {**METHODS, method: replace(chosen, settled=lambda _, scores: scores)}
+    monkeypatch.setattr(stage, "METHODS", unsettled)
+    first = score(dense, blocks, method=method)
+    masks = choose(dense, first, 0.25)
+    anatomy = dense.anatomy
+    install = install_weight(anatomy)
+    fit_projections(anatomy, dense.hooks, masks, refit_blocks.split(4), install)
+    dense.hooks.remove()
+    left = plain(assemble(anatomy, masks)[0], tmp_path)
+    again = score(left, blocks, method=method)
+    together = {}
+    for kind in KINDS:
+        kept = masks.values[kind] > 0
+        assert int((~kept).sum()) > 0 or kind == "kv_groups"
+        together[kind] = first[kind].clone().masked_scatter_(kept, again[kind])
+    expected = chosen.settled(ready.layout, together)
+    for kind in KINDS:
+        torch.testing.assert_close(found[kind], expected[kind], rtol=2e-3, atol=1e-9)
