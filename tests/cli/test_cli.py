@@ -96,7 +96,8 @@ def test_learned_masks_frozen_far_from_the_target_are_told_of(
     frozen: float, model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
     few = options(model, text, tmp_path / "out", steps=4)
-    learned = ["--set", "gate_type=hard_concrete", "--set", f"freeze_share={frozen}"]
+    learned = ["--set", "progressive=true", "--set", "gate_type=hard_concrete"]
+    learned += ["--set", f"freeze_share={frozen}"]
     code, _, err = run(*few, *learned)
     assert code == 0, err
     steps = (tmp_path / "out/run/metrics.jsonl").read_text().splitlines()

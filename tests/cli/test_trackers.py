@@ -17,7 +17,7 @@ PARTS = {"token_kl", "layer"}
 LAGRANGIAN = {"penalty", "lambda1", "lambda2"}
 SIZE = ["--length", "24", "--batch-size", "2", "--steps", "6", "--sparsity", "0.3"]
 PUBLISHED = [
-    *("--set", "gate_type=hard_concrete"),
+    *("--set", "progressive=true", "--set", "gate_type=hard_concrete"),
     *("--set", "freeze_share=1.0"),  # from then on there is no penalty
 ]
 

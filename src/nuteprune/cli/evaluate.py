@@ -74,9 +74,9 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure how good MODEL is: perplexity, copying, tasks; with --against answers and context.
+    """Measure how good MODEL is: perplexity, copying, answers, tasks.
 
-    Perplexity is measured on text, copying on random tokens. Beside the dense model: whether greedy
+    Perplexity is measured on text, copying on random tokens. With --against also whether greedy
     answers loop, and what is lost on tokens that need their context. Tasks are zero-shot unless
     --fewshot says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without
     --data, --protocol and --tasks the text is the held-out part of the demo's.
