@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from nuteprune import run
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.distill.coforward import CoForward, Role
@@ -26,7 +27,6 @@ from nuteprune.judge.beside import judge_beside
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.stages import judge as judging
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.conftest import json_line
@@ -76,7 +76,7 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     monkeypatch.setattr(copying_losses, "SEQUENCES", 1)
     monkeypatch.setattr(copying_losses, "LENGTH", 16)
     monkeypatch.setattr(copying, "SEQUENCES", 2)
-    monkeypatch.setattr(judging, "judge_beside", partial(judge_beside, tokens=2, blocks=3))
+    monkeypatch.setattr(run, "judge_beside", partial(judge_beside, tokens=2, blocks=3))
     with pytest.raises(SystemExit) as stopped:
         main()
     out, err = capsys.readouterr()
