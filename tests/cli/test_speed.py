@@ -182,7 +182,7 @@ def test_a_cache_that_takes_nothing_is_told_before_blocks_are_timed(
     monkeypatch.setattr("nuteprune.jobs.guard.tempfile.TemporaryFile", refuse)
     monkeypatch.setattr(speed, "write_table", None)
     at = words.index("--costs")
-    code, _, stderr = run(*words[:at], *words[at + 2 :], "--speedup", 1.2, "--dry-run")
+    code, _, stderr = run(*words[:at], *words[at + 2 :], "--speedup", f"1.2@{AT}", "--dry-run")
     assert code == 2
     assert f"cannot write the table of costs {tmp_path / 'cache'}/costs-" in stderr
     assert "Read-only file system" in stderr
