@@ -21,7 +21,7 @@ from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
 from nuteprune.processes import is_main
 from nuteprune.products import Products
-from nuteprune.run_folder import SAMPLES, TEXT
+from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
 from nuteprune.stages.judge import Figures, entries, judge
 from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced
@@ -110,6 +110,8 @@ class Run:
         text, folder = self.text, self.products.folder
         if not text.to_write or folder is None:
             return
+        kept = folder / SELF_WRITTEN
+        before = kept.stat().st_mtime_ns if kept.is_file() else None
         with self.products.measured("write"), self.model.model.disable_adapter():
             written = write(
                 self.model.anatomy.model,
@@ -121,6 +123,8 @@ class Run:
                 progress=in_percent(self.progress),
             )
         text.use_written(written)
+        if kept.stat().st_mtime_ns == before:
+            self.products.found.append("write")
 
     def judge_dense(self) -> Figures | None:
         """Judge the dense model; None where the run's own cannot be judged, or elsewhere."""

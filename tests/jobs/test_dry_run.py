@@ -98,7 +98,7 @@ def test_all_stages_are_planned_at_the_rate_of_a_real_step(
     peaks = on_cpu({x.name: x.need for x in planned})
     assert list(phases) == list(peaks)
     for phase in planned:
-        assert phases[phase.name]["peak_bytes"] == round(peaks[phase.name])
+        assert phases[phase.name]["peak_bytes"] == pytest.approx(peaks[phase.name], rel=0.02)
     assert phases["teach"]["seconds"] == pytest.approx(3 * dry["seconds_per_step"])
     rate = phases["teach"]["flops"] / phases["teach"]["seconds"]
     assert phases["refit"]["seconds"] == pytest.approx(phases["refit"]["flops"] / rate)

@@ -20,7 +20,7 @@ def vocab(
     as_json: o.Json = False,
     **given: Any,
 ) -> None:
-    """Keep KEEP of MODEL's tokens: those that DATA and what the model knows need most.
+    """Keep KEEP of MODEL's tokens: those that its texts need most.
 
     The 256 bytes are among them, so any text can still be spelled. Embedding and head are cut to
     these rows. The result is a stock checkpoint of the same class.

@@ -40,7 +40,7 @@ class Examples(Dataset[dict[str, Tensor]]):
         ids: token ids of each example.
         labels: the same, `IGNORED` where a token is only read.
         skipped: rows that gave none: without an answer, or with one that is cut off.
-        fingerprint: of the rows that they are made from.
+        fingerprint: of the rows that they are made from; None: of none.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Examples(Dataset[dict[str, Tensor]]):
         ids: Sequence[Tensor],
         labels: Sequence[Tensor],
         skipped: int,
-        fingerprint: Fingerprint,
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         self.ids = ids
         self.labels = labels
         self.skipped = skipped
-        self.fingerprint = fingerprint
+        self.fingerprint = fingerprint or Fingerprint()
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -103,7 +103,6 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
 
     def trainer_of(goal: Target) -> NutePruneTrainer:
         own = copy.copy(config)
-        own.output_dir = str(run_folder_of(goal))
         kind = import_module(config.PIPELINE).TRAINER
         with settings_of_user():
             trainer: NutePruneTrainer = kind(
@@ -119,6 +118,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
             trainer.check_optimizer()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(StepProgress(trainer, bars))
+        own.output_dir = str(run_folder_of(goal))  # Trainer makes its folder at once: not yet
         return trainer
 
     products = Products(None, {})

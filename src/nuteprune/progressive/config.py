@@ -39,6 +39,7 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):
     PIPELINE: ClassVar[str] = "nuteprune.progressive.pipeline"
 
     def __post_init__(self) -> None:
+        self.progressive = True
         super().__post_init__()
         gate_type, optimizer = GATE_TYPES[self.gate_type], OptimizerNames(self.optim).value
         if not any(self.shares):

@@ -12,7 +12,6 @@ from nuteprune.train.settings import setting
 class ProgressiveSettings(PruneSettings):
     """Settings of a run whose masks move; see `progressive.config.ProgressiveConfig`."""
 
-    progressive: bool = setting(True, "Masks move while the student learns.")
     gate_type: str = setting(
         "ranked",
         "ranked (hard masks, whose scores follow gradients), or hard_concrete (the paper's).",

@@ -107,7 +107,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.parts: dict[str, Tensor | float] = {}
         self.sliced: Sliced | None = None
         self._job = dict(job or {"model": model.anatomy.config._name_or_path})
-        self._progress, self._used_up, self._step, self._has_trained = progress, False, -1, False
+        self._progress, self._used_up, self._step = progress, False, -1
         super().__init__(
             model=model.model,
             args=args,
@@ -144,7 +144,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             UserError: if the model is used up or trained, or there are no steps or no text.
         """
         self.check_unused()
-        if self._has_trained and not resume_from_checkpoint:
+        if self._step >= 0 and not resume_from_checkpoint:
             raise UserError(
                 "this trainer has trained already: pass resume_from_checkpoint=True to go on, or "
                 "make a new one from the dense model"
@@ -156,7 +156,6 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             )
         check_text(self.train_dataset)
         self.begin(resumes=bool(resume_from_checkpoint))
-        self._has_trained = True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def begin(self, resumes: bool = False) -> None:
