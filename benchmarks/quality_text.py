@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune import NutePruneConfig, UserError
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks
+from nuteprune.data.blocks import BlockDataset, HeldOut, held_out_blocks, training_blocks
 from nuteprune.data.demo import TEXTS
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.own_text import tokens_to_write
 from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part
@@ -170,7 +171,7 @@ class Judge:
         self._specs, self._folder = specs, folder
 
     @cached_property
-    def held_out(self) -> dict[str, Tensor]:
+    def held_out(self) -> HeldOut:
         """Blocks of text of the sources that are trained on, but of its held-out part."""
         s = self._setting
         return held_out_blocks(self._specs, self._tokenizer, length=s.length, count=s.eval_blocks)
@@ -179,7 +180,8 @@ class Judge:
     def other(self) -> dict[str, Tensor]:
         """Blocks of text of sources that are not trained on, domain -> (N, T)."""
         s = self._setting
-        domains = domains_of(self._folder, self._specs) if self._folder else {}
+        known = self.held_out.fingerprints.values()
+        domains = domains_of(self._folder, known) if self._folder else {}
         if s.leave_out:
             (source,) = iter_documents(f"{DEMO}:{s.leave_out}").values()
             domains[s.leave_out] = list(held_out_part(source))
@@ -218,25 +220,29 @@ def half(texts: Sequence[str], choose: bool) -> list[str]:
     return list(islice(texts, 0 if choose else 1, None, 2))
 
 
-def domains_of(folder: Path, trained: Sequence[str]) -> dict[str, list[str]]:
+def domains_of(folder: Path, trained: Iterable[Fingerprint]) -> dict[str, list[str]]:
     """Return other text: a jsonl file of a folder is a domain, a line of it a text.
 
     Args:
         folder: the folder; each line of its files is `{"text": ...}`.
-        trained: the DATA specs that are trained on.
+        trained: what the sources that are trained on are known by.
 
     Raises:
         UserError: if there are no such files, a line is another one, or the file is trained on.
     """
-    found = {}
+    found, trained = {}, list(trained)
     for file in files_of(folder):
-        if kind_of(str(file), trained) == IN_DOMAIN:
-            raise UserError(f"{file} is trained on, so it is no other text; pass another folder")
         try:
             lines = file.read_text(encoding="utf-8").split("\n")  # not at other line separators
             found[file.stem] = [str(json.loads(x)["text"]) for x in lines if x.strip()]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{file}: a line is not {{"text": ...}} ({error!r})') from error
+        known = Fingerprint()
+        known.add_file(file)
+        for text in found[file.stem]:
+            known.add_document(text)
+        if kind_of(known, trained) == IN_DOMAIN:
+            raise UserError(f"{file} is trained on, so it is no other text; pass another folder")
     return found
 
 

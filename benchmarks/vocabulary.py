@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from quality_text import domains_of, half
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune import vocab
-from nuteprune.data.specs import DEMO
+from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.tokens import end_of
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 
@@ -62,10 +63,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return a row for the full vocabulary, and one for each smaller one."""
     if args.other_text is None:
         raise SystemExit("vocabulary: pass --other-text FOLDER to judge by")
-    domains = {
-        k: half(x, choose=False) for k, x in domains_of(args.other_text, [args.data]).items()
-    }
-    rows = []
+    sources, rows = iter_documents(args.data).values(), []
+    for source in sources:
+        deque(source, maxlen=0)  # read, it has a fingerprint
+    found = domains_of(args.other_text, [x.fingerprint for x in sources])
+    domains = {k: half(x, choose=False) for k, x in found.items()}
     with tempfile.TemporaryDirectory() as scratch:
         for keep in (None, *map(int, args.keep.split(","))):
             model, covered = args.model, 1.0
