@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nuteprune.distill.teachers import Plan
 from nuteprune.gates.schedule import Schedule
+
 from nuteprune.judge.drawing import COLOURS
 from nuteprune.judge.plots import sparsity_plot
 

@@ -12,7 +12,8 @@ from transformers.integrations import integration_utils
 
 from tests.conftest import Run
 
-EVERY_RUN = {"loss", "learning_rate", "sparsity", "target", "teacher", "teachers", "bad_steps"}
+EVERY_RUN = {"loss", "learning_rate", "sparsity", "bad_steps"}
+PROGRESSIVE = {"target", "teacher", "teachers"}
 PARTS = {"token_kl", "layer"}
 LAGRANGIAN = {"penalty", "lambda1", "lambda2"}
 SIZE = ["--length", "24", "--batch-size", "2", "--steps", "6", "--sparsity", "0.3"]
@@ -59,7 +60,7 @@ def test_trackers_see_what_the_method_does(
     assert code == 0, stderr
     steps = [line for line in tracker.lines if "loss" in line]
     assert len(steps) == 6
-    expected = EVERY_RUN | PARTS | (LAGRANGIAN if published else set())
+    expected = EVERY_RUN | PARTS | (PROGRESSIVE | LAGRANGIAN if published else set())
     assert all(expected <= set(line) for line in steps)
     assert all(isinstance(line[key], int | float) for line in steps for key in expected)
     # The same that the run keeps for itself, and that the parts of the loss are.
@@ -113,6 +114,6 @@ def test_tensorboard_files_hold_the_curves(
     (folder,) = {path.parent for path in out.rglob("events.out.tfevents.*")}
     events = reader.EventAccumulator(str(folder)).Reload()
     kept = [json.loads(x) for x in (out / "run/metrics.jsonl").read_text().splitlines()]
-    for key in EVERY_RUN | PARTS | LAGRANGIAN:
+    for key in EVERY_RUN | PARTS | PROGRESSIVE | LAGRANGIAN:
         curve = [(e.step, e.value) for e in events.Scalars(f"train/{key}")]
         assert curve == [(x["step"], pytest.approx(x[key], rel=1e-5)) for x in kept]

@@ -60,9 +60,9 @@ def test_a_local_task_is_scored_as_by_hand(folder: Path, tiny_model, tiny_tokeni
     assert score.value == pytest.approx(sum(right) / 6)
     assert score.answers == tuple(map(float, right))
     assert list(score.others) == ["acc_norm"]
-    assert list(score.to_dict()) == [
+    assert set(score.to_dict()) == {
         *("value", "metric", "stderr", "higher_is_better", "samples", "others", "fewshot"),
-    ]
+    }
     assert Tasks(["school"], folder, limit=2).ask(model, tiny_tokenizer)["school"].samples == 2
 
 

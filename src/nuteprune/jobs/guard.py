@@ -88,10 +88,13 @@ def check_writable(option: str, path: Path) -> None:
         with suppress(FileNotFoundError):
             path.lstat()  # a name that is too long
         there = next(x for x in (path.absolute(), *path.absolute().parents) if x.is_dir())
-        with tempfile.TemporaryFile(dir=there) as file:
-            file.write(bytes(_BLOCK))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(bytes(_BLOCK))
+                file.flush()
+                os.fsync(file.fileno())
+        except FileNotFoundError as error:  # a folder of the kernel's own, as /proc
+            raise UserError(f"cannot write {option} {path}: {there} takes no files") from error
 
 
 def _check_folder(out: Path) -> None:
