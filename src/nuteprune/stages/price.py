@@ -81,9 +81,10 @@ def price(
     """
     masks = choose(model, scores, target)
     multiple = model.allocator.constraints.neuron_multiple
-    changes = changes_of(masks.to("cpu"), scores, multiple)
+    cut = masks.to("cpu")
+    changes = changes_of(cut, scores, multiple)
     measure = Measure(model, blocks.split(PLAIN_BATCH))
-    note = measure.note(masks, changes)
+    note = measure.note(cut, changes)
     weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress, note=note)
     # Counted from here, so that the refit is not taken for the time of a change.
     tick = counted(progress, "price", len(changes))
@@ -216,7 +217,7 @@ class Measure:
         """Return what re-fits projections to changes of a cut, while the cut is re-fitted.
 
         Args:
-            masks: the cut.
+            masks: the cut, on the CPU.
             changes: of it.
         """
         anatomy, folder = self._model.anatomy, self._model.bank.folder
