@@ -282,7 +282,7 @@ class Bench:
 
 def seconds_of(products: Products) -> float:
     """Return what the stages so far have taken."""
-    return round(sum(cost["seconds"] for cost in products.costs.values()), 2)
+    return round(sum(cost["seconds"] for cost in products.costs.values()), 6)
 
 
 def write_json(path: Path, data: Any) -> None:
