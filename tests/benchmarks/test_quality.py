@@ -79,7 +79,8 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
         assert record["sparsity"] >= record["target"] - 1e-9
         assert record["times_dense"]["in_domain"] == record["mean"] / table["dense"]["mean"]
         assert record["params"] < table["dense"]["params"]
-        assert record["seconds"] > 0
+        # Random scores are drawn at once: no stage counts them.
+        assert record["seconds"] > 0 or record["label"] == "random"
         assert record["machine"]["torch"]
     printed = capsys.readouterr().out
     for text in ("random", "similarity", "re-fitted", " ± ", "no re-fit", "is not a kind of gate"):
