@@ -5,7 +5,7 @@
 
 A random LLaMA of width 1,024 is pruned, exported as f16, and quantized by llama.cpp itself, through
 its Python binding (the extra `llama-cpp`). Sizes need no quality: every layer loses the same
-share, and nothing is re-fitted or trained.
+share, and nothing is refitted or trained.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def made(folder: Path, layers: int) -> list[dict[str, Any]]:
     lines = [" ".join(drawn.choices(WORDS, k=40)) for _ in range(400)]
     text.write_text("".join(to_json({"text": x}) + "\n" for x in lines), encoding="utf-8")
     write_dense(dense, layers, lines)
-    how = {"steps": 0, "method": "wanda", "compensation": False, "device": "cpu"}
+    how = {"steps": 0, "method": "wanda", "refit": False, "device": "cpu"}
     less = {"length": 32, "eval_blocks": 1, "calibration_blocks": 2, "shares": [1.0], "quiet": True}
     for name, asked in (("cut", False), ("cut for quantization", True)):
         prune(

@@ -2,7 +2,7 @@
 
     python benchmarks/little_memory.py --size 3b --json benchmarks/results/little-memory.json
 
-A LLaMA of random weights is scored, re-fitted, trained for two steps, cut and written, twice: free,
+A LLaMA of random weights is scored, refitted, trained for two steps, cut and written, twice: free,
 where the peak of each phase's anonymous memory is measured, and within a limit, where nobody looks.
 What is written has to be the same, byte for byte. The limit is of all memory: the process, its
 libraries, and what it has read of files, which the system may drop and read again. It needs root.

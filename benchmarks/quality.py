@@ -13,7 +13,7 @@ other embedded sources, which DATA specs name as `demo:wikipedia,speeches`; its 
 by its held-out stretches, odd or even alike.
 
 Each run is a JSON file written as it ends, and a started table goes on where it stopped. Runs use
-the package's own methods, so all share text, units, budget, re-fit and distillation.
+the package's own methods, so all share text, units, budget, refit and distillation.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "half ramp, numerous teachers": {"progressive": True},
     "hard-concrete gates": {"progressive": True, "gate_type": "hard_concrete"},
     "rank 128": {"lora_rank": 128},
-    "no re-fit": {"compensation": False},
+    "no refit": {"refit": False},
     "uniform shapes": {"shapes": "uniform"},
     "+hidden": {"gates": "kv_groups,neurons,hidden"},
     "blocks only": {"gates": BLOCKS},

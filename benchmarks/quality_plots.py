@@ -20,7 +20,7 @@ from matplotlib.ticker import LogFormatter
 CEILING = 20
 """Points beyond so many times the dense perplexity are off the plot: broken, not pruned."""
 
-STYLES = {"untrained": "o:", "re-fitted": "s--", "trained": "D-"}
+STYLES = {"untrained": "o:", "refitted": "s--", "trained": "D-"}
 """Stage -> marker and line."""
 
 LONGER = "P-"
@@ -64,7 +64,7 @@ def points_of(records: Sequence[Mapping[str, Any]]) -> list[Point]:
         groups[record["label"], stage, *where].append(record)
         if "refitted" in record:
             again = {**record, **record["refitted"]}
-            groups[record["label"], "re-fitted", *where].append(again)
+            groups[record["label"], "refitted", *where].append(again)
     points = [Point(*key, *_means(rows)) for key, rows in groups.items()]
     return sorted(points, key=lambda p: (tuple(STYLES).index(p.stage), p.label, p.target))
 

@@ -47,7 +47,7 @@ class Cell:
         label: what the table calls it.
         settings: of `NutePruneConfig`, on top of the table's.
         target: sparsity.
-        steps: optimizer steps; 0: nothing is trained, and the cell has a re-fitted column too.
+        steps: optimizer steps; 0: nothing is trained, and the cell has a refitted column too.
         seed: draws the text, its order and what is random in the method.
     """
 
@@ -222,7 +222,7 @@ class Bench:
         }
 
     def _score_only(self, cell: Cell) -> dict[str, Any]:
-        """Mask the dense model by one-shot scores, judge it, re-fit it, and judge it again."""
+        """Mask the dense model by one-shot scores, judge it, refit it, and judge it again."""
         with tempfile.TemporaryDirectory() as folder:
             cut = self.cut(cell, Path(folder))
             goal = cut.model.goals[-1]

@@ -99,13 +99,13 @@ def rows_of(records: Sequence[Record]) -> list[list[str]]:
 
 
 def refitted(record: Record) -> Record:
-    """Return an untrained record's re-fitted stage."""
+    """Return an untrained record's refitted stage."""
     return {**record, **record["refitted"]} if "refitted" in record else record
 
 
 STAGES: dict[str, Callable[[Record], Record]] = {
     "Nothing trained": lambda record: record,
-    "Nothing trained, projections re-fitted": refitted,
+    "Nothing trained, projections refitted": refitted,
 }
 """The tables that untrained records make, and what each is of."""
 TRAINED = {"trained": "Trained", "ablation": "One factor at a time"}

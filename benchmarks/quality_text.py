@@ -276,7 +276,7 @@ def times_dense(record: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str
 
 
 def rated(record: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record with `times_dense`, also of its re-fitted stage; refused ones as they are."""
+    """Return a record with `times_dense`, also of its refitted stage; refused ones as they are."""
     if "mean" not in record:
         return dict(record)
     found = {**record, "times_dense": times_dense(record, dense)}

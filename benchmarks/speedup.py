@@ -4,7 +4,7 @@
     python benchmarks/speedup.py --show benchmarks/results/speedup.json   # the table; runs nothing
 
 Both allocate by the same scores, among the same units, whole blocks too; nothing is trained, all is
-re-fitted. What is removed by parameters grows until both decode as fast: first by the table of
+refitted. What is removed by parameters grows until both decode as fast: first by the table of
 costs, then until turns of both measure no difference. Other text is the odd lines of FOLDER's jsonl
 files. A quarter of an hour on one core. What is there already is kept in --out.
 """
@@ -112,7 +112,7 @@ class Comparison:
 
     Args:
         args: the command line's.
-        bench: scores, re-fits and judges; its folder has what is kept.
+        bench: scores, refits and judges; its folder has what is kept.
     """
 
     def __init__(self, args: argparse.Namespace, bench: Bench) -> None:

@@ -1,10 +1,10 @@
-"""A re-fit of a model without adapters, for tests that compare with one."""
+"""A refit of a model without adapters, for tests that compare with one."""
 
 from __future__ import annotations
 
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.shrink.compensate import Fit, Install
+from nuteprune.shrink.least_squares import Fit, Install
 
 
 def install_weight(anatomy: Anatomy) -> Install:

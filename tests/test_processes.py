@@ -92,8 +92,8 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     # With the usual epsilon Adam divides rounding by rounding where gradients are near zero, and
     # hides a gradient of the wrong size everywhere else.
     same = {**gates, "adam_epsilon": 1e-2}
-    if "sharded" in shared:  # there is no text of the model's own then, and no whole re-fit
-        same |= {"shares": 1, "compensation": False}
+    if "sharded" in shared:  # there is no text of the model's own then, and no whole refit
+        same |= {"shares": 1, "refit": False}
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     asked = command(tiny_inputs, two, batch_size=4, **same, **shared)
     assert said(python(*QUICK, *asked, processes=2)).count("Saved") == 1
@@ -119,7 +119,7 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
-    same = {**how, "adam_epsilon": 1e-2, "shares": 1, "compensation": False, "neuron_multiple": 8}
+    same = {**how, "adam_epsilon": 1e-2, "shares": 1, "refit": False, "neuron_multiple": 8}
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     asked = command(tiny_inputs, two, batch_size=4, sharded=True, **same)
     assert said(python(*QUICK, *asked, processes=2)).count("Saved") == 1
@@ -191,7 +191,7 @@ def mixtures(model: PreTrainedModel) -> list[Mixture]:
     "how",
     [
         SOFT,
-        {"sharded": True, "progressive": True, "shares": 1, "compensation": False},
+        {"sharded": True, "progressive": True, "shares": 1, "refit": False},
     ],
     ids=["learned masks", "sharded"],
 )

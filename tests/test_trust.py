@@ -157,7 +157,7 @@ def test_a_run_of_strangers_is_resumed_without_running_its_pickles(
     out = tmp_path / "out"
     options = ["--sparsity", "0.3", "--length", "16", "--device", "cpu", "--dtype", "float32"]
     settings = ["--set=neuron_multiple=4", "--set=calibration_blocks=2", "--set=save_steps=1"]
-    settings += ["--set=compensation=false", "--batch-size=2", "--steps=2"]
+    settings += ["--set=refit=false", "--batch-size=2", "--steps=2"]
     asked = ["prune", model, "--data", text, "--out", out, *options, *settings]
     assert run(*asked)[0] == 0
     shutil.rmtree(out / "run/checkpoint-2")  # a complete run would not be trained on

@@ -37,8 +37,8 @@ PLAN = quality.Plan(
     trained_targets=(0.3,),
     steps=3,
     long_steps=4,
-    long_factors=("no re-fit",),
-    ablation={"no re-fit": {"compensation": False}, "too much": {"gates": "hidden,heads,nose"}},
+    long_factors=("no refit",),
+    ablation={"no refit": {"refit": False}, "too much": {"gates": "hidden,heads,nose"}},
 )
 
 
@@ -69,7 +69,7 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
     assert len(started) == len(cells)
     means = {x: statistics.fmean(r["mean"] for r in short if r["label"] == x) for x in BASELINES}
     best = min(means, key=means.__getitem__)
-    assert [r["label"] for r in table["trained"][-3:]] == ["nuteprune", best, "no re-fit"]
+    assert [r["label"] for r in table["trained"][-3:]] == ["nuteprune", best, "no refit"]
     assert [r["steps"] for r in table["trained"][-3:]] == [4, 4, 4]
     assert json.loads((out / "table.json").read_text()) == table
     for record in cells:
@@ -83,7 +83,7 @@ def test_a_table_is_made_once_and_goes_on_where_it_stopped(
         assert record["seconds"] > 0 or record["label"] == "random"
         assert record["machine"]["torch"]
     printed = capsys.readouterr().out
-    for text in ("random", "similarity", "re-fitted", " ± ", "no re-fit", "is not a kind of gate"):
+    for text in ("random", "similarity", "refitted", " ± ", "no refit", "is not a kind of gate"):
         assert text in printed
     for field in ("params", "seconds"):
         png = (out / f"perplexity-by-{field}.png").read_bytes()
@@ -158,7 +158,7 @@ def test_an_untrained_cell_is_what_the_trainer_cuts_without_steps(
         target_sparsity=0.3,
         max_steps=0,
         seed=5,
-        compensation=refitted,
+        refit=refitted,
         use_cpu=True,
         **SETTINGS,
     )
@@ -228,7 +228,7 @@ def test_all_cells_of_a_seed_share_the_text_of_prune(
     for method in ("surgeon", "random"):
         for steps in (0, 3):
             bench.run(quality.Cell(method, {"method": method}, 0.3, steps, 7))
-    bench.run(quality.Cell("no re-fit", {"compensation": False}, 0.3, 3, 7))
+    bench.run(quality.Cell("no refit", {"refit": False}, 0.3, 3, 7))
     assert len(seen) == 5
     assert all(torch.equal(x, seen[0]) for x in seen)
 
@@ -347,7 +347,7 @@ def test_a_page_shows_the_rows_of_each_part() -> None:
     columns = ["run", "target", "steps", *tables.COLUMNS]
     wanted = {
         "Nothing trained": "|b|20%|0|30.00|1.200|3.000|-|1|10|",
-        "Nothing trained, projections re-fitted": "|b|20%|0|20.00|1.200|3.000|60.0|1|10|",
+        "Nothing trained, projections refitted": "|b|20%|0|20.00|1.200|3.000|60.0|1|10|",
         "Trained": "|a|20%|80|30.00±0.00|1.200±0.000|3.000±0.000|44.5±0.7|2|10|",
     }
     shown = tables.markdown(table, quality.PARTS).split("\n\n")

@@ -158,7 +158,7 @@ def test_a_checkpoint_midway_is_the_model_of_its_step(
     out = tmp_path / "out"
     freeze = "freeze_share=0.75"  # at step 3 of 4
     sets = ("progressive=true", "save_steps=2", f"gate_type={gate_type}", freeze)
-    sets += ("compensation=false", "lora_rank=128")
+    sets += ("refit=false", "lora_rank=128")
     prune(run, model, text, out, *(x for s in sets for x in ("--set", s)))
     checkpoint = out / f"run/checkpoint-{steps}"
     asked = ["--data", text, "--length", 24, *ASKED]

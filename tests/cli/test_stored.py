@@ -59,7 +59,7 @@ def untouched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("stored", STORED, indirect=True)
 def test_a_cut_alone_rounds_nothing(run: Run, text: Path, stored, tmp_path: Path) -> None:
     folder, before = stored
-    without = ("--set", "compensation=false")
+    without = ("--set", "refit=false")
     prune(run, folder, text, tmp_path / "out", "--sparsity", "0.3", "--steps", "0", *without)
     after = tensors(tmp_path / "out")
     assert before.keys() == after.keys()

@@ -110,7 +110,7 @@ def test_so_it_is_for_the_demo_model(
     monkeypatch.setattr("nuteprune.run.judge_beside", lambda *_: Beside({}, []))
     out = tmp_path / "out"
     named = ["prune", "demo", *words, "--data", text, "--shares", 1, "--out", out, *SMALL]
-    fast = ["--method", "random", "--set", "compensation=false", "--dtype", "bfloat16"]
+    fast = ["--method", "random", "--set", "refit=false", "--dtype", "bfloat16"]
     code, _, stderr = run(*named, *fast, "--set", "neuron_multiple=8")
     assert code == 0, stderr
     params, size = counted(out)

@@ -17,7 +17,7 @@ _, little = map(script, ("plan", "little_memory"))
 def test_a_model_is_pruned_in_less_memory_than_its_weights_and_libraries_take(
     tmp_path: Path,
 ) -> None:
-    """Scored, re-fitted, trained, cut and written; byte for byte as without a limit."""
+    """Scored, refitted, trained, cut and written; byte for byte as without a limit."""
     size = little.SIZES["300m"]
     try:
         with little.limited(size.limit):

@@ -172,7 +172,7 @@ def test_what_cannot_be_planned_is_reckoned_by_steps(
 def test_what_is_reckoned_counts_rounds_and_re_fits(
     tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To 50 %: scored twice, re-fitted at the stop, where prices are measured, and at the end."""
+    """To 50 %: scored twice, refitted at the stop, where prices are measured, and at the end."""
 
     def unplanned(*_: Any) -> None:
         raise Unplanned("not this time")

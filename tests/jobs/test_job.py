@@ -105,7 +105,7 @@ device dtype resume overwrite trust-remote-code shares family bits dry-run
 """
 WITHOUT_OPTION = """
 neuron_multiple hidden_multiple for_quantization calibration_blocks teacher progressive lora_rank
-compensation sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
+refit sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """
 
 

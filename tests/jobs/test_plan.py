@@ -210,7 +210,7 @@ def test_kernels_are_counted_as_the_library_makes_them(
     """In a step on data: oneDNN says by itself for which sizes it wants one."""
     # Not sdpa, which multiplies inside of itself.
     values, half = config(attn_implementation="eager"), torch.bfloat16
-    real = Walk(values, settings(tmp_path, compensation=False), 24, half, model_of(values, half))
+    real = Walk(values, settings(tmp_path, refit=False), 24, half, model_of(values, half))
     capfd.readouterr()
     with mkldnn.verbose(mkldnn.VERBOSE_ON_CREATION):
         counted = real.teach().sizes
@@ -242,7 +242,7 @@ def test_a_cpu_maps_weights(tmp_path: Path) -> None:
     last = downs + 2 * 64 * 64  # output projections, where heads go
     assert of(half, None).judge().peak - of(half, half).judge().peak == 2 * weights
     gone = of(half, None).teach().peak - of(half, half).teach().peak
-    assert 2 * (weights + downs) <= gone <= 2 * (weights + last)  # re-fitted ones too
+    assert 2 * (weights + downs) <= gone <= 2 * (weights + last)  # refitted ones too
     gone = of(whole, None).teach().peak - of(whole, half).teach().peak
     assert 4 * downs <= gone <= 4 * last  # weights are a copy in another dtype
     gone = of(half, None).refit(4).peak - of(half, half).refit(4).peak
@@ -592,7 +592,7 @@ def test_masks_that_are_learned_are_planned_without_scores(
 
 
 def test_each_round_of_scoring_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units that are left are scored again; on a device re-fitted weights stand beside then."""
+    """Units that are left are scored again; on a device refitted weights stand beside then."""
     leave_unplanned(monkeypatch.setattr)
 
     def needs(sparsity: float, **more: Any) -> dict[str, Need]:
@@ -603,7 +603,7 @@ def test_each_round_of_scoring_is_planned(tmp_path: Path, monkeypatch: pytest.Mo
 
     one, three, ramp = needs(0.3), needs(0.7), needs(0.7, **RAMP)
     assert one["score"].flops == pytest.approx(1e9)
-    assert three["score"].flops == pytest.approx(3e9 + 2e9)  # two re-fits on the way
+    assert three["score"].flops == pytest.approx(3e9 + 2e9)  # two refits on the way
     assert three["score"].peak - one["score"].peak == pytest.approx(three[""].peak)
     assert three[""].peak > 0
     assert ramp["score"] == one["score"]

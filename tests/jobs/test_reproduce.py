@@ -18,7 +18,7 @@ def test_the_command_says_what_was_set() -> None:
         "max_steps": 6,
         "save_steps": 50,
         "learning_rate": 1e-05,
-        "compensation": False,
+        "refit": False,
         "lr_scheduler_kwargs": {"power": 1.0, "lr_end": 1e-07},
         "eval_data": None,
     }
@@ -34,7 +34,7 @@ def test_the_command_says_what_was_set() -> None:
         ("--sparsity", "0.2"),
         ("--steps", "6"),
         ("--set", "learning_rate=1.0e-05"),
-        ("--set", "compensation=false"),
+        ("--set", "refit=false"),
         ("--set", "lr_scheduler_kwargs={power: 1.0, lr_end: 1.0e-07}"),
         ("--set", "seed=7"),
         ("--out", "new folder"),

@@ -1,4 +1,4 @@
-"""Weights beside the base's: LoRA, and those of a re-fit, which the student alone has."""
+"""Weights beside the base's: LoRA, and those of a refit, which the student alone has."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def test_state_and_load_are_the_same_student_to_the_bit(tiny_model) -> None:
 
 
 def test_a_base_that_is_more_exact_stays_so(tiny_model) -> None:
-    """What was re-fitted in bfloat16 is a change of the stored weights, not a rounding of them."""
+    """What was refitted in bfloat16 is a change of the stored weights, not a rounding of them."""
     half = wrapped(tiny_model("llama").bfloat16())
     bank, down = LoraBank(Anatomy(half)), Anatomy(half).family.mlp[-1]
-    same = Anatomy(half).linear(1, down).weight.clone()  # a re-fit that changes nothing
+    same = Anatomy(half).linear(1, down).weight.clone()  # a refit that changes nothing
     bank.set_weight(1, down, same)
     exact = Anatomy(tiny_model("llama"))
     before = exact.linear(1, down).weight.clone()

@@ -100,7 +100,7 @@ def test_the_published_loss_by_hand(tiny_model, tmp_path: Path) -> None:
         tiny_model("llama"),
         tmp_path,
         method="fisher",
-        compensation=False,
+        refit=False,
         objective="paper",
         max_steps=1,
     )

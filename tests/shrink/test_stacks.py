@@ -1,4 +1,4 @@
-"""The re-fit of routed experts, beside least squares on what stock modules compute."""
+"""The refit of routed experts, beside least squares on what stock modules compute."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.mixture import Mixture
-from nuteprune.shrink.compensate import fit_projections
 from nuteprune.shrink.finalize import merge_layer
+from nuteprune.shrink.least_squares import fit_projections
 from nuteprune.shrink.ridge import RIDGE
 from nuteprune.stages.prunable import Prunable
 from nuteprune.stages.refit import refit

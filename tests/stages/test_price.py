@@ -11,7 +11,7 @@ import torch
 from nuteprune.gates.copying_losses import Predicted, mean_kl
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
-from nuteprune.shrink.compensate import fit_projections
+from nuteprune.shrink.least_squares import fit_projections
 from nuteprune.stages import price as stage
 from nuteprune.stages.choose import choose
 from nuteprune.stages.price import MOST, Change, changes_of, following, logits_of, price
@@ -88,7 +88,7 @@ def test_attention_far_from_the_cut_is_not_measured(tiny_model: Any, tmp_path: P
 def test_prices_are_those_of_a_model_that_is_cut_so(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other layers stay as they were re-fitted to the cut itself."""
+    """The other layers stay as they were refitted to the cut itself."""
     monkeypatch.setattr(stage, "NEAR", 1e9)
     ready = prepare(tiny_model("llama"), settings(tmp_path))
     scores, masks = cut(ready, 0.5)

@@ -12,7 +12,7 @@ import torch
 from nuteprune.export.checkpoint import assemble
 from nuteprune.gates import surgeon_costs
 from nuteprune.gates.importance import METHODS
-from nuteprune.shrink.compensate import fit_projections
+from nuteprune.shrink.least_squares import fit_projections
 from nuteprune.stages import score as stage
 from nuteprune.stages.choose import choose
 from nuteprune.stages.score import score, stops_before
@@ -36,7 +36,7 @@ def test_stops_on_the_way(target: float, stops: list[float]) -> None:
         ({"method": "flap"}, True, False),
         ({"method": "random"}, False, False),  # it reads nothing
         ({"ramp_share": 0.5}, False, False),
-        ({"compensation": False}, False, False),
+        ({"refit": False}, False, False),
         ({"sharded": True}, False, False),
         ({"gates": "neurons,hidden", "hidden_multiple": 8, "method": "fisher"}, False, False),
     ],

@@ -356,7 +356,7 @@ def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) ->
     ("settings", "message"),
     [
         ({"fp16": True}, "use bf16"),
-        ({"lora_targets": "qv"}, "set compensation to false"),
+        ({"lora_targets": "qv"}, "set refit to false"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
             "leave it out",

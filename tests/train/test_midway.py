@@ -40,7 +40,7 @@ class StudentAt(TrainerCallback):
         {"lora_rank": 128},
         {"lora_rank": 4, "ramp_share": 0.75},
         {"gate_type": "hard_concrete", "lora_rank": 128},
-        {"gates": "neurons", "lora_targets": "qv", "compensation": False, "shapes": "uniform"},
+        {"gates": "neurons", "lora_targets": "qv", "refit": False, "shapes": "uniform"},
     ],
     ids=["rank-128", "ramp", "hard-concrete", "qv"],
 )

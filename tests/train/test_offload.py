@@ -68,8 +68,8 @@ LAYERS, LAYER = 5, 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
 @pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_checkpointing": True, "ramp_share": 1.0, "compensation": False}],
-    ids=["re-fitted", "checkpointing"],
+    [{}, {"gradient_checkpointing": True, "ramp_share": 1.0, "refit": False}],
+    ids=["refitted", "checkpointing"],
 )
 def test_a_layer_at_a_time_is_on_the_device(
     settings: dict[str, Any],

@@ -45,7 +45,7 @@ def test_what_is_narrower_than_stored_makes_room_for_what_is_cut(
     learned = {id(value) for value in trainer.ready.bank.state().values()}
     base = [p for n, p in trainer.model.named_parameters() if ".base_layer." in n]
     held = [weakref.ref(p) for p in base if id(p) not in learned]
-    assert len(held) >= 3 * 5  # all but what re-fits have put in their place
+    assert len(held) >= 3 * 5  # all but what refits have put in their place
     del base
 
     def load() -> Any:

@@ -101,7 +101,7 @@ def pruned(model: Any, tokenizer: Any, run: Path, **settings: Any) -> NutePruneT
         per_device_train_batch_size=2,
         neuron_multiple=4,
         calibration_blocks=2,
-        compensation=False,
+        refit=False,
         save_steps=1,
         use_cpu=True,
         disable_tqdm=True,

@@ -12,7 +12,7 @@ import torch
 from nuteprune.distill.objective import Objective
 from nuteprune.gates import surgeon_costs
 from nuteprune.products import read_tensors
-from nuteprune.shrink import compensate
+from nuteprune.shrink import least_squares
 from tests.second_device import DEVICE, There, second_device
 
 from .conftest import make, metrics
@@ -83,8 +83,12 @@ def beside(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.slow(seconds=4)
 @pytest.mark.parametrize(
     ("place", "name"),
-    [(Objective, "parts"), (surgeon_costs, "inverse_of_correlations"), (compensate, "ridge_fit")],
-    ids=["step", "scoring", "re-fit"],
+    [
+        (Objective, "parts"),
+        (surgeon_costs, "inverse_of_correlations"),
+        (least_squares, "ridge_fit"),
+    ],
+    ids=["step", "scoring", "refit"],
 )
 def test_a_tensor_made_without_a_device_is_caught(
     place: Any, name: str, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ from .conftest import LENGTH, make, metrics, trial_step
         {"method": "similarity", "neuron_multiple": 48},
         {"shapes": "uniform"},
         {"objective": "paper", "teacher": "dense"},
-        {"teacher": "none", "compensation": False},
+        {"teacher": "none", "refit": False},
     ],
     ids=[
         "default",
@@ -73,7 +73,7 @@ def unit_share(allocator: Allocator) -> float:
 
 @pytest.mark.slow
 def test_training_lowers_the_loss_that_pruning_caused(tiny_model, tmp_path: Path) -> None:
-    settings = {"per_device_train_batch_size": 16, "compensation": False}
+    settings = {"per_device_train_batch_size": 16, "refit": False}
     trainer = make(tiny_model("llama"), tmp_path, max_steps=40, **settings)
     trainer.train()
     losses = [line["loss"] for line in metrics(tmp_path)]
@@ -192,7 +192,7 @@ def test_killed_and_resumed_is_never_interrupted(
 
 @pytest.mark.slow
 def test_eight_micro_batches_of_one_equal_one_of_eight(tiny_model, tmp_path: Path) -> None:
-    settings = {"max_steps": 3, "compensation": False, "calibration_blocks": 8}
+    settings = {"max_steps": 3, "refit": False, "calibration_blocks": 8}
     one = make(tiny_model("llama"), tmp_path / "a", per_device_train_batch_size=8, **settings)
     one.train()
     many = make(
@@ -212,7 +212,7 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tiny_model, tmp_path: Pat
 
 def test_losses_that_are_not_finite_stop_the_run(tiny_model, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    trainer = make(model, tmp_path, method="random", compensation=False)
+    trainer = make(model, tmp_path, method="random", refit=False)
 
     original = trainer.compute_loss
     trainer.compute_loss = lambda *a, **k: original(*a, **k) * float("nan")

@@ -40,7 +40,7 @@ SHARD = 5 * 10**9
 
 
 def assemble(anatomy: Anatomy, masks: Masks, **how: Any) -> tuple[PreTrainedModel, Shape]:
-    """Cut a dense or re-fitted model down to what masks keep.
+    """Cut a dense or refitted model down to what masks keep.
 
     Args:
         anatomy: a model without adapters; it is used up.

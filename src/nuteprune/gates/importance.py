@@ -64,7 +64,7 @@ def flap(probe: Probe) -> Scores:
     square of that; z-scores of S within the projection; the mean of them over a unit. Source:
     FLAP's WIFV metric and adaptive structure, An et al. 2023 (arXiv 2312.11983), the square as in
     its public code (CASIA-LMC-Lab/FLAP): less of attention goes then, which did better
-    (docs/log.md). In place of its bias compensation there is the re-fit that all methods share.
+    (docs/log.md). In place of its bias compensation there is the refit that all methods share.
     """
 
     def metric(watched: Watched) -> Tensor:
@@ -108,10 +108,10 @@ def surgeon(probe: Probe) -> Scores:
 
     tr(S_u ([C^-1]_uu)^-1) with S_u the second moment of the loss's gradients by the unit's outputs
     and C that of all inputs of the projection that reads them: a unit is cheap if the loss
-    does not depend on it, or if the other inputs can predict it: the re-fit then makes up for it.
+    does not depend on it, or if the other inputs can predict it: the refit then makes up for it.
     The cheapest units of a layer go first, and the others cost what they cost without these.
     Neurons of routed experts have their own: see `gates.surgeon_costs`. Hidden width, blocks and
-    experts have no re-fit, so they keep their Fisher score, which estimates the same loss. Which
+    experts have no refit, so they keep their Fisher score, which estimates the same loss. Which
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Attention that copying from context hangs on is measured, which no gradient shows; see
     `copying_kept`. The first attention goes last of all; see `first_attention_last`.

@@ -7,7 +7,7 @@ The loss is the cross entropy of tokens that the model itself draws: its curvatu
 divergence from the dense model, which distillation minimises. Gradients need little text. C needs
 more, to tell rare inputs from predictable ones, but no gradients.
 
-The move is the closed-form re-fit of `shrink.compensate`; the curvature here is that of the dense
+The move is the closed-form refit of `shrink.least_squares`; the curvature here is that of the dense
 model. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
 
 Shape suffixes: B batch, T tokens, M = B x T, V vocabulary, I inputs of a projection, U units of a
@@ -38,7 +38,7 @@ from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
 
 INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_block"}
-"""Kind of gate -> the block whose last projection reads its units, and is re-fitted."""
+"""Kind of gate -> the block whose last projection reads its units, and is refitted."""
 READ = {**INPUTS, "expert_neurons": "experts"}
 """The same of all kinds that have this cost."""
 

@@ -1,4 +1,4 @@
-"""What removing units costs once the weights that stay are re-fitted to make up for them.
+"""What removing units costs once the weights that stay are refitted to make up for them.
 
 The loss is taken as quadratic in a projection's weight W (O, I), with the curvature of its inputs
 C = X^T X / M and of its outputs, S = D^T D / M of the gradients D. Cutting the columns u out of W

@@ -172,7 +172,7 @@ def _reckoned(run: Run, writing: float, step: float | None) -> float:
     cut, args = run.cut(), run.args
     rounds = METHODS[args.method].reads and cut.tries_cuts
     stops = len(stops_before(run.goals[-1].sparsity)) * rounds
-    # A scored or re-fitted block costs most of a step's share of one.
+    # A scored or refitted block costs most of a step's share of one.
     refits = stops + cut.is_priced + len(run.goals)
     blocks = args.scored_blocks * (1 + stops) + args.refit_blocks * refits
     each = args.train_batch_size * args.gradient_accumulation_steps

@@ -25,7 +25,7 @@ class Rate:
 
     Args:
         plain: floating-point operations in the dtype of the run.
-        fine: those in fp32 and finer, as of all that scoring and re-fit invert.
+        fine: those in fp32 and finer, as of all that scoring and refit invert.
         read: bytes that are read of memory; None: not known, and not counted.
     """
 
@@ -113,11 +113,11 @@ def in_bits(plan: Plan, peaks: Mapping[str, float], bits: int) -> dict[str, floa
 def offloaded(plan: Plan, peaks: Mapping[str, float]) -> dict[str, float]:
     """Return peaks of phases on a device that has one layer at a time."""
     sizes = plan.sizes
-    # Room of two: re-fitted weights are beside the teacher's.
+    # Room of two: refitted weights are beside the teacher's.
     return _without(plan, peaks, sizes.weights - sizes.outside - 2 * sizes.layer)
 
 
 def _without(plan: Plan, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
-    # Their re-fit is in low rank, or off the device.
+    # Their refit is in low rank, or off the device.
     own = dict.fromkeys(("price", "refit", "teach", *["score"][: plan.stops]), plan.refitted)
     return {k: v - saved - own.get(k, 0) for k, v in peaks.items()}

@@ -64,7 +64,7 @@ class _Place(NamedTuple):
 class LoraBank:
     """What a student has beside the base model: LoRA weights, and weights in place of the base's.
 
-    Weights in place of the base's are those of a re-fit. Both are swapped by pointer.
+    Weights in place of the base's are those of a refit. Both are swapped by pointer.
 
     Args:
         anatomy: a model wrapped by PEFT.

@@ -192,8 +192,8 @@ class Plan:
 
     @property
     def refitted(self) -> int:
-        """Bytes of re-fitted weights beside the base's own, at most; CPUs map them."""
-        return self.sizes.refitted if self.args.compensation and self.stored is None else 0
+        """Bytes of refitted weights beside the base's own, at most; CPUs map them."""
+        return self.sizes.refitted if self.args.refit and self.stored is None else 0
 
     @property
     def _tries_cuts(self) -> bool:
@@ -294,7 +294,7 @@ class Plan:
         return [Phase("price", need)]
 
     def _refit(self) -> list[Phase]:
-        if not self.args.compensation:
+        if not self.args.refit:
             return []
         between = self.args.progressive and "fixed" not in list(self._steps)[:1]
         need = self._refits[0].held(MOMENTS * self.sizes.adapters * between)
@@ -349,11 +349,11 @@ class Plan:
         """Return the bytes that a run writes, by what they are for."""
         args, sizes, count = self.args, self.sizes, len(self.targets)
         files = self.written.itemsize / self.dtype.itemsize
-        refitted, teachers = sizes.refitted * args.compensation, 0.0
+        refitted, teachers = sizes.refitted * args.refit, 0.0
         if args.progressive:
             planned = import_module("nuteprune.progressive.plan")
             teachers = sum(planned.snapshots_of(args, x) for x in self.targets)
-        # Two are kept, one is written; masks that move are in it with what is re-fitted.
+        # Two are kept, one is written; masks that move are in it with what is refitted.
         checkpoints = 3 * (3 * sizes.adapters + refitted * args.progressive)
         return {
             "result": sum(self.results) * files,

@@ -23,8 +23,8 @@ class Sizes:
         projections: the decoder layers' projections.
         layer: of one decoder layer, the largest.
         outside: of what is in no layer: embedding, head, final norm.
-        refitted: what the re-fit puts beside the base's weights, at most.
-        tried: weights that are re-fitted to try a cut out; see `stages.price`.
+        refitted: what the refit puts beside the base's weights, at most.
+        tried: weights that are refitted to try a cut out; see `stages.price`.
         adapters: LoRA, in fp32.
         cached: keys and values while the model writes.
         together: how many texts it writes at a time, at most.

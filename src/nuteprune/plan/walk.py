@@ -132,7 +132,7 @@ class Walk:
         return replace(fitted[0], peaks=(fitted[0].peak, live.peak))
 
     def refit(self, blocks: int) -> Need:
-        """Re-fit all layers at their most, on so much text; what is fitted stays."""
+        """Refit all layers at their most, on so much text; what is fitted stays."""
         with self._counting() as live:
             fitted = self._refit(self._widest(), blocks)
             del fitted
@@ -171,7 +171,7 @@ class Walk:
         size = self._args.per_device_train_batch_size
         with self._counting() as live:
             weights = None
-            if self._args.compensation and kind in ("", "fixed"):
+            if self._args.refit and kind in ("", "fixed"):
                 weights = self._refit(self._masks, 1)
             if kind:
                 progressive = import_module("nuteprune.progressive.plan")

@@ -56,10 +56,10 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):
                 f"gate_type {self.gate_type} starts all units alike, so method {self.method} has "
                 "nothing to rank: leave one of the two out"
             )
-        if self.has_narrow_lora and self.compensation:
+        if self.has_narrow_lora and self.refit:
             raise UserError(
                 "the refit puts weights in place beside LoRA, which lora_targets qv leaves the "
-                "output and down projections without: set compensation to false"
+                "output and down projections without: set refit to false"
             )
         if gate_type.trained and optimizer not in ASCENDING:
             raise UserError(

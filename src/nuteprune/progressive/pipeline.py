@@ -14,7 +14,7 @@ TRAINER = ProgressiveTrainer
 def pipeline(run: Run) -> dict[Path, Record]:
     """Make a smaller checkpoint for each of a run's goals; see `nuteprune.pipeline`.
 
-    Gates start from scores or all alike. `ProgressiveTrainer` chooses and re-fits on the way.
+    Gates start from scores or all alike. `ProgressiveTrainer` chooses and refits on the way.
     """
     run.write()
     dense = run.judge_dense()

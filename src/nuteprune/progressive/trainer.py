@@ -168,7 +168,7 @@ class ProgressiveTrainer(NutePruneTrainer):
             self.teachers.record(sparsity, self.gates.snapshot(), self.ready.bank.state())
 
     def freeze(self) -> None:
-        """Fix the masks, and re-fit the weights that stay where that is asked for."""
+        """Fix the masks, and refit the weights that stay where that is asked for."""
         args, expected, asked = self.args, self.gates.sparsity(), self.goal.sparsity
         if self._step >= 0 and expected < asked - FAR:
             logger.warning(
@@ -176,7 +176,7 @@ class ProgressiveTrainer(NutePruneTrainer):
                 f"{asked:.1%}: quality suffers; more --steps let them get there"
             )
         masks = self.gates.freeze(self.goal.goal)
-        if args.compensation:
+        if args.refit:
             blocks = calibration_blocks(self.train_dataset, args.refit_blocks)
             size, rank = args.per_device_train_batch_size, args.lora_rank
             weights = refit(

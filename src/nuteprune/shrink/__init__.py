@@ -1,1 +1,1 @@
-"""How a model becomes small: re-fit, merge, fold, slice."""
+"""How a model becomes small: refit, merge, fold, slice."""

@@ -1,4 +1,4 @@
-"""Closed-form re-fit of routed experts, each on its own tokens.
+"""Closed-form refit of routed experts, each on its own tokens.
 
 An expert is heard as g x its output, with g the router's weight of a token. So its down projection
 is fitted to give, from the neurons that are left, what it gave from all of them: over the tokens

@@ -1,10 +1,10 @@
-"""Price: what units cost where they are to go, measured in the model that is cut and re-fitted.
+"""Price: what units cost where they are to go, measured in the model that is cut and refitted.
 
 Scores are predictions: of one projection at a time, near the dense model. Where much is cut
 together, some layers cost a multiple of what was predicted, and some next to nothing. So each
 layer's neurons are cut a little further, and a little less far, and each unit of attention goes
-alone, or comes back. The projection that reads them is re-fitted to that. The KL divergence from
-the dense model, on text that the re-fit did not read, tells what it costs. Scores follow half-way.
+alone, or comes back. The projection that reads them is refitted to that. The KL divergence from
+the dense model, on text that the refit did not read, tells what it costs. Scores follow half-way.
 Source: that a cut is judged by the true loss of the whole model, EvoPress (Sieberling et al. 2024,
 arXiv 2410.14649), which searches by it. Here it corrects scores. Measured in docs/log.md.
 
@@ -32,7 +32,7 @@ from nuteprune.mapped import mapped
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.lora import effective_weight
-from nuteprune.shrink.compensate import Note, Regression
+from nuteprune.shrink.least_squares import Note, Regression
 from nuteprune.simulated import alike, left, number
 from nuteprune.stages.choose import choose
 from nuteprune.stages.prunable import Prunable
@@ -214,7 +214,7 @@ class Measure:
             self._dense = [Predicted.of(logits_of(model, x)) for x in batches]
 
     def note(self, masks: Masks, changes: Sequence[Change]) -> Note:
-        """Return what re-fits projections to changes of a cut, while the cut is re-fitted.
+        """Return what refits projections to changes of a cut, while the cut is refitted.
 
         Args:
             masks: the cut, on the CPU.
@@ -238,7 +238,7 @@ class Measure:
     def prices(self, tick: Callable[[], None]) -> dict[Change, float]:
         """Return what the changes cost, in nats a token: how much further off the model is.
 
-        The model is cut and re-fitted now: columns of what is gone are 0.
+        The model is cut and refitted now: columns of what is gone are 0.
 
         Args:
             tick: called after each change.

@@ -56,5 +56,5 @@ class Prunable:
 
     @property
     def can_try_cuts(self) -> bool:
-        """Whether cuts can be tried: whole weights are re-fitted to all that the gates remove."""
+        """Whether cuts can be tried: whole weights are refitted to all that the gates remove."""
         return self.has_whole_weights and set(self.kinds) <= set(INPUTS)

@@ -1,4 +1,4 @@
-"""Refit: the weights that stay, by least squares; see `shrink.compensate`.
+"""Refit: the weights that stay, by least squares; see `shrink.least_squares`.
 
 Shape suffixes: N blocks, T tokens of a block, O rows, I columns of a weight.
 """
@@ -13,7 +13,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.family import Projection
 from nuteprune.model.lora import Weights
 from nuteprune.model.packed import weight_of
-from nuteprune.shrink.compensate import Fit, InstallStack, Note, fit_projections, low_rank
+from nuteprune.shrink.least_squares import Fit, InstallStack, Note, fit_projections, low_rank
 from nuteprune.stages.prunable import Prunable
 
 FEWER_DIRECTIONS = 32
@@ -40,7 +40,7 @@ def refit(
         batch_size: blocks that go through a layer together.
         rank: of LoRA, which holds the fit where weights are packed or sharded.
         progress: told of each layer.
-        note: see `shrink.compensate.fit_projections`.
+        note: see `shrink.least_squares.fit_projections`.
 
     Returns:
         By name, as `LoraBank` has them: whole weights (O, I) whose columns are 0 where inputs are

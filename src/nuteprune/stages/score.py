@@ -1,7 +1,7 @@
 """Score: what each unit costs, by a method of `gates.importance`.
 
 Scores of one model say little of what is left once much of it is gone. So beyond `MOST_AT_ONCE`
-there are rounds: what goes by the scores so far is cut, the others are re-fitted, and what is left
+there are rounds: what goes by the scores so far is cut, the others are refitted, and what is left
 is scored again.
 
 Shape suffixes: N blocks, T tokens of a block.

@@ -20,9 +20,9 @@ from nuteprune.train.settings import setting
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
 REFIT_BLOCKS = 4.5
-"""Blocks of the re-fit, for each block that scores are taken on."""
+"""Blocks of the refit, for each block that scores are taken on."""
 PRICED_BLOCKS = 0.5
-"""The same of what tells the price of units at the target, which no re-fit reads."""
+"""The same of what tells the price of units at the target, which no refit reads."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class NutePruneConfig(PruneSettings, RunArguments):
 
     Args:
         method: the one-shot scoring that ranks units: a key of `gates.importance.METHODS`.
-        calibration_blocks: blocks of text for the scores; the re-fit reads 4.5 times as many.
+        calibration_blocks: blocks of text for the scores; the refit reads 4.5 times as many.
 
     Parameters that control distillation:
 
@@ -68,11 +68,11 @@ class NutePruneConfig(PruneSettings, RunArguments):
         teacher: `dense` (the dense model) or `none`: the text itself is learned, by the
             language-model loss.
 
-    Parameters that control LoRA and the re-fit:
+    Parameters that control LoRA and the refit:
 
     Args:
         lora_rank: rank of the adapters.
-        compensation: re-fit the output and down projections in closed form when masks freeze:
+        refit: fit the output and down projections in closed form when masks freeze:
             whole, or as low-rank start of LoRA where weights are sharded or in 8 or 4 bits.
 
     Parameters of the run:
@@ -139,17 +139,17 @@ class NutePruneConfig(PruneSettings, RunArguments):
 
     @property
     def refit_blocks(self) -> int:
-        """Blocks that the re-fit reads."""
-        return round(REFIT_BLOCKS * self.calibration_blocks) if self.compensation else 0
+        """Blocks that the refit reads."""
+        return round(REFIT_BLOCKS * self.calibration_blocks) if self.refit else 0
 
     @property
     def tried(self) -> bool:
-        """Whether a cut can be tried before the first step: whole weights are re-fitted."""
-        return self.compensation and not self.sharded
+        """Whether a cut can be tried before the first step: whole weights are refitted."""
+        return self.refit and not self.sharded
 
     @property
     def priced_blocks(self) -> int:
-        """Blocks that tell what units cost at the target, beside what the re-fit reads."""
+        """Blocks that tell what units cost at the target, beside what the refit reads."""
         priced = METHODS[self.method].priced and self.tried
         return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * priced
 

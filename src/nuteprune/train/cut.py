@@ -128,7 +128,7 @@ class Cut:
 
     def refit(self, masks: Masks, goal: Target) -> Weights | None:
         """Return the weights that stay; None where they are to stay as they are."""
-        if not self.args.compensation:
+        if not self.args.refit:
             return None
         return self.products.keep(
             "refit",

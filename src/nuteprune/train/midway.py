@@ -71,7 +71,7 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
     allocator = make_allocator(dense, args) if isinstance(args, NutePruneConfig) else None
     anatomy = Anatomy(with_lora(dense, args))
     fixed = isinstance(args, NutePruneConfig) and "masks" not in state.tensors
-    has_weights = fixed and cast(NutePruneConfig, args).compensation
+    has_weights = fixed and cast(NutePruneConfig, args).refit
     weights = _product(checkpoint, "refit") if has_weights else {}
     try:
         LoraBank(anatomy).load(weights | state.lora)

@@ -111,7 +111,7 @@ class PruneSettings:
         "nuteprune.progressive.",
     )
     lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
-    compensation: bool = setting(True, "Re-fit projections in closed form when masks freeze.")
+    refit: bool = setting(True, "Fit projections in closed form when masks freeze.")
     sharded: bool = setting(False, "Share the dense model's weights out over processes.")
     offload: bool = setting(
         False,

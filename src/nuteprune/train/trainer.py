@@ -1,7 +1,7 @@
 """NutePruneTrainer: teaches a model whose masks are fixed, on top of `transformers.Trainer`.
 
 A step: one pass of the backbone plays student and teacher, and distillation losses train LoRA. The
-trainer is given masks and re-fitted weights, or calls the stages that make them.
+trainer is given masks and refitted weights, or calls the stages that make them.
 """
 
 from __future__ import annotations
@@ -346,7 +346,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return found
 
     def run_state(self) -> RunState:
-        """Return what has been learned; masks and re-fitted weights are products of the run."""
+        """Return what has been learned; masks and refitted weights are products of the run."""
         lora = {k: v for k, v in self.ready.bank.state().items() if not k.endswith(".W")}
         return RunState({"lora": lora}, {"bad_steps": self._bad_steps()})
 

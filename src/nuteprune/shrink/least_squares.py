@@ -1,4 +1,4 @@
-"""Closed-form re-fit of the output and down projections to the inputs that are left.
+"""Closed-form refit of the output and down projections to the inputs that are left.
 
 Once heads and neurons are chosen, each output and down projection is fitted by ridge regression
 so that from the kept inputs alone it gives what it gave from all of them (`shrink.ridge`), routed
@@ -6,7 +6,7 @@ experts each for itself (`shrink.stacks`). Layers are fitted in order, each on t
 the already pruned and fitted layers before it. These have left the residual stream off the dense
 model's: a fit makes up for half of that too, but for those of routed experts.
 Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
-re-fitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
+refitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
 
 Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept columns, R rank, E
 experts, F neurons of each.
@@ -44,7 +44,7 @@ NOTHING = 1e-4
 
 @dataclass(frozen=True)
 class Fit:
-    """A re-fitted weight.
+    """A refitted weight.
 
     Args:
         weight_OI: the new weight, zero columns where inputs are gone, fp32.

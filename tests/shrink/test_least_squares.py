@@ -14,7 +14,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.shrink import ridge
-from nuteprune.shrink.compensate import (
+from nuteprune.shrink.least_squares import (
     FEEDBACK,
     Fit,
     fit_projections,
@@ -129,7 +129,7 @@ def test_no_text_is_read_where_nothing_has_lost_inputs(tiny_model) -> None:
     assert len(ticks) == 3  # a bar gets to its end all the same
 
 
-# What differs in a re-fit: grouped queries, biases, blocks side by side, norms after the blocks,
+# What differs in a refit: grouped queries, biases, blocks side by side, norms after the blocks,
 # shared experts beside routed ones, and such that are weighed; multiples of what blocks write, in
 # the layer (granite) or in the block itself (falcon_h1).
 WRITES = {
