@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
@@ -19,7 +20,7 @@ from nuteprune.judge.beside import judge_beside
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
-from nuteprune.processes import is_main
+from nuteprune.processes import agree, is_main
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
 from nuteprune.stages.judge import Figures, entries, judge
@@ -71,6 +72,7 @@ class Run:
         resumes: whether the run goes on with what is in its folder.
         around: what is written around the pruned language model; None: nothing.
         about: what else each record is to hold.
+        steps_in_time: how many steps there is time for; None: as many as the settings say.
     """
 
     model: Prepared
@@ -87,6 +89,7 @@ class Run:
     resumes: bool
     around: Around | None
     about: Callable[[], Record]
+    steps_in_time: Callable[[Run, NutePruneTrainer], int] | None = None
 
     def __post_init__(self) -> None:
         lora = self.model.bank.state() if len(self.goals) > 1 else {}
@@ -160,12 +163,21 @@ class Run:
         trainer.masks, trainer.weights = masks, weights
         if is_main():
             write_json(trainer.run_folder / TEXT, self.text.training.fingerprint.to_dict())
+        self._settle_steps(trainer)
         with self.products.measured("teach"):
             if self.args.max_steps > 0:
                 begun = self.resumes and last_checkpoint(trainer.run_folder) is not None
                 trainer.train(resume_from_checkpoint=begun or None)
             trainer.settle()
         return trainer
+
+    def _settle_steps(self, trainer: NutePruneTrainer) -> None:
+        """Let a run that has so much time have so many steps; all processes take part."""
+        if self.steps_in_time is None:
+            return
+        count = torch.tensor(self.steps_in_time(self, trainer))
+        agree([count])
+        self.args.max_steps = trainer.args.max_steps = int(count)
 
     def slice(self, trainer: NutePruneTrainer, goal: Target) -> Sliced:
         """Merge, fold and cut: the run's own model for the last goal, where that can be."""

@@ -23,7 +23,11 @@ from nuteprune.judge.work import Workload
 from nuteprune.run_folder import RUN, SPEED
 from nuteprune.train.asked import SETTINGS
 
-DEFAULTS = {"max_steps": 60, "target_sparsity": 0.2}
+DEFAULTS = {"target_sparsity": 0.2}
+MINUTES = 5
+"""How long it takes where nothing else is said."""
+COMPARED = 0.5
+"""What comparing speeds takes, as a multiple of judging the dense model."""
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
 TIMED = Workload(batch_size=1, length=256, new_tokens=32)
@@ -43,12 +47,14 @@ def with_defaults(job: PruneJob) -> PruneJob:
     if not MEMORY.keys() & job.settings.keys():
         defaults |= MEMORY
     job.settings = {**defaults, **job.settings}
+    if job.minutes is None and "max_steps" not in job.settings:
+        job.minutes = MINUTES
     return job
 
 
 def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     """Prune, compare and print; returns the record with what was measured."""
-    result = run(with_defaults(job), output)
+    result = run(with_defaults(job), output, COMPARED)
     if result is None:
         return None
     return result.plan if result.plan is not None else compare(job, result, output)

@@ -6,6 +6,7 @@ are derived from what the dataclasses here and in `train.config` declare.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -119,7 +120,9 @@ class PruneJob(Job):
         text_only: of a model of several modalities, write the language model alone.
         dry_run: say what would be done, and write nothing.
         shares: of the tokens, one for each of `data`; None: see `jobs.text.mixture`.
+        minutes: see `jobs.minutes`; None: `settings` say how long it takes.
         settings: of `NutePruneConfig`, as far as they are given.
+        started: when it was asked for, by `time.monotonic`.
     """
 
     shares: list[float] | str | None = setting(
@@ -145,10 +148,18 @@ class PruneJob(Job):
         None,
         "Of a model of several modalities, write the pruned language model alone.",
     )
+    minutes: float | str | None = setting(
+        None,
+        "Time to spend in all, instead of --steps: minutes, or 90s or 2h. It is shared out over "
+        "text, scores, prices and steps.",
+        option="--minutes",
+        role=CALL,
+    )
     dry_run: bool = setting(
         False, "Say what would be done; write nothing.", option="--dry-run", flag=True, role=CALL
     )
     settings: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic, compare=False)
 
     @property
     def share_values(self) -> list[float] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -130,14 +129,19 @@ def finish(job: PruneJob, result: Result, output: Output) -> None:
         check_speed(result.records[folder], speedup)
 
 
-def run(job: PruneJob, output: Output) -> Result | None:
+def run(job: PruneJob, output: Output, after: float = 0.0) -> Result | None:
     """Do the job; returns None in all processes of a run but the main one.
+
+    Args:
+        job: the job.
+        output: prints.
+        after: what comes after the run, as a multiple of the time that judging the dense model
+            takes.
 
     Raises:
         UserError: for anything in the job that cannot work; nothing is written then.
         RunFailed: if training breaks down or a target is missed.
     """
-    started = time.monotonic()
     # Trainer makes its folder at once, so a dry run gets one that nobody keeps.
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch) if job.dry_run else job.out
@@ -146,9 +150,15 @@ def run(job: PruneJob, output: Output) -> Result | None:
         if is_main():  # the others may come when it has begun to write
             check_out(job)
         stack.enter_context(nothing_left(folder))
+        steps_in_time = None
+        if job.minutes is not None:
+            from nuteprune.jobs.minutes import steps_in_time_of, within_minutes
+
+            steps_in_time = steps_in_time_of(job, after)
+            job = within_minutes(job, Path(scratch) / RUN, output)
         bars = stack.enter_context(output.bars())
         config = trainer_config(job, folder / RUN)
-        made = make_run(job, config, bars, started)
+        made = make_run(job, config, bars)
         print_plan(job, made, output)
         if job.dry_run:
             from nuteprune.jobs.dry_run import print_dry_run
@@ -156,6 +166,7 @@ def run(job: PruneJob, output: Output) -> Result | None:
             plan = print_dry_run(job, made, output)
             return Result({}, made.held_out, plan) if is_main() else None
         begin(job, made)
+        made.steps_in_time = steps_in_time
         records = import_module(config.PIPELINE).pipeline(made)
     if not is_main():
         return None

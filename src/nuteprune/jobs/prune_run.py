@@ -63,14 +63,13 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
         return kind(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
 
 
-def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float) -> Run:
+def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     """Load what a job names, and make its run.
 
     Args:
         job: the job.
         config: its trainer's settings.
         bars: where progress is shown.
-        started: when the job began, by `time.monotonic`.
 
     Raises:
         UserError: for anything that cannot work; nothing is written then.
@@ -126,7 +125,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars, started: float)
     products = Products(None if job.dry_run else shared, _inputs(first.settings()), job.resume)
 
     def about() -> dict[str, Any]:
-        seconds = round(time.monotonic() - started, 1)
+        seconds = round(time.monotonic() - job.started, 1)
         earlier = origin(job.model)
         known = text_entry(text.training, held_out, earlier)
         return {**earlier, "config": recorded(job, config), "text": known, "seconds": seconds}

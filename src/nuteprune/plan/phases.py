@@ -201,7 +201,7 @@ class Plan:
 
     @property
     def _is_priced(self) -> bool:
-        return METHODS[self.args.method].priced and self._tries_cuts
+        return bool(self.args.priced_blocks) and self._tries_cuts
 
     @property
     def stops(self) -> int:

@@ -61,6 +61,8 @@ class NutePruneConfig(PruneSettings, RunArguments):
     Args:
         method: the one-shot scoring that ranks units: a key of `gates.importance.METHODS`.
         calibration_blocks: blocks of text for the scores; the refit reads 4.5 times as many.
+        priced: whether units are priced at the target, where the method's scores allow it.
+        text_blocks: blocks of text in all; None: what the steps and the stages before them read.
 
     Parameters that control distillation:
 
@@ -150,8 +152,8 @@ class NutePruneConfig(PruneSettings, RunArguments):
     @property
     def priced_blocks(self) -> int:
         """Blocks that tell what units cost at the target, beside what the refit reads."""
-        priced = METHODS[self.method].priced and self.tried
-        return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * priced
+        prices = self.priced and METHODS[self.method].priced and self.tried
+        return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * prices
 
     @property
     def calibrated_blocks(self) -> int:
@@ -161,7 +163,8 @@ class NutePruneConfig(PruneSettings, RunArguments):
     @property
     def blocks(self) -> int:
         """Blocks that the run needs: its steps share them with what comes before."""
-        return max(1, self.max_steps * self.sequences_per_step, self.calibrated_blocks)
+        taught = self.text_blocks or self.max_steps * self.sequences_per_step
+        return max(1, taught, self.calibrated_blocks)
 
     @property
     def gate_kinds(self) -> tuple[str, ...] | None:

@@ -62,7 +62,7 @@ class Cut:
     @property
     def is_priced(self) -> bool:
         """Whether scores follow what cuts cost at the target."""
-        return METHODS[self.args.method].priced and self.tries_cuts
+        return bool(self.args.priced_blocks) and self.tries_cuts
 
     def score(self) -> Scores:
         """Return what each unit costs."""

@@ -102,6 +102,10 @@ class PruneSettings:
         option="--method",
     )
     calibration_blocks: int = setting(32, "Blocks of text for the scores.", bounds=(1, 1e6))
+    priced: bool = setting(True, "Price units at the target, where the method's scores allow it.")
+    text_blocks: int | None = setting(
+        None, "Blocks of text in all; default: what steps and scores read.", bounds=(1, 1e9)
+    )
     teacher: str = setting(
         "dense", "dense, or none (the text itself is learned).", choices=("dense", "none")
     )
@@ -125,7 +129,8 @@ class PruneSettings:
     # Of TrainingArguments: those that recipes set, or that have an option.
     max_steps: int = setting(
         80,
-        "Optimizer steps (default {default}; demo 60). 0 prunes without training.",
+        "Optimizer steps (default {default}; demo: what --minutes 5 has time for). 0 prunes "
+        "without training.",
         bounds=(0, 1e9),
         option="--steps",
         role=HOW,

@@ -1,0 +1,252 @@
+"""`--minutes`: how a run shares its time out over text, scores, prices and steps.
+
+The run times what it is going to do most: writing a token, and teaching a block. Other stages take
+multiples of a block, which were measured once (docs/cost.md). So the plan is settled before the
+first stage, and the record has it as plain settings. How many steps there are is settled when they
+begin: by then most of the time is spent, and what is left is known.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nuteprune.console import Output, duration
+from nuteprune.data.own_text import tokens_to_write
+from nuteprune.errors import UserError
+from nuteprune.gates.importance import METHODS
+from nuteprune.jobs.folder import is_stated
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.prune_run import make_run, trainer_config
+from nuteprune.jobs.text import own_share
+from nuteprune.plan.trial import seconds_per_step
+from nuteprune.run import Run
+from nuteprune.run_folder import RUN
+from nuteprune.stages.price import usual_changes
+from nuteprune.stages.score import stops_before
+from nuteprune.stages.write import seconds_to_write
+from nuteprune.train.run_settings import read_settings
+from nuteprune.train.trainer import NutePruneTrainer
+
+SCORE, REFIT, CHANGE, JUDGE = 3.5, 0.8, 0.2, 0.35
+"""What a block takes, as a multiple of teaching one: to score it, with what it brings along of
+plain blocks; to refit to it; to measure a change of the cut on it; to judge by it."""
+OPTIONS = ((32, True), (32, False), (16, False), (8, False))
+"""Blocks for the scores, and whether units are priced, the best first."""
+BEFORE = 0.55
+"""Share of the time that the stages before the first step may take, judging left aside."""
+JUDGING = 0.12
+"""Share of all the time that judging by text may take."""
+FEWEST = 8
+"""Steps, and blocks of each source to judge by, that a run has at least."""
+BESIDE = 1.0
+"""Answers and context take as long as judging the dense model by text, and this much of it."""
+PLAN = ("max_steps", "calibration_blocks", "priced", "text_blocks", "eval_blocks")
+"""Settings that a plan consists of."""
+TIMED = 2048  # tokens, for the time that writing takes
+
+
+def seconds_of(minutes: float | str) -> float:
+    """Return the seconds of `10` (minutes), `90s`, `10m` or `2h`.
+
+    Raises:
+        UserError: if it is none of these, or no time.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", str(minutes))
+    seconds = float(found[1]) * {"s": 1, "": 60, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise UserError(f"--minutes is {minutes}; pass minutes, such as 10, or 90s or 2h")
+    return seconds
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast this machine is with a model.
+
+    Args:
+        block: seconds to teach a block.
+        token: seconds to write a token; 0 where the model writes none.
+        changes: changes of the cut that pricing measures.
+    """
+
+    block: float
+    token: float
+    changes: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """The seconds of a plan.
+
+    Args:
+        before: from the first stage to the first step, judging left aside.
+        judging: of text, answers and context, of the dense model and the results.
+        step: of a step.
+    """
+
+    before: float
+    judging: float
+    step: float
+
+
+def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
+    """Return a job with the settings that its minutes allow; see `shared_out`.
+
+    Args:
+        job: the job. One that says nothing of minutes is returned as it is; one that goes on with
+            a run gets that run's plan.
+        scratch: a folder for what nobody keeps.
+        output: prints the plan.
+
+    Raises:
+        UserError: if there is no time for anything sensible, or steps are given too.
+    """
+    if job.minutes is None:
+        return job
+    seconds = seconds_of(job.minutes)
+    if "max_steps" in job.settings:
+        raise UserError("--minutes and --steps both say how long to train; pass one of them")
+    if job.settings.get("progressive"):
+        raise UserError("a ramp has its steps in its recipe: pass --steps in place of --minutes")
+    if is_stated(job):
+        plan = {name: x for name, x in read_settings(job.out / RUN).items() if name in PLAN}
+        return _planned(job, plan)
+    small = replace(job, settings={**job.settings, "max_steps": 1, "calibration_blocks": 1})
+    with output.bars() as bars:
+        trial = make_run(small, trainer_config(small, scratch), bars)
+        rates = _measured(trial)
+    left = seconds - (time.monotonic() - job.started)
+    settings, times = shared_out(job, trial, rates, left)
+    output.line(
+        f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
+        f"{'priced' if settings['priced'] else 'not priced'}, about {settings['max_steps']} steps "
+        f"of {times.step:.1f} s; {duration(times.judging)} to judge"
+    )
+    return _planned(job, settings)
+
+
+def _planned(job: PruneJob, plan: Mapping[str, Any]) -> PruneJob:
+    """Return a job with the settings of a plan; the blocks to judge by are the job's own."""
+    settings = {name: x for name, x in plan.items() if name != "eval_blocks"}
+    return replace(
+        job,
+        settings={**job.settings, **settings},
+        eval_blocks=plan.get("eval_blocks", job.eval_blocks),
+    )
+
+
+def _measured(run: Run) -> Rates:
+    """Time a step, and the first positions of what the model writes."""
+    model, token = run.model, 0.0
+    block = seconds_per_step(run.first) / run.args.sequences_per_step
+    if run.text.to_write:
+        with model.model.disable_adapter():
+            how: dict[str, Any] = {"tokens": TIMED, "length": run.text.length}
+            token = seconds_to_write(model.anatomy.model, run.text.tokenizer, **how) / TIMED
+    sizes = model.layout.sizes
+    changes = sum(usual_changes(kind, x) for kind in model.kinds for x in sizes[kind])
+    return Rates(block, token, changes)
+
+
+def shared_out(
+    job: PruneJob, trial: Run, rates: Rates, seconds: float
+) -> tuple[dict[str, Any], Times]:
+    """Return the settings that fit into the time: blocks, priced or not, steps, text.
+
+    Args:
+        job: the job.
+        trial: a run of it that has not begun.
+        rates: of the machine.
+        seconds: that are left.
+
+    Returns:
+        Settings by name, and what they take.
+
+    Raises:
+        UserError: if there is no time for anything sensible.
+    """
+    sources = max(1, len(trial.held_out))
+    judged = JUDGE * rates.block * sources * (2 + BESIDE)  # seconds, a block of each source
+    each = round(min(job.eval_blocks, max(FEWEST, JUDGING * seconds / judged)))
+    judging = judged * each
+    times = None
+    for settings in _options(job):
+        times = _times(job, trial, rates, settings, judging)
+        steps = math.floor((seconds - judging - times.before) / times.step)
+        if times.before <= BEFORE * (seconds - judging) and steps >= FEWEST:
+            read = _args(job, settings).calibrated_blocks
+            blocks = max(steps * trial.args.sequences_per_step, read)
+            plan = {**settings, "max_steps": steps, "text_blocks": blocks, "eval_blocks": each}
+            return plan, times
+    assert times is not None
+    needed = (times.before / BEFORE + judging) + (time.monotonic() - job.started)
+    raise UserError(
+        f"--minutes {job.minutes} is too little time: on this machine {math.ceil(needed / 60)} "
+        "minutes are needed; pass more, or --steps 0 --method taylor for the least there is"
+    )
+
+
+def _options(job: PruneJob) -> Iterator[dict[str, Any]]:
+    """Yield what the stages before the first step may read, the best first."""
+    given = job.settings
+    for blocks, priced in OPTIONS:
+        yield {
+            "calibration_blocks": given.get("calibration_blocks", blocks),
+            "priced": given.get("priced", priced),
+        }
+
+
+def _args(job: PruneJob, settings: dict[str, Any]) -> Any:
+    return trainer_config(
+        replace(job, settings={**job.settings, **settings, "max_steps": 1}), job.out
+    )
+
+
+def _times(
+    job: PruneJob, trial: Run, rates: Rates, settings: dict[str, Any], judging: float
+) -> Times:
+    """Return what a run with these settings takes."""
+    args, goals = _args(job, settings), trial.goals
+    scored = SCORE * args.calibration_blocks if args.scored_blocks else 0.0
+    refit = REFIT * args.refit_blocks
+    again = METHODS[args.method].reads and args.tried and trial.model.can_try_cuts
+    stops = len(stops_before(goals[-1].sparsity)) * again
+    blocks = (1 + stops) * scored + (stops + len(goals)) * refit
+    if args.priced_blocks and trial.model.can_try_cuts:
+        blocks += refit + CHANGE * args.priced_blocks * rates.changes
+    share = own_share(job, args.sharded)
+    read = args.calibrated_blocks
+    text = tokens_to_write(read, read, share, job.length) * rates.token if share else 0.0
+    # Steps beyond what is calibrated on need text too, which is written before.
+    written = rates.token * share * job.length
+    step = (rates.block + written) * args.sequences_per_step * len(goals)
+    return Times(blocks * rates.block + text, judging, step)
+
+
+def steps_in_time_of(
+    job: PruneJob, after: float = 0.0
+) -> Callable[[Run, NutePruneTrainer], int] | None:
+    """Return what tells how many steps there is time for; None for a job whose plan is settled.
+
+    Args:
+        job: the job.
+        after: what is done with the results when they are written, as a multiple of judging the
+            dense model.
+    """
+    if job.minutes is None or is_stated(job):
+        return None
+    end = job.started + seconds_of(job.minutes)
+
+    def steps_in_time(run: Run, trainer: NutePruneTrainer) -> int:
+        goals = len(run.goals) - run.goals.index(trainer.goal)
+        dense = run.products.costs.get("judge", {}).get("seconds", 0.0)
+        judging = dense * (goals * (1 + BESIDE) + after)
+        step = seconds_per_step(trainer) * goals
+        return max(1, math.floor((end - time.monotonic() - judging) / step))
+
+    return steps_in_time

@@ -1,0 +1,129 @@
+"""`--minutes`: a plan of plain settings, from rates that are measured, and steps till the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nuteprune.errors import UserError
+from nuteprune.files import file_sum
+from nuteprune.jobs import minutes
+from nuteprune.jobs.minutes import Rates, seconds_of
+from nuteprune.run_folder import RUN, SETTINGS
+
+TINY = ("--length", 16, "--batch-size", 2, "--set", "neuron_multiple=8", "--set", "eval_blocks=8")
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("10", 600), ("2h", 7200), ("90s", 90), ("1.5m", 90), (0.5, 30)]
+)
+def test_minutes_are_read(said: Any, seconds: float) -> None:
+    assert seconds_of(said) == seconds
+
+
+@pytest.mark.parametrize("said", ["", "0", "-3", "ten", "5d", "inf", "nan"])
+def test_what_is_no_time_is_refused(said: str) -> None:
+    with pytest.raises(UserError, match="pass minutes"):
+        seconds_of(said)
+
+
+@pytest.fixture
+def pruned(run: Any, tiny_inputs: Any, tmp_path: Path) -> Any:
+    """Prunes the tiny model; returns code, stderr and record."""
+    model, text = tiny_inputs
+
+    def call(out: str, *args: Any, **_: Any) -> tuple[int, str, dict[str, Any]]:
+        common = ("--data", text, "--sparsity", 0.2, "--out", tmp_path / out, "--json", *TINY)
+        code, stdout, stderr = run("prune", model, *common, *args)
+        return code, stderr, json.loads(stdout.splitlines()[-1]) if code == 0 else {}
+
+    return call
+
+
+def use_rates(monkeypatch: pytest.MonkeyPatch, block: float, steps: int = 11) -> None:
+    """Let every machine be as fast, and let there be time for so many steps in the end."""
+    monkeypatch.setattr(minutes, "_measured", lambda _: Rates(block, block / 40, 20))
+    monkeypatch.setattr(minutes, "steps_in_time_of", lambda *_: lambda *_: steps)
+
+
+@pytest.mark.parametrize(
+    ("block", "blocks", "priced"), [(0.01, 32, True), (0.35, 32, False), (1.0, 16, False), (2.0, 8, False)]
+)
+def test_a_slower_machine_reads_less_before_the_first_step(
+    pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int, priced: bool
+) -> None:
+    use_rates(monkeypatch, block)
+    code, said, record = pruned("out", "--minutes", 4, "--dry-run")
+    assert code == 0, said
+    [line] = [x for x in said.splitlines() if x.startswith("Time")]
+    assert f"{blocks} blocks for the scores, {'' if priced else 'not '}priced" in line
+    assert "max_steps" not in record
+
+
+def test_a_run_is_repeated_from_its_record_without_a_clock(
+    pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_rates(monkeypatch, 0.3)
+    code, said, record = pruned("timed", "--minutes", 4)
+    assert code == 0, said
+    config = record["config"]
+    assert config["max_steps"] == 11  # what there was time for in the end
+    assert config["text_blocks"] != 22
+    assert "minutes" not in config
+    keys = ("max_steps", "text_blocks", "calibration_blocks", "priced")
+    given = [x for key in keys if key in config for x in ("--set", f"{key}={config[key]}")]
+    code, said, _ = pruned("again", *given)
+    assert code == 0, said
+    one, other = (file_sum(tmp_path / x / "model.safetensors") for x in ("timed", "again"))
+    assert one == other
+
+
+def test_a_run_goes_on_with_the_plan_that_it_began_with(
+    pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_rates(monkeypatch, 0.3)
+    code, said, record = pruned("out", "--minutes", 4)
+    assert code == 0, said
+    before = json.loads((tmp_path / "out" / RUN / SETTINGS).read_text())
+    assert before["max_steps"] == 11
+    monkeypatch.setattr(minutes, "_measured", lambda _: pytest.fail("measured again"))
+    code, said, again = pruned("out", "--minutes", 9, "--resume")
+    assert code == 0, said
+    assert again["config"] == record["config"]
+
+
+def test_the_steps_fill_the_time_that_is_left(
+    pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a step of a second, 100 s less what judging takes are some hundred steps."""
+    monkeypatch.setattr(minutes, "_measured", lambda _: Rates(0.3, 0.001, 20))
+    monkeypatch.setattr(minutes, "seconds_per_step", lambda _: 1.0)
+    code, said, record = pruned("out", "--minutes", "100s", "--set", "priced=false")
+    assert code == 0, said
+    spent = sum(x["seconds"] for name, x in record["stages"].items() if name != "teach")
+    steps = record["config"]["max_steps"]
+    assert 100 - 2 * spent - 40 < steps <= 100  # the rest of the time is spent on loading
+
+
+def test_too_little_time_is_refused_with_what_is_needed(
+    pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_rates(monkeypatch, 10.0)
+    code, said, _ = pruned("out", "--minutes", 1)
+    assert code == 2
+    assert "is too little time: on this machine" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"), [(("--steps", 5), "pass one of them"), (("--set", "progressive=true"), "ramp")]
+)
+def test_two_words_on_how_long_contradict(pruned: Any, more: tuple[Any, ...], why: str) -> None:
+    code, said, _ = pruned("out", "--minutes", 5, *more)
+    assert code == 2
+    assert why in said
+
+
