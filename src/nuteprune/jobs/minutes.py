@@ -33,7 +33,7 @@ from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-SCORE, REFIT, CHANGE, JUDGE = 3.5, 0.8, 0.2, 0.35
+SCORE, REFIT, CHANGE, JUDGE = 1.2, 0.8, 0.2, 0.35
 """What a block takes, as a multiple of teaching one: to score it, with what it brings along of
 plain blocks; to refit to it; to measure a change of the cut on it; to judge by it."""
 OPTIONS = ((32, True), (32, False), (16, False), (8, False))
@@ -212,7 +212,7 @@ def _times(
 ) -> Times:
     """Return what a run with these settings takes."""
     args, goals = _args(job, settings), trial.goals
-    scored = SCORE * args.calibration_blocks if args.scored_blocks else 0.0
+    scored = SCORE * args.scored_blocks
     refit = REFIT * args.refit_blocks
     again = METHODS[args.method].reads and args.tried and trial.model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again
