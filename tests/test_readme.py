@@ -1,19 +1,23 @@
-"""README has a line per room, CONTRIBUTING one per module: the first lines of their docstrings.
+"""CONTRIBUTING has a line per module, README the measured results, and links lead somewhere.
 
-After a change of a first line or of the files: python tests/test_readme.py writes both anew.
+After a change of a first line, the files or the results: python tests/test_readme.py writes
+both anew.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import tomllib
 from pathlib import Path
+from statistics import geometric_mean
 
 ROOT = Path(__file__).parents[1]
+DENSE = 134_515_008  # parameters of the embedded model
 SOURCE = ROOT / "src" / "nuteprune"
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-ROOM = re.compile(r"^\| `src/nuteprune/.*\n", re.M)
+RESULTS = re.compile(r"(?<=<!-- results -->\n\n).*?(?=\n\n)", re.S)
 TREE = re.compile(r"(?<=## The modules\n\n```\n).*?(?=```)", re.S)
 
 
@@ -32,11 +36,39 @@ def rooms() -> list[str]:
     return order
 
 
-def room_table() -> str:
-    return "".join(
-        f"| `src/nuteprune/{room}/` | {first_line(SOURCE / room / '__init__.py')} |\n"
-        for room in rooms()
-    )
+def result_table() -> str:
+    """Return README's table: what NutePrune's runs of the frontier came to."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "frontier.json").read_text("utf-8"))
+    rows = [x for x in found["rows"] if x["method"] == "surgeon" and x["minutes"] > 6]
+    rows.sort(key=lambda x: (x["target"], x["minutes"]))
+    answers = rows[0]["answers"]
+    [first, *_] = rows[0]["context"].values()
+    cells = [
+        ["", "dense", *(f"{x['target']:.0%} removed, {x['minutes']:g} minutes" for x in rows)],
+        ["---"] * (len(rows) + 2),
+        ["parameters", f"{DENSE / 1e6:.1f}M", *(f"{x['params'] / 1e6:.1f}M" for x in rows)],
+        [
+            "other text",
+            "1 x",
+            *(f"{times(x['other'], found['dense']['other']):.2f} x" for x in rows),
+        ],
+        [
+            "answers that loop",
+            f"{answers['looping']['before']:.0f} %",
+            *(f"{x['answers']['looping']['after']:.0f} %" for x in rows),
+        ],
+        [
+            "context kept",
+            "100 %",
+            *(f"{next(iter(x['context'].values()))['kept']:.0f} %" for x in rows),
+        ],
+    ]
+    assert first
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def times(ours: dict[str, float], dense: dict[str, float]) -> float:
+    return geometric_mean(x / dense[name] for name, x in ours.items())
 
 
 def module_tree() -> str:
@@ -51,8 +83,16 @@ def module_tree() -> str:
     return "".join(lines)
 
 
-def test_readme_has_the_rooms() -> None:
-    assert "".join(ROOM.findall(README.read_text(encoding="utf-8"))) == room_table()
+def test_readme_has_the_results() -> None:
+    assert RESULTS.findall(README.read_text(encoding="utf-8")) == [result_table()]
+
+
+def test_readme_is_short() -> None:
+    """A visitor with three minutes reads it to its end."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 110
+    assert len(text.split()) <= 900
+    assert max(map(len, text.splitlines())) <= 120 or "|" in text
 
 
 def test_contributing_has_the_modules() -> None:
@@ -89,9 +129,6 @@ def test_links_lead_to_files_and_headings() -> None:
 
 if __name__ == "__main__":
     text = README.read_text(encoding="utf-8")
-    start = ROOM.search(text)
-    assert start is not None
-    rest = ROOM.sub("", text[start.start() :])
-    README.write_text(text[: start.start()] + room_table() + rest, encoding="utf-8")
+    README.write_text(RESULTS.sub(lambda _: result_table(), text), encoding="utf-8")
     text = CONTRIBUTING.read_text(encoding="utf-8")
     CONTRIBUTING.write_text(TREE.sub(lambda _: module_tree(), text), encoding="utf-8")

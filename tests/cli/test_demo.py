@@ -11,7 +11,7 @@ import pytest
 from nuteprune.cli import demo
 from nuteprune.errors import UserError
 from nuteprune.files import write_sums
-from nuteprune.jobs.demo import DEFAULTS, MEMORY, with_defaults
+from nuteprune.jobs.demo import MEMORY, MINUTES, with_defaults
 from nuteprune.jobs.guard import check_out
 from nuteprune.jobs.job import PruneJob
 from nuteprune.run_folder import RUN, SELF_WRITTEN
@@ -40,11 +40,13 @@ def test_options_win_over_files_and_files_over_what_the_demo_does(
     asked: Any, tmp_path: Path
 ) -> None:
     plain = asked()
-    assert (plain.settings["target_sparsity"], plain.settings["max_steps"]) == (0.2, 60)
+    assert (plain.settings["target_sparsity"], plain.minutes) == (0.2, 5)
+    assert "max_steps" not in plain.settings
     assert plain.settings["gradient_accumulation_steps"] == 2
     (tmp_path / "a.yaml").write_text("sparsity: 0.3\nsteps: 200\nbatch_size: 3\n")
     job = asked("--config", "a.yaml")
     assert (job.settings["target_sparsity"], job.settings["max_steps"]) == (0.3, 200)
+    assert job.minutes is None
     assert "gradient_accumulation_steps" not in job.settings
     job = asked("--config", "a.yaml", "--steps", 5, "--set", "target_sparsity=0.4")
     assert (job.settings["target_sparsity"], job.settings["max_steps"]) == (0.4, 5)
@@ -54,7 +56,7 @@ def test_options_win_over_files_and_files_over_what_the_demo_does(
 
 def test_help_states_the_defaults_of_the_demo(run: Any) -> None:
     said = " ".join(run("demo", "--help")[1].split())
-    assert f"demo {DEFAULTS['max_steps']})" in said
+    assert f"demo: what --minutes {MINUTES} has time for)" in said
     parts = MEMORY["gradient_accumulation_steps"]
     size = MEMORY["per_device_train_batch_size"]
     assert f"demo {size}, with {parts} accumulated)" in said

@@ -90,7 +90,7 @@ def test_what_a_call_does_is_no_matter_for_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [PruneJob, RecoverJob, VocabJob, ProgressiveSettings])
 def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
-    own = {x.name for x in dataclasses.fields(kind)} - {"settings", "files"}
+    own = {x.name for x in dataclasses.fields(kind)} - {"settings", "files", "started"}
     found = declared(kind)
     assert own == found.keys()
     assert all(x.help for x in found.values())
@@ -101,11 +101,11 @@ def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
 OPTIONS = """
 sparsity params active-params size memory speedup costs shape gates shapes method
 offload steps batch-size gradient-checkpointing out data eval-data text-column length
-device dtype resume overwrite trust-remote-code shares family bits dry-run
+device dtype resume overwrite trust-remote-code shares family bits minutes dry-run
 """
 WITHOUT_OPTION = """
-neuron_multiple hidden_multiple for_quantization calibration_blocks teacher progressive lora_rank
-refit sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
+neuron_multiple hidden_multiple for_quantization calibration_blocks priced text_blocks teacher progressive
+lora_rank refit sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """
 
 

@@ -50,7 +50,8 @@ def use_rates(monkeypatch: pytest.MonkeyPatch, block: float, steps: int = 11) ->
 
 
 @pytest.mark.parametrize(
-    ("block", "blocks", "priced"), [(0.01, 32, True), (0.35, 32, False), (1.0, 16, False), (3.0, 8, False)]
+    ("block", "blocks", "priced"),
+    [(0.01, 32, True), (0.35, 32, False), (1.0, 16, False), (3.0, 8, False)],
 )
 def test_a_slower_machine_reads_less_before_the_first_step(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int, priced: bool
@@ -125,5 +126,3 @@ def test_two_words_on_how_long_contradict(pruned: Any, more: tuple[Any, ...], wh
     code, said, _ = pruned("out", "--minutes", 5, *more)
     assert code == 2
     assert why in said
-
-
