@@ -104,8 +104,8 @@ offload steps batch-size gradient-checkpointing out data eval-data text-column l
 device dtype resume overwrite trust-remote-code shares family bits minutes dry-run
 """
 WITHOUT_OPTION = """
-neuron_multiple hidden_multiple for_quantization calibration_blocks priced text_blocks teacher progressive
-lora_rank refit sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
+neuron_multiple hidden_multiple for_quantization calibration_blocks priced text_blocks teacher
+progressive lora_rank refit sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """
 
 

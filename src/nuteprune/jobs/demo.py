@@ -14,6 +14,7 @@ from nuteprune.files import write_json
 from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import Result, finish, run
+from nuteprune.jobs.show import print_end
 from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import PASSES, say_ratio
 from nuteprune.judge.beside import print_beside
@@ -71,7 +72,7 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     print_beside(record, read_samples(out / RUN), output)
     output.line()
     write_json(out / RUN / SPEED, {**speed, **for_report(speed)})
-    output.line(f"Saved   {out} (nuteprune inspect {out} shows its layers)")
+    print_end(out, record, output)
     finish(job, result, output)
     return {
         "out": str(out),
@@ -116,14 +117,9 @@ def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output
             row("NutePrune", "after", record["bytes_on_disk"], gains),
         ],
     )
-    ratio = mean(record["perplexity"]["after"]) / mean(record["perplexity"]["before"])
-    output.line(
-        f"{record['total_sparsity']:.1%} of all parameters are gone; perplexity is {ratio:.2f} x "
-        f"that of the dense model; {record['seconds']:.0f} s"
-    )
     bounds = ", ".join(f"{x} {ratios[x]['bound']:.2f} x" for x in phases)
     output.line(
-        f"Speed beside the dense model: medians of {speed['repeats']} pairs of passes, batch 1, "
-        f"{TIMED.length} + {TIMED.new_tokens} tokens. Bound: {bounds}"
+        f"Speed: median of {speed['repeats']} pairs of passes, {TIMED.length} + "
+        f"{TIMED.new_tokens} tokens. Bound: {bounds}"
     )
     output.line()

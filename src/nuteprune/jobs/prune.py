@@ -19,7 +19,7 @@ from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
-from nuteprune.jobs.show import print_plan, print_report, print_results
+from nuteprune.jobs.show import print_next, print_plan, print_report, print_results
 from nuteprune.processes import is_main
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
@@ -125,6 +125,7 @@ def finish(job: PruneJob, result: Result, output: Output) -> None:
         result.speedups = judge_speed(job, fast, output)
     for folder in result.records:
         print_report(folder, output)
+    print_next(folder, job.model, output)
     for folder, speedup in result.speedups.items():
         check_speed(result.records[folder], speedup)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nuteprune.console import Output, megabytes, millions
+from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
@@ -14,6 +14,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
 from nuteprune.judge.beside import print_beside
+from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples
 from nuteprune.judge.units import dtype_name
 from nuteprune.run import Run
@@ -132,9 +133,28 @@ def print_result(
         say = millions if asked["kind"] in IN_PARAMETERS else megabytes
         wanted = spelled(asked["kind"], asked["value"])
         goal = f"{asked['kind']} {say(reached(record))} of {wanted}"
+    output.line(f"Reached {record['sparsity']:.3%} of the decoder is gone ({goal})")
+    print_end(folder, record, output)
+
+
+def print_end(folder: Path, record: Mapping[str, Any], output: Output) -> None:
+    """Print what a checkpoint is, in a sentence, and where it is."""
+    params, ppl = record["params"], record["perplexity"]
+    said = [
+        f"{record['total_sparsity']:.0%} smaller",
+        f"held-out perplexity {mean(ppl['after']) / mean(ppl['before']):.2f} x dense",
+    ]
+    if (answers := record.get("answers")) is not None:
+        loops = answers["looping"]
+        said.append(f"{loops['after']:.0f} % of answers loop (dense {loops['before']:.0f} %)")
+    output.line(f"Result  {'; '.join(said)}")
     output.line(
-        f"Sparsity {record['sparsity']:.3%} ({goal}); "
-        f"{record['total_sparsity']:.2%} of all parameters are gone; "
-        f"{megabytes(record['bytes_on_disk'])} on disk; {record['seconds']:.0f} s"
+        f"        {millions(params['after'])} of {millions(params['before'])} parameters, "
+        f"{megabytes(record['bytes_on_disk'])}, made in {duration(record['seconds'])}"
     )
     output.line(f"Saved   {folder}")
+
+
+def print_next(folder: Path, model: str, output: Output) -> None:
+    """Print what to run next: a judgement by text that nothing was trained on."""
+    output.line(f"Next    nuteprune eval {folder} --against {model} --data YOUR_TEXT")
