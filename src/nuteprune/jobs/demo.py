@@ -6,7 +6,7 @@ import gc
 from collections.abc import Mapping
 from typing import Any
 
-from nuteprune.console import Output, megabytes, millions
+from nuteprune.console import Output, megabytes
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.export.record import weights_size
@@ -18,7 +18,6 @@ from nuteprune.jobs.show import print_end
 from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import PASSES, say_ratio
 from nuteprune.judge.beside import print_beside
-from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples
 from nuteprune.judge.work import Workload
 from nuteprune.run_folder import RUN, SPEED
@@ -90,7 +89,7 @@ def decoded(speed: Mapping[str, Any]) -> dict[str, float]:
 
 
 def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output) -> None:
-    """Print parameters, size, held-out perplexity and speed of both models."""
+    """Print size, held-out perplexity, copying and speed of both models."""
     sources = list(record["perplexity"]["before"])
     ratios = speed["settings"][0]["speedup"]
     phases = ("prefill", "decode")
@@ -100,10 +99,8 @@ def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output
         ppl, copied = record["perplexity"][when], record.get("copying", {}).get(when)
         return [
             name,
-            millions(record["params"][when]),
             megabytes(size),
             *(f"{ppl[s]:.2f}" for s in sources),
-            f"{mean(ppl):.2f}",
             "-" if copied is None else f"{copied:.0f} %",
             *times,
         ]
@@ -111,7 +108,7 @@ def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output
     output.line()
     output.table(
         f"Sparsity {record['sparsity']:.2%}; perplexity on held-out text; copied from context",
-        ["", "params", "on disk", *sources, "mean", "copies", *phases],
+        ["", "on disk", *sources, "copies", *phases],
         [
             row("dense", "before", weights_size(assets.model_folder()), ["1 x"] * 2),
             row("NutePrune", "after", record["bytes_on_disk"], gains),
