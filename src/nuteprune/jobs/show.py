@@ -32,14 +32,19 @@ def print_plan(job: PruneJob, run: Run, output: Output) -> None:
     targets = ", ".join(describe_target(goal) for goal in run.goals)
     goal = budget.before * run.goals[-1].sparsity
     output.line(
-        f"Model   {job.model}: {prepared.anatomy.family.model_type}, {len(shape.layers)} layers, "
-        f"{first.heads} heads on {first.kv_heads} KV heads, {_inner(budget)}, "
-        f"width {shape.hidden}, {millions(total)} parameters"
+        f"Model   {job.model}: {prepared.anatomy.family.model_type}, {millions(total)} parameters"
+    )
+    output.line(
+        f"        {len(shape.layers)} layers of width {shape.hidden}, {first.heads} heads on "
+        f"{first.kv_heads} KV heads, {_inner(budget)}"
     )
     output.line(
         f"Target  {targets} of {millions(budget.before)} decoder parameters = "
-        f"{millions(goal)} ({goal / total:.1%} of all), {args.shapes} shapes, gates on "
-        f"{', '.join(prepared.kinds)} (at most {prepared.allocator.maximum():.1%})"
+        f"{millions(goal)} ({goal / total:.1%} of all)"
+    )
+    output.line(
+        f"        {args.shapes} shapes, gates on {', '.join(prepared.kinds)} "
+        f"(at most {prepared.allocator.maximum():.1%})"
     )
     held = f" (projections held in {job.bits} bits)" if job.bits else ""
     specs, shares = run.text.specs, run.text.shares
@@ -48,8 +53,11 @@ def print_plan(job: PruneJob, run: Run, output: Output) -> None:
     )
     output.line(
         f"Run     {args.max_steps} steps of {args.sequences_per_step} x {job.length} tokens on "
-        f"{args.device}, {dtype_name(model.dtype)}{held}; {run.first.manner()}LoRA rank "
-        f"{args.lora_rank} at {args.learning_rate:g}; text {said}"
+        f"{args.device}, {dtype_name(model.dtype)}{held}"
+    )
+    output.line(
+        f"        {run.first.manner()}LoRA rank {args.lora_rank} at {args.learning_rate:g}; "
+        f"text {said}"
     )
     if held_in_mxfp4(read_config(job.model)):
         stored = dtype_name(stored_dtype(model))
