@@ -105,7 +105,8 @@ device dtype resume overwrite trust-remote-code shares family bits minutes dry-r
 """
 WITHOUT_OPTION = """
 neuron_multiple hidden_multiple for_quantization calibration_blocks priced text_blocks teacher
-progressive lora_rank refit sharded gradient_accumulation_steps learning_rate seed eval_blocks text_only
+progressive lora_rank refit sharded
+gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """
 
 
