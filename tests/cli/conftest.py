@@ -75,6 +75,7 @@ TINY: dict[str, list[str]] = {
     "plan": ["--steps", "4", "--length", "24", "--batch-size", "2", "--tflops", "1"],
     "report": [],
     "vocab": [],
+    "write": ["--tokens", "40", "--length", "24", "--device", "cpu", "--dtype", "float32"],
 }
 """Command -> options that make it small; of an option that is given twice the last one counts."""
 TINY["demo"] = TINY["prune"]

@@ -36,6 +36,10 @@ def test_the_command_line_packs_resumes_and_tells(
         code, out, err = run(*command, tmp_path / name, *bits)
         assert code == 0, err
         assert ("projections held in 4 bits" in out) == bool(bits)
+    # The whole model's text is of the packed one too.
+    written = ["--own-text", tmp_path / "whole/run/self.jsonl", "--dry-run"]
+    code, _, err = run(*command, tmp_path / "new", "--bits", "4", *written)
+    assert code == 0, err
     shutil.rmtree(tmp_path / "cut off/sparsity-0.3/run/checkpoint-4")  # goes on from step 3
     assert run(*command, tmp_path / "cut off", "--bits", "4", "--resume")[0] == 0
     for target in ("sparsity-0.2", "sparsity-0.3"):

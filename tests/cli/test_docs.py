@@ -61,6 +61,9 @@ HOW = {
     "nuteprune prune huggyllama/llama-7b --config recipes/paper.yaml --data c4.jsonl "
     "--out small": DRY,
     "nuteprune prune MODEL --sparsity 0.3 --data DATA --out small --bits 8": EXECUTED,
+    "nuteprune write MODEL --tokens 163840 --out own.jsonl": EXECUTED,
+    "nuteprune prune MODEL --sparsity 0.3 --data DATA --out small --steps 400 "
+    "--own-text own.jsonl": LARGE,
     "nuteprune prune MODEL --sparsity 0.3 --data DATA --out small --offload": PARSED,
     "torchrun --nproc_per_node 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,

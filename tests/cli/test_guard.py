@@ -19,7 +19,7 @@ from tests.conftest import Run
 
 from .conftest import TINY
 
-WRITERS = ("export", "bench", "bench --save", "family")
+WRITERS = ("export", "bench", "bench --save", "family", "write")
 OPTIONS = {"--out", "--save", "--save-costs"}
 """What names what is written, in any command."""
 
@@ -39,6 +39,8 @@ def command(writer: str, folder: Path, file: Path) -> list[Any]:
         return ["export", folder, "--to", "gguf", "--out", file]
     if writer == "bench":
         return ["bench", folder, *TINY["bench"], "--save-costs", file]
+    if writer == "write":
+        return ["write", folder, *TINY["write"], "--out", file]
     if writer == "family":
         return ["family", folder, "--out", file]
     file.unlink(missing_ok=True)
@@ -49,7 +51,9 @@ def test_what_writes_can_be_told_to_overwrite_and_has_no_name_of_what_reads() ->
     commands = typer.main.get_command(make_app()).commands  # type: ignore[attr-defined]
     options = {k: {x for p in c.params for x in p.opts} for k, c in commands.items()}
     writers = {name for name, known in options.items() if known & OPTIONS}
-    assert writers == {*("prune", "demo", "recover", "vocab", "export", "bench", "family")}
+    assert writers == {
+        *("prune", "demo", "recover", "vocab", "export", "bench", "family", "write"),
+    }
     assert all("--overwrite" in options[name] for name in writers)
     assert {name for name, known in options.items() if "--costs" in known} == {
         *("prune", "demo", "plan"),
@@ -84,7 +88,7 @@ def test_what_is_there_is_written_over_when_that_is_asked_for(
     assert (code, file.read_bytes() == b"mine") == (0, False), stderr
 
 
-@pytest.mark.parametrize("writer", ["export", "bench", "family"])
+@pytest.mark.parametrize("writer", ["export", "bench", "family", "write"])
 @pytest.mark.parametrize("place", ["in the folder", "linked to", "linked from"])
 def test_the_model_that_is_read_is_not_written_over(
     writer: str, place: str, folder: Path, tmp_path: Path, run: Run
@@ -160,6 +164,7 @@ def test_a_disk_that_takes_nothing_is_met_before_the_work(
     for place in ("jobs.sources.load_model", "jobs.bench.load_model", "jobs.bench.measure"):
         monkeypatch.setattr(f"nuteprune.{place}", work)
     monkeypatch.setattr("nuteprune.jobs.family.checked", work)
+    monkeypatch.setattr("nuteprune.jobs.write.load_model", work)
     code, _, stderr = run(*asked)
     assert (code, len(stderr.splitlines())) == (expected, 1), stderr
     assert f"cannot write {asked[-2] if file in asked else '--save'} {file}: " in stderr
@@ -200,7 +205,7 @@ NAMES = ["with space", "two\nlines", "n" * 250 + ".file", "ü" * 127]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=["space", "newline", "255 bytes", "254 bytes"])
-@pytest.mark.parametrize("writer", ["export", "bench"])
+@pytest.mark.parametrize("writer", ["export", "bench", "write"])
 def test_files_of_any_name_are_written(writer: str, name: str, folder: Path, run: Run) -> None:
     file = folder.parent / name
     code, _, stderr = run(*command(writer, folder, file))
@@ -208,7 +213,7 @@ def test_files_of_any_name_are_written(writer: str, name: str, folder: Path, run
     assert sorted(x.name for x in folder.parent.iterdir()) == sorted(["OUT", name])
 
 
-@pytest.mark.parametrize("writer", ["export", "bench", "family"])
+@pytest.mark.parametrize("writer", ["export", "bench", "family", "write"])
 def test_a_name_that_is_too_long_is_told_before_the_work(
     writer: str, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,10 @@ def test_a_table_of_costs_and_a_speedup(run: Run) -> None:
     check(json_of(run, *plan), schema("--dry-run"), "expected_speedup")
 
 
+def test_write(run: Run) -> None:
+    check(last(run, "write", DENSE, "--out", "new.jsonl"), schema("write"))
+
+
 def test_vocab(run: Run) -> None:
     words = ("vocab", DENSE, "--data", "my_text.jsonl", "--keep", "280", "--out", "new")
     known = merged(schema("prune"), schema("vocab"))

@@ -30,6 +30,7 @@ COMMANDS = [
     "inspect",
     "report",
     "vocab",
+    "write",
 ]
 RUN_OF = ["prune", "m", "--out", "out"]
 
@@ -86,6 +87,7 @@ def test_completion(words: str, found: set[str]) -> None:
         (["demo", "--out", "full"], "--out full is not empty"),
         (["recover", "m", "--out", "full"], "--out full is not empty"),
         (["vocab", "m", "--out", "full", "--keep", "300"], "--out full is not empty"),
+        (["write", "m", "--out", "own.jsonl"], "Missing option '--tokens'"),
         (["plan", "m", "--sparsity", "2"], "it must lie between 0 and 1"),
         (["export", "m", "--to", "tar", "--out", "x"], "--to tar is not a known format"),
     ],

@@ -101,7 +101,7 @@ def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
 OPTIONS = """
 sparsity params active-params size memory speedup costs shape gates shapes method
 offload steps batch-size gradient-checkpointing out data eval-data text-column length
-device dtype resume overwrite trust-remote-code shares family bits minutes dry-run
+device dtype resume overwrite trust-remote-code shares own-text family bits minutes dry-run
 """
 WITHOUT_OPTION = """
 neuron_multiple hidden_multiple for_quantization calibration_blocks priced text_blocks teacher
@@ -161,19 +161,24 @@ def test_a_sharded_model_does_not_write() -> None:
         mixture(job({"data": SELF}), sharded=True)
     with pytest.raises(UserError, match="one number for each --data"):
         mixture(job({"shares": "many"}))
+    written = job({"own_text": "own.jsonl"})
+    assert mixture(written, sharded=True) == mixture(job({}))
+    told = job({"data": ["a.txt", SELF], "shares": [3, 1], "own_text": "own.jsonl"})
+    assert mixture(told, sharded=True) == (["a.txt", SELF], [3.0, 1.0])
 
 
 def test_what_a_run_is_does_not_hang_on_the_spelling(tmp_path: Path, monkeypatch: Any) -> None:
     """A run that was begun from one folder, by options, goes on from another, by keywords."""
-    (tmp_path / "mine.yaml").touch()
+    files = {"family": "mine.yaml", "own_text": "own.jsonl"}
+    for name in files.values():
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    begun = job({"shares": "0.5, .25", "family": "mine.yaml"})
-    told = what_it_is(begun)
-    assert (told["shares"], told["family"]) == ([0.5, 0.25], str(tmp_path / "mine.yaml"))
+    told = what_it_is(job({"shares": "0.5, .25", **files}))
+    whole = {key: str(tmp_path / name) for key, name in files.items()}
+    assert told.items() >= {"shares": [0.5, 0.25], **whole}.items()
     monkeypatch.chdir("/")
-    resumed = job({"shares": [0.5, 0.25], "family": str(tmp_path / "mine.yaml")})
-    assert what_it_is(resumed) == told
-    assert not {"shares", "family"} & what_it_is(job({})).keys()
+    assert what_it_is(job({"shares": [0.5, 0.25], **whole})) == told
+    assert not {"shares", *files} & what_it_is(job({})).keys()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -379,7 +380,9 @@ class TestFile:
         write(model, tokenizer, tmp_path)
         return model, tokenizer, (tmp_path / SELF_WRITTEN).read_bytes(), tmp_path
 
-    @pytest.mark.parametrize("change", ["seed", "length", "model", "last layer", "template"])
+    @pytest.mark.parametrize(
+        "change", ["seed", "length", "model", "last layer", "template", "dtype"]
+    )
     def test_one_of_another_run_is_not_kept(
         self, change: str, made: tuple[Any, Any, bytes, Path], tiny_model
     ) -> None:
@@ -390,6 +393,8 @@ class TestFile:
         elif change == "last layer":  # as of a model that was tuned from the other
             with torch.no_grad():
                 model.model.layers[-1].self_attn.v_proj.weight[0] += 1
+        elif change == "dtype":
+            model.bfloat16()
         elif change == "model":
             with torch.no_grad():
                 model.model.embed_tokens.weight[0] += 1
@@ -398,6 +403,42 @@ class TestFile:
         again = write(model, tokenizer, folder, **changes)
         assert again == write(model, tokenizer, folder / "fresh", **changes)
         assert (folder / SELF_WRITTEN).read_bytes() != whole
+
+    def test_it_is_read_with_another_seed_and_dtype_and_in_one_with_others(
+        self, made: tuple[Any, Any, bytes, Path], tmp_path: Path
+    ) -> None:
+        model, tokenizer, whole, folder = made
+        texts = [row["ids"] for row in rows_of(folder)]
+        second = write(model.bfloat16(), tokenizer, tmp_path / "2", seed=4, tokens=100)
+        both = tmp_path / "both.jsonl"
+        both.write_bytes(whole + (tmp_path / "2" / SELF_WRITTEN).read_bytes())
+        have = sum(map(len, texts + second))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            read = partial(stage.read_written, both, model.to(dtype), tokenizer)
+            assert read(tokens=have) == texts + second
+        assert read(tokens=sum(map(len, texts))) == texts
+        assert read(tokens=100) == write(model, tokenizer, folder, tokens=100)
+        with pytest.raises(UserError, match=f"has {have} tokens, and this run needs {have + 1}:"):
+            read(tokens=have + 1)
+
+    @pytest.mark.parametrize("change", ["layer", "embedding", "shape", "eos"])
+    def test_that_of_another_model_or_tokenizer_is_not_read(
+        self, change: str, made: tuple[Any, Any, bytes, Path]
+    ) -> None:
+        model, tokenizer, _, folder = made
+        what = "tokenizer" if change == "eos" else "model"
+        with torch.no_grad():
+            if change == "layer":
+                model.model.layers[1].self_attn.k_proj.weight[0, 0].neg_()
+            elif change == "embedding":
+                model.model.embed_tokens.weight[3, 0].neg_()
+            elif change == "shape":
+                del model.model.layers[1]
+                model.config.num_hidden_layers -= 1
+        if change == "eos":
+            tokenizer.eos_token = "<pad>"
+        with pytest.raises(UserError, match=f"was written with another {what} than"):
+            stage.read_written(folder / SELF_WRITTEN, model, tokenizer, tokens=100)
 
     def test_progress_rises_to_what_is_asked_for(self, model, tokenizer, tmp_path: Path) -> None:
         told: list[tuple[int, int]] = []

@@ -52,6 +52,7 @@ def make_app() -> typer.Typer:
         recover,
         report,
         vocab,
+        write,
     )
 
     app = typer.Typer(
@@ -72,6 +73,7 @@ def make_app() -> typer.Typer:
     app.command("inspect")(inspect.inspect)
     app.command("report")(report.report)
     app.command("vocab")(vocab.vocab)
+    app.command("write")(write.write)
     return app
 
 

@@ -26,6 +26,7 @@ Model = Annotated[str, typer.Argument(help=_JOB["model"].help)]
 # As text, since "" would be the path of the folder that the user is in.
 Out = Annotated[str, _option("out", metavar="PATH")]
 OptionalOut = Annotated[str | None, _option("out", metavar="PATH")]
+Length = Annotated[int, _option("length", show_default=False)]
 Device = Annotated[str | None, _option("device")]
 Dtype = Annotated[str | None, _option("dtype")]
 TextColumn = Annotated[str | None, _option("text_column")]

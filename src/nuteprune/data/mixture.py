@@ -27,6 +27,7 @@ class Mixture:
         seed: draws the order of passages and blocks.
         column: that holds the text in structured files; None finds it.
         vocabulary: the model's number of token ids.
+        written: what the model has written before the run; None: nothing.
 
     Raises:
         UserError: if the text cannot be had, or does not suit the model.
@@ -41,11 +42,12 @@ class Mixture:
     seed: int
     column: str | None
     vocabulary: int
+    written: Sequence[list[int]] | None = None
     training: BlockDataset = field(init=False)
 
     def __post_init__(self) -> None:
         # Until the model has written its own, something of the same size stands in for it.
-        self.training = self._blocks([[0] * self.length])
+        self.training = self._blocks(self.written or [[0] * self.length])
 
     def use_written(self, written: Sequence[list[int]]) -> None:
         """Train on what the model has written, where it has a share.

@@ -11,7 +11,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.show import describe_target
-from nuteprune.jobs.text import own_share
+from nuteprune.jobs.text import share_to_write
 from nuteprune.memory import peak, reset_peak
 from nuteprune.plan.kernels import on_cpu
 from nuteprune.plan.need import Unplanned
@@ -133,7 +133,7 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
         kind=type(model),
         judged=sum(len(x) for x in run.held_out.values()),
         stored=origin.stored_dtype if whole else None,
-        own=own_share(job, run.args.sharded),
+        own=share_to_write(job, run.args.sharded),
         packed=packed,
     )
     phases = plan.phases()

@@ -121,6 +121,7 @@ class PruneJob(Job):
         dry_run: say what would be done, and write nothing.
         shares: of the tokens, one for each of `data`; None: see `jobs.text.mixture`.
         minutes: see `jobs.minutes`; None: `settings` say how long it takes.
+        own_text: file of text that the model has written; None: the run lets it write.
         settings: of `NutePruneConfig`, as far as they are given.
         started: when it was asked for, by `time.monotonic`.
     """
@@ -130,6 +131,13 @@ class PruneJob(Job):
         "Share of the tokens that each --data has, comma separated, such as 0.7,0.3. With one "
         "--data, 1 leaves out text that the model writes.",
         option="--shares",
+    )
+    own_text: str | None = setting(
+        None,
+        "File of text that MODEL has written itself, from nuteprune write; the run then writes "
+        "none.",
+        option="--own-text",
+        role=HOW,
     )
     family: str | None = setting(
         None,
@@ -329,5 +337,6 @@ def what_it_is(job: Job) -> dict[str, Any]:
         "dtype": dtype,
     }
     if isinstance(job, PruneJob):
-        named |= {"shares": job.share_values, "family": job.family and place(job.family)}
+        files = {x: getattr(job, x) and place(getattr(job, x)) for x in ("family", "own_text")}
+        named |= {"shares": job.share_values, **files}
     return {**job.recorded(), **{name: x for name, x in named.items() if x is not None}}

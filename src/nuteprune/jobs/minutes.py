@@ -23,7 +23,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.folder import is_stated
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, trainer_config
-from nuteprune.jobs.text import own_share
+from nuteprune.jobs.text import share_to_write
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
@@ -219,7 +219,7 @@ def _times(
     blocks = (1 + stops) * scored + (stops + len(goals)) * refit
     if args.priced_blocks and trial.model.can_try_cuts:
         blocks += refit + CHANGE * args.priced_blocks * rates.changes
-    share = own_share(job, args.sharded)
+    share = share_to_write(job, args.sharded)
     read = args.calibrated_blocks
     text = tokens_to_write(read, read, share, job.length) * rates.token if share else 0.0
     # Steps beyond what is calibrated on need text too, which is written before.

@@ -22,7 +22,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config, use_family
-from nuteprune.jobs.text import own_share
+from nuteprune.jobs.text import share_to_write
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
@@ -101,7 +101,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         if args.offload or job.bits is not None:
             what = "offload" if args.offload else "bits"
             raise UserError(f"a plan says by itself what {what} saves: use --device-memory")
-        planned = Plan.of(config, args, job.length, dtype, own=own_share(job))
+        planned = Plan.of(config, args, job.length, dtype, own=share_to_write(job))
         layer = planned.sizes.layer
         if asked.memory is not None and layer > SPARE * asked.memory:
             raise UserError(

@@ -17,7 +17,7 @@ from nuteprune.console import Output, quiet_loading
 from nuteprune.jobs.folder import clear, clear_result, is_stated
 from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune_run import make_run, trainer_config
+from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.jobs.show import print_next, print_plan, print_report, print_results
 from nuteprune.processes import is_main
@@ -183,7 +183,7 @@ def begin(job: PruneJob, run: Run) -> None:
     if job.resume:  # a process that went on would tell of the others' silence instead
         if is_stated(job):
             kinds = (PruneJob, NutePruneConfig)
-            check_same(job.out / RUN, run.first.settings(), *kinds, also=("costs",))
+            check_same(job.out / RUN, run.first.settings(), *kinds, also=("costs", OWN_TEXT_SUM))
         if is_main():
             clear_result(job.out, job.overwrite)
     elif is_main() and job.overwrite:

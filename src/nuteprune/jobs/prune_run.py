@@ -14,7 +14,7 @@ from transformers import PrinterCallback
 
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
-from nuteprune.files import to_json
+from nuteprune.files import at_home, file_sum, to_json
 from nuteprune.jobs.folder import target_folder
 from nuteprune.jobs.job import PruneJob, what_it_is
 from nuteprune.jobs.progress import StepProgress
@@ -44,6 +44,10 @@ from nuteprune.train.trainer import NutePruneTrainer
 
 if TYPE_CHECKING:
     from nuteprune.export.wrapping import Around
+
+
+OWN_TEXT_SUM = "own_text_sha256"
+"""What settings.json calls the hash of a file of text, by which a run is the same."""
 
 
 def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
@@ -98,7 +102,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     def run_folder_of(goal: Target) -> Path:
         return shared if len(targets) == 1 else folder_of(goal) / RUN
 
-    what = {**what_it_is(job), **_of_table(job, config)}
+    what = {**what_it_is(job), **_of_table(job, config), **_of_own_text(job)}
 
     def trainer_of(goal: Target) -> NutePruneTrainer:
         own = copy.copy(config)
@@ -159,6 +163,11 @@ def _of_table(job: PruneJob, config: NutePruneConfig) -> dict[str, str]:
     if not (named and isinstance(config.costs, Mapping)):
         return {}
     return {"costs": hashlib.blake2b(to_json(config.costs).encode(), digest_size=8).hexdigest()}
+
+
+def _of_own_text(job: PruneJob) -> dict[str, str]:
+    """Return the hash of the text that was named as the model's own, wherever the file is."""
+    return {} if job.own_text is None else {OWN_TEXT_SUM: file_sum(at_home(job.own_text))}
 
 
 def check_priced(job: PruneJob, config: NutePruneConfig) -> None:

@@ -57,7 +57,7 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
 )
 
-FILES = ("shape", "family", "costs")
+FILES = ("shape", "family", "costs", "own_text")
 """Settings that may name a file."""
 
 

@@ -12,10 +12,12 @@ from nuteprune.data.mixture import Mixture
 from nuteprune.data.own_text import GUARD, tokens_to_write
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
+from nuteprune.files import at_home
 from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.sources import load_model
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import SELF
-from nuteprune.stages.write import room
+from nuteprune.stages.write import read_written, room
 from nuteprune.train.config import NutePruneConfig
 
 
@@ -30,14 +32,24 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
         sharded: whether the model's weights are shared out over processes, where it cannot write.
 
     Raises:
-        UserError: if shares are no numbers or do not fit the data, or a sharded model is to write.
+        UserError: if shares are no numbers or do not fit the data, a sharded model is to write, or
+            what it has written has no share.
     """
     specs, shares = job.specs, job.share_values
+    cannot_write = sharded and job.own_text is None
     if shares is not None or SELF in specs:
-        if sharded and SELF in specs:
-            raise UserError(f"a sharded model cannot write text: leave {SELF} out of --data")
+        if cannot_write and SELF in specs:
+            raise UserError(
+                f"a sharded model cannot write text: leave {SELF} out of --data, or pass "
+                "--own-text, a file of nuteprune write"
+            )
+        if job.own_text is not None and SELF not in specs:
+            raise UserError(
+                f"--shares leaves no share for --own-text {job.own_text}: leave one of the two "
+                f"out, or add --data {SELF} and its share"
+            )
         return specs, list(checked_shares(shares or None, specs))
-    if sharded:
+    if cannot_write:
         return specs, [1.0] * len(specs)
     return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
 
@@ -46,6 +58,11 @@ def own_share(job: PruneJob, sharded: bool = False) -> float:
     """Return the share of the text that the model writes itself; see `mixture`."""
     specs, shares = mixture(job, sharded)
     return shares[specs.index(SELF)] / sum(shares) if SELF in specs else 0.0
+
+
+def share_to_write(job: PruneJob, sharded: bool = False) -> float:
+    """Return the share of the text that the model has yet to write; see `mixture`."""
+    return own_share(job, sharded) if job.own_text is None else 0.0
 
 
 def text_of(
@@ -63,17 +80,27 @@ def text_of(
         room(tokenizer, job.length)  # fails before anything is removed or written
     share = own_share(job, config.sharded)
     read = (config.blocks, config.calibrated_blocks)
-    return Mixture(
+    own = tokens_to_write(*read, share, job.length) if share else 0
+    written = None
+    if job.own_text is not None:
+        # Weights in few bits are others than those that wrote.
+        writer = load_model(job.model, None) if job.bits else model.model
+        written = read_written(at_home(job.own_text), writer, tokenizer, tokens=own)
+    text = Mixture(
         specs,
         shares,
         tokenizer,
         job.length,
         count=config.blocks,
-        to_write=tokens_to_write(*read, share, job.length) if share else 0,
+        to_write=own if written is None else 0,
         seed=config.seed,
         column=job.text_column,
         vocabulary=model.embedding.weight.shape[0],
+        written=written,
     )
+    if job.own_text is not None:
+        text.training.fingerprint.add_file(at_home(job.own_text))
+    return text
 
 
 def _check_room(count: int, length: int) -> None:

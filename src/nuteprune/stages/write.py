@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
+SIGNS = 4096
+"""Of each weight, the values whose signs tell a model from another."""
 
 
 def write(
@@ -69,13 +71,13 @@ def write(
     """
     end = end_of(tokenizer)
     opening, sizes = _how(model, tokenizer, tokens, length, seed)
-    key = _key(model, opening, sizes, seed)
+    about = {**known_by(model, tokenizer), "key": _key(model, opening, sizes, seed)}
     path = folder / SELF_WRITTEN
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
     # One process of a run writes, while the others wait to read what it wrote.
     with FileLock(path.with_name(f".{path.name}.lock")) if several_started() else nullcontext():
-        found, kept = _read(path, key)
+        found, kept = _read(path, about)
         if path.is_file() and path.stat().st_size > kept:
             _append(path, kept, b"")
         while (have := _tokens(found)) < tokens:
@@ -86,8 +88,8 @@ def write(
             for written in write_batch(model, opening, batch, longest, generator):
                 progress(min(have + written, tokens), tokens)
             ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
-            about = {"batch": number, "of": len(ended), "key": key}
-            lines = [_line(tokenizer, opening, ids) | about for ids in ended]
+            of = {"batch": number, "of": len(ended), **about}
+            lines = [_line(tokenizer, opening, ids) | of for ids in ended]
             kept = _append(path, kept, "".join(json.dumps(x) + "\n" for x in lines).encode())
             found.append(ended)
         progress(tokens, tokens)
@@ -143,13 +145,89 @@ def room(tokenizer: PreTrainedTokenizerBase, length: int) -> int:
     return most
 
 
+def read_written(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tokens: int
+) -> list[list[int]]:
+    """Return text that `write` left in a file, with any seed, length and number of tokens.
+
+    Args:
+        path: the file.
+        model: the model that has written it, in any dtype.
+        tokenizer: its tokenizer.
+        tokens: how many are needed; of more, the batches that hold these.
+
+    Returns:
+        Token ids of each text, as `write` returns them.
+
+    Raises:
+        UserError: the file cannot be read, is of another model or tokenizer, or is too short.
+    """
+    known = known_by(model, tokenizer)
+    found: list[list[int]] = []
+    have, batch = 0, None
+    for row in _rows(path, Anatomy(model).embedding.weight.shape[0]):
+        if have >= tokens and row["batch"] != batch:
+            break
+        if other := [what for what in known if row[what] != known[what]]:
+            raise UserError(
+                f"{path} was written with another {other[0]} than this run's: write text of this "
+                f"model with nuteprune write, or pass the file as --data {path}"
+            )
+        found.append(row["ids"])
+        have, batch = have + len(row["ids"]), row["batch"]
+    if have < tokens:
+        raise UserError(
+            f"{path} has {have} tokens, and this run needs {tokens}: write more, with nuteprune "
+            f"write --tokens {tokens}"
+        )
+    return found
+
+
+def _rows(path: Path, vocabulary: int) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file that `write` left; errors as of `read_written`."""
+    try:
+        file = path.open(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; name a file of nuteprune write"
+        ) from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                row = {x: row[x] for x in ("ids", "batch", "model", "tokenizer")}
+                known = all(type(x) is int and 0 <= x < vocabulary for x in row["ids"])
+            except (ValueError, LookupError, TypeError, RecursionError):
+                known = False
+            if not known:
+                raise UserError(
+                    f"line {number} of {path} is none that nuteprune write has written: name a "
+                    f"file of that command, or pass this one as --data {path}"
+                )
+            yield row
+
+
+def known_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return what text is to say of the model and the tokenizer that it is of: hashes of both.
+
+    A model is known by its shape and by the signs of weights of all layers, which are the same in
+    any dtype; a tokenizer by its tokens, and by those that begin and end a text.
+    """
+    anatomy, signs = Anatomy(model), hashlib.blake2b(digest_size=8)
+    signs.update(json.dumps(anatomy.shape.to_dict()).encode())
+    layers = (x for layer in anatomy.layers for x in layer.named_parameters())
+    own = (x for name, x in layers if "lora_" not in name)
+    for weight in (anatomy.embedding.weight, *own):
+        signs.update(home_of(weight).flatten()[:SIGNS].signbit().cpu().numpy().tobytes())
+    tokens = sorted((number, str(token)) for token, number in tokenizer.get_vocab().items())
+    facts = json.dumps([tokens, bos_of(tokenizer), end_of(tokenizer)])
+    said = hashlib.blake2b(facts.encode(), digest_size=8)
+    return {"model": signs.hexdigest(), "tokenizer": said.hexdigest()}
+
+
 def _key(model: PreTrainedModel, opening: Openings, sizes: BatchSizes, seed: int) -> str:
-    """Return what tells a file of the same text from one that another run has left."""
-    anatomy = Anatomy(model)
-    # Of models that were tuned from one another the embedding may be the same.
-    own = [x for name, x in anatomy.layers[-1].named_parameters() if "lora_" not in name]
-    weights = [home_of(x).flatten()[:64].tolist() for x in (anatomy.embedding.weight, *own)]
-    facts = [weights, sorted(opening.ends), opening.known, opening.start, opening.firsts]
+    """Return what tells a file of the same text from one that the model wrote otherwise."""
+    facts = [str(model.dtype), sorted(opening.ends), opening.known, opening.start, opening.firsts]
     facts += [opening.asks, opening.answers, opening.chats, sizes, seed]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
@@ -159,7 +237,7 @@ def _line(tokenizer: PreTrainedTokenizerBase, opening: Openings, ids: list[int])
     return {"text": text, "ids": ids}
 
 
-def _read(path: Path, key: str) -> tuple[list[list[list[int]]], int]:
+def _read(path: Path, about: dict[str, str]) -> tuple[list[list[list[int]]], int]:
     """Return the texts of whole batches, batch by batch, and how many bytes those are."""
     found: list[list[list[int]]] = []
     batch: list[list[int]] = []
@@ -168,7 +246,7 @@ def _read(path: Path, key: str) -> tuple[list[list[list[int]]], int]:
         with path.open("rb") as file:
             for line in file:
                 row = json.loads(line)
-                if (row["key"], row["batch"]) != (key, len(found)) or not line.endswith(b"\n"):
+                if {**row, **about, "batch": len(found)} != row or not line.endswith(b"\n"):
                     break
                 seen += len(line)
                 batch.append(row["ids"])

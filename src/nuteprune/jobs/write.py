@@ -1,0 +1,92 @@
+"""The job of `write`: text that a dense model writes itself, in a file that runs can share."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nuteprune.console import Output
+from nuteprune.data.tokens import check_positions
+from nuteprune.errors import RunFailed
+from nuteprune.files import at_home, partial_of, remove, writing
+from nuteprune.jobs.guard import alone, check_file
+from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype
+from nuteprune.run import in_percent
+from nuteprune.run_folder import SELF_WRITTEN
+from nuteprune.stages.write import write
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `write` is asked for.
+
+    Args:
+        model: hub id, checkpoint folder, or `demo`.
+        tokens: how many are written at least.
+        out: the file.
+        length: tokens per block of training.
+        seed: of what is drawn.
+        device: `auto`, `cpu`, `cuda`.
+        dtype: what the model computes in, by name, or `auto`.
+        overwrite: replace a file that is there.
+        trust_remote_code: run Python code that comes with the model's tokenizer.
+    """
+
+    model: str
+    tokens: int
+    out: Path
+    length: int
+    seed: int
+    device: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+
+def run(asked: Asked, output: Output) -> dict[str, Any]:
+    """Let a model write; what is there of the same text from before is gone on with.
+
+    Raises:
+        UserError: for anything that cannot work; nothing is written then.
+        RunFailed: if writing goes wrong on the way.
+    """
+    started = time.monotonic()
+    path = at_home(asked.out)
+    check_file("--out", path, [("model", asked.model)], asked.overwrite, SELF_WRITTEN)
+    device, dtype = pick_device(asked.device), pick_dtype(asked.dtype, asked.device)
+    tokenizer = load_tokenizer(asked.model, asked.trust_remote_code)
+    model = load_model(asked.model, dtype)
+    check_positions(asked.length, model.config)
+    # The stage writes a folder's file batch by batch, so that a killed command goes on.
+    folder = partial_of(path)
+    with alone(folder), output.bars() as bars:
+        try:
+            texts = write(
+                model.to(device),  # type: ignore[arg-type]
+                tokenizer,
+                tokens=asked.tokens,
+                length=asked.length,
+                seed=asked.seed,
+                folder=folder,
+                progress=in_percent(bars.update),
+            )
+        except RunFailed as error:  # the user knows the file by its own name
+            why = getattr(error.__cause__, "strerror", None) or error
+            hint = "make room, then give the same command again to go on"
+            raise RunFailed(f"cannot write {asked.out}: {why}; {hint}") from error
+        with writing(path):
+            os.replace(folder / SELF_WRITTEN, path)
+        remove(folder)
+    tokens = sum(map(len, texts))
+    output.line(f"Saved   {asked.out}: {len(texts)} texts, {tokens} tokens")
+    output.line(f"Next    nuteprune prune {asked.model} --own-text {asked.out} ...")
+    return {
+        "out": str(asked.out),
+        "model": asked.model,
+        "texts": len(texts),
+        "tokens": tokens,
+        "seconds": round(time.monotonic() - started, 1),
+    }
