@@ -70,6 +70,7 @@ ENVIRONMENTS = {
             ("onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0"),
             shares_ours=True,
         ),
+        Environment("trl-1.16.0", ("trl==1.16.0",), shares_ours=True),
     )
 }
 

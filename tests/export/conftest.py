@@ -231,6 +231,8 @@ PLAIN = """
 import torch, transformers
 transformers.logging.disable_progress_bar()
 transformers.AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)
+transformers.AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
+transformers.AutoConfig.from_pretrained({folder!r}, trust_remote_code=True)
 model = transformers.{auto}.from_pretrained({folder!r}, trust_remote_code=True)
 assert type(model).__name__.startswith("Pruned")
 mask = torch.ones(1, 3).long()

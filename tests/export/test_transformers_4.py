@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from nuteprune.export.card import model_card
 from nuteprune.export.checkpoint import save
 from nuteprune.export.transformers_4 import plain_merges
+from tests.forked import python
 
 from .conftest import said_by_transformers
 from .test_card import a_record
@@ -82,9 +83,56 @@ def test_wherever_a_tokenizer_is_loaded_it_is_told_so() -> None:
     assert all(", trust_remote_code=False)" in x for lines in found.values() for x in lines)
 
 
+GATES = {
+    "llama": ("kv_groups", "heads", "neurons", "mlp_block"),
+    "gemma2": ("kv_groups", "neurons"),
+    "qwen3_moe": ("experts", "kv_groups"),  # whose modules read counts by another name
+}
+PIPELINE = """
+import transformers
+transformers.logging.disable_progress_bar()
+write = transformers.pipeline("text-generation", model={folder!r}, trust_remote_code=True)
+assert type(write.model).__name__.startswith("Pruned")
+assert write("the student", max_new_tokens=2, do_sample=False)[0]["generated_text"]
+"""
+
+
+@pytest.fixture
+def small(
+    tiny_model: Callable, tiny_tokenizer: Any, prune_at_random: Callable, tmp_path: Path
+) -> Callable[[str], Path]:
+    """Writes a checkpoint of a family with its tokenizer; its layers differ in size."""
+
+    def make(name: str) -> Path:
+        model = prune_at_random(tiny_model(name, vocab_size=300), GATES[name], "free")
+        assert model.config.model_type == f"pruned_{name}"
+        save(model, tmp_path / "model", tiny_tokenizer)
+        return tmp_path / "model"
+
+    return make
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", list(GATES))
 def test_transformers_has_nothing_to_say_of_free_shapes(
-    case: Callable, tiny_tokenizer: Any, tmp_path: Path
+    name: str, small: Callable[[str], Path]
 ) -> None:
-    save(case("llama").pruned, tmp_path / "model", tiny_tokenizer)
-    assert said_by_transformers(tmp_path / "model", "AutoModelForCausalLM") == (0, "", "")
+    folder = small(name)
+    assert said_by_transformers(folder, "AutoModelForCausalLM") == (0, "", "")
+    ended = python("-c", PIPELINE.format(folder=str(folder)))
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_what_transformers_says_is_heard(small: Callable[[str], Path]) -> None:
+    """The test above can fail: with a config that does not spare them, both warnings are there."""
+    folder = small("llama")
+    config = json.loads((folder / "config.json").read_text())
+    del config["without_code"]
+    (folder / "config.json").write_text(json.dumps(config))
+    modeling = folder / "modeling_pruned.py"
+    modeling.write_text(modeling.read_text().replace("if stored in own and", "if False and"))
+    code, _, said = said_by_transformers(folder, "AutoModelForCausalLM")
+    assert code == 0
+    assert "to instantiate a model of type" in said
+    assert "Reading global config value for per-layer attribute" in said

@@ -244,10 +244,11 @@ class PrunedConfig:
     def __getattribute__(self, name):
         # The stock constructor and validators read the top level's counts, which is right here.
         # transformers >= 5.14 would warn each user of it, so read them past its check.
-        own = super().__getattribute__("__dict__")
-        if name in own and name in own.get("pruned", {}).get("counts", {}).values():
-            return own[name]
-        return super().__getattribute__(name)
+        read = super().__getattribute__
+        own, stored = read("__dict__"), read("attribute_map").get(name, name)
+        if stored in own and stored in own.get("pruned", {}).get("counts", {}).values():
+            return own[stored]
+        return read(name)
 
 
 class PrunedModel:
