@@ -33,9 +33,11 @@ from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-SCORE, REFIT, CHANGE, JUDGE = 1.2, 0.8, 0.2, 0.35
-"""What a block takes, as a multiple of teaching one: to score it, with what it brings along of
-plain blocks; to refit to it; to measure a change of the cut on it; to judge by it."""
+SCORE, REFIT, CHANGE, JUDGE = 0.7, 0.8, 0.2, 0.35
+"""What a block takes, as a multiple of teaching one: to score it; to refit to it; to measure a
+change of the cut on it; to judge by it."""
+CUT = 0.6
+"""What it takes to score a unit of attention by cutting it, the same way."""
 OPTIONS = ((32, True), (32, False), (16, False), (8, False))
 """Blocks for the scores, and whether units are priced, the best first."""
 BEFORE = 0.55
@@ -72,11 +74,13 @@ class Rates:
         block: seconds to teach a block.
         token: seconds to write a token; 0 where the model writes none.
         changes: changes of the cut that pricing measures.
+        attention: units of attention, which some methods cut one by one.
     """
 
     block: float
     token: float
     changes: float
+    attention: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ def _measured(run: Run) -> Rates:
             token = seconds_to_write(model.anatomy.model, run.text.tokenizer, **how) / TIMED
     sizes = model.layout.sizes
     changes = sum(usual_changes(kind, x) for kind in model.kinds for x in sizes[kind])
-    return Rates(block, token, changes)
+    attention = sum(sum(sizes[kind]) for kind in model.kinds if kind in ("heads", "kv_groups"))
+    return Rates(block, token, changes, attention)
 
 
 def shared_out(
@@ -212,7 +217,7 @@ def _times(
 ) -> Times:
     """Return what a run with these settings takes."""
     args, goals = _args(job, settings), trial.goals
-    scored = SCORE * args.scored_blocks
+    scored = SCORE * args.scored_blocks + CUT * rates.attention * METHODS[args.method].cuts
     refit = REFIT * args.refit_blocks
     again = METHODS[args.method].reads and args.tried and trial.model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again
