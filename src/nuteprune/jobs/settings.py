@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 J = TypeVar("J", bound=Job)
 
 _STEPS, _EVAL = "pass --steps", "score a checkpoint with nuteprune eval OUT/run/checkpoint-N"
-_SHARDED, _HUB = "pass sharded=true instead, see docs/scale.md", "upload the result with hf upload"
+_SHARDED, _HUB = "pass sharded=true instead, see docs/large-models.md", "upload the result with hf upload"
 _REFUSED = {
     "output_dir": "pass --out",
     "use_cpu": "pass --device cpu",
