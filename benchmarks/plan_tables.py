@@ -1,4 +1,4 @@
-"""What runs on large models would take, from their configs alone: the tables of docs/plan.md.
+"""What runs on large models would take, from their configs alone: the tables of docs/cost.md.
 
     python benchmarks/plan_tables.py --json benchmarks/results/plan-large.json
 

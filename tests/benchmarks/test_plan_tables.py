@@ -1,4 +1,4 @@
-"""The tables of docs/plan.md are those of the results that the page names."""
+"""The tables of docs/cost.md are those of the results that the page names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_shows_what_was_planned() -> None:
-    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
     results = ROOT / "benchmarks" / "results" / "plan-large.json"
     plans = json.loads(results.read_text(encoding="utf-8"))
     assert [plan["model"] for plan in plans] == [*tables.CONFIGS]

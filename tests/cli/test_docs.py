@@ -187,8 +187,8 @@ def test_every_option_that_is_named_exists() -> None:
 def test_the_table_of_settings_has_those_without_an_option_and_their_defaults() -> None:
     from transformers import TrainingArguments
 
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    _, _, page = page.partition("## A recipe of your own")
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    _, _, page = page.partition("## Settings without an option")
     usual, _, moving = page.partition("| key, beside `progressive: true` |")
     trainers = {x.name for x in dataclasses.fields(TrainingArguments)}
     ours = settings_without_option(NutePruneConfig, PruneJob)
@@ -256,8 +256,8 @@ def block_with(page: str, words: str) -> str:
 def test_the_loop_of_the_page_runs_as_it_stands(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = "docs/api.md"
-    code = block_with(page, "NutePruneTrainer(")
+    page = "docs/stages.md"
+    code = block_with(page, "from nuteprune.data.blocks import")
     assert code.count('"Qwen/Qwen3-0.6B"') == 2
     assert "max_steps=400," in code
     small = "max_steps=1, neuron_multiple=4, calibration_blocks=2,"
@@ -270,7 +270,7 @@ def test_the_loop_of_the_page_runs_as_it_stands(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/stages.md"])
 def test_the_calls_of_the_pages_run_as_they_stand(page: str, in_workspace: Path) -> None:
     code = block_with(page, "nuteprune.prune(")
     for name in ("small", "better"):

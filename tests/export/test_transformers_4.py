@@ -79,7 +79,7 @@ def test_wherever_a_tokenizer_is_loaded_it_is_told_so() -> None:
     texts["card"] = model_card(a_record(), remote_code=True)
     ours = re.compile(r'AutoTokenizer\.from_pretrained\((?:"small"|"PRUNED"|folder).*')
     found = {name: ours.findall(text) for name, text in texts.items()}
-    assert {"README.md", "serving.md", "onnx.md", "card"} <= {name for name in found if found[name]}
+    assert {"README.md", "serving.md", "card"} <= {name for name in found if found[name]}
     assert all(", trust_remote_code=False)" in x for lines in found.values() for x in lines)
 
 

@@ -35,7 +35,7 @@ Family = Annotated[str | None, typer.Option("--family", help=_PRUNE["family"].he
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="One setting, key=value (docs/recipes.md lists them); repeatable."),
+    typer.Option("--set", help="One setting, key=value (docs/settings.md lists them); repeatable."),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the file where it is there already.")

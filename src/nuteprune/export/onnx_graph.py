@@ -1,6 +1,6 @@
 """A decoder as one ONNX graph, for prompts and decoding: the KV cache is in its inputs and outputs.
 
-Inputs and outputs have the names that exporters of decoders agree on (docs/onnx.md). Shapes:
+Inputs and outputs have the names that exporters of decoders agree on (docs/serving.md). Shapes:
 B sequences, T tokens, P tokens in the cache, S = P + T, K KV heads of the layer, H features per
 head, V vocabulary.
 """

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 J = TypeVar("J", bound=Job)
 
 _STEPS, _EVAL = "pass --steps", "score a checkpoint with nuteprune eval OUT/run/checkpoint-N"
-_SHARDED, _HUB = "pass sharded=true instead, see docs/scale.md", "upload the result with hf upload"
+_SHARDED = "pass sharded=true instead, see docs/large-models.md"
+_HUB = "upload the result with hf upload"
 _REFUSED = {
     "output_dir": "pass --out",
     "use_cpu": "pass --device cpu",
