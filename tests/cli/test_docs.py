@@ -41,6 +41,9 @@ HOW = {
     "--steps 400": EXECUTED,
     "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --data self "
     "--shares 0.7,0.3 --out small": EXECUTED,
+    "nuteprune prune Qwen/Qwen3-0.6B --sparsity 0.2 --data my_text.jsonl --out small "
+    "--minutes 60": PARSED,
+    "nuteprune demo": PARSED,
     "nuteprune prune demo --sparsity 0.1,0.2,0.3 --out ladder --steps 90": EXECUTED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT --method wanda": EXECUTED,
     "nuteprune prune MODEL --speedup 1.3 --data DATA --out OUT": LARGE,
