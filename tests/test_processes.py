@@ -92,8 +92,9 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     # With the usual epsilon Adam divides rounding by rounding where gradients are near zero, and
     # hides a gradient of the wrong size everywhere else.
     same = {**gates, "adam_epsilon": 1e-2}
-    if "sharded" in shared:  # there is no text of the model's own then, and no whole refit
-        same |= {"shares": 1, "refit": False}
+    if "sharded" in shared:  # it cannot write, nor refit whole weights
+        same |= {"refit": False}
+        shared = {**shared, "own_text": one / "run" / "self.jsonl"}
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     asked = command(tiny_inputs, two, batch_size=4, **same, **shared)
     assert said(python(*QUICK, *asked, processes=2)).count("Saved") == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nuteprune
 from nuteprune.data import writing
 from nuteprune.errors import UserError
+from nuteprune.files import writing as writing_to
 from tests.conftest import Run, json_of
 
 from .conftest import TINY
@@ -179,6 +182,22 @@ def test_stopped_on_its_way_the_command_goes_on(
     last = json.loads(whole.read_text().splitlines()[-1])["batch"]
     assert batches[0] == last + 1 + 1  # each once, and that which was stopped
     assert sorted(x.name for x in tmp_path.iterdir()) == ["own.jsonl", "whole.jsonl"]
+
+
+def test_a_disk_that_is_full_is_told_by_the_files_own_name(
+    model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        with writing_to("a hidden file"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nuteprune.stages.write._append", full)
+    own = tmp_path / "own.jsonl"
+    code, _, stderr = run("write", model, "--tokens", 20, "--out", own, *HOW)
+    assert code == 1
+    said = f"cannot write {own}: No space left on device; make room, then give the same command"
+    assert said in stderr.splitlines()[-1]
+    assert not own.exists()
 
 
 @pytest.mark.parametrize(
