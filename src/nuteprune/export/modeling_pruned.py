@@ -246,9 +246,8 @@ class PrunedConfig:
         # transformers >= 5.14 would warn each user of it, so read them past its check.
         read = super().__getattribute__
         own, stored = read("__dict__"), read("attribute_map").get(name, name)
-        if stored in own and stored in own.get("pruned", {}).get("counts", {}).values():
-            return own[stored]
-        return read(name)
+        is_count = stored in own and stored in own.get("pruned", {}).get("counts", {}).values()
+        return own[stored] if is_count else read(name)
 
 
 class PrunedModel:
