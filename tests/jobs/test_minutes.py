@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.files import file_sum
 from nuteprune.jobs import minutes
-from nuteprune.jobs.minutes import Rates, seconds_of
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.minutes import FEWEST, Rates, seconds_of, within_minutes
 from nuteprune.run_folder import RUN, SETTINGS
 
 TINY = ("--length", 16, "--batch-size", 2, "--set", "neuron_multiple=8", "--set", "eval_blocks=8")
@@ -117,6 +119,18 @@ def test_too_little_time_is_refused_with_what_is_needed(
     assert code == 2
     assert "is too little time: on this machine" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_takes_longer_where_its_minutes_are_too_few(
+    tiny_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_rates(monkeypatch, 10.0)
+    model, text = map(str, tiny_inputs)
+    settings = {"target_sparsity": 0.2, "neuron_multiple": 8}
+    job = PruneJob(model, tmp_path / "out", data=text, length=16, minutes=1, settings=settings)
+    planned = within_minutes(job, tmp_path / "scratch", Output(quiet=True), may_exceed=True)
+    assert planned.settings["calibration_blocks"] == 8
+    assert planned.settings["max_steps"] == FEWEST
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ class Times:
     step: float
 
 
-def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
+def within_minutes(
+    job: PruneJob, scratch: Path, output: Output, may_exceed: bool = False
+) -> PruneJob:
     """Return a job with the settings that its minutes allow; see `shared_out`.
 
     Args:
@@ -106,6 +108,7 @@ def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
             a run gets that run's plan.
         scratch: a folder for what nobody keeps.
         output: prints the plan.
+        may_exceed: whether a run that has too little time takes what it needs.
 
     Raises:
         UserError: if there is no time for anything sensible, or steps are given too.
@@ -125,7 +128,7 @@ def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
         trial = make_run(small, trainer_config(small, scratch), bars)
         rates = _measured(trial)
     left = seconds - (time.monotonic() - job.started)
-    settings, times = shared_out(job, trial, rates, left)
+    settings, times = shared_out(job, trial, rates, left, may_exceed)
     output.line(
         f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
         f"{'priced' if settings['priced'] else 'not priced'}, about {settings['max_steps']} steps "
@@ -159,7 +162,7 @@ def _measured(run: Run) -> Rates:
 
 
 def shared_out(
-    job: PruneJob, trial: Run, rates: Rates, seconds: float
+    job: PruneJob, trial: Run, rates: Rates, seconds: float, may_exceed: bool = False
 ) -> tuple[dict[str, Any], Times]:
     """Return the settings that fit into the time: blocks, priced or not, steps, text.
 
@@ -168,6 +171,7 @@ def shared_out(
         trial: a run of it that has not begun.
         rates: of the machine.
         seconds: that are left.
+        may_exceed: whether the least that is sensible is returned where it takes longer.
 
     Returns:
         Settings by name, and what they take.
@@ -183,7 +187,9 @@ def shared_out(
     for settings in _options(job):
         times = _times(job, trial, rates, settings, judging)
         steps = math.floor((seconds - judging - times.before) / times.step)
-        if times.before <= BEFORE * (seconds - judging) and steps >= FEWEST:
+        least = may_exceed and settings["calibration_blocks"] == OPTIONS[-1][0]
+        if least or (times.before <= BEFORE * (seconds - judging) and steps >= FEWEST):
+            steps = max(steps, FEWEST)
             read = _args(job, settings).calibrated_blocks
             blocks = max(steps * trial.args.sequences_per_step, read)
             plan = {**settings, "max_steps": steps, "text_blocks": blocks, "eval_blocks": each}
@@ -252,6 +258,6 @@ def steps_in_time_of(
         dense = run.products.costs.get("judge", {}).get("seconds", 0.0)
         judging = dense * (goals * (1 + BESIDE) + after)
         step = seconds_per_step(trainer) * goals
-        return max(1, math.floor((end - time.monotonic() - judging) / step))
+        return max(FEWEST, math.floor((end - time.monotonic() - judging) / step))
 
     return steps_in_time

@@ -130,7 +130,9 @@ def finish(job: PruneJob, result: Result, output: Output) -> None:
         check_speed(result.records[folder], speedup)
 
 
-def run(job: PruneJob, output: Output, after: float = 0.0) -> Result | None:
+def run(
+    job: PruneJob, output: Output, after: float = 0.0, may_exceed: bool = False
+) -> Result | None:
     """Do the job; returns None in all processes of a run but the main one.
 
     Args:
@@ -138,6 +140,7 @@ def run(job: PruneJob, output: Output, after: float = 0.0) -> Result | None:
         output: prints.
         after: what comes after the run, as a multiple of the time that judging the dense model
             takes.
+        may_exceed: whether a run that has too few minutes takes longer.
 
     Raises:
         UserError: for anything in the job that cannot work; nothing is written then.
@@ -156,7 +159,7 @@ def run(job: PruneJob, output: Output, after: float = 0.0) -> Result | None:
             from nuteprune.jobs.minutes import steps_in_time_of, within_minutes
 
             steps_in_time = steps_in_time_of(job, after)
-            job = within_minutes(job, Path(scratch) / RUN, output)
+            job = within_minutes(job, Path(scratch) / RUN, output, may_exceed)
         bars = stack.enter_context(output.bars())
         config = trainer_config(job, folder / RUN)
         made = make_run(job, config, bars)
