@@ -100,11 +100,10 @@ def draw(result: Result, path: Path) -> None:
             for x, size, ratio in zip(files, sizes, ratios, strict=True):
                 beside = {"textcoords": "offset points", "xytext": (3, 5), "fontsize": 7}
                 axes.annotate(x["type"].upper(), (size, ratio), **beside)
-        axes.set(title=subject, xlabel="size of the GGUF file, MB", yscale="log")
-        axes.set_ylabel("perplexity of other text ÷ dense f16")
-        axes.yaxis.set_major_formatter("{x:.1f}")
-        axes.yaxis.set_minor_formatter("{x:.1f}")
-        axes.grid(alpha=0.3, which="both")
+        axes.set(title=subject, xlabel="size of the GGUF file, MB")
+        axes.set_ylabel("perplexity of other text ÷ dense F16")
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -23,6 +23,25 @@ def test_the_page_has_the_table_of_the_results() -> None:
     assert tables.place(tables.NAME).findall(page) == [tables.table(RESULT)]
 
 
+def test_the_page_says_what_follows_from_the_results() -> None:
+    page = tables.PAGE.read_text(encoding="utf-8")
+    text = " ".join(page[page.index("## Should I prune") : page.index("<!-- table: q")].split())
+    subject, cut = "smollm2-135m", "20 % cut"
+    ratios = {
+        key[1:]: tables.times_dense(ROWS[key], RESULT)[0] for key in ROWS if key[0] == subject
+    }
+    sizes = {key[1:]: f"{row['bytes'] / 1e6:.0f} MB" for key, row in ROWS.items()}
+    d8, d4 = ((tables.DENSE, kind) for kind in ("q8_0", "q4_k_m"))
+    plain, whole = (cut, tables.PLAIN), (tables.DENSE, tables.PLAIN)
+    assert f"Q8_0 makes {sizes[d8]} of SmolLM2-135M's {sizes[whole]} at {ratios[d8]:.3f} ×" in text
+    assert f"Q4_K_M makes {sizes[d4]} at {ratios[d4]:.3f} ×" in text
+    assert f"F16 still has {sizes[plain]}, at {ratios[plain]:.3f} ×" in text
+    more = [100 * (ratios[cut, kind] / ratios[plain] - 1) for kind in ("q8_0", "q4_k_m")]
+    assert f"Q8_0 costs {more[0]:.1f} % and Q4_K_M {more[1]:.1f} %" in text
+    dense = [100 * (ratios[x] - 1) for x in (d8, d4)]
+    assert f"(dense: {dense[0]:.1f} % and {dense[1]:.1f} %)" in text
+
+
 def test_no_row_is_there_twice_and_each_model_has_its_plain_file() -> None:
     assert len(ROWS) == len(RESULT["rows"])
     for subject, model, _ in ROWS:
