@@ -128,8 +128,13 @@ def row(model: Path) -> dict[str, Any]:
     }
 
 
-def quantize(source: Path, target: Path) -> None:
-    """Let llama.cpp quantize a GGUF file to Q4_K_M.
+def quantize(source: Path, target: Path, kind: int = Q4_K_M) -> None:
+    """Let llama.cpp quantize a GGUF file.
+
+    Args:
+        source: the file, with unquantized weights.
+        target: what to write.
+        kind: llama.cpp's number of the kind of file.
 
     Raises:
         RunFailed: if it cannot.
@@ -140,7 +145,7 @@ def quantize(source: Path, target: Path) -> None:
     quiet = ffi.callback("ggml_log_callback", lambda *_: None)
     lib.llama_log_set(quiet, ffi.NULL)
     params = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    params.ftype, params.nthread = Q4_K_M, torch.get_num_threads()
+    params.ftype, params.nthread = kind, torch.get_num_threads()
     code = lib.llama_model_quantize(str(source).encode(), str(target).encode(), params)
     lib.llama_log_set(ffi.NULL, ffi.NULL)
     if code:

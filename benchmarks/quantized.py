@@ -1,0 +1,190 @@
+"""Prune, quantize, or both: what each costs on other text, and how many bytes it leaves.
+
+    python benchmarks/quantized.py --pruned '20 % cut=FOLDER' --other-text FOLDER --json FILE
+    python benchmarks/quantized_table.py     # the table and the picture of what is committed
+
+The dense model and its pruned ones are exported as f16. llama.cpp quantizes those files itself, by
+its Python binding (the extra `llama-cpp`) and without an importance matrix, and reads other text
+with them. A file's name has llama.cpp's type; which types its matrices really have is counted. A
+result that is on file is not made again, so a stopped run goes on, and another subject is added.
+
+Both subjects were made from files of 4 bits, so to quantize them again costs less than it would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import subjects
+import torch
+from gguf import GGUFReader, LlamaFileType
+from gguf_file import GgufFile
+from k_quants import quantize
+from quality_runs import machine, write_json
+from quality_text import Judge, Setting
+from quantized_table import DENSE, PLAIN, Row, table
+from torch import Tensor
+
+from nuteprune.cli.app import quiet_libraries
+from nuteprune.data.prompts import Prompts, make_prompts
+from nuteprune.data.specs import DEMO
+from nuteprune.errors import UserError
+from nuteprune.export.gguf.write import write_gguf
+from nuteprune.jobs.sources import load_model, load_tokenizer
+from nuteprune.judge.answers import LOOPS, TOKENS, ends_of, repeated
+from nuteprune.judge.llama_cpp import require_binding
+
+TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m")
+"""Kinds of files that llama.cpp makes of a plain one."""
+BLOCKS = 12
+K_BLOCK = 256
+"""Weights of a row that K-quants store together."""
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what is not on file yet, print the table, and return the results."""
+    args = parser_of().parse_args(arguments)
+    quiet_libraries()
+    require_binding()
+    result: dict[str, Any] = {"prompts": {}, "rows": []}
+    if args.json and args.json.is_file():
+        result = json.loads(args.json.read_text(encoding="utf-8"))
+    if result.get("settings", settings(args)) != settings(args):
+        raise UserError(f"{args.json} has results of other settings; name another file")
+    result |= {"settings": settings(args), "machine": machine()}
+    for row in rows(args, result):
+        result["rows"].append(row)
+        print(summary(row), flush=True)
+        if args.json:
+            write_json(args.json, result)
+    print(table(result))
+    return result
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--subject", default="smollm2-135m", help="dense model: of subjects.py, or a folder")
+    add("--pruned", action="append", default=[], metavar="NAME=FOLDER", help="a pruned one; repeat")
+    add("--types", default=",".join((PLAIN, *TYPES)), help="kinds of files, comma separated")
+    where = "jsonl files to judge by, a domain each"
+    add("--other-text", type=Path, metavar="FOLDER", required=True, help=where)
+    add("--blocks", type=int, default=BLOCKS, help="of 256 tokens, of each domain")
+    add("--tokens", type=int, default=TOKENS, help="of an answer at most; 0: no answers")
+    add("--json", type=Path, help="file of results; those in it are kept")
+    return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the results depend on."""
+    from llama_cpp_py_sync import __llama_cpp_tag__
+
+    text = {"lines": "even", "blocks": args.blocks, "length": Setting().length}
+    return {"engine": f"llama.cpp {__llama_cpp_tag__}", "text": text, "tokens": args.tokens}
+
+
+def rows(args: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a result for each model and type that has none yet."""
+    named = [tuple(x.split("=", 1)) for x in args.pruned]
+    if any(len(x) < 2 for x in named):
+        raise UserError("--pruned: pass NAME=FOLDER, the name that the table has")
+    dense = subjects.folder(args.subject)
+    models = {DENSE: dense} | {name: Path(folder) for name, folder in named}
+    subject = dense.name if args.subject not in subjects.SUBJECTS else args.subject
+    known = {(x["subject"], x["model"], x["type"]) for x in result["rows"]}
+    kinds = args.types.split(",")
+    todo = {m: [k for k in kinds if (subject, m, k) not in known] for m in models}
+    if not any(todo.values()):
+        return
+    judge = Judging(dense, args)
+    result["prompts"][subject] = judge.prompts.source if judge.prompts else None
+    for name, missing in todo.items():
+        if not missing:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            plain = Path(scratch) / "f16.gguf"
+            model, tokenizer = load_model(str(models[name]), None), load_tokenizer(str(dense))
+            written = write_gguf(model, tokenizer, plain, type_name=PLAIN)
+            del model
+            for kind in missing:
+                file = plain.with_name(f"{kind}.gguf")
+                if kind != PLAIN:
+                    quantize(plain, file, int(LlamaFileType[f"MOSTLY_{kind.upper()}"]))
+                about = {"subject": subject, "model": name, "type": kind}
+                yield about | {"parameters": written.parameters} | stored(file) | judge(file)
+                if kind != PLAIN:
+                    file.unlink()
+
+
+def stored(file: Path) -> dict[str, Any]:
+    """Return a file's size, the types of its tensors, and how many matrices fit no K-quant."""
+    tensors = GGUFReader(file).tensors
+    matrices = [x for x in tensors if len(x.shape) > 1]
+    weights, size = sum(int(x.n_elements) for x in matrices), sum(int(x.n_bytes) for x in matrices)
+    counts = (
+        Counter(x.tensor_type.name for x in group).most_common() for group in (tensors, matrices)
+    )
+    return {
+        "bytes": file.stat().st_size,
+        "bits_per_weight": round(8 * size / weights, 4),
+        **dict(zip(("tensors", "matrices"), map(dict, counts), strict=True)),
+        "torn": sum(int(x.shape[0]) % K_BLOCK != 0 for x in matrices),
+    }
+
+
+class Judging:
+    """What all files of a subject are judged by.
+
+    Args:
+        dense: folder of the dense model.
+        args: of the command line.
+    """
+
+    def __init__(self, dense: Path, args: argparse.Namespace) -> None:
+        tokenizer = load_tokenizer(str(dense))
+        judge = Judge(Setting(model=str(dense)), tokenizer, [DEMO], args.other_text)
+        self.text: dict[str, Tensor] = {k: x[: args.blocks] for k, x in judge.other.items()}
+        self.prompts: Prompts | None = None
+        self._tokens = args.tokens
+        if args.tokens:
+            model = load_model(str(dense), torch.float32)
+            self.prompts = make_prompts(model, tokenizer, judge.held_out)
+            self._ends = ends_of(model, tokenizer)
+
+    def __call__(self, path: Path) -> dict[str, Any]:
+        """Return nats per token of each block of other text, and how many answers loop."""
+        file = GgufFile(path)
+        nats = {
+            name: [round(x, 5) for x in file.nats(tokens)] for name, tokens in self.text.items()
+        }
+        found: dict[str, Any] = {"nats": nats}
+        if self.prompts:
+            answers = file.answers(self.prompts.ids, self._ends, self._tokens)
+            looping = sum(repeated(x) > LOOPS for x in answers)
+            found |= {"answers": len(answers), "looping": looping}
+        file.close()
+        return found
+
+
+def summary(row: Row) -> str:
+    """Return a line about a row, as it is made."""
+    means = {k: round(math.exp(statistics.fmean(x)), 2) for k, x in row["nats"].items()}
+    looping = f"{row['looping']} of {row['answers']} loop" if "answers" in row else ""
+    name = f"{row['subject']} {row['model']} {row['type']}"
+    return f"{name}: {row['bytes'] / 1e6:.0f} MB {row['matrices']} {means} {looping}"
+
+
+if __name__ == "__main__":
+    sys.exit(main() is None)

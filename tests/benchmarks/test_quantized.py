@@ -1,0 +1,103 @@
+"""What quantizing and pruning cost: the page's figures are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+
+from tests.scripts import script
+
+quantized, tables = map(script, ("quantized", "quantized_table"))
+RESULT: dict[str, Any] = json.loads(tables.RESULTS.read_text(encoding="utf-8"))
+ROWS = {(x["subject"], x["model"], x["type"]): x for x in RESULT["rows"]}
+
+
+def test_the_page_has_the_table_of_the_results() -> None:
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.place(tables.NAME).findall(page) == [tables.table(RESULT)]
+
+
+def test_the_page_says_what_follows_from_the_results() -> None:
+    page = tables.PAGE.read_text(encoding="utf-8")
+    text = " ".join(page[page.index("## Should I prune") : page.index("<!-- table: q")].split())
+    subject, cut = "smollm2-135m", "20 % cut"
+    ratios = {
+        key[1:]: tables.times_dense(ROWS[key], RESULT)[0] for key in ROWS if key[0] == subject
+    }
+    sizes = {key[1:]: f"{row['bytes'] / 1e6:.0f} MB" for key, row in ROWS.items()}
+    d8, d4 = ((tables.DENSE, kind) for kind in ("q8_0", "q4_k_m"))
+    plain, whole = (cut, tables.PLAIN), (tables.DENSE, tables.PLAIN)
+    assert f"Q8_0 makes {sizes[d8]} of SmolLM2-135M's {sizes[whole]} at {ratios[d8]:.3f} ×" in text
+    assert f"Q4_K_M makes {sizes[d4]} at {ratios[d4]:.3f} ×" in text
+    assert f"F16 still has {sizes[plain]}, at {ratios[plain]:.3f} ×" in text
+    more = [100 * (ratios[cut, kind] / ratios[plain] - 1) for kind in ("q8_0", "q4_k_m")]
+    assert f"Q8_0 costs {more[0]:.1f} % and Q4_K_M {more[1]:.1f} %" in text
+    dense = [100 * (ratios[x] - 1) for x in (d8, d4)]
+    assert f"(dense: {dense[0]:.1f} % and {dense[1]:.1f} %)" in text
+
+
+def test_no_row_is_there_twice_and_each_model_has_its_plain_file() -> None:
+    assert len(ROWS) == len(RESULT["rows"])
+    for subject, model, _ in ROWS:
+        assert (subject, model, tables.PLAIN) in ROWS
+        assert (subject, tables.DENSE, tables.PLAIN) in ROWS
+
+
+@pytest.mark.parametrize("key", ROWS, ids="-".join)
+def test_what_a_file_holds(key: tuple[str, str, str]) -> None:
+    row, plain = ROWS[key], ROWS[(*key[:2], tables.PLAIN)]
+    count = sum(row["matrices"].values())
+    assert count == sum(plain["matrices"].values())
+    assert row["parameters"] == plain["parameters"]
+    whole = sum(n for name, n in row["matrices"].items() if name.endswith("_K"))
+    assert whole <= count - row["torn"]  # a torn row is in no K-quant
+    # All but vectors and the tokenizer is in the matrices.
+    size = row["parameters"] * row["bits_per_weight"] / 8
+    assert size < row["bytes"] < size + 12e6
+    if key[2] != tables.PLAIN:
+        assert row["bytes"] < plain["bytes"]
+    for domain, nats in row["nats"].items():
+        assert len(nats) == len(plain["nats"][domain]) == RESULT["settings"]["text"]["blocks"]
+
+
+def test_perplexity_is_divided_domain_by_domain() -> None:
+    base = {"subject": "s", "model": tables.DENSE, "type": tables.PLAIN}
+    plain = base | {"nats": {"a": [1.0, 3.0], "b": [2.0, 2.0]}}
+    row = base | {"type": "q4_0", "nats": {"a": [1.5, 3.7], "b": [2.1, 2.3]}}
+    ratio, error = tables.times_dense(row, {"rows": [plain, row]})
+    # Domain a loses 0.6 nats, b 0.2: perplexities grow by e^0.6 and e^0.2.
+    assert ratio == pytest.approx(math.sqrt(math.exp(0.6) * math.exp(0.2)))
+    # The means over two blocks are known to 0.1 and 0.1, so half of their sum to 0.1 x sqrt(2) / 2.
+    assert error == pytest.approx(ratio * 0.1 / math.sqrt(2))
+    assert tables.times_dense(plain, {"rows": [row, plain]}) == (1, 0)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    tables.draw(RESULT, tmp_path / "drawn.png")
+    assert 10_000 < (tmp_path / "drawn.png").stat().st_size < 100_000
+
+
+def test_types_and_torn_rows_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_tensor("norm", np.zeros(96, np.float32))
+    writer.add_tensor("whole", np.zeros((4, 512), np.float16))
+    packed = quants.quantize(np.zeros((4, 96), np.float32), GGMLQuantizationType.Q8_0)
+    writer.add_tensor("torn", packed, raw_dtype=GGMLQuantizationType.Q8_0)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file):
+        write()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = quantized.stored(path)
+    assert found["bytes"] == path.stat().st_size
+    assert found["tensors"] == {"F32": 1, "F16": 1, "Q8_0": 1}
+    assert found["matrices"] == {"F16": 1, "Q8_0": 1}
+    assert found["torn"] == 1
+    # 2,048 weights of 16 bits, and 384 of 8 with a scale of 16 bits for each 32.
+    assert found["bits_per_weight"] == round((2048 * 16 + 384 * 8.5) / 2432, 4)
