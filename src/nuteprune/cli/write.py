@@ -24,7 +24,7 @@ def write(
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Let MODEL write text of its own, for one or more runs of prune --own-text.
+    """Let MODEL write text of its own, for prune --own-text.
 
     Stopped on its way, the same command goes on with what is written.
     """

@@ -54,7 +54,8 @@ def with_defaults(job: PruneJob) -> PruneJob:
 
 def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     """Prune, compare and print; returns the record with what was measured."""
-    result = run(with_defaults(job), output, COMPARED, may_exceed=job.minutes is None)
+    by_default = job.minutes is None
+    result = run(with_defaults(job), output, COMPARED, may_exceed=by_default)
     if result is None:
         return None
     return result.plan if result.plan is not None else compare(job, result, output)
