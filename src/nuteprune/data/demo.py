@@ -170,7 +170,7 @@ def documents(
 
     Args:
         progress: told what is about to take a while.
-        domains: which of them are wanted, others are not even fetched; None: all.
+        domains: those to fetch and return; None: all.
 
     Raises:
         UserError: a text is not cached and cannot be downloaded, or the cache not written.

@@ -28,13 +28,13 @@ ROUNDS = 24
 
 
 def reconstruction(probe: Probe) -> Scores:
-    """Experts go one after another, each the one that the layer's output moves least without.
+    """Experts go one after another, each time the one whose removal changes the output least.
 
     L(R) = sum over tokens x of |y_R(x) - y(x)|_2^2, with y what the layer's routed experts give,
     and y_R what they give once the router has no rows for the experts R: the next best stand in,
-    and weights are made to sum to 1 where the family does that. The next to go is the e of least
-    L(R and e); its place in this order is its rank within its layer. REAP, in contrast, takes what
-    an expert adds as lost, and does not see that one of two that do the same has to stay.
+    and weights are made to sum to 1 where the family does that. The next expert e to go is the one
+    with the least L(R and e); its rank in the layer is its place in this order. REAP, in contrast,
+    takes an expert's output as lost, and does not see that one of two equal experts has to stay.
     Source: the reconstruction loss of Lu et al. 2024 (NAEE, arXiv 2402.14800), who try all sets of
     experts; here greedily, in at most 24 rounds.
     """

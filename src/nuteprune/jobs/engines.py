@@ -47,7 +47,7 @@ class Transformers:
 
     Args:
         device: `cpu` or `cuda`.
-        computed: what is computed in.
+        computed: the one to compute in.
         threads: on a CPU; None: as many as torch takes.
     """
 

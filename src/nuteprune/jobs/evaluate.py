@@ -62,7 +62,7 @@ class Evaluation:
         answer_tokens: of an answer at most.
         batch_size: blocks or questions per forward pass.
         device: `auto`, `cpu`, `cuda`.
-        dtype: what is computed in.
+        dtype: the one to compute in.
         copying_seed: draws the tokens to copy.
         base: where the model is now that a run prunes; None: where the run found it.
         trust_remote_code: run Python code that comes with a tokenizer.

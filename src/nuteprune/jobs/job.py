@@ -46,7 +46,7 @@ class Job:
         resume: go on from the last checkpoint in `out`.
         overwrite: replace what is in `out`.
         trust_remote_code: run Python code that comes with the model's tokenizer.
-        files: that its settings were read from, or name.
+        files: those that the settings were read from, or that they name.
     """
 
     model: str = setting(help="Hub id, checkpoint folder, or 'demo'.")
@@ -62,7 +62,7 @@ class Job:
     )
     eval_data: str | None = setting(
         None,
-        "Text to judge by; about 5 % of it, the held-out part, is read. Default: that of the data.",
+        "Text to judge by; about 5 % of it, the held-out part, is read. Default: that of --data.",
         option="--eval-data",
         role=HOW,
     )
@@ -261,7 +261,7 @@ class RecoverJob(RecoverSettings, Job):
     )
     template: str = setting(
         "auto",
-        "Of instruction rows: chat, alpaca, or auto (chat if the model has it).",
+        "Template of instruction rows: chat, alpaca, or auto (chat if the model has it).",
         choices=TEMPLATES,
         option="--template",
     )

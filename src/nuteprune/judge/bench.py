@@ -123,7 +123,7 @@ def compare(
 
     Returns:
         Phase (`prefill`, `decode`, `both`) -> `median`, `low`, `high` of the paired ratios, `bound`
-        (what the work and the calls that are gone allow), `reached`, the median's share of the
+        (the most that the removed work and calls allow), `reached`, the median's share of the
         bound, and `verdict`.
     """
     pairs = list(zip(dense, ours, strict=True))
@@ -156,8 +156,8 @@ def verdict(ratio: Mapping[str, float], passes: int = PASSES) -> str:
     A ratio above its bound says that the machine was not the same for both.
 
     Args:
-        ratio: `median`, `low`, `high` and `bound`.
-        passes: how many pairs of passes it is of; too few of them say nothing.
+        ratio: a mapping with `median`, `low`, `high` and `bound`.
+        passes: how many pairs of passes were timed; too few say nothing.
     """
     if ratio["median"] > ratio["bound"]:
         return "noise"
@@ -167,10 +167,10 @@ def verdict(ratio: Mapping[str, float], passes: int = PASSES) -> str:
 
 
 def say_ratio(ratio: Mapping[str, Any]) -> str:
-    """Return what a ratio of times says, for people.
+    """Return a ratio of times in words, for people.
 
     Args:
-        ratio: `median`, `bound` and `verdict`.
+        ratio: a mapping with `median`, `bound` and `verdict`.
     """
     found = ratio["verdict"]
     if found == "noise":

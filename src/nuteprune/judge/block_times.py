@@ -135,7 +135,7 @@ def cost_table(
         model: the model that is to be cut; its weights are not used.
         setting: prompt and tokens that are timed.
         device: where it is timed.
-        dtype: what is computed in.
+        dtype: the one to compute in.
 
     Raises:
         UserError: if its layers are of several kinds, or have routed experts.

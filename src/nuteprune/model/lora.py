@@ -153,7 +153,7 @@ class LoraBank:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Undo at the end what is put in place, or beside base weights, meanwhile."""
+        """Restore LoRA and the base weights at the end of the context."""
         lora = {key: value.clone() for key, value in self.state().items() if key[-1] in "AB"}
         try:
             yield

@@ -77,7 +77,7 @@ class Plan:
         config: of the dense model.
         args: the run's settings.
         length: tokens per block.
-        dtype: what is computed in.
+        dtype: the one to compute in.
         sizes: of the model's parts.
         allocator: which shapes it can be cut to.
         targets: the sparsities that it is to reach, growing.

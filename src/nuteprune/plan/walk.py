@@ -41,8 +41,8 @@ class Walk:
         config: of the dense model.
         args: the run's settings.
         length: tokens per block.
-        dtype: what is computed in.
-        model: with data, to measure what else is told; None: one without is made of the config.
+        dtype: the one to compute in.
+        model: one with data, to measure in place of planning; None: one without, from the config.
         kind: the model's class; None: the stock one of the config.
         stored: dtype of the checkpoint, if the run is on a CPU. What is mapped from files is not
             counted then. None: a device, which holds all.

@@ -38,7 +38,7 @@ def save(
         budget: what the dense model's parameters were counted by.
         parameters: `before`, those of the dense model, and what a token goes through.
         stored_dtype: dtype of the file.
-        around: what else the checkpoint has that the dense model is from; None: nothing.
+        around: the other parts of the source checkpoint; None: there are none.
         **record: what else the record is to hold.
 
     Returns:

@@ -79,11 +79,11 @@ def _changed(args: RunArguments) -> list[str]:
 
 
 def write_settings(run: Path, settings: Mapping[str, Any]) -> None:
-    """Write down what a run is that begins.
+    """Write the settings of a run that begins.
 
     Args:
         run: the folder of its checkpoints.
-        settings: of `run_settings`.
+        settings: as `run_settings` returned them.
     """
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / SETTINGS, to_json(settings, indent=2) + "\n")
@@ -116,7 +116,7 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def check_same(run: Path, now: Mapping[str, Any], *kinds: type, also: Iterable[str] = ()) -> None:
-    """Refuse to go on with a run as another.
+    """Refuse to resume a run with other settings than its own.
 
     Args:
         run: the folder of its checkpoints.

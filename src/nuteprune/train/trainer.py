@@ -159,10 +159,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def begin(self, resumes: bool = False) -> None:
-        """Have masks and weights, and put these into the model; all processes take part.
+        """Get masks and weights, and put the weights into the model; all processes take part.
 
         Args:
-            resumes: whether what a run before has left in the folder is taken.
+            resumes: whether to use the products of an earlier run in the folder.
         """
         if self.masks is None:
             cut = self.stages_before(resumes)
@@ -291,7 +291,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return text_loss(passage, Head.of(self.anatomy), inputs), None, None
 
     def as_pruned(self) -> AbstractContextManager[None]:
-        """Return a context in which `model` does what would be cut now; outside it has no masks.
+        """Return a context in which `model` computes with the current masks; outside it has none.
 
         Raises:
             UserError: if the model is used up.
@@ -354,7 +354,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return [self.bad_steps.total, self.bad_steps.in_row]
 
     def take_state(self, state: RunState) -> None:
-        """Go back to what had been learned."""
+        """Go back to a state that `run_state` returned."""
         self.ready.bank.load_lora(state.lora)
         self.bad_steps.restore(*state.notes["bad_steps"])
         self._step = -1
@@ -375,7 +375,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             )
 
     def settle(self) -> None:
-        """Have final masks, if training has not led to them; all processes take part."""
+        """Choose final masks if training has not; all processes take part."""
         self.begin()
         if self.args.max_steps == 0 and self.args.should_save:  # else `train` has written it
             write_settings(self.run_folder, self.settings())
@@ -436,7 +436,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return self.sliced.model
 
     def final_masks(self) -> Masks:
-        """Return the masks that are cut by."""
+        """Return the masks that the model is cut by."""
         assert self.masks is not None
         return self.masks
 
@@ -447,7 +447,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
         Args:
             folder: absent, empty, or with nothing but `run/` in it.
-            around: what else the checkpoint has that the model is from; None: nothing.
+            around: the other parts of the source checkpoint; None: there are none.
             **record: what else the record is to hold, such as `perplexity`; `base_model` where it
                 is not the folder or hub id that the model was loaded from.
 
@@ -486,7 +486,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         }
 
     def teachers_met(self) -> list[float]:
-        """Return the sparsities of the teachers on the way, of which there are none."""
+        """Return the sparsities of the teachers used so far: none here."""
         return []
 
 
