@@ -22,7 +22,7 @@ def reset_peak() -> None:
 
 
 def give_back() -> None:
-    """Return what was freed to the system, which the C library keeps as long as it may need it.
+    """Return freed memory, which the C library would keep, to the system.
 
     It costs milliseconds, so it is called between layers, not between operations.
     """

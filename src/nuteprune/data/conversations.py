@@ -107,7 +107,7 @@ def first_characters(conversation: Iterable[Stretch], count: int | None) -> list
 def encode(
     conversation: Iterable[Stretch], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Tokenize a conversation as it comes when a model answers: each stretch goes on with it.
+    """Tokenize a conversation as in generation: each stretch continues the text before it.
 
     A stretch's tokens are those of the whole text so far, which keeps tokenizers that put a space
     before a text from putting one before each stretch; where the tokenizer joins tokens across a

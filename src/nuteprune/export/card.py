@@ -140,7 +140,7 @@ def _again(record: Mapping[str, Any]) -> str:
 
 
 def named_to_judge(record: Mapping[str, Any]) -> str | None:
-    """Return what text judged in place of the data's, in the last recovery or else in the run."""
+    """Return the text that judged in place of the data's: the last recovery's, else the run's."""
     runs = (record.get("recover", {}), record.get("config", {}))
     return next((str(x["eval_data"]) for x in runs if x.get("eval_data")), None)
 

@@ -136,7 +136,7 @@ def _free_config(
 
 
 def free_shape_names(model_type: str, **auto_classes: str) -> dict[str, Any]:
-    """Return by which names a config tells that its model's layers differ.
+    """Return the names by which a config states that its model's layers differ.
 
     Args:
         model_type: the stock config's.

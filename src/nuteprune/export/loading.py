@@ -76,7 +76,7 @@ def build(
 
 
 def unfilled(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model of a config whose weights are of no meaning, but finite: fit to be timed."""
+    """Return a model of a config with arbitrary finite weights, to be timed."""
     with no_init_weights():
         model: Any = _causal_lm(config.model_type)(config)
     for parameter in model.parameters():
@@ -126,7 +126,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
 
 
 def exact_dtype(stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
-    """Return the narrowest dtype that holds all values of two: the one computed in, if it does."""
+    """Return the narrowest dtype that holds all values of two, the computed one if possible."""
     return torch.promote_types(stored, computed)
 
 
@@ -198,14 +198,14 @@ def record_path(source: str, **where: Any) -> Path | None:
 
 
 def bring_recorded_family(source: str, **where: Any) -> None:
-    """Let this process know the family that a checkpoint's record describes, if it does.
+    """Register the family that a checkpoint's record describes, if any, in this process.
 
     Args:
         source: a folder, or the name of a model on the hub.
-        where: what more says where on the hub, such as `revision`.
+        where: further arguments for the hub, such as `revision`.
 
     Raises:
-        UserError: if what the record says of it makes no sense.
+        UserError: if the description makes no sense.
     """
     if (path := record_path(source, **where)) is None:
         return
@@ -262,7 +262,7 @@ def _causal_lm(model_type: str, config: Mapping[str, Any] | None = None) -> type
 
 
 def class_named(name: str) -> Any:
-    """Return a class of transformers, or what is made of one where the name begins so."""
+    """Return a class of transformers, or its `Pruned` subclass if the name says so."""
     return getattr(modeling_pruned if name.startswith("Pruned") else transformers, name)
 
 
@@ -352,7 +352,7 @@ def one_line(source: str) -> Iterator[None]:
 
 @contextmanager
 def without_notes() -> Iterator[None]:
-    """Keep transformers from reporting at length, as of what `_load` says in a line."""
+    """Silence transformers' long reports on what `_load` says in a line."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -129,8 +129,8 @@ class Cost(Priced):
         outside: the other parameters; None where they cost nothing.
         each: price of a parameter.
         kv_head: of each layer, the price of a KV head beside its parameters; empty: none.
-        fixed: what is paid whatever stays.
-        active: whether experts cost nothing that a token does not go through.
+        fixed: the price of what always stays.
+        active: whether only experts that a token goes through have a price.
     """
 
     budget: Budget
@@ -183,8 +183,8 @@ class Goal:
         cost: the prices.
         limit: the most, in their unit.
         name: what is asked for, in an error's words.
-        reach: says how far gates reach, from the least that they leave.
-        instead: what to do where that is too little.
+        reach: from the least cost that gates can reach to an error's words for it.
+        instead: what to do where gates cannot reach the limit.
     """
 
     cost: Priced

@@ -99,7 +99,7 @@ class Rerouted:
     left: Sequence[int]
 
     def outputs(self, hidden_SD: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return what those that are left give (S, D), and what they give without each of them."""
+        """Return the output of the experts left (S, D), and their outputs without each one."""
         left = self.left
         weight_SE = self._weights(hidden_SD, left)
         without = [self._weights(hidden_SD, [x for x in left if x != e]) for e in left]
@@ -158,7 +158,7 @@ class Heard:
         return (self.loud_E / self.tokens_E.clamp(min=1)).float()
 
     def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Take in a batch that is routed: what the experts read, indices, weights."""
+        """Add a routed batch: the experts' inputs, indices, weights."""
         hidden_SD, index_SK, weight_SK = args
         if not has_data(hidden_SD):
             return
@@ -173,7 +173,7 @@ class Heard:
         self.loud_E.index_add_(0, chosen.cpu(), heard_S.cpu())
 
     def add_weighed(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Take in a batch that all experts read, weighed before: (E x S, D), and what they give."""
+        """Add a batch that all experts read, weighed before: inputs (E x S, D) and outputs."""
         count = len(self.tokens_E)
         read_ESD, output_ESD = (x.view(count, -1, x.shape[-1]) for x in (args[0], output))
         self.tokens_E += scored((read_ESD != 0).any(-1).sum(1))
@@ -182,7 +182,7 @@ class Heard:
 
 @contextmanager
 def hearing_experts(anatomy: Anatomy) -> Iterator[list[Heard]]:
-    """Sum up what the experts of all layers do, layer after layer.
+    """Sum up how much of each expert is heard, layer after layer.
 
     Yields:
         The sums of each layer that has experts; complete when the model has read the text.

@@ -59,7 +59,7 @@ class Evaluation:
         limit: most questions per task.
         fewshot: examples before each question.
         prompts: file of prompts that both models answer; None: such as `make_prompts` makes.
-        answer_tokens: of an answer at most.
+        answer_tokens: most tokens per answer.
         batch_size: blocks or questions per forward pass.
         device: `auto`, `cpu`, `cuda`.
         dtype: the one to compute in.

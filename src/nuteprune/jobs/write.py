@@ -21,7 +21,7 @@ from nuteprune.stages.write import write
 
 @dataclass(frozen=True)
 class Asked:
-    """What `write` is asked for.
+    """The options of `write`.
 
     Args:
         model: hub id, checkpoint folder, or `demo`.
@@ -47,7 +47,7 @@ class Asked:
 
 
 def run(asked: Asked, output: Output) -> dict[str, Any]:
-    """Let a model write; what is there of the same text from before is gone on with.
+    """Let a model write text; the written part of the same text is continued.
 
     Raises:
         UserError: for anything that cannot work; nothing is written then.

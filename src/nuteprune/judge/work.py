@@ -120,7 +120,7 @@ class Work:
         return self.bytes_per_parameter * read
 
     def calls(self, dense: Work) -> float:
-        """Return how many times fewer rounds of calls there are than in the dense model.
+        """Return the dense model's rounds of calls over this model's.
 
         Of parts that take turns, none gains more than the part that gains most.
         """
@@ -134,7 +134,7 @@ class Work:
 def experts_met(experts: int, per_token: int, tokens: int) -> float:
     """Return how many of a layer's experts some tokens go through, on average.
 
-    E (1 - (1 - k / E)^B): routing is taken as even, and tokens as independent. Routing that prefers
+    E (1 - (1 - k / E)^B): for even routing and independent tokens. Routing that prefers
     some experts meets fewer.
     """
     return experts * (1 - (1 - per_token / experts) ** tokens)

@@ -144,7 +144,7 @@ class Layerwise:
 
     @torch.no_grad()
     def calls(self, layer: int, module: nn.Module) -> list[tuple[Any, ...]]:
-        """Return the arguments that a module of a layer is called with, for each batch."""
+        """Return the arguments that a layer's module is called with, for each batch."""
         found: list[tuple[Any, ...]] = []
 
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -158,7 +158,7 @@ class Layerwise:
 
     @torch.no_grad()
     def reads(self, layer: int, norms: Mapping[str, nn.Module]) -> dict[str, Read]:
-        """Take the text through a layer, to the next, and return the inputs of the layer's norms."""
+        """Take the text through a layer, to the next, and return the inputs of its norms."""
         found: dict[str, list[Tensor]] = {name: [] for name in norms}
 
         def hook(name: str) -> Any:

@@ -15,7 +15,7 @@ _Change = Callable[[int], int | None]
 
 
 def renumber(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
-    """Return settings of a model with the token ids in them counted anew.
+    """Return settings of a model with their token ids renumbered.
 
     Args:
         values: a config, or settings of generation.

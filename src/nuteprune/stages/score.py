@@ -77,7 +77,7 @@ def score(
 
 
 def stops_before(target: float) -> list[float]:
-    """Return the sparsities on the way to a target at which the remaining units are scored again."""
+    """Return the sparsities on the way to a target at which the other units are scored again."""
     rounds = math.ceil(target / MOST_AT_ONCE - 1e-9)
     return [target * i / rounds for i in range(1, rounds)]
 

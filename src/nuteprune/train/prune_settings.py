@@ -62,8 +62,8 @@ class PruneSettings:
     )
     costs: dict[str, Any] | str | None = setting(
         None,
-        "For --speedup: a table of block times, from nuteprune bench MODEL --save-costs FILE, "
-        "also on another machine. Default: the run measures them.",
+        "For --speedup: a table of block times, from nuteprune bench MODEL --save-costs FILE "
+        "on any machine. Default: the run measures them.",
         option="--costs",
         role=CALL,
     )
