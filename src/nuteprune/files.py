@@ -61,7 +61,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return the place of an incomplete file: hidden beside its own, under a name of legal length."""
+    """Return the path of an incomplete file: hidden beside its own, no name too long."""
     name = os.fsencode(path.name)
     short = path.name if len(name) <= MOST_BYTES - 50 else hashlib.sha256(name).hexdigest()
     return path.with_name(f".{short}.{rank()}.partial")

@@ -64,7 +64,7 @@ def folder_of(source: str, **where: Any) -> Path | None:
     """Return the folder of a model on this machine, None if it is not here, or is no model's name.
 
     Args:
-        source: a folder, or the name of a model on the hub, of which the cache is looked at.
+        source: a folder, or the name of a model on the hub, which is looked up in the cache.
         where: what `from_pretrained` takes; `revision` and `cache_dir` say where in the cache.
     """
     if Path(source).is_dir():

@@ -73,7 +73,7 @@ def place(name: str) -> str:
 def origin(model: str) -> dict[str, Any]:
     """Return the record's entry on where a model comes from.
 
-    A folder is named as it was, but with ./ where it would look like a hub id elsewhere. A
+    A folder keeps its name, with ./ in front if the name could be a hub id. A
     checkpoint that is pruned already passes on its own origin, and adds itself to the history.
     """
     if model == DEMO:

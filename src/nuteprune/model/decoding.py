@@ -28,10 +28,10 @@ def cache_name(names: Collection[str]) -> str:
 
 @contextmanager
 def heads_as_tokens() -> Iterator[None]:
-    """Let models whose attention is torch's own decode with the heads of a group as tokens.
+    """Within this context, torch's attention decodes with the heads of a group as tokens.
 
-    Passes of more than one token, models without groups and accelerators, whose kernels know
-    groups, are as ever.
+    Nothing changes for passes of several tokens, for models without groups, or on accelerators,
+    whose kernels know groups.
     """
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
     try:

@@ -49,8 +49,8 @@ def write(
     most. With a chat template a quarter of the tokens is chats: the model writes a user's question
     and the answer, of a block's length at most.
 
-    The file is written batch by batch. Called again with the same arguments, whole batches in it
-    are kept, and the rest is written as if there had been no break, to the byte.
+    The file is written batch by batch. A second call with the same
+    arguments keeps whole batches and writes the rest as if without a break, to the byte.
 
     Args:
         model: the model, before anything is changed in it.

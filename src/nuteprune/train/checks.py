@@ -114,8 +114,9 @@ def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None
     """Refuse activation checkpointing that hooks of layers and shared masks do not support.
 
     In the re-entrant form backward passes end at each layer's edge. All layers share one set of
-    masks, whose graph the first of those passes would free. Older releases of transformers checkpoint a
-    layer with its hooks, which compare it with the teacher's in the forward pass alone.
+    masks, whose graph the first of those passes would free. Older releases of transformers
+    checkpoint a layer with its hooks, which compare it with the teacher's in the forward pass
+    alone.
 
     Raises:
         UserError: if the settings ask for it, or the model has it already.
@@ -146,7 +147,7 @@ def check_trainer_settings(args: TrainingArguments) -> None:
     """Refuse what no run of ours can do, and keep each process to one accelerator.
 
     Trainer would spread a process over all that it sees (DataParallel), but hooks and masks belong
-    to one copy of the model; for several accelerators start several processes.
+    to one copy of the model; several accelerators need several processes.
 
     Raises:
         UserError: naming the setting.

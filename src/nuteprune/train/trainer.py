@@ -291,7 +291,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return text_loss(passage, Head.of(self.anatomy), inputs), None, None
 
     def as_pruned(self) -> AbstractContextManager[None]:
-        """Return a context in which `model` computes with the current masks; outside it has none.
+        """Return a context in which `model` uses the current masks; outside of it, none.
 
         Raises:
             UserError: if the model is used up.
