@@ -84,9 +84,9 @@ def taylor(probe: Probe) -> Scores:
     The gradient of a unit's mask at 1 is the sum of w d loss / d w over the unit's weights in the
     output or down projection: LLM-Pruner's vector-wise importance of that projection, but of each
     sequence by itself, and without gradients of weights (docs/log.md has both side by side).
-    Ranks run over all units of a kind in the model (its global option, the better one by far where
-    tried), so that attention and MLPs lose the same share, but not each layer. As losses the values
-    would mislead: gradients of many small units cancel, their sizes add up.
+    Ranks run over all units of a kind in the model, as in LLM-Pruner's global option, the better by
+    far where tried. So attention and MLPs lose the same share, but layers do not. As losses the
+    values would mislead: gradients of many small units cancel, but their sizes add up.
     Source: Molchanov et al. 2017 (arXiv 1611.06440); Ma, Fang and Wang 2023 (arXiv 2305.11627).
     """
     return ranked(probe, _mask_gradients(probe, torch.abs), by_layer=False)

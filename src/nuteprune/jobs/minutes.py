@@ -57,7 +57,7 @@ def seconds_of(minutes: float | str) -> float:
     """Return the seconds of `10` (minutes), `90s`, `10m` or `2h`.
 
     Raises:
-        UserError: if it is none of these, or no time.
+        UserError: if it is none of these, or not above 0.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", str(minutes))
     seconds = float(found[1]) * {"s": 1, "": 60, "m": 60, "h": 3600}[found[2]] if found else 0.0

@@ -40,7 +40,7 @@ class Asked:
 
     Args:
         devices: how many there are.
-        memory: bytes of each; None: not said.
+        memory: bytes of each; None: not given.
         rate: floating-point operations a second; None: measured here.
         reading: bytes that are read a second; None: measured here, where `rate` is.
     """

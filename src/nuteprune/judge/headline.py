@@ -119,7 +119,7 @@ def headline(
 
 
 def text_kind(record: Mapping[str, Any]) -> str | None:
-    """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
+    """Return whether a record's perplexities are on in-domain or other text; None: unknown."""
     return {IN_DOMAIN: f"{IN_DOMAIN} text", OTHER_TEXT: OTHER_TEXT}.get(judged_kind(record))
 
 

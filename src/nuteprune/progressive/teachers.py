@@ -185,8 +185,8 @@ class Teachers:
         Args:
             index: the snapshot's index.
             device: where it is to teach.
-            dtype: of its LoRA weights; the base weights' own spares casts and, where that is
-                what they are stored in, memory.
+            dtype: that of its LoRA weights; the base weights' dtype spares casts, and memory if the
+                snapshot is stored in it.
         """
         if index < 0:
             return DENSE

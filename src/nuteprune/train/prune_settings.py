@@ -36,8 +36,8 @@ class PruneSettings:
     )
     target_active_params: float | str | list[Any] | None = setting(
         None,
-        "Active parameters to end at, instead of --sparsity, such as 3B: of a mixture of experts "
-        "only those that a token is routed to count.",
+        "Active parameters to end at, instead of --sparsity, such as 3B: those that one token goes "
+        "through in a mixture of experts.",
         option="--active-params",
     )
     target_size: float | str | list[Any] | None = setting(
