@@ -150,8 +150,8 @@ def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
     """Return a folder of the cache, and make it where it is not there.
 
     Args:
-        folder: whole, whatever else runs or was interrupted.
-        make: given an empty folder beside it, returns one within with the content.
+        folder: it appears when it is complete, whatever else runs or was interrupted.
+        make: fills an empty folder beside it, and returns the folder within that has the content.
 
     Raises:
         UserError: the cache cannot be written.

@@ -183,7 +183,7 @@ def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
 def seconds_per_token(model: PreTrainedModel, size: int) -> float:
     """Return about how long a batch of texts takes for a token of each, timed on the first ones.
 
-    Later positions are taken to cost no more.
+    It assumes that later positions cost no more.
     """
     cache: dict[str, Any] = {}
     seconds = []

@@ -41,7 +41,7 @@ NOT_KEPT = frozenset(
 
 
 def run_settings(args: RunArguments, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run is: all that is declared for it, and what else was set.
+    """Return the settings of a run: the declared ones, and others that were set.
 
     Args:
         args: the trainer's settings.
@@ -90,7 +90,7 @@ def write_settings(run: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """Return what a run is.
+    """Return the settings of a run from its folder.
 
     Args:
         run: the folder of its checkpoints.
@@ -120,7 +120,7 @@ def check_same(run: Path, now: Mapping[str, Any], *kinds: type, also: Iterable[s
 
     Args:
         run: the folder of its checkpoints.
-        now: `run_settings` of what is asked for.
+        now: `run_settings` of the new command.
         kinds: the dataclasses that declare its settings; what they do not declare may differ.
         also: settings that may not differ, though they say how a run goes.
 
