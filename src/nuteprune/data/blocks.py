@@ -200,7 +200,7 @@ def written_blocks(count: int) -> int:
 
 
 def with_repeats(blocks_NT: Tensor, count: int, rng: random.Random) -> Tensor:
-    """Append blocks of shuffled tokens, each sequence twice, to blocks.
+    """Return blocks followed by blocks of their shuffled tokens, each sequence twice.
 
     Only the context tells how the second half goes on, so a model fitted to it keeps the units that
     copy.

@@ -91,8 +91,8 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
 
     Args:
         source: a folder or the name of a model on the hub.
-        kwargs: what `from_pretrained` takes, such as `dtype` or `device_map`; no remote code is
-            run, and of pruned models safetensors alone are read, whatever it says.
+        kwargs: arguments of `from_pretrained`, such as `dtype` or `device_map`; they cannot enable
+            remote code, or files other than safetensors for pruned models.
 
     Returns:
         The model, in eval mode.

@@ -102,7 +102,7 @@ def ranked(probe: Probe, scores: Mapping[str, Tensor], by_layer: bool = True) ->
 
 
 def in_order(sizes: Sequence[int], losses: Tensor, places: Tensor) -> Tensor:
-    """Deal each layer's losses out to its units again: the least to the unit of first place.
+    """Reassign each layer's losses to its units: the least loss to the unit in first place.
 
     Args:
         sizes: units of each layer.

@@ -63,11 +63,11 @@ def _at(points: Mapping[int, float], count: int) -> float:
 
 
 def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:
-    """Return the costs that a table says, in one phase or, as `both`, in all of what it timed.
+    """Return the costs in a table, of one phase or, as `both`, of both.
 
     Args:
         table: content of a table; docs/speed.md has the format.
-        budget: of the model that is to be cut.
+        budget: that of the model to cut.
         phase: `prefill`, `decode` or `both`.
 
     Raises:

@@ -60,7 +60,7 @@ def small_config(config: PreTrainedConfig, **sizes: int | None) -> PreTrainedCon
         **sizes: replacements for sizes of `SIZES`; None: not stated.
 
     Raises:
-        UserError: if the config class does not take them.
+        UserError: if the config class does not take these sizes.
     """
     old = config.to_dict()
     names = names_of(old)
