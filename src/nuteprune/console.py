@@ -70,7 +70,7 @@ class Output:
     Where several processes share a run, the main one alone prints.
 
     Args:
-        as_json: print results as JSON; what is for people goes to stderr then.
+        as_json: print results as JSON; lines for people then go to stderr.
         quiet: print nothing at all.
     """
 

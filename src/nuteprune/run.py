@@ -155,8 +155,8 @@ class Run:
         """Distil the model that is cut; without masks and weights the trainer finds them.
 
         Args:
-            goal: what it is to become.
-            masks: what is kept.
+            goal: the goal of this checkpoint.
+            masks: the units to keep.
             weights: what `refit` returned for these masks.
         """
         trainer = self.first if goal is self.goals[0] else self.trainer_of(goal)

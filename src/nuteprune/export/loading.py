@@ -48,7 +48,7 @@ def build(
         config: what `pruned_config` returned.
         state_dict: all parameters by name, of one dtype and on one device; tied weights need be
             there only once.
-        dtype: what it is to compute in, as a file would be loaded; None: the tensors' own.
+        dtype: the one to compute in, as for a loaded file; None: the tensors' own.
 
     Returns:
         The model, in eval mode.

@@ -49,7 +49,7 @@ def check_file(
         reads: what the command reads.
         overwrite: whether it may be replaced.
         example: how a file is called there, where a folder was named.
-        beside: what is replaced together with it.
+        beside: files that are replaced together with it.
 
     Raises:
         UserError: saying what to pass instead.

@@ -50,7 +50,7 @@ PATHS = (".", "/", "~")
 
 
 def locate(model: str) -> str:
-    """Return where a model is: the cached folder for `demo`, else what was given.
+    """Return the place of a model: the cached folder for `demo`, else the given one.
 
     Raises:
         UserError: if it looks like a path, and no folder is there.

@@ -28,7 +28,7 @@ class Asked:
         tokens: how many are written at least.
         out: the file.
         length: tokens per block of training.
-        seed: of what is drawn.
+        seed: draws the tokens.
         device: `auto`, `cpu`, `cuda`.
         dtype: what the model computes in, by name, or `auto`.
         overwrite: replace a file that is there.

@@ -53,7 +53,7 @@ class Pair:
     """Both models' answers to a prompt.
 
     Args:
-        prompt: what was asked, as people read it.
+        prompt: the prompt, as people read it.
         dense: the dense model's answer: token ids, with the one that ends it.
         pruned: the pruned model's.
         kl: nats, summed over the tokens of `dense`.

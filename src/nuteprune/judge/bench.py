@@ -92,7 +92,7 @@ def summarize(setting: Workload, timings: Sequence[Timing]) -> dict[str, Any]:
     """Return one model's figures in one setting, fit for JSON.
 
     Args:
-        setting: what was timed.
+        setting: the timed setting.
         timings: at least one pass.
     """
     read, made = setting.batch_size * setting.length, setting.batch_size * setting.new_tokens
@@ -115,7 +115,7 @@ def compare(
     """Return how many times faster a model is than the dense one, and what its size allows.
 
     Args:
-        setting: what was timed.
+        setting: the timed setting.
         ours: the model's passes, each next to the dense one's of the same index.
         dense: the dense model's.
         our_work: what the model has to move and multiply.

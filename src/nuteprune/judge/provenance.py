@@ -41,9 +41,9 @@ def _stated(run: Mapping[str, Any]) -> Fingerprint | None:
 def kind_of(judged: Fingerprint, learned: Iterable[Fingerprint | None]) -> str:
     """Return whether a text is `IN_DOMAIN` or `OTHER_TEXT` for a model, or `NOT_KNOWN`.
 
-    A text is in-domain if it shares a file or a public name with the text learned from, or more
-    than `CHANCE` of its documents. It is other text only if it shares none, and if at least one of
-    its documents would be known of every run that had learned from it.
+    A text is in-domain if it shares a file or a public name with the training text, or more than
+    `CHANCE` of its documents. It is other text only if it shares no document, and if every run's
+    record would show at least one of its documents, had the run read it.
 
     Args:
         judged: fingerprint of the text's source.

@@ -22,7 +22,7 @@ _UNGROUPED = nn.Module()  # what is packed has as many query heads as KV heads
 
 
 def cache_name(names: Collection[str]) -> str:
-    """Return which of some names is the KV cache's, in calls of models and in their outputs."""
+    """Return the name of the KV cache among names in a model's calls or outputs."""
     return "cache" if "cache" in names else "past_key_values"  # by version of transformers
 
 

@@ -48,7 +48,7 @@ class Gates(nn.Module):
         return {kind: self.get_buffer(f"scores_{kind}") for kind in self.kinds}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups for what is trained of the gates."""
+        """Return the optimizer's groups for trained gates."""
         return []
 
     def begin_step(self, sparsity: float, seed: int) -> None:

@@ -205,13 +205,13 @@ class ProgressiveTrainer(NutePruneTrainer):
         }
 
     def manner(self) -> str:
-        """Return what is worth saying of how the run teaches, before it begins."""
+        """Return a description of how the run teaches, printed before it begins."""
         teacher = "dense" if self.args.teacher == "snapshots" else self.args.teacher
         teacher = "snapshots" if self.plan.has_snapshots else teacher
         return f"masks freeze at step {self.schedule.freeze_step}; teacher: {teacher}; "
 
     def note(self, logs: Mapping[str, Any]) -> str:
-        """Return what is shown of a step, by its logs."""
+        """Return the note on a step beside its progress bar, from its logs."""
         index = int(logs["teacher"])
         teacher = "dense" if index < 0 else f"{self.teachers.sparsities[index]:.1%}"
         return f"{super().note(logs)}  sparsity {logs['sparsity']:.1%}  teacher {teacher}"

@@ -61,7 +61,7 @@ def cut_state(
 
     Args:
         anatomy: a model without adapters; it is used up.
-        masks: what is kept (non-zero entries), in an exportable shape.
+        masks: the units to keep (non-zero entries), in an exportable shape.
         begin: called with the next layer, or None before the parts outside of layers; may still
             change their weights.
         hold: takes the cut tensors of such a part, and returns them as they are to be kept.

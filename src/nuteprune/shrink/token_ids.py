@@ -19,7 +19,7 @@ def renumber(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any
 
     Args:
         values: a config, or settings of generation.
-        new: old id -> new id; what is not there is gone.
+        new: old id -> new id; other ids are gone.
     """
     return {
         key: _changed(key, value, new.get)

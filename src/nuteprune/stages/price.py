@@ -279,7 +279,7 @@ def logits_of(model: Prunable, ids_BT: Tensor) -> Tensor:
 
 
 def following(scores: Scores, prices: Mapping[Change, float], layout: Layout) -> Scores:
-    """Return scores that went half-way to what was measured.
+    """Return scores moved half-way to the measured costs.
 
     What counts is what units cost beside others: all are compared with the median.
 

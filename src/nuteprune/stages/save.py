@@ -39,7 +39,7 @@ def save(
         parameters: `before`, those of the dense model, and what a token goes through.
         stored_dtype: dtype of the file.
         around: the other parts of the source checkpoint; None: there are none.
-        **record: what else the record is to hold.
+        **record: further keys of the record.
 
     Returns:
         The record as it was written.

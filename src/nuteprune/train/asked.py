@@ -100,7 +100,7 @@ class Asked:
     Args:
         kind: `sparsity`, `shape` or one of `KINDS`.
         value: a share (`sparsity`, `shape`), parameters, bytes, or times as fast.
-        about: what else it depends on, such as `context`.
+        about: the conditions of the value, such as `context`.
     """
 
     kind: str
@@ -204,7 +204,7 @@ def _each(parts: Any) -> Any:
 
 
 def value_of(kind: str, given: Any, name: str = "") -> float:
-    """Return one value that is given for a kind of target, or for what is written like it.
+    """Return one value that is given for a kind of target, or for a value of the same form.
 
     Args:
         kind: one of `KINDS`.

@@ -131,7 +131,7 @@ def offload_if_asked(anatomy: Anatomy, args: NutePruneConfig, origin: Origin) ->
     Args:
         anatomy: the model.
         args: the run's settings, which may ask for it.
-        origin: what is known of the dense model.
+        origin: facts of the dense model.
     """
     if not args.offload:
         return

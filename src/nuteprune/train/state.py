@@ -38,7 +38,7 @@ class RunState:
 
     @property
     def lora(self) -> dict[str, Tensor]:
-        """LoRA's sides, and what else `LoraBank.state` has."""
+        """LoRA's sides, and the other tensors of `LoraBank.state`."""
         return self.tensors.get("lora", {})
 
     def save(self, folder: Path) -> None:

@@ -36,7 +36,7 @@ class Target:
     """The target of one checkpoint of a run.
 
     Args:
-        asked: what was asked for.
+        asked: the target as the user gave it.
         goal: the same for the allocator.
         sparsity: the one asked for, or an estimate from before units are scored.
     """

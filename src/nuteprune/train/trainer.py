@@ -59,14 +59,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         train_dataset: items with `input_ids` (T,) of equal length and, where there is padding,
             `attention_mask` (T,).
         processing_class: the tokenizer, saved with the result.
-        masks: what is kept; None: the stages decide.
+        masks: the units to keep; None: the stages decide.
         weights: what `refit` returned for these masks.
         goal: which of the model's goals they are for; None: the last one.
         products: where the stages leave what they make; None: in the run's folder.
         progress: told about long work outside of training.
         stored_dtype: of the checkpoint that the model is from, which the result keeps; None: the
             model's own.
-        job: what else says what the run is (model, data and so on): goes into run/settings.json.
+        job: the job's settings (model, data and so on), which go into run/settings.json too.
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -191,7 +191,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.optimizer = self.lr_scheduler = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups for what is trained."""
+        """Return the optimizer's groups of trained parameters."""
         lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
         return [{"params": lora, "weight_decay": self.args.weight_decay}]
 
@@ -308,11 +308,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return {"sparsity": self.sparsity(), "bad_steps": self.bad_steps.total}
 
     def manner(self) -> str:
-        """Return what is worth saying of how the run teaches, before it begins."""
+        """Return a description of how the run teaches, printed before it begins."""
         return ""
 
     def note(self, logs: Mapping[str, Any]) -> str:
-        """Return what is shown of a step, by its logs."""
+        """Return the note on a step beside its progress bar, from its logs."""
         return f"loss {logs['loss']:.3f}"
 
     def sparsity(self) -> float:
@@ -448,7 +448,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         Args:
             folder: absent, empty, or with nothing but `run/` in it.
             around: the other parts of the source checkpoint; None: there are none.
-            **record: what else the record is to hold, such as `perplexity`; `base_model` where it
+            **record: further keys of the record, such as `perplexity`; `base_model` where it
                 is not the folder or hub id that the model was loaded from.
 
         Returns:

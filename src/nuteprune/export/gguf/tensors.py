@@ -70,7 +70,7 @@ def all_tensors(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, target:
 
     Args:
         anatomy: the model.
-        arch: what it is written as.
+        arch: the architecture to write it as.
         facts: those that chose the architecture.
         target: the shape to write, of `rows.padded_shape`.
     """
