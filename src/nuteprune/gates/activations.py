@@ -54,7 +54,7 @@ class Watched:
     moments: Moments
 
     def weight(self) -> Tensor:
-        """Return its weight (O, I) in fp32, unpacked anew at each call; the model's stays packed."""
+        """Return its weight (O, I) in fp32, unpacked at each call; the model's stays packed."""
         return weight_of(self.linear).float()
 
 

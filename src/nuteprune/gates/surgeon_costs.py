@@ -139,9 +139,9 @@ def _inputs_of(units: Tensor, width: int) -> Tensor:
 
 
 def inverse_of_correlations(correlation_II: Tensor) -> Tensor:
-    """Return the inverse (I, I) of correlations: in fp32 if that is as exact as they are.
+    """Return the inverse (I, I) of correlations: in fp32 where that is exact enough.
 
-    Damping bounds their condition, so it nearly always is. A product with random signs checks it.
+    Damping bounds their condition, so fp32 nearly always is. A product with random signs checks it.
     """
     generator = torch.Generator(correlation_II.device).manual_seed(0)
     signs_I = torch.empty_like(correlation_II[0]).uniform_(-1, 1, generator=generator).sign()

@@ -129,7 +129,7 @@ def check_speed(record: Mapping[str, Any], speedup: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is slower than was asked for.
 
     Raises:
-        RunFailed: if the whole spread lies below `MISSED` of it.
+        RunFailed: if the whole spread lies below `MISSED` times the target.
     """
     asked, ratio = record["asked"], speedup[record["asked"]["for"]]
     if ratio["high"] < MISSED * asked["value"]:

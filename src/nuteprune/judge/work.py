@@ -36,8 +36,8 @@ class Work:
         parameters: all of them, tied ones once.
         blocks: those of the decoder layers' projections that a token goes through.
         head: those of the language head.
-        moved: those that a decoded token reads: no embedding that gives it a single row, and no
-            experts that it is not routed to.
+        moved: those that a decoded token reads: without an embedding that is only looked up, and
+            without experts that it is not routed to.
         bytes_per_parameter: as the model is held in memory.
         neurons: greatest common divisor of the neuron counts of layers and of experts.
         queries: features of all layers' queries.
