@@ -86,8 +86,8 @@ class Plan:
         written: dtype of the files of a checkpoint.
         kind: the model's class; None: the stock one of the config.
         judged: blocks of held-out text; None: not known, and one batch is gone through.
-        stored: dtype of the checkpoint, if the run is on a CPU. Peaks are then of what no file
-            stands behind: weights are mapped, unless the run computes in another dtype. None: a
+        stored: dtype of the checkpoint, if the run is on a CPU. Peaks then leave out mapped
+            files: weights are mapped, unless the run computes in another dtype. None: a
             device, which holds all.
         own: share of the text that the model writes itself.
         packed: whether weights are in few bits or sharded, so that cuts are not tried.

@@ -54,10 +54,10 @@ class PruneSettings:
     )
     target_speedup: float | str | list[Any] | None = setting(
         None,
-        f"Speed to end at, instead of --sparsity: 1.5 is 1.5 times the dense model's speed of "
-        f"{DECODE} at {MOMENT} (sequences x tokens of the prompt + tokens after it); 1.5@prefill, "
-        "1.5@both or 1.5@prefill:1x512+64 name other work. Measured on the run's device, or by "
-        "--costs. Whole blocks may go too.",
+        "Speed to end at, instead of --sparsity, as a multiple of the dense model's: 1.5 is for "
+        f"{DECODE} at {MOMENT} (sequences x prompt tokens + new tokens), 1.5@prefill, 1.5@both or "
+        "1.5@prefill:1x512+64 for other work. Measured on the run's device, or by --costs. Whole "
+        "blocks may go too.",
         option="--speedup",
     )
     costs: dict[str, Any] | str | None = setting(
