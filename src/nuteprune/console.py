@@ -32,7 +32,7 @@ WIDE = 200
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Let transformers draw no bars of its own for a while, nor libraries speak to one another."""
+    """Hide transformers' progress bars, and warnings between libraries, inside the context."""
     from transformers.utils import logging as transformers_logging  # tables need none of it
 
     drawn = transformers_logging.is_progress_bar_enabled()
@@ -49,7 +49,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Return text, which may be of a stranger's file, without what is no letter to a terminal."""
+    """Return text of any file without the characters that steer a terminal."""
     return _UNSHOWN.sub("", text)
 
 
@@ -70,7 +70,7 @@ class Output:
     Where several processes share a run, the main one alone prints.
 
     Args:
-        as_json: print results as JSON; what is for people goes to stderr then.
+        as_json: print results as JSON; lines for people then go to stderr.
         quiet: print nothing at all.
     """
 
@@ -116,7 +116,7 @@ class Output:
 class Bars:
     """Progress bars, one for each kind of work, shown as it comes up.
 
-    Each says how long the rest will take, by the pace since it came up.
+    Each estimates the time left by the pace since it came up.
 
     Args:
         console: where they are drawn; if it is no terminal, a line is printed now and then: at each

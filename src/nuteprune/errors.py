@@ -10,7 +10,7 @@ class RunFailed(Exception):
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop, and has saved where it is.
+    """A run that was asked to stop, and has saved its state.
 
     Args:
         message: what was saved, and how to go on.

@@ -61,7 +61,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return where a file is made until it is complete: hidden beside it, and no name too long."""
+    """Return the path of an incomplete file: hidden beside its own, no name too long."""
     name = os.fsencode(path.name)
     short = path.name if len(name) <= MOST_BYTES - 50 else hashlib.sha256(name).hexdigest()
     return path.with_name(f".{short}.{rank()}.partial")
@@ -153,10 +153,10 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def writing(what: str | Path, remedy: str = "") -> Iterator[None]:
-    """Tell in one line what keeps something from being written.
+    """Turn errors of writing into one line, inside the context.
 
     Args:
-        what: what is being written, as the line is to call it.
+        what: the line's name for what is being written.
         remedy: how to go on after room was made.
 
     Raises:
@@ -201,7 +201,7 @@ def write_sums(folder: Path) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of the files that a folder says it holds; empty if it says nothing.
+    """Return name -> SHA-256 from a folder's file of sums; empty if it has none.
 
     Raises:
         UserError: if the file of sums cannot be read as such.
@@ -226,7 +226,7 @@ def damage(folder: Path, read: Callable[[str], bool] = lambda name: True) -> str
         read: name -> whether that file matters.
 
     Returns:
-        What is wrong with the first file that is not as it was written; None if nothing is.
+        What is wrong with the first damaged file; None if there is none.
     """
     for name, expected in read_sums(folder).items():
         path = folder / name
@@ -243,7 +243,7 @@ def at_home(path: str | Path) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that no file can have here, of which Python merely says that it is not there.
+    """Refuse a name that no file can have here; Python would only say that no such file exists.
 
     Raises:
         UserError: naming it, and what to do.

@@ -14,7 +14,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> None:
-    """Forget the peak, where the system can; the next one is counted from here."""
+    """Restart the count of the peak here, where the system can."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # not Linux, or /proc may only be read
@@ -22,7 +22,7 @@ def reset_peak() -> None:
 
 
 def give_back() -> None:
-    """Return what was freed to the system, which the C library keeps as long as it may need it.
+    """Return freed memory, which the C library would keep, to the system.
 
     It costs milliseconds, so it is called between layers, not between operations.
     """

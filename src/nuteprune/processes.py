@@ -29,14 +29,14 @@ def several_started() -> bool:
 
 
 def several() -> bool:
-    """Return whether processes have been joined, so that they can tell each other something."""
+    """Return whether several processes have been joined, so that they can communicate."""
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()
 
 
 def agree(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the main one's values: computed alike is not equal to the bit."""
+    """Give all processes the main one's values: their own may differ in the last bits."""
     from torch import distributed
 
     if several():

@@ -35,8 +35,8 @@ class Products:
 
     Args:
         folder: the run's; None: nothing is kept.
-        about: what all of them depend on, such as the model and its text.
-        resumes: whether products that are there are taken; else they are made anew.
+        about: what all products depend on, such as the model and its text.
+        resumes: whether to use existing products; else they are made anew.
         given: stage -> a product from elsewhere.
     """
 
@@ -54,20 +54,20 @@ class Products:
         self._key: dict[str, Any] = json.loads(to_json(about))
 
     def depends(self, stage: str, **settings: Any) -> None:
-        """Add to what this stage and those after it depend on."""
+        """Add settings that this stage and later ones depend on."""
         added = {f"{stage}.{name}": value for name, value in settings.items()}
         self._key |= json.loads(to_json(added))
 
     def keep(
         self, stage: str, make: Callable[[], Tensors], folder: Path | None = None, **settings: Any
     ) -> Tensors:
-        """Return a stage's tensors: those that are there, or new ones, which are written.
+        """Return a stage's tensors: the existing ones, or new ones, which are written.
 
         Args:
             stage: its name.
             make: makes them.
             folder: where they are; None: with the others.
-            **settings: what they depend on, beside what the stages before depend on.
+            **settings: what they depend on, beside the settings of earlier stages.
 
         Raises:
             UserError: if a product that was given is of other settings, or is none.
@@ -83,7 +83,7 @@ class Products:
         return self._write(stage, path, made) if path is not None and is_main() else made
 
     def keep_json(self, stage: str, make: Callable[[], Any], **settings: Any) -> Any:
-        """Return what a stage found out, as JSON has it; of the main process alone."""
+        """Return a stage's result for JSON; only the main process has it."""
         self.depends(stage, **settings)
         path = self._path(stage, self.folder, "json")
         if self.resumes and path is not None and path.is_file():
@@ -102,7 +102,7 @@ class Products:
 
     @contextmanager
     def measured(self, stage: str) -> Iterator[None]:
-        """Add what is done meanwhile to what a stage took."""
+        """Add the cost of the context to a stage's."""
         reset_peak()
         begun, cpu_begun = time.monotonic(), time.process_time()
         try:
@@ -191,7 +191,7 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return what tells tensors from others."""
+    """Return a hash of tensors."""
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         found.update(f"{name} {tuple(tensors[name].shape)}".encode())

@@ -42,7 +42,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Judged:
-    """What is found of a smaller model.
+    """What judging a smaller model found.
 
     Args:
         entries: of its record.
@@ -60,18 +60,18 @@ class Run:
     Args:
         model: the dense model, prepared.
         args: the run's settings.
-        text: what is calibrated and trained on.
-        held_out: what is judged by, source -> (N, T).
+        text: the calibration and training text.
+        held_out: the text to judge by, source -> (N, T).
         products: what the stages leave.
         progress: told of each stage.
         first: the trainer of the first goal.
         trainer_of: makes the trainer of a goal.
         reload: loads the dense model anew, whole; in the run's dtype, or as it is stored (None).
         folder_of: where a goal's checkpoint goes.
-        run_folder_of: where what is left of a goal on the way goes.
+        run_folder_of: where a goal's products and checkpoints of training go.
         resumes: whether the run goes on with what is in its folder.
-        around: what is written around the pruned language model; None: nothing.
-        about: what else each record is to hold.
+        around: the other parts of a model of several modalities; None: there are none.
+        about: further keys of each record.
         steps_in_time: how many steps there is time for; None: as many as the settings say.
     """
 
@@ -130,7 +130,7 @@ class Run:
             self.products.found.append("write")
 
     def judge_dense(self) -> Figures | None:
-        """Judge the dense model; None where the run's own cannot be judged, or elsewhere."""
+        """Judge the dense model; None if the run's cannot be judged, and in other processes."""
         if not (is_main() and self.model.has_whole_weights):
             return None
         return self._judge_dense(self.model.anatomy.model)
@@ -152,11 +152,11 @@ class Run:
     def teach(
         self, goal: Target, masks: Masks | None = None, weights: Weights | None = None
     ) -> NutePruneTrainer:
-        """Distil the model that is cut; masks and weights may be the trainer's to find.
+        """Distil the model that is cut; without masks and weights the trainer finds them.
 
         Args:
-            goal: what it is to become.
-            masks: what is kept.
+            goal: the goal of this checkpoint.
+            masks: the units to keep.
             weights: what `refit` returned for these masks.
         """
         trainer = self.first if goal is self.goals[0] else self.trainer_of(goal)
@@ -240,7 +240,7 @@ _NOTHING: Figures = {"perplexity": {}, "copying": None}
 
 
 def in_percent(progress: Progress) -> Callable[[int, int], None]:
-    """Return what is told of tokens written, and tells each percent once."""
+    """Return a progress function for tokens written, which reports each percent once."""
     last = -1
 
     def tell(done: int, total: int) -> None:

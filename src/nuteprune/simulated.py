@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Watch:
-    """Told by the code of a run what tensors alone do not show; see `watches`.
+    """Receives from a run's code what tensors alone do not show; see `watches`.
 
     `times` is how often what is multiplied now counts.
     """
@@ -21,7 +21,7 @@ class Watch:
     times = 1
 
     def leave(self, tensor: Tensor) -> None:
-        """Count a tensor no more: a file stands behind it, or it is in main memory."""
+        """Stop counting a tensor: it is mapped from a file, or in main memory."""
 
     def once(self, key: Any, work: Callable[[], Any]) -> Any:
         """Do some work, or count it as it was counted before under this key."""
@@ -38,7 +38,7 @@ def has_data(tensor: Tensor) -> bool:
 
 
 def usual(condition: Tensor) -> bool:
-    """Return whether a condition holds; of one without data, True: what is asked is the usual."""
+    """Return whether a condition holds; without data True, the usual case."""
     return bool(condition) if has_data(condition) else True
 
 
@@ -48,7 +48,7 @@ def number(value: Tensor) -> float:
 
 
 def scored(value: Tensor) -> Tensor:
-    """Return figures on the CPU; in place of those without data, chance."""
+    """Return figures on the CPU; without data, random ones."""
     if has_data(value):
         return value.cpu()
     drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(value.numel()))
@@ -63,11 +63,11 @@ def left(tensor: Tensor) -> Tensor:
 
 
 def alike(parts: Sequence[T], tensor: Tensor) -> Iterator[T]:
-    """Yield what the same is done with; the first alone, which counts for all, without data.
+    """Yield parts that get the same work; without data only the first, which counts for all.
 
     Args:
-        parts: what is gone through.
-        tensor: one that it is done with.
+        parts: those to work on.
+        tensor: one that the work uses.
     """
     if has_data(tensor):
         yield from parts
@@ -80,12 +80,12 @@ def alike(parts: Sequence[T], tensor: Tensor) -> Iterator[T]:
 
 
 def once(work: Callable[[], T], tensor: Tensor, *sizes: int) -> T:
-    """Return what work returns; without data, what it did when sizes were these.
+    """Return the result of work; without data, that of earlier work with the same sizes.
 
     Args:
         work: a function, by whose name it is known.
-        tensor: one that it is done with.
-        sizes: all that decides what is multiplied.
+        tensor: one that the work uses.
+        sizes: all that decides the products.
     """
     if has_data(tensor) or not watches:
         return work()

@@ -45,7 +45,7 @@ def bench(
     """Measure how fast MODEL reads and writes, and its memory.
 
     Prompts are random tokens. Each model has a process of its own; with --against they take turns,
-    so that what else the machine does hits both alike.
+    so that other work of the machine slows both alike.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     from nuteprune.console import Output

@@ -27,8 +27,8 @@ def demo(
 ) -> None:
     """Prune SmolLM2-135M-Instruct on real text; no arguments needed.
 
-    Without --out the result is in ./nuteprune-demo, or -2, -3, ... where that is taken.
-    With --overwrite it is ./nuteprune-demo.
+    Without --out the result is in ./nuteprune-demo, or -2, -3, ... where that is taken;
+    with --overwrite always in ./nuteprune-demo.
     """
     pick = begun_folder if given["resume"] else free_folder
     folder = DEMOS if given["overwrite"] else pick(DEMOS)

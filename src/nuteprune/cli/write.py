@@ -26,7 +26,7 @@ def write(
 ) -> None:
     """Let MODEL write text of its own, for prune --own-text.
 
-    Stopped on its way, the same command goes on with what is written.
+    After a stop, the same command goes on with the written part.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     from nuteprune.console import Output

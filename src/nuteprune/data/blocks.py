@@ -38,7 +38,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         blocks: token ids (count, length), of any integer type.
-        fingerprint: of the text that they are cut from; None: of none.
+        fingerprint: that of the text that they are cut from; None: there is none.
     """
 
     def __init__(self, blocks: Tensor, fingerprint: Fingerprint | None = None) -> None:
@@ -62,7 +62,7 @@ class HeldOut(dict[str, Tensor]):
 
 
 def collated(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Collate items of equal length, by what is read of them: they may have other columns.
+    """Collate items of equal length; columns that nothing reads are left out.
 
     Args:
         items: `input_ids` and maybe `attention_mask` and `labels` (T,).
@@ -109,7 +109,7 @@ def training_blocks(
         vocab_size: the model's number of token ids; None does not check them.
 
     Returns:
-        `count` blocks (length,). Any run of them has of each spec about its share.
+        `count` blocks (length,). Any run of blocks has about the right share of each spec.
 
     Raises:
         UserError: a source cannot be read or is shorter than a block, shares are not as many as
@@ -160,7 +160,7 @@ def checked_shares(shares: Sequence[float] | None, specs: Sequence[str]) -> Sequ
 
     Args:
         shares: in any unit.
-        specs: the DATA specs that they are of.
+        specs: the DATA specs that they belong to.
 
     Raises:
         UserError: if they are not as many as the specs, or one is not above 0.
@@ -195,15 +195,15 @@ def _drawn_blocks(
 
 
 def written_blocks(count: int) -> int:
-    """Return how many of so many blocks of `self` the model has written; the others are repeats."""
+    """Return how many of a number of blocks of `self` the model writes; the others are repeats."""
     return count - count // REPEATS
 
 
 def with_repeats(blocks_NT: Tensor, count: int, rng: random.Random) -> Tensor:
-    """Return blocks, and behind them more of shuffled tokens of all of them, twice.
+    """Return blocks followed by blocks of their shuffled tokens, each sequence twice.
 
-    Nothing but the context tells how the second half goes on, so a model that is fitted to it keeps
-    what it copies by.
+    Only the context tells how the second half goes on, so a model fitted to it keeps the units that
+    copy.
 
     Args:
         blocks_NT: the blocks.

@@ -18,7 +18,7 @@ FIRST = 32
 
 
 def check_text(dataset: Any, alike: bool = False) -> None:
-    """Refuse what no training text can be read from at any place, as calibration does.
+    """Refuse a dataset that calibration cannot read by index.
 
     Args:
         dataset: the text.
@@ -49,7 +49,7 @@ def check_text(dataset: Any, alike: bool = False) -> None:
 def calibration_blocks(dataset: Any, count: int, first: bool = False) -> Tensor:
     """Return token ids (N, T) of blocks from the end of the training text, the last one first.
 
-    Padding is left out, and what follows moves up.
+    Padding is left out, and the tokens after it move up.
 
     Args:
         dataset: items with `input_ids` (T,) and, where there is padding, `attention_mask` (T,);

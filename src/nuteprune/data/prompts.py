@@ -34,7 +34,7 @@ _SPARE = 1.5  # times as many are begun as are wanted, since not all are ended
 
 @dataclass(frozen=True)
 class Prompts:
-    """What models are to answer.
+    """Prompts that models are to answer.
 
     Args:
         texts: each as people read it, without what a chat template puts around it.
@@ -95,7 +95,7 @@ def make_prompts(
         model: the dense model.
         tokenizer: its tokenizer.
         text: held-out blocks, source -> token ids (N, T); its sources have equal shares.
-        count: prompts at most.
+        count: most prompts.
 
     Raises:
         UserError: if there is neither a chat template nor text.

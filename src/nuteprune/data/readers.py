@@ -33,7 +33,7 @@ class Documents:
     Args:
         name: what the user calls the source.
         read: starts reading it.
-        fingerprint: what is known of it so far: of all that was read.
+        fingerprint: that of the text read so far.
 
     Raises:
         UserError: on iteration, where the source cannot be read or holds no text.

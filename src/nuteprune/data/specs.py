@@ -99,7 +99,7 @@ def refuse_self(spec: str) -> None:
     """Refuse the model's own text where other text is wanted, such as to judge by.
 
     Raises:
-        UserError: if that is what is named.
+        UserError: if a spec names it.
     """
     if spec == SELF:
         raise UserError(
@@ -112,7 +112,7 @@ def embedded(spec: str) -> list[str]:
     """Return which embedded sources a DATA spec names, in a fixed order; none if it is another.
 
     Raises:
-        UserError: it names one that there is not.
+        UserError: it names one that does not exist.
     """
     demo, colon, given = spec.partition(":")
     if demo != DEMO:

@@ -45,7 +45,7 @@ def split(document: str) -> tuple[list[str], list[str]]:
 
 
 def held_out_part(documents: Iterable[str]) -> Iterator[str]:
-    """Yield what is held out of documents, stretch by stretch."""
+    """Yield the held-out parts of documents, stretch by stretch."""
     for document in documents:
         yield from split(document)[1]
 
@@ -70,7 +70,7 @@ def _below_threshold(ranks: list[int]) -> list[bool]:
 def shuffled(
     items: Iterable[T], rng: random.Random, most: int, size_of: Callable[[T], int] = lambda _: 1
 ) -> Iterator[T]:
-    """Draw each next item from those held, whose sizes come to `most` in all."""
+    """Shuffle a stream: draw each item from a buffer whose sizes add up to `most`."""
     held: list[T] = []
     size = 0
     for item in items:

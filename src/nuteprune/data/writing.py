@@ -76,7 +76,7 @@ class BatchSizes(NamedTuple):
 
     @classmethod
     def of(cls, opening: Openings, tokens: int, most: int, together: int) -> BatchSizes:
-        """Return those for so many tokens.
+        """Return the sizes for a number of tokens.
 
         Args:
             opening: how texts begin.
@@ -96,7 +96,7 @@ def next_batch(
 ) -> tuple[list[TextInProgress], int]:
     """Return the texts of the next batch, and how many tokens each has at most.
 
-    It is of chats where a batch of chats brings these nearer to their share of the tokens.
+    It has chats where that brings chats nearer to their share of the tokens.
 
     Args:
         opening: how texts begin.
@@ -127,7 +127,7 @@ def write_batch(
     most: int,
     generator: torch.Generator,
 ) -> Iterator[int]:
-    """Write a batch of texts; yields how many tokens there are, position by position.
+    """Write a batch of texts; yields the number of tokens so far, position by position.
 
     Args:
         model: the model.
@@ -183,7 +183,7 @@ def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
 def seconds_per_token(model: PreTrainedModel, size: int) -> float:
     """Return about how long a batch of texts takes for a token of each, timed on the first ones.
 
-    Later positions are taken to cost no more.
+    It assumes that later positions cost no more.
     """
     cache: dict[str, Any] = {}
     seconds = []

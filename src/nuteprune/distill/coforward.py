@@ -45,7 +45,7 @@ DENSE = Role()
 
 @dataclass
 class Passage:
-    """What one co-forward pass leaves: the sum of layers' terms, and what both heads would read."""
+    """The results of a co-forward pass: the sum of layers' terms, and the inputs of both heads."""
 
     layer_loss: Tensor | None = None
     layers: int = 0

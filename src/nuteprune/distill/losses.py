@@ -32,7 +32,7 @@ class Head:
     Args:
         weight: (V, D).
         bias: (V,) or None.
-        divisor: what logits are divided by.
+        divisor: divides the logits.
         softcap: bound c of c tanh(logits / c), None for no bound.
     """
 
@@ -126,7 +126,7 @@ def token_kl(
 
     Args:
         student_BTD: what the student's head reads (after the final norm).
-        teacher_BTD: the same of the teacher; no gradients.
+        teacher_BTD: what the teacher's head reads; no gradients.
         head: the frozen language head that both share.
         weight_BT: weight of each token, 0 for padding.
         temperature: softening of both distributions.
@@ -156,7 +156,7 @@ def language_model_loss(
         hidden_BTD: what the head reads (after the final norm).
         head: the frozen language head.
         labels_BT: the tokens; `IGNORED` where one is not learned.
-        count: what the sum over tokens is divided by; None: how many are learned.
+        count: divides the sum over tokens; None: the number of learned tokens.
     """
     labels_BS = labels_BT[:, 1:]
     learned_BS = labels_BS != IGNORED
@@ -180,7 +180,7 @@ def token_weights(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def batch_counts(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return what a batch has (3,): tokens distilled, tokens learned as next ones, sequences."""
+    """Return a batch's counts (3,): tokens distilled, tokens learned as next ones, sequences."""
     weight_BT = token_weights(inputs)
     return torch.stack(
         [weight_BT.sum(), weight_BT[:, 1:].sum(), weight_BT.new_tensor(len(weight_BT))]

@@ -83,7 +83,7 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Return a micro-batch's terms, each weighted by its share of the step.
 
-        Means over tokens count by tokens, what is summed over those of a sequence by sequences.
+        Means over tokens are weighted by tokens, sums over a sequence's tokens by sequences.
 
         Args:
             parts: the terms, as `parts` returns them of this micro-batch.

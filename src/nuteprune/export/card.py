@@ -117,7 +117,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
 
 
 def _said(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is gone, for the title and for the first sentence."""
+    """Return the removed share in words, for the title and for the first sentence."""
     what, removed = [], []
     if (share := record["sparsity"]) > 0:
         what.append(f"{share:.1%} of its decoder removed")
@@ -140,7 +140,7 @@ def _again(record: Mapping[str, Any]) -> str:
 
 
 def named_to_judge(record: Mapping[str, Any]) -> str | None:
-    """Return what text judged in place of the data's, in the last recovery or else in the run."""
+    """Return the text that judged in place of the data's: the last recovery's, else the run's."""
     runs = (record.get("recover", {}), record.get("config", {}))
     return next((str(x["eval_data"]) for x in runs if x.get("eval_data")), None)
 

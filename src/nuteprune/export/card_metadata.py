@@ -17,7 +17,7 @@ LICENCE = ("license", "license_name", "license_link")
 
 
 def inherited_licence(base_model: str | None) -> dict[str, str | None]:
-    """Return what the base model's card says of its licence; `license` is None if that is nothing.
+    """Return the licence from the base model's card; `license` is None if it states none.
 
     Args:
         base_model: a checkpoint folder or a hub id; anything else has no card.
@@ -37,7 +37,7 @@ def inherited_licence(base_model: str | None) -> dict[str, str | None]:
 
 
 def metadata(record: Mapping[str, Any]) -> ModelCardData:
-    """Return what the hub reads: base model, licence, and the metrics as a model index."""
+    """Return the hub's metadata: base model, licence, and the metrics as a model index."""
     base_model = record.get("base_model")
     after = record.get("perplexity", {}).get("after", {})
     results = [

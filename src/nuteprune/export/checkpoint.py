@@ -40,12 +40,12 @@ SHARD = 5 * 10**9
 
 
 def assemble(anatomy: Anatomy, masks: Masks, **how: Any) -> tuple[PreTrainedModel, Shape]:
-    """Cut a dense or refitted model down to what masks keep.
+    """Cut a dense or refitted model down to the units that masks keep.
 
     Args:
         anatomy: a model without adapters; it is used up.
         masks: final masks in an exportable shape.
-        **how: what more `cut_state` takes.
+        **how: further arguments of `cut_state`.
 
     Returns:
         The smaller model and its dimensions.
@@ -84,7 +84,7 @@ def _buffers() -> tuple[str, ...]:
 def as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Give a model's parameters the dtype of a file, in place, and return it.
 
-    Unlike `model.to(dtype)` this spares buffers: rotary frequencies in bfloat16 are others.
+    Unlike `model.to(dtype)` this spares buffers: bfloat16 would change rotary frequencies.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -109,7 +109,7 @@ def save(
         model: what `build` or `load_pruned` returned.
         folder: where to; absent, empty, or with nothing but `run/` and hidden files in it.
         tokenizer: the tokenizer to save along.
-        around: where a model of several modalities has its processor's files from.
+        around: the source of a processor's files, for a model of several modalities.
         max_shard_size: size at which the weights are split into several files, such as "20KB".
 
     Raises:

@@ -41,7 +41,7 @@ def pruned_config(
     Args:
         config: the config before the cut, stock or pruned; it stays as it is.
         family: the family of the config's model type.
-        shape: what is left of the model.
+        shape: dimensions of the pruned model.
         epsilon: new epsilon of the norms, None to leave it.
 
     Returns:
@@ -136,7 +136,7 @@ def _free_config(
 
 
 def free_shape_names(model_type: str, **auto_classes: str) -> dict[str, Any]:
-    """Return by which names a config tells that its model's layers differ.
+    """Return the names by which a config states that its model's layers differ.
 
     Args:
         model_type: the stock config's.

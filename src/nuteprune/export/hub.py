@@ -40,7 +40,7 @@ def file_of(source: str, name: str) -> Path | None:
         name: what the file is called.
 
     Raises:
-        UserError: if that cannot be told: the hub does not answer, and the cache does not know.
+        UserError: if neither the hub nor the cache can tell.
     """
     if Path(source).is_dir():
         path = Path(source) / name
@@ -64,7 +64,7 @@ def folder_of(source: str, **where: Any) -> Path | None:
     """Return the folder of a model on this machine, None if it is not here, or is no model's name.
 
     Args:
-        source: a folder, or the name of a model on the hub, of which the cache is looked at.
+        source: a folder, or the name of a model on the hub, which is looked up in the cache.
         where: what `from_pretrained` takes; `revision` and `cache_dir` say where in the cache.
     """
     if Path(source).is_dir():
@@ -78,7 +78,7 @@ def folder_of(source: str, **where: Any) -> Path | None:
 
 
 def check_inside(source: str, **where: Any) -> None:
-    """Refuse a model whose files are elsewhere: what a stranger's folder names is not followed.
+    """Refuse a model with files outside its folder: a stranger's links are not followed.
 
     Links of the hub's cache, from `snapshots/REVISION` to `blobs`, are its own way to keep files.
 
@@ -137,10 +137,10 @@ def upload(
         folder: what `save_pruned` or the command line wrote.
         repo_id: where to, `OWNER/NAME`; None: the folder's name, under the token's owner.
         private: whether a new repository is private; None: the owner's default.
-        token: with write permission; None: the one that `hf auth login` stored.
+        token: one with write permission; None: the one that `hf auth login` stored.
         revision: branch to commit to.
-        message: the commit's.
-        blocking: return when all is there; False: at once, with a future.
+        message: message of the commit.
+        blocking: return after the upload; False: return a future at once.
 
     Returns:
         The commit's `CommitInfo`, or its future.

@@ -48,7 +48,7 @@ def build(
         config: what `pruned_config` returned.
         state_dict: all parameters by name, of one dtype and on one device; tied weights need be
             there only once.
-        dtype: what it is to compute in, as a file would be loaded; None: the tensors' own.
+        dtype: the one to compute in, as for a loaded file; None: the tensors' own.
 
     Returns:
         The model, in eval mode.
@@ -76,7 +76,7 @@ def build(
 
 
 def unfilled(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model of a config whose weights are of no meaning, but finite: fit to be timed."""
+    """Return a model of a config with arbitrary finite weights, to be timed."""
     with no_init_weights():
         model: Any = _causal_lm(config.model_type)(config)
     for parameter in model.parameters():
@@ -91,8 +91,8 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
 
     Args:
         source: a folder or the name of a model on the hub.
-        kwargs: what `from_pretrained` takes, such as `dtype` or `device_map`; no remote code is
-            run, and of pruned models safetensors alone are read, whatever it says.
+        kwargs: arguments of `from_pretrained`, such as `dtype` or `device_map`; they cannot enable
+            remote code, or files other than safetensors for pruned models.
 
     Returns:
         The model, in eval mode.
@@ -126,7 +126,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
 
 
 def exact_dtype(stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
-    """Return the narrowest dtype that holds all values of two: the one computed in, if it does."""
+    """Return the narrowest dtype that holds all values of two, the computed one if possible."""
     return torch.promote_types(stored, computed)
 
 
@@ -198,14 +198,14 @@ def record_path(source: str, **where: Any) -> Path | None:
 
 
 def bring_recorded_family(source: str, **where: Any) -> None:
-    """Let this process know the family that a checkpoint's record describes, if it does.
+    """Register the family that a checkpoint's record describes, if any, in this process.
 
     Args:
         source: a folder, or the name of a model on the hub.
-        where: what more says where on the hub, such as `revision`.
+        where: further arguments for the hub, such as `revision`.
 
     Raises:
-        UserError: if what the record says of it makes no sense.
+        UserError: if the description makes no sense.
     """
     if (path := record_path(source, **where)) is None:
         return
@@ -262,7 +262,7 @@ def _causal_lm(model_type: str, config: Mapping[str, Any] | None = None) -> type
 
 
 def class_named(name: str) -> Any:
-    """Return a class of transformers, or what is made of one where the name begins so."""
+    """Return a class of transformers, or its `Pruned` subclass if the name says so."""
     return getattr(modeling_pruned if name.startswith("Pruned") else transformers, name)
 
 
@@ -352,7 +352,7 @@ def one_line(source: str) -> Iterator[None]:
 
 @contextmanager
 def without_notes() -> Iterator[None]:
-    """Keep transformers from reporting at length, as of what `_load` says in a line."""
+    """Silence transformers' long reports on what `_load` says in a line."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

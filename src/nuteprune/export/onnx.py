@@ -27,7 +27,7 @@ LARGEST_FILE = 2**31 - 2**24
 
 @dataclass(frozen=True)
 class WrittenOnnx:
-    """What came of an export."""
+    """The result of an export."""
 
     files: list[str]
     parameters: int

@@ -65,7 +65,7 @@ class ExplicitCache(nn.Module):
 def check_rope(config: Any) -> None:
     """Refuse rotary frequencies that depend on the length of the text.
 
-    Tracing would keep those of a short one, and a comparison over a short text would not tell.
+    Tracing would freeze those of a short text, and a comparison over a short text would miss it.
 
     Raises:
         UserError: naming the type.

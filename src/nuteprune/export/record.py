@@ -93,8 +93,8 @@ def write_pruned(
         tokenizer: its tokenizer, if it has one.
         params: `before` and `blocks_before`, counted on the dense model, and what a token goes
             through.
-        around: what else the model's checkpoint has, to be written with it; None: nothing.
-        **record: what else `make_record` takes; `base_model` among it. Its `license` is read
+        around: the other parts of the model's checkpoint, written with it; None: none.
+        **record: further arguments of `make_record`, `base_model` among them. Its `license` is read
             from the base model's card where it is not given; None where that is unknown.
 
     Returns:
@@ -158,7 +158,7 @@ def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) 
 
 
 def origin_of(name: str | None, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a record is to say of where a model comes from.
+    """Return the record's entry on where a model comes from.
 
     A checkpoint that is pruned already passes on its own origin, and adds itself to the history.
 
@@ -193,7 +193,7 @@ def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[s
 
 
 def inside(folder: Path) -> str:
-    """Return which checkpoints of several targets are in a folder, as an error's line ends."""
+    """Return the end of an error's line: which targets' checkpoints are in a folder."""
     found = sorted(x.parent.name for name in TARGETS for x in folder.glob(f"{name}*/{RECORD}"))
     return f"; the run in it had several targets: pass {folder / found[0]}" if found else ""
 

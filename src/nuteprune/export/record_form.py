@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Leaf(NamedTuple):
-    """A value: what to call what it must be, and whether one is that."""
+    """A value: the name of its kind, and a check for it."""
 
     named: str
     fits: Callable[[Any], bool]

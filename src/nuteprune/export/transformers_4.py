@@ -13,10 +13,10 @@ from nuteprune.model.lookup import family_named
 
 
 def add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
-    """Add what transformers 4 calls by another name to a config's file.
+    """Add the keys that transformers 4 calls by another name to a config's file.
 
-    It takes defaults in silence without them. Of a model of several modalities they are added to
-    its language model's.
+    Without them it silently takes defaults. For a model of several modalities they go into the
+    config of its language model.
     """
     inner = config.get_text_config()
     keys = _rope_keys_of_4(inner) | _expert_keys_of_4(inner)

@@ -30,12 +30,12 @@ _TEMPLATE = "chat_template.jinja"
 
 
 def merges_of(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Merges:
-    """Return what the tokens of a tokenizer are made of.
+    """Return the merges that make up a tokenizer's tokens.
 
     Args:
         tokenizer: a tokenizer with a tokenizer.json.
-        rows: of the embedding; added tokens beyond are left out, as Gemma's for images is of a
-            model that sees none.
+        rows: those of the embedding; added tokens beyond are left out, such as Gemma's for images
+            in a model without images.
 
     Raises:
         UserError: if it is no BPE tokenizer that can spell any bytes.
@@ -151,12 +151,12 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def check_spelling(
     full: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, texts: Iterable[str]
 ) -> int:
-    """Hold a tokenizer to the one that it was cut from: the same text comes back of text.
+    """Check that a cut tokenizer gives text back as the full one does.
 
     Args:
         full: the tokenizer before.
         small: the tokenizer after.
-        texts: what is compared.
+        texts: those to compare.
 
     Returns:
         How many texts there were.

@@ -92,7 +92,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
 def processor_files(source: str) -> list[Path]:
     """Return the files of a checkpoint by which images are read.
 
-    Where the hub cannot be asked, those in the cache are all: whoever fetched one wanted them.
+    Where the hub cannot be asked, these are the files in the cache.
 
     Raises:
         UserError: if the hub cannot be asked, and none is in the cache.
@@ -111,14 +111,14 @@ def processor_files(source: str) -> list[Path]:
 
 
 class Around:
-    """What a checkpoint has around its language model, which stays bit for bit as it is.
+    """The parts of a checkpoint outside its language model; they stay bit for bit as they are.
 
     Args:
         source: the checkpoint, a folder or the name of a model on the hub.
-        wrapper: what it is.
+        wrapper: the kind of wrapper that it is.
 
     Raises:
-        UserError: if it cannot be told which files it has by which images are read.
+        UserError: if the hub cannot say which files read its images.
     """
 
     def __init__(self, source: str, wrapper: Wrapper) -> None:
@@ -127,7 +127,7 @@ class Around:
         self._processor = processor_files(source)
 
     def check(self) -> None:
-        """Refuse a checkpoint that lacks some of what is around its language model.
+        """Refuse a checkpoint that lacks tensors outside its language model.
 
         Raises:
             UserError: naming a tensor that is missing, or of another size.
@@ -144,7 +144,7 @@ class Around:
             The model, and how many parameters are not the language model's.
 
         Raises:
-            UserError: if the checkpoint has other tensors than go around this language model.
+            UserError: if tensors of the checkpoint do not fit around this language model.
         """
         whole = self._load(small.dtype)
         outside = {k: x for k, x in whole.state_dict().items() if own_name(k) is None}

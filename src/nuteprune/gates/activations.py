@@ -54,7 +54,7 @@ class Watched:
     moments: Moments
 
     def weight(self) -> Tensor:
-        """Return its weight (O, I) in fp32, unpacked anew at each call: what is packed stays so."""
+        """Return its weight (O, I) in fp32, unpacked at each call; the model's stays packed."""
         return weight_of(self.linear).float()
 
 
@@ -92,7 +92,7 @@ AddStream = Callable[[int, Tensor, Tensor, Tensor], None]
 
 @contextmanager
 def watching_streams(anatomy: Anatomy, add: AddStream) -> Iterator[None]:
-    """Tell the residual stream before, within and after each layer as the model reads text.
+    """Pass on the residual stream before, within and after each layer as the model reads text.
 
     A layer adds scale x (attention + MLP) to the stream, whatever the family; the scale (1 in
     most) is read off the stream itself, and what attention adds alone gives the stream in between.

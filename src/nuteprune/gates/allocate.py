@@ -63,9 +63,9 @@ class Allocator:
             )
 
     def shape(self, scores: Scores, asked: float | Goal) -> Shape:
-        """Return the shape of least loss that costs no more than is asked.
+        """Return the shape of least loss within the goal.
 
-        At most one smallest step (or 0.1 point) more than that goes.
+        It overshoots by at most one smallest step (or 0.1 point).
 
         Args:
             scores: loss of removing each unit, for every kind in use.
@@ -170,7 +170,7 @@ class Allocator:
         return f"{kept} and all that has no gates" if kept else "all that has no gates"
 
     def equal_scores(self) -> dict[str, Tensor]:
-        """Return scores (N,) of 1 for every kind in use: what is asked before units are scored."""
+        """Return scores (N,) of 1 for every kind in use: used before units are scored."""
         return {k: torch.ones(self.layout.units(k)) for k in self.constraints.kinds}
 
     def chance(self, sparsity: float) -> Masks:

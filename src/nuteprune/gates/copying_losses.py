@@ -53,7 +53,7 @@ class Predicted:
 
     @classmethod
     def of(cls, logits_TV: Tensor) -> Predicted:
-        """Sum up what logits say."""
+        """Return the prediction that logits state."""
         parts = logits_TV.split(_rows(logits_TV))
         return cls(logits_TV, torch.cat([x.float().logsumexp(-1) for x in parts]))
 
@@ -64,8 +64,8 @@ class DenseRun:
 
     Args:
         ids_ST: the sequences, each followed by itself.
-        repeats: what it predicts of each one's repeat.
-        outputs: of each layer.
+        repeats: the model's predictions of each repeat.
+        outputs: those of each layer.
     """
 
     ids_ST: Tensor
@@ -74,18 +74,18 @@ class DenseRun:
 
     @property
     def copied(self) -> float:
-        """The share of the repeats' tokens that it gets right."""
+        """The share of the repeats' tokens that the model gets right."""
         repeats_ST = self.ids_ST[:, self.ids_ST.shape[1] // 2 :]
         likeliest_ST = torch.stack([x.logits_TV.argmax(-1) for x in self.repeats])
         return number((likeliest_ST == repeats_ST).float().mean())
 
 
 def copying_kept(probe: Probe, scores: Scores) -> Scores:
-    """Raise the scores of attention units that copying hangs on; nothing if it does not copy.
+    """Raise the scores of attention units that copying needs; none if the model cannot copy.
 
     score = max(score, median(score) x loss / median(loss)), with the loss of `copying_losses`: the
-    worse of both on one scale, since a mean would hide a switch. Medians are over the units that
-    cost something: what has gone already costs nothing.
+    worse of both on one scale, since a mean would hide a switch. Medians leave out units that cost
+    nothing: those have gone already.
     """
     kinds = [kind for kind in ("heads", "kv_groups") if kind in scores]
     raised = dict(scores)
@@ -115,7 +115,7 @@ def repeated(vocabulary: int, length: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def run_dense(probe: Probe) -> DenseRun:
-    """Run the dense model on what `repeated` gives."""
+    """Run the dense model on the sequences of `repeated`."""
     model = probe.anatomy.model
     vocabulary, device = probe.anatomy.embedding.weight.shape[0], model.device
     positions = getattr(model.config, "max_position_embeddings", None) or 2 * LENGTH
@@ -139,7 +139,7 @@ def copying_losses(probe: Probe, kind: str, dense: DenseRun) -> Tensor:
     Args:
         probe: the model; `progress` is told of each layer.
         kind: `heads` or `kv_groups`.
-        dense: what it does with all of them.
+        dense: the run of the model with all units.
 
     Returns:
         The mean over the repeats' tokens, in nats, on the CPU.

@@ -104,15 +104,15 @@ class Priced(ABC):
 
     @abstractmethod
     def attention(self, index: int, kept: LayerShape) -> Line:
-        """Return the price of what stays of a layer's attention."""
+        """Return the price of a layer's remaining attention."""
 
     @abstractmethod
     def mlp(self, index: int, kept: LayerShape) -> Line:
-        """Return the price of what stays of a layer's MLP."""
+        """Return the price of a layer's remaining MLP."""
 
     @abstractmethod
     def rest(self, width: int) -> float:
-        """Return the price of what is in no block, at a width."""
+        """Return the price of all outside of blocks, at a width."""
 
     def total(self, shape: Shape) -> float:
         """Return the price of a model of a shape."""
@@ -129,8 +129,8 @@ class Cost(Priced):
         outside: the other parameters; None where they cost nothing.
         each: price of a parameter.
         kv_head: of each layer, the price of a KV head beside its parameters; empty: none.
-        fixed: what is paid whatever stays.
-        active: whether experts cost nothing that a token does not go through.
+        fixed: the price of what always stays.
+        active: whether only experts that a token goes through have a price.
     """
 
     budget: Budget
@@ -146,7 +146,7 @@ class Cost(Priced):
         return not (self.kv_head or any(x.experts for x in self.budget.shape.layers))
 
     def attention(self, index: int, kept: LayerShape) -> Line:
-        """Return the price of what stays of a layer's attention."""
+        """Return the price of a layer's remaining attention."""
         coefficient, constant = map(float, self.budget.attention(kept))
         if self.outside and kept.mixes:
             more = self.outside.attention[index]
@@ -156,7 +156,7 @@ class Cost(Priced):
         return self.each * coefficient, self.each * constant + cached
 
     def mlp(self, index: int, kept: LayerShape) -> Line:
-        """Return the price of what stays of a layer's MLP."""
+        """Return the price of a layer's remaining MLP."""
         counted = self.budget.of_a_token(kept) if self.active else kept
         coefficient, constant = map(float, self.budget.mlp(counted))
         if self.outside and kept.mlp:
@@ -168,7 +168,7 @@ class Cost(Priced):
         return self.each * coefficient, self.each * constant
 
     def rest(self, width: int) -> float:
-        """Return the price of what is in no block, at a width."""
+        """Return the price of all outside of blocks, at a width."""
         if self.outside is None:
             return self.fixed
         coefficient, constant = self.outside.rest
@@ -182,9 +182,9 @@ class Goal:
     Args:
         cost: the prices.
         limit: the most, in their unit.
-        name: what is asked for, in an error's words.
-        reach: says how far gates reach, from the least that they leave.
-        instead: what to do where that is too little.
+        name: the goal in an error's words.
+        reach: from the least cost that gates can reach to an error's words for it.
+        instead: what to do where gates cannot reach the limit.
     """
 
     cost: Priced

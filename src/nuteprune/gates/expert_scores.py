@@ -28,13 +28,13 @@ ROUNDS = 24
 
 
 def reconstruction(probe: Probe) -> Scores:
-    """Experts go one after another, each the one that the layer's output moves least without.
+    """Experts go one after another, each time the one whose removal changes the output least.
 
     L(R) = sum over tokens x of |y_R(x) - y(x)|_2^2, with y what the layer's routed experts give,
     and y_R what they give once the router has no rows for the experts R: the next best stand in,
-    and weights are made to sum to 1 where the family does that. The next to go is the e of least
-    L(R and e); its place in this order is its rank within its layer. REAP, in contrast, takes what
-    an expert adds as lost, and does not see that one of two that do the same has to stay.
+    and weights are made to sum to 1 where the family does that. The next expert e to go is the one
+    with the least L(R and e); its rank in the layer is its place in this order. REAP, in contrast,
+    takes an expert's output as lost, and does not see that one of two equal experts has to stay.
     Source: the reconstruction loss of Lu et al. 2024 (NAEE, arXiv 2402.14800), who try all sets of
     experts; here greedily, in at most 24 rounds.
     """
@@ -99,7 +99,7 @@ class Rerouted:
     left: Sequence[int]
 
     def outputs(self, hidden_SD: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return what those that are left give (S, D), and what they give without each of them."""
+        """Return the output of the experts left (S, D), and their outputs without each one."""
         left = self.left
         weight_SE = self._weights(hidden_SD, left)
         without = [self._weights(hidden_SD, [x for x in left if x != e]) for e in left]
@@ -158,7 +158,7 @@ class Heard:
         return (self.loud_E / self.tokens_E.clamp(min=1)).float()
 
     def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Take in a batch that is routed: what the experts read, indices, weights."""
+        """Add a routed batch: the experts' inputs, indices, weights."""
         hidden_SD, index_SK, weight_SK = args
         if not has_data(hidden_SD):
             return
@@ -173,7 +173,7 @@ class Heard:
         self.loud_E.index_add_(0, chosen.cpu(), heard_S.cpu())
 
     def add_weighed(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Take in a batch that all experts read, weighed before: (E x S, D), and what they give."""
+        """Add a batch that all experts read, weighed before: inputs (E x S, D) and outputs."""
         count = len(self.tokens_E)
         read_ESD, output_ESD = (x.view(count, -1, x.shape[-1]) for x in (args[0], output))
         self.tokens_E += scored((read_ESD != 0).any(-1).sum(1))
@@ -182,7 +182,7 @@ class Heard:
 
 @contextmanager
 def hearing_experts(anatomy: Anatomy) -> Iterator[list[Heard]]:
-    """Sum up what the experts of all layers do, layer after layer.
+    """Sum up how much of each expert is heard, layer after layer.
 
     Yields:
         The sums of each layer that has experts; complete when the model has read the text.

@@ -30,7 +30,7 @@ class Option:
     MLP."""
 
     def price(self, width: int) -> float:
-        """Return what it costs at a width."""
+        """Return the price at a width."""
         return self.coefficient * width + self.constant
 
 
@@ -84,7 +84,7 @@ FINEST = 20_000
 
 
 def steps_by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[Option]]:
-    """Return the options of layers with steps that measure what their price falls by at a width.
+    """Return the options of layers, with steps that measure the fall of their price at a width.
 
     The steps are exact where prices are whole numbers with a divisor that is large enough, else
     rounded down: what an option costs is counted exactly all the same.
@@ -108,7 +108,7 @@ def steps_by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[
 
 
 def are_proportional(layers: Sequence[Sequence[Option]]) -> bool:
-    """Return whether as many steps free as much at any width, whichever options they are of."""
+    """Return whether a step frees as much at any width, for all options."""
     freed = [
         (o.steps, own[0].coefficient - o.coefficient, own[0].constant - o.constant)
         for own in layers

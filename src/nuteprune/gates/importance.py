@@ -37,7 +37,7 @@ FLOORED = 0.999
 def random(probe: Probe) -> Scores:
     """Random: u x parameters of the unit, u uniform in (0, 1); every part loses about its share.
 
-    The floor that any method has to be above.
+    Any method has to do better than this.
     """
     return chance(probe.budget, probe.layout, probe.kinds, probe.seed)
 
@@ -61,10 +61,10 @@ def flap(probe: Probe) -> Scores:
     """How much a unit's outputs fluctuate, standardised in each layer, ranked across the model.
 
     S_j = Var(X_j) |W_:j|_2^2 for each input j of the output and down projections, in attention the
-    square of that; z-scores of S within the projection; the mean of them over a unit. Source:
-    FLAP's WIFV metric and adaptive structure, An et al. 2023 (arXiv 2312.11983), the square as in
-    its public code (CASIA-LMC-Lab/FLAP): less of attention goes then, which did better
-    (docs/log.md). In place of its bias compensation there is the refit that all methods share.
+    square of that; a unit's score is the mean z-score of its S within the projection. Source:
+    FLAP's WIFV metric and adaptive structure, An et al. 2023 (arXiv 2312.11983). The square is that
+    of its public code (CASIA-LMC-Lab/FLAP): it removes less attention, which did better
+    (docs/log.md). The refit that all methods share replaces FLAP's bias compensation.
     """
 
     def metric(watched: Watched) -> Tensor:
@@ -84,9 +84,9 @@ def taylor(probe: Probe) -> Scores:
     The gradient of a unit's mask at 1 is the sum of w d loss / d w over the unit's weights in the
     output or down projection: LLM-Pruner's vector-wise importance of that projection, but of each
     sequence by itself, and without gradients of weights (docs/log.md has both side by side).
-    Ranks run over all units of a kind in the model (its global option, the better one by far where
-    tried), so that attention and MLPs lose the same share, but not each layer. As losses the values
-    would mislead: gradients of many small units cancel, their sizes add up.
+    Ranks run over all units of a kind in the model, as in LLM-Pruner's global option, the better by
+    far where tried. So attention and MLPs lose the same share, but layers do not. As losses the
+    values would mislead: gradients of many small units cancel, but their sizes add up.
     Source: Molchanov et al. 2017 (arXiv 1611.06440); Ma, Fang and Wang 2023 (arXiv 2305.11627).
     """
     return ranked(probe, _mask_gradients(probe, torch.abs), by_layer=False)
@@ -104,16 +104,16 @@ def fisher(probe: Probe) -> Scores:
 
 
 def surgeon(probe: Probe) -> Scores:
-    """Loss that removing the unit costs once the inputs that are left make up for it.
+    """Loss that removing a unit costs once the refit makes up for it with the other inputs.
 
-    tr(S_u ([C^-1]_uu)^-1) with S_u the second moment of the loss's gradients by the unit's outputs
-    and C that of all inputs of the projection that reads them: a unit is cheap if the loss
-    does not depend on it, or if the other inputs can predict it: the refit then makes up for it.
-    The cheapest units of a layer go first, and the others cost what they cost without these.
-    Neurons of routed experts have their own: see `gates.surgeon_costs`. Hidden width, blocks and
+    tr(S_u ([C^-1]_uu)^-1): S_u is the second moment of the loss's gradients by the unit's outputs,
+    C that of all inputs of the projection that reads them. A unit is cheap if the loss does not
+    depend on it, or if the refit can predict it from the other inputs.
+    The cheapest units of a layer go first; the costs of the others are then computed without them.
+    Neurons of routed experts: see `gates.surgeon_costs`. Hidden width, blocks and
     experts have no refit, so they keep their Fisher score, which estimates the same loss. Which
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
-    Attention that copying from context hangs on is measured, which no gradient shows; see
+    Gradients do not show which attention copies from context, so that is measured; see
     `copying_kept`. The first attention goes last of all; see `first_attention_last`.
     In the end the last layer's neurons cost their median at least; see `last_neurons_floored`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
@@ -134,11 +134,11 @@ def surgeon(probe: Probe) -> Scores:
 def first_attention_last(layout: Layout, scores: Scores) -> Scores:
     """Raise the scores of the first attention's heads and KV groups above those of all others.
 
-    It is that of the first layer that has any (`Shape.first_attention`). There the first token of a
-    sequence sees nothing but itself. That tells it from all others, and makes it the attention
-    sink: a hidden state hundreds of times as large as the rest. Without a sink the whole sequence
-    is lost. It is a switch, so gradients of a dense model do not show it. A few blocks of text have
-    too few first tokens to show it either.
+    The first attention is that of the first layer that has any (`Shape.first_attention`). There the
+    first token of a sequence sees only itself. That tells the token from all others, and makes it
+    the attention sink: a hidden state hundreds of times as large as the rest. Without a sink the
+    whole sequence is lost. The sink is a switch, so gradients of a dense model do not show it, and
+    a few blocks of text have too few first tokens.
     Source: attention sinks, Xiao et al. 2023 (arXiv 2309.17453); massive activations, Sun et al.
     2024 (arXiv 2402.17762); measured in docs/log.md.
     """
@@ -155,10 +155,10 @@ def last_neurons_floored(layout: Layout, scores: Scores) -> Scores:
     """Raise the cheaper half of the last layer's neurons to the median of its neurons.
 
     The surgeon takes gradients and inputs to be independent. In the last layer they go together
-    most, so it underrates what goes first there: half of the layer goes at the median's price, or
-    none of it. Neurons keep their order. One that costs nothing at all is dead, and stays free.
-    On the way to more than half of the layer the floor would only put off what goes in the end, so
-    it is laid once, when all rounds are through. Measured in docs/log.md. LLM-Pruner leaves the
+    most, so it underrates the neurons that go first there: half of them go at the median's price,
+    or none. Neurons keep their order. A neuron that costs nothing is dead, and stays free.
+    Where more than half of the layer goes, a floor in each round would only delay that, so it is
+    applied once, after all rounds. Measured in docs/log.md. LLM-Pruner leaves the
     last layers whole (arXiv 2305.11627).
     """
     if "neurons" not in scores or len(sizes := layout.sizes["neurons"]) < 2:
@@ -212,7 +212,7 @@ class Method:
         reads_plain: how many times as much text it takes through the layers one by one, without
             gradients; each layer is told to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
-        settled: what a run makes of its scores once all rounds are through.
+        settled: from the layout and the scores after all rounds to those that a run uses.
         priced: whether they follow what units cost at the target; see `train.pricing`.
     """
 

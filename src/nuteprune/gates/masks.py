@@ -89,7 +89,7 @@ class Masks:
         return self.part("neurons", layer)
 
     def inputs(self, layer: int) -> dict[str, Tensor | None]:
-        """Return block (`attn_block`, `mlp_block`) -> multipliers of what it writes from."""
+        """Return `attn_block` and `mlp_block` -> multipliers of their last projection's input."""
         return {"attn_block": self.attention_input(layer), "mlp_block": self.mlp_input(layer)}
 
     def selection(self, layer: int, projection: Projection) -> Selection:

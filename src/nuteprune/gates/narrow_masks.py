@@ -27,11 +27,11 @@ def live_groups(heads_H: Tensor, layer: LayerShape) -> Tensor:
 def features(
     heads_H: Tensor | None, neurons_F: Tensor | None, layer: LayerShape, head_dim: int
 ) -> dict[str, Tensor | None]:
-    """Return for each axis of a layer (`families` names them) what belongs to kept units.
+    """Return for each axis of a layer (`families` names them) the features of kept units.
 
     Args:
         heads_H: multipliers of query heads, kept if above 0; None: all are kept.
-        neurons_F: the same of neurons.
+        neurons_F: multipliers of neurons, likewise.
         layer: its counts.
         head_dim: features of a head.
 
@@ -90,14 +90,14 @@ class _Layer:
 class NarrowMasks(Masks):
     """Fixed masks, for hooks: neurons and KV groups at 0 are not computed.
 
-    KV groups go as wholes, so that as many query heads share one as before. A block with no unit
+    KV groups go whole, so that each KV head keeps its number of query heads. A block with no unit
     left still computes one, to keep its tensors' shapes valid. Everything else at 0 (query heads of
     a group that stays, hidden width) is multiplied by 0.
 
     Args:
         masks: fixed ones.
-        family: of the model.
-        multiple: so many neurons are computed, or a multiple of it; some at 0 fill it up.
+        family: the model's.
+        multiple: computed neurons are a multiple of it; some neurons at 0 fill it up.
     """
 
     def __init__(self, masks: Masks, family: Family, multiple: int = 1) -> None:
@@ -110,11 +110,11 @@ class NarrowMasks(Masks):
         self._layers: dict[int, _Layer] = {}
 
     def attention_input(self, layer: int) -> Tensor | None:
-        """Return multipliers of what the attention output projection still reads."""
+        """Return multipliers of the inputs that the attention output projection still reads."""
         return self._layer(layer).attention_input
 
     def mlp_input(self, layer: int) -> Tensor | None:
-        """Return multipliers of what the down projection still reads."""
+        """Return multipliers of the inputs that the down projection still reads."""
         return self._layer(layer).mlp_input
 
     def selection(self, layer: int, projection: Projection) -> Selection:

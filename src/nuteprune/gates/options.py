@@ -27,7 +27,7 @@ class Constraints:
         uniform: the same counts in every layer.
         neuron_multiple: neurons kept per layer are a multiple of it (or all of them).
         hidden_multiple: the width kept is a multiple of it (or all of it).
-        floor: dimensions to keep at least, those that the user chose; None: no such wish.
+        floor: dimensions that the user chose to keep at least; None: none were chosen.
         unstated: widths that the model's config cannot state.
         others: kinds of gates that could be added to those in use.
     """
@@ -42,7 +42,7 @@ class Constraints:
 
 
 class Options:
-    """What each block of a model may become.
+    """The ways to keep part of each block of a model.
 
     Args:
         cost: prices what stays.
@@ -70,7 +70,7 @@ class Options:
         return [(k, float(gone[width - k])) for k in kept if k not in self.constraints.unstated]
 
     def attention(self, layer: int) -> list[Option]:
-        """Return what a layer's attention may become, the whole one first."""
+        """Return the options of a layer's attention, the whole one first."""
         whole, parts = self._shape.layers[layer], self.parts
         if not whole.attention:
             return self._mixer(layer)
@@ -115,7 +115,7 @@ class Options:
         return options
 
     def mlp(self, layer: int) -> list[Option]:
-        """Return what a layer's MLP may become, the whole one first."""
+        """Return the options of a layer's MLP, the whole one first."""
         whole, parts = self._shape.layers[layer], self.parts
         total = whole.neurons
         if not whole.mlp:

@@ -28,7 +28,7 @@ Scores = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model is scored with.
+    """A model, and the text to score its units on.
 
     Args:
         anatomy: the dense model; its parameters are frozen, or their gradients are not wanted.
@@ -36,8 +36,8 @@ class Probe:
         budget: its parameter count.
         kinds: which kinds of gates to score.
         batches: token ids (B, T) of calibration text.
-        plain_batches: token ids (B, T), T the same in all, of the text of methods that read more of
-            it where no gradients are taken.
+        plain_batches: token ids (B, T), T the same in all: the longer text that some methods read
+            without gradients.
         seed: draws the random scores, and tokens from the model.
         progress: called after each batch.
     """
@@ -68,10 +68,10 @@ class Probe:
 
 
 def check_finite(values: Iterable[Tensor], method: str) -> None:
-    """Refuse figures of a scoring that overflowed.
+    """Refuse scores that are not finite.
 
     Raises:
-        RunFailed: if there are such.
+        RunFailed: if there are any.
     """
     if not all(usual(value.isfinite().all()) for value in values):
         raise RunFailed(
@@ -83,7 +83,7 @@ def check_finite(values: Iterable[Tensor], method: str) -> None:
 def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> Tensor:
     """Return the rank (N,) of each unit within its layer, in (0, 1), the best highest.
 
-    A block's place is among the blocks of its kind in the model, and so is that of any unit without
+    Blocks are ranked among the blocks of their kind in the model, as is any unit without
     `by_layer`.
     """
     whole = kind in BLOCK_KINDS or not by_layer
@@ -102,12 +102,12 @@ def ranked(probe: Probe, scores: Mapping[str, Tensor], by_layer: bool = True) ->
 
 
 def in_order(sizes: Sequence[int], losses: Tensor, places: Tensor) -> Tensor:
-    """Return each layer's losses given to its units anew: the least to the one of least place.
+    """Reassign each layer's losses to its units: the least loss to the unit in first place.
 
     Args:
         sizes: units of each layer.
         losses: of removing each unit (N,).
-        places: that units go by (N,).
+        places: the order in which units go (N,).
     """
     parts = []
     for loss_U, place_U in zip(losses.split(sizes), places.split(sizes), strict=True):

@@ -40,18 +40,18 @@ class Seconds(Priced):
         return False
 
     def attention(self, index: int, kept: LayerShape) -> Line:
-        """Return the seconds of what stays of a layer's attention."""
+        """Return the seconds of a layer's remaining attention."""
         if not kept.attention:
             return 0, 0
         rows = {each: _at(row, kept.kv_heads) for each, row in self.attention_s.items()}
         return 0, _at(rows, kept.heads_per_group)
 
     def mlp(self, index: int, kept: LayerShape) -> Line:
-        """Return the seconds of what stays of a layer's MLP."""
+        """Return the seconds of a layer's remaining MLP."""
         return 0, _at(self.mlp_s, kept.neurons) if kept.mlp else 0
 
     def rest(self, width: int) -> float:
-        """Return the seconds of what is in no block."""
+        """Return the seconds of all outside of blocks."""
         return self.rest_s
 
 
@@ -63,11 +63,11 @@ def _at(points: Mapping[int, float], count: int) -> float:
 
 
 def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:
-    """Return the costs that a table says, in one phase or, as `both`, in all of what it timed.
+    """Return the costs in a table, of one phase or, as `both`, of both.
 
     Args:
         table: content of a table; docs/speed.md has the format.
-        budget: of the model that is to be cut.
+        budget: that of the model to cut.
         phase: `prefill`, `decode` or `both`.
 
     Raises:

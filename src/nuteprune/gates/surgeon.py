@@ -49,7 +49,7 @@ AddSquares = Callable[[str, int, Tensor], None]
 
 
 def has_cost(anatomy: Anatomy, kind: str) -> bool:
-    """Return whether this module tells what units of a kind cost.
+    """Return whether this module can score units of a kind.
 
     Experts that read all tokens, weighed before, do not show their neurons.
     """
@@ -64,7 +64,7 @@ def surgeon_scores(probe: Probe) -> Scores:
 
 
 def removal_scores(probe: Probe, slopes: Mapping[Key, Tensor]) -> Scores:
-    """Return the scores, given what `input_slopes` returns: no gradients any more."""
+    """Return the scores from the result of `input_slopes`, without gradients."""
     text = Layerwise(probe.anatomy, probe.hooks, None, probe.plain_batches)
     tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
     found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
@@ -94,7 +94,7 @@ def removal_scores(probe: Probe, slopes: Mapping[Key, Tensor]) -> Scores:
 
 
 def draw_tokens(chances_BTV: Tensor, generator: torch.Generator) -> Tensor:
-    """Return next tokens (B, T) drawn from their chances."""
+    """Return next tokens (B, T), drawn by their probabilities."""
     drawn_M = torch.multinomial(chances_BTV.flatten(0, 1), 1, generator=generator).flatten()
     return drawn_M.view(chances_BTV.shape[:2])
 

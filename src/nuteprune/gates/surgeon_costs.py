@@ -59,8 +59,8 @@ def removal_costs(
 ) -> list[Tensor]:
     """Return the cost (U,) of removing each of a projection's units, on the CPU.
 
-    Added up from the cheapest on, costs are those of removing so many together. None is less than
-    that of a unit that goes before it.
+    The sum of the n least costs is the cost of removing these n units together. No cost is less
+    than that of a unit that goes earlier.
 
     Each input is damped by its own variance: a unit's cost is then the same in whatever units its
     activations are counted, and one massive activation does not damp all others.
@@ -93,7 +93,7 @@ def removal_costs(
 def removals(weight_OI: Tensor, inverse_II: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Remove all units in rounds, the cheapest first, and yield (units, their costs).
 
-    The costs of a round's units, added up, are that of removing them together.
+    The costs of a round's units add up to the cost of removing them together.
 
     Args:
         weight_OI: V, its columns scaled as the inputs are.
@@ -139,9 +139,9 @@ def _inputs_of(units: Tensor, width: int) -> Tensor:
 
 
 def inverse_of_correlations(correlation_II: Tensor) -> Tensor:
-    """Return the inverse (I, I) of correlations: in fp32 if that is as exact as they are.
+    """Return the inverse (I, I) of correlations: in fp32 where that is exact enough.
 
-    Damping bounds their condition, so it nearly always is. Told by a product with random signs.
+    Damping bounds their condition, so fp32 nearly always is. A product with random signs checks it.
     """
     generator = torch.Generator(correlation_II.device).manual_seed(0)
     signs_I = torch.empty_like(correlation_II[0]).uniform_(-1, 1, generator=generator).sign()
@@ -206,7 +206,7 @@ def neuron_costs(mixture: Mixture, routed: Routed, slopes_EF: Tensor) -> Tensor:
 
     Args:
         mixture: the experts.
-        routed: what they were called with on calibration text.
+        routed: the arguments of their calls on calibration text.
         slopes_EF: second moments of the loss's gradients by the neurons.
     """
     down = mixture.stack(mixture.down)

@@ -54,7 +54,7 @@ def run(
         against: the dense model; None: no comparison.
         threads: on a CPU; None: as many as torch takes.
         device: `auto`, `cpu`, `cuda`.
-        dtype: what is computed in; in llama.cpp, what the exported files hold.
+        dtype: the one to compute in; in llama.cpp, what the exported files hold.
         save_costs: write what the model's blocks cost to this file, and do nothing else.
         overwrite: replace what was saved before.
         family: YAML file with the entry of a model type that is not listed; None: it is.

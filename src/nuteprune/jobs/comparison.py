@@ -27,7 +27,7 @@ def judged_text(
     tokenizer: PreTrainedTokenizerBase,
     output: Output,
 ) -> tuple[str | None, dict[str, Tensor]]:
-    """Return what text judges and its held-out blocks: as asked for, else as the record states.
+    """Return the text to judge by and its held-out blocks: the job's, else the record's.
 
     Args:
         job: the job.
@@ -72,7 +72,7 @@ class Tuned:
 
 
 def same_tokens(tokenizer: PreTrainedTokenizerBase, dense: str, trust_remote_code: bool) -> None:
-    """Refuse a dense model whose perplexity cannot be compared, being per other tokens.
+    """Refuse a dense model with other tokens, since perplexities per token would not compare.
 
     Args:
         tokenizer: of the pruned model.
@@ -90,10 +90,10 @@ def same_tokens(tokenizer: PreTrainedTokenizerBase, dense: str, trust_remote_cod
 
 
 def compared(dense: str, ours: Tuned, theirs: Tuned) -> dict[str, Any]:
-    """Return what the same tuning does to the dense model, and what is kept of it.
+    """Compare the tuned pruned model with the dense model, tuned in the same way.
 
     Args:
-        dense: what the user calls the dense model.
+        dense: the dense model's name, as the user gave it.
         ours: the pruned model, tuned.
         theirs: the dense one.
 

@@ -47,7 +47,7 @@ class Transformers:
 
     Args:
         device: `cpu` or `cuda`.
-        computed: what is computed in.
+        computed: the one to compute in.
         threads: on a CPU; None: as many as torch takes.
     """
 
@@ -57,13 +57,13 @@ class Transformers:
 
     @classmethod
     def from_options(cls, device: str, dtype: str, threads: int | None = None) -> Transformers:
-        """Return the engine for what options say, `auto` among them."""
+        """Return the engine that these options ask for; they may be `auto`."""
         kind = pick_device(device)
         return cls(kind, pick_dtype(dtype, kind), threads)
 
     @property
     def dtype(self) -> str:
-        """What weights are held in, by torch's name."""
+        """The dtype of the weights, by torch's name."""
         return dtype_name(self.computed)
 
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
@@ -93,7 +93,7 @@ class LlamaCpp:
     """llama.cpp on the CPU, which loads GGUF files: a model is exported first.
 
     Args:
-        stored: what the file holds matrices in.
+        stored: the dtype of matrices in the file.
         threads: None: as many as torch takes.
     """
 
@@ -103,7 +103,7 @@ class LlamaCpp:
 
     @classmethod
     def from_options(cls, device: str, dtype: str, threads: int | None) -> LlamaCpp:
-        """Return the engine for what options say, `auto` among them.
+        """Return the engine that these options ask for; they may be `auto`.
 
         Raises:
             UserError: if its binding is not installed, or another device is asked for.
@@ -116,7 +116,7 @@ class LlamaCpp:
 
     @property
     def dtype(self) -> str:
-        """What weights are held in, by torch's name."""
+        """The dtype of the weights, by torch's name."""
         return dtype_name(self.stored)
 
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
@@ -150,7 +150,7 @@ def pick_engine(name: str, device: str, dtype: str, threads: int | None) -> Engi
     """Return the engine that options name.
 
     Raises:
-        UserError: if it is unknown, or cannot run here so.
+        UserError: if the engine is unknown, or cannot run here with these options.
     """
     if name not in ENGINES:
         raise UserError(f"--engine {name} is unknown; pass one of {', '.join(ENGINES)}")

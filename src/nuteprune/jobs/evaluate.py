@@ -59,10 +59,10 @@ class Evaluation:
         limit: most questions per task.
         fewshot: examples before each question.
         prompts: file of prompts that both models answer; None: such as `make_prompts` makes.
-        answer_tokens: of an answer at most.
+        answer_tokens: most tokens per answer.
         batch_size: blocks or questions per forward pass.
         device: `auto`, `cpu`, `cuda`.
-        dtype: what is computed in.
+        dtype: the one to compute in.
         copying_seed: draws the tokens to copy.
         base: where the model is now that a run prunes; None: where the run found it.
         trust_remote_code: run Python code that comes with a tokenizer.

@@ -36,7 +36,7 @@ Found = dict[str, dict[str, str | None]]
 
 
 def settled(family: Family, small: PreTrainedConfig) -> Family:
-    """Return an entry with what only trying tells: whether attention counts its heads.
+    """Return an entry completed by trial: whether attention counts its heads.
 
     Raises:
         UserError: if the model under open gates, or its language head, is not what the entry says.
@@ -72,10 +72,10 @@ def settled(family: Family, small: PreTrainedConfig) -> Family:
 
 
 def examine(family: Family, small: PreTrainedConfig) -> Found:
-    """Return what holds of an entry, for every kind of gate and of shapes that it does not refuse.
+    """Check an entry, for every kind of gate and of shapes that it does not refuse.
 
     Masked, sliced, saved and reloaded models must give the same logits, the file must hold as many
-    parameters as predicted, and generation with a cache must be generation without.
+    parameters as predicted, and generation with and without a cache must be equal.
 
     Args:
         family: the entry.

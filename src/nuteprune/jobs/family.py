@@ -30,19 +30,19 @@ def run(
     out: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Propose an entry for a model's type, or take one from a file, and say what holds of it.
+    """Propose an entry for a model's type, or take one from a file, and check it.
 
     Args:
         model: hub id, folder or config.json, or the name of a model type.
         output: where to print.
         file: an entry to check in place of proposing one.
-        out: where to write the entry, with what does not hold refused in it.
+        out: where to write the entry, which refuses what failed its check.
         overwrite: replace a file that is there.
 
     Raises:
         UserError: if no entry can describe the type, with the reason; or nothing can be written
             at `out`.
-        RunFailed: if nothing of the entry holds, or writing goes wrong on the way.
+        RunFailed: if the entry passes no check, or writing fails.
     """
     if out is not None:
         reads = [("model", model), ("entry", str(file) if file else None)]
@@ -97,11 +97,11 @@ def config_of(model: str) -> PreTrainedConfig:
 
 
 def checked(config: PreTrainedConfig, file: FamilyFile | None = None) -> tuple[Family, Found]:
-    """Return an entry and what holds of it; kinds of gates of which nothing holds are refused.
+    """Return an entry and the results of its checks; gates that pass none are refused.
 
     Raises:
         UserError: if no entry can describe the type, or the file's does not fit it.
-        RunFailed: if nothing holds of any entry.
+        RunFailed: if no entry passes a check.
     """
     problems, best = [], None
     for family in [file.family] if file else _proposed(config):

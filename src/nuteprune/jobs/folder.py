@@ -28,7 +28,7 @@ DEMOS = Path("nuteprune-demo")
 
 
 def begun(out: Path) -> bool:
-    """Return whether a run has begun in a folder, for `--resume` to go on with or begin anew."""
+    """Return whether a folder has a run that `--resume` can continue or begin anew."""
     run = out / RUN
     kept = (run / SELF_WRITTEN, run / SETTINGS)
     return last_checkpoint(run) is not None or any(x.is_file() for x in kept)
@@ -52,25 +52,25 @@ def begun_folder(wanted: Path) -> Path:
 def goes_on(job: Job) -> bool:
     """Return whether a job goes on from a checkpoint of its run.
 
-    A run that is resumed before its first one begins anew, with the text that its model wrote.
+    A run without a checkpoint begins anew when resumed, with the text that its model wrote.
     """
     return job.resume and last_checkpoint(job.out / RUN) is not None
 
 
 def is_stated(job: Job) -> bool:
-    """Return whether a job resumes a run that has to be the same, as its settings in `run` say."""
+    """Return whether a job resumes a run whose settings in `run` must equal its own."""
     return goes_on(job) or (job.resume and (job.out / RUN / SETTINGS).is_file())
 
 
 def target_folder(job: Job, targets: Sequence[Asked], index: int) -> Path:
-    """Return where the checkpoint of a target goes: to folders of their own where several do."""
+    """Return the folder for a target's checkpoint: one for each where there are several."""
     return job.out if len(targets) == 1 else job.out / targets[index].folder
 
 
 def written_in(out: Path) -> set[str]:
-    """Return the names of what runs write into their folder, as far as it is there.
+    """Return the names of files in a folder that runs write.
 
-    The sums name a checkpoint's files, and are the first of them to come and the last to go.
+    The file of sums names a checkpoint's files. It is written first and removed last.
     """
     named = {RUN, SUMS, RECORD, CARD, "additional_chat_templates", *read_sums(out)}
     matching = {x.name for pattern in (".*partial", ".*removed") for x in out.glob(pattern)}
@@ -79,7 +79,7 @@ def written_in(out: Path) -> set[str]:
 
 
 def clear_result(out: Path, overwrite: bool = False) -> None:
-    """Remove what an earlier end of a run wrote, and keep the run itself: each target's too.
+    """Remove the results of a run, and keep the run itself, that of each target too.
 
     Args:
         out: the output folder.

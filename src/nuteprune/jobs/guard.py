@@ -41,15 +41,15 @@ def check_file(
     example: str,
     beside: Iterable[Path] = (),
 ) -> None:
-    """Refuse a file to write that is there, that is read, or that cannot be written.
+    """Refuse an output file that exists, is also an input, or cannot be written.
 
     Args:
-        option: what names it.
+        option: the option that names it.
         path: the file.
         reads: what the command reads.
         overwrite: whether it may be replaced.
         example: how a file is called there, where a folder was named.
-        beside: what is replaced together with it.
+        beside: files that are replaced together with it.
 
     Raises:
         UserError: saying what to pass instead.
@@ -67,10 +67,10 @@ def check_file(
 
 
 def check_absent(paths: Iterable[Path], overwrite: bool, instead: str) -> None:
-    """Refuse to replace what is there, unless told to; links to nothing are there too.
+    """Refuse to replace existing files, unless told to; broken links count as files.
 
     Raises:
-        UserError: naming the first, and what to do.
+        UserError: naming the first file, and what to do.
     """
     there = None if overwrite else next(filter(os.path.lexists, paths), None)
     if there is not None:
@@ -78,10 +78,10 @@ def check_absent(paths: Iterable[Path], overwrite: bool, instead: str) -> None:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Refuse a place where the nearest folder above that is there takes no file.
+    """Refuse a path whose nearest existing folder takes no file.
 
     Raises:
-        UserError: if no second try can mend it.
+        UserError: if a second try cannot help.
         RunFailed: if the disk is full.
     """
     with writing(f"{option} {path}", "make room and do the same again"):
@@ -209,7 +209,7 @@ def alone(out: Path) -> Iterator[None]:
     files.
 
     Raises:
-        UserError: if one is at work there, or nothing can be written there.
+        UserError: if another run is at work there, or nothing can be written there.
         RunFailed: if the disk is full.
     """
     _check_folder(out)

@@ -106,7 +106,7 @@ def _any_ends(tensors: Tensors, ending: str) -> bool:
 
 
 def inner_of(family: Family, tensors: Tensors) -> dict[str, int]:
-    """Return from files what `Anatomy.inner_sizes` says of a model."""
+    """Return `Anatomy.inner_sizes` of a checkpoint, from the shapes in its files."""
     return {
         p.path: prod(shape) if p.inside else shape[0 if p.columns == "hidden" else 1]
         for p in family.uncut

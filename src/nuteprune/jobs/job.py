@@ -46,7 +46,7 @@ class Job:
         resume: go on from the last checkpoint in `out`.
         overwrite: replace what is in `out`.
         trust_remote_code: run Python code that comes with the model's tokenizer.
-        files: that its settings were read from, or name.
+        files: those that the settings were read from, or that they name.
     """
 
     model: str = setting(help="Hub id, checkpoint folder, or 'demo'.")
@@ -62,7 +62,7 @@ class Job:
     )
     eval_data: str | None = setting(
         None,
-        "Text to judge by; about 5 % of it, the held-out part, is read. Default: that of the data.",
+        "Text to judge by; about 5 % of it, the held-out part, is read. Default: that of --data.",
         option="--eval-data",
         role=HOW,
     )
@@ -104,7 +104,7 @@ class Job:
         return [self.data] if isinstance(self.data, str) else list(self.data)
 
     def recorded(self) -> dict[str, Any]:
-        """Return what of the job is for the record: name -> value, left out where not given."""
+        """Return the job's settings for the record: name -> value, left out where not given."""
         fields = declared(type(self)).items()
         kept = [name for name, x in fields if x.role in (WHAT, HOW)]
         return {name: x for name in kept if (x := getattr(self, name)) is not None}
@@ -116,14 +116,14 @@ class PruneJob(Job):
 
     Args:
         family: YAML file with the entry of a model type that is not listed; None: it is.
-        bits: 8 or 4: hold the dense model's projections in so many bits; None: in `dtype`.
+        bits: 8 or 4 bits for the dense model's projections; None: `dtype`.
         text_only: of a model of several modalities, write the language model alone.
         dry_run: say what would be done, and write nothing.
         shares: of the tokens, one for each of `data`; None: see `jobs.text.mixture`.
         minutes: see `jobs.minutes`; None: `settings` say how long it takes.
         own_text: file of text that the model has written; None: the run lets it write.
-        settings: of `NutePruneConfig`, as far as they are given.
-        started: when it was asked for, by `time.monotonic`.
+        settings: those of `NutePruneConfig` that are given.
+        started: time of the command, by `time.monotonic`.
     """
 
     shares: list[float] | str | None = setting(
@@ -147,7 +147,7 @@ class PruneJob(Job):
     )
     bits: int | None = setting(
         None,
-        f"{' or '.join(map(str, BITS))}: load the frozen dense model in so many bits while "
+        f"{' or '.join(map(str, BITS))}: load the frozen dense model in this many bits while "
         "training; the result keeps full precision.",
         choices=BITS,
         option="--bits",
@@ -199,7 +199,7 @@ class RecoverJob(RecoverSettings, Job):
         batch_size: sequences per forward pass.
         accumulation: forward passes per step.
         template: one of `TEMPLATES`.
-        seed: of everything random.
+        seed: draws everything random.
         report_to: trackers, comma separated.
         gradient_checkpointing: less memory, more time.
         save_steps: steps between checkpoints of the run.
@@ -261,7 +261,7 @@ class RecoverJob(RecoverSettings, Job):
     )
     template: str = setting(
         "auto",
-        "Of instruction rows: chat, alpaca, or auto (chat if the model has it).",
+        "Template of instruction rows: chat, alpaca, or auto (chat if the model has it).",
         choices=TEMPLATES,
         option="--template",
     )
@@ -326,7 +326,7 @@ class VocabJob(Job):
 
 
 def what_it_is(job: Job) -> dict[str, Any]:
-    """Return what of a job says what its run is, for settings.json: in one way, however spelled."""
+    """Return the job's settings for settings.json, each spelled in one way."""
     from nuteprune.jobs.sources import pick_dtype, place  # they load torch, which help never needs
     from nuteprune.judge.units import dtype_name
 

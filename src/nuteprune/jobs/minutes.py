@@ -57,7 +57,7 @@ def seconds_of(minutes: float | str) -> float:
     """Return the seconds of `10` (minutes), `90s`, `10m` or `2h`.
 
     Raises:
-        UserError: if it is none of these, or no time.
+        UserError: if it is none of these, or not above 0.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", str(minutes))
     seconds = float(found[1]) * {"s": 1, "": 60, "m": 60, "h": 3600}[found[2]] if found else 0.0
@@ -85,12 +85,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Times:
-    """The seconds of a plan.
+    """The seconds that parts of a planned run take.
 
     Args:
-        before: from the first stage to the first step, judging left aside.
-        judging: of text, answers and context, of the dense model and the results.
-        step: of a step.
+        before: from the first stage to the first step, without judging.
+        judging: the dense model and the results, by text, answers and context.
+        step: one step.
     """
 
     before: float
@@ -169,12 +169,12 @@ def shared_out(
     Args:
         job: the job.
         trial: a run of it that has not begun.
-        rates: of the machine.
-        seconds: that are left.
-        may_exceed: whether the least that is sensible is returned where it takes longer.
+        rates: those of the machine.
+        seconds: the time left.
+        may_exceed: whether to return the least sensible plan if it takes longer.
 
     Returns:
-        Settings by name, and what they take.
+        Settings by name, and the seconds that they take.
 
     Raises:
         UserError: if there is no time for anything sensible.
@@ -242,12 +242,12 @@ def _times(
 def steps_in_time_of(
     job: PruneJob, after: float = 0.0
 ) -> Callable[[Run, NutePruneTrainer], int] | None:
-    """Return what tells how many steps there is time for; None for a job whose plan is settled.
+    """Return a function for the number of steps in the time left; None if a plan is settled.
 
     Args:
         job: the job.
-        after: what is done with the results when they are written, as a multiple of judging the
-            dense model.
+        after: time that the written results still take, as a multiple of judging the dense
+            model.
     """
     if job.minutes is None or is_stated(job):
         return None

@@ -36,11 +36,11 @@ SLOWER = 4 / 3
 
 @dataclass(frozen=True)
 class Asked:
-    """What a plan is asked for, beside the run.
+    """The options of `plan` that are not the run's.
 
     Args:
         devices: how many there are.
-        memory: bytes of each; None: not said.
+        memory: bytes of each; None: not given.
         rate: floating-point operations a second; None: measured here.
         reading: bytes that are read a second; None: measured here, where `rate` is.
     """
@@ -58,8 +58,8 @@ class Variant:
     Args:
         settings: what to pass, in words of the command line.
         peaks: phase -> bytes on a device.
-        factor: time of a step, as a multiple of that as asked.
-        how: whether it is simulated or by formula.
+        factor: time of a step, as a multiple of the asked run's.
+        how: whether the peaks are simulated or by formula.
     """
 
     settings: str
@@ -68,7 +68,7 @@ class Variant:
     how: str = SIMULATED
 
     def entry(self, memory: float) -> dict[str, Any]:
-        """Return what JSON says of it, on a device of so many bytes."""
+        """Return the variant for JSON, on a device of this many bytes."""
         phase = max(self.peaks, key=lambda x: self.peaks[x])
         return {
             "settings": self.settings,

@@ -21,11 +21,11 @@ MEASURED_FOR = 0.3
 
 @dataclass(frozen=True)
 class Rate:
-    """What is done in a second.
+    """How much the machine does in a second.
 
     Args:
         plain: floating-point operations in the dtype of the run.
-        fine: those in fp32 and finer, as of all that scoring and refit invert.
+        fine: those in fp32 and finer, such as the inverses of scoring and refit.
         read: bytes that are read of memory; None: not known, and not counted.
     """
 
@@ -35,7 +35,7 @@ class Rate:
 
     @classmethod
     def measured(cls, dtype: torch.dtype, device: str, plain: float | None = None) -> Rate:
-        """Measure on a device what is not known of a run in `dtype`."""
+        """Measure on a device the rates that are not given, for a run in `dtype`."""
         plain = plain or measured_rate(dtype, device)
         fine = plain if dtype == torch.float32 else measured_rate(torch.float32, device)
         return cls(plain, fine, measured_reading(device))
@@ -83,7 +83,7 @@ def entry(phase: Phase, rate: Rate, peak: float) -> dict[str, Any]:
 
 
 def print_phases(entries: Sequence[Mapping[str, Any]], where: str, output: Output) -> None:
-    """Print them as a table, whose peaks are `where`."""
+    """Print phases as a table; `where` says where their peaks are."""
     rows = [
         [
             x["phase"],
@@ -98,14 +98,14 @@ def print_phases(entries: Sequence[Mapping[str, Any]], where: str, output: Outpu
 
 
 def sharded(plan: Plan, peaks: Mapping[str, float], count: int) -> dict[str, float]:
-    """Return peaks of phases on a device where weights are sharded over so many."""
+    """Return peaks of phases on a device that shares sharded weights with others."""
     sizes = plan.sizes
     gathered = 2 * sizes.layer + sizes.outside
     return _without(plan, peaks, sizes.weights - sizes.weights / count - gathered)
 
 
 def in_bits(plan: Plan, peaks: Mapping[str, float], bits: int) -> dict[str, float]:
-    """Return peaks of phases on a device where projections are held in so many bits."""
+    """Return peaks of phases on a device where projections are held in this many bits."""
     held = HELD[bits] / 8 / plan.dtype.itemsize
     return _without(plan, peaks, plan.sizes.projections * (1 - held))
 

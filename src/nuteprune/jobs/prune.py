@@ -36,7 +36,7 @@ class Result:
     Args:
         records: folder -> record of each checkpoint, one per target, growing.
         held_out: the text that they were judged by, source -> (N, T).
-        plan: what a dry run found, None of any other.
+        plan: the plan of a dry run; None for other runs.
         speedups: folder -> what was measured, where speed was asked for.
     """
 
@@ -84,7 +84,7 @@ def prune(
 
     Returns:
         The record (nuteprune.json) with the folder as `out`; of several targets {`targets`: list};
-        of a dry run what it found. None in all processes of a run but the main one.
+        of a dry run its plan. None in all processes of a run but the main one.
 
     Raises:
         UserError: for anything that cannot work; nothing is written then.
@@ -116,7 +116,7 @@ def finish(job: PruneJob, result: Result, output: Output) -> None:
     """Measure the speed that was asked for, write the reports, and hold the result to it.
 
     Raises:
-        RunFailed: if it is too slow.
+        RunFailed: if the result is too slow.
     """
     fast = {k: x for k, x in result.records.items() if x["asked"]["kind"] == "speedup"}
     if fast:
@@ -138,8 +138,7 @@ def run(
     Args:
         job: the job.
         output: prints.
-        after: what comes after the run, as a multiple of the time that judging the dense model
-            takes.
+        after: time after the run, as a multiple of that of judging the dense model.
         may_exceed: whether a run that has too few minutes takes longer.
 
     Raises:
@@ -182,7 +181,7 @@ def run(
 
 
 def begin(job: PruneJob, run: Run) -> None:
-    """Make room in the job's folder, and write down what the run is that begins or goes on."""
+    """Make room in the job's folder, and write the settings of the run."""
     if job.resume:  # a process that went on would tell of the others' silence instead
         if is_stated(job):
             kinds = (PruneJob, NutePruneConfig)

@@ -210,7 +210,7 @@ def check_wrapper(job: PruneJob, model: Prepared) -> None:
 
 
 def wrapper_around(job: PruneJob) -> Around | None:
-    """Return what is written around the pruned language model; None where nothing is."""
+    """Return the parts to write around the pruned language model; None where there are none."""
     return None if job.text_only else around(job.model)
 
 

@@ -200,7 +200,7 @@ def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
 
 
 def dense_twin(job: RecoverJob) -> RecoverJob:
-    """Return the same for the dense model, in a folder of the run; resumed if it had begun."""
+    """Tune the dense model in a folder of the run; resume if that had begun."""
     out = job.out / RUN / DENSE
     resume = job.resume and last_checkpoint(out / RUN) is not None
     return replace(job, model=cast(str, job.against), out=out, resume=resume, against=None)

@@ -33,7 +33,7 @@ def training_text(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
 ) -> Dataset[Any]:
-    """Return what a model learns, as long as its steps take it.
+    """Return the training text of a model, as long as its steps need.
 
     Args:
         job: the job.

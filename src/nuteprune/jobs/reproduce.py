@@ -34,7 +34,7 @@ BOOKKEEPING = frozenset({"save_steps", "save_total_limit", "dataloader_pin_memor
 
 
 def settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was set in a run, its seed included, the model left out."""
+    """Return the settings of a run, with its seed and without the model."""
     config = {**record.get("config", {}), "seed": record.get("seed")}
     return {
         key: value

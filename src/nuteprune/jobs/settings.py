@@ -129,7 +129,7 @@ def trainer_settings(settings: Mapping[str, Any]) -> type[NutePruneConfig]:
 
 
 def check_target(job: PruneJob) -> None:
-    """Refuse a job that does not say how much is to go.
+    """Refuse a job without a target.
 
     Raises:
         UserError: naming the options that say it.
@@ -231,7 +231,7 @@ def check(settings: Mapping[str, Any], kinds: Sequence[type], call: bool = True)
     Args:
         settings: word or full name -> value.
         kinds: the dataclasses that declare them.
-        call: whether what only one call does, such as `resume`, may be among them.
+        call: whether settings of a single call, such as `resume`, may be among them.
 
     Raises:
         UserError: for an unknown setting, one that is given by two names, or a value of the wrong
@@ -302,7 +302,7 @@ def _short(text: object) -> str:
 
 @contextmanager
 def settings_of_user() -> Iterator[None]:
-    """Tell in one line what libraries say of settings, which they check in many places.
+    """Turn errors of libraries about settings into one line.
 
     Raises:
         UserError: in place of any other error.

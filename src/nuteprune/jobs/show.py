@@ -24,7 +24,7 @@ from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
 
 
 def print_plan(job: PruneJob, run: Run, output: Output) -> None:
-    """Print what is going to be done, in a few lines."""
+    """Print the plan of a job in a few lines."""
     args, prepared = run.args, run.model
     budget, model = prepared.allocator.budget, prepared.anatomy.model
     shape, total = budget.shape, prepared.origin.parameters

@@ -50,7 +50,7 @@ PATHS = (".", "/", "~")
 
 
 def locate(model: str) -> str:
-    """Return where a model is: the cached folder for `demo`, else what was given.
+    """Return the place of a model: the cached folder for `demo`, else the given one.
 
     Raises:
         UserError: if it looks like a path, and no folder is there.
@@ -71,9 +71,9 @@ def place(name: str) -> str:
 
 
 def origin(model: str) -> dict[str, Any]:
-    """Return what a record is to say of where a model comes from.
+    """Return the record's entry on where a model comes from.
 
-    A folder is named as it was, but with ./ where it would look like a hub id elsewhere. A
+    A folder keeps its name, with ./ in front if the name could be a hub id. A
     checkpoint that is pruned already passes on its own origin, and adds itself to the history.
     """
     if model == DEMO:
@@ -123,7 +123,7 @@ def read_config(model: str) -> dict[str, Any]:
 
 
 def use_family(file: str | None, model: str) -> None:
-    """Let this process know the entry of a file, for a model, checked on a small one of its type.
+    """Register a file's entry for a model's type in this process, after a check on a small model.
 
     Args:
         file: its path; None: the type is a listed one, and nothing is done.
@@ -165,8 +165,8 @@ def load_model(
 
     Args:
         model: as the user named it.
-        dtype: what is computed in; None: what it is stored in.
-        bits: 8 or 4: hold the projections' weights in so many bits; None: in `dtype`.
+        dtype: the one to compute in; None: the stored one.
+        bits: 8 or 4: bits per weight of the projections; None: in `dtype`.
         device: where weights in 8 or 4 bits go; others are loaded to the CPU.
         exact: take a wider dtype where `dtype` does not hold all values that are stored.
 

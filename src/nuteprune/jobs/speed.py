@@ -58,7 +58,7 @@ def costs_for(
 
     Raises:
         UserError: if several processes would each measure a table of their own, or the model has
-            no positions for what is to be fast.
+            too few positions for the tokens to time.
     """
     at = config.asked[0].about["at"]
     setting = Workload(*moment(at))
@@ -101,12 +101,12 @@ def costs_for(
 def judge_speed(
     job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output
 ) -> dict[Path, dict[str, Any]]:
-    """Measure what was asked to be fast, as `bench` does; returns folder -> `speedup`.
+    """Measure checkpoints with a target speed, as `bench` does; returns folder -> `speedup`.
 
     Args:
         job: the job.
         records: folder -> record of each checkpoint that is to be fast.
-        output: where it is told.
+        output: prints.
     """
     found: dict[Path, dict[str, Any]] = {}
     for folder, record in records.items():
@@ -129,7 +129,7 @@ def check_speed(record: Mapping[str, Any], speedup: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is slower than was asked for.
 
     Raises:
-        RunFailed: if the whole spread lies below `MISSED` of it.
+        RunFailed: if the whole spread lies below `MISSED` times the target.
     """
     asked, ratio = record["asked"], speedup[record["asked"]["for"]]
     if ratio["high"] < MISSED * asked["value"]:

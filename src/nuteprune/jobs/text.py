@@ -22,7 +22,7 @@ from nuteprune.train.config import NutePruneConfig
 
 
 def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float]]:
-    """Return what is calibrated and trained on: DATA specs and their shares.
+    """Return the calibration and training text: DATA specs and their shares.
 
     Where neither shares are given nor `self` is named, the model's own text guards what the data
     does not show.
@@ -33,7 +33,7 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
 
     Raises:
         UserError: if shares are no numbers or do not fit the data, a sharded model is to write, or
-            what it has written has no share.
+            self-written text has no share.
     """
     specs, shares = job.specs, job.share_values
     cannot_write = sharded and job.own_text is None

@@ -38,7 +38,7 @@ def measure(
 
     Args:
         names: the model, and the dense one if they are compared.
-        settings: what is timed.
+        settings: those to time.
         repeats: counted passes of each, after one to warm up.
         engine: what runs them.
         bars: where progress is shown.

@@ -90,7 +90,7 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
     Args:
         job: model, data and folder.
         keep: tokens that are to stay.
-        output: where it is told.
+        output: prints.
 
     Raises:
         UserError: for anything that cannot work; nothing is written then.
@@ -191,13 +191,13 @@ class _Text:
         self.known = Fingerprint()
 
     def add(self, texts: Iterable[Sequence[int]]) -> None:
-        """Take in texts of the user's."""
+        """Add texts of the user."""
         for ids in texts:
             self.counted.update(ids)
             self.windows.add(ids)
 
     def add_own(self, texts: Iterable[Sequence[int]]) -> None:
-        """Take in what the model has written; where there is nothing else, it is the user's too."""
+        """Add self-written text; without other text it counts as the user's too."""
         self.own = [list(ids[: self.windows.length]) for ids in texts]
         if not self.counted:
             self.add(self.own)

@@ -21,14 +21,14 @@ from nuteprune.stages.write import write
 
 @dataclass(frozen=True)
 class Asked:
-    """What `write` is asked for.
+    """The options of `write`.
 
     Args:
         model: hub id, checkpoint folder, or `demo`.
         tokens: how many are written at least.
         out: the file.
         length: tokens per block of training.
-        seed: of what is drawn.
+        seed: draws the tokens.
         device: `auto`, `cpu`, `cuda`.
         dtype: what the model computes in, by name, or `auto`.
         overwrite: replace a file that is there.
@@ -47,7 +47,7 @@ class Asked:
 
 
 def run(asked: Asked, output: Output) -> dict[str, Any]:
-    """Let a model write; what is there of the same text from before is gone on with.
+    """Let a model write text; the written part of the same text is continued.
 
     Raises:
         UserError: for anything that cannot work; nothing is written then.

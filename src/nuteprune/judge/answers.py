@@ -53,7 +53,7 @@ class Pair:
     """Both models' answers to a prompt.
 
     Args:
-        prompt: what was asked, as people read it.
+        prompt: the prompt, as people read it.
         dense: the dense model's answer: token ids, with the one that ends it.
         pruned: the pruned model's.
         kl: nats, summed over the tokens of `dense`.
@@ -71,7 +71,7 @@ class Pair:
 
 
 def repeated(ids: Sequence[int]) -> float:
-    """Return the share of an answer's 4-grams that have been in it before."""
+    """Return the share of an answer's 4-grams that repeat an earlier one."""
     grams = _grams(ids)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -103,8 +103,8 @@ def answer_both(
         dense: the dense model.
         pruned: the pruned one; both compute where their parameters are.
         tokenizer: of both.
-        prompts: what they answer.
-        tokens: of an answer at most.
+        prompts: those to answer.
+        tokens: most tokens per answer.
 
     Raises:
         UserError: if a prompt leaves no position for an answer.
@@ -229,7 +229,7 @@ def entry_of(pairs: Sequence[Pair], source: str, tokens: int = TOKENS) -> dict[s
     Args:
         pairs: answers to each prompt, at least one.
         source: where the prompts come from.
-        tokens: of an answer at most.
+        tokens: most tokens per answer.
     """
     both = {"before": [x.dense for x in pairs], "after": [x.pruned for x in pairs]}
     count = sum(len(x.dense) for x in pairs)

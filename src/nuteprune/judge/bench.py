@@ -92,7 +92,7 @@ def summarize(setting: Workload, timings: Sequence[Timing]) -> dict[str, Any]:
     """Return one model's figures in one setting, fit for JSON.
 
     Args:
-        setting: what was timed.
+        setting: the timed setting.
         timings: at least one pass.
     """
     read, made = setting.batch_size * setting.length, setting.batch_size * setting.new_tokens
@@ -115,7 +115,7 @@ def compare(
     """Return how many times faster a model is than the dense one, and what its size allows.
 
     Args:
-        setting: what was timed.
+        setting: the timed setting.
         ours: the model's passes, each next to the dense one's of the same index.
         dense: the dense model's.
         our_work: what the model has to move and multiply.
@@ -123,7 +123,7 @@ def compare(
 
     Returns:
         Phase (`prefill`, `decode`, `both`) -> `median`, `low`, `high` of the paired ratios, `bound`
-        (what the work and the calls that are gone allow), `reached`, the median's share of the
+        (the most that the removed work and calls allow), `reached`, the median's share of the
         bound, and `verdict`.
     """
     pairs = list(zip(dense, ours, strict=True))
@@ -156,8 +156,8 @@ def verdict(ratio: Mapping[str, float], passes: int = PASSES) -> str:
     A ratio above its bound says that the machine was not the same for both.
 
     Args:
-        ratio: `median`, `low`, `high` and `bound`.
-        passes: how many pairs of passes it is of; too few of them say nothing.
+        ratio: a mapping with `median`, `low`, `high` and `bound`.
+        passes: how many pairs of passes were timed; too few say nothing.
     """
     if ratio["median"] > ratio["bound"]:
         return "noise"
@@ -167,10 +167,10 @@ def verdict(ratio: Mapping[str, float], passes: int = PASSES) -> str:
 
 
 def say_ratio(ratio: Mapping[str, Any]) -> str:
-    """Return what a ratio of times says, for people.
+    """Return a ratio of times in words, for people.
 
     Args:
-        ratio: `median`, `bound` and `verdict`.
+        ratio: a mapping with `median`, `bound` and `verdict`.
     """
     found = ratio["verdict"]
     if found == "noise":

@@ -23,10 +23,10 @@ BLOCKS: Final = 12
 
 @dataclass(frozen=True)
 class Beside:
-    """What is known of a pruned model beside the dense one.
+    """Answers and context of a pruned model beside the dense one.
 
     Args:
-        entries: of the record: `answers` and `context`, those that can be measured.
+        entries: the record's `answers` and `context`, where they can be measured.
         samples: the median and the worst answers, as the report reads them.
     """
 
@@ -55,9 +55,9 @@ def judge_beside(
         pruned: the pruned one; both compute where their parameters are.
         tokenizer: of both.
         text: held-out blocks, source -> token ids (N, T); may be empty.
-        prompts: what they answer; None: as `make_prompts` makes them.
-        tokens: of an answer at most.
-        blocks: of text at most, for each span of context.
+        prompts: those to answer; None: those of `make_prompts`.
+        tokens: most tokens per answer.
+        blocks: most blocks of text for each span of context.
 
     Raises:
         UserError: if prompts that were given are too long.

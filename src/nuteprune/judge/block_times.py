@@ -69,7 +69,7 @@ def _spaced(most: int, count: int) -> list[int]:
 
 
 def trial_model(anatomy: Anatomy, attentions: Sequence[LayerShape], neurons: Sequence[int]) -> Any:
-    """Return a model whose layers have the counts in turn; its weights are of no meaning."""
+    """Return a model whose layers have the counts in turn, with arbitrary weights."""
     count = max(len(attentions), len(neurons))
     layers = tuple(
         LayerShape(
@@ -129,13 +129,13 @@ def _now(anatomy: Anatomy) -> float:
 def cost_table(
     model: PreTrainedModel, setting: Workload, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return what blocks of a model's kind take.
+    """Return the times of blocks of a model's kind.
 
     Args:
         model: the model that is to be cut; its weights are not used.
         setting: prompt and tokens that are timed.
         device: where it is timed.
-        dtype: what is computed in.
+        dtype: the one to compute in.
 
     Raises:
         UserError: if its layers are of several kinds, or have routed experts.

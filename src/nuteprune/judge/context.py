@@ -78,7 +78,7 @@ def judge_context(
 
     Returns:
         `tokens`, `needing` (counts), `lost`, `lost_elsewhere`, `gain` {`before`, `after`}, `kept`,
-        and `protocol`; None for what no token is there for. See `protocol.measures`.
+        and `protocol`; None where no token is of that kind. See `protocol.measures`.
     """
     windows_NT = windows(blocks_NT, span.near, bos)
     together = max(1, batch_size * span.length // windows_NT.shape[1])
@@ -114,7 +114,7 @@ def cut_blocks(text: Sequence[Tensor], span: Span, bos: Sequence[int] = (), *, m
     Args:
         text: token ids (N, T) of each source, T as it comes.
         span: tells how long a block is.
-        bos: what comes before every text: put in front of blocks that have it not.
+        bos: what comes before every text; added to blocks without it.
         most: blocks in all.
     """
     made = []

@@ -119,7 +119,7 @@ def headline(
 
 
 def text_kind(record: Mapping[str, Any]) -> str | None:
-    """Return whether a record's perplexities are of in-domain or of other text; None: unknown."""
+    """Return whether a record's perplexities are on in-domain or other text; None: unknown."""
     return {IN_DOMAIN: f"{IN_DOMAIN} text", OTHER_TEXT: OTHER_TEXT}.get(judged_kind(record))
 
 
@@ -152,8 +152,8 @@ def _change(before: float | None, after: float | None) -> str:
 def told_gains(speed: Mapping[str, Any] | None) -> list[float]:
     """Return the gains in speed that a verdict may state, growing; none if one row is doubtful.
 
-    Doubtful are gains within their spread, and those beyond what the work saved allows. To leave
-    out the doubtful rows alone would pick the best.
+    Gains within their spread are doubtful, and gains beyond their bound. Leaving out the doubtful
+    rows alone would pick the best.
     """
     rows = [row for row in (speed or {}).get("rows", []) if row["better"] == "higher"]
     if not all(row["verdict"] in ("faster", "slower") for row in rows):

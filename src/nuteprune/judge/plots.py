@@ -132,7 +132,7 @@ def layers_plot(rows: Sequence[LayerRow]) -> Plot:
 
 
 def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike) -> Plot:
-    """Draw how the scores of one kind of gate are distributed, and where the cut came to lie.
+    """Draw how the scores of one kind of gate are distributed, and where the cut is.
 
     Args:
         kind: kind of gate.

@@ -15,7 +15,7 @@ CHANCE = 0.01
 
 
 def learned_from(record: Mapping[str, Any]) -> list[Fingerprint | None]:
-    """Return what is known of the text that made a model, one for each run; None: not known.
+    """Return what each run's record says of the text that made a model; None: not known.
 
     Args:
         record: its nuteprune.json. Earlier prunings and recoveries count too.
@@ -41,12 +41,12 @@ def _stated(run: Mapping[str, Any]) -> Fingerprint | None:
 def kind_of(judged: Fingerprint, learned: Iterable[Fingerprint | None]) -> str:
     """Return whether a text is `IN_DOMAIN` or `OTHER_TEXT` for a model, or `NOT_KNOWN`.
 
-    It is in-domain if it has a file or a public name of what was learned from, or more than
-    `CHANCE` of its documents are of that. It is other text only where none of them is, and at least
-    one of them would be known of every run, had it been learned from.
+    A text is in-domain if it shares a file or a public name with the training text, or more than
+    `CHANCE` of its documents. It is other text only if it shares no document, and if every run's
+    record would show at least one of its documents, had the run read it.
 
     Args:
-        judged: of the source of the text.
+        judged: fingerprint of the text's source.
         learned: from `learned_from`.
     """
     shares = [None if run is None else run.share_of(judged) for run in learned]
@@ -63,7 +63,7 @@ def text_entry(
     Args:
         learned: the data set that was trained on; one without a `fingerprint` is not known.
         judged: what perplexity was measured on, from `nuteprune.data.blocks.held_out_blocks`.
-        earlier: the record of what the model was before, as far as there is one.
+        earlier: the record of the model before this run, if there is one.
 
     Returns:
         `documents`, `files`, `names` (see `Fingerprint`), and `judged`: source -> its kind.
@@ -74,7 +74,7 @@ def text_entry(
 
 
 def judged_kind(record: Mapping[str, Any]) -> str:
-    """Return of what kind the text is that a record's perplexities are of.
+    """Return the kind of text that a record's perplexities were measured on.
 
     Args:
         record: its nuteprune.json.

@@ -31,7 +31,7 @@ def retentions(
 
     Args:
         ours: name -> figure.
-        dense: the same of the dense model.
+        dense: name -> figure of the dense model.
         higher_is_better: name -> which way is better.
 
     Returns:

@@ -36,7 +36,7 @@ _SPEED_KEYS = ("name", "unit", "better", "verdict", *_SPEED_NUMBERS)
 
 @dataclass(frozen=True)
 class GateScores:
-    """What the gates of one kind have come to.
+    """The scores of one kind of gate, and which units stay.
 
     Args:
         scores: (N,), one per unit: the loss that its removal is expected to cost.
@@ -49,7 +49,7 @@ class GateScores:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run as its files tell it.
+    """A run, read from its files.
 
     Args:
         folder: the output folder.

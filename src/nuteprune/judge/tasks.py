@@ -56,7 +56,7 @@ class Score(Figure):
     """What a model reaches in a task: its figure by the metric that counts in means.
 
     Args:
-        metric: what that is, such as `acc_norm`.
+        metric: its name, such as `acc_norm`.
         samples: questions asked; None for a group of tasks.
         others: the task's other metrics -> figure, in the task's order.
         answers: the figure's value for each question asked, in the order of the questions; None

@@ -36,18 +36,18 @@ class Work:
         parameters: all of them, tied ones once.
         blocks: those of the decoder layers' projections that a token goes through.
         head: those of the language head.
-        moved: those that a decoded token reads: without an embedding of which it reads a row, and
-            without the experts that it is not routed to.
+        moved: those that a decoded token reads: without an embedding that is only looked up, and
+            without experts that it is not routed to.
         bytes_per_parameter: as the model is held in memory.
         neurons: greatest common divisor of the neuron counts of layers and of experts.
         queries: features of all layers' queries.
         cached: keys and values that all layers keep of a token.
-        attention_blocks: attention blocks, which are as many rounds of calls.
-        mlp_blocks: MLPs, likewise.
+        attention_blocks: number of attention blocks, each one round of calls.
+        mlp_blocks: number of MLPs, each one round of calls.
         per_token: routed experts that a token goes through.
-        stacks: (routed experts, parameters of each) of each layer that has some.
-        windows: (tokens, features of its queries, keys and values that it keeps of a token) of each
-            layer whose attention sees no more tokens than that.
+        stacks: (routed experts, parameters of each) of each layer with experts.
+        windows: (tokens of the window, features of queries, keys and values kept of a token) of
+            each layer with a sliding window.
     """
 
     parameters: int
@@ -120,7 +120,7 @@ class Work:
         return self.bytes_per_parameter * read
 
     def calls(self, dense: Work) -> float:
-        """Return how many times fewer rounds of calls there are than in the dense model.
+        """Return the dense model's rounds of calls over this model's.
 
         Of parts that take turns, none gains more than the part that gains most.
         """
@@ -134,7 +134,7 @@ class Work:
 def experts_met(experts: int, per_token: int, tokens: int) -> float:
     """Return how many of a layer's experts some tokens go through, on average.
 
-    E (1 - (1 - k / E)^B): routing is taken as even, and tokens as independent. Routing that prefers
+    E (1 - (1 - k / E)^B): for even routing and independent tokens. Routing that prefers
     some experts meets fewer.
     """
     return experts * (1 - (1 - per_token / experts) ** tokens)

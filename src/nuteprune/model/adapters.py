@@ -15,15 +15,15 @@ from nuteprune.model.lora import ADAPTER
 
 
 def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any) -> PeftModel:
-    """Wrap a model with LoRA; what mixers write by has none: fused kernels read past it.
+    """Wrap a model with LoRA, but not mixers' output projections: fused kernels read past it.
 
     In mixtures PEFT takes the names of MLPs for those of stacked experts, which it would rebuild in
-    each pass. It knows a mixture by the type in its config. A list of layers has no config, so what
-    is told of that one is taken as it is said.
+    each pass. It knows a mixture by the type in its config. A list of layers has no config, so PEFT
+    takes the names as they are given.
 
     Args:
         anatomy: the model, which is changed in place.
-        queries_and_values: on what makes these alone.
+        queries_and_values: whether to wrap only the projections that make these.
         **settings: of PEFT's `LoraConfig`: `r`, `lora_alpha`, `lora_dropout`.
     """
     family = anatomy.family

@@ -32,7 +32,7 @@ def _at(module: Any, path: str) -> Any:
 
 
 def without_lora(module: Any) -> Any:
-    """Return what is inside of a LoRA wrapper, or the module itself."""
+    """Return the module inside of a LoRA wrapper, or the module itself."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
@@ -93,7 +93,7 @@ class Anatomy:
         return module if hasattr(module, "in_features") else None
 
     def without_lora(self, layer: int, path: str) -> Any:
-        """Return what is at a path of a layer without the LoRA wrapper, None if it is gone."""
+        """Return the module at a path of a layer without its LoRA wrapper, None if it is gone."""
         return without_lora(_at(self.layers[layer], path))
 
     def mixture(self, layer: int) -> Mixture | None:
@@ -110,7 +110,7 @@ class Anatomy:
         )
 
     def post_norm(self, layer: int, block: str) -> nn.Module | None:
-        """Return the norm of what a block (`attn_block`, `mlp_block`) writes, None without one."""
+        """Return the norm of a block's output (`attn_block`, `mlp_block`), None without one."""
         if self.family.post_norms is None:
             return None
         return self.layers[layer].get_submodule(self.family.post_norms[block == "mlp_block"])
@@ -140,12 +140,12 @@ class Anatomy:
             yield "mlp_block", down
 
     def down(self, layer: int) -> Projection:
-        """Return what reads a layer's neurons, those of its shared expert if it has one."""
+        """Return the projection that reads a layer's neurons, or its shared expert's."""
         shared = self.family.mlp_of(mixture=True) if self.mixture(layer) else ()
         return (shared or self.family.mlp)[-1]
 
     def ends(self, layer: int) -> dict[str, Projection]:
-        """Return block (`attn_block`, `mlp_block`) -> what it writes by, be it there or gone."""
+        """Return `attn_block` and `mlp_block` -> their last projection, there or gone."""
         return {"attn_block": self.family.attention[-1], "mlp_block": self.down(layer)}
 
     def mixes_otherwise(self, layer: int) -> bool:
@@ -154,7 +154,7 @@ class Anatomy:
         return any(self.projection(layer, x) is not None for x in last)
 
     def pre_norm(self, layer: int, block: str) -> nn.Module | None:
-        """Return the norm of what a block (`attn_block`, `mlp_block`) reads, None without one."""
+        """Return the norm of a block's input (`attn_block`, `mlp_block`), None without one."""
         family = self.family
         own = family.mlp_norms if block == "mlp_block" else family.attention_norms
         paths = [x for x in own + family.shared_norms if x not in (family.post_norms or ())]
@@ -206,9 +206,9 @@ class Anatomy:
 
     @property
     def inner_sizes(self) -> dict[str, int]:
-        """Return the size of what no gate cuts inside of a mixer, or of latent attention.
+        """Return the inner sizes of a mixer or of latent attention, which no gate cuts.
 
-        Path of a projection -> its features there, or its weights where both of its sides are.
+        Path of a projection -> its inner features, or its weights where both sides are inner.
         """
         found = {}
         for projection in self.family.uncut:
@@ -228,7 +228,7 @@ class Anatomy:
 
     @property
     def cached_features(self) -> float:
-        """What a cache holds of a token, for each KV head."""
+        """Features that a cache holds of a token, for each KV head."""
         if latent := self.family.latent:
             cached = sum(int(getattr(self.config, x)) for x in latent)
             return cached / int(self.config.num_attention_heads)
@@ -256,7 +256,7 @@ class Anatomy:
         return tuple(min(context, windows.get(kind) or context) for kind in kinds)
 
     def block_scale(self, block: str) -> float:
-        """Return by what the last projection of a block is multiplied on its way to the stream."""
+        """Return the factor between a block's last projection and the residual stream."""
         name = self.family.block_multiplier(block)
         return 1.0 if name is None else config_number(self.config, name)
 
@@ -277,8 +277,8 @@ class Anatomy:
 def no_logits(ids_BT: Tensor) -> Tensor:
     """Return what to pass as `logits_to_keep` where logits are not wanted: no position.
 
-    A single position would do, but where gradients are taken torch then copies the head's whole
-    matrix for each sequence.
+    With a single position and gradients, torch would copy the head's whole matrix for each
+    sequence.
     """
     return ids_BT.new_empty(0)
 

@@ -96,7 +96,7 @@ def sizes_of(model: PreTrainedModel, passed: Passed) -> Sizes:
 
 
 class Axes:
-    """Names the axes of projections, from what changes as one dimension of the config does."""
+    """Names the axes of projections, by what changes with each dimension of the config."""
 
     def __init__(self, config: PreTrainedConfig, small: PreTrainedConfig, sizes: Sizes) -> None:
         self._config, self._sizes = config, sizes

@@ -22,16 +22,16 @@ _UNGROUPED = nn.Module()  # what is packed has as many query heads as KV heads
 
 
 def cache_name(names: Collection[str]) -> str:
-    """Return which of some names is the KV cache's, in calls of models and in their outputs."""
+    """Return the name of the KV cache among names in a model's calls or outputs."""
     return "cache" if "cache" in names else "past_key_values"  # by version of transformers
 
 
 @contextmanager
 def heads_as_tokens() -> Iterator[None]:
-    """Let models whose attention is torch's own decode with the heads of a group as tokens.
+    """Within this context, torch's attention decodes with the heads of a group as tokens.
 
-    Passes of more than one token, models without groups and accelerators, whose kernels know
-    groups, are as ever.
+    Nothing changes for passes of several tokens, for models without groups, or on accelerators,
+    whose kernels know groups.
     """
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
     try:

@@ -59,12 +59,12 @@ class Projection:
 
     @property
     def inside(self) -> bool:
-        """Whether it neither reads nor writes the residual stream."""
+        """Whether the projection neither reads nor writes the residual stream."""
         return "hidden" not in (self.columns, *self.rows)
 
     @property
     def serves_queries_or_values(self) -> bool:
-        """Whether its outputs are queries or values, alone or fused with keys."""
+        """Whether the outputs are queries or values, alone or fused with keys."""
         return self.columns == "hidden" and "k_proj" not in self.path
 
 
@@ -228,13 +228,13 @@ class Family:
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """Paths of what LoRA may be on in a decoder layer."""
+        """Paths of the modules in a decoder layer that LoRA may be on."""
         routers = (self.experts.router,) if self.experts else ()
         return (*(p.path for p in self.projections), *routers)
 
     @property
     def uncut(self) -> tuple[Projection, ...]:
-        """Projections of which one side at least is what no gate cuts."""
+        """Projections with at least one side that no gate cuts."""
         sides = ((p, {p.columns, *p.rows}) for p in self.attention + self.mixer)
         return tuple(p for p, axes in sides if axes & {"mixer", "latent"})
 
@@ -245,7 +245,7 @@ class Family:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What the names of projections, and of experts, have in files: one of these each."""
+        """Parts of names in files: each projection and expert has one of these."""
         stacks = self.experts.files if self.experts else ()
         return (*(f".{p.path}." for p in self.projections), *stacks)
 
@@ -255,7 +255,7 @@ class Family:
         return self.attention_norms + self.mlp_norms + self.shared_norms
 
     def head_dim(self, config: Any) -> int:
-        """Return the features that a head writes: what the config states, else its width's share.
+        """Return the features of a head: as the config states, else the head's share of the width.
 
         Args:
             config: the config of a model of the family, stock or pruned.

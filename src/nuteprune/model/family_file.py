@@ -42,14 +42,14 @@ class FamilyFile:
         return _wrong(self.path, self.lines, key, what)
 
     def check_against(self, config: PreTrainedConfig, model: nn.Module) -> None:
-        """Check the entry against a model: that its modules are there, and of the size it says.
+        """Check that the entry's modules are in a model and have the stated sizes.
 
         Args:
             config: a config of the type.
             model: the causal LM that it makes, all layers alike.
 
         Raises:
-            UserError: naming the line of what is not so.
+            UserError: naming the line that is wrong.
         """
         family = self.family
         for key in ("layers", "embedding", "final_norm"):
@@ -117,12 +117,12 @@ class FamilyFile:
 
 
 def to_text(family: Family) -> str:
-    """Return an entry as YAML, without what an entry has anyway."""
+    """Return an entry as YAML, without defaults."""
     return yaml.safe_dump(to_dict(family), sort_keys=False, allow_unicode=True)
 
 
 def to_dict(family: Family) -> dict[str, Any]:
-    """Return an entry as plain data, without what an entry has anyway."""
+    """Return an entry as plain data, without defaults."""
     found = {}
     for field in fields(family):
         value = getattr(family, field.name)

@@ -12,9 +12,9 @@ Forward = Callable[..., Any]
 
 
 def put_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
-    """Let a module compute something else, its hooks as ever; return what gives it back its own.
+    """Replace a module's forward, but not its hooks; return a function that restores it.
 
-    Several may be put in one module, and are taken off in the opposite order.
+    Several may be put in one module; restore them in the opposite order.
     """
     before = vars(module).get("forward")
     module.forward = forward
@@ -30,7 +30,7 @@ def put_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back afterwards."""
+    """Put a model into evaluation mode, and restore each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -50,13 +50,13 @@ def in_place_of(modules: Sequence[nn.Module], forwards: Sequence[Forward]) -> It
 
 
 def giving(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> AbstractContextManager[None]:
-    """Return a context in which modules give what is known, whatever they read."""
+    """Return a context in which modules return known outputs, whatever they read."""
     return in_place_of(modules, [lambda *_, known=output, **__: known for output in outputs])
 
 
 @contextmanager
 def noting_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Within this context, collect what modules give, in the order in which they run."""
+    """Within this context, collect outputs of modules, in the order in which they run."""
     outputs: list[Any] = []
     with ExitStack() as stack:
         for module in modules:

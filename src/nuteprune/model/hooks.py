@@ -41,7 +41,7 @@ class MaskSource(Protocol):
         """Return a layer's multipliers of a kind."""
 
     def selection(self, layer: int, projection: Projection) -> Selection:
-        """Return which rows and columns of a projection are computed, what masks read follows."""
+        """Return the rows and columns of a projection that the masks leave to compute."""
 
 
 def scale(x: Tensor, mask: Tensor | None) -> Tensor:

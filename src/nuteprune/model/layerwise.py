@@ -46,7 +46,7 @@ class Layerwise:
     Args:
         anatomy: the model; no gradients are taken.
         hooks: where masks multiply in it.
-        masks: the masks that it runs under, None for open ones.
+        masks: the masks to run with; None: open ones.
         batches: token ids (B, T), T the same in all.
     """
 
@@ -118,7 +118,7 @@ class Layerwise:
             layer: where the text stands.
             projection: the last one of a block of it.
             norm: what the block reads the residual stream through.
-            other: what `norm` reads of the same text in another model, as `reads` returns it.
+            other: the inputs of `norm` for the same text in another model, from `reads`.
 
         Returns:
             X^T X, and (other - H)^T X (D, I) of what `norm` reads here, H; None without a norm.
@@ -144,7 +144,7 @@ class Layerwise:
 
     @torch.no_grad()
     def calls(self, layer: int, module: nn.Module) -> list[tuple[Any, ...]]:
-        """Return what a module of a layer is called with, of each batch."""
+        """Return the arguments that a layer's module is called with, for each batch."""
         found: list[tuple[Any, ...]] = []
 
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -158,7 +158,7 @@ class Layerwise:
 
     @torch.no_grad()
     def reads(self, layer: int, norms: Mapping[str, nn.Module]) -> dict[str, Read]:
-        """Take the text through a layer, to the next, and return what norms of it read."""
+        """Take the text through a layer, to the next, and return the inputs of its norms."""
         found: dict[str, list[Tensor]] = {name: [] for name in norms}
 
         def hook(name: str) -> Any:

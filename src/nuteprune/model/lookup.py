@@ -35,7 +35,7 @@ def family_named(model_type: str, config: Mapping[str, Any] | None = None) -> Fa
 
 
 def bring_along(family: Family) -> None:
-    """Let this process know a family by an entry that a user has."""
+    """Register a user's entry for a family in this process."""
     _OWN[family.model_type] = family
 
 
@@ -51,7 +51,7 @@ def all_brought_along() -> tuple[Family, ...]:
 
 @contextmanager
 def knowing(family: Family) -> Iterator[None]:
-    """Know a family by an entry for a while."""
+    """Register an entry for a family within the context."""
     before = _OWN.get(family.model_type)
     bring_along(family)
     try:

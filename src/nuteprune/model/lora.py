@@ -25,7 +25,7 @@ ADAPTER = "default"
 
 
 class Part(NamedTuple):
-    """What a run has learned of a projection: scale x out @ in, added to its weight or to another.
+    """The learned part of a projection: scale x out @ in, added to its weight or to another.
 
     `weight_OI`, where there is one, stands in place of the base's. A stack has nothing added.
     """
@@ -62,7 +62,7 @@ class _Place(NamedTuple):
 
 
 class LoraBank:
-    """What a student has beside the base model: LoRA weights, and weights in place of the base's.
+    """The student's own weights: LoRA, and weights in place of the base's.
 
     Weights in place of the base's are those of a refit. Both are swapped by pointer.
 
@@ -84,7 +84,7 @@ class LoraBank:
         self._dense: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the weights of now (not copies), by layer, projection and side (`A`, `B`, `W`)."""
+        """Return the current weights (no copies), by layer, projection and side (`A`, `B`, `W`)."""
         lora = {
             key: cast(Tensor, linear.weight)
             for layer in self._layers
@@ -98,7 +98,7 @@ class LoraBank:
         return lora | replaced
 
     def learned(self) -> Learned:
-        """Return the weights of now (not copies) by the projection that they are of."""
+        """Return the current weights (no copies) by projection."""
         state, found = self.state(), {}
         for where, (name, _, _, lora) in self._places.items():
             scale = 1.0 if lora is None else lora.scaling[ADAPTER]
@@ -108,7 +108,7 @@ class LoraBank:
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over weights that `state` returned, perhaps in another process.
+        """Load weights that `state` returned, perhaps in another process.
 
         Raises:
             UserError: if they are not of this model and these settings.
@@ -119,7 +119,7 @@ class LoraBank:
 
     @torch.no_grad()
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
-        """Take over LoRA's sides alone; errors as `load`."""
+        """Load LoRA's sides alone; errors as `load`."""
         own = {k: v for k, v in self.state().items() if not k.endswith(".W")}
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in lora.items()}:
             raise UserError(
@@ -130,7 +130,7 @@ class LoraBank:
             own[key].copy_(value)
 
     def weights(self) -> Weights:
-        """Return what stands in place of base weights now, by the names of `state`."""
+        """Return the weights in place of base weights, by the names of `state`."""
         return {key: value for key, value in self.state().items() if key.endswith(".W")}
 
     @torch.no_grad()
@@ -139,7 +139,7 @@ class LoraBank:
 
         Args:
             weights: by the names of `state`.
-            keeps_lora: whether LoRA goes on to add what it adds where whole weights come.
+            keeps_lora: whether LoRA keeps its values where whole weights come.
         """
         lora = self.state()
         for place in self._places.values():
@@ -153,7 +153,7 @@ class LoraBank:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Undo at the end what is put in place, or beside base weights, meanwhile."""
+        """Restore LoRA and the base weights at the end of the context."""
         lora = {key: value.clone() for key, value in self.state().items() if key[-1] in "AB"}
         try:
             yield
@@ -186,7 +186,7 @@ class LoraBank:
             cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
 
     def release(self) -> None:
-        """Let go of base weights that others stand in place of; there is no way back then."""
+        """Free base weights that others replace; this cannot be undone."""
         self._dense.clear()
 
     def _replace(self, place: _Place, weight_OI: Tensor, stored: bool = False) -> None:
@@ -201,7 +201,7 @@ class LoraBank:
     def set_delta(self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor) -> None:
         """Overwrite a projection's LoRA weights so that they add out @ in to its weight.
 
-        Directions beyond those given add nothing yet, and can be learned.
+        Further directions add nothing yet, and can be learned.
         """
         module = self._anatomy.projection(layer, projection)
         assert isinstance(module, LoraLayer)

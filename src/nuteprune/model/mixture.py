@@ -15,8 +15,8 @@ class Mixture:
     """Live views of a layer's routed experts.
 
     Args:
-        entry: what the family's entry says of them.
-        block: the module that routes tokens to experts and adds up what they give.
+        entry: their part of the family's entry.
+        block: the module that routes tokens to experts and adds up their outputs.
         router: scores the experts; has a row of weights for each.
         experts: holds their stacked weights.
         per_token: how many experts a token is routed to.
@@ -38,7 +38,7 @@ class Mixture:
 
     @property
     def down(self) -> Projection:
-        """What reads neurons, and writes what an expert adds."""
+        """The projection from an expert's neurons to its output."""
         return self.entry.projections[-1]
 
     def plain(self, weight: Tensor) -> Tensor:

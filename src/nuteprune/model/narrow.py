@@ -74,7 +74,7 @@ class Narrow:
 
     Args:
         module: its `forward` is replaced; its weight and state stay as they are.
-        selected: asked at each call.
+        selected: called at each forward pass.
     """
 
     def __init__(self, module: nn.Linear, selected: Callable[[], Selection]) -> None:
@@ -89,5 +89,5 @@ class Narrow:
         return narrow_linear(x, self._module.weight, self._module.bias, selected)
 
     def remove(self) -> None:
-        """Give the module back what it had."""
+        """Restore the module's `forward`."""
         self._give_back()

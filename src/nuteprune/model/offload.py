@@ -43,13 +43,13 @@ class Desk:
 
 
 class Away(Tensor):
-    """A weight, or a view of one, whose data are not where it says.
+    """An offloaded weight, or a view of one: it reports the device, its data are elsewhere.
 
     Args:
-        view: of `home`, what this is.
-        home: the weight where it stays, contiguous.
-        layer: the decoder layer that it is of.
-        desk: where it is read.
+        view: the part of `home` that this is.
+        home: the whole weight where it is stored, contiguous.
+        layer: the decoder layer that has it.
+        desk: the copies on the device.
     """
 
     view_of_home: Tensor
@@ -73,7 +73,7 @@ class Away(Tensor):
         return cast(Away, shell)
 
     def here(self) -> Tensor:
-        """Return it on the device."""
+        """Return the weight on the device."""
         view, copy = self.view_of_home, self.desk.copy_of(self.home, self.layer)
         start = view.storage_offset() - self.home.storage_offset()
         return copy.as_strided(view.shape, view.stride(), copy.storage_offset() + start)
@@ -100,7 +100,7 @@ class Away(Tensor):
 
 
 def offload(anatomy: Anatomy, device: torch.device, folder: Path | None = None) -> None:
-    """Let a model's decoder layers stay where they are, in place; the rest is not moved.
+    """Offload a model's decoder layers, in place; their data stay where they are.
 
     That goes for frozen matrices: norms and biases are small. Mixers are left out, since their
     fused kernels may read memory past all operations; and routers, on whose weights PEFT works.
@@ -135,7 +135,7 @@ def _away(weight: Tensor, layer: int, desk: Desk, folder: Path | None) -> nn.Par
 
 
 def like(weight: Tensor, value: Tensor, folder: Path | None) -> Tensor:
-    """Return a value that stands in place of a weight: away, if that is.
+    """Return a value that replaces a weight: offloaded if the weight is.
 
     Args:
         weight: the weight.
@@ -148,12 +148,12 @@ def like(weight: Tensor, value: Tensor, folder: Path | None) -> Tensor:
 
 
 def home_of(weight: Tensor) -> Tensor:
-    """Return a weight where it stays; one that is not away as it is."""
+    """Return the stored data of a weight; one that is not offloaded as it is."""
     return weight.home if isinstance(weight, Away) else weight
 
 
 def bring_home(model: PreTrainedModel) -> None:
-    """Give a model back what `offload` took, in place, and take the rest of it to the CPU."""
+    """Undo `offload`, in place, and move the rest of the model to the CPU."""
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():

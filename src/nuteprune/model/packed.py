@@ -24,7 +24,7 @@ def refuse_packed(model: PreTrainedModel) -> None:
     """Refuse weights in fewer bits where whole ones are to be written.
 
     Raises:
-        UserError: if a model has such.
+        UserError: if a model has packed weights.
     """
     if is_packed(model):
         raise UserError(
@@ -34,7 +34,7 @@ def refuse_packed(model: PreTrainedModel) -> None:
 
 
 def make_trainable(model: PreTrainedModel) -> None:
-    """Let gradients pass through packed weights; nothing is done to others.
+    """Let gradients pass through packed weights; other weights stay as they are.
 
     Raises:
         UserError: if they were packed by another quantizer, or cannot be unpacked here.
@@ -81,7 +81,7 @@ def count(parameter: nn.Parameter) -> int:
 
 
 def forget_packed(module: nn.Module) -> None:
-    """Drop what a module in 8 bits holds of its weights beside its parameters."""
+    """Drop the copies of its weights that a module in 8 bits holds beside its parameters."""
     state = cast(Any, getattr(module, "state", None))
     if hasattr(state, "CB"):
         state.CB = state.SCB = None

@@ -26,7 +26,7 @@ Norm = Literal["rms", "rms_1p", "layer", "layer_1p"]
 
 
 def propose(config: PreTrainedConfig) -> list[Family]:
-    """Return entries that may describe a model type, the likelier first; checks must tell.
+    """Return entries that may describe a model type, the likeliest first, to be checked.
 
     Args:
         config: a config of the type; its sizes do not matter.

@@ -96,15 +96,15 @@ class RoutedMasks:
         return computed_with(self._mixture.experts, masked, hidden, index_SK, weight_SK)
 
     def remove(self) -> None:
-        """Give the modules back what they had."""
+        """Restore the modules."""
         for give_back in self._give_back:
             give_back()
 
 
 class WeighedMasks(RoutedMasks):
-    """The same where all experts read all tokens, weighed before; the arguments are the same.
+    """`RoutedMasks` for experts that all read all tokens, weighed before; the same arguments.
 
-    What experts read is (E x S, D): expert after expert, 0 where a token is not theirs.
+    The experts' input is (E x S, D): expert after expert, 0 where a token is not theirs.
     """
 
     def _routed(self, hidden: Tensor) -> Any:
@@ -164,7 +164,7 @@ their place."""
 def computed_with(
     experts: Any, neurons: Neurons, hidden_SD: Tensor, index_SK: Tensor, weight_SK: Tensor
 ) -> Tensor:
-    """Return what experts give (S, D), with something else in place of their neurons."""
+    """Return the experts' output (S, D), with something else in place of their neurons."""
     own = experts._apply_gate
     # transformers sorts (token, expert) pairs by expert, and asks for all at once.
     expert_P, pair_P = torch.sort(index_SK.reshape(-1))

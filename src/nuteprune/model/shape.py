@@ -51,9 +51,9 @@ class LayerShape:
         return self.heads // self.kv_heads if self.kv_heads else 0
 
     def to_dict(self) -> dict[str, int]:
-        """Return the counts by name, those of experts and whether a mixer where there are any.
+        """Return the counts by name; those of experts and `mixer` only where there are any.
 
-        A block that is gone, or never was, is named too, as false.
+        A block that is gone or never existed is named too, as false.
         """
         names = (*COUNTS, "mixer")
         counts = {k: v for k in names if (v := getattr(self, k)) or k in DENSE_COUNTS}

@@ -76,8 +76,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     FSDP2 leaves the gradients of ignored parameters alone.
 
     Args:
-        parameters: what is trained, in the same order everywhere; without a gradient it counts
-            as one of zeros.
+        parameters: the trained ones, in the same order everywhere; a missing gradient counts as
+            zeros.
     """
     for parameter in parameters:
         if parameter.grad is None:

@@ -57,10 +57,10 @@ def small_config(config: PreTrainedConfig, **sizes: int | None) -> PreTrainedCon
 
     Args:
         config: any config.
-        **sizes: of `SIZES`, where another is wanted; None: not stated.
+        **sizes: replacements for sizes of `SIZES`; None: not stated.
 
     Raises:
-        UserError: if the config class does not take them.
+        UserError: if the config class does not take these sizes.
     """
     old = config.to_dict()
     names = names_of(old)

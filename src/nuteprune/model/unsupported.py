@@ -27,7 +27,7 @@ OTHER_MODALITIES = ("vision_config", "audio_config", "text_config")
 
 
 def parts_without_gates(config: Mapping[str, Any]) -> list[str]:
-    """Return what a config says of parts that no gate can cut; empty for a plain decoder.
+    """Return the parts in a config that no gate can cut; empty for a plain decoder.
 
     Args:
         config: `config.json`, or a config's `to_dict()`.

@@ -24,12 +24,12 @@ class Passed:
         final_norm: path of the norm that the language head reads.
         called: linear modules of the first layer, in the order in which they were called.
         norms: norms of the first layer, in that order.
-        inputs: what each module of the first layer read.
-        outputs: what it put out.
+        inputs: the input of each module of the first layer.
+        outputs: its output.
         embedded: the rows of the embedding matrix.
-        entered: what the first layer read.
-        raw: what the head's matrix gives.
-        logits: what the model put out.
+        entered: the input of the first layer.
+        raw: the output of the head's matrix.
+        logits: the output of the model.
     """
 
     layers: str
@@ -45,7 +45,7 @@ class Passed:
     logits: Tensor
 
     def reads(self, reader: str, source: str) -> bool:
-        """Return whether a module read what another put out."""
+        """Return whether a module read the output of another."""
         ours, theirs = self.inputs.get(reader), self.outputs.get(source)
         return ours is not None and theirs is not None and _same(ours, theirs)
 

@@ -25,7 +25,7 @@ class Wrapper:
         model_type: the config's.
         conditional: the class of its checkpoints.
         inside: what the names of the language model's base begin with in that class.
-        head: the same of its head.
+        head: what the names of its head begin with.
     """
 
     model_type: str
@@ -34,7 +34,7 @@ class Wrapper:
     head: str = "lm_head."
 
     def name_of(self, name: str) -> str:
-        """Return what a language model's tensor is called in the wrapper."""
+        """Return the name of a language model's tensor in the wrapper."""
         for own, theirs in (("model.", self.inside), ("lm_head.", self.head)):
             if name.startswith(own):
                 return theirs + name.removeprefix(own)
@@ -64,7 +64,7 @@ def wrapper_of(model_type: str) -> Wrapper | None:
 
 
 def own_name(name: str) -> str | None:
-    """Return what a wrapper's tensor is called in its language model, None if it is of none."""
+    """Return the name of a wrapper's tensor in its language model, None if it is not in it."""
     for theirs, own in (*_FILES, *_HEADS):
         if name.startswith(theirs):
             return own + name.removeprefix(theirs)

@@ -20,7 +20,7 @@ KERNELS = 1024
 def on_cpu(phases: Mapping[str, Need]) -> dict[str, float]:
     """Return the bytes that phases of a run on a CPU hold at most.
 
-    Kernels are there beside what lives: those of all phases so far.
+    Kernels add to live tensors: those of all phases so far.
 
     Args:
         phases: what each takes, in their order.
@@ -33,7 +33,7 @@ def on_cpu(phases: Mapping[str, Need]) -> dict[str, float]:
 
 
 def of_all_widths(several: Sequence[Masks]) -> Masks | None:
-    """Return masks of a model of few layers whose blocks have all widths that many layers' have.
+    """Return masks of a model of few layers whose blocks have all widths of many layers.
 
     Args:
         several: masks of one model.

@@ -42,7 +42,7 @@ def without_data(model: nn.Module) -> FakeTensorMode | None:
     """Let a model's tensors on the meta device claim, without data, to be on the CPU.
 
     Returns:
-        What their operations go through; None if the model has data.
+        The mode for their operations; None if the model has data.
     """
     mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
     made: dict[Tensor, Tensor] = {}
@@ -133,7 +133,7 @@ class Live(TorchDispatchMode, Watch):
         self.peak = self.now
 
     def restart(self) -> None:
-        """Count from here on; what lives is held."""
+        """Count from here on; live tensors stay counted."""
         self.peak, self.flops, self.fine, self.ticks = self.now, 0, 0, []
         self.sizes.clear()
 
@@ -152,7 +152,7 @@ class Live(TorchDispatchMode, Watch):
         return result
 
     def leave(self, tensor: Tensor) -> None:
-        """Count a tensor's storage no more, though it lives."""
+        """Stop counting a tensor's storage, though it lives."""
         self.count(tensor)
         key = tensor.untyped_storage()._cdata
         self.now -= self._known[key]

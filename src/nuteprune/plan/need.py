@@ -26,16 +26,16 @@ so work grows with the square."""
 
 
 class Unplanned(UserError):
-    """A model that cannot be gone through without data, as a mixture in fp32."""
+    """A model that cannot be planned without data, such as a mixture in fp32."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage takes.
+    """The memory and work of a stage.
 
     Args:
         peaks: bytes that live at most, weights among them, in each stretch of it.
-        flops: floating-point operations of products, of one time that it is gone through.
+        flops: floating-point operations of products, for one pass through the stage.
         fine: those of `flops` that are not in half precision.
         sizes: how many sizes of products in half precision there are.
     """
@@ -47,7 +47,7 @@ class Need:
 
     @classmethod
     def of(cls, live: Live, peaks: Sequence[float] = ()) -> Need:
-        """Return what was counted, in stretches with these peaks, or in one."""
+        """Return the counted need, in stretches with these peaks, or in one."""
         whole = (max([live.peak, *live.ticks]),)
         return cls(tuple(peaks) or whole, live.flops, live.fine, len(live.sizes))
 
@@ -57,24 +57,24 @@ class Need:
         return max(self.peaks)
 
     def held(self, more: float) -> Need:
-        """Return what it takes where so many bytes are held beside."""
+        """Return the need with this many bytes held beside it."""
         return replace(self, peaks=tuple(x + more for x in self.peaks))
 
     def then(self, other: Need) -> Need:
-        """Return what it takes to do this, and another thing after it."""
+        """Return the need of this and then another."""
         sums = (self.flops + other.flops, self.fine + other.fine, self.sizes + other.sizes)
         return Need(self.peaks + other.peaks, *sums)
 
     def times(self, count: float) -> Need:
-        """Return what it takes to go through it so many times."""
+        """Return the need of this many passes."""
         return replace(self, flops=self.flops * count, fine=self.fine * count)
 
 
 def through(found: Sequence[tuple[float, Need]], at: float) -> Need:
-    """Return what is needed at a place, by what is at others: work through all, peaks by the last.
+    """Extrapolate needs to a place: work from all others, peaks from the last ones.
 
     Args:
-        found: places with what is needed there, growing.
+        found: places, growing, and the needs there.
         at: the place.
     """
 
@@ -97,13 +97,13 @@ def extended(
     short: Sequence[int] = SHORT,
     layers: Sequence[LayerShape] = (),
 ) -> Need:
-    """Return what a stage takes of a model, by some with fewer layers where it has many.
+    """Return the need of a stage, extrapolated from fewer layers where a model has many.
 
     Args:
         config: of the whole model.
-        run: told a config, goes through the stage.
-        short: layers of the short ones; where layers differ, multiples of those until all were.
-        layers: what the config does not list of each layer, such as its experts; none: all alike.
+        run: runs the stage on a config.
+        short: numbers of layers to run; where layers differ, of periods of layers.
+        layers: facts of each layer that the config does not list, such as experts; none: alike.
 
     Raises:
         Unplanned: if its code asks for data.
@@ -130,10 +130,10 @@ def _until_all_kinds(config: PreTrainedConfig, layers: Sequence[LayerShape]) -> 
 
 
 def in_batches(run: Callable[[int], Need], count: int, few: tuple[int, int]) -> Need:
-    """Return what a stage takes of many blocks, by two that have few.
+    """Return the need of a stage for many blocks, from two runs on few.
 
     Args:
-        run: told how many, goes through the stage.
+        run: runs the stage on a number of blocks.
         count: how many there are.
         few: how many are run in place of them.
     """

@@ -51,7 +51,7 @@ ON_CPUS = ("cut",)
 
 @dataclass(frozen=True)
 class Phase:
-    """What a stage takes in a run.
+    """The memory and work of a stage in a run.
 
     Args:
         name: the stage's.
@@ -77,7 +77,7 @@ class Plan:
         config: of the dense model.
         args: the run's settings.
         length: tokens per block.
-        dtype: what is computed in.
+        dtype: the one to compute in.
         sizes: of the model's parts.
         allocator: which shapes it can be cut to.
         targets: the sparsities that it is to reach, growing.
@@ -86,8 +86,8 @@ class Plan:
         written: dtype of the files of a checkpoint.
         kind: the model's class; None: the stock one of the config.
         judged: blocks of held-out text; None: not known, and one batch is gone through.
-        stored: dtype of the checkpoint, if the run is on a CPU. Peaks are then of what no file
-            stands behind: weights are mapped, unless the run computes in another dtype. None: a
+        stored: dtype of the checkpoint, if the run is on a CPU. Peaks then leave out mapped
+            files: weights are mapped, unless the run computes in another dtype. None: a
             device, which holds all.
         own: share of the text that the model writes itself.
         packed: whether weights are in few bits or sharded, so that cuts are not tried.
@@ -143,7 +143,7 @@ class Plan:
         short: tuple[int, ...] = SHORT,
         masks: Masks | None = None,
     ) -> Need:
-        """Go through a stage without data."""
+        """Run a stage without data."""
 
         def run(config: PreTrainedConfig) -> Need:
             how: dict[str, Any] = {"kind": self.kind, "stored": self.stored, "masks": masks}
@@ -205,7 +205,7 @@ class Plan:
 
     @property
     def stops(self) -> int:
-        """How many times what is left is scored again."""
+        """How many times the remaining units are scored again."""
         again = METHODS[self.args.method].reads and self._tries_cuts
         return len(stops_before(self.targets[-1])) if again else 0
 
@@ -318,7 +318,7 @@ class Plan:
         return [Phase("teach", need, steps=args.max_steps * len(self.targets))][: args.max_steps]
 
     def step(self, kind: str = "") -> Need:
-        """Return what a step of a kind takes, a batch of it."""
+        """Return the need of one micro-batch of a step of a kind."""
         step = partial(Walk.teach, kind=kind)
         need = self.walked(step)
         narrow = kind != "moving"
@@ -346,7 +346,7 @@ class Plan:
     # -- the disk
 
     def disk(self) -> dict[str, float]:
-        """Return the bytes that a run writes, by what they are for."""
+        """Return the bytes that a run writes, by purpose."""
         args, sizes, count = self.args, self.sizes, len(self.targets)
         files = self.written.itemsize / self.dtype.itemsize
         refitted, teachers = sizes.refitted * args.refit, 0.0

@@ -16,19 +16,19 @@ from nuteprune.train.config import NutePruneConfig
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of what a model is made of, in the dtype of the run.
+    """Bytes of a model's parts, in the dtype of the run.
 
     Args:
         weights: all, tied ones once.
         projections: the decoder layers' projections.
         layer: of one decoder layer, the largest.
         outside: of what is in no layer: embedding, head, final norm.
-        refitted: what the refit puts beside the base's weights, at most.
+        refitted: weights that the refit adds beside the base's, at most.
         tried: weights that are refitted to try a cut out; see `stages.price`.
         adapters: LoRA, in fp32.
         cached: keys and values while the model writes.
         together: how many texts it writes at a time, at most.
-        read: what a token reads: without an embedding of which it reads a row.
+        read: weights that a token reads, without the embedding.
     """
 
     weights: int
@@ -46,7 +46,7 @@ class Sizes:
     def of(
         cls, anatomy: Anatomy, args: NutePruneConfig, length: int, kinds: Collection[str]
     ) -> Sizes:
-        """Read them off a model, whose tensors may be without data.
+        """Read the sizes off a model, whose tensors may be without data.
 
         Args:
             anatomy: the model.

@@ -30,7 +30,7 @@ def seconds_per_step(trainer: NutePruneTrainer) -> float:
 
 
 def cut_by_chance(trainer: NutePruneTrainer) -> None:
-    """Give a run that has not begun the masks of a step: by chance, at its target."""
+    """Give a run that has not begun random masks at its target."""
     masks = trainer.ready.allocator.chance(trainer.goal.sparsity).to(trainer.ready.device)
     if trainer.args.progressive:
         import_module("nuteprune.progressive.plan").begin(trainer, masks)

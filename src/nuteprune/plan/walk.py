@@ -41,8 +41,8 @@ class Walk:
         config: of the dense model.
         args: the run's settings.
         length: tokens per block.
-        dtype: what is computed in.
-        model: with data, to measure what else is told; None: one without is made of the config.
+        dtype: the one to compute in.
+        model: one with data, to measure in place of planning; None: one without, from the config.
         kind: the model's class; None: the stock one of the config.
         stored: dtype of the checkpoint, if the run is on a CPU. What is mapped from files is not
             counted then. None: a device, which holds all.
@@ -132,7 +132,7 @@ class Walk:
         return replace(fitted[0], peaks=(fitted[0].peak, live.peak))
 
     def refit(self, blocks: int) -> Need:
-        """Refit all layers at their most, on so much text; what is fitted stays."""
+        """Refit all layers at their worst case, on this much text; the fits stay."""
         with self._counting() as live:
             fitted = self._refit(self._widest(), blocks)
             del fitted
@@ -192,7 +192,7 @@ class Walk:
             yield live, trainer
 
     def slice(self) -> Need:
-        """Merge, fold and cut what was taught; uses the model up."""
+        """Merge, fold and cut the taught model, and use it up."""
         model, origin = self._model, self._model.origin
         with self._taught("fixed" * self._args.progressive) as (live, trainer):
             live.restart()

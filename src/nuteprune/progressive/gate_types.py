@@ -14,7 +14,7 @@ from nuteprune.progressive.hard_concrete import HardConcreteGates
 
 @dataclass(frozen=True)
 class GateType:
-    """What differs between types of gates.
+    """A type of gates.
 
     Args:
         make: from an allocator and the units' scores, kind -> (N,), to gates.

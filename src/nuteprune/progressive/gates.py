@@ -27,7 +27,7 @@ DECAY = 0.99
 
 
 class Gates(nn.Module):
-    """What the trainer asks of gates.
+    """The interface of gates to the trainer.
 
     Args:
         allocator: turns scores into exportable shapes and masks.
@@ -48,7 +48,7 @@ class Gates(nn.Module):
         return {kind: self.get_buffer(f"scores_{kind}") for kind in self.kinds}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups for what is trained of the gates."""
+        """Return the optimizer's groups for trained gates."""
         return []
 
     def begin_step(self, sparsity: float, seed: int) -> None:
@@ -60,7 +60,7 @@ class Gates(nn.Module):
         raise NotImplementedError
 
     def observe(self) -> None:
-        """Take in what a micro-batch's backward pass told about the gates."""
+        """Add the gradients of gates from a micro-batch's backward pass."""
 
     def end_step(self) -> None:
         """Finish an optimizer step."""
@@ -70,7 +70,7 @@ class Gates(nn.Module):
         return None
 
     def figures(self) -> dict[str, float]:
-        """Return what else is worth a line in the logs."""
+        """Return further figures for the logs."""
         return {}
 
     def sparsity(self) -> float:
@@ -115,7 +115,7 @@ class RankedGates(Gates):
         self._sparsity = 0.0
 
     def begin_step(self, sparsity: float, seed: int) -> None:
-        """Choose the step's hard masks by the scores of the moment."""
+        """Choose the step's hard masks by the current scores."""
         if not self.frozen:
             self._choose(sparsity)
 
@@ -145,7 +145,7 @@ class RankedGates(Gates):
         self._leaves = {}
 
     def end_step(self) -> None:
-        """Move the scores towards what the step has seen, on the scores' own scale."""
+        """Move the scores towards those of the step, on the scores' own scale."""
         if self._seen and not self.frozen:
             if several():
                 for kind in self.kinds:
@@ -166,7 +166,7 @@ class RankedGates(Gates):
         return self._hard
 
     def freeze(self, asked: float | Goal) -> Masks:
-        """Fix the masks at the scores of the moment."""
+        """Fix the masks by the current scores."""
         self._choose(asked)
         self.frozen = True
         return self._hard

@@ -22,7 +22,7 @@ MOVING, TAUGHT, FIXED = "moving", "taught", "fixed"
 
 
 def kinds_of_steps(args: ProgressiveConfig, sparsity: float) -> dict[str, int]:
-    """Return kind -> how many steps there are of it, to a sparsity."""
+    """Return kind -> its number of steps, on the way to a sparsity."""
     ramp = min(args.max_steps, _schedule(args, sparsity).freeze_step)
     found = {TAUGHT if snapshots_of(args, sparsity) else MOVING: ramp}
     return {k: v for k, v in (found | {FIXED: args.max_steps - ramp}).items() if v}
@@ -40,7 +40,7 @@ def _schedule(args: ProgressiveConfig, sparsity: float) -> Schedule:
 
 
 def begin(trainer: NutePruneTrainer, masks: Masks) -> None:
-    """Let a trainer have masks as in a step at its target: these, if they are fixed from the start.
+    """Give a trainer the masks of a step at its target: these, if they are fixed from the start.
 
     Args:
         trainer: a `ProgressiveTrainer` that has not begun.
@@ -88,5 +88,5 @@ class Planned(ProgressiveTrainer):
         return Role(self._fixed, held)
 
     def penalty(self) -> Tensor | None:
-        """Leave out what takes next to nothing, and depends on gates that have data."""
+        """Return no penalty: it costs next to nothing, and depends on gates that have data."""
         return None

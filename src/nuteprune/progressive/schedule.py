@@ -27,7 +27,7 @@ class Schedule:
 
     @property
     def ramp_steps(self) -> int:
-        """Steps by the last of which the target is asked for."""
+        """The number of steps until the schedule asks for the target."""
         return max(1, min(self.steps, round(self.steps * self.ramp_share)))
 
     @property
@@ -42,7 +42,7 @@ class Schedule:
         return self.ramp_steps > 1
 
     def sparsity(self, step: int) -> float:
-        """Return what is asked for at a step, counted from 0."""
+        """Return the scheduled sparsity at a step, counted from 0."""
         return self.target * min(1.0, (step + 1) / self.ramp_steps)
 
     def rests(self, step: int) -> bool:
@@ -53,7 +53,7 @@ class Schedule:
         """Return the share of the way back through the teachers that will be over after a step.
 
         The way back takes all of the rest, as published, or as long as the ramp where that is less:
-        a teacher is worth as many steps as it took to get past it. From then on it is 1 or more.
+        a teacher serves as many steps as the ramp took to pass it. After that it is 1 or more.
         """
         left = max(1, min(self.steps - self.ramp_steps, self.ramp_steps))
         return (step - self.ramp_steps + 1) / left

@@ -109,8 +109,8 @@ class Teachers:
     Args:
         folder: where snapshots are; made when the first is taken.
         layout: the units of the model's masks.
-        keep: whether the last one stays in memory when nobody holds it any more: where it is far
-            from the disk. On CPUs, a file that was read before is a moment away.
+        keep: whether the last one stays in memory when nobody holds it, for devices far from the
+            disk. On CPUs, reading a file again takes a moment.
     """
 
     def __init__(self, folder: Path, layout: Layout, keep: bool = False) -> None:
@@ -183,10 +183,10 @@ class Teachers:
         """Return a teacher, -1 being the dense model.
 
         Args:
-            index: which of the snapshots.
+            index: the snapshot's index.
             device: where it is to teach.
-            dtype: of its LoRA weights; the base weights' own spares casts and, where that is
-                what they are stored in, memory.
+            dtype: that of its LoRA weights; the base weights' dtype spares casts, and memory if the
+                snapshot is stored in it.
         """
         if index < 0:
             return DENSE

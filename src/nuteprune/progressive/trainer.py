@@ -105,15 +105,15 @@ class ProgressiveTrainer(NutePruneTrainer):
         return optimizer
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return groups for LoRA and for what is trained of the gates."""
+        """Return groups for LoRA and for trained gates."""
         return [*super().parameter_groups(), *self.gates.parameter_groups()]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LRScheduler:
-        """Make the schedule of LoRA's rate; what is trained of gates has a constant one.
+        """Make the schedule of LoRA's rate; trained gates have a constant rate.
 
-        As in the authors' code: else the multipliers slow down while sparsity still rises.
+        This follows the authors' code: else the multipliers slow down while sparsity still rises.
         """
         made = self.lr_scheduler is None
         schedule = super().create_scheduler(num_training_steps, optimizer)
@@ -186,7 +186,7 @@ class ProgressiveTrainer(NutePruneTrainer):
             self.ready.bank.install(weights)
 
     def as_pruned(self) -> AbstractContextManager[None]:
-        """Return a context in which `model` does what would be cut now; outside it has no masks."""
+        """Return a context in which `model` uses the current masks; outside of it, none."""
         self.check_unused()
         return self.coforward.student(self.gates.snapshot().to(str(self.args.device)))
 
@@ -205,13 +205,13 @@ class ProgressiveTrainer(NutePruneTrainer):
         }
 
     def manner(self) -> str:
-        """Return what is worth saying of how the run teaches, before it begins."""
+        """Return a description of how the run teaches, printed before it begins."""
         teacher = "dense" if self.args.teacher == "snapshots" else self.args.teacher
         teacher = "snapshots" if self.plan.has_snapshots else teacher
         return f"masks freeze at step {self.schedule.freeze_step}; teacher: {teacher}; "
 
     def note(self, logs: Mapping[str, Any]) -> str:
-        """Return what is shown of a step, by its logs."""
+        """Return the note on a step beside its progress bar, from its logs."""
         index = int(logs["teacher"])
         teacher = "dense" if index < 0 else f"{self.teachers.sparsities[index]:.1%}"
         return f"{super().note(logs)}  sparsity {logs['sparsity']:.1%}  teacher {teacher}"
@@ -241,17 +241,17 @@ class ProgressiveTrainer(NutePruneTrainer):
         self._has_scores = True
 
     def settle(self) -> None:
-        """Fix the masks, if training has not led to that."""
+        """Fix the masks if training has not."""
         super().settle()
         if not self.gates.frozen:
             self.freeze()
 
     def final_masks(self) -> Masks:
-        """Return the masks that are cut by."""
+        """Return the masks that the model is cut by."""
         return self.gates.snapshot()
 
     def teachers_met(self) -> list[float]:
-        """Return the sparsities of the teachers on the way."""
+        """Return the sparsities of the teachers used so far."""
         return self.teachers.sparsities
 
 

@@ -52,7 +52,7 @@ def cut_experts(
         state: tensors by the stock model's names.
         prefix: what the names of the layer's tensors begin with.
         entry: what the family's entry says of its experts.
-        masks: what is kept, all experts of the layer with the same number of neurons.
+        masks: the units to keep, with as many neurons for all experts of the layer.
         layer: the layer's index.
         width_D: hidden features that are kept, None for all.
     """

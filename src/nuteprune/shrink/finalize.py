@@ -47,7 +47,7 @@ def put(parameter: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def merge_layer(anatomy: Anatomy, layer: int, learned: Learned, computed: torch.dtype) -> None:
-    """Add what a run has learned of a layer to its weights.
+    """Merge the learned weights of a layer into it.
 
     Args:
         anatomy: the run's base model without adapters, or the same one as exact as it is stored.
@@ -109,7 +109,7 @@ def fold_layer(anatomy: Anatomy, masks: Masks, layer: int) -> None:
 
 @torch.no_grad()
 def fold_experts(mixture: Mixture, masks: Masks, layer: int) -> None:
-    """Multiply a layer's masks into what its experts write.
+    """Multiply a layer's masks into the weights of its experts.
 
     Experts and neurons scale columns of the down projections; the block's and the hidden gates
     scale rows.
@@ -166,7 +166,7 @@ def _fold(linear: nn.Linear, rows_O: Tensor | None, columns_I: Tensor | None = N
 
 
 def scale_norm(anatomy: Anatomy, norm: nn.Module, factor: Tensor | float) -> None:
-    """Multiply what an RMSNorm puts out by a factor, whether it stores w or w with 1 + w meant."""
+    """Multiply an RMSNorm's output by a factor, whether it multiplies by w or by 1 + w."""
     offset = 1.0 if anatomy.family.norm == "rms_1p" else 0.0
     weight = cast(Tensor, norm.weight)
     put(weight, (weight.float() + offset) * factor - offset)

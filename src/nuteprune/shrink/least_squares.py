@@ -57,13 +57,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class Regression:
-    """What a projection is fitted to, whichever of its inputs are left.
+    """The least-squares problem of a projection, for any choice of its inputs.
 
     Args:
         weight_OI: the weight that the ridge pulls towards, fp32.
         covariance_II: X^T X of its unmasked inputs, fp32.
-        target_OI: the weight whose outputs, from all inputs, are wanted, fp32.
-        missing_OI: E^T X of what is wanted beyond that, fp32; None: nothing.
+        target_OI: the weight whose outputs from all inputs the fit aims at, fp32.
+        missing_OI: E^T X, with E what it aims at beyond these outputs, fp32; None: nothing.
     """
 
     weight_OI: Tensor
@@ -72,7 +72,7 @@ class Regression:
     missing_OI: Tensor | None
 
     def fit(self, mask_I: Tensor) -> Tensor:
-        """Return the weight fitted to inputs that are multiplied so, as it is if none is gone."""
+        """Return the weight fitted to the inputs that a mask leaves; unchanged if it leaves all."""
         if not _lost(mask_I):
             return self.weight_OI
         mask_I = mask_I.to(self.weight_OI)
@@ -128,7 +128,7 @@ def fit_projections(
         batches: token ids (B, T) of calibration text, T the same in all.
         install: puts each fit into the model at once.
         progress: called after each layer.
-        dense: a context in which a layer has the dense model's weights, whatever is in their place.
+        dense: a context in which a layer has the dense model's weights.
         install_stack: puts routed experts' fits into the model; None: these stay as they are.
         note: told of all projections whose inputs have masks, also of those that lost nothing.
     """
@@ -232,8 +232,8 @@ def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
 def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors B (O, R) and A (R, I) of the update from `base_OI` to the fit.
 
-    Best in the outputs that it gives on the calibration inputs, not in the weights: singular
-    values are those of (W' - W) C^1/2. R is `rank`, or less where fewer directions count.
+    They fit the outputs on the calibration inputs best, not the weights: the singular values are
+    those of (W' - W) C^1/2. R is `rank`, or less where fewer directions count.
     """
     kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()
     inner_KK = with_ridge(fit.covariance_II, kept_K).double()

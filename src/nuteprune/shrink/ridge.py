@@ -34,9 +34,9 @@ def ridge_fit(
     Args:
         weight_OI: the weight that the ridge pulls towards, fp32.
         covariance_II: X^T X of the unmasked inputs, fp32.
-        mask_I: what the inputs will be multiplied by, 0 where they are gone.
-        target_OI: the weight whose outputs, from all inputs, are wanted, fp32.
-        more_OI: E^T X of what is wanted beyond that, fp32; None: nothing.
+        mask_I: multipliers of the inputs, 0 where they are gone.
+        target_OI: the weight whose outputs from all inputs the fit aims at, fp32.
+        more_OI: E^T X, with E what it aims at beyond these outputs, fp32; None: nothing.
     """
     kept_I = mask_I > 0
     kept_K = kept_I.nonzero().flatten()

@@ -22,7 +22,7 @@ from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale_norm
 
 
 def shape_of(masks: Masks) -> Shape:
-    """Return the dimensions that are left by what masks keep (non-zero entries)."""
+    """Return the dimensions that masks leave (non-zero entries)."""
     layers = []
     for i, old in enumerate(masks.layout.shape.layers):
         heads, neurons = masks.heads(i), masks.mlp_input(i)
@@ -57,14 +57,14 @@ def cut_state(
 ) -> Tensors:
     """Fold masks into a model's weights, and return those of the smaller model.
 
-    One layer at a time is worked on, and let go of when it is cut.
+    Layers are cut one at a time, and each is freed afterwards.
 
     Args:
         anatomy: a model without adapters; it is used up.
-        masks: what is kept (non-zero entries), in an exportable shape.
-        begin: told the layer that comes next, and None before what is in no layer: may still
-            change its weights.
-        hold: takes what was cut of such a part, and returns it as it is to be kept.
+        masks: the units to keep (non-zero entries), in an exportable shape.
+        begin: called with the next layer, or None before the parts outside of layers; may still
+            change their weights.
+        hold: takes the cut tensors of such a part, and returns them as they are to be kept.
 
     Returns:
         The state dict by the stock model's names.

@@ -23,7 +23,7 @@ from nuteprune.simulated import alike
 def lost_neurons(anatomy: Anatomy, masks: Masks, layer: int) -> Tensor | None:
     """Return multipliers (E, F) of a layer's experts, of which some are 0; else None.
 
-    Those of experts that are gone are 1. None too where experts do not show their neurons.
+    Multipliers of removed experts are 1. Also None where experts do not show their neurons.
     """
     mixture, neurons = anatomy.mixture(layer), masks.part("expert_neurons", layer)
     if mixture is None or neurons is None or mixture.entry.weighed_first:
@@ -43,8 +43,8 @@ def fitted_stack(mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tens
     Args:
         mixture: the experts, their neurons whole.
         routed: what the pruned model calls them with on calibration text.
-        mask_EF: what neurons will be multiplied by, 0 where they are gone.
-        target: the stack whose outputs, from all neurons, are wanted.
+        mask_EF: multipliers of neurons, 0 where they are gone.
+        target: the stack whose outputs from all neurons the fit aims at.
     """
     stack = mixture.stack(mixture.down).detach()
     fitted = stack.clone()

@@ -15,11 +15,11 @@ _Change = Callable[[int], int | None]
 
 
 def renumber(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
-    """Return settings of a model with the token ids in them counted anew.
+    """Return settings of a model with their token ids renumbered.
 
     Args:
         values: a config, or settings of generation.
-        new: old id -> new id; what is not there is gone.
+        new: old id -> new id; other ids are gone.
     """
     return {
         key: _changed(key, value, new.get)

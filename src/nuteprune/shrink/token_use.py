@@ -55,7 +55,7 @@ class Windows:
 def expected_use(
     anatomy: Anatomy, texts: Iterable[Sequence[int]], start: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return what a model expects to come next, on average over the positions of texts.
+    """Return a model's next-token probabilities, averaged over the positions of texts.
 
     Far more tokens are expected somewhere than `POSITIONS` could show.
 
@@ -90,8 +90,8 @@ def use_of(
 ) -> list[float]:
     """Return how often each token will be used.
 
-    What the text shows is its counts, and what the model expects in it. What it does not show is
-    told by weak signs, two together in their geometric mean. One is the tokenizer's order, in
+    The text shows its counts, and the model's expectations in it. Two weak signs, by their
+    geometric mean, stand for the use that it does not show. One is the tokenizer's order, in
     which frequent tokens lead. The other is what the model thinks possible, or how often the text
     has the same word in another form: with or without a space, in capitals or not.
 
@@ -100,7 +100,7 @@ def use_of(
         counted_V: how often the text uses each token.
         expected_V: what the model expects in the text.
         flat_V: what it thinks possible there and in text of its own.
-        guard: share of what the text does not show.
+        guard: share of the use that the text does not show.
     """
     order_V = 1 / torch.arange(1, len(flat_V) + 1)
     shown_V = (_shares(counted_V) + _shares(expected_V)) / 2

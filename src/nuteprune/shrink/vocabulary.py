@@ -86,7 +86,7 @@ class Merges:
     def required(self) -> set[str]:
         """Tokens that always stay: bytes, ASCII, runs of blanks, special tokens, the unknown one.
 
-        Of added tokens those that are kept free do not.
+        Added tokens that the tokenizer keeps free do not stay.
         """
         added = {x for x in self.added if not _PLACEHOLDER.match(x)}
         plain = {x for x in self.ids if (len(x) == 1 and x.isascii()) or (x and _is_blank(x))}
@@ -102,7 +102,7 @@ class Merges:
 
     @cached_property
     def parts(self) -> dict[int, tuple[int, ...]]:
-        """What each token is spelled with where it is gone; nothing of those without parts."""
+        """The parts that spell each token when it is gone; tokens without parts are left out."""
         whole = {*self.alphabet, *self.added}
         return {i: self._parts(x) for x, i in self.all_ids.items() if x not in whole}
 
@@ -130,7 +130,7 @@ def choose(merges: Merges, use: Sequence[float], keep: int, more: Iterable[int] 
 
     Args:
         merges: the tokenizer.
-        use: how often each token is used, by id; 0 of those beyond.
+        use: how often each token is used, by id; 0 beyond its end.
         keep: how many tokens are to stay.
         more: ids that have to stay.
 
@@ -171,7 +171,7 @@ def choose(merges: Merges, use: Sequence[float], keep: int, more: Iterable[int] 
 
 
 def cut_tokenizer(merges: Merges, kept: Sequence[int]) -> dict[str, Any]:
-    """Return the tokenizer.json of what stays, ids counted anew in the old order.
+    """Return the tokenizer.json of the tokens that stay, renumbered in the old order.
 
     Args:
         merges: the tokenizer.

@@ -43,7 +43,7 @@ def judge(
     name: str = "the model",
     progress: Progress = silent,
 ) -> Figures:
-    """Return what is found of a model.
+    """Judge a model: perplexity, and copying where it can be measured.
 
     Args:
         model: a causal LM.

@@ -65,13 +65,13 @@ def price(
     batch_size: int = 4,
     progress: Progress = silent,
 ) -> Scores:
-    """Return scores that went half-way to what cuts cost at the target.
+    """Return scores moved half-way to the measured cost of cuts at the target.
 
     Args:
         model: the model, whose cuts can be tried; see `Prunable.can_try_cuts`.
         scores: kind -> (N,), as `score` returned them.
         target: share of the decoder's projection parameters to remove, or another goal.
-        blocks: token ids (N, T) that tell, which the refit does not read.
+        blocks: token ids (N, T) that costs are measured on; the refit does not read them.
         refit_blocks: token ids (N, T) that the refit reads.
         batch_size: blocks that go through a layer together in the refit.
         progress: told of the refit, and of each change.
@@ -100,8 +100,8 @@ class Change:
 
     Args:
         kind: of the units that go, or come back.
-        layer: theirs.
-        units: which of the layer's.
+        layer: the layer that has them.
+        units: their indices in the layer.
         back: whether they come back.
     """
 
@@ -112,7 +112,7 @@ class Change:
 
     @property
     def followers(self) -> tuple[str, int, tuple[int, ...]]:
-        """What it tells the price of: all neurons of a layer, or a unit of attention."""
+        """The units that it prices: all neurons of a layer, or a unit of attention."""
         return self.kind, self.layer, () if self.kind == "neurons" else self.units
 
     def of(self, masks: Masks) -> Masks:
@@ -179,7 +179,7 @@ def most_changes(kind: str, units: int) -> int:
 
 
 def usual_changes(kind: str, units: int) -> float:
-    """Return how many changes of a layer are measured usually; see `most_changes`."""
+    """Return how many changes of a layer are usually measured; arguments as `most_changes`."""
     return most_changes(kind, units) * (1 if kind == "neurons" else USUALLY)
 
 
@@ -279,7 +279,7 @@ def logits_of(model: Prunable, ids_BT: Tensor) -> Tensor:
 
 
 def following(scores: Scores, prices: Mapping[Change, float], layout: Layout) -> Scores:
-    """Return scores that went half-way to what was measured.
+    """Return scores moved half-way to the measured costs.
 
     What counts is what units cost beside others: all are compared with the median.
 

@@ -22,7 +22,7 @@ class Prunable:
     Args:
         anatomy: its parts; LoRA is on its projections, and adds nothing.
         hooks: where masks multiply in it.
-        bank: what stands beside its weights, or in place of them.
+        bank: LoRA beside its weights, and weights in place of them.
         allocator: which shapes it can be cut to.
         is_sharded: whether its weights are shared out over processes.
     """

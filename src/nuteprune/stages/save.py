@@ -38,8 +38,8 @@ def save(
         budget: what the dense model's parameters were counted by.
         parameters: `before`, those of the dense model, and what a token goes through.
         stored_dtype: dtype of the file.
-        around: what else the checkpoint has that the dense model is from; None: nothing.
-        **record: what else the record is to hold.
+        around: the other parts of the source checkpoint; None: there are none.
+        **record: further keys of the record.
 
     Returns:
         The record as it was written.

@@ -43,8 +43,8 @@ def score(
 ) -> Scores:
     """Return the loss that removing each unit is expected to cost.
 
-    Units that have gone in a round keep the scores by which they went. See `Method.settled` for
-    what is made of the scores in the end.
+    Units that a round removed keep the scores that removed them. `Method.settled` then makes the
+    final scores.
 
     Args:
         model: the model.
@@ -77,7 +77,7 @@ def score(
 
 
 def stops_before(target: float) -> list[float]:
-    """Return the sparsities on the way to a target at which what is left is scored again."""
+    """Return the sparsities on the way to a target at which the other units are scored again."""
     rounds = math.ceil(target / MOST_AT_ONCE - 1e-9)
     return [target * i / rounds for i in range(1, rounds)]
 

@@ -27,7 +27,7 @@ class Sliced:
     Args:
         model: its weights rounded as they will be stored.
         shape: its dimensions.
-        masks: what was kept of the dense model, on the CPU.
+        masks: the units kept of the dense model, on the CPU.
     """
 
     model: PreTrainedModel

@@ -44,22 +44,22 @@ def write(
 ) -> list[list[int]]:
     """Let a model write text, drawn at temperature 1, and keep it in a file.
 
-    A text begins with a token that is drawn, each time another one, after what the tokenizer
-    begins a text with, or after end-of-text. It goes on to where the model ends it, for
-    `openings.TEXT_TOKENS` tokens at most. Where there is a chat template a quarter of the tokens
-    is chats: the model writes a user's question and the answer, of a block's length at most.
+    A text begins with what the tokenizer begins texts with, or with end-of-text. A drawn token
+    follows, each time another one. The model ends the text, after `openings.TEXT_TOKENS` tokens at
+    most. With a chat template a quarter of the tokens is chats: the model writes a user's question
+    and the answer, of a block's length at most.
 
-    The file is written batch by batch. Called again with the same arguments, whole batches in it
-    are kept, and the rest is written as if there had been no break, to the byte.
+    The file is written batch by batch. A second call with the same
+    arguments keeps whole batches and writes the rest as if without a break, to the byte.
 
     Args:
         model: the model, before anything is changed in it.
         tokenizer: its tokenizer.
-        tokens: how many there are at least.
+        tokens: how many to write at least.
         length: tokens per block of training; a chat fills one block at most.
         seed: draws the first tokens and what is written.
         folder: where the file is, by the name of `run_folder.SELF_WRITTEN`; made if need be.
-        progress: told how many tokens there are, and how many are asked for.
+        progress: told how many tokens are written, and how many are asked for.
 
     Returns:
         Token ids of each text, ended by the token that ends a text, as `training_blocks` takes
@@ -154,7 +154,7 @@ def read_written(
         path: the file.
         model: the model that has written it, in any dtype.
         tokenizer: its tokenizer.
-        tokens: how many are needed; of more, the batches that hold these.
+        tokens: how many are needed; batches after these are not read.
 
     Returns:
         Token ids of each text, as `write` returns them.
@@ -208,7 +208,7 @@ def _rows(path: Path, vocabulary: int) -> Iterator[dict[str, Any]]:
 
 
 def known_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return what text is to say of the model and the tokenizer that it is of: hashes of both.
+    """Return hashes of a model and its tokenizer, which mark the text that they write.
 
     A model is known by its shape and by the signs of weights of all layers, which are the same in
     any dtype; a tokenizer by its tokens, and by those that begin and end a text.

@@ -61,9 +61,9 @@ class Kind:
     Args:
         setting: the setting of `NutePruneConfig`.
         option: the command's.
-        units: what numbers may be followed by.
+        units: those that may follow a number.
         such: an example.
-        above: what it is more than.
+        above: the value is more than this.
         whole: whether it is a whole number.
         at: reads what stands after an `@`; None: nothing does.
     """
@@ -100,7 +100,7 @@ class Asked:
     Args:
         kind: `sparsity`, `shape` or one of `KINDS`.
         value: a share (`sparsity`, `shape`), parameters, bytes, or times as fast.
-        about: what else it depends on, such as `context`.
+        about: the conditions of the value, such as `context`.
     """
 
     kind: str
@@ -168,7 +168,7 @@ def all_asked(kind: str, given: Any) -> tuple[Asked, ...]:
         given: as for `several`; text, or the last of a list, may end with `@` and what it is at.
 
     Raises:
-        UserError: for what is no such value, or where it does not say what it is at.
+        UserError: for what is no such value, or a value without the `@` that it needs.
     """
     read, about = KINDS[kind].at, {}
     if read is not None:
@@ -204,12 +204,12 @@ def _each(parts: Any) -> Any:
 
 
 def value_of(kind: str, given: Any, name: str = "") -> float:
-    """Return one value that is given for a kind of target, or for what is written like it.
+    """Return one value that is given for a kind of target, or for a value of the same form.
 
     Args:
         kind: one of `KINDS`.
         given: a number, or text such as `100M`.
-        name: what errors call it, if not by its kind.
+        name: its name in errors, if not that of its kind.
 
     Raises:
         UserError: for what is no such value.
@@ -233,7 +233,7 @@ def value_of(kind: str, given: Any, name: str = "") -> float:
 
 
 def check_one(given: Mapping[str, Any], settings: Iterable[str]) -> None:
-    """Refuse more than one answer to how much is to go.
+    """Refuse more than one kind of target.
 
     Args:
         given: setting -> value, None where not given.
@@ -248,7 +248,7 @@ def check_one(given: Mapping[str, Any], settings: Iterable[str]) -> None:
 
 
 def moment(text: str) -> tuple[int, int, int]:
-    """Return what speed is asked for at: sequences, tokens of a prompt, tokens after it.
+    """Return the work to time: sequences, tokens of a prompt, tokens after it.
 
     Args:
         text: such as `1x256+32`.

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def leave_out(model: nn.Module) -> None:
-    """Tell DDP what is none of its business.
+    """Tell DDP which parameters to ignore.
 
     The penalty, alike on all processes, is no part of the forward pass that DDP looks at. Frozen
     weights are alike too, or FSDP's: DDP would send them around, and hold them to the end.

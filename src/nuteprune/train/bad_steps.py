@@ -47,7 +47,7 @@ class BadSteps:
 
         Args:
             norm: total norm of all of them before they were clipped, a scalar.
-            parameters: whose gradients are dropped.
+            parameters: those whose gradients are dropped.
         """
         bad = ~torch.isfinite(norm)
         self._total += bad

@@ -69,7 +69,7 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give the signals back to whom they were before, if that was Python's to know."""
+        """Restore the earlier signal handlers, if Python knew them."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
@@ -96,7 +96,7 @@ class AtomicTrainer(Trainer):
         raise NotImplementedError
 
     def take_state(self, state: RunState) -> None:
-        """Go back to such a state."""
+        """Go back to a state that `run_state` returned."""
         raise NotImplementedError
 
     def __init__(self, model: PreTrainedModel | PeftModel, args: TrainingArguments, **kwargs: Any):
@@ -111,8 +111,8 @@ class AtomicTrainer(Trainer):
     ) -> Any:
         """Run the steps; see `transformers.Trainer.train`.
 
-        Steps and checkpoints of an earlier run of this kind in the same folder are removed, but
-        where one of these is gone on from.
+        Steps and checkpoints of an earlier run of this kind in the same folder are removed, unless
+        the run resumes from one of them.
 
         Raises:
             Interrupted: if a signal asked to stop; a checkpoint is written before.
@@ -257,7 +257,7 @@ class AtomicTrainer(Trainer):
         return str(self._checkpoint_dir or super()._get_output_dir(trial))
 
     def cut_metrics(self, step: int) -> None:
-        """Forget what was logged after a step, since a resumed run logs it again.
+        """Remove the log after a step, since a resumed run logs those steps again.
 
         Raises:
             UserError: if the file is damaged before that step.

@@ -65,7 +65,7 @@ def check_whole(args: TrainingArguments) -> None:
 
 
 def check_shards(sharded: bool, processes: int, packed: bool) -> None:
-    """Refuse to share weights out where that cannot be done.
+    """Refuse sharding where it cannot work.
 
     Args:
         sharded: whether it is asked for.
@@ -85,7 +85,7 @@ def check_shards(sharded: bool, processes: int, packed: bool) -> None:
 
 
 def check_offload(args: NutePruneConfig, packed: bool) -> None:
-    """Refuse to keep layers off the device where that cannot be done, or would save nothing.
+    """Refuse offloading where it cannot work, or would save nothing.
 
     Args:
         args: the run's settings.
@@ -111,11 +111,12 @@ def check_offload(args: NutePruneConfig, packed: bool) -> None:
 
 
 def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Refuse activation checkpointing that hooks of layers and shared masks cannot do with.
+    """Refuse activation checkpointing that hooks of layers and shared masks do not support.
 
-    Re-entrant, its backward passes end at each layer's edge, and all layers share one set of masks,
-    whose graph the first of those passes would free. Older releases of transformers checkpoint a
-    layer with its hooks, which compare it with the teacher's in the forward pass alone.
+    In the re-entrant form backward passes end at each layer's edge. All layers share one set of
+    masks, whose graph the first of those passes would free. Older releases of transformers
+    checkpoint a layer with its hooks, which compare it with the teacher's in the forward pass
+    alone.
 
     Raises:
         UserError: if the settings ask for it, or the model has it already.
@@ -146,7 +147,7 @@ def check_trainer_settings(args: TrainingArguments) -> None:
     """Refuse what no run of ours can do, and keep each process to one accelerator.
 
     Trainer would spread a process over all that it sees (DataParallel), but hooks and masks belong
-    to one copy of the model; several processes are what several are for.
+    to one copy of the model; several accelerators need several processes.
 
     Raises:
         UserError: naming the setting.

@@ -151,7 +151,7 @@ class NutePruneConfig(PruneSettings, RunArguments):
 
     @property
     def priced_blocks(self) -> int:
-        """Blocks that tell what units cost at the target, beside what the refit reads."""
+        """Blocks that pricing measures on, beside those of the refit."""
         prices = self.priced and METHODS[self.method].priced and self.tried
         return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * prices
 
@@ -162,7 +162,7 @@ class NutePruneConfig(PruneSettings, RunArguments):
 
     @property
     def blocks(self) -> int:
-        """Blocks that the run needs: its steps share them with what comes before."""
+        """Blocks that the run needs: its steps share them with the stages before."""
         taught = self.text_blocks or self.max_steps * self.sequences_per_step
         return max(1, taught, self.calibrated_blocks)
 

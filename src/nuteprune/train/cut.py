@@ -23,12 +23,12 @@ from nuteprune.train.targets import Target
 
 
 class Cut:
-    """Decides what goes, and what the weights that stay become.
+    """Chooses the units to remove, and refits the other weights.
 
     Args:
         model: the dense model.
         args: the run's settings.
-        text: the training text, whose ends are calibrated on.
+        text: the training text, whose ends are the calibration text.
         products: what the stages leave.
         progress: told of each stage.
         folder_of: where products of a goal are; None: with the others.
@@ -61,11 +61,11 @@ class Cut:
 
     @property
     def is_priced(self) -> bool:
-        """Whether scores follow what cuts cost at the target."""
+        """Whether scores are corrected by the cost of cuts at the target."""
         return bool(self.args.priced_blocks) and self.tries_cuts
 
     def score(self) -> Scores:
-        """Return what each unit costs."""
+        """Return the score of each unit."""
         args, model = self.args, self.model
         blocks_NT = self._end_NT[: args.scored_blocks]
         rounds = METHODS[args.method].reads and self.tries_cuts
@@ -93,7 +93,7 @@ class Cut:
         )
 
     def price(self, scores: Scores) -> Scores:
-        """Return scores that follow what cuts cost at the last target."""
+        """Return scores corrected by the cost of cuts at the last target."""
         if not self.is_priced:
             return scores
         goal = self.model.goals[-1]
@@ -127,7 +127,7 @@ class Cut:
         return Masks(model.layout, values).to(model.device)
 
     def refit(self, masks: Masks, goal: Target) -> Weights | None:
-        """Return the weights that stay; None where they are to stay as they are."""
+        """Return the refitted weights; None without a refit."""
         if not self.args.refit:
             return None
         return self.products.keep(

@@ -34,11 +34,11 @@ from nuteprune.train.targets import Prices, Target, run_targets
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the dense model, which a run uses up.
+    """Facts of the dense model, which a run uses up.
 
     Args:
         parameters: all of it, tied ones once.
-        entries: what a record says of where it comes from; see `export.record.origin_of`.
+        entries: the record's entry on where it comes from; see `export.record.origin_of`.
         stored_dtype: of the checkpoint that it is from, which the result keeps.
         computed_dtype: of the model itself.
     """
@@ -69,15 +69,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Prepared(Prunable):
-    """A dense model with all that a run hangs on it.
+    """A dense model with the hooks, LoRA and goals of a run.
 
     Args:
-        origin: what it was.
+        origin: facts of the dense model.
         model: the dense model with LoRA.
         coforward: the two roles that it plays.
-        prices: what a model of any shape costs.
-        goals: what it is to become, the largest first.
-        objective: what it is trained on.
+        prices: the costs of a model of any shape.
+        goals: the sizes to cut it to, the largest first.
+        objective: the losses that it is trained on.
     """
 
     origin: Origin
@@ -91,7 +91,7 @@ class Prepared(Prunable):
     def must_be_reloaded(self) -> bool:
         """Whether the model that is cut has to be loaded anew.
 
-        So it is where the run's own is not whole, or does not hold all values that are stored.
+        It has to be where the run's own is not whole, or does not hold all stored values.
         """
         stored, own = self.origin.stored_dtype, self.origin.computed_dtype
         return not self.has_whole_weights or exact_dtype(stored, own) != own
@@ -100,7 +100,7 @@ class Prepared(Prunable):
         """Refuse to cut the run's own model where it has to be loaded anew.
 
         Raises:
-            UserError: saying how.
+            UserError: saying how to load it.
         """
         if self.must_be_reloaded:
             raise UserError(
@@ -126,12 +126,12 @@ class Prepared(Prunable):
 
 
 def offload_if_asked(anatomy: Anatomy, args: NutePruneConfig, origin: Origin) -> None:
-    """Let the frozen layers of a run's model, dense or pruned, stay off its device.
+    """Offload the frozen layers of a run's model, dense or pruned, if its settings ask for it.
 
     Args:
         anatomy: the model.
         args: the run's settings, which may ask for it.
-        origin: what is known of the dense model.
+        origin: facts of the dense model.
     """
     if not args.offload:
         return

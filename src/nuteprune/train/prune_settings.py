@@ -36,8 +36,8 @@ class PruneSettings:
     )
     target_active_params: float | str | list[Any] | None = setting(
         None,
-        "Active parameters to end at, instead of --sparsity, such as 3B: of a mixture of experts "
-        "only those that a token is routed to count.",
+        "Active parameters to end at, instead of --sparsity, such as 3B: those that one token goes "
+        "through in a mixture of experts.",
         option="--active-params",
     )
     target_size: float | str | list[Any] | None = setting(
@@ -54,16 +54,16 @@ class PruneSettings:
     )
     target_speedup: float | str | list[Any] | None = setting(
         None,
-        f"Speed to end at, instead of --sparsity, such as 1.5 times the dense model's. 1.5 is of "
-        f"{DECODE} at {MOMENT} (sequences x tokens of the prompt + tokens after it); 1.5@prefill, "
-        "1.5@both or 1.5@prefill:1x512+64 are of others. Measured on the run's device, or by "
-        "--costs. Whole blocks may go too.",
+        "Speed to end at, instead of --sparsity, as a multiple of the dense model's: 1.5 is for "
+        f"{DECODE} at {MOMENT} (sequences x prompt tokens + new tokens), 1.5@prefill, 1.5@both or "
+        "1.5@prefill:1x512+64 for other work. Measured on the run's device, or by --costs. Whole "
+        "blocks may go too.",
         option="--speedup",
     )
     costs: dict[str, Any] | str | None = setting(
         None,
-        "For --speedup: a table of what blocks cost, from nuteprune bench MODEL --save-costs FILE, "
-        "perhaps of another machine. Default: measured by the run.",
+        "For --speedup: a table of block times, from nuteprune bench MODEL --save-costs FILE "
+        "on any machine. Default: the run measures them.",
         option="--costs",
         role=CALL,
     )
@@ -198,7 +198,7 @@ class PruneSettings:
 
     @property
     def asked(self) -> tuple[Asked, ...]:
-        """What is asked for, the largest model first; of a chosen shape what is left aside."""
+        """The targets, the largest model first; a chosen shape replaces them."""
         for name, kind in KINDS.items():
             if (given := getattr(self, kind.setting)) is not None:
                 return all_asked(name, given)

@@ -29,9 +29,9 @@ class PushesCheckpoint(Trainer):
         """Upload the checkpoint that `save_pruned` wrote last: weights, tokenizer, record, card.
 
         Args:
-            commit_message: the commit's.
-            blocking: return when all is there; False: at once, with a future.
-            token: with write permission; None: `hub_token` of the settings, or the stored one.
+            commit_message: message of the commit.
+            blocking: return after the upload; False: return a future at once.
+            token: one with write permission; None: `hub_token` of the settings, or the stored one.
             revision: branch to commit to; None: `hub_revision`.
             private: whether a new repository is private; None: `hub_private_repo`.
 
@@ -59,7 +59,7 @@ class PushesCheckpoint(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Refuse what would be no model: a run's state is in its checkpoints.
+        """Refuse to save a model during a run, whose state is in its checkpoints.
 
         Raises:
             UserError: unless Trainer writes a checkpoint.

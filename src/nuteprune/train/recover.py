@@ -42,7 +42,7 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         args: the settings.
         train_dataset: items with `input_ids` and `labels` (T,), of any lengths.
         processing_class: the tokenizer.
-        job: what else says what the run is: goes into run/settings.json.
+        job: the job's settings, which go into run/settings.json too.
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:

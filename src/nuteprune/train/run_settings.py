@@ -41,7 +41,7 @@ NOT_KEPT = frozenset(
 
 
 def run_settings(args: RunArguments, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run is: all that is declared for it, and what else was set.
+    """Return the settings of a run: the declared ones, and others that were set.
 
     Args:
         args: the trainer's settings.
@@ -79,18 +79,18 @@ def _changed(args: RunArguments) -> list[str]:
 
 
 def write_settings(run: Path, settings: Mapping[str, Any]) -> None:
-    """Write down what a run is that begins.
+    """Write the settings of a run that begins.
 
     Args:
         run: the folder of its checkpoints.
-        settings: of `run_settings`.
+        settings: as `run_settings` returned them.
     """
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / SETTINGS, to_json(settings, indent=2) + "\n")
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """Return what a run is.
+    """Return the settings of a run from its folder.
 
     Args:
         run: the folder of its checkpoints.
@@ -116,11 +116,11 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def check_same(run: Path, now: Mapping[str, Any], *kinds: type, also: Iterable[str] = ()) -> None:
-    """Refuse to go on with a run as another.
+    """Refuse to resume a run with other settings than its own.
 
     Args:
         run: the folder of its checkpoints.
-        now: `run_settings` of what is asked for.
+        now: `run_settings` of the new command.
         kinds: the dataclasses that declare its settings; what they do not declare may differ.
         also: settings that may not differ, though they say how a run goes.
 

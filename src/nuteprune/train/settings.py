@@ -108,7 +108,7 @@ def declared(kind: type) -> dict[str, Setting]:
 
 
 def check_declared(settings: Any) -> None:
-    """Refuse values that a setting's declaration rules out; None is left to who declares it.
+    """Refuse values that a setting's declaration rules out; its class checks None.
 
     Raises:
         UserError: naming the setting and what it may be.

@@ -38,8 +38,8 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     """Return the allocator for a model under a run's constraints.
 
     Raises:
-        UserError: for gates that the model's family cannot take, and for dimensions chosen that
-            the model or the gates cannot be cut to; for a term of routers where there are none.
+        UserError: for gates that the model's family cannot take, for dimensions that the model or
+            the gates cannot be cut to, or for a term of routers in a model without any.
     """
     whole, speed = anatomy.shape, args.asked[0].kind == "speedup"
     mixture = any(layer.experts for layer in whole.layers)
@@ -158,7 +158,7 @@ def _check_rows_of_stacks(
 
 
 def check_stock(anatomy: Anatomy, allocator: Allocator, target: float | Goal) -> None:
-    """Refuse uniform shapes that this checkpoint's stock config would not take.
+    """Refuse uniform shapes that this checkpoint's stock config cannot state.
 
     Raises:
         UserError: naming what works.

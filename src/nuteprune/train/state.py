@@ -30,7 +30,7 @@ class RunState:
 
     Args:
         tensors: group -> name -> value; `lora` has LoRA's sides by layer, projection and side.
-        notes: what else there is, as JSON has it.
+        notes: the rest of the state, for JSON.
     """
 
     tensors: dict[str, dict[str, Tensor]]
@@ -38,7 +38,7 @@ class RunState:
 
     @property
     def lora(self) -> dict[str, Tensor]:
-        """LoRA's sides, and what else `LoraBank.state` has."""
+        """LoRA's sides, and the other tensors of `LoraBank.state`."""
         return self.tensors.get("lora", {})
 
     def save(self, folder: Path) -> None:
@@ -97,14 +97,13 @@ def restore(current: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> 
 def last_checkpoint(run: Path) -> Path | None:
     """Return the newest trainer checkpoint of a run, None if there is none to resume from.
 
-    One that is there in part, since it was being removed or copied when something stopped that,
-    does not count.
+    An incomplete one, left by an interrupted removal or copy, does not count.
     """
     return next(filter(_is_whole, reversed(checkpoints(run))), None)
 
 
 def own_checkpoints(run: Path) -> list[Path]:
-    """Return those of `checkpoints` that are nuteprune's: others may be a model of the user's."""
+    """Return the `checkpoints` that nuteprune wrote: others may be a user's model."""
     return [folder for folder in checkpoints(run) if (folder / STATE).is_file()]
 
 
@@ -128,7 +127,7 @@ def check_places(run: Path, steps: int) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return a run's trainer checkpoints, those there in part too, the newest last."""
+    """Return a run's trainer checkpoints, incomplete ones too, the newest last."""
     found = run.glob(f"{CHECKPOINT}*") if run.is_dir() else ()
     numbered = [(int(number), x) for x in found if (number := x.name.rpartition("-")[2]).isdigit()]
     return [folder for _, folder in sorted(numbered)]

@@ -33,12 +33,12 @@ COUNTED = (*IN_PARAMETERS, "size", "memory")
 
 @dataclass(frozen=True)
 class Target:
-    """What one checkpoint of a run is to be.
+    """The target of one checkpoint of a run.
 
     Args:
-        asked: what was asked for.
+        asked: the target as the user gave it.
         goal: the same for the allocator.
-        sparsity: what it comes to: what was asked for, or before units are scored.
+        sparsity: the one asked for, or an estimate from before units are scored.
     """
 
     asked: Asked
@@ -46,7 +46,7 @@ class Target:
     sparsity: float
 
     def record(self, sparsity: float, cache_bytes: int) -> dict[str, Any]:
-        """Return what the record of a checkpoint says of its target.
+        """Return the record's entries on the target.
 
         Args:
             sparsity: the checkpoint's.
@@ -61,7 +61,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Prices:
-    """What a model of any shape costs.
+    """The costs of a model of any shape.
 
     Args:
         params: in parameters, tied ones once.
@@ -119,7 +119,7 @@ class Prices:
         return dict(zip(("active_before", "active_after"), pair, strict=True))
 
     def goal(self, asked: Asked) -> Goal:
-        """Return the goal of what is asked for in parameters or bytes."""
+        """Return the goal for a target in parameters or bytes."""
         if asked.kind == "speedup":
             return self._faster(asked)
         cost: Cost = {
@@ -184,7 +184,7 @@ def read_table(path: str) -> dict[str, Any]:
 
 
 def run_targets(allocator: Allocator, args: NutePruneConfig, prices: Prices) -> tuple[Target, ...]:
-    """Return what a run is to reach, sparsities growing.
+    """Return the targets of a run, sparsities growing.
 
     Raises:
         UserError: if one is out of the gates' reach, or asks for no cut.
@@ -221,7 +221,7 @@ def _target(allocator: Allocator, asked: Asked, prices: Prices) -> Target:
 
 
 def reached(record: Mapping[str, Any]) -> float:
-    """Return what a checkpoint has of what was asked for, from what was counted in its files.
+    """Return what a checkpoint reaches of its target's kind, counted in its files.
 
     Args:
         record: its nuteprune.json.

@@ -59,14 +59,14 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         train_dataset: items with `input_ids` (T,) of equal length and, where there is padding,
             `attention_mask` (T,).
         processing_class: the tokenizer, saved with the result.
-        masks: what is kept; None: the stages decide.
+        masks: the units to keep; None: the stages decide.
         weights: what `refit` returned for these masks.
         goal: which of the model's goals they are for; None: the last one.
         products: where the stages leave what they make; None: in the run's folder.
         progress: told about long work outside of training.
         stored_dtype: of the checkpoint that the model is from, which the result keeps; None: the
             model's own.
-        job: what else says what the run is (model, data and so on): goes into run/settings.json.
+        job: the job's settings (model, data and so on), which go into run/settings.json too.
         **kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -159,10 +159,10 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def begin(self, resumes: bool = False) -> None:
-        """Have masks and weights, and put these into the model; all processes take part.
+        """Get masks and weights, and put the weights into the model; all processes take part.
 
         Args:
-            resumes: whether what a run before has left in the folder is taken.
+            resumes: whether to use the products of an earlier run in the folder.
         """
         if self.masks is None:
             cut = self.stages_before(resumes)
@@ -191,7 +191,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         self.optimizer = self.lr_scheduler = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups for what is trained."""
+        """Return the optimizer's groups of trained parameters."""
         lora = [p for n, p in self.model.named_parameters() if "lora_" in n]
         return [{"params": lora, "weight_decay": self.args.weight_decay}]
 
@@ -291,7 +291,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return text_loss(passage, Head.of(self.anatomy), inputs), None, None
 
     def as_pruned(self) -> AbstractContextManager[None]:
-        """Return a context in which `model` does what would be cut now; outside it has no masks.
+        """Return a context in which `model` uses the current masks; outside of it, none.
 
         Raises:
             UserError: if the model is used up.
@@ -308,11 +308,11 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return {"sparsity": self.sparsity(), "bad_steps": self.bad_steps.total}
 
     def manner(self) -> str:
-        """Return what is worth saying of how the run teaches, before it begins."""
+        """Return a description of how the run teaches, printed before it begins."""
         return ""
 
     def note(self, logs: Mapping[str, Any]) -> str:
-        """Return what is shown of a step, by its logs."""
+        """Return the note on a step beside its progress bar, from its logs."""
         return f"loss {logs['loss']:.3f}"
 
     def sparsity(self) -> float:
@@ -354,7 +354,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return [self.bad_steps.total, self.bad_steps.in_row]
 
     def take_state(self, state: RunState) -> None:
-        """Go back to what had been learned."""
+        """Go back to a state that `run_state` returned."""
         self.ready.bank.load_lora(state.lora)
         self.bad_steps.restore(*state.notes["bad_steps"])
         self._step = -1
@@ -375,7 +375,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             )
 
     def settle(self) -> None:
-        """Have final masks, if training has not led to them; all processes take part."""
+        """Choose final masks if training has not; all processes take part."""
         self.begin()
         if self.args.max_steps == 0 and self.args.should_save:  # else `train` has written it
             write_settings(self.run_folder, self.settings())
@@ -436,7 +436,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return self.sliced.model
 
     def final_masks(self) -> Masks:
-        """Return the masks that are cut by."""
+        """Return the masks that the model is cut by."""
         assert self.masks is not None
         return self.masks
 
@@ -447,8 +447,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
 
         Args:
             folder: absent, empty, or with nothing but `run/` in it.
-            around: what else the checkpoint has that the model is from; None: nothing.
-            **record: what else the record is to hold, such as `perplexity`; `base_model` where it
+            around: the other parts of the source checkpoint; None: there are none.
+            **record: further keys of the record, such as `perplexity`; `base_model` where it
                 is not the folder or hub id that the model was loaded from.
 
         Returns:
@@ -486,7 +486,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         }
 
     def teachers_met(self) -> list[float]:
-        """Return the sparsities of the teachers on the way, of which there are none."""
+        """Return the sparsities of the teachers used so far: none here."""
         return []
 
 

@@ -108,7 +108,7 @@ class Architecture:
     """Config values that it takes for granted."""
 
     def folded_in(self, role: str, config: Any) -> float:
-        """Return what multiplies a role's map, as the architecture does not."""
+        """Return the factor of a role's map that the architecture lacks."""
         return prod((config_number(config, x) for x in self.folded.get(role, ())), start=1.0)
 
     @property

@@ -38,7 +38,7 @@ def _weight(anatomy: Anatomy, layer: int, projection: Projection) -> Array:
 
 
 def mixer_tensors(anatomy: Anatomy, arch: Architecture, layer: int) -> Named:
-    """Yield the tensors of what mixes a layer's tokens otherwise than attention."""
+    """Yield the tensors of a layer's mixer: a recurrence or a convolution."""
     block: Any = anatomy.layers[layer].get_submodule(anatomy.family.mixer_module)
     weights = [_weight(anatomy, layer, x) for x in anatomy.family.mixer]
     taps = taps_of(anatomy, layer)
@@ -89,7 +89,7 @@ def _delta_net_tensors(
     keys = 2 * groups * config.linear_key_head_dim
 
     def ordered(heads: Array) -> Array:
-        """Return what has a row, or several, for each value head, in the file's order."""
+        """Return a tensor with rows for each value head in the file's order."""
         each = heads.reshape(groups, config.linear_num_value_heads // groups, -1, *heads.shape[1:])
         tiled = arch.mixer == "tiled_delta_net"
         return (each.swapaxes(0, 1) if tiled else each).reshape(heads.shape)
@@ -120,10 +120,10 @@ def _by_kind(config: Any, mixed: Array, rates: Array) -> tuple[Array, Array, Arr
 
 
 def latent_attention_tensors(anatomy: Anatomy, layer: int) -> Named:
-    """Yield the maps to latents and back; keys and values of a head apart.
+    """Yield the maps to latents and back, with separate maps for keys and for values.
 
     llama.cpp norms latents with the model's epsilon, and stock classes with one of their own.
-    Multiplied by the root of their ratio, what is normed comes out the same.
+    The input of the norm is multiplied by the root of their ratio, so the output is the same.
     """
     family, nope = anatomy.family, anatomy.config.qk_nope_head_dim
     epsilon = float(getattr(anatomy.config, family.config_names["epsilon"]))

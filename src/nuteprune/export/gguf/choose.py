@@ -24,7 +24,7 @@ _SLIDING, _CHUNKED, _FULL = "sliding_attention", "chunked_attention", "full_atte
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What other programs are judged by: whether they can compute a model.
+    """Facts of a model that decide which programs can compute it.
 
     Args:
         family: the checkpoint's family.
@@ -51,7 +51,7 @@ class ModelFacts:
 
     @property
     def rotary_dimensions(self) -> int:
-        """Features per head that are rotated; of latent attention those that stand beside it."""
+        """Rotated features per head; with latent attention, those beside the latents."""
         if self.family.latent:
             return int(getattr(self.config, self.family.latent[1]))
         return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
@@ -63,7 +63,7 @@ class ModelFacts:
 
     @property
     def window(self) -> int | None:
-        """Tokens that some layer looks back, itself included; None if all see everything."""
+        """Tokens that layers with a window see, their own included; None if all layers see all."""
         window = getattr(self.config, "sliding_window", None)
         kinds = getattr(self.config, "layer_types", None)
         return window if window and (kinds is None or _SLIDING in kinds) else None
@@ -239,7 +239,7 @@ _WITH_EXPERTS = {
 
 
 def expert_period(shape: Shape) -> int:
-    """Return n where every n-th layer has experts, if it is so."""
+    """Return n if every n-th layer has experts."""
     return next((i for i, x in enumerate(shape.layers) if x.experts), 0) + 1
 
 

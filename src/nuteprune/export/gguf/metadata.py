@@ -151,7 +151,7 @@ def _expert_keys(anatomy: Anatomy, arch: Architecture, shape: Shape) -> Keys:
 
 
 def context_length(arch: Architecture, facts: ModelFacts) -> int:
-    """Return the context length; with windows that llama.cpp ignores, what all layers see."""
+    """Return the context length; at most the window where llama.cpp ignores windows."""
     longest = int(facts.config.max_position_embeddings)
     return longest if arch.window_period is not None else min(longest, facts.window or longest)
 

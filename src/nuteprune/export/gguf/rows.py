@@ -25,7 +25,7 @@ def padded_shape(shape: Shape, arch: Architecture, quantized: bool) -> tuple[Sha
 
     Args:
         shape: the model's dimensions.
-        arch: what it is written as.
+        arch: the architecture to write it as.
         quantized: whether rows must be whole blocks.
 
     Returns:

@@ -44,7 +44,7 @@ class LinearMap:
         return LinearMap(self.weight_OI * np.float32(factor), bias_O)
 
     def rows(self, order_O: NDArray[np.int64]) -> LinearMap:
-        """Return the map with some of its outputs, in this order."""
+        """Return the map with only these outputs, in this order."""
         bias_O = None if self.bias_O is None else self.bias_O[order_O]
         return LinearMap(self.weight_OI[order_O], bias_O)
 
@@ -70,8 +70,8 @@ def all_tensors(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, target:
 
     Args:
         anatomy: the model.
-        arch: what it is written as.
-        facts: by which the architecture was chosen.
+        arch: the architecture to write it as.
+        facts: those that chose the architecture.
         target: the shape to write, of `rows.padded_shape`.
     """
     embedding, divisor, factors = _folded_factors(anatomy, arch)

@@ -69,7 +69,7 @@ class Vocabulary:
     chat_template: str | None = None
 
     def keys(self) -> dict[str, Any]:
-        """Return what a file states of it, by key."""
+        """Return the keys and values that a file states."""
         found: dict[str, Any] = {}
         for field, key in _KEYS.items():
             value = getattr(self, field)
@@ -171,7 +171,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def further_end_tokens(vocabulary: Vocabulary, settings: Any) -> dict[str, int]:
-    """Return `eot` and `eom`: tokens at which a model stops, and llama.cpp would not, two at most.
+    """Return `eot` and `eom`: at most two tokens that end a model's text, but not llama.cpp's.
 
     Args:
         vocabulary: the tokenizer's keys.
@@ -187,7 +187,7 @@ def further_end_tokens(vocabulary: Vocabulary, settings: Any) -> dict[str, int]:
 def name_that_strips(
     name: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[str]]:
-    """Return a name by which llama.cpp strips what the tokenizer strips, and notes on the rest.
+    """Return a name that makes llama.cpp strip as the tokenizer does, and notes on the rest.
 
     GGUF has no key for it.
 

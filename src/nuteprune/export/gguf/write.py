@@ -71,7 +71,7 @@ _F16_MAX = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class WrittenGguf:
-    """What came of an export."""
+    """The result of an export."""
 
     arch: str
     tensors: int
