@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from importlib import import_module
 from typing import Any, cast
@@ -16,14 +17,14 @@ def seconds_per_step(trainer: NutePruneTrainer) -> float:
     args, dataset = trainer.args, cast(Any, trainer.train_dataset)
     batch = [dataset[i % len(dataset)] for i in range(args.train_batch_size)]
     inputs = trainer._prepare_inputs(trainer.data_collator(batch))
-    before, seconds, model = trainer.masks, 0.0, trainer.model
+    before, seconds, model = trainer.masks, math.inf, trainer.model
     cut_by_chance(trainer)
-    for _ in range(2):  # the first one warms up
+    for _ in range(3):  # the first one warms up
         started = time.monotonic()
         with trainer.accelerator.autocast():
             trial_step(trainer, inputs)
         model.zero_grad()
-        seconds = time.monotonic() - started
+        seconds = min(seconds, time.monotonic() - started)
     model.eval()
     trainer.masks = before
     return seconds * args.gradient_accumulation_steps
