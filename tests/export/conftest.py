@@ -230,6 +230,7 @@ def logits(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
 PLAIN = """
 import torch, transformers
 transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_warning()  # the default, whatever another test has set
 transformers.AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)
 transformers.AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
 transformers.AutoConfig.from_pretrained({folder!r}, trust_remote_code=True)
