@@ -42,7 +42,6 @@ def result_table() -> str:
     rows = [x for x in found["rows"] if x["method"] == "surgeon" and x["minutes"] > 6]
     rows.sort(key=lambda x: (x["target"], x["minutes"]))
     answers = rows[0]["answers"]
-    [first, *_] = rows[0]["context"].values()
     cells = [
         ["", "dense", *(f"{x['target']:.0%} removed, {x['minutes']:g} minutes" for x in rows)],
         ["---"] * (len(rows) + 2),
@@ -63,7 +62,6 @@ def result_table() -> str:
             *(f"{next(iter(x['context'].values()))['kept']:.0f} %" for x in rows),
         ],
     ]
-    assert first
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
@@ -92,7 +90,7 @@ def test_readme_is_short() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 110
     assert len(text.split()) <= 900
-    assert max(map(len, text.splitlines())) <= 120 or "|" in text
+    assert all(len(x) <= 120 for x in text.splitlines() if not x.startswith("|"))
 
 
 def test_contributing_has_the_modules() -> None:

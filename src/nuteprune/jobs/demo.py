@@ -47,7 +47,8 @@ def with_defaults(job: PruneJob) -> PruneJob:
     if not MEMORY.keys() & job.settings.keys():
         defaults |= MEMORY
     job.settings = {**defaults, **job.settings}
-    if job.minutes is None and "max_steps" not in job.settings:
+    has_steps = "max_steps" in job.settings or job.settings.get("progressive")
+    if job.minutes is None and not has_steps:
         job.minutes = MINUTES
     return job
 

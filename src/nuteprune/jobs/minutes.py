@@ -1,7 +1,7 @@
 """`--minutes`: how a run shares its time out over text, scores, prices and steps.
 
 The run times what it is going to do most: writing a token, and teaching a block. Other stages take
-multiples of a block, which were measured once (docs/cost.md). So the plan is settled before the
+multiples of a block (docs/cost.md). So the plan is settled before the
 first stage, and the record has it as plain settings. How many steps there are is settled when they
 begin: by then most of the time is spent, and what is left is known.
 """
@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nuteprune.console import Output, duration
 from nuteprune.data.own_text import tokens_to_write
 from nuteprune.errors import UserError
@@ -25,6 +27,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, trainer_config
 from nuteprune.jobs.text import share_to_write
 from nuteprune.plan.trial import seconds_per_step
+from nuteprune.processes import agree
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.price import usual_changes
@@ -104,8 +107,7 @@ def within_minutes(
     """Return a job with the settings that its minutes allow; see `shared_out`.
 
     Args:
-        job: the job. One that says nothing of minutes is returned as it is; one that goes on with
-            a run gets that run's plan.
+        job: a job with minutes. One that goes on with a run gets that run's plan.
         scratch: a folder for what nobody keeps.
         output: prints the plan.
         may_exceed: whether a run that has too little time takes what it needs.
@@ -113,8 +115,7 @@ def within_minutes(
     Raises:
         UserError: if there is no time for anything sensible, or steps are given too.
     """
-    if job.minutes is None:
-        return job
+    assert job.minutes is not None
     seconds = seconds_of(job.minutes)
     if "max_steps" in job.settings:
         raise UserError("--minutes and --steps both say how long to train; pass one of them")
@@ -128,6 +129,7 @@ def within_minutes(
         trial = make_run(small, trainer_config(small, scratch), bars)
         rates = _measured(trial)
     left = seconds - (time.monotonic() - job.started)
+    rates, left = _agreed(rates, left)
     settings, times = shared_out(job, trial, rates, left, may_exceed)
     output.line(
         f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
@@ -161,6 +163,14 @@ def _measured(run: Run) -> Rates:
     return Rates(block, token, changes, attention)
 
 
+def _agreed(rates: Rates, left: float) -> tuple[Rates, float]:
+    """Return the main process's rates and time left, so that all processes make its plan."""
+    measured = torch.tensor([rates.block, rates.token, left], dtype=torch.float64)
+    agree([measured])
+    block, token, left = measured.tolist()
+    return replace(rates, block=block, token=token), left
+
+
 def shared_out(
     job: PruneJob, trial: Run, rates: Rates, seconds: float, may_exceed: bool = False
 ) -> tuple[dict[str, Any], Times]:
@@ -180,7 +190,8 @@ def shared_out(
         UserError: if there is no time for anything sensible.
     """
     sources = max(1, len(trial.held_out))
-    judged = JUDGE * rates.block * sources * (2 + BESIDE)  # seconds, a block of each source
+    models = 1 + len(trial.goals) * (1 + BESIDE)
+    judged = JUDGE * rates.block * sources * models  # seconds, a block of each source
     each = round(min(job.eval_blocks, max(FEWEST, JUDGING * seconds / judged)))
     judging = judged * each
     times = None
@@ -242,14 +253,15 @@ def _times(
 def steps_in_time_of(
     job: PruneJob, after: float = 0.0
 ) -> Callable[[Run, NutePruneTrainer], int] | None:
-    """Return a function for the number of steps in the time left; None if a plan is settled.
+    """Return a function for the number of steps in the time left; None if the plan is settled.
 
     Args:
         job: the job.
         after: time that the written results still take, as a multiple of judging the dense
             model.
     """
-    if job.minutes is None or is_stated(job):
+    assert job.minutes is not None
+    if is_stated(job):
         return None
     end = job.started + seconds_of(job.minutes)
 
