@@ -226,7 +226,7 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     return watch.peaks
 
 
-def few_losses(probe: Any, kind: str, dense: Any) -> torch.Tensor:
+def few_losses(probe: Any, kind: str, dense: Any, *_: Any) -> torch.Tensor:
     """Cut some of the first layer's units alone, in place of all: each holds the same."""
     from nuteprune.gates import copying_losses
 

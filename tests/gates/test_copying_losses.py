@@ -16,6 +16,11 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 
 
+def all_losses(probe: Probe, kind: str, dense: copying_losses.DenseRun) -> Tensor:
+    units_N = torch.ones(probe.layout.units(kind), dtype=torch.bool)
+    return copying_losses.copying_losses(probe, kind, dense, units_N, probe.progress)
+
+
 def a_probe(model, kinds: tuple[str, ...], told: list[int] | None = None, **more) -> Probe:
     anatomy = Anatomy(model)
     told = [] if told is None else told
@@ -44,7 +49,7 @@ def test_losses_are_those_of_models_cut_by_hand(
     ids_ST = dense.ids_ST
     length = ids_ST.shape[1] // 2
     assert torch.equal(ids_ST[:, :length], ids_ST[:, length:])
-    found = copying_losses.copying_losses(probe, kind, dense)
+    found = all_losses(probe, kind, dense)
     assert len(told) == len(probe.anatomy.layers)
 
     def log_chances(of) -> Tensor:
@@ -72,7 +77,7 @@ def test_a_run_without_a_unit_begins_at_its_layer(tiny_model) -> None:
         layer.mlp.register_forward_hook(
             lambda *_, i=i: calls.__setitem__(i, calls[i] + 1)  # type: ignore[misc]
         )
-    copying_losses.copying_losses(probe, "kv_groups", dense)
+    all_losses(probe, "kv_groups", dense)
     each = copying_losses.SEQUENCES  # two groups of a layer go together
     assert calls == [each, 2 * each, 3 * each]
     with torch.no_grad():  # and the model is as it was
@@ -97,11 +102,32 @@ def test_what_copying_hangs_on_is_raised_on_the_scale_of_the_scores(
     assert copying_losses.copying_kept(probe, {}) == {}
     # What has gone before is no measure of the others.
     gone = torch.tensor([0.0, 0, 0, 4, 5, 6])
-    losses = torch.tensor([0.0, 1e-6, 0, 0.1, 0.1, 9.0])
+    losses = torch.tensor([0.0, 0, 0, 0.1, 0.1, 9.0])
     raised = copying_losses.copying_kept(probe, {"kv_groups": gone})["kv_groups"]
-    assert raised.tolist() == pytest.approx([0, 5e-5, 0, 5, 5, 450])
+    assert raised.tolist() == pytest.approx([0, 0, 0, 5, 5, 450])
     nothing = copying_losses.copying_kept(probe, {"kv_groups": 0 * gone})
     assert nothing["kv_groups"].tolist() == [0] * 6
+
+
+def test_only_units_near_the_cut_are_measured(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three cheapest go. What copying needs stays, so others go, and are measured too."""
+    monkeypatch.setattr(copying_losses, "COPIES", 0.0)
+    losses_N, seen = torch.tensor([0.1, 9.0, 0.1, 0.1, 0.1, 9.0]), []
+
+    def measure(probe, kind, dense, units_N, tick) -> Tensor:
+        seen.append(units_N.tolist())
+        return losses_N * units_N
+
+    def cut_by(scores):
+        return {k: (x.argsort().argsort() >= 3).float() for k, x in scores.items()}
+
+    monkeypatch.setattr(copying_losses, "copying_losses", measure)
+    probe = a_probe(tiny_model("llama"), ("kv_groups",), cut_by=cut_by)
+    scores = torch.tensor([1.0, 2, 3, 3.9, 4.5, 9])
+    raised = copying_losses.copying_kept(probe, {"kv_groups": scores})["kv_groups"]
+    rounds = [[i for i, x in enumerate(units) if x] for units in seen]
+    assert rounds == [[0, 1, 2], [3, 4]]  # 3.9 is not less than 1.25 x 3, but goes for 2
+    assert raised.tolist() == pytest.approx([3, 270, 3, 3.9, 4.5, 9])
 
 
 def test_the_surgeon_asks_what_copying_loses(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 Few-shot prompts, summaries and retrieval live on copying. A few heads carry it, and blocks of prose
 hardly exercise them. Where the model copies it is sure, so gradients are near zero: to every local
-score these heads look cheap. So each unit is cut alone, and random tokens that repeat tell.
-Source: induction heads, Olsson et al. 2022 (arXiv 2209.11895).
+score these heads look cheap. So each unit that is to go, or nearly, is cut alone, and random tokens
+that repeat tell. Source: induction heads, Olsson et al. 2022 (arXiv 2209.11895).
 
 A unit of a layer changes nothing in front of that layer, so each run begins there, from what the
 dense model gave.
@@ -14,6 +14,7 @@ compared at a time, V vocabulary, N units of one kind in the whole model.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ SEQUENCES, LENGTH = 3, 100
 """Sequences, and the tokens of each that come once more. 300 tokens tell the groups apart."""
 COPIES = 0.1
 """Share of the repeat's tokens that a model gets right if it copies at all."""
+NEAR = 1.25
+"""A unit whose score is below that of the dearest one that goes, times this, is measured."""
 AT_ONCE = 4
 """Units that are cut at a time, each in a sequence of its own."""
 CACHED, LAUNCHED = 2**18, 2**24
@@ -84,25 +87,54 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
     """Raise the scores of attention units that copying needs; none if the model cannot copy.
 
     score = max(score, median(score) x loss / median(loss)), with the loss of `copying_losses`: the
-    worse of both on one scale, since a mean would hide a switch. Medians leave out units that cost
-    nothing: those have gone already.
+    worse of both on one scale, since a mean would hide a switch. Medians are those of what was
+    measured: that is all units, or, where the probe knows the target, those that would go. What is
+    raised stays, so others go, and they are measured too.
+
+    Args:
+        probe: the model; `progress` is told of each layer once.
+        scores: kind -> (N,), of all kinds that are scored. Units that cost nothing have gone.
     """
-    kinds = [kind for kind in ("heads", "kv_groups") if kind in scores]
-    raised = dict(scores)
+    kinds: list[str] = [kind for kind in ("heads", "kv_groups") if kind in scores]
     if not kinds:
-        return raised
+        return dict(scores)
     dense = run_dense(probe)
-    copies = dense.copied >= COPIES
-    for kind in kinds:
-        if not copies:
-            for _ in probe.anatomy.layers:
-                probe.progress()
-            continue
-        losses_N, left_N = copying_losses(probe, kind, dense), scores[kind] > 0
-        if left_N.any():
-            relative_N = losses_N / losses_N[left_N].median().clamp(min=1e-12)
-            raised[kind] = torch.maximum(scores[kind], scores[kind][left_N].median() * relative_N)
+    raised, tick = dict(scores), probe.progress
+    losses = {kind: torch.zeros_like(scores[kind]) for kind in kinds}
+    measured = {kind: torch.zeros_like(scores[kind], dtype=torch.bool) for kind in kinds}
+    while dense.copied >= COPIES:
+        new = {k: x & ~measured[k] for k, x in _near_the_cut(probe, raised, kinds).items()}
+        if not any(new_N.any() for new_N in new.values()):
+            return raised
+        for kind, new_N in new.items():
+            losses[kind] += copying_losses(probe, kind, dense, new_N, tick)
+            at_N = measured[kind].logical_or_(new_N)
+            if at_N.any():
+                loss_N, own_N = losses[kind], scores[kind]
+                relative_N = loss_N / loss_N[at_N].median().clamp(min=1e-12)
+                raised[kind] = torch.maximum(own_N, own_N[at_N].median() * relative_N)
+        tick = _nobody
+    for _ in range(len(kinds) * len(probe.anatomy.layers)):
+        tick()
     return raised
+
+
+def _nobody() -> None:
+    """Take the place of `progress` once it has been told of all layers."""
+
+
+def _near_the_cut(probe: Probe, scores: Scores, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Return which units (N,) would go by some scores, or nearly; all that are there if unknown."""
+    there = {kind: scores[kind] > 0 for kind in kinds}
+    if probe.cut_by is None:
+        return there
+    left = probe.cut_by(scores)
+    near = {}
+    for kind, there_N in there.items():
+        gone_N = there_N & (left[kind] == 0)
+        dearest = scores[kind][gone_N].max() if gone_N.any() else 0.0
+        near[kind] = there_N & (scores[kind] < NEAR * dearest)
+    return near
 
 
 def repeated(vocabulary: int, length: int, seed: int) -> Tensor:
@@ -133,25 +165,30 @@ def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copying_losses(probe: Probe, kind: str, dense: DenseRun) -> Tensor:
-    """Return the KL divergence (N,) from the dense model when each unit is cut alone.
+def copying_losses(
+    probe: Probe, kind: str, dense: DenseRun, units_N: Tensor, tick: Callable[[], None]
+) -> Tensor:
+    """Return the KL divergence (N,) from the dense model when each of some units is cut alone.
 
     Args:
-        probe: the model; `progress` is told of each layer.
+        probe: the model.
         kind: `heads` or `kv_groups`.
         dense: the run of the model with all units.
+        units_N: whether a unit is one of them.
+        tick: called after each layer.
 
     Returns:
-        The mean over the repeats' tokens, in nats, on the CPU.
+        The mean over the repeats' tokens, in nats, on the CPU; 0 for the other units.
     """
-    layout, count = probe.layout, probe.layout.units(kind)
-    losses_N, first = torch.zeros(count), 0
+    layout, first = probe.layout, 0
+    losses_N = torch.zeros(layout.units(kind))
     for layer, size in enumerate(layout.sizes[kind]):
-        groups = torch.arange(first, first + size).split(AT_ONCE) if size else ()
+        here = first + units_N[first : first + size].nonzero().flatten()
+        groups = here.split(AT_ONCE) if len(here) else ()
         for units in alike(groups, dense.repeats[0].logits_TV):
             losses_N[units] = scored(losses_without(probe, kind, layer, units, dense))
         first += size
-        probe.progress()
+        tick()
     return losses_N
 
 

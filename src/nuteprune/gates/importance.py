@@ -122,12 +122,12 @@ def surgeon(probe: Probe) -> Scores:
     read = tuple(kind for kind in probe.kinds if has_cost(probe.anatomy, kind))
     others = tuple(kind for kind in probe.kinds if kind not in read)
     scores = surgeon_scores(replace(probe, kinds=read)) if read else {}
-    scores = first_attention_last(probe.layout, copying_kept(probe, scores))
     if others:
         scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
     if "experts" in others:
         places = removal_order(replace(probe, progress=lambda: None))
         scores["experts"] = in_order(probe.layout.sizes["experts"], scores["experts"], places)
+    scores = first_attention_last(probe.layout, copying_kept(probe, scores))
     return {kind: scores[kind] for kind in probe.kinds}
 
 

@@ -40,6 +40,8 @@ class Probe:
             without gradients.
         seed: draws the random scores, and tokens from the model.
         progress: called after each batch.
+        cut_by: from scores of all kinds to masks, of which 0 marks what goes at the target; None:
+            no target is known.
     """
 
     anatomy: Anatomy
@@ -50,6 +52,7 @@ class Probe:
     plain_batches: Sequence[Tensor] = ()
     seed: int = 0
     progress: Callable[[], None] = lambda: None
+    cut_by: Callable[[Scores], Mapping[str, Tensor]] | None = None
 
     @property
     def layout(self) -> Layout:

@@ -36,11 +36,12 @@ from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-SCORE, REFIT, CHANGE, JUDGE = 0.7, 0.8, 0.2, 0.35
+SCORE, REFIT, CHANGE, JUDGE = 0.7, 0.8, 0.2, 0.65
 """What a block takes, as a multiple of teaching one: to score it; to refit to it; to measure a
-change of the cut on it; to judge by it."""
+change of the cut on it; to judge by it, and by its share of what is copied."""
 CUT = 0.6
-"""What it takes to score a unit of attention by cutting it, the same way."""
+"""What it takes to score a unit of attention by cutting it, the same way. About as large a share of
+them is cut as is to go; see `copying_kept`."""
 OPTIONS = ((32, True), (32, False), (16, False), (8, False))
 """Blocks for the scores, and whether units are priced, the best first."""
 BEFORE = 0.55
@@ -49,8 +50,8 @@ JUDGING = 0.12
 """Share of all the time that judging by text may take."""
 FEWEST = 8
 """Steps, and blocks of each source to judge by, that a run has at least."""
-BESIDE = 1.0
-"""Answers and context take as long as judging the dense model by text, and this much of it."""
+BESIDE = 2.0
+"""What answers and context take, as a multiple of judging the dense model."""
 PLAN = ("max_steps", "calibration_blocks", "priced", "text_blocks", "eval_blocks")
 """Settings that a plan consists of."""
 TIMED = 2048  # tokens, for the time that writing takes
@@ -234,7 +235,8 @@ def _times(
 ) -> Times:
     """Return what a run with these settings takes."""
     args, goals = _args(job, settings), trial.goals
-    scored = SCORE * args.scored_blocks + CUT * rates.attention * METHODS[args.method].cuts
+    cut = rates.attention * goals[-1].sparsity * METHODS[args.method].cuts
+    scored = SCORE * args.scored_blocks + CUT * cut
     refit = REFIT * args.refit_blocks
     again = METHODS[args.method].reads and args.tried and trial.model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again

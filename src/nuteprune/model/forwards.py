@@ -32,7 +32,8 @@ def put_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and restore each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

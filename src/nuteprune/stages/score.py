@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def score(
         blocks: token ids (N, T) of calibration text; methods that also read without gradients take
             gradients on the first of them alone.
         method: a key of `gates.importance.METHODS`.
-        target: the largest sparsity that is to be reached.
+        target: the largest sparsity that is to be reached; 0: it is not known.
         refit_blocks: token ids (N, T) for the refit of each round; None: there are no rounds.
         batch_size: blocks that go through a layer together in the refit.
         seed: draws the random scores, and tokens that repeat.
@@ -63,14 +64,14 @@ def score(
     Raises:
         RunFailed: if scores are not finite.
     """
-    found = _score_once(model, blocks, method, seed, progress)
-    for sparsity in stops_before(target):
-        if refit_blocks is None:
-            break
+    goals = [target] if refit_blocks is None else [*stops_before(target), target]
+    found = _score_once(model, blocks, method, seed, goals[0], progress)
+    for sparsity, after in pairwise(goals):
+        assert refit_blocks is not None
         masks = choose(model, found, sparsity)
         weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress)
         with model.bank.using_weights(weights):
-            again = _score_once(model, blocks, method, seed, progress)
+            again = _score_once(model, blocks, method, seed, after, progress)
         kept = masks.to("cpu").values
         found = {k: torch.where(kept[k] > 0, again[k], found[k]) for k in found}
     return METHODS[method].settled(model.layout, found)
@@ -83,7 +84,7 @@ def stops_before(target: float) -> list[float]:
 
 
 def _score_once(
-    model: Prunable, blocks: Tensor, method: str, seed: int, progress: Progress
+    model: Prunable, blocks: Tensor, method: str, seed: int, target: float, progress: Progress
 ) -> Scores:
     chosen, kinds, anatomy = METHODS[method], model.kinds, model.anatomy
     # One block at a time where a scoring may need all logits of a batch.
@@ -93,7 +94,12 @@ def _score_once(
     turns = len(batches) + len(anatomy.layers) * (bool(plain) + cut)
     tick = counted(progress, "score", turns)
     budget = model.allocator.budget
-    probe = Probe(anatomy, model.hooks, budget, kinds, batches, plain, seed, tick)
+
+    def cut_by(scores: Scores) -> Scores:
+        return choose(model, scores, target).to("cpu").values
+
+    aim = cut_by if target else None
+    probe = Probe(anatomy, model.hooks, budget, kinds, batches, plain, seed, tick, aim)
     with _frozen_parameters(anatomy.model):
         scores = chosen.score(probe)
     check_finite(scores.values(), method)
