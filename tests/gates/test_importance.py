@@ -326,10 +326,17 @@ def test_surgeon_takes_first_what_costs_least(tiny_model, tiny_name: str) -> Non
             if linear is None:  # in a layer of another kind
                 continue
             x, d = inputs_and_slopes(model, linear)
-            c = x.T @ x / len(x)
-            c += torch.diag(0.01 * c.diagonal() + 1e-30)
             weight = linear.weight.double()
-            slopes = (d @ weight).square().sum(0) / len(TOKENS)
+            divided = x
+            if Anatomy(model).post_norm(i, "mlp_block" if kind == "neurons" else "attn_block"):
+                divided = x / (x @ weight.T).square().mean(-1, keepdim=True).sqrt()
+            c = divided.T @ divided / len(x)
+            squares = (d @ weight).square()
+            slopes = squares.sum(0) / len(TOKENS)
+            changes = (d @ weight * x).view(len(TOKENS), -1, len(c)).sum(1).square()
+            ratio = changes.mean(0) / (slopes * c.diagonal())
+            slopes *= ratio[ratio.isfinite()].median()
+            c += torch.diag(0.01 * c.diagonal() + 1e-30)
             v = weight / weight.norm(dim=0) * slopes.sqrt()
             units = torch.arange(len(c)).view(len(costs_U), -1)
             alone = torch.tensor([least_rise(v, c, unit) for unit in units])

@@ -10,11 +10,13 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(
-    tiny_model, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where a norm follows (Gemma), each token counts by what the norm divides it by."""
     monkeypatch.setattr(layerwise, "PANEL", 7)  # does not divide the 48 neurons
-    anatomy = Anatomy(tiny_model("llama"))
+    anatomy = Anatomy(tiny_model(name))
     random = torch.Generator().manual_seed(0)
     batches = [torch.randint(3, 90, (2, 10), generator=random) for _ in range(3)]
     text = Layerwise(anatomy, MaskHooks(anatomy), None, batches)
@@ -22,9 +24,12 @@ def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(
     (alone, _), down = text.covariance(0, last), anatomy.projection(0, last)
     seen: list[Tensor] = []
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-    found = text.advance(0, {"mlp": down})["mlp"]
+    found = text.advance(0, {"mlp_block": down})["mlp_block"]
     handle.remove()
     inputs_MI = torch.cat(seen)
-    assert inputs_MI.shape == (60, 48)
+    assert inputs_MI.shape[0] == 60
+    if name == "gemma3_text":
+        output_MO = inputs_MI @ down.weight.T
+        inputs_MI = inputs_MI / output_MO.square().mean(-1, keepdim=True).sqrt()
     for products in (alone, found):
         torch.testing.assert_close(products, inputs_MI.T @ inputs_MI)

@@ -11,7 +11,7 @@ The move is the closed-form refit of `shrink.least_squares`; the curvature here 
 model. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
 
 Shape suffixes: B batch, T tokens, M = B x T, V vocabulary, I inputs of a projection, U units of a
-kind in a layer, E experts, F neurons of each.
+kind in a layer, E experts, F neurons of each, R rows of moments.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from nuteprune.model.forwards import in_place_of
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
+from nuteprune.simulated import number, usual
 
 INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_block"}
 """Kind of gate -> the block whose last projection reads its units, and is refitted."""
@@ -44,8 +45,8 @@ READ = {**INPUTS, "expert_neurons": "experts"}
 
 Key = tuple[str, int]
 """A block, and a layer."""
-AddSquares = Callable[[str, int, Tensor], None]
-"""Takes in (block, layer, sums of squared gradients over some tokens (I,))."""
+AddMoments = Callable[[str, int, Tensor], None]
+"""Takes in (block, layer, sums over some tokens (R, I)); see `input_slopes`."""
 
 
 def has_cost(anatomy: Anatomy, kind: str) -> bool:
@@ -74,14 +75,16 @@ def removal_scores(probe: Probe, slopes: Mapping[Key, Tensor]) -> Scores:
         with noting_routed(mixture) as routed:
             covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
         if mixture is not None:
-            slopes_EF = slopes["experts", layer].view(mixture.sizes)
+            slopes_EF = slopes["experts", layer][0].view(mixture.sizes)
             with gathered(probe.anatomy.layers[layer]):
                 costs_EF = neuron_costs(mixture, routed, slopes_EF)
             found["expert_neurons"].append(costs_EF.flatten())
         for block in blocks:
             covariance_II = covariances.pop(block).div_(tokens)
             check_finite([covariance_II.diagonal()], "surgeon")
-            lengths_I = slopes[block, layer].sqrt()
+            slopes_I, changes_I = slopes[block, layer]
+            slopes_I = slopes_I * share_that_counts(slopes_I, changes_I, covariance_II.diagonal())
+            lengths_I = slopes_I.sqrt()
             kinds = [kind for kind in probe.kinds if READ[kind] == block]
             counts = [probe.layout.sizes[kind][layer] for kind in kinds]
             linear = probe.anatomy.linear(layer, probe.anatomy.ends(layer)[block])
@@ -111,24 +114,47 @@ def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def input_slopes(probe: Probe) -> dict[Key, Tensor]:
-    """Return the second moments (I,) of the loss's gradients by the inputs of last projections.
+    """Return moments (R, I) of the loss's gradients by the inputs of last projections.
 
-    Summed over tokens, averaged over sequences; the loss is a sequence's mean.
+    Averaged over sequences; the loss is a sequence's mean. The first row are squared gradients,
+    summed over tokens. The second are squared changes of the loss without the input in the whole
+    sequence, to first order: sums over tokens of its products with its gradients, squared. Neurons
+    of routed experts have the first alone.
     """
     device = probe.anatomy.model.device
     generator = torch.Generator(device).manual_seed(probe.seed)
     total: dict[Key, Tensor] = {}
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
-    def add_squares(block: str, layer: int, squares_I: Tensor) -> None:
-        slope_I, key = squares_I / LOSS_SCALE**2 / sequences, (block, layer)
-        total[key] = total[key] + slope_I if key in total else slope_I
+    def add_moments(block: str, layer: int, moments_RI: Tensor) -> None:
+        moments_RI, key = moments_RI / LOSS_SCALE**2 / sequences, (block, layer)
+        total[key] = total[key] + moments_RI if key in total else moments_RI
 
-    with _gradients_of_inputs(probe, add_squares):
+    with _gradients_of_inputs(probe, add_moments):
         for batch_BT in probe.batches:
             _back(probe, batch_BT.to(device), generator)
             probe.progress()
     return total
+
+
+def share_that_counts(slopes_I: Tensor, changes_I: Tensor, squares_I: Tensor) -> float:
+    """Return what inputs of a projection cost by the changes of the loss, over what K-FAC says.
+
+    K-FAC takes gradients for independent of inputs, and tokens of one another. But a token of large
+    inputs may have small gradients, above all where a norm follows, which divides both. And what
+    is missing from many tokens of a sequence adds up, where later layers gather it.
+
+    Args:
+        slopes_I: sums of squared gradients.
+        changes_I: squared changes of the loss; see `input_slopes`.
+        squares_I: means of squared inputs, in whatever unit the inputs' covariance has.
+
+    Returns:
+        The median of all inputs: a few of them are switches, which gradients do not show.
+    """
+    ratio_I = changes_I.double() / (slopes_I.double() * squares_I.double())
+    known_I = ratio_I.isfinite()
+    return number(ratio_I[known_I].median()) if usual(known_I.any()) else 1.0
 
 
 def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
@@ -140,7 +166,7 @@ def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
 
 
 @contextmanager
-def _gradients_of_inputs(probe: Probe, add: AddSquares) -> Iterator[None]:
+def _gradients_of_inputs(probe: Probe, add: AddMoments) -> Iterator[None]:
     """Pass on squared gradients by what last projections read, as a backward pass forms them."""
     anatomy = probe.anatomy
     with ExitStack() as stack:
@@ -151,16 +177,28 @@ def _gradients_of_inputs(probe: Probe, add: AddSquares) -> Iterator[None]:
                 if block == "experts":
                     mixture = anatomy.mixture(layer)
                     if mixture is not None:
-                        watched = watched_experts(mixture, add_own)
+                        watched = watched_experts(mixture, partial(_add_row, add_own))
                         stack.enter_context(in_place_of([mixture.experts], [watched]))
                 elif (module := _reader(probe, block, layer)) is not None:
-                    stack.enter_context(module.register_forward_pre_hook(_adding_squares(add_own)))
+                    stack.enter_context(module.register_forward_pre_hook(_adding_moments(add_own)))
         yield
 
 
-def _adding_squares(add: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _add_row(add: Callable[[Tensor], None], row_I: Tensor) -> None:
+    add(row_I[None])
+
+
+def _adding_moments(add: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        args[0].register_hook(lambda grad: add(grad.flatten(0, -2).float().square().sum(0)))
+        inputs_BTI = args[0].detach()
+
+        def note(grad_BTI: Tensor) -> None:
+            grad_BTI = grad_BTI.float()
+            slopes_I = grad_BTI.square().flatten(0, -2).sum(0)
+            changes_BI = (grad_BTI * inputs_BTI).sum(-2).view(-1, len(slopes_I))
+            add(torch.stack([slopes_I, changes_BI.square().sum(0)]))
+
+        args[0].register_hook(note)
 
     return hook
 

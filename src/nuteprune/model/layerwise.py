@@ -4,7 +4,7 @@ What is large, such as the covariance of a projection's inputs, is held for one 
 layer may be changed before the text goes on to the next.
 
 Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection, M = B x T, P columns of
-a panel.
+a panel, O outputs of a projection.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, in_place_of
 from nuteprune.model.hooks import MaskHooks, MaskSource
+from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered, is_sharded
 from nuteprune.simulated import once
 
@@ -31,6 +32,9 @@ PANEL = 256
 KEPT_BYTES = 2**30
 """What may be held of a projection's inputs, so that a layer need not form them again."""
 
+
+LEAST = 1e-12
+"""The least root mean square that a token's inputs are divided by."""
 
 Read = Sequence[Tensor]
 """What a module reads (B, T, D), of each batch."""
@@ -125,9 +129,10 @@ class Layerwise:
         """
         module = self._anatomy.projection(layer, projection)
         around = self._anatomy.block(layer, projection)
-        block = _Block(around, module, KEPT_BYTES // max(1, len(self._batches_BTD)), other)
+        most = KEPT_BYTES // max(1, len(self._batches_BTD))
         with ExitStack() as stack:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
+            block = _Block(around, module, self._products(layer, projection), most, other)
             # Before the masks' own hook, so that inputs are seen unmasked.
             stack.enter_context(_hooked([module], block.on_input, prepend=True))
             if norm is not None:
@@ -178,12 +183,13 @@ class Layerwise:
 
         Args:
             layer: the layer.
-            watched: name -> projection of it.
+            watched: `attn_block` or `mlp_block` -> its last projection.
 
         Returns:
-            Name -> X^T X (I, I) of the projection's unmasked inputs, in fp32.
+            Block -> X^T X (I, I) of the projection's unmasked inputs, in fp32.
         """
-        products = {name: _Products() for name in watched or ()}
+        ends = self._anatomy.ends(layer)
+        products = dict[str, _Products]()
 
         def hook(name: str) -> Any:
             return lambda _, args: products[name].add(args[0])
@@ -191,6 +197,7 @@ class Layerwise:
         with ExitStack() as stack:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
             for name, module in (watched or {}).items():
+                products[name] = self._products(layer, ends[name])
                 stack.enter_context(_hooked([module], hook(name), prepend=True))
             stack.enter_context(self._hooks.using(self._masks))
             for i in range(len(self._batches_BTD)):
@@ -198,6 +205,13 @@ class Layerwise:
         self._blocks.clear()
         give_back()
         return {name: product.whole() for name, product in products.items()}
+
+    def _products(self, layer: int, projection: Projection) -> _Products:
+        """Return the empty sum over a block's last projection's inputs."""
+        block = "attn_block" if projection in self._anatomy.family.attention else "mlp_block"
+        linear = self._anatomy.linear(layer, projection)
+        normed = linear is not None and self._anatomy.post_norm(layer, block) is not None
+        return _Products(weight_of(linear) if linear is not None and normed else None)
 
     def _run(self, layer: int, batch: int) -> Tensor:
         hidden_BTD = self._batches_BTD[batch]
@@ -219,15 +233,21 @@ class _Block:
         module: the block, None if it is no module of its own: then nothing is kept.
         projection: its last one. Nothing is kept either where the block gives anything else than
             what that gives, such as a multiple of it.
+        products: sums up what that reads.
         most: bytes of a batch's inputs, of more nothing is kept.
         other: what another model has, of each batch, in place of what `on_read` is told.
     """
 
     def __init__(
-        self, module: nn.Module | None, projection: nn.Module, most: int, other: Read
+        self,
+        module: nn.Module | None,
+        projection: nn.Module,
+        products: _Products,
+        most: int,
+        other: Read,
     ) -> None:
         self.module, self._projection, self._most = module, projection, most
-        self.products = _Products()
+        self.products = products
         self.missing_DI: Tensor | None = None
         self.inputs: list[Tensor] = []
         self._other, self._lack_ND = iter(other), torch.empty(0)
@@ -271,13 +291,24 @@ class _Block:
 
 
 class _Products:
-    """The sum of X^T X (I, I) over inputs X (..., I), in fp32; the lower triangle is computed."""
+    """The sum of X^T X (I, I) over inputs X (..., I), in fp32; the lower triangle is computed.
 
-    def __init__(self) -> None:
+    Args:
+        weight_OI: where a norm follows the projection, its weight. The norm divides each token's
+            output by its root mean square, so the token's inputs are divided too: else a few
+            tokens of large outputs would drown all others.
+    """
+
+    def __init__(self, weight_OI: Tensor | None = None) -> None:
+        self._weight_OI = weight_OI
         self._sum_II: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:
         rows_MI = inputs.reshape(-1, inputs.shape[-1]).float()
+        if self._weight_OI is not None:
+            output_MO = nn.functional.linear(inputs, self._weight_OI.to(inputs)).flatten(0, -2)
+            size_M1 = output_MO.float().square().mean(-1, keepdim=True).sqrt()
+            rows_MI = rows_MI / size_M1.clamp(min=LEAST)
         size = rows_MI.shape[1]
         if self._sum_II is None:
             self._sum_II = rows_MI.new_zeros(size, size)
