@@ -11,6 +11,7 @@ from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model import layerwise
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.shrink import ridge
@@ -209,6 +210,7 @@ def fitted_anew(
     """Fit a plain model by least squares, in place, in float64.
 
     The whole model runs anew for each projection. Rows of the ridge are below those of the inputs.
+    Where a norm follows, a row is divided by what the norm divides the projection's output by.
 
     Args:
         model: the stock model in float64, LoRA merged.
@@ -221,12 +223,14 @@ def fitted_anew(
     found = {}
     for i in range(3):
         both = masks.attention_input(i), masks.mlp_input(i)
-        for place, norm, mask, scale in zip(
-            WRITES[name], READS[name], both, SCALES.get(name, (1, 1)), strict=True
+        for place, norm, mask, scale, block in zip(
+            WRITES[name], READS[name], both, SCALES.get(name, (1, 1)), BLOCK_KINDS, strict=True
         ):
             path = place.format(i)
             linear: Any = model.get_submodule(path)
             x_MI = reads(model, path, tokens_NT)
+            if Anatomy(intact).post_norm(i, block) is not None:
+                x_MI = x_MI / (x_MI @ bases[path].T).square().mean(-1, keepdim=True).sqrt()
             kept_I = mask > 0
             weight_OI = linear.weight.clone()
             if not kept_I.all():

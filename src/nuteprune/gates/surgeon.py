@@ -16,6 +16,7 @@ kind in a layer, E experts, F neurons of each, R rows of moments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -36,7 +37,7 @@ from nuteprune.model.forwards import in_place_of
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
-from nuteprune.simulated import number, usual
+from nuteprune.simulated import number
 
 INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_block"}
 """Kind of gate -> the block whose last projection reads its units, and is refitted."""
@@ -153,8 +154,8 @@ def share_that_counts(slopes_I: Tensor, changes_I: Tensor, squares_I: Tensor) ->
         The median of all inputs: a few of them are switches, which gradients do not show.
     """
     ratio_I = changes_I.double() / (slopes_I.double() * squares_I.double())
-    known_I = ratio_I.isfinite()
-    return number(ratio_I[known_I].median()) if usual(known_I.any()) else 1.0
+    share = number(ratio_I.nan_to_num(math.nan, posinf=math.nan).nanmedian())
+    return share if math.isfinite(share) else 1.0  # a projection that is dead
 
 
 def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
