@@ -55,6 +55,22 @@ def test_rounds_and_prices_are_where_cuts_can_be_tried(
     assert cut.is_priced == priced
 
 
+@pytest.mark.parametrize("target", [0.0, 0.2])
+def test_scores_know_what_is_to_go(target: float, tiny_model: Any, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    watched = replace(
+        METHODS["surgeon"], score=lambda x: asked.append(x.cut_by) or METHODS["fisher"].score(x)
+    )
+    ready = prepare(tiny_model("llama"), settings(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "surgeon", watched)
+        found = score(ready, TEXT[:6], target=target)
+    [cut_by] = asked
+    assert (cut_by is None) == (not target)
+    if target:
+        assert any(bool((x == 0).any()) for x in cut_by(found).values())
+
+
 @pytest.mark.parametrize("method", ["surgeon", "fisher"])
 def test_what_is_left_is_scored_as_the_smaller_model(
     method: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -89,7 +89,7 @@ class Cut:
             method=args.method,
             gates=model.kinds,
             seed=args.seed,
-            target=target if rounds else None,
+            target=target if rounds or METHODS[args.method].cuts else None,
         )
 
     def price(self, scores: Scores) -> Scores:
