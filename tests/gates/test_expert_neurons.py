@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.gates import surgeon
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.scores import Probe
@@ -38,16 +38,18 @@ def clamped(rows: Tensor) -> Tensor:
 
 
 def by_hand(model: Any, it: Probe, layer: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Of each expert: its neurons (P, F) on its tokens, their weights (P,), sums of slopes (F,)."""
+    """Of each expert: its neurons (P, F) on its tokens, their weights (P,), changes (2, F)."""
     experts, act = it.anatomy.mixture(layer).experts, silu
     if model.config.model_type == "gpt_oss":
         act = clamped
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(6)]
+    found: list[list[tuple[Tensor, Tensor, int]]] = [[] for _ in range(6)]
+    tokens = itertools.count()
 
     def forward(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         rows = []
         for x, chosen, weights in zip(hidden, index, weight, strict=True):
             total: Any = 0
+            sequence = next(tokens) // TOKENS.shape[1]
             for e, g in zip(chosen.tolist(), weights, strict=True):
                 up, down = experts.gate_up_proj[e], experts.down_proj[e]
                 if act is clamped:
@@ -57,7 +59,7 @@ def by_hand(model: Any, it: Probe, layer: int) -> tuple[list[Tensor], list[Tenso
                     inner = act(up @ x)
                     given = down @ inner
                 inner.retain_grad()
-                found[e].append((inner, g.detach()))
+                found[e].append((inner, g.detach(), sequence))
                 total = total + g * given
             rows.append(total)
         return torch.stack(rows)
@@ -70,10 +72,18 @@ def by_hand(model: Any, it: Probe, layer: int) -> tuple[list[Tensor], list[Tenso
         logits.backward(drawn_slope(logits.detach(), generator))
     hook.remove()
     experts.forward = before
-    inner = [torch.stack([a.detach() for a, _ in x]).double() for x in found]
-    weights = [torch.stack([g for _, g in x]).double() for x in found]
-    slopes = [sum(a.grad.double().square() for a, _ in x) / len(TOKENS) for x in found]
-    return inner, weights, slopes
+    inner = [torch.stack([a.detach() for a, _, _ in x]).double() for x in found]
+    weights = [torch.stack([g for _, g, _ in x]).double() for x in found]
+    changes = []
+    for rows in found:
+        of: dict[int, Any] = {}
+        for a, _, sequence in rows:
+            of.setdefault(sequence, []).append((a.detach() * a.grad).double())
+        each = [torch.stack(x) for x in of.values()]
+        alone = sum(x.square().sum(0) for x in each)
+        together = sum(x.sum(0).square() for x in each)
+        changes.append(torch.stack([alone, together]) / len(TOKENS))
+    return inner, weights, changes
 
 
 def least_squares(inner_PF: Tensor, weight_P: Tensor, outputs_DF: Tensor) -> Tensor:
@@ -112,16 +122,21 @@ def test_costs_are_those_of_a_regression_on_an_expert_s_own_tokens(
     for layer in (0, 2):
         down = it.anatomy.mixture(layer).experts.down_proj.double()
         outputs = down.transpose(1, 2) if model_type == "gpt_oss" else down
-        inner, weights, slopes = by_hand(model, it, layer)
+        inner, weights, changes = by_hand(model, it, layer)
         for e in range(6):
             assert len(inner[e]) > 4
-            size = slopes[e].sqrt() / outputs[e].norm(dim=0)
+            heard = weights[e].square()
+            squares = (heard @ inner[e].square()) / heard.sum()
+            alone, together = changes[e]
+            ratio = together / alone
+            added = ratio[ratio.isfinite()].median()
+            size = (alone / squares * added).sqrt() / outputs[e].norm(dim=0)
             expected = least_squares(inner[e], weights[e], outputs[e] * size)
             torch.testing.assert_close(ours[layer, e], expected, rtol=2e-2, atol=0)
 
 
 def test_an_expert_that_reads_all_tokens_costs_what_a_dense_mlp_does(
-    tiny_model, monkeypatch: pytest.MonkeyPatch
+    tiny_model,
 ) -> None:
     dense = tiny_model("qwen3", intermediate_size=24)
     mixed = tiny_model(
@@ -135,8 +150,6 @@ def test_an_expert_that_reads_all_tokens_costs_what_a_dense_mlp_does(
         up = torch.cat([theirs.mlp.gate_proj.weight, theirs.mlp.up_proj.weight])
         ours.mlp.experts.gate_up_proj.data[0] = up
         ours.mlp.experts.down_proj.data[0] = theirs.mlp.down_proj.weight
-    # Scores of experts take gradients for independent of inputs.
-    monkeypatch.setattr(surgeon, "share_that_counts", lambda *_: 1.0)
     expected = surgeon_scores(probe(dense, "neurons"))["neurons"]
     found = surgeon_scores(probe(mixed, "expert_neurons"))["expert_neurons"]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)

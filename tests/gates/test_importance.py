@@ -331,11 +331,11 @@ def test_surgeon_takes_first_what_costs_least(tiny_model, tiny_name: str) -> Non
             if Anatomy(model).post_norm(i, "mlp_block" if kind == "neurons" else "attn_block"):
                 divided = x / (x @ weight.T).square().mean(-1, keepdim=True).sqrt()
             c = divided.T @ divided / len(x)
-            squares = (d @ weight).square()
-            slopes = squares.sum(0) / len(TOKENS)
-            changes = (d @ weight * x).view(len(TOKENS), -1, len(c)).sum(1).square()
-            ratio = changes.mean(0) / (slopes * c.diagonal())
-            slopes *= ratio[ratio.isfinite()].median()
+            change = (d @ weight * x).view(len(TOKENS), -1, len(c))
+            alone, together = change.square().sum((0, 1)), change.sum(1).square().sum(0)
+            ratio = together / alone
+            slopes = alone / len(TOKENS) / c.diagonal() * ratio[ratio.isfinite()].median()
+            slopes[~slopes.isfinite()] = 0
             c += torch.diag(0.01 * c.diagonal() + 1e-30)
             v = weight / weight.norm(dim=0) * slopes.sqrt()
             units = torch.arange(len(c)).view(len(costs_U), -1)

@@ -1,7 +1,7 @@
 """What removing units costs once the weights that stay make up for them, measured on text.
 
-The maths is that of `gates.surgeon_costs`: a projection's inputs have a curvature C, and the loss's
-gradients by them second moments. Neurons of a routed expert have those of its own down projection.
+The maths is that of `gates.surgeon_costs`: a projection's inputs have a curvature C, and the loss
+changes without each of them. Neurons of a routed expert have those of its own down projection.
 
 The loss is the cross entropy of tokens that the model itself draws: its curvature is that of the KL
 divergence from the dense model, which distillation minimises. Gradients need little text. C needs
@@ -11,12 +11,11 @@ The move is the closed-form refit of `shrink.least_squares`; the curvature here 
 model. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
 
 Shape suffixes: B batch, T tokens, M = B x T, V vocabulary, I inputs of a projection, U units of a
-kind in a layer, E experts, F neurons of each, R rows of moments.
+kind in a layer, E experts, F neurons of each.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, check_finite
 from nuteprune.gates.surgeon_costs import (
+    lengths,
     neuron_costs,
     noting_routed,
     removal_costs,
@@ -37,7 +37,6 @@ from nuteprune.model.forwards import in_place_of
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
-from nuteprune.simulated import number
 
 INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_block"}
 """Kind of gate -> the block whose last projection reads its units, and is refitted."""
@@ -46,8 +45,8 @@ READ = {**INPUTS, "expert_neurons": "experts"}
 
 Key = tuple[str, int]
 """A block, and a layer."""
-AddMoments = Callable[[str, int, Tensor], None]
-"""Takes in (block, layer, sums over some tokens (R, I)); see `input_slopes`."""
+AddChanges = Callable[[str, int, Tensor], None]
+"""Takes in (block, layer, squared changes (2, I)), summed over some sequences; see `lengths`."""
 
 
 def has_cost(anatomy: Anatomy, kind: str) -> bool:
@@ -62,30 +61,28 @@ def has_cost(anatomy: Anatomy, kind: str) -> bool:
 
 def surgeon_scores(probe: Probe) -> Scores:
     """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence."""
-    return removal_scores(probe, input_slopes(probe))
+    return removal_scores(probe, input_changes(probe))
 
 
-def removal_scores(probe: Probe, slopes: Mapping[Key, Tensor]) -> Scores:
-    """Return the scores from the result of `input_slopes`, without gradients."""
+def removal_scores(probe: Probe, changes: Mapping[Key, Tensor]) -> Scores:
+    """Return the scores from the result of `input_changes`, without gradients."""
     text = Layerwise(probe.anatomy, probe.hooks, None, probe.plain_batches)
     tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
     found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
     for layer in range(len(probe.anatomy.layers)):
-        blocks = [block for block, i in slopes if i == layer and block != "experts"]
-        mixture = probe.anatomy.mixture(layer) if ("experts", layer) in slopes else None
+        blocks = [block for block, i in changes if i == layer and block != "experts"]
+        mixture = probe.anatomy.mixture(layer) if ("experts", layer) in changes else None
         with noting_routed(mixture) as routed:
             covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
         if mixture is not None:
-            slopes_EF = slopes["experts", layer][0].view(mixture.sizes)
+            changes_2EF = changes["experts", layer].view(2, *mixture.sizes)
             with gathered(probe.anatomy.layers[layer]):
-                costs_EF = neuron_costs(mixture, routed, slopes_EF)
+                costs_EF = neuron_costs(mixture, routed, changes_2EF)
             found["expert_neurons"].append(costs_EF.flatten())
         for block in blocks:
             covariance_II = covariances.pop(block).div_(tokens)
             check_finite([covariance_II.diagonal()], "surgeon")
-            slopes_I, changes_I = slopes[block, layer]
-            slopes_I = slopes_I * share_that_counts(slopes_I, changes_I, covariance_II.diagonal())
-            lengths_I = slopes_I.sqrt()
+            lengths_I = lengths(changes[block, layer], covariance_II.diagonal())
             kinds = [kind for kind in probe.kinds if READ[kind] == block]
             counts = [probe.layout.sizes[kind][layer] for kind in kinds]
             linear = probe.anatomy.linear(layer, probe.anatomy.ends(layer)[block])
@@ -114,48 +111,26 @@ def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
     return slope_BTV.div_(logits_BTV.shape[1])
 
 
-def input_slopes(probe: Probe) -> dict[Key, Tensor]:
-    """Return moments (R, I) of the loss's gradients by the inputs of last projections.
+def input_changes(probe: Probe) -> dict[Key, Tensor]:
+    """Return what the loss changes by without each input of last projections, squared (2, I).
 
-    Averaged over sequences; the loss is a sequence's mean. The first row are squared gradients,
-    summed over tokens. The second are squared changes of the loss without the input in the whole
-    sequence, to first order: sums over tokens of its products with its gradients, squared. Neurons
-    of routed experts have the first alone.
+    The loss is a sequence's mean, and the changes are averaged over sequences. To first order, a
+    change is the input times the loss's gradient by it; see `lengths`.
     """
     device = probe.anatomy.model.device
     generator = torch.Generator(device).manual_seed(probe.seed)
     total: dict[Key, Tensor] = {}
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
-    def add_moments(block: str, layer: int, moments_RI: Tensor) -> None:
-        moments_RI, key = moments_RI / LOSS_SCALE**2 / sequences, (block, layer)
-        total[key] = total[key] + moments_RI if key in total else moments_RI
+    def add_changes(block: str, layer: int, changes_2I: Tensor) -> None:
+        changes_2I, key = changes_2I / LOSS_SCALE**2 / sequences, (block, layer)
+        total[key] = total[key] + changes_2I if key in total else changes_2I
 
-    with _gradients_of_inputs(probe, add_moments):
+    with _gradients_of_inputs(probe, add_changes):
         for batch_BT in probe.batches:
             _back(probe, batch_BT.to(device), generator)
             probe.progress()
     return total
-
-
-def share_that_counts(slopes_I: Tensor, changes_I: Tensor, squares_I: Tensor) -> float:
-    """Return what inputs of a projection cost by the changes of the loss, over what K-FAC says.
-
-    K-FAC takes gradients for independent of inputs, and tokens of one another. But a token of large
-    inputs may have small gradients, above all where a norm follows, which divides both. And what
-    is missing from many tokens of a sequence adds up, where later layers gather it.
-
-    Args:
-        slopes_I: sums of squared gradients.
-        changes_I: squared changes of the loss; see `input_slopes`.
-        squares_I: means of squared inputs, in whatever unit the inputs' covariance has.
-
-    Returns:
-        The median of all inputs: a few of them are switches, which gradients do not show.
-    """
-    ratio_I = changes_I.double() / (slopes_I.double() * squares_I.double())
-    share = number(ratio_I.nan_to_num(math.nan, posinf=math.nan).nanmedian())
-    return share if math.isfinite(share) else 1.0  # a projection that is dead
 
 
 def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
@@ -167,8 +142,8 @@ def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
 
 
 @contextmanager
-def _gradients_of_inputs(probe: Probe, add: AddMoments) -> Iterator[None]:
-    """Pass on squared gradients by what last projections read, as a backward pass forms them."""
+def _gradients_of_inputs(probe: Probe, add: AddChanges) -> Iterator[None]:
+    """Pass on the changes of the loss without inputs, as a backward pass forms gradients."""
     anatomy = probe.anatomy
     with ExitStack() as stack:
         stack.enter_context(anatomy.embedding.register_forward_hook(_require_gradients))
@@ -178,26 +153,22 @@ def _gradients_of_inputs(probe: Probe, add: AddMoments) -> Iterator[None]:
                 if block == "experts":
                     mixture = anatomy.mixture(layer)
                     if mixture is not None:
-                        watched = watched_experts(mixture, partial(_add_row, add_own))
+                        watched = watched_experts(mixture, probe.batches[0].shape[1], add_own)
                         stack.enter_context(in_place_of([mixture.experts], [watched]))
                 elif (module := _reader(probe, block, layer)) is not None:
-                    stack.enter_context(module.register_forward_pre_hook(_adding_moments(add_own)))
+                    stack.enter_context(module.register_forward_pre_hook(_adding_changes(add_own)))
         yield
 
 
-def _add_row(add: Callable[[Tensor], None], row_I: Tensor) -> None:
-    add(row_I[None])
-
-
-def _adding_moments(add: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _adding_changes(add: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         inputs_BTI = args[0].detach()
 
         def note(grad_BTI: Tensor) -> None:
-            grad_BTI = grad_BTI.float()
-            slopes_I = grad_BTI.square().flatten(0, -2).sum(0)
-            changes_BI = (grad_BTI * inputs_BTI).sum(-2).view(-1, len(slopes_I))
-            add(torch.stack([slopes_I, changes_BI.square().sum(0)]))
+            changes_BTI = grad_BTI.float() * inputs_BTI
+            alone_I = changes_BTI.square().flatten(0, -2).sum(0)
+            together_BI = changes_BTI.sum(-2).view(-1, len(alone_I))
+            add(torch.stack([alone_I, together_BI.square().sum(0)]))
 
         args[0].register_hook(note)
 

@@ -12,14 +12,14 @@ made up for it. So units go one after another, and after each round the others c
 without those: C^-1 and V follow in closed form. At once, two units that do the same would both be
 free, and layers that can spare some units would lose most.
 
-V is not held. The second moments of the gradients of X_i, which are measured, tell the length of
-its column i; that of W tells its direction.
+V is not held. What the loss changes by without X_i, which is measured, tells the length of its
+column i (`lengths`); that of W tells its direction.
 
 Neurons of a routed expert have the costs of its own down projection. That reads their activations a
 on the tokens that are routed to the expert, and the router's weight g multiplies what it gives. So
 the curvature of its inputs is that of what is heard, C = sum g^2 a a^T / sum g^2 over these tokens.
-The gradients of the loss by a have g in them, and are summed over the same tokens. An expert that
-reads all tokens at weight 1 has the costs of a dense MLP.
+The gradients of the loss by a have g in them. An expert that reads all tokens at weight 1 has the
+costs of a dense MLP.
 
 Source: optimal brain surgeon (Hassibi and Stork 1993) with the curvature of K-FAC (Martens and
 Grosse 2015, arXiv 1503.05671), for structures of language models: LLM Surgeon (van der Ouderaa et
@@ -33,6 +33,7 @@ and its expert, E experts, F neurons of each, D hidden width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import computed_with
-from nuteprune.simulated import alike, has_data, once, scored, usual
+from nuteprune.simulated import alike, has_data, number, once, scored, usual
 
 DAMPING = 1e-2
 """What is added to the diagonal of C, as a share of itself."""
@@ -52,6 +53,27 @@ ROUNDING = 1e-2
 """How far C^-1 C may be from 1, along one direction, before it is computed in fp64."""
 ROUNDS = 24
 """Rounds in which the units of a layer go."""
+
+
+def lengths(changes_2I: Tensor, squares_I: Tensor) -> Tensor:
+    """Return the lengths |V_i| (I,) with which inputs cost alone what was measured.
+
+    K-FAC takes gradients for independent of inputs, and tokens of one another. But a token of large
+    inputs may have small gradients, above all where a norm follows, which divides both; and many
+    neurons are large just where they matter. So each input's own products with its gradients count.
+    What is missing from many tokens of a sequence adds up, where later layers gather it. But
+    sequences are few, so how much it adds is told for all inputs together, by the median.
+
+    Args:
+        changes_2I: squared changes of the loss without an input, to first order: without it in one
+            token, summed over tokens; without it in a whole sequence.
+        squares_I: means of squared inputs, in whatever unit the inputs' covariance has.
+    """
+    alone_I, together_I = changes_2I.double()
+    added = number((together_I / alone_I).nanmedian())
+    found_I = alone_I * (added if math.isfinite(added) else 1.0) / squares_I
+    found_I = found_I.nan_to_num(0, posinf=0)  # inputs that are always 0
+    return found_I.sqrt().float()
 
 
 def removal_costs(
@@ -67,7 +89,7 @@ def removal_costs(
 
     Args:
         weight_OI: the projection's weight.
-        lengths_I: |V_i|: roots of the second moments of the loss's gradients by the inputs.
+        lengths_I: |V_i|; see `lengths`.
         covariance_II: C in fp32; used up.
         counts: units of each kind that the inputs are shared out to.
     """
@@ -178,44 +200,58 @@ def noting_routed(mixture: Mixture | None) -> Iterator[Routed]:
         yield routed
 
 
-def watched_experts(mixture: Mixture, add: Callable[[Tensor], None]) -> Callable[..., Tensor]:
-    """Return a forward function of a layer's experts that passes on the gradients of their neurons.
+def watched_experts(
+    mixture: Mixture, length: int, add: Callable[[Tensor], None]
+) -> Callable[..., Tensor]:
+    """Return a forward function of a layer's experts that passes on what their neurons change.
 
     Args:
         mixture: the experts.
-        add: takes in sums over tokens of squared gradients (E x F,), in a backward pass.
+        length: tokens of a sequence.
+        add: takes in changes (2, E x F), as `lengths` does, in a backward pass.
     """
-
-    def watch(inner_PF: Tensor, expert_P: Tensor, _: Tensor) -> Tensor:
-        def add_squares(grad_PF: Tensor) -> None:
-            squares_EF = grad_PF.new_zeros(mixture.sizes, dtype=torch.float32)
-            add(squares_EF.index_add_(0, expert_P, grad_PF.float().square()).flatten())
-
-        inner_PF.register_hook(add_squares)
-        return inner_PF
+    experts, width = mixture.sizes
 
     def forward(hidden_SD: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
+        sequences, chosen = len(hidden_SD) // length, index_SK.shape[1]
+
+        def watch(inner_PF: Tensor, expert_P: Tensor, pair_P: Tensor) -> Tensor:
+            read_PF = inner_PF.detach()
+            place_P = pair_P // (chosen * length) * experts + expert_P
+
+            def note(grad_PF: Tensor) -> None:
+                change_PF = grad_PF.float() * read_PF
+                sums_2NF = change_PF.new_zeros(2, sequences * experts, width)
+                sums_2NF[0].index_add_(0, place_P, change_PF.square())
+                sums_2NF[1].index_add_(0, place_P, change_PF)
+                sums_2NF[1].square_()
+                add(sums_2NF.view(2, sequences, -1).sum(1))
+
+            inner_PF.register_hook(note)
+            return inner_PF
+
         return computed_with(mixture.experts, watch, hidden_SD, index_SK, weight_SK)
 
     return forward
 
 
 @torch.no_grad()
-def neuron_costs(mixture: Mixture, routed: Routed, slopes_EF: Tensor) -> Tensor:
+def neuron_costs(mixture: Mixture, routed: Routed, changes_2EF: Tensor) -> Tensor:
     """Return the cost (E, F) of removing each neuron of a layer's experts, on the CPU.
 
     Args:
         mixture: the experts.
         routed: the arguments of their calls on calibration text.
-        slopes_EF: second moments of the loss's gradients by the neurons.
+        changes_2EF: what the loss changes by without a neuron; see `lengths`.
     """
     down = mixture.stack(mixture.down)
     found = []
-    for expert, slopes_F in alike(list(enumerate(slopes_EF)), down):
+    for expert, changes_2F in alike(list(enumerate(changes_2EF.unbind(1))), down):
         weight_DF = mixture.plain(down[expert]).float()
         covariance_FF = neuron_covariance(mixture, routed, expert)
-        found += removal_costs(weight_DF, slopes_F.sqrt(), covariance_FF, [len(slopes_F)])
-    return torch.stack(found).expand_as(slopes_EF)
+        lengths_F = lengths(changes_2F, covariance_FF.diagonal())
+        found += removal_costs(weight_DF, lengths_F, covariance_FF, [len(lengths_F)])
+    return torch.stack(found).expand(mixture.sizes)
 
 
 def neuron_covariance(mixture: Mixture, routed: Routed, expert: int) -> Tensor:
