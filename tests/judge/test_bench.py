@@ -282,6 +282,6 @@ def test_a_worker_hands_errors_on(monkeypatch: pytest.MonkeyPatch) -> None:
     forked = SimpleNamespace(get_context=lambda _: workers())
     monkeypatch.setattr("nuteprune.judge.worker.multiprocessing", forked)
     with pytest.raises(UserError, match="no such model"):
-        Worker("tiny", refuse)
+        _ = Worker("tiny", refuse).about
     with pytest.raises(RunFailed, match=r"ended with code 9; perhaps memory[^-]*$"):
-        Worker("tiny", kill_process)
+        _ = Worker("tiny", kill_process).about

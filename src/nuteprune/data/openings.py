@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nuteprune.data.columns import render
 from nuteprune.data.tokens import bos_of, end_of, texts_of
 from nuteprune.errors import UserError
+from nuteprune.model.forwards import evaluating
+from nuteprune.simulated import scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +25,9 @@ chat model's own talk alone has little code and few formats."""
 TEXT_TOKENS = 64
 """Tokens of a plain text at most: many short texts show more of what a model knows than few long
 ones; see docs/log.md."""
+TEMPERATURE = 2.0
+"""Of the draw of first tokens: drawn evenly, four texts of ten are in other scripts where the
+vocabulary has many languages; at 1 a few tokens begin most texts."""
 _QUESTION = "Xylophone"  # a word that no template has, to find where a user's turn is
 
 
@@ -31,7 +37,8 @@ class Openings:
 
     Args:
         start: tokens that come before each text, and are no part of it.
-        firsts: tokens that a text may begin with, all different, in a drawn order.
+        firsts: tokens that a text may begin with, all different, in a drawn order: likelier ones
+            tend to come earlier.
         asks: what comes before a user's question; empty where there is no chat template.
         answers: what comes between a question and its answer.
         ends: tokens that end a text.
@@ -82,8 +89,7 @@ def openings(
     if len(asks) + len(answers) > most // 2 or max([*asks, *answers], default=0) >= known:
         asks = answers = []
     ends = _ends(model, tokenizer) | set(between)
-    firsts = _firsts(tokenizer, known, special)
-    random.Random(f"{seed} first tokens").shuffle(firsts)
+    firsts = _in_drawn_order(model, start, _firsts(tokenizer, known, special), seed)
     return Openings(
         start=tuple(start),
         firsts=tuple(firsts),
@@ -115,6 +121,23 @@ def _firsts(tokenizer: PreTrainedTokenizerBase, known: int, special: set[int]) -
     texts = texts_of(tokenizer, [[i] for i in ordinary])
     whole = [i for i, x in zip(ordinary, texts, strict=True) if x.strip() and "\ufffd" not in x]
     return whole or ordinary or list(range(known))
+
+
+@torch.no_grad()
+def _in_drawn_order(
+    model: PreTrainedModel, start: list[int], firsts: list[int], seed: int
+) -> list[int]:
+    """Return first tokens as if drawn one after another, each once, by the model's own chances."""
+    drawn_n = torch.rand(
+        len(firsts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    keys_n = -(-drawn_n.log()).log()  # the Gumbel trick
+    if start:
+        with evaluating(model):
+            ids_BT = torch.tensor([start], device=model.device)
+            logits_V = model(input_ids=ids_BT, use_cache=False).logits[0, -1]
+        keys_n += scored(logits_V.float())[torch.tensor(firsts)].double() / TEMPERATURE
+    return [firsts[i] for i in keys_n.argsort(descending=True, stable=True).tolist()]
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -71,9 +71,9 @@ def lengths(changes_2I: Tensor, squares_I: Tensor) -> Tensor:
     """
     alone_I, together_I = changes_2I.double()
     added = number((together_I / alone_I).nanmedian())
-    found_I = alone_I * (added if math.isfinite(added) else 1.0) / squares_I
-    found_I = found_I.nan_to_num(0, posinf=0)  # inputs that are always 0
-    return found_I.sqrt().float()
+    squares_I = alone_I * (added if math.isfinite(added) else 1.0) / squares_I
+    # Inputs that are always 0 cost nothing.
+    return squares_I.nan_to_num(0, posinf=0).sqrt().float()
 
 
 def removal_costs(

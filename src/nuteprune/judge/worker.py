@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
@@ -21,15 +22,15 @@ from nuteprune.judge.work import Workload
 
 
 class Worker:
-    """Holds a model in another process, and times it when it is told to.
+    """Holds a model in another process, which loads it meanwhile, and times it when it is told to.
 
     Args:
         name: what the model is called in messages.
         load: loads the model into its engine; it is sent to the process, so it must be picklable.
 
     Raises:
-        UserError: if the model cannot be loaded.
-        RunFailed: if the process breaks down, then or later.
+        UserError: if the model cannot be loaded, when `about` or a time is asked for.
+        RunFailed: if the process breaks down.
     """
 
     def __init__(self, name: str, load: Callable[[], Runner]) -> None:
@@ -40,14 +41,16 @@ class Worker:
         with _nothing_of_main():
             self._process.start()
         theirs.close()
-        try:
-            self.about: About = self._answer()
-        except BaseException:
-            self.close()
-            raise
+
+    @cached_property
+    def about(self) -> About:
+        """What is loaded, once it is."""
+        about: About = self._answer()
+        return about
 
     def time(self, setting: Workload) -> Timing:
         """Time one pass."""
+        _ = self.about  # the first answer
         with suppress(BrokenPipeError):  # it has ended; why, is told where its answer is missing
             self._pipe.send(setting)
         timing: Timing = self._answer()
