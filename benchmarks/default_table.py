@@ -98,6 +98,8 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, list[list[str]]] = {BESIDE: [*heads], VARIANTS: [*heads]}
     for group, seeds in grouped(results).items():
         found[BESIDE if group[2] in METHODS else VARIANTS].append(line(group, seeds))
+    kept = [i for i, column in enumerate(COLUMNS) if column not in DOMAINS]
+    found[VARIANTS] = [[cells[i] for i in kept] for cells in found[VARIANTS]]  # a narrow table
     return {
         name: "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("|  |", "| |")
         for name, lines in found.items()
