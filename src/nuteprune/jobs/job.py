@@ -72,7 +72,9 @@ class Job:
     length: int = setting(
         256, "Tokens per sequence (default {default}).", bounds=(2, 1e7), option="--length"
     )
-    eval_blocks: int = setting(24, "Held-out blocks of each source to judge by.", bounds=(1, 1e6), role=HOW)
+    eval_blocks: int = setting(
+        24, "Held-out blocks of each source to judge by.", bounds=(1, 1e6), role=HOW
+    )
     device: str = setting("auto", "auto (default), cpu or cuda.", option="--device", role=HOW)
     dtype: str = setting(
         "auto",

@@ -30,7 +30,11 @@ class ProgressiveSettings(PruneSettings):
     )
     objective: str = setting(
         "relative",
-        "relative (layer terms relative to the teacher's norm), or paper (its own terms and weights).",
+        "relative (layer terms over the teacher's norm), or paper (its own terms and weights).",
         choices=("relative", "paper"),
     )
-    lora_targets: str = setting("all", "all projections, or qv: queries and values alone, as in the paper.", choices=("all", "qv"))
+    lora_targets: str = setting(
+        "all",
+        "all projections, or qv: queries and values alone, as in the paper.",
+        choices=("all", "qv"),
+    )

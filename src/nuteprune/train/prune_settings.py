@@ -119,10 +119,10 @@ class PruneSettings:
         "nuteprune.progressive.",
     )
     lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
-    refit: bool = setting(True, "Refit output and down projections in closed form once units are chosen.")
-    sharded: bool = setting(
-        False, "Shard the dense model's weights over the processes (FSDP2)."
+    refit: bool = setting(
+        True, "Refit output and down projections in closed form once units are chosen."
     )
+    sharded: bool = setting(False, "Shard the dense model's weights over the processes (FSDP2).")
     offload: bool = setting(
         False,
         "Keep the dense model's layers in main memory or on disk; each comes to the device as it "
