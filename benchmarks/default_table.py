@@ -113,7 +113,7 @@ def place(name: str) -> re.Pattern[str]:
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draw other text and copying by how much is removed."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(6.4, 8), layout="constrained")
     for name, axis, dense in zip(
         ("other text", "copies"), axes, (1, results["dense"]["copying"]), strict=True
     ):
