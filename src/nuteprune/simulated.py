@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Watch:
     """Receives from a run's code what tensors alone do not show; see `watches`.
 
-    `times` is how often what is multiplied now counts.
+    `times`: how many times the products of the moment count.
     """
 
     times = 1

@@ -239,8 +239,7 @@ def held_out_blocks(
 ) -> HeldOut:
     """Cut the held-out part of each source into blocks, in the source's order.
 
-    What a model writes itself has no held-out part; where there is no other text, that of `demo`
-    judges.
+    Self-written text has no held-out part. Where there is no other text, that of `demo` is used.
 
     Args:
         spec: the DATA spec, or several.

@@ -235,7 +235,7 @@ def _judged(record: Mapping[str, Any]) -> str:
 
 
 def _protocols(record: Mapping[str, Any]) -> str:
-    """Say how the table's figures were made, and what text perplexity is of."""
+    """Say how the table's figures were measured, and on which text."""
     config, said = record.get("config", {}), []
     if measure := record.get("perplexity", {}).get("protocol", {}).get("measure"):
         data = config.get("data")

@@ -1,4 +1,4 @@
-"""The guard before all that a command writes or removes: it keeps what is there, and what is read.
+"""The guard before all writing and removing: existing files and input files stay.
 
 Commands ask it before their work, so that hours are not spent on what cannot be written.
 """

@@ -81,7 +81,7 @@ def _inner(budget: Budget) -> str:
 
 
 def describe_target(target: Target) -> str:
-    """Return what a target is, in sparsity too."""
+    """Return a target as text, with the sparsity that it comes to."""
     share = f"{target.sparsity:.1%}"
     return share if target.asked.kind in ("sparsity", "shape") else f"{target.asked} = {share}"
 
@@ -97,7 +97,7 @@ def print_report(folder: Path, output: Output) -> None:
 
 
 def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> None:
-    """Print what came out, for each target tables and two lines; answers of the highest one."""
+    """Print tables and a summary for each target, and answers of the highest one."""
     *_, last = records
     for folder, record in records.items():
         samples = read_samples(folder / RUN) if folder == last else []

@@ -117,7 +117,7 @@ class MaskHooks:
         self._handles.append((post_norm or module).register_forward_hook(switch))
 
     def _route(self, mixture: Mixture, layer: int) -> None:
-        """Let masks decide which experts may be chosen, and what of each is heard."""
+        """Let masks decide which experts may be chosen, and weigh their outputs."""
 
         def part(kind: str) -> Callable[[], Tensor | None]:
             return lambda: None if self.masks is None else self.masks.part(kind, layer)

@@ -132,7 +132,7 @@ class Walk:
         return replace(fitted[0], peaks=(fitted[0].peak, live.peak))
 
     def refit(self, blocks: int) -> Need:
-        """Refit all layers at their worst case, on this much text; the fits stay."""
+        """Refit all layers at their worst case on this much text, and keep the fits."""
         with self._counting() as live:
             fitted = self._refit(self._widest(), blocks)
             del fitted
@@ -192,7 +192,7 @@ class Walk:
             yield live, trainer
 
     def slice(self) -> Need:
-        """Merge, fold and cut the taught model, and use it up."""
+        """Merge, fold and cut the trained model, which is not kept."""
         model, origin = self._model, self._model.origin
         with self._taught("fixed" * self._args.progressive) as (live, trainer):
             live.restart()

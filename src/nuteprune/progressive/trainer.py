@@ -230,7 +230,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         return RunState(tensors, notes)
 
     def take_state(self, state: RunState) -> None:
-        """Go back to what a run had learned and decided."""
+        """Restore LoRA, masks, gates, teachers and scores of an earlier state."""
         self._step = -1
         self.ready.bank.load(state.lora)
         restore(self.gates.state_dict(), state.tensors["gates"], "gates")

@@ -166,7 +166,7 @@ def _ratio(anatomy: Anatomy, shape: Shape) -> float | None:
 
 
 def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
-    """Make a layer's norms those of a narrower model."""
+    """Rescale a layer's norms to the narrower width."""
     ratio = _ratio(anatomy, shape)
     if ratio is None:
         return

@@ -99,7 +99,7 @@ def use_of(
         merges: the tokenizer.
         counted_V: how often the text uses each token.
         expected_V: what the model expects in the text.
-        flat_V: what it thinks possible there and in text of its own.
+        flat_V: its probabilities at temperature 2, there and in self-written text.
         guard: share of the use that the text does not show.
     """
     order_V = 1 / torch.arange(1, len(flat_V) + 1)

@@ -81,7 +81,7 @@ class AtomicTrainer(Trainer):
     Trainer writes into `checkpoint-N` directly, and would resume from a half-written one; here a
     checkpoint is written beside its place and moved there when it is complete. Each step's line is
     in `metrics.jsonl`, cut back to the checkpoint on resume. Signals that ask to stop are obeyed at
-    the end of the step. A subclass says what its state is; the base model is where it came from.
+    the end of the step. A subclass defines its state; the base model is not stored.
     """
 
     args: RunArguments

@@ -1,4 +1,4 @@
-"""What a run's settings make of a model: its allocator, its gates, its LoRA."""
+"""Builds what a run's settings ask for: allocator, gates and LoRA of a model."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def check_reached(record: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that misses its target.
 
     Raises:
-        RunFailed: saying by how much.
+        RunFailed: if a target was missed; it says by how much.
     """
     if record["sparsity"] < record["target"] - 1e-9:  # the division rounds
         raise RunFailed(

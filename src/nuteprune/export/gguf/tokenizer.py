@@ -165,7 +165,7 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenTy
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Return scores that make the best-first merging of SentencePiece that of a BPE."""
+    """Return scores with which SentencePiece merges in the order of a BPE tokenizer."""
     ranks = {merges[i].replace(" ", ""): i for i in reversed(range(len(merges)))}
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
