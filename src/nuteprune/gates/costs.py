@@ -24,11 +24,11 @@ class Uncounted:
     """Parameters that sparsity does not count.
 
     Args:
-        attention: by layer, parameters that go with its attention block.
-        mlp: by layer, parameters that go with its MLP.
+        attention: of each layer, those that go with its attention block.
+        mlp: of each layer, those that go with its MLP.
         rest: embedding, head, final norm and whatever else stays.
-        expert: by layer, router parameters that go with one expert; empty: no mixture.
-        head: by layer, parameters that go with one query head; empty: none.
+        expert: of each layer, those of its router that go with an expert; empty: no mixture.
+        head: of each layer, how many go with a query head; empty: none.
     """
 
     attention: tuple[Line, ...]

@@ -1,4 +1,4 @@
-"""Scores of whole routed experts: how much each adds, and what its layer loses without it.
+"""Scores of whole routed experts: how much of each is heard, and what the layer lacks without it.
 
 Shape suffixes: S tokens, L experts that are left, K = k experts of a token, J = k + 1, P = S x J, E
 experts of a layer, N of all layers, D hidden width.

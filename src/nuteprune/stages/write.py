@@ -59,7 +59,7 @@ def write(
         length: tokens per block of training; a chat fills one block at most.
         seed: draws the first tokens and what is written.
         folder: where the file is, by the name of `run_folder.SELF_WRITTEN`; made if need be.
-        progress: called with the tokens written so far, and the tokens asked for.
+        progress: told how many tokens are written, and how many are asked for.
 
     Returns:
         Token ids of each text, ended by the token that ends a text, as `training_blocks` takes
