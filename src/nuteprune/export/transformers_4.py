@@ -1,4 +1,4 @@
-"""What transformers 4 reads otherwise than 5: keys of configs, and files of tokenizers."""
+"""Adapts configs and tokenizer files so that transformers 4 reads them too."""
 
 from __future__ import annotations
 

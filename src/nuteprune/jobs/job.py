@@ -46,7 +46,7 @@ class Job:
         resume: go on from the last checkpoint in `out`.
         overwrite: replace what is in `out`.
         trust_remote_code: run Python code that comes with the model's tokenizer.
-        files: those that the settings were read from, or that they name.
+        files: input files, which the settings name or were read from.
     """
 
     model: str = setting(help="Hub id, checkpoint folder, or 'demo'.")

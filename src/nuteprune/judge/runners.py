@@ -1,4 +1,4 @@
-"""A model in the engine that runs it: what a worker holds, and times.
+"""Loaded models that a worker times, one class for each engine.
 
 Shape suffixes: B sequences, T tokens of a prompt.
 """

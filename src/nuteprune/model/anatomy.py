@@ -83,7 +83,7 @@ class Anatomy:
         return module if hasattr(module, "in_features") else None
 
     def block(self, layer: int, projection: Projection) -> nn.Module | None:
-        """Return the module that a layer's projection is part of, None if it is the layer."""
+        """Return the module that has a layer's projection as a part, None for the layer itself."""
         path = projection.path.rpartition(".")[0]
         return self.layers[layer].get_submodule(path) if path else None
 
@@ -275,7 +275,7 @@ class Anatomy:
 
 
 def no_logits(ids_BT: Tensor) -> Tensor:
-    """Return what to pass as `logits_to_keep` where logits are not wanted: no position.
+    """Return the `logits_to_keep` with which a model computes no logits.
 
     With a single position and gradients, torch would copy the head's whole matrix for each
     sequence.
