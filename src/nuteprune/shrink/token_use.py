@@ -1,4 +1,4 @@
-"""How often a model and the text of its use take each token, tokens that the text lacks included.
+"""Estimates how often each token is used, in the user's text and beyond it.
 
 Shape suffixes: T positions of a text, V token ids.
 """
@@ -57,7 +57,7 @@ def expected_use(
 ) -> tuple[Tensor, Tensor]:
     """Return a model's next-token probabilities, averaged over the positions of texts.
 
-    Far more tokens are expected somewhere than `POSITIONS` could show.
+    A mean of probabilities also counts tokens that the text does not show.
 
     Args:
         anatomy: the model.

@@ -174,7 +174,7 @@ class PruneSettings:
         self._check_targets()
 
     def _spell_targets(self) -> None:
-        """Let a record say the same, however targets were spelled."""
+        """Bring targets into their canonical spelling, for the record."""
         default = PruneSettings.target_sparsity  # which says nothing
         given = {k: v for k, v in vars(self).items() if (k, v) != ("target_sparsity", default)}
         check_one(given, ["target_sparsity", *(x.setting for x in KINDS.values()), "shape"])
@@ -186,7 +186,7 @@ class PruneSettings:
             setattr(self, kind.setting, told[0] if len(told) == 1 else told)
 
     def _check_targets(self) -> None:
-        """Refuse targets that are no shares, or do not grow."""
+        """Refuse targets outside (0, 1), or in falling order."""
         for target in self.targets:
             if not 0 < target < 1:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""What a run is: run/settings.json, the one file that whoever needs a run's settings reads.
+"""Writes and reads run/settings.json, which has a run's settings.
 
 Resuming, reports, records, and `eval` of an unfinished run read it.
 """
