@@ -186,7 +186,7 @@ def check_out(job: Job, resumes: bool = True) -> None:
 
 
 def check_free(job: Job, resumes: bool = True) -> None:
-    """Refuse a folder that the job cannot write to, before libraries are loaded to do the job.
+    """Refuse a folder that the job cannot write to; fast, since no library is loaded for it.
 
     The job asks again, when it holds the folder. Arguments and errors as of `check_out`.
     """

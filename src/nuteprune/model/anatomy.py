@@ -208,7 +208,7 @@ class Anatomy:
     def inner_sizes(self) -> dict[str, int]:
         """Return the inner sizes of a mixer or of latent attention, which no gate cuts.
 
-        Path of a projection -> its inner features, or its weights where both sides are inner.
+        Projection path -> its inner features; if both sides are inner, its number of weights.
         """
         found = {}
         for projection in self.family.uncut:

@@ -386,8 +386,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Merge, fold and slice; uses the trainer's model up.
 
         Args:
-            dense: the model that is cut, loaded anew, its weights whole and as exact as they are
-                stored, or a function that loads it when the trainer has made room; it is used up.
+            dense: the dense model, loaded anew with whole weights in their stored dtype, or a
+                function that loads it once the trainer has freed its own. It is used up.
                 None: the trainer's own.
 
         Returns:
