@@ -1,9 +1,9 @@
 """Tables and picture of the default on other text, from results/default.json.
 
-`python benchmarks/default_table.py` writes them anew: the tables into docs/quality.md, the picture
-beside the results. A run is in a table where it has a `row`, what the table calls it; the others
-are trials that the log tells of. One table has the default beside other methods, the other one what
-differs from the default in a setting.
+`python benchmarks/default_table.py` writes the table of docs/quality.md and the picture anew,
+`docs/all_tables.py` the other table. A run is in a table where it has a `row`, what the table calls
+it; the others are trials that the log tells of. One table has the default beside other methods, the
+other one what differs from the default in a setting.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "default.json"
 PICTURE = RESULTS.with_name("other-text.png")
 PAGE = ROOT / "docs" / "quality.md"
 BESIDE, VARIANTS = "other text", "variants"
-"""What the page calls its tables."""
+"""What the tables are called."""
 
 Run = Mapping[str, Any]
 Group = tuple[float, int, str]
@@ -93,11 +93,13 @@ def line(group: Group, seeds: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tables as the page has them, by what it calls them."""
+    """Return the tables as pages have them, by what they are called."""
     heads = [list(COLUMNS), ["---"] * len(COLUMNS)]
     found: dict[str, list[list[str]]] = {BESIDE: [*heads], VARIANTS: [*heads]}
     for group, seeds in grouped(results).items():
         found[BESIDE if group[2] in METHODS else VARIANTS].append(line(group, seeds))
+    kept = [i for i, column in enumerate(COLUMNS) if column not in DOMAINS]
+    found[VARIANTS] = [[cells[i] for i in kept] for cells in found[VARIANTS]]  # a narrow table
     return {
         name: "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("|  |", "| |")
         for name, lines in found.items()
@@ -111,7 +113,7 @@ def place(name: str) -> re.Pattern[str]:
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draw other text and copying by how much is removed."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(6.4, 8), layout="constrained")
     for name, axis, dense in zip(
         ("other text", "copies"), axes, (1, results["dense"]["copying"]), strict=True
     ):
@@ -148,9 +150,8 @@ def main() -> None:
     """Write the tables and the picture anew."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     page = PAGE.read_text(encoding="utf-8")
-    for name, table in tables(results).items():
-        page = place(name).sub(lambda _, text=table: text, page, count=1)
-    PAGE.write_text(page, encoding="utf-8")
+    table = tables(results)[BESIDE]
+    PAGE.write_text(place(BESIDE).sub(lambda _: table, page, count=1), encoding="utf-8")
     draw(results, PICTURE)
 
 

@@ -1,4 +1,4 @@
-"""What runs on large models would take, from their configs alone: the tables of docs/cost.md.
+"""What runs on large models would take, from their configs alone: tables of docs/tables.md.
 
     python benchmarks/plan_tables.py --json benchmarks/results/plan-large.json
 
@@ -22,6 +22,7 @@ from nuteprune import NutePruneConfig
 from nuteprune.jobs.plan import variants_of
 from nuteprune.plan.phases import Plan
 
+RESULTS = Path(__file__).with_name("results") / "plan-large.json"
 LLAMA: dict[str, Any] = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -120,6 +121,19 @@ def table(plan: dict[str, Any]) -> str:
     lines.append(
         "| largest | " + " | ".join(most) + f" | {sum(plan['flops'].values()) / 1e15:,.0f} |"
     )
+    return "\n".join(lines)
+
+
+def summary(plans: Sequence[dict[str, Any]]) -> str:
+    """Return the largest peaks of plans as a table of GB, a row for each model."""
+    columns = plans[0]["peak_bytes"]
+    lines = [
+        "| GB on each device (simulated) | weights | " + " | ".join(map(short, columns)) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for plan in plans:
+        sizes = [plan["weights_bytes"], *(max(x.values()) for x in plan["peak_bytes"].values())]
+        lines.append(f"| {plan['model']} | " + " | ".join(f"{x / 1e9:.1f}" for x in sizes) + " |")
     return "\n".join(lines)
 
 

@@ -97,9 +97,16 @@ def draw(result: Result, path: Path) -> None:
             ratios = [times_dense(x, result)[0] for x in files]
             sizes = [x["bytes"] / 1e6 for x in files]
             axes.plot(sizes, ratios, "osD^v"[i % 5] + "-", label=model, alpha=0.8)
-            for x, size, ratio in zip(files, sizes, ratios, strict=True):
-                beside = {"textcoords": "offset points", "xytext": (3, 5), "fontsize": 7}
-                axes.annotate(x["type"].upper(), (size, ratio), **beside)
+            for k, (x, size, ratio) in enumerate(zip(files, sizes, ratios, strict=True)):
+                # Above and below the line by turns: types of nearly the same size stand apart.
+                place = {"xytext": (3, 6)} if k % 2 else {"xytext": (-3, -13), "ha": "right"}
+                axes.annotate(
+                    x["type"].upper(),
+                    (size, ratio),
+                    textcoords="offset points",
+                    fontsize=8,
+                    **place,
+                )
         axes.set(title=subject, xlabel="size of the GGUF file, MB")
         axes.set_ylabel("perplexity of other text ÷ dense F16")
         axes.margins(0.1)

@@ -13,6 +13,8 @@ import tomllib
 from pathlib import Path
 from statistics import geometric_mean
 
+from nuteprune.model.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 DENSE = 134_515_008  # parameters of the embedded model
 SOURCE = ROOT / "src" / "nuteprune"
@@ -83,6 +85,10 @@ def module_tree() -> str:
 
 def test_readme_has_the_results() -> None:
     assert RESULTS.findall(README.read_text(encoding="utf-8")) == [result_table()]
+
+
+def test_readme_counts_the_families() -> None:
+    assert f"\n{len(FAMILIES)} model types are supported" in README.read_text(encoding="utf-8")
 
 
 def test_readme_is_short() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nuteprune.distill.teachers import Plan
-from nuteprune.gates.schedule import Schedule
-
 from nuteprune.judge.drawing import COLOURS
 from nuteprune.judge.plots import sparsity_plot
+from nuteprune.progressive.schedule import Schedule
+from nuteprune.progressive.teachers import Plan
 
 HERE = Path(__file__).parent
 FONT = "font-family='system-ui, sans-serif' font-size='13'"
@@ -97,19 +96,17 @@ def roles() -> str:
 
 def teachers(target: float = 0.2, steps: int = 80) -> str:
     """Return sparsity of student and teacher over a run, by the schedule and plan of the code."""
-    schedule = Schedule((target,), steps)
-    plan = Plan.for_target(target, schedule.stage(0).ramp_steps)
+    schedule = Schedule(target, steps)
+    plan = Plan.for_target(target, schedule.ramp_steps)
     snapshots: list[float] = []
     lines = []
     for step in range(steps):
-        sparsity, stage = schedule.sparsity(step), schedule.stage(step)
-        count = len(snapshots)
-        resting = stage.resting(step)
-        teacher = plan.returning(count, stage.rested(step)) if resting else plan.growing(count)
+        sparsity = schedule.sparsity(step)
+        teacher = plan.teacher(schedule, step, len(snapshots))
         lines.append(
             {"step": step + 1, "sparsity": sparsity, "target": sparsity, "teacher": teacher}
         )
-        if not resting and plan.due(sparsity, snapshots[-1] if snapshots else 0.0):
+        if not schedule.rests(step) and plan.due(sparsity, snapshots[-1] if snapshots else 0.0):
             snapshots.append(sparsity)
     svg = sparsity_plot(lines, snapshots).svg
     colours = "".join(f"--{name}:{value};" for name, value in COLOURS.items())

@@ -49,17 +49,17 @@ def quiet_loading() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Return text of any file without the characters that steer a terminal."""
+    """Return text without the control characters that a terminal would obey."""
     return _UNSHOWN.sub("", text)
 
 
 class _Terminal(Console):
-    """A console that shows text of any file, in lines, tables and bars alike, as mere letters."""
+    """A console that prints control characters as letters, so that files cannot steer it."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        """Yield the parts of what is printed; what rich itself tells the terminal stays."""
+        """Yield the printed parts without control characters, but for rich's own."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(printable(part.text), part.style)
 
@@ -146,7 +146,7 @@ class Bars:
         self.console.print(text, soft_wrap=True)
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` units of some work are over."""
+        """Show that `done` of `total` units of some work are done."""
         now = time.monotonic()
         pace = self._paces.get(what)
         if pace is None or done <= pace.done:  # the same work may come up again
@@ -168,7 +168,7 @@ class Bars:
 
 @dataclass
 class _Pace:
-    """How much of some work was over when it was first heard of, and when that was."""
+    """How much of some work was done when its bar came up, and when that was."""
 
     done: int
     started: float
@@ -218,7 +218,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 def counted(progress: Progress, what: str, total: int) -> Callable[[], None]:
-    """Return a function that tells `progress` of one more unit done each time it is called."""
+    """Return a function that reports one more unit to `progress` each time it is called."""
     done = 0
 
     def tick() -> None:

@@ -1,12 +1,12 @@
-"""The exceptions that the command line shows as one line, and what any exception says in one."""
+"""The exceptions that the command line shows as one line, and any exception's one-line text."""
 
 
 class UserError(Exception):
-    """Something the user can mend: printed as one clear line, exit code 2."""
+    """Something the user can fix: printed as one clear line, exit code 2."""
 
 
 class RunFailed(Exception):
-    """A run that began well and could not reach its end: printed as one line, exit code 1."""
+    """A run that started and failed later: printed as one line, exit code 1."""
 
 
 class Interrupted(Exception):
@@ -23,5 +23,5 @@ class Interrupted(Exception):
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what an exception says without line breaks; its type's name where it says nothing."""
+    """Return an exception's message on one line, or the name of its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and checksums that tell whether they changed.
+"""Files that appear complete or not at all, and their checksums.
 
 Sums are kept as `sha256sum` writes and checks them: `cd FOLDER && sha256sum -c SHA256SUMS`.
 """
@@ -36,7 +36,7 @@ MOST_BYTES = 255
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a path to write a file to, which gets its name when it is complete and on the disk.
+    """Yield a path to write to; the file gets its own name when it is complete and on disk.
 
     Processes of one run may write the same file at once; what a killed one left is overwritten by
     the next try.
@@ -61,7 +61,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return the path of an incomplete file: hidden beside its own, no name too long."""
+    """Return the path of an incomplete file: hidden, beside the file's own."""
     name = os.fsencode(path.name)
     short = path.name if len(name) <= MOST_BYTES - 50 else hashlib.sha256(name).hexdigest()
     return path.with_name(f".{short}.{rank()}.partial")
@@ -246,7 +246,7 @@ def check_name(name: str) -> None:
     """Refuse a name that no file can have here; Python would only say that no such file exists.
 
     Raises:
-        UserError: naming it, and what to do.
+        UserError: with the name, and what to do.
     """
     if not name:
         raise UserError("a name is empty: is a variable not set?")

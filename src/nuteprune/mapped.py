@@ -1,4 +1,4 @@
-"""Tensors that are in a file without a name, and read from there as they are used."""
+"""Tensors in an unnamed file, read from there as they are used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mapped(part: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     nobody holds the tensors.
 
     Args:
-        part: tensors by name; those of an accelerator stay there.
+        part: tensors by name; tensors on an accelerator stay where they are.
         folder: where there is room; made if it is not there.
 
     Raises:

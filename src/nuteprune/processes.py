@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 def rank() -> int:
-    """Return this process's number among those that a launcher started, 0 if none did."""
+    """Return this process's rank, 0 without a launcher."""
     return int(os.environ.get("RANK") or 0)
 
 
 def is_main() -> bool:
-    """Return whether this process speaks for the run."""
+    """Return whether this is the main process, which prints and writes."""
     return rank() == 0
 
 
 def several_started() -> bool:
-    """Return whether a launcher started several processes, joined or not yet."""
+    """Return whether a launcher started several processes, with a process group or not yet."""
     return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def several() -> bool:
-    """Return whether several processes have been joined, so that they can communicate."""
+    """Return whether a process group of several processes exists."""
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()
@@ -49,7 +49,7 @@ def agree(tensors: Iterable[Tensor]) -> None:
 
 
 def share(found: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """Return the main process's tensors in all processes, None where it has none."""
+    """Broadcast the main process's tensors; None if it has none."""
     if not several():
         return found
     import torch

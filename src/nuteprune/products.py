@@ -1,4 +1,4 @@
-"""What the stages of a run leave in its folder, what each depends on, and what it took.
+"""The products of a run's stages: files, the key that each depends on, and its cost.
 
 A product is a file with a key: the settings and inputs that it depends on, those of the stages
 before it among them. A resumed run takes each product whose key is its own, and goes on from the
@@ -66,7 +66,7 @@ class Products:
         Args:
             stage: its name.
             make: makes them.
-            folder: where they are; None: with the others.
+            folder: where the product is; None: the run's folder.
             **settings: what they depend on, beside the settings of earlier stages.
 
         Raises:
@@ -102,7 +102,7 @@ class Products:
 
     @contextmanager
     def measured(self, stage: str) -> Iterator[None]:
-        """Add the cost of the context to a stage's."""
+        """Add the time and memory spent in the context to a stage's cost."""
         reset_peak()
         begun, cpu_begun = time.monotonic(), time.process_time()
         try:
@@ -124,7 +124,7 @@ class Products:
         return None if folder is None or self.folder is None else folder / f"{stage}.{ending}"
 
     def _find(self, stage: str, path: Path | None) -> Tensors | None:
-        """Return a stage's tensors if they are there, with the key of now; in the main process."""
+        """Return a stage's tensors if they exist under the current key; in the main process."""
         if not is_main():
             return None
         if (given := self._given.get(stage)) is not None:
@@ -163,7 +163,7 @@ class Products:
         self.found.append(stage)
 
     def _write(self, stage: str, path: Path, tensors: Tensors) -> Tensors:
-        """Write a product; returns it as it is read from there, or from its device."""
+        """Write a product, and return it mapped from its file, or on its device."""
         about = {"key": self._key, "cost": self.costs[stage], "order": list(tensors)}
         notes = {"notes": to_json(about)}  # one entry: safetensors writes several in any order
         with writing(path, "make room, then go on with --resume"):

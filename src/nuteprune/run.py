@@ -1,4 +1,4 @@
-"""A run's stages with its settings, its text and the folder where each leaves its product."""
+"""Calls the stages with a run's settings, text and products."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Run:
         text: the calibration and training text.
         held_out: the text to judge by, source -> (N, T).
         products: what the stages leave.
-        progress: told of each stage.
+        progress: called with the progress of each stage.
         first: the trainer of the first goal.
         trainer_of: makes the trainer of a goal.
         reload: loads the dense model anew, whole; in the run's dtype, or as it is stored (None).
@@ -102,7 +102,7 @@ class Run:
         return self.model.goals
 
     def each_goal(self) -> Iterator[Target]:
-        """Go through the goals; each finds the model as a run of its own would."""
+        """Yield the goals, and restore the dense model for each."""
         for goal in self.goals:
             if goal is not self.goals[0]:
                 self.model.bank.load(self._fresh)
@@ -172,7 +172,7 @@ class Run:
         return trainer
 
     def _settle_steps(self, trainer: NutePruneTrainer) -> None:
-        """Let a run that has so much time have so many steps; all processes take part."""
+        """Set the number of steps that the remaining time allows; all processes take part."""
         if self.steps_in_time is None:
             return
         count = torch.tensor(self.steps_in_time(self, trainer))
@@ -180,7 +180,7 @@ class Run:
         self.args.max_steps = trainer.args.max_steps = int(count)
 
     def slice(self, trainer: NutePruneTrainer, goal: Target) -> Sliced:
-        """Merge, fold and cut: the run's own model for the last goal, where that can be."""
+        """Merge, fold and cut; for the last goal the run's own model, if possible."""
         with self.products.measured("slice"):
             if goal is self.goals[-1]:
                 reloads = self.model.must_be_reloaded
@@ -209,7 +209,7 @@ class Run:
         return Judged(entries(self.held_out, dense, found) | beside.entries, beside.samples)
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return a model where it is judged."""
+        """Return a model on the device on which it is judged."""
         offload_if_asked(Anatomy(model.requires_grad_(False)), self.args, self.model.origin)
         place = str(self.args.device) if self.model.has_whole_weights else "cpu"
         return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Tensors without data, which plans are made on: how the code of a run goes without asking it."""
+"""Helpers by which a run's code also runs on tensors without data, for plans."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 class Watch:
-    """Receives from a run's code what tensors alone do not show; see `watches`.
+    """Receives facts from a run's code that tensors do not show; see `watches`.
 
-    `times` is how often what is multiplied now counts.
+    `times`: how many times the products of the moment count.
     """
 
     times = 1
@@ -48,7 +48,7 @@ def number(value: Tensor) -> float:
 
 
 def scored(value: Tensor) -> Tensor:
-    """Return figures on the CPU; without data, random ones."""
+    """Return values on the CPU; random ones without data."""
     if has_data(value):
         return value.cpu()
     drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(value.numel()))
@@ -63,7 +63,7 @@ def left(tensor: Tensor) -> Tensor:
 
 
 def alike(parts: Sequence[T], tensor: Tensor) -> Iterator[T]:
-    """Yield parts that get the same work; without data only the first, which counts for all.
+    """Yield parts with equal work; without data only the first, counted for all.
 
     Args:
         parts: those to work on.

@@ -13,10 +13,12 @@ RESULTS: dict[str, Any] = json.loads(default_table.RESULTS.read_text(encoding="u
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_page_has_the_tables_of_the_results() -> None:
+def test_the_pages_have_the_tables_of_the_results() -> None:
     page = default_table.PAGE.read_text(encoding="utf-8")
-    for name, table in default_table.tables(RESULTS).items():
-        assert default_table.place(name).findall(page) == [table]
+    table = default_table.tables(RESULTS)[default_table.BESIDE]
+    assert default_table.place(default_table.BESIDE).findall(page) == [table]
+    tables = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+    assert tables == script("all_tables", "docs").tables_page(), "python docs/all_tables.py"
 
 
 def test_seeds_are_summed_up_and_trials_left_out() -> None:

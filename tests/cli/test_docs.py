@@ -5,7 +5,6 @@ And the site has all pages, and the API page names what is there.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import re
@@ -17,11 +16,8 @@ import pytest
 import yaml
 
 from nuteprune.cli.app import make_app
-from nuteprune.jobs.job import PruneJob
-from nuteprune.progressive.config import ProgressiveConfig
-from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.settings import declared
 from tests.conftest import Run
+from tests.scripts import script
 
 from .conftest import TINY
 
@@ -187,38 +183,10 @@ def test_every_option_that_is_named_exists() -> None:
         assert set(given) <= known[command] | {"--help"}, said
 
 
-def test_the_table_of_settings_has_those_without_an_option_and_their_defaults() -> None:
-    from transformers import TrainingArguments
-
-    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    _, _, page = page.partition("## Settings without an option")
-    usual, _, moving = page.partition("| key, beside `progressive: true` |")
-    trainers = {x.name for x in dataclasses.fields(TrainingArguments)}
-    ours = settings_without_option(NutePruneConfig, PruneJob)
-    own = settings_without_option(ProgressiveConfig)
-    own = {k: x for k, x in own.items() if k not in ours or ours[k] != x}
-    own.pop("progressive", None)
-    for table, expected in ((usual, ours), (moving, own)):
-        rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", table, re.M)
-        told = {
-            name: default.strip("` ")
-            for names, cell in rows
-            for name, default in zip(re.findall(r"\w+", names), cell.split(", "), strict=True)
-        }
-        assert expected.keys() - trainers <= told.keys()
-        for name in expected.keys() & told.keys():
-            default, said = expected[name], told[name]
-            assert default is None or said == str(default).lower() or float(said) == default, name
-
-
-def settings_without_option(*kinds: type) -> dict[str, Any]:
-    """Return the defaults of what only a file, or --set, can set."""
-    return {
-        name: x.default
-        for kind in kinds
-        for name, x in declared(kind).items()
-        if not x.option and x.default is not dataclasses.MISSING
-    }
+@pytest.mark.parametrize("name", ["settings.md", "json.md"])
+def test_generated_pages_are_what_is_declared(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert page == script("reference", "docs").PAGES[name](), "python docs/reference.py"
 
 
 def test_the_site_has_every_page() -> None:

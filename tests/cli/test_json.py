@@ -1,19 +1,20 @@
-"""docs/json.md is the schema of what --json prints: keys and types, no more and no less."""
+"""docs/json.yaml declares what --json prints: keys and types, no more and no less."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from nuteprune.export.record_form import RECORD
 from tests.conftest import Run, json_line, json_of
 
 from .conftest import TINY
 
-PAGE = Path(__file__).parents[2] / "docs" / "json.md"
+DECLARED = Path(__file__).parents[2] / "docs" / "json.yaml"
 DENSE = "Qwen/Qwen3-0.6B"
 PRUNE = ["prune", DENSE, "--sparsity", "0.2", "--data", "my_text.jsonl", "--out", "new"]
 RECOVER = ["recover", "small", "--data", "my_text.jsonl", "--out", "new"]
@@ -30,22 +31,28 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def schema(*sections: str) -> dict[str, tuple[str, bool]]:
-    """Return key -> (type, whether it is always there) of sections of the page."""
+    """Return key -> (type, whether it is always there) of sections of the declaration."""
+    told = yaml.safe_load(DECLARED.read_text(encoding="utf-8"))["sections"]
+    tables = {section["title"]: section.get("keys", {}) for section in told}
     found = {}
-    parts = re.split(r"^##+ (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.M)
-    tables = dict(zip(parts[1::2], parts[2::2], strict=True))
     for section in sections:
-        rows = re.findall(r"^\| `(\S+)` \| ([\w ]+) \| ?(.*) ?\|$", tables[section], re.M)
-        assert len(rows) == len(re.findall(r"^\| `", tables[section], re.M)), section
-        for key, kind, meaning in rows:
-            found[key] = (kind, not meaning.startswith("sometimes"))
+        for key, (kind, *more) in tables[section].items():
+            for one in spelled(key):
+                found[one] = (kind, len(more) < 2)
     return found
+
+
+def spelled(key: str) -> list[str]:
+    """Return the keys that {a,b} in one stands for."""
+    head, brace, rest = key.partition("{")
+    names, _, tail = rest.partition("}")
+    return [head + name + tail for name in names.split(",")] if brace else [key]
 
 
 def leaves(value: Any, known: dict[str, tuple[str, bool]], path: str = "") -> Iterator[tuple]:
     """Yield (documented key, value) of all that is in a result; without one, the path is the key.
 
-    What the page calls an object or a list is not looked into.
+    What is declared an object or a list is not looked into.
     """
     if path in known:
         yield path, value
@@ -66,7 +73,7 @@ def check(result: dict[str, Any], known: dict[str, tuple[str, bool]], *there: st
     """Hold a result to a schema; of the keys that are there sometimes, those named have to be."""
     seen = set()
     for key, value in leaves(result, known):
-        assert key in known, f"{key} is not documented"
+        assert key in known, f"{key} is not declared"
         kinds = known[key][0].split(" or ")
         if isinstance(value, bool):
             assert "boolean" in kinds, key
@@ -189,11 +196,31 @@ def test_vocab(run: Run) -> None:
     check(last(run, *words), known)
 
 
+def test_what_readers_of_a_record_go_by_is_declared() -> None:
+    known = schema("prune", "recover", "vocab")
+
+    def names(form: Any, path: str = "") -> Iterator[str]:
+        if isinstance(form, list):
+            form, path = form[0], f"{path}[]"
+        if isinstance(form, dict) and path not in known and not path.startswith("config"):
+            for key, one in form.items():
+                yield from names(one, f"{path}.{key.removesuffix('?')}".lstrip("."))
+        else:
+            yield path
+
+    unknown = {
+        name
+        for name in names({k: x for k, x in RECORD.items() if k != "history?"})
+        if not any(key == name or key.startswith((f"{name}.", f"{name}[")) for key in known)
+    }
+    assert unknown == set()
+
+
 def test_report(run: Run) -> None:
     check(last(run, "report", "small"), schema("report"))
 
 
-def test_what_the_page_does_not_know_is_found() -> None:
+def test_what_is_not_declared_is_found() -> None:
     known = schema("report")
     good = {"report": "a", "plots": []}
     check(good, known)

@@ -87,6 +87,6 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
 
 
 def _plain(hint: Any) -> Any:
-    """Return the type that an option's text is read as: text where it may be several."""
+    """Return the type to read an option as; text where it may have several values."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
     return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, str, Path) else str

@@ -38,7 +38,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         blocks: token ids (count, length), of any integer type.
-        fingerprint: that of the text that they are cut from; None: there is none.
+        fingerprint: of the text that they are cut from; None: there is none.
     """
 
     def __init__(self, blocks: Tensor, fingerprint: Fingerprint | None = None) -> None:
@@ -137,14 +137,14 @@ def training_blocks(
 
 
 def turns(shares: Sequence[float], count: int) -> list[int]:
-    """Deal `count` turns out by shares, so that at any time each has had about its share.
+    """Deal out `count` turns by shares, so that each has about its share at any time.
 
     Args:
         shares: in any unit, each above 0.
         count: the number of turns.
 
     Returns:
-        Whose turn it is, as an index of the shares.
+        The index of the share whose turn it is, turn by turn.
     """
     had, whole = [0] * len(shares), sum(shares)
     found = []
@@ -239,8 +239,7 @@ def held_out_blocks(
 ) -> HeldOut:
     """Cut the held-out part of each source into blocks, in the source's order.
 
-    What a model writes itself has no held-out part; where there is no other text, that of `demo`
-    judges.
+    Self-written text has no held-out part. Where there is no other text, that of `demo` is used.
 
     Args:
         spec: the DATA spec, or several.

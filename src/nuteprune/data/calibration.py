@@ -22,7 +22,7 @@ def check_text(dataset: Any, alike: bool = False) -> None:
 
     Args:
         dataset: the text.
-        alike: whether its items have to be of one length; the first ones tell.
+        alike: whether its items must have one length; the first ones are checked.
 
     Raises:
         UserError: naming what is missing.

@@ -33,7 +33,7 @@ _SAME_DAY = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
 def laid_out(
     rows: Iterable[tuple[str, object]], text_column: str | None
 ) -> Iterator[tuple[str, Mapping[str, object], tuple[str, ...]]]:
-    """Find the columns that make up a document in the first row, and see that all rows have them.
+    """Find a document's columns in the first row, and check that all rows have them.
 
     Args:
         rows: (where the row comes from, the row: column name -> cell).
@@ -76,7 +76,7 @@ def choose_layout(names: Collection[str], text_column: str | None, where: str) -
     Args:
         names: the columns there are.
         text_column: the one that holds the text; None finds it.
-        where: what the columns are of.
+        where: where the columns come from, for errors.
 
     Returns:
         The columns to join. Of three columns the second may be missing.
@@ -187,7 +187,7 @@ def render(
         turns: from `chat_turns`.
         where: where they come from.
         tokenizer: the model's tokenizer.
-        asks: end with what comes before an answer.
+        asks: whether the text ends with what comes before an answer.
 
     Raises:
         UserError: there is no template, or it refuses the messages.

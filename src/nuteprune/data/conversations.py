@@ -1,4 +1,4 @@
-"""One row of instruction data as tokens: which are only read, and which are learned."""
+"""Turns a row of instruction data into tokens: some only read, others learned."""
 
 from __future__ import annotations
 

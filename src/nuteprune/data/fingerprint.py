@@ -1,4 +1,4 @@
-"""What text is known by, whatever it is called: hashes of its documents and of its files."""
+"""Fingerprints of text, whatever its name: hashes of its documents and files."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Fingerprint:
         )
 
     def add_document(self, text: str) -> None:
-        """Add a document, white space around it apart; a long one by its paragraphs.
+        """Add a document without the white space around it; a long one by its paragraphs.
 
-        So a book that was edited is known by what is left of it.
+        So an edited book is recognised by its unchanged paragraphs.
         """
         bare = text.strip()
         parts = [x.strip() for x in bare.split("\n\n")] if len(bare) > _LONG else []
@@ -80,7 +80,7 @@ def _hash(content: bytes) -> str:
 
 
 def _smallest(hashes: Iterable[str]) -> list[str]:
-    """Return the hashes to keep: a sample that is the same in whatever order they come."""
+    """Return the hashes to keep: a sample that does not depend on their order."""
     return sorted(hashes)[:MOST]
 
 

@@ -25,7 +25,7 @@ class Mixture:
         count: blocks to train on.
         to_write: tokens that the model writes itself, 0 where it has no share.
         seed: draws the order of passages and blocks.
-        column: that holds the text in structured files; None finds it.
+        column: the one that holds the text in structured files; None finds it.
         vocabulary: the model's number of token ids.
         written: what the model has written before the run; None: nothing.
 

@@ -43,7 +43,7 @@ class Openings:
         answers: what comes between a question and its answer.
         ends: tokens that end a text.
         asked: tokens that end a question.
-        known: token ids below this have text; those beyond only fill up the model's vocabulary.
+        known: token ids below this have text; the others only pad the vocabulary.
     """
 
     start: tuple[int, ...]

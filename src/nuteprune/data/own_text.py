@@ -1,4 +1,4 @@
-"""How much text a model writes itself: all that a short run reads of it, less for a long one."""
+"""How much text a model writes itself: as much as a short run reads, less for a long one."""
 
 from __future__ import annotations
 

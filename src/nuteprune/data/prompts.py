@@ -37,9 +37,9 @@ class Prompts:
     """Prompts that models are to answer.
 
     Args:
-        texts: each as people read it, without what a chat template puts around it.
+        texts: each prompt as people read it, without the chat template.
         ids: token ids of each.
-        source: where they come from, fit for a record.
+        source: where they come from, as the record states it.
     """
 
     texts: list[str]

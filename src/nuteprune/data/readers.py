@@ -62,7 +62,7 @@ class Documents:
 
 
 def boundary(text: str, near: int) -> int:
-    """Return a position to cut a text at: its end, or after white space where some is close.
+    """Return where to cut a text: at its end, or after nearby white space.
 
     Args:
         text: the text.
@@ -163,7 +163,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def text_documents(path: Path) -> Iterator[str]:
-    """Split a file at two or more empty lines; a document that goes on and on comes in parts.
+    """Split a file at two or more empty lines; a very long document comes in parts.
 
     Raises:
         UserError: the file cannot be read as UTF-8.

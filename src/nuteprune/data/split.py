@@ -21,7 +21,7 @@ _PASSAGE = 2**11  # most characters of its passages: more than a block of 256 to
 
 
 def split(document: str) -> tuple[list[str], list[str]]:
-    """Split a document by nothing but its own text, white space around it apart.
+    """Split a document by its own text alone, without the white space around it.
 
     A short document is held out if the hash of its text is below a threshold. Of a long one the
     passages are ranked in that way, and at least one is held out and one is not, unless all of
@@ -70,7 +70,7 @@ def _below_threshold(ranks: list[int]) -> list[bool]:
 def shuffled(
     items: Iterable[T], rng: random.Random, most: int, size_of: Callable[[T], int] = lambda _: 1
 ) -> Iterator[T]:
-    """Shuffle a stream: draw each item from a buffer whose sizes add up to `most`."""
+    """Shuffle a stream: draw each item from a buffer of items with `most` characters in all."""
     held: list[T] = []
     size = 0
     for item in items:

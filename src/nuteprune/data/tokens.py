@@ -109,7 +109,7 @@ def check_positions(length: int, config: Any, what: str = "length") -> None:
     Args:
         length: in tokens.
         config: the model's.
-        what: has this length, as the user knows it.
+        what: what has this length, in the user's words.
 
     Raises:
         UserError: naming both.

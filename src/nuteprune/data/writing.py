@@ -49,7 +49,7 @@ class TextInProgress:
         self.ended = False
 
     def next_token(self, drawn: int) -> int:
-        """Go on by a token: the next that is given, or else the one that the model draws."""
+        """Go on by a token: the next given one, or else one that the model draws."""
         answers = self.opening.answers
         if self.ended:
             return self.ids[-1]
@@ -183,7 +183,7 @@ def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
 def seconds_per_token(model: PreTrainedModel, size: int) -> float:
     """Return about how long a batch of texts takes for a token of each, timed on the first ones.
 
-    It assumes that later positions cost no more.
+    Later positions are assumed to cost no more.
     """
     cache: dict[str, Any] = {}
     seconds = []

@@ -33,7 +33,7 @@ teachers have many, kernel libraries keep some 0.1 MB."""
 
 @dataclass(frozen=True)
 class Role:
-    """A role of the backbone: its masks (None: open) and LoRA weights (None: without)."""
+    """A role of the backbone: its masks (None: all open) and LoRA weights (None: none)."""
 
     masks: Masks | None = None
     lora: Mapping[str, Tensor] | None = None
@@ -139,7 +139,7 @@ class CoForward:
             yield passage
 
     def _source(self, role: str, masks: Masks | None) -> MaskSource | None:
-        """Return masks as the hooks are to read them: narrow, if they are fixed."""
+        """Return masks as hooks read them: narrow if they are fixed."""
         if masks is None or not masks.fixed or is_packed(self.anatomy.model):
             return masks
         fixed = self._fixed.get(role)

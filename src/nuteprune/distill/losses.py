@@ -66,7 +66,7 @@ class Head:
 
 
 def _chunk_kl(ours_CV: Tensor, theirs_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(theirs || ours) (C,) and its slope (C, V) by our logits; uses `theirs_CV` up.
+    """Return KL(theirs || ours) (C,) and its gradient (C, V) by our logits; overwrites `theirs_CV`.
 
     KL = sum p (z_theirs - z_ours) + logsumexp(z_ours) - logsumexp(z_theirs), which takes one
     exponential per logit and few passes over memory. The largest logit gives logsumexp(z) as
@@ -84,7 +84,7 @@ slopes (C, V) by the logits, which it leaves as they are."""
 
 
 class _ByChunk(torch.autograd.Function):
-    """The weighted sum of losses of logits, which are formed and dropped chunk by chunk."""
+    """A weighted sum of losses whose logits are formed and dropped chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -188,7 +188,7 @@ def batch_counts(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def amplified(loss: Tensor, factor: float) -> Tensor:
-    """Return a loss of the same value whose gradients are `factor` times as large."""
+    """Return a loss of the same value with gradients `factor` times as large."""
     return loss if factor == 1 else loss + (factor - 1) * (loss - loss.detach())
 
 

@@ -47,7 +47,7 @@ class Objective:
 
     @property
     def layer_distance(self) -> LayerTerm | None:
-        """How far a layer's output is from the teacher's; None if it does not matter."""
+        """The distance of a layer's output from the teacher's; None without layer terms."""
         if not self.layer_weight:
             return None
         return layer_mse if self.as_published else layer_relative
@@ -55,10 +55,10 @@ class Objective:
     def parts(
         self, passage: Passage, head: Head, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the weighted terms of a pass by name, as far as it has them.
+        """Return the weighted terms of a pass by name.
 
         Args:
-            passage: what a co-forward pass left.
+            passage: the results of a co-forward pass.
             head: the language head that both roles share.
             inputs: the batch: `input_ids` (B, T) and maybe `attention_mask` (B, T).
 

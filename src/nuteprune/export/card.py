@@ -140,7 +140,7 @@ def _again(record: Mapping[str, Any]) -> str:
 
 
 def named_to_judge(record: Mapping[str, Any]) -> str | None:
-    """Return the text that judged in place of the data's: the last recovery's, else the run's."""
+    """Return the text named to judge by: the last recovery's, else the run's."""
     runs = (record.get("recover", {}), record.get("config", {}))
     return next((str(x["eval_data"]) for x in runs if x.get("eval_data")), None)
 
@@ -164,7 +164,7 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _taught(record: Mapping[str, Any]) -> str:
-    """Say who taught it in the runs that pruned it; where a vocabulary is cut nobody does."""
+    """Say which teachers pruning runs had; cutting a vocabulary has none."""
     runs = [x for x in (*record.get("history", ()), record) if "vocab" not in x]
     found = sorted({teacher for run in runs if (teacher := _teacher(run))})
     return f" with distillation from {' and '.join(found)}" if found else ""
@@ -182,7 +182,7 @@ def with_plots(card: str, plots: Mapping[str, str]) -> str:
 
     Args:
         card: text that `model_card` made, perhaps edited since.
-        plots: what can be seen on a plot -> its file, relative to the card.
+        plots: description of a plot -> its file, relative to the card.
     """
     start, end = _PLOTS
     head, found, rest = card.partition(start)
@@ -235,7 +235,7 @@ def _judged(record: Mapping[str, Any]) -> str:
 
 
 def _protocols(record: Mapping[str, Any]) -> str:
-    """Say how the table's figures were made, and what text perplexity is of."""
+    """Say how the table's figures were measured, and on which text."""
     config, said = record.get("config", {}), []
     if measure := record.get("perplexity", {}).get("protocol", {}).get("measure"):
         data = config.get("data")
@@ -252,7 +252,7 @@ def _protocols(record: Mapping[str, Any]) -> str:
 
 
 def _tuned(record: Mapping[str, Any]) -> str:
-    """Say what it was fine-tuned on after pruning, or between two runs that did, if it was."""
+    """Say what it was fine-tuned on after or between prunings, if it was."""
     runs = [(x, "between") for x in record.get("history", ())] + [(record, "afterwards")]
     return "".join(
         f"Fine-tuned {when}: {x['recover']['steps']:,} steps on "
@@ -278,7 +278,7 @@ def _layers(record: Mapping[str, Any]) -> str:
 
 
 def _calibrated_on(config: Mapping[str, Any]) -> str:
-    """Return what text a model was calibrated and trained on, with shares that are on record."""
+    """Return the text a model was calibrated and trained on, with recorded shares."""
     data = config.get("data", "not on record")
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
     said = [
@@ -296,6 +296,6 @@ def _public(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text that Markdown shows as it is: one line, nothing marked up."""
+    """Return text escaped for Markdown, on one line."""
     line = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)

@@ -1,4 +1,4 @@
-"""What the hub reads of a model card: base model, licence and figures, as metadata."""
+"""The metadata of a model card that the hub reads: base model, licence and figures."""
 
 from __future__ import annotations
 

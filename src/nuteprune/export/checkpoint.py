@@ -59,7 +59,7 @@ def assemble(anatomy: Anatomy, masks: Masks, **how: Any) -> tuple[PreTrainedMode
 
 @torch.no_grad()
 def round_as_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give a model's parameters the values that a file of a dtype will hold; it computes as before.
+    """Round a model's parameters to what a file of a dtype will hold; its own dtype stays.
 
     Buffers, such as rotary frequencies, are made anew when a file is loaded, and stay as they are.
     """
@@ -76,7 +76,7 @@ def rounded_as_stored(part: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 def _buffers() -> tuple[str, ...]:
-    """Return how names of buffers in files end, of all families that are known by now."""
+    """Return the endings of buffers' names in files, of all families known by now."""
     known = (*FAMILIES.values(), *all_brought_along())
     return tuple(f".{path}" for family in known for path in family.buffers)
 
@@ -143,9 +143,9 @@ def save(
 
 
 def _savable(settings: GenerationConfig) -> GenerationConfig:
-    """Return settings of generation without those that transformers would refuse to save.
+    """Return settings of generation without those that transformers refuses to save.
 
-    Models of before its checks have such, as a sampling temperature without sampling.
+    Older models have such settings, for example a temperature without sampling.
     """
     kept = GenerationConfig()
     given = settings.to_diff_dict()

@@ -1,4 +1,4 @@
-"""What programs that load checkpoints would object to in a pruned one; all: docs/support.py."""
+"""What other programs would object to in a pruned checkpoint; docs/support.py lists all."""
 
 from __future__ import annotations
 

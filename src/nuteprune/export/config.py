@@ -1,4 +1,4 @@
-"""From a shape to a config: the stock class's where it will do, else one with counts per layer."""
+"""Makes a config for a shape: a stock one if possible, else one with counts per layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts in files, one by one: what keeps those of a layer from being stacked."""
+"""Experts that a checkpoint stores one by one, and why some cannot be stacked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ONE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 
 
 def first_misfit(folder: Path) -> str | None:
-    """Return which expert's tensor is missing, or of another size than that of the others.
+    """Return the expert's tensor that is missing, or differs in size from the others.
 
     transformers stacks them when it loads them, and does not say which it could not stack.
 

@@ -1,4 +1,4 @@
-"""What a record says of answers and of context, as rows of tables."""
+"""The record's figures of answers and context, as rows of tables."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Row(NamedTuple):
 
     Args:
         what: what it is, with its unit.
-        dense: of the dense model; None: of both together, or not known.
-        pruned: of the pruned model; None: not known, such as where no token is there for it.
+        dense: the dense model's figure; None: one figure for both, or unknown.
+        pruned: the pruned model's figure; None: unknown, for lack of such tokens.
         digits: after the point.
     """
 

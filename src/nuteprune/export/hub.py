@@ -20,11 +20,11 @@ from nuteprune.run_folder import RECORD, RUN, hidden
 
 
 def download_record(source: str, **where: Any) -> Path | None:
-    """Return where the record of a checkpoint is, None if it has none that can be had.
+    """Return the path of a checkpoint's record, None if there is none.
 
     Args:
         source: the name of a model on the hub.
-        where: what `hf_hub_download` takes, such as `revision`.
+        where: arguments of `hf_hub_download`, such as `revision`.
     """
     try:
         return Path(hf_hub_download(source, RECORD, **where))
@@ -65,7 +65,7 @@ def folder_of(source: str, **where: Any) -> Path | None:
 
     Args:
         source: a folder, or the name of a model on the hub, which is looked up in the cache.
-        where: what `from_pretrained` takes; `revision` and `cache_dir` say where in the cache.
+        where: arguments of `from_pretrained`; of these `revision` and `cache_dir` count.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -110,7 +110,7 @@ def check_inside(source: str, **where: Any) -> None:
 
 
 def _named_in(index: Path) -> set[str]:
-    """Return the names of files in an index of weights; none where it is damaged, told later."""
+    """Return the files in an index of weights; none if it is damaged, which is reported later."""
     try:
         names = json.loads(index.read_bytes())["weight_map"].values()
         return {str(x) for x in names}
@@ -128,7 +128,7 @@ def upload(
     message: str | None = None,
     blocking: bool = True,
 ) -> Any:
-    """Upload a pruned checkpoint as it lies in its folder, so that the hub has what was judged.
+    """Upload a checkpoint's folder as it is, so that the hub has what was judged.
 
     Of `run/`, the plots that the card shows go along; teachers, trainer checkpoints and metrics
     stay here.

@@ -126,13 +126,13 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
 
 
 def exact_dtype(stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
-    """Return the narrowest dtype that holds all values of two, the computed one if possible."""
+    """Return the narrowest dtype that holds all values of both, preferably the computed one."""
     return torch.promote_types(stored, computed)
 
 
 @torch.no_grad()
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model as a file of it computes when it is loaded in a dtype.
+    """Return a model that computes as its file will, loaded in a dtype.
 
     Returns:
         The model itself where it is in that dtype, else a copy; buffers, such as rotary
@@ -188,7 +188,7 @@ def _language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def record_path(source: str, **where: Any) -> Path | None:
-    """Return where the record of a checkpoint is, None if it has none that can be had."""
+    """Return the path of a checkpoint's record, None if there is none."""
     if not Path(source).is_dir():
         from nuteprune.export.hub import download_record
 
@@ -234,7 +234,7 @@ def _check_routing(source: str, config: PreTrainedConfig) -> None:
 
 
 def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
-    """Return what a checkpoint's config.json says; `model_type` is "" where it does not say.
+    """Return the content of config.json; `model_type` is "" if it is not stated.
 
     Args:
         source: a folder or the name of a model on the hub.
@@ -269,7 +269,7 @@ def class_named(name: str) -> Any:
 def _load(
     model_class: Any, source: str | None, *, stock: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """Call `from_pretrained`, but refuse what it would make up: weights that do not fit."""
+    """Call `from_pretrained`, but refuse weights that do not fit, which it would make up."""
     with one_line(source or "the pruned model"), without_notes():
         try:
             model, info = model_class.from_pretrained(
@@ -301,9 +301,9 @@ def _load(
 
 
 def _say_whether_tied(model: PreTrainedModel) -> None:
-    """Mend a config that takes a head for the embedding where the files have one of its own.
+    """Fix a config that ties the head although the files have a separate one.
 
-    transformers then goes by the files. Who goes by the config would lose the head.
+    transformers follows the files; programs that follow the config would lose the head.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(model.config, "tie_word_embeddings", False) and head is not None:
@@ -328,7 +328,7 @@ def _is_projection(name: str, model_type: str) -> bool:
 
 
 def some(names: list[str]) -> str:
-    """Return the first names of a list, and how many more there are."""
+    """Return the first few names of a list as text, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -1,4 +1,4 @@
-"""ONNX files: a graph with its weights, written when ONNX Runtime has computed the same with it."""
+"""Writes ONNX files, once ONNX Runtime has computed the same with them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def require_packages() -> None:
 
 
 def write_onnx(model: PreTrainedModel, path: Path) -> WrittenOnnx:
-    """Write a model as an ONNX file, which appears when ONNX Runtime has computed the same with it.
+    """Write a model as an ONNX file, after ONNX Runtime has computed the same with it.
 
     Weights of 2 GB and more are in a second file, `NAME.*.data` beside it.
 
@@ -104,7 +104,7 @@ def _save(graph: Any, file: Path, data: str | None) -> None:
 
 
 def _move(partial: Path, path: Path, data: str | None) -> list[Path]:
-    """Move a finished file into place, its weights first: an old graph keeps its own until then."""
+    """Move a finished file into place, weights first: an old graph stays valid until then."""
     moved = []
     for name in filter(None, (data, path.name)):
         (partial / name).replace(path.with_name(name))

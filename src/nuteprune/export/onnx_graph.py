@@ -29,7 +29,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class ExplicitCache(nn.Module):
-    """A causal LM whose cache goes in and comes out as tensors: a pure function, as a graph is.
+    """A causal LM as a pure function: its cache is passed in and returned as tensors.
 
     Args:
         model: a causal LM, pruned or not.
@@ -99,7 +99,7 @@ def check_mixers(family: Family) -> None:
 
 
 class Exporter:
-    """A model with what its graph is called from outside.
+    """A model with the names of its graph's inputs and outputs.
 
     Args:
         model: a float32 causal LM of a supported family.
@@ -176,7 +176,7 @@ class Exporter:
 
 
 def _forget_origins(graph: Any) -> None:
-    """Remove notes on where nodes came from: they name folders of this machine, and are large."""
+    """Remove nodes' notes on their origin: they are large and name folders of this machine."""
     for part in (graph, graph.graph, *graph.graph.all_nodes(), *graph.graph.initializers.values()):
         part.metadata_props.clear()
         for value in getattr(part, "outputs", ()):
@@ -187,7 +187,7 @@ def _forget_origins(graph: Any) -> None:
 def _tracing(model: PreTrainedModel) -> Iterator[None]:
     """Let attention be plain products and softmax, which every runtime computes, and torch quiet.
 
-    It would tell of its own deprecations and of packages that nobody needs here.
+    Torch would warn of deprecations and packages that do not matter here.
     """
     before, logger = model.config._attn_implementation, logging.getLogger("torch.onnx")
     level = logger.level

@@ -1,4 +1,4 @@
-"""nuteprune.json: what a pruned checkpoint is, and how it came about."""
+"""nuteprune.json: the record of a pruned checkpoint and of how it was made."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[s
 
 
 def inside(folder: Path) -> str:
-    """Return the end of an error's line: which targets' checkpoints are in a folder."""
+    """Return which targets' checkpoints are in a folder, to end an error's line."""
     found = sorted(x.parent.name for name in TARGETS for x in folder.glob(f"{name}*/{RECORD}"))
     return f"; the run in it had several targets: pass {folder / found[0]}" if found else ""
 

@@ -1,4 +1,4 @@
-"""What a record must be like to be read: the types of its keys, and what is wrong with one."""
+"""Checks that a record can be read: the types of its keys."""
 
 from __future__ import annotations
 

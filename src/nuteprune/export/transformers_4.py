@@ -1,4 +1,4 @@
-"""What transformers 4 reads otherwise than 5: keys of configs, and files of tokenizers."""
+"""Adapts configs and tokenizer files so that transformers 4 reads them too."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def keys_of_4(config: dict[str, Any]) -> dict[str, Any]:
 def plain_merges(content: dict[str, Any]) -> dict[str, Any]:
     """Return a tokenizer whose merges are lines of two tokens, not pairs.
 
-    Before 0.20, tokenizers, which transformers up to 4.44 asks for, reads no others. A token that
-    has a space in it can stand in pairs alone; such a tokenizer stays as it is.
+    tokenizers before 0.20, which transformers up to 4.44 needs, reads no others. A tokenizer that
+    has a token with a space in it stays as it is: only pairs can state its merges.
     """
     model = content.get("model", {})
     merges = model.get("merges", [])

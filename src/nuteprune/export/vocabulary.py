@@ -116,7 +116,7 @@ def cut_tokenizer_of(
 
 
 def _without(settings: dict[str, Any], lost: Collection[str]) -> dict[str, Any]:
-    """Return settings of a tokenizer that name no token that is gone: it would be added anew."""
+    """Return a tokenizer's settings without removed tokens, which would be added anew."""
 
     def name(x: Any) -> Any:
         return x.get("content") if isinstance(x, dict) else x

@@ -1,4 +1,4 @@
-"""Language models inside of models of several modalities: taken out, and put back when pruned."""
+"""Takes language models out of models of several modalities, and puts pruned ones back."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
 
 
 def processor_files(source: str) -> list[Path]:
-    """Return the files of a checkpoint by which images are read.
+    """Return the files of a checkpoint's image processor.
 
     Where the hub cannot be asked, these are the files in the cache.
 
@@ -177,6 +177,6 @@ class Around:
         return whole  # type: ignore[no-any-return]
 
     def copy_processor(self, folder: Path) -> None:
-        """Copy the files by which images are read into a folder, as they are."""
+        """Copy the image processor's files into a folder."""
         for path in self._processor:
             shutil.copyfile(path, folder / path.name)

@@ -1,4 +1,4 @@
-"""What a recovered model is judged by: the text that its record's figures are of, if possible."""
+"""The text to judge a recovered model by: that of its record, if possible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def judged_text(
         job: the job.
         record: of the pruned model; None: it has none.
         tokenizer: the model's.
-        output: told where the text of the record cannot be read.
+        output: prints a line if the text of the record cannot be read.
 
     Returns:
         The DATA spec, None for the text of the record; source name -> token ids (N, T).

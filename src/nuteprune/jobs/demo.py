@@ -34,13 +34,13 @@ TIMED = Workload(batch_size=1, length=256, new_tokens=32)
 
 
 def fetch(output: Output) -> None:
-    """Have the model and the texts here, before anything else is looked at."""
+    """Fetch the model and the texts before anything else."""
     assets.model_folder(output.line)
     assets.documents(output.line)
 
 
 def with_defaults(job: PruneJob) -> PruneJob:
-    """Return a job with the demo's own defaults where nothing else is said."""
+    """Return a job with the demo's own defaults for what is not given."""
     defaults = dict(DEFAULTS)
     if SETTINGS.keys() & job.settings.keys():
         del defaults["target_sparsity"]

@@ -80,7 +80,7 @@ def _seconds_to_write(run: Run) -> float:
 
 
 def _reached(run: Run, output: Output) -> dict[str, Any]:
-    """Print what each target comes to, in all words, and return it."""
+    """Print what each target comes to in every unit, and return it."""
     allocator, prices = run.model.allocator, run.model.prices
     budget, scores = allocator.budget, allocator.chance_scores()
     shapes = [allocator.shape(scores, goal.goal) for goal in run.goals]
@@ -151,7 +151,7 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
 
 
 def _peaks(job: PruneJob, run: Run, plan: Plan, phases: Sequence[Phase]) -> dict[str, float]:
-    """Return the bytes that each phase holds where the run's model is."""
+    """Return each phase's bytes on the run's device."""
     peaks = {x.name: x.need.peak for x in phases}
     inside = {k: v for k, v in peaks.items() if k not in ("slice", "save")}  # of the dense model
     if run.args.sharded:

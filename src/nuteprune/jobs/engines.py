@@ -1,4 +1,4 @@
-"""The engines that speed is measured in: each brings a model to where a worker loads it."""
+"""The engines that speed is measured in; each prepares a model for a worker."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Transformers:
         return Ready(partial(self._load, model, own), partial(_on_disk, model))
 
     def _load(self, model: str, own: tuple[dict[str, Any], ...]) -> TorchRunner:
-        """Load a model in a process of its own, which is told the families that users brought."""
+        """Load a model in the worker's process, after registering the users' families there."""
         for entry in own:
             bring_along(from_dict(entry, Path("--family")))
         if self.threads is not None:

@@ -1,4 +1,4 @@
-"""Whether an entry describes a model type exactly: tried on a small model, kind of gate by kind."""
+"""Checks on a small model whether an entry is exact, for each kind of gate."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def free_folder(wanted: Path) -> Path:
 
 
 def begun_folder(wanted: Path) -> Path:
-    """Return the newest of the folder and its numbered siblings that a run was begun in."""
+    """Return the newest run's folder, among the folder and its numbered siblings."""
     found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
     return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
 
@@ -102,7 +102,7 @@ def _remove(out: Path, names: Iterable[str]) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove all that is in a folder; if this is cut short, what is left cannot be resumed."""
+    """Remove all that is in a folder; if that is interrupted, the rest cannot be resumed."""
     with writing(out):
         doomed = out / f".{RUN}.removed"
         remove(doomed)

@@ -1,4 +1,4 @@
-"""The guard before all that a command writes or removes: it keeps what is there, and what is read.
+"""The guard before all writing and removing: existing files and input files stay.
 
 Commands ask it before their work, so that hours are not spent on what cannot be written.
 """
@@ -105,7 +105,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _read_from(out: Path, reads: Reads) -> str | None:
-    """Return what of `reads` is, or is in, a file or folder to write; links are followed."""
+    """Return the input in `reads` that a file or folder to write is, or holds."""
     target = _real(out)
     for what, named in reads:
         if any(_real(x).is_relative_to(target) for x in _files(what, named)):
@@ -114,7 +114,7 @@ def _read_from(out: Path, reads: Reads) -> str | None:
 
 
 def _files(what: str, named: str | None) -> Iterator[Path]:
-    """Yield what is read of what the user named, if it is on this machine."""
+    """Yield the input files and folders that are on this machine."""
     if not named or named == SELF:
         return
     place = cache_folder() if named == DEMO else at_home(named)
@@ -186,7 +186,7 @@ def check_out(job: Job, resumes: bool = True) -> None:
 
 
 def check_free(job: Job, resumes: bool = True) -> None:
-    """Refuse a folder that the job cannot write to, before libraries are loaded to do the job.
+    """Refuse a folder that the job cannot write to; fast, since no library is loaded for it.
 
     The job asks again, when it holds the folder. Arguments and errors as of `check_out`.
     """
@@ -235,7 +235,7 @@ def _lock(folder: int, out: Path) -> None:
 
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
-    """Take back the empty folders that are made for a run that cannot begin."""
+    """Remove the empty folders made for a run that cannot begin."""
     made = [x for x in (folder, *folder.absolute().parents) if not x.exists()]
     try:
         yield

@@ -165,7 +165,7 @@ def _count(tensors: Tensors, names: Iterable[str]) -> int:
 
 
 def multiples_of(source: ModelFacts) -> dict[str, Any]:
-    """Return what divides the counts of all layers, and among how many devices layers split."""
+    """Return the common multiples of all layers' counts, and the tensor-parallel sizes."""
     layers = source.shape.layers
     kv_heads = gcd(*(x.kv_heads for x in layers))
     neurons = gcd(*(n for x in layers for n in (x.neurons, x.expert_neurons)))
@@ -183,7 +183,7 @@ def _largest_power_of_two(number: int) -> int:
 
 
 def _print_layers(folder: Path, record: Mapping[str, Any], output: Output) -> None:
-    """Print the counts of each layer, of neighbours with the same ones once."""
+    """Print the counts of each layer, equal neighbours in one row."""
     words = {k: v for k, v in SAID.items() if any(x.get(k) for x in record["layers_before"])}
     changes = [
         [_change(old.get(k, 0), new.get(k, 0)) for k in words]

@@ -46,7 +46,7 @@ class Job:
         resume: go on from the last checkpoint in `out`.
         overwrite: replace what is in `out`.
         trust_remote_code: run Python code that comes with the model's tokenizer.
-        files: those that the settings were read from, or that they name.
+        files: input files, which the settings name or were read from.
     """
 
     model: str = setting(help="Hub id, checkpoint folder, or 'demo'.")
@@ -72,7 +72,9 @@ class Job:
     length: int = setting(
         256, "Tokens per sequence (default {default}).", bounds=(2, 1e7), option="--length"
     )
-    eval_blocks: int = setting(24, "Held-out blocks per source.", bounds=(1, 1e6), role=HOW)
+    eval_blocks: int = setting(
+        24, "Held-out blocks of each source to judge by.", bounds=(1, 1e6), role=HOW
+    )
     device: str = setting("auto", "auto (default), cpu or cuda.", option="--device", role=HOW)
     dtype: str = setting(
         "auto",

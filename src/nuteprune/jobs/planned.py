@@ -1,4 +1,4 @@
-"""What is said of a plan's phases, whether a run is only planned or about to begin."""
+"""Prints and returns a plan's phases, for `plan` and for dry runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEASURED_FOR = 0.3
 
 @dataclass(frozen=True)
 class Rate:
-    """How much the machine does in a second.
+    """Rates of the machine, per second.
 
     Args:
         plain: floating-point operations in the dtype of the run.
@@ -61,7 +61,7 @@ def measured_reading(device: str) -> float:
 
 
 def _fastest(act: Callable[[], Tensor]) -> float:
-    """Return the seconds of the fastest of several times that a number is made."""
+    """Return the seconds of the fastest of several calls."""
     found: list[float] = []
     started = time.monotonic()
     while not found or time.monotonic() - started < MEASURED_FOR:

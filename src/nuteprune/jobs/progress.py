@@ -1,4 +1,4 @@
-"""Shows a training run: a bar with its loss, and what else is worth knowing of the moment."""
+"""Shows a training run: a progress bar with the loss and other current figures."""
 
 from __future__ import annotations
 

@@ -153,12 +153,12 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
 
 
 def _inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what all products of a run depend on, of its settings."""
+    """Return the settings that all products of a run depend on."""
     return {name: settings[name] for name in ("model", "dtype", "nuteprune") if name in settings}
 
 
 def _of_table(job: PruneJob, config: NutePruneConfig) -> dict[str, str]:
-    """Return the hash of the table of costs that was named, which says what units go."""
+    """Return the hash of the table of costs, on which the choice of units depends."""
     named = job.settings.get("costs") is not None and config.target_speedup is not None
     if not (named and isinstance(config.costs, Mapping)):
         return {}
@@ -166,7 +166,7 @@ def _of_table(job: PruneJob, config: NutePruneConfig) -> dict[str, str]:
 
 
 def _of_own_text(job: PruneJob) -> dict[str, str]:
-    """Return the hash of the text that was named as the model's own, wherever the file is."""
+    """Return the hash of the file of self-written text, wherever it is."""
     return {} if job.own_text is None else {OWN_TEXT_SUM: file_sum(at_home(job.own_text))}
 
 

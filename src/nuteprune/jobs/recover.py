@@ -165,7 +165,7 @@ def _check(job: RecoverJob) -> None:
 
 
 def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
-    """Load the weights no narrower than they are stored; computing in less is autocast's."""
+    """Load the weights in their stored dtype or a wider one; autocast computes in less."""
     computed = pick_dtype(job.dtype, pick_device(job.device))
     model = load_model(job.model, None)  # mapped from its files: what is converted is held
     stored = stored_dtype(model)

@@ -18,7 +18,7 @@ from nuteprune.train.config import RecoverConfig
 
 
 def kind_of_text(job: RecoverJob) -> str:
-    """Return whether a job's text is of instructions or plain.
+    """Return the kind of a job's text: instructions or plain text.
 
     Raises:
         UserError: if it cannot be read.

@@ -73,7 +73,7 @@ def print_plan(job: PruneJob, run: Run, output: Output) -> None:
 
 
 def _inner(budget: Budget) -> str:
-    """Return what the MLPs of a model have inside."""
+    """Return what a model's MLPs consist of: neurons, or experts."""
     first = next((x for x in budget.shape.layers if x.experts), budget.shape.layers[0])
     if not first.experts:
         return f"{first.neurons} neurons"
@@ -81,7 +81,7 @@ def _inner(budget: Budget) -> str:
 
 
 def describe_target(target: Target) -> str:
-    """Return what a target is, in sparsity too."""
+    """Return a target as text, with the sparsity that it comes to."""
     share = f"{target.sparsity:.1%}"
     return share if target.asked.kind in ("sparsity", "shape") else f"{target.asked} = {share}"
 
@@ -97,7 +97,7 @@ def print_report(folder: Path, output: Output) -> None:
 
 
 def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> None:
-    """Print what came out, for each target tables and two lines; answers of the highest one."""
+    """Print tables and a summary for each target, and answers of the highest one."""
     *_, last = records
     for folder, record in records.items():
         samples = read_samples(folder / RUN) if folder == last else []
@@ -146,7 +146,7 @@ def print_result(
 
 
 def print_end(folder: Path, record: Mapping[str, Any], output: Output) -> None:
-    """Print what a checkpoint is, in a sentence, and where it is."""
+    """Print a sentence on a checkpoint, and its path."""
     params, ppl = record["params"], record["perplexity"]
     said = [
         f"{record['total_sparsity']:.0%} smaller",
@@ -164,5 +164,5 @@ def print_end(folder: Path, record: Mapping[str, Any], output: Output) -> None:
 
 
 def print_next(folder: Path, model: str, output: Output) -> None:
-    """Print what to run next: a judgement by text that nothing was trained on."""
+    """Print the command that judges by text that the run did not read."""
     output.line(f"Next    nuteprune eval {folder} --against {model} --data YOUR_TEXT")

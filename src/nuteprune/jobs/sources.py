@@ -1,4 +1,4 @@
-"""From what a user names to a model, a tokenizer, a device and a dtype."""
+"""Finds the model, tokenizer, device and dtype that a user names."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def locate(model: str) -> str:
 
 
 def place(name: str) -> str:
-    """Return a path that is there as the same from everywhere; any other name as it is."""
+    """Return an existing path as absolute; any other name unchanged."""
     path = at_home(name)
     return str(path.resolve()) if name not in (DEMO, SELF) and path.exists() else name
 
@@ -200,7 +200,7 @@ def _stored_dtype(where: str, config: dict[str, Any]) -> torch.dtype:
 
 
 def _packing(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Return what `from_pretrained` is to be told."""
+    """Return the arguments for `from_pretrained`."""
     if bits not in BITS:
         raise UserError(f"bits are {bits}; weights are held in 8 or 4 bits, or whole")
     if find_spec("bitsandbytes") is None:
@@ -264,7 +264,7 @@ def load_tokenizer(
 
 
 def _in_words(error: Exception, model: str) -> str:
-    """Return what the hub or a file's reader has to say, and what to do about it."""
+    """Return the hub's or the reader's message, and what to do about it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "gated repo" in str(error):
         return (

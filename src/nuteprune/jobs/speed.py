@@ -1,4 +1,4 @@
-"""Speed that is asked for: the table of costs before a run, the measurement after it."""
+"""For `--speedup`: measures the table of costs before a run, and the speed after it."""
 
 from __future__ import annotations
 

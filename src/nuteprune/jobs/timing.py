@@ -61,7 +61,7 @@ def measure(
 
 
 def _make_room() -> None:
-    """Give back what is left of a run: the models are timed in processes of their own."""
+    """Free the memory of a run, since models are timed in other processes."""
     gc.collect()  # a trainer and its callbacks point at each other
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -163,7 +163,7 @@ def _needed(anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _tell_unknown(anatomy: Anatomy, output: Output) -> None:
-    """Tell of settings that could hold token ids, which nobody can count anew."""
+    """Print the settings that may hold token ids, which cannot be renumbered."""
     rows = anatomy.embedding.weight.shape[0]
     config, generation = anatomy.model.config, anatomy.model.generation_config
     for name, found in (("config.json", config), ("generation_config.json", generation)):

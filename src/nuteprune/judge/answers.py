@@ -1,4 +1,4 @@
-"""Answers of a pruned model beside the dense one's: do they loop, and how far are they apart?
+"""Compares a pruned model's answers with the dense one's: loops, and distance.
 
 Both models answer the same prompts greedily. The figures that compare distributions are taken
 along given answers, so that one early difference does not decide all that comes after it.
@@ -57,7 +57,7 @@ class Pair:
         dense: the dense model's answer: token ids, with the one that ends it.
         pruned: the pruned model's.
         kl: nats, summed over the tokens of `dense`.
-        agreed: of these tokens, those for which both models hold the same for the likeliest.
+        agreed: how many of these tokens both models predict alike.
         nats: the dense model's negative log-likelihood of the tokens of `dense` and of `pruned` up
             to the first repeated 4-gram, summed.
     """
@@ -174,7 +174,7 @@ def write(
 
 @contextmanager
 def _plain(model: PreTrainedModel, ends: Collection[int]) -> Iterator[None]:
-    """Let a model end a text by these tokens, and ignore what its settings say of generation."""
+    """Let a model end texts by these tokens, and ignore its settings of generation."""
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
     try:

@@ -1,4 +1,4 @@
-"""Speed of models, measured side by side: timings, medians, and what they say beside the bound.
+"""Speed of models, measured side by side: timings, medians, and their bound.
 
 Shape suffixes: B sequences of a batch, T tokens of a prompt.
 """
@@ -118,8 +118,8 @@ def compare(
         setting: the timed setting.
         ours: the model's passes, each next to the dense one's of the same index.
         dense: the dense model's.
-        our_work: what the model has to move and multiply.
-        dense_work: what the dense one has.
+        our_work: the model's bytes and multiply-adds.
+        dense_work: the dense model's.
 
     Returns:
         Phase (`prefill`, `decode`, `both`) -> `median`, `low`, `high` of the paired ratios, `bound`

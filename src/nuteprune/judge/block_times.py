@@ -1,4 +1,4 @@
-"""What each kept count of each kind of block takes, timed as the model would run it.
+"""Times blocks with different counts of heads and neurons, as the model runs them.
 
 A model of a few layers is made that have the counts in turn, so that one pass visits them all.
 
@@ -46,7 +46,7 @@ def counts_timed(shape: Shape, heads: bool = True) -> tuple[list[LayerShape], li
 
     Args:
         shape: of the model that is to be cut.
-        heads: whether heads of it can be cut; else its attention is measured whole.
+        heads: whether heads can be cut; else attention is measured whole.
     """
     whole = max(shape.layers, key=lambda x: (x.kv_heads, x.heads))
     neurons = max(layer.neurons for layer in shape.layers)
@@ -213,7 +213,7 @@ def _medians(calls: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def _rest(passes: Sequence[Times], timed: int, layers: int) -> dict[str, float]:
-    """Return the seconds beside all blocks: in each layer, and before and after the layers."""
+    """Return the seconds spent outside blocks: in each layer, and outside layers."""
     rests = []
     for times in passes:
         blocks = [times[f"{block} {i}"] for block in BLOCK_KINDS for i in range(timed)]

@@ -29,9 +29,9 @@ NEEDS: Final = 2.0
 
 
 class Span(NamedTuple):
-    """How far back tokens need to see: tokens before a block's scored ones, and the short context.
+    """Lengths of the long and the short context that are compared.
 
-    `far` is what a token sees at least, `near` what it sees of the text right before it.
+    `far`: tokens before a block's scored ones; `near`: tokens of the short context, at least.
     """
 
     far: int
@@ -109,7 +109,7 @@ def _measures(span: Span) -> dict[str, str]:
 
 
 def cut_blocks(text: Sequence[Tensor], span: Span, bos: Sequence[int] = (), *, most: int) -> Tensor:
-    """Return the beginnings (N, T) of blocks of text that are long enough, evenly of each source.
+    """Return the beginnings (N, T) of blocks that are long enough, evenly from all sources.
 
     Args:
         text: token ids (N, T) of each source, T as it comes.

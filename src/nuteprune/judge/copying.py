@@ -1,4 +1,4 @@
-"""Copying from context: a random sequence of tokens, repeated, needs no text at all.
+"""Measures copying from context: does a model repeat a random sequence of tokens?
 
 Few-shot prompts, summaries, retrieval and code live on it, and prose hardly shows whether a model
 still can. The sequence is random, so only the context tells how its repeat goes on.
@@ -119,7 +119,7 @@ def draw(ids_n: Tensor, length: int, seed: int) -> Tensor:
 
 
 def _length(model: PreTrainedModel, first: int) -> int:
-    """Return how many tokens are repeated: fewer where the model has no room for both."""
+    """Return the length of the sequence; shorter if the model has too few positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
     length = LENGTH if positions is None else min(LENGTH, (positions - first) // 2)
     if length < 1:

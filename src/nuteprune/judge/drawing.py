@@ -178,7 +178,7 @@ def thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Line:
 
 
 def dots(step: NDArray[np.float64]) -> dict[str, Any]:
-    """Return how to mark the points of a line so short that it may hardly be seen."""
+    """Return markers for the points of a line that is too short to be seen."""
     return {"marker": "o", "ms": 3.5} if len(step) < 4 else {}
 
 

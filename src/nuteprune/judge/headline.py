@@ -1,4 +1,4 @@
-"""What a report says first: one sentence on how a run came out, and the table of its figures."""
+"""The top of a report: a sentence on the result, and the table of figures."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 def told_gains(speed: Mapping[str, Any] | None) -> list[float]:
-    """Return the gains in speed that a verdict may state, growing; none if one row is doubtful.
+    """Return the gains in speed that a headline may state, growing; none if a row is doubtful.
 
     Gains within their spread are doubtful, and gains beyond their bound. Leaving out the doubtful
     rows alone would pick the best.

@@ -76,7 +76,7 @@ class LlamaCppRunner:
         self._fits: Workload | None = None
 
     def about(self) -> About:
-        """Return what the model is, and what runs it."""
+        """Describe the model and the program that runs it."""
         engine = f"llama.cpp {self._version}"
         return About(self._work, self._positions, engine, "its own", self._threads, "CPU")
 

@@ -1,6 +1,6 @@
 """The plots of a report: sparsity, loss, layers, gates and perplexity.
 
-User's words in plots go through `plain`.
+Text of the user goes through `plain` before it is drawn.
 
 Shape suffixes: N units of a kind of gate.
 """

@@ -1,4 +1,4 @@
-"""Published texts, and the published ways to cut them into blocks: what can be asked for, as data.
+"""Published texts and protocols (ways to cut text into blocks), as data.
 
 Published perplexities differ in the text's split, in what joins its rows, in the block length and
 in whether blocks overlap. Each of these is a field here, and stated with every result.

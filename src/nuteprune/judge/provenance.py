@@ -1,4 +1,4 @@
-"""What text made a model what it is, and so which text says nothing about any other text."""
+"""Finds which texts are in-domain for a model, by the text that it learned from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHANCE = 0.01
 
 
 def learned_from(record: Mapping[str, Any]) -> list[Fingerprint | None]:
-    """Return what each run's record says of the text that made a model; None: not known.
+    """Return the texts that each run of a model read, by its record; None: unknown.
 
     Args:
         record: its nuteprune.json. Earlier prunings and recoveries count too.

@@ -73,7 +73,7 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
         if before:
             yield plots.perplexity_plot(before, after)
         yield plots.layers_plot(kept_rows(files.record))
-    if pruning_steps(files):
+    if pruning_steps(files) and _ramped(files.metrics):  # else a level line
         yield plots.sparsity_plot(files.metrics, teacher_sparsities(files))
     if files.metrics:
         yield plots.loss_plot(files.metrics)

@@ -13,7 +13,7 @@ def retention(ours: float, dense: float, *, higher_is_better: bool) -> float | N
     Args:
         ours: its figure.
         dense: the dense model's.
-        higher_is_better: False turns the ratio around, as for perplexity.
+        higher_is_better: whether more is better; of perplexity, less is.
 
     Returns:
         100 where both are alike; None where the ratio says nothing (a zero or infinite figure).
@@ -32,7 +32,7 @@ def retentions(
     Args:
         ours: name -> figure.
         dense: name -> figure of the dense model.
-        higher_is_better: name -> which way is better.
+        higher_is_better: name -> whether more is better.
 
     Returns:
         Name -> percent, and `mean`: the retention of the mean figures, the way published averages
@@ -68,7 +68,7 @@ def retention_stderr(
         model has none right.
 
     Raises:
-        ValueError: if the questions are not as many.
+        ValueError: if both do not have as many questions.
     """
     mean_dense = statistics.fmean(statistics.fmean(task) for task in dense)
     if mean_dense <= 0 or min(map(len, dense)) < 2:

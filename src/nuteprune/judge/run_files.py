@@ -206,7 +206,7 @@ def _check_rows(
 
 
 def _gates(run: Path) -> dict[str, GateScores]:
-    """Read what units cost and which stay; nothing if that is gone.
+    """Read the scores and masks of a run; nothing if they were removed.
 
     Args:
         run: the run's folder, or that of one of several targets, beside the folder that they share.

@@ -1,4 +1,4 @@
-"""A model in the engine that runs it: what a worker holds, and times.
+"""Loaded models that a worker times, one class for each engine.
 
 Shape suffixes: B sequences, T tokens of a prompt.
 """
@@ -19,7 +19,7 @@ from nuteprune.model.anatomy import Anatomy
 
 @dataclass(frozen=True)
 class About:
-    """What a model is, and what runs it.
+    """Facts of a model and of the program that runs it.
 
     Args:
         work: what it has to move and multiply.
@@ -42,7 +42,7 @@ class Runner(Protocol):
     """A loaded model that can be timed."""
 
     def about(self) -> About:
-        """Return what the model is, and what runs it."""
+        """Describe the model and the program that runs it."""
 
     def time(self, setting: Workload) -> Timing:
         """Time one pass of random tokens."""
@@ -59,7 +59,7 @@ class TorchRunner:
         self._model = model
 
     def about(self) -> About:
-        """Return what the model is, and what runs it."""
+        """Describe the model and the program that runs it."""
         model = self._model
         return About(
             Work.of(model),

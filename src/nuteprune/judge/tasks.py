@@ -99,7 +99,7 @@ def flips(pruned: Score, dense: Score) -> Flips | None:
 
 
 class Tasks:
-    """Tasks that have been found, to be asked of any number of models.
+    """Tasks that were found, to ask models.
 
     Args:
         names: tasks, groups or suites of the harness, or of the folder.
@@ -184,7 +184,7 @@ class Tasks:
 
 @contextmanager
 def _needing_data() -> Iterator[None]:
-    """Tell in one line where the data of a task cannot be had."""
+    """Turn errors about a task's data into one line."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -198,7 +198,7 @@ def _needing_data() -> Iterator[None]:
 
 @contextmanager
 def _asking_nobody_else() -> Iterator[None]:
-    """Keep the harness from asking git and the system for a log of its own; git complains."""
+    """Keep the harness from asking git and the system for facts for its log."""
     from lm_eval import evaluator
 
     inquiries = [x for x in ("get_git_commit_hash", "add_env_info") if hasattr(evaluator, x)]

@@ -105,7 +105,7 @@ def rows_of(
 
 
 def _published(name: str) -> Fingerprint:
-    """Return what a published text is known by before it is read."""
+    """Return the fingerprint of a published text before it is read."""
     return Fingerprint(names=[name, TEXTS[name].repo.lower()])
 
 

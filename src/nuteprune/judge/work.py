@@ -1,4 +1,4 @@
-"""What a model has to read and multiply: closed forms, which bound how much faster it can be."""
+"""Bytes and multiply-adds of a model, which bound how much faster it can be."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Work:
-    """How much of a model has to be moved and multiplied.
+    """Sizes of a model, from which its bytes and multiply-adds follow.
 
     Args:
         parameters: all of them, tied ones once.
@@ -122,7 +122,7 @@ class Work:
     def calls(self, dense: Work) -> float:
         """Return the dense model's rounds of calls over this model's.
 
-        Of parts that take turns, none gains more than the part that gains most.
+        The whole cannot gain more than its part that gains most.
         """
         pairs = (
             (dense.attention_blocks, self.attention_blocks),

@@ -84,9 +84,9 @@ class Worker:
 
 @contextmanager
 def _nothing_of_main() -> Iterator[None]:
-    """Let a process that is spawned meanwhile not run the program's main module.
+    """Keep a process spawned in this context from running the program's main module.
 
-    A script that has no `if __name__ == "__main__"` would do all of its work once more there.
+    A script without `if __name__ == "__main__"` would do its work again there.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -15,7 +15,7 @@ from nuteprune.model.lora import ADAPTER
 
 
 def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any) -> PeftModel:
-    """Wrap a model with LoRA, but not mixers' output projections: fused kernels read past it.
+    """Wrap a model with LoRA, except output projections of mixers, whose kernels bypass it.
 
     In mixtures PEFT takes the names of MLPs for those of stacked experts, which it would rebuild in
     each pass. It knows a mixture by the type in its config. A list of layers has no config, so PEFT

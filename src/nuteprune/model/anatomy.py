@@ -83,7 +83,7 @@ class Anatomy:
         return module if hasattr(module, "in_features") else None
 
     def block(self, layer: int, projection: Projection) -> nn.Module | None:
-        """Return the module that a layer's projection is part of, None if it is the layer."""
+        """Return the module that has a layer's projection as a part, None for the layer itself."""
         path = projection.path.rpartition(".")[0]
         return self.layers[layer].get_submodule(path) if path else None
 
@@ -208,7 +208,7 @@ class Anatomy:
     def inner_sizes(self) -> dict[str, int]:
         """Return the inner sizes of a mixer or of latent attention, which no gate cuts.
 
-        Path of a projection -> its inner features, or its weights where both sides are inner.
+        Projection path -> its inner features; if both sides are inner, its number of weights.
         """
         found = {}
         for projection in self.family.uncut:
@@ -275,7 +275,7 @@ class Anatomy:
 
 
 def no_logits(ids_BT: Tensor) -> Tensor:
-    """Return what to pass as `logits_to_keep` where logits are not wanted: no position.
+    """Return the `logits_to_keep` with which a model computes no logits.
 
     With a single position and gradients, torch would copy the head's whole matrix for each
     sequence.

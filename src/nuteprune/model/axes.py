@@ -1,4 +1,4 @@
-"""Which axes a small model's projections have: read off their sizes, as dimensions change."""
+"""Finds the axes of projections, by how their sizes follow each dimension."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """What each weight's size is made of: projection path -> (rows, columns) in one model."""
+    """Sizes of weights in one model: projection path -> (rows, columns)."""
 
     hidden: int
     heads: int
@@ -32,7 +32,7 @@ class Sizes:
 
 
 def base_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
-    """Return a small config that computes, and whether its heads must make up its width.
+    """Return a small config that runs, and whether heads must make up its width.
 
     Raises:
         UserError: if none is found.

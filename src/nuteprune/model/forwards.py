@@ -1,4 +1,4 @@
-"""Modules that do otherwise for a while: evaluate, compute something else, have other tokens."""
+"""Changes modules for a while: evaluation mode, another forward, other tokens."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def noting_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 @contextmanager
 def special_tokens_kept(model: nn.Module) -> Iterator[None]:
-    """Give a model its own special tokens back, where Trainer takes the tokenizer's for them.
+    """Restore a model's special tokens, which Trainer replaces by the tokenizer's.
 
     Such a token may be beyond the vocabulary, and the result could not be loaded.
     """

@@ -117,7 +117,7 @@ class MaskHooks:
         self._handles.append((post_norm or module).register_forward_hook(switch))
 
     def _route(self, mixture: Mixture, layer: int) -> None:
-        """Let masks decide which experts may be chosen, and what of each is heard."""
+        """Let masks decide which experts may be chosen, and weigh their outputs."""
 
         def part(kind: str) -> Callable[[], Tensor | None]:
             return lambda: None if self.masks is None else self.masks.part(kind, layer)
@@ -125,7 +125,7 @@ class MaskHooks:
         self._handles.append(masks_of(mixture, part("experts"), part("expert_neurons")))
 
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
-        """Let a projection, and LoRA's two beside it, leave out what the masks in use say."""
+        """Let a projection and its LoRA leave out rows and columns that masks remove."""
 
         def selected() -> Selection:
             return (None, None) if self.masks is None else self.masks.selection(layer, projection)

@@ -41,7 +41,7 @@ Read = Sequence[Tensor]
 
 
 class _Stop(Exception):
-    """Ends a forward pass where nothing that follows is wanted."""
+    """Raised to end a forward pass early."""
 
 
 class Layerwise:
@@ -80,7 +80,7 @@ class Layerwise:
                 )
 
     def _calls(self, ids_BT: Tensor) -> list[dict[str, Any]]:
-        """Return what each layer is called with beside hidden states."""
+        """Return the arguments of each layer besides hidden states."""
         found: list[dict[str, Any]] = []
         first, *others = self._anatomy.layers
 
@@ -163,7 +163,7 @@ class Layerwise:
 
     @torch.no_grad()
     def reads(self, layer: int, norms: Mapping[str, nn.Module]) -> dict[str, Read]:
-        """Take the text through a layer, to the next, and return the inputs of its norms."""
+        """Run the text through a layer, and return the inputs of its norms."""
         found: dict[str, list[Tensor]] = {name: [] for name in norms}
 
         def hook(name: str) -> Any:
@@ -179,7 +179,7 @@ class Layerwise:
     def advance(
         self, layer: int, watched: Mapping[str, nn.Module] | None = None
     ) -> dict[str, Tensor]:
-        """Take the text through a layer, to the next.
+        """Run the text through a layer.
 
         Args:
             layer: the layer.
@@ -234,8 +234,8 @@ class _Block:
         projection: its last one. Nothing is kept either where the block gives anything else than
             what that gives, such as a multiple of it.
         products: sums up what that reads.
-        most: bytes of a batch's inputs, of more nothing is kept.
-        other: what another model has, of each batch, in place of what `on_read` is told.
+        most: bytes of a batch's inputs that are kept; larger inputs are not.
+        other: another model's values for each batch, used in place of those given to `on_read`.
     """
 
     def __init__(
@@ -255,11 +255,11 @@ class _Block:
         self._output: Any = None
 
     def on_read(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Take in what the block reads of the next batch, which runs before `on_input`."""
+        """Record the next batch's input of the block; runs before `on_input`."""
         self._lack_ND = (next(self._other).float() - args[0].float()).flatten(0, -2)
 
     def on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Take in what the projection reads of the next batch; the run ends where it can."""
+        """Record the next batch's input of the projection; end the pass if that is all."""
         self.products.add(args[0])
         if len(self._lack_ND):
             missing_DI = self._lack_ND.T @ args[0].flatten(0, -2).float()
@@ -277,7 +277,7 @@ class _Block:
         self._written = output
 
     def on_output(self, _: nn.Module, __: Any, output: Any) -> None:
-        """Note in which form the block gives what its projection gives."""
+        """Record whether the block returns its projection's output as it is."""
         if (output[0] if isinstance(output, tuple) else output) is not self._written:
             self.module = None
             self.inputs.clear()
@@ -285,7 +285,7 @@ class _Block:
         raise _Stop
 
     def forward(self, batch: int, *_: Any, **__: Any) -> Any:
-        """Do what the block does, of a batch whose inputs were kept."""
+        """Compute the block's output from the kept inputs of a batch."""
         written = self._projection(self.inputs[batch])
         return (written, *self._output[1:]) if isinstance(self._output, tuple) else written
 

@@ -63,7 +63,7 @@ def knowing(family: Family) -> Iterator[None]:
 
 
 def why_never(config: Mapping[str, Any]) -> str | None:
-    """Return why no entry can describe a model, from its config; None where one might."""
+    """Return why no family entry can describe a config, None if one might."""
     within = language_model_within(config)
     if within in FAMILIES:
         return (

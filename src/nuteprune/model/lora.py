@@ -45,7 +45,7 @@ Weights = dict[str, Tensor]
 
 
 class _Place(NamedTuple):
-    """Where a run learns: a name, what holds the base's weight under which name, LoRA beside it."""
+    """A place that a run trains: its name, the base's weight, and LoRA beside it."""
 
     name: str
     holder: nn.Module
@@ -234,7 +234,7 @@ class LoraBank:
 
     @contextmanager
     def _base_weights(self, layer: int, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Swap what stands in place of base weights: for others, or for the base's own."""
+        """Swap the weights that replace base weights, for others or for the base's own."""
         swapped = [
             (place, place.weight, state.get(f"{place.name}.W", self._dense.get(place.name)))
             for place in self._layers[layer]

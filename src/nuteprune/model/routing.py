@@ -1,4 +1,4 @@
-"""Masks of routed experts: who may be chosen, and what of each is heard.
+"""Masks of routed experts: which may be chosen, and how their outputs are weighed.
 
 A removed expert has no row in its router, so none may win here: the router is run with the rows of
 the experts that stay, as it will be once the others are cut out. Whatever a family does with its

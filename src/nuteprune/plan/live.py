@@ -66,9 +66,9 @@ def without_data(model: nn.Module) -> FakeTensorMode | None:
 class Live(TorchDispatchMode, Watch):
     """Counts the storages that operations make, while they live, and floating-point operations.
 
-    `now` and `peak` are bytes. Of what an operation holds inside of itself, `INSIDE` alone is
-    counted. `sizes` are those of products in half precision: a CPU's library makes a kernel for
-    each, and keeps it. `fine` are those of `flops` that are not in half precision. A stage that
+    `now` and `peak` are bytes. Temporary memory inside of operations is counted for those in
+    `INSIDE` alone. `sizes` are those of products in half precision: a CPU's library makes a kernel
+    for each, and keeps it. `fine` are those of `flops` that are not in half precision. A stage that
     tells `progress` of itself has a peak between each two times in `ticks`.
     """
 

@@ -109,9 +109,9 @@ class Walk:
         return Need.of(live, [max([began, *x]) for x in stretches])
 
     def price(self, blocks: int) -> Need:
-        """Measure what changes of the cut cost: at first they are fitted, then tried.
+        """Price units: refit the model to each change of the cut, then try all changes.
 
-        Work is that of fitting alone.
+        Only the work of the refits is counted.
 
         Args:
             blocks: that the refit reads.
@@ -132,7 +132,7 @@ class Walk:
         return replace(fitted[0], peaks=(fitted[0].peak, live.peak))
 
     def refit(self, blocks: int) -> Need:
-        """Refit all layers at their worst case, on this much text; the fits stay."""
+        """Refit all layers at their worst case on this much text, and keep the fits."""
         with self._counting() as live:
             fitted = self._refit(self._widest(), blocks)
             del fitted
@@ -146,7 +146,7 @@ class Walk:
     def _widest(self) -> Masks:
         """Return masks that close a single unit of each kind in each layer.
 
-        The widest layer decides what a refit holds, and each may be the one that keeps most.
+        The widest layer decides the memory of a refit, and any layer may be the widest.
         """
         layout, values = self._masks.layout, {}
         for kind in self._masks.values:
@@ -192,7 +192,7 @@ class Walk:
             yield live, trainer
 
     def slice(self) -> Need:
-        """Merge, fold and cut the taught model, and use it up."""
+        """Merge, fold and cut the trained model, which is not kept."""
         model, origin = self._model, self._model.origin
         with self._taught("fixed" * self._args.progressive) as (live, trainer):
             live.restart()
@@ -223,7 +223,7 @@ class Walk:
 def model_of(
     config: PreTrainedConfig, dtype: torch.dtype, kind: type[PreTrainedModel] | None = None
 ) -> PreTrainedModel:
-    """Return a model of a config, of the stock class or another, on the device of the moment."""
+    """Return a model of a config, of the stock or another class, on the current device."""
     make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
     model: PreTrainedModel = make(config, dtype=dtype)
     model.eval()

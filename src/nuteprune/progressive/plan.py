@@ -1,4 +1,4 @@
-"""What a plan has to know of runs whose masks move: their kinds of steps, and how one is made."""
+"""Plans of runs whose masks move: their kinds of steps, and how to run one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def begin(trainer: NutePruneTrainer, masks: Masks) -> None:
 
 
 class Planned(ProgressiveTrainer):
-    """Does a step of a kind, whose masks and teacher have no data where the model has none.
+    """Runs a planned step, whose masks and teacher have no data if the model has none.
 
     Args:
         model: the model.
@@ -88,5 +88,5 @@ class Planned(ProgressiveTrainer):
         return Role(self._fixed, held)
 
     def penalty(self) -> Tensor | None:
-        """Return no penalty: it costs next to nothing, and depends on gates that have data."""
+        """Return no penalty: it costs little, and would need gates with data."""
         return None

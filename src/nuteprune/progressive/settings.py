@@ -18,19 +18,23 @@ class ProgressiveSettings(PruneSettings):
         choices=("ranked", "hard_concrete"),
     )
     ramp_share: float = setting(
-        0.5, "Share of the steps by which the target is reached.", bounds=(0, 1)
+        0.5, "Share of the steps after which the target is reached.", bounds=(0, 1)
     )
     freeze_share: float | None = setting(
-        None, "Share of the steps by which masks are frozen, if later.", bounds=(0, 1)
+        None, "Share of the steps after which masks are frozen, if that is later.", bounds=(0, 1)
     )
     teacher: str = setting(
         "snapshots",
-        "snapshots (of the student on its way), dense, or none (the text itself is learned).",
+        "snapshots of the student on its way, dense, or none: the text itself is learned.",
         choices=("snapshots", "dense", "none"),
     )
     objective: str = setting(
         "relative",
-        "relative, or paper (its weights and layer terms).",
+        "relative (layer terms over the teacher's norm), or paper (its own terms and weights).",
         choices=("relative", "paper"),
     )
-    lora_targets: str = setting("all", "all, or qv (the paper's).", choices=("all", "qv"))
+    lora_targets: str = setting(
+        "all",
+        "all projections, or qv: queries and values alone, as in the paper.",
+        choices=("all", "qv"),
+    )

@@ -29,7 +29,7 @@ LORA = "lora"
 
 
 def spacing_of(target: float) -> float:
-    """Return the sparsity from snapshot to snapshot: a point, or less where the target is small."""
+    """Return the sparsity between snapshots: 1 %, or less for a small target."""
     return min(0.01, target / 10)
 
 
@@ -221,9 +221,9 @@ class Teachers:
 
 @torch.no_grad()
 def _packed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the values of tensors, one after the other, in one on the CPU.
+    """Return the values of all tensors, concatenated on the CPU.
 
-    It is made there: a device may have no room for a second copy.
+    A device may have no room for a second copy.
     """
     sizes = [value.numel() for value in tensors.values()]
     packed = torch.empty(sum(sizes), dtype=dtype)

@@ -195,7 +195,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         return self.gates.sparsity()
 
     def figures(self) -> dict[str, float]:
-        """Return what a step's line in the logs says of the method."""
+        """Return the method's figures for a step's line in the logs."""
         return {
             **self.gates.figures(),
             **super().figures(),
@@ -205,13 +205,13 @@ class ProgressiveTrainer(NutePruneTrainer):
         }
 
     def manner(self) -> str:
-        """Return a description of how the run teaches, printed before it begins."""
+        """Return a line that describes the training, printed before it begins."""
         teacher = "dense" if self.args.teacher == "snapshots" else self.args.teacher
         teacher = "snapshots" if self.plan.has_snapshots else teacher
         return f"masks freeze at step {self.schedule.freeze_step}; teacher: {teacher}; "
 
     def note(self, logs: Mapping[str, Any]) -> str:
-        """Return the note on a step beside its progress bar, from its logs."""
+        """Return the note to show beside the progress bar, from a step's logs."""
         index = int(logs["teacher"])
         teacher = "dense" if index < 0 else f"{self.teachers.sparsities[index]:.1%}"
         return f"{super().note(logs)}  sparsity {logs['sparsity']:.1%}  teacher {teacher}"
@@ -219,7 +219,7 @@ class ProgressiveTrainer(NutePruneTrainer):
     # -- checkpoints of a run, and its end
 
     def run_state(self) -> RunState:
-        """Return what the run has learned and decided."""
+        """Return the state of the run: LoRA, gates, masks, teachers and scores."""
         tensors = {
             "lora": self.ready.bank.state(),
             "gates": self.gates.state_dict(),
@@ -230,7 +230,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         return RunState(tensors, notes)
 
     def take_state(self, state: RunState) -> None:
-        """Go back to what a run had learned and decided."""
+        """Restore LoRA, masks, gates, teachers and scores of an earlier state."""
         self._step = -1
         self.ready.bank.load(state.lora)
         restore(self.gates.state_dict(), state.tensors["gates"], "gates")

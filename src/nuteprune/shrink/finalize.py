@@ -70,9 +70,9 @@ def merge_layer(anatomy: Anatomy, layer: int, learned: Learned, computed: torch.
 
 
 def _replaced(weight_OI: Tensor, part: Part, computed: torch.dtype) -> Tensor:
-    """Return the weight in place of another.
+    """Return the weight plus the change that a refit made.
 
-    It counts as the change that it is: a base more exact than the run was stays so.
+    Adding the change keeps a base that is more exact than the run's dtype.
     """
     if part.weight_OI is None:
         return weight_OI

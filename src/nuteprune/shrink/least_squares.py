@@ -87,12 +87,12 @@ Note = Callable[[int, str, Regression, Tensor], None]
 
 @dataclass(frozen=True)
 class _Lack:
-    """Where it shows what the residual stream lacks in front of a block.
+    """What the residual stream lacks in front of a block: where to read it.
 
     Args:
-        norm: what the block reads the stream through; None: nothing is made up for.
-        read: what that reads in the dense model, of each batch.
-        scale: by what the layer multiplies what the block's last projection writes.
+        norm: through which the block reads the stream; None: no correction.
+        read: the norm's inputs in the dense model, by batch.
+        scale: factor on the output of the block's last projection.
     """
 
     norm: nn.Module | None
@@ -130,7 +130,7 @@ def fit_projections(
         progress: called after each layer.
         dense: a context in which a layer has the dense model's weights.
         install_stack: puts routed experts' fits into the model; None: these stay as they are.
-        note: told of all projections whose inputs have masks, also of those that lost nothing.
+        note: called with each projection whose inputs have masks, cut or not.
     """
     layers = range(len(anatomy.layers))
     taking = lost_inputs if note is None else masked_ends
@@ -210,7 +210,7 @@ def masked_ends(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, P
 
 
 def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
-    """Return those of `masked_ends` that lost inputs."""
+    """Return the projections of `masked_ends` that lost inputs."""
     return [x for x in masked_ends(anatomy, masks, layer) if _lost(x[2])]
 
 
@@ -232,7 +232,7 @@ def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
 def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors B (O, R) and A (R, I) of the update from `base_OI` to the fit.
 
-    They fit the outputs on the calibration inputs best, not the weights: the singular values are
+    They fit outputs on the calibration inputs, not weights: the singular values are
     those of (W' - W) C^1/2. R is `rank`, or less where fewer directions count.
     """
     kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()

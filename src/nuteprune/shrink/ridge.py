@@ -1,4 +1,4 @@
-"""Ridge regression of a weight on what its inputs that are left give.
+"""Ridge regression of a projection's weight on the inputs that are left.
 
 W' = W C[:, kept] (C[kept, kept] + ridge)^-1 with C = X^T X over the inputs X.
 
@@ -55,7 +55,7 @@ def ridge_fit(
 def with_ridge(covariance_II: Tensor, kept_K: Tensor) -> Tensor:
     """Return C of the kept inputs (K, K), each input's own share added to its diagonal.
 
-    So the fit does not depend on the units that an input is counted in, and one massive activation
+    So the fit does not depend on the scale of an input, and one massive activation
     does not pull the weights of all others back to where they were.
     """
     inner_KK = covariance_II[kept_K[:, None], kept_K]

@@ -64,7 +64,7 @@ def cut_state(
         masks: the units to keep (non-zero entries), in an exportable shape.
         begin: called with the next layer, or None before the parts outside of layers; may still
             change their weights.
-        hold: takes the cut tensors of such a part, and returns them as they are to be kept.
+        hold: called with a part's cut tensors; returns the tensors to keep.
 
     Returns:
         The state dict by the stock model's names.
@@ -166,7 +166,7 @@ def _ratio(anatomy: Anatomy, shape: Shape) -> float | None:
 
 
 def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
-    """Make a layer's norms those of a narrower model."""
+    """Rescale a layer's norms to the narrower width."""
     ratio = _ratio(anatomy, shape)
     if ratio is None:
         return
@@ -179,7 +179,7 @@ def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
 
 
 def _rescale_outside(anatomy: Anatomy, shape: Shape) -> None:
-    """Make the final norm that of a narrower model, and what scales the embedding."""
+    """Rescale the final norm and the embedding to a narrower width."""
     ratio = _ratio(anatomy, shape)
     if ratio is None:
         return
@@ -208,7 +208,7 @@ def _narrow_stream(anatomy: Anatomy, layer: int, ratio: float) -> None:
 
 
 def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> None:
-    """Scale q and k so that their norms, which share the epsilon, put out what they did."""
+    """Scale queries and keys so that their norms, which share the epsilon, give the same."""
     for projection in anatomy.family.attention:
         linear = anatomy.linear(layer, projection)
         of_values = "v_proj" in projection.path

@@ -42,7 +42,7 @@ def fitted_stack(mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tens
 
     Args:
         mixture: the experts, their neurons whole.
-        routed: what the pruned model calls them with on calibration text.
+        routed: the experts' inputs in the pruned model, on calibration text.
         mask_EF: multipliers of neurons, 0 where they are gone.
         target: the stack whose outputs from all neurons the fit aims at.
     """

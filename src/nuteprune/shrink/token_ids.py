@@ -1,4 +1,4 @@
-"""Token ids in the settings of a model: which there are, and the same settings with new ids."""
+"""Finds and renumbers token ids in a model's settings."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def unknown_ids(values: Mapping[str, Any], known: Collection[str], rows: int) ->
 
 
 def _changed(key: str, value: Any, change: _Change) -> Any:
-    """Return what a setting holds with its ids changed; None of an id is that it is gone."""
+    """Return a setting with its ids renumbered; an id that is gone becomes None."""
     if key == "sequence_bias" and value is not None:  # sequences, each with what is added to it
         pairs = list(value.items()) if isinstance(value, Mapping) else value
         there = [(ids, bias) for x, bias in pairs if (ids := _sequence(x, change)) is not None]
@@ -89,7 +89,7 @@ def _changed(key: str, value: Any, change: _Change) -> Any:
 
 
 def _sequences(value: list[Any], change: _Change) -> list[Any] | None:
-    """Return those of some sequences, or of alternatives of them, that can still appear."""
+    """Return the sequences (or alternatives of them) whose tokens all stay."""
     nested = (
         _sequences(x, change) if x and isinstance(x[0], list) else _sequence(x, change)
         for x in value

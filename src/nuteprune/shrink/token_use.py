@@ -1,4 +1,4 @@
-"""How often a model and the text of its use take each token, tokens that the text lacks included.
+"""Estimates how often each token is used, in the user's text and beyond it.
 
 Shape suffixes: T positions of a text, V token ids.
 """
@@ -57,7 +57,7 @@ def expected_use(
 ) -> tuple[Tensor, Tensor]:
     """Return a model's next-token probabilities, averaged over the positions of texts.
 
-    Far more tokens are expected somewhere than `POSITIONS` could show.
+    A mean of probabilities also counts tokens that the text does not show.
 
     Args:
         anatomy: the model.
@@ -99,7 +99,7 @@ def use_of(
         merges: the tokenizer.
         counted_V: how often the text uses each token.
         expected_V: what the model expects in the text.
-        flat_V: what it thinks possible there and in text of its own.
+        flat_V: its probabilities at temperature 2, there and in self-written text.
         guard: share of the use that the text does not show.
     """
     order_V = 1 / torch.arange(1, len(flat_V) + 1)

@@ -1,4 +1,4 @@
-"""What users ask for, as they write it: a share, parameters, bytes or speed; one of these a run."""
+"""Targets as users write them: a share, parameters, bytes or speed."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ def _pace(where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to say how large the result may be.
+    """A kind of target, such as `--params`.
 
     Args:
         setting: the setting of `NutePruneConfig`.
         option: the command's.
         units: those that may follow a number.
-        such: an example.
+        such: an example of a value.
         above: the value is more than this.
         whole: whether it is a whole number.
-        at: reads what stands after an `@`; None: nothing does.
+        at: parses what follows an `@`; None: nothing may follow.
     """
 
     setting: str
@@ -109,7 +109,7 @@ class Asked:
 
     @property
     def text(self) -> str:
-        """The value as users write it, in one way alone."""
+        """The value in its one canonical spelling."""
         return spelled(self.kind, self.value)
 
     @property
@@ -168,7 +168,7 @@ def all_asked(kind: str, given: Any) -> tuple[Asked, ...]:
         given: as for `several`; text, or the last of a list, may end with `@` and what it is at.
 
     Raises:
-        UserError: for what is no such value, or a value without the `@` that it needs.
+        UserError: if the value is wrong, or lacks the `@` that it needs.
     """
     read, about = KINDS[kind].at, {}
     if read is not None:
@@ -187,7 +187,7 @@ def several(kind: str, given: Any) -> tuple[float, ...]:
         given: a number, text such as `100M` or `120M,100M`, or a list of these.
 
     Raises:
-        UserError: for what is no such value, or where the models do not become smaller.
+        UserError: if a value is wrong, or models do not become smaller.
     """
     parts = given.split(",") if isinstance(given, str) else given
     values = tuple(value_of(kind, x) for x in _each(parts))
@@ -199,7 +199,7 @@ def several(kind: str, given: Any) -> tuple[float, ...]:
 
 
 def _each(parts: Any) -> Any:
-    """Return the values of a list; what is none, or an empty one, is itself no right value."""
+    """Return the values of a list, or the one value."""
     return parts if isinstance(parts, list | tuple) and parts else [parts]
 
 

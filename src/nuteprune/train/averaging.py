@@ -1,4 +1,4 @@
-"""What DDP averages over processes: trained weights, but not the penalty's."""
+"""Tells DDP what to average: trained weights, but not the gates'."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def leave_out(model: nn.Module) -> None:
 def around_sharded(
     model: nn.Module, accelerator: Accelerator, device: torch.device
 ) -> DistributedDataParallel:
-    """Return DDP around a sharded model, whose trained weights are whole; accelerate refuses to."""
+    """Wrap a sharded model, whose trained weights are whole, with DDP; accelerate refuses to."""
     model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     handler = accelerator.ddp_handler
     settings: dict[str, Any] = handler.to_kwargs() if handler is not None else {}

@@ -1,4 +1,4 @@
-"""A Trainer that may be stopped or killed at any moment, and goes on from where it was."""
+"""A Trainer that can be stopped or killed at any moment, and resumed."""
 
 from __future__ import annotations
 
@@ -81,18 +81,18 @@ class AtomicTrainer(Trainer):
     Trainer writes into `checkpoint-N` directly, and would resume from a half-written one; here a
     checkpoint is written beside its place and moved there when it is complete. Each step's line is
     in `metrics.jsonl`, cut back to the checkpoint on resume. Signals that ask to stop are obeyed at
-    the end of the step. A subclass says what its state is; the base model is where it came from.
+    the end of the step. A subclass defines its state; the base model is not stored.
     """
 
     args: RunArguments
     _checkpoint_dir: Path | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return what the run is; see `run_settings`."""
+        """Return the run's settings; see `run_settings`."""
         raise NotImplementedError
 
     def run_state(self) -> RunState:
-        """Return what a checkpoint is to hold beside what Trainer saves."""
+        """Return the state that a checkpoint holds besides Trainer's own."""
         raise NotImplementedError
 
     def take_state(self, state: RunState) -> None:
@@ -281,7 +281,7 @@ class AtomicTrainer(Trainer):
 
 
 def trainer_state(checkpoint: Path) -> TrainerState:
-    """Return what Trainer knew when it wrote a checkpoint, whatever the folder is called now.
+    """Return Trainer's state in a checkpoint, even if its folder was renamed.
 
     Raises:
         UserError: if that cannot be read.

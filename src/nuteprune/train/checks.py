@@ -1,4 +1,4 @@
-"""What no run of ours can do, whatever it trains, and which settings do not go together."""
+"""Refuses settings that no run supports, and settings that do not go together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 def check_given(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
-    """Refuse a model with adapters, and what Trainer takes but a run of ours cannot.
+    """Refuse a model with adapters, and settings of Trainer that runs do not support.
 
     Raises:
         UserError: naming what to do instead.
@@ -144,7 +144,7 @@ def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None
 
 
 def check_trainer_settings(args: TrainingArguments) -> None:
-    """Refuse what no run of ours can do, and keep each process to one accelerator.
+    """Refuse unsupported settings, and keep each process to one accelerator.
 
     Trainer would spread a process over all that it sees (DataParallel), but hooks and masks belong
     to one copy of the model; several accelerators need several processes.

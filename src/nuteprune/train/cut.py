@@ -30,7 +30,7 @@ class Cut:
         args: the run's settings.
         text: the training text, whose ends are the calibration text.
         products: what the stages leave.
-        progress: told of each stage.
+        progress: called with the progress of each stage.
         folder_of: where products of a goal are; None: with the others.
     """
 

@@ -89,15 +89,15 @@ class Prepared(Prunable):
 
     @property
     def must_be_reloaded(self) -> bool:
-        """Whether the model that is cut has to be loaded anew.
+        """Whether the dense model must be loaded anew to be cut.
 
-        It has to be where the run's own is not whole, or does not hold all stored values.
+        It must if the run's own is sharded, packed, or of a narrower dtype than its file.
         """
         stored, own = self.origin.stored_dtype, self.origin.computed_dtype
         return not self.has_whole_weights or exact_dtype(stored, own) != own
 
     def check_can_be_cut(self) -> None:
-        """Refuse to cut the run's own model where it has to be loaded anew.
+        """Refuse to cut the run's own model if the dense one must be loaded anew.
 
         Raises:
             UserError: saying how to load it.
@@ -110,7 +110,7 @@ class Prepared(Prunable):
             )
 
     def unwrapped(self) -> PreTrainedModel:
-        """Return the dense model itself, without hooks and LoRA; it is prepared no more."""
+        """Return the dense model without hooks and LoRA."""
         self.hooks.remove()
         self.bank.release()
         return cast(PreTrainedModel, self.model.unload())

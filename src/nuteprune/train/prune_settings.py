@@ -87,9 +87,9 @@ class PruneSettings:
         option="--shapes",
     )
     neuron_multiple: int = setting(
-        32, "Neurons kept per layer are a multiple of it.", bounds=(1, 1e6)
+        32, "Each layer keeps a multiple of this many neurons.", bounds=(1, 1e6)
     )
-    hidden_multiple: int = setting(64, "The width kept is a multiple of it.", bounds=(1, 1e6))
+    hidden_multiple: int = setting(64, "The width stays a multiple of this.", bounds=(1, 1e6))
     for_quantization: bool = setting(
         False,
         f"Neurons and width in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants need.",
@@ -101,13 +101,17 @@ class PruneSettings:
         choices=METHOD_NAMES,
         option="--method",
     )
-    calibration_blocks: int = setting(32, "Blocks of text for the scores.", bounds=(1, 1e6))
+    calibration_blocks: int = setting(
+        32,
+        "Blocks of text for the scores; the refit reads 4.5 times as many, pricing half as many.",
+        bounds=(1, 1e6),
+    )
     priced: bool = setting(True, "Price units at the target, where the method's scores allow it.")
     text_blocks: int | None = setting(
         None, "Blocks of text in all; default: what steps and scores read.", bounds=(1, 1e9)
     )
     teacher: str = setting(
-        "dense", "dense, or none (the text itself is learned).", choices=("dense", "none")
+        "dense", "dense, or none: the text itself is learned.", choices=("dense", "none")
     )
     progressive: bool = setting(
         False,
@@ -115,8 +119,10 @@ class PruneSettings:
         "nuteprune.progressive.",
     )
     lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
-    refit: bool = setting(True, "Fit projections in closed form when masks freeze.")
-    sharded: bool = setting(False, "Share the dense model's weights out over processes.")
+    refit: bool = setting(
+        True, "Refit output and down projections in closed form once units are chosen."
+    )
+    sharded: bool = setting(False, "Shard the dense model's weights over the processes (FSDP2).")
     offload: bool = setting(
         False,
         "Keep the dense model's layers in main memory or on disk; each comes to the device as it "
@@ -168,7 +174,7 @@ class PruneSettings:
         self._check_targets()
 
     def _spell_targets(self) -> None:
-        """Let a record say the same, however targets were spelled."""
+        """Bring targets into their canonical spelling, for the record."""
         default = PruneSettings.target_sparsity  # which says nothing
         given = {k: v for k, v in vars(self).items() if (k, v) != ("target_sparsity", default)}
         check_one(given, ["target_sparsity", *(x.setting for x in KINDS.values()), "shape"])
@@ -180,7 +186,7 @@ class PruneSettings:
             setattr(self, kind.setting, told[0] if len(told) == 1 else told)
 
     def _check_targets(self) -> None:
-        """Refuse targets that are no shares, or do not grow."""
+        """Refuse targets outside (0, 1), or in falling order."""
         for target in self.targets:
             if not 0 < target < 1:
                 raise UserError(

@@ -120,13 +120,13 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         return merge_lora(self.model)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the run is."""
+        """Return the run's settings."""
         return run_settings(self.args, self._job)
 
     def run_state(self) -> RunState:
-        """Return what has been learned: the LoRA weights."""
+        """Return the LoRA weights."""
         return RunState({"lora": self.bank.state()})
 
     def take_state(self, state: RunState) -> None:
-        """Go back to what had been learned."""
+        """Load the LoRA weights of an earlier state."""
         self.bank.load(state.lora)

@@ -1,6 +1,6 @@
-"""What a run is: run/settings.json, the one file that whoever needs a run's settings reads.
+"""Writes and reads run/settings.json, which has a run's settings.
 
-Resuming, judging a checkpoint in the middle of a run, reports and records go by it.
+Resuming, reports, records, and `eval` of an unfinished run read it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run's settings make of a model: its allocator, its gates, its LoRA."""
+"""Builds what a run's settings ask for: allocator, gates and LoRA of a model."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _others(
 
 
 def _check_mixture(anatomy: Anatomy, args: NutePruneConfig, mixture: bool, speed: bool) -> None:
-    """Refuse what goes with mixtures of experts alone, or with other models alone.
+    """Refuse settings for mixtures on other models, and the other way round.
 
     Raises:
         UserError: saying which to leave out.
@@ -141,7 +141,7 @@ def _refusal(anatomy: Anatomy, kind: str, uniform: bool) -> str | None:
 def _check_rows_of_stacks(
     anatomy: Anatomy, args: NutePruneConfig, kinds: tuple[str, ...], floor: Shape | None
 ) -> None:
-    """Refuse sizes that stacked experts cannot be multiplied at.
+    """Refuse sizes at which torch cannot multiply stacked experts.
 
     Raises:
         UserError: naming a multiple that will do.

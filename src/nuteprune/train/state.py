@@ -108,7 +108,7 @@ def own_checkpoints(run: Path) -> list[Path]:
 
 
 def check_places(run: Path, steps: int) -> None:
-    """Refuse folders that a run's checkpoints would replace: a model of the user's, say.
+    """Refuse to replace folders, such as a user's model, by a run's checkpoints.
 
     Args:
         run: the run's folder.

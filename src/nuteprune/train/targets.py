@@ -1,4 +1,4 @@
-"""From what is asked for to goals of the allocator: what a model costs in parameters and bytes."""
+"""Turns targets into goals of the allocator: costs in parameters, bytes or seconds."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class Prices:
         return self.seconds.total(self.seconds.budget.shape) / self.seconds.total(shape)
 
     def told(self, kind: str, value: float) -> str:
-        """Return what a model has of a kind of target, for people."""
+        """Return a model's size in the unit of a target, as text."""
         if kind in IN_PARAMETERS:
             each = " a token goes through" * (kind == "active_params")
             return f"{millions(value)} parameters{each}"
@@ -163,7 +163,7 @@ class Prices:
 
 
 def _rounded_up(value: float) -> float:
-    """Return a number of parameters or bytes to three digits, so that it can be asked for."""
+    """Round parameters or bytes up to three digits, as a user would ask for them."""
     unit = 10 ** max(0, math.floor(math.log10(value)) - 2)
     return float(math.ceil(value / unit) * unit)
 
@@ -221,7 +221,7 @@ def _target(allocator: Allocator, asked: Asked, prices: Prices) -> Target:
 
 
 def reached(record: Mapping[str, Any]) -> float:
-    """Return what a checkpoint reaches of its target's kind, counted in its files.
+    """Return what a checkpoint's files come to, in the unit of its target.
 
     Args:
         record: its nuteprune.json.
@@ -241,7 +241,7 @@ def check_reached(record: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that misses its target.
 
     Raises:
-        RunFailed: saying by how much.
+        RunFailed: if a target was missed; it says by how much.
     """
     if record["sparsity"] < record["target"] - 1e-9:  # the division rounds
         raise RunFailed(

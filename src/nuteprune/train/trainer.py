@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
-    """Teaches a causal language model that is cut, by the dense model that it was.
+    """Distils the dense model into the cut one.
 
     Args:
         model: a dense causal LM of a supported family, which is wrapped with LoRA, or one that is
@@ -235,7 +235,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return None if self.args.teacher == "none" else DENSE
 
     def penalty(self) -> Tensor | None:
-        """Return what the loss has beside the objective; None for nothing."""
+        """Return a further term of the loss, None without any."""
         return None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -304,15 +304,15 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return clip_lora(model, self.args.max_grad_norm, self.loss_scale, self.bad_steps)
 
     def figures(self) -> dict[str, float]:
-        """Return what a step's line in the logs says of the method."""
+        """Return the method's figures for a step's line in the logs."""
         return {"sparsity": self.sparsity(), "bad_steps": self.bad_steps.total}
 
     def manner(self) -> str:
-        """Return a description of how the run teaches, printed before it begins."""
+        """Return a line that describes the training, printed before it begins."""
         return ""
 
     def note(self, logs: Mapping[str, Any]) -> str:
-        """Return the note on a step beside its progress bar, from its logs."""
+        """Return the note to show beside the progress bar, from a step's logs."""
         return f"loss {logs['loss']:.3f}"
 
     def sparsity(self) -> float:
@@ -336,7 +336,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     # -- checkpoints of a run
 
     def settings(self) -> dict[str, Any]:
-        """Return what the run is, however its settings were spelled."""
+        """Return the run's settings in their canonical spelling."""
         found = run_settings(self.args, self._job) | {"gates": ",".join(self.ready.kinds)}
         goals = self.ready.goals
         if goals[0].asked.kind == "sparsity":
@@ -346,7 +346,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return found
 
     def run_state(self) -> RunState:
-        """Return what has been learned; masks and refitted weights are products of the run."""
+        """Return the trained weights; masks and refitted weights are products of the run."""
         lora = {k: v for k, v in self.ready.bank.state().items() if not k.endswith(".W")}
         return RunState({"lora": lora}, {"bad_steps": self._bad_steps()})
 
@@ -386,8 +386,8 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         """Merge, fold and slice; uses the trainer's model up.
 
         Args:
-            dense: the model that is cut, loaded anew, its weights whole and as exact as they are
-                stored, or a function that loads it when the trainer has made room; it is used up.
+            dense: the dense model, loaded anew with whole weights in their stored dtype, or a
+                function that loads it once the trainer has freed its own. It is used up.
                 None: the trainer's own.
 
         Returns:
@@ -415,7 +415,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return self._cut(base, learned)
 
     def cut_copy(self, dense: PreTrainedModel) -> PreTrainedModel:
-        """Return the smaller model, cut from the dense model loaded anew; the trainer's stays.
+        """Return the smaller model, cut from the dense model loaded anew.
 
         Args:
             dense: see `finalize`.
@@ -469,7 +469,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
         return written
 
     def about(self, sliced: Sliced) -> dict[str, Any]:
-        """Return what `stages.save` is told of the run, by its arguments."""
+        """Return the run's arguments for `stages.save`."""
         ready, origin, shape = self.ready, self.ready.origin, sliced.shape
         came_to, cache = ready.allocator.budget.sparsity(shape), ready.prices.cache(shape)
         return {

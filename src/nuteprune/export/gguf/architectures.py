@@ -1,4 +1,4 @@
-"""What llama.cpp's architectures can express: how each computes, and what it takes.
+"""What llama.cpp's architectures can express: how each computes, and its limits.
 
 llama.cpp reads most shapes from metadata and checks tensors against them, but some it takes
 without a word and computes something else: those are what most fields below are about. Found by
@@ -113,7 +113,7 @@ class Architecture:
 
     @property
     def key(self) -> str:
-        """What tells it from the other entries: its name, but where experts are a way to use it."""
+        """Its key among the entries: its name, and whether it has experts."""
         return f"{self.name}, experts" if self.experts and not self.experts.always else self.name
 
     def attention_scale(self, shape: Shape, head_dim: int) -> float:

@@ -1,4 +1,4 @@
-"""Tensors of what is in a layer besides plain attention and an MLP, as llama.cpp wants them.
+"""Tensors of a layer's other parts (experts, mixers, latents), as llama.cpp wants them.
 
 Experts, latent attention, and what mixes tokens otherwise: convolutions, Mamba 2 and delta rules.
 Names are those of a GGUF file without the layer's `blk.N.` before them.

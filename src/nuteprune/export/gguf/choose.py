@@ -161,7 +161,7 @@ def _shape_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
 
 
 def _uneven_layers(arch: Architecture, shape: Shape) -> tuple[int, int] | None:
-    """Return a layer and one before it of other sizes, though both are of one kind."""
+    """Return two layers of one kind whose sizes differ."""
     seen: dict[tuple[str, bool], tuple[int, tuple[int, ...]]] = {}
     for i, x in enumerate(shape.layers):
         for kind, size in (

@@ -1,4 +1,4 @@
-"""Rows of a GGUF file: zeros where llama.cpp goes wrong on nothing, and what types can store."""
+"""Rows of a GGUF file: zeros for missing blocks, which llama.cpp mishandles, and types' limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK = 32
 
 
 def padded_shape(shape: Shape, arch: Architecture, quantized: bool) -> tuple[Shape, list[str]]:
-    """Return the shape to write: with zeros where llama.cpp would go wrong on nothing.
+    """Return the shape to write, with zeros for blocks whose absence llama.cpp mishandles.
 
     A layer with attention and no MLP would lose its attention, and no MLP in the last layer ends
     the process, so a missing MLP becomes `BLOCK` neurons of zeros, and a missing attention, where
@@ -29,7 +29,7 @@ def padded_shape(shape: Shape, arch: Architecture, quantized: bool) -> tuple[Sha
         quantized: whether rows must be whole blocks.
 
     Returns:
-        The shape, and a line about each kind of zeros.
+        The shape, and a note on each kind of zeros.
     """
     layers = [
         layer if layer.experts else _padded_layer(layer, arch.optional_attention, quantized)

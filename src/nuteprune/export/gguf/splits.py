@@ -1,4 +1,4 @@
-"""How llama.cpp splits text before a byte-level BPE merges it: by names that a file states.
+"""How llama.cpp splits text before byte-level BPE merges, by the name in the file.
 
 A wrong name gives other tokens without a word. So the name is found by comparing what it does with
 what the tokenizer does, on text that is hard to split.
@@ -89,7 +89,7 @@ def _pieces(splits: Any) -> list[list[str]]:
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    """Return what splits text as llama.cpp does by a name of `SPLITS`."""
+    """Return the splitter that llama.cpp uses for a name of `SPLITS`."""
     steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in SPLITS[name].patterns]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([*steps, bytes_])

@@ -71,7 +71,7 @@ def all_tensors(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, target:
     Args:
         anatomy: the model.
         arch: the architecture to write it as.
-        facts: those that chose the architecture.
+        facts: of the model, by which the architecture was chosen.
         target: the shape to write, of `rows.padded_shape`.
     """
     embedding, divisor, factors = _folded_factors(anatomy, arch)
@@ -233,6 +233,6 @@ def _stacked(maps: list[LinearMap]) -> LinearMap:
 
 
 def _neighbours(heads: int, head_dim: int) -> NDArray[np.int64]:
-    """Return the order of rows in which the halves that rotate together are neighbours."""
+    """Return the row order that puts features that rotate together side by side."""
     rows = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2)
     return rows.transpose(0, 2, 1).reshape(-1)

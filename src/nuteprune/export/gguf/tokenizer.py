@@ -165,7 +165,7 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenTy
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Return scores that make the best-first merging of SentencePiece that of a BPE."""
+    """Return scores with which SentencePiece merges in the order of a BPE tokenizer."""
     ranks = {merges[i].replace(" ", ""): i for i in reversed(range(len(merges)))}
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
@@ -187,9 +187,9 @@ def further_end_tokens(vocabulary: Vocabulary, settings: Any) -> dict[str, int]:
 def name_that_strips(
     name: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[str]]:
-    """Return a name that makes llama.cpp strip as the tokenizer does, and notes on the rest.
+    """Return a name for which llama.cpp strips as the tokenizer does, and notes on differences.
 
-    GGUF has no key for it.
+    GGUF has no key for stripping.
 
     Args:
         name: what the model is to be called.
@@ -214,7 +214,7 @@ def check_vocabulary(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase)
         tokenizer: the checkpoint's.
 
     Returns:
-        How many texts were compared; 0 where the split was named by the user and is unknown here.
+        How many texts were compared; 0 if the user named a split unknown here.
 
     Raises:
         UserError: if they differ.

@@ -102,7 +102,7 @@ def write_gguf(
         type_name: one of `FILE_TYPES`.
         name: what the file calls the model.
         pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None finds it.
-        progress: told how many tensors of how many are written.
+        progress: called with the tensors written so far, and all that there are.
 
     Returns:
         What was written.
