@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -33,12 +34,26 @@ def cases(count: int) -> range:
 def make_model(here: Path, tiny_model: Any, tiny_tokenizer: Any) -> list[str]:
     """Write a model and text into a folder, as `model` and `text.jsonl`; returns the texts."""
     tiny_model("llama", vocab_size=320, num_hidden_layers=2).save_pretrained(here / "model")
-    tiny_tokenizer.save_pretrained(here / "model")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for x in messages %}{{ x.role[0] }}:{{ x.content }};{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}a:{% endif %}"
+    tokenizer.save_pretrained(here / "model")
     letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=6000))
     texts = [letters[i : i + 60] for i in range(0, 6000, 60)]
     lines = "".join(json.dumps({"text": x}) + "\n" for x in texts)
     (here / "text.jsonl").write_text(lines)
     return texts
+
+
+def make_demo(model: Path, out: Path, tiny_model: Any) -> None:
+    """Write a model with the tokens of the demo's into a folder."""
+    tiny_model("llama", vocab_size=320, max_position_embeddings=512).save_pretrained(out)
+    names = {"<pad>": "<|endoftext|>", "<s>": "<|im_start|>", "</s>": "<|im_end|>"}
+    for path in model.glob("tokenizer*.json"):
+        text = path.read_text()
+        for ours, theirs in names.items():
+            text = text.replace(ours, theirs)
+        (out / path.name).write_text(text)
 
 
 @dataclass(frozen=True)

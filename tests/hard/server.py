@@ -102,7 +102,7 @@ class Faults:
         self.root, self.log = "\0", -1
         self.fault: dict[str, Any] = {"at": None}
         self.phases, self.count, self.full = ["starting"], 0, False
-        self.unsynced: set[str] = set()
+        self.synced: dict[str, int] = {}  # of each file that is written: bytes on the disk for sure
         for place, phase in PHASES.items():  # once, before any fork: it takes its time
             self.wrap(place, phase)
         self.file_calls()
@@ -142,8 +142,10 @@ class Faults:
             return
         self.full = how == "full"
         if how == "power":
-            for path in filter(os.path.isfile, self.unsynced):
-                os.truncate(path, os.path.getsize(path) // 2)
+            for path in filter(os.path.isfile, self.synced):
+                size, sure = os.path.getsize(path), self.synced[path]
+                if size > sure:
+                    os.truncate(path, (size + sure) // 2)
         if not self.full:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -178,9 +180,10 @@ class Faults:
                 # rmtree names files relative to a descriptor of their folder.
                 if self.ours(path) or kwargs.get("dir_fd") is not None:
                     self.event(f"{_name} {os.path.basename(path)}")
-                if _name in ("replace", "rename") and str(path) in self.unsynced:
-                    self.unsynced.add(str(args[0]))
-                return _original(path, *args, **kwargs)
+                result = _original(path, *args, **kwargs)
+                if _name in ("replace", "rename") and str(path) in self.synced:
+                    self.synced[str(args[0])] = self.synced.pop(str(path))
+                return result
 
             setattr(os, name, functools.partial(called, _name=name, _original=original))
         sync = os.fsync
@@ -188,7 +191,8 @@ class Faults:
         def synced(descriptor: int) -> None:
             self.event("fsync")
             sync(descriptor)
-            self.unsynced.discard(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+            if (path := os.path.realpath(f"/proc/self/fd/{descriptor}")) in self.synced:
+                self.synced[path] = os.path.getsize(path)
 
         os.fsync = synced
 
@@ -202,7 +206,9 @@ class Faults:
             if self.event(f"open {os.path.basename(file)}"):
                 raise no_space(file)
             handle = original(file, mode, *args, **kwargs)
-            self.unsynced.add(os.path.realpath(file))
+            path = os.path.realpath(file)
+            new = set(mode) & set("wx")
+            self.synced[path] = 0 if new else self.synced.get(path, os.path.getsize(path))
             write = handle.write
 
             def half(data: Any) -> Any:
@@ -237,7 +243,7 @@ class Faults:
                 name = os.path.basename(path)
                 self.event(f"save {name}")
                 result = save(*args, **kwargs)
-                self.unsynced.add(os.path.realpath(path))
+                self.synced[os.path.realpath(path)] = 0
                 whole = Path(path).read_bytes()
                 os.truncate(path, len(whole) // 2)
                 if self.event(f"half of {name}"):

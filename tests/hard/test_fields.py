@@ -28,8 +28,9 @@ import yaml
 from nuteprune.data import demo as assets
 from nuteprune.files import SUMS, write_sums
 from nuteprune.model.families import FAMILIES
+from tests.undrawn import leave_blank
 
-from .conftest import SEED, Server, cases, make_model
+from .conftest import SEED, Server, cases, make_demo, make_model
 from .test_fuzz import _as_before, call, content_of  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.hard
@@ -70,30 +71,30 @@ class Entry:
 
 
 ENTRIES = {
-    "config": Entry("model/config.json", 1300, OF_MODEL),
+    "config": Entry("model/config.json", 1500, OF_MODEL),
     "generation config": Entry(
         "model/generation_config.json", 500, {WRITE: 6, EXPORT: 3, VOCAB: 1}
     ),
     "tokenizer": Entry("model/tokenizer.json", 900, OF_MODEL),
     "tokenizer config": Entry("model/tokenizer_config.json", 600, OF_MODEL),
-    "weights": Entry("model/model.safetensors", 600, {EXPORT: 6, WRITE: 4, TRY: 1}),
-    "index": Entry("sharded/model.safetensors.index.json", 400, {EXPORT: 3, WRITE: 1}),
+    "weights": Entry("model/model.safetensors", 700, {EXPORT: 6, WRITE: 4, TRY: 1}),
+    "index": Entry("sharded/model.safetensors.index.json", 500, {EXPORT: 3, WRITE: 1}),
     "record": Entry("pruned/nuteprune.json", 900, OF_PRUNED),
     "pruned config": Entry("pruned/config.json", 500, OF_PRUNED),
-    "pruned run": Entry("pruned/run/*.json*", 200, {"report {}/..": 1}),
-    "settings": Entry("begun/run/settings.json", 60, OF_RUN),
-    "products": Entry("begun/run/*.safetensors", 60, OF_RUN),
-    "metrics and text": Entry("begun/run/[!s]*.json*", 60, OF_RUN),
-    "checkpoint": Entry("begun/run/checkpoint-2/*.json", 60, OF_RUN),
-    "checkpoint's state": Entry("begun/run/checkpoint-2/*.safetensors", 60, OF_RUN),
-    "text": Entry("text.jsonl", 200, {TRY: 3, VOCAB.format("model"): 1}),
+    "pruned run": Entry("pruned/run/*.json*", 150, {"report {}/..": 1}),
+    "settings": Entry("begun/run/settings.json", 25, OF_RUN),
+    "products": Entry("begun/run/*.safetensors", 25, OF_RUN),
+    "metrics and text": Entry("begun/run/[!s]*.json*", 25, OF_RUN),
+    "checkpoint": Entry("begun/run/checkpoint-2/*.json", 25, OF_RUN),
+    "checkpoint's state": Entry("begun/run/checkpoint-2/*.safetensors", 25, OF_RUN),
+    "text": Entry("text.jsonl", 150, {TRY: 3, VOCAB.format("model"): 1}),
     "rows": Entry("rows.jsonl", 100, {RECOVER.format("pruned").replace("text", "rows"): 1}),
     "chats": Entry("chats.jsonl", 100, {TRY.replace("text", "chats"): 1}),
     "own text": Entry("own.jsonl", 100, {f"{TRY} --own-text own.jsonl": 1}),
-    "recipe": Entry("recipe.yaml", 400, {f"{DRY} --config recipe.yaml": 1}),
+    "recipe": Entry("recipe.yaml", 500, {f"{DRY} --config recipe.yaml": 1}),
     "shape": Entry("shape.yaml", 250, {f"{DRY} --shape shape.yaml": 1}),
     "costs": Entry("costs.json", 150, {f"{DRY} --speedup 1.1@decode:1x8+2 --costs costs.json": 1}),
-    "family": Entry("family.yaml", 40, {f"{EXPORT.format('model')} --family family.yaml": 1}),
+    "family": Entry("family.yaml", 40, {"family model --family family.yaml": 1}),
     "GGUF": Entry("demo.gguf", 100, {EXPORT.format("demo"): 1}),
 }
 RUNS = ("--resume", "recover", "vocab")
@@ -216,10 +217,12 @@ def good(
     """A folder with all that is changed, and that works as it is."""
     here = tmp_path_factory.mktemp("good")
     texts = make_model(here, tiny_model, tiny_tokenizer)
-    rows = [{"instruction": x[:20], "output": x[20:40]} for x in texts]
-    chats = [{"messages": [{"role": "user", "content": x[:30]}]} for x in texts]
+    rows = [{"instruction": x[:4], "output": x[20:24]} for x in texts]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = [{"messages": [x | {"content": text[:3]} for x in turns]} for text in texts]
     for name, lines in (("rows", rows), ("chats", chats)):
         (here / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    make_demo(here / "model", here / "demo_model", tiny_model)
     shutil.copytree(here / "model", here / "sharded")
     model = tiny_model("llama", vocab_size=320, num_hidden_layers=2)
     (here / "sharded" / "model.safetensors").unlink()
@@ -239,8 +242,8 @@ def good(
         f"{WRITE.format('model').replace('20', '900').replace('out.', 'own.')}",
         f"bench model --save-costs costs.json {bench}",
         f"bench pruned --against model --save --repeats 1 {bench}",
-        "family model --out family.yaml",
-        EXPORT.format("model").replace("out.", "demo."),
+        "family model --out family.yaml --json",
+        EXPORT.format("demo_model").replace("out.", "demo."),
     ]
     for command in commands:
         ended = server.run(command.split(), folder=here)
@@ -319,6 +322,7 @@ def test_a_changed_field_is_a_result_or_one_line_and_nothing_written(
     name: str, good: Path, limits: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     entry = ENTRIES[name]
+    leave_blank(monkeypatch.setattr)
     monkeypatch.chdir(good)
     monkeypatch.setenv("NUTEPRUNE_CACHE", str(good / "out-cache"))
     monkeypatch.setattr(assets, "fetch", lambda *_: wheel_of(good))
