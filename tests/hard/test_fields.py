@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -97,6 +98,8 @@ ENTRIES = {
     "family": Entry("family.yaml", 40, {"family model --family family.yaml": 1}),
     "GGUF": Entry("demo.gguf", 100, {EXPORT.format("demo"): 1}),
 }
+PROGRESS = re.compile(r": \d+/\d+( |$)")
+"""What long work says on its way, on a machine that is busy."""
 RUNS = ("--resume", "recover", "vocab")
 """What may have begun to write when it fails."""
 
@@ -301,7 +304,7 @@ def attempt(here: Path, file: str, content: bytes, command: str) -> tuple[int, s
 
 def judge(code: int, said: str, file: str, command: str, written: set[str]) -> str | None:
     """Return what is wrong with how a command ended; None if nothing is."""
-    lines = [x for x in said.splitlines() if x.strip()]
+    lines = [x for x in said.splitlines() if x.strip() and not PROGRESS.search(x)]
     if code not in (0, 1, 2):
         return said
     if code and (len(lines) != 1 or not lines[0].startswith("nuteprune: ")):
