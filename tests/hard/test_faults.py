@@ -184,11 +184,21 @@ def draw_fault(draw: random.Random, reference: Ended, phase: str) -> dict[str, A
     return {"at": at, "how": draw.choices(("kill", "power", "term"), (6, 3, 1))[0]}
 
 
-def go_on(server: Server, job: Job, args: list[str], **how: Any) -> Ended:
+def how_to_go_on(job: Job, ended: Ended, out: Path) -> str:
+    """Return the option that a command's last words tell to go on with."""
+    if ended.code != 2 or not re.search("start anew|pass --overwrite", ended.last_line):
+        return job.again
+    kept = [x for x in out.parent.rglob("checkpoint-*") if "--resume" in job.again]
+    assert kept == [], ended.said
+    return "--overwrite"
+
+
+def go_on(server: Server, job: Job, args: list[str], out: Path, **how: Any) -> Ended:
     """Give a command again as its messages say, until it ends."""
-    ended = server.run([*args, *job.again.split()], processes=job.processes, **how)
-    if ended.code == 2 and re.search("start anew|pass --overwrite", ended.last_line):
-        ended = server.run([*args, "--overwrite"], processes=job.processes, **how)
+    how["processes"] = job.processes
+    ended = server.run([*args, *job.again.split()], **how)
+    if ended.code and (told := how_to_go_on(job, ended, out)) != job.again:
+        ended = server.run([*args, told], **how)
     return ended
 
 
@@ -206,44 +216,43 @@ def test_a_killed_command_ends_as_if_never_interrupted(
     job = JOBS[name]
     demo = places["demo"] if "demo" in name else None
 
-    def begin(folder: str) -> Path:
-        out = tmp_path / folder / "out"
+    out = tmp_path / "made" / "out"  # always there: a record may name it
+
+    def begin() -> list[str]:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
         if "{out}" in job.command.split()[1]:  # what is there is worked on
             shutil.copytree(places["pruned"], out)
         if demo:
-            demo["environ"]["NUTEPRUNE_CACHE"] = f"{out}-cache" if "export" in name else cache
-        return out
+            cached = f"{out}-cache" if "export" in name else str(tmp_path / "cache")
+            demo["environ"]["NUTEPRUNE_CACHE"] = cached
+        return job.args(places, out)
 
-    cache = str(tmp_path / "cache")
-    whole = begin("whole")
     how = {"processes": job.processes, "demo": demo}
-    reference = server.run(job.args(places, whole), whole, **how)
+    reference = server.run(begin(), out, **how)
     assert reference.code == 0, reference.said
-    expected = facts(whole, job.timed)
+    expected = facts(out, job.timed)
     phases = list(dict.fromkeys(x for x, _ in reference.events)) or ["starting"]
     killed: Counter[str] = Counter()
     wrong: list[Any] = []
     for case in itertools.count(int(CASE or 0)):
         draw = random.Random(f"{SEED} {name} {case}")
-        out, story, again = begin("killed"), [f"case {case} of seed {SEED}"], ""
-        args = job.args(places, out)
+        args, again = begin(), ""
+        story: list[Any] = [f"case {case} of seed {SEED}"]
         for number in range(draw.randint(1, 8)):
             phase = draw.choice(phases) if number else phases[case % len(phases)]
-            fault = draw_fault(draw, reference, phase) | {
-                "rank": draw.randrange(job.processes or 1)
-            }
+            fault = draw_fault(draw, reference, phase)
+            fault["rank"] = draw.randrange(job.processes or 1)
             ended = server.run([*args, *again.split()], out, fault, **how)
             story += [fault, ended.code, *ended.events[-1:]]
             if ended.code in KILLED or (job.processes and ended.code == 1):
                 killed[ended.events[-1][0] if ended.events else "starting"] += 1
                 check_whole(out)
-            again = job.again
-            if ended.code in (0, 2):
+            again = how_to_go_on(job, ended, out)
+            if ended.code == 0:
                 break
         if ended.code:
-            ended = go_on(server, job, args, demo=demo)
+            ended = go_on(server, job, args, out, demo=demo)
         found = facts(out, job.timed)
         differ = list(differences(found, expected))
         if ended.code or differ:
@@ -338,7 +347,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
             assert ended.last_line.startswith("nuteprune: "), ended.said
             assert any(x in ended.last_line for x in ("No space left", "failed writing")), where
         check_whole(out)
-        ended = go_on(server, job, args)
+        ended = go_on(server, job, args, out)
         assert ended.code == 0, (where, ended.said)
         found = facts(out)
         assert [k for k in found if found[k] != expected[k]] == [], where
