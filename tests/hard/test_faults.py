@@ -188,8 +188,8 @@ def how_to_go_on(job: Job, ended: Ended, out: Path) -> str:
     """Return the option that a command's last words tell to go on with."""
     if ended.code != 2 or not re.search("start anew|pass --overwrite", ended.last_line):
         return job.again
-    kept = [x for x in out.parent.rglob("checkpoint-*") if "--resume" in job.again]
-    assert kept == [], ended.said
+    kept = [x for x in out.parent.rglob("checkpoint-*") if ".partial" not in x.parts]
+    assert kept == [] or job.again != "--resume", ended.said
     return "--overwrite"
 
 
