@@ -96,7 +96,7 @@ JOBS = {
         "vocab {model} --data {text} --keep 290 --length 16 --out {out}",
         *(60, {"writing text", "counting tokens", "cutting the vocabulary"}, "--overwrite"),
     ),
-    "write": Job("write {model} --tokens 900 --length 16 --out {out}.jsonl", 120, {"writing text"}),
+    "write": Job("write {model} --tokens 300 --length 16 --out {out}.jsonl", 120, {"writing text"}),
     "export": Job(
         "export {pruned} --to gguf --pre-tokenizer smollm --out {out}.gguf", 80, {"writing GGUF"}
     ),
