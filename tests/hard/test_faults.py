@@ -116,7 +116,7 @@ JOBS = {
 }
 KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGPROF, 128 + signal.SIGTERM}
 TIMES = {"seconds", "cpu_seconds", "seconds_per_step", "peak_memory_bytes", "stages", "cost"}
-TIMES |= {"speedup", "time_ratio"}
+TIMES |= {"speedup", "time_ratio", "sum"}
 TIMED = ("README.md", "report.html", "*.png", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
