@@ -87,10 +87,21 @@ def test_a_damaged_product_is_made_anew(damage: bytes | None, tmp_path: Path) ->
     path.write_bytes(whole[:-3] if damage is None else damage)
     assert made(tmp_path, resumes=True).found == ["choose"]
     assert read_tensors(path)[1]["key"] == {"model": "tiny", "score.seed": 3}
-    (tmp_path / "judge.json").write_text('{"key"')
     products = Products(tmp_path, {}, resumes=True)
-    assert products.keep_json("judge", lambda: [1]) == [1]
-    assert products.keep_json("judge", refuse) == [1]
+    for damaged in ('{"key"', "[[]]", "[1]"):
+        path = tmp_path / "judge.json"
+        kept = path.read_text() if path.is_file() else ""
+        path.write_text(kept.replace("[1.5]", damaged) or damaged)
+        assert products.keep_json("judge", lambda: [1.5]) == [1.5]
+        assert products.keep_json("judge", refuse) == [1.5]
+
+
+def test_a_product_without_what_it_took_is_made_anew(tmp_path: Path) -> None:
+    products = made(tmp_path)
+    products.costs["score"] = None  # type: ignore[assignment]
+    path = tmp_path / "score.safetensors"
+    products._write("score", path, MADE)
+    assert made(tmp_path, resumes=True).found == ["choose"]
 
 
 def test_a_given_product_is_used_and_what_follows_depends_on_it(tmp_path: Path) -> None:

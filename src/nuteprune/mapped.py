@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nuteprune.files import writing
+from nuteprune.run_folder import HALF_WRITTEN
 from nuteprune.simulated import has_data, left
 
 
@@ -34,7 +35,7 @@ def mapped(part: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     with writing(folder, "make room, then go on with --resume"):
         folder.mkdir(parents=True, exist_ok=True)
         # Some systems keep a file's name while it is in use.
-        with TemporaryDirectory(dir=folder, prefix=".cut-", ignore_cleanup_errors=True) as place:
+        with TemporaryDirectory(None, HALF_WRITTEN, folder, ignore_cleanup_errors=True) as place:
             path = Path(place) / "part.safetensors"
             save_file({name: x.contiguous() for name, x in part.items()}, path)
             with safe_open(path, framework="pt") as file:

@@ -88,13 +88,14 @@ class Products:
         path = self._path(stage, self.folder, "json")
         if self.resumes and path is not None and path.is_file():
             kept = _read_json(path)
-            if kept.get("key") == self._key:
+            if kept.get("key") == self._key and kept.get("sum") == _sum(kept):
                 self._note(stage, kept["cost"])
                 return kept["value"]
         with self.measured(stage):
             made = make()
         if path is not None:
             kept = {"key": self._key, "cost": self.costs[stage], "value": made}
+            kept["sum"] = _sum(kept)
             with writing(path, "make room, then go on with --resume"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, to_json(kept))
@@ -135,7 +136,7 @@ class Products:
             tensors, notes = read_tensors(path)
         except UserError:  # cut off by a kill: it is made anew
             return None
-        if notes.get("key") != self._key:
+        if notes.get("key") != self._key or not isinstance(notes.get("cost"), dict):
             return None
         self._note(stage, notes["cost"])
         return tensors
@@ -197,6 +198,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tuple(tensors[name].shape)}".encode())
         found.update(tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _sum(kept: Mapping[str, Any]) -> str:
+    """Return a hash of a result and its cost: one that was changed is made anew."""
+    said = to_json([kept.get("cost"), kept.get("value")])
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

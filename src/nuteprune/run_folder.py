@@ -44,6 +44,8 @@ SAMPLES = "samples.json"
 SPEED = "speed.json"
 REPORT = "report.html"
 DENSE = "dense"
+HALF_WRITTEN = ".cut-"
+"""How the names of folders begin in which weights wait for their tensors to be mapped."""
 
 
 def hidden(path: Path) -> bool:

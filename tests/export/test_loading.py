@@ -364,6 +364,15 @@ def test_a_token_that_is_routed_to_more_experts_than_there_are_is_refused(
                 load(tmp_path)
 
 
+@pytest.mark.parametrize("ids", ["2", [[]], [None], 2.0, True])
+def test_special_tokens_of_a_generation_config_are_numbers(folder: Path, ids: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UserError, match=r"eos_token_id in generation_config\.json"):
+        load_pruned(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3], "pad_token_id": 0}')
+    load_pruned(folder)
+
+
 def test_layers_that_contradict_their_list_of_kinds_are_refused_in_a_line(tmp_path: Path) -> None:
     values = {"model_type": "lfm2", "num_hidden_layers": 4, "layer_types": ["conv"] * 3}
     (tmp_path / "config.json").write_text(json.dumps(values))

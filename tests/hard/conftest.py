@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,14 +16,54 @@ from typing import Any
 
 import pytest
 
+SEED = int(os.environ.get("NUTEPRUNE_SEED", "0"))
+"""Draws all that goes wrong."""
+SHARE = float(os.environ.get("NUTEPRUNE_HARD", "1"))
+"""Of all cases, for a quick look."""
+CASE = os.environ.get("NUTEPRUNE_CASE")
+"""The one case to repeat, by its number."""
+
+
+def cases(count: int) -> range:
+    """Return the numbers of the cases to try."""
+    if CASE is not None:
+        return range(int(CASE), int(CASE) + 1)
+    return range(math.ceil(SHARE * count))
+
+
+def make_model(here: Path, tiny_model: Any, tiny_tokenizer: Any) -> list[str]:
+    """Write a model and text into a folder, as `model` and `text.jsonl`; returns the texts."""
+    tiny_model("llama", vocab_size=320, num_hidden_layers=2).save_pretrained(here / "model")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for x in messages %}{{ x.role[0] }}:{{ x.content }};{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}a:{% endif %}"
+    tokenizer.save_pretrained(here / "model")
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=6000))
+    texts = [letters[i : i + 60] for i in range(0, 6000, 60)]
+    lines = "".join(json.dumps({"text": x}) + "\n" for x in texts)
+    (here / "text.jsonl").write_text(lines)
+    return texts
+
+
+def make_demo(model: Path, out: Path, tiny_model: Any) -> None:
+    """Write a model with the tokens of the demo's into a folder."""
+    tiny_model("llama", vocab_size=320, max_position_embeddings=512).save_pretrained(out)
+    names = {"<pad>": "<|endoftext|>", "<s>": "<|im_start|>", "</s>": "<|im_end|>"}
+    for path in model.glob("tokenizer*.json"):
+        text = path.read_text()
+        for ours, theirs in names.items():
+            text = text.replace(ours, theirs)
+        (out / path.name).write_text(text)
+
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: exit code (negative: by a signal), what it printed, its events."""
+    """How a run ended: exit code (negative: by a signal), what it printed, events, CPU seconds."""
 
     code: int
     said: str
     events: list[tuple[str, str]]
+    seconds: float
 
     @property
     def last_line(self) -> str:
@@ -35,7 +78,8 @@ class Server:
         self.runs = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("server.py"))],
+            [sys.executable, "-m", "tests.hard.server"],
+            cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -53,14 +97,18 @@ class Server:
         root: Path | None = None,
         fault: dict[str, Any] | None = None,
         demo: dict[str, Any] | None = None,
+        folder: Path | None = None,
+        processes: int | None = None,
     ) -> Ended:
         """Run a command.
 
         Args:
             args: the command line.
             root: what is to be watched: files whose path begins so; None watches nothing.
-            fault: what is to go wrong, see server.py.
-            demo: another model in place of the demo's, see server.py.
+            fault: what is to go wrong; this and the rest see server.py.
+            demo: another model in place of the demo's.
+            folder: where the command runs.
+            processes: how many do it together.
         """
         log, events = self.folder / "log", self.folder / "events"
         request = {
@@ -70,15 +118,17 @@ class Server:
             "root": str(root),
             "fault": fault,
             "demo": demo,
+            "folder": str(folder) if folder else None,
+            "processes": processes,
         }
         self.runs += 1
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        code = int(self._answer())
+        code, seconds = self._answer().split()
         lines = events.read_text().splitlines() if root else []
         seen = [(phase, name) for phase, _, name in (x.partition("\t") for x in lines)]
-        return Ended(code, log.read_text(errors="replace"), seen)
+        return Ended(int(code), log.read_text(errors="replace"), seen, float(seconds))
 
 
 @pytest.fixture(scope="session")

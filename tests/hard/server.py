@@ -1,18 +1,24 @@
 """Runs commands of nuteprune in forked children, with faults on order; started by conftest.py.
 
 Everything is imported once, in a parent with one thread, and each run is a child of it: seconds
-become fractions of a second. A request is a line of JSON on stdin, `{"args": [...], "log": path,
-"events": path, "fault": null or {"at": k, "how": "kill" or "full"}, "demo": null or fields of
-the demo's model to use instead}`; the answer is the child's exit code, negative for a signal.
+become fractions of a second. A request is a line of JSON on stdin:
 
-A child counts events: a call of a function in `WATCHED`, a file being opened, half written,
-synced, renamed or removed. It writes each one's name to the file `events`, and at the k-th
-one it kills itself (`kill`) or finds the disk full from then on (`full`).
+- args: the command line.
+- folder: where it runs; null: here.
+- log, events: files for what it prints and for its events; without a file it has no events.
+- root: files whose path begins so are the run's own.
+- fault: what goes wrong, see `Faults`, and in which process (`rank`); null: nothing.
+- demo: fields of the demo's model, and variables, to use instead; null: the real ones.
+- processes: how many, joined as those of torchrun are; null: one that nobody launched.
+
+The answer is an exit code, negative for a signal, and the seconds of CPU that it took. A command
+that takes too long ends by a signal of `HANGS`.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -20,11 +26,16 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
+import resource
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 MODULES = ("nuteprune.cli.app", "nuteprune.cli.demo", "nuteprune.cli.prune", "nuteprune.cli.report")
@@ -54,8 +65,23 @@ PHASES = {
     "nuteprune.data.demo:fetch": "downloading",
     "nuteprune.data.demo:_convert": "converting",
     "nuteprune.judge.perplexity:perplexities": "measuring",
+    "nuteprune.judge.beside:judge_beside": "judging answers",
+    "nuteprune.stages.write:write": "writing text",
+    "nuteprune.train.recover:RecoverTrainer.merge": "merging",
+    "nuteprune.jobs.comparison:compared": "comparing",
+    "nuteprune.jobs.vocab:_read": "counting tokens",
+    "nuteprune.export.vocabulary:cut_model": "cutting the vocabulary",
+    "nuteprune.judge.block_times:cost_table": "timing blocks",
+    "nuteprune.jobs.timing:measure": "timing models",
+    "nuteprune.jobs.family:run": "proposing",
 }
 """Functions that are events at their beginning and end -> what events inside them are part of."""
+
+CPU_SECONDS, SECONDS = 120, 1200
+"""After so long a command hangs. A machine may be busy, or the whole test be paused."""
+HANGS = (-signal.SIGXCPU, -signal.SIGALRM)
+MEMORY = 2**33
+"""Bytes that a command may map besides what is mapped already."""
 
 
 def owner_of(place: str) -> tuple[Any, str]:
@@ -66,22 +92,62 @@ def owner_of(place: str) -> tuple[Any, str]:
 
 
 class Faults:
-    """Counts events, and does harm at one of them."""
+    """Counts events once a run begins, and does harm at one of them.
 
-    def __init__(self, root: str, log: str, fault: dict[str, Any] | None) -> None:
-        self.root, self.fault = root, fault
-        self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    An event is a call of a function of `PHASES`, or a file being opened, half written, synced,
+    renamed or removed. Each one's phase and name go to a file.
+    """
+
+    def __init__(self) -> None:
+        self.root, self.log = "\0", -1
+        self.fault: dict[str, Any] = {"at": None}
         self.phases, self.count, self.full = ["starting"], 0, False
+        self.synced: dict[str, int] = {}  # of each file that is written: bytes on the disk for sure
+        for place, phase in PHASES.items():  # once, before any fork: it takes its time
+            self.wrap(place, phase)
+        self.file_calls()
+        self.opening()
+        self.saving()
+
+    def begin(self, root: str, log: str, fault: dict[str, Any] | None) -> None:
+        """Count from here.
+
+        Args:
+            root: how paths of the run's own files begin.
+            log: the file.
+            fault: `how` it goes wrong, and the number of the event `at` which it does:
+
+                - kill: the process ends at once (SIGKILL).
+                - term: it is asked to end (SIGTERM).
+                - power: the machine ends: of each file that was not synced half is lost.
+                - full: the disk is full from then on.
+        """
+        self.root, self.fault = root, fault or self.fault
+        self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def event(self, name: str) -> bool:
-        """Count an event; dies at the one that was ordered, or says that the disk is full now."""
+        """Count an event, do harm if it was ordered here; returns whether the disk is full."""
+        if self.log < 0:
+            return False
         os.write(self.log, f"{self.phases[-1]}\t{name}\n".encode())
-        here = self.fault is not None and self.fault["at"] == self.count
+        here = self.fault["at"] == self.count
         self.count += 1
-        if here and self.fault["how"] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.full = self.full or here
+        if here:
+            self.harm(self.fault["how"])
         return self.full
+
+    def harm(self, how: str) -> None:
+        if how == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self.full = how == "full"
+        if how == "power":
+            for path in filter(os.path.isfile, self.synced):
+                size, sure = os.path.getsize(path), self.synced[path]
+                if size > sure:
+                    os.truncate(path, (size + sure) // 2)
+        if not self.full:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def ours(self, path: Any) -> bool:
         """Return whether a path is one that the run writes to."""
@@ -114,7 +180,10 @@ class Faults:
                 # rmtree names files relative to a descriptor of their folder.
                 if self.ours(path) or kwargs.get("dir_fd") is not None:
                     self.event(f"{_name} {os.path.basename(path)}")
-                return _original(path, *args, **kwargs)
+                result = _original(path, *args, **kwargs)
+                if _name in ("replace", "rename") and str(path) in self.synced:
+                    self.synced[str(args[0])] = self.synced.pop(str(path))
+                return result
 
             setattr(os, name, functools.partial(called, _name=name, _original=original))
         sync = os.fsync
@@ -122,6 +191,8 @@ class Faults:
         def synced(descriptor: int) -> None:
             self.event("fsync")
             sync(descriptor)
+            if (path := os.path.realpath(f"/proc/self/fd/{descriptor}")) in self.synced:
+                self.synced[path] = os.path.getsize(path)
 
         os.fsync = synced
 
@@ -135,6 +206,9 @@ class Faults:
             if self.event(f"open {os.path.basename(file)}"):
                 raise no_space(file)
             handle = original(file, mode, *args, **kwargs)
+            path = os.path.realpath(file)
+            new = set(mode) & set("wx")
+            self.synced[path] = 0 if new else self.synced.get(path, os.path.getsize(path))
             write = handle.write
 
             def half(data: Any) -> Any:
@@ -169,6 +243,7 @@ class Faults:
                 name = os.path.basename(path)
                 self.event(f"save {name}")
                 result = save(*args, **kwargs)
+                self.synced[os.path.realpath(path)] = 0
                 whole = Path(path).read_bytes()
                 os.truncate(path, len(whole) // 2)
                 if self.event(f"half of {name}"):
@@ -224,25 +299,34 @@ def replace_everywhere(original: Any, new: Any, owner: Any, name: str) -> None:
                     setattr(module, key, new)
 
 
-def child(request: dict[str, Any]) -> None:
+def child(faults: Faults, request: dict[str, Any], rank: int) -> None:
     """Run a command with its faults; never returns."""
-    os.setsid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.setpgid(0, 0)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | (os.O_APPEND if rank else os.O_TRUNC))
     for stream in (1, 2):
         os.dup2(log, stream)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from nuteprune.cli.app import main
     from nuteprune.data import demo as assets
 
+    if request["folder"]:
+        os.chdir(request["folder"])
+    os.environ.update(request["environ"])
     if request["demo"]:
-        assets.MODEL = dataclasses.replace(assets.MODEL, **request["demo"]["asset"])
+        assets.MODEL = dataclasses.replace(assets.MODEL, **request["demo"]["model"])
+        text = dataclasses.replace(assets.TEXTS["speeches"], **request["demo"]["text"])
+        assets.TEXTS = {"speeches": text}
         os.environ.update(request["demo"]["environ"])
+    fault = request["fault"] if (request["fault"] or {}).get("rank", 0) == rank else None
+    if fault and "after" in fault:  # seconds of CPU, at whatever it is then
+        signal.setitimer(signal.ITIMER_PROF, fault["after"])
+        fault = None
     if request["events"]:
-        faults = Faults(request["root"], request["events"], request["fault"])
-        for place, phase in PHASES.items():
-            faults.wrap(place, phase)
-        faults.file_calls()
-        faults.opening()
-        faults.saving()
+        faults.begin(request["root"], f"{request['events']}{rank or ''}", fault)
     sys.argv = ["nuteprune", *request["args"]]
     try:
         main()
@@ -253,22 +337,65 @@ def child(request: dict[str, Any]) -> None:
     os._exit(70)
 
 
+def ranks(count: int | None) -> list[dict[str, str]]:
+    """Return what torchrun would tell each of the processes."""
+    if count is None:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+
+
+def answer(faults: Faults, request: dict[str, Any]) -> str:
+    """Run a command in its processes: the first that fails takes the others with it."""
+    pids = []
+    for rank, told in enumerate(ranks(request["processes"])):
+        pid = os.fork()
+        if pid == 0:
+            child(faults, {**request, "environ": told}, rank)
+        pids.append(pid)
+    code, seconds, left = 0, 0.0, set(pids)
+    while left:
+        pid, status, used = os.wait3(0)
+        left.discard(pid)
+        seconds += used.ru_utime + used.ru_stime
+        ended = os.waitstatus_to_exitcode(status)
+        if ended and not code:
+            code = ended
+            if left:  # it may still write before it is noticed
+                time.sleep(0.3)
+        for other in left if code else ():
+            os.kill(other, signal.SIGKILL)
+    for pid in pids:  # what they have started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    return f"{code} {seconds:.3f}"
+
+
 def serve() -> None:
     """Answer requests until stdin ends."""
     from nuteprune.cli.app import quiet_libraries
+    from nuteprune.judge import worker
+    from tests.undrawn import leave_blank
+    from tests.unplanned import leave_unplanned
 
     quiet_libraries()
     for name in (*MODULES, *LAZY):
         importlib.import_module(name)
     for place in PHASES:
         importlib.import_module(place.partition(":")[0])
+    leave_blank()
+    leave_unplanned(setattr)
+    worker.multiprocessing = SimpleNamespace(  # type: ignore[attr-defined]
+        get_context=lambda _: multiprocessing.get_context("fork")
+    )
+    faults = Faults()
     gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print(answer(faults, json.loads(line)), flush=True)
 
 
 if __name__ == "__main__":

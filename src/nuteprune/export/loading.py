@@ -119,6 +119,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
         model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     with one_line(source):
         _check_routing(source, model.config)
+    _check_tokens_named(source, model)
     check_inside(source, **kwargs)  # again, since the hub's files are here only now
     # Last, since what does not fit can be told more clearly.
     check_pruned(Path(source))
@@ -231,6 +232,17 @@ def _check_routing(source: str, config: PreTrainedConfig) -> None:
             f"the config of {source} routes each token to {wanted} of {there} experts; mend "
             f"{names[0]} in its config.json"
         )
+
+
+def _check_tokens_named(source: str, model: PreTrainedModel) -> None:
+    """Refuse special tokens of a generation config that are no numbers: transformers reads any."""
+    for name, value in vars(getattr(model, "generation_config", model.config)).items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if name.endswith("_token_id") and not all(type(x) is int for x in ids):
+            raise UserError(
+                f"{name} in generation_config.json of {source} is {value!r}, and has to be the "
+                "number of a token or a list of such: mend it there"
+            )
 
 
 def config_values(source: str, **kwargs: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from nuteprune.files import read_sums, remove, writing
 from nuteprune.jobs.job import Job
 from nuteprune.run_folder import (
     CARD,
+    HALF_WRITTEN,
     RECORD,
     RUN,
     SELF_WRITTEN,
@@ -79,7 +80,7 @@ def written_in(out: Path) -> set[str]:
 
 
 def clear_result(out: Path, overwrite: bool = False) -> None:
-    """Remove the results of a run, and keep the run itself, that of each target too.
+    """Remove a run's results and what a kill left half written; keep the run, each target's too.
 
     Args:
         out: the output folder.
@@ -91,6 +92,7 @@ def clear_result(out: Path, overwrite: bool = False) -> None:
     for name in begun_targets:
         clear_result(out / name, overwrite=True)  # a checkpoint is written beside `run` alone
     _remove(out, names - begun_targets)
+    _remove(out / RUN, [x.name for x in (out / RUN).glob(f"{HALF_WRITTEN}*")])
 
 
 def _remove(out: Path, names: Iterable[str]) -> None:

@@ -186,6 +186,7 @@ def begin(job: PruneJob, run: Run) -> None:
         if is_stated(job):
             kinds = (PruneJob, NutePruneConfig)
             check_same(job.out / RUN, run.first.settings(), *kinds, also=("costs", OWN_TEXT_SUM))
+        run.first.accelerator.wait_for_everyone()  # what is half written is of a killed run
         if is_main():
             clear_result(job.out, job.overwrite)
     elif is_main() and job.overwrite:

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, in_one_line
 from nuteprune.export.loading import (
     bring_recorded_family,
     config_values,
@@ -260,6 +260,13 @@ def load_tokenizer(
             ) from error
         said = _in_words(error, model)
         raise UserError(f"cannot load the tokenizer of {model}: {said}") from error
+    try:
+        tokenizer.decode(tokenizer("a text").input_ids)
+    except Exception as error:  # transformers looks at few settings before they are used
+        raise UserError(
+            f"the tokenizer of {model} reads no text ({in_one_line(error)}): mend its "
+            "tokenizer_config.json, or copy its files anew from where they came"
+        ) from error
     return tokenizer
 
 
