@@ -25,7 +25,7 @@ chat model's own talk alone has little code and few formats."""
 TEXT_TOKENS = 64
 """Tokens of a plain text at most: many short texts show more of what a model knows than few long
 ones; see docs/log.md."""
-TEMPERATURE = 2.0
+TEMPERATURE = 1.5
 """Of the draw of first tokens: drawn evenly, four texts of ten are in other scripts where the
 vocabulary has many languages; at 1 a few tokens begin most texts."""
 _QUESTION = "Xylophone"  # a word that no template has, to find where a user's turn is

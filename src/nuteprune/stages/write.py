@@ -45,9 +45,9 @@ def write(
     """Let a model write text, drawn at temperature 1, and keep it in a file.
 
     A text begins with what the tokenizer begins texts with, or with end-of-text. A drawn token
-    follows, each time another one. The model ends the text, after `openings.TEXT_TOKENS` tokens at
-    most. With a chat template a quarter of the tokens is chats: the model writes a user's question
-    and the answer, of a block's length at most.
+    follows, each time another one (`openings.TEMPERATURE`). The model ends the text, after
+    `openings.TEXT_TOKENS` tokens at most. With a chat template a quarter of the tokens is chats:
+    the model writes a user's question and the answer, of a block's length at most.
 
     The file is written batch by batch. A second call with the same
     arguments keeps whole batches and writes the rest as if without a break, to the byte.
