@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from nuteprune.console import Output
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.settings import read_given
+from nuteprune.jobs.show import print_report
 from nuteprune.train.config import NutePruneConfig
 from tests.conftest import Run, json_line
 
@@ -83,3 +86,18 @@ def test_a_run_its_report_and_the_same_run_by_the_reports_command(
     assert settings["seed"] == 5
     assert settings["neuron_multiple"] == 4
     assert first["config"].items() >= {k: v for k, v in settings.items() if k != "seed"}.items()
+
+
+@pytest.mark.parametrize("error", [UserError, RunFailed])  # the latter where the disk is full
+def test_a_checkpoint_stands_without_its_report(
+    error: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("no room")
+
+    monkeypatch.setattr("nuteprune.judge.report.write_report", fail)
+    print_report(tmp_path, Output())
+    assert capsys.readouterr().out == "Report  none: no room\n"

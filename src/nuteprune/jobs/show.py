@@ -8,7 +8,7 @@ from typing import Any
 
 from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.data.specs import DEMO
-from nuteprune.errors import UserError
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.reproduce import again
@@ -92,7 +92,7 @@ def print_report(folder: Path, output: Output) -> None:
 
     try:
         output.line(f"Report  {write_report(folder, again)}")
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         output.line(f"Report  none: {error}")
 
 
