@@ -89,7 +89,8 @@ def openings(
     if len(asks) + len(answers) > most // 2 or max([*asks, *answers], default=0) >= known:
         asks = answers = []
     ends = _ends(model, tokenizer) | set(between)
-    firsts = _in_drawn_order(model, start, _firsts(tokenizer, known, special), seed)
+    readable = start if max(start, default=0) < known else []
+    firsts = _in_drawn_order(model, readable, _firsts(tokenizer, known, special), seed)
     return Openings(
         start=tuple(start),
         firsts=tuple(firsts),
