@@ -22,7 +22,7 @@ from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nuteprune.data import writing
-from nuteprune.data.openings import Openings, openings
+from nuteprune.data.openings import TEMPERATURE, Openings, openings
 from nuteprune.data.writing import draw
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN
@@ -171,6 +171,23 @@ def test_a_bos_is_before_each_text_where_the_tokenizer_puts_one(model, tokenizer
     assert opening.asks == tuple(tokenizer("u", add_special_tokens=False).input_ids)
     texts = check(model, tokenizer, tmp_path)
     assert max(map(len, texts)) <= LENGTH - 1
+
+
+def test_texts_begin_as_the_model_would_begin_them_each_with_another_token(
+    model, tokenizer
+) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)  # a tiny model takes all tokens for likely
+    drawn = [openings(model, tokenizer, most=LENGTH, seed=seed) for seed in range(400)]
+    firsts = sorted(drawn[0].firsts)
+    assert all(sorted(x.firsts) == firsts for x in drawn)
+    logits = model(torch.tensor([drawn[0].start])).logits[0, -1, firsts].detach().double()
+    expected = (logits / TEMPERATURE).softmax(-1)
+    assert expected.max() > 0.05
+    counts = torch.tensor([sum(x.firsts[0] == i for x in drawn) for i in firsts]) / len(drawn)
+    assert float((counts - expected).abs().max()) < 0.06
+    likely = set(torch.tensor(firsts)[expected.argsort(descending=True)[:20]].tolist())
+    assert sum(len(likely.intersection(x.firsts[:20])) for x in drawn) > 2 * len(drawn)
 
 
 def test_a_tokenizer_without_special_tokens_will_do(model, tiny_tokenizer, tmp_path: Path) -> None:

@@ -71,9 +71,11 @@ def lengths(changes_2I: Tensor, squares_I: Tensor) -> Tensor:
     """
     alone_I, together_I = changes_2I.double()
     added = number((together_I / alone_I).nanmedian())
-    squares_I = alone_I * (added if math.isfinite(added) else 1.0) / squares_I
-    # Inputs that are always 0 cost nothing.
-    return squares_I.nan_to_num(0, posinf=0).sqrt().float()
+    if not math.isfinite(added):  # a projection that is dead
+        added = 1.0
+    # An input that is always 0 costs nothing.
+    found_I: Tensor = (added * alone_I / squares_I).nan_to_num(0, posinf=0)
+    return found_I.sqrt().float()
 
 
 def removal_costs(
