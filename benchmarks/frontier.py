@@ -89,6 +89,7 @@ def do_row(row: Mapping[str, Any]) -> dict[str, Any]:
         beside = judge_beside(dense, small, tokenizer, judge.other, tokens=128, blocks=48)
         return {
             **row,
+            "other_text": Path(row["other_text"]).name,
             "took": took,
             "config": record["config"],
             "stages": record["stages"],
