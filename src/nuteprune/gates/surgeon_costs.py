@@ -58,11 +58,11 @@ ROUNDS = 24
 def lengths(changes_2I: Tensor, squares_I: Tensor) -> Tensor:
     """Return the lengths |V_i| (I,) with which inputs cost alone what was measured.
 
-    K-FAC takes gradients for independent of inputs, and tokens of one another. But a token of large
-    inputs may have small gradients, above all where a norm follows, which divides both; and many
-    neurons are large just where they matter. So each input's own products with its gradients count.
-    What is missing from many tokens of a sequence adds up, where later layers gather it. But
-    sequences are few, so how much it adds is told for all inputs together, by the median.
+    K-FAC assumes that gradients do not depend on inputs. But a norm makes gradients small where
+    outputs are large, and many neurons are large just where they matter. So the products of each
+    input with its gradients count, token by token. An input that is missing from a whole sequence
+    costs more, since later layers gather it. There are too few sequences to measure that for each
+    input: the median over all of them says how much more.
 
     Args:
         changes_2I: squared changes of the loss without an input, to first order: without it in one
