@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -189,6 +190,21 @@ def test_resumed_after_the_last_step_takes_no_more(
     assert (tmp_path / "metrics.jsonl").read_text() == before
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(again)[name])
+
+
+def test_resuming_removes_what_a_kill_left_of_old_checkpoints(
+    tiny_model, tiny_tokenizer, tmp_path: Path
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(), **settings).train()
+    kept = sorted(x.name for x in tmp_path.glob("checkpoint-*"))
+    for left in ("checkpoint-1", ".partial"):
+        shutil.copytree(tmp_path / kept[0], tmp_path / left)
+    again = make(tiny_model("llama"), tmp_path, tiny_tokenizer, examples(), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert sorted(x.name for x in tmp_path.glob("checkpoint-*")) == kept
+    assert len(kept) == 2
+    assert not (tmp_path / ".partial").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

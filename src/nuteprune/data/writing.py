@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH = 64
-"""Texts that are written together."""
+"""Texts that are written together; of short ones more, see `plain_together`."""
 _CACHE_BYTES = 2**32  # most memory for keys and values; models with many get smaller batches
+_DRAWN = 2**19  # numbers that a draw sums up at a time, so that they stay in a processor's cache
 
 TIMED = 4
 """Positions that an estimate of time is taken from; the first ones warm up."""
@@ -88,7 +89,9 @@ class BatchSizes(NamedTuple):
         plain = math.ceil((tokens - of_chats) / (short + 1))
         chats = math.ceil(of_chats / (most + 1))
         alike = math.ceil(chats / together)  # batches of chats, none of them larger than others
-        return cls(min(together, plain), short, math.ceil(chats / max(alike, 1)), most)
+        return cls(
+            plain_together(plain, together, most), short, math.ceil(chats / max(alike, 1)), most
+        )
 
 
 def next_batch(
@@ -172,6 +175,12 @@ def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
     """
     if torch.are_deterministic_algorithms_enabled() and logits_BV.is_cuda:
         logits_BV = logits_BV.cpu()  # CUDA has no running sum in a fixed order
+    rows = max(1, _DRAWN // logits_BV.shape[1] if logits_BV.is_cpu else len(logits_BV))
+    batches = zip(logits_BV.split(rows), numbers_B.split(rows), strict=True)
+    return torch.cat([_draw(*batch) for batch in batches])
+
+
+def _draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
     # Apple's GPUs know no 64 bits.
     dtype = torch.float32 if logits_BV.device.type == "mps" else torch.float64
     sums_BV = logits_BV.to(dtype).softmax(-1).cumsum(-1)
@@ -203,6 +212,18 @@ def most_cached(model: PreTrainedModel, length: int) -> int:
 def fitting(model: PreTrainedModel, length: int) -> int:
     """Return how many texts are written together, by the size of their keys and values."""
     return max(1, min(BATCH, _CACHE_BYTES // max(_cached(model, length), 1)))
+
+
+def plain_together(texts: int, together: int, most: int) -> int:
+    """Return how many plain texts are written together: all, if the memory of a block's holds them.
+
+    Args:
+        texts: plain texts in all.
+        together: texts of a block that are written together.
+        most: tokens that a block leaves for a text.
+    """
+    short = most >= 2 * TEXT_TOKENS
+    return texts if texts <= together * (2 if short else 1) else together
 
 
 def _cached(model: PreTrainedModel, length: int) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from nuteprune.data.blocks import JUDGED
 from nuteprune.data.openings import TEXT_TOKENS
 from nuteprune.data.own_text import GUARD, tokens_to_write
+from nuteprune.data.writing import plain_together
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
@@ -232,7 +233,7 @@ class Plan:
         # the average half of the keys and values.
         short, sizes = min(TEXT_TOKENS, self.length), self.sizes
         texts = math.ceil(blocks * self.length / short)
-        together = min(sizes.together, texts)
+        together = plain_together(texts, sizes.together, self.length)
         cached = sizes.cached * short / self.length * together / sizes.together
         reading = math.ceil(texts / together) * short * (sizes.read + cached / 2)
         held = self._weights + sizes.adapters + sizes.cached

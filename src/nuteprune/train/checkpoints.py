@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -36,6 +37,9 @@ from nuteprune.run_folder import METRICS, SELF_WRITTEN
 from nuteprune.train.arguments import RunArguments
 from nuteprune.train.run_settings import check_same, write_settings
 from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
+
+PARTIAL = ".partial"
+"""A checkpoint that is being written or removed, in a run's folder."""
 
 
 class StopSignals(TrainerCallback):
@@ -132,6 +136,8 @@ class AtomicTrainer(Trainer):
                 also = ("sequences_per_step",)
             check_same(run, self.settings(), type(self.args), also=also)
             state = trainer_state(Path(checkpoint))
+            if self.args.should_save:
+                self._remove_old()  # a kill may have come between
             if 0 < self.steps() <= state.global_step:  # Trainer would take one more
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
@@ -225,7 +231,7 @@ class AtomicTrainer(Trainer):
             self._write_checkpoint(run, name, model, trial)
 
     def _write_checkpoint(self, run: Path, name: str, model: nn.Module, trial: Any) -> None:
-        partial = run / ".partial"
+        partial = run / PARTIAL
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # each process adds its own random state
@@ -247,11 +253,18 @@ class AtomicTrainer(Trainer):
             shutil.rmtree(run / name, ignore_errors=True)
             os.replace(partial / name, run / name)
             sync(run)
-            shutil.rmtree(partial, ignore_errors=True)
-            if (most := self.args.save_total_limit or 0) > 0:
-                for folder in own_checkpoints(run)[:-most]:
-                    shutil.rmtree(folder, ignore_errors=True)
+            self._remove_old()
         self.accelerator.wait_for_everyone()
+
+    def _remove_old(self) -> None:
+        """Remove checkpoints beyond `save_total_limit`, each at once, and what a kill left."""
+        run = Path(cast(str, self.args.output_dir))
+        partial, most = run / PARTIAL, self.args.save_total_limit or 0
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in own_checkpoints(run)[:-most] if most > 0 else ():
+            with suppress(OSError):  # one that is kept does no harm
+                os.replace(folder, partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoint_dir or super()._get_output_dir(trial))
