@@ -103,7 +103,7 @@ def test_the_steps_fill_the_time_that_is_left(
 ) -> None:
     """With a step of a second, 100 s less what judging takes are some hundred steps."""
     monkeypatch.setattr(minutes, "_measured", lambda _: Rates(0.3, 0.001, 20))
-    monkeypatch.setattr(minutes, "seconds_per_step", lambda _: 1.0)
+    monkeypatch.setattr(minutes, "seconds_per_step", lambda *_, **__: 1.0)
     code, said, record = pruned("out", "--minutes", "100s", "--set", "priced=false")
     assert code == 0, said
     spent = sum(x["seconds"] for name, x in record["stages"].items() if name != "teach")

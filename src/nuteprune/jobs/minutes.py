@@ -54,7 +54,8 @@ BESIDE = 2.0
 """What answers and context take, as a multiple of judging the dense model."""
 PLAN = ("max_steps", "calibration_blocks", "priced", "text_blocks", "eval_blocks")
 """Settings that a plan consists of."""
-TIMED = 2048  # tokens, for the time that writing takes
+TIMED = 2**14
+"""Tokens, for the time that writing one takes: fewer make small batches, which are slower each."""
 
 
 def seconds_of(minutes: float | str) -> float:
@@ -103,7 +104,7 @@ class Times:
 
 
 def within_minutes(
-    job: PruneJob, scratch: Path, output: Output, may_exceed: bool = False
+    job: PruneJob, scratch: Path, output: Output, after: float = 0.0, may_exceed: bool = False
 ) -> PruneJob:
     """Return a job with the settings that its minutes allow; see `shared_out`.
 
@@ -111,6 +112,7 @@ def within_minutes(
         job: a job with minutes. One that goes on with a run gets that run's plan.
         scratch: a folder for what nobody keeps.
         output: prints the plan.
+        after: see `steps_in_time_of`.
         may_exceed: whether a run that has too little time takes what it needs.
 
     Raises:
@@ -131,7 +133,7 @@ def within_minutes(
         rates = _measured(trial)
     left = seconds - (time.monotonic() - job.started)
     rates, left = _agreed(rates, left)
-    settings, times = shared_out(job, trial, rates, left, may_exceed)
+    settings, times = shared_out(job, trial, rates, left, after, may_exceed)
     output.line(
         f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
         f"{'priced' if settings['priced'] else 'not priced'}, about {settings['max_steps']} steps "
@@ -153,7 +155,7 @@ def _planned(job: PruneJob, plan: Mapping[str, Any]) -> PruneJob:
 def _measured(run: Run) -> Rates:
     """Time a step, and the first positions of what the model writes."""
     model, token = run.model, 0.0
-    block = seconds_per_step(run.first) / run.args.sequences_per_step
+    block = seconds_per_step(run.first, passes=1) / run.args.sequences_per_step
     if run.text.to_write:
         with model.model.disable_adapter():
             how: dict[str, Any] = {"tokens": TIMED, "length": run.text.length}
@@ -173,7 +175,12 @@ def _agreed(rates: Rates, left: float) -> tuple[Rates, float]:
 
 
 def shared_out(
-    job: PruneJob, trial: Run, rates: Rates, seconds: float, may_exceed: bool = False
+    job: PruneJob,
+    trial: Run,
+    rates: Rates,
+    seconds: float,
+    after: float = 0.0,
+    may_exceed: bool = False,
 ) -> tuple[dict[str, Any], Times]:
     """Return the settings that fit into the time: blocks, priced or not, steps, text.
 
@@ -182,6 +189,7 @@ def shared_out(
         trial: a run of it that has not begun.
         rates: those of the machine.
         seconds: the time left.
+        after: see `steps_in_time_of`.
         may_exceed: whether to return the least sensible plan if it takes longer.
 
     Returns:
@@ -191,7 +199,7 @@ def shared_out(
         UserError: if there is no time for anything sensible.
     """
     sources = max(1, len(trial.held_out))
-    models = 1 + len(trial.goals) * (1 + BESIDE)
+    models = 1 + len(trial.goals) * (1 + BESIDE) + after
     judged = JUDGE * rates.block * sources * models  # seconds, a block of each source
     each = round(min(job.eval_blocks, max(FEWEST, JUDGING * seconds / judged)))
     judging = judged * each

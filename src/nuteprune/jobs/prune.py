@@ -158,7 +158,7 @@ def run(
             from nuteprune.jobs.minutes import steps_in_time_of, within_minutes
 
             steps_in_time = steps_in_time_of(job, after)
-            job = within_minutes(job, Path(scratch) / RUN, output, may_exceed)
+            job = within_minutes(job, Path(scratch) / RUN, output, after, may_exceed)
         bars = stack.enter_context(output.bars())
         config = trainer_config(job, folder / RUN)
         made = make_run(job, config, bars)

@@ -12,14 +12,19 @@ from torch import Tensor
 from nuteprune.train.trainer import NutePruneTrainer
 
 
-def seconds_per_step(trainer: NutePruneTrainer) -> float:
-    """Return the seconds of one optimizer step, timed on training text; nothing is learned."""
+def seconds_per_step(trainer: NutePruneTrainer, passes: int = 2) -> float:
+    """Return the seconds of one optimizer step, timed on training text; nothing is learned.
+
+    Args:
+        trainer: a run that has not begun.
+        passes: how many are timed, after one that warms up. The quickest counts.
+    """
     args, dataset = trainer.args, cast(Any, trainer.train_dataset)
     batch = [dataset[i % len(dataset)] for i in range(args.train_batch_size)]
     inputs = trainer._prepare_inputs(trainer.data_collator(batch))
     before, seconds, model = trainer.masks, math.inf, trainer.model
     cut_by_chance(trainer)
-    for _ in range(3):  # the first one warms up
+    for _ in range(1 + passes):
         started = time.monotonic()
         with trainer.accelerator.autocast():
             trial_step(trainer, inputs)
