@@ -781,6 +781,15 @@ def test_f16_refuses_what_it_would_make_infinite(
     write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type_name="bf16")
 
 
+def test_a_number_that_a_file_has_no_room_for_is_named(
+    make: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make("llama")
+    model.config.max_position_embeddings = -64
+    with pytest.raises(UserError, match="cannot state context_length -64"):
+        write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf")
+
+
 def test_weights_in_few_bits_are_not_written_as_they_lie(make: Callable, tmp_path: Path) -> None:
     model = make("llama")
     model.is_quantized = True  # as transformers marks them

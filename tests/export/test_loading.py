@@ -373,6 +373,14 @@ def test_special_tokens_of_a_generation_config_are_numbers(folder: Path, ids: An
     load_pruned(folder)
 
 
+def test_more_layers_than_any_model_has_are_refused_before_they_are_counted(folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "num_hidden_layers": 2**63}))
+    with pytest.raises(UserError, match="num_hidden_layers is 9223372036854775808"):
+        load_pruned(str(folder))
+
+
 def test_layers_that_contradict_their_list_of_kinds_are_refused_in_a_line(tmp_path: Path) -> None:
     values = {"model_type": "lfm2", "num_hidden_layers": 4, "layer_types": ["conv"] * 3}
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -128,6 +128,13 @@ def test_any_target_is_planned_for_the_layers_that_a_model_has(
     assert step.need.peak == pytest.approx(same.need.peak, rel=0.3)
 
 
+def test_a_config_that_no_class_takes_is_refused_in_words(tmp_path: Path) -> None:
+    odd = config()
+    odd.rope_parameters = {"rope_type": "odd", "rope_theta": 1e4}
+    with pytest.raises(UserError, match="no model can be made of this config"):
+        Plan.of(odd, settings(tmp_path, target_sparsity=0.2), 16, FP32)
+
+
 def test_a_size_is_in_the_checkpoints_dtype(tmp_path: Path) -> None:
     args = settings(tmp_path, target_size="500KB")
     shares = {

@@ -27,16 +27,20 @@ from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import bring_along, brought_along, family_named
+from nuteprune.model.small import NAMES
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
 from nuteprune.run_folder import RECORD, SUMS
 from nuteprune.simulated import has_data
 
 FAMILY = "family"
 """Where a record has the entry of a family that is not listed."""
-_UNREADABLE = (
+UNREADABLE = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
     *(RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError),
 )
+"""What libraries raise for a checkpoint that is damaged or has something else in it."""
+MOST_LAYERS = 100_000
+"""More layers than any model has."""
 
 
 def build(
@@ -264,6 +268,10 @@ def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
         raise OSError("there is no config.json, here or in the cache")
     if not isinstance(values, dict) or not isinstance(values.get("model_type", ""), str):
         raise ValueError("its config.json is no mapping that names a model_type")
+    for part in (values, *(x for x in values.values() if isinstance(x, dict))):
+        for name in NAMES["layers"]:  # of so many, libraries make a list before they look
+            if isinstance(count := part.get(name), int) and count > MOST_LAYERS:
+                raise ValueError(f"{name} is {count} in its config.json")
     return {"model_type": "", **values}
 
 
@@ -358,7 +366,7 @@ def one_line(source: str) -> Iterator[None]:
             f"cannot load {source}: its weights are a pickle that is damaged, or asks for more "
             "than tensors, which is not done; pass a checkpoint with safetensors"
         ) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot load {source}: {textwrap.shorten(str(error), 300)}") from error
 
 

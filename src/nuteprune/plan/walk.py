@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.blocks import JUDGED
+from nuteprune.errors import UserError
+from nuteprune.export.loading import UNREADABLE
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import READ
@@ -223,8 +225,15 @@ class Walk:
 def model_of(
     config: PreTrainedConfig, dtype: torch.dtype, kind: type[PreTrainedModel] | None = None
 ) -> PreTrainedModel:
-    """Return a model of a config, of the stock or another class, on the current device."""
+    """Return a model of a config, of the stock or another class, on the current device.
+
+    Raises:
+        UserError: if the class can make none.
+    """
     make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
-    model: PreTrainedModel = make(config, dtype=dtype)
+    try:
+        model: PreTrainedModel = make(config, dtype=dtype)
+    except UNREADABLE as error:
+        raise UserError(f"no model can be made of this config: {error!r:.300}") from error
     model.eval()
     return model

@@ -11,6 +11,7 @@ from typing import Any
 from gguf import ExpertGatingFuncType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from nuteprune.errors import UserError
 from nuteprune.export.gguf.architectures import Architecture
 from nuteprune.export.gguf.block_tensors import taps_of
 from nuteprune.export.gguf.choose import ModelFacts, expert_period
@@ -23,7 +24,11 @@ _SECTIONS = (11, 11, 10)
 
 
 def model_keys(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, shape: Shape) -> Keys:
-    """Return the keys from which llama.cpp builds a model of a shape."""
+    """Return the keys from which llama.cpp builds a model of a shape.
+
+    Raises:
+        UserError: if the config has a number that a file has no room for.
+    """
     config, family = facts.config, facts.family
     keys = _count_keys(arch, shape) | _mixer_keys(anatomy, arch, facts)
     keys |= _expert_keys(anatomy, arch, shape)
@@ -60,6 +65,9 @@ def model_keys(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, shape: S
     if arch.multipliers:
         keys["attention.scale"] = anatomy.attention_scale(shape.first_attention)
         keys["logit_scale"] = float(getattr(config, family.logit_divisor or ""))
+    for key, value in keys.items():
+        if isinstance(value, int) and not 0 <= value < 2**32:
+            raise UserError(f"a GGUF file cannot state {key} {value}: mend the model's config.json")
     return keys
 
 
