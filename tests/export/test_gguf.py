@@ -729,9 +729,10 @@ def test_tokens_that_end_a_turn_are_told(
     keys = read_keys(tmp_path / "m.gguf")
     names = ("eos", "eot", "eom")
     assert [keys[f"tokenizer.ggml.{x}_token_id"] for x in names] == [eos, 40, 41]
-    model.generation_config.eos_token_id = eos
-    write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf")
-    assert "tokenizer.ggml.eot_token_id" not in read_keys(tmp_path / "m.gguf")
+    for no_further in (eos, [eos, -2]):
+        model.generation_config.eos_token_id = no_further
+        write_gguf(model, tiny_tokenizer, tmp_path / "m.gguf")
+        assert "tokenizer.ggml.eot_token_id" not in read_keys(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("known", [True, False])

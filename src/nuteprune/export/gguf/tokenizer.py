@@ -180,7 +180,7 @@ def further_end_tokens(vocabulary: Vocabulary, settings: Any) -> dict[str, int]:
     given = getattr(settings, "eos_token_id", None)
     tokens, known = vocabulary.tokens, (None, vocabulary.special.get("eos"))
     ids = [x for x in (given if isinstance(given, list) else [given]) if x not in known]
-    further = [i for i in ids if i < len(tokens) and tokens[i] not in ENDS]
+    further = [i for i in ids if 0 <= i < len(tokens) and tokens[i] not in ENDS]
     return dict(zip(("eot", "eom"), further, strict=False))
 
 
