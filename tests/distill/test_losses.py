@@ -42,7 +42,11 @@ def plain_kl(student: Tensor, teacher: Tensor, head: Head, weight: Tensor, t: fl
     return t * t * (kl_BT * weight).sum() / weight.sum()
 
 
-@pytest.mark.parametrize("chunk_elements", [2**24, 3 * V, 1], ids=["whole", "uneven", "by token"])
+@pytest.mark.parametrize(
+    ("chunk", "rows"),
+    [(256, 256), (256, 3), (4, 3), (1, 1)],
+    ids=str,
+)
 @pytest.mark.parametrize("temperature", [1.0, 2 / 3, 2.0])
 @pytest.mark.parametrize(
     "settings",
@@ -50,10 +54,10 @@ def plain_kl(student: Tensor, teacher: Tensor, head: Head, weight: Tensor, t: fl
     ids=["plain", "bias", "divisor", "softcap"],
 )
 def test_token_kl_is_the_plain_formula(
-    settings: dict, temperature: float, chunk_elements: int, monkeypatch
+    settings: dict, temperature: float, chunk: int, rows: int, monkeypatch
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", (1, chunk))
+    monkeypatch.setattr(losses, "ROW_ELEMENTS", rows * V)
     head = Head(normal(V, D, seed=0), **settings)
     student = normal(B, T, D, seed=1).requires_grad_()
     teacher = normal(B, T, D, seed=2)
@@ -126,12 +130,12 @@ def test_a_models_logits_are_its_heads(tiny_model, name: str) -> None:
     torch.testing.assert_close(logits_found, logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 64])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_language_model_loss_is_the_models_own(
-    chunk_tokens: int, tiny_model, tiny_name: str, monkeypatch
+    chunk: int, tiny_model, tiny_name: str, monkeypatch
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", (1, chunk))
+    monkeypatch.setattr(losses, "ROW_ELEMENTS", 1)
     model = tiny_model(tiny_name)
     anatomy = Anatomy(model)
     anatomy.head.weight.requires_grad_(False)

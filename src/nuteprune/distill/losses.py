@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.simulated import alike
 
 IGNORED = -100
 """Label of a token that is not learned."""
-CHUNK_ELEMENTS = 2**22
-"""Logits held at a time by each role on a processor (16 MiB in fp32): what its caches can hold, and
-what the C library gives again without asking the system for zeroed pages; four times as many on an
-accelerator."""
-CHUNK_TOKENS = 32
-"""Tokens of a chunk at least, however large the vocabulary: each chunk reads the whole head."""
+CHUNK_BYTES = 2**26
+"""Logits of a chunk, for each role, as the head gives them."""
+CHUNK_TOKENS = (32, 256)
+"""Fewest and most tokens of a chunk: each reads the whole head; more than these gain nothing."""
+ROW_ELEMENTS = 2**19
+"""Logits in fp32 that are worked on at a time: on a processor its caches hold them, and the C
+library gives their memory again without asking the system for zeroed pages."""
+ON_ACCELERATORS = 32
+"""As a multiple of `ROW_ELEMENTS`, on other devices."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,30 @@ class Head:
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """Return logits (C, V) in fp32."""
-        logits_CV = nn.functional.linear(hidden_CD.to(self.weight.dtype), self.weight, self.bias)
-        logits_CV = logits_CV.float()  # its own memory: `linear` has just made it
+        return self.finished(self.products(hidden_CD))
+
+    def products(self, hidden_CD: Tensor) -> Tensor:
+        """Return the products (C, V) with the weight, in its dtype."""
+        return nn.functional.linear(hidden_CD.to(self.weight.dtype), self.weight, self.bias)
+
+    def finished(self, products_CV: Tensor) -> Tensor:
+        """Return logits (C, V) in fp32 of what `products` returned, which may be overwritten."""
+        logits_CV = products_CV.float()
         if self.divisor != 1.0:
             logits_CV.div_(self.divisor)
         if self.softcap is not None:
             logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_CV
 
-    def backward(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
-        """Return gradients (C, D) of the hidden states from those of the logits."""
-        if self.softcap is not None:
-            grad_CV = grad_CV * (1 - (logits_CV / self.softcap).square())
-        grad_CD = (grad_CV.to(self.weight.dtype) @ self.weight).float()
+    def slopes(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
+        """Return gradients (C, V) of the products, but for the divisor, from the logits'."""
+        if self.softcap is None:
+            return grad_CV
+        return grad_CV * (1 - (logits_CV / self.softcap).square())
+
+    def backward(self, slopes_CV: Tensor) -> Tensor:
+        """Return gradients (C, D) of the hidden states from `slopes`."""
+        grad_CD = (slopes_CV @ self.weight).float()
         return grad_CD if self.divisor == 1.0 else grad_CD / self.divisor
 
 
@@ -78,9 +93,9 @@ def _chunk_kl(ours_CV: Tensor, theirs_CV: Tensor) -> tuple[Tensor, Tensor]:
     return kl_C, q_CV.sub_(p_CV)
 
 
-ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Told a chunk's logits (C, V), and which tokens they are of; returns its losses (C,), and their
-slopes (C, V) by the logits, which it leaves as they are."""
+RowsLoss = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor]]
+"""Told some tokens' logits (C, V), the teacher's if there is one, and which tokens they are;
+returns losses (C,), and their slopes (C, V) by the logits, which it leaves as they are."""
 
 
 class _ByChunk(torch.autograd.Function):
@@ -88,27 +103,41 @@ class _ByChunk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_N: Tensor, head: Head, chunk_loss: ChunkLoss
+        ctx: Any,
+        hidden_ND: Tensor,
+        teacher_ND: Tensor | None,
+        weight_N: Tensor,
+        head: Head,
+        rows_loss: RowsLoss,
     ) -> Tensor:
-        elements = CHUNK_ELEMENTS * (1 if hidden_ND.device.type == "cpu" else 4)
-        chunk = max(CHUNK_TOKENS, elements // head.weight.shape[0])
+        vocabulary, (fewest, most) = len(head.weight), CHUNK_TOKENS
+        chunk = min(most, max(fewest, CHUNK_BYTES // (vocabulary * head.weight.itemsize)))
+        elements = ROW_ELEMENTS * (1 if hidden_ND.device.type == "cpu" else ON_ACCELERATORS)
+        rows = max(1, elements // vocabulary)
         total = torch.zeros((), device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND)
         for i in range(0, len(hidden_ND), chunk):
             part = slice(i, i + chunk)
-            logits_CV = head.logits(hidden_ND[part])
-            loss_C, slope_CV = chunk_loss(logits_CV, part)
-            total += (weight_N[part] * loss_C).sum()
+            ours_CV = head.products(hidden_ND[part])
+            theirs_CV = None if teacher_ND is None else head.products(teacher_ND[part])
+            starts = range(0, len(ours_CV), rows)
+            for j in alike(starts, ours_CV):
+                here = slice(j, j + rows)
+                at = slice(i + j, i + j + len(ours_CV[here]))
+                logits_CV = head.finished(ours_CV[here])
+                others_CV = None if theirs_CV is None else head.finished(theirs_CV[here])
+                loss_C, slope_CV = rows_loss(logits_CV, others_CV, at)
+                total += (weight_N[at] * loss_C).sum()
+                ours_CV[here] = head.slopes(slope_CV, logits_CV)  # in place of the products
             # Weighted after the product with the head: a row there is narrower.
-            slope_CD = head.backward(slope_CV, logits_CV)
-            grad_ND[part] = slope_CD.mul_(weight_N[part].unsqueeze(-1))
+            grad_ND[part] = head.backward(ours_CV).mul_(weight_N[part].unsqueeze(-1))
         ctx.save_for_backward(grad_ND)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0], None, None, None
+        return grad_ND * grads[0], None, None, None, None
 
 
 def token_kl(
@@ -135,14 +164,15 @@ def token_kl(
     width = student_BTD.shape[-1]
     teacher_ND = teacher_BTD.reshape(-1, width)
 
-    def chunk_loss(ours_CV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        theirs_CV = head.logits(teacher_ND[part])
+    def rows_loss(ours_CV: Tensor, theirs_CV: Tensor | None, _: slice) -> tuple[Tensor, Tensor]:
+        assert theirs_CV is not None
         if temperature == 1.0:
             return _chunk_kl(ours_CV, theirs_CV)
         kl_C, slope_CV = _chunk_kl(ours_CV / temperature, theirs_CV.div_(temperature))
         return temperature**2 * kl_C, slope_CV.mul_(temperature)
 
-    kl: Tensor = _ByChunk.apply(student_BTD.reshape(-1, width), weight_N, head, chunk_loss)
+    student_ND = student_BTD.reshape(-1, width)
+    kl: Tensor = _ByChunk.apply(student_ND, teacher_ND, weight_N, head, rows_loss)
     # Divided here: of many tokens float16 would round each one's gradient to 0 before it is scaled.
     return kl / weight_N.sum().clamp(min=1e-9)
 
@@ -162,14 +192,14 @@ def language_model_loss(
     learned_BS = labels_BS != IGNORED
     hidden_ND, labels_N = hidden_BTD[:, :-1][learned_BS], labels_BS[learned_BS]
 
-    def chunk_loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        p_CV, label_C1 = torch.softmax(logits_CV, dim=-1), labels_N[part].unsqueeze(-1)
+    def rows_loss(logits_CV: Tensor, _: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
+        p_CV, label_C1 = torch.softmax(logits_CV, dim=-1), labels_N[at].unsqueeze(-1)
         all_C = logits_CV.amax(-1) - p_CV.amax(-1).log()  # logsumexp, as above
         loss_C = all_C - logits_CV.gather(-1, label_C1).squeeze(-1)
         return loss_C, p_CV.scatter_add_(-1, label_C1, -torch.ones_like(p_CV[:, :1]))
 
     weight_N = torch.ones_like(labels_N, dtype=torch.float32)
-    loss: Tensor = _ByChunk.apply(hidden_ND, weight_N, head, chunk_loss)
+    loss: Tensor = _ByChunk.apply(hidden_ND, None, weight_N, head, rows_loss)
     return loss / (max(1, len(labels_N)) if count is None else count)
 
 
