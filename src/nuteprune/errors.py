@@ -1,5 +1,10 @@
 """The exceptions that the command line shows as one line, and any exception's one-line text."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user can fix: printed as one clear line, exit code 2."""
@@ -25,3 +30,14 @@ class Interrupted(Exception):
 def in_one_line(error: BaseException) -> str:
     """Return an exception's message on one line, or the name of its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise panics of libraries in Rust as RuntimeError: they are no `Exception` by themselves."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a class that no module shows
+            raise
+        raise RuntimeError(in_one_line(error)) from error

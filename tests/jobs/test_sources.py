@@ -69,6 +69,19 @@ def test_a_tokenizer_that_reads_no_text_is_told_as_such(tiny_tokenizer, tmp_path
         load_tokenizer(str(tmp_path))
 
 
+def test_a_tokenizer_at_which_its_library_panics_is_told_as_any_other(
+    tiny_tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tiny_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["continuing_subword_prefix"] = "longer than any of its tokens"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"cannot load the tokenizer of .* out of range"):
+        load_tokenizer(str(tmp_path))
+
+
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 """What three bits of an FP4 number stand for; the fourth is the sign."""
 

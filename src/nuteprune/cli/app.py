@@ -15,7 +15,7 @@ from io import TextIOWrapper
 
 import typer
 
-from nuteprune.errors import Interrupted, RunFailed, UserError
+from nuteprune.errors import Interrupted, RunFailed, UserError, panics_as_errors
 from nuteprune.files import WRONG_PLACE, narrow_locale
 from nuteprune.processes import is_main, rank
 
@@ -90,7 +90,8 @@ def main() -> None:
             quiet_libraries()
         arguments = sys.argv[1:] or ["--help"]
         _check_names(arguments)
-        code = make_app()(arguments, standalone_mode=False, prog_name="nuteprune")
+        with panics_as_errors():
+            code = make_app()(arguments, standalone_mode=False, prog_name="nuteprune")
     except Interrupted as stop:
         _fail(str(stop) if is_main() else "", 128 + stop.signal)
     except (KeyboardInterrupt, typer.Abort):

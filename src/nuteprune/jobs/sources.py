@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
-from nuteprune.errors import UserError, in_one_line
+from nuteprune.errors import UserError, in_one_line, panics_as_errors
 from nuteprune.export.loading import (
     bring_recorded_family,
     config_values,
@@ -240,12 +240,13 @@ def load_tokenizer(
     model_type = read_config(model)["model_type"].removeprefix(PREFIX)
     config = PreTrainedConfig.from_dict({"model_type": model_type})
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            locate(model),
-            config=config,
-            # Never None, with which transformers asks on the terminal, in the middle of a job.
-            trust_remote_code=trust_remote_code,
-        )
+        with panics_as_errors():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                locate(model),
+                config=config,
+                # Never None, with which transformers asks on the terminal, in the middle of a job.
+                trust_remote_code=trust_remote_code,
+            )
     except Exception as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise UserError(
@@ -261,7 +262,8 @@ def load_tokenizer(
         said = _in_words(error, model)
         raise UserError(f"cannot load the tokenizer of {model}: {said}") from error
     try:
-        tokenizer.decode(tokenizer("a text").input_ids)
+        with panics_as_errors():
+            tokenizer.decode(tokenizer("a text").input_ids)
     except Exception as error:  # transformers looks at few settings before they are used
         raise UserError(
             f"the tokenizer of {model} reads no text ({in_one_line(error)}): mend its "

@@ -245,7 +245,8 @@ def _cell(axes: Axes, x: float, y: float, share: float) -> None:
     box = (x - 0.46, y - 0.4), 0.92, 0.8
     axes.add_patch(Rectangle(*box, fc="none", ec=COLOURS["rule"], lw=0.6))
     if share:
-        axes.add_patch(Rectangle(*box, fc=COLOURS["blue"], alpha=0.05 + 0.95 * share**1.5, lw=0))
+        alpha = 0.05 + 0.95 * min(share, 1.0) ** 1.5  # a record may say anything
+        axes.add_patch(Rectangle(*box, fc=COLOURS["blue"], alpha=alpha, lw=0))
     else:
         axes.plot(x, y, "x", color=COLOURS["muted"], ms=4)
 

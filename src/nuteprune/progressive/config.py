@@ -20,7 +20,7 @@ ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 
 
 @dataclass
-class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):
+class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[misc]
     """Settings of a run whose masks move while the student learns.
 
     Args:

@@ -26,7 +26,7 @@ PRICED_BLOCKS = 0.5
 
 
 @dataclass
-class NutePruneConfig(PruneSettings, RunArguments):
+class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an open rate
     """Settings of a `NutePruneTrainer`: those below, and all of `transformers.TrainingArguments`.
 
     Parameters that control what is removed:

@@ -28,6 +28,7 @@ from nuteprune.stages.prunable import Prunable
 from nuteprune.train.averaging import leave_out
 from nuteprune.train.checks import check_checkpointing, check_offload, check_shards, check_whole
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.rate import usual_rate
 from nuteprune.train.setup import check_stock, make_allocator, with_lora
 from nuteprune.train.targets import Prices, Target, run_targets
 
@@ -148,7 +149,7 @@ def prepare(
 
     Args:
         model: a dense causal LM; it is changed in place.
-        args: the run's settings.
+        args: the run's settings; a learning rate that is left open is set.
         stored_dtype: of the checkpoint that it is from; None: the model's own.
 
     Raises:
@@ -167,6 +168,8 @@ def prepare(
     prices = Prices.of(dense, origin.stored_dtype, args)
     goals = run_targets(allocator, args, prices)
     check_stock(dense, allocator, goals[-1].goal)
+    if args.learning_rate is None:
+        args.learning_rate = usual_rate(dense)
     model.requires_grad_(False)
     silence_dropout(model)
     set_seed(args.seed)  # LoRA starts from random values

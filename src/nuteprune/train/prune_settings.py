@@ -150,7 +150,12 @@ class PruneSettings:
         role=HOW,
     )
     gradient_accumulation_steps: int = setting(1, "Forward passes per step.", role=HOW)
-    learning_rate: float = setting(2e-3, "Learning rate of LoRA.", bounds=(1e-12, 1e3))
+    learning_rate: float | None = setting(
+        None,
+        "Learning rate of LoRA. By default it goes with the size of the weights: 0.002 for the "
+        "demo's model, 0.0004 where projections give as much as they take.",
+        bounds=(1e-12, 1e3),
+    )
     gradient_checkpointing: bool | None = setting(
         None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
     )

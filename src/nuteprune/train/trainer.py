@@ -331,7 +331,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
             logs |= self.figures()
             self.write_metrics(logs)
         super().log(logs, start_time)
-        self.bad_steps.check(self.state.global_step, self.args.learning_rate)
+        self.bad_steps.check(self.state.global_step, cast(float, self.args.learning_rate))
 
     # -- checkpoints of a run
 
