@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-"""What many models saw between documents in pretraining, also where texts end otherwise now."""
+"""What many models saw between documents in pretraining, even if another token ends texts now."""
 CHATS = 0.25
-"""Share of what a chat model writes that is chats. The rest is of all that pretraining showed: a
-chat model's own talk alone has little code and few formats."""
+"""Share of what a chat model writes that is chats. The rest is plain text of all kinds, since a
+model's chats have little code and few formats."""
 TEXT_TOKENS = 64
 """Tokens of a plain text at most: many short texts show more of what a model knows than few long
 ones; see docs/log.md."""
 TEMPERATURE = 1.5
-"""Of the draw of first tokens: drawn evenly, four texts of ten are in other scripts where the
-vocabulary has many languages; at 1 a few tokens begin most texts."""
+"""Temperature at which first tokens are drawn. Drawn evenly from a vocabulary of many languages,
+they put four texts of ten into other scripts; at 1 a few tokens begin most texts."""
 _QUESTION = "Xylophone"  # a word that no template has, to find where a user's turn is
 
 

@@ -79,8 +79,8 @@ def _chunk_kl(ours_CV: Tensor, theirs_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Told a chunk's logits (C, V), and which tokens they are of; returns its losses (C,), and their
-slopes (C, V) by the logits, which it leaves as they are."""
+"""Called with a chunk's logits (C, V) and the indices of its tokens; returns their losses (C,) and
+the gradients (C, V) by the logits, which it does not change."""
 
 
 class _ByChunk(torch.autograd.Function):

@@ -31,7 +31,7 @@ from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
 
 FLOORED = 0.999
-"""How far what is below a floor moves towards it: the rest keeps its order."""
+"""How far scores below a floor move towards it; so they keep their order."""
 
 
 def random(probe: Probe) -> Scores:
@@ -212,7 +212,7 @@ class Method:
         reads_plain: how many times as much text it takes through the layers one by one, without
             gradients; each layer is told to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
-        settled: from the layout and the scores after all rounds to those that a run uses.
+        settled: turns the layout and the scores after all rounds into the scores that a run uses.
         priced: whether they follow what units cost at the target; see `train.pricing`.
     """
 

@@ -7,10 +7,10 @@ and moving the others so that the loss rises least costs
     tr(V_u^T V_u  ([C^-1]_uu)^-1),    V = S^1/2 W.
 
 The first factor is the second moment of the gradients of X_u. The second is the part of X_u that
-the other inputs cannot predict. What has gone predicts nothing any more, and those that stay have
-made up for it. So units go one after another, and after each round the others cost what they cost
-without those: C^-1 and V follow in closed form. At once, two units that do the same would both be
-free, and layers that can spare some units would lose most.
+the other inputs cannot predict. Removed units predict nothing any more, and the others have made up
+for them. So units go one after another, and after each round the others cost what they cost without
+those: C^-1 and V follow in closed form. If all went at once, two units that do the same would both
+be free, and layers that can spare some units would lose most.
 
 V is not held. What the loss changes by without X_i, which is measured, tells the length of its
 column i (`lengths`); that of W tells its direction.
@@ -56,7 +56,7 @@ ROUNDS = 24
 
 
 def lengths(changes_2I: Tensor, squares_I: Tensor) -> Tensor:
-    """Return the lengths |V_i| (I,) with which inputs cost alone what was measured.
+    """Return the lengths |V_i| (I,) at which each input alone costs what was measured.
 
     K-FAC assumes that gradients do not depend on inputs. But a norm makes gradients small where
     outputs are large, and many neurons are large just where they matter. So the products of each

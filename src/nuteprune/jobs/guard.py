@@ -30,7 +30,7 @@ _TEXTS = ("data", "eval data")
 _NOT_LOADED = (".gguf", ".onnx", ".data")
 """Endings of files that may be in a model's folder, and that no model is loaded from."""
 _BLOCK = 4096
-"""Bytes that a disk takes for trial: one that is full still takes a file's name."""
+"""Bytes written as a trial: a full disk still takes a file's name."""
 
 
 def check_file(
@@ -105,7 +105,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _read_from(out: Path, reads: Reads) -> str | None:
-    """Return the input in `reads` that a file or folder to write is, or holds."""
+    """Return the input in `reads` that an output path is, or contains."""
     target = _real(out)
     for what, named in reads:
         if any(_real(x).is_relative_to(target) for x in _files(what, named)):

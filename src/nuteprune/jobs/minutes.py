@@ -40,8 +40,8 @@ SCORE, REFIT, CHANGE, JUDGE = 0.7, 0.8, 0.2, 0.65
 """What a block takes, as a multiple of teaching one: to score it; to refit to it; to measure a
 change of the cut on it; to judge by it, and by its share of what is copied."""
 CUT = 0.6
-"""What it takes to score a unit of attention by cutting it, the same way. About as large a share of
-them is cut as is to go; see `copying_kept`."""
+"""What it takes to score a unit of attention by cutting it, the same way. The share of them that is
+cut is about the share to remove; see `copying_kept`."""
 OPTIONS = ((32, True), (32, False), (16, False), (8, False))
 """Blocks for the scores, and whether units are priced, the best first."""
 BEFORE = 0.55

@@ -150,7 +150,7 @@ class Family:
     mlp_modules: tuple[str, ...] = ("mlp",)
     """Modules that make up the MLP; when it is removed, the last one yields zeros."""
     counts_heads: bool = False
-    """The attention counts its heads, or norms them all: it cannot do with fewer for a while."""
+    """The attention counts its heads, or normalises all: a step cannot skip masked heads."""
     per_head: tuple[str, ...] = ()
     """Parameters of a decoder layer with an entry for each query head."""
     qk_norms: tuple[str, ...] = ()

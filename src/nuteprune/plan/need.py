@@ -1,4 +1,4 @@
-"""What a stage takes of a long model and of many batches, by short models and few batches.
+"""What a stage takes with many layers and batches, extrapolated from few.
 
 A decoder's layers are alike, so each adds the same; and so does each batch.
 """
