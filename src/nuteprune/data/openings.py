@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-"""What many models saw between documents in pretraining, even if another token ends texts now."""
+"""The token that many models saw between documents in pretraining, even if another token ends texts
+now."""
 CHATS = 0.25
 """Share of what a chat model writes that is chats. The rest is plain text of all kinds, since a
 model's chats have little code and few formats."""
@@ -128,7 +129,7 @@ def _firsts(tokenizer: PreTrainedTokenizerBase, known: int, special: set[int]) -
 def _in_drawn_order(
     model: PreTrainedModel, start: list[int], firsts: list[int], seed: int
 ) -> list[int]:
-    """Return first tokens as if drawn one after another, each once, by the model's own chances."""
+    """Draw first tokens without repeats, by the model's own probabilities."""
     drawn_n = torch.rand(
         len(firsts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )

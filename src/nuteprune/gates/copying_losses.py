@@ -1,4 +1,4 @@
-"""What copying from context loses without a unit of attention: measured, by cutting it.
+"""How much copying from context loses without a unit of attention, measured by cutting it.
 
 Few-shot prompts, summaries and retrieval live on copying. A few heads carry it, and blocks of prose
 hardly exercise them. Where the model copies it is sure, so gradients are near zero: to every local
@@ -194,7 +194,7 @@ def copying_losses(
 
 @torch.no_grad()
 def losses_without(probe: Probe, kind: str, layer: int, units_B: Tensor, dense: DenseRun) -> Tensor:
-    """Return the mean KL divergence (B,) when each of some units of a layer is cut alone.
+    """Return the mean KL divergence (B,) for some units of a layer, each cut alone.
 
     The layers before it give what they gave in the dense model.
     """

@@ -44,7 +44,7 @@ def reconstruction(probe: Probe) -> Scores:
 
 
 def removal_order(probe: Probe) -> Tensor:
-    """Return each expert's place (N,) in the order in which those of its layer go."""
+    """Return each expert's place (N,) in the order in which its layer loses experts."""
     anatomy = probe.anatomy
     text = Layerwise(anatomy, probe.hooks, None, probe.plain_batches)
     parts = []

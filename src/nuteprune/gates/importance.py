@@ -1,11 +1,11 @@
 """One-shot importance: the loss that removing each unit is expected to cost, by several methods.
 
-Every method answers with scores in the form that the allocator takes: additive losses, of which
-the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`,
+Every method answers with scores in the form that the allocator takes: additive losses, of which the
+fewest per parameter go. `METHODS` is the list of them. Scores that estimate a loss (`fisher`,
 `surgeon`) are taken as they are. Those that only rank come through `scores.losses_of`, so that the
-allocator follows their ranking, made as each paper makes it: `wanda` and the scores of experts
-rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
-and `similarity` across all.
+allocator follows their ranking, made as each paper makes it: `wanda` and the scores of experts rank
+within a layer, so that all layers lose the same share; `taylor` within a kind; `flap` and
+`similarity` across all.
 
 Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
 one kind in the whole model.

@@ -24,9 +24,9 @@ from nuteprune.processes import is_main
 from nuteprune.run_folder import RUN, SELF, SELF_WRITTEN, SETTINGS, hidden
 
 Reads = Iterable[tuple[str, str | None]]
-"""What a command reads, in words, and as the user named it."""
+"""An input of a command: what it is, in words, and the name that the user gave."""
 _TEXTS = ("data", "eval data")
-"""What is read with all files of its folder, and of those below it."""
+"""Kinds of inputs that are read with all files in and below their folder."""
 _NOT_LOADED = (".gguf", ".onnx", ".data")
 """Endings of files that may be in a model's folder, and that no model is loaded from."""
 _BLOCK = 4096

@@ -37,7 +37,7 @@ LEAST = 1e-12
 """The least root mean square that a token's inputs are divided by."""
 
 Read = Sequence[Tensor]
-"""What a module reads (B, T, D), of each batch."""
+"""The inputs (B, T, D) of a module, batch by batch."""
 
 
 class _Stop(Exception):

@@ -40,7 +40,7 @@ _SCALING = {
     *("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "type", "truncate"),
     "max_position_embeddings",
 }
-"""What rotary parameters state of longer texts; the default kind has none of it."""
+"""Rotary parameters for longer texts, which the default kind has not."""
 
 
 def names_of(values: Mapping[str, Any]) -> dict[str, str]:

@@ -30,7 +30,7 @@ INSIDE: dict[Any, Callable[..., int]] = {
 """Bytes that operations hold inside of themselves, where they are many: measured on a CPU."""
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
-"""Products of matrices, as torch breaks up layers and their gradients."""
+"""Matrix products that layers and their gradients are made of in torch."""
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -16,7 +16,7 @@ from nuteprune.model.forwards import evaluating
 from nuteprune.shrink.vocabulary import Merges
 
 POSITIONS = 6000
-"""Of each kind of text, where the model is asked what comes next."""
+"""Positions of each kind of text at which the model predicts the next token."""
 WINDOW = 64
 """Tokens of a text that the model reads together, at most."""
 _FOREIGN = 0.02

@@ -162,7 +162,7 @@ def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
 
 
 def _near_the_cut(mask_N: Tensor, score_N: Tensor) -> Tensor:
-    """Return which scores are near to the largest of those that went, or to the smallest of all."""
+    """Return which scores are near the largest removed one (if none is removed, the smallest)."""
     gone_N = mask_N == 0
     cut = score_N[gone_N].max() if gone_N.any() else score_N.min()
     return (score_N > cut / NEAR) & (score_N < cut * NEAR)

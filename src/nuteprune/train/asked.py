@@ -27,9 +27,9 @@ BYTE_UNITS = {
 
 
 DECODE, MOMENT = "decode", "1x256+32"
-"""What is to be faster, and at which sequences x prompt + new tokens, where nothing is said."""
+"""Defaults: what is to be faster, and at which sequences x prompt + new tokens."""
 FASTER = (DECODE, "prefill", "both")
-"""What may be asked to be faster; both: the whole of a moment."""
+"""What can be made faster; both: prompt and new tokens together."""
 
 
 def _cache(where: str) -> dict[str, Any]:

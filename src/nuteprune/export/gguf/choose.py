@@ -1,7 +1,7 @@
 """Whether llama.cpp can express a model: the architecture to write it as, or the reason why not.
 
 A family names the architectures that compute what it does (`Family.gguf`); the first without a
-reason against it is taken. What would be taken and computed wrong is refused here.
+reason against it is taken. This module refuses models that llama.cpp would load and compute wrong.
 """
 
 from __future__ import annotations
