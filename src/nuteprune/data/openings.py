@@ -21,7 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 """The token that many models saw between documents in pretraining, even if another token ends texts
 now."""
 CHATS = 0.25
-"""Share of what a chat model writes that is chats. The rest is plain text of all kinds, since a
+"""Share of chats in the text that a chat model writes. The rest is plain text of all kinds, since a
 model's chats have little code and few formats."""
 TEXT_TOKENS = 64
 """Tokens of a plain text at most: many short texts show more of what a model knows than few long
@@ -118,7 +118,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def _firsts(tokenizer: PreTrainedTokenizerBase, known: int, special: set[int]) -> list[int]:
-    """Return the tokens that are text by themselves, or all where none is."""
+    """Return the tokens that decode to text by themselves; if there are none, all tokens."""
     ordinary = [i for i in range(known) if i not in special]
     texts = texts_of(tokenizer, [[i] for i in ordinary])
     whole = [i for i, x in zip(ordinary, texts, strict=True) if x.strip() and "\ufffd" not in x]

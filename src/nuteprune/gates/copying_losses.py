@@ -36,8 +36,8 @@ NEAR = 1.25
 AT_ONCE = 4
 """Units that are cut at a time, each in a sequence of its own."""
 CACHED, LAUNCHED = 2**18, 2**24
-"""Logits that are compared at a time: in fp32 a processor's caches hold them, and enough for one
-launch of a kernel elsewhere."""
+"""How many logits are compared at a time: in fp32 they fit a processor's caches, and on
+accelerators they keep one kernel busy."""
 LOWEST_ID = 1 / 50
 """Share of the vocabulary that is left out at its beginning: bytes and special tokens."""
 

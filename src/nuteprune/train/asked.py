@@ -165,7 +165,7 @@ def all_asked(kind: str, given: Any) -> tuple[Asked, ...]:
 
     Args:
         kind: one of `KINDS`.
-        given: as for `several`; text, or the last of a list, may end with `@` and what it is at.
+        given: as for `several`; a text, or the last of a list, may end with `@` and its condition.
 
     Raises:
         UserError: if the value is wrong, or lacks the `@` that it needs.

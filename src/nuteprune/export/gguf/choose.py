@@ -18,7 +18,7 @@ from nuteprune.model.shape import LayerShape, Shape
 
 _ANY_STEP = (0.0, inf)
 _DIRECT_QUERIES = (26, 27)
-"""Numbers of layers at which llama.cpp takes it that queries come from no latent."""
+"""With so many layers llama.cpp assumes that queries come from no latent."""
 _SLIDING, _CHUNKED, _FULL = "sliding_attention", "chunked_attention", "full_attention"
 
 
