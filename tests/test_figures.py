@@ -55,6 +55,13 @@ def default(results: Mapping[str, Any], **found: Any) -> list[float]:
     return [fmean(others), fmean(inside), fmean(run["copying"] for run in runs)]
 
 
+def first_default(results: Mapping[str, Any]) -> float:
+    """Return the in-domain text of the default of 0.1.0 at 20 %, as a multiple of dense."""
+    runs = [x for x in results["trained"] if x["target"] == 0.2 and x["label"] == "nuteprune"]
+    assert [x["steps"] for x in runs] == [80, 80, 80]
+    return fmean(x["mean"] for x in runs) / results["dense"]["mean"]
+
+
 def step(results: Mapping[str, Any], row: str) -> list[float]:
     """Return seconds of a step and its peak in GB, each also over those of `lora`."""
     found = []
@@ -95,6 +102,12 @@ def beside(name: str, kind: str = "perplexity") -> Callable[[Any], Iterable[floa
 TUNED = ("intact", "before", "after", "intact_tuned_alike")
 QUANTS = "| {} | {:.1f}M | {:.1f} MB | {:.1f} MB | {:.2f} |"
 FIGURES = [
+    Figure(
+        "quality.md",
+        "quality-0.1.0/table.json",
+        "| not kept | {:.2f} × | not kept | the default of 0.1.0",
+        lambda r: [first_default(r)],
+    ),
     *(
         Figure(
             "quality.md",

@@ -25,7 +25,7 @@ from nuteprune.processes import is_main
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Characters that steer a terminal or turn the order of letters; lines and tabs are left."""
 Progress = Callable[[str, int, int], None]
-"""Told (what is being done, units done, units in all) during long work."""
+"""Called with (name of the work, units done, units in all) during long work."""
 WIDE = 200
 """Columns where there is no terminal to fit: a file or a pipe takes tables whole."""
 
@@ -59,7 +59,7 @@ class _Terminal(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        """Yield the printed parts without control characters, but for rich's own."""
+        """Yield the printed parts without control characters, except rich's own."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(printable(part.text), part.style)
 
@@ -114,9 +114,9 @@ class Output:
 
 
 class Bars:
-    """Progress bars, one for each kind of work, shown as it comes up.
+    """Progress bars, one for each kind of work, shown when that work begins.
 
-    Each estimates the time left by the pace since it came up.
+    Each estimates the time left by the pace since it appeared.
 
     Args:
         console: where they are drawn; if it is no terminal, a line is printed now and then: at each
@@ -168,7 +168,7 @@ class Bars:
 
 @dataclass
 class _Pace:
-    """How much of some work was done when its bar came up, and when that was."""
+    """When a bar appeared, and how much of its work was done by then."""
 
     done: int
     started: float

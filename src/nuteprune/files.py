@@ -29,7 +29,7 @@ WRONG_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.EINVAL, errno.EEXIST),
 }
-"""What no second try mends: another place has to be named."""
+"""Errors that no second try mends: the user has to name another place."""
 MOST_BYTES = 255
 """Length of a file's name, on most file systems."""
 

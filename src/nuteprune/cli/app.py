@@ -20,7 +20,7 @@ from nuteprune.files import WRONG_PLACE, narrow_locale
 from nuteprune.processes import is_main, rank
 
 LONGEST = 1000
-"""Characters of an error's line: what the user passed may be in it, and of any length."""
+"""Most characters of an error's line, which may quote long input of the user."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -148,7 +148,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries print that no user can act on."""
+    """Silence library output that users cannot act on."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -17,14 +17,14 @@ def bench(
     engine: Annotated[
         str,
         typer.Option(
-            help="What runs them: transformers, or llama.cpp (exports them; --dtype float16, "
-            "bfloat16 or float32 is then the type of the files)."
+            help="What runs the models: transformers, or llama.cpp, which reads GGUF files that "
+            "bench exports in --dtype float16, bfloat16 or float32."
         ),
     ] = "transformers",
     batch_sizes: Annotated[str, typer.Option(help="Sequences at a time, with commas.")] = "1,4",
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt, with commas.")] = "256",
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Counted passes, after one to warm up.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Timed passes, after one to warm up.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads on a CPU.")] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -34,8 +34,8 @@ def bench(
     save_costs: Annotated[
         Path | None,
         typer.Option(
-            help="Write what MODEL's blocks cost to this file, for prune --speedup; at the first "
-            "of --batch-sizes and --lengths, whatever --repeats says."
+            help="Only time MODEL's blocks and write this file, for prune --speedup. Of "
+            "--batch-sizes and --lengths the first counts; --repeats is ignored."
         ),
     ] = None,
     overwrite: o.Overwrite = False,

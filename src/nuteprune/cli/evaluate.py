@@ -15,7 +15,7 @@ def evaluate(
     model: o.Model,
     against: Annotated[
         str | None,
-        typer.Option(help="The dense model: adds what is retained of it, answers and context."),
+        typer.Option(help="The dense model, to compare quality, answers and use of context with."),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -30,7 +30,8 @@ def evaluate(
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens from block to block; less than the length: overlap.")
+        int | None,
+        typer.Option(help="Tokens between starts of blocks; below --length they overlap."),
     ] = None,
     joining: Annotated[
         str | None, typer.Option(help=f"Between documents: {', '.join(protocols.JOININGS)}.")
@@ -42,7 +43,7 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks of lm-evaluation-harness, comma separated; commonsense7: seven at once."
+            help="Tasks of lm-evaluation-harness, comma separated; commonsense7 names seven."
         ),
     ] = None,
     include_path: Annotated[
@@ -64,7 +65,7 @@ def evaluate(
     text_column: o.TextColumn = None,
     copying_seed: Annotated[
         int | None,
-        typer.Option(help="Draws the tokens to copy. To choose between models pass one of 0 to 9."),
+        typer.Option(help="Seed of the tokens to copy. Pass 0 to 9 while you choose a model."),
     ] = None,
     base: Annotated[
         str | None,

@@ -37,7 +37,7 @@ def export(
     pre_tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="gguf: llama.cpp's name for the tokenizer's split; default: found by trying."
+            help="For gguf: llama.cpp's name for how the tokenizer splits text. Default: found."
         ),
     ] = None,
     overwrite: o.Overwrite = False,

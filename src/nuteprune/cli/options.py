@@ -37,9 +37,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="One setting, key=value (docs/settings.md lists them); repeatable."),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the file where it is there already.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
 
 
@@ -48,7 +46,7 @@ def with_options(*kinds: type, but: Collection[str] = ()) -> Callable[[Command],
 
     Args:
         *kinds: the dataclasses that declare them.
-        but: words that the command has no option for.
+        but: settings, by word, that the command does not offer.
 
     Returns:
         A decorator for a command that takes `**given`: word -> value, None where not given.

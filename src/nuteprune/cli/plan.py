@@ -38,15 +38,17 @@ def plan(
     ],
     devices: Annotated[int, typer.Option(help="Accelerators.")] = 1,
     device_memory: Annotated[
-        str | None, typer.Option(help="Memory of each, such as 24GiB: says what makes it fit.")
+        str | None,
+        typer.Option(help="Memory of each, such as 24GiB: plan lists settings that fit."),
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(help="10^12 operations a second; default: measured here.")
+        float | None,
+        typer.Option(help="Speed in 10^12 operations a second. Default: measured here."),
     ] = None,
     bandwidth: Annotated[
         float | None,
         typer.Option(
-            help="10^9 bytes read a second; default: measured, or no limit with --tflops."
+            help="Memory speed in 10^9 bytes a second. Default: measured; with --tflops no limit."
         ),
     ] = None,
     config: o.Config = None,

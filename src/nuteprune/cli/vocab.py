@@ -16,7 +16,7 @@ from nuteprune.jobs.settings import make_job
 def vocab(
     model: o.Model,
     out: o.Out,
-    keep: Annotated[int, typer.Option(help="Tokens that are to stay, such as 16384.")],
+    keep: Annotated[int, typer.Option(help="Number of tokens to keep, such as 16384.")],
     as_json: o.Json = False,
     **given: Any,
 ) -> None:

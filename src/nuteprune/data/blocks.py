@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPEATS = 5
-"""Of what a model writes itself, one block in so many is shuffled tokens that come twice."""
+"""One block of self-written text in so many is shuffled tokens that come twice."""
 JUDGED = 4
 """Blocks that a job judges a model by in one pass."""
 _SHUFFLE_CHARS = 2**24  # how much text is held to draw the next passage from
@@ -38,7 +38,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         blocks: token ids (count, length), of any integer type.
-        fingerprint: of the text that they are cut from; None: there is none.
+        fingerprint: fingerprint of the text that they are cut from, if there is one.
     """
 
     def __init__(self, blocks: Tensor, fingerprint: Fingerprint | None = None) -> None:
@@ -92,7 +92,7 @@ def training_blocks(
     text_column: str | None = None,
     vocab_size: int | None = None,
 ) -> BlockDataset:
-    """Cut the training part of text into blocks; specs have their shares, sources equal turns.
+    """Cut training text into blocks: each spec by its share, the sources of a spec equally.
 
     Documents, long ones in passages, come in an order drawn by the seed, over and over where the
     text is short; of a huge source only the beginning is read. A tokenizer's bos begins each block.
@@ -103,7 +103,7 @@ def training_blocks(
         length: tokens per block, at least 2.
         count: number of blocks, at least 1.
         seed: draws the order of the passages and of the blocks.
-        shares: of the tokens, one for each of several specs, in any unit; None: equal ones.
+        shares: share of the tokens of each spec, in any unit; None: equal shares.
         written: the texts of `self`, from `nuteprune.stages.write.write`.
         text_column: the column that holds the text; None finds it.
         vocab_size: the model's number of token ids; None does not check them.

@@ -155,9 +155,9 @@ def read_examples(
     Args:
         spec: the DATA spec; rows of chat `messages`, or of instruction, input and output.
         tokenizer: the model's tokenizer.
-        length: most tokens per example; what is longer is cut off.
-        most: most examples, drawn from all of the rows (of many, from the next `HELD`); None: all,
-            in the order of the rows.
+        length: most tokens per example; longer ones are cut off.
+        most: how many examples to draw at most, from all rows (of many, from the next `HELD`);
+            None: all rows, in order.
         template: `auto`, `chat` or `alpaca`.
         text_column: the column with the messages; None finds it.
         vocab_size: the model's number of token ids; None does not check them.

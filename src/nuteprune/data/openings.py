@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-"""What many models saw between documents in pretraining, also where texts end otherwise now."""
+"""The token that many models saw between documents in pretraining, even if another token ends texts
+now."""
 CHATS = 0.25
-"""Share of what a chat model writes that is chats. The rest is of all that pretraining showed: a
-chat model's own talk alone has little code and few formats."""
+"""Share of chats in the text that a chat model writes. The rest is plain text of all kinds, since a
+model's chats have little code and few formats."""
 TEXT_TOKENS = 64
 """Tokens of a plain text at most: many short texts show more of what a model knows than few long
 ones; see docs/log.md."""
 TEMPERATURE = 1.5
-"""Of the draw of first tokens: drawn evenly, four texts of ten are in other scripts where the
-vocabulary has many languages; at 1 a few tokens begin most texts."""
+"""Temperature at which first tokens are drawn. Drawn evenly from a vocabulary of many languages,
+they put four texts of ten into other scripts; at 1 a few tokens begin most texts."""
 _QUESTION = "Xylophone"  # a word that no template has, to find where a user's turn is
 
 
@@ -117,7 +118,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def _firsts(tokenizer: PreTrainedTokenizerBase, known: int, special: set[int]) -> list[int]:
-    """Return the tokens that are text by themselves, or all where none is."""
+    """Return the tokens that decode to text by themselves; if there are none, all tokens."""
     ordinary = [i for i in range(known) if i not in special]
     texts = texts_of(tokenizer, [[i] for i in ordinary])
     whole = [i for i, x in zip(ordinary, texts, strict=True) if x.strip() and "\ufffd" not in x]
@@ -128,7 +129,7 @@ def _firsts(tokenizer: PreTrainedTokenizerBase, known: int, special: set[int]) -
 def _in_drawn_order(
     model: PreTrainedModel, start: list[int], firsts: list[int], seed: int
 ) -> list[int]:
-    """Return first tokens as if drawn one after another, each once, by the model's own chances."""
+    """Draw first tokens without repeats, by the model's own probabilities."""
     drawn_n = torch.rand(
         len(firsts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )

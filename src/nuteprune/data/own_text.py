@@ -5,12 +5,12 @@ from __future__ import annotations
 from nuteprune.data.blocks import written_blocks
 
 GUARD = 0.5
-"""Share of the text that the model writes itself, where nothing else is said. Calibrated on one
-kind of text alone, a model keeps that and forgets the rest; see docs/quality.md."""
+"""Share of the text that the model writes itself, by default. Calibrated on one kind of text alone,
+a model keeps that and forgets the rest; see docs/quality.md."""
 ONCE = 1600
 """Blocks of training up to which the model writes all of its share: 400 steps of 4."""
 READINGS = 4
-"""Most times that longer training reads what the model has written."""
+"""How often longer training reads self-written text at most."""
 
 
 def tokens_to_write(blocks: int, calibrated: int, share: float, length: int) -> int:

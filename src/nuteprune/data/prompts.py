@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COUNT: Final = 24
-"""Prompts that are made where no file of them is given."""
+"""How many prompts are made if no file is given."""
 SEED: Final = 1618
-"""Draws the questions. A run draws its text by other numbers, so nothing was trained on them."""
+"""Draws the questions. A run draws its text with other seeds, so nothing was trained on these
+prompts."""
 QUESTION_TOKENS: Final = 48
 """Tokens of a question at most; one that the model does not end by then is left out."""
 BEGINNING_TOKENS: Final = 32

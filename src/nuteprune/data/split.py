@@ -23,9 +23,9 @@ _PASSAGE = 2**11  # most characters of its passages: more than a block of 256 to
 def split(document: str) -> tuple[list[str], list[str]]:
     """Split a document by its own text alone, without the white space around it.
 
-    A short document is held out if the hash of its text is below a threshold. Of a long one the
-    passages are ranked in that way, and at least one is held out and one is not, unless all of
-    them are the same text.
+    A short document is held out if the hash of its text is below a threshold. A long one is split
+    by passages in the same way; at least one is held out and one is not, unless all are the same
+    text.
 
     Args:
         document: the text.

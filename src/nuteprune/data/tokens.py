@@ -51,7 +51,7 @@ def texts_of(
 ) -> list[str]:
     """Return the text of each row of tokens; none where a tokenizer fails on one.
 
-    Tokenizers of Python code may, on ids that only fill up a model's vocabulary.
+    Tokenizers in Python may fail on ids that only pad a model's vocabulary.
 
     Args:
         tokenizer: the tokenizer.

@@ -27,8 +27,8 @@ from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.model.packed import is_packed
 
 TEACHERS_MULTIPLE = 128
-"""Neurons of a teacher's layer are computed in multiples of it: for each other size, of which
-teachers have many, kernel libraries keep some 0.1 MB."""
+"""Teachers compute multiples of this many neurons in each layer. Otherwise they have many sizes,
+for each of which kernel libraries keep some 0.1 MB."""
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,9 @@ def _chunk_kl(ours_CV: Tensor, theirs_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 RowsLoss = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor]]
-"""Told some tokens' logits (C, V), the teacher's if there is one, and which tokens they are;
-returns losses (C,), and their slopes (C, V) by the logits, which it leaves as they are."""
+"""Called with some tokens' logits (C, V), the teacher's logits of them if there is a teacher, and
+the indices of the tokens; returns their losses (C,) and the gradients (C, V) by the logits, which
+it does not change."""
 
 
 class _ByChunk(torch.autograd.Function):

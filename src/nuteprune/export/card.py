@@ -15,7 +15,7 @@ from nuteprune.model.shape import SAID
 from nuteprune.run_folder import SELF
 
 _PLOTS = "<!-- plots of the run -->", "<!-- end of plots -->"
-"""What encloses the plots in a card, so that they can be put in later."""
+"""Marks around the plots in a card, so that they can be put in later."""
 
 _CARD = """\
 ---
@@ -75,7 +75,7 @@ _WRAPPED = {
     "wrapped": "Its language model alone was pruned, and calibration saw no images: what it makes "
     "of\n  them was not judged. All else is the base model's, bit for bit. ",
 }
-"""What differs where the language model is inside of a model of several modalities."""
+"""Sentences for a language model that is inside of a model of several modalities."""
 
 _STOCK = "It is a model of the stock class: no extra code is needed."
 

@@ -130,8 +130,8 @@ def upload(
 ) -> Any:
     """Upload a checkpoint's folder as it is, so that the hub has what was judged.
 
-    Of `run/`, the plots that the card shows go along; teachers, trainer checkpoints and metrics
-    stay here.
+    From `run/` it uploads only the plots that the card shows, not teachers, trainer checkpoints and
+    metrics.
 
     Args:
         folder: what `save_pruned` or the command line wrote.

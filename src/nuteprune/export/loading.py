@@ -91,7 +91,7 @@ def unfilled(config: PreTrainedConfig) -> PreTrainedModel:
 def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Load a causal LM, pruned or stock, without running code that comes with it.
 
-    Of a model of several modalities, that is the language model inside.
+    For a model of several modalities, load the language model inside.
 
     Args:
         source: a folder or the name of a model on the hub.

@@ -28,7 +28,7 @@ def add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
 
 
 LONG_ROPE = {"rope_type", "rope_theta", "short_factor", "long_factor", "partial_rotary_factor"}
-"""What transformers 4 reads of a long rope in three keys and beside them; others say more in it."""
+"""Keys of a long rope that transformers 4 can read in its own form; other ropes have more keys."""
 ORIGINAL = "original_max_position_embeddings"
 """The length before it was made longer: some configs state it beside their rope."""
 

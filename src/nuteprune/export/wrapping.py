@@ -64,7 +64,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     """Return a wrapper's config around a pruned language model's.
 
     Args:
-        whole: the wrapper's before, stock or pruned; it stays as it is.
+        whole: the wrapper's config, stock or pruned; it is not changed.
         text: the pruned language model's.
     """
     wrapper = wrapper_of(whole.model_type)

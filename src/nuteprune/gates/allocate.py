@@ -146,7 +146,7 @@ class Allocator:
         )
 
     def _least_kept(self) -> str:
-        """Return what stays when all goes that `Options` lets go."""
+        """Return the smallest shape that `Options` allows."""
         kinds, budget = self.constraints.kinds, self.budget
         neurons = f"a multiple of {self.constraints.neuron_multiple} neurons of each"
         grouped = any(x.heads_per_group > 1 for x in budget.shape.layers)
@@ -174,12 +174,12 @@ class Allocator:
         return {k: torch.ones(self.layout.units(k)) for k in self.constraints.kinds}
 
     def chance(self, sparsity: float) -> Masks:
-        """Return masks at a sparsity by chance: of about the shape that scores would lead to."""
+        """Return random masks at a sparsity, of about the shape that scores would lead to."""
         scores = self.chance_scores()
         return self.masks(self.shape(scores, sparsity), scores)
 
     def chance_scores(self) -> dict[str, Tensor]:
-        """Return scores (N,) by chance, with which each part loses about its share."""
+        """Return random scores (N,), with which each part loses about its share."""
         return chance(self.budget, self.layout, self.constraints.kinds, seed=0)
 
     def maximum(self) -> float:
@@ -211,7 +211,7 @@ class Allocator:
         return Masks(self.layout, {kind: torch.cat(parts) for kind, parts in values.items()})
 
     def _slack(self, cost: Priced, attention: Frontier, mlp: Frontier) -> float:
-        """How much more than the target may go: 0.1 point, or the smallest step."""
+        """How much more than the target may be removed: 0.1 point, or the smallest step."""
         shape, before = self.budget.shape, cost.total(self.budget.shape)
         steps = [
             options[0].price(shape.hidden) - option.price(shape.hidden)

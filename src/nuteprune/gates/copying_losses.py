@@ -1,9 +1,9 @@
-"""What copying from context loses without a unit of attention: measured, by cutting it.
+"""How much copying from context loses without a unit of attention, measured by cutting it.
 
 Few-shot prompts, summaries and retrieval live on copying. A few heads carry it, and blocks of prose
 hardly exercise them. Where the model copies it is sure, so gradients are near zero: to every local
-score these heads look cheap. So each unit that is to go, or nearly, is cut alone, and random tokens
-that repeat tell. Source: induction heads, Olsson et al. 2022 (arXiv 2209.11895).
+score these heads look cheap. So each unit near the threshold is cut alone, and its loss is measured
+on repeated random tokens. Source: induction heads, Olsson et al. 2022 (arXiv 2209.11895).
 
 A unit of a layer changes nothing in front of that layer, so each run begins there, from what the
 dense model gave.
@@ -28,16 +28,16 @@ from nuteprune.model.head import last_logits
 from nuteprune.simulated import alike, number, scored
 
 SEQUENCES, LENGTH = 3, 100
-"""Sequences, and the tokens of each that come once more. 300 tokens tell the groups apart."""
+"""Number of sequences, and tokens of each before they repeat. 300 tokens tell the groups apart."""
 COPIES = 0.1
 """Share of the repeat's tokens that a model gets right if it copies at all."""
 NEAR = 1.25
-"""A unit whose score is below that of the dearest one that goes, times this, is measured."""
+"""Units are measured if they score below this times the highest score that is removed."""
 AT_ONCE = 4
 """Units that are cut at a time, each in a sequence of its own."""
 CACHED, LAUNCHED = 2**18, 2**24
-"""Logits that are compared at a time: in fp32 a processor's caches hold them, and enough for one
-launch of a kernel elsewhere."""
+"""How many logits are compared at a time: in fp32 they fit a processor's caches, and on
+accelerators they keep one kernel busy."""
 LOWEST_ID = 1 / 50
 """Share of the vocabulary that is left out at its beginning: bytes and special tokens."""
 
@@ -87,9 +87,9 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
     """Raise the scores of attention units that copying needs; none if the model cannot copy.
 
     score = max(score, median(score) x loss / median(loss)), with the loss of `copying_losses`: the
-    worse of both on one scale, since a mean would hide a switch. Medians are those of what was
-    measured: that is all units, or, where the probe knows the target, those that would go. What is
-    raised stays, so others go, and they are measured too.
+    worse of both on one scale, since a mean would hide a switch. Medians are over the measured
+    units: all, or, if the probe knows the target, those near the threshold. Units that are raised
+    stay, so others go instead, and are measured too.
 
     Args:
         probe: the model; `progress` is told of each layer once.
@@ -124,7 +124,7 @@ def _nobody() -> None:
 
 
 def _near_the_cut(probe: Probe, scores: Scores, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """Return which units (N,) would go by some scores, or nearly; all that are there if unknown."""
+    """Return which units (N,) are near the threshold, or below; all units without a target."""
     there = {kind: scores[kind] > 0 for kind in kinds}
     if probe.cut_by is None:
         return there
@@ -194,7 +194,7 @@ def copying_losses(
 
 @torch.no_grad()
 def losses_without(probe: Probe, kind: str, layer: int, units_B: Tensor, dense: DenseRun) -> Tensor:
-    """Return the mean KL divergence (B,) when each of some units of a layer is cut alone.
+    """Return the mean KL divergence (B,) for some units of a layer, each cut alone.
 
     The layers before it give what they gave in the dense model.
     """
@@ -234,6 +234,6 @@ def mean_kl(p: Predicted, q_TV: Tensor) -> Tensor:
 
 
 def _rows(logits_TV: Tensor) -> int:
-    """Return of how many tokens logits are compared at a time."""
+    """Return for how many tokens logits are compared at a time."""
     most = CACHED if logits_TV.device.type == "cpu" else LAUNCHED
     return max(1, most // logits_TV.shape[1])

@@ -1,4 +1,4 @@
-"""What may stay, priced: in parameters, or in bytes of the file and of the KV cache.
+"""Prices of a model's parts: in parameters, or in bytes of the file and of the KV cache.
 
 Each part of a model has a *line*: coefficient x width + constant. The allocator minimises the loss
 under a limit on their sum, whatever the unit.
@@ -93,7 +93,7 @@ def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 
 class Priced(ABC):
-    """Prices of all that may stay of a model, in any unit: see `Cost` and `gates.speed_costs`."""
+    """Prices of a model's parts, in any unit: see `Cost` and `gates.speed_costs`."""
 
     budget: Budget
 
@@ -122,7 +122,7 @@ class Priced(ABC):
 
 @dataclass(frozen=True)
 class Cost(Priced):
-    """Prices of all that may stay of a model, in one unit.
+    """Prices of a model's parts, in one unit.
 
     Args:
         budget: counts the parameters of projections.

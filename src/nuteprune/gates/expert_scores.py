@@ -1,4 +1,4 @@
-"""Scores of whole routed experts: how much of each is heard, and what the layer lacks without it.
+"""Scores of whole routed experts: how much each contributes, and what changes without it.
 
 Shape suffixes: S tokens, L experts that are left, K = k experts of a token, J = k + 1, P = S x J, E
 experts of a layer, N of all layers, D hidden width.
@@ -44,7 +44,7 @@ def reconstruction(probe: Probe) -> Scores:
 
 
 def removal_order(probe: Probe) -> Tensor:
-    """Return each expert's place (N,) in the order in which those of its layer go."""
+    """Return each expert's place (N,) in the order in which its layer loses experts."""
     anatomy = probe.anatomy
     text = Layerwise(anatomy, probe.hooks, None, probe.plain_batches)
     parts = []
@@ -182,7 +182,7 @@ class Heard:
 
 @contextmanager
 def hearing_experts(anatomy: Anatomy) -> Iterator[list[Heard]]:
-    """Sum up how much of each expert is heard, layer after layer.
+    """Sum up how much each expert contributes, layer after layer.
 
     Yields:
         The sums of each layer that has experts; complete when the model has read the text.
@@ -200,7 +200,7 @@ def hearing_experts(anatomy: Anatomy) -> Iterator[list[Heard]]:
 
 
 def reap(probe: Probe) -> Scores:
-    """Router-weighted expert activation: how much of an expert is heard, ranked within its layer.
+    """Router-weighted expert activation: how much an expert contributes, ranked within its layer.
 
     S_j = mean over the tokens x that are routed to expert j of g_j(x) |f_j(x)|_2, with g_j the
     weight that the layer gives the expert (after the top k are made to sum to 1, where the family

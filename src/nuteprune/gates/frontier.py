@@ -80,7 +80,7 @@ def frontier(layers: Sequence[Sequence[Option]]) -> Frontier:
 
 
 FINEST = 20_000
-"""Steps that the options of all layers may have together, where they stand for a price."""
+"""How many steps a price is divided into, over all layers, at most."""
 
 
 def steps_by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[Option]]:

@@ -1,11 +1,11 @@
 """One-shot importance: the loss that removing each unit is expected to cost, by several methods.
 
-Every method answers with scores in the form that the allocator takes: additive losses, of which
-the fewest per parameter go. `METHODS` is the list of them. Those that estimate a loss (`fisher`,
+Every method answers with scores in the form that the allocator takes: additive losses, of which the
+fewest per parameter go. `METHODS` is the list of them. Scores that estimate a loss (`fisher`,
 `surgeon`) are taken as they are. Those that only rank come through `scores.losses_of`, so that the
-allocator follows their ranking, made as each paper makes it: `wanda` and the scores of experts
-rank within a layer, so that all layers lose the same share; `taylor` within a kind; `flap`
-and `similarity` across all.
+allocator follows their ranking, made as each paper makes it: `wanda` and the scores of experts rank
+within a layer, so that all layers lose the same share; `taylor` within a kind; `flap` and
+`similarity` across all.
 
 Shape suffixes: B batch, T tokens, M = B x T, D hidden width, I inputs of a projection, N units of
 one kind in the whole model.
@@ -31,7 +31,7 @@ from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
 
 FLOORED = 0.999
-"""How far what is below a floor moves towards it: the rest keeps its order."""
+"""How far scores below a floor move towards it; so they keep their order."""
 
 
 def random(probe: Probe) -> Scores:
@@ -212,7 +212,7 @@ class Method:
         reads_plain: how many times as much text it takes through the layers one by one, without
             gradients; each layer is told to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
-        settled: from the layout and the scores after all rounds to those that a run uses.
+        settled: turns the layout and the scores after all rounds into the scores that a run uses.
         priced: whether they follow what units cost at the target; see `train.pricing`.
     """
 

@@ -106,7 +106,7 @@ class Options:
         return [o for o in options if o.kept[0] >= floor.heads and o.kept[1] >= floor.kv_heads]
 
     def _mixer(self, layer: int) -> list[Option]:
-        """Return what becomes of a layer without heads: its mixer stays as a whole or goes."""
+        """Return the options of a layer without heads: its mixer stays as a whole or goes."""
         whole, parts = self._shape.layers[layer], self.parts
         kept = LayerShape(0, 0, 0, mixer=whole.mixer)
         options = [Option(0, 0.0, *self.cost.attention(layer, kept), (0, 0, whole.mixer))]

@@ -1,4 +1,4 @@
-"""What a scoring reads (model, parameter count, text), and what it gives: losses, from ranks too.
+"""What scoring reads (model, parameter count, text) and returns: losses, also made from ranks.
 
 Shape suffixes: B batch, T tokens, U units of a layer, N units of one kind in the whole model.
 """
@@ -20,8 +20,8 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.simulated import usual
 
 LOSS_SCALE = 2.0**10
-"""What a loss is multiplied by before its backward pass, and gradients divided by after it: float16
-would round small ones to 0. A power of two, so nothing else changes."""
+"""Factor on a loss before its backward pass, and divisor of gradients after it: float16 would round
+small gradients to 0. A power of two, so nothing else changes."""
 Scores = dict[str, Tensor]
 """Kind -> (N,) losses in fp32 on the CPU."""
 

@@ -112,7 +112,7 @@ def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def input_changes(probe: Probe) -> dict[Key, Tensor]:
-    """Return what the loss changes by without each input of last projections, squared (2, I).
+    """Return the squared changes (2, I) of the loss without each input of last projections.
 
     The loss is a sequence's mean, and the changes are averaged over sequences. To first order, a
     change is the input times the loss's gradient by it; see `lengths`.
@@ -143,7 +143,7 @@ def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
 
 @contextmanager
 def _gradients_of_inputs(probe: Probe, add: AddChanges) -> Iterator[None]:
-    """Pass on the changes of the loss without inputs, as a backward pass forms gradients."""
+    """Pass on how the loss changes without each input, while a backward pass forms gradients."""
     anatomy = probe.anatomy
     with ExitStack() as stack:
         stack.enter_context(anatomy.embedding.register_forward_hook(_require_gradients))

@@ -7,13 +7,13 @@ and moving the others so that the loss rises least costs
     tr(V_u^T V_u  ([C^-1]_uu)^-1),    V = S^1/2 W.
 
 The first factor is the second moment of the gradients of X_u. The second is the part of X_u that
-the other inputs cannot predict. What has gone predicts nothing any more, and those that stay have
-made up for it. So units go one after another, and after each round the others cost what they cost
-without those: C^-1 and V follow in closed form. At once, two units that do the same would both be
-free, and layers that can spare some units would lose most.
+the other inputs cannot predict. Removed units predict nothing any more, and the others have made up
+for them. So units go one after another, and after each round the others cost what they cost without
+those: C^-1 and V follow in closed form. If all went at once, two units that do the same would both
+be free, and layers that can spare some units would lose most.
 
-V is not held. What the loss changes by without X_i, which is measured, tells the length of its
-column i (`lengths`); that of W tells its direction.
+V is not held. The measured change of the loss without X_i gives the length of column i (`lengths`);
+W gives its direction.
 
 Neurons of a routed expert have the costs of its own down projection. That reads their activations a
 on the tokens that are routed to the expert, and the router's weight g multiplies what it gives. So
@@ -46,9 +46,9 @@ from nuteprune.model.routing import computed_with
 from nuteprune.simulated import alike, has_data, number, once, scored, usual
 
 DAMPING = 1e-2
-"""What is added to the diagonal of C, as a share of itself."""
+"""Damping: added to the diagonal of C, as a share of each entry."""
 LEAST = 1e-30
-"""What is added for an input that is always 0: next to nothing, and so is its unit's cost."""
+"""Damping of an input that is always 0: next to nothing, and so is its unit's cost."""
 ROUNDING = 1e-2
 """How far C^-1 C may be from 1, along one direction, before it is computed in fp64."""
 ROUNDS = 24
@@ -56,7 +56,7 @@ ROUNDS = 24
 
 
 def lengths(changes_2I: Tensor, squares_I: Tensor) -> Tensor:
-    """Return the lengths |V_i| (I,) with which inputs cost alone what was measured.
+    """Return the lengths |V_i| (I,) at which each input alone costs what was measured.
 
     K-FAC assumes that gradients do not depend on inputs. But a norm makes gradients small where
     outputs are large, and many neurons are large just where they matter. So the products of each

@@ -27,7 +27,7 @@ DEFAULTS = {"target_sparsity": 0.2}
 MINUTES = 5
 """How long it takes where nothing else is said; on slow machines longer."""
 COMPARED = 1.5
-"""What comparing speeds takes, as a multiple of judging the dense model."""
+"""Time to compare speeds, as a multiple of judging the dense model."""
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
 TIMED = Workload(batch_size=1, length=256, new_tokens=32)

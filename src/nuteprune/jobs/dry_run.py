@@ -1,4 +1,4 @@
-"""What a dry run says: which shapes can be had, and what each stage of the run will take."""
+"""Dry runs: which shapes are possible, and the time and memory of each stage."""
 
 from __future__ import annotations
 

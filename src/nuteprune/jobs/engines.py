@@ -138,7 +138,7 @@ class LlamaCpp:
 
 
 Engine = Transformers | LlamaCpp
-"""What runs models: `device` and `dtype` are told, `prepare` makes a model ready for it."""
+"""A program that runs models on a device in a dtype; `prepare` makes a model ready for it."""
 ENGINES: dict[str, Callable[[str, str, int | None], Engine]] = {
     "transformers": Transformers.from_options,
     "llama.cpp": LlamaCpp.from_options,

@@ -214,7 +214,7 @@ def _check(asked: Evaluation) -> None:
 
 
 def _learned(models: Sequence[Candidate]) -> list[Fingerprint | None]:
-    """Return what is known of the text that made the models; empty if no record tells of any."""
+    """Return what records say of the text that models were made with; empty if they say nothing."""
     records = [record for x in models if (record := record_of(x.source)) is not None]
     runs = [x.checkpoint.resolve().parent for x in models if x.checkpoint is not None]
     records += [{"config": read_settings(run), **_text_of(run)} for run in runs]

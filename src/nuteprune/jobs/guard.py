@@ -24,13 +24,13 @@ from nuteprune.processes import is_main
 from nuteprune.run_folder import RUN, SELF, SELF_WRITTEN, SETTINGS, hidden
 
 Reads = Iterable[tuple[str, str | None]]
-"""What a command reads, in words, and as the user named it."""
+"""An input of a command: what it is, in words, and the name that the user gave."""
 _TEXTS = ("data", "eval data")
-"""What is read with all files of its folder, and of those below it."""
+"""Kinds of inputs that are read with all files in and below their folder."""
 _NOT_LOADED = (".gguf", ".onnx", ".data")
 """Endings of files that may be in a model's folder, and that no model is loaded from."""
 _BLOCK = 4096
-"""Bytes that a disk takes for trial: one that is full still takes a file's name."""
+"""Bytes written as a trial: a full disk still takes a file's name."""
 
 
 def check_file(
@@ -105,7 +105,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _read_from(out: Path, reads: Reads) -> str | None:
-    """Return the input in `reads` that a file or folder to write is, or holds."""
+    """Return the input in `reads` that an output path is, or contains."""
     target = _real(out)
     for what, named in reads:
         if any(_real(x).is_relative_to(target) for x in _files(what, named)):

@@ -129,7 +129,7 @@ def parts_of(
         before: dimensions of the dense one.
         tensors: what the files hold, name -> shape.
         params: the record's counts of the dense model.
-        rows: of the embedding before and after, where some are gone.
+        rows: rows of the embedding before and after, if some were removed.
     """
     family, after = source.family, source.shape
     inner = inner_of(family, tensors)

@@ -55,8 +55,8 @@ class Job:
         DEMO,
         "Calibration and training text: a .txt, .jsonl, .json or .parquet file, a folder of them, "
         "a hub dataset id[:config[:split]], 'demo' (default: three small English texts), or 'self' "
-        "(text that the model writes itself). May be repeated. Without 'self' and --shares, half "
-        "is 'self'.",
+        "(text that the model writes itself). May be repeated. By default half of the text is "
+        "'self'; to change that, name 'self' or pass --shares.",
         option="--data",
         several=True,
     )
@@ -67,7 +67,7 @@ class Job:
         role=HOW,
     )
     text_column: str | None = setting(
-        None, "Column of the text in structured files.", option="--text-column"
+        None, "Column that holds the text, in files with columns.", option="--text-column"
     )
     length: int = setting(
         256, "Tokens per sequence (default {default}).", bounds=(2, 1e7), option="--length"
@@ -130,8 +130,8 @@ class PruneJob(Job):
 
     shares: list[float] | str | None = setting(
         None,
-        "Share of the tokens that each --data has, comma separated, such as 0.7,0.3. With one "
-        "--data, 1 leaves out text that the model writes.",
+        "Share of the tokens for each --data, comma separated, such as 0.7,0.3. With one "
+        "--data, 1 uses only that text: the model writes none.",
         option="--shares",
     )
     own_text: str | None = setting(
@@ -160,13 +160,17 @@ class PruneJob(Job):
     )
     minutes: float | str | None = setting(
         None,
-        "Time to spend in all, instead of --steps: minutes, or 90s or 2h. It is shared out over "
-        "text, scores, prices and steps.",
+        "Time for the whole run, instead of --steps: minutes, or 90s or 2h. The run divides it "
+        "between writing text, scoring, pricing and steps.",
         option="--minutes",
         role=CALL,
     )
     dry_run: bool = setting(
-        False, "Say what would be done; write nothing.", option="--dry-run", flag=True, role=CALL
+        False,
+        "Say what the run would do and take; write nothing.",
+        option="--dry-run",
+        flag=True,
+        role=CALL,
     )
     settings: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic, compare=False)
@@ -216,14 +220,14 @@ class RecoverJob(RecoverSettings, Job):
     )
     eval_data: str | None = setting(
         None,
-        "Text to judge by: its held-out part, about 5 % of it; default: what the pruned model was "
-        "judged by.",
+        "Text to judge by; about 5 % of it, the held-out part, is read. Default: the text that "
+        "the pruned model was judged by.",
         option="--eval-data",
         role=HOW,
     )
     against: str | None = setting(
         None,
-        "The dense model: tuned in the same way afterwards, and compared.",
+        "The dense model: recover tunes it in the same way afterwards, and compares.",
         option="--against",
         role=CALL,
     )
@@ -318,7 +322,7 @@ class VocabJob(Job):
 
     data: list[str] | str = setting(
         DEMO,
-        "Text that tells which tokens stay, beside what the model itself knows: a .txt, .jsonl, "
+        "Text whose tokens are kept, beside those that the model expects: a .txt, .jsonl, "
         ".json or .parquet file, a folder of them, a hub dataset id[:config[:split]], 'demo' "
         "(default: three small English texts), or 'self' (nothing but text that the model writes). "
         "May be repeated.",

@@ -37,11 +37,11 @@ from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
 SCORE, REFIT, CHANGE, JUDGE = 0.7, 0.8, 0.2, 0.65
-"""What a block takes, as a multiple of teaching one: to score it; to refit to it; to measure a
-change of the cut on it; to judge by it, and by its share of what is copied."""
+"""Times per block, as multiples of teaching one: scoring, refit, pricing one change, and judging,
+which includes its share of copying."""
 CUT = 0.6
-"""What it takes to score a unit of attention by cutting it, the same way. About as large a share of
-them is cut as is to go; see `copying_kept`."""
+"""Time to score a unit of attention by cutting it, as such a multiple. The share of them that is
+cut is about the share to remove; see `copying_kept`."""
 OPTIONS = ((32, True), (32, False), (16, False), (8, False))
 """Blocks for the scores, and whether units are priced, the best first."""
 BEFORE = 0.55
@@ -51,7 +51,7 @@ JUDGING = 0.12
 FEWEST = 8
 """Steps, and blocks of each source to judge by, that a run has at least."""
 BESIDE = 2.0
-"""What answers and context take, as a multiple of judging the dense model."""
+"""Time to judge answers and context, as a multiple of judging the dense model."""
 PLAN = ("max_steps", "calibration_blocks", "priced", "text_blocks", "eval_blocks")
 """Settings that a plan consists of."""
 TIMED = 2**14

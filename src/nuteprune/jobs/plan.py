@@ -31,7 +31,7 @@ from nuteprune.plan.phases import FORMULA, ON_CPUS, SIMULATED, Phase, Plan
 SPARE = 0.95
 """Share of a device's memory that a run may take; allocators and libraries have the rest."""
 SLOWER = 4 / 3
-"""Work of a step whose student is computed twice, as a multiple."""
+"""Work of a step with activation checkpointing, as a multiple of one without."""
 
 
 @dataclass(frozen=True)

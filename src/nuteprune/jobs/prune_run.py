@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 OWN_TEXT_SUM = "own_text_sha256"
-"""What settings.json calls the hash of a file of text, by which a run is the same."""
+"""Key in settings.json for the hash of the text's file, by which a resumed run knows its text."""
 
 
 def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:

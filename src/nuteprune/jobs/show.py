@@ -109,7 +109,7 @@ COUNTS_SHOWN = (
     ("  in decoder layers", "blocks_"),
     ("  active per token", "active_"),
 )
-"""Counts of parameters that are shown -> what their keys in a record begin with."""
+"""Name of a count of parameters -> prefix of its keys in a record."""
 
 
 def print_result(

@@ -161,7 +161,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a supported causal LM to compute in `dtype`, and note the dtype it is stored in.
 
-    Of a model of several modalities, that is the language model inside.
+    For a model of several modalities, load the language model inside.
 
     Args:
         model: as the user named it.

@@ -33,7 +33,7 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.targets import read_table
 
 MISSED = 0.95
-"""Share of what was asked for that not even the fastest pair of passes may stay below."""
+"""A run fails if even its fastest pair of passes is below this share of the asked speed."""
 
 
 def write_table(

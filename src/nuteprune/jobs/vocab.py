@@ -44,9 +44,9 @@ from nuteprune.shrink.vocabulary import Merges, choose
 from nuteprune.stages.write import write
 
 MOST_CHARACTERS = 50_000_000
-"""Text that tokens are counted in; of more the rest is left aside."""
+"""Characters in which tokens are counted; text beyond is not read."""
 SELF_TOKENS = POSITIONS
-"""Tokens that the model writes itself: what is asked of it there tells more than they do."""
+"""Tokens that the model writes itself. Its probabilities there say more than the tokens drawn."""
 TOGETHER = 1_000_000
 """Characters that are tokenized at a time, about."""
 
@@ -179,7 +179,7 @@ class _Text:
     """What tokens are chosen by.
 
     Args:
-        start: token ids that each text is read after.
+        start: token ids before each text.
         length: tokens of a window.
     """
 
@@ -265,7 +265,7 @@ def parts(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _unpruned(anatomy: Anatomy, keep: int) -> dict[str, Any]:
-    """Return what the record says of layers, of which nothing goes."""
+    """Return the record's entries on layers, which all stay whole."""
     shape = anatomy.shape
     return {
         "target": 0.0,

@@ -1,7 +1,7 @@
 """What a pruned model loses on tokens that need their context, and on the others.
 
-Most tokens of a text follow from the few before them. Those that do not, names above all, tell
-whether a model still reads what is far back; a mean over all tokens hides them.
+Most tokens of a text follow from the few before them. The others, names above all, show whether a
+model still reads distant text; a mean over all tokens hides them.
 
 Shape suffixes: N blocks, B of a batch, T tokens of a block, S scored tokens of a block.
 """

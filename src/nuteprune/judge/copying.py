@@ -24,8 +24,8 @@ from nuteprune.model.head import last_logits
 SEQUENCES: Final = 32
 LENGTH: Final = 100
 SEED: Final = 1618
-"""Draws the tokens where figures are reported. Whoever chooses by this measure draws with another
-seed, 0 to 9, so that what was chosen is judged on sequences that it was not chosen by."""
+"""Draws the tokens where figures are reported. To choose models by this measure, pass a seed from 0
+to 9: the default seed's sequences then judge the choice."""
 
 MEASURE: Final = (
     "random token sequences, each followed by itself: share of the repeat's tokens, in percent, "

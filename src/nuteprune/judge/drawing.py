@@ -79,7 +79,7 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 POINTS: Final = 500
-"""Steps that a line has room for; of more, neighbours are averaged."""
+"""Steps that a line has room for; if there are more, neighbours are averaged."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def read_run(folder: Path) -> RunFiles:
 
     Args:
         folder: the output folder of `prune` or `recover`, the folder of metrics in it, or the
-            checkpoint of one of several targets. Of a folder with several the highest is read.
+            checkpoint of one of several targets. In a folder with several targets, the highest is
+            read.
 
     Raises:
         UserError: if there is no run, or one of its files is damaged.

@@ -203,7 +203,7 @@ def _alike(copied: Sequence[Copying]) -> bool:
 
 
 def _of_one_kind(scores: Mapping[str, Score]) -> bool:
-    """Return whether figures of tasks have a mean: all or none are accuracies, of one direction."""
+    """Return whether tasks have a mean: one kind of figure, which improves in one direction."""
     return len({(x.metric.startswith("acc"), x.higher_is_better) for x in scores.values()}) == 1
 
 

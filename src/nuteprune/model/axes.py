@@ -18,7 +18,7 @@ from nuteprune.model.small import SIZES, names_of, small_config, small_model
 from nuteprune.model.watching import Passed
 
 STEP = 16
-"""Neurons that a small model is given more, to see what grows with them."""
+"""How many neurons are added to a small model, to see which sizes grow with them."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ LLAMA = Family(
 )
 
 PLAIN = replace(LLAMA, heads_divide_hidden=False)
-"""What LLaMA is, but for its config's demand on heads."""
+"""All facts of LLaMA except its config's demand on heads."""
 
 GEMMA2 = replace(
     LLAMA,

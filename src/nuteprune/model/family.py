@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 PREFIX = "pruned_"
-"""What the model type of a config with counts per layer begins with."""
+"""Prefix of the model type in a config with counts per layer."""
 
 BLOCK_KINDS = ("attn_block", "mlp_block")
 """Kinds of gates on whole blocks."""
@@ -82,8 +82,8 @@ class Experts:
     )
     """The last one writes what an expert adds to the residual stream."""
     router: str = "mlp.gate"
-    """The module with a row for each expert; it gives logits, weights and indices, or scores of
-    all experts and logits where these are weighed first."""
+    """The module with a row for each expert. It returns logits, weights and indices; if experts
+    weigh their inputs first, it returns scores of all experts and logits."""
     shared: tuple[Projection, ...] = ()
     """Projections of the expert that all tokens go through; the last one writes what it adds."""
     shared_gate: str = ""
@@ -106,7 +106,7 @@ class Experts:
     interleaved: bool = False
     """Rows of the same neuron, such as gate and up, stand side by side."""
     files: tuple[str, ...] = (".experts.",)
-    """What the names of their tensors in files have in common, whatever else they are called."""
+    """Part of a name that all their tensors have in files."""
 
     @property
     def module(self) -> str:
@@ -123,10 +123,10 @@ class Family:
     attention: tuple[Projection, ...]
     """Projections of the attention block; the last one writes to the residual stream."""
     mlp: tuple[Projection, ...]
-    """Projections of the MLP block; the last one writes to the residual stream. Of a family with
-    experts these are of the layers that have none."""
+    """Projections of the MLP block; the last one writes to the residual stream. In a family with
+    experts, these are the projections of layers without experts."""
     experts: Experts | None = None
-    """What takes the place of the MLP's projections in layers with routed experts."""
+    """The mixture that replaces the MLP's projections in layers with routed experts."""
     mixer: tuple[Projection, ...] = ()
     """Projections of what mixes tokens in other layers than attention, or beside it: a recurrence
     or a convolution; the last one writes to the residual stream."""
@@ -150,7 +150,7 @@ class Family:
     mlp_modules: tuple[str, ...] = ("mlp",)
     """Modules that make up the MLP; when it is removed, the last one yields zeros."""
     counts_heads: bool = False
-    """The attention counts its heads, or norms them all: it cannot do with fewer for a while."""
+    """The attention counts its heads, or normalises all: a step cannot skip masked heads."""
     per_head: tuple[str, ...] = ()
     """Parameters of a decoder layer with an entry for each query head."""
     qk_norms: tuple[str, ...] = ()

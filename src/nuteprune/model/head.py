@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 def last_logits(model: PreTrainedModel, ids_BT: Tensor, count: int) -> Tensor:
     """Return the logits (B, count, V) of the last tokens.
 
-    The last tokens of several sequences do not lie beside each other. What lies apart torch
-    multiplies sequence by sequence, in half precision each with a copy of the whole head.
+    The last tokens of several sequences do not lie beside each other. So torch multiplies them
+    sequence by sequence, in half precision each with a copy of the whole head.
 
     Args:
         model: a causal LM.

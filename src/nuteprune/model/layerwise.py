@@ -30,14 +30,14 @@ PANEL = 256
 """Columns of a product of inputs that are formed at once."""
 
 KEPT_BYTES = 2**30
-"""What may be held of a projection's inputs, so that a layer need not form them again."""
+"""Bytes of a projection's inputs that may be kept, so that a layer need not form them again."""
 
 
 LEAST = 1e-12
 """The least root mean square that a token's inputs are divided by."""
 
 Read = Sequence[Tensor]
-"""What a module reads (B, T, D), of each batch."""
+"""The inputs (B, T, D) of a module, batch by batch."""
 
 
 class _Stop(Exception):
@@ -231,8 +231,8 @@ class _Block:
 
     Args:
         module: the block, None if it is no module of its own: then nothing is kept.
-        projection: its last one. Nothing is kept either where the block gives anything else than
-            what that gives, such as a multiple of it.
+        projection: its last one. Nor is anything kept if the block changes that projection's
+            output, such as by a factor.
         products: sums up what that reads.
         most: bytes of a batch's inputs that are kept; larger inputs are not.
         other: another model's values for each batch, used in place of those given to `on_read`.

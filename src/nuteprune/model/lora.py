@@ -201,7 +201,7 @@ class LoraBank:
     def set_delta(self, layer: int, projection: Projection, out_OR: Tensor, in_RI: Tensor) -> None:
         """Overwrite a projection's LoRA weights so that they add out @ in to its weight.
 
-        Further directions add nothing yet, and can be learned.
+        Ranks beyond those of the fit add nothing yet, and can be learned.
         """
         module = self._anatomy.projection(layer, projection)
         assert isinstance(module, LoraLayer)

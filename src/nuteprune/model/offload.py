@@ -1,7 +1,7 @@
 """Weights that stay in main memory, or on disk, and come to the device as they are read.
 
-A weight that is away says that it is on the device, and has no data there. An operation that reads
-it gets a copy of them, and so does the backward pass: what autograd keeps is the weight itself. So
+An offloaded weight says that it is on the device, but has no data there. An operation that reads it
+gets a copy of them, and so does the backward pass: what autograd keeps is the weight itself. So
 nothing that reads weights need know of it. Copies of the layer that was read last are kept, and
 both roles of a co-forward pass read the same ones.
 """
@@ -82,7 +82,7 @@ class Away(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation on the device; a view of a weight that is away is away too."""
+        """Run an operation on the device; a view of an offloaded weight is offloaded too."""
         kwargs = kwargs or {}
         if func.is_view:
             this, *others = args

@@ -75,7 +75,7 @@ def weight_of(linear: nn.Linear) -> Tensor:
 
 
 def count(parameter: nn.Parameter) -> int:
-    """Return how many weights a parameter holds: in 4 bits, two a byte."""
+    """Return how many weights a parameter holds: two per byte where they have 4 bits."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else int(packed.shape.numel())
 

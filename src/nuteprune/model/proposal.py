@@ -166,7 +166,7 @@ def _scales(config: PreTrainedConfig, passed: Passed) -> dict[str, Any]:
     """Return what multiplies embeddings and logits, by the config's names.
 
     Raises:
-        UserError: if something does that the config does not state.
+        UserError: if something multiplies them that the config does not state.
     """
     found: dict[str, Any] = {}
     width = passed.entered.shape[-1]

@@ -26,7 +26,8 @@ from nuteprune.model.mixture import Mixture
 from nuteprune.simulated import usual
 
 Mask = Callable[[], Tensor | None]
-"""Asked at each call: multipliers (N,), or one row per sequence (B, N); None: all are open."""
+"""Called at each pass; returns multipliers (N,), or (B, N) for each sequence; None: all are
+open."""
 
 
 def kept_experts(mask_E: Tensor | None, least: int) -> Tensor | None:
@@ -156,9 +157,9 @@ def masks_of(mixture: Mixture, experts: Mask, neurons: Mask) -> RoutedMasks:
 
 
 Neurons = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Given what neurons of experts are (P, F), by pairs of a token and its expert that are sorted by
-expert, the expert (P,), and the pair's place (P,) among those of (S, K). Returns what goes on in
-their place."""
+"""Called with the neurons' values (P, F) of pairs of a token and its expert, sorted by expert; the
+experts (P,); and each pair's place (P,) among those of (S, K). Returns what goes on in their
+place."""
 
 
 def computed_with(

@@ -140,7 +140,7 @@ DENSE_COUNTS = ("heads", "kv_heads", "neurons")
 COUNTS = (*DENSE_COUNTS, "experts", "expert_neurons")
 MLP_COUNTS = COUNTS[2:]
 BLOCKS = ("attention", "mlp")
-"""What a row says, as false, of a block that is gone."""
+"""Keys that a layer's row has as false where that block was removed."""
 SAID = MappingProxyType(
     {
         "heads": "heads",
@@ -161,7 +161,7 @@ def _check_count(what: str, count: Any, most: int, least: int) -> None:
 def _counts_asked(
     index: int, whole: LayerShape, row: Any, common: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the counts that are asked for of a layer, each checked to be a part of what it has."""
+    """Return the counts that a user asks for in a layer, checked to be at most its own."""
     if not isinstance(row, Mapping):
         raise UserError(f"layer {index} of the shape is {row!r}; it must map names to counts")
     unknown = set(row) - {*COUNTS, *BLOCKS, "mixer"}

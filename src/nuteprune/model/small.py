@@ -40,7 +40,7 @@ _SCALING = {
     *("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "type", "truncate"),
     "max_position_embeddings",
 }
-"""What rotary parameters state of longer texts; the default kind has none of it."""
+"""Rotary parameters for longer texts, which the default kind has not."""
 
 
 def names_of(values: Mapping[str, Any]) -> dict[str, str]:
@@ -116,7 +116,7 @@ def _shrunk(key: str, value: Any) -> Any:
 
 
 def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rotary parameters without what is stated per feature, or for a length."""
+    """Return rotary parameters without values per feature or for longer texts."""
     if any(isinstance(x, dict) for x in rope.values()):  # one set for each kind of attention
         return {k: _plain_rope(x) if isinstance(x, dict) else x for k, x in rope.items()}
     kept = {k: v for k, v in rope.items() if k not in _SCALING}

@@ -1,4 +1,4 @@
-"""What runs on tensors without data: what of them lives, what is multiplied, stretch by stretch."""
+"""Runs on tensors without data: which of them are alive, and what is multiplied, by stretches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.cholesky_inverse: lambda a: 2 * _cubes(a) // 3,
     _SOLVE: lambda b, a: 2 * b.numel() * a.shape[-1],
 }
-"""What torch does not count, by the number of multiplications and additions of dense matrices."""
+"""Multiplications and additions of dense operations that torch does not count."""
 
 INSIDE: dict[Any, Callable[..., int]] = {
     torch.ops.aten.multinomial: lambda chances, *_: chances.nbytes,  # noise for each chance
@@ -30,7 +30,7 @@ INSIDE: dict[Any, Callable[..., int]] = {
 """Bytes that operations hold inside of themselves, where they are many: measured on a CPU."""
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
-"""Products of matrices, as torch breaks up layers and their gradients."""
+"""Matrix products that layers and their gradients are made of in torch."""
 HALF = (torch.bfloat16, torch.float16)
 
 

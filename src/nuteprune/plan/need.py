@@ -1,4 +1,4 @@
-"""What a stage takes of a long model and of many batches, by short models and few batches.
+"""What a stage takes with many layers and batches, extrapolated from few.
 
 A decoder's layers are alike, so each adds the same; and so does each batch.
 """
@@ -19,10 +19,10 @@ from nuteprune.plan.live import Live
 SHORT = (2, 4)
 """Layers of the models that are run in place of a long one."""
 ONE_BY_ONE = (1, 2)
-"""The same for what goes through a model layer by layer."""
+"""The same for stages that go through a model layer by layer."""
 PARTS_OF_LAYERS = (1, 2, 3)
-"""The same where units of a layer are cut alone: of each unit the layers from its own on are run,
-so work grows with the square."""
+"""The same for stages that cut single units: each trial runs all layers from the unit's on, so work
+grows with the square."""
 
 
 class Unplanned(UserError):

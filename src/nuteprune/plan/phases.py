@@ -43,11 +43,11 @@ from nuteprune.train.targets import Prices, run_targets
 
 SIMULATED, FORMULA = "simulated", "formula"
 MOMENTS = 2
-"""What Adam holds of a trained parameter beside it, as a multiple."""
+"""Memory that Adam keeps for a trained parameter, as a multiple of it."""
 FEW_BLOCKS = (6, 9)
 """Blocks that are scored in place of many: in more than one batch, with and without gradients."""
 ON_CPUS = ("cut",)
-"""What `Plan.disk` counts that runs on CPUs alone write."""
+"""Entries of `Plan.disk` that only runs on CPUs write."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Plan:
 
     @cached_property
     def _refits(self) -> tuple[Need, int, Need]:
-        """What a refit takes on all blocks; how many are few, and what these take."""
+        """Needs of a refit on all blocks and on a few; between them, how many a few are."""
         size, found = self.args.per_device_train_batch_size, dict[int, Need]()
 
         def refit(blocks: int) -> Need:

@@ -21,11 +21,13 @@ class ProgressiveSettings(PruneSettings):
         0.5, "Share of the steps after which the target is reached.", bounds=(0, 1)
     )
     freeze_share: float | None = setting(
-        None, "Share of the steps after which masks are frozen, if that is later.", bounds=(0, 1)
+        None,
+        "Share of the steps after which masks are frozen, if later than ramp_share.",
+        bounds=(0, 1),
     )
     teacher: str = setting(
         "snapshots",
-        "snapshots of the student on its way, dense, or none: the text itself is learned.",
+        "Who teaches: snapshots of the student, dense, or none (learn the text itself).",
         choices=("snapshots", "dense", "none"),
     )
     objective: str = setting(

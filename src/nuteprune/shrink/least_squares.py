@@ -34,9 +34,9 @@ from nuteprune.shrink.ridge import ridge_fit, with_ridge
 from nuteprune.shrink.stacks import fitted_stack, lost_neurons
 
 FEEDBACK = 0.5
-"""How much of what the residual stream lacks, where a block reads it, the block is to make up for.
-All of it fits noise: see docs/log.md. Blocks that stand side by side (GPT-NeoX, Phi, Cohere) read
-the same stream, and are asked for as much each; no such model was measured."""
+"""Share of the residual stream's error that the block which reads it makes up for. All of it fits
+noise: see docs/log.md. Blocks that stand side by side (GPT-NeoX, Phi, Cohere) read the same stream,
+and are asked for as much each; no such model was measured."""
 
 NOTHING = 1e-4
 """A direction of the update smaller than this share of the largest is rounding."""
@@ -82,7 +82,8 @@ class Regression:
 
 
 Note = Callable[[int, str, Regression, Tensor], None]
-"""Told (layer, block, what its last projection is fitted to, its fit) before that is installed."""
+"""Called with (layer, block, target of its last projection, its fit) before the fit is
+installed."""
 
 
 @dataclass(frozen=True)

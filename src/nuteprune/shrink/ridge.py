@@ -17,7 +17,7 @@ from nuteprune.simulated import usual
 RIDGE = 1e-1
 """Ridge: what is added to the diagonal of C, as a share of itself."""
 LEAST = 1e-30
-"""What is added for an input that is always 0: the weights that read it stay as they are."""
+"""Ridge of an input that is always 0: the weights that read it stay as they are."""
 
 
 def ridge_fit(

@@ -36,7 +36,7 @@ def lost_neurons(anatomy: Anatomy, masks: Masks, layer: int) -> Tensor | None:
 
 @torch.no_grad()
 def fitted_stack(mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tensor) -> Tensor:
-    """Return the stack of down projections, fitted where neurons are gone, as the entry has it.
+    """Return the stack of down projections, in the entry's layout, fitted where neurons are gone.
 
     Columns of neurons that are gone stay as they were, for neurons that may return.
 

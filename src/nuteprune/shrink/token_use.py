@@ -16,13 +16,13 @@ from nuteprune.model.forwards import evaluating
 from nuteprune.shrink.vocabulary import Merges
 
 POSITIONS = 6000
-"""Of each kind of text, where the model is asked what comes next."""
+"""Positions of each kind of text at which the model predicts the next token."""
 WINDOW = 64
 """Tokens of a text that the model reads together, at most."""
 _FOREIGN = 0.02
-"""How much what the model knows counts of tokens with letters that the text does not have."""
+"""Weight of the model's probabilities for tokens with letters that the text does not have."""
 _FORMS = 0.25
-"""Of what the text does not show: the part that is told by other forms of its words."""
+"""Share of the unseen use that is estimated by other forms of the text's words."""
 _LETTER = 1e-6
 """Share of the text's characters from which on a letter belongs to it."""
 

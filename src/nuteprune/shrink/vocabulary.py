@@ -1,9 +1,9 @@
 """A smaller vocabulary: which tokens of a BPE tokenizer stay, and the tokenizer that is left.
 
-What stays is closed: with a token stay those that BPE makes on the way to it. Merges stay in their
-order. So text that the full tokenizer spells with kept tokens alone is spelled alike: within a
-token nothing that stands around it was merged. As all bytes stay, any other text is spelled with
-smaller parts, down to its bytes.
+A kept token keeps all tokens that BPE makes on the way to it. Merges stay in their order. So text
+that the full tokenizer spells with kept tokens alone is spelled alike: within a token nothing that
+stands around it was merged. As all bytes stay, any other text is spelled with smaller parts, down
+to its bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLACEHOLDER = re.compile(r"^\W*(unused|reserved)\D*\d+\W*$")
 """Added tokens that a tokenizer keeps free, such as `<unused7>` and `<|reserved_special_token_7|>`:
 they stay where a template or a setting names them."""
 _BLANKS = ({"▁", "Ġ", " "}, {"\t", "ĉ"}, {"\n", "Ċ"})
-"""What runs of spaces, tabs and newlines are spelled with."""
+"""Characters of runs of spaces, tabs and newlines."""
 
 
 class Merges:

@@ -1,12 +1,12 @@
 """Price: what units cost where they are to go, measured in the model that is cut and refitted.
 
 Scores are predictions: of one projection at a time, near the dense model. Where much is cut
-together, some layers cost a multiple of what was predicted, and some next to nothing. So each
-layer's neurons are cut a little further, and a little less far, and each unit of attention goes
-alone, or comes back. The projection that reads them is refitted to that. The KL divergence from
-the dense model, on text that the refit did not read, tells what it costs. Scores follow half-way.
-Source: that a cut is judged by the true loss of the whole model, EvoPress (Sieberling et al. 2024,
-arXiv 2410.14649), which searches by it. Here it corrects scores. Measured in docs/log.md.
+together, some layers cost a multiple of what was predicted, and some next to nothing. So the stage
+tries changes of the cut: each layer loses a few neurons more, or fewer, and single units of
+attention go, or come back. For each change it refits the projection that reads the units, and
+measures the KL divergence from the dense model, on text that the refit did not read. Scores follow
+half-way. Source: that a cut is judged by the true loss of the whole model, EvoPress (Sieberling et
+al. 2024, arXiv 2410.14649), which searches by it. Here it corrects scores. Measured in docs/log.md.
 
 Shape suffixes: T tokens, V vocabulary, U units of a layer, N blocks, or units of one kind in
 the whole model.
@@ -40,19 +40,19 @@ from nuteprune.stages.refit import refit
 from nuteprune.stages.score import PLAIN_BATCH
 
 UNITS = 4
-"""Units of attention of a layer that go, and that come back, at most: those nearest to the cut."""
+"""At most this many attention units per layer are priced on each side of the threshold."""
 NEAR = 2.0
-"""The score of such a unit is within this factor of the cut. Others are not measured. With all of
-them measured the same units of the demo model went, at 20 and at 50 % (docs/log.md)."""
+"""Their scores are within this factor of the threshold. Pricing all units removed the same ones of
+the demo model, at 20 and at 50 % (docs/log.md)."""
 USUALLY = 0.45
-"""The share of them that this is, about: 0.33 of the demo model's at 20 %, 0.45 at 50 %."""
+"""About this share of attention units is priced: 0.33 of the demo model's at 20 %, 0.45 at 50 %."""
 FURTHER = 1 / 12
-"""Share of a layer's neurons by which it is cut further, or less far."""
+"""Share of its neurons that a layer loses more, or less, when it is priced."""
 TRUST = 0.5
-"""Scores are multiplied by this power of what was measured over what was predicted: half-way, since
-many changes that are small alone are not small together."""
+"""Scores are multiplied by (measured / predicted cost) to this power: half-way, since many changes
+that are small alone are not small together."""
 MOST = 10.0
-"""That ratio is no more than this, nor less than one over it: so few blocks do not tell it well."""
+"""That ratio is at most this, and at least one over it: few blocks measure it badly."""
 
 
 def price(
@@ -99,7 +99,7 @@ class Change:
     """Another way to cut a layer.
 
     Args:
-        kind: of the units that go, or come back.
+        kind: kind of the units that go, or come back.
         layer: the layer that has them.
         units: their indices in the layer.
         back: whether they come back.
@@ -162,7 +162,7 @@ def changes_of(masks: Masks, scores: Scores, multiple: int) -> list[Change]:
 
 
 def _near_the_cut(mask_N: Tensor, score_N: Tensor) -> Tensor:
-    """Return which scores are near to the largest of those that went, or to the smallest of all."""
+    """Return which scores are near the largest removed one (if none is removed, the smallest)."""
     gone_N = mask_N == 0
     cut = score_N[gone_N].max() if gone_N.any() else score_N.min()
     return (score_N > cut / NEAR) & (score_N < cut * NEAR)
@@ -281,7 +281,7 @@ def logits_of(model: Prunable, ids_BT: Tensor) -> Tensor:
 def following(scores: Scores, prices: Mapping[Change, float], layout: Layout) -> Scores:
     """Return scores moved half-way to the measured costs.
 
-    What counts is what units cost beside others: all are compared with the median.
+    Only relative costs matter, so all are compared with the median.
 
     Args:
         scores: kind -> (N,), as they were when the changes were made.

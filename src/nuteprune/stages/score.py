@@ -28,7 +28,7 @@ from nuteprune.stages.refit import refit
 PLAIN_BATCH = 4
 """Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
 MOST_AT_ONCE = 0.3
-"""Most of the projections that goes by scores of one model; see docs/log.md."""
+"""Largest share of the projections that one scoring may remove; see docs/log.md."""
 
 
 def score(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 SIGNS = 4096
-"""Of each weight, the values whose signs tell a model from another."""
+"""Number of values of each weight whose signs tell one model from another."""
 
 
 def write(

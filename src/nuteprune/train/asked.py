@@ -27,9 +27,9 @@ BYTE_UNITS = {
 
 
 DECODE, MOMENT = "decode", "1x256+32"
-"""What is to be faster, and at which sequences x prompt + new tokens, where nothing is said."""
+"""Defaults: what is to be faster, and at which sequences x prompt + new tokens."""
 FASTER = (DECODE, "prefill", "both")
-"""What may be asked to be faster; both: the whole of a moment."""
+"""What can be made faster; both: prompt and new tokens together."""
 
 
 def _cache(where: str) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def all_asked(kind: str, given: Any) -> tuple[Asked, ...]:
 
     Args:
         kind: one of `KINDS`.
-        given: as for `several`; text, or the last of a list, may end with `@` and what it is at.
+        given: as for `several`; a text, or the last of a list, may end with `@` and its condition.
 
     Raises:
         UserError: if the value is wrong, or lacks the `@` that it needs.

@@ -307,7 +307,7 @@ def trainer_state(checkpoint: Path) -> TrainerState:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse a trainer checkpoint that is not what was written.
+    """Refuse a trainer checkpoint that has changed since it was written.
 
     Raises:
         UserError: naming what is wrong.

@@ -22,7 +22,7 @@ FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 REFIT_BLOCKS = 4.5
 """Blocks of the refit, for each block that scores are taken on."""
 PRICED_BLOCKS = 0.5
-"""The same of what tells the price of units at the target, which no refit reads."""
+"""Blocks that measure prices, for each block of the scores; no refit reads them."""
 
 
 @dataclass

@@ -40,7 +40,7 @@ class Origin:
     Args:
         parameters: all of it, tied ones once.
         entries: the record's entry on where it comes from; see `export.record.origin_of`.
-        stored_dtype: of the checkpoint that it is from, which the result keeps.
+        stored_dtype: dtype of the source checkpoint, which the result keeps.
         computed_dtype: of the model itself.
     """
 

@@ -31,25 +31,25 @@ class PruneSettings:
     )
     target_params: float | str | list[Any] | None = setting(
         None,
-        "Parameters to end at, instead of --sparsity, such as 100M: all of them, tied ones once.",
+        "Parameters of the result, instead of --sparsity, such as 100M; tied ones count once.",
         option="--params",
     )
     target_active_params: float | str | list[Any] | None = setting(
         None,
-        "Active parameters to end at, instead of --sparsity, such as 3B: those that one token goes "
-        "through in a mixture of experts.",
+        "Active parameters of the result, instead of --sparsity, such as 3B: those that one token "
+        "uses in a mixture of experts.",
         option="--active-params",
     )
     target_size: float | str | list[Any] | None = setting(
         None,
-        "Size of the weight file to end at, instead of --sparsity, such as 200MB or 190MiB; in "
+        "Size of the result's weight file, instead of --sparsity, such as 200MB or 190MiB; in "
         "the checkpoint's dtype.",
         option="--size",
     )
     target_memory: float | str | list[Any] | None = setting(
         None,
-        "Memory of weights and KV cache to end at, instead of --sparsity: 4GiB@8192 is 4 GiB with "
-        "8192 tokens in the cache, 4GiB@2x8192 with two such sequences; in the checkpoint's dtype.",
+        "Memory of the result's weights and KV cache, instead of --sparsity: 4GiB@8192 is 4 GiB "
+        "with 8192 tokens cached, 4GiB@2x8192 with two such sequences; in the checkpoint's dtype.",
         option="--memory",
     )
     target_speedup: float | str | list[Any] | None = setting(
@@ -70,7 +70,7 @@ class PruneSettings:
     shape: dict[str, Any] | str | None = setting(
         None,
         "YAML or JSON file with the dimensions to cut to, instead of --sparsity. Another "
-        "checkpoint's nuteprune.json serves too.",
+        "checkpoint's nuteprune.json works too.",
         option="--shape",
     )
     gates: str | None = setting(
@@ -106,12 +106,12 @@ class PruneSettings:
         "Blocks of text for the scores; the refit reads 4.5 times as many, pricing half as many.",
         bounds=(1, 1e6),
     )
-    priced: bool = setting(True, "Price units at the target, where the method's scores allow it.")
+    priced: bool = setting(True, "Correct scores by what cuts cost at the target (surgeon only).")
     text_blocks: int | None = setting(
-        None, "Blocks of text in all; default: what steps and scores read.", bounds=(1, 1e9)
+        None, "Blocks of text that the run reads. Default: as many as it needs.", bounds=(1, 1e9)
     )
     teacher: str = setting(
-        "dense", "dense, or none: the text itself is learned.", choices=("dense", "none")
+        "dense", "Who teaches: dense, or none (learn the text itself).", choices=("dense", "none")
     )
     progressive: bool = setting(
         False,

@@ -25,7 +25,7 @@ LEARNS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
 )
-"""What transformers' settings say of what is learned; the others say how."""
+"""transformers' settings that decide what is learned; the others only decide how."""
 NOT_KEPT = frozenset(
     (
         *("output_dir", "disable_tqdm", "use_cpu", "logging_dir", "report_to", "debug"),

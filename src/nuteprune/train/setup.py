@@ -31,7 +31,7 @@ DEFAULT_KINDS = ("kv_groups", "neurons")
 MIXTURE_KINDS = ("experts",)
 """The same of a mixture of experts, most of whose weights are theirs."""
 STACK_MULTIPLE = 8
-"""What the kernel that multiplies stacked experts asks of their sizes, in bfloat16."""
+"""Sizes of stacked experts are multiples of it, as the kernel for them needs in bfloat16."""
 
 
 def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json")
-"""What tells a folder with a model from a checkpoint of ours, which has none of these."""
+"""Files that only a folder with a model has: a trainer checkpoint of ours has none of them."""
 
 
 @dataclass(frozen=True)

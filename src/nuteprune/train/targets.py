@@ -208,7 +208,7 @@ def run_targets(allocator: Allocator, args: NutePruneConfig, prices: Prices) -> 
 
 
 def _target(allocator: Allocator, asked: Asked, prices: Prices) -> Target:
-    """Return a target in parameters or bytes, with the sparsity that it comes to by chance."""
+    """Return a target in parameters or bytes, with its sparsity under random scores."""
     goal = prices.goal(asked)
     before = goal.cost.total(allocator.budget.shape)
     if before <= goal.limit:

@@ -362,7 +362,7 @@ class NutePruneTrainer(PushesCheckpoint, AtomicTrainer):
     # -- after the last step
 
     def check_unused(self) -> None:
-        """Refuse to go on with a model that is used up.
+        """Refuse a model that `finalize` has already taken apart.
 
         Raises:
             UserError: if it is.

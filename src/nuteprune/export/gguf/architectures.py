@@ -30,7 +30,8 @@ class ExpertRouting:
     dense: Literal["", "first", "between"] = ""
     """Layers that have an MLP instead: the first ones, or all but every n-th; "": none."""
     states_weights: bool = False
-    """How experts are weighed is stated: by sigmoids, whether these sum to 1, times what."""
+    """The file states how experts are weighed: by sigmoids, whether they sum to 1, by which
+    factor."""
     groups: bool = False
     """Routers may choose groups of experts first."""
     joint_key_norm: bool = False
@@ -78,7 +79,7 @@ class Architecture:
     chunked: bool = False
     """These windows are chunks of a built-in length, which do not slide."""
     refuses_windows: bool = False
-    """A model with windows is none that it computes, however short the text."""
+    """It computes models with windows wrong, however short the text."""
     multipliers: bool = False
     """Scales embeddings, residuals, attention and logits by metadata; elsewhere folded in."""
     wide_scale_at: int | None = None

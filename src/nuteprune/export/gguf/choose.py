@@ -1,7 +1,7 @@
 """Whether llama.cpp can express a model: the architecture to write it as, or the reason why not.
 
 A family names the architectures that compute what it does (`Family.gguf`); the first without a
-reason against it is taken. What would be taken and computed wrong is refused here.
+reason against it is taken. This module refuses models that llama.cpp would load and compute wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nuteprune.model.shape import LayerShape, Shape
 
 _ANY_STEP = (0.0, inf)
 _DIRECT_QUERIES = (26, 27)
-"""Layers of models whose queries come from no latent, which llama.cpp tells by the count."""
+"""With so many layers llama.cpp assumes that queries come from no latent."""
 _SLIDING, _CHUNKED, _FULL = "sliding_attention", "chunked_attention", "full_attention"
 
 
@@ -114,7 +114,7 @@ def _misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
 
 
 def _rotary_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
-    """Yield why an architecture rotates queries and keys otherwise than a model does."""
+    """Yield how an architecture's rotary embedding differs from that of a model."""
     rope, rotated, head_dim = facts.rope, facts.rotary_dimensions, facts.head_dim
     if rotated != head_dim and not arch.partial_rotary:
         yield f"it rotates whole heads, not {rotated} of {head_dim} features"
@@ -182,7 +182,7 @@ def _counts(layer: LayerShape) -> str:
 
 
 def _mixer_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
-    """Yield why an architecture mixes tokens, where not by attention, otherwise than a model."""
+    """Yield how mixers of an architecture differ from those of a model."""
     config, layers = facts.config, facts.shape.layers
     if any(x.mixer for x in layers) and not arch.mixer:
         yield "it has no recurrent layers"
@@ -211,7 +211,7 @@ def _mixer_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
 
 
 def _attention_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
-    """Yield why an architecture bounds logits, or what layers see, otherwise than a model does."""
+    """Yield how bounds on logits and windows of an architecture differ from those of a model."""
     config, family, period = facts.config, facts.family, arch.window_period
     names = (family.logit_softcap, family.attention_softcap)
     caps = [getattr(config, name, None) for name in names if name]

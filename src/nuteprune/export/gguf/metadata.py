@@ -1,7 +1,7 @@
 """The keys of a GGUF file from which llama.cpp builds a model: sizes, experts, rotary embedding.
 
 Each function returns them without the architecture's name before them. A file states an int as
-uint32 and a float as float32, so what is a number with a point has to be a float here.
+uint32 and a float as float32, so a value that is a float in the file must be one here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nuteprune.model.shape import Shape
 
 Keys = dict[str, Any]
 _SECTIONS = (11, 11, 10)
-"""What transformers takes where a config does not say which frequencies are of which position."""
+"""transformers' default for how rotary frequencies are shared out to the axes of a position."""
 
 
 def model_keys(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, shape: Shape) -> Keys:

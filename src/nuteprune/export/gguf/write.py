@@ -62,7 +62,7 @@ FILE_TYPES: dict[str, FileType] = {
 """What `--type` takes. Vectors and norms are always float32, as llama.cpp wants them."""
 _QUANTIZED = (Q.Q8_0, Q.Q4_0)
 TO_QUANTIZE = ("f16", "bf16")
-"""Those that llama.cpp's own quantizer is given: K-quants are made of them."""
+"""File types that llama.cpp's own quantizer reads, to make K-quants of them."""
 
 _IN_FLOAT32 = (".ffn_gate_inp.", ".shortconv.conv.", ".ssm_conv1d.", ".ssm_norm.", ".bias")
 """Routers, convolutions, norms and experts' biases, which stay in float32."""
