@@ -44,12 +44,15 @@ CUT = 0.6
 cut is about the share to remove; see `copying_kept`."""
 OPTIONS = ((32, True), (32, False), (16, False), (8, False))
 """Blocks for the scores, and whether units are priced, the best first."""
-BEFORE = 0.55
-"""Share of the time that the stages before the first step may take, judging left aside."""
+BEFORE = {True: 0.55, False: 0.8}
+"""Share of the time that the stages before the first step may take with pricing and without,
+judging left aside: blocks for scores and refit gain more than steps, pricing as much."""
 JUDGING = 0.12
 """Share of all the time that judging by text may take."""
-FEWEST = 8
-"""Steps, and blocks of each source to judge by, that a run has at least."""
+FEWEST = 4
+"""Steps that a run has at least."""
+LEAST_JUDGED = 8
+"""Blocks of each source that a run is judged by at least."""
 BESIDE = 2.0
 """Time to judge answers and context, as a multiple of judging the dense model."""
 PLAN = ("max_steps", "calibration_blocks", "priced", "text_blocks", "eval_blocks")
@@ -201,21 +204,22 @@ def shared_out(
     sources = max(1, len(trial.held_out))
     models = 1 + len(trial.goals) * (1 + BESIDE) + after
     judged = JUDGE * rates.block * sources * models  # seconds, a block of each source
-    each = round(min(job.eval_blocks, max(FEWEST, JUDGING * seconds / judged)))
+    each = round(min(job.eval_blocks, max(LEAST_JUDGED, JUDGING * seconds / judged)))
     judging = judged * each
     times = None
     for settings in _options(job):
         times = _times(job, trial, rates, settings, judging)
         steps = math.floor((seconds - judging - times.before) / times.step)
         least = may_exceed and settings["calibration_blocks"] == OPTIONS[-1][0]
-        if least or (times.before <= BEFORE * (seconds - judging) and steps >= FEWEST):
+        share = BEFORE[settings["priced"]]
+        if least or (times.before <= share * (seconds - judging) and steps >= FEWEST):
             steps = max(steps, FEWEST)
             read = _args(job, settings).calibrated_blocks
             blocks = max(steps * trial.args.sequences_per_step, read)
             plan = {**settings, "max_steps": steps, "text_blocks": blocks, "eval_blocks": each}
             return plan, times
     assert times is not None
-    needed = (times.before / BEFORE + judging) + (time.monotonic() - job.started)
+    needed = (times.before / BEFORE[False] + judging) + (time.monotonic() - job.started)
     raise UserError(
         f"--minutes {job.minutes} is too little time: on this machine {math.ceil(needed / 60)} "
         "minutes are needed; pass more, or --steps 0 --method taylor for the least there is"
