@@ -300,5 +300,6 @@ def test_shares_of_the_text_are_those_on_record() -> None:
     config = {"data": ["owner/a", "self"], "shares": [3.0, 1.0]}
     text = model_card(a_record(config=config), remote_code=False)
     assert "Text: 75% owner/a, 25% text of the dense model's own." in text
-    text = model_card(a_record(config={"data": ["owner/a", "owner/b"]}), remote_code=False)
-    assert "Text: owner/a, owner/b." in text
+    for more in ({}, {"shares": [1.0]}):  # none, or by hand
+        config = {"data": ["owner/a", "owner/b"], **more}
+        assert "Text: owner/a, owner/b." in model_card(a_record(config=config), remote_code=False)

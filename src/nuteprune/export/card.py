@@ -284,7 +284,7 @@ def _calibrated_on(config: Mapping[str, Any]) -> str:
     said = [
         "text of the dense model's own" if spec == SELF else _plain(_public(spec)) for spec in specs
     ]
-    if len(specs) > 1 and (shares := config.get("shares")):
+    if 1 < len(specs) == len(shares := config.get("shares") or ()):
         parts = (share / sum(shares) for share in shares)
         said = [f"{part:.0%} {text}" for part, text in zip(parts, said, strict=True)]
     return ", ".join(said)
