@@ -2,7 +2,7 @@
 
 shared_stages.py MODEL OUT BLOCKS METHOD...
 
-With BLOCKS: scores by each METHOD, the last time with a target.
+With BLOCKS: scores by each METHOD, and the refit to the cut that they choose.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nuteprune.gates import copying_losses
 from nuteprune.processes import rank
+from nuteprune.stages.choose import choose
+from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.train.prepare import prepare
 from tests.stages.conftest import settings
@@ -74,7 +76,8 @@ def main(model: str, out: str, blocks: str, *methods: str) -> None:
         own = prepare(AutoModelForCausalLM.from_pretrained(model), settings(folder, **kind))
         counted(method, lambda own=own, method=method: score(own, text[:count], method=method))
     ready = prepare(dense, settings(folder, **gates))
-    counted("score", lambda: score(ready, text[:count], target=0.2))
+    scores = counted("score", lambda: score(ready, text[:count], target=0.2))
+    counted("refit", lambda: refit(ready, choose(ready, scores, 0.2), text[:count]))
     save_file({k: v.contiguous() for k, v in found.items()}, folder / f"{rank()}.safetensors")
     (folder / f"{rank()}.json").write_text(json.dumps(products))
 
