@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from nuteprune import load_pruned
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.mixture import Mixture
+from nuteprune.processes import Team
 
 from .forked import Ended, python
 
@@ -260,3 +261,38 @@ def interrupted(parts: list[str], out: Path, number: signal.Signals) -> str:
         errors = process.communicate()[1]
     assert process.returncode == 128 + number
     return errors
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_what_is_dealt_out_is_somebodys_and_nobody_elses(size: int) -> None:
+    team = [Team(i, size) for i in range(size)]
+    items = list(range(7))
+    assert sorted(x for each in team for x in each.mine(items)) == items
+    assert all([x for x in items if each.is_mine(x)] == each.mine(items) for each in team)
+
+
+ADDS = """
+import sys, torch
+from nuteprune.processes import everyone
+torch.distributed.init_process_group("gloo")
+team = everyone()
+seen = []
+whole = team.by_rows(7, lambda rows: seen.append(rows) or torch.arange(14.0).view(7, 2)[rows])
+assert torch.equal(whole, torch.arange(14.0).view(7, 2))
+apart = torch.full((2, 3), 1.0 + team.rank).T  # rows are not next to each other
+count = torch.tensor(team.rank)
+team.add_up([apart, count])
+assert torch.equal(apart, torch.full((3, 2), 6.0)) and count == 3
+print(seen)
+if team.rank == 1:
+    sys.exit(3)
+team.add_up([count])
+"""
+
+
+def test_what_each_process_has_done_is_added_up_until_one_ends() -> None:
+    done = python("-c", ADDS, processes=3)
+    assert done.code  # within the minutes that `python` waits for
+    for rows in ((0, 2), (2, 4), (4, 7)):
+        assert f"slice({rows[0]}, {rows[1]}, None)" in done.out
+    assert done.err.count("RunFailed: another process of this run has ended") == 2

@@ -1,4 +1,4 @@
-"""The processes that share a run: whether there are several, and which of them this is.
+"""The processes that share a run: which of them this is, and how they share work out.
 
 torch is imported late: the command line sets what OpenMP reads on import first.
 """
@@ -6,11 +6,16 @@ torch is imported late: the command line sets what OpenMP reads on import first.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from nuteprune.errors import RunFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -40,12 +45,91 @@ def agree(tensors: Iterable[Tensor]) -> None:
     from torch import distributed
 
     if several():
-        on_device = distributed.get_backend() == "nccl"
         for tensor in tensors:
-            sent = tensor.cuda() if on_device else tensor
-            distributed.broadcast(sent, src=0)
-            if sent is not tensor:
-                tensor.copy_(sent)
+            _send(tensor, lambda sent: distributed.broadcast(sent, src=0))
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that share work out: each does its part, and the parts are added up.
+
+    All of them hold the same model and text. So all call `add_up` and `by_rows`, in one order.
+
+    Args:
+        rank: which of them this is.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def is_mine(self, index: int) -> bool:
+        """Return whether an item that is dealt out by its index is this process's."""
+        return index % self.size == self.rank
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this process's share of items; it may be none."""
+        return items[self.rank :: self.size]
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over the processes: the same bits in each of them.
+
+        Raises:
+            RunFailed: if another process has ended.
+        """
+        from torch import distributed
+
+        if self.size > 1:
+            for tensor in tensors:
+                _send(tensor, distributed.all_reduce)
+
+    def by_rows(self, rows: int, work: Callable[[slice], Tensor]) -> Tensor:
+        """Return the rows (rows, ...) that some work gives, each process doing its own.
+
+        Args:
+            rows: how many there are.
+            work: makes some of them.
+
+        Raises:
+            RunFailed: if another process has ended.
+        """
+        if self.size == 1:
+            return work(slice(None))
+        here = slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+        part = work(here)
+        whole = part.new_zeros(rows, *part.shape[1:])
+        whole[here] = part
+        self.add_up([whole])
+        return whole
+
+
+ALONE = Team()
+"""A process that does all work itself."""
+
+
+def everyone() -> Team:
+    """Return all processes of the run."""
+    from torch import distributed
+
+    return Team(distributed.get_rank(), distributed.get_world_size()) if several() else ALONE
+
+
+def _send(tensor: Tensor, send: Callable[[Tensor], object]) -> None:
+    """Let processes change a tensor together, on the device that they send from.
+
+    Raises:
+        RunFailed: if another process has ended.
+    """
+    from torch import distributed
+
+    on_device = distributed.get_backend() == "nccl"
+    sent = (tensor.cuda() if on_device else tensor).contiguous()
+    try:
+        send(sent)
+    except RuntimeError as error:
+        raise RunFailed("another process of this run has ended; its own line says why") from error
+    if sent is not tensor:
+        tensor.copy_(sent)
 
 
 def share(found: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import weight_of
+from nuteprune.processes import Team
 from nuteprune.simulated import scored
 
 
@@ -23,7 +24,7 @@ class Moments:
     """Running sums of a projection's inputs X (rows, I), in fp64 on the CPU."""
 
     def __init__(self, size: int) -> None:
-        self.count = 0
+        self.count = torch.zeros((), dtype=torch.float64)
         self.sum_I = torch.zeros(size, dtype=torch.float64)
         self.square_I = torch.zeros(size, dtype=torch.float64)
 
@@ -33,6 +34,10 @@ class Moments:
         self.sum_I += scored(rows.sum(0)).double()
         self.square_I += scored(rows.square().sum(0)).double()
 
+    def add_up(self, team: Team) -> None:
+        """Add the rows that other processes took in."""
+        team.add_up((self.count, self.sum_I, self.square_I))
+
     @property
     def norm(self) -> Tensor:
         """L2 norm (I,) of each input over all rows, in fp32."""
@@ -41,8 +46,9 @@ class Moments:
     @property
     def variance(self) -> Tensor:
         """Variance (I,) of each input over all rows, in fp32."""
-        mean_I = self.sum_I / max(1, self.count)
-        return (self.square_I / max(1, self.count) - mean_I.square()).clamp(min=0).float()
+        count = self.count.clamp(min=1)
+        mean_I = self.sum_I / count
+        return (self.square_I / count - mean_I.square()).clamp(min=0).float()
 
 
 @dataclass(frozen=True)

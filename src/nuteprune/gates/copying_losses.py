@@ -181,14 +181,16 @@ def copying_losses(
         The mean over the repeats' tokens, in nats, on the CPU; 0 for the other units.
     """
     layout, first = probe.layout, 0
-    losses_N = torch.zeros(layout.units(kind))
+    losses_N, dealt = torch.zeros(layout.units(kind)), 0
     for layer, size in enumerate(layout.sizes[kind]):
         here = first + units_N[first : first + size].nonzero().flatten()
         groups = here.split(AT_ONCE) if len(here) else ()
-        for units in alike(groups, dense.repeats[0].logits_TV):
+        own = [units for i, units in enumerate(groups, dealt) if probe.team.is_mine(i)]
+        for units in alike(own, dense.repeats[0].logits_TV):
             losses_N[units] = scored(losses_without(probe, kind, layer, units, dense))
-        first += size
+        first, dealt = first + size, dealt + len(groups)
         tick()
+    probe.team.add_up([losses_N])
     return losses_N
 
 

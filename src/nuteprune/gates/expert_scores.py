@@ -21,6 +21,7 @@ from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import rows_of
 from nuteprune.model.sharding import gathered
+from nuteprune.processes import Team
 from nuteprune.simulated import has_data, scored
 
 ROUNDS = 24
@@ -46,7 +47,7 @@ def reconstruction(probe: Probe) -> Scores:
 def removal_order(probe: Probe) -> Tensor:
     """Return each expert's place (N,) in the order in which its layer loses experts."""
     anatomy = probe.anatomy
-    text = Layerwise(anatomy, probe.hooks, None, probe.plain_batches)
+    text = Layerwise(anatomy, probe.hooks, None, probe.plain_batches, probe.team)
     parts = []
     for layer, module in enumerate(anatomy.layers):
         mixture = anatomy.mixture(layer)
@@ -59,14 +60,14 @@ def removal_order(probe: Probe) -> Tensor:
             ):
                 text.advance(layer)
             with gathered(module):
-                parts.append(_order(mixture, read))
+                parts.append(_order(mixture, read, probe.team))
         probe.progress()
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def _order(mixture: Mixture, read: Sequence[Tensor]) -> Tensor:
-    """Return the places (E,) of a layer's experts, given batches of what it reads (S, D)."""
+def _order(mixture: Mixture, read: Sequence[Tensor], team: Team) -> Tensor:
+    """Return the places (E,) of a layer's experts, given this process's batches (S, D)."""
     left, gone = list(range(mixture.sizes[0])), list[int]()
     if not all(map(has_data, read)):  # which experts go is data
         return torch.tensor(left).float()
@@ -80,7 +81,9 @@ def _order(mixture: Mixture, read: Sequence[Tensor]) -> Tensor:
                 dense.append(given_SD)
             for expert, output_SD in zip(left, without, strict=True):
                 loss[expert] += float((output_SD.float() - dense[batch].float()).square().sum())
-        left.sort(key=loss.__getitem__)
+        loss_L = torch.tensor([loss[expert] for expert in left], dtype=torch.float64)
+        team.add_up([loss_L])
+        left = [left[i] for i in loss_L.argsort(stable=True).tolist()]
         step = min(step, len(left) - mixture.per_token)
         gone, left = gone + left[:step], left[step:]
     return torch.tensor(gone + left).argsort().float()
@@ -210,4 +213,5 @@ def reap(probe: Probe) -> Scores:
     """
     with hearing_experts(probe.anatomy) as heard:
         probe.read()
+    probe.team.add_up(x for layer in heard for x in (layer.tokens_E, layer.loud_E))
     return ranked(probe, {"experts": torch.cat([layer.reap() for layer in heard])})

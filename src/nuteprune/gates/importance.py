@@ -180,7 +180,7 @@ def similarity(probe: Probe) -> Scores:
     """
     count = len(probe.anatomy.layers)
     total = {kind: torch.zeros(count) for kind in BLOCK_KINDS}
-    tokens = [0] * count
+    tokens = torch.zeros(count, dtype=torch.long)
 
     def add_turns(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
         tokens[layer] += len(before_MD)
@@ -192,10 +192,11 @@ def similarity(probe: Probe) -> Scores:
 
     with watching_streams(probe.anatomy, add_turns):
         probe.read()
+    probe.team.add_up((tokens, *total.values()))
     found = {}
     for kind in probe.kinds:
         present = torch.tensor(probe.layout.sizes[kind], dtype=torch.bool)
-        found[kind] = (total[kind] / torch.tensor(tokens).clamp(min=1))[present]
+        found[kind] = (total[kind] / tokens.clamp(min=1))[present]
     return losses_of(probe.budget, found)
 
 
@@ -277,6 +278,7 @@ def _means_of_inputs(probe: Probe, metric: Callable[[Watched], Tensor]) -> Score
         probe.read()
     columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     for projection in watched:
+        projection.moments.add_up(probe.team)
         columns[projection.units].append(metric(projection))
     found = {}
     for kind in probe.kinds:
@@ -291,8 +293,7 @@ def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores
     model, layout, kinds = probe.anatomy.model, probe.layout, probe.kinds
     device = model.device
     total = {kind: torch.zeros(layout.units(kind)) for kind in kinds}
-    sequences = 0
-    for ids_BT in probe.batches:
+    for ids_BT in probe.own_batches():
         ids_BT = ids_BT.to(device)
         leaves = {
             kind: torch.ones(len(ids_BT), layout.units(kind), device=device, requires_grad=True)
@@ -306,6 +307,6 @@ def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores
         grads = torch.autograd.grad(loss * len(ids_BT) * LOSS_SCALE, list(leaves.values()))
         for kind, grad in zip(kinds, grads, strict=True):
             total[kind] += scored(measure(grad.float() / LOSS_SCALE).sum(0))
-        sequences += len(ids_BT)
-        probe.progress()
+    probe.team.add_up(total.values())
+    sequences = sum(map(len, probe.batches))
     return {kind: value / max(1, sequences) for kind, value in total.items()}

@@ -5,7 +5,7 @@ Shape suffixes: B batch, T tokens, U units of a layer, N units of one kind in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from nuteprune.gates.masks import Layout
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.processes import ALONE, Team
 from nuteprune.simulated import usual
 
 LOSS_SCALE = 2.0**10
@@ -42,6 +43,7 @@ class Probe:
         progress: called after each batch.
         cut_by: from scores of all kinds to masks, of which 0 marks what goes at the target; None:
             no target is known.
+        team: the processes that share the scoring out, all of which have all batches.
     """
 
     anatomy: Anatomy
@@ -53,21 +55,28 @@ class Probe:
     seed: int = 0
     progress: Callable[[], None] = lambda: None
     cut_by: Callable[[Scores], Mapping[str, Tensor]] | None = None
+    team: Team = ALONE
 
     @property
     def layout(self) -> Layout:
         """The model's units."""
         return Layout(self.budget.shape, self.budget.head_dim)
 
+    def own_batches(self) -> Iterator[Tensor]:
+        """Yield this process's share of the batches; `progress` is told of all."""
+        for i, ids_BT in enumerate(self.batches):
+            if self.team.is_mine(i):
+                yield ids_BT
+            self.progress()
+
     @torch.no_grad()
     def read(self) -> None:
-        """Run the text through the model, for the hooks that watch."""
+        """Run this process's share of the text through the model, for the hooks that watch."""
         device = self.anatomy.model.device
-        for ids_BT in self.batches:
+        for ids_BT in self.own_batches():
             ids_BT = ids_BT.to(device)
             kept = no_logits(ids_BT)
             self.anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept)
-            self.progress()
 
 
 def check_finite(values: Iterable[Tensor], method: str) -> None:

@@ -16,6 +16,7 @@ kind in a layer, E experts, F neurons of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -35,6 +36,7 @@ from nuteprune.gates.surgeon_costs import (
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import in_place_of
 from nuteprune.model.layerwise import Layerwise
+from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
 
@@ -65,33 +67,71 @@ def surgeon_scores(probe: Probe) -> Scores:
 
 
 def removal_scores(probe: Probe, changes: Mapping[Key, Tensor]) -> Scores:
-    """Return the scores from the result of `input_changes`, without gradients."""
-    text = Layerwise(probe.anatomy, probe.hooks, None, probe.plain_batches)
+    """Return the scores from the result of `input_changes`, without gradients.
+
+    Each process goes through all layers with its share of the text. As many layers as there are
+    processes are then solved side by side, one by each.
+    """
+    text = Layerwise(probe.anatomy, probe.hooks, None, probe.plain_batches, probe.team)
+    found = {kind: torch.zeros(probe.layout.units(kind)) for kind in probe.kinds}
+    layers = range(len(probe.anatomy.layers))
+    for first in layers[:: probe.team.size]:
+        together = layers[first : first + probe.team.size]
+        own: dict[int, dict[str, Tensor]] = {}
+        for layer in together:
+            covariances = _advance(probe, text, changes, layer, found)
+            if probe.team.is_mine(layer):
+                own[layer] = covariances
+            del covariances  # large
+        for layer, covariances in own.items():
+            _solve(probe, changes, layer, covariances, found)
+        for _ in together:
+            probe.progress()
+    probe.team.add_up(found.values())
+    return found
+
+
+def _advance(
+    probe: Probe, text: Layerwise, changes: Mapping[Key, Tensor], layer: int, found: Scores
+) -> dict[str, Tensor]:
+    """Return the covariance (I, I) by block of a layer; its experts are solved at once, by all."""
+    blocks = [block for block, i in changes if i == layer and block != "experts"]
+    mixture = probe.anatomy.mixture(layer) if ("experts", layer) in changes else None
+    with noting_routed(mixture) as routed:
+        covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
+    check_finite([x.diagonal() for x in covariances.values()], "surgeon")
+    if mixture is not None:
+        changes_2EF = changes["experts", layer].view(2, *mixture.sizes)
+        with gathered(probe.anatomy.layers[layer]):
+            costs_EF = neuron_costs(mixture, routed, changes_2EF, probe.team)
+        if probe.team.is_mine(layer):
+            _put(probe, found, "expert_neurons", layer, costs_EF.flatten())
+    return covariances
+
+
+def _solve(
+    probe: Probe,
+    changes: Mapping[Key, Tensor],
+    layer: int,
+    covariances: dict[str, Tensor],
+    found: Scores,
+) -> None:
+    """Put the costs of a layer's units in their places; the covariances are used up."""
     tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
-    found: dict[str, list[Tensor]] = {kind: [] for kind in probe.kinds}
-    for layer in range(len(probe.anatomy.layers)):
-        blocks = [block for block, i in changes if i == layer and block != "experts"]
-        mixture = probe.anatomy.mixture(layer) if ("experts", layer) in changes else None
-        with noting_routed(mixture) as routed:
-            covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
-        if mixture is not None:
-            changes_2EF = changes["experts", layer].view(2, *mixture.sizes)
-            with gathered(probe.anatomy.layers[layer]):
-                costs_EF = neuron_costs(mixture, routed, changes_2EF)
-            found["expert_neurons"].append(costs_EF.flatten())
-        for block in blocks:
-            covariance_II = covariances.pop(block).div_(tokens)
-            check_finite([covariance_II.diagonal()], "surgeon")
-            lengths_I = lengths(changes[block, layer], covariance_II.diagonal())
-            kinds = [kind for kind in probe.kinds if READ[kind] == block]
-            counts = [probe.layout.sizes[kind][layer] for kind in kinds]
-            linear = probe.anatomy.linear(layer, probe.anatomy.ends(layer)[block])
-            assert linear is not None
-            costs = removal_costs(weight_of(linear).float(), lengths_I, covariance_II, counts)
-            for kind, costs_U in zip(kinds, costs, strict=True):
-                found[kind].append(costs_U)
-        probe.progress()
-    return {kind: torch.cat(parts) for kind, parts in found.items()}
+    for block in list(covariances):
+        covariance_II = covariances.pop(block).div_(tokens)
+        lengths_I = lengths(changes[block, layer], covariance_II.diagonal())
+        kinds = [kind for kind in probe.kinds if READ[kind] == block]
+        counts = [probe.layout.sizes[kind][layer] for kind in kinds]
+        linear = probe.anatomy.linear(layer, probe.anatomy.ends(layer)[block])
+        assert linear is not None
+        costs = removal_costs(weight_of(linear).float(), lengths_I, covariance_II, counts)
+        for kind, costs_U in zip(kinds, costs, strict=True):
+            _put(probe, found, kind, layer, costs_U)
+
+
+def _put(probe: Probe, found: Scores, kind: str, layer: int, costs_U: Tensor) -> None:
+    found[kind].split(probe.layout.sizes[kind])[layer].copy_(costs_U)
 
 
 def draw_tokens(chances_BTV: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,10 +167,20 @@ def input_changes(probe: Probe) -> dict[Key, Tensor]:
         total[key] = total[key] + changes_2I if key in total else changes_2I
 
     with _gradients_of_inputs(probe, add_changes):
-        for batch_BT in probe.batches:
-            _back(probe, batch_BT.to(device), generator)
+        for i, batch_BT in enumerate(probe.batches):
+            if probe.team.is_mine(i):
+                _back(probe, batch_BT.to(device), generator)
+            else:
+                _pass_over(probe, batch_BT, generator)
             probe.progress()
-    return total
+    found = {}  # in one order in all processes
+    for key, module in reversed(_readers(probe).items()):
+        if key not in total:  # no batch is this process's
+            width = math.prod(module.sizes) if isinstance(module, Mixture) else module.in_features
+            total[key] = torch.zeros(2, width, device=device)
+        found[key] = total[key]
+    probe.team.add_up(found.values())
+    return found
 
 
 def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
@@ -141,22 +191,24 @@ def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
     logits_BTV.backward(slope_BTV.to(logits_BTV.dtype))
 
 
+def _pass_over(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
+    """Draw as many tokens as another process does, so that later batches get the same ones."""
+    vocabulary = len(probe.anatomy.embedding.weight)
+    draw_tokens(torch.ones(*ids_BT.shape, vocabulary, device=generator.device), generator)
+
+
 @contextmanager
 def _gradients_of_inputs(probe: Probe, add: AddChanges) -> Iterator[None]:
     """Pass on how the loss changes without each input, while a backward pass forms gradients."""
-    anatomy = probe.anatomy
     with ExitStack() as stack:
-        stack.enter_context(anatomy.embedding.register_forward_hook(_require_gradients))
-        for block in dict.fromkeys(READ[kind] for kind in probe.kinds):
-            for layer in range(len(anatomy.layers)):
-                add_own = partial(add, block, layer)
-                if block == "experts":
-                    mixture = anatomy.mixture(layer)
-                    if mixture is not None:
-                        watched = watched_experts(mixture, probe.batches[0].shape[1], add_own)
-                        stack.enter_context(in_place_of([mixture.experts], [watched]))
-                elif (module := _reader(probe, block, layer)) is not None:
-                    stack.enter_context(module.register_forward_pre_hook(_adding_changes(add_own)))
+        stack.enter_context(probe.anatomy.embedding.register_forward_hook(_require_gradients))
+        for key, module in _readers(probe).items():
+            add_own = partial(add, *key)
+            if isinstance(module, Mixture):
+                watched = watched_experts(module, probe.batches[0].shape[1], add_own)
+                stack.enter_context(in_place_of([module.experts], [watched]))
+            else:
+                stack.enter_context(module.register_forward_pre_hook(_adding_changes(add_own)))
         yield
 
 
@@ -178,6 +230,18 @@ def _adding_changes(add: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple
 def _require_gradients(_: nn.Module, __: Any, output: Tensor) -> None:
     # Weights are frozen, so gradients reach the layers from what they read.
     output.requires_grad_(True)
+
+
+def _readers(probe: Probe) -> dict[Key, Any]:
+    """Return what reads the units of each block and layer: its last projection, or its experts."""
+    found = {}
+    for block in dict.fromkeys(READ[kind] for kind in probe.kinds):
+        for layer in range(len(probe.anatomy.layers)):
+            experts = block == "experts"
+            own = probe.anatomy.mixture(layer) if experts else _reader(probe, block, layer)
+            if own is not None:
+                found[block, layer] = own
+    return found
 
 
 def _reader(probe: Probe, block: str, layer: int) -> Any:

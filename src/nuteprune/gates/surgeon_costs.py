@@ -43,6 +43,7 @@ from torch import Tensor
 
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import computed_with
+from nuteprune.processes import ALONE, Team
 from nuteprune.simulated import alike, has_data, number, once, scored, usual
 
 DAMPING = 1e-2
@@ -238,27 +239,30 @@ def watched_experts(
 
 
 @torch.no_grad()
-def neuron_costs(mixture: Mixture, routed: Routed, changes_2EF: Tensor) -> Tensor:
+def neuron_costs(
+    mixture: Mixture, routed: Routed, changes_2EF: Tensor, team: Team = ALONE
+) -> Tensor:
     """Return the cost (E, F) of removing each neuron of a layer's experts, on the CPU.
 
     Args:
         mixture: the experts.
-        routed: the arguments of their calls on calibration text.
+        routed: the arguments of their calls on this process's calibration text.
         changes_2EF: what the loss changes by without a neuron; see `lengths`.
+        team: the processes that share the text out.
     """
     down = mixture.stack(mixture.down)
     found = []
     for expert, changes_2F in alike(list(enumerate(changes_2EF.unbind(1))), down):
         weight_DF = mixture.plain(down[expert]).float()
-        covariance_FF = neuron_covariance(mixture, routed, expert)
+        covariance_FF = neuron_covariance(mixture, routed, expert, team)
         lengths_F = lengths(changes_2F, covariance_FF.diagonal())
         found += removal_costs(weight_DF, lengths_F, covariance_FF, [len(lengths_F)])
     return torch.stack(found).expand(mixture.sizes)
 
 
-def neuron_covariance(mixture: Mixture, routed: Routed, expert: int) -> Tensor:
+def neuron_covariance(mixture: Mixture, routed: Routed, expert: int, team: Team = ALONE) -> Tensor:
     """Return C (F, F) of an expert's neurons, in fp32; zeros where no token is routed to it."""
-    width, heard = mixture.sizes[1], 0.0
+    width, heard = mixture.sizes[1], torch.zeros((), dtype=torch.float64)
     sum_FF = mixture.stack(mixture.down).new_zeros(width, width, dtype=torch.float32)
     # Which tokens reach an expert is data.
     for hidden_SD, index_SK, weight_SK in filter(lambda x: has_data(x[1]), routed):
@@ -270,7 +274,8 @@ def neuron_covariance(mixture: Mixture, routed: Routed, expert: int) -> Tensor:
             inner_PF *= weight_P.unsqueeze(-1)
             sum_FF.addmm_(inner_PF.T, inner_PF)
             heard += float(weight_P.square().sum())
-    return sum_FF.div_(heard or 1.0)
+    team.add_up((sum_FF, heard))
+    return sum_FF.div_(float(heard) or 1.0)
 
 
 def _neurons(experts: Any, rows_PD: Tensor, expert: int) -> Tensor:

@@ -24,6 +24,7 @@ from nuteprune.model.forwards import giving, in_place_of
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered, is_sharded
+from nuteprune.processes import ALONE, Team
 from nuteprune.simulated import once
 
 PANEL = 256
@@ -52,6 +53,7 @@ class Layerwise:
         hooks: where masks multiply in it.
         masks: the masks to run with; None: open ones.
         batches: token ids (B, T), T the same in all.
+        team: the processes that share the batches out, each reading its own.
     """
 
     @torch.no_grad()
@@ -61,15 +63,16 @@ class Layerwise:
         hooks: MaskHooks,
         masks: MaskSource | None,
         batches: Sequence[Tensor],
+        team: Team = ALONE,
     ) -> None:
-        self._anatomy, self._hooks, self._masks = anatomy, hooks, masks
+        self._anatomy, self._hooks, self._masks, self._team = anatomy, hooks, masks, team
         self._batches_BTD: list[Tensor] = []
         # What else a layer is called with, by batch size: masks and rotary tables differ by layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._blocks: list[_Block] = []
         give_back()
         device = anatomy.model.device
-        for batch_BT in batches:
+        for batch_BT in team.mine(batches):
             ids_BT = batch_BT.to(device)
             if len(ids_BT) not in self._kwargs:
                 self._kwargs[len(ids_BT)] = self._calls(ids_BT)
@@ -145,7 +148,13 @@ class Layerwise:
         # The last batch may be smaller, and have been kept alone.
         if len(block.inputs) == len(self._batches_BTD):
             self._blocks.append(block)
-        return block.products.whole(), block.missing_DI
+        missing_DI = block.missing_DI
+        if norm is not None:
+            if missing_DI is None:  # no batch is this process's
+                shape = module.out_features, module.in_features
+                missing_DI = torch.zeros(shape, device=self._anatomy.model.device)
+            self._team.add_up([missing_DI])
+        return block.products.whole(self._team), missing_DI
 
     @torch.no_grad()
     def calls(self, layer: int, module: nn.Module) -> list[tuple[Any, ...]]:
@@ -204,14 +213,16 @@ class Layerwise:
                 self._batches_BTD[i] = self._run(layer, i)
         self._blocks.clear()
         give_back()
-        return {name: product.whole() for name, product in products.items()}
+        return {name: product.whole(self._team) for name, product in products.items()}
 
     def _products(self, layer: int, projection: Projection) -> _Products:
         """Return the empty sum over a block's last projection's inputs."""
         block = "attn_block" if projection in self._anatomy.family.attention else "mlp_block"
         linear = self._anatomy.linear(layer, projection)
         normed = linear is not None and self._anatomy.post_norm(layer, block) is not None
-        return _Products(weight_of(linear) if linear is not None and normed else None)
+        weight_OI = weight_of(linear) if linear is not None and normed else None
+        size = self._anatomy.projection(layer, projection).in_features
+        return _Products(size, self._anatomy.model.device, weight_OI)
 
     def _run(self, layer: int, batch: int) -> Tensor:
         hidden_BTD = self._batches_BTD[batch]
@@ -294,13 +305,15 @@ class _Products:
     """The sum of X^T X (I, I) over inputs X (..., I), in fp32; the lower triangle is computed.
 
     Args:
+        size: how many inputs there are.
+        device: where they are.
         weight_OI: where a norm follows the projection, its weight. The norm divides each token's
             output by its root mean square, so the token's inputs are divided too: else a few
             tokens of large outputs would drown all others.
     """
 
-    def __init__(self, weight_OI: Tensor | None = None) -> None:
-        self._weight_OI = weight_OI
+    def __init__(self, size: int, device: torch.device, weight_OI: Tensor | None = None) -> None:
+        self._size, self._device, self._weight_OI = size, device, weight_OI
         self._sum_II: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:
@@ -309,7 +322,7 @@ class _Products:
             output_MO = nn.functional.linear(inputs, self._weight_OI.to(inputs)).flatten(0, -2)
             size_M1 = output_MO.float().square().mean(-1, keepdim=True).sqrt()
             rows_MI = rows_MI / size_M1.clamp(min=LEAST)
-        size = rows_MI.shape[1]
+        size = self._size
         if self._sum_II is None:
             self._sum_II = rows_MI.new_zeros(size, size)
         sum_II = self._sum_II
@@ -321,10 +334,12 @@ class _Products:
 
         once(multiply, rows_MI, *rows_MI.shape)
 
-    def whole(self) -> Tensor:
-        """Return both triangles."""
+    def whole(self, team: Team) -> Tensor:
+        """Return both triangles of the sum over all processes."""
         sum_II = self._sum_II
-        assert sum_II is not None
+        if sum_II is None:  # no batch is this process's
+            sum_II = torch.zeros(self._size, self._size, device=self._device)
+        team.add_up([sum_II])
 
         def mirror() -> None:
             for start in range(0, len(sum_II), PANEL):

@@ -30,6 +30,7 @@ from nuteprune.model.layerwise import Layerwise, Read
 from nuteprune.model.lora import effective_weight
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
+from nuteprune.processes import ALONE, Team
 from nuteprune.shrink.ridge import ridge_fit, with_ridge
 from nuteprune.shrink.stacks import fitted_stack, lost_neurons
 
@@ -64,21 +65,27 @@ class Regression:
         covariance_II: X^T X of its unmasked inputs, fp32.
         target_OI: the weight whose outputs from all inputs the fit aims at, fp32.
         missing_OI: E^T X, with E what it aims at beyond these outputs, fp32; None: nothing.
+        team: the processes that share the rows out.
     """
 
     weight_OI: Tensor
     covariance_II: Tensor
     target_OI: Tensor
     missing_OI: Tensor | None
+    team: Team = ALONE
 
     def fit(self, mask_I: Tensor) -> Tensor:
         """Return the weight fitted to the inputs that a mask leaves; unchanged if it leaves all."""
         if not _lost(mask_I):
             return self.weight_OI
         mask_I = mask_I.to(self.weight_OI)
-        return ridge_fit(
-            self.weight_OI, self.covariance_II, mask_I, self.target_OI, self.missing_OI
-        )
+
+        def fitted(rows: slice) -> Tensor:
+            missing_OI = None if self.missing_OI is None else self.missing_OI[rows]
+            own = self.weight_OI[rows], self.covariance_II, mask_I, self.target_OI[rows]
+            return ridge_fit(*own, missing_OI)
+
+        return self.team.by_rows(len(self.weight_OI), fitted)
 
 
 Note = Callable[[int, str, Regression, Tensor], None]
@@ -119,6 +126,7 @@ def fit_projections(
     dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     install_stack: InstallStack | None = None,
     note: Note | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Fit the output and down projections of all layers, in order.
 
@@ -132,6 +140,7 @@ def fit_projections(
         dense: a context in which a layer has the dense model's weights.
         install_stack: puts routed experts' fits into the model; None: these stay as they are.
         note: called with each projection whose inputs have masks, cut or not.
+        team: the processes that share the batches and the rows of the weights out.
     """
     layers = range(len(anatomy.layers))
     taking = lost_inputs if note is None else masked_ends
@@ -141,9 +150,9 @@ def fit_projections(
         for _ in ends:
             progress()
         return
-    text = Layerwise(anatomy, hooks, masks, batches)
+    text = Layerwise(anatomy, hooks, masks, batches, team)
     # Fits of experts alone ask nothing of the dense model's stream.
-    intact = Layerwise(anatomy, hooks, None, batches) if any(ends) else None
+    intact = Layerwise(anatomy, hooks, None, batches, team) if any(ends) else None
     for i, found in enumerate(ends):
         norms = _norms_before(anatomy, i)
         read: dict[str, Read] = {}
@@ -152,7 +161,7 @@ def fit_projections(
                 read = intact.reads(i, norms)
         for block, projection, mask in found:
             lack = _Lack(norms.get(block), read.pop(block, ()), anatomy.block_scale(block))
-            regression = _regression(anatomy, text, i, projection, lack, dense)
+            regression = _regression(anatomy, text, i, projection, lack, dense, team)
             fitted_OI = regression.fit(mask)
             if note is not None:
                 note(i, block, regression, fitted_OI)
@@ -165,7 +174,7 @@ def fit_projections(
             mixture = cast(Mixture, anatomy.mixture(i))
             with dense(i):
                 target = mixture.stack(mixture.down)
-            fitted = fitted_stack(mixture, text.calls(i, mixture.experts), mask_EF, target)
+            fitted = fitted_stack(mixture, text.calls(i, mixture.experts), mask_EF, target, team)
             install_stack(i, mixture.down, fitted)
             del target, fitted  # large
         text.advance(i)
@@ -179,6 +188,7 @@ def _regression(
     projection: Projection,
     lack: _Lack,
     dense: Callable[[int], AbstractContextManager[Any]],
+    team: Team,
 ) -> Regression:
     """Return what a projection is fitted to where the text stands.
 
@@ -189,6 +199,7 @@ def _regression(
         projection: the last one of a block of it.
         lack: where what the residual stream lacks shows.
         dense: see `fit_projections`.
+        team: see `fit_projections`.
     """
     module = anatomy.projection(layer, projection)
     covariance_II, missing_OI = text.covariance(layer, projection, lack.norm, lack.read)
@@ -197,7 +208,7 @@ def _regression(
         target_OI = weight_of(without_lora(module)).float()
     if missing_OI is not None:
         missing_OI.mul_(FEEDBACK / lack.scale)
-    return Regression(weight_OI, covariance_II, target_OI, missing_OI)
+    return Regression(weight_OI, covariance_II, target_OI, missing_OI, team)
 
 
 def masked_ends(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:

@@ -16,6 +16,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon_costs import Routed, neuron_covariance
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.mixture import Mixture
+from nuteprune.processes import ALONE, Team
 from nuteprune.shrink.ridge import ridge_fit
 from nuteprune.simulated import alike
 
@@ -35,16 +36,19 @@ def lost_neurons(anatomy: Anatomy, masks: Masks, layer: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def fitted_stack(mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tensor) -> Tensor:
+def fitted_stack(
+    mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tensor, team: Team = ALONE
+) -> Tensor:
     """Return the stack of down projections, in the entry's layout, fitted where neurons are gone.
 
     Columns of neurons that are gone stay as they were, for neurons that may return.
 
     Args:
         mixture: the experts, their neurons whole.
-        routed: the experts' inputs in the pruned model, on calibration text.
+        routed: the experts' inputs in the pruned model, on this process's calibration text.
         mask_EF: multipliers of neurons, 0 where they are gone.
         target: the stack whose outputs from all neurons the fit aims at.
+        team: the processes that share the text out.
     """
     stack = mixture.stack(mixture.down).detach()
     fitted = stack.clone()
@@ -52,7 +56,7 @@ def fitted_stack(mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tens
     for expert in alike(thin, stack):
         mask_F, kept_F = mask_EF[expert], mask_EF[expert] > 0
         own_DF, wanted_DF = (mixture.plain(x[expert]).float() for x in (stack, target))
-        covariance_FF = neuron_covariance(mixture, routed, expert)
+        covariance_FF = neuron_covariance(mixture, routed, expert, team)
         new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
         mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
     return fitted

@@ -87,7 +87,7 @@ def price(
     note = measure.note(cut, changes)
     weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress, note=note)
     # Counted from here, so that the refit is not taken for the time of a change.
-    tick = counted(progress, "price", len(changes))
+    tick = counted(progress, "price", len(model.team.mine(changes)))
     with model.bank.using_weights(weights):
         prices = measure.prices(tick)
     check_finite([torch.tensor(list(prices.values()))], "price")
@@ -201,6 +201,8 @@ class Tried:
 class Measure:
     """Measures what changes of a cut cost; made while the model is dense.
 
+    All processes refit to all changes together. Each then measures its share of them.
+
     Args:
         model: the model.
         batches: token ids (B, T) that tell.
@@ -209,7 +211,8 @@ class Measure:
     @torch.no_grad()
     def __init__(self, model: Prunable, batches: Sequence[Tensor]) -> None:
         self._model, self._batches = model, batches
-        self._tried: list[Tried] = []
+        self._changes: list[Change] = []  # in the order in which they are refitted to
+        self._tried: list[Tried] = []  # those of this process
         with model.hooks.using(None):
             self._dense = [Predicted.of(logits_of(model, x)) for x in batches]
 
@@ -221,6 +224,7 @@ class Measure:
             changes: of it.
         """
         anatomy, folder = self._model.anatomy, self._model.bank.folder
+        team = self._model.team
 
         def note(layer: int, block: str, regression: Regression, _: Tensor) -> None:
             for change in changes:
@@ -228,6 +232,9 @@ class Measure:
                     mask_I = change.of(masks).inputs(layer)[block]
                     assert mask_I is not None
                     weight_OI = left(regression.fit(mask_I).to("cpu", anatomy.model.dtype))
+                    self._changes.append(change)
+                    if not team.is_mine(len(self._changes) - 1):
+                        continue
                     if folder is not None:
                         weight_OI = mapped({"weight": weight_OI}, folder)["weight"]
                     self._tried.append(Tried(change, anatomy.ends(layer)[block], weight_OI))
@@ -241,9 +248,9 @@ class Measure:
         The model is cut and refitted now: columns of what is gone are 0.
 
         Args:
-            tick: called after each change.
+            tick: called after each change that this process measures.
         """
-        model, found = self._model, {}
+        model, found = self._model, dict[Change, float]()
         layers = model.anatomy.layers
         with model.hooks.using(None):
             own, outputs = [], []
@@ -265,7 +272,9 @@ class Measure:
                 model.bank.set_weight(layer, projection, own_OI)
                 found[tried.change] = number(torch.stack(losses).mean() - torch.stack(own).mean())
                 tick()
-        return found
+        prices_N = torch.tensor([found.get(x, 0.0) for x in self._changes], dtype=torch.float64)
+        model.team.add_up([prices_N])
+        return dict(zip(self._changes, prices_N.tolist(), strict=True))
 
     def _loss(self, batch: int) -> Tensor:
         return mean_kl(self._dense[batch], logits_of(self._model, self._batches[batch]))

@@ -13,6 +13,8 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.packed import is_packed
+from nuteprune.processes import ALONE, Team, everyone
+from nuteprune.simulated import has_data
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Prunable:
         """Where its embedding is."""
         device: torch.device = self.anatomy.embedding.weight.device
         return device
+
+    @property
+    def team(self) -> Team:
+        """The processes that share the work of its stages: those that hold all of it."""
+        alone = self.is_sharded or not has_data(self.anatomy.embedding.weight)
+        return ALONE if alone else everyone()
 
     @property
     def has_whole_weights(self) -> bool:

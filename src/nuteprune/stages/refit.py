@@ -70,5 +70,6 @@ def refit(
             bank.as_dense,
             stacks,
             note,
+            model.team,
         )
         return bank.weights() if whole else {k: v.clone() for k, v in bank.state().items()}

@@ -99,7 +99,7 @@ def _score_once(
         return choose(model, scores, target).to("cpu").values
 
     aim = cut_by if target else None
-    probe = Probe(anatomy, model.hooks, budget, kinds, batches, plain, seed, tick, aim)
+    probe = Probe(anatomy, model.hooks, budget, kinds, batches, plain, seed, tick, aim, model.team)
     with _frozen_parameters(anatomy.model):
         scores = chosen.score(probe)
     check_finite(scores.values(), method)

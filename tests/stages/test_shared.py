@@ -1,0 +1,67 @@
+"""The stages before the first step, shared out: what one process finds, with less work each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.forked import python
+
+pytestmark = pytest.mark.slow(10)
+
+Found = tuple[list[dict[str, torch.Tensor]], list[dict[str, int]]]
+
+
+def stages(model: Path, processes: int, blocks: int, *methods: str) -> Found:
+    """What each process finds, and its products, by stage."""
+    out = model / f"by {processes}"
+    out.mkdir()
+    script = Path(__file__).with_name("shared_stages.py")
+    done = python(script, model, out, blocks, *methods, processes=processes)
+    assert done.code == 0, done.err
+    ranks = range(processes)
+    products = [json.loads((out / f"{i}.json").read_text()) for i in ranks]
+    return [load_file(out / f"{i}.safetensors") for i in ranks], products
+
+
+def assert_same(one: Found, many: Found) -> None:
+    """All processes have the same bits, and what one process has but for rounding."""
+    (alone,), (first, *others) = one[0], many[0]
+    assert alone.keys() == first.keys()
+    for name, value in alone.items():
+        assert all(torch.equal(first[name], other[name]) for other in others), name
+        assert (first[name] == 0).equal(value == 0), name  # the same units went
+        distance = (first[name].double() - value.double()).norm()
+        assert distance <= 1e-4 * value.double().norm(), name
+
+
+def test_four_processes_do_a_quarter_each_of_every_stage(
+    tiny_model: Callable, tmp_path: Path
+) -> None:
+    tiny_model("llama", num_hidden_layers=30).save_pretrained(tmp_path)
+    one, four = (stages(tmp_path, count, 48) for count in (1, 4))
+    assert_same(one, four)
+    (alone,), each = one[1], four[1]
+    assert set(alone) == {"score", "price", "refit"}
+    shares = {stage: max(x[stage] for x in each) / alone[stage] for stage in alone}
+    assert all(share <= 0.3 for share in shares.values()), shares
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("gemma2", ("flap", "taylor", "similarity")),
+        ("qwen2_moe", ("reap", "reconstruction")),
+    ],
+)
+def test_processes_without_a_batch_of_their_own_add_nothing(
+    name: str, methods: tuple[str, ...], tiny_model: Callable, tmp_path: Path
+) -> None:
+    tiny_model(name).save_pretrained(tmp_path)
+    one, three = (stages(tmp_path, count, 6, *methods) for count in (1, 3))
+    assert_same(one, three)
