@@ -430,7 +430,8 @@ def test_each_token_that_is_written_reads_the_weights(
         (24, 200, 64, 2),
         (24, 8000, 64, 13),
         (128, 7, 8, 1),  # texts of 64 tokens
-        (128, 150, 64, 2),
+        (128, 150, 120, 1),
+        (128, 800, 64, 10),
     ):
         short = min(length, 64)
         args = settings(tmp_path, max_steps=1, calibration_blocks=1)
