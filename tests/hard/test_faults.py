@@ -32,6 +32,7 @@ PRUNE = f"prune {{model}} --data {{text}} --out {{out}} {QUICK} {SETTINGS}"
 RECOVER = f"recover {{pruned}} --out {{out}} {QUICK} --steps 5 --save-steps 2"
 BENCH = "--lengths 8 --new-tokens 2 --batch-sizes 1 --device cpu --dtype float32"
 LEARNING = {"stepping", "writing a checkpoint", "exporting", "reporting"}
+RECOVERING = {"writing a checkpoint", "merging", "exporting"}
 CUTTING = LEARNING | {"scoring", "refitting", "finalizing", "slicing", "writing the record"}
 
 
@@ -87,10 +88,10 @@ JOBS = {
         f"demo --out {{out}} --steps 2 {QUICK} {SETTINGS}",
         *(30, CUTTING | {"timing models"}, "--resume"),
     ),
-    "recover": Job(f"{RECOVER} --data {{text}}", 150, LEARNING | {"merging"}, "--resume"),
+    "recover": Job(f"{RECOVER} --data {{text}}", 150, RECOVERING, "--resume"),
     "recover beside the dense model": Job(
         f"{RECOVER} --data {{rows}} --against {{model}}",
-        *(100, LEARNING | {"merging", "comparing"}, "--resume"),
+        *(100, RECOVERING | {"comparing"}, "--resume"),
     ),
     "vocab": Job(
         "vocab {model} --data {text} --keep 290 --length 16 --out {out}",
