@@ -53,7 +53,7 @@ def use_rates(monkeypatch: pytest.MonkeyPatch, block: float, steps: int = 11) ->
 
 @pytest.mark.parametrize(
     ("block", "blocks", "priced"),
-    [(0.01, 32, True), (0.35, 32, False), (1.0, 16, False), (2.2, 8, False)],
+    [(0.01, 32, True), (0.35, 32, False), (1.0, 12, False), (1.3, 8, False)],
 )
 def test_a_slower_machine_reads_less_before_the_first_step(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int, priced: bool

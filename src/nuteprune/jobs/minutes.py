@@ -36,15 +36,15 @@ from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-SCORE, REFIT, CHANGE, JUDGE = 0.7, 0.8, 0.2, 0.65
+SCORE, REFIT, CHANGE, JUDGE = 2.7, 0.8, 0.2, 0.65
 """Times per block, as multiples of teaching one: scoring, refit, pricing one change, and judging,
 which includes its share of copying."""
 CUT = 0.6
 """Time to score a unit of attention by cutting it, as such a multiple. The share of them that is
 cut is about the share to remove; see `copying_kept`."""
-OPTIONS = ((32, True), (32, False), (16, False), (8, False))
+OPTIONS = ((32, True), (32, False), (24, False), (16, False), (12, False), (8, False))
 """Blocks for the scores, and whether units are priced, the best first."""
-BEFORE = {True: 0.55, False: 0.8}
+BEFORE = {True: 0.55, False: 0.85}
 """Share of the time that the stages before the first step may take with pricing and without,
 judging left aside: blocks for scores and refit gain more than steps, pricing as much."""
 JUDGING = 0.12
