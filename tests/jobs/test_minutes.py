@@ -133,6 +133,20 @@ def test_the_demo_takes_longer_where_its_minutes_are_too_few(
     assert planned.settings["max_steps"] == FEWEST
 
 
+def test_what_comes_after_the_run_leaves_fewer_steps(
+    tiny_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_rates(monkeypatch, 0.3)
+    model, text = map(str, tiny_inputs)
+    settings = {"target_sparsity": 0.2, "neuron_multiple": 8}
+    job = PruneJob(model, tmp_path / "out", data=text, length=16, minutes=4, settings=settings)
+    steps = [
+        within_minutes(job, tmp_path / "scratch", Output(quiet=True), after).settings["max_steps"]
+        for after in (0.0, 10.0)
+    ]
+    assert steps[0] > steps[1] + 5
+
+
 @pytest.mark.parametrize(
     ("more", "why"), [(("--steps", 5), "pass one of them"), (("--set", "progressive=true"), "ramp")]
 )

@@ -508,6 +508,16 @@ def test_a_draw_is_where_its_number_falls(logits: list[float], number: float) ->
     assert below - 1e-12 <= number <= above + 1e-12
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_draw_by_parts_is_the_draw_of_all(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    numbers = torch.linspace(0.05, 0.95, 5, dtype=torch.float64)
+    alone = [int(draw(x[None], n[None])) for x, n in zip(logits, numbers, strict=True)]
+    assert len(set(alone)) > 2
+    monkeypatch.setattr(writing, "_DRAWN", rows * 30)
+    assert draw(logits, numbers).tolist() == alone
+
+
 @pytest.mark.slow
 def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> None:
     """Started as a launcher does, killed at some point, and started again."""

@@ -22,7 +22,7 @@ def usual_rate(anatomy: Anatomy) -> float:
 
     Adam changes LoRA by about the rate in each step, and so the output of a projection by the same
     amount whatever its weights are. For the change to be as large a share of the output in every
-    model, the rate goes with the gain. By gain models differ tenfold: see docs/log.md.
+    model, the rate goes with the gain. That of two models differs fivefold: see docs/log.md.
 
     Args:
         anatomy: the dense model.
