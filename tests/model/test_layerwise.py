@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.model import layerwise
+from nuteprune.model import covariance
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise
+from nuteprune.processes import ALONE
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -15,7 +16,7 @@ def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(
     name: str, tiny_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a norm follows (Gemma), each token counts by what the norm divides it by."""
-    monkeypatch.setattr(layerwise, "PANEL", 7)  # does not divide the 48 neurons
+    monkeypatch.setattr(covariance, "PANEL", 7)  # does not divide the 48 neurons
     anatomy = Anatomy(tiny_model(name))
     random = torch.Generator().manual_seed(0)
     batches = [torch.randint(3, 90, (2, 10), generator=random) for _ in range(3)]
@@ -33,3 +34,21 @@ def test_products_of_inputs_are_whole_whatever_panels_they_are_formed_in(
         inputs_MI = inputs_MI / output_MO.square().mean(-1, keepdim=True).sqrt()
     for products in (alone, found):
         torch.testing.assert_close(products, inputs_MI.T @ inputs_MI)
+
+
+def test_products_of_inputs_in_bf16_are_summed_up_in_fp32() -> None:
+    random = torch.Generator().manual_seed(0)
+    inputs_BMI = torch.randn(40, 64, 30, generator=random).bfloat16() + 1
+    made = covariance.Covariance(30, torch.device("cpu"))
+    for inputs_MI in inputs_BMI:
+        made.add(inputs_MI)
+    rows_MI = inputs_BMI.flatten(0, 1).double()
+    whole_II = made.whole(ALONE)
+    assert whole_II.dtype == torch.float32
+    # A sum in bf16 would be off by far more: its last batches would be lost.
+    torch.testing.assert_close(whole_II.double(), rows_MI.T @ rows_MI, rtol=2e-3, atol=2.0)
+    values_MD = torch.randn(64, 5, generator=random)
+    found_DI = covariance.product(values_MD, inputs_BMI[0])
+    expected_DI = values_MD.double().T @ inputs_BMI[0].double()
+    torch.testing.assert_close(found_DI.double(), expected_DI, rtol=1e-2, atol=0.1)
+    assert torch.equal(covariance.product(values_MD, values_MD), values_MD.T @ values_MD)

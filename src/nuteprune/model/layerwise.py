@@ -3,8 +3,8 @@
 What is large, such as the covariance of a projection's inputs, is held for one layer at a time. A
 layer may be changed before the text goes on to the next.
 
-Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection, M = B x T, P columns of
-a panel, O outputs of a projection.
+Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection, O its outputs, N = B x
+T.
 """
 
 from __future__ import annotations
@@ -19,23 +19,16 @@ from torch import Tensor, nn
 
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy, no_logits
+from nuteprune.model.covariance import Covariance, product
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, in_place_of
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered, is_sharded
 from nuteprune.processes import ALONE, Team
-from nuteprune.simulated import once
-
-PANEL = 256
-"""Columns of a product of inputs that are formed at once."""
 
 KEPT_BYTES = 2**30
 """Bytes of a projection's inputs that may be kept, so that a layer need not form them again."""
-
-
-LEAST = 1e-12
-"""The least root mean square that a token's inputs are divided by."""
 
 Read = Sequence[Tensor]
 """The inputs (B, T, D) of a module, batch by batch."""
@@ -198,7 +191,7 @@ class Layerwise:
             Block -> X^T X (I, I) of the projection's unmasked inputs, in fp32.
         """
         ends = self._anatomy.ends(layer)
-        products = dict[str, _Products]()
+        products = dict[str, Covariance]()
 
         def hook(name: str) -> Any:
             return lambda _, args: products[name].add(args[0])
@@ -215,14 +208,14 @@ class Layerwise:
         give_back()
         return {name: product.whole(self._team) for name, product in products.items()}
 
-    def _products(self, layer: int, projection: Projection) -> _Products:
+    def _products(self, layer: int, projection: Projection) -> Covariance:
         """Return the empty sum over a block's last projection's inputs."""
         block = "attn_block" if projection in self._anatomy.family.attention else "mlp_block"
         linear = self._anatomy.linear(layer, projection)
         normed = linear is not None and self._anatomy.post_norm(layer, block) is not None
         weight_OI = weight_of(linear) if linear is not None and normed else None
         size = self._anatomy.projection(layer, projection).in_features
-        return _Products(size, self._anatomy.model.device, weight_OI)
+        return Covariance(size, self._anatomy.model.device, weight_OI)
 
     def _run(self, layer: int, batch: int) -> Tensor:
         hidden_BTD = self._batches_BTD[batch]
@@ -253,7 +246,7 @@ class _Block:
         self,
         module: nn.Module | None,
         projection: nn.Module,
-        products: _Products,
+        products: Covariance,
         most: int,
         other: Read,
     ) -> None:
@@ -273,7 +266,7 @@ class _Block:
         """Record the next batch's input of the projection; end the pass if that is all."""
         self.products.add(args[0])
         if len(self._lack_ND):
-            missing_DI = self._lack_ND.T @ args[0].flatten(0, -2).float()
+            missing_DI = product(self._lack_ND, args[0].flatten(0, -2))
             self.missing_DI = (
                 missing_DI if self.missing_DI is None else self.missing_DI + missing_DI
             )
@@ -299,56 +292,6 @@ class _Block:
         """Compute the block's output from the kept inputs of a batch."""
         written = self._projection(self.inputs[batch])
         return (written, *self._output[1:]) if isinstance(self._output, tuple) else written
-
-
-class _Products:
-    """The sum of X^T X (I, I) over inputs X (..., I), in fp32; the lower triangle is computed.
-
-    Args:
-        size: how many inputs there are.
-        device: where they are.
-        weight_OI: where a norm follows the projection, its weight. The norm divides each token's
-            output by its root mean square, so the token's inputs are divided too: else a few
-            tokens of large outputs would drown all others.
-    """
-
-    def __init__(self, size: int, device: torch.device, weight_OI: Tensor | None = None) -> None:
-        self._size, self._device, self._weight_OI = size, device, weight_OI
-        self._sum_II: Tensor | None = None
-
-    def add(self, inputs: Tensor) -> None:
-        rows_MI = inputs.reshape(-1, inputs.shape[-1]).float()
-        if self._weight_OI is not None:
-            output_MO = nn.functional.linear(inputs, self._weight_OI.to(inputs)).flatten(0, -2)
-            size_M1 = output_MO.float().square().mean(-1, keepdim=True).sqrt()
-            rows_MI = rows_MI / size_M1.clamp(min=LEAST)
-        size = self._size
-        if self._sum_II is None:
-            self._sum_II = rows_MI.new_zeros(size, size)
-        sum_II = self._sum_II
-
-        def multiply() -> None:
-            for start in range(0, size, PANEL):
-                panel_MP = rows_MI[:, start : start + PANEL]
-                sum_II[start:, start : start + PANEL].addmm_(rows_MI[:, start:].T, panel_MP)
-
-        once(multiply, rows_MI, *rows_MI.shape)
-
-    def whole(self, team: Team) -> Tensor:
-        """Return both triangles of the sum over all processes."""
-        sum_II = self._sum_II
-        if sum_II is None:  # no batch is this process's
-            sum_II = torch.zeros(self._size, self._size, device=self._device)
-        team.add_up([sum_II])
-
-        def mirror() -> None:
-            for start in range(0, len(sum_II), PANEL):
-                below = slice(start + PANEL, None)
-                panel = slice(start, start + PANEL)
-                sum_II[panel, below] = sum_II[below, panel].T
-
-        once(mirror, sum_II, len(sum_II))
-        return sum_II
 
 
 @contextmanager
