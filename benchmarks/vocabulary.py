@@ -6,12 +6,13 @@
 `nuteprune vocab` keeps the tokens that DATA needs most. All models are judged by the same
 characters, in nats per character: per token, longer spellings would look easier. A text is an even
 line of a jsonl file of FOLDER, each file a domain. Tokens are counted in all of them, nats in the
-beginnings of a few, each read after the token that ends a text.
+beginnings of a few, each read after the token that begins texts, or that ends them.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -22,19 +23,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
-import torch.nn.functional as F
 from quality_runs import machine, results
 from quality_text import domains_of, half
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune import vocab
 from nuteprune.data.specs import DEMO, iter_documents
-from nuteprune.data.tokens import end_of
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
+from nuteprune.judge.characters import bits_per_character
 
 KEEPS = "32768,16384,8192"
-TEXTS, CHARACTERS, BATCH = 16, 400, 4
+TEXTS, CHARACTERS = 16, 400
 Domains = Mapping[str, Sequence[str]]
 
 
@@ -93,7 +92,9 @@ def judged(model: str, domains: Domains, args: argparse.Namespace) -> dict[str, 
         "parameters": count,
         "bytes": count * stored,
         "tokens_per_text": {k: tokens_per_text(tokenizer, x) for k, x in domains.items()},
-        "nats_per_character": {k: nats_per_character(loaded, tokenizer, x) for k, x in few.items()},
+        "nats_per_character": {
+            k: math.log(2) * bits_per_character(loaded, tokenizer, x) for k, x in few.items()
+        },
     }
 
 
@@ -106,32 +107,6 @@ def spelled(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
     """Return the token ids of each text."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
     return ids
-
-
-@torch.inference_mode()
-def nats_per_character(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> float:
-    """Return the negative log-likelihood of texts over their characters.
-
-    Args:
-        model: a causal LM.
-        tokenizer: its tokenizer, which has a token that ends a text.
-        texts: each is read on its own, after that token.
-    """
-    start, total = end_of(tokenizer), 0.0
-    rows = [torch.tensor([*start, *ids]) for ids in spelled(tokenizer, texts)]
-    for i in range(0, len(rows), BATCH):
-        # What fills a row up stands behind its text, which does not see it.
-        ids_BT = torch.nn.utils.rnn.pad_sequence(rows[i : i + BATCH], True, start[0])
-        lengths_B = torch.tensor([len(x) for x in rows[i : i + BATCH]])
-        is_text_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
-        targets_BT = ids_BT.masked_fill(~is_text_BT, -100)[:, 1:]
-        total += float(
-            F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten(), reduction="sum")
-        )
-    return total / sum(map(len, texts))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nuteprune
+from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from tests.conftest import Run, json_of
 
@@ -23,6 +24,7 @@ KEEP = 280
 @pytest.fixture(autouse=True)
 def little_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nuteprune.jobs.vocab.SELF_TOKENS", 100)
+    monkeypatch.setattr("nuteprune.jobs.vocab.SELF_TOKENS_JUDGED", 50)
 
 
 def test_a_stock_checkpoint_comes_out_that_all_else_takes(
@@ -49,8 +51,11 @@ def test_a_stock_checkpoint_comes_out_that_all_else_takes(
     total = sum(p.numel() for p in dense.parameters())
     params = {"before": total, "after": total - 32 * (300 - KEEP)}
     assert found["params"].items() >= params.items()
-    assert found["vocab"] == {"before": 300, "after": KEEP, "covered": found["vocab"]["covered"]}
+    assert (found["vocab"]["before"], found["vocab"]["after"]) == (300, KEEP)
     assert 0.5 < found["vocab"]["covered"] <= 1
+    bits = found["vocab"]["bits_per_character"]
+    assert set(bits["before"]) == set(bits["after"]) == {"data", "own"}
+    assert all(x > 0 for kinds in bits.values() for x in kinds.values())
     assert found["asked"] == {"kind": "vocab", "value": KEEP}
     assert f"vocabulary of {KEEP} tokens" in (out / "README.md").read_text()
 
@@ -115,10 +120,29 @@ def test_the_models_own_text_can_be_counted(model: Path, tmp_path: Path, run: Ru
     assert sorted(x.name for x in tmp_path.iterdir()) == ["small"]
 
 
+@pytest.mark.parametrize("most", [1e9, -1.0])
+def test_auto_keeps_the_fewest_tokens_that_cost_little(
+    most: float, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", most)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.STEPS", 64)  # of 300 tokens few can go
+    out = tmp_path / "small"
+    words = ("vocab", model, "--data", text, "--keep", "auto", "--out", out)
+    if most < 0:
+        assert "pass a number in place of --keep auto" in run(*words)[2]
+        assert not out.exists()
+        return
+    found = json_of(run, *words)
+    least = found["vocab"]["after"]
+    assert found["config"]["keep"] == "auto"
+    with pytest.raises(UserError, match="have to stay"):  # any size would do: the next one cannot
+        nuteprune.vocab(str(model), data=str(text), keep=least - 5, out=tmp_path / "b", quiet=True)
+
+
 BAD: dict[str, tuple[list[Any], str]] = {
     "too few": (["--keep", 100], "pass at least"),
     "all": (["--keep", 300], "pass fewer"),
-    "no number": (["--keep", "many"], "integer"),
+    "no number": (["--keep", "many"], "--keep is many; pass a number of tokens, or auto"),
     "no text": (["--keep", KEEP, "--data", "no.txt"], "no.txt"),
     "nothing said": ([], "--keep"),
 }

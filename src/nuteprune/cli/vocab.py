@@ -16,7 +16,13 @@ from nuteprune.jobs.settings import make_job
 def vocab(
     model: o.Model,
     out: o.Out,
-    keep: Annotated[int, typer.Option(help="Number of tokens to keep, such as 16384.")],
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Number of tokens to keep, such as 16384, or 'auto': the fewest that cost at most "
+            "1 % on held-out text."
+        ),
+    ],
     as_json: o.Json = False,
     **given: Any,
 ) -> None:

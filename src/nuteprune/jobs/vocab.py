@@ -17,19 +17,14 @@ from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.own_text import GUARD
 from nuteprune.data.specs import iter_documents
+from nuteprune.data.split import split
 from nuteprune.data.tokens import bos_of, end_of
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
-from nuteprune.export.gguf.splits import PROBES
 from nuteprune.export.record import write_pruned
-from nuteprune.export.vocabulary import (
-    check_spelling,
-    cut_model,
-    cut_tokenizer_of,
-    merges_of,
-    template_tokens,
-)
+from nuteprune.export.vocabulary import merges_of, template_tokens
 from nuteprune.gates.budget import Budget
+from nuteprune.jobs.fewer_tokens import Bits, Cutter, Smaller
 from nuteprune.jobs.folder import clear
 from nuteprune.jobs.guard import alone, check_out
 from nuteprune.jobs.job import Job, VocabJob
@@ -49,13 +44,23 @@ SELF_TOKENS = POSITIONS
 """Tokens that the model writes itself. Its probabilities there say more than the tokens drawn."""
 TOGETHER = 1_000_000
 """Characters that are tokenized at a time, about."""
+AUTO = "auto"
+DATA, OWN = "data", "own"
+NAMES = {DATA: "DATA", OWN: "what the model writes"}
+"""The kinds of text that are held out to judge by."""
+JUDGED = 6_000
+"""Characters of each source that are held out at most."""
+SELF_TOKENS_JUDGED = 2_000
+"""Tokens that the model writes to be judged by."""
+PIECE = 500
+"""Characters that are judged together."""
 
 
 def vocab(
     model: str,
     *,
     out: str | os.PathLike[str],
-    keep: int,
+    keep: int | str,
     data: str | Sequence[str] | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -65,7 +70,7 @@ def vocab(
     Args:
         model: hub id, checkpoint folder, or `demo`.
         out: folder for the result, a stock checkpoint of the same class.
-        keep: tokens that are to stay.
+        keep: tokens that are to stay, or `auto`: see `jobs.fewer_tokens`.
         data: text that tells which: a file, a folder, a hub dataset, `demo`, or `self`.
         quiet: print nothing.
         **settings: the command's other options by name.
@@ -84,12 +89,12 @@ def vocab(
         return run(job, keep, Output(quiet=quiet))
 
 
-def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
+def run(job: Job, keep: int | str, output: Output) -> dict[str, Any]:
     """Count, choose, cut and write; returns the record with the folder as `out`.
 
     Args:
         job: model, data and folder.
-        keep: tokens that are to stay.
+        keep: tokens that are to stay, or `auto`.
         output: prints.
 
     Raises:
@@ -97,6 +102,7 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         RunFailed: if the tokenizer that is left does not spell what the full one does.
     """
     started = time.monotonic()
+    asked = _number(keep)
     with alone(job.out):
         check_out(job, resumes=False)
         if around(job.model) is not None:
@@ -113,25 +119,29 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
         _check_rows(job, merges, anatomy)
         _tell_unknown(anatomy, output)
         needed = _needed(anatomy, tokenizer)
-        choose(merges, (), keep, needed)  # refuses a number that cannot be, before text is written
+        if asked is not None:  # refused before text is written, if it cannot be
+            choose(merges, (), asked, needed)
         positions = getattr(model.config, "max_position_embeddings", job.length)
         length = min(job.length, positions)
         text = _read(job, length, anatomy, tokenizer, output)
-        kept = choose(merges, _used(anatomy, merges, text), keep, needed)
-        smaller = cut_tokenizer_of(tokenizer, merges, kept, model.config.model_type)
-        check_spelling(tokenizer, smaller, PROBES)
-        small = cut_model(anatomy, kept)
+        used = _used(anatomy, merges, text)
+        cutter = Cutter(anatomy, tokenizer, merges, needed, used, text.held_out)
+
+        def tell(tried: Smaller) -> None:
+            output.line(f"Tried   {len(tried.kept)} tokens: {_costs(cutter.bits, tried.bits)}")
+
+        small = cutter.fewest(tell) if asked is None else cutter.cut(asked)
         if job.overwrite:
             clear(job.out)
         record = write_pruned(
             job.out,
-            as_stored(small, stored_dtype(model)),
-            smaller,
+            as_stored(small.model, stored_dtype(model)),
+            small.tokenizer,
             {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before},
-            **_unpruned(anatomy, keep),
+            **_unpruned(anatomy, len(small.kept)),
             **origin(job.model),
-            vocab=_vocab(anatomy, kept, text.counted),
-            config=_asked(job, keep),
+            vocab=_vocab(cutter, small, text.counted),
+            config=_asked(job, AUTO if asked is None else asked),
             text=text.known.to_dict(),
             seconds=round(time.monotonic() - started, 1),
         )
@@ -139,7 +149,17 @@ def run(job: Job, keep: int, output: Output) -> dict[str, Any]:
     return {"out": str(job.out), **record}
 
 
-def _asked(job: Job, keep: int) -> dict[str, Any]:
+def _number(keep: int | str) -> int | None:
+    """Return the number of tokens to keep; None if it is to be found."""
+    if keep == AUTO:
+        return None
+    try:
+        return int(keep)
+    except ValueError:
+        raise UserError(f"--keep is {keep}; pass a number of tokens, or {AUTO}") from None
+
+
+def _asked(job: Job, keep: int | str) -> dict[str, Any]:
     """Return the settings that reproduce the run."""
     column = {"text_column": job.text_column} if job.text_column is not None else {}
     length = {"length": job.length} if job.length != VocabJob.length else {}
@@ -188,6 +208,7 @@ class _Text:
         self.counted: Counter[int] = Counter()
         self.windows = Windows(length)
         self.own: list[list[int]] = []
+        self.held_out: dict[str, list[str]] = {}
         self.known = Fingerprint()
 
     def add(self, texts: Iterable[Sequence[int]]) -> None:
@@ -195,6 +216,16 @@ class _Text:
         for ids in texts:
             self.counted.update(ids)
             self.windows.add(ids)
+
+    def hold_out(self, kind: str, texts: Iterable[str], most: int) -> None:
+        """Keep some characters of texts to judge by, in pieces that any model can read."""
+        held = self.held_out.get(kind, [])
+        for text in filter(None, texts):
+            if most > 0:
+                held += [text[:most][i : i + PIECE] for i in range(0, len(text[:most]), PIECE)]
+                most -= len(text)
+        if held:
+            self.held_out[kind] = held
 
     def add_own(self, texts: Iterable[Sequence[int]]) -> None:
         """Add self-written text; without other text it counts as the user's too."""
@@ -215,22 +246,34 @@ def _read(
                 spec, text_column=job.text_column, tokenizer=tokenizer
             ).items():
                 read = 0
+                held: list[str] = []
                 for texts in parts(documents):
-                    text.add(tokenizer(texts, add_special_tokens=False).input_ids)
+                    halves = [split(x) for x in texts]
+                    held += [x for _, other in halves for x in other]
+                    if known := [x for own, _ in halves for x in own]:
+                        text.add(tokenizer(known, add_special_tokens=False).input_ids)
                     read += sum(map(len, texts))
                     bars.update(f"counting {name}", read, MOST_CHARACTERS)
                 text.known.update(documents.fingerprint)
-        text.add_own(
+                if text.counted:
+                    text.hold_out(DATA, held, JUDGED)
+                else:  # text of a few lines
+                    text.add(tokenizer(held, add_special_tokens=False).input_ids)
+        kinds = {0: SELF_TOKENS, 1: SELF_TOKENS_JUDGED}
+        own, judged = (
             write(
                 anatomy.model,
                 tokenizer,
-                tokens=SELF_TOKENS,
+                tokens=tokens,
                 length=length,
-                seed=0,
-                folder=Path(scratch),
+                seed=seed,
+                folder=Path(scratch, str(seed)),
                 progress=in_percent(bars.update),
             )
+            for seed, tokens in kinds.items()
         )
+        text.add_own(own)
+        text.hold_out(OWN, tokenizer.batch_decode(judged, skip_special_tokens=True), JUDGED)
     return text
 
 
@@ -280,13 +323,20 @@ def _unpruned(anatomy: Anatomy, keep: int) -> dict[str, Any]:
     }
 
 
-def _vocab(anatomy: Anatomy, kept: list[int], counted: Counter[int]) -> dict[str, Any]:
+def _vocab(cutter: Cutter, small: Smaller, counted: Counter[int]) -> dict[str, Any]:
     used = max(1, counted.total())
     return {
-        "before": anatomy.embedding.weight.shape[0],
-        "after": len(kept),
-        "covered": sum(counted[i] for i in kept) / used,
+        "before": cutter.anatomy.embedding.weight.shape[0],
+        "after": len(small.kept),
+        "covered": sum(counted[i] for i in small.kept) / used,
+        "bits_per_character": {"before": dict(cutter.bits), "after": dict(small.bits)},
     }
+
+
+def _costs(before: Bits, after: Bits) -> str:
+    """Return what each kind of text costs more, as people read it."""
+    costs = [f"{after[x] / before[x] - 1:+.1%} bits per character of {NAMES[x]}" for x in before]
+    return ", ".join(costs)
 
 
 def _print(job: Job, record: Mapping[str, Any], output: Output) -> None:
@@ -299,6 +349,8 @@ def _print(job: Job, record: Mapping[str, Any], output: Output) -> None:
             ["parameters", millions(params["before"]), millions(params["after"])],
         ],
     )
+    bits = vocab["bits_per_character"]
+    output.line(f"Held-out text: {_costs(bits['before'], bits['after'])}")
     output.line(
         f"{vocab['covered']:.2%} of the text's tokens stay whole; "
         f"{record['total_sparsity']:.2%} of all parameters are gone; "
