@@ -46,7 +46,7 @@ PHASES = {
     "nuteprune.stages.choose:choose": "choosing",
     "nuteprune.stages.refit:refit": "refitting",
     "nuteprune.products:Products._write": "keeping a product",
-    "nuteprune.train.trainer:NutePruneTrainer.training_step": "stepping",
+    "nuteprune.train.distiller:Distiller.training_step": "stepping",
     "nuteprune.progressive.trainer:ProgressiveTrainer.end_step": "ending a step",
     "nuteprune.progressive.trainer:ProgressiveTrainer.freeze": "freezing",
     "nuteprune.train.checkpoints:AtomicTrainer._load_from_checkpoint": "resuming",

@@ -17,15 +17,7 @@ import torch
 from peft import PeftModel
 from torch import distributed as dist
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -34,8 +26,9 @@ from nuteprune.files import damage, sync, sync_tree, to_json, write_sums, write_
 from nuteprune.model.forwards import special_tokens_kept
 from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN
-from nuteprune.train.arguments import RunArguments
-from nuteprune.train.run_settings import check_same, write_settings
+from nuteprune.train.config import RunArguments
+from nuteprune.train.publish import PushesCheckpoint
+from nuteprune.train.run_settings import check_same, run_settings, write_settings
 from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
 
 PARTIAL = ".partial"
@@ -79,21 +72,27 @@ class StopSignals(TrainerCallback):
         self._before = {}
 
 
-class AtomicTrainer(Trainer):
+class AtomicTrainer(PushesCheckpoint):
     """`transformers.Trainer` for runs that may be stopped or killed at any moment.
 
     Trainer writes into `checkpoint-N` directly, and would resume from a half-written one; here a
     checkpoint is written beside its place and moved there when it is complete. Each step's line is
     in `metrics.jsonl`, cut back to the checkpoint on resume. Signals that ask to stop are obeyed at
     the end of the step. A subclass defines its state; the base model is not stored.
+
+    Args:
+        model: what is trained, LoRA on it.
+        args: the run's settings.
+        job: the job's settings, which go into run/settings.json too.
+        **kwargs: passed on to `transformers.Trainer`.
     """
 
     args: RunArguments
     _checkpoint_dir: Path | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return the run's settings; see `run_settings`."""
-        raise NotImplementedError
+        """Return the run's settings in their canonical spelling; see `run_settings`."""
+        return run_settings(self.args, self._job)
 
     def run_state(self) -> RunState:
         """Return the state that a checkpoint holds besides Trainer's own."""
@@ -103,8 +102,15 @@ class AtomicTrainer(Trainer):
         """Go back to a state that `run_state` returned."""
         raise NotImplementedError
 
-    def __init__(self, model: PreTrainedModel | PeftModel, args: TrainingArguments, **kwargs: Any):
+    def __init__(
+        self,
+        model: PeftModel,
+        args: RunArguments,
+        job: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         config: Any = model.config
+        self._job = dict(job or {"model": config._name_or_path})
         caches = getattr(config, "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
         if caches is not None:  # Trainer sets its own, and the result would come with it
@@ -124,7 +130,7 @@ class AtomicTrainer(Trainer):
             RunFailed: if a checkpoint cannot be written.
         """
         checkpoint = self._to_resume(resume_from_checkpoint)
-        run = Path(cast(str, self.args.output_dir))
+        run = self.run_folder
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
             if (home := Path(checkpoint).resolve().parent) != run.resolve():
@@ -183,29 +189,41 @@ class AtomicTrainer(Trainer):
         """Return the checkpoint that is asked for, True being the newest one."""
         if asked is not True:
             return str(asked) if asked else None
-        run = Path(cast(str, self.args.output_dir))
-        if (found := last_checkpoint(run)) is None:
-            raise UserError(f"nothing to resume: no complete checkpoint is in {run}")
+        if (found := last_checkpoint(self.run_folder)) is None:
+            raise UserError(f"nothing to resume: no complete checkpoint is in {self.run_folder}")
         return str(found)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's files are."""
+        return Path(cast(str, self.args.output_dir))
 
     @property
     def metrics_file(self) -> Path:
         """Where each step's line goes."""
-        return Path(cast(str, self.args.output_dir)) / METRICS
+        return self.run_folder / METRICS
 
-    def write_metrics(self, logs: Mapping[str, Any]) -> None:
-        """Add a line for the step that has ended; the main process alone does."""
-        if not self.args.should_save:
-            return
-        line = {"step": self.state.global_step, **logs}
+    def figures(self) -> dict[str, float]:
+        """Return the method's figures for a step's line in the logs."""
+        return {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the method's figures to the logs, and each step's line to metrics.jsonl."""
+        if "loss" in logs:
+            logs |= self.figures()
+            if self.args.should_save:
+                self._write_metrics({"step": self.state.global_step, **logs})
+        super().log(logs, start_time)
+
+    def _write_metrics(self, line: Mapping[str, Any]) -> None:
         with writing(self.metrics_file, self._how_to_go_on()):
             self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(to_json(line) + "\n")
 
     def _how_to_go_on(self) -> str:
-        last = last_checkpoint(self.metrics_file.parent)
-        if last is None and (self.metrics_file.parent / SELF_WRITTEN).is_file():
+        last = last_checkpoint(self.run_folder)
+        if last is None and (self.run_folder / SELF_WRITTEN).is_file():
             return "make room, then begin anew with the same command and --resume, which keeps text"
         if last is None:
             return "make room, then start anew with --overwrite: no checkpoint was written yet"
@@ -214,7 +232,7 @@ class AtomicTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:  # Trainer asks all processes
             return
-        folder = Path(cast(str, output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.run_folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.run_state().save(folder)
 
@@ -225,13 +243,12 @@ class AtomicTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and move it there when it is complete."""
-        run = Path(cast(str, self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with writing(run / name, self._how_to_go_on()):
-            self._write_checkpoint(run, name, model, trial)
+        with writing(self.run_folder / name, self._how_to_go_on()):
+            self._write_checkpoint(name, model, trial)
 
-    def _write_checkpoint(self, run: Path, name: str, model: nn.Module, trial: Any) -> None:
-        partial = run / PARTIAL
+    def _write_checkpoint(self, name: str, model: nn.Module, trial: Any) -> None:
+        run, partial = self.run_folder, self.run_folder / PARTIAL
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # each process adds its own random state
@@ -258,10 +275,9 @@ class AtomicTrainer(Trainer):
 
     def _remove_old(self) -> None:
         """Remove checkpoints beyond `save_total_limit`, each at once, and what a kill left."""
-        run = Path(cast(str, self.args.output_dir))
-        partial, most = run / PARTIAL, self.args.save_total_limit or 0
+        partial, most = self.run_folder / PARTIAL, self.args.save_total_limit or 0
         shutil.rmtree(partial, ignore_errors=True)
-        for folder in own_checkpoints(run)[:-most] if most > 0 else ():
+        for folder in own_checkpoints(self.run_folder)[:-most] if most > 0 else ():
             with suppress(OSError):  # one that is kept does no harm
                 os.replace(folder, partial)
             shutil.rmtree(partial, ignore_errors=True)

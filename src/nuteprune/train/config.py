@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import SchedulerType
+from transformers import SchedulerType, TrainingArguments
 
 from nuteprune.distill.objective import RELATIVE, TEXT, Objective
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
-from nuteprune.train.arguments import RunArguments
-from nuteprune.train.checks import check_combinations
+from nuteprune.train.checks import check_combinations, check_trainer_settings
 from nuteprune.train.prune_settings import PruneSettings, RecoverSettings
-from nuteprune.train.settings import setting
+from nuteprune.train.settings import check_declared, setting
 
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
@@ -23,6 +22,41 @@ REFIT_BLOCKS = 4.5
 """Blocks of the refit, for each block that scores are taken on."""
 PRICED_BLOCKS = 0.5
 """Blocks that measure prices, for each block of the scores; no refit reads them."""
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """What the settings of all runs have in common, as `transformers.Trainer` takes them."""
+
+    # Defaults of TrainingArguments that differ here.
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+
+    FOLLOWING: ClassVar[Mapping[str, Any]] = {}
+    """Settings that are left open -> what follows from the others: on no record."""
+
+    def __post_init__(self) -> None:
+        """Check what was given.
+
+        Raises:
+            UserError: naming a setting that cannot work.
+        """
+        if isinstance(self.report_to, str):
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
+        super().__post_init__()
+        check_trainer_settings(self)
+        check_declared(self)
+
+    @property
+    def staged(self) -> bool:
+        """Whether what a step is to do depends on how many steps there are in all."""
+        return False
+
+    @property
+    def sequences_per_step(self) -> int:
+        """How many sequences all processes together learn from in a step."""
+        return int(self.train_batch_size * self.gradient_accumulation_steps * self.world_size)
 
 
 @dataclass
@@ -92,9 +126,6 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
     weight_decay: float = 0.01
     max_grad_norm: float = 0.5
     save_steps: float = 50
-    logging_steps: float = 1
-    logging_nan_inf_filter: bool = False
-    remove_unused_columns: bool = False
     report_to: list[str] | str | None = "none"
 
     PIPELINE: ClassVar[str] = "nuteprune.pipeline"
@@ -188,6 +219,3 @@ class RecoverConfig(RecoverSettings, RunArguments):
     # Defaults of TrainingArguments that differ here.
     learning_rate: float = 1e-4
     per_device_train_batch_size: int = 8
-    logging_steps: float = 1
-    logging_nan_inf_filter: bool = False
-    remove_unused_columns: bool = False

@@ -8,7 +8,6 @@ Shape suffixes: B batch, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -28,13 +27,11 @@ from nuteprune.train.averaging import leave_out
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_given, check_whole
 from nuteprune.train.config import RecoverConfig
-from nuteprune.train.publish import PushesCheckpoint
-from nuteprune.train.run_settings import run_settings
 from nuteprune.train.setup import with_lora
 from nuteprune.train.state import RunState
 
 
-class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
+class RecoverTrainer(AtomicTrainer):
     """Trains LoRA on all projections of a pruned (or dense) model on the language-model loss.
 
     Args:
@@ -42,8 +39,8 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         args: the settings.
         train_dataset: items with `input_ids` and `labels` (T,), of any lengths.
         processing_class: the tokenizer.
-        job: the job's settings, which go into run/settings.json too.
-        **kwargs: passed on to `transformers.Trainer`.
+        **kwargs: `job`, the job's settings, which go into run/settings.json too; the others are
+            passed on to `transformers.Trainer`.
 
     Raises:
         UserError: for an unsupported model, an empty dataset, or where it is to be sharded.
@@ -59,14 +56,12 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         args: RecoverConfig,
         train_dataset: Dataset[Any],
         processing_class: PreTrainedTokenizerBase,
-        job: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_whole(args)
         check_given(model, kwargs)
         if hasattr(train_dataset, "__len__") and not len(train_dataset):
             raise UserError("train_dataset is empty: pass items with input_ids and labels")
-        self._job = dict(job or {"model": model.config._name_or_path})
         model.requires_grad_(False)
         set_seed(args.seed)  # LoRA starts from random values
         wrapped = with_lora(Anatomy(model), args)
@@ -74,8 +69,8 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         self.anatomy = Anatomy(wrapped)
         self.bank = LoraBank(self.anatomy)
         super().__init__(
-            model=wrapped,
-            args=args,
+            wrapped,
+            args,
             train_dataset=train_dataset,
             processing_class=processing_class,
             # Padding is masked, and every model has the token 0.
@@ -102,8 +97,6 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         Raises:
             RunFailed: if the loss or its gradients are not finite.
         """
-        if "loss" in logs:
-            self.write_metrics(logs)
         super().log(logs, start_time)
         # Under float16 the scale is found by letting gradients overflow now and then.
         names = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
@@ -118,10 +111,6 @@ class RecoverTrainer(PushesCheckpoint, AtomicTrainer):
         """Add the LoRA weights to the model's, in fp32, and return it without adapters."""
         self.model.eval()
         return merge_lora(self.model)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the run's settings."""
-        return run_settings(self.args, self._job)
 
     def run_state(self) -> RunState:
         """Return the LoRA weights."""

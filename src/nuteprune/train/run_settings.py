@@ -16,7 +16,7 @@ from typing import Any
 from nuteprune.errors import UserError
 from nuteprune.files import to_json, write_text
 from nuteprune.run_folder import CHECKPOINT, SETTINGS
-from nuteprune.train.arguments import RunArguments
+from nuteprune.train.config import RunArguments
 from nuteprune.train.settings import CALL, WHAT, declared
 
 SCHEMA = 2
