@@ -30,7 +30,6 @@ from nuteprune.progressive.teachers import Plan, Teachers
 from nuteprune.run_folder import TEACHERS
 from nuteprune.stages.refit import refit
 from nuteprune.train.averaging import leave_out
-from nuteprune.train.checks import check_given
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.state import RunState, restore
 from nuteprune.train.targets import Target
@@ -71,8 +70,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         **kwargs: Any,
     ) -> None:
         if isinstance(model, PreTrainedModel):
-            check_given(model, kwargs)
-            model = prepare(model, args, stored_dtype)
+            model = prepare(model, args, stored_dtype, kwargs)
         goal = goal or model.goals[-1]
         self.schedule = Schedule(goal.sparsity, args.max_steps, *args.shares)
         has_snapshots = args.teacher == "snapshots" and self.schedule.ramps

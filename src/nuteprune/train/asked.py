@@ -12,16 +12,11 @@ from typing import Any
 
 from nuteprune.errors import UserError
 
-_DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 COUNT_UNITS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3, "": 1}
 """Unit of a count of parameters -> its size, the largest first."""
 BYTE_UNITS = {
-    **{
-        f"{unit}B": size for unit, size in sorted((_BINARY | _DECIMAL).items(), key=lambda x: -x[1])
-    },
-    "B": 1,
-    "": 1,
+    **{"TiB": 2**40, "TB": 10**12, "GiB": 2**30, "GB": 10**9},
+    **{"MiB": 2**20, "MB": 10**6, "KiB": 2**10, "kB": 10**3, "B": 1, "": 1},
 }
 """Unit of a size -> its bytes, the largest first."""
 
@@ -151,9 +146,8 @@ def sparsities(given: Any) -> tuple[float, ...]:
     Raises:
         UserError: for what is neither.
     """
-    parts = given.split(",") if isinstance(given, str) else given
     try:
-        return tuple(float(x) for x in _each(parts))
+        return tuple(float(x) for x in _each(given))
     except (TypeError, ValueError) as error:
         raise UserError(
             f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.3,0.5"
@@ -172,10 +166,11 @@ def all_asked(kind: str, given: Any) -> tuple[Asked, ...]:
     """
     read, about = KINDS[kind].at, {}
     if read is not None:
-        parts = list(_each(given))
-        last, _, where = str(parts[-1]).partition("@")
+        listed = isinstance(given, list | tuple)
+        *before, last = given if listed and given else [given]
+        last, _, where = str(last).partition("@")
         about = read(where)
-        given = [*parts[:-1], last] if isinstance(given, list | tuple) else last
+        given = [*before, last] if listed else last
     return tuple(Asked(kind, value, about) for value in several(kind, given))
 
 
@@ -189,8 +184,7 @@ def several(kind: str, given: Any) -> tuple[float, ...]:
     Raises:
         UserError: if a value is wrong, or models do not become smaller.
     """
-    parts = given.split(",") if isinstance(given, str) else given
-    values = tuple(value_of(kind, x) for x in _each(parts))
+    values = tuple(value_of(kind, x) for x in _each(given))
     sizes = values if KINDS[kind].whole else [-x for x in values]  # the faster, the smaller
     if any(a <= b for a, b in pairwise(sizes)):
         told = ", ".join(spelled(kind, x) for x in values)
@@ -198,9 +192,11 @@ def several(kind: str, given: Any) -> tuple[float, ...]:
     return values
 
 
-def _each(parts: Any) -> Any:
-    """Return the values of a list, or the one value."""
-    return parts if isinstance(parts, list | tuple) and parts else [parts]
+def _each(given: Any) -> Any:
+    """Return the values of a list or of a text with commas, or the one value."""
+    if isinstance(given, str):
+        return given.split(",")
+    return given if isinstance(given, list | tuple) and given else [given]
 
 
 def value_of(kind: str, given: Any, name: str = "") -> float:

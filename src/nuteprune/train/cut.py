@@ -71,8 +71,9 @@ class Cut:
         rounds = METHODS[args.method].reads and self.tries_cuts
         target = model.goals[-1].sparsity
 
-        def make() -> Scores:
-            return score(
+        return self.products.keep(
+            "score",
+            lambda: score(
                 model,
                 blocks_NT,
                 method=args.method,
@@ -81,11 +82,7 @@ class Cut:
                 batch_size=self._size,
                 seed=args.seed,
                 progress=self._progress,
-            )
-
-        return self.products.keep(
-            "score",
-            make,
+            ),
             method=args.method,
             gates=model.kinds,
             seed=args.seed,
@@ -98,8 +95,9 @@ class Cut:
             return scores
         goal = self.model.goals[-1]
 
-        def make() -> Scores:
-            return price(
+        return self.products.keep(
+            "price",
+            lambda: price(
                 self.model,
                 scores,
                 goal.goal,
@@ -107,9 +105,10 @@ class Cut:
                 self._refit_NT,
                 batch_size=self._size,
                 progress=self._progress,
-            )
-
-        return self.products.keep("price", make, target=str(goal.asked), sparsity=goal.sparsity)
+            ),
+            target=str(goal.asked),
+            sparsity=goal.sparsity,
+        )
 
     def choose(self, scores: Scores, goal: Target) -> Masks:
         """Return which units stay at a target."""

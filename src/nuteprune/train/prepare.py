@@ -26,7 +26,13 @@ from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.run_folder import RECORD
 from nuteprune.stages.prunable import Prunable
 from nuteprune.train.averaging import leave_out
-from nuteprune.train.checks import check_checkpointing, check_offload, check_shards, check_whole
+from nuteprune.train.checks import (
+    check_checkpointing,
+    check_given,
+    check_offload,
+    check_shards,
+    check_whole,
+)
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.rate import usual_rate
 from nuteprune.train.setup import check_stock, make_allocator, with_lora
@@ -143,7 +149,10 @@ def offload_if_asked(anatomy: Anatomy, args: NutePruneConfig, origin: Origin) ->
 
 
 def prepare(
-    model: PreTrainedModel, args: NutePruneConfig, stored_dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    args: NutePruneConfig,
+    stored_dtype: torch.dtype | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Wrap a dense model for a run.
 
@@ -151,11 +160,13 @@ def prepare(
         model: a dense causal LM; it is changed in place.
         args: the run's settings; a learning rate that is left open is set.
         stored_dtype: of the checkpoint that it is from; None: the model's own.
+        given: what its trainer will be given beside these.
 
     Raises:
         UserError: for an unsupported model, gates that its family cannot take, a target out of the
             gates' reach, or what no run can do; before anything is changed.
     """
+    check_given(model, given or {})
     check_whole(args)
     check_offload(args, is_packed(model))
     check_shards(args.sharded, args.world_size, is_packed(model))

@@ -68,12 +68,10 @@ def chosen_settings(args: RunArguments) -> dict[str, Any]:
 def _changed(args: RunArguments) -> list[str]:
     found = []
     for field in dataclasses.fields(args):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        value = getattr(args, field.name)
-        follows = args.FOLLOWING.get(field.name)
-        if field.init and field.name not in NOT_KEPT and value not in (default, follows, None):
+        makes = field.default_factory
+        default = field.default if makes is dataclasses.MISSING else makes()
+        usual = (default, args.FOLLOWING.get(field.name), None)
+        if field.init and field.name not in NOT_KEPT and getattr(args, field.name) not in usual:
             found.append(field.name)
     return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, replace
 from typing import Any
 
 from nuteprune.errors import UserError
@@ -54,7 +54,7 @@ class Setting:
         return self.option.removeprefix("--").replace("-", "_") if self.option else self.name
 
 
-_FACTS: dict[Field[Any], dict[str, Any]] = {}
+_FACTS: dict[Field[Any], Setting] = {}
 # Not in the fields' metadata: transformers.HfArgumentParser passes all of that on to argparse.
 
 
@@ -83,22 +83,14 @@ def setting(
     """
     told = help.replace("{default}", str(default))
     made: Field[Any] = field(default=default, metadata={"help": told})
-    _FACTS[made] = {
-        "help": told,
-        "choices": tuple(choices),
-        "bounds": bounds,
-        "option": option,
-        "flag": flag,
-        "several": several,
-        "role": role,
-    }
+    _FACTS[made] = Setting("", default, told, tuple(choices), bounds, option, flag, several, role)
     return made
 
 
 def declared(kind: type) -> dict[str, Setting]:
     """Return the settings that a dataclass declares by `setting`, by name, in their order."""
     ours = [x for x in dataclasses.fields(kind) if x in _FACTS]
-    found = {x.name: Setting(x.name, x.default, **_FACTS[x]) for x in ours}
+    found = {x.name: replace(_FACTS[x], name=x.name) for x in ours}
     order: dict[str, None] = {}
     for base in reversed(kind.__mro__):  # what a class declares anew stands where it does that
         for name in inspect.get_annotations(base):

@@ -65,7 +65,7 @@ class Prices:
 
     Args:
         params: in parameters, tied ones once.
-        active: in those that a token goes through.
+        active_params: in those that a token goes through.
         size: in bytes of the file, at most.
         memory: the same with the KV cache.
         context: tokens of each sequence's cache.
@@ -74,7 +74,7 @@ class Prices:
     """
 
     params: Cost
-    active: Cost
+    active_params: Cost
     size: Cost
     memory: Cost
     context: int
@@ -88,11 +88,9 @@ class Prices:
         about = args.asked[0].about
         context, sequences = about.get("context") or allowed or 2048, about.get("sequences", 1)
         params = Cost(Budget.of(anatomy), Uncounted.of(anatomy))
-        active = replace(params, active=True)
         tensors = {name: (list(p.shape), count(p)) for name, p in anatomy.model.named_parameters()}
         stored = tuple(f".{path}" for path in anatomy.family.buffers)
-        named = anatomy.model.named_buffers()
-        buffers = {name: x for name, x in named if stored and name.endswith(stored)}
+        buffers = {k: x for k, x in anatomy.model.named_buffers() if k.endswith(stored)}
         tensors |= {name: (list(x.shape), x.numel()) for name, x in buffers.items()}
         header = header_bytes(tensors, dtype) + sum(x.nbytes for x in buffers.values())
         size = Cost(params.budget, params.outside, dtype.itemsize, fixed=header)
@@ -103,6 +101,7 @@ class Prices:
         if args.costs is not None:
             table = args.costs if isinstance(args.costs, Mapping) else read_table(args.costs)
             seconds = seconds_of(table, params.budget, about.get("for", DECODE))
+        active = replace(params, active=True)
         return cls(params, active, size, memory, context, sequences, seconds)
 
     def cache(self, shape: Shape) -> int:
@@ -112,22 +111,16 @@ class Prices:
 
     def of_a_token(self, shape: Shape) -> dict[str, int]:
         """Return what a record says of parameters that a token goes through, {} if through all."""
-        whole = self.active.budget.shape
-        if not self.active.budget.idle(whole):
+        cost, whole = self.active_params, self.active_params.budget.shape
+        if not cost.budget.idle(whole):
             return {}
-        pair = (int(self.active.total(x)) for x in (whole, shape))
-        return dict(zip(("active_before", "active_after"), pair, strict=True))
+        return {"active_before": int(cost.total(whole)), "active_after": int(cost.total(shape))}
 
     def goal(self, asked: Asked) -> Goal:
         """Return the goal for a target in parameters or bytes."""
         if asked.kind == "speedup":
             return self._faster(asked)
-        cost: Cost = {
-            "params": self.params,
-            "active_params": self.active,
-            "size": self.size,
-            "memory": self.memory,
-        }[asked.kind]
+        cost: Cost = getattr(self, asked.kind)
 
         def reach(least: float) -> str:
             return f"leave at least {self.told(asked.kind, _rounded_up(least))}"

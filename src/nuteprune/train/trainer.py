@@ -26,7 +26,6 @@ from nuteprune.model.offload import bring_home
 from nuteprune.products import Products
 from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced, slice_model
-from nuteprune.train.checks import check_given
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.cut import Cut
 from nuteprune.train.distiller import Distiller
@@ -81,8 +80,7 @@ class NutePruneTrainer(Distiller):
         if train_dataset is not None:
             check_text(train_dataset, alike=collator is collated)
         if isinstance(model, PreTrainedModel):
-            check_given(model, kwargs)
-            model = prepare(model, args, stored_dtype)
+            model = prepare(model, args, stored_dtype, kwargs)
         self.goal, self.weights, self._products = goal or model.goals[-1], weights, products
         self.sliced: Sliced | None = None
         self._progress, self._used_up = progress, False
