@@ -166,14 +166,20 @@ class Products:
     def _write(self, stage: str, path: Path, tensors: Tensors) -> Tensors:
         """Write a product, and return it mapped from its file, or on its device."""
         about = {"key": self._key, "cost": self.costs[stage], "order": list(tensors)}
-        notes = {"notes": to_json(about)}  # one entry: safetensors writes several in any order
         with writing(path, "make room, then go on with --resume"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(path) as partial:
-                save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, notes)
+            write_tensors(path, tensors, about)
         if any(x.device.type != "cpu" for x in tensors.values()):
             return tensors
         return read_tensors(path)[0]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    """Write tensors and notes for JSON to a file, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One entry: safetensors writes several in an order that changes from run to run.
+    about = {"notes": to_json(notes)}
+    with atomic(path) as partial:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, about)
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:

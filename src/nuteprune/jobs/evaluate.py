@@ -21,8 +21,14 @@ from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
-from nuteprune.jobs.comparison import same_tokens
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype, record_of
+from nuteprune.jobs.sources import (
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    record_of,
+    same_tokens,
+)
 from nuteprune.judge import protocols, texts
 from nuteprune.judge.answers import TOKENS
 from nuteprune.judge.beside import Beside, judge_beside

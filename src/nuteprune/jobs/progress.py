@@ -8,37 +8,20 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from nuteprune.console import Bars
-from nuteprune.train.trainer import NutePruneTrainer
+from nuteprune.train.checkpoints import AtomicTrainer
 
 
 class StepProgress(TrainerCallback):
-    """Feeds a progress bar from the trainer's logs.
+    """Feeds a progress bar from the trainer's logs, and notes how long each step takes.
 
     Args:
         trainer: whose run it is.
         bars: where it is shown.
+        what: the bar's name.
     """
 
-    def __init__(self, trainer: NutePruneTrainer, bars: Bars) -> None:
-        self.trainer, self.bars = trainer, bars
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
-    ) -> None:
-        """Show the newest figures."""
-        if logs and "loss" in logs:
-            self.bars.update("teach", state.global_step, state.max_steps, self.trainer.note(logs))
-
-
-class RecoveryProgress(TrainerCallback):
-    """Feeds a progress bar, and notes how long each step takes.
-
-    Args:
-        bars: where it is shown.
-    """
-
-    def __init__(self, bars: Bars) -> None:
-        self.bars = bars
+    def __init__(self, trainer: AtomicTrainer, bars: Bars, what: str) -> None:
+        self.trainer, self.bars, self.what = trainer, bars, what
         self.seconds: list[float] = []
         self._started = 0.0
 
@@ -53,7 +36,7 @@ class RecoveryProgress(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
     ) -> None:
-        """Show the newest loss."""
+        """Show the newest figures."""
         if logs and "loss" in logs:
-            note = f"loss {logs['loss']:.3f}"
-            self.bars.update("recovering", state.global_step, state.max_steps, note)
+            note = self.trainer.note(logs)
+            self.bars.update(self.what, state.global_step, state.max_steps, note)

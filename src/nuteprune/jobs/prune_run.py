@@ -35,7 +35,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
-from nuteprune.train.checks import check_given, check_offload
+from nuteprune.train.checks import check_offload
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.run_settings import chosen_settings
@@ -90,7 +90,6 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
 
         config.costs = costs_for(job, config, model, bars)
     with settings_of_user():
-        check_given(model, {})
         prepared = prepare(model, config, stored_dtype(model))
     check_wrapper(job, prepared)
     targets = [goal.asked for goal in prepared.goals]
@@ -120,7 +119,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
             )
             trainer.check_optimizer()
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(StepProgress(trainer, bars))
+        trainer.add_callback(StepProgress(trainer, bars, "teach"))
         own.output_dir = str(run_folder_of(goal))  # Trainer makes its folder at once: not yet
         return trainer
 

@@ -19,15 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.data.blocks import JUDGED
+from nuteprune.data.examples import holds_instructions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
-from nuteprune.jobs.comparison import Tuned, compared, judged_again, judged_text, note, same_tokens
+from nuteprune.jobs.comparison import Tuned, compared, judged_again, note
 from nuteprune.jobs.folder import clear, clear_result, goes_on
 from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
-from nuteprune.jobs.progress import RecoveryProgress
-from nuteprune.jobs.recover_text import check_room, kind_of_text, training_text
+from nuteprune.jobs.progress import StepProgress
+from nuteprune.jobs.recover_text import check_room, judged_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
 from nuteprune.jobs.show_recover import print_recovered, print_recovery
 from nuteprune.jobs.sources import (
@@ -37,6 +38,7 @@ from nuteprune.jobs.sources import (
     pick_device,
     pick_dtype,
     record_of,
+    same_tokens,
     stored_dtype,
 )
 from nuteprune.judge.perplexity import mean, perplexities, protocol
@@ -93,13 +95,14 @@ def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     """Do the job, and print what came out; returns the same as `recover`."""
     with alone(job.out) if is_main() else nullcontext():
         _check(job)
-        result = _run(job, output)
-    if result is not None:
-        print_recovered(result, output)
-    return result
+        tuned = _run(job, output)
+    if tuned is None:
+        return None
+    print_recovered(tuned.result, output)
+    return tuned.result
 
 
-def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
+def _run(job: RecoverJob, output: Output) -> Tuned | None:
     record = record_of(job.model)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     around(job.model)  # a run does not end where its files cannot be had
@@ -114,7 +117,7 @@ def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
         dense = _tune(dense_twin(job), None, tokenizer, judged, output)
         if ours is not None and dense is not None:
             note(ours.result, compared(job.against, ours, dense))
-    return None if ours is None else ours.result
+    return ours
 
 
 def _tune(
@@ -125,7 +128,7 @@ def _tune(
     output: Output,
 ) -> Tuned | None:
     """Tune a model and write it; returns None in all processes of a run but the main one."""
-    kind = kind_of_text(job)
+    kind = INSTRUCTIONS if holds_instructions(job.text, job.text_column) else TEXT
     config = _config(job, kind)
     model, autocast = _load(job)
     config = _config(job, kind, **autocast)
@@ -135,7 +138,7 @@ def _tune(
         with nothing_left(job.out), settings_of_user():
             trainer = RecoverTrainer(model, config, training, tokenizer, job=what_it_is(job))
         trainer.remove_callback(PrinterCallback)
-        progress = RecoveryProgress(bars)
+        progress = StepProgress(trainer, bars, "recovering")
         trainer.add_callback(progress)
         print_recovery(job, trainer, training, record, output)
         if job.resume:

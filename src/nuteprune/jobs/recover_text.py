@@ -1,4 +1,4 @@
-"""The text of a recover job: of what kind it is, what is learned, and whether a model takes it."""
+"""The text of a recover job: what is learned and judged by, and whether a model takes it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,51 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.data.blocks import training_blocks
-from nuteprune.data.examples import holds_instructions, read_examples
+from nuteprune.console import Output
+from nuteprune.data.blocks import held_out_blocks, training_blocks
+from nuteprune.data.examples import read_examples
 from nuteprune.data.tokens import check_ids, check_positions
-from nuteprune.jobs.job import INSTRUCTIONS, TEXT, RecoverJob
+from nuteprune.errors import UserError
+from nuteprune.jobs.job import INSTRUCTIONS, RecoverJob
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.train.config import RecoverConfig
 
 
-def kind_of_text(job: RecoverJob) -> str:
-    """Return the kind of a job's text: instructions or plain text.
+def judged_text(
+    job: RecoverJob,
+    record: Mapping[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Output,
+) -> tuple[str | None, dict[str, Tensor]]:
+    """Return the text to judge by and its held-out blocks: the job's, else the record's.
+
+    Args:
+        job: the job.
+        record: of the pruned model; None: it has none.
+        tokenizer: the model's.
+        output: prints a line if the text of the record cannot be read.
+
+    Returns:
+        The DATA spec, None for the text of the record; source name -> token ids (N, T).
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if the text that is left to judge by cannot be read.
     """
-    return INSTRUCTIONS if holds_instructions(job.text, job.text_column) else TEXT
+    size: dict[str, Any] = {"length": job.length, "count": job.eval_blocks}
+    if job.eval_data is None and record is not None:
+        config = record.get("config", {})
+        if "data" in config:
+            # What `vocab` wrote says what text was counted, and of no blocks.
+            for key, name in (("length", "length"), ("count", "eval_blocks")):
+                size[key] = config.get(name, size[key])
+            text = config.get("eval_data") or config["data"]
+            try:
+                column = config.get("text_column")
+                return None, held_out_blocks(text, tokenizer, text_column=column, **size)
+            except UserError as error:
+                output.line(f"Note    judged by {job.text}, since the text of the record: {error}")
+    spec = job.eval_data or job.text
+    return spec, held_out_blocks(spec, tokenizer, text_column=job.text_column, **size)
 
 
 def training_text(
@@ -51,13 +81,12 @@ def training_text(
         "length": job.length,
         "text_column": job.text_column,
         "vocab_size": _vocabulary(model),
+        "seed": config.seed,
     }
     if kind == INSTRUCTIONS:
-        return read_examples(
-            job.text, tokenizer, most=count, template=job.template, seed=config.seed, **given
-        )
+        return read_examples(job.text, tokenizer, most=count, template=job.template, **given)
     assert count is not None
-    return training_blocks(job.text, tokenizer, count=count, seed=config.seed, **given)
+    return training_blocks(job.text, tokenizer, count=count, **given)
 
 
 def check_room(

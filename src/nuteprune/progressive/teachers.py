@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import atomic, file_sum, writing
+from nuteprune.files import file_sum, writing
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.products import write_tensors
 from nuteprune.progressive.schedule import Schedule
 
 LORA = "lora"
@@ -144,16 +144,11 @@ class Teachers:
         Raises:
             RunFailed: if it cannot be written.
         """
-        tensors = {k: v.detach().cpu().contiguous() for k, v in masks.values.items()}
-        tensors[LORA] = _packed(lora, dtype)
         shapes = {key: list(value.shape) for key, value in lora.items()}
-        # One entry: safetensors writes several in an order that changes from run to run.
-        notes = {"notes": json.dumps({"sparsity": sparsity, "shapes": shapes})}
+        notes = {"sparsity": sparsity, "shapes": shapes}
         path = self._path(len(self))
         with writing(f"the teacher {path}", "make room, then go on with --resume"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic(path) as partial:
-                save_file(tensors, partial, metadata=notes)
+            write_tensors(path, {**masks.values, LORA: _packed(lora, dtype)}, notes)
             self.sums.append(file_sum(path))
         self.sparsities.append(sparsity)
 

@@ -207,6 +207,10 @@ class AtomicTrainer(PushesCheckpoint):
         """Return the method's figures for a step's line in the logs."""
         return {}
 
+    def note(self, logs: Mapping[str, Any]) -> str:
+        """Return the note to show beside the progress bar, from a step's logs."""
+        return f"loss {logs['loss']:.3f}"
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's figures to the logs, and each step's line to metrics.jsonl."""
         if "loss" in logs:

@@ -5,7 +5,6 @@ A step: one pass of the backbone plays student and teacher, and distillation los
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -183,10 +182,6 @@ class Distiller(AtomicTrainer):
     def manner(self) -> str:
         """Return a line that describes the training, printed before it begins."""
         return ""
-
-    def note(self, logs: Mapping[str, Any]) -> str:
-        """Return the note to show beside the progress bar, from a step's logs."""
-        return f"loss {logs['loss']:.3f}"
 
     def sparsity(self) -> float:
         """Return the sparsity of the step's masks."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from nuteprune.errors import UserError
-from nuteprune.files import atomic, read_sums
+from nuteprune.files import read_sums
 from nuteprune.run_folder import CHECKPOINT, STATE
 
 if TYPE_CHECKING:
@@ -43,19 +43,13 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
-        from safetensors.torch import (
-            save_file,  # loads torch, which a look for checkpoints need not
+        from nuteprune.products import (
+            write_tensors,  # torch, which a look for checkpoints needs not
         )
 
-        tensors = {
-            f"{group}/{name}": value.detach().cpu().contiguous()
-            for group, values in self.tensors.items()
-            for name, value in values.items()
-        }
-        # One entry: safetensors writes several in an order that changes from run to run.
-        notes = {"notes": json.dumps(self.notes)}
-        with atomic(folder / STATE) as partial:
-            save_file(tensors, partial, metadata=notes)
+        groups = self.tensors.items()
+        named = {f"{group}/{name}": x for group, values in groups for name, x in values.items()}
+        write_tensors(folder / STATE, named, self.notes)
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
