@@ -13,6 +13,7 @@ from nuteprune.data.blocks import training_blocks
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import evaluate
+from nuteprune.jobs.options import Evaluation
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.tasks import Score
 from nuteprune.stages import judge
@@ -53,7 +54,7 @@ def test_each_embedded_text_is_in_domain_by_itself(
 ) -> None:
     texts = {name: [f"The {name} see the grapes. " * 9] * 9 for name in ("wikipedia", "recipes")}
     monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda **_: texts)
-    asked = evaluate.Evaluation("unused", changes={"length": 24}, whole=True)
+    asked = Evaluation("unused", length=24, whole=True)
     known = training_blocks("demo:wikipedia", tiny_tokenizer, length=8, count=1, seed=0).fingerprint
     blocks = evaluate._blocks(asked, tiny_tokenizer, [known])
     kinds = {name: x.described["kind"] for name, x in blocks.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import keyword
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 import nuteprune
-from nuteprune.cli.bench import bench
 from nuteprune.cli.export import TYPES
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
@@ -20,6 +18,7 @@ from nuteprune.export.gguf.write import FILE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.engines import ENGINES
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
+from nuteprune.jobs.options import Benchmark
 from nuteprune.jobs.prune_run import recorded
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.text import mixture
@@ -126,7 +125,7 @@ def test_names_that_help_tells_are_those_of_what_does_the_work() -> None:
     assert paper["gate_type"].choices == tuple(GATE_TYPES)
     assert paper["objective"].choices == tuple(OBJECTIVES)
     assert TYPES["gguf"] == tuple(FILE_TYPES)
-    assert inspect.signature(bench).parameters["engine"].default == next(iter(ENGINES))
+    assert Benchmark.engine == next(iter(ENGINES))
 
 
 @pytest.mark.parametrize("word", ["for", "sed", "stepz", "lenght"])

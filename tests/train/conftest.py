@@ -47,7 +47,7 @@ def make(
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    if any(name in settings for name in ("shape", *(x.setting for x in KINDS.values()))):
+    if any(name in settings for name in ("shape", *(f"target_{x}" for x in KINDS))):
         del defaults["target_sparsity"]
     moves = settings.get("teacher") == "snapshots" or settings.keys() & PROGRESSIVE
     config, kind = PROGRESSIVE_KINDS if moves else (NutePruneConfig, NutePruneTrainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from nuteprune.jobs.job import Job, PruneJob
+from nuteprune.jobs.options import REPLACE
 from nuteprune.train.settings import declared
 
 Command = Callable[..., None]
@@ -26,10 +27,6 @@ Model = Annotated[str, typer.Argument(help=_JOB["model"].help)]
 # As text, since "" would be the path of the folder that the user is in.
 Out = Annotated[str, _option("out", metavar="PATH")]
 OptionalOut = Annotated[str | None, _option("out", metavar="PATH")]
-Length = Annotated[int, _option("length", show_default=False)]
-Device = Annotated[str | None, _option("device")]
-Dtype = Annotated[str | None, _option("dtype")]
-TextColumn = Annotated[str | None, _option("text_column")]
 TrustRemoteCode = Annotated[bool, _option("trust_remote_code")]
 Family = Annotated[str | None, typer.Option("--family", help=_PRUNE["family"].help)]
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
@@ -37,16 +34,24 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="One setting, key=value (docs/settings.md lists them); repeatable."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=REPLACE)]
 Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
 
 
-def with_options(*kinds: type, but: Collection[str] = ()) -> Callable[[Command], Command]:
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def with_options(
+    *kinds: type, but: Collection[str] = (), defaults: bool = False
+) -> Callable[[Command], Command]:
     """Give a command the options that settings declare; they come as its keywords.
 
     Args:
         *kinds: the dataclasses that declare them.
         but: settings, by word, that the command does not offer.
+        defaults: whether help shows the defaults that its text does not tell.
 
     Returns:
         A decorator for a command that takes `**given`: word -> value, None where not given.
@@ -60,7 +65,7 @@ def with_options(*kinds: type, but: Collection[str] = ()) -> Callable[[Command],
             if x.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         without = {x.name for x in own} | set(but)
-        more = [x for kind in kinds for x in _parameters(kind) if x.name not in without]
+        more = [x for kind in kinds for x in _parameters(kind, defaults) if x.name not in without]
         at = sum(x.default is inspect.Parameter.empty for x in own)
         together = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in own]
         together[at:at] = more
@@ -70,7 +75,7 @@ def with_options(*kinds: type, but: Collection[str] = ()) -> Callable[[Command],
     return decorate
 
 
-def _parameters(kind: type) -> list[inspect.Parameter]:
+def _parameters(kind: type, defaults: bool) -> list[inspect.Parameter]:
     """Return a parameter for each option that a dataclass declares."""
     hints, found = get_type_hints(kind), []
     for name, x in declared(kind).items():
@@ -80,7 +85,8 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
             hint = Annotated[plain | None, typer.Option(x.option, help=x.help)]
             only = inspect.Parameter.KEYWORD_ONLY
             called = name if keyword.iskeyword(x.word) else x.word  # as `for`
-            found.append(inspect.Parameter(called, only, default=None, annotation=hint))
+            default = x.default if defaults and "(default" not in x.help else None
+            found.append(inspect.Parameter(called, only, default=default, annotation=hint))
     return found
 
 

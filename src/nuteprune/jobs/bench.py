@@ -13,6 +13,7 @@ from nuteprune.files import at_home, write_json
 from nuteprune.gates.speed_costs import PHASES
 from nuteprune.jobs.engines import Transformers, pick_engine
 from nuteprune.jobs.guard import check_absent, check_file, check_writable
+from nuteprune.jobs.options import Benchmark
 from nuteprune.jobs.sources import load_model, read_config, use_family
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import conditions, for_report, measure
@@ -22,77 +23,44 @@ from nuteprune.judge.work import Workload
 from nuteprune.run_folder import RECORD, RUN, SPEED
 
 
-def run(
-    model: str,
-    output: Output,
-    *,
-    engine: str,
-    batch_sizes: str,
-    lengths: str,
-    new_tokens: int,
-    repeats: int,
-    save: bool = False,
-    against: str | None = None,
-    threads: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    save_costs: Path | None = None,
-    overwrite: bool = False,
-    family: str | None = None,
-) -> dict[str, Any]:
+def run(asked: Benchmark, output: Output) -> dict[str, Any]:
     """Time the models in turns, print what was found, and return it.
-
-    Args:
-        model: the checkpoint.
-        output: where it is printed.
-        engine: what runs the models, one of `ENGINES`.
-        batch_sizes: sequences at a time, comma separated.
-        lengths: tokens of the prompt, comma separated.
-        new_tokens: tokens decoded after the prompt.
-        repeats: counted passes, after one to warm up.
-        save: also write it into the run's folder, for the report.
-        against: the dense model; None: no comparison.
-        threads: on a CPU; None: as many as torch takes.
-        device: `auto`, `cpu`, `cuda`.
-        dtype: the one to compute in; in llama.cpp, what the exported files hold.
-        save_costs: write what the model's blocks cost to this file, and do nothing else.
-        overwrite: replace what was saved before.
-        family: YAML file with the entry of a model type that is not listed; None: it is.
 
     Raises:
         UserError: for anything that cannot work.
     """
-    use_family(family, against or model)
+    model, against = asked.model, asked.against
+    use_family(asked.family, against or model)
     settings = [
-        Workload(batch, length, _positive(new_tokens, "--new-tokens"))
-        for batch in _numbers(batch_sizes, "--batch-sizes")
-        for length in _numbers(lengths, "--lengths")
+        Workload(batch, length, _positive(asked.new_tokens, "--new-tokens"))
+        for batch in _numbers(asked.batch_sizes, "--batch-sizes")
+        for length in _numbers(asked.lengths, "--lengths")
     ]
-    _positive(repeats, "--repeats")
-    if threads is not None:
-        _positive(threads, "--threads")
+    _positive(asked.repeats, "--repeats")
+    if asked.threads is not None:
+        _positive(asked.threads, "--threads")
     names = [model] if against in (None, model) else [model, str(against)]
-    target = _target(names, overwrite) if save else None
-    chosen = pick_engine(engine, device, dtype, threads)
+    target = _target(names, asked.overwrite) if asked.save else None
+    chosen = pick_engine(asked.engine, asked.device, asked.dtype, asked.threads)
     for name in names:
         read_config(name)
-    if save_costs is not None:
+    if asked.save_costs is not None:
         if not isinstance(chosen, Transformers):
             raise UserError(
-                f"--save-costs times blocks in transformers, and --engine {engine} has none of "
-                "them; leave one of the two out"
+                f"--save-costs times blocks in transformers, and --engine {asked.engine} has none "
+                "of them; leave one of the two out"
             )
-        if against is not None or save:
+        if against is not None or asked.save:
             raise UserError(
                 "--save-costs writes a table of MODEL alone; leave out --against and --save, or "
                 "time them without --save-costs"
             )
-        path = at_home(save_costs)
-        reads = [("model", model), ("entry", family)]
-        check_file("--save-costs", path, reads, overwrite, "costs.json")
+        path = at_home(asked.save_costs)
+        reads = [("model", model), ("entry", asked.family)]
+        check_file("--save-costs", path, reads, asked.overwrite, "costs.json")
         return _costs(model, path, settings[0], chosen, output)
     with output.bars() as bars:
-        found = measure(names, settings, repeats, chosen, bars)
+        found = measure(names, settings, asked.repeats, chosen, bars)
     found["against"] = against  # a model may be its own dense one
     _print(found, output)
     if target is not None:
@@ -109,19 +77,13 @@ def _costs(
         torch.set_num_threads(engine.threads)
     loaded = load_model(model, engine.computed)
     table = write_table(path, loaded, setting, engine.device, engine.computed)
-    rows = [
-        [f"{row['heads']} heads on {row['kv_heads']} KV heads", *_milliseconds(row)]
-        for row in table["attention"]
-    ]
-    rows += [[f"{row['neurons']} neurons", *_milliseconds(row)] for row in table["mlp"]]
-    rows.append(["all else", *_milliseconds(table["rest"])])
+    parts = [(f"{x['heads']} heads on {x['kv_heads']} KV heads", x) for x in table["attention"]]
+    parts += [(f"{x['neurons']} neurons", x) for x in table["mlp"]]
+    parts.append(("all else", table["rest"]))
+    rows = [[name, *(f"{1000 * x[phase]:.3f}" for phase in PHASES)] for name, x in parts]
     output.table("Milliseconds of a block", ["", "prompt", "token"], rows)
     output.line(f"Written to {path}")
     return {"out": str(path), **table}
-
-
-def _milliseconds(row: dict[str, Any]) -> list[str]:
-    return [f"{1000 * row[phase]:.3f}" for phase in PHASES]
 
 
 def _positive(number: int, option: str) -> int:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.console import Bars, Output
+from nuteprune.console import Output
 from nuteprune.data.fingerprint import Fingerprint
-from nuteprune.data.prompts import Prompts, read_prompts
+from nuteprune.data.prompts import read_prompts
 from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
+from nuteprune.jobs.options import Evaluation
 from nuteprune.jobs.sources import (
     load_model,
     load_tokenizer,
@@ -28,10 +29,10 @@ from nuteprune.jobs.sources import (
     pick_dtype,
     record_of,
     same_tokens,
+    use_family,
 )
 from nuteprune.judge import protocols, texts
-from nuteprune.judge.answers import TOKENS
-from nuteprune.judge.beside import Beside, judge_beside
+from nuteprune.judge.beside import judge_beside
 from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.provenance import kind_of, learned_from
@@ -48,53 +49,6 @@ BLOCKS = 96
 """Blocks of text at most that the use of context is measured on."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What `eval` is asked to do; the command's options say what each is.
-
-    Args:
-        model: hub id, checkpoint folder, `demo`, or `OUT/run/checkpoint-N`.
-        against: the dense model; None: no comparison.
-        data: texts; None: those of the protocol, or `demo`.
-        protocol: how text is cut; None: as it suits each text.
-        changes: of the protocol: length, stride, joining, blocks; None where not given.
-        whole: all of the text, not its held-out part.
-        text_column: column of the text in structured files.
-        tasks: of lm-evaluation-harness, comma separated; None: none.
-        include_path: folder of task files.
-        limit: most questions per task.
-        fewshot: examples before each question.
-        prompts: file of prompts that both models answer; None: such as `make_prompts` makes.
-        answer_tokens: most tokens per answer.
-        batch_size: blocks or questions per forward pass.
-        device: `auto`, `cpu`, `cuda`.
-        dtype: the one to compute in.
-        copying_seed: draws the tokens to copy.
-        base: where the model is now that a run prunes; None: where the run found it.
-        trust_remote_code: run Python code that comes with a tokenizer.
-    """
-
-    model: str
-    against: str | None = None
-    data: list[str] | None = None
-    protocol: str | None = None
-    changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    whole: bool = False
-    text_column: str | None = None
-    tasks: str | None = None
-    include_path: Path | None = None
-    limit: int | None = None
-    fewshot: int | None = None
-    prompts: Path | None = None
-    answer_tokens: int = TOKENS
-    batch_size: int = 4
-    device: str = "auto"
-    dtype: str = "auto"
-    copying_seed: int = SEED
-    base: str | None = None
-    trust_remote_code: bool = False
-
-
 def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     """Judge the models, print what was found, and return it.
 
@@ -102,6 +56,8 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         UserError: for anything that cannot work.
         RunFailed: if a perplexity is no finite number.
     """
+    source = asked.against or candidate_of(asked.model, asked.base).source
+    use_family(asked.family, source)
     _check(asked)
     names = [name for name in (asked.model, asked.against) if name is not None]
     models = [candidate_of(name, asked.base) for name in names]
@@ -135,8 +91,8 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
                 found = _measure(one, loaded, cut, asked.batch_size, bars.update)
                 verdicts.perplexity[one.name] = found
             own = load_tokenizer(one.source, asked.trust_remote_code)
-            how = {"seed": asked.copying_seed, "batch_size": asked.batch_size}
-            copied = copies(loaded, own, **how)
+            seed = SEED if asked.copying_seed is None else asked.copying_seed
+            copied = copies(loaded, own, seed=seed, batch_size=asked.batch_size)
             verdicts.copying |= {one.name: copied} if copied is not None else {}
             if questions is not None:
                 verdicts.tasks[one.name] = questions.ask(loaded, own, asked.batch_size)
@@ -146,7 +102,12 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
             gc.collect()
         bars.update("models", len(models), len(models))
         if beside:
-            verdicts.beside = _beside(asked, tokenizer, held, cut, prompts, bars)
+            bars.update("answers and context", 0, 1)
+            text = {name: blocks.tokens_NT for name, blocks in cut.items()}
+            how: dict[str, Any] = {"prompts": prompts, "tokens": asked.answer_tokens}
+            how["blocks"] = BLOCKS
+            verdicts.beside = judge_beside(held[-1], held[0], tokenizer, text, **how)
+            bars.update("answers and context", 1, 1)
     if asked.against is not None:
         verdicts.compare(asked.model, asked.against)
     verdicts.print(output)
@@ -197,26 +158,29 @@ def candidate_of(name: str, base: str | None) -> Candidate:
 
 
 def _check(asked: Evaluation) -> None:
-    numbers = {"batch-size": (1, asked.batch_size), "answer-tokens": (1, asked.answer_tokens)}
-    numbers |= {"copying-seed": (0, asked.copying_seed), "fewshot": (0, asked.fewshot or 0)}
-    for name, (least, value) in numbers.items():
-        if not least <= value < 2**31:
-            raise UserError(f"--{name} {value}: pass a number from {least} to {2**31 - 1}")
+    for name, least in {
+        "batch_size": 1,
+        "answer_tokens": 1,
+        "copying_seed": 0,
+        "fewshot": 0,
+    }.items():
+        if not least <= (value := getattr(asked, name) or 0) < 2**31:
+            raise UserError(f"{_option(name)} {value}: pass a number from {least} to {2**31 - 1}")
     if asked.prompts is not None and asked.against is None:
         raise UserError("--prompts is for answers beside the dense model's; name that as --against")
-    for_tasks: dict[str, Any] = {
-        "include-path": asked.include_path,
-        "limit": asked.limit,
-        "fewshot": asked.fewshot,
-    }
-    for name, given in for_tasks.items():
-        if given is not None and asked.tasks is None:
-            raise UserError(f"--{name} is for tasks; name some with --tasks")
-    for_text = {**asked.changes, "whole": asked.whole or None, "text-column": asked.text_column}
+    for name in ("include_path", "limit", "fewshot"):
+        if getattr(asked, name) is not None and asked.tasks is None:
+            raise UserError(f"{_option(name)} is for tasks; name some with --tasks")
     no_text = asked.tasks is not None and not (asked.data or asked.protocol)
-    for name, given in for_text.items():
-        if given is not None and no_text:
-            raise UserError(f"--{name} is for text, and with --tasks none is read unless --data is")
+    for name in (*asked.changes, "whole", "text_column"):
+        if getattr(asked, name) not in (None, False) and no_text:
+            raise UserError(
+                f"{_option(name)} is for text, and with --tasks none is read unless --data is"
+            )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _learned(models: Sequence[Candidate]) -> list[Fingerprint | None]:
@@ -262,23 +226,6 @@ def _blocks(
             described = {"kind": kind, "protocol": name, "part": part, **made.described}
             cut[source] = dataclasses.replace(made, described=described)
     return cut
-
-
-def _beside(
-    asked: Evaluation,
-    tokenizer: PreTrainedTokenizerBase,
-    held: Sequence[PreTrainedModel],
-    cut: Mapping[str, texts.Blocks],
-    prompts: Prompts | None,
-    bars: Bars,
-) -> Beside:
-    """Judge the first model beside the last one."""
-    bars.update("answers and context", 0, 1)
-    text = {name: blocks.tokens_NT for name, blocks in cut.items()}
-    how: dict[str, Any] = {"prompts": prompts, "tokens": asked.answer_tokens, "blocks": BLOCKS}
-    found = judge_beside(held[-1], held[0], tokenizer, text, **how)
-    bars.update("answers and context", 1, 1)
-    return found
 
 
 def _measure(

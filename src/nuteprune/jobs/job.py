@@ -7,7 +7,7 @@ are derived from what the dataclasses here and in `train.config` declare.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
 from nuteprune.train.prune_settings import RecoverSettings
-from nuteprune.train.settings import CALL, HOW, WHAT, check_declared, declared, setting
+from nuteprune.train.settings import CALL, HOW, WHAT, check_declared, declared, option, setting
 
 DTYPES = ("float32", "bfloat16", "float16")
 BITS = (8, 4)
@@ -49,51 +49,34 @@ class Job:
         files: input files, which the settings name or were read from.
     """
 
-    model: str = setting(help="Hub id, checkpoint folder, or 'demo'.")
-    out: Path = setting(help="Folder for the result.", option="--out", role=CALL)
-    data: list[str] | str = setting(
-        DEMO,
+    model: str = setting("Hub id, checkpoint folder, or 'demo'.", MISSING)
+    out: Path = option("Folder for the result.", MISSING, role=CALL)
+    data: list[str] | str = option(
         "Calibration and training text: a .txt, .jsonl, .json or .parquet file, a folder of them, "
         "a hub dataset id[:config[:split]], 'demo' (default: three small English texts), or 'self' "
         "(text that the model writes itself). May be repeated. By default half of the text is "
         "'self'; to change that, name 'self' or pass --shares.",
-        option="--data",
-        several=True,
+        DEMO,
     )
-    eval_data: str | None = setting(
-        None,
+    eval_data: str | None = option(
         "Text to judge by; about 5 % of it, the held-out part, is read. Default: that of --data.",
-        option="--eval-data",
         role=HOW,
     )
-    text_column: str | None = setting(
-        None, "Column that holds the text, in files with columns.", option="--text-column"
-    )
-    length: int = setting(
-        256, "Tokens per sequence (default {default}).", bounds=(2, 1e7), option="--length"
-    )
+    text_column: str | None = option("Column that holds the text, in files with columns.")
+    length: int = option("Tokens per sequence (default {default}).", 256, bounds=(2, 1e7))
     eval_blocks: int = setting(
-        24, "Held-out blocks of each source to judge by.", bounds=(1, 1e6), role=HOW
+        "Held-out blocks of each source to judge by.", 24, bounds=(1, 1e6), role=HOW
     )
-    device: str = setting("auto", "auto (default), cpu or cuda.", option="--device", role=HOW)
-    dtype: str = setting(
-        "auto",
+    device: str = option("auto (default), cpu or cuda.", "auto", role=HOW)
+    dtype: str = option(
         f"Dtype to compute in: auto (default), {', '.join(DTYPES)}.",
+        "auto",
         choices=("auto", *DTYPES),
-        option="--dtype",
     )
-    resume: bool = setting(
-        False, "Go on from the last checkpoint in --out.", option="--resume", flag=True, role=CALL
-    )
-    overwrite: bool = setting(
-        False, "Replace what is in --out.", option="--overwrite", flag=True, role=CALL
-    )
-    trust_remote_code: bool = setting(
-        False,
-        "Run Python code that comes with MODEL, where its tokenizer needs some.",
-        option="--trust-remote-code",
-        flag=True,
-        role=CALL,
+    resume: bool = option("Go on from the last checkpoint in --out.", False, role=CALL)
+    overwrite: bool = option("Replace what is in --out.", False, role=CALL)
+    trust_remote_code: bool = option(
+        "Run Python code that comes with MODEL, where its tokenizer needs some.", False, role=CALL
     )
     files: tuple[Path, ...] = field(default=(), compare=False)
 
@@ -128,50 +111,33 @@ class PruneJob(Job):
         started: time of the command, by `time.monotonic`.
     """
 
-    shares: list[float] | str | None = setting(
-        None,
+    shares: list[float] | str | None = option(
         "Share of the tokens for each --data, comma separated, such as 0.7,0.3. With one "
-        "--data, 1 uses only that text: the model writes none.",
-        option="--shares",
+        "--data, 1 uses only that text: the model writes none."
     )
-    own_text: str | None = setting(
-        None,
+    own_text: str | None = option(
         "File of text that MODEL has written itself, from nuteprune write; the run then writes "
         "none.",
-        option="--own-text",
         role=HOW,
     )
-    family: str | None = setting(
-        None,
+    family: str | None = option(
         "YAML file with the entry of MODEL's type, where it is not a listed one; "
-        "nuteprune family writes it.",
-        option="--family",
+        "nuteprune family writes it."
     )
-    bits: int | None = setting(
-        None,
+    bits: int | None = option(
         f"{' or '.join(map(str, BITS))}: load the frozen dense model in this many bits while "
         "training; the result keeps full precision.",
         choices=BITS,
-        option="--bits",
     )
     text_only: bool | None = setting(
-        None,
-        "Of a model of several modalities, write the pruned language model alone.",
+        "Of a model of several modalities, write the pruned language model alone."
     )
-    minutes: float | str | None = setting(
-        None,
+    minutes: float | str | None = option(
         "Time for the whole run, instead of --steps: minutes, or 90s or 2h. The run divides it "
         "between writing text, scoring, pricing and steps.",
-        option="--minutes",
         role=CALL,
     )
-    dry_run: bool = setting(
-        False,
-        "Say what the run would do and take; write nothing.",
-        option="--dry-run",
-        flag=True,
-        role=CALL,
-    )
+    dry_run: bool = option("Say what the run would do and take; write nothing.", False, role=CALL)
     settings: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic, compare=False)
 
@@ -211,84 +177,47 @@ class RecoverJob(RecoverSettings, Job):
         save_steps: steps between checkpoints of the run.
     """
 
-    data: list[str] | str = setting(
-        DEMO,
+    data: list[str] | str = option(
         "What to learn: rows of chat messages or of instruction, input and output, or plain text; "
         "a file, a folder, a hub dataset id[:config[:split]], or 'demo' (default).",
-        option="--data",
-        several=True,
+        DEMO,
     )
-    eval_data: str | None = setting(
-        None,
+    eval_data: str | None = option(
         "Text to judge by; about 5 % of it, the held-out part, is read. Default: the text that "
         "the pruned model was judged by.",
-        option="--eval-data",
         role=HOW,
     )
-    against: str | None = setting(
-        None,
-        "The dense model: recover tunes it in the same way afterwards, and compares.",
-        option="--against",
-        role=CALL,
+    against: str | None = option(
+        "The dense model: recover tunes it in the same way afterwards, and compares.", role=CALL
     )
-    steps: int | None = setting(
-        None,
-        f"Optimizer steps (plain text: {STEPS}).",
-        bounds=(1, 1e9),
-        option="--steps",
-        role=HOW,
+    steps: int | None = option(f"Optimizer steps (plain text: {STEPS}).", bounds=(1, 1e9), role=HOW)
+    epochs: float | None = option(
+        f"Passes over instruction data ({EPOCHS}).", bounds=(1e-9, 1e9), role=HOW
     )
-    epochs: float | None = setting(
-        None,
-        f"Passes over instruction data ({EPOCHS}).",
-        bounds=(1e-9, 1e9),
-        option="--epochs",
-        role=HOW,
-    )
-    learning_rate: float | None = setting(
-        None,
+    learning_rate: float | None = option(
         f"Learning rate of LoRA ({RATES[INSTRUCTIONS]}; plain text: {RATES[TEXT]}).",
         bounds=(1e-12, 1e3),
-        option="--learning-rate",
     )
-    batch_size: int = setting(
-        8,
-        "Sequences per forward pass (default {default}).",
-        bounds=(1, 1e6),
-        option="--batch-size",
-        role=HOW,
+    batch_size: int = option(
+        "Sequences per forward pass (default {default}).", 8, bounds=(1, 1e6), role=HOW
     )
-    accumulation: int = setting(
-        1,
-        "Forward passes per step (default {default}).",
-        bounds=(1, 1e6),
-        option="--accumulation",
-        role=HOW,
+    accumulation: int = option(
+        "Forward passes per step (default {default}).", 1, bounds=(1, 1e6), role=HOW
     )
-    template: str = setting(
-        "auto",
+    template: str = option(
         "Template of instruction rows: chat, alpaca, or auto (chat if the model has it).",
+        "auto",
         choices=TEMPLATES,
-        option="--template",
     )
-    seed: int = setting(
-        42, "Seed of everything random (default {default}).", bounds=(0, 2**31 - 1), option="--seed"
-    )
-    report_to: str = setting(
-        "none",
+    seed: int = option("Seed of everything random (default {default}).", 42, bounds=(0, 2**31 - 1))
+    report_to: str = option(
         "Trackers that follow the run: tensorboard, wandb, trackio; comma separated.",
-        option="--report-to",
+        "none",
         role=CALL,
     )
-    gradient_checkpointing: bool = setting(
-        False, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
-    )
-    save_steps: int = setting(
-        50,
-        "Steps between checkpoints of the run (default {default}).",
-        bounds=(1, 1e9),
-        option="--save-steps",
-        role=HOW,
+    gradient_checkpointing: bool = option("Less memory, more time.", False, role=HOW)
+    save_steps: int = option(
+        "Steps between checkpoints of the run (default {default}).", 50, bounds=(1, 1e9), role=HOW
     )
 
     @property
@@ -320,14 +249,12 @@ class VocabJob(Job):
     NOT_HERE: ClassVar = ("eval_data", "device", "dtype", "resume")
     """Settings of other jobs that it has no use for."""
 
-    data: list[str] | str = setting(
-        DEMO,
+    data: list[str] | str = option(
         "Text whose tokens are kept, beside those that the model expects: a .txt, .jsonl, "
         ".json or .parquet file, a folder of them, a hub dataset id[:config[:split]], 'demo' "
         "(default: three small English texts), or 'self' (nothing but text that the model writes). "
         "May be repeated.",
-        option="--data",
-        several=True,
+        DEMO,
     )
 
 
@@ -336,12 +263,8 @@ def what_it_is(job: Job) -> dict[str, Any]:
     from nuteprune.jobs.sources import pick_dtype, place  # they load torch, which help never needs
     from nuteprune.judge.units import dtype_name
 
-    dtype = dtype_name(pick_dtype(job.dtype, job.device))
-    named: dict[str, Any] = {
-        "model": place(job.model),
-        "data": [place(x) for x in job.specs],
-        "dtype": dtype,
-    }
+    named: dict[str, Any] = {"model": place(job.model), "data": [place(x) for x in job.specs]}
+    named["dtype"] = dtype_name(pick_dtype(job.dtype, job.device))
     if isinstance(job, PruneJob):
         files = {x: getattr(job, x) and place(getattr(job, x)) for x in ("family", "own_text")}
         named |= {"shares": job.share_values, **files}

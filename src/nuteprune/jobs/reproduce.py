@@ -59,7 +59,7 @@ def commands(record: Mapping[str, Any], out: str) -> list[list[str]]:
     first = command(record, names[0])
     if not first:
         return []
-    targets = ("target_sparsity", *(kind.setting for kind in KINDS.values()))
+    targets = ("target_sparsity", *(f"target_{kind}" for kind in KINDS))
     if any(isinstance(settings(record).get(x), list) for x in targets):  # each has its own folder
         asked = record.get("asked", {"kind": "sparsity", "value": record["target"]})
         names[0] += f"/{Asked(asked['kind'], asked['value']).folder}"

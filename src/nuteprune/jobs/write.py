@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Output
@@ -13,40 +11,14 @@ from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed
 from nuteprune.files import at_home, partial_of, remove, writing
 from nuteprune.jobs.guard import alone, check_file
+from nuteprune.jobs.options import Writing
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype
 from nuteprune.run import in_percent
 from nuteprune.run_folder import SELF_WRITTEN
 from nuteprune.stages.write import write
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The options of `write`.
-
-    Args:
-        model: hub id, checkpoint folder, or `demo`.
-        tokens: how many are written at least.
-        out: the file.
-        length: tokens per block of training.
-        seed: draws the tokens.
-        device: `auto`, `cpu`, `cuda`.
-        dtype: what the model computes in, by name, or `auto`.
-        overwrite: replace a file that is there.
-        trust_remote_code: run Python code that comes with the model's tokenizer.
-    """
-
-    model: str
-    tokens: int
-    out: Path
-    length: int
-    seed: int
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    trust_remote_code: bool = False
-
-
-def run(asked: Asked, output: Output) -> dict[str, Any]:
+def run(asked: Writing, output: Output) -> dict[str, Any]:
     """Let a model write text; the written part of the same text is continued.
 
     Raises:

@@ -13,30 +13,28 @@ class ProgressiveSettings(PruneSettings):
     """Settings of a run whose masks move; see `progressive.config.ProgressiveConfig`."""
 
     gate_type: str = setting(
-        "ranked",
         "ranked (hard masks, whose scores follow gradients), or hard_concrete (the paper's).",
+        "ranked",
         choices=("ranked", "hard_concrete"),
     )
     ramp_share: float = setting(
-        0.5, "Share of the steps after which the target is reached.", bounds=(0, 1)
+        "Share of the steps after which the target is reached.", 0.5, bounds=(0, 1)
     )
     freeze_share: float | None = setting(
-        None,
-        "Share of the steps after which masks are frozen, if later than ramp_share.",
-        bounds=(0, 1),
+        "Share of the steps after which masks are frozen, if later than ramp_share.", bounds=(0, 1)
     )
     teacher: str = setting(
-        "snapshots",
         "Who teaches: snapshots of the student, dense, or none (learn the text itself).",
+        "snapshots",
         choices=("snapshots", "dense", "none"),
     )
     objective: str = setting(
-        "relative",
         "relative (layer terms over the teacher's norm), or paper (its own terms and weights).",
+        "relative",
         choices=("relative", "paper"),
     )
     lora_targets: str = setting(
-        "all",
         "all projections, or qv: queries and values alone, as in the paper.",
+        "all",
         choices=("all", "qv"),
     )

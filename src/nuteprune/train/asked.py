@@ -51,11 +51,9 @@ def _pace(where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of target, such as `--params`.
+    """A kind of target, such as `params`: its setting is `target_params`, its option `--params`.
 
     Args:
-        setting: the setting of `NutePruneConfig`.
-        option: the command's.
         units: those that may follow a number.
         such: an example of a value.
         above: the value is more than this.
@@ -63,8 +61,6 @@ class Kind:
         at: parses what follows an `@`; None: nothing may follow.
     """
 
-    setting: str
-    option: str
     units: Mapping[str, int]
     such: str
     above: int = 0
@@ -73,17 +69,15 @@ class Kind:
 
 
 KINDS = {
-    "params": Kind("target_params", "--params", COUNT_UNITS, "100M"),
-    "active_params": Kind("target_active_params", "--active-params", COUNT_UNITS, "3B"),
-    "size": Kind("target_size", "--size", BYTE_UNITS, "200MB"),
-    "memory": Kind("target_memory", "--memory", BYTE_UNITS, "4GiB", at=_cache),
-    "speedup": Kind(
-        "target_speedup", "--speedup", {"x": 1, "": 1}, "1.5", above=1, whole=False, at=_pace
-    ),
+    "params": Kind(COUNT_UNITS, "100M"),
+    "active_params": Kind(COUNT_UNITS, "3B"),
+    "size": Kind(BYTE_UNITS, "200MB"),
+    "memory": Kind(BYTE_UNITS, "4GiB", at=_cache),
+    "speedup": Kind({"x": 1, "": 1}, "1.5", above=1, whole=False, at=_pace),
 }
 """Kind of target, as the record has it -> how it is written."""
 SETTINGS = {"target_sparsity": "--sparsity", "shape": "--shape"} | {
-    kind.setting: kind.option for kind in KINDS.values()
+    f"target_{kind}": f"--{kind.replace('_', '-')}" for kind in KINDS
 }
 """Settings that say how much is to go -> their option; a run has one of them."""
 

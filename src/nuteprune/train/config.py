@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 from transformers import SchedulerType, TrainingArguments
@@ -205,6 +206,15 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
         return tuple(k.strip() for k in self.gates.split(","))
 
 
+def prune_config(settings: Mapping[str, Any]) -> type[NutePruneConfig]:
+    """Return the class of a run's settings: the paper's own dynamics have another one."""
+    if not settings.get("progressive"):
+        return NutePruneConfig
+    found: type[NutePruneConfig]
+    found = import_module("nuteprune.progressive.config").ProgressiveConfig
+    return found
+
+
 @dataclass
 class RecoverConfig(RecoverSettings, RunArguments):
     """Settings of a `RecoverTrainer`: those below, and all of `transformers.TrainingArguments`.
@@ -214,7 +224,7 @@ class RecoverConfig(RecoverSettings, RunArguments):
         lora_dropout: share of the adapters' input that is dropped in training.
     """
 
-    lora_dropout: float = setting(0.0, "Share of inputs dropped.", bounds=(0, 1))
+    lora_dropout: float = setting("Share of inputs dropped.", 0.0, bounds=(0, 1))
 
     # Defaults of TrainingArguments that differ here.
     learning_rate: float = 1e-4

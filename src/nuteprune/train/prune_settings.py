@@ -16,150 +16,125 @@ from nuteprune.gates.method_names import METHOD, METHOD_NAMES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import SUPER_BLOCK
 from nuteprune.train.asked import DECODE, KINDS, MOMENT, Asked, all_asked, check_one, sparsities
-from nuteprune.train.settings import CALL, HOW, check_declared, setting
+from nuteprune.train.settings import CALL, HOW, check_declared, option, setting
 
 
 @dataclass
 class PruneSettings:
     """Settings of a run that prunes; see `train.config.NutePruneConfig`."""
 
-    target_sparsity: float | str | list[float] = setting(
-        0.2,
+    target_sparsity: float | str | list[float] = option(
         "Share of the decoder layers' parameters to remove, such as 0.2 (demo's default). "
         "Several (0.2,0.3,0.5) give several checkpoints from one run.",
-        option="--sparsity",
+        0.2,
     )
-    target_params: float | str | list[Any] | None = setting(
-        None,
-        "Parameters of the result, instead of --sparsity, such as 100M; tied ones count once.",
-        option="--params",
+    target_params: float | str | list[Any] | None = option(
+        "Parameters of the result, instead of --sparsity, such as 100M; tied ones count once."
     )
-    target_active_params: float | str | list[Any] | None = setting(
-        None,
+    target_active_params: float | str | list[Any] | None = option(
         "Active parameters of the result, instead of --sparsity, such as 3B: those that one token "
-        "uses in a mixture of experts.",
-        option="--active-params",
+        "uses in a mixture of experts."
     )
-    target_size: float | str | list[Any] | None = setting(
-        None,
+    target_size: float | str | list[Any] | None = option(
         "Size of the result's weight file, instead of --sparsity, such as 200MB or 190MiB; in "
-        "the checkpoint's dtype.",
-        option="--size",
+        "the checkpoint's dtype."
     )
-    target_memory: float | str | list[Any] | None = setting(
-        None,
+    target_memory: float | str | list[Any] | None = option(
         "Memory of the result's weights and KV cache, instead of --sparsity: 4GiB@8192 is 4 GiB "
-        "with 8192 tokens cached, 4GiB@2x8192 with two such sequences; in the checkpoint's dtype.",
-        option="--memory",
+        "with 8192 tokens cached, 4GiB@2x8192 with two such sequences; in the checkpoint's dtype."
     )
-    target_speedup: float | str | list[Any] | None = setting(
-        None,
+    target_speedup: float | str | list[Any] | None = option(
         "Speed to end at, instead of --sparsity, as a multiple of the dense model's: 1.5 is for "
         f"{DECODE} at {MOMENT} (sequences x prompt tokens + new tokens), 1.5@prefill, 1.5@both or "
         "1.5@prefill:1x512+64 for other work. Measured on the run's device, or by --costs. Whole "
-        "blocks may go too.",
-        option="--speedup",
+        "blocks may go too."
     )
-    costs: dict[str, Any] | str | None = setting(
-        None,
+    costs: dict[str, Any] | str | None = option(
         "For --speedup: a table of block times, from nuteprune bench MODEL --save-costs FILE "
         "on any machine. Default: the run measures them.",
-        option="--costs",
         role=CALL,
     )
-    shape: dict[str, Any] | str | None = setting(
-        None,
+    shape: dict[str, Any] | str | None = option(
         "YAML or JSON file with the dimensions to cut to, instead of --sparsity. Another "
-        "checkpoint's nuteprune.json works too.",
-        option="--shape",
+        "checkpoint's nuteprune.json works too."
     )
-    gates: str | None = setting(
-        None,
+    gates: str | None = option(
         f"Kinds of gates, comma separated: {', '.join(GATE_KINDS)}. Default: heads (KV groups "
-        "where heads share one) and neurons; of a mixture of experts, experts.",
-        option="--gates",
+        "where heads share one) and neurons; of a mixture of experts, experts."
     )
-    shapes: str = setting(
-        "free",
+    shapes: str = option(
         "free (default): each layer keeps its own counts. uniform: the same in all layers, a "
         "stock model.",
+        "free",
         choices=("free", "uniform"),
-        option="--shapes",
     )
     neuron_multiple: int = setting(
-        32, "Each layer keeps a multiple of this many neurons.", bounds=(1, 1e6)
+        "Each layer keeps a multiple of this many neurons.", 32, bounds=(1, 1e6)
     )
-    hidden_multiple: int = setting(64, "The width stays a multiple of this.", bounds=(1, 1e6))
+    hidden_multiple: int = setting("The width stays a multiple of this.", 64, bounds=(1, 1e6))
     for_quantization: bool = setting(
-        False,
-        f"Neurons and width in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants need.",
+        f"Neurons and width in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants need.", False
     )
 
-    method: str = setting(
-        METHOD,
+    method: str = option(
         f"How units are ranked (default {METHOD}): {', '.join(METHOD_NAMES)}.",
+        METHOD,
         choices=METHOD_NAMES,
-        option="--method",
     )
     calibration_blocks: int = setting(
-        32,
         "Blocks of text for the scores; the refit reads 4.5 times as many, pricing half as many.",
+        32,
         bounds=(1, 1e6),
     )
-    priced: bool = setting(True, "Correct scores by what cuts cost at the target (surgeon only).")
+    priced: bool = setting("Correct scores by what cuts cost at the target (surgeon only).", True)
     text_blocks: int | None = setting(
-        None, "Blocks of text that the run reads. Default: as many as it needs.", bounds=(1, 1e9)
+        "Blocks of text that the run reads. Default: as many as it needs.", bounds=(1, 1e9)
     )
     teacher: str = setting(
-        "dense", "Who teaches: dense, or none (learn the text itself).", choices=("dense", "none")
+        "Who teaches: dense, or none (learn the text itself).", "dense", choices=("dense", "none")
     )
     progressive: bool = setting(
-        False,
         "Masks move while the student learns, as in the paper: see recipes/paper.yaml and "
         "nuteprune.progressive.",
-    )
-    lora_rank: int = setting(32, "Rank of the adapters.", bounds=(1, 1e5))
-    refit: bool = setting(
-        True, "Refit output and down projections in closed form once units are chosen."
-    )
-    sharded: bool = setting(False, "Shard the dense model's weights over the processes (FSDP2).")
-    offload: bool = setting(
         False,
+    )
+    lora_rank: int = setting("Rank of the adapters.", 32, bounds=(1, 1e5))
+    refit: bool = setting(
+        "Refit output and down projections in closed form once units are chosen.", True
+    )
+    sharded: bool = setting("Shard the dense model's weights over the processes (FSDP2).", False)
+    offload: bool = option(
         "Keep the dense model's layers in main memory or on disk; each comes to the device as it "
         "is needed.",
-        option="--offload",
-        flag=True,
+        False,
         role=HOW,
     )
 
     # Of TrainingArguments: those that recipes set, or that have an option.
-    max_steps: int = setting(
-        80,
+    max_steps: int = option(
         "Optimizer steps (default {default}; demo: what --minutes 5 has time for). 0 prunes "
         "without training.",
+        80,
         bounds=(0, 1e9),
-        option="--steps",
+        name="--steps",
         role=HOW,
     )
-    per_device_train_batch_size: int = setting(
-        4,
+    per_device_train_batch_size: int = option(
         "Sequences per forward pass of each process (default {default}; demo 2, with 2 "
         "accumulated).",
+        4,
         bounds=(1, 1e6),
-        option="--batch-size",
+        name="--batch-size",
         role=HOW,
     )
-    gradient_accumulation_steps: int = setting(1, "Forward passes per step.", role=HOW)
+    gradient_accumulation_steps: int = setting("Forward passes per step.", 1, role=HOW)
     learning_rate: float | None = setting(
-        None,
         "Learning rate of LoRA. By default it goes with the size of the weights: 0.002 for the "
         "demo's model, 0.0004 where projections give as much as they take.",
         bounds=(1e-12, 1e3),
     )
-    gradient_checkpointing: bool | None = setting(
-        None, "Less memory, more time.", option="--gradient-checkpointing", flag=True, role=HOW
-    )
-    seed: int = setting(42, "Seed of everything random.", bounds=(0, 2**31 - 1))
+    gradient_checkpointing: bool | None = option("Less memory, more time.", role=HOW)
+    seed: int = setting("Seed of everything random.", 42, bounds=(0, 2**31 - 1))
 
     def __post_init__(self) -> None:
         """Check what was given.
@@ -182,13 +157,13 @@ class PruneSettings:
         """Bring targets into their canonical spelling, for the record."""
         default = PruneSettings.target_sparsity  # which says nothing
         given = {k: v for k, v in vars(self).items() if (k, v) != ("target_sparsity", default)}
-        check_one(given, ["target_sparsity", *(x.setting for x in KINDS.values()), "shape"])
+        check_one(given, ["target_sparsity", *(f"target_{x}" for x in KINDS), "shape"])
         targets = self.targets
         self.target_sparsity = targets[0] if len(targets) == 1 else list(targets)
-        asked = self.asked
-        if (kind := KINDS.get(asked[0].kind)) is not None:
-            told = [*(x.text for x in asked[:-1]), asked[-1].text + asked[-1].at]
-            setattr(self, kind.setting, told[0] if len(told) == 1 else told)
+        *larger, last = self.asked
+        if last.kind in KINDS:
+            told = [*(x.text for x in larger), last.text + last.at]
+            setattr(self, f"target_{last.kind}", told if larger else told[0])
 
     def _check_targets(self) -> None:
         """Refuse targets outside (0, 1), or in falling order."""
@@ -210,9 +185,9 @@ class PruneSettings:
     @property
     def asked(self) -> tuple[Asked, ...]:
         """The targets, the largest model first; a chosen shape replaces them."""
-        for name, kind in KINDS.items():
-            if (given := getattr(self, kind.setting)) is not None:
-                return all_asked(name, given)
+        for kind in KINDS:
+            if (given := getattr(self, f"target_{kind}")) is not None:
+                return all_asked(kind, given)
         return tuple(Asked("sparsity", value) for value in self.targets)
 
 
@@ -220,9 +195,6 @@ class PruneSettings:
 class RecoverSettings:
     """What a recovery's trainer and its job have in common."""
 
-    lora_rank: int = setting(
-        8,
-        "Rank of LoRA, on all projections (default {default}).",
-        bounds=(1, 1e5),
-        option="--lora-rank",
+    lora_rank: int = option(
+        "Rank of LoRA, on all projections (default {default}).", 8, bounds=(1, 1e5)
     )

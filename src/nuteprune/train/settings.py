@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, replace
+from dataclasses import Field, dataclass, field, replace
 from typing import Any
 
 from nuteprune.errors import UserError
@@ -36,61 +36,86 @@ TRAINER_BOUNDS: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting as it was declared: its name, and what `setting` was given."""
+    """A setting as it was declared: what `setting` was given, the name and the type's text."""
 
-    name: str
     default: Any
     help: str
     choices: tuple[Any, ...]
     bounds: tuple[float, float] | None
     option: str | None
-    flag: bool
-    several: bool
     role: str
+    name: str = ""
+    hint: str = ""
 
     @property
     def word(self) -> str:
         """What users call it: its option without dashes, where it has one."""
         return self.option.removeprefix("--").replace("-", "_") if self.option else self.name
 
+    @property
+    def flag(self) -> bool:
+        """Whether its option stands alone, without a value."""
+        return self.option is not None and self.hint.startswith("bool")
+
+    @property
+    def several(self) -> bool:
+        """Whether its option may be repeated."""
+        return self.option is not None and "list[str]" in self.hint
+
 
 _FACTS: dict[Field[Any], Setting] = {}
 # Not in the fields' metadata: transformers.HfArgumentParser passes all of that on to argparse.
+_ITS_NAME = "--"
 
 
 def setting(
-    default: Any = MISSING,
-    help: str = "",
+    help: str,
+    default: Any = None,
     *,
     choices: Sequence[Any] = (),
     bounds: tuple[float, float] | None = None,
-    option: str | None = None,
-    flag: bool = False,
-    several: bool = False,
     role: str = WHAT,
+    name: str | None = None,
 ) -> Any:
-    """Declare a field of a dataclass as a setting.
+    """Declare a field of a dataclass as a setting; `--set` reaches it.
 
     Args:
-        default: its default; none: it must be given.
         help: one line for the user; `{default}` in it stands for the default.
+        default: its default; MISSING: it must be given.
         choices: the values that it may have.
         bounds: its smallest and largest value.
-        option: its option on the command line, such as `--steps`; None: `--set` reaches it.
-        flag: whether the option stands alone, without a value.
-        several: whether the option may be repeated.
         role: `WHAT`, `HOW` or `CALL`.
+        name: its option on the command line; None: it has none. See `option`.
     """
     told = help.replace("{default}", str(default))
     made: Field[Any] = field(default=default, metadata={"help": told})
-    _FACTS[made] = Setting("", default, told, tuple(choices), bounds, option, flag, several, role)
+    _FACTS[made] = Setting(default, told, tuple(choices), bounds, name, role)
     return made
+
+
+def option(help: str, default: Any = None, *, name: str = _ITS_NAME, **facts: Any) -> Any:
+    """Declare a setting that has an option on the command line; see `setting`.
+
+    An option of type `bool` stands alone, without a value; one whose type has `list[str]` may be
+    repeated.
+
+    Args:
+        help: as for `setting`.
+        default: as for `setting`.
+        name: such as `--steps`; by default the field's own, without `target_`.
+        **facts: as for `setting`.
+    """
+    return setting(help, default, name=name, **facts)
 
 
 def declared(kind: type) -> dict[str, Setting]:
     """Return the settings that a dataclass declares by `setting`, by name, in their order."""
-    ours = [x for x in dataclasses.fields(kind) if x in _FACTS]
-    found = {x.name: replace(_FACTS[x], name=x.name) for x in ours}
+    found = {}
+    for x in dataclasses.fields(kind):
+        if (fact := _FACTS.get(x)) is not None:
+            called = x.name.removeprefix("target_").replace("_", "-")
+            option = f"--{called}" if fact.option == _ITS_NAME else fact.option
+            found[x.name] = replace(fact, name=x.name, hint=str(x.type), option=option)
     order: dict[str, None] = {}
     for base in reversed(kind.__mro__):  # what a class declares anew stands where it does that
         for name in inspect.get_annotations(base):

@@ -1,0 +1,109 @@
+"""The options of `eval`, `bench` and `write`, each declared once."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from nuteprune.jobs.job import PruneJob
+from nuteprune.judge import protocols
+from nuteprune.run_folder import RUN, SPEED
+from nuteprune.train.prune_settings import PruneSettings
+from nuteprune.train.settings import declared, option, setting
+
+REPLACE = "Replace the file if it exists."
+_HELP = {name: x.help for name, x in declared(PruneJob).items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `eval` is asked to do; the model may also be `OUT/run/checkpoint-N`."""
+
+    model: str = setting(_HELP["model"], MISSING)
+    against: str | None = option(
+        "The dense model, to compare quality, answers and use of context with."
+    )
+    data: list[str] | None = option(
+        f"Text, may be repeated: {', '.join(protocols.TEXTS)} (from the hub; NAME=FILE "
+        "reads a local copy), a file, a folder, a hub dataset id[:config[:split]], or 'demo'."
+    )
+    protocol: str | None = option(f"How text is cut into blocks: {', '.join(protocols.PROTOCOLS)}.")
+    length: int | None = option("Tokens per block.")
+    stride: int | None = option("Tokens between starts of blocks; below --length they overlap.")
+    joining: str | None = option(f"Between documents: {', '.join(protocols.JOININGS)}.")
+    blocks: int | None = option("Most blocks per text; 0: all.")
+    whole: bool = option("All of the text, not only its held-out part.", False)
+    tasks: str | None = option(
+        "Tasks of lm-evaluation-harness, comma separated; commonsense7 names seven."
+    )
+    include_path: Path | None = option("Folder with task files of your own.")
+    limit: int | None = option("Most questions per task.")
+    fewshot: int | None = option("Examples before each question.")
+    prompts: Path | None = option(
+        "Prompts that both models answer, JSON lines with 'prompt' or 'messages'; without "
+        "it questions that the dense model writes, or beginnings of the text."
+    )
+    answer_tokens: int = option("Tokens of an answer at most.", 64)
+    batch_size: int = option("Blocks or questions per forward pass.", 4)
+    device: str = option(_HELP["device"], "auto")
+    dtype: str = option(_HELP["dtype"], "auto")
+    text_column: str | None = option(_HELP["text_column"])
+    copying_seed: int | None = option(
+        "Seed of the tokens to copy. Pass 0 to 9 while you choose a model."
+    )
+    base: str | None = option("Where the dense model of OUT/run/checkpoint-N is, if it was moved.")
+    family: str | None = option(_HELP["family"])
+    trust_remote_code: bool = option(_HELP["trust_remote_code"], False)
+
+    @property
+    def changes(self) -> dict[str, object]:
+        """What of the protocol is to be otherwise; None where not given."""
+        return {x: getattr(self, x) for x in ("length", "stride", "joining", "blocks")}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `bench` is asked to do."""
+
+    model: str = setting(_HELP["model"], MISSING)
+    against: str | None = option("The dense model, timed in turns.")
+    engine: str = option(
+        "What runs the models: transformers, or llama.cpp, which reads GGUF files that "
+        "bench exports in --dtype float16, bfloat16 or float32.",
+        "transformers",
+    )
+    batch_sizes: str = option("Sequences at a time, with commas.", "1,4")
+    lengths: str = option("Tokens of the prompt, with commas.", "256")
+    new_tokens: int = option("Tokens decoded after the prompt.", 32)
+    repeats: int = option("Timed passes, after one to warm up.", 5)
+    threads: int | None = option("Threads on a CPU.")
+    device: str = option(_HELP["device"], "auto")
+    dtype: str = option(_HELP["dtype"], "auto")
+    save: bool = option(f"Also write MODEL/{RUN}/{SPEED} for the report.", False)
+    save_costs: Path | None = option(
+        "Only time MODEL's blocks and write this file, for prune --speedup. Of "
+        "--batch-sizes and --lengths the first counts; --repeats is ignored."
+    )
+    overwrite: bool = option(REPLACE, False)
+    family: str | None = option(_HELP["family"])
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What `write` is asked to do.
+
+    Args:
+        model: hub id, checkpoint folder, or `demo`.
+        tokens: how many are written at least.
+        out: the file.
+    """
+
+    model: str
+    tokens: int
+    out: Path
+    length: int = option(_HELP["length"], PruneJob.length)
+    seed: int = option("Seed of what is drawn.", PruneSettings.seed)
+    device: str = option(_HELP["device"], "auto")
+    dtype: str = option(_HELP["dtype"], "auto")
+    overwrite: bool = option(REPLACE, False)
+    trust_remote_code: bool = option(_HELP["trust_remote_code"], False)
