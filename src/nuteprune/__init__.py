@@ -25,24 +25,17 @@ if TYPE_CHECKING:
     from nuteprune.train.trainer import NutePruneTrainer
 
 _HOMES = {
+    **{x: f"stages.{x}" for x in ("choose", "judge", "price", "refit", "score", "write")},
+    **{x: f"jobs.{x}" for x in ("prune", "recover", "vocab")},
     "NutePruneConfig": "train.config",
     "NutePruneTrainer": "train.trainer",
     "RunFailed": "errors",
     "UserError": "errors",
     "calibration_blocks": "data.calibration",
-    "choose": "stages.choose",
-    "judge": "stages.judge",
     "load_pruned": "export.loading",
     "prepare": "train.prepare",
-    "price": "stages.price",
-    "prune": "jobs.prune",
-    "recover": "jobs.recover",
-    "refit": "stages.refit",
-    "score": "stages.score",
     "slice_model": "stages.slice",
     "training_blocks": "data.blocks",
-    "vocab": "jobs.vocab",
-    "write": "stages.write",
 }
 """Public name -> the module that has it: jobs, the stages of a run, and the class for a loop."""
 

@@ -100,9 +100,9 @@ class Output:
         self.console.print(Text(title, style="bold"), soft_wrap=True)
         self.console.print(table)
 
-    def result(self, data: Mapping[str, Any]) -> None:
-        """Print the JSON line, if it was asked for."""
-        if self.as_json and is_main():
+    def result(self, data: Mapping[str, Any] | None) -> None:
+        """Print the JSON line, if it was asked for; of the main process's result alone."""
+        if self.as_json and is_main() and data is not None:
             print(to_json(data), flush=True)
 
     @contextmanager

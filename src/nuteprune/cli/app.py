@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
 
@@ -21,6 +22,11 @@ from nuteprune.processes import is_main, rank
 
 LONGEST = 1000
 """Most characters of an error's line, which may quote long input of the user."""
+COMMANDS = (
+    *("demo", "plan", "prune", "eval", "bench", "recover"),
+    *("export", "family", "inspect", "report", "vocab", "write"),
+)
+"""Commands in the order of help: each is a function in a module of its name."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -39,22 +45,6 @@ def _root(
 
 def make_app() -> typer.Typer:
     """Return the command line with all its commands."""
-    # Imported here: `main` checks names before anything else.
-    from nuteprune.cli import (
-        bench,
-        demo,
-        evaluate,
-        export,
-        family,
-        inspect,
-        plan,
-        prune,
-        recover,
-        report,
-        vocab,
-        write,
-    )
-
     app = typer.Typer(
         name="nuteprune",
         pretty_exceptions_enable=False,
@@ -62,18 +52,9 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    app.command("demo")(demo.demo)
-    app.command("plan")(plan.plan)
-    app.command("prune")(prune.prune)
-    app.command("eval")(evaluate.evaluate)
-    app.command("bench")(bench.bench)
-    app.command("recover")(recover.recover)
-    app.command("export")(export.export)
-    app.command("family")(family.family)
-    app.command("inspect")(inspect.inspect)
-    app.command("report")(report.report)
-    app.command("vocab")(vocab.vocab)
-    app.command("write")(write.write)
+    for command in COMMANDS:  # imported here: `main` checks names before anything else
+        name = "evaluate" if command == "eval" else command  # which Python has a function for
+        app.command(command)(getattr(import_module(f"nuteprune.cli.{name}"), name))
     return app
 
 

@@ -40,6 +40,4 @@ def demo(
 
     output = Output(as_json)
     fetch(output)
-    result = finished(job, output)
-    if result is not None:
-        output.result(result)
+    output.result(finished(job, output))

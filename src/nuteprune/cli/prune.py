@@ -33,5 +33,4 @@ def prune(
 
     output = Output(as_json)
     result = finished(job, output)
-    if result is not None:
-        output.result(result.summary())
+    output.result(None if result is None else result.summary())

@@ -23,6 +23,4 @@ def recover(model: o.Model, out: o.Out, as_json: o.Json = False, **given: Any) -
     from nuteprune.jobs.recover import finished
 
     output = Output(as_json)
-    result = finished(job, output)
-    if result is not None:
-        output.result(result)
+    output.result(finished(job, output))
