@@ -71,12 +71,12 @@ class Cell:
 
     def arguments(self, out: str) -> Any:
         """Return the trainer's settings."""
-        from nuteprune.jobs.settings import trainer_settings
+        from nuteprune.train.config import prune_config
 
         common = {"target_sparsity": 0.3, "max_steps": 2, "calibration_blocks": 4}
         here = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
         settings = {**common, **here, **self.settings}
-        return trainer_settings(settings)(output_dir=out, **settings)
+        return prune_config(settings)(output_dir=out, **settings)
 
 
 CELLS = (

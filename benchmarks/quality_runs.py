@@ -28,12 +28,12 @@ from nuteprune.console import silent
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.method_names import METHOD
-from nuteprune.jobs.settings import trainer_settings
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.products import Products
+from nuteprune.train.config import prune_config
 from nuteprune.train.cut import Cut
 from nuteprune.train.prepare import prepare
 from nuteprune.train.state import last_checkpoint
@@ -140,7 +140,7 @@ class Bench:
             **self.setting.settings,
             **cell.settings,
         }
-        return trainer_settings(settings)(output_dir=folder, **settings)
+        return prune_config(settings)(output_dir=folder, **settings)
 
     def text(self, model: PreTrainedModel, cell: Cell, config: NutePruneConfig) -> BlockDataset:
         """Return what a cell is calibrated and trained on: the same for all methods."""

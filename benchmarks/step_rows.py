@@ -190,13 +190,13 @@ def trainer_for(cell: Cell, base: PreTrainedModel, **settings: Any) -> NutePrune
         **settings: beside the cell's, such as those of masks that move.
     """
     from nuteprune.data.blocks import BlockDataset
-    from nuteprune.jobs.settings import trainer_settings
     from nuteprune.plan.trial import cut_by_chance
+    from nuteprune.train.config import prune_config
 
     folder = tempfile.mkdtemp(prefix="nuteprune-step-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     checkpointing = {"gradient_checkpointing": True} if cell.checkpointing else {}
-    config = trainer_settings(settings)(
+    config = prune_config(settings)(
         output_dir=folder,
         target_sparsity=cell.sparsity,
         use_cpu=cell.device == "cpu",

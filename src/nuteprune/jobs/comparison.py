@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.export.record import perplexities_of
-from nuteprune.files import to_json, write_text
+from nuteprune.files import write_json
 from nuteprune.judge.retention import retentions
 from nuteprune.run_folder import RECORD
 
@@ -63,7 +63,7 @@ def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
     result["recover"]["against"] = dict(comparison)
     path = Path(result["out"]) / RECORD
     if path.is_file():
-        write_text(path, to_json({k: x for k, x in result.items() if k != "out"}, indent=2) + "\n")
+        write_json(path, {k: x for k, x in result.items() if k != "out"})
 
 
 def judged_again(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

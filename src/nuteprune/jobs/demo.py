@@ -8,22 +8,18 @@ from typing import Any
 
 from nuteprune.console import Output, megabytes
 from nuteprune.data import demo as assets
-from nuteprune.data.specs import DEMO
 from nuteprune.export.record import weights_size
-from nuteprune.files import write_json
-from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import Result, finish, run
 from nuteprune.jobs.show import print_end
-from nuteprune.jobs.timing import for_report, measure
-from nuteprune.judge.bench import PASSES, say_ratio
+from nuteprune.jobs.speed import measure_beside
+from nuteprune.judge.bench import say_ratio
 from nuteprune.judge.beside import print_beside
 from nuteprune.judge.run_files import read_samples
 from nuteprune.judge.work import Workload
-from nuteprune.run_folder import RUN, SPEED
+from nuteprune.run_folder import RUN
 from nuteprune.train.asked import SETTINGS
 
-DEFAULTS = {"target_sparsity": 0.2}
 MINUTES = 5
 """How long it takes where nothing else is said; on slow machines longer."""
 COMPARED = 1.5
@@ -41,12 +37,9 @@ def fetch(output: Output) -> None:
 
 def with_defaults(job: PruneJob) -> PruneJob:
     """Return a job with the demo's own defaults for what is not given."""
-    defaults = dict(DEFAULTS)
-    if SETTINGS.keys() & job.settings.keys():
-        del defaults["target_sparsity"]
-    if not MEMORY.keys() & job.settings.keys():
-        defaults |= MEMORY
-    job.settings = {**defaults, **job.settings}
+    target = {} if SETTINGS.keys() & job.settings.keys() else {"target_sparsity": 0.2}
+    memory = {} if MEMORY.keys() & job.settings.keys() else MEMORY
+    job.settings = {**target, **memory, **job.settings}
     has_steps = "max_steps" in job.settings or job.settings.get("progressive")
     if job.minutes is None and not has_steps:
         job.minutes = MINUTES
@@ -66,13 +59,10 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     """Print dense and pruned model side by side, and answers of both."""
     out, record = list(result.records.items())[-1]
     gc.collect()  # make room for two models
-    with output.bars() as bars:
-        engine = Transformers.from_options(job.device, job.dtype)
-        speed = measure([str(out.absolute()), DEMO], [TIMED], PASSES, engine, bars)
+    speed = measure_beside(job, out, TIMED, output)
     print_table(record, speed, output)
     print_beside(record, read_samples(out / RUN), output)
     output.line()
-    write_json(out / RUN / SPEED, {**speed, **for_report(speed)})
     print_end(out, record, output)
     finish(job, result, output)
     return {
@@ -85,9 +75,8 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
 
 def decoded(speed: Mapping[str, Any]) -> dict[str, float]:
     """Return the median rates of decoding, in tokens per second."""
-    ours, dense = speed["settings"][0]["models"].values()
-    rates = {"dense": dense, "NutePrune": ours}
-    return {name: found["decode_tokens_per_second"]["median"] for name, found in rates.items()}
+    ours, dense = (x["decode_tokens_per_second"] for x in speed["settings"][0]["models"].values())
+    return {"dense": dense["median"], "NutePrune": ours["median"]}
 
 
 def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output) -> None:

@@ -44,7 +44,9 @@ def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
         memory = peak() + trained * BYTES_OF_ADAM
     try:
         taken = _planned(job, run, writing, step)
-        print_phases(taken["phases"], _where(run), output)
+        on_cpu = args.device.type == "cpu"
+        where = "beside Python and files" if on_cpu else "peak on a device"
+        print_phases(taken["phases"], where, output)
     except Unplanned as error:
         output.line(f"Note    {error}")
         taken = {"seconds": _reckoned(run, writing, step)}
@@ -60,13 +62,8 @@ def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
         )
     output.line(f"Cost    {said}")
     output.line("Dry run no model was written.")
-    return {
-        **found,
-        "seconds_per_step": step,
-        "seconds_writing": writing,
-        "memory_bytes": memory,
-        **taken,
-    }
+    cost = {"seconds_per_step": step, "seconds_writing": writing, "memory_bytes": memory}
+    return {**found, **cost, **taken}
 
 
 def _seconds_to_write(run: Run) -> float:
@@ -161,10 +158,6 @@ def _peaks(job: PruneJob, run: Run, plan: Plan, phases: Sequence[Phase]) -> dict
     if plan.stored is not None:
         return on_cpu({x.name: x.need for x in phases})
     return peaks | (offloaded(plan, inside) if run.args.offload else {})
-
-
-def _where(run: Run) -> str:
-    return "beside Python and files" if run.args.device.type == "cpu" else "peak on a device"
 
 
 def _reckoned(run: Run, writing: float, step: float | None) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -145,10 +144,8 @@ def _half(allocator: Allocator) -> Masks:
     scores = {k: torch.rand(allocator.layout.units(k), generator=random) for k in kinds}
     shape = allocator.shape(scores, 0.5 * allocator.maximum())
     hard = allocator.masks(shape, scores)
-    values: Mapping[str, Tensor] = {
-        k: v * (0.5 + torch.rand(v.shape, generator=random)) for k, v in hard.values.items()
-    }
-    return Masks(allocator.layout, dict(values))
+    soft = {k: v * (0.5 + torch.rand(v.shape, generator=random)) for k, v in hard.values.items()}
+    return Masks(allocator.layout, soft)
 
 
 def _tokens() -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from nuteprune.files import read_sums, remove, writing
@@ -19,7 +19,6 @@ from nuteprune.run_folder import (
     TARGETS,
     hidden,
 )
-from nuteprune.train.asked import Asked
 from nuteprune.train.state import last_checkpoint
 
 _TARGET = re.compile(rf"({'|'.join(TARGETS)})\d[\w.+-]*")
@@ -61,11 +60,6 @@ def goes_on(job: Job) -> bool:
 def is_stated(job: Job) -> bool:
     """Return whether a job resumes a run whose settings in `run` must equal its own."""
     return goes_on(job) or (job.resume and (job.out / RUN / SETTINGS).is_file())
-
-
-def target_folder(job: Job, targets: Sequence[Asked], index: int) -> Path:
-    """Return the folder for a target's checkpoint: one for each where there are several."""
-    return job.out if len(targets) == 1 else job.out / targets[index].folder
 
 
 def written_in(out: Path) -> set[str]:

@@ -78,31 +78,20 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
 
 def shapes_of(record: Mapping[str, Any]) -> tuple[Shape, Shape]:
     """Return the dimensions before and after pruning that a record states."""
-    keys = (*COUNTS, "mixer")
-    shapes = (
-        Shape.from_dict(
-            {"hidden": hidden, "layers": [{k: x[k] for k in keys if k in x} for x in layers]}
-        )
-        for hidden, layers in (
-            (record["hidden"]["before"], record["layers_before"]),
-            (record["hidden"]["after"], record["layers"]),
-        )
-    )
-    before, after = shapes
-    return before, after
+
+    def shape(when: str, layers: str) -> Shape:
+        rows = [{k: x[k] for k in (*COUNTS, "mixer") if k in x} for x in record[layers]]
+        return Shape.from_dict({"hidden": record["hidden"][when], "layers": rows})
+
+    return shape("before", "layers_before"), shape("after", "layers")
 
 
 def biases_of(family: Family, tensors: Tensors) -> dict[str, bool]:
     """Return for each projection path whether a checkpoint has a bias there."""
     stacks = family.experts.projections if family.experts else ()
-    return {
-        **{p.path: _any_ends(tensors, f".{p.path}.bias") for p in family.projections},
-        **{p.path: _any_ends(tensors, f".{p.path}_bias") for p in stacks},
-    }
-
-
-def _any_ends(tensors: Tensors, ending: str) -> bool:
-    return any(name.endswith(ending) for name in tensors)
+    endings = {p.path: f".{p.path}.bias" for p in family.projections}
+    endings |= {p.path: f".{p.path}_bias" for p in stacks}
+    return {path: any(x.endswith(end) for x in tensors) for path, end in endings.items()}
 
 
 def inner_of(family: Family, tensors: Tensors) -> dict[str, int]:

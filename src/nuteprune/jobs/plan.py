@@ -90,8 +90,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
     use_family(job.family, job.model)
     config = config_of(job.model)
     check_positions(job.length, config)
-    named = job.dtype != "auto"
-    dtype = pick_dtype(job.dtype, job.device) if named else torch.bfloat16
+    dtype = torch.bfloat16 if job.dtype == "auto" else pick_dtype(job.dtype, job.device)
     with tempfile.TemporaryDirectory() as scratch:
         args = trainer_config(dataclasses.replace(job, device="cpu"), Path(scratch))
         if args.sharded:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from nuteprune.console import Output, quiet_loading
+from nuteprune.files import write_json
 from nuteprune.jobs.folder import clear, clear_result, is_stated
 from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import PruneJob
@@ -22,10 +21,10 @@ from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.jobs.show import print_next, print_plan, print_report, print_results
 from nuteprune.processes import is_main
 from nuteprune.run import Run
-from nuteprune.run_folder import RUN
+from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.run_settings import check_same, write_settings
+from nuteprune.train.run_settings import check_same
 from nuteprune.train.targets import check_reached
 
 
@@ -35,13 +34,11 @@ class Result:
 
     Args:
         records: folder -> record of each checkpoint, one per target, growing.
-        held_out: the text that they were judged by, source -> (N, T).
         plan: the plan of a dry run; None for other runs.
         speedups: folder -> what was measured, where speed was asked for.
     """
 
     records: dict[Path, dict[str, Any]]
-    held_out: Mapping[str, Tensor]
     plan: dict[str, Any] | None = None
     speedups: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
@@ -49,9 +46,10 @@ class Result:
         """Return the record, with the folder as `out`; of several targets a list in `targets`."""
         if self.plan is not None:
             return self.plan
-        lines = [{"out": str(folder), **record} for folder, record in self.records.items()]
-        for line, folder in zip(lines, self.records, strict=True):
-            line |= {"speedup": self.speedups[folder]} if folder in self.speedups else {}
+        lines = []
+        for folder, record in self.records.items():
+            speedup = {"speedup": self.speedups[folder]} if folder in self.speedups else {}
+            lines.append({"out": str(folder), **record, **speedup})
         return lines[0] if len(lines) == 1 else {"targets": lines}
 
 
@@ -167,7 +165,7 @@ def run(
             from nuteprune.jobs.dry_run import print_dry_run
 
             plan = print_dry_run(job, made, output)
-            return Result({}, made.held_out, plan) if is_main() else None
+            return Result({}, plan) if is_main() else None
         begin(job, made)
         made.steps_in_time = steps_in_time
         records = import_module(config.PIPELINE).pipeline(made)
@@ -177,7 +175,7 @@ def run(
         output.line(f"Resumed {', '.join(made.products.found)}: done before")
     for record in records.values():
         check_reached(record)
-    return Result(records, made.held_out)
+    return Result(records)
 
 
 def begin(job: PruneJob, run: Run) -> None:
@@ -192,5 +190,5 @@ def begin(job: PruneJob, run: Run) -> None:
     elif is_main() and job.overwrite:
         clear(job.out)
     if is_main():
-        write_settings(job.out / RUN, run.first.settings())
+        write_json(job.out / RUN / SETTINGS, run.first.settings())
     run.first.accelerator.wait_for_everyone()

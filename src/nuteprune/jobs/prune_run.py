@@ -15,10 +15,9 @@ from transformers import PrinterCallback
 from nuteprune.console import Bars
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, file_sum, to_json
-from nuteprune.jobs.folder import target_folder
 from nuteprune.jobs.job import PruneJob, what_it_is
 from nuteprune.jobs.progress import StepProgress
-from nuteprune.jobs.settings import settings_of_user, trainer_settings
+from nuteprune.jobs.settings import settings_of_user
 from nuteprune.jobs.sources import (
     around,
     load_model,
@@ -36,7 +35,7 @@ from nuteprune.products import Products
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.train.checks import check_offload
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.config import NutePruneConfig, prune_config
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.run_settings import chosen_settings
 from nuteprune.train.targets import COUNTED, Target
@@ -60,11 +59,11 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
     Raises:
         UserError: if they cannot work.
     """
-    bookkeeping = {"save_strategy": "steps", "save_total_limit": 2}
+    keeps = {"save_strategy": "steps", "save_total_limit": 2}
     here = {"disable_tqdm": True, "use_cpu": pick_device(job.device) == "cpu"}
     with settings_of_user():
-        kind = trainer_settings(job.settings)
-        return kind(output_dir=str(folder), **{**bookkeeping, **job.settings, **here})
+        given = {**keeps, **job.settings, **here}
+        return prune_config(job.settings)(output_dir=str(folder), **given)
 
 
 def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
@@ -80,7 +79,8 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     """
     check_offload(config, packed=job.bits is not None)
     use_family(job.family, job.model)
-    check_priced(job, config)
+    whole = None if job.text_only else around(job.model)
+    check_priced(job, config, whole)
     tokenizer = load_tokenizer(job.model, job.trust_remote_code)
     model = load_model(job.model, pick_dtype(job.dtype, job.device), job.bits, str(config.device))
     text = text_of(job, config, tokenizer, Anatomy(model))
@@ -91,17 +91,16 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         config.costs = costs_for(job, config, model, bars)
     with settings_of_user():
         prepared = prepare(model, config, stored_dtype(model))
-    check_wrapper(job, prepared)
-    targets = [goal.asked for goal in prepared.goals]
+    check_wrapper(job, prepared, whole)
     shared = Path(str(config.output_dir))
 
     def folder_of(goal: Target) -> Path:
-        return target_folder(job, targets, prepared.goals.index(goal))
+        return job.out if len(prepared.goals) == 1 else job.out / goal.asked.folder
 
     def run_folder_of(goal: Target) -> Path:
-        return shared if len(targets) == 1 else folder_of(goal) / RUN
+        return shared if len(prepared.goals) == 1 else folder_of(goal) / RUN
 
-    what = {**what_it_is(job), **_of_table(job, config), **_of_own_text(job)}
+    what = what_it_is(job) | _hashes(job, config)
 
     def trainer_of(goal: Target) -> NutePruneTrainer:
         own = copy.copy(config)
@@ -125,7 +124,8 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
 
     products = Products(None, {})
     first = trainer_of(prepared.goals[0])  # settings fail, and the model is placed, before all else
-    products = Products(None if job.dry_run else shared, _inputs(first.settings()), job.resume)
+    depend = {k: x for k, x in first.settings().items() if k in ("model", "dtype", "nuteprune")}
+    products = Products(None if job.dry_run else shared, depend, job.resume)
 
     def about() -> dict[str, Any]:
         seconds = round(time.monotonic() - job.started, 1)
@@ -146,37 +146,29 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         folder_of=folder_of,
         run_folder_of=run_folder_of,
         resumes=job.resume,
-        around=wrapper_around(job),
+        around=whole,
         about=about,
     )
 
 
-def _inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that all products of a run depend on."""
-    return {name: settings[name] for name in ("model", "dtype", "nuteprune") if name in settings}
-
-
-def _of_table(job: PruneJob, config: NutePruneConfig) -> dict[str, str]:
-    """Return the hash of the table of costs, on which the choice of units depends."""
+def _hashes(job: PruneJob, config: NutePruneConfig) -> dict[str, str]:
+    """Return hashes of the table of costs and of self-written text, wherever their files are."""
+    found = {} if job.own_text is None else {OWN_TEXT_SUM: file_sum(at_home(job.own_text))}
     named = job.settings.get("costs") is not None and config.target_speedup is not None
-    if not (named and isinstance(config.costs, Mapping)):
-        return {}
-    return {"costs": hashlib.blake2b(to_json(config.costs).encode(), digest_size=8).hexdigest()}
+    if named and isinstance(config.costs, Mapping):
+        table = to_json(config.costs).encode()
+        found["costs"] = hashlib.blake2b(table, digest_size=8).hexdigest()
+    return found
 
 
-def _of_own_text(job: PruneJob) -> dict[str, str]:
-    """Return the hash of the file of self-written text, wherever it is."""
-    return {} if job.own_text is None else {OWN_TEXT_SUM: file_sum(at_home(job.own_text))}
-
-
-def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
+def check_priced(job: PruneJob, config: NutePruneConfig, whole: Around | None) -> None:
     """Refuse a size of a model of several modalities: its language model alone has a price.
 
     Raises:
         UserError: naming what to pass instead.
     """
     kind = config.asked[0].kind
-    if kind in COUNTED and wrapper_around(job) is not None:
+    if kind in COUNTED and whole is not None:
         raise UserError(
             f"--{kind.replace('_', '-')} cannot be used here: {job.model} has parts for images "
             "beside its language model, which are not priced; pass --sparsity, or "
@@ -184,7 +176,7 @@ def check_priced(job: PruneJob, config: NutePruneConfig) -> None:
         )
 
 
-def check_wrapper(job: PruneJob, model: Prepared) -> None:
+def check_wrapper(job: PruneJob, model: Prepared, whole: Around | None) -> None:
     """Refuse what cannot be put back into a wrapper, and a wrapper that is not whole.
 
     A narrower model cannot be put back, nor a mixture of free shapes.
@@ -192,7 +184,7 @@ def check_wrapper(job: PruneJob, model: Prepared) -> None:
     Raises:
         UserError: naming what to do instead.
     """
-    if (whole := wrapper_around(job)) is None:
+    if whole is None:
         return
     constraints = model.allocator.constraints
     if model.allocator.budget.per_token and not constraints.uniform:
@@ -208,20 +200,16 @@ def check_wrapper(job: PruneJob, model: Prepared) -> None:
     whole.check()
 
 
-def wrapper_around(job: PruneJob) -> Around | None:
-    """Return the parts to write around the pruned language model; None where there are none."""
-    return None if job.text_only else around(job.model)
-
-
 def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     """Return the settings that reproduce a run: the job's, and those that are not defaults."""
-    by_share = args.shape is None and args.asked[0].kind == "sparsity"
-    target = {"target_sparsity": args.target_sparsity} if by_share else {}
     specs, shares = mixture(job, args.sharded)
-    text = {"data": specs if len(specs) > 1 else specs[0], "shares": shares}
+    found = {**job.recorded(), "data": specs if len(specs) > 1 else specs[0], "shares": shares}
+    if args.shape is None and args.asked[0].kind == "sparsity":
+        found["target_sparsity"] = args.target_sparsity
     costs = job.settings.get("costs")
-    table = {"costs": costs} if args.target_speedup is not None and isinstance(costs, str) else {}
-    found = {**job.recorded(), **text, **target, **table, **chosen_settings(args)}
+    if args.target_speedup is not None and isinstance(costs, str):
+        found["costs"] = costs
+    found |= chosen_settings(args)
     if args.world_size > 1:  # one process does the same in as many passes
         passes = args.gradient_accumulation_steps * args.world_size
         found["gradient_accumulation_steps"] = passes

@@ -114,7 +114,10 @@ def _run(job: RecoverJob, output: Output) -> Tuned | None:
     if job.against is not None:
         gc.collect()  # a trainer and its callbacks point at each other: make room
         output.line()
-        dense = _tune(dense_twin(job), None, tokenizer, judged, output)
+        out = job.out / RUN / DENSE
+        resume = job.resume and last_checkpoint(out / RUN) is not None
+        twin = replace(job, model=job.against, out=out, resume=resume, against=None)
+        dense = _tune(twin, None, tokenizer, judged, output)
         if ours is not None and dense is not None:
             note(ours.result, compared(job.against, ours, dense))
     return ours
@@ -191,22 +194,12 @@ def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
         max_steps=steps or -1,
         num_train_epochs=job.epochs or EPOCHS,
         learning_rate=RATES[kind] if job.learning_rate is None else job.learning_rate,
-        lora_rank=job.lora_rank,
         per_device_train_batch_size=job.batch_size,
         gradient_accumulation_steps=job.accumulation,
         gradient_checkpointing=job.gradient_checkpointing or None,
-        save_steps=job.save_steps,
-        seed=job.seed,
-        report_to=job.report_to,
+        **{x: getattr(job, x) for x in ("lora_rank", "save_steps", "seed", "report_to")},
         **more,
     )
-
-
-def dense_twin(job: RecoverJob) -> RecoverJob:
-    """Tune the dense model in a folder of the run; resume if that had begun."""
-    out = job.out / RUN / DENSE
-    resume = job.resume and last_checkpoint(out / RUN) is not None
-    return replace(job, model=cast(str, job.against), out=out, resume=resume, against=None)
 
 
 def _train(

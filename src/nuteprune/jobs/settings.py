@@ -15,7 +15,7 @@ from importlib import import_module
 from numbers import Number
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,9 +26,6 @@ from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.train.asked import SETTINGS, check_one
 from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.settings import CALL, declared
-
-if TYPE_CHECKING:
-    from nuteprune.train.config import NutePruneConfig
 
 J = TypeVar("J", bound=Job)
 
@@ -120,14 +117,6 @@ def _is_progressive(file: Path | None, assignments: list[str], given: Mapping[st
     return next((x for x in reversed(said) if x is not None), False) is True
 
 
-def trainer_settings(settings: Mapping[str, Any]) -> type[NutePruneConfig]:
-    """Return the class of a trainer's settings: the paper's own dynamics have another one."""
-    where = "progressive.config" if settings.get("progressive") else "train.config"
-    name = "ProgressiveConfig" if settings.get("progressive") else "NutePruneConfig"
-    found: type[NutePruneConfig] = getattr(import_module(f"nuteprune.{where}"), name)
-    return found
-
-
 def check_target(job: PruneJob) -> None:
     """Refuse a job without a target.
 
@@ -155,15 +144,6 @@ def _known(kinds: Sequence[type], call: bool) -> dict[str, tuple[str, Any]]:
             if call or x.role != CALL or issubclass(kind, PruneSettings):
                 found[name] = found[x.word] = (name, hints[name])
     return found
-
-
-def _trainers() -> dict[str, tuple[str, Any]]:
-    """Return all settings of a trainer that have a place here, those of transformers among them."""
-    from nuteprune.train.config import NutePruneConfig  # which loads transformers
-
-    hints = get_type_hints(NutePruneConfig)
-    fields = [x.name for x in dataclasses.fields(NutePruneConfig) if x.init]
-    return {name: (name, hints[name]) for name in fields if name not in _REFUSED}
 
 
 def read_given(
@@ -243,7 +223,11 @@ def check(settings: Mapping[str, Any], kinds: Sequence[type], call: bool = True)
         if given in _REFUSED:
             raise UserError(f"setting {given} cannot be used here: {_REFUSED[given]}")
         if given not in known and any(issubclass(kind, PruneSettings) for kind in kinds):
-            known = _trainers() | known
+            from nuteprune.train.config import NutePruneConfig  # which loads transformers
+
+            hints = get_type_hints(NutePruneConfig)
+            others = [x.name for x in dataclasses.fields(NutePruneConfig) if x.init]
+            known = {x: (x, hints[x]) for x in others if x not in _REFUSED} | known
         if given not in known:
             near = get_close_matches(given, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -269,18 +253,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         return _finite(key, value)
     for kind in plain:
         with suppress(TypeError, ValueError, OverflowError):
-            if kind is float and isinstance(value, (int, str)) and type(value) is not bool:
-                return _finite(key, float(value))
-            if kind is int and isinstance(value, (float, str)) and float(value) == int(value):
-                return int(value)
-            if kind is Path and isinstance(value, (str, Path)):
-                return Path(value)
-            if (
-                kind is str
-                and isinstance(value, (int, float, Path))
-                and not isinstance(value, bool)
-            ):
-                return str(value)
+            if isinstance(value, _MADE_OF.get(kind, ())) and not isinstance(value, bool):
+                made = kind(value)
+                if kind is not int or made == float(value):
+                    return _finite(key, made)
     names = [kind.__name__ for kind in plain if kind in _PLAIN] or ["text"]
     raise UserError(
         f"setting {key} is {_short(reprlib.repr(value))}; it must be of type {' or '.join(names)}"
@@ -288,6 +264,11 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
 
 
 _PLAIN = (bool, int, float, str, list, dict)
+_MADE_OF: dict[type, Any] = {
+    **{float: (int, str), int: (float, str)},
+    **{Path: (str, Path), str: (int, float, Path)},
+}
+"""Type of a setting -> types of values that it is made of, where they say the same."""
 
 
 def _finite(key: str, value: Any) -> Any:

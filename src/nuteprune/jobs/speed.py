@@ -77,15 +77,11 @@ def costs_for(
     dtype = pick_dtype(job.dtype, device)
     what = (
         platform.node(),  # CPUs do not say what they are
-        torch.__version__,
-        hardware_of(device),
-        dtype,
-        torch.get_num_threads(),
-        at,
-        anatomy.family.model_type,
+        *(torch.__version__, hardware_of(device), dtype, torch.get_num_threads(), at),
+        *(anatomy.family.model_type, anatomy.head_dim, anatomy.shape),
+        anatomy.embedding.weight.shape[0],
     )
-    told_ = repr((*what, anatomy.head_dim, anatomy.shape, anatomy.embedding.weight.shape[0]))
-    key = hashlib.sha256(told_.encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     path = cache_folder() / f"costs-{key}.json"
     if not path.is_file():  # a table that is there is read from a cache that cannot be written too
         check_writable("the table of costs", path)
@@ -96,6 +92,17 @@ def costs_for(
                 write_table(path, model, setting, device, dtype)
                 bars.update("timing blocks", 1, 1)
     return read_table(str(path))
+
+
+def measure_beside(
+    job: PruneJob, folder: Path, setting: Workload, output: Output
+) -> dict[str, Any]:
+    """Measure a job's checkpoint beside the dense model, and keep what is found for its report."""
+    engine = Transformers.from_options(job.device, job.dtype)
+    with output.bars() as bars:
+        speed = measure([str(folder.absolute()), job.model], [setting], PASSES, engine, bars)
+    write_json(folder / RUN / SPEED, {**speed, **for_report(speed)})
+    return speed
 
 
 def judge_speed(
@@ -111,11 +118,7 @@ def judge_speed(
     found: dict[Path, dict[str, Any]] = {}
     for folder, record in records.items():
         asked = record["asked"]
-        setting = Workload(*moment(asked["at"]))
-        engine = Transformers.from_options(job.device, job.dtype)
-        with output.bars() as bars:
-            speed = measure([str(folder.absolute()), job.model], [setting], PASSES, engine, bars)
-        write_json(folder / RUN / SPEED, {**speed, **for_report(speed)})
+        speed = measure_beside(job, folder, Workload(*moment(asked["at"])), output)
         ratio = speed["settings"][0]["speedup"][asked["for"]]
         output.line(
             f"Speed   {asked['for']} at {asked['at']}: {say_ratio(ratio)}; passes in pairs give "

@@ -74,7 +74,13 @@ def text_of(
         UserError: if the text cannot be had, or does not suit the model.
     """
     check_positions(job.length, model.model.config)
-    _check_room(config.blocks, job.length)
+    needed = 4 * config.blocks * job.length
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise UserError(
+            f"{config.blocks} blocks of {job.length} tokens take {megabytes(needed)} of memory, "
+            f"and this machine has {megabytes(memory)}; pass fewer steps, a smaller batch or length"
+        )
     specs, shares = mixture(job, config.sharded)
     if SELF in specs:
         room(tokenizer, job.length)  # fails before anything is removed or written
@@ -101,13 +107,3 @@ def text_of(
     if job.own_text is not None:
         text.training.fingerprint.add_file(at_home(job.own_text))
     return text
-
-
-def _check_room(count: int, length: int) -> None:
-    needed = 4 * count * length
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory / 2:
-        raise UserError(
-            f"{count} blocks of {length} tokens take {megabytes(needed)} of memory, and this "
-            f"machine has {megabytes(memory)}; pass fewer steps, a smaller batch or length"
-        )

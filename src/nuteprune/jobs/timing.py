@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ def measure(
     Raises:
         UserError: if a model has too few positions.
     """
-    _make_room()
+    gc.collect()  # a trainer and its callbacks point at each other; others need the memory now
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ready = {name: engine.prepare(name, folder / str(i), bars) for i, name in enumerate(names)}
@@ -60,16 +62,9 @@ def measure(
     return {**found, "device": engine.device, "dtype": engine.dtype, "repeats": repeats}
 
 
-def _make_room() -> None:
-    """Free the memory of a run, since models are timed in other processes."""
-    gc.collect()  # a trainer and its callbacks point at each other
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
 def _check_positions(workers: dict[str, Worker], settings: Sequence[Workload]) -> None:
+    longest = max(x.length + x.new_tokens for x in settings)
     for name, worker in workers.items():
-        longest = max(x.length + x.new_tokens for x in settings)
         if worker.about.positions is not None and longest > worker.about.positions:
             raise UserError(
                 f"{name} has {worker.about.positions} positions, and a prompt with its new tokens "
@@ -134,9 +129,8 @@ def _result(
 
 def conditions(found: dict[str, Any]) -> str:
     """Return what a measurement was made on and how, in a line."""
-    threads = ""
-    if found["device"] == "cpu":
-        threads = f", {found['threads']} thread{'s' if found['threads'] != 1 else ''}"
+    threads = f", {found['threads']} thread{'s' if found['threads'] != 1 else ''}"
+    threads = threads if found["device"] == "cpu" else ""
     return (
         f"{found['engine']}, {found['hardware']}{threads}, {found['dtype']}, "
         f"{found['attention']} attention, KV cache; medians of {found['repeats']} passes"
@@ -145,24 +139,22 @@ def conditions(found: dict[str, Any]) -> str:
 
 def for_report(found: dict[str, Any]) -> dict[str, Any]:
     """Return the medians as the report reads them: rows of dense next to pruned."""
-    rows = []
+    rows, notes = [], []
     for setting in found["settings"]:
         ours, dense = setting["models"].values()
         size = f"batch {setting['batch_size']}, {setting['length']} tokens"
+        notes.append(f"{size}: {'; '.join(_against_bound(setting['speedup']))}")
         for name, unit, key, scale, better, phase in REPORTED:
             old, new = (scale * x[key]["median"] for x in (dense, ours))
             row = {"name": f"{name}, {size}", "unit": unit, "dense": old, "pruned": new}
             ratio = setting["speedup"][phase]
             kept = {k: ratio[k] for k in ("low", "high", "bound", "verdict")}
             rows.append({**row, "better": better, "gain": ratio["median"], **kept})
-    shares = [_against_bound(setting) for setting in found["settings"]]
-    return {"conditions": conditions(found), "rows": rows, "notes": [*shares, *found["advice"]]}
+    return {"conditions": conditions(found), "rows": rows, "notes": [*notes, *found["advice"]]}
 
 
-def _against_bound(setting: dict[str, Any]) -> str:
-    said = []
-    for phase, ratio in setting["speedup"].items():
+def _against_bound(speedup: dict[str, Any]) -> Iterator[str]:
+    for phase, ratio in speedup.items():
         if phase != "both":
             share = "" if ratio["reached"] is None else f"{ratio['reached']:.0%} of "
-            said.append(f"{phase} {say_ratio(ratio)}, {share}its bound {ratio['bound']:.2f} x")
-    return f"batch {setting['batch_size']}, {setting['length']} tokens: {'; '.join(said)}"
+            yield f"{phase} {say_ratio(ratio)}, {share}its bound {ratio['bound']:.2f} x"

@@ -29,8 +29,8 @@ from nuteprune.progressive.schedule import Schedule
 from nuteprune.progressive.teachers import Plan, Teachers
 from nuteprune.run_folder import TEACHERS
 from nuteprune.stages.refit import refit
-from nuteprune.train.averaging import leave_out
 from nuteprune.train.prepare import Prepared, prepare
+from nuteprune.train.setup import leave_out
 from nuteprune.train.state import RunState, restore
 from nuteprune.train.targets import Target
 from nuteprune.train.trainer import NutePruneTrainer

@@ -1,9 +1,8 @@
-"""Gradients of a step: LoRA's are clipped; where they are not finite, counted and dropped."""
+"""Steps whose gradients are not finite: they are counted and dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -71,26 +70,3 @@ class BadSteps:
                 f"the loss or its gradients were not finite in {self.in_row} steps in a row, up to "
                 f"step {step}; lower learning_rate (now {learning_rate}), or use --dtype float32"
             )
-
-
-def clip_lora(model: nn.Module, most: float, scale: float, bad_steps: BadSteps) -> Tensor:
-    """Clip the gradients of LoRA alone, and drop those of a step that is not finite.
-
-    Args:
-        model: the model, gates with it.
-        most: the norm to clip to.
-        scale: what the loss was multiplied by; the gradients are divided by it first.
-        bad_steps: counts.
-
-    Returns:
-        The norm of LoRA's gradients before they were clipped, a scalar.
-    """
-    trained = [p for p in model.parameters() if p.grad is not None]
-    if scale != 1:
-        torch._foreach_div_([cast(Tensor, p.grad) for p in trained], scale)
-    lora = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None])
-    total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    torch.nn.utils.clip_grads_with_norm_(lora, most, norm)
-    bad_steps.drop(total, trained)
-    return norm

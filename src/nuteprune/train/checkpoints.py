@@ -22,13 +22,22 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from nuteprune.errors import Interrupted, UserError
-from nuteprune.files import damage, sync, sync_tree, to_json, write_sums, write_text, writing
+from nuteprune.files import (
+    damage,
+    sync,
+    sync_tree,
+    to_json,
+    write_json,
+    write_sums,
+    write_text,
+    writing,
+)
 from nuteprune.model.forwards import special_tokens_kept
 from nuteprune.processes import several
-from nuteprune.run_folder import METRICS, SELF_WRITTEN
+from nuteprune.run_folder import METRICS, SELF_WRITTEN, SETTINGS
 from nuteprune.train.config import RunArguments
 from nuteprune.train.publish import PushesCheckpoint
-from nuteprune.train.run_settings import check_same, run_settings, write_settings
+from nuteprune.train.run_settings import check_same, run_settings
 from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
 
 PARTIAL = ".partial"
@@ -153,7 +162,7 @@ class AtomicTrainer(PushesCheckpoint):
             for folder in own_checkpoints(run):  # else a resumed run would go on from them
                 shutil.rmtree(folder)
             check_places(run, self.steps())
-            write_settings(run, self.settings())
+            write_json(run / SETTINGS, self.settings())
         set_seed(self.args.seed)  # the order of the text is drawn from torch's seed of the moment
         signals = StopSignals()
         self.add_callback(signals)

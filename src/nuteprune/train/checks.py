@@ -19,25 +19,18 @@ if TYPE_CHECKING:
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """How `accelerate launch` asks for it, whatever the settings say."""
 UNSUPPORTED = {
-    "load_best_model_at_end": "load_best_model_at_end is not supported: checkpoints of a run are "
-    "not models; leave it out",
-    "save_only_model": "save_only_model is not supported: a run could not go on from its "
-    "checkpoints; leave it out",
-    "label_smoothing_factor": "label_smoothing_factor is {value}, and no loss here smooths labels: "
-    "leave it out",
-    "use_liger_kernel": "use_liger_kernel patches the model's own forward passes, which masks and "
-    "two roles have never been tested with: leave it out",
-    "torch_compile": "torch_compile is not supported: hooks come and go in each step, which "
-    "compiled code would not see; leave it out",
+    "load_best_model_at_end": "is not supported: checkpoints of a run are not models; leave it out",
+    "save_only_model": "is not supported: a run could not go on from its checkpoints; leave it out",
+    "label_smoothing_factor": "is {value}, and no loss here smooths labels: leave it out",
+    "use_liger_kernel": "patches the model's own forward passes, which masks and two roles have "
+    "never been tested with: leave it out",
+    "torch_compile": "is not supported: hooks come and go in each step, which compiled code would "
+    "not see; leave it out",
 }
 """transformers' settings that no run supports -> why, and what to do."""
-_ROUNDS = "full evaluation in half precision would round the model: leave it out"
 UNSUPPORTED_HERE = {
-    "auto_find_batch_size": "auto_find_batch_size would begin anew in the middle: pass a smaller "
-    "batch",
-    "bf16_full_eval": _ROUNDS,
-    "fp16_full_eval": _ROUNDS,
-    "fp16": "fp16 with loss scaling is not supported: use bf16, or load the model in the dtype to "
+    "auto_find_batch_size": "would begin anew in the middle: pass a smaller batch",
+    "fp16": "with loss scaling is not supported: use bf16, or load the model in the dtype to "
     "compute in (--dtype)",
 }
 """The same of runs that prune."""
@@ -191,10 +184,12 @@ def check_combinations(args: NutePruneConfig) -> None:
     """
     if args.num_train_epochs != TrainingArguments.num_train_epochs:
         raise UserError("num_train_epochs is not counted by: pass max_steps")
+    if args.bf16_full_eval or args.fp16_full_eval:
+        raise UserError("full evaluation in half precision would round the model: leave it out")
     _refuse(args, UNSUPPORTED_HERE)
 
 
 def _refuse(args: TrainingArguments, unsupported: Mapping[str, str]) -> None:
     for name, why in unsupported.items():
         if value := getattr(args, name):
-            raise UserError(why.format(value=value))
+            raise UserError(f"{name} {why.format(value=value)}")

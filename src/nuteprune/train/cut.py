@@ -43,7 +43,7 @@ class Cut:
         progress: Progress,
         folder_of: Callable[[Target], Path | None] | None = None,
     ) -> None:
-        self.model, self.args, self.products, self._progress = model, args, products, progress
+        self.model, self.args, self.products = model, args, products
         self._folder_of = folder_of or (lambda _: products.folder)
         count = max(args.scored_blocks, args.refit_blocks)
         self._end_NT = calibration_blocks(text, count)
@@ -52,7 +52,10 @@ class Cut:
         read = {"end": self._end_NT, "beginning": self._beginning_NT}
         products.depends("text", calibration=digest(read))
         self._refit_NT = self._end_NT[: args.refit_blocks]
-        self._size = args.per_device_train_batch_size
+        self._how: dict[str, Any] = {
+            "batch_size": args.per_device_train_batch_size,
+            "progress": progress,
+        }
 
     @property
     def tries_cuts(self) -> bool:
@@ -79,9 +82,8 @@ class Cut:
                 method=args.method,
                 target=target,
                 refit_blocks=self._refit_NT if rounds else None,
-                batch_size=self._size,
                 seed=args.seed,
-                progress=self._progress,
+                **self._how,
             ),
             method=args.method,
             gates=model.kinds,
@@ -98,13 +100,7 @@ class Cut:
         return self.products.keep(
             "price",
             lambda: price(
-                self.model,
-                scores,
-                goal.goal,
-                self._beginning_NT,
-                self._refit_NT,
-                batch_size=self._size,
-                progress=self._progress,
+                self.model, scores, goal.goal, self._beginning_NT, self._refit_NT, **self._how
             ),
             target=str(goal.asked),
             sparsity=goal.sparsity,
@@ -131,15 +127,8 @@ class Cut:
             return None
         return self.products.keep(
             "refit",
-            lambda: refit(
-                self.model,
-                masks,
-                self._refit_NT,
-                batch_size=self._size,
-                rank=self.args.lora_rank,
-                progress=self._progress,
-            ),
+            lambda: refit(self.model, masks, self._refit_NT, rank=self.args.lora_rank, **self._how),
             folder=self._folder_of(goal),
-            batch_size=self._size,
+            batch_size=self.args.per_device_train_batch_size,
             rank=self.args.lora_rank,
         )

@@ -19,8 +19,7 @@ from nuteprune.distill.losses import Head, amplified, batch_counts
 from nuteprune.distill.objective import text_loss
 from nuteprune.gates.masks import Masks
 from nuteprune.simulated import has_data
-from nuteprune.train.averaging import around_sharded
-from nuteprune.train.bad_steps import BadSteps, clip_lora
+from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import Prepared
@@ -63,7 +62,11 @@ class Distiller(AtomicTrainer):
         """Let DDP average what is trained; accelerate would refuse sharded weights."""
         if not self.args.sharded or not training or isinstance(model, DistributedDataParallel):
             return super()._wrap_model(model, training, *args, **more)
-        return around_sharded(model, self.accelerator, self.args.device)
+        device, handler = self.args.device, self.accelerator.ddp_handler
+        model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        settings: dict[str, Any] = handler.to_kwargs() if handler is not None else {}
+        here = None if device.type == "cpu" else [device]
+        return DistributedDataParallel(model, device_ids=here, **settings)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups of trained parameters."""
@@ -157,7 +160,15 @@ class Distiller(AtomicTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients of LoRA alone, and drop those of a step that is not finite."""
-        return clip_lora(model, self.args.max_grad_norm, self.loss_scale, self.bad_steps)
+        trained = [p for p in model.parameters() if p.grad is not None]
+        if self.loss_scale != 1:
+            torch._foreach_div_([cast(Tensor, p.grad) for p in trained], self.loss_scale)
+        lora = [p for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None])
+        total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(lora, self.args.max_grad_norm, norm)
+        self.bad_steps.drop(total, trained)
+        return norm
 
     @torch.no_grad()
     def prediction_step(

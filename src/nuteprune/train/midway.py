@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +16,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.products import read_tensors
 from nuteprune.run_folder import SETTINGS, STATE
-from nuteprune.train.config import NutePruneConfig, RecoverConfig
+from nuteprune.train.config import NutePruneConfig, RecoverConfig, prune_config
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.settings import WHAT, declared
 from nuteprune.train.setup import make_allocator, with_lora
@@ -36,12 +35,8 @@ def run_config(checkpoint: Path) -> NutePruneConfig | RecoverConfig:
         UserError: if its settings.json is missing or of another release.
     """
     settings = read_settings(checkpoint.resolve().parent)
-    kind: type[NutePruneConfig] | type[RecoverConfig]
-    kind = RecoverConfig
-    if "method" in settings:
-        kind = NutePruneConfig
-    if settings.get("progressive"):  # nothing else of a run is
-        kind = import_module("nuteprune.progressive.config").ProgressiveConfig
+    is_pruning = "method" in settings  # nothing else of a run is
+    kind = prune_config(settings) if is_pruning else RecoverConfig
     what = [name for name, x in declared(kind).items() if x.role == WHAT]
     given = {name: settings[name] for name in what if name in settings}
     try:

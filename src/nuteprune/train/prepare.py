@@ -25,7 +25,6 @@ from nuteprune.model.packed import forget_packed, is_packed, make_trainable
 from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.run_folder import RECORD
 from nuteprune.stages.prunable import Prunable
-from nuteprune.train.averaging import leave_out
 from nuteprune.train.checks import (
     check_checkpointing,
     check_given,
@@ -35,7 +34,7 @@ from nuteprune.train.checks import (
 )
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.rate import usual_rate
-from nuteprune.train.setup import check_stock, make_allocator, with_lora
+from nuteprune.train.setup import check_stock, leave_out, make_allocator, with_lora
 from nuteprune.train.targets import Prices, Target, run_targets
 
 

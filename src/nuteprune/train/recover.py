@@ -23,11 +23,10 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
-from nuteprune.train.averaging import leave_out
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_given, check_whole
 from nuteprune.train.config import RecoverConfig
-from nuteprune.train.setup import with_lora
+from nuteprune.train.setup import leave_out, with_lora
 from nuteprune.train.state import RunState
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.errors import UserError
-from nuteprune.files import to_json, write_text
+from nuteprune.files import to_json
 from nuteprune.run_folder import CHECKPOINT, SETTINGS
 from nuteprune.train.config import RunArguments
 from nuteprune.train.settings import CALL, WHAT, declared
@@ -74,17 +74,6 @@ def _changed(args: RunArguments) -> list[str]:
         if field.init and field.name not in NOT_KEPT and getattr(args, field.name) not in usual:
             found.append(field.name)
     return found
-
-
-def write_settings(run: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a run that begins.
-
-    Args:
-        run: the folder of its checkpoints.
-        settings: as `run_settings` returned them.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / SETTINGS, to_json(settings, indent=2) + "\n")
 
 
 def read_settings(run: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from itertools import filterfalse
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
@@ -43,7 +44,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     """
     whole, speed = anatomy.shape, args.asked[0].kind == "speedup"
     mixture = any(layer.experts for layer in whole.layers)
-    _check_mixture(anatomy, args, mixture, speed)
+    _check_mixture(anatomy, mixture, speed)
     floor = _chosen_shape(anatomy, args)
     needed = _kinds_here(whole, kinds_of_cut(whole, floor)) if floor else ()
     asked = needed if needed and not args.gates else args.gate_kinds
@@ -110,8 +111,8 @@ def _others(
     return tuple(found)
 
 
-def _check_mixture(anatomy: Anatomy, args: NutePruneConfig, mixture: bool, speed: bool) -> None:
-    """Refuse settings for mixtures on other models, and the other way round.
+def _check_mixture(anatomy: Anatomy, mixture: bool, speed: bool) -> None:
+    """Refuse mixtures in a form, or with a target, that they cannot have.
 
     Raises:
         UserError: saying which to leave out.
@@ -231,3 +232,19 @@ def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftMode
         else {"lora_dropout": args.lora_dropout}
     )
     return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_rank, **more)
+
+
+def leave_out(model: nn.Module) -> None:
+    """Tell DDP which parameters to ignore.
+
+    The penalty, alike on all processes, is no part of the forward pass that DDP looks at. Frozen
+    weights are alike too, or FSDP's: DDP would send them around, and hold them to the end.
+
+    Args:
+        model: the model, its gates with it.
+    """
+    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        name
+        for name, p in model.named_parameters()
+        if ".lagrangian." in name or not p.requires_grad
+    ]

@@ -117,28 +117,25 @@ class Prices:
         return {"active_before": int(cost.total(whole)), "active_after": int(cost.total(shape))}
 
     def goal(self, asked: Asked) -> Goal:
-        """Return the goal for a target in parameters or bytes."""
+        """Return the goal for a target in parameters, bytes or speed."""
         if asked.kind == "speedup":
-            return self._faster(asked)
+            if self.seconds is None:
+                raise UserError(
+                    f"{asked} needs a table of what blocks cost: pass costs, a file that nuteprune "
+                    "bench MODEL --save-costs FILE writes"
+                )
+            before = self.seconds.total(self.seconds.budget.shape)
+
+            def fastest(least: float) -> str:
+                return f"make it at most {math.floor(100 * before / least) / 100:.2f} x as fast"
+
+            return Goal(self.seconds, before / asked.value, str(asked), fastest, "ask for less")
         cost: Cost = getattr(self, asked.kind)
 
         def reach(least: float) -> str:
             return f"leave at least {self.told(asked.kind, _rounded_up(least))}"
 
         return Goal(cost, asked.value, str(asked), reach, "ask for more")
-
-    def _faster(self, asked: Asked) -> Goal:
-        if self.seconds is None:
-            raise UserError(
-                f"{asked} needs a table of what blocks cost: pass costs, a file that nuteprune "
-                "bench MODEL --save-costs FILE writes"
-            )
-        before = self.seconds.total(self.seconds.budget.shape)
-
-        def reach(least: float) -> str:
-            return f"make it at most {math.floor(100 * before / least) / 100:.2f} x as fast"
-
-        return Goal(self.seconds, before / asked.value, str(asked), reach, "ask for less")
 
     def speedup(self, shape: Shape) -> float | None:
         """Return how many times as fast a model of a shape is expected to be; None: not known."""

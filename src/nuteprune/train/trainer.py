@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -20,21 +20,20 @@ from nuteprune.console import Progress, silent
 from nuteprune.data.blocks import collated
 from nuteprune.data.calibration import check_text
 from nuteprune.errors import UserError
+from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
 from nuteprune.model.lora import Learned, Weights
 from nuteprune.model.offload import bring_home
 from nuteprune.products import Products
+from nuteprune.run_folder import SETTINGS
 from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.cut import Cut
 from nuteprune.train.distiller import Distiller
 from nuteprune.train.prepare import Prepared, prepare
-from nuteprune.train.run_settings import chosen_settings, write_settings
+from nuteprune.train.run_settings import chosen_settings
 from nuteprune.train.targets import Target
-
-if TYPE_CHECKING:
-    from nuteprune.export.wrapping import Around
 
 
 class NutePruneTrainer(Distiller):
@@ -185,7 +184,7 @@ class NutePruneTrainer(Distiller):
         """Choose final masks if training has not; all processes take part."""
         self.begin()
         if self.args.max_steps == 0 and self.args.should_save:  # else `train` has written it
-            write_settings(self.run_folder, self.settings())
+            write_json(self.run_folder / SETTINGS, self.settings())
 
     def finalize(
         self, dense: PreTrainedModel | Callable[[], PreTrainedModel] | None = None
@@ -247,16 +246,14 @@ class NutePruneTrainer(Distiller):
         assert self.masks is not None
         return self.masks
 
-    def save_pruned(
-        self, folder: str | os.PathLike[str], around: Around | None = None, **record: Any
-    ) -> dict[str, Any]:
+    def save_pruned(self, folder: str | os.PathLike[str], **record: Any) -> dict[str, Any]:
         """Write the finalized model, its tokenizer, record and card.
 
         Args:
             folder: absent, empty, or with nothing but `run/` in it.
-            around: the other parts of the source checkpoint; None: there are none.
             **record: further keys of the record, such as `perplexity`; `base_model` where it
-                is not the folder or hub id that the model was loaded from.
+                is not the folder or hub id that the model was loaded from; `around` where the
+                source checkpoint has other parts, see `stages.save`.
 
         Returns:
             The record as it was written; parameter counts are those of the written files. The main
@@ -271,7 +268,7 @@ class NutePruneTrainer(Distiller):
             raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
         about = {**self.about(self.sliced), **record}
-        written = save(self.sliced, Path(folder), tokenizer, around=around, **about)
+        written = save(self.sliced, Path(folder), tokenizer, **about)
         self.saved = Path(folder)
         return written
 
