@@ -124,7 +124,8 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
 
     products = Products(None, {})
     first = trainer_of(prepared.goals[0])  # settings fail, and the model is placed, before all else
-    depend = {k: x for k, x in first.settings().items() if k in ("model", "dtype", "nuteprune")}
+    settings = first.settings()
+    depend: dict[str, Any] = {x: settings[x] for x in ("model", "dtype", "nuteprune")}
     products = Products(None if job.dry_run else shared, depend, job.resume)
 
     def about() -> dict[str, Any]:
