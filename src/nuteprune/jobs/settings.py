@@ -265,8 +265,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
 
 _PLAIN = (bool, int, float, str, list, dict)
 _MADE_OF: dict[type, Any] = {
-    **{float: (int, str), int: (float, str)},
-    **{Path: (str, Path), str: (int, float, Path)},
+    float: (int, str),
+    int: (float, str),
+    Path: (str, Path),
+    str: (int, float, Path),
 }
 """Type of a setting -> types of values that it is made of, where they say the same."""
 
