@@ -34,7 +34,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
-from nuteprune.train.checks import check_offload
+from nuteprune.train.checks import check_placement
 from nuteprune.train.config import NutePruneConfig, prune_config
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.run_settings import chosen_settings
@@ -77,7 +77,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     Raises:
         UserError: for anything that cannot work; nothing is written then.
     """
-    check_offload(config, packed=job.bits is not None)
+    check_placement(config, packed=job.bits is not None)
     use_family(job.family, job.model)
     whole = None if job.text_only else around(job.model)
     check_priced(job, config, whole)

@@ -80,28 +80,8 @@ def check_whole(args: TrainingArguments) -> None:
         )
 
 
-def check_shards(sharded: bool, processes: int, packed: bool) -> None:
-    """Refuse sharding where it cannot work.
-
-    Args:
-        sharded: whether it is asked for.
-        processes: how many share the run.
-        packed: whether weights are in 8 or 4 bits.
-
-    Raises:
-        UserError: with one process, or for packed weights.
-    """
-    if sharded and processes < 2:
-        raise UserError(
-            "sharded shares weights out over several processes: start them with torchrun or "
-            "accelerate launch, or leave it out"
-        )
-    if sharded and packed:
-        raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
-
-
-def check_offload(args: NutePruneConfig, packed: bool) -> None:
-    """Refuse offloading where it cannot work, or would save nothing.
+def check_placement(args: NutePruneConfig, packed: bool) -> None:
+    """Refuse sharding and offloading where they cannot work, or would save nothing.
 
     Args:
         args: the run's settings.
@@ -110,20 +90,26 @@ def check_offload(args: NutePruneConfig, packed: bool) -> None:
     Raises:
         UserError: saying what to leave out.
     """
-    if not args.offload:
-        return
-    if packed:
+    check_whole(args)
+    if args.offload and packed:
         raise UserError("weights in 8 or 4 bits cannot be offloaded: leave out --bits or --offload")
-    if args.sharded or args.world_size > 1:
+    if args.offload and (args.sharded or args.world_size > 1):
         raise UserError(
             "offload is for one process, and several share weights out by sharded: leave out one "
             "of the two"
         )
-    if args.bf16:
+    if args.offload and args.bf16:
         raise UserError(
             "bf16 casts weights, and the casts would wait for the backward pass on the device: "
             "with offload use --dtype bfloat16 instead"
         )
+    if args.sharded and args.world_size < 2:
+        raise UserError(
+            "sharded shares weights out over several processes: start them with torchrun or "
+            "accelerate launch, or leave it out"
+        )
+    if args.sharded and packed:
+        raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
 
 
 def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:

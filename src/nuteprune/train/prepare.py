@@ -25,13 +25,7 @@ from nuteprune.model.packed import forget_packed, is_packed, make_trainable
 from nuteprune.model.sharding import all_processes, shard_base
 from nuteprune.run_folder import RECORD
 from nuteprune.stages.prunable import Prunable
-from nuteprune.train.checks import (
-    check_checkpointing,
-    check_given,
-    check_offload,
-    check_shards,
-    check_whole,
-)
+from nuteprune.train.checks import check_checkpointing, check_given, check_placement
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.rate import usual_rate
 from nuteprune.train.setup import check_stock, leave_out, make_allocator, with_lora
@@ -166,9 +160,7 @@ def prepare(
             gates' reach, or what no run can do; before anything is changed.
     """
     check_given(model, given or {})
-    check_whole(args)
-    check_offload(args, is_packed(model))
-    check_shards(args.sharded, args.world_size, is_packed(model))
+    check_placement(args, is_packed(model))
     check_checkpointing(model, args)
     make_trainable(model)
     dense = Anatomy(model)
