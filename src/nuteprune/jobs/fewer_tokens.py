@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +87,8 @@ class Cutter:
 
     def cost(self, smaller: Smaller) -> float:
         """Return the share of further bits per character, of the text that loses most."""
-        return max((smaller.bits[x] / self.bits[x] - 1 for x in self.bits), default=0.0)
+        costs = [smaller.bits[x] / self.bits[x] - 1 for x in self.bits]
+        return max(costs, default=math.inf)  # without text nothing is known
 
     def fewest(self, tell: Callable[[Smaller], None]) -> Smaller:
         """Return the model with the fewest tokens that cost at most `MOST_COST`.

@@ -52,8 +52,8 @@ JUDGED = 6_000
 """Characters of each source that are held out at most."""
 SELF_TOKENS_JUDGED = 2_000
 """Tokens that the model writes to be judged by."""
-PIECE = 500
-"""Characters that are judged together."""
+PIECE = 250
+"""Characters that are judged together: in UTF-8 at most 1,000 bytes, so as many tokens."""
 
 
 def vocab(
