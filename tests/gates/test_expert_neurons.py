@@ -12,12 +12,7 @@ from torch import Tensor
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.scores import Probe
-from nuteprune.gates.surgeon import (
-    drawn_slope,
-    input_changes,
-    removal_scores,
-    surgeon_scores,
-)
+from nuteprune.gates.surgeon import drawn_slope, surgeon_scores
 from nuteprune.gates.surgeon_costs import DAMPING
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -155,8 +150,7 @@ def test_an_expert_that_reads_all_tokens_costs_what_a_dense_mlp_does(
         up = torch.cat([theirs.mlp.gate_proj.weight, theirs.mlp.up_proj.weight])
         ours.mlp.experts.gate_up_proj.data[0] = up
         ours.mlp.experts.down_proj.data[0] = theirs.mlp.down_proj.weight
-    it = probe(dense, "neurons")
-    expected = removal_scores(it, input_changes(it))["neurons"]
+    expected = surgeon_scores(probe(dense, "neurons"))["neurons"]
     found = surgeon_scores(probe(mixed, "expert_neurons"))["expert_neurons"]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
 

@@ -19,13 +19,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.method_names import METHOD, METHOD_NAMES
 from nuteprune.gates.options import Constraints
 from nuteprune.gates.scores import Probe, losses_of
-from nuteprune.gates.surgeon import (
-    draw_tokens,
-    input_changes,
-    removal_scores,
-    steadied,
-    surgeon_scores,
-)
+from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
 from nuteprune.gates.surgeon_costs import (
     ROUNDS,
     inverse_of_correlations,
@@ -323,7 +317,7 @@ def test_surgeon_takes_first_what_costs_least(tiny_model, tiny_name: str) -> Non
     """Against least squares: the other columns of the weight are moved by `lstsq`."""
     model = tiny_model(tiny_name)
     it = probe(model, INPUTS)
-    ours = removal_scores(it, input_changes(it))
+    ours = surgeon_scores(it)
     lasts = {"heads": Anatomy(model).family.attention[-1], "neurons": Anatomy(model).family.mlp[-1]}
     for kind in INPUTS:
         parts = dict(enumerate(ours[kind].split(it.layout.sizes[kind])))
@@ -352,31 +346,6 @@ def test_surgeon_takes_first_what_costs_least(tiny_model, tiny_name: str) -> Non
             assert float(costs_U.sort()[0][: len(first)].sum()) == pytest.approx(
                 together, rel=1e-3, abs=1e-12
             )
-
-
-def test_costs_are_steadied_by_what_a_sequence_loses(tiny_model, tiny_name: str) -> None:
-    """The size of each sequence's change, against gradients of its own."""
-    model = tiny_model(tiny_name)
-    it = probe(model, ("neurons",))
-    plain, ours = removal_scores(it, input_changes(it))["neurons"], surgeon_scores(it)["neurons"]
-    sizes = []
-    for i in range(len(it.anatomy.layers)):
-        linear = it.anatomy.linear(i, it.anatomy.ends(i).get("mlp_block"))
-        if linear is not None:
-            x, d = inputs_and_slopes(model, linear)
-            change = (d @ linear.weight.double() * x).view(len(TOKENS), -1, x.shape[1])
-            sizes.append(change.sum(1).abs().sum(0))
-    size, living = torch.cat(sizes), plain > 0
-    assert (ours[~living] == 0).all()
-    order = size[living].argsort().argsort()
-    expected = (plain[living] * plain[living].sort()[0][order]).sqrt()
-    close({"neurons": ours[living]}, {"neurons": expected})
-
-
-def test_a_change_in_one_sequence_alone_counts_less_than_one_in_all() -> None:
-    costs, sizes = torch.tensor([4.0, 1.0, 0.0, 9.0]), torch.tensor([1.0, 2.0, 5.0, 3.0])
-    found = steadied(costs, sizes)
-    torch.testing.assert_close(found, torch.tensor([2.0, 2.0, 0.0, 9.0]))
 
 
 @pytest.mark.parametrize(("count", "width"), [(8, 1), (6, 3), (60, 1)])

@@ -110,7 +110,6 @@ def surgeon(probe: Probe) -> Scores:
     C that of all inputs of the projection that reads them. A unit is cheap if the loss does not
     depend on it, or if the refit can predict it from the other inputs.
     The cheapest units of a layer go first; the costs of the others are then computed without them.
-    Neurons' costs are steadied, so that a few sequences do not decide them; see `surgeon.steadied`.
     Neurons of routed experts: see `gates.surgeon_costs`. Hidden width, blocks and
     experts have no refit, so they keep their Fisher score, which estimates the same loss. Which
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).

@@ -7,9 +7,6 @@ The loss is the cross entropy of tokens that the model itself draws: its curvatu
 divergence from the dense model, which distillation minimises. Gradients need little text. C needs
 more, to tell rare inputs from predictable ones, but no gradients.
 
-A cost is a mean of squares, so a few sequences decide it, and other text has others. A neuron's
-cost is therefore steadied by the mean size of what it changes; see `steadied`.
-
 The move is the closed-form refit of `shrink.least_squares`; the curvature here is that of the dense
 model. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
 
@@ -42,7 +39,6 @@ from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
-from nuteprune.simulated import scored
 
 INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_block"}
 """Kind of gate -> the block whose last projection reads its units, and is refitted."""
@@ -52,7 +48,7 @@ READ = {**INPUTS, "expert_neurons": "experts"}
 Key = tuple[str, int]
 """A block, and a layer."""
 AddChanges = Callable[[str, int, Tensor], None]
-"""Takes in (block, layer, changes (3, I)), summed over some sequences; see `input_changes`."""
+"""Takes in (block, layer, squared changes (2, I)), summed over some sequences; see `lengths`."""
 
 
 def has_cost(anatomy: Anatomy, kind: str) -> bool:
@@ -67,29 +63,7 @@ def has_cost(anatomy: Anatomy, kind: str) -> bool:
 
 def surgeon_scores(probe: Probe) -> Scores:
     """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence."""
-    changes = input_changes(probe)
-    scores = removal_scores(probe, changes)
-    if "neurons" in scores:
-        sizes = [x[2] for (block, _), x in sorted(changes.items()) if block == INPUTS["neurons"]]
-        scores["neurons"] = steadied(scores["neurons"], scored(torch.cat(sizes)))
-    return scores
-
-
-def steadied(costs_N: Tensor, sizes_N: Tensor) -> Tensor:
-    """Return costs of which rare, large changes decide less; on two models that kept other text.
-
-    The geometric mean of a unit's cost and of the cost that has the rank of its mean change.
-    Units that cost nothing stay free.
-
-    Args:
-        costs_N: the cost of each unit.
-        sizes_N: the mean size of the change of a sequence's loss without it, in any unit.
-    """
-    living, found_N = costs_N > 0, costs_N.clone()
-    own = costs_N[living]
-    ranked = own.sort()[0][sizes_N[living].argsort(stable=True).argsort()]
-    found_N[living] = (own * ranked).sqrt()
-    return found_N
+    return removal_scores(probe, input_changes(probe))
 
 
 def removal_scores(probe: Probe, changes: Mapping[Key, Tensor]) -> Scores:
@@ -127,7 +101,7 @@ def _advance(
         covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
     check_finite([x.diagonal() for x in covariances.values()], "surgeon")
     if mixture is not None:
-        changes_2EF = changes["experts", layer][:2].view(2, *mixture.sizes)
+        changes_2EF = changes["experts", layer].view(2, *mixture.sizes)
         with gathered(probe.anatomy.layers[layer]):
             costs_EF = neuron_costs(mixture, routed, changes_2EF, probe.team)
         if probe.team.is_mine(layer):
@@ -146,7 +120,7 @@ def _solve(
     tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
     for block in list(covariances):
         covariance_II = covariances.pop(block).div_(tokens)
-        lengths_I = lengths(changes[block, layer][:2], covariance_II.diagonal())
+        lengths_I = lengths(changes[block, layer], covariance_II.diagonal())
         kinds = [kind for kind in probe.kinds if READ[kind] == block]
         counts = [probe.layout.sizes[kind][layer] for kind in kinds]
         linear = probe.anatomy.linear(layer, probe.anatomy.ends(layer)[block])
@@ -178,20 +152,19 @@ def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def input_changes(probe: Probe) -> dict[Key, Tensor]:
-    """Return how the loss changes without each input of last projections: (3, I).
+    """Return the squared changes (2, I) of the loss without each input of last projections.
 
     The loss is a sequence's mean, and the changes are averaged over sequences. To first order, a
-    change is the input times the loss's gradient by it. The rows are the squared change without it
-    in one token, summed over tokens; the squared change without it in all tokens; and its size.
+    change is the input times the loss's gradient by it; see `lengths`.
     """
     device = probe.anatomy.model.device
     generator = torch.Generator(device).manual_seed(probe.seed)
     total: dict[Key, Tensor] = {}
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
-    def add_changes(block: str, layer: int, changes_3I: Tensor) -> None:
-        changes_3I, key = changes_3I / sequences, (block, layer)
-        total[key] = total[key] + changes_3I if key in total else changes_3I
+    def add_changes(block: str, layer: int, changes_2I: Tensor) -> None:
+        changes_2I, key = changes_2I / LOSS_SCALE**2 / sequences, (block, layer)
+        total[key] = total[key] + changes_2I if key in total else changes_2I
 
     with _gradients_of_inputs(probe, add_changes):
         for i, batch_BT in enumerate(probe.batches):
@@ -204,7 +177,7 @@ def input_changes(probe: Probe) -> dict[Key, Tensor]:
     for key, module in reversed(_readers(probe).items()):
         if key not in total:  # no batch is this process's
             width = math.prod(module.sizes) if isinstance(module, Mixture) else module.in_features
-            total[key] = torch.zeros(3, width, device=device)
+            total[key] = torch.zeros(2, width, device=device)
         found[key] = total[key]
     probe.team.add_up(found.values())
     return found
@@ -236,9 +209,8 @@ def _gradients_of_inputs(probe: Probe, add: AddChanges) -> Iterator[None]:
                 watched = watched_experts(module, length, add_own)
                 stack.enter_context(in_place_of([module.experts], [watched]))
             else:
-                stack.enter_context(
-                    module.register_forward_pre_hook(_adding_changes(length, add_own))
-                )
+                hook = _adding_changes(length, add_own)
+                stack.enter_context(module.register_forward_pre_hook(hook))
         yield
 
 
@@ -250,9 +222,8 @@ def _adding_changes(
 
         def note(grad: Tensor) -> None:
             # Some models (OPT) read the tokens of all sequences in a row.
-            changes_BTI = (grad.float() * inputs / LOSS_SCALE).view(-1, length, inputs.shape[-1])
-            together_BI = changes_BTI.sum(1)
-            rows = (changes_BTI.square().sum(1), together_BI.square(), together_BI.abs())
+            changes_BTI = (grad.float() * inputs).view(-1, length, inputs.shape[-1])
+            rows = (changes_BTI.square().sum(1), changes_BTI.sum(1).square())
             add(torch.stack([x_BI.sum(0) for x_BI in rows]))
 
         args[0].register_hook(note)

@@ -41,7 +41,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nuteprune.gates.scores import LOSS_SCALE
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import computed_with
 from nuteprune.processes import ALONE, Team
@@ -212,7 +211,7 @@ def watched_experts(
     Args:
         mixture: the experts.
         length: tokens of a sequence.
-        add: takes in changes (3, E x F), as of `surgeon.input_changes`, in a backward pass.
+        add: takes in changes (2, E x F), as `lengths` does, in a backward pass.
     """
     experts, width = mixture.sizes
 
@@ -224,13 +223,12 @@ def watched_experts(
             place_P = pair_P // (chosen * length) * experts + expert_P
 
             def note(grad_PF: Tensor) -> None:
-                change_PF = grad_PF.float() * read_PF / LOSS_SCALE
-                sums_3NF = change_PF.new_zeros(3, sequences * experts, width)
-                sums_3NF[0].index_add_(0, place_P, change_PF.square())
-                sums_3NF[2].index_add_(0, place_P, change_PF)
-                sums_3NF[1] = sums_3NF[2].square()
-                sums_3NF[2].abs_()
-                add(sums_3NF.view(3, sequences, -1).sum(1))
+                change_PF = grad_PF.float() * read_PF
+                sums_2NF = change_PF.new_zeros(2, sequences * experts, width)
+                sums_2NF[0].index_add_(0, place_P, change_PF.square())
+                sums_2NF[1].index_add_(0, place_P, change_PF)
+                sums_2NF[1].square_()
+                add(sums_2NF.view(2, sequences, -1).sum(1))
 
             inner_PF.register_hook(note)
             return inner_PF
