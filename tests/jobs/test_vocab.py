@@ -10,12 +10,12 @@ import pytest
 import nuteprune
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import VocabJob
-from nuteprune.jobs.vocab import parts
+from nuteprune.jobs.vocab_text import parts
 
 
 def test_text_is_read_in_small_parts_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nuteprune.jobs.vocab.TOGETHER", 10)
-    monkeypatch.setattr("nuteprune.jobs.vocab.MOST_CHARACTERS", 25)
+    monkeypatch.setattr("nuteprune.jobs.vocab_text.TOGETHER", 10)
+    monkeypatch.setattr("nuteprune.jobs.vocab_text.MOST_CHARACTERS", 25)
     documents = iter(["letter"] * 100)
     assert list(parts(documents)) == [["letter"] * 2, ["letter"] * 2, ["l"]]
     assert len(list(documents)) == 95
