@@ -20,7 +20,7 @@ def vocab(
         str,
         typer.Option(
             help="Number of tokens to keep, such as 16384, or 'auto': the fewest that cost at most "
-            "1 % on held-out text."
+            "1 % on held-out DATA."
         ),
     ],
     as_json: o.Json = False,

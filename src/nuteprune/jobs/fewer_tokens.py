@@ -53,7 +53,7 @@ class Cutter:
         merges: of the tokenizer.
         needed: ids that stay in any case.
         use: how often each token is used.
-        texts: text to judge by, by kind; none of it is empty.
+        texts: text to judge by, by kind, the kind that decides first; none of it is empty.
     """
 
     anatomy: Anatomy
@@ -86,9 +86,13 @@ class Cutter:
         return Smaller(kept, model, tokenizer, self._bits(model, tokenizer))
 
     def cost(self, smaller: Smaller) -> float:
-        """Return the share of further bits per character, of the text that loses most."""
-        costs = [smaller.bits[x] / self.bits[x] - 1 for x in self.bits]
-        return max(costs, default=math.inf)  # without text nothing is known
+        """Return the share of further bits per character, of the first kind of text.
+
+        A model of many languages writes in all of them, and DATA says which of them stay.
+        """
+        for kind, bits in self.bits.items():
+            return smaller.bits[kind] / bits - 1
+        return math.inf  # without text nothing is known
 
     def fewest(self, tell: Callable[[Smaller], None]) -> Smaller:
         """Return the model with the fewest tokens that cost at most `MOST_COST`.
