@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 import nuteprune
 from nuteprune.errors import UserError
+from nuteprune.jobs.fewer_tokens import Cutter, Smaller
 from nuteprune.jobs.job import VocabJob
-from nuteprune.jobs.vocab_text import parts
+from nuteprune.jobs.vocab_text import VocabText, parts
 
 
 def test_text_is_read_in_small_parts_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +37,23 @@ def test_settings_of_no_use_are_refused(given: dict[str, Any], told: str, tmp_pa
     with pytest.raises(UserError, match=told):
         nuteprune.vocab(str(tmp_path), out=out, keep=300, quiet=True, **given)
     assert not out.exists()
+
+
+def test_what_a_smaller_vocabulary_costs_is_told_by_the_users_text() -> None:
+    """A model of many languages writes in all of them, so its own text would keep them all."""
+    cutter = Cutter(*(None,) * 6)  # type: ignore[arg-type]
+    small: Any = Smaller([], None, None, {"data": 2.02, "own": 3.0})  # type: ignore[arg-type]
+    cutter.__dict__["bits"] = {"data": 2.0, "own": 2.0}
+    assert cutter.cost(small) == pytest.approx(0.01)
+    cutter.__dict__["bits"] = {"own": 2.0}
+    assert cutter.cost(small) == pytest.approx(0.5)
+    cutter.__dict__["bits"] = {}
+    assert cutter.cost(small) == math.inf
+
+
+def test_text_to_judge_by_is_short_and_in_pieces() -> None:
+    text = VocabText([], 8)
+    text.hold_out("data", ["", "a" * 600, "b" * 600, "c"], 900)
+    assert [len(x) for x in text.held_out["data"]] == [250, 250, 100, 250, 50]
+    text.hold_out("own", [""], 900)
+    assert set(text.held_out) == {"data"}

@@ -21,6 +21,7 @@ MOST_COST = 0.01
 STEPS = 4
 """Sizes that are tried, within each halving of the vocabulary."""
 HALVINGS = 4
+"""How often the vocabulary is halved at most."""
 
 Bits = Mapping[str, float]
 """Kind of text -> bits per character."""

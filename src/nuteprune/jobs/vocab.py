@@ -208,8 +208,8 @@ def _vocab(cutter: Cutter, small: Smaller, counted: Counter[int]) -> dict[str, A
 
 def _costs(before: Bits, after: Bits) -> str:
     """Return what each kind of text costs more, as people read it."""
-    costs = [f"{after[x] / before[x] - 1:+.1%} bits per character of {NAMES[x]}" for x in before]
-    return ", ".join(costs)
+    costs = [f"{NAMES[x]} {after[x] / before[x] - 1:+.1%}" for x in before]
+    return f"bits per character of {', of '.join(costs)}"
 
 
 def _print(job: Job, record: Mapping[str, Any], output: Output) -> None:
@@ -223,7 +223,7 @@ def _print(job: Job, record: Mapping[str, Any], output: Output) -> None:
         ],
     )
     bits = vocab["bits_per_character"]
-    output.line(f"Held-out text: {_costs(bits['before'], bits['after'])}")
+    output.line(f"On held-out text, {_costs(bits['before'], bits['after'])}")
     output.line(
         f"{vocab['covered']:.2%} of the text's tokens stay whole; "
         f"{record['total_sparsity']:.2%} of all parameters are gone; "

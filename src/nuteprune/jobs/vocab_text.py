@@ -28,7 +28,7 @@ SELF_TOKENS = POSITIONS
 TOGETHER = 1_000_000
 """Characters that are tokenized at a time, about."""
 DATA, OWN = "data", "own"
-NAMES = {DATA: "DATA", OWN: "what the model writes, in all its languages"}
+NAMES = {DATA: "DATA", OWN: "what the model writes in all its languages"}
 """The kinds of text that are held out to judge by."""
 JUDGED = 6_000
 """Characters of each source that are held out at most."""
