@@ -8,6 +8,7 @@ sparsity-0.2/, sparsity-0.3/                       checkpoints of several target
                                                    params-100M/ and so on: see `train.asked`
 run/
 settings.json                                    what the run is
+vocab/                                           the model with fewer tokens, if asked for
 self.jsonl                                       write: text that the dense model wrote
 score.safetensors  price.safetensors             score, price: what each unit costs
 choose.safetensors                               choose: masks, kind -> (N,)
@@ -44,6 +45,7 @@ SAMPLES = "samples.json"
 SPEED = "speed.json"
 REPORT = "report.html"
 DENSE = "dense"
+VOCAB = "vocab"
 HALF_WRITTEN = ".cut-"
 """How the names of folders begin in which weights wait for their tensors to be mapped."""
 

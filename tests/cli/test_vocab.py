@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nuteprune
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
+from nuteprune.jobs.evaluate import candidate_of
+from nuteprune.jobs.reproduce import recipe
 from tests.conftest import Run, json_of
 
 pytestmark = pytest.mark.slow
@@ -129,7 +133,7 @@ def test_auto_keeps_the_fewest_tokens_that_cost_little(
     out = tmp_path / "small"
     words = ("vocab", model, "--data", text, "--keep", "auto", "--out", out)
     if most < 0:
-        assert "pass a number in place of --keep auto" in run(*words)[2]
+        assert "pass a number in place of auto" in run(*words)[2]
         assert not out.exists()
         return
     found = json_of(run, *words)
@@ -137,6 +141,190 @@ def test_auto_keeps_the_fewest_tokens_that_cost_little(
     assert found["config"]["keep"] == "auto"
     with pytest.raises(UserError, match="have to stay"):  # any size would do: the next one cannot
         nuteprune.vocab(str(model), data=str(text), keep=least - 5, out=tmp_path / "b", quiet=True)
+
+
+FEW = ["--length", 24, "--batch-size", 2, "--device", "cpu", "--set", "calibration_blocks=2"]
+FEW += ["--set", "eval_blocks=2", "--set", "neuron_multiple=4", "--shares", 1]
+
+
+def test_one_run_does_what_vocab_and_prune_do_one_after_the_other(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    small, chained, out, again = (tmp_path / x for x in ("small", "chained", "out", "again"))
+    how = ["--data", text, "--sparsity", 0.2, "--steps", 1, *FEW]
+    cut = json_of(
+        run, "vocab", model, "--data", text, "--keep", KEEP, "--length", 24, "--out", small
+    )
+    chain = json_of(run, "prune", small, *how, "--out", chained)
+    found = json_of(run, "prune", model, *how, "--vocab", KEEP, "--out", out)
+    weights = (out / "model.safetensors").read_bytes()
+    assert weights == (chained / "model.safetensors").read_bytes()
+    same = ("vocab.json", "tokenizer.json", "config.json")
+    assert [(out / x).read_bytes() for x in same[1:]] == [
+        (chained / x).read_bytes() for x in same[1:]
+    ]
+    assert found["vocab"] == cut["vocab"]
+    assert found["perplexity"] == chain["perplexity"]
+    assert found["base_model"] == str(model)
+    assert "history" not in found
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+    assert found["params"] == {**chain["params"], "before": total}
+    assert found["total_sparsity"] == pytest.approx(1 - found["params"]["after"] / total)
+    assert set(found["stages"]) == {*chain["stages"], "vocab"}
+    learned = chain["history"][0]["text"]["documents"]
+    assert set(wrap(learned, 16)) <= set(wrap(found["text"]["documents"], 16))
+    card = (out / "README.md").read_text()
+    assert f"a vocabulary of {KEEP} tokens with distillation from the dense model" in card
+    [midway] = (out / "run").glob("checkpoint-*")
+    assert candidate_of(str(midway), None).source == str(out / "run" / "vocab")
+    told = json_of(run, "inspect", out)
+    assert told["parts"]["embedding and head"] == {"before": 32 * 300, "after": 32 * KEEP}
+    (tmp_path / "again.yaml").write_text(recipe(found))
+    settings = ("--config", tmp_path / "again.yaml", "--device", "cpu")
+    assert json_of(run, "prune", model, *settings, "--out", again)["config"] == found["config"]
+    assert (again / "model.safetensors").read_bytes() == weights
+
+
+def test_rows_that_go_count_for_a_target_in_parameters(
+    model: Path, text: Path, tmp_path: Path, run: Run
+) -> None:
+    out, total = (
+        tmp_path / "out",
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters()),
+    )
+    how = ["prune", model, "--data", text, "--out", out, "--steps", 0, *FEW]
+    how += ["--params", str(total - 2000)]
+    whole = json_of(run, *how, "--dry-run")
+    dry = json_of(run, *how, "--vocab", KEEP, "--dry-run")
+    assert not out.exists()
+    fewer = 32 * (300 - KEEP)
+    assert whole["sparsity"][0] > dry["sparsity"][0]
+    for plan in (whole, dry):
+        assert total - 2400 < plan["parameters"][0] <= total - 2000
+    code, said, err = run(*how, "--vocab", KEEP)
+    assert code == 0, err
+    assert json.loads((out / "nuteprune.json").read_text())["params"]["after"] <= total - 2000
+    gone = json.loads((out / "nuteprune.json").read_text())["params"]
+    assert gone["blocks_before"] - gone["blocks_after"] < 2400 - fewer
+    for line in (
+        f"Vocab   {KEEP} of 300 tokens; quality is compared with the model cut to these",
+        f"Next    nuteprune eval {out} --against {out}/run/vocab --data YOUR_TEXT",
+    ):
+        assert line in said.splitlines()
+    assert re.search(rf"^tokens +300 +{KEEP}$", said, re.MULTILINE)
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_vocabulary_is_cut_once(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    how = ["prune", model, "--data", text, "--sparsity", 0.2, "--steps", 0, *FEW]
+    asked = [*how, "--out", out, "--vocab", KEEP]
+    expected = json_of(run, *how, "--out", whole, "--vocab", KEEP)
+    with monkeypatch.context() as patch:  # half written
+        patch.setattr("nuteprune.export.record._write_texts", stop)
+        assert run(*asked)[0] == 130
+    assert "nothing to resume" in run(*asked, "--resume")[2]
+    assert "pass --overwrite to replace it\n" in run(*asked)[2]
+    with monkeypatch.context() as patch:  # before the run has settings
+        patch.setattr("nuteprune.jobs.prune.begin", stop)
+        assert run(*asked, "--overwrite")[0] == 130
+        assert not (out / "run" / "settings.json").exists()
+        before = (out / "run" / "vocab" / "nuteprune.json").stat().st_mtime_ns
+        assert run(*asked, "--resume", "--vocab", KEEP + 1)[0] == 130  # another one is made anew
+        assert (out / "run" / "vocab" / "nuteprune.json").stat().st_mtime_ns > before
+        assert run(*asked, "--resume")[0] == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("nuteprune.jobs.vocab.cut", stop)
+        patch.setattr("nuteprune.run.Run.judge_dense", stop)
+        assert run(*asked, "--resume")[0] == 130
+        patch.undo()
+        patch.setattr("nuteprune.jobs.vocab.cut", stop)
+        for other, named in ((["--vocab", KEEP + 1], "vocab 280, not 281"), (["--length", 16], "")):
+            code, _, err = run(*asked, "--resume", *other)
+            assert (code, err.count("\n")) == (2, 1)
+            assert (named or "length 24, not 16") in err
+        code, _, err = run(*how, "--out", out, "--resume")
+        assert "vocab 280, not None" in err
+        code, said, err = run(*asked, "--resume")
+        assert code == 0, err
+    assert "Resumed vocab: done before" in said
+    for name in ("model.safetensors", "run/settings.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert json.loads((out / "nuteprune.json").read_text())["vocab"] == expected["vocab"]
+
+
+def test_the_number_that_was_found_is_on_record(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", 1e9)
+    out, again = tmp_path / "out", tmp_path / "again"
+    (tmp_path / "old").mkdir()
+    how = ["prune", model, "--data", text, "--sparsity", 0.2, "--steps", 0, *FEW]
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.STEPS", 16)
+    found = json_of(run, *how, "--vocab", "auto", "--out", out)
+    rows = load_pruned(out).config.vocab_size
+    assert found["config"]["vocab"] == found["vocab"]["after"] == rows < 300
+    json_of(run, *how, "--vocab", "auto", "--out", out, "--resume")
+    json_of(run, *how, "--vocab", rows, "--out", again)
+    weights = [(x / "model.safetensors").read_bytes() for x in (out, again)]
+    assert weights[0] == weights[1]
+
+
+REFUSED: dict[str, tuple[list[Any], str]] = {
+    "no number": (["--vocab", "many"], "--vocab is many; pass a number of tokens, or auto"),
+    "too few": (["--vocab", 100], "100 were asked for: pass at least"),
+    "all": (["--vocab", 300], "the tokenizer has 300 tokens, not more than 300: pass fewer"),
+    "too few, dry": (["--vocab", 100, "--dry-run"], "pass at least"),
+    "auto, dry": (["--vocab", "auto", "--dry-run"], "pass a number in place of --vocab auto"),
+    "bits, dry": (["--vocab", KEEP, "--dry-run", "--bits", 8], "leave out --bits, or --vocab"),
+    "own text": (["--vocab", KEEP, "--own-text", "a.jsonl"], "was written with all tokens"),
+    "steps": (["--vocab", KEEP, "--minutes", 5], "--minutes and --steps both say"),
+    "before": (["--vocab", KEEP, "--set", "dataloader_persistent_workers=true"], "num_workers > 0"),
+    "after": (["--vocab", "auto", "--params", "9000M"], "9000M"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_pruned_with_fewer_tokens_is_one_line_and_nothing_is_written(
+    case: str, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", 1e9)
+    words, expected = REFUSED[case]
+    target = [] if "--params" in words else ["--sparsity", 0.2]
+    how = ["prune", model, "--data", text, *target, "--steps", 1, *FEW, "--out", tmp_path / "out"]
+    code, _, err = run(*how, *words)
+    lines = [x for x in err.splitlines() if x.startswith("nuteprune: ")]
+    assert (code, len(lines)) == (2, 1), err
+    assert expected in lines[0]
+    assert not (tmp_path / "out").exists()
+    if case == "before":
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("the user's")
+        assert run(*how, *words, "--overwrite")[0] == 2
+        assert [x.name for x in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_several_processes_do_not_cut_a_vocabulary(
+    model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    how = ["prune", model, "--data", text, "--sparsity", 0.2, "--out", tmp_path / "out"]
+    code, _, err = run(*how, "--vocab", KEEP)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "run nuteprune vocab first, then prune its result" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_all_tokens(model: Path, tmp_path: Path, run: Run) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("vocab: 280\nsparsity: 0.2\n")
+    code, _, err = run("plan", model, "--config", config)
+    assert (code, "use prune --dry-run" in err) == (2, True)
 
 
 BAD: dict[str, tuple[list[Any], str]] = {

@@ -26,6 +26,7 @@ _NOT_ASKED = (
     "trust_remote_code",
     "shares",
     "bits",
+    "vocab",
     "offload",
 )
 

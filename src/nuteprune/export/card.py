@@ -165,7 +165,8 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _taught(record: Mapping[str, Any]) -> str:
     """Say which teachers pruning runs had; cutting a vocabulary has none."""
-    runs = [x for x in (*record.get("history", ()), record) if "vocab" not in x]
+    every = (*record.get("history", ()), record)
+    runs = [x for x in every if x.get("asked", {}).get("kind") != "vocab"]
     found = sorted({teacher for run in runs if (teacher := _teacher(run))})
     return f" with distillation from {' and '.join(found)}" if found else ""
 

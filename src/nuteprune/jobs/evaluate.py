@@ -40,7 +40,7 @@ from nuteprune.judge.tasks import Tasks
 from nuteprune.judge.units import dtype_name
 from nuteprune.judge.verdicts import Verdicts
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.run_folder import TEXT
+from nuteprune.run_folder import RECORD, RUN, TEXT, VOCAB
 from nuteprune.stages.judge import copies
 from nuteprune.train.midway import is_midway, load_midway
 from nuteprune.train.run_settings import read_settings
@@ -148,7 +148,14 @@ def candidate_of(name: str, base: str | None) -> Candidate:
     folder = at_home(name)
     if not is_midway(folder):
         return Candidate(name, name)
-    source = base or read_settings(folder.resolve().parent).get("model")
+    run = folder.resolve().parent
+    source = base
+    if source is None:
+        settings = read_settings(run)
+        source = settings.get("model")
+        if settings.get("vocab") is not None:  # of several targets one run is above the others
+            cut = [x / VOCAB for x in (run, run.parents[1] / RUN) if (x / VOCAB / RECORD).is_file()]
+            source = str(cut[0]) if cut else None
     if not source:
         raise UserError(
             f"{name} is a checkpoint in the middle of a run, and holds only what the run has "

@@ -120,7 +120,6 @@ class Cutter:
                 high = middle
         if best is None:
             raise UserError(
-                f"fewer tokens cost more than {MOST_COST:.0%} here: pass a number in place of "
-                "--keep auto"
+                f"fewer tokens cost more than {MOST_COST:.0%} here: pass a number in place of auto"
             )
         return best

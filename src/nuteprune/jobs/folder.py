@@ -17,6 +17,7 @@ from nuteprune.run_folder import (
     SETTINGS,
     SUMS,
     TARGETS,
+    VOCAB,
     hidden,
 )
 from nuteprune.train.state import last_checkpoint
@@ -30,7 +31,7 @@ DEMOS = Path("nuteprune-demo")
 def begun(out: Path) -> bool:
     """Return whether a folder has a run that `--resume` can continue or begin anew."""
     run = out / RUN
-    kept = (run / SELF_WRITTEN, run / SETTINGS)
+    kept = (run / SELF_WRITTEN, run / SETTINGS, run / VOCAB / RECORD)
     return last_checkpoint(run) is not None or any(x.is_file() for x in kept)
 
 

@@ -13,12 +13,14 @@ from typing import Any, ClassVar
 
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.run_folder import SELF
+from nuteprune.run_folder import RUN, SELF, VOCAB
 from nuteprune.train.prune_settings import RecoverSettings
 from nuteprune.train.settings import CALL, HOW, WHAT, check_declared, declared, option, setting
 
 DTYPES = ("float32", "bfloat16", "float16")
 BITS = (8, 4)
+AUTO = "auto"
+"""In place of a number of tokens: the fewest that cost little."""
 TEMPLATES = ("auto", "chat", "alpaca")
 """How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
 INSTRUCTIONS, TEXT = "instructions", "text"
@@ -105,6 +107,7 @@ class PruneJob(Job):
         text_only: of a model of several modalities, write the language model alone.
         dry_run: say what would be done, and write nothing.
         shares: of the tokens, one for each of `data`; None: see `jobs.text.mixture`.
+        vocab: tokens that the model is cut to first, or `AUTO`; None: all stay.
         minutes: see `jobs.minutes`; None: `settings` say how long it takes.
         own_text: file of text that the model has written; None: the run lets it write.
         settings: those of `NutePruneConfig` that are given.
@@ -132,6 +135,10 @@ class PruneJob(Job):
     text_only: bool | None = setting(
         "Of a model of several modalities, write the pruned language model alone."
     )
+    vocab: int | str | None = option(
+        "Number of tokens that the vocabulary is cut to first, as nuteprune vocab does, such as "
+        "16384, or 'auto': the fewest that cost at most 1 % on held-out DATA."
+    )
     minutes: float | str | None = option(
         "Time for the whole run, instead of --steps: minutes, or 90s or 2h. The run divides it "
         "between writing text, scoring, pricing and steps.",
@@ -140,6 +147,20 @@ class PruneJob(Job):
     dry_run: bool = option("Say what the run would do and take; write nothing.", False, role=CALL)
     settings: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab is not None:
+            self.vocab = tokens_asked(self.vocab, "--vocab")
+
+    @property
+    def dense(self) -> str:
+        """The model that is pruned: MODEL, or what is left of it with fewer tokens.
+
+        A dry run writes none, and cuts MODEL in memory.
+        """
+        cut = self.vocab is not None and not self.dry_run
+        return str(self.out / RUN / VOCAB) if cut else self.model
 
     @property
     def share_values(self) -> list[float] | None:
@@ -256,6 +277,18 @@ class VocabJob(Job):
         "May be repeated.",
         DEMO,
     )
+
+
+def tokens_asked(asked: int | str, option: str) -> int | str:
+    """Return the number of tokens that are to stay, or `AUTO`.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    try:
+        return AUTO if asked == AUTO else int(asked)
+    except ValueError:
+        raise UserError(f"{option} is {asked}; pass a number of tokens, or {AUTO}") from None
 
 
 def what_it_is(job: Job) -> dict[str, Any]:

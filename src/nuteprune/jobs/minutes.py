@@ -121,12 +121,7 @@ def within_minutes(
     Raises:
         UserError: if there is no time for anything sensible, or steps are given too.
     """
-    assert job.minutes is not None
-    seconds = seconds_of(job.minutes)
-    if "max_steps" in job.settings:
-        raise UserError("--minutes and --steps both say how long to train; pass one of them")
-    if job.settings.get("progressive"):
-        raise UserError("a ramp has its steps in its recipe: pass --steps in place of --minutes")
+    seconds = _asked(job)
     if is_stated(job):
         plan = {name: x for name, x in read_settings(job.out / RUN).items() if name in PLAN}
         return _planned(job, plan)
@@ -143,6 +138,16 @@ def within_minutes(
         f"of {times.step:.1f} s; {duration(times.judging)} to judge"
     )
     return _planned(job, settings)
+
+
+def _asked(job: PruneJob) -> float:
+    """Return the seconds that a job is given; errors as of `within_minutes`."""
+    assert job.minutes is not None
+    if "max_steps" in job.settings:
+        raise UserError("--minutes and --steps both say how long to train; pass one of them")
+    if job.settings.get("progressive"):
+        raise UserError("a ramp has its steps in its recipe: pass --steps in place of --minutes")
+    return seconds_of(job.minutes)
 
 
 def _planned(job: PruneJob, plan: Mapping[str, Any]) -> PruneJob:
@@ -274,10 +279,9 @@ def steps_in_time_of(
         after: time that the written results still take, as a multiple of judging the dense
             model.
     """
-    assert job.minutes is not None
+    end = job.started + _asked(job)
     if is_stated(job):
         return None
-    end = job.started + seconds_of(job.minutes)
 
     def steps_in_time(run: Run, trainer: NutePruneTrainer) -> int:
         goals = len(run.goals) - run.goals.index(trainer.goal)

@@ -87,6 +87,8 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
         UserError: for a config without the facts that a plan needs, settings that cannot work, or
             memory that cannot hold a single layer.
     """
+    if job.vocab is not None:
+        raise UserError("a plan counts all tokens: leave out vocab, or use prune --dry-run")
     use_family(job.family, job.model)
     config = config_of(job.model)
     check_positions(job.length, config)

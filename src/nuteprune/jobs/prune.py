@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Output, quiet_loading
-from nuteprune.files import write_json
+from nuteprune.errors import UserError
+from nuteprune.export.record import read_record
+from nuteprune.files import remove, write_json
 from nuteprune.jobs.folder import clear, clear_result, is_stated
 from nuteprune.jobs.guard import alone, check_out, nothing_left
-from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.job import AUTO, PruneJob, what_it_is
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
-from nuteprune.jobs.show import print_next, print_plan, print_report, print_results
-from nuteprune.processes import is_main
+from nuteprune.jobs.show import print_next, print_plan, print_report, print_results, print_tokens
+from nuteprune.jobs.sources import use_family
+from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
-from nuteprune.run_folder import RUN, SETTINGS
+from nuteprune.run_folder import RECORD, RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.run_settings import check_same
+from nuteprune.train.run_settings import check_same, read_settings
+from nuteprune.train.settings import declared
 from nuteprune.train.targets import check_reached
 
 
@@ -123,7 +127,7 @@ def finish(job: PruneJob, result: Result, output: Output) -> None:
         result.speedups = judge_speed(job, fast, output)
     for folder in result.records:
         print_report(folder, output)
-    print_next(folder, job.model, output)
+    print_next(folder, job.dense, output)
     for folder, speedup in result.speedups.items():
         check_speed(result.records[folder], speedup)
 
@@ -156,6 +160,9 @@ def run(
             from nuteprune.jobs.minutes import steps_in_time_of, within_minutes
 
             steps_in_time = steps_in_time_of(job, after)
+        if job.vocab is not None:
+            stack.enter_context(fewer_tokens(job, Path(scratch), output))
+        if job.minutes is not None:
             job = within_minutes(job, Path(scratch) / RUN, output, after, may_exceed)
         bars = stack.enter_context(output.bars())
         config = trainer_config(job, folder / RUN)
@@ -178,6 +185,79 @@ def run(
     return Result(records)
 
 
+@contextmanager
+def fewer_tokens(job: PruneJob, scratch: Path, output: Output) -> Iterator[None]:
+    """Cut the vocabulary of a job's model, unless that is done; a job that is refused leaves none.
+
+    Args:
+        job: the job, whose `dense` is written.
+        scratch: a folder for what nobody keeps.
+        output: prints.
+
+    Raises:
+        UserError: for anything that cannot work.
+    """
+    from nuteprune.jobs import vocab  # few runs ask for it
+
+    run, folder, keep = job.out / RUN, Path(job.dense), job.vocab
+    assert keep is not None
+    _check_vocabulary(job)
+    vocab.check_whole(job.model)
+    if job.dry_run:
+        yield
+        return
+    use_family(job.family, job.model)
+    stated = is_stated(job)
+    if stated:
+        now = dict.fromkeys(declared(PruneJob)) | what_it_is(job)
+        check_same(run, read_settings(run) | now, PruneJob)
+    record = read_record(folder) if job.resume and (folder / RECORD).is_file() else None
+    is_new = record is None or not (stated or record["config"] == vocab.asked_for(job, keep))
+    if is_new:
+        if isinstance(keep, int) and job.bits is None:  # refuse before text is written
+            trial = replace(job, dry_run=True)
+            with output.bars() as bars:
+                make_run(trial, trainer_config(trial, scratch / RUN), bars)
+        remove(folder)
+        record = vocab.cut(job, keep, folder, output)
+    else:
+        output.line("Resumed vocab: done before")
+    assert record is not None
+    print_tokens(record["vocab"], output)
+    try:
+        yield
+    except UserError:
+        if is_new and not (run / SETTINGS).is_file():
+            remove(folder)
+        raise
+
+
+def _check_vocabulary(job: PruneJob) -> None:
+    """Refuse what a smaller vocabulary does not go together with.
+
+    Raises:
+        UserError: naming what to do instead.
+    """
+    if several_started():
+        raise UserError(
+            "--vocab works in one process alone: run nuteprune vocab first, then prune its result"
+        )
+    if job.own_text is not None:
+        raise UserError(
+            f"--own-text {job.own_text} was written with all tokens, and --vocab leaves fewer: run "
+            "nuteprune vocab first, and write and prune with its result"
+        )
+    if job.dry_run and job.vocab == AUTO:
+        raise UserError(
+            "a dry run reads no text, which tells how many tokens can go: pass a number in place "
+            "of --vocab auto"
+        )
+    if job.dry_run and job.bits is not None:
+        raise UserError(
+            "a dry run cuts the vocabulary of whole weights: leave out --bits, or --vocab"
+        )
+
+
 def begin(job: PruneJob, run: Run) -> None:
     """Make room in the job's folder, and write the settings of the run."""
     if job.resume:  # a process that went on would tell of the others' silence instead
@@ -187,7 +267,7 @@ def begin(job: PruneJob, run: Run) -> None:
         run.first.accelerator.wait_for_everyone()  # what is half written is of a killed run
         if is_main():
             clear_result(job.out, job.overwrite)
-    elif is_main() and job.overwrite:
+    elif is_main() and job.overwrite and job.vocab is None:  # else it was cleared for that
         clear(job.out)
     if is_main():
         write_json(job.out / RUN / SETTINGS, run.first.settings())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback
 
 from nuteprune.console import Bars
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, file_sum, to_json
 from nuteprune.jobs.job import PruneJob, what_it_is
@@ -25,6 +26,7 @@ from nuteprune.jobs.sources import (
     origin,
     pick_device,
     pick_dtype,
+    record_of,
     stored_dtype,
     use_family,
 )
@@ -81,8 +83,14 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     use_family(job.family, job.model)
     whole = None if job.text_only else around(job.model)
     check_priced(job, config, whole)
-    tokenizer = load_tokenizer(job.model, job.trust_remote_code)
-    model = load_model(job.model, pick_dtype(job.dtype, job.device), job.bits, str(config.device))
+    tokenizer = load_tokenizer(job.dense, job.trust_remote_code)
+    model = load_model(job.dense, pick_dtype(job.dtype, job.device), job.bits, str(config.device))
+    stored, dense = stored_dtype(model), Anatomy(model).parameters()
+    cut = record_of(job.dense) if job.dense != job.model else None
+    if isinstance(job.vocab, int) and cut is None:
+        from nuteprune.jobs.vocab import with_fewer  # few runs ask for it
+
+        model, tokenizer = with_fewer(model, tokenizer, job.vocab)
     text = text_of(job, config, tokenizer, Anatomy(model))
     held_out = text.held_out(job.eval_data or job.specs, job.eval_blocks)
     if config.target_speedup is not None:
@@ -90,7 +98,10 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
 
         config.costs = costs_for(job, config, model, bars)
     with settings_of_user():
-        prepared = prepare(model, config, stored_dtype(model))
+        prepared = prepare(model, config, stored)
+    if job.vocab is not None:
+        before = dense if cut is None else cut["params"]["before"]
+        prepared = prepared.after_cut(before, origin(job.model))
     check_wrapper(job, prepared, whole)
     shared = Path(str(config.output_dir))
 
@@ -126,13 +137,21 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     first = trainer_of(prepared.goals[0])  # settings fail, and the model is placed, before all else
     settings = first.settings()
     depend: dict[str, Any] = {x: settings[x] for x in ("model", "dtype", "nuteprune")}
+    depend |= {} if job.vocab is None else {"vocab": settings["vocab"]}
     products = Products(None if job.dry_run else shared, depend, job.resume)
+    if cut is not None:
+        products.costs |= cut["stages"]
+        text.training.fingerprint.update(Fingerprint(cut["text"]))
 
     def about() -> dict[str, Any]:
         seconds = round(time.monotonic() - job.started, 1)
         earlier = origin(job.model)
         known = text_entry(text.training, held_out, earlier)
-        return {**earlier, "config": recorded(job, config), "text": known, "seconds": seconds}
+        found = {**earlier, "config": recorded(job, config), "text": known, "seconds": seconds}
+        if cut is not None:  # which tokens stay at a number is the same if that was found
+            found |= {"vocab": cut["vocab"]}
+            found["config"]["vocab"] = cut["vocab"]["after"]
+        return found
 
     return Run(
         model=prepared,
@@ -143,7 +162,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         progress=bars.update,
         first=first,
         trainer_of=trainer_of,
-        reload=lambda dtype: load_model(job.model, dtype),
+        reload=lambda dtype: load_model(job.dense, dtype),
         folder_of=folder_of,
         run_folder_of=run_folder_of,
         resumes=job.resume,

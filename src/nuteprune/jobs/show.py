@@ -13,6 +13,7 @@ from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
+from nuteprune.jobs.vocab_text import costs
 from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples
@@ -21,6 +22,16 @@ from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.train.asked import spelled
 from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
+
+
+def print_tokens(vocab: Mapping[str, Any], output: Output) -> None:
+    """Print how many tokens stay, and what that costs by itself."""
+    output.line(
+        f"Vocab   {vocab['after']} of {vocab['before']} tokens; quality is compared with the model "
+        "cut to these"
+    )
+    bits = vocab["bits_per_character"]
+    output.line(f"        {costs(bits['before'], bits['after'])}")
 
 
 def print_plan(job: PruneJob, run: Run, output: Output) -> None:
@@ -37,6 +48,7 @@ def print_plan(job: PruneJob, run: Run, output: Output) -> None:
     output.line(
         f"        {len(shape.layers)} layers of width {shape.hidden}, {first.heads} heads on "
         f"{first.kv_heads} KV heads, {_inner(budget)}"
+        f"{f', {prepared.anatomy.embedding.weight.shape[0]} tokens' if job.vocab else ''}"
     )
     output.line(
         f"Target  {targets} of {millions(budget.before)} decoder parameters = "
@@ -120,7 +132,9 @@ def print_result(
 ) -> None:
     """Print one checkpoint's record as tables, answers and two lines."""
     ppl, params = record["perplexity"], record["params"]
+    counted = record.get("vocab", {})
     rows = [
+        *([["tokens", *(str(counted[x]) for x in ("before", "after"))]] if counted else []),
         *(
             [what, *(millions(params[f"{of}{when}"]) for when in ("before", "after"))]
             for what, of in COUNTS_SHOWN
@@ -160,6 +174,8 @@ def print_end(folder: Path, record: Mapping[str, Any], output: Output) -> None:
         f"        {millions(params['after'])} of {millions(params['before'])} parameters, "
         f"{megabytes(record['bytes_on_disk'])}, made in {duration(record['seconds'])}"
     )
+    if (vocab := record.get("vocab")) is not None:
+        print_tokens(vocab, output)
     output.line(f"Saved   {folder}")
 
 

@@ -100,7 +100,7 @@ def measure_beside(
     """Measure a job's checkpoint beside the dense model, and keep what is found for its report."""
     engine = Transformers.from_options(job.device, job.dtype)
     with output.bars() as bars:
-        speed = measure([str(folder.absolute()), job.model], [setting], PASSES, engine, bars)
+        speed = measure([str(folder.absolute()), job.dense], [setting], PASSES, engine, bars)
     write_json(folder / RUN / SPEED, {**speed, **for_report(speed)})
     return speed
 

@@ -90,7 +90,7 @@ def text_of(
     written = None
     if job.own_text is not None:
         # Weights in few bits are others than those that wrote.
-        writer = load_model(job.model, None) if job.bits else model.model
+        writer = load_model(job.dense, None) if job.bits else model.model
         written = read_written(at_home(job.own_text), writer, tokenizer, tokens=own)
     text = Mixture(
         specs,

@@ -6,10 +6,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.data.own_text import GUARD
@@ -18,19 +19,19 @@ from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.record import write_pruned
 from nuteprune.export.vocabulary import merges_of, template_tokens
 from nuteprune.gates.budget import Budget
-from nuteprune.jobs.fewer_tokens import Bits, Cutter, Smaller
+from nuteprune.jobs.fewer_tokens import Cutter, Smaller
 from nuteprune.jobs.folder import clear
 from nuteprune.jobs.guard import alone, check_out
-from nuteprune.jobs.job import Job, VocabJob
+from nuteprune.jobs.job import Job, VocabJob, tokens_asked
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
-from nuteprune.jobs.vocab_text import NAMES, VocabText, read_text
+from nuteprune.jobs.vocab_text import VocabText, costs, read_text
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.products import Products
+from nuteprune.run_folder import VOCAB
 from nuteprune.shrink.token_ids import tokens_in, unknown_ids
 from nuteprune.shrink.token_use import expected_use, use_of
 from nuteprune.shrink.vocabulary import Merges, choose
-
-AUTO = "auto"
 
 
 def vocab(
@@ -78,66 +79,102 @@ def run(job: Job, keep: int | str, output: Output) -> dict[str, Any]:
         UserError: for anything that cannot work; nothing is written then.
         RunFailed: if the tokenizer that is left does not spell what the full one does.
     """
-    started = time.monotonic()
-    asked = _number(keep)
+    keep = tokens_asked(keep, "--keep")
     with alone(job.out):
         check_out(job, resumes=False)
-        if around(job.model) is not None:
-            raise UserError(
-                f"{job.model} is a model of several modalities, whose processor has tokens of its "
-                "own: nuteprune prune --set text_only=true writes its language model, which can be "
-                "cut"
-            )
-        tokenizer = load_tokenizer(job.model, job.trust_remote_code)
-        merges_of(tokenizer)  # refuses what cannot be cut, before weights are read
-        model = load_model(job.model, torch.bfloat16, exact=True)
-        anatomy = Anatomy(model)
-        merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
-        _check_rows(job, merges, anatomy)
-        _tell_unknown(anatomy, output)
-        needed = _needed(anatomy, tokenizer)
-        if asked is not None:  # refused before text is written, if it cannot be
-            choose(merges, (), asked, needed)
-        positions = getattr(model.config, "max_position_embeddings", job.length)
-        length = min(job.length, positions)
-        text = read_text(job, length, anatomy, tokenizer, output)
-        used = _used(anatomy, merges, text)
-        cutter = Cutter(anatomy, tokenizer, merges, needed, used, text.held_out)
-
-        def tell(tried: Smaller) -> None:
-            output.line(f"Tried   {len(tried.kept)} tokens: {_costs(cutter.bits, tried.bits)}")
-
-        small = cutter.fewest(tell) if asked is None else cutter.cut(asked)
-        if job.overwrite:
-            clear(job.out)
-        record = write_pruned(
-            job.out,
-            as_stored(small.model, stored_dtype(model)),
-            small.tokenizer,
-            {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before},
-            **_unpruned(anatomy, len(small.kept)),
-            **origin(job.model),
-            vocab=_vocab(cutter, small, text.counted),
-            config=_asked(job, AUTO if asked is None else asked),
-            text=text.known.to_dict(),
-            seconds=round(time.monotonic() - started, 1),
-        )
+        check_whole(job.model)
+        record = cut(job, keep, job.out, output)
     _print(job, record, output)
     return {"out": str(job.out), **record}
 
 
-def _number(keep: int | str) -> int | None:
-    """Return the number of tokens to keep; None if it is to be found."""
-    if keep == AUTO:
-        return None
-    try:
-        return int(keep)
-    except ValueError:
-        raise UserError(f"--keep is {keep}; pass a number of tokens, or {AUTO}") from None
+def check_whole(model: str) -> None:
+    """Refuse a model of several modalities.
+
+    Raises:
+        UserError: saying how to have its language model.
+    """
+    if around(model) is not None:
+        raise UserError(
+            f"{model} is a model of several modalities, whose processor has tokens of its own: "
+            "nuteprune prune --set text_only=true writes its language model, which can be cut"
+        )
 
 
-def _asked(job: Job, keep: int | str) -> dict[str, Any]:
-    """Return the settings that reproduce the run."""
+def cut(job: Job, keep: int | str, folder: Path, output: Output) -> dict[str, Any]:
+    """Count, choose, cut and write a checkpoint with fewer tokens; returns its record.
+
+    Args:
+        job: model, data and output folder, which is cleared first if the job replaces it.
+        keep: tokens that are to stay, or `AUTO`.
+        folder: where the checkpoint goes.
+        output: prints.
+
+    Raises:
+        UserError: for anything that cannot work; nothing is written then.
+        RunFailed: if the tokenizer that is left does not spell what the full one does.
+    """
+    products = Products(None, {})
+    started = time.monotonic()
+    with products.measured(VOCAB):
+        cutter, small, text = _chosen(job, keep, output)
+    anatomy = cutter.anatomy
+    if job.overwrite and not job.resume:
+        clear(job.out)
+    return write_pruned(
+        folder,
+        as_stored(small.model, stored_dtype(anatomy.model)),
+        small.tokenizer,
+        {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before},
+        **_unpruned(anatomy, len(small.kept)),
+        **origin(job.model),
+        vocab=_vocab(cutter, small, text.counted),
+        config=asked_for(job, keep),
+        text=text.known.to_dict(),
+        stages=products.costs,
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _chosen(job: Job, keep: int | str, output: Output) -> tuple[Cutter, Smaller, VocabText]:
+    """Return the model with its text, and what is left of it; errors as of `cut`."""
+    tokenizer = load_tokenizer(job.model, job.trust_remote_code)
+    merges_of(tokenizer)  # refuses what cannot be cut, before weights are read
+    model = load_model(job.model, torch.bfloat16, exact=True)
+    anatomy = Anatomy(model)
+    merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
+    _check_rows(job, merges, anatomy)
+    _tell_unknown(anatomy, output)
+    needed = _needed(anatomy, tokenizer)
+    if isinstance(keep, int):  # refused before text is written, if it cannot be
+        choose(merges, (), keep, needed)
+    positions = getattr(model.config, "max_position_embeddings", job.length)
+    text = read_text(job, min(job.length, positions), anatomy, tokenizer, output)
+    used = _used(anatomy, merges, text)
+    cutter = Cutter(anatomy, tokenizer, merges, needed, used, text.held_out)
+
+    def tell(tried: Smaller) -> None:
+        output.line(f"Tried   {len(tried.kept)} tokens: {costs(cutter.bits, tried.bits)}")
+
+    return cutter, cutter.cut(keep) if isinstance(keep, int) else cutter.fewest(tell), text
+
+
+def with_fewer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model and its tokenizer with as many tokens, whichever they are.
+
+    Raises:
+        UserError: if it cannot be.
+    """
+    anatomy = Anatomy(model)
+    merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
+    small = Cutter(anatomy, tokenizer, merges, _needed(anatomy, tokenizer), (), {}).cut(keep)
+    return small.model, small.tokenizer
+
+
+def asked_for(job: Job, keep: int | str) -> dict[str, Any]:
+    """Return the settings that reproduce a smaller vocabulary."""
     column = {"text_column": job.text_column} if job.text_column is not None else {}
     length = {"length": job.length} if job.length != VocabJob.length else {}
     return {"model": job.model, "data": job.specs, "keep": keep, **column, **length}
@@ -206,12 +243,6 @@ def _vocab(cutter: Cutter, small: Smaller, counted: Counter[int]) -> dict[str, A
     }
 
 
-def _costs(before: Bits, after: Bits) -> str:
-    """Return what each kind of text costs more, as people read it."""
-    costs = [f"{NAMES[x]} {after[x] / before[x] - 1:+.1%}" for x in before]
-    return f"bits per character of {', of '.join(costs)}"
-
-
 def _print(job: Job, record: Mapping[str, Any], output: Output) -> None:
     vocab, params = record["vocab"], record["params"]
     output.table(
@@ -223,7 +254,7 @@ def _print(job: Job, record: Mapping[str, Any], output: Output) -> None:
         ],
     )
     bits = vocab["bits_per_character"]
-    output.line(f"On held-out text, {_costs(bits['before'], bits['after'])}")
+    output.line(f"On held-out text, {costs(bits['before'], bits['after'])}")
     output.line(
         f"{vocab['covered']:.2%} of the text's tokens stay whole; "
         f"{record['total_sparsity']:.2%} of all parameters are gone; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -118,6 +118,12 @@ def read_text(
         text.add_own(own)
         text.hold_out(OWN, tokenizer.batch_decode(judged, skip_special_tokens=True), JUDGED)
     return text
+
+
+def costs(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Return how many more bits each kind of text takes, as people read it."""
+    found = [f"{NAMES[x]} {after[x] / before[x] - 1:+.1%}" for x in before]
+    return f"bits per character of {', of '.join(found)}"
 
 
 def parts(documents: Iterable[str]) -> Iterator[list[str]]:

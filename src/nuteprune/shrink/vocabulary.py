@@ -139,7 +139,7 @@ def choose(merges: Merges, use: Sequence[float], keep: int, more: Iterable[int] 
     """
     names = set(merges.all_ids.values())
     if keep >= len(names):
-        raise UserError(f"the tokenizer has {len(names)} tokens, and --keep is {keep}: pass fewer")
+        raise UserError(f"the tokenizer has {len(names)} tokens, not more than {keep}: pass fewer")
     parts = merges.parts
     stays = {merges.all_ids[x] for x in merges.required} | (set(more) & names)
     needed = Counter(x for i in names for x in parts.get(i, ()))
@@ -165,7 +165,7 @@ def choose(merges: Merges, use: Sequence[float], keep: int, more: Iterable[int] 
     if len(kept) > keep:
         raise UserError(
             f"{len(kept)} tokens have to stay (bytes, special and template tokens, and what they "
-            f"are made of), and --keep is {keep}: pass at least {len(kept)}"
+            f"are made of), and {keep} were asked for: pass at least {len(kept)}"
         )
     return sorted(kept)
 

@@ -275,11 +275,13 @@ class NutePruneTrainer(Distiller):
     def about(self, sliced: Sliced) -> dict[str, Any]:
         """Return the run's arguments for `stages.save`."""
         ready, origin, shape = self.ready, self.ready.origin, sliced.shape
+        if active := ready.prices.of_a_token(shape):
+            active["active_before"] += origin.tokens
         came_to, cache = ready.allocator.budget.sparsity(shape), ready.prices.cache(shape)
         return {
             **origin.entries,
             "budget": ready.allocator.budget,
-            "parameters": {"before": origin.parameters, **ready.prices.of_a_token(shape)},
+            "parameters": {"before": origin.parameters, **active},
             "stored_dtype": origin.stored_dtype,
             "config": chosen_settings(self.args),
             "shapes": self.args.shapes,
