@@ -152,17 +152,14 @@ def test_one_run_does_what_vocab_and_prune_do_one_after_the_other(
 ) -> None:
     small, chained, out, again = (tmp_path / x for x in ("small", "chained", "out", "again"))
     how = ["--data", text, "--sparsity", 0.2, "--steps", 1, *FEW]
-    cut = json_of(
-        run, "vocab", model, "--data", text, "--keep", KEEP, "--length", 24, "--out", small
-    )
+    words = ["--data", text, "--keep", KEEP, "--length", 24]
+    cut = json_of(run, "vocab", model, *words, "--out", small)
     chain = json_of(run, "prune", small, *how, "--out", chained)
     found = json_of(run, "prune", model, *how, "--vocab", KEEP, "--out", out)
     weights = (out / "model.safetensors").read_bytes()
     assert weights == (chained / "model.safetensors").read_bytes()
-    same = ("vocab.json", "tokenizer.json", "config.json")
-    assert [(out / x).read_bytes() for x in same[1:]] == [
-        (chained / x).read_bytes() for x in same[1:]
-    ]
+    for name in ("tokenizer.json", "config.json"):
+        assert (out / name).read_bytes() == (chained / name).read_bytes()
     assert found["vocab"] == cut["vocab"]
     assert found["perplexity"] == chain["perplexity"]
     assert found["base_model"] == str(model)
@@ -188,10 +185,8 @@ def test_one_run_does_what_vocab_and_prune_do_one_after_the_other(
 def test_rows_that_go_count_for_a_target_in_parameters(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
-    out, total = (
-        tmp_path / "out",
-        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters()),
-    )
+    out, dense = tmp_path / "out", AutoModelForCausalLM.from_pretrained(model)
+    total = sum(p.numel() for p in dense.parameters())
     how = ["prune", model, "--data", text, "--out", out, "--steps", 0, *FEW]
     how += ["--params", str(total - 2000)]
     whole = json_of(run, *how, "--dry-run")
@@ -211,7 +206,7 @@ def test_rows_that_go_count_for_a_target_in_parameters(
         f"Next    nuteprune eval {out} --against {out}/run/vocab --data YOUR_TEXT",
     ):
         assert line in said.splitlines()
-    assert re.search(rf"^tokens +300 +{KEEP}$", said, re.MULTILINE)
+    assert re.search(rf"tokens\W+300\W+{KEEP}\b", said)
 
 
 def stop(*_: Any, **__: Any) -> None:
@@ -263,7 +258,6 @@ def test_the_number_that_was_found_is_on_record(
 ) -> None:
     monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", 1e9)
     out, again = tmp_path / "out", tmp_path / "again"
-    (tmp_path / "old").mkdir()
     how = ["prune", model, "--data", text, "--sparsity", 0.2, "--steps", 0, *FEW]
     monkeypatch.setattr("nuteprune.jobs.fewer_tokens.STEPS", 16)
     found = json_of(run, *how, "--vocab", "auto", "--out", out)
@@ -285,7 +279,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "own text": (["--vocab", KEEP, "--own-text", "a.jsonl"], "was written with all tokens"),
     "steps": (["--vocab", KEEP, "--minutes", 5], "--minutes and --steps both say"),
     "before": (["--vocab", KEEP, "--set", "dataloader_persistent_workers=true"], "num_workers > 0"),
-    "after": (["--vocab", "auto", "--params", "9000M"], "9000M"),
+    "after": (["--vocab", "auto", "--params", "9000M"], "is no less than what the model has"),
 }
 
 
@@ -294,6 +288,7 @@ def test_what_cannot_be_pruned_with_fewer_tokens_is_one_line_and_nothing_is_writ
     case: str, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", 1e9)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.STEPS", 16)
     words, expected = REFUSED[case]
     target = [] if "--params" in words else ["--sparsity", 0.2]
     how = ["prune", model, "--data", text, *target, "--steps", 1, *FEW, "--out", tmp_path / "out"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.files import file_sum
-from nuteprune.jobs import minutes
+from nuteprune.jobs import minutes, vocab
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.minutes import FEWEST, Rates, seconds_of, within_minutes
 from nuteprune.run_folder import RUN, SETTINGS
@@ -154,3 +155,33 @@ def test_two_words_on_how_long_contradict(pruned: Any, more: tuple[Any, ...], wh
     code, said, _ = pruned("out", "--minutes", 5, *more)
     assert code == 2
     assert why in said
+
+
+def test_cutting_the_vocabulary_is_part_of_the_time(
+    pruned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nuteprune.jobs.vocab_text.SELF_TOKENS", 100)
+    monkeypatch.setattr("nuteprune.jobs.vocab_text.SELF_TOKENS_JUDGED", 50)
+    use_rates(monkeypatch, 0.3)
+    plans: list[float] = []
+    share, cut, passed = minutes.shared_out, vocab.cut, time.monotonic
+    late = [0.0]
+
+    def cut_slowly(*given: Any) -> Any:
+        record = cut(*given)
+        late[0] = 100.0
+        return record
+
+    def watched(job: Any, trial: Any, rates: Any, seconds: float, *rest: Any) -> Any:
+        assert trial.model.anatomy.embedding.weight.shape[0] == 280
+        plans.append(seconds)
+        return share(job, trial, rates, seconds, *rest)
+
+    monkeypatch.setattr(vocab, "cut", cut_slowly)
+    monkeypatch.setattr(minutes, "shared_out", watched)
+    monkeypatch.setattr("time.monotonic", lambda: passed() + late[0])
+    code, said, record = pruned("out", "--minutes", 8, "--vocab", 280)
+    assert code == 0, said
+    assert 480 - 100 - 60 < plans[0] < 480 - 100
+    assert record["config"]["vocab"] == 280
+    assert record["seconds"] > 100
