@@ -52,7 +52,7 @@ writes the whole back: a model of the same class (uniform), or one with the mode
 - Calibration sees no images.
 - Gates on `hidden` are refused: what is made of images is as wide as the language model.
 - `--set text_only=true` writes the language model alone, with any gates.
-- `eval`, `bench` and `export` take the language model. `vocab` refuses.
+- `eval`, `bench` and `export` take the language model. `vocab` and `prune --vocab` refuse.
 
 `tests/export/test_wrapping.py` runs each type with an image.
 """
