@@ -138,7 +138,8 @@ def test_a_smaller_vocabulary_alone_is_told_without_what_pruning_is() -> None:
     counts = {"before": 2000, "after": 1700, "blocks_before": 1200, "blocks_after": 1200}
     nothing = {"before": {}, "after": {}}
     vocab = {"sparsity": 0.0, "vocab": {"after": 9}, "perplexity": nothing, "params": counts}
-    text = model_card(a_record(**vocab), remote_code=False)
+    asked = {"kind": "vocab", "value": 9}
+    text = model_card(a_record(**vocab, asked=asked), remote_code=False)
     assert "owner/model with a vocabulary of 9 tokens, made with `nuteprune` 1.2.3." in text
     assert "| | before | after | |" in text
     assert "| parameters | 2,000 | 1,700 | -15.0% |" in text

@@ -149,13 +149,11 @@ def candidate_of(name: str, base: str | None) -> Candidate:
     if not is_midway(folder):
         return Candidate(name, name)
     run = folder.resolve().parent
-    source = base
-    if source is None:
-        settings = read_settings(run)
-        source = settings.get("model")
-        if settings.get("vocab") is not None:  # of several targets one run is above the others
-            cut = [x / VOCAB for x in (run, run.parents[1] / RUN) if (x / VOCAB / RECORD).is_file()]
-            source = str(cut[0]) if cut else None
+    settings = {"model": base} if base else read_settings(run)
+    source = settings.get("model")
+    if settings.get("vocab") is not None:  # of several targets one run is above the others
+        cut = (x / VOCAB for x in (run, run.parents[1] / RUN))
+        source = next((x for x in cut if (x / RECORD).is_file()), None)
     if not source:
         raise UserError(
             f"{name} is a checkpoint in the middle of a run, and holds only what the run has "

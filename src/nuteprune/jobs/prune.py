@@ -238,24 +238,19 @@ def _check_vocabulary(job: PruneJob) -> None:
     Raises:
         UserError: naming what to do instead.
     """
-    if several_started():
-        raise UserError(
-            "--vocab works in one process alone: run nuteprune vocab first, then prune its result"
-        )
-    if job.own_text is not None:
-        raise UserError(
-            f"--own-text {job.own_text} was written with all tokens, and --vocab leaves fewer: run "
-            "nuteprune vocab first, and write and prune with its result"
-        )
-    if job.dry_run and job.vocab == AUTO:
-        raise UserError(
-            "a dry run reads no text, which tells how many tokens can go: pass a number in place "
-            "of --vocab auto"
-        )
-    if job.dry_run and job.bits is not None:
-        raise UserError(
-            "a dry run cuts the vocabulary of whole weights: leave out --bits, or --vocab"
-        )
+    refused = {
+        "--vocab works in one process alone: run nuteprune vocab first, then prune its "
+        "result": several_started(),
+        f"--own-text {job.own_text} was written with all tokens, and --vocab leaves fewer: run "
+        "nuteprune vocab first, and write and prune with its result": job.own_text is not None,
+        "a dry run reads no text, which tells how many tokens can go: pass a number in place of "
+        "--vocab auto": job.dry_run and job.vocab == AUTO,
+        "a dry run cuts the vocabulary of whole weights: leave out --bits, or --vocab": job.dry_run
+        and job.bits is not None,
+    }
+    for said, holds in refused.items():
+        if holds:
+            raise UserError(said)
 
 
 def begin(job: PruneJob, run: Run) -> None:

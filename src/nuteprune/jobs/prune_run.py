@@ -6,6 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from transformers import PrinterCallback
 from nuteprune.console import Bars
 from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.errors import UserError
+from nuteprune.export.record import read_record
 from nuteprune.files import at_home, file_sum, to_json
 from nuteprune.jobs.job import PruneJob, what_it_is
 from nuteprune.jobs.progress import StepProgress
@@ -26,7 +28,6 @@ from nuteprune.jobs.sources import (
     origin,
     pick_device,
     pick_dtype,
-    record_of,
     stored_dtype,
     use_family,
 )
@@ -85,11 +86,14 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     check_priced(job, config, whole)
     tokenizer = load_tokenizer(job.dense, job.trust_remote_code)
     model = load_model(job.dense, pick_dtype(job.dtype, job.device), job.bits, str(config.device))
-    stored, dense = stored_dtype(model), Anatomy(model).parameters()
-    cut = record_of(job.dense) if job.dense != job.model else None
-    if isinstance(job.vocab, int) and cut is None:
+    stored, cut, before = stored_dtype(model), None, 0
+    if job.vocab is not None and not job.dry_run:
+        cut = read_record(Path(job.dense))
+        before = cut["params"]["before"]
+    elif isinstance(job.vocab, int):
         from nuteprune.jobs.vocab import with_fewer  # few runs ask for it
 
+        before = Anatomy(model).parameters()
         model, tokenizer = with_fewer(model, tokenizer, job.vocab)
     text = text_of(job, config, tokenizer, Anatomy(model))
     held_out = text.held_out(job.eval_data or job.specs, job.eval_blocks)
@@ -100,8 +104,10 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     with settings_of_user():
         prepared = prepare(model, config, stored)
     if job.vocab is not None:
-        before = dense if cut is None else cut["params"]["before"]
-        prepared = prepared.after_cut(before, origin(job.model))
+        tokens = before - prepared.origin.parameters
+        facts: dict[str, Any] = {"parameters": before, "tokens": tokens}
+        of_all = replace(prepared.origin, **facts, entries=origin(job.model))
+        prepared = replace(prepared, origin=of_all)
     check_wrapper(job, prepared, whole)
     shared = Path(str(config.output_dir))
 

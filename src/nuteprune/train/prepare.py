@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,10 +38,10 @@ class Origin:
 
     Args:
         parameters: all of it, tied ones once.
-        tokens: those of them that were removed with tokens, before the run's own model.
         entries: the record's entry on where it comes from; see `export.record.origin_of`.
         stored_dtype: dtype of the source checkpoint, which the result keeps.
         computed_dtype: of the model itself.
+        tokens: how many of the parameters went with tokens before the run.
     """
 
     parameters: int
@@ -97,17 +97,6 @@ class Prepared(Prunable):
         """
         stored, own = self.origin.stored_dtype, self.origin.computed_dtype
         return not self.has_whole_weights or exact_dtype(stored, own) != own
-
-    def after_cut(self, parameters: int, entries: Mapping[str, Any]) -> Prepared:
-        """Return the same with facts of the model before it was cut to fewer tokens.
-
-        Args:
-            parameters: all that it had.
-            entries: as of `Origin`.
-        """
-        gone = parameters - self.origin.parameters
-        facts = {"parameters": parameters, "entries": entries, "tokens": gone}
-        return replace(self, origin=replace(self.origin, **facts))  # type: ignore[arg-type]
 
     def check_can_be_cut(self) -> None:
         """Refuse to cut the run's own model if the dense one must be loaded anew.
