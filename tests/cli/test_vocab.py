@@ -172,6 +172,8 @@ def test_one_run_does_what_vocab_and_prune_do_one_after_the_other(
     assert set(wrap(learned, 16)) <= set(wrap(found["text"]["documents"], 16))
     card = (out / "README.md").read_text()
     assert f"a vocabulary of {KEEP} tokens with distillation from the dense model" in card
+    assert "Quality before is that of the base model with the smaller vocabulary." in card
+    assert f"cut to {KEEP} of 300 tokens" in (out / "run" / "report.html").read_text()
     [midway] = (out / "run").glob("checkpoint-*")
     assert candidate_of(str(midway), None).source == str(out / "run" / "vocab")
     told = json_of(run, "inspect", out)
@@ -207,6 +209,20 @@ def test_rows_that_go_count_for_a_target_in_parameters(
     ):
         assert line in said.splitlines()
     assert re.search(rf"tokens\W+300\W+{KEEP}\b", said)
+
+
+def test_rows_that_go_are_parameters_that_a_token_went_through(
+    tiny_model: Any, tiny_tokenizer: Any, text: Path, tmp_path: Path, run: Run
+) -> None:
+    model = tmp_path / "model"
+    tiny_model("mixtral", vocab_size=300).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    how = ["prune", model, "--data", text, "--sparsity", 0.2, "--steps", 0, *FEW]
+    dense = json_of(run, *how, "--out", tmp_path / "dense")["params"]
+    found = json_of(run, *how, "--vocab", KEEP, "--out", tmp_path / "out")["params"]
+    befores = ("before", "blocks_before", "active_before")
+    assert [found[x] for x in befores] == [dense[x] for x in befores]
+    assert found["active_after"] < dense["active_after"]
 
 
 def stop(*_: Any, **__: Any) -> None:

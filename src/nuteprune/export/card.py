@@ -246,6 +246,8 @@ def _protocols(record: Mapping[str, Any]) -> str:
         if judged not in (None, data):
             text = f" of {_plain(_public(judged))}"
         said.append(f"Perplexity, on held-out text{text}: {measure}.")
+        if "vocab" in record:
+            said.append("Quality before is that of the base model with the smaller vocabulary.")
     if how := record.get("copying", {}).get("protocol"):
         said.append(f"Copying from context: {how['measure']}; {how['tokens']:,} tokens.")
     listed = "".join(f"\n- {_plain(x)}" for x in definitions(record))
