@@ -225,6 +225,25 @@ def test_rows_that_go_are_parameters_that_a_token_went_through(
     assert found["active_after"] < dense["active_after"]
 
 
+def test_several_targets_share_the_cut_model_and_another_run_replaces_it(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    few = {"calibration_blocks": 2, "eval_blocks": 2, "neuron_multiple": 4, "shares": [1.0]}
+    how: dict[str, Any] = {"out": out, "data": str(text), "length": 24, "device": "cpu", **few}
+    how |= {"batch_size": 2, "quiet": True}
+    found = nuteprune.prune(str(model), sparsity=[0.1, 0.3], vocab=KEEP, steps=1, **how)
+    assert found is not None
+    for target in found["targets"]:
+        assert target["vocab"]["after"] == load_pruned(target["out"]).config.vocab_size == KEEP
+        [midway] = Path(target["out"], "run").glob("checkpoint-*")
+        assert candidate_of(str(midway), None).source == str(out / "run" / "vocab")
+    nuteprune.prune(str(model), sparsity=0.2, vocab=KEEP - 5, steps=0, overwrite=True, **how)
+    for folder in (out, out / "run" / "vocab"):
+        assert load_pruned(folder).config.vocab_size == KEEP - 5
+    assert not list(out.glob("sparsity-*"))
+
+
 def stop(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 

@@ -120,3 +120,14 @@ def test_the_language_model_alone_can_be_written(
     assert type(loaded).__name__.removeprefix("Pruned") == "Gemma3ForCausalLM"
     assert "saw no images" not in (out / "README.md").read_text()
     assert "text_only" in " ".join(commands(record, "again")[0])
+
+
+def test_a_wrapper_keeps_its_tokens(
+    saved: Callable, text: Path, tmp_path: Path, run: Callable
+) -> None:
+    model, out = saved("gemma3"), tmp_path / "out"
+    for more in ((), ("--dry-run",), ("--set", "text_only=true")):
+        code, _, err = run(*options(model, text, out, "--vocab", 280, *more))
+        assert (code, err.count("nuteprune: ")) == (2, 1), err
+        assert "is a model of several modalities, whose processor has tokens of its own" in err
+        assert not out.exists()

@@ -69,6 +69,10 @@ JOBS = {
         f"{PRUNE} --sparsity 0.2,0.4 --steps 4",
         *(90, CUTTING | {"pricing", "choosing", "cutting a copy"}, "--resume"),
     ),
+    "prune with fewer tokens": Job(
+        f"{PRUNE} --sparsity 0.3 --steps 4 --vocab 290",
+        *(60, CUTTING | {"counting tokens", "cutting the vocabulary"}, "--resume"),
+    ),
     "prune on a ramp": Job(
         f"{PRUNE} --sparsity 0.4 --steps 6 --set=progressive=true",
         *(80, CUTTING | {"freezing", "recording a teacher", "ending a step"}, "--resume"),

@@ -153,7 +153,7 @@ def candidate_of(name: str, base: str | None) -> Candidate:
     source = settings.get("model")
     if settings.get("vocab") is not None:  # of several targets one run is above the others
         cut = (x / VOCAB for x in (run, run.parents[1] / RUN))
-        source = next((x for x in cut if (x / RECORD).is_file()), None)
+        source = next((str(x) for x in cut if (x / RECORD).is_file()), None)
     if not source:
         raise UserError(
             f"{name} is a checkpoint in the middle of a run, and holds only what the run has "

@@ -218,7 +218,8 @@ def fewer_tokens(job: PruneJob, scratch: Path, output: Output) -> Iterator[None]
             trial = replace(job, dry_run=True)
             with output.bars() as bars:
                 make_run(trial, trainer_config(trial, scratch / RUN), bars)
-        remove(folder)
+        if job.resume:  # what is half written, or of other settings
+            remove(folder)
         record = vocab.cut(job, keep, folder, output)
     else:
         output.line("Resumed vocab: done before")
