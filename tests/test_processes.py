@@ -141,6 +141,35 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
     assert torch.allclose(ours, theirs, atol=1e-4 * float(ours.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("steps", "sparsity"), [(0, 0.3), (2, 0.5)], ids=["untrained", "2 steps, scored in rounds"]
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_sharded_run_writes_the_weights_of_one_process(
+    name: str,
+    steps: int,
+    sparsity: float,
+    tiny_inputs: Inputs,
+    tiny_model: Callable,
+    tmp_path: Path,
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
+    same = {"max_steps": steps, "save_steps": 2, "adam_epsilon": 1e-2, "shares": 1}
+    same |= {"target_sparsity": sparsity}
+    said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
+    asked = command(tiny_inputs, two, batch_size=4, sharded=True, **same)
+    said(python(*QUICK, *asked, processes=2))
+    stages = [json.loads((x / "nuteprune.json").read_text())["stages"] for x in (one, two)]
+    assert {"score", "price", "refit"} <= set(stages[0]) == set(stages[1])
+    for name in ("model.safetensors", "run/refit.safetensors"):
+        ours, theirs = (load_file(x / name) for x in (two, one))
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key].shape == value.shape
+            assert (ours[key] - value).norm() <= 1e-4 * value.norm(), key
+
+
 def test_two_processes_re_fit_experts_as_one_does(
     tiny_inputs: Inputs, tiny_model: Callable, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ Shape suffixes: O rows and I columns of a weight, R rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,12 +14,16 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nuteprune.errors import UserError
+from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.offload import Away, home_of, like
 from nuteprune.model.packed import weight_of
+from nuteprune.model.sharding import gathered, is_sharded, put_rows
+from nuteprune.processes import is_main
 
 ADAPTER = "default"
 
@@ -45,12 +49,13 @@ Weights = dict[str, Tensor]
 
 
 class _Place(NamedTuple):
-    """A place that a run trains: its name, the base's weight, and LoRA beside it."""
+    """A place that a run trains: its name, the base's weight, LoRA beside it, and its layer."""
 
     name: str
     holder: nn.Module
     key: str
     lora: LoraLayer | None
+    layer: Any
 
     @property
     def weight(self) -> Any:
@@ -64,7 +69,9 @@ class _Place(NamedTuple):
 class LoraBank:
     """The student's own weights: LoRA, and weights in place of the base's.
 
-    Weights in place of the base's are those of a refit. Both are swapped by pointer.
+    Weights in place of the base's are those of a refit. Both are swapped by pointer. Where the base
+    is sharded, so are they: each process holds its rows of both, and a layer's are gathered as it
+    runs. There the main process alone has whole ones, in files.
 
     Args:
         anatomy: a model wrapped by PEFT.
@@ -82,6 +89,8 @@ class LoraBank:
             self._layers.append(list(found.values()))
             self._places |= {(i, path): place for path, place in found.items()}
         self._dense: dict[str, Tensor] = {}
+        # What replaces sharded weights, whole; see `put_away`.
+        self._wholes: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
         """Return the current weights (no copies), by layer, projection and side (`A`, `B`, `W`)."""
@@ -91,7 +100,7 @@ class LoraBank:
             for linear, key in _sides(layer)
         }
         replaced = {
-            f"{place.name}.W": home_of(place.weight)
+            f"{place.name}.W": self._wholes.get(place.name, home_of(place.weight))
             for place in self._places.values()
             if place.name in self._dense
         }
@@ -100,7 +109,7 @@ class LoraBank:
     def learned(self) -> Learned:
         """Return the current weights (no copies) by projection."""
         state, found = self.state(), {}
-        for where, (name, _, _, lora) in self._places.items():
+        for where, (name, _, _, lora, _) in self._places.items():
             scale = 1.0 if lora is None else lora.scaling[ADAPTER]
             part = Part(scale, *(state.get(f"{name}.{x}") for x in "ABW"))
             if lora is not None or part.weight_OI is not None:
@@ -188,8 +197,27 @@ class LoraBank:
     def release(self) -> None:
         """Free base weights that others replace; this cannot be undone."""
         self._dense.clear()
+        self._wholes.clear()
+
+    def put_away(self, weight_OI: Tensor) -> Tensor:
+        """Return a weight for later: in main memory, or mapped from a file in the folder.
+
+        Where the model is sharded, that goes for the main process alone: in the others the weight
+        that is returned has no data.
+        """
+        if is_sharded(self._anatomy.layers[0]) and not is_main():
+            return torch.empty_like(weight_OI, device="meta")
+        weight_OI = weight_OI.to("cpu")
+        return weight_OI if self.folder is None else mapped({"W": weight_OI}, self.folder)["W"]
 
     def _replace(self, place: _Place, weight_OI: Tensor, stored: bool = False) -> None:
+        if is_sharded(place.layer):
+            place.layer.reshard()  # else a stale copy of it could be read
+            self._dense.setdefault(place.name, place.weight.detach().clone())
+            put_rows(place.weight, weight_OI)
+            away_OI = weight_OI.to(place.weight.dtype)
+            self._wholes[place.name] = away_OI if stored and is_main() else self.put_away(away_OI)
+            return
         dense_OI = self._dense.setdefault(place.name, place.weight)
         # In a folder, since the base's are mapped from their files too; what is stored is there.
         at_home = stored and isinstance(dense_OI, Away)
@@ -219,8 +247,15 @@ class LoraBank:
         for place in self._places.values():
             if place.lora is not None:
                 cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
-            if place.name in self._dense:
-                place.weight = self._dense.pop(place.name)
+            if place.name not in self._dense:
+                continue
+            dense_OI = self._dense.pop(place.name)
+            if isinstance(dense_OI, DTensor):
+                place.layer.reshard()
+                place.weight.to_local().copy_(dense_OI.to_local())
+                del self._wholes[place.name]
+            else:
+                place.weight = dense_OI
 
     @contextmanager
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -235,18 +270,20 @@ class LoraBank:
     @contextmanager
     def _base_weights(self, layer: int, state: Mapping[str, Tensor]) -> Iterator[None]:
         """Swap the weights that replace base weights, for others or for the base's own."""
-        swapped = [
-            (place, place.weight, state.get(f"{place.name}.W", self._dense.get(place.name)))
+        others = [
+            (place, state.get(f"{place.name}.W", self._dense.get(place.name)))
             for place in self._layers[layer]
             if place.name in self._dense or f"{place.name}.W" in state
         ]
-        for place, _, weight in swapped:
-            place.weight = weight
-        try:
-            yield
-        finally:
-            for place, own, _ in swapped:
-                place.weight = own
+        with gathered(self._anatomy.layers[layer]) if others else nullcontext():
+            own = [place.weight for place, _ in others]
+            for place, weight in others:
+                place.weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            try:
+                yield
+            finally:
+                for (place, _), weight in zip(others, own, strict=True):
+                    place.weight = weight
 
     @contextmanager
     def _lora(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -290,13 +327,16 @@ def effective_weight(module: Any) -> Tensor:
 
 def _places(anatomy: Anatomy, layer: int) -> dict[str, _Place]:
     """Return path -> place: where LoRA is, and what stacked experts write by."""
+    around = anatomy.layers[layer]
     found = {
-        path: _Place(f"{layer}.{i}", module.get_base_layer(), "weight", module)
+        path: _Place(f"{layer}.{i}", module.get_base_layer(), "weight", module, around)
         for i, (path, module) in enumerate(anatomy.lora_layers(layer).items())
     }
     if (mixture := anatomy.mixture(layer)) is not None:
         path = mixture.down.path
-        found[path] = _Place(f"{layer}.experts", mixture.experts, path.rpartition(".")[2], None)
+        found[path] = _Place(
+            f"{layer}.experts", mixture.experts, path.rpartition(".")[2], None, around
+        )
     return found
 
 

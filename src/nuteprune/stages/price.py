@@ -28,7 +28,6 @@ from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.scores import Scores, check_finite
 from nuteprune.gates.surgeon import INPUTS
-from nuteprune.mapped import mapped
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, noting_outputs
 from nuteprune.model.lora import effective_weight
@@ -190,7 +189,7 @@ class Tried:
     Args:
         change: the change.
         projection: the one that reads the units.
-        weight_OI: its weight, in the model's dtype, in a file.
+        weight_OI: its weight, in the model's dtype; see `LoraBank.put_away`.
     """
 
     change: Change
@@ -223,8 +222,7 @@ class Measure:
             masks: the cut, on the CPU.
             changes: of it.
         """
-        anatomy, folder = self._model.anatomy, self._model.bank.folder
-        team = self._model.team
+        anatomy, bank, team = self._model.anatomy, self._model.bank, self._model.team
 
         def note(layer: int, block: str, regression: Regression, _: Tensor) -> None:
             for change in changes:
@@ -235,9 +233,8 @@ class Measure:
                     self._changes.append(change)
                     if not team.is_mine(len(self._changes) - 1):
                         continue
-                    if folder is not None:
-                        weight_OI = mapped({"weight": weight_OI}, folder)["weight"]
-                    self._tried.append(Tried(change, anatomy.ends(layer)[block], weight_OI))
+                    projection = anatomy.ends(layer)[block]
+                    self._tried.append(Tried(change, projection, bank.put_away(weight_OI)))
 
         return note
 

@@ -60,7 +60,7 @@ class Cut:
     @property
     def tries_cuts(self) -> bool:
         """Whether a cut is tried before it is made: in rounds of scoring, and for prices."""
-        return self.args.tried and self.model.can_try_cuts
+        return self.args.refit and self.model.can_try_cuts
 
     @property
     def is_priced(self) -> bool:
@@ -129,6 +129,7 @@ class Cut:
             "refit",
             lambda: refit(self.model, masks, self._refit_NT, rank=self.args.lora_rank, **self._how),
             folder=self._folder_of(goal),
+            everywhere=not self.model.is_sharded,
             batch_size=self.args.per_device_train_batch_size,
             rank=self.args.lora_rank,
         )
