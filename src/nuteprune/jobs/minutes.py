@@ -250,7 +250,7 @@ def _times(
     cut = rates.attention * goals[-1].sparsity * METHODS[args.method].cuts
     scored = SCORE * args.scored_blocks + CUT * cut
     refit = REFIT * args.refit_blocks
-    again = METHODS[args.method].reads and args.refit and trial.model.can_try_cuts
+    again = METHODS[args.method].reads and args.tried and trial.model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again
     blocks = (1 + stops) * scored + (stops + len(goals)) * refit
     if args.priced_blocks and trial.model.can_try_cuts:

@@ -198,7 +198,7 @@ class Plan:
 
     @property
     def _tries_cuts(self) -> bool:
-        return self.args.refit and not self.packed and set(self._kinds) <= set(INPUTS)
+        return self.args.tried and not self.packed and set(self._kinds) <= set(INPUTS)
 
     @property
     def _is_priced(self) -> bool:

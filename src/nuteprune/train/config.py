@@ -177,9 +177,14 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
         return round(REFIT_BLOCKS * self.calibration_blocks) if self.refit else 0
 
     @property
+    def tried(self) -> bool:
+        """Whether a cut can be tried before the first step: whole weights are refitted."""
+        return self.refit
+
+    @property
     def priced_blocks(self) -> int:
         """Blocks that pricing measures on, beside those of the refit."""
-        prices = self.priced and METHODS[self.method].priced and self.refit
+        prices = self.priced and METHODS[self.method].priced and self.tried
         return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * prices
 
     @property

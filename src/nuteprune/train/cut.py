@@ -60,7 +60,7 @@ class Cut:
     @property
     def tries_cuts(self) -> bool:
         """Whether a cut is tried before it is made: in rounds of scoring, and for prices."""
-        return self.args.refit and self.model.can_try_cuts
+        return self.args.tried and self.model.can_try_cuts
 
     @property
     def is_priced(self) -> bool:
