@@ -65,6 +65,12 @@ class _Place(NamedTuple):
     def weight(self, value: Any) -> None:
         self.holder._parameters[self.key] = value
 
+    @property
+    def rows(self) -> Any:
+        """This process's rows of a sharded weight, to be read or written."""
+        self.layer.reshard()  # what is gathered would not follow
+        return self.weight
+
 
 class LoraBank:
     """The student's own weights: LoRA, and weights in place of the base's.
@@ -210,15 +216,41 @@ class LoraBank:
         weight_OI = weight_OI.to("cpu")
         return weight_OI if self.folder is None else mapped({"W": weight_OI}, self.folder)["W"]
 
+    @contextmanager
+    def trying(self, layer: int, projection: Projection, weight_OI: Tensor) -> Iterator[None]:
+        """Compute with another weight for a while, which `put_away` returned."""
+        place = self._places[layer, projection.path]
+        own_OI, dense, wholes = self._own(place), dict(self._dense), dict(self._wholes)
+        self._replace(place, weight_OI, stored=True)
+        try:
+            yield
+        finally:
+            self._put_back(place, own_OI)
+            self._dense, self._wholes = dense, wholes
+
+    @staticmethod
+    def _own(place: _Place) -> Tensor:
+        """Return a place's weight, to be put back; of a sharded one this process's rows."""
+        whole = not is_sharded(place.layer)
+        return cast(Tensor, place.weight if whole else place.rows.detach().clone())
+
+    @staticmethod
+    def _put_back(place: _Place, own_OI: Tensor) -> None:
+        if isinstance(own_OI, DTensor):
+            place.rows.to_local().copy_(own_OI.to_local())
+        else:
+            place.weight = own_OI
+
+    @torch.no_grad()
     def _replace(self, place: _Place, weight_OI: Tensor, stored: bool = False) -> None:
+        if place.name not in self._dense:
+            self._dense[place.name] = self._own(place)
+        dense_OI = self._dense[place.name]
         if is_sharded(place.layer):
-            place.layer.reshard()  # else a stale copy of it could be read
-            self._dense.setdefault(place.name, place.weight.detach().clone())
-            put_rows(place.weight, weight_OI)
-            away_OI = weight_OI.to(place.weight.dtype)
+            put_rows(place.rows, weight_OI)
+            away_OI = weight_OI.to(dense_OI.dtype)
             self._wholes[place.name] = away_OI if stored and is_main() else self.put_away(away_OI)
             return
-        dense_OI = self._dense.setdefault(place.name, place.weight)
         # In a folder, since the base's are mapped from their files too; what is stored is there.
         at_home = stored and isinstance(dense_OI, Away)
         value_OI = weight_OI if at_home else weight_OI.to(dense_OI)
@@ -247,15 +279,9 @@ class LoraBank:
         for place in self._places.values():
             if place.lora is not None:
                 cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
-            if place.name not in self._dense:
-                continue
-            dense_OI = self._dense.pop(place.name)
-            if isinstance(dense_OI, DTensor):
-                place.layer.reshard()
-                place.weight.to_local().copy_(dense_OI.to_local())
-                del self._wholes[place.name]
-            else:
-                place.weight = dense_OI
+            if place.name in self._dense:
+                self._put_back(place, self._dense.pop(place.name))
+        self._wholes.clear()
 
     @contextmanager
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
