@@ -22,6 +22,7 @@ from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.offload import Away, home_of, like
 from nuteprune.model.packed import weight_of
+from nuteprune.model.places import Place, places_of
 from nuteprune.model.sharding import gathered, is_sharded, put_rows
 from nuteprune.processes import is_main
 
@@ -48,30 +49,6 @@ Weights = dict[str, Tensor]
 """What stands beside base weights or in place of them, by the names of `LoraBank.state`."""
 
 
-class _Place(NamedTuple):
-    """A place that a run trains: its name, the base's weight, LoRA beside it, and its layer."""
-
-    name: str
-    holder: nn.Module
-    key: str
-    lora: LoraLayer | None
-    layer: Any
-
-    @property
-    def weight(self) -> Any:
-        return self.holder._parameters[self.key]
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self.holder._parameters[self.key] = value
-
-    @property
-    def rows(self) -> Any:
-        """This process's rows of a sharded weight, to be read or written."""
-        self.layer.reshard()  # what is gathered would not follow
-        return self.weight
-
-
 class LoraBank:
     """The student's own weights: LoRA, and weights in place of the base's.
 
@@ -88,10 +65,10 @@ class LoraBank:
     def __init__(self, anatomy: Anatomy, folder: Path | None = None) -> None:
         self._anatomy, self.folder = anatomy, folder
         # Looked up once, since adapters that are taken off are found no more.
-        self._places: dict[tuple[int, str], _Place] = {}
-        self._layers: list[list[_Place]] = []
+        self._places: dict[tuple[int, str], Place] = {}
+        self._layers: list[list[Place]] = []
         for i in range(len(anatomy.layers)):
-            found = _places(anatomy, i)
+            found = places_of(anatomy, i)
             self._layers.append(list(found.values()))
             self._places |= {(i, path): place for path, place in found.items()}
         self._dense: dict[str, Tensor] = {}
@@ -220,31 +197,18 @@ class LoraBank:
     def trying(self, layer: int, projection: Projection, weight_OI: Tensor) -> Iterator[None]:
         """Compute with another weight for a while, which `put_away` returned."""
         place = self._places[layer, projection.path]
-        own_OI, dense, wholes = self._own(place), dict(self._dense), dict(self._wholes)
+        own_OI, dense, wholes = place.own(), dict(self._dense), dict(self._wholes)
         self._replace(place, weight_OI, stored=True)
         try:
             yield
         finally:
-            self._put_back(place, own_OI)
+            place.put_back(own_OI)
             self._dense, self._wholes = dense, wholes
 
-    @staticmethod
-    def _own(place: _Place) -> Tensor:
-        """Return a place's weight, to be put back; of a sharded one this process's rows."""
-        whole = not is_sharded(place.layer)
-        return cast(Tensor, place.weight if whole else place.rows.detach().clone())
-
-    @staticmethod
-    def _put_back(place: _Place, own_OI: Tensor) -> None:
-        if isinstance(own_OI, DTensor):
-            place.rows.to_local().copy_(own_OI.to_local())
-        else:
-            place.weight = own_OI
-
     @torch.no_grad()
-    def _replace(self, place: _Place, weight_OI: Tensor, stored: bool = False) -> None:
+    def _replace(self, place: Place, weight_OI: Tensor, stored: bool = False) -> None:
         if place.name not in self._dense:
-            self._dense[place.name] = self._own(place)
+            self._dense[place.name] = place.own()
         dense_OI = self._dense[place.name]
         if is_sharded(place.layer):
             put_rows(place.rows, weight_OI)
@@ -280,7 +244,7 @@ class LoraBank:
             if place.lora is not None:
                 cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
             if place.name in self._dense:
-                self._put_back(place, self._dense.pop(place.name))
+                place.put_back(self._dense.pop(place.name))
         self._wholes.clear()
 
     @contextmanager
@@ -351,22 +315,7 @@ def effective_weight(module: Any) -> Tensor:
     return weight_OI + delta_of(module).float() if isinstance(module, LoraLayer) else weight_OI
 
 
-def _places(anatomy: Anatomy, layer: int) -> dict[str, _Place]:
-    """Return path -> place: where LoRA is, and what stacked experts write by."""
-    around = anatomy.layers[layer]
-    found = {
-        path: _Place(f"{layer}.{i}", module.get_base_layer(), "weight", module, around)
-        for i, (path, module) in enumerate(anatomy.lora_layers(layer).items())
-    }
-    if (mixture := anatomy.mixture(layer)) is not None:
-        path = mixture.down.path
-        found[path] = _Place(
-            f"{layer}.experts", mixture.experts, path.rpartition(".")[2], None, around
-        )
-    return found
-
-
-def _sides(places: Iterable[_Place]) -> Iterator[tuple[Any, str]]:
+def _sides(places: Iterable[Place]) -> Iterator[tuple[Any, str]]:
     """Yield LoRA's linear modules, and what their weights are called in a state."""
     for place in places:
         if place.lora is not None:

@@ -86,8 +86,10 @@ def put_rows(weight_OI: DTensor, whole_OI: Tensor) -> None:
         whole_OI: its new values; those of the main process alone are read.
     """
     device, dtype = weight_OI.device, weight_OI.dtype
-    empty_OI = torch.empty(weight_OI.shape, dtype=dtype, device=device)
-    sent_OI = whole_OI.to(device, dtype) if is_main() else empty_OI
+    if is_main():
+        sent_OI = whole_OI.to(device, dtype)
+    else:
+        sent_OI = torch.empty(weight_OI.shape, dtype=dtype, device=device)
     rows_OI = distribute_tensor(sent_OI, weight_OI.device_mesh, weight_OI.placements)
     weight_OI.to_local().copy_(rows_OI.to_local())
 
