@@ -38,8 +38,8 @@ configs: 512 tokens a block, batches of 4 x 4 blocks, 20 % removed in 80 steps, 
 
 - *Batch of 1* and *and checkpointing* add up. Each later column adds one setting to these two, by
   formula.
-- Sharded and few-bit models are judged and sliced in main memory, without `price`. A sharded one
-  writes no text.
+- Sharded and few-bit models are judged and sliced in main memory. A sharded one writes no text,
+  few-bit ones have no `price`.
 - `price` counts as many KV groups as were near the cut in the demo model, 45 %. `score` may be too
   high: it still cuts all attention unit by unit. PFLOP is the work of all products as asked.
 """

@@ -28,9 +28,8 @@ from transformers import TrainingArguments
 
 from nuteprune import products
 from nuteprune.mapped import mapped
-from nuteprune.model import offload
+from nuteprune.model import lora, offload
 from nuteprune.plan.live import Live
-from nuteprune.stages import price
 from nuteprune.stages import slice as cutting
 
 DEVICE = torch.device("cuda:0")
@@ -175,7 +174,7 @@ def _let_weights_be_away(patch: pytest.MonkeyPatch) -> None:
     # safetensors cannot read within a mode.
     patch.setattr(products, "read_tensors", _disable_current_modes()(products.read_tensors))
     outside = _disable_current_modes()(mapped)
-    for module in (offload, cutting, price):
+    for module in (offload, cutting, lora):
         patch.setattr(module, "mapped", outside)
 
 

@@ -38,6 +38,7 @@ SETTINGS = {
 
 
 Inputs = tuple[Path, Path]
+Tensors = dict[str, torch.Tensor]
 
 
 REAL = ["-m", "nuteprune.cli"]
@@ -93,8 +94,7 @@ def test_two_processes_of_batch_4_are_one_of_batch_8(
     # With the usual epsilon Adam divides rounding by rounding where gradients are near zero, and
     # hides a gradient of the wrong size everywhere else.
     same = {**gates, "adam_epsilon": 1e-2}
-    if "sharded" in shared:  # it cannot write, nor refit whole weights
-        same |= {"refit": False}
+    if "sharded" in shared:  # it cannot write
         shared = {**shared, "own_text": one / "run" / "self.jsonl"}
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     asked = command(tiny_inputs, two, batch_size=4, **same, **shared)
@@ -121,16 +121,13 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
-    same = {**how, "adam_epsilon": 1e-2, "shares": 1, "refit": False, "neuron_multiple": 8}
+    same = {**how, "adam_epsilon": 1e-2, "shares": 1, "neuron_multiple": 8}
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
     asked = command(tiny_inputs, two, batch_size=4, sharded=True, **same)
     assert said(python(*QUICK, *asked, processes=2)).count("Saved") == 1
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     files = [load_file(x / "model.safetensors") for x in (one, two)]
-    # No LoRA is on the stacks of experts: they are the dense model's, cut.
-    stacks = [{k: v for k, v in x.items() if ".experts." in k} for x in files]
-    assert stacks[0]
-    assert all(torch.equal(v, stacks[1][k]) for k, v in stacks[0].items())
+    assert_alike(*({k: v for k, v in x.items() if ".experts." in k} for x in files))
     models = [load_pruned(x) for x in (one, two)]
     counts = [[mixture.sizes for mixture in mixtures(model)] for model in models]
     assert counts[0] == counts[1]
@@ -141,46 +138,55 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
     assert torch.allclose(ours, theirs, atol=1e-4 * float(ours.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "sparsity"),
+    [("gemma2", 0, 0.3), ("llama", 2, 0.5)],
+    ids=["untrained", "2 steps, scored in rounds"],
+)
+def test_a_sharded_run_writes_the_weights_of_one_process(
+    name: str,
+    steps: int,
+    sparsity: float,
+    tiny_inputs: Inputs,
+    tiny_model: Callable,
+    tmp_path: Path,
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
+    same = {"max_steps": steps, "save_steps": 2, "adam_epsilon": 1e-2, "shares": 1}
+    asked = ["--sparsity", str(sparsity)]
+    said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same), *asked))
+    asked += ["--set", "sharded=true"]
+    said(python(*QUICK, *command(tiny_inputs, two, batch_size=4, **same), *asked, processes=2))
+    records = [json.loads((x / "nuteprune.json").read_text()) for x in (one, two)]
+    assert all(x["sparsity"] >= sparsity and "price" in x["stages"] for x in records)
+    for name in ("model.safetensors", "run/refit.safetensors"):
+        assert_alike(*(load_file(x / name) for x in (two, one)))
+
+
+def assert_alike(ours: Tensors, theirs: Tensors) -> None:
+    """The same weights, but for rounding."""
+    assert ours.keys() == theirs.keys()
+    assert theirs
+    for key, value in theirs.items():
+        assert ours[key].shape == value.shape
+        assert (ours[key] - value).norm() <= 1e-4 * value.norm(), key
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
 def test_two_processes_re_fit_experts_as_one_does(
-    tiny_inputs: Inputs, tiny_model: Callable, tmp_path: Path
+    sharded: bool, tiny_inputs: Inputs, tiny_model: Callable, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model("qwen2_moe", vocab_size=512).save_pretrained(tiny_inputs[0])
     same = {"gates": "expert_neurons", "neuron_multiple": 8, "adam_epsilon": 1e-2, "shares": 1}
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
-    said(python(*QUICK, *command(tiny_inputs, two, batch_size=4, **same), processes=2))
+    asked = command(tiny_inputs, two, batch_size=4, sharded=sharded, **same)
+    said(python(*QUICK, *asked, processes=2))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    files = [load_file(x / "model.safetensors") for x in (one, two)]
-    fitted = [k for k in files[0] if ".experts." in k and "down_proj" in k]
-    assert fitted
-    assert all(torch.allclose(files[0][k], files[1][k], atol=1e-5) for k in fitted)
-
-
-def test_a_sharded_run_that_re_fits_leaves_stacks_of_experts_alone(
-    tiny_inputs: Inputs, tiny_model: Callable, tmp_path: Path
-) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    tiny_model("qwen2_moe", vocab_size=512).save_pretrained(tiny_inputs[0])
-    same = {"gates": "expert_neurons", "neuron_multiple": 8, "max_steps": 0, "shares": 1}
-    said(python(*QUICK, *command(tiny_inputs, one, **same)))
-    said(python(*QUICK, *command(tiny_inputs, two, sharded=True, **same), processes=2))
-    dense, *small = map(load_pruned, (tiny_inputs[0], one, two))
-    fitted, sharded = (dense_columns(dense, model) for model in small)
-    assert len(fitted) == len(sharded) < 2 * 6 * 24
-    assert not any(fitted)
-    assert all(sharded)
-
-
-def dense_columns(dense: PreTrainedModel, small: PreTrainedModel) -> list[bool]:
-    """Of each neuron of an expert that is left: whether it writes what it wrote."""
-    found = []
-    for whole, cut in zip(*map(mixtures, (dense, small)), strict=True):
-        for expert in range(cut.sizes[0]):
-            rows, columns = cut.experts.gate_up_proj[expert], cut.experts.down_proj[expert].T
-            for row, column in zip(rows, columns, strict=False):  # rows of gate, then of up
-                at = (whole.experts.gate_up_proj[expert] == row).all(-1).nonzero().item()
-                found.append(torch.equal(whole.experts.down_proj[expert][:, at], column))
-    return found
+    assert any(".experts." in k for k in load_file(one / "run" / "refit.safetensors"))
+    for name in ("model.safetensors", "run/refit.safetensors"):
+        assert_alike(*(load_file(x / name) for x in (two, one)))
 
 
 def mixtures(model: PreTrainedModel) -> list[Mixture]:
@@ -193,9 +199,10 @@ def mixtures(model: PreTrainedModel) -> list[Mixture]:
     "how",
     [
         SOFT,
-        {"sharded": True, "progressive": True, "shares": 1, "refit": False},
+        {"sharded": True, "progressive": True, "shares": 1},
+        {"sharded": True, "shares": 1},
     ],
-    ids=["learned masks", "sharded"],
+    ids=["learned masks", "sharded, masks that move", "sharded"],
 )
 def test_two_processes_resume_as_if_never_interrupted(
     how: dict[str, Any], tiny_inputs: Inputs, tmp_path: Path

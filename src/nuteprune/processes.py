@@ -132,8 +132,8 @@ def _send(tensor: Tensor, send: Callable[[Tensor], object]) -> None:
         tensor.copy_(sent)
 
 
-def share(found: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """Broadcast the main process's tensors; None if it has none."""
+def share(found: dict[str, Tensor] | None, values: bool = True) -> dict[str, Tensor] | None:
+    """Broadcast the main process's tensors, or their shapes alone; None if it has none."""
     if not several():
         return found
     import torch
@@ -144,7 +144,12 @@ def share(found: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     distributed.broadcast_object_list(sent, src=0)
     if (forms := sent[0]) is None:
         return None
-    here = found if is_main() else {k: torch.empty(s, dtype=d) for k, (s, d) in forms.items()}
+    if is_main():
+        here = found
+    else:
+        where = None if values else "meta"
+        here = {k: torch.empty(s, dtype=d, device=where) for k, (s, d) in forms.items()}
     assert here is not None
-    agree(here.values())
+    if values:
+        agree(here.values())
     return here

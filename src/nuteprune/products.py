@@ -59,7 +59,12 @@ class Products:
         self._key |= json.loads(to_json(added))
 
     def keep(
-        self, stage: str, make: Callable[[], Tensors], folder: Path | None = None, **settings: Any
+        self,
+        stage: str,
+        make: Callable[[], Tensors],
+        folder: Path | None = None,
+        everywhere: bool = True,
+        **settings: Any,
     ) -> Tensors:
         """Return a stage's tensors: the existing ones, or new ones, which are written.
 
@@ -67,6 +72,7 @@ class Products:
             stage: its name.
             make: makes them.
             folder: where the product is; None: the run's folder.
+            everywhere: whether all processes get the values; else only the main one has data.
             **settings: what they depend on, beside the settings of earlier stages.
 
         Raises:
@@ -74,12 +80,13 @@ class Products:
         """
         self.depends(stage, **settings)
         path = self._path(stage, folder or self.folder)
-        found = share(self._find(stage, path))
+        found = share(self._find(stage, path), everywhere)
         if found is not None:
             return found
         with self.measured(stage):
             made = make()
-        agree(made.values())
+        if everywhere:
+            agree(made.values())
         return self._write(stage, path, made) if path is not None and is_main() else made
 
     def keep_json(self, stage: str, make: Callable[[], Any], **settings: Any) -> Any:

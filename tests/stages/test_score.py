@@ -37,7 +37,7 @@ def test_stops_on_the_way(target: float, stops: list[float]) -> None:
         ({"method": "random"}, False, False),  # it reads nothing
         ({"ramp_share": 0.5}, False, False),
         ({"refit": False}, False, False),
-        ({"sharded": True}, False, False),
+        ({"sharded": True}, True, True),
         ({"gates": "neurons,hidden", "hidden_multiple": 8, "method": "fisher"}, False, False),
     ],
     ids=str,

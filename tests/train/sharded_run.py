@@ -5,6 +5,7 @@ sharded_run.py MODEL OUT
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nuteprune import UserError
+from nuteprune.stages.choose import choose
+from nuteprune.stages.refit import refit
 from tests.train.conftest import make
 
 model, out = sys.argv[1], Path(sys.argv[2])
@@ -35,11 +38,39 @@ def check() -> None:
     assert held * dist.get_world_size() == sum(p.numel() for p in frozen)
 
 
+def release() -> None:
+    """Let go of what a pass left whole for the next one."""
+    for module in (*trainer.anatomy.layers, trainer.anatomy.model):
+        module.reshard()
+    gc.collect()
+
+
+def bytes_alive() -> int:
+    """Bytes of all tensors in this process, each memory once."""
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    memory = [x.untyped_storage() for x in tensors if not (x.is_meta or isinstance(x, DTensor))]
+    return sum({x.data_ptr(): x.nbytes() for x in memory}.values())
+
+
+def check_refitted() -> None:
+    """Refitted weights add a half of their bytes here, and go again."""
+    ready, blocks = trainer.ready, torch.arange(3, 67).view(4, 16)
+    weights = refit(ready, choose(ready, ready.allocator.chance_scores(), 0.3), blocks)
+    assert weights
+    assert dist.get_rank() == 0 or all(x.is_meta for x in weights.values())
+    release()
+    before = bytes_alive()
+    ready.bank.install(weights)
+    whole = sum(x.nbytes for x in weights.values())
+    assert (bytes_alive() - before) * dist.get_world_size() == whole
+    ready.bank.clear()
+    assert bytes_alive() == before
+
+
 check()
+check_refitted()
 trainer.train()
-for layer in trainer.anatomy.layers:
-    layer.reshard()  # what the last step left whole for the next one
-trainer.anatomy.model.reshard()
+release()
 check()
 with pytest.raises(UserError, match="then finalize"):
     trainer.finalize()

@@ -120,8 +120,8 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
     args.sharded = args.offload = False  # what these save is by formula
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
-    packed = bool(job.bits or run.args.sharded)
-    whole = args.device.type == "cpu" and not packed
+    formula = bool(job.bits or run.args.sharded)
+    whole = args.device.type == "cpu" and not formula
     plan = Plan.of(
         config,
         args,
@@ -131,7 +131,7 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
         judged=sum(len(x) for x in run.held_out.values()),
         stored=origin.stored_dtype if whole else None,
         own=share_to_write(job, run.args.sharded),
-        packed=packed,
+        packed=bool(job.bits),
     )
     phases = plan.phases()
     timed = next((x for x in phases if x.steps), None)
@@ -140,7 +140,7 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
     peaks = _peaks(job, run, plan, phases)
     entries = [entry(phase, rate, peaks[phase.name]) for phase in phases]
     for x in entries:
-        if packed or run.args.offload:  # so is what they save
+        if formula or run.args.offload:  # so is what they save
             x |= {"how": FORMULA}
         if x["phase"] == "write":
             x |= {"seconds": writing, "how": "measured"}

@@ -205,10 +205,10 @@ def variants_of(planned: Plan, phases: Sequence[Phase], counts: Sequence[int]) -
         words, factor = f"{words}--gradient-checkpointing ", SLOWER
         yield Variant(words.strip(), whole := _with(planned, whole, less), factor)
     on_device = {k: v for k, v in whole.items() if k != "slice"}  # that in main memory
-    untried = {k: v for k, v in on_device.items() if k != "price"}  # which needs whole weights
     for count in (x for x in counts if x > 1):
-        peaks = sharded(planned, untried, count)
+        peaks = sharded(planned, on_device, count)
         yield Variant(f"{words}--set sharded=true", peaks, factor, FORMULA)
+    untried = {k: v for k, v in on_device.items() if k != "price"}  # weights cannot be replaced
     # Stacked experts are not cut in fewer bits.
     for bits in () if planned.allocator.budget.per_token else (8, 4):
         yield Variant(f"{words}--bits {bits}", in_bits(planned, untried, bits), factor, FORMULA)

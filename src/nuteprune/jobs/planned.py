@@ -101,7 +101,8 @@ def sharded(plan: Plan, peaks: Mapping[str, float], count: int) -> dict[str, flo
     """Return peaks of phases on a device that shares sharded weights with others."""
     sizes = plan.sizes
     gathered = 2 * sizes.layer + sizes.outside
-    return _without(plan, peaks, sizes.weights - sizes.weights / count - gathered)
+    saved = sizes.weights - sizes.weights / count - gathered
+    return _without(plan, peaks, saved, plan.refitted / count)
 
 
 def in_bits(plan: Plan, peaks: Mapping[str, float], bits: int) -> dict[str, float]:
@@ -117,7 +118,10 @@ def offloaded(plan: Plan, peaks: Mapping[str, float]) -> dict[str, float]:
     return _without(plan, peaks, sizes.weights - sizes.outside - 2 * sizes.layer)
 
 
-def _without(plan: Plan, peaks: Mapping[str, float], saved: float) -> dict[str, float]:
-    # Their refit is in low rank, or off the device.
-    own = dict.fromkeys(("price", "refit", "teach", *["score"][: plan.stops]), plan.refitted)
+def _without(
+    plan: Plan, peaks: Mapping[str, float], saved: float, refitted: float = 0
+) -> dict[str, float]:
+    """Return peaks of phases without what is saved; of refitted weights, some bytes may stay."""
+    stages = ("price", "refit", "teach", *["score"][: plan.stops])
+    own = dict.fromkeys(stages, plan.refitted - refitted)
     return {k: v - saved - own.get(k, 0) for k, v in peaks.items()}

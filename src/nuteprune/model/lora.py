@@ -6,7 +6,7 @@ Shape suffixes: O rows and I columns of a weight, R rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,12 +14,17 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nuteprune.errors import UserError
+from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.offload import Away, home_of, like
 from nuteprune.model.packed import weight_of
+from nuteprune.model.places import Place, places_of
+from nuteprune.model.sharding import gathered, is_sharded, put_rows
+from nuteprune.processes import is_main
 
 ADAPTER = "default"
 
@@ -44,27 +49,12 @@ Weights = dict[str, Tensor]
 """What stands beside base weights or in place of them, by the names of `LoraBank.state`."""
 
 
-class _Place(NamedTuple):
-    """A place that a run trains: its name, the base's weight, and LoRA beside it."""
-
-    name: str
-    holder: nn.Module
-    key: str
-    lora: LoraLayer | None
-
-    @property
-    def weight(self) -> Any:
-        return self.holder._parameters[self.key]
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self.holder._parameters[self.key] = value
-
-
 class LoraBank:
     """The student's own weights: LoRA, and weights in place of the base's.
 
-    Weights in place of the base's are those of a refit. Both are swapped by pointer.
+    Weights in place of the base's are those of a refit. Both are swapped by pointer. Where the base
+    is sharded, so are they: each process holds its rows of both, and a layer's are gathered as it
+    runs. There the main process alone has whole ones, in files.
 
     Args:
         anatomy: a model wrapped by PEFT.
@@ -75,13 +65,15 @@ class LoraBank:
     def __init__(self, anatomy: Anatomy, folder: Path | None = None) -> None:
         self._anatomy, self.folder = anatomy, folder
         # Looked up once, since adapters that are taken off are found no more.
-        self._places: dict[tuple[int, str], _Place] = {}
-        self._layers: list[list[_Place]] = []
+        self._places: dict[tuple[int, str], Place] = {}
+        self._layers: list[list[Place]] = []
         for i in range(len(anatomy.layers)):
-            found = _places(anatomy, i)
+            found = places_of(anatomy, i)
             self._layers.append(list(found.values()))
             self._places |= {(i, path): place for path, place in found.items()}
         self._dense: dict[str, Tensor] = {}
+        # What replaces sharded weights, whole; see `put_away`.
+        self._wholes: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
         """Return the current weights (no copies), by layer, projection and side (`A`, `B`, `W`)."""
@@ -91,7 +83,7 @@ class LoraBank:
             for linear, key in _sides(layer)
         }
         replaced = {
-            f"{place.name}.W": home_of(place.weight)
+            f"{place.name}.W": self._wholes.get(place.name, home_of(place.weight))
             for place in self._places.values()
             if place.name in self._dense
         }
@@ -100,7 +92,7 @@ class LoraBank:
     def learned(self) -> Learned:
         """Return the current weights (no copies) by projection."""
         state, found = self.state(), {}
-        for where, (name, _, _, lora) in self._places.items():
+        for where, (name, _, _, lora, _) in self._places.items():
             scale = 1.0 if lora is None else lora.scaling[ADAPTER]
             part = Part(scale, *(state.get(f"{name}.{x}") for x in "ABW"))
             if lora is not None or part.weight_OI is not None:
@@ -188,9 +180,41 @@ class LoraBank:
     def release(self) -> None:
         """Free base weights that others replace; this cannot be undone."""
         self._dense.clear()
+        self._wholes.clear()
 
-    def _replace(self, place: _Place, weight_OI: Tensor, stored: bool = False) -> None:
-        dense_OI = self._dense.setdefault(place.name, place.weight)
+    def put_away(self, weight_OI: Tensor) -> Tensor:
+        """Return a weight for later: in main memory, or mapped from a file in the folder.
+
+        Where the model is sharded, that goes for the main process alone: in the others the weight
+        that is returned has no data.
+        """
+        if is_sharded(self._anatomy.layers[0]) and not is_main():
+            return torch.empty_like(weight_OI, device="meta")
+        weight_OI = weight_OI.to("cpu")
+        return weight_OI if self.folder is None else mapped({"W": weight_OI}, self.folder)["W"]
+
+    @contextmanager
+    def trying(self, layer: int, projection: Projection, weight_OI: Tensor) -> Iterator[None]:
+        """Compute with another weight for a while, which `put_away` returned."""
+        place = self._places[layer, projection.path]
+        own_OI, dense, wholes = place.own(), dict(self._dense), dict(self._wholes)
+        self._replace(place, weight_OI, stored=True)
+        try:
+            yield
+        finally:
+            place.put_back(own_OI)
+            self._dense, self._wholes = dense, wholes
+
+    @torch.no_grad()
+    def _replace(self, place: Place, weight_OI: Tensor, stored: bool = False) -> None:
+        if place.name not in self._dense:
+            self._dense[place.name] = place.own()
+        dense_OI = self._dense[place.name]
+        if is_sharded(place.layer):
+            put_rows(place.rows, weight_OI)
+            away_OI = weight_OI.to(dense_OI.dtype)
+            self._wholes[place.name] = away_OI if stored and is_main() else self.put_away(away_OI)
+            return
         # In a folder, since the base's are mapped from their files too; what is stored is there.
         at_home = stored and isinstance(dense_OI, Away)
         value_OI = weight_OI if at_home else weight_OI.to(dense_OI)
@@ -220,7 +244,8 @@ class LoraBank:
             if place.lora is not None:
                 cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
             if place.name in self._dense:
-                place.weight = self._dense.pop(place.name)
+                place.put_back(self._dense.pop(place.name))
+        self._wholes.clear()
 
     @contextmanager
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -235,18 +260,20 @@ class LoraBank:
     @contextmanager
     def _base_weights(self, layer: int, state: Mapping[str, Tensor]) -> Iterator[None]:
         """Swap the weights that replace base weights, for others or for the base's own."""
-        swapped = [
-            (place, place.weight, state.get(f"{place.name}.W", self._dense.get(place.name)))
+        others = [
+            (place, state.get(f"{place.name}.W", self._dense.get(place.name)))
             for place in self._layers[layer]
             if place.name in self._dense or f"{place.name}.W" in state
         ]
-        for place, _, weight in swapped:
-            place.weight = weight
-        try:
-            yield
-        finally:
-            for place, own, _ in swapped:
-                place.weight = own
+        with gathered(self._anatomy.layers[layer]) if others else nullcontext():
+            own = [place.weight for place, _ in others]
+            for place, weight in others:
+                place.weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            try:
+                yield
+            finally:
+                for (place, _), weight in zip(others, own, strict=True):
+                    place.weight = weight
 
     @contextmanager
     def _lora(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -288,19 +315,7 @@ def effective_weight(module: Any) -> Tensor:
     return weight_OI + delta_of(module).float() if isinstance(module, LoraLayer) else weight_OI
 
 
-def _places(anatomy: Anatomy, layer: int) -> dict[str, _Place]:
-    """Return path -> place: where LoRA is, and what stacked experts write by."""
-    found = {
-        path: _Place(f"{layer}.{i}", module.get_base_layer(), "weight", module)
-        for i, (path, module) in enumerate(anatomy.lora_layers(layer).items())
-    }
-    if (mixture := anatomy.mixture(layer)) is not None:
-        path = mixture.down.path
-        found[path] = _Place(f"{layer}.experts", mixture.experts, path.rpartition(".")[2], None)
-    return found
-
-
-def _sides(places: Iterable[_Place]) -> Iterator[tuple[Any, str]]:
+def _sides(places: Iterable[Place]) -> Iterator[tuple[Any, str]]:
     """Yield LoRA's linear modules, and what their weights are called in a state."""
     for place in places:
         if place.lora is not None:

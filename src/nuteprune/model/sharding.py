@@ -1,6 +1,8 @@
 """Base weights sharded over processes (FSDP2); trained weights stay whole on each process.
 
 Each decoder layer is gathered once per pass, serves both roles of a co-forward pass, and is let go.
+
+Shape suffixes: O rows of a weight, or experts of a stack; I the rest of it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.processes import is_main
 
 
 def all_processes(device: torch.device) -> DeviceMesh:
@@ -57,9 +61,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """Gather a sharded module's weights inside the context, in all processes alike.
 
     For code that reads or runs parts of a module without calling it. Modules that are not sharded
-    stay as they are.
+    stay as they are, and so do those that are gathered already.
     """
-    if not isinstance(module, FSDPModule):
+    if not isinstance(module, FSDPModule) or not _holds_shards(module):
         yield
         return
     module.unshard()
@@ -67,6 +71,27 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.reshard()
+
+
+def _holds_shards(module: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+@torch.no_grad()
+def put_rows(weight_OI: DTensor, whole_OI: Tensor) -> None:
+    """Overwrite a sharded weight; all processes take part, and each receives its rows alone.
+
+    Args:
+        weight_OI: the weight, changed in place.
+        whole_OI: its new values; those of the main process alone are read.
+    """
+    device, dtype = weight_OI.device, weight_OI.dtype
+    if is_main():
+        sent_OI = whole_OI.to(device, dtype)
+    else:
+        sent_OI = torch.empty(weight_OI.shape, dtype=dtype, device=device)
+    rows_OI = distribute_tensor(sent_OI, weight_OI.device_mesh, weight_OI.placements)
+    weight_OI.to_local().copy_(rows_OI.to_local())
 
 
 @torch.no_grad()

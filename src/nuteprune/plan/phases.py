@@ -91,7 +91,7 @@ class Plan:
             files: weights are mapped, unless the run computes in another dtype. None: a
             device, which holds all.
         own: share of the text that the model writes itself.
-        packed: whether weights are in few bits or sharded, so that cuts are not tried.
+        packed: whether weights are in few bits, so that cuts are not tried.
     """
 
     config: PreTrainedConfig

@@ -180,7 +180,8 @@ class ProgressiveTrainer(NutePruneTrainer):
             weights = refit(
                 self.ready, masks, blocks, batch_size=size, rank=rank, progress=self._progress
             )
-            agree(weights.values())
+            if not self.ready.is_sharded:
+                agree(weights.values())
             self.ready.bank.install(weights)
 
     def as_pruned(self) -> AbstractContextManager[None]:

@@ -30,6 +30,7 @@ from nuteprune.model.layerwise import Layerwise, Read
 from nuteprune.model.lora import effective_weight
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
+from nuteprune.model.sharding import gathered, is_sharded
 from nuteprune.processes import ALONE, Team
 from nuteprune.shrink.ridge import ridge_fit, with_ridge
 from nuteprune.shrink.stacks import fitted_stack, lost_neurons
@@ -172,11 +173,13 @@ def fit_projections(
         read.clear()  # large, as what the next layer's norms read
         if install_stack is not None and (mask_EF := thin[i]) is not None:
             mixture = cast(Mixture, anatomy.mixture(i))
-            with dense(i):
-                target = mixture.stack(mixture.down)
-            fitted = fitted_stack(mixture, text.calls(i, mixture.experts), mask_EF, target, team)
+            with gathered(anatomy.layers[i]):
+                with dense(i):
+                    target = mixture.stack(mixture.down)
+                routed = text.calls(i, mixture.experts)
+                fitted = fitted_stack(mixture, routed, mask_EF, target, team)
             install_stack(i, mixture.down, fitted)
-            del target, fitted  # large
+            del target, routed, fitted  # large
         text.advance(i)
         progress()
 
@@ -205,7 +208,9 @@ def _regression(
     covariance_II, missing_OI = text.covariance(layer, projection, lack.norm, lack.read)
     weight_OI = effective_weight(module)
     with dense(layer):  # LoRA may have made up for some of what is gone
-        target_OI = weight_of(without_lora(module)).float()
+        # A copy where the context lets go of what it gathered.
+        copies = is_sharded(anatomy.layers[layer])
+        target_OI = weight_of(without_lora(module)).to(torch.float32, copy=copies)
     if missing_OI is not None:
         missing_OI.mul_(FEEDBACK / lack.scale)
     return Regression(weight_OI, covariance_II, target_OI, missing_OI, team)

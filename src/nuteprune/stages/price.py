@@ -28,10 +28,9 @@ from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.scores import Scores, check_finite
 from nuteprune.gates.surgeon import INPUTS
-from nuteprune.mapped import mapped
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, noting_outputs
-from nuteprune.model.lora import effective_weight
+from nuteprune.processes import ALONE, everyone
 from nuteprune.shrink.least_squares import Note, Regression
 from nuteprune.simulated import alike, left, number
 from nuteprune.stages.choose import choose
@@ -83,7 +82,7 @@ def price(
     multiple = model.allocator.constraints.neuron_multiple
     cut = masks.to("cpu")
     changes = changes_of(cut, scores, multiple)
-    measure = Measure(model, blocks.split(PLAIN_BATCH))
+    measure = Measure(model, blocks)
     note = measure.note(cut, changes)
     weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress, note=note)
     # Counted from here, so that the refit is not taken for the time of a change.
@@ -190,7 +189,7 @@ class Tried:
     Args:
         change: the change.
         projection: the one that reads the units.
-        weight_OI: its weight, in the model's dtype, in a file.
+        weight_OI: its weight, in the model's dtype; see `LoraBank.put_away`.
     """
 
     change: Change
@@ -201,20 +200,25 @@ class Tried:
 class Measure:
     """Measures what changes of a cut cost; made while the model is dense.
 
-    All processes refit to all changes together. Each then measures its share of them.
+    All processes refit to all changes together. Each then measures its share of them; or where
+    weights are sharded, all of them, on its share of the text.
 
     Args:
         model: the model.
-        batches: token ids (B, T) that tell.
+        blocks: token ids (N, T) that tell.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Prunable, batches: Sequence[Tensor]) -> None:
-        self._model, self._batches = model, batches
+    def __init__(self, model: Prunable, blocks: Tensor) -> None:
+        self._model, self._count = model, len(blocks)
+        # All have to read as many batches: each gathers the model.
+        readers = everyone() if model.is_sharded else ALONE
+        self._readers = ALONE if len(blocks) % readers.size else readers
+        self._batches = blocks[self._readers.rank :: self._readers.size].split(PLAIN_BATCH)
         self._changes: list[Change] = []  # in the order in which they are refitted to
         self._tried: list[Tried] = []  # those of this process
         with model.hooks.using(None):
-            self._dense = [Predicted.of(logits_of(model, x)) for x in batches]
+            self._dense = [Predicted.of(logits_of(model, x)) for x in self._batches]
 
     def note(self, masks: Masks, changes: Sequence[Change]) -> Note:
         """Return what refits projections to changes of a cut, while the cut is refitted.
@@ -223,8 +227,7 @@ class Measure:
             masks: the cut, on the CPU.
             changes: of it.
         """
-        anatomy, folder = self._model.anatomy, self._model.bank.folder
-        team = self._model.team
+        anatomy, bank, team = self._model.anatomy, self._model.bank, self._model.team
 
         def note(layer: int, block: str, regression: Regression, _: Tensor) -> None:
             for change in changes:
@@ -235,9 +238,8 @@ class Measure:
                     self._changes.append(change)
                     if not team.is_mine(len(self._changes) - 1):
                         continue
-                    if folder is not None:
-                        weight_OI = mapped({"weight": weight_OI}, folder)["weight"]
-                    self._tried.append(Tried(change, anatomy.ends(layer)[block], weight_OI))
+                    projection = anatomy.ends(layer)[block]
+                    self._tried.append(Tried(change, projection, bank.put_away(weight_OI)))
 
         return note
 
@@ -262,22 +264,24 @@ class Measure:
             each = (alike(list(same), model.anatomy.embedding.weight) for _, same in by_weight)
             for tried in chain.from_iterable(each):
                 layer, projection = tried.change.layer, tried.projection
-                reading = model.anatomy.projection(layer, projection)
-                own_OI = effective_weight(reading).to("cpu", copy=True)
-                model.bank.set_weight(layer, projection, tried.weight_OI)
                 losses = []
-                for batch, noted in enumerate(outputs):
-                    with giving(layers[:layer], noted[:layer]):  # which give what they gave
-                        losses.append(self._loss(batch))
-                model.bank.set_weight(layer, projection, own_OI)
-                found[tried.change] = number(torch.stack(losses).mean() - torch.stack(own).mean())
+                with model.bank.trying(layer, projection, tried.weight_OI):
+                    for batch, noted in enumerate(outputs):
+                        with giving(layers[:layer], noted[:layer]):  # which give what they gave
+                            losses.append(self._loss(batch))
+                found[tried.change] = number(torch.stack(losses).sum() - torch.stack(own).sum())
                 tick()
         prices_N = torch.tensor([found.get(x, 0.0) for x in self._changes], dtype=torch.float64)
-        model.team.add_up([prices_N])
+        for team in (model.team, self._readers):
+            team.add_up([prices_N])
         return dict(zip(self._changes, prices_N.tolist(), strict=True))
 
     def _loss(self, batch: int) -> Tensor:
-        return mean_kl(self._dense[batch], logits_of(self._model, self._batches[batch]))
+        """Return a batch's share of the mean over all blocks."""
+        ids_BT = self._batches[batch]
+        return mean_kl(self._dense[batch], logits_of(self._model, ids_BT)) * (
+            len(ids_BT) / self._count
+        )
 
 
 def logits_of(model: Prunable, ids_BT: Tensor) -> Tensor:

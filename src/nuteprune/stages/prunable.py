@@ -58,11 +58,16 @@ class Prunable:
         return ALONE if alone else everyone()
 
     @property
+    def is_packed(self) -> bool:
+        """Whether its weights are in 8 or 4 bits, so that none can stand in their place."""
+        return is_packed(self.anatomy.model)
+
+    @property
     def has_whole_weights(self) -> bool:
-        """Whether other weights can stand in place of its own: neither packed nor sharded."""
-        return not (self.is_sharded or is_packed(self.anatomy.model))
+        """Whether this process holds its weights as they are: neither packed nor sharded."""
+        return not (self.is_sharded or self.is_packed)
 
     @property
     def can_try_cuts(self) -> bool:
         """Whether cuts can be tried: whole weights are refitted to all that the gates remove."""
-        return self.has_whole_weights and set(self.kinds) <= set(INPUTS)
+        return not self.is_packed and set(self.kinds) <= set(INPUTS)

@@ -17,7 +17,7 @@ from nuteprune.shrink.least_squares import Fit, InstallStack, Note, fit_projecti
 from nuteprune.stages.prunable import Prunable
 
 FEWER_DIRECTIONS = 32
-"""Rank of a refit where weights are packed or sharded, so that LoRA alone can hold it."""
+"""Rank of a refit where weights are packed, so that LoRA alone can hold it."""
 
 
 @torch.no_grad()
@@ -38,16 +38,17 @@ def refit(
         masks: the final masks.
         blocks: token ids (N, T) of calibration text.
         batch_size: blocks that go through a layer together.
-        rank: of LoRA, which holds the fit where weights are packed or sharded.
+        rank: of LoRA, which holds the fit where weights are packed.
         progress: told of each layer.
         note: see `shrink.least_squares.fit_projections`.
 
     Returns:
         By name, as `LoraBank` has them: whole weights (O, I) whose columns are 0 where inputs are
-        gone, mapped from files on CPUs; or LoRA's two sides where weights are packed or sharded.
+        gone, mapped from files on CPUs, and where weights are sharded, with data in the main
+        process alone; or LoRA's two sides where weights are packed.
     """
     bank, anatomy = model.bank, model.anatomy
-    whole = model.has_whole_weights
+    whole = not model.is_packed
 
     def install(layer: int, projection: Projection, fit: Fit) -> None:
         if whole:

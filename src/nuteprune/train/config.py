@@ -110,7 +110,7 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
     Args:
         lora_rank: rank of the adapters.
         refit: fit the output and down projections in closed form when masks freeze:
-            whole, or as low-rank start of LoRA where weights are sharded or in 8 or 4 bits.
+            whole, or as low-rank start of LoRA where weights are in 8 or 4 bits.
 
     Parameters of the run:
 
@@ -179,7 +179,7 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
     @property
     def tried(self) -> bool:
         """Whether a cut can be tried before the first step: whole weights are refitted."""
-        return self.refit and not self.sharded
+        return self.refit
 
     @property
     def priced_blocks(self) -> int:

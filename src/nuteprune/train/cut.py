@@ -129,6 +129,7 @@ class Cut:
             "refit",
             lambda: refit(self.model, masks, self._refit_NT, rank=self.args.lora_rank, **self._how),
             folder=self._folder_of(goal),
+            everywhere=not self.model.is_sharded,
             batch_size=self.args.per_device_train_batch_size,
             rank=self.args.lora_rank,
         )
