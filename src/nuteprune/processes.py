@@ -132,17 +132,25 @@ def _send(tensor: Tensor, send: Callable[[Tensor], object]) -> None:
         tensor.copy_(sent)
 
 
+def main_ones(found: T) -> T:
+    """Return what the main process has found, a plain Python value, in all processes."""
+    if not several():
+        return found
+    from torch import distributed
+
+    sent = [found]
+    distributed.broadcast_object_list(sent, src=0)
+    return sent[0]
+
+
 def share(found: dict[str, Tensor] | None, values: bool = True) -> dict[str, Tensor] | None:
     """Broadcast the main process's tensors, or their shapes alone; None if it has none."""
     if not several():
         return found
     import torch
-    from torch import distributed
 
     form = {k: (tuple(v.shape), v.dtype) for k, v in found.items()} if found is not None else None
-    sent: list[dict[str, tuple[tuple[int, ...], torch.dtype]] | None] = [form]
-    distributed.broadcast_object_list(sent, src=0)
-    if (forms := sent[0]) is None:
+    if (forms := main_ones(form)) is None:
         return None
     if is_main():
         here = found

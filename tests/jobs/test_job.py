@@ -154,16 +154,13 @@ def test_the_model_s_own_text_is_half_where_nothing_else_is_said(
     assert mixture(job(given)) == (specs, shares)
 
 
-def test_a_sharded_model_does_not_write() -> None:
-    assert mixture(job({}), sharded=True) == ([DEMO], [1.0])
-    with pytest.raises(UserError, match="cannot write text"):
-        mixture(job({"data": SELF}), sharded=True)
+def test_text_that_is_given_has_the_share_of_what_the_model_would_write() -> None:
     with pytest.raises(UserError, match="one number for each --data"):
         mixture(job({"shares": "many"}))
     written = job({"own_text": "own.jsonl"})
-    assert mixture(written, sharded=True) == mixture(job({}))
+    assert mixture(written) == mixture(job({}))
     told = job({"data": ["a.txt", SELF], "shares": [3, 1], "own_text": "own.jsonl"})
-    assert mixture(told, sharded=True) == (["a.txt", SELF], [3.0, 1.0])
+    assert mixture(told) == (["a.txt", SELF], [3.0, 1.0])
 
 
 def test_what_a_run_is_does_not_hang_on_the_spelling(tmp_path: Path, monkeypatch: Any) -> None:

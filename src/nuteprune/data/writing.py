@@ -21,6 +21,7 @@ from nuteprune.data.openings import TEXT_TOKENS, Openings
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.decoding import cache_name, heads_as_tokens
 from nuteprune.model.forwards import evaluating
+from nuteprune.processes import agree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,6 +133,7 @@ def write_batch(
     batch: Sequence[TextInProgress],
     most: int,
     generator: torch.Generator,
+    together: bool = False,
 ) -> Iterator[int]:
     """Write a batch of texts; yields the number of tokens so far, position by position.
 
@@ -141,6 +143,7 @@ def write_batch(
         batch: the texts, with nothing written yet.
         most: tokens that a text has at most.
         generator: draws the numbers (B,) by which tokens are drawn.
+        together: whether all processes write it, and go by what the main one draws.
     """
     total = len(opening.start) + most
     cache: dict[str, Any] = {}
@@ -156,6 +159,8 @@ def write_batch(
         numbers_B = torch.rand(len(batch), generator=generator, dtype=torch.float64)
         logits_BV, cache = _step(model, next_B, cache)
         drawn_B = draw(logits_BV[:, : opening.known], numbers_B)
+        if together:
+            agree([drawn_B])
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
         kind=type(model),
         judged=sum(len(x) for x in run.held_out.values()),
         stored=origin.stored_dtype if whole else None,
-        own=share_to_write(job, run.args.sharded),
+        own=share_to_write(job),
         packed=bool(job.bits),
     )
     phases = plan.phases()

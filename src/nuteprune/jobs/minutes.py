@@ -260,7 +260,7 @@ def _times(
     blocks = (1 + stops) * scored + (stops + len(goals)) * refit
     if args.priced_blocks and trial.model.can_try_cuts:
         blocks += refit + CHANGE * args.priced_blocks * rates.changes
-    share = share_to_write(job, args.sharded)
+    share = share_to_write(job)
     read = args.calibrated_blocks
     text = tokens_to_write(read, read, share, job.length) * rates.token if share else 0.0
     # Steps beyond what is calibrated on need text too, which is written before.

@@ -228,7 +228,7 @@ def check_wrapper(job: PruneJob, model: Prepared, whole: Around | None) -> None:
 
 def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
     """Return the settings that reproduce a run: the job's, and those that are not defaults."""
-    specs, shares = mixture(job, args.sharded)
+    specs, shares = mixture(job)
     found = {**job.recorded(), "data": specs if len(specs) > 1 else specs[0], "shares": shares}
     if args.shape is None and args.asked[0].kind == "sparsity":
         found["target_sparsity"] = args.target_sparsity

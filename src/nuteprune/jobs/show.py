@@ -13,7 +13,6 @@ from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
-from nuteprune.jobs.vocab_text import costs
 from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples
@@ -26,6 +25,8 @@ from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
 
 def print_tokens(vocab: Mapping[str, Any], output: Output) -> None:
     """Print how many tokens stay, and what that costs by itself."""
+    from nuteprune.jobs.vocab_text import costs  # few runs have it
+
     output.line(
         f"Vocab   {vocab['after']} of {vocab['before']} tokens; quality is compared with the model "
         "cut to these"

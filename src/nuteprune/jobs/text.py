@@ -21,7 +21,7 @@ from nuteprune.stages.write import read_written, room
 from nuteprune.train.config import NutePruneConfig
 
 
-def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float]]:
+def mixture(job: PruneJob) -> tuple[list[str], list[float]]:
     """Return the calibration and training text: DATA specs and their shares.
 
     Where neither shares are given nor `self` is named, the model's own text guards what the data
@@ -29,40 +29,31 @@ def mixture(job: PruneJob, sharded: bool = False) -> tuple[list[str], list[float
 
     Args:
         job: the job.
-        sharded: whether the model's weights are shared out over processes, where it cannot write.
 
     Raises:
-        UserError: if shares are no numbers or do not fit the data, a sharded model is to write, or
-            self-written text has no share.
+        UserError: if shares are no numbers or do not fit the data, or self-written text has no
+            share.
     """
     specs, shares = job.specs, job.share_values
-    cannot_write = sharded and job.own_text is None
     if shares is not None or SELF in specs:
-        if cannot_write and SELF in specs:
-            raise UserError(
-                f"a sharded model cannot write text: leave {SELF} out of --data, or pass "
-                "--own-text, a file of nuteprune write"
-            )
         if job.own_text is not None and SELF not in specs:
             raise UserError(
                 f"--shares leaves no share for --own-text {job.own_text}: leave one of the two "
                 f"out, or add --data {SELF} and its share"
             )
         return specs, list(checked_shares(shares or None, specs))
-    if cannot_write:
-        return specs, [1.0] * len(specs)
     return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
 
 
-def own_share(job: PruneJob, sharded: bool = False) -> float:
+def own_share(job: PruneJob) -> float:
     """Return the share of the text that the model writes itself; see `mixture`."""
-    specs, shares = mixture(job, sharded)
+    specs, shares = mixture(job)
     return shares[specs.index(SELF)] / sum(shares) if SELF in specs else 0.0
 
 
-def share_to_write(job: PruneJob, sharded: bool = False) -> float:
+def share_to_write(job: PruneJob) -> float:
     """Return the share of the text that the model has yet to write; see `mixture`."""
-    return own_share(job, sharded) if job.own_text is None else 0.0
+    return own_share(job) if job.own_text is None else 0.0
 
 
 def text_of(
@@ -81,10 +72,10 @@ def text_of(
             f"{config.blocks} blocks of {job.length} tokens take {megabytes(needed)} of memory, "
             f"and this machine has {megabytes(memory)}; pass fewer steps, a smaller batch or length"
         )
-    specs, shares = mixture(job, config.sharded)
+    specs, shares = mixture(job)
     if SELF in specs:
         room(tokenizer, job.length)  # fails before anything is removed or written
-    share = own_share(job, config.sharded)
+    share = own_share(job)
     read = (config.blocks, config.calibrated_blocks)
     own = tokens_to_write(*read, share, job.length) if share else 0
     written = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
+from torch.distributed.tensor import DTensor
 
 from nuteprune.data.openings import Openings, openings
 from nuteprune.data.tokens import bos_of, end_of, texts_of
@@ -21,7 +22,8 @@ from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.offload import home_of
-from nuteprune.processes import several_started
+from nuteprune.model.sharding import is_sharded
+from nuteprune.processes import is_main, main_ones, several_started
 from nuteprune.run_folder import SELF_WRITTEN
 
 if TYPE_CHECKING:
@@ -49,8 +51,9 @@ def write(
     `openings.TEXT_TOKENS` tokens at most. With a chat template a quarter of the tokens is chats:
     the model writes a user's question and the answer, of a block's length at most.
 
-    The file is written batch by batch. A second call with the same
-    arguments keeps whole batches and writes the rest as if without a break, to the byte.
+    The file is written batch by batch. A second call with the same arguments keeps whole batches
+    and writes the rest as if without a break, to the byte. Of several processes one writes, and
+    the others wait; a sharded model is gathered layer by layer by all of them.
 
     Args:
         model: the model, before anything is changed in it.
@@ -70,27 +73,34 @@ def write(
         RunFailed: writing the file failed on the way.
     """
     end = end_of(tokenizer)
+    together = _is_sharded(model)
     opening, sizes = _how(model, tokenizer, tokens, length, seed)
     about = {**known_by(model, tokenizer), "key": _key(model, opening, sizes, seed)}
     path = folder / SELF_WRITTEN
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
     # One process of a run writes, while the others wait to read what it wrote.
-    with FileLock(path.with_name(f".{path.name}.lock")) if several_started() else nullcontext():
+    alone = several_started() and not together
+    with FileLock(path.with_name(f".{path.name}.lock")) if alone else nullcontext():
         found, kept = _read(path, about)
-        if path.is_file() and path.stat().st_size > kept:
+        if together:
+            found, kept = main_ones((found, kept))
+        keeps = is_main() or not together
+        if keeps and path.is_file() and path.stat().st_size > kept:
             _append(path, kept, b"")
         while (have := _tokens(found)) < tokens:
             batch, longest = next_batch(opening, sizes, [_tokens([x]) for x in found])
             number = len(found)
             draws = random.Random(f"{seed} {number}").getrandbits(63)
             generator = torch.Generator().manual_seed(draws)
-            for written in write_batch(model, opening, batch, longest, generator):
+            for written in write_batch(model, opening, batch, longest, generator, together):
                 progress(min(have + written, tokens), tokens)
             ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
             of = {"batch": number, "of": len(ended), **about}
             lines = [_line(tokenizer, opening, ids) | of for ids in ended]
-            kept = _append(path, kept, "".join(json.dumps(x) + "\n" for x in lines).encode())
+            if keeps:
+                text = "".join(json.dumps(x) + "\n" for x in lines)
+                kept = _append(path, kept, text.encode())
             found.append(ended)
         progress(tokens, tokens)
     while _tokens(found[:-1]) >= tokens:  # of a call that asked for more
@@ -106,7 +116,13 @@ def _how(
     if tokens < 1:
         raise UserError(f"{tokens} tokens to write: pass at least 1")
     opening = openings(model, tokenizer, most=most, seed=seed)
+    if _is_sharded(model):
+        opening = main_ones(opening)
     return opening, BatchSizes.of(opening, tokens, most, fitting(model, length))
+
+
+def _is_sharded(model: PreTrainedModel) -> bool:
+    return is_sharded(Anatomy(model).layers[0])
 
 
 def _tokens(found: list[list[list[int]]]) -> int:
@@ -218,7 +234,9 @@ def known_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict
     layers = (x for layer in anatomy.layers for x in layer.named_parameters())
     own = (x for name, x in layers if "lora_" not in name)
     for weight in (anatomy.embedding.weight, *own):
-        signs.update(home_of(weight).flatten()[:SIGNS].signbit().cpu().numpy().tobytes())
+        stored = home_of(weight)
+        whole = stored.full_tensor() if isinstance(stored, DTensor) else stored
+        signs.update(whole.flatten()[:SIGNS].signbit().cpu().numpy().tobytes())
     tokens = sorted((number, str(token)) for token, number in tokenizer.get_vocab().items())
     facts = json.dumps([tokens, bos_of(tokenizer), end_of(tokenizer)])
     said = hashlib.blake2b(facts.encode(), digest_size=8)
