@@ -19,7 +19,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.method_names import METHOD, METHOD_NAMES
 from nuteprune.gates.options import Constraints
 from nuteprune.gates.scores import Probe, losses_of
-from nuteprune.gates.surgeon import draw_tokens, surgeon_scores
+from nuteprune.gates.surgeon import LIKELIEST, TEMPERATURE, draw_tokens, surgeon_scores
 from nuteprune.gates.surgeon_costs import (
     ROUNDS,
     inverse_of_correlations,
@@ -450,8 +450,10 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def inputs_and_slopes(model: Any, linear: Any) -> tuple[Tensor, Tensor]:
     """What a projection reads, and the gradients by what it writes of tokens drawn by sequence."""
     generator = torch.Generator().manual_seed(0)
-    chances = [model(x, use_cache=False).logits.detach().softmax(-1) for x in BATCHES]
-    drawn = torch.cat([draw_tokens(chances_BTV, generator) for chances_BTV in chances])
+    likely = [model(x, use_cache=False).logits.detach().topk(LIKELIEST) for x in BATCHES]
+    numbers = [draw_tokens((x.values / TEMPERATURE).softmax(-1), generator) for x in likely]
+    drawn = torch.cat(numbers)
+    tokens = torch.cat([x.indices for x in likely])
     seen: dict[str, list[Tensor]] = {"x": [], "d": []}
 
     def hook(_: Any, args: Any, output: Tensor) -> None:
@@ -461,8 +463,9 @@ def inputs_and_slopes(model: Any, linear: Any) -> tuple[Tensor, Tensor]:
         )
 
     handle = linear.register_forward_hook(hook)
-    for row, labels in zip(TOKENS, drawn, strict=True):
-        chances = model(row[None], use_cache=False).logits[0].log_softmax(-1)
-        (-chances.gather(1, labels[:, None]).mean()).backward()
+    for row, some, labels in zip(TOKENS, tokens, drawn, strict=True):
+        logits = model(row[None], use_cache=False).logits[0].gather(1, some)
+        chances = (logits / TEMPERATURE).log_softmax(-1)
+        (-TEMPERATURE * chances.gather(1, labels[:, None]).mean()).backward()
     handle.remove()
     return torch.cat(seen["x"]), torch.cat(seen["d"])

@@ -4,14 +4,17 @@ The maths is that of `gates.surgeon_costs`: a projection's inputs have a curvatu
 changes without each of them. Neurons of a routed expert have those of its own down projection.
 
 The loss is the cross entropy of tokens that the model itself draws: its curvature is that of the KL
-divergence from the dense model, which distillation minimises. Gradients need little text. C needs
-more, to tell rare inputs from predictable ones, but no gradients.
+divergence from the dense model, which distillation minimises. Curvature says that nothing is lost
+where the model is all but certain of a token, but a cut changes more than a little, and such tokens
+are those that the context gives. So the likeliest tokens alone are drawn, from a flatter
+distribution; see `drawn_slope`. Gradients need little text. C needs more, to tell rare inputs from
+predictable ones, but no gradients.
 
 The move is the closed-form refit of `shrink.least_squares`; the curvature here is that of the dense
 model. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
 
-Shape suffixes: B batch, T tokens, M = B x T, V vocabulary, I inputs of a projection, U units of a
-kind in a layer, E experts, F neurons of each.
+Shape suffixes: B batch, T tokens, M = B x T, V vocabulary, K likeliest tokens, I inputs of a
+projection, U units of a kind in a layer, E experts, F neurons of each.
 """
 
 from __future__ import annotations
@@ -44,6 +47,11 @@ INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_bloc
 """Kind of gate -> the block whose last projection reads its units, and is refitted."""
 READ = {**INPUTS, "expert_neurons": "experts"}
 """The same of all kinds that have this cost."""
+
+LIKELIEST = 16
+"""Tokens that may be drawn at a position: of all, unlikely ones would decide at `TEMPERATURE`."""
+TEMPERATURE = 2.0
+"""Temperature at which they are drawn; measured in docs/log.md."""
 
 Key = tuple[str, int]
 """A block, and a layer."""
@@ -134,21 +142,30 @@ def _put(probe: Probe, found: Scores, kind: str, layer: int, costs_U: Tensor) ->
     found[kind].split(probe.layout.sizes[kind])[layer].copy_(costs_U)
 
 
-def draw_tokens(chances_BTV: Tensor, generator: torch.Generator) -> Tensor:
-    """Return next tokens (B, T), drawn by their probabilities."""
-    drawn_M = torch.multinomial(chances_BTV.flatten(0, 1), 1, generator=generator).flatten()
-    return drawn_M.view(chances_BTV.shape[:2])
+def draw_tokens(chances_BTK: Tensor, generator: torch.Generator) -> Tensor:
+    """Return numbers of tokens (B, T), drawn by their probabilities."""
+    drawn_M = torch.multinomial(chances_BTK.flatten(0, 1), 1, generator=generator).flatten()
+    return drawn_M.view(chances_BTK.shape[:2])
 
 
 def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
     """Return the gradient (B, T, V) of the loss by the logits, for tokens that the model draws.
 
-    The loss is the sum over sequences of each one's mean cross entropy.
+    The loss is the sum over sequences of each one's mean cross entropy, of the likeliest tokens at
+    `TEMPERATURE`, times that.
     """
-    slope_BTV = logits_BTV.float().softmax(-1)
-    drawn_BT1 = draw_tokens(slope_BTV, generator).unsqueeze(-1)
-    slope_BTV.scatter_add_(-1, drawn_BT1, slope_BTV.new_full((1, 1, 1), -1).expand_as(drawn_BT1))
-    return slope_BTV.div_(logits_BTV.shape[1])
+    top_BTK, tokens_BTK = logits_BTV.topk(_drawable(logits_BTV.shape[-1]))
+    slope_BTK = (top_BTK.float() / TEMPERATURE).softmax(-1)
+    drawn_BT1 = draw_tokens(slope_BTK, generator).unsqueeze(-1)
+    slope_BTK.scatter_add_(-1, drawn_BT1, slope_BTK.new_full((1, 1, 1), -1).expand_as(drawn_BT1))
+    slope_BTK.div_(logits_BTV.shape[1])
+    return torch.zeros(logits_BTV.shape, device=slope_BTK.device).scatter_(
+        -1, tokens_BTK, slope_BTK
+    )
+
+
+def _drawable(vocabulary: int) -> int:
+    return min(LIKELIEST, vocabulary)
 
 
 def input_changes(probe: Probe) -> dict[Key, Tensor]:
@@ -193,8 +210,8 @@ def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
 
 def _pass_over(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
     """Draw as many tokens as another process does, so that later batches get the same ones."""
-    vocabulary = len(probe.anatomy.embedding.weight)
-    draw_tokens(torch.ones(*ids_BT.shape, vocabulary, device=generator.device), generator)
+    drawable = _drawable(len(probe.anatomy.embedding.weight))
+    draw_tokens(torch.ones(*ids_BT.shape, drawable, device=generator.device), generator)
 
 
 @contextmanager
