@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -235,6 +236,43 @@ def test_torchrun_starts_two_that_score_and_freeze_together_where_nothing_is_tra
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=4, max_steps=0)))
     layers = [json.loads((x / "nuteprune.json").read_text())["layers"] for x in (one, two)]
     assert layers[0] == layers[1]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+def test_two_nodes_that_share_no_folder_do_what_two_processes_do(
+    sharded: bool, tiny_inputs: Inputs, tmp_path: Path
+) -> None:
+    one = tmp_path / "one"
+    how = {"batch_size": 2, "sharded": sharded, "save_total_limit": 2}
+    said(python(*QUICK, *command(tiny_inputs, one, **how), processes=2))
+    places = [tmp_path / "first", tmp_path / "second"]
+    asked = [*REAL, *command(tiny_inputs, Path("out"), **how)]
+    ended = nodes(places, *asked)
+    assert [said(x).count("Saved") for x in ended] == [1, 0]
+    files = [x / "model.safetensors" for x in (one, places[0] / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    # What the main node has is enough to go on.
+    shutil.rmtree(places[1])
+    shutil.rmtree(places[0] / "out" / "run" / "checkpoint-6")
+    assert [said(x).count("Saved") for x in nodes(places, *asked, "--resume")] == [1, 0]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def nodes(places: list[Path], *arguments: object) -> list[Ended]:
+    """Start a launcher in each folder, as on so many machines; they meet at the first one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    begun = []
+    for number, place in enumerate(places):
+        place.mkdir(exist_ok=True)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(places))]
+        launcher += ["--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", meet]
+        parts = [*launcher, "--rdzv_conf", f"is_host={number == 0}", *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        begun.append(subprocess.Popen(parts, cwd=place, **pipes))  # type: ignore[call-overload]
+    ended = [(x.communicate(timeout=200), x.returncode) for x in begun]
+    return [Ended(code, *printed) for printed, code in ended]
 
 
 def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(

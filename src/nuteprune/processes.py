@@ -132,6 +132,15 @@ def _send(tensor: Tensor, send: Callable[[Tensor], object]) -> None:
         tensor.copy_(sent)
 
 
+def somewhere(holds: bool) -> bool:
+    """Return whether something holds in any of the run's processes; all of them ask."""
+    import torch
+
+    count = torch.tensor(float(holds))
+    everyone().add_up([count])
+    return bool(count > 0)
+
+
 def main_ones(found: T) -> T:
     """Return what the main process has found, a plain Python value, in all processes."""
     if not several():

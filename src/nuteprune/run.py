@@ -114,7 +114,7 @@ class Run:
         if not text.to_write or folder is None:
             return
         kept = folder / SELF_WRITTEN
-        before = kept.stat().st_mtime_ns if kept.is_file() else None
+        before = kept.stat().st_mtime_ns if kept.is_file() else 0
         with self.products.measured("write"), self.model.model.disable_adapter():
             written = write(
                 self.model.anatomy.model,
@@ -126,7 +126,7 @@ class Run:
                 progress=in_percent(self.progress),
             )
         text.use_written(written)
-        if kept.stat().st_mtime_ns == before:
+        if before and kept.stat().st_mtime_ns == before:
             self.products.found.append("write")
 
     def judge_dense(self) -> Figures | None:

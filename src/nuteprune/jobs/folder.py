@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from nuteprune.files import read_sums, remove, writing
+from nuteprune.files import atomic, read_sums, remove, writing
 from nuteprune.jobs.job import Job
+from nuteprune.processes import is_main, main_ones, somewhere
 from nuteprune.run_folder import (
     CARD,
     HALF_WRITTEN,
@@ -61,6 +62,32 @@ def goes_on(job: Job) -> bool:
 def is_stated(job: Job) -> bool:
     """Return whether a job resumes a run whose settings in `run` must equal its own."""
     return goes_on(job) or (job.resume and (job.out / RUN / SETTINGS).is_file())
+
+
+def share_run(out: Path) -> None:
+    """Copy the main process's run to machines that do not share its disk; all processes take part.
+
+    Tensors that stages leave are not copied, since the main process alone reads them.
+
+    Raises:
+        RunFailed: if another process has ended, or a file cannot be written.
+    """
+    found = sorted(x for x in out.rglob("*") if x.is_file() and _is_shared(x.relative_to(out)))
+    for name in main_ones([str(x.relative_to(out)) for x in found]):
+        path = out / name
+        if not somewhere(not path.is_file()):
+            continue
+        content = main_ones(path.read_bytes() if is_main() else b"")
+        if not path.is_file():
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic(path) as partial:
+                    partial.write_bytes(content)
+
+
+def _is_shared(name: Path) -> bool:
+    inside = RUN in name.parts[:-1] and not any(x.startswith(".") for x in name.parts)
+    return inside and not (name.parent.name == RUN and name.suffix == ".safetensors")
 
 
 def written_in(out: Path) -> set[str]:

@@ -15,7 +15,7 @@ from nuteprune.console import Output, quiet_loading
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import remove, write_json
-from nuteprune.jobs.folder import clear, clear_result, is_stated
+from nuteprune.jobs.folder import clear, clear_result, is_stated, share_run
 from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import AUTO, PruneJob, what_it_is
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
@@ -155,6 +155,9 @@ def run(
         if is_main():  # the others may come when it has begun to write
             check_out(job)
         stack.enter_context(nothing_left(folder))
+        if job.resume and several_started():
+            _ = trainer_config(job, Path(scratch) / RUN).device  # here processes meet
+            share_run(job.out)
         steps_in_time = None
         if job.minutes is not None:
             from nuteprune.jobs.minutes import steps_in_time_of, within_minutes
