@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -258,21 +259,45 @@ def test_two_nodes_that_share_no_folder_do_what_two_processes_do(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_machine_that_is_lost_ends_the_others_with_a_line(
+    tiny_inputs: Inputs, tmp_path: Path
+) -> None:
+    places = [tmp_path / "first", tmp_path / "second"]
+    long = {"batch_size": 2, "max_steps": 4000, "save_steps": 1000}
+    first, second = begun(places, *REAL, *command(tiny_inputs, Path("out"), **long))
+    metrics = places[0] / "out" / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert first.poll() is None
+        time.sleep(0.05)
+    lost = psutil.Process(second.pid)
+    for process in (lost, *lost.children(recursive=True)):
+        process.kill()
+    second.communicate()
+    assert "process 0: another process of this run has ended" in first.communicate(timeout=60)[1]
+    assert first.returncode
+
+
 def nodes(places: list[Path], *arguments: object) -> list[Ended]:
-    """Start a launcher in each folder, as on so many machines; they meet at the first one."""
+    """Run a launcher in each folder, as on so many machines."""
+    ended = [(x.communicate(timeout=200), x.returncode) for x in begun(places, *arguments)]
+    return [Ended(code, *printed) for printed, code in ended]
+
+
+def begun(places: list[Path], *arguments: object) -> list[subprocess.Popen[str]]:
+    """Start a launcher in each folder; they meet at the first one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meet = f"127.0.0.1:{free.getsockname()[1]}"
-    begun = []
+        port = free.getsockname()[1]
+    started = []
     for number, place in enumerate(places):
         place.mkdir(exist_ok=True)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(places))]
-        launcher += ["--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", meet]
-        parts = [*launcher, "--rdzv_conf", f"is_host={number == 0}", *map(str, arguments)]
+        launcher += ["--nproc_per_node", "1", "--node_rank", str(number)]
+        launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        parts = [*launcher, *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        begun.append(subprocess.Popen(parts, cwd=place, **pipes))  # type: ignore[call-overload]
-    ended = [(x.communicate(timeout=200), x.returncode) for x in begun]
-    return [Ended(code, *printed) for printed, code in ended]
+        started.append(subprocess.Popen(parts, cwd=place, **pipes))  # type: ignore[call-overload]
+    return started
 
 
 def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(

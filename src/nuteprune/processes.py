@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+OTHER_ENDED = "another process of this run has ended; its own line says why"
+BY_PEER = "by peer"
+"""What is in an error of gloo whose connection another process closed, or reset as it ended."""
+
 
 def rank() -> int:
     """Return this process's rank, 0 without a launcher."""
@@ -127,7 +131,7 @@ def _send(tensor: Tensor, send: Callable[[Tensor], object]) -> None:
     try:
         send(sent)
     except RuntimeError as error:
-        raise RunFailed("another process of this run has ended; its own line says why") from error
+        raise RunFailed(OTHER_ENDED) from error
     if sent is not tensor:
         tensor.copy_(sent)
 

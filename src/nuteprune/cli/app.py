@@ -18,7 +18,7 @@ import typer
 
 from nuteprune.errors import Interrupted, RunFailed, UserError, panics_as_errors
 from nuteprune.files import WRONG_PLACE, narrow_locale
-from nuteprune.processes import is_main, rank
+from nuteprune.processes import BY_PEER, OTHER_ENDED, is_main, rank, several_started
 
 LONGEST = 1000
 """Most characters of an error's line, which may quote long input of the user."""
@@ -99,6 +99,8 @@ def main() -> None:
             raise
         if hasattr(error, "format_message"):
             _fail(error.format_message(), 2)
+        if several_started() and BY_PEER in str(error):
+            _fail(f"process {rank()}: {OTHER_ENDED}", 1)
         _fail(f"{type(error).__name__}: {error} (NUTEPRUNE_DEBUG=1 shows where)", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
