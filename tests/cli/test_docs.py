@@ -55,8 +55,6 @@ HOW = {
     "nuteprune prune MODEL --memory 300MB@2048 --data DATA --out OUT": LARGE,
     "nuteprune prune huggyllama/llama-7b --config recipes/llama-7b.yaml --out small --dry-run": DRY,
     "nuteprune prune huggyllama/llama-7b --config recipes/llama-7b.yaml --out small": DRY,
-    "nuteprune prune meta-llama/Llama-3.1-8B --config recipes/llama-3-8b.yaml --out small": DRY,
-    "nuteprune prune Qwen/Qwen3-8B --config recipes/qwen3-8b.yaml --out small": DRY,
     "nuteprune prune huggyllama/llama-7b --config recipes/paper.yaml --data c4.jsonl "
     "--out small": DRY,
     "nuteprune prune MODEL --sparsity 0.3 --data DATA --out small --bits 8": EXECUTED,
@@ -68,6 +66,8 @@ HOW = {
     "--out small": PARSED,
     "torchrun --nproc_per_node 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small --set sharded=true": PARSED,
+    "torchrun --nnodes 2 --node_rank 0 --master_addr FIRST --nproc_per_node 8 -m nuteprune.cli "
+    "prune MODEL --sparsity 0.3 --data DATA --out small": PARSED,
     "accelerate launch --num_processes 4 -m nuteprune.cli prune MODEL --sparsity 0.3 --data DATA "
     "--out small": PARSED,
     "nuteprune prune MODEL --sparsity 0.2 --data DATA --out OUT "
