@@ -30,9 +30,6 @@ from nuteprune.gates.surgeon import has_cost, surgeon_scores
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
 
-FLOORED = 0.999
-"""How far scores below a floor move towards it; so they keep their order."""
-
 
 def random(probe: Probe) -> Scores:
     """Random: u x parameters of the unit, u uniform in (0, 1); every part loses about its share.
@@ -115,7 +112,6 @@ def surgeon(probe: Probe) -> Scores:
     experts of a layer go first is the order of `reconstruction`, which did better (docs/moe.md).
     Gradients do not show which attention copies from context, so that is measured; see
     `copying_kept`. The first attention goes last of all; see `first_attention_last`.
-    In the end the last layer's neurons cost their median at least; see `last_neurons_floored`.
     See `gates.surgeon`. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) and
     ZipLM (Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
     """
@@ -149,26 +145,6 @@ def first_attention_last(layout: Layout, scores: Scores) -> Scores:
         parts[first] = parts[first] + max(others, default=0)
         raised[kind] = torch.cat(parts)
     return raised
-
-
-def last_neurons_floored(layout: Layout, scores: Scores) -> Scores:
-    """Raise the cheaper half of the last layer's neurons to the median of its neurons.
-
-    The surgeon takes gradients and inputs to be independent. In the last layer they go together
-    most, so it underrates the neurons that go first there: half of them go at the median's price,
-    or none. Neurons keep their order. A neuron that costs nothing is dead, and stays free.
-    Where more than half of the layer goes, a floor in each round would only delay that, so it is
-    applied once, after all rounds. Measured in docs/log.md. LLM-Pruner leaves the
-    last layers whole (arXiv 2305.11627).
-    """
-    if "neurons" not in scores or len(sizes := layout.sizes["neurons"]) < 2:
-        return scores
-    rest, last = scores["neurons"].split([sum(sizes[:-1]), sizes[-1]])
-    costs = last[last > 0]
-    if len(costs):
-        floored = torch.lerp(last, last.clamp(min=float(costs.median())), FLOORED)
-        last = torch.where(last > 0, floored, last)
-    return {**scores, "neurons": torch.cat([rest, last])}
 
 
 def similarity(probe: Probe) -> Scores:
@@ -213,7 +189,6 @@ class Method:
         reads_plain: how many times as much text it takes through the layers one by one, without
             gradients; each layer is told to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
-        settled: turns the layout and the scores after all rounds into the scores that a run uses.
         priced: whether they follow what units cost at the target; see `train.pricing`.
     """
 
@@ -224,7 +199,6 @@ class Method:
     reads: bool = True
     reads_plain: int = 0
     cuts: bool = False
-    settled: Callable[[Layout, Scores], Scores] = lambda layout, scores: scores
     priced: bool = False
 
 
@@ -238,7 +212,7 @@ METHODS: dict[str, Method] = {
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
-    "surgeon": Method(surgeon, reads_plain=3, cuts=True, settled=last_neurons_floored, priced=True),
+    "surgeon": Method(surgeon, reads_plain=3, cuts=True, priced=True),
     "reconstruction": Method(
         reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, reads_plain=1
     ),

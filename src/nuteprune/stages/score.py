@@ -44,8 +44,7 @@ def score(
 ) -> Scores:
     """Return the loss that removing each unit is expected to cost.
 
-    Units that a round removed keep the scores that removed them. `Method.settled` then makes the
-    final scores.
+    Units that a round removed keep the scores that removed them.
 
     Args:
         model: the model.
@@ -74,7 +73,7 @@ def score(
             again = _score_once(model, blocks, method, seed, after, progress)
         kept = masks.to("cpu").values
         found = {k: torch.where(kept[k] > 0, again[k], found[k]) for k in found}
-    return METHODS[method].settled(model.layout, found)
+    return found
 
 
 def stops_before(target: float) -> list[float]:
