@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Output, quiet_loading
-from nuteprune.errors import UserError
-from nuteprune.export.record import read_record
-from nuteprune.files import remove, write_json
+from nuteprune.files import write_json
 from nuteprune.jobs.folder import clear, clear_result, is_stated, share_run
 from nuteprune.jobs.guard import alone, check_out, nothing_left
-from nuteprune.jobs.job import AUTO, PruneJob, what_it_is
+from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
-from nuteprune.jobs.show import print_next, print_plan, print_report, print_results, print_tokens
-from nuteprune.jobs.sources import use_family
+from nuteprune.jobs.show import print_next, print_plan, print_report, print_results
 from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
-from nuteprune.run_folder import RECORD, RUN, SETTINGS
+from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.run_settings import check_same, read_settings
-from nuteprune.train.settings import declared
+from nuteprune.train.run_settings import check_same
 from nuteprune.train.targets import check_reached
 
 
@@ -164,6 +160,8 @@ def run(
 
             steps_in_time = steps_in_time_of(job, after)
         if job.vocab is not None:
+            from nuteprune.jobs.fewer_first import fewer_tokens  # few runs ask for it
+
             stack.enter_context(fewer_tokens(job, Path(scratch), output))
         if job.minutes is not None:
             job = within_minutes(job, Path(scratch) / RUN, output, after, may_exceed)
@@ -186,75 +184,6 @@ def run(
     for record in records.values():
         check_reached(record)
     return Result(records)
-
-
-@contextmanager
-def fewer_tokens(job: PruneJob, scratch: Path, output: Output) -> Iterator[None]:
-    """Cut the vocabulary of a job's model, unless that is done; a job that is refused leaves none.
-
-    Args:
-        job: the job, whose `dense` is written.
-        scratch: a folder for what nobody keeps.
-        output: prints.
-
-    Raises:
-        UserError: for anything that cannot work.
-    """
-    from nuteprune.jobs import vocab  # few runs ask for it
-
-    run, folder, keep = job.out / RUN, Path(job.dense), job.vocab
-    assert keep is not None
-    _check_vocabulary(job)
-    vocab.check_whole(job.model)
-    if job.dry_run:
-        yield
-        return
-    use_family(job.family, job.model)
-    stated = is_stated(job)
-    if stated:
-        now = dict.fromkeys(declared(PruneJob)) | what_it_is(job)
-        check_same(run, read_settings(run) | now, PruneJob)
-    record = read_record(folder) if job.resume and (folder / RECORD).is_file() else None
-    is_new = record is None or not (stated or record["config"] == vocab.asked_for(job, keep))
-    if is_new:
-        if isinstance(keep, int) and job.bits is None:  # refuse before text is written
-            trial = replace(job, dry_run=True)
-            with output.bars() as bars:
-                make_run(trial, trainer_config(trial, scratch / RUN), bars)
-        if job.resume:  # what is half written, or of other settings
-            remove(folder)
-        record = vocab.cut(job, keep, folder, output)
-    else:
-        output.line("Resumed vocab: done before")
-    assert record is not None
-    print_tokens(record["vocab"], output)
-    try:
-        yield
-    except UserError:
-        if is_new and not (run / SETTINGS).is_file():
-            remove(folder)
-        raise
-
-
-def _check_vocabulary(job: PruneJob) -> None:
-    """Refuse what a smaller vocabulary does not go together with.
-
-    Raises:
-        UserError: naming what to do instead.
-    """
-    refused = {
-        "--vocab works in one process alone: run nuteprune vocab first, then prune its "
-        "result": several_started(),
-        f"--own-text {job.own_text} was written with all tokens, and --vocab leaves fewer: run "
-        "nuteprune vocab first, and write and prune with its result": job.own_text is not None,
-        "a dry run reads no text, which tells how many tokens can go: pass a number in place of "
-        "--vocab auto": job.dry_run and job.vocab == AUTO,
-        "a dry run cuts the vocabulary of whole weights: leave out --bits, or --vocab": job.dry_run
-        and job.bits is not None,
-    }
-    for said, holds in refused.items():
-        if holds:
-            raise UserError(said)
 
 
 def begin(job: PruneJob, run: Run) -> None:
