@@ -100,7 +100,8 @@ def test_every_setting_of_ours_says_what_it_is(kind: type) -> None:
 OPTIONS = """
 sparsity params active-params size memory speedup costs shape gates shapes method
 offload steps batch-size gradient-checkpointing out data eval-data text-column length
-device dtype resume overwrite trust-remote-code shares own-text family bits minutes dry-run
+device dtype resume overwrite trust-remote-code shares own-text family bits vocab minutes
+dry-run
 """
 WITHOUT_OPTION = """
 neuron_multiple hidden_multiple for_quantization calibration_blocks priced text_blocks teacher

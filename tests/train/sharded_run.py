@@ -47,6 +47,7 @@ def release() -> None:
 
 def bytes_alive() -> int:
     """Bytes of all tensors in this process, each memory once."""
+    release()
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
     memory = [x.untyped_storage() for x in tensors if not (x.is_meta or isinstance(x, DTensor))]
     return sum({x.data_ptr(): x.nbytes() for x in memory}.values())
@@ -58,7 +59,6 @@ def check_refitted() -> None:
     weights = refit(ready, choose(ready, ready.allocator.chance_scores(), 0.3), blocks)
     assert weights
     assert dist.get_rank() == 0 or all(x.is_meta for x in weights.values())
-    release()
     before = bytes_alive()
     ready.bank.install(weights)
     whole = sum(x.nbytes for x in weights.values())
