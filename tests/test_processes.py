@@ -341,6 +341,27 @@ def test_what_is_dealt_out_is_somebodys_and_nobody_elses(size: int) -> None:
     assert all([x for x in items if each.is_mine(x)] == each.mine(items) for each in team)
 
 
+WRITES = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from nuteprune.data.openings import Openings
+from nuteprune.data.writing import TextInProgress, write_batch
+torch.distributed.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+opening = Openings((1,), (3, 4, 5), (), (), frozenset({2}), frozenset(), 500)
+batch = [TextInProgress(opening, i) for i in range(3)]
+generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+list(write_batch(model, opening, batch, 6, generator, together=True))
+print([x.ids for x in batch])
+"""
+
+
+def test_what_the_main_process_draws_is_what_all_write(tiny_inputs: Inputs) -> None:
+    lines = said(python("-c", WRITES, tiny_inputs[0], processes=2)).splitlines()
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+
+
 ADDS = """
 import sys, torch
 from nuteprune.processes import everyone
