@@ -54,7 +54,7 @@ def use_rates(monkeypatch: pytest.MonkeyPatch, block: float, steps: int = 11) ->
 
 @pytest.mark.parametrize(
     ("block", "blocks", "priced"),
-    [(0.01, 32, True), (0.35, 32, False), (1.0, 12, False), (1.3, 8, False)],
+    [(0.01, 32, True), (0.6, 32, False), (1.7, 12, False), (2.2, 8, False)],
 )
 def test_a_slower_machine_reads_less_before_the_first_step(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int, priced: bool
@@ -137,7 +137,7 @@ def test_the_demo_takes_longer_where_its_minutes_are_too_few(
 def test_what_comes_after_the_run_leaves_fewer_steps(
     tiny_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_rates(monkeypatch, 0.3)
+    use_rates(monkeypatch, 0.1)
     model, text = map(str, tiny_inputs)
     settings = {"target_sparsity": 0.2, "neuron_multiple": 8}
     job = PruneJob(model, tmp_path / "out", data=text, length=16, minutes=4, settings=settings)

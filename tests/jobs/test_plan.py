@@ -339,7 +339,7 @@ def test_few_layers_and_blocks_tell_of_the_scoring_of_many(tmp_path: Path) -> No
     values = config(num_hidden_layers=8)
     args = settings(tmp_path, calibration_blocks=8)
     (ours,) = Plan.of(values, args, 24, torch.float32).score()
-    whole = Walk(values, args, 24, torch.float32).score(8 * METHODS[args.method].reads_plain)
+    whole = Walk(values, args, 24, torch.float32).score(8 * METHODS[args.method].reads)
     assert ours.need.peak == pytest.approx(whole.peak, rel=0.02)
     assert ours.need.flops == pytest.approx(whole.flops, rel=0.02)
 

@@ -21,7 +21,7 @@ from nuteprune.shrink.least_squares import (
     fit_projections,
     low_rank,
 )
-from nuteprune.shrink.ridge import RIDGE, ridge_fit
+from nuteprune.shrink.ridge import RIDGE, ridge_fit, ridge_of
 from nuteprune.stages.prunable import Prunable
 from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig
@@ -50,6 +50,12 @@ def test_ridge_fit_is_least_squares_as_the_ridge_vanishes(monkeypatch) -> None:
     best = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
     assert torch.allclose(fitted[:, kept], best, atol=1e-3)
     assert (fitted[:, ~kept] == 0).all()
+
+
+def test_few_tokens_for_each_input_mean_more_ridge() -> None:
+    assert ridge_of(1536, None) == ridge_of(1536, 144 * 256) == RIDGE
+    assert ridge_of(1536, 36 * 256) == pytest.approx(0.3)
+    assert ridge_of(1536, 1) == 1
 
 
 def test_ridge_fit_leaves_alone_what_makes_up_for_the_loss_already() -> None:
@@ -240,7 +246,8 @@ def fitted_anew(
                     theirs, ours = (reads(x, norm.format(i), tokens_NT) for x in (intact, model))
                     missing_MO += FEEDBACK / scale * (theirs - ours)
                 size = x_MK.shape[1]
-                inputs = torch.cat([x_MK, (RIDGE * x_MK.square().sum(0)).sqrt().diag()])
+                share = ridge_of(x_MI.shape[1], len(x_MI))
+                inputs = torch.cat([x_MK, (share * x_MK.square().sum(0)).sqrt().diag()])
                 outputs = torch.cat([missing_MO, torch.zeros(size, len(weight_OI)).double()])
                 if size:
                     weight_OI[:, kept_I] += torch.linalg.lstsq(inputs, outputs).solution.T

@@ -14,7 +14,7 @@ from nuteprune.gates import surgeon_costs
 from nuteprune.gates.importance import METHODS
 from nuteprune.shrink.least_squares import fit_projections
 from nuteprune.stages.choose import choose
-from nuteprune.stages.score import score, stops_before
+from nuteprune.stages.score import score, stops_before, with_gradients
 from nuteprune.train.prepare import prepare
 from tests.refits import install_weight
 
@@ -26,6 +26,16 @@ from .conftest import KINDS, TEXT, cut_of, plain, settings
 )
 def test_stops_on_the_way(target: float, stops: list[float]) -> None:
     assert stops_before(target) == pytest.approx(stops)
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks", "count"),
+    [("surgeon", 24, 24), ("surgeon", 96, 32), ("surgeon", 192, 64), ("taylor", 8, 8)],
+)
+def test_gradients_are_taken_on_a_third_but_not_on_a_few(
+    method: str, blocks: int, count: int
+) -> None:
+    assert with_gradients(method, blocks) == count
 
 
 @pytest.mark.parametrize(

@@ -185,9 +185,10 @@ class Method:
         kinds: the kinds of gates that it can score.
         reason: why not the others.
         default_kinds: the kinds that it takes where none are named; None: what the model has.
-        reads: whether it needs calibration text.
-        reads_plain: how many times as much text it takes through the layers one by one, without
-            gradients; each layer is told to the probe's `progress`.
+        reads: how many times `calibration_blocks` it reads; 0: it needs no text. Gradients are
+            taken on a part of it; see `score.with_gradients`.
+        by_layer: whether it also takes all of it through the layers one by one; each layer is told
+            to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
         priced: whether they follow what units cost at the target; see `train.pricing`.
     """
@@ -196,8 +197,8 @@ class Method:
     kinds: tuple[str, ...] = GATE_KINDS
     reason: str = ""
     default_kinds: tuple[str, ...] | None = None
-    reads: bool = True
-    reads_plain: int = 0
+    reads: int = 1
+    by_layer: bool = False
     cuts: bool = False
     priced: bool = False
 
@@ -207,14 +208,14 @@ _ONLY_INPUTS = "it judges the inputs of the output and down projections"
 _EXPERTS = ("experts",)
 _ONLY_EXPERTS = "it judges whole routed experts"
 METHODS: dict[str, Method] = {
-    "random": Method(random, reads=False),
+    "random": Method(random, reads=0),
     "wanda": Method(wanda, _INPUTS, _ONLY_INPUTS),
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
-    "surgeon": Method(surgeon, reads_plain=3, cuts=True, priced=True),
+    "surgeon": Method(surgeon, reads=3, by_layer=True, cuts=True, priced=True),
     "reconstruction": Method(
-        reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, reads_plain=1
+        reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, by_layer=True
     ),
     "reap": Method(reap, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS),
     "similarity": Method(

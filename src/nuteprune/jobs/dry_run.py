@@ -163,7 +163,7 @@ def _peaks(job: PruneJob, run: Run, plan: Plan, phases: Sequence[Phase]) -> dict
 def _reckoned(run: Run, writing: float, step: float | None) -> float:
     """Return about how long a run takes that cannot be planned."""
     cut, args = run.cut(), run.args
-    rounds = METHODS[args.method].reads and cut.tries_cuts
+    rounds = METHODS[args.method].reads > 0 and cut.tries_cuts
     stops = len(stops_before(run.goals[-1].sparsity)) * rounds
     # A scored or refitted block costs most of a step's share of one.
     refits = stops + cut.is_priced + len(run.goals)

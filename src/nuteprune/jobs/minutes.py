@@ -31,14 +31,14 @@ from nuteprune.processes import agree
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.price import usual_changes
-from nuteprune.stages.score import stops_before
+from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-SCORE, REFIT, CHANGE, JUDGE = 2.7, 0.8, 0.2, 0.65
-"""Times per block, as multiples of teaching one: scoring, refit, pricing one change, and judging,
-which includes its share of copying."""
+GRADIENTS, BY_LAYER, REFIT, CHANGE, JUDGE = 0.8, 0.5, 0.8, 0.2, 0.65
+"""Times per block, as multiples of teaching one: gradients for the scores, and what else they read
+layer by layer; refit, pricing one change, and judging, which includes its share of copying."""
 CUT = 0.6
 """Time to score a unit of attention by cutting it, as such a multiple. The share of them that is
 cut is about the share to remove; see `copying_kept`."""
@@ -252,10 +252,12 @@ def _times(
 ) -> Times:
     """Return what a run with these settings takes."""
     args, goals = _args(job, settings), trial.goals
-    cut = rates.attention * goals[-1].sparsity * METHODS[args.method].cuts
-    scored = SCORE * args.scored_blocks + CUT * cut
+    method = METHODS[args.method]
+    scored = GRADIENTS * with_gradients(args.method, args.scored_blocks)
+    scored += BY_LAYER * method.by_layer * args.scored_blocks
+    scored += CUT * method.cuts * rates.attention * goals[-1].sparsity
     refit = REFIT * args.refit_blocks
-    again = METHODS[args.method].reads and args.tried and trial.model.can_try_cuts
+    again = method.reads > 0 and args.tried and trial.model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again
     blocks = (1 + stops) * scored + (stops + len(goals)) * refit
     if args.priced_blocks and trial.model.can_try_cuts:

@@ -41,6 +41,8 @@ class _Stop(Exception):
 class Layerwise:
     """Hidden states of some text in front of a decoder layer, at first the first one.
 
+    Its `tokens` are those of all processes.
+
     Args:
         anatomy: the model; no gradients are taken.
         hooks: where masks multiply in it.
@@ -59,6 +61,7 @@ class Layerwise:
         team: Team = ALONE,
     ) -> None:
         self._anatomy, self._hooks, self._masks, self._team = anatomy, hooks, masks, team
+        self.tokens = sum(batch_BT.numel() for batch_BT in batches)
         self._batches_BTD: list[Tensor] = []
         # What else a layer is called with, by batch size: masks and rotary tables differ by layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}

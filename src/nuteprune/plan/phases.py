@@ -207,7 +207,7 @@ class Plan:
     @property
     def stops(self) -> int:
         """How many times the remaining units are scored again."""
-        again = METHODS[self.args.method].reads and self._tries_cuts
+        again = METHODS[self.args.method].reads > 0 and self._tries_cuts
         return len(stops_before(self.targets[-1])) if again else 0
 
     @property

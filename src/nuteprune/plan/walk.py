@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import UserError
 from nuteprune.export.loading import UNREADABLE
-from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import READ
 from nuteprune.judge.perplexity import perplexities
@@ -28,7 +27,7 @@ from nuteprune.plan.need import Need
 from nuteprune.plan.trial import trial_step
 from nuteprune.stages.price import price
 from nuteprune.stages.refit import refit
-from nuteprune.stages.score import score
+from nuteprune.stages.score import score, with_gradients
 from nuteprune.stages.slice import slice_model
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.config import NutePruneConfig
@@ -104,7 +103,7 @@ class Walk:
         # The first time it tells that it begins; the rest of the last stretch is of the one before.
         began, *ticks, rest = live.ticks
         ticks[-1:] = [max(*ticks[-1:], rest)] if ticks else [rest]
-        gradients = blocks // max(1, METHODS[method].reads_plain) if METHODS[method].reads else 0
+        gradients = with_gradients(method, blocks)
         layers = len(self._model.anatomy.layers)
         stretches = [ticks[:gradients]]
         stretches += [ticks[i : i + layers] for i in range(gradients, len(ticks), layers)]

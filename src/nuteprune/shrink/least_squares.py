@@ -32,7 +32,7 @@ from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered, is_sharded
 from nuteprune.processes import ALONE, Team
-from nuteprune.shrink.ridge import ridge_fit, with_ridge
+from nuteprune.shrink.ridge import RIDGE, ridge_fit, with_ridge
 from nuteprune.shrink.stacks import fitted_stack, lost_neurons
 
 FEEDBACK = 0.5
@@ -66,6 +66,7 @@ class Regression:
         covariance_II: X^T X of its unmasked inputs, fp32.
         target_OI: the weight whose outputs from all inputs the fit aims at, fp32.
         missing_OI: E^T X, with E what it aims at beyond these outputs, fp32; None: nothing.
+        tokens: rows of X.
         team: the processes that share the rows out.
     """
 
@@ -73,6 +74,7 @@ class Regression:
     covariance_II: Tensor
     target_OI: Tensor
     missing_OI: Tensor | None
+    tokens: int
     team: Team = ALONE
 
     def fit(self, mask_I: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class Regression:
         def fitted(rows: slice) -> Tensor:
             missing_OI = None if self.missing_OI is None else self.missing_OI[rows]
             own = self.weight_OI[rows], self.covariance_II, mask_I, self.target_OI[rows]
-            return ridge_fit(*own, missing_OI)
+            return ridge_fit(*own, missing_OI, self.tokens)
 
         return self.team.by_rows(len(self.weight_OI), fitted)
 
@@ -213,7 +215,7 @@ def _regression(
         target_OI = weight_of(without_lora(module)).to(torch.float32, copy=copies)
     if missing_OI is not None:
         missing_OI.mul_(FEEDBACK / lack.scale)
-    return Regression(weight_OI, covariance_II, target_OI, missing_OI, team)
+    return Regression(weight_OI, covariance_II, target_OI, missing_OI, text.tokens, team)
 
 
 def masked_ends(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
@@ -253,7 +255,7 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     those of (W' - W) C^1/2. R is `rank`, or less where fewer directions count.
     """
     kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()
-    inner_KK = with_ridge(fit.covariance_II, kept_K).double()
+    inner_KK = with_ridge(fit.covariance_II, kept_K, RIDGE).double()
     update_OK = (fit.weight_OI - base_OI.float())[:, kept_K].double()
     # Left singular vectors and values of U C^1/2, from U C U^T: many times cheaper than an SVD.
     squares_O, vectors_OO = torch.linalg.eigh(update_OK @ inner_KK @ update_OK.T)

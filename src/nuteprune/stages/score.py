@@ -27,6 +27,8 @@ from nuteprune.stages.refit import refit
 
 PLAIN_BATCH = 4
 """Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
+SEQUENCES = 32
+"""Blocks that gradients are taken on at least, where there are as many: few decide at random."""
 MOST_AT_ONCE = 0.3
 """Largest share of the projections that one scoring may remove; see docs/log.md."""
 
@@ -82,13 +84,19 @@ def stops_before(target: float) -> list[float]:
     return [target * i / rounds for i in range(1, rounds)]
 
 
+def with_gradients(method: str, blocks: int) -> int:
+    """Return on how many of the blocks that a method reads it takes gradients."""
+    reads = METHODS[method].reads
+    return min(blocks, max(SEQUENCES, blocks // reads)) if reads else 0
+
+
 def _score_once(
     model: Prunable, blocks: Tensor, method: str, seed: int, target: float, progress: Progress
 ) -> Scores:
     chosen, kinds, anatomy = METHODS[method], model.kinds, model.anatomy
     # One block at a time where a scoring may need all logits of a batch.
-    batches = blocks[: len(blocks) // max(1, chosen.reads_plain)].split(1) if chosen.reads else ()
-    plain = blocks.split(PLAIN_BATCH) if chosen.reads_plain else ()
+    batches = blocks[: with_gradients(method, len(blocks))].split(1)
+    plain = blocks.split(PLAIN_BATCH) if chosen.by_layer else ()
     cut = sum(kind in kinds for kind in ("heads", "kv_groups")) * chosen.cuts
     turns = len(batches) + len(anatomy.layers) * (bool(plain) + cut)
     tick = counted(progress, "score", turns)

@@ -167,9 +167,8 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
 
     @property
     def scored_blocks(self) -> int:
-        """Blocks that the one-shot scores read, those without gradients among them."""
-        method = METHODS[self.method]
-        return self.calibration_blocks * max(int(method.reads), method.reads_plain)
+        """Blocks that the one-shot scores read."""
+        return self.calibration_blocks * METHODS[self.method].reads
 
     @property
     def refit_blocks(self) -> int:

@@ -71,7 +71,7 @@ class Cut:
         """Return the score of each unit."""
         args, model = self.args, self.model
         blocks_NT = self._end_NT[: args.scored_blocks]
-        rounds = METHODS[args.method].reads and self.tries_cuts
+        rounds = METHODS[args.method].reads > 0 and self.tries_cuts
         target = model.goals[-1].sparsity
 
         return self.products.keep(
