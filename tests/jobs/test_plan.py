@@ -33,6 +33,7 @@ from nuteprune.plan.need import ONE_BY_ONE, PARTS_OF_LAYERS, SHORT, Need, extend
 from nuteprune.plan.phases import Phase, Plan
 from nuteprune.plan.walk import Walk, model_of
 from nuteprune.progressive.config import ProgressiveConfig
+from nuteprune.stages.score import with_gradients
 from nuteprune.train.config import NutePruneConfig
 from tests.unplanned import leave_unplanned
 from tests.wrapped import CONFIGS
@@ -278,7 +279,7 @@ def test_what_is_saved_on_a_cpu_is_mapped(tmp_path: Path, monkeypatch: pytest.Mo
 
 STAGES: dict[str, Callable[[Walk], Need]] = {
     "judge": Walk.judge,
-    "score": lambda x: x.score(6),
+    "score": lambda x: x.score(6, 2),
     "price": lambda x: x.price(4),
     "refit": lambda x: x.refit(4),
     "teach": Walk.teach,
@@ -339,7 +340,9 @@ def test_few_layers_and_blocks_tell_of_the_scoring_of_many(tmp_path: Path) -> No
     values = config(num_hidden_layers=8)
     args = settings(tmp_path, calibration_blocks=8)
     (ours,) = Plan.of(values, args, 24, torch.float32).score()
-    whole = Walk(values, args, 24, torch.float32).score(8 * METHODS[args.method].reads)
+    blocks = 8 * METHODS[args.method].reads
+    gradients = with_gradients(args.method, blocks)
+    whole = Walk(values, args, 24, torch.float32).score(blocks, gradients)
     assert ours.need.peak == pytest.approx(whole.peak, rel=0.02)
     assert ours.need.flops == pytest.approx(whole.flops, rel=0.02)
 
@@ -378,7 +381,11 @@ def test_gradients_of_many_blocks_hold_no_more_than_of_one(tmp_path: Path) -> No
     values, half = config(vocab_size=5000, num_hidden_layers=2), torch.bfloat16
 
     def held(blocks: int) -> float:
-        return Walk(values, settings(tmp_path), 24, half, stored=half).score(blocks).peaks[0]
+        return (
+            Walk(values, settings(tmp_path), 24, half, stored=half)
+            .score(blocks, blocks // 3)
+            .peaks[0]
+        )
 
     assert held(9) == pytest.approx(held(3), rel=0.01)
 

@@ -35,7 +35,7 @@ from nuteprune.plan.need import (
 from nuteprune.plan.sizes import Sizes
 from nuteprune.plan.walk import Walk, model_of
 from nuteprune.stages.price import usual_changes
-from nuteprune.stages.score import stops_before
+from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
@@ -254,10 +254,14 @@ class Plan:
         if args.progressive and not args.scored_blocks:  # masks that are learned
             return []
 
-        def scored(blocks: int) -> Need:
-            return self.walked(partial(Walk.score, blocks=blocks), PARTS_OF_LAYERS)
+        count = args.scored_blocks
+        share = with_gradients(args.method, count) / max(1, count)
 
-        need = in_batches(scored, args.scored_blocks, FEW_BLOCKS)
+        def scored(blocks: int) -> Need:
+            stage = partial(Walk.score, blocks=blocks, gradients=round(share * blocks))
+            return self.walked(stage, PARTS_OF_LAYERS)
+
+        need = in_batches(scored, count, FEW_BLOCKS)
         if stops := self.stops:
             need = need.times(1 + stops).held(self.refitted).then(self._refits[0].times(stops))
         return [Phase("score", need)]

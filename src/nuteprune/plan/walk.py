@@ -27,7 +27,7 @@ from nuteprune.plan.need import Need
 from nuteprune.plan.trial import trial_step
 from nuteprune.stages.price import price
 from nuteprune.stages.refit import refit
-from nuteprune.stages.score import score, with_gradients
+from nuteprune.stages.score import score
 from nuteprune.stages.slice import slice_model
 from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.config import NutePruneConfig
@@ -94,16 +94,16 @@ class Walk:
             perplexities(self._model.anatomy.model, {"": self._text(JUDGED)}, batch_size=JUDGED)
         return Need.of(live)
 
-    def score(self, blocks: int) -> Need:
+    def score(self, blocks: int, gradients: int) -> Need:
         """Score the units once on so much text: gradients, then layer by layer, in stretches."""
         method = self._args.method
         with self._counting() as live:
-            score(self._model, self._text(blocks), method=method, progress=live.progress)
+            text, told = self._text(blocks), live.progress
+            score(self._model, text, method=method, gradients=gradients, progress=told)
             live.progress()
         # The first time it tells that it begins; the rest of the last stretch is of the one before.
         began, *ticks, rest = live.ticks
         ticks[-1:] = [max(*ticks[-1:], rest)] if ticks else [rest]
-        gradients = with_gradients(method, blocks)
         layers = len(self._model.anatomy.layers)
         stretches = [ticks[:gradients]]
         stretches += [ticks[i : i + layers] for i in range(gradients, len(ticks), layers)]

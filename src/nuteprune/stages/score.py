@@ -40,6 +40,7 @@ def score(
     method: str = METHOD,
     target: float = 0.0,
     refit_blocks: Tensor | None = None,
+    gradients: int | None = None,
     batch_size: int = 4,
     seed: int = 42,
     progress: Progress = silent,
@@ -50,11 +51,12 @@ def score(
 
     Args:
         model: the model.
-        blocks: token ids (N, T) of calibration text; methods that also read without gradients take
-            gradients on the first of them alone.
+        blocks: token ids (N, T) of calibration text.
         method: a key of `gates.importance.METHODS`.
         target: the largest sparsity that is to be reached; 0: it is not known.
         refit_blocks: token ids (N, T) for the refit of each round; None: there are no rounds.
+        gradients: on how many of the blocks, the first ones, gradients are taken; None:
+            `with_gradients`.
         batch_size: blocks that go through a layer together in the refit.
         seed: draws the random scores, and tokens that repeat.
         progress: told of scoring and refit.
@@ -66,13 +68,14 @@ def score(
         RunFailed: if scores are not finite.
     """
     goals = [target] if refit_blocks is None else [*stops_before(target), target]
-    found = _score_once(model, blocks, method, seed, goals[0], progress)
+    count = with_gradients(method, len(blocks)) if gradients is None else gradients
+    found = _score_once(model, blocks, count, method, seed, goals[0], progress)
     for sparsity, after in pairwise(goals):
         assert refit_blocks is not None
         masks = choose(model, found, sparsity)
         weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress)
         with model.bank.using_weights(weights):
-            again = _score_once(model, blocks, method, seed, after, progress)
+            again = _score_once(model, blocks, count, method, seed, after, progress)
         kept = masks.to("cpu").values
         found = {k: torch.where(kept[k] > 0, again[k], found[k]) for k in found}
     return found
@@ -91,11 +94,17 @@ def with_gradients(method: str, blocks: int) -> int:
 
 
 def _score_once(
-    model: Prunable, blocks: Tensor, method: str, seed: int, target: float, progress: Progress
+    model: Prunable,
+    blocks: Tensor,
+    gradients: int,
+    method: str,
+    seed: int,
+    target: float,
+    progress: Progress,
 ) -> Scores:
     chosen, kinds, anatomy = METHODS[method], model.kinds, model.anatomy
     # One block at a time where a scoring may need all logits of a batch.
-    batches = blocks[: with_gradients(method, len(blocks))].split(1)
+    batches = blocks[:gradients].split(1) if gradients else ()
     plain = blocks.split(PLAIN_BATCH) if chosen.by_layer else ()
     cut = sum(kind in kinds for kind in ("heads", "kv_groups")) * chosen.cuts
     turns = len(batches) + len(anatomy.layers) * (bool(plain) + cut)
