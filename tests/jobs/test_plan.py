@@ -478,7 +478,10 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names = [phase["phase"] for phase in plan["phases"]]
     assert names == ["write", "judge", "score", "price", "refit", "teach", "slice", "save"]
     assert plan["main_memory_bytes"] == plan["weights_bytes"]
-    assert plan["seconds"] == pytest.approx(sum(x["flops"] for x in plan["phases"]) / 1e9)
+    work = {x["phase"]: x["flops"] / 1e9 for x in plan["phases"]}
+    assert plan["seconds"] == pytest.approx(sum(work.values()))
+    halved = sum(work[x] for x in ("score", "price", "refit", "teach")) / 2
+    assert plan["seconds_on_devices"] == pytest.approx(plan["seconds"] - halved)
     sharded = next(x for x in plan["settings"] if "sharded" in x["settings"])
     assert sharded["how"] == "formula"
     assert not [x for x in plan["settings"] if "--offload" in x["settings"]]  # of one process

@@ -26,7 +26,7 @@ from nuteprune.jobs.text import share_to_write
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
-from nuteprune.plan.phases import FORMULA, ON_CPUS, SIMULATED, Phase, Plan
+from nuteprune.plan.phases import FORMULA, ON_CPUS, SHARED_OUT, SIMULATED, Phase, Plan
 
 SPARE = 0.95
 """Share of a device's memory that a run may take; allocators and libraries have the rest."""
@@ -135,11 +135,19 @@ def _taken(job: PruneJob, asked: Asked, planned: Plan, phases: Sequence[Phase]) 
         "main_memory_bytes": sizes.weights * planned.written.itemsize // dtype.itemsize,
         "disk_bytes": planned.disk(),
         "seconds": sum(x["seconds"] for x in entries),
+        "seconds_on_devices": sum(_shared_and_whole(entries, asked.devices)),
         "flops_per_second": rate.plain,
         "fine_flops_per_second": rate.fine,
         **({"bytes_per_second": rate.read} if rate.read else {}),
         "rate": "named" if asked.rate else "measured here",
     }
+
+
+def _shared_and_whole(entries: Sequence[Mapping[str, Any]], devices: int) -> tuple[float, float]:
+    """Return the seconds of phases that devices share out, of each, and of those that one has."""
+    shared = [x["seconds"] for x in entries if x["phase"] in SHARED_OUT]
+    whole = [x["seconds"] for x in entries if x["phase"] not in SHARED_OUT]
+    return sum(shared) / devices, sum(whole)
 
 
 def _choices(planned: Plan, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
@@ -259,6 +267,8 @@ def _print(result: Mapping[str, Any], planned: Plan, output: Output) -> None:
         output.line(
             f"Fits    {result['fits'] or 'none of these; take more memory or a smaller model'}"
         )
+        if result["devices"] > 1:
+            _print_shares(result, output)
     written = sum(x for what, x in result["disk_bytes"].items() if what not in ON_CPUS)
     output.line(
         f"Disk    {megabytes(written)}; main memory: {megabytes(result['main_memory_bytes'])} of "
@@ -268,4 +278,17 @@ def _print(result: Mapping[str, Any], planned: Plan, output: Output) -> None:
         f"Time    {duration(result['seconds'])} at {result['flops_per_second'] / 1e12:.2f} "
         f"TFLOP/s, {result['rate']}; products alone are counted"
         + (", and what writing reads" if "bytes_per_second" in result else "")
+    )
+
+
+def _print_shares(result: Mapping[str, Any], output: Output) -> None:
+    """Print how long several devices take for the same batches, and what one does for all."""
+    names = [x["phase"] for x in result["phases"] if x["seconds"] >= 1]
+    shared, whole = _shared_and_whole(result["phases"], result["devices"])
+    together = ", ".join(x for x in names if x in SHARED_OUT)
+    alone = ", ".join(x for x in names if x not in SHARED_OUT)
+    output.line(
+        f"Devices {duration(shared + whole)} with the weights whole on each of "
+        f"{result['devices']}; {duration(shared)} for what they share out ({together})"
+        + (f", {duration(whole)} for what one does ({alone})" if alone else "")
     )
