@@ -155,7 +155,7 @@ def test_inversions_take_time_too(
     def of(stage: Callable[[Walk], Need]) -> Need:
         return stage(Walk(config, args, LENGTH, torch.bfloat16))
 
-    assert of(lambda x: x.score(6)).fine > config.num_hidden_layers * neurons**3
+    assert of(lambda x: x.score(6, 2)).fine > config.num_hidden_layers * neurons**3
     assert of(lambda x: x.refit(8)).fine > config.num_hidden_layers * neurons**3 / 3
     judge = of(Walk.judge)
     assert judge.fine < judge.flops
