@@ -54,7 +54,7 @@ def use_rates(monkeypatch: pytest.MonkeyPatch, block: float, steps: int = 11) ->
 
 @pytest.mark.parametrize(
     ("block", "blocks", "priced"),
-    [(0.01, 32, True), (0.6, 32, False), (1.7, 12, False), (2.2, 8, False)],
+    [(0.01, 32, True), (0.5, 32, False), (1.4, 12, False), (1.8, 8, False)],
 )
 def test_a_slower_machine_reads_less_before_the_first_step(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int, priced: bool

@@ -36,7 +36,7 @@ from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-GRADIENTS, BY_LAYER, REFIT, CHANGE, JUDGE = 0.8, 0.5, 0.8, 0.2, 0.65
+GRADIENTS, BY_LAYER, REFIT, CHANGE, JUDGE = 1.0, 0.7, 0.85, 0.2, 0.75
 """Times per block, as multiples of teaching one: gradients for the scores, and what else they read
 layer by layer; refit, pricing one change, and judging, which includes its share of copying."""
 CUT = 0.6
@@ -80,15 +80,17 @@ class Rates:
 
     Args:
         block: seconds to teach a block.
-        token: seconds to write a token; 0 where the model writes none.
+        token: seconds to write a token more; 0 where the model writes none.
         changes: changes of the cut that pricing measures.
         attention: units of attention, which some methods cut one by one.
+        first: seconds to write as little as a run may: its texts go on token by token.
     """
 
     block: float
     token: float
     changes: float
     attention: int = 0
+    first: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -162,24 +164,29 @@ def _planned(job: PruneJob, plan: Mapping[str, Any]) -> PruneJob:
 
 def _measured(run: Run) -> Rates:
     """Time a step, and the first positions of what the model writes."""
-    model, token = run.model, 0.0
+    model, token, first = run.model, 0.0, 0.0
     block = seconds_per_step(run.first, passes=1) / run.args.sequences_per_step
     if run.text.to_write:
+
+        def seconds(tokens: int) -> float:
+            how: dict[str, Any] = {"tokens": tokens, "length": run.text.length}
+            return seconds_to_write(model.anatomy.model, run.text.tokenizer, **how)
+
         with model.model.disable_adapter():
-            how: dict[str, Any] = {"tokens": TIMED, "length": run.text.length}
-            token = seconds_to_write(model.anatomy.model, run.text.tokenizer, **how) / TIMED
+            first = seconds(run.text.to_write)
+            token = max(0.0, seconds(TIMED) - first) / TIMED
     sizes = model.layout.sizes
     changes = sum(usual_changes(kind, x) for kind in model.kinds for x in sizes[kind])
     attention = sum(sum(sizes[kind]) for kind in model.kinds if kind in ("heads", "kv_groups"))
-    return Rates(block, token, changes, attention)
+    return Rates(block, token, changes, attention, first)
 
 
 def _agreed(rates: Rates, left: float) -> tuple[Rates, float]:
     """Return the main process's rates and time left, so that all processes make its plan."""
-    measured = torch.tensor([rates.block, rates.token, left], dtype=torch.float64)
+    measured = torch.tensor([rates.block, rates.token, rates.first, left], dtype=torch.float64)
     agree([measured])
-    block, token, left = measured.tolist()
-    return replace(rates, block=block, token=token), left
+    block, token, first, left = measured.tolist()
+    return replace(rates, block=block, token=token, first=first), left
 
 
 def shared_out(
@@ -264,10 +271,11 @@ def _times(
         blocks += refit + CHANGE * args.priced_blocks * rates.changes
     share = share_to_write(job)
     read = args.calibrated_blocks
-    text = tokens_to_write(read, read, share, job.length) * rates.token if share else 0.0
+    written = tokens_to_write(read, read, share, job.length) if share else 0
+    text = rates.first + rates.token * written if written else 0.0
     # Steps beyond what is calibrated on need text too, which is written before.
-    written = rates.token * share * job.length
-    step = (rates.block + written) * args.sequences_per_step * len(goals)
+    more = rates.token * share * job.length
+    step = (rates.block + more) * args.sequences_per_step * len(goals)
     return Times(blocks * rates.block + text, judging, step)
 
 
