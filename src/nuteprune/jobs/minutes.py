@@ -36,7 +36,7 @@ from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-GRADIENTS, BY_LAYER, REFIT, CHANGE, JUDGE = 1.0, 0.7, 0.85, 0.2, 0.75
+GRADIENTS, BY_LAYER, REFIT, CHANGE, JUDGE = 1.1, 0.75, 0.85, 0.2, 0.8
 """Times per block, as multiples of teaching one: gradients for the scores, and what else they read
 layer by layer; refit, pricing one change, and judging, which includes its share of copying."""
 CUT = 0.6
@@ -219,19 +219,20 @@ def shared_out(
     each = round(min(job.eval_blocks, max(LEAST_JUDGED, JUDGING * seconds / judged)))
     judging = judged * each
     times = None
-    for settings in _options(job):
+    *_, last = options = list(_options(job))
+    for settings in options:
         times = _times(job, trial, rates, settings, judging)
         steps = math.floor((seconds - judging - times.before) / times.step)
-        least = may_exceed and settings["calibration_blocks"] == OPTIONS[-1][0]
-        share = BEFORE[settings["priced"]]
-        if least or (times.before <= share * (seconds - judging) and steps >= FEWEST):
+        share = 1.0 if settings is last else BEFORE[settings["priced"]]
+        fits = times.before <= share * (seconds - judging) and steps >= FEWEST
+        if fits or (may_exceed and settings is last):
             steps = max(steps, FEWEST)
             read = _args(job, settings).calibrated_blocks
             blocks = max(steps * trial.args.sequences_per_step, read)
             plan = {**settings, "max_steps": steps, "text_blocks": blocks, "eval_blocks": each}
             return plan, times
     assert times is not None
-    needed = (times.before / BEFORE[False] + judging) + (time.monotonic() - job.started)
+    needed = times.before + judging + FEWEST * times.step + time.monotonic() - job.started
     raise UserError(
         f"--minutes {job.minutes} is too little time: on this machine {math.ceil(needed / 60)} "
         "minutes are needed; pass more, or --steps 0 --method taylor for the least there is"
