@@ -46,9 +46,11 @@ def pruned(run: Any, tiny_inputs: Any, tmp_path: Path) -> Any:
     return call
 
 
-def use_rates(monkeypatch: pytest.MonkeyPatch, block: float, steps: int = 11) -> None:
+def use_rates(
+    monkeypatch: pytest.MonkeyPatch, block: float, steps: int = 11, first: float = 0.0
+) -> None:
     """Let every machine be as fast, and let there be time for so many steps in the end."""
-    monkeypatch.setattr(minutes, "_measured", lambda _: Rates(block, block / 40, 20))
+    monkeypatch.setattr(minutes, "_measured", lambda _: Rates(block, block / 40, 20, first=first))
     monkeypatch.setattr(minutes, "steps_in_time_of", lambda *_: lambda *_: steps)
 
 
@@ -145,6 +147,20 @@ def test_what_comes_after_the_run_leaves_fewer_steps(
         within_minutes(job, tmp_path / "scratch", Output(quiet=True), after).settings["max_steps"]
         for after in (0.0, 10.0)
     ]
+    assert steps[0] > steps[1] + 5
+
+
+def test_text_takes_a_while_however_little_it_is(
+    tiny_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = map(str, tiny_inputs)
+    settings = {"target_sparsity": 0.2, "neuron_multiple": 8}
+    job = PruneJob(model, tmp_path / "out", data=text, length=16, minutes=4, settings=settings)
+    steps = []
+    for first in (0.0, 40.0):
+        use_rates(monkeypatch, 0.1, first=first)
+        planned = within_minutes(job, tmp_path / "scratch", Output(quiet=True))
+        steps.append(planned.settings["max_steps"])
     assert steps[0] > steps[1] + 5
 
 

@@ -38,6 +38,23 @@ def test_gradients_are_taken_on_a_third_but_not_on_a_few(
     assert with_gradients(method, blocks) == count
 
 
+@pytest.mark.parametrize(("gradients", "count"), [(None, 6), (2, 2)])
+def test_so_many_blocks_have_gradients(
+    gradients: int | None, count: int, tiny_model: Any, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+    watched = replace(
+        METHODS["surgeon"], score=lambda x: asked.append(x) or METHODS["fisher"].score(x)
+    )
+    ready = prepare(tiny_model("llama"), settings(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "surgeon", watched)
+        score(ready, TEXT[:6], gradients=gradients)
+    [probe] = asked
+    assert sum(map(len, probe.batches)) == count
+    assert sum(map(len, probe.plain_batches)) == 6
+
+
 @pytest.mark.parametrize(
     ("more", "rounds", "priced"),
     [

@@ -190,7 +190,7 @@ class Method:
         by_layer: whether it also takes all of it through the layers one by one; each layer is told
             to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
-        priced: whether they follow what units cost at the target; see `train.pricing`.
+        priced: whether they follow what units cost at the target; see `stages.price`.
     """
 
     score: Callable[[Probe], Scores]

@@ -83,7 +83,7 @@ class Rates:
         token: seconds to write a token more; 0 where the model writes none.
         changes: changes of the cut that pricing measures.
         attention: units of attention, which some methods cut one by one.
-        first: seconds to write as little as a run may: its texts go on token by token.
+        first: seconds to write the least text that a run writes; what is beyond costs `token`.
     """
 
     block: float
@@ -219,13 +219,14 @@ def shared_out(
     each = round(min(job.eval_blocks, max(LEAST_JUDGED, JUDGING * seconds / judged)))
     judging = judged * each
     times = None
-    *_, last = options = list(_options(job))
+    options = list(_options(job))
     for settings in options:
         times = _times(job, trial, rates, settings, judging)
         steps = math.floor((seconds - judging - times.before) / times.step)
-        share = 1.0 if settings is last else BEFORE[settings["priced"]]
+        is_last = settings is options[-1]
+        share = 1.0 if is_last else BEFORE[settings["priced"]]
         fits = times.before <= share * (seconds - judging) and steps >= FEWEST
-        if fits or (may_exceed and settings is last):
+        if fits or (may_exceed and is_last):
             steps = max(steps, FEWEST)
             read = _args(job, settings).calibrated_blocks
             blocks = max(steps * trial.args.sequences_per_step, read)

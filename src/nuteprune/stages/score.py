@@ -28,7 +28,8 @@ from nuteprune.stages.refit import refit
 PLAIN_BATCH = 4
 """Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
 SEQUENCES = 32
-"""Blocks that gradients are taken on at least, where there are as many: few decide at random."""
+"""Blocks that gradients are taken on at least, where there are as many. With 8 the choice of units
+is much worse; see docs/log.md."""
 MOST_AT_ONCE = 0.3
 """Largest share of the projections that one scoring may remove; see docs/log.md."""
 
