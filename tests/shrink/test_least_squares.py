@@ -125,6 +125,21 @@ def test_refit_lowers_the_distance_to_the_intact_model(tiny_model) -> None:
     assert (fitted - dense).norm() < (plain - dense).norm()
 
 
+def test_fits_know_how_many_tokens_they_read(tiny_model, monkeypatch) -> None:
+    anatomy, hooks, masks = pruned(tiny_model)
+    seen = []
+
+    def noting(*args: Any) -> torch.Tensor:
+        seen.append(args[-1])
+        return ridge_fit(*args)
+
+    monkeypatch.setattr("nuteprune.shrink.least_squares.ridge_fit", noting)
+    batches = torch.randint(0, 100, (6, 8)).split(4)  # of different sizes
+    fit_projections(anatomy, hooks, masks, batches, install_weight(anatomy))
+    assert seen
+    assert set(seen) == {48}
+
+
 def test_no_text_is_read_where_nothing_has_lost_inputs(tiny_model) -> None:
     anatomy, ticks = Anatomy(tiny_model("mixtral")), []
     masks = Masks.open(Layout(anatomy.shape, anatomy.head_dim), ["experts"])
