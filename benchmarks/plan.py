@@ -214,7 +214,7 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     trainer = kind(dense, args, BlockDataset(tokens), stored_dtype=stored)
     del dense
     copying_losses.copying_losses = few_losses
-    for stage in ("score", "price", "refit"):
+    for stage in ("score", "refit"):
         watch.around(cut, stage, lambda name=stage: name)
     watch.around(progressive, "refit", lambda: "refit")
     with watch.phase("teach"):

@@ -226,7 +226,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             cut = self.cut(cell, Path(folder))
             goal = cut.model.goals[-1]
-            masks = cut.choose(cut.price(cut.score()), goal)
+            masks = cut.choose(cut.score(), goal)
             plain = {**self.judged(cut, masks), "seconds": seconds_of(cut.products)}
             refitted = {}
             if (weights := cut.refit(masks, goal)) is not None:

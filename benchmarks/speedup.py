@@ -124,7 +124,7 @@ class Comparison:
         self.cut = bench.cut(cell, bench.folder / "stages", keeps=True)
         self.allocator = self.cut.model.allocator
         self.seconds = seconds_of(self.costs, self.allocator.budget, "decode")
-        self.scores = self.cut.price(self.cut.score())
+        self.scores = self.cut.score()
         self.cut.products = Products(None, {})  # what comes is of several shapes
 
     def _costs(self) -> dict[str, Any]:

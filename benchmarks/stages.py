@@ -30,9 +30,9 @@ from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.text import share_to_write
 from nuteprune.plan.phases import Phase, Plan
 
-STAGES = ("write", "score", "price", "refit", "teach")
+STAGES = ("write", "score", "refit", "teach")
 TIMES = 5
-PLANNED = ("target_sparsity", "max_steps", "calibration_blocks", "priced", "text_blocks")
+PLANNED = ("target_sparsity", "max_steps", "calibration_blocks", "text_blocks")
 
 
 def phases_of(row: Mapping[str, Any]) -> list[Phase]:

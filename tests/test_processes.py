@@ -161,7 +161,7 @@ def test_a_sharded_run_writes_the_weights_of_one_process(
     asked += ["--set", "sharded=true"]
     said(python(*QUICK, *command(tiny_inputs, two, batch_size=4, **same), *asked, processes=2))
     records = [json.loads((x / "nuteprune.json").read_text()) for x in (one, two)]
-    assert all(x["sparsity"] >= sparsity and "price" in x["stages"] for x in records)
+    assert all(x["sparsity"] >= sparsity for x in records)
     for name in ("model.safetensors", "run/refit.safetensors"):
         assert_alike(*(load_file(x / name) for x in (two, one)))
 

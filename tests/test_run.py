@@ -18,7 +18,7 @@ from tests.undrawn import leave_blank
 
 pytestmark = pytest.mark.slow(2)
 
-STAGES = ("judge", "score", "price", "choose", "refit")
+STAGES = ("judge", "score", "choose", "refit")
 """Those whose product a run goes on with, in their order."""
 
 
@@ -137,7 +137,7 @@ def test_a_run_that_is_done_is_cut_and_judged_anew(
 
 
 PLAIN: dict[str, Any] = {"method": "fisher", "quiet": True}
-"""Scores that depend on no target, up to 30 %, as those of the default and its prices do."""
+"""Scores that depend on no target, up to 30 %, as those of the default do."""
 
 
 @pytest.mark.parametrize("settings", [{}, {"progressive": True}], ids=["fixed", "ramp"])
@@ -179,7 +179,7 @@ def test_several_goals_share_scores_and_the_dense_models_figures(
 ) -> None:
     result = prune(inputs, tmp_path / "out", sparsity=(0.15, 0.3), steps=0, quiet=True)
     assert begun == [
-        *("judge", "score", "price"),
+        *("judge", "score"),
         *("choose", "refit", "teach", "slice", "judge"),
         *("choose", "refit", "teach", "slice", "judge"),
     ]

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from nuteprune.jobs.vocab import vocab
     from nuteprune.stages.choose import choose
     from nuteprune.stages.judge import judge
-    from nuteprune.stages.price import price
     from nuteprune.stages.refit import refit
     from nuteprune.stages.score import score
     from nuteprune.stages.slice import slice_model
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from nuteprune.train.trainer import NutePruneTrainer
 
 _HOMES = {
-    **{x: f"stages.{x}" for x in ("choose", "judge", "price", "refit", "score", "write")},
+    **{x: f"stages.{x}" for x in ("choose", "judge", "refit", "score", "write")},
     **{x: f"jobs.{x}" for x in ("prune", "recover", "vocab")},
     "NutePruneConfig": "train.config",
     "NutePruneTrainer": "train.trainer",
@@ -49,7 +48,6 @@ __all__ = [
     "judge",
     "load_pruned",
     "prepare",
-    "price",
     "prune",
     "recover",
     "refit",

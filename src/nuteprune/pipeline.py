@@ -1,8 +1,7 @@
-"""The main job on one screen: nine stages, each a module of `stages`, in order.
+"""The main job on one screen: eight stages, each a module of `stages`, in order.
 
     write    the dense model writes its share of the text
     score    what each unit costs
-    price    what the cuts cost at the target; the scores follow
     choose   which units go
     refit    the weights that stay, by least squares
     teach    LoRA, distilled from the dense model
@@ -38,7 +37,6 @@ def pipeline(run: Run) -> dict[Path, Record]:
     dense = run.judge_dense()
     cut = run.cut()
     scores = cut.score()
-    scores = cut.price(scores)
     records = {}
     for goal in run.each_goal():
         masks = cut.choose(scores, goal)

@@ -145,7 +145,7 @@ class Run:
         return found
 
     def cut(self) -> Cut:
-        """Return the stages before the first step: score, price, choose, refit."""
+        """Return the stages before the first step: score, choose, refit."""
         text, products = self.text.training, self.products
         return Cut(self.model, self.args, text, products, self.progress, self.run_folder_of)
 

@@ -10,7 +10,7 @@ run/
 settings.json                                    what the run is
 vocab/                                           the model with fewer tokens, if asked for
 self.jsonl                                       write: text that the dense model wrote
-score.safetensors  price.safetensors             score, price: what each unit costs
+score.safetensors                                score: what each unit costs
 choose.safetensors                               choose: masks, kind -> (N,)
 refit.safetensors                                refit: the weights that stay
 judge.json                                       judge: figures of the dense model

@@ -42,7 +42,6 @@ MODULES = ("nuteprune.cli.app", "nuteprune.cli.demo", "nuteprune.cli.prune", "nu
 LAZY = ("transformers.models.llama.modeling_llama", "transformers.trainer", "datasets", "pyarrow")
 PHASES = {
     "nuteprune.stages.score:score": "scoring",
-    "nuteprune.stages.price:price": "pricing",
     "nuteprune.stages.choose:choose": "choosing",
     "nuteprune.stages.refit:refit": "refitting",
     "nuteprune.products:Products._write": "keeping a product",

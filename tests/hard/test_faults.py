@@ -63,11 +63,11 @@ class Job:
 JOBS = {
     "prune": Job(
         f"{PRUNE} --sparsity 0.3 --steps 6",
-        *(90, CUTTING | {"writing text", "pricing", "choosing", "keeping a product"}, "--resume"),
+        *(90, CUTTING | {"writing text", "choosing", "keeping a product"}, "--resume"),
     ),
     "prune to two targets": Job(
         f"{PRUNE} --sparsity 0.2,0.4 --steps 4",
-        *(90, CUTTING | {"pricing", "choosing", "cutting a copy"}, "--resume"),
+        *(90, CUTTING | {"choosing", "cutting a copy"}, "--resume"),
     ),
     "prune with fewer tokens": Job(
         f"{PRUNE} --sparsity 0.3 --steps 4 --vocab 290",
@@ -153,7 +153,7 @@ def older_checkpoints(folder: Path) -> Iterator[Path]:
 
 def essence(path: Path, timed: bool) -> Any:
     """Return a file's content but for times."""
-    if path.suffix == ".safetensors" and path.stem in ("score", "price", "choose", "refit"):
+    if path.suffix == ".safetensors" and path.stem in ("score", "choose", "refit"):
         tensors, notes = read_tensors(path)
         return digest(tensors), notes["key"]
     if path.suffix == ".json":

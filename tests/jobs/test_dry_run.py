@@ -172,7 +172,7 @@ def test_what_cannot_be_planned_is_reckoned_by_steps(
 def test_what_is_reckoned_counts_rounds_and_re_fits(
     tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To 50 %: scored twice, refitted at the stop, where prices are measured, and at the end."""
+    """To 50 %: scored twice, refitted at the stop and at the end."""
 
     def unplanned(*_: Any) -> None:
         raise Unplanned("not this time")
@@ -180,7 +180,7 @@ def test_what_is_reckoned_counts_rounds_and_re_fits(
     monkeypatch.setattr("nuteprune.jobs.dry_run._planned", unplanned)
     monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", lambda _: 2.0)
     dry = found(tiny_model("llama"), tmp_path, 0.5)
-    assert dry["seconds"] == 2 * (3 + (96 * 2 + 144 * 3) / 4)
+    assert dry["seconds"] == 2 * (3 + (96 * 2 + 144 * 2) / 4)
 
 
 def test_the_peak_of_a_step_is_counted_from_its_beginning(

@@ -104,7 +104,7 @@ device dtype resume overwrite trust-remote-code shares own-text family bits voca
 dry-run
 """
 WITHOUT_OPTION = """
-neuron_multiple hidden_multiple for_quantization calibration_blocks priced text_blocks teacher
+neuron_multiple hidden_multiple for_quantization calibration_blocks text_blocks teacher
 progressive lora_rank refit sharded
 gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """

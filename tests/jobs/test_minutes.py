@@ -50,22 +50,22 @@ def use_rates(
     monkeypatch: pytest.MonkeyPatch, block: float, steps: int = 11, first: float = 0.0
 ) -> None:
     """Let every machine be as fast, and let there be time for so many steps in the end."""
-    monkeypatch.setattr(minutes, "_measured", lambda _: Rates(block, block / 40, 20, first=first))
+    monkeypatch.setattr(minutes, "_measured", lambda _: Rates(block, block / 40, first=first))
     monkeypatch.setattr(minutes, "steps_in_time_of", lambda *_: lambda *_: steps)
 
 
 @pytest.mark.parametrize(
-    ("block", "blocks", "priced"),
-    [(0.01, 32, True), (0.5, 32, False), (1.4, 12, False), (1.8, 8, False)],
+    ("block", "blocks"),
+    [(0.01, 32), (0.5, 32), (1.4, 12), (1.8, 8)],
 )
 def test_a_slower_machine_reads_less_before_the_first_step(
-    pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int, priced: bool
+    pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int
 ) -> None:
     use_rates(monkeypatch, block)
     code, said, record = pruned("out", "--minutes", 4, "--dry-run")
     assert code == 0, said
     [line] = [x for x in said.splitlines() if x.startswith("Time")]
-    assert f"{blocks} blocks for the scores, {'' if priced else 'not '}priced" in line
+    assert f" {blocks} blocks for the scores, about " in line
     assert "max_steps" not in record
 
 
@@ -79,7 +79,7 @@ def test_a_run_is_repeated_from_its_record_without_a_clock(
     assert config["max_steps"] == 11  # what there was time for in the end
     assert config["text_blocks"] != 22
     assert "minutes" not in config
-    keys = ("max_steps", "text_blocks", "calibration_blocks", "priced")
+    keys = ("max_steps", "text_blocks", "calibration_blocks")
     given = [x for key in keys if key in config for x in ("--set", f"{key}={config[key]}")]
     code, said, _ = pruned("again", *given)
     assert code == 0, said
@@ -105,9 +105,9 @@ def test_the_steps_fill_the_time_that_is_left(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With a step of a second, 100 s less what judging takes are some hundred steps."""
-    monkeypatch.setattr(minutes, "_measured", lambda _: Rates(0.3, 0.001, 20))
+    monkeypatch.setattr(minutes, "_measured", lambda _: Rates(0.3, 0.001))
     monkeypatch.setattr(minutes, "seconds_per_step", lambda *_, **__: 1.0)
-    code, said, record = pruned("out", "--minutes", "100s", "--set", "priced=false")
+    code, said, record = pruned("out", "--minutes", "100s")
     assert code == 0, said
     spent = sum(x["seconds"] for name, x in record["stages"].items() if name != "teach")
     steps = record["config"]["max_steps"]

@@ -280,7 +280,6 @@ def test_what_is_saved_on_a_cpu_is_mapped(tmp_path: Path, monkeypatch: pytest.Mo
 STAGES: dict[str, Callable[[Walk], Need]] = {
     "judge": Walk.judge,
     "score": lambda x: x.score(6, 2),
-    "price": lambda x: x.price(4),
     "refit": lambda x: x.refit(4),
     "teach": Walk.teach,
     "moving": lambda x: x.teach("moving"),
@@ -309,7 +308,7 @@ def test_a_stage_without_data_holds_what_it_holds_with_data(
 
 @pytest.mark.parametrize(
     ("stage", "short"),
-    [("score", PARTS_OF_LAYERS), ("price", SHORT), ("refit", ONE_BY_ONE), ("teach", SHORT)],
+    [("score", PARTS_OF_LAYERS), ("refit", ONE_BY_ONE), ("teach", SHORT)],
 )
 @pytest.mark.slow(seconds=5)
 def test_few_layers_tell_of_many(stage: str, short: tuple[int, ...], tmp_path: Path) -> None:
@@ -476,11 +475,11 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert plan["parameters"] == 5 * layer + 2 * 300 * 64 + 64
     assert plan["weights_bytes"] == 4 * plan["parameters"]
     names = [phase["phase"] for phase in plan["phases"]]
-    assert names == ["write", "judge", "score", "price", "refit", "teach", "slice", "save"]
+    assert names == ["write", "judge", "score", "refit", "teach", "slice", "save"]
     assert plan["main_memory_bytes"] == plan["weights_bytes"]
     work = {x["phase"]: x["flops"] / 1e9 for x in plan["phases"]}
     assert plan["seconds"] == pytest.approx(sum(work.values()))
-    halved = sum(work[x] for x in ("score", "price", "refit", "teach")) / 2
+    halved = sum(work[x] for x in ("score", "refit", "teach")) / 2
     assert plan["seconds_on_devices"] == pytest.approx(plan["seconds"] - halved)
     sharded = next(x for x in plan["settings"] if "sharded" in x["settings"])
     assert sharded["how"] == "formula"
@@ -627,28 +626,9 @@ def test_each_round_of_scoring_is_planned(tmp_path: Path, monkeypatch: pytest.Mo
     assert three["score"].peak - one["score"].peak == pytest.approx(three[""].peak)
     assert three[""].peak > 0
     assert ramp["score"] == one["score"]
-    assert "price" in one
-    assert "price" not in ramp
     packed = needs(0.7, packed=True)  # in few bits units are scored once
     assert packed["score"] == one["score"]
-    assert "price" not in packed
     assert needs(0.7, stored=torch.bfloat16)["score"].peak == pytest.approx(1e9)  # they are mapped
-
-
-@pytest.mark.slow(seconds=5)
-def test_prices_are_planned_by_the_changes_that_are_usual(tmp_path: Path) -> None:
-    """Each layer a little more and a little less, from its own place on: half of the layers."""
-    args = settings(tmp_path, gates="neurons", calibration_blocks=6)
-    run = Plan.of(config(), args, 24, torch.float32)
-    found = {x.name: x.need.flops for x in (run.judge(), *run.price())}
-    size = min(args.refit_blocks, 2 * args.per_device_train_batch_size)
-    part, whole = (
-        Walk(config(), args, 24, torch.float32).refit(x) for x in (size, args.refit_blocks)
-    )
-    fitted = Walk(config(), args, 24, torch.float32).price(size)
-    trying = config().num_hidden_layers * found["judge"] / JUDGED * args.priced_blocks
-    expected = fitted.flops + whole.flops - part.flops + trying
-    assert found["price"] == pytest.approx(expected, rel=0.03)
 
 
 def test_files_are_in_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:

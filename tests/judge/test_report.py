@@ -551,10 +551,7 @@ def test_gates_come_from_what_was_scored_and_chosen(tmp_path: Path) -> None:
     assert {"gates_neurons.png", "gates_kv_groups.png"} <= {
         path.name for path in (run / "plots").iterdir()
     }
-    save_file({"neurons": SCORES["neurons"][:4]}, run / "price.safetensors")  # prices count more
-    save_file({"neurons": torch.tensor([1.0, 1, 0, 0])}, run / "choose.safetensors")
-    assert "4 neurons: 2 kept, 2 not." in gates_of(page_of(run.parent))
-    (run / "price.safetensors").write_bytes(b"cut off")
+    (run / "score.safetensors").write_bytes(b"cut off")
     assert "gates" not in page_of(run.parent).sections
 
 

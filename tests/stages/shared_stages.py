@@ -2,7 +2,7 @@
 
 shared_stages.py MODEL OUT BLOCKS METHOD...
 
-With BLOCKS: scores by each METHOD, then prices, and the refit to the cut that these choose.
+With BLOCKS: scores by each METHOD, and the refit to the cut that they choose.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nuteprune.gates import copying_losses
 from nuteprune.processes import rank
 from nuteprune.stages.choose import choose
-from nuteprune.stages.price import price
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.train.prepare import prepare
@@ -78,8 +77,6 @@ def main(model: str, out: str, blocks: str, *methods: str) -> None:
         counted(method, lambda own=own, method=method: score(own, text[:count], method=method))
     ready = prepare(dense, settings(folder, **gates))
     scores = counted("score", lambda: score(ready, text[:count], target=0.2))
-    if ready.can_try_cuts:
-        scores = counted("price", lambda: price(ready, scores, 0.2, text[-4:], text[:count]))
     counted("refit", lambda: refit(ready, choose(ready, scores, 0.2), text[:count]))
     save_file({k: v.contiguous() for k, v in found.items()}, folder / f"{rank()}.safetensors")
     (folder / f"{rank()}.json").write_text(json.dumps(products))

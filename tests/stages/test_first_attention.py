@@ -11,10 +11,8 @@ from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import first_attention_last
-from nuteprune.gates.masks import Masks
 from nuteprune.gates.options import Constraints
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.stages.price import changes_of
 
 LAYERS = {
     "lfm2": ["conv", "full_attention", "conv", "full_attention"],
@@ -35,13 +33,6 @@ def test_its_units_cost_more_than_all_others(budget: Budget) -> None:
     raised = first_attention_last(layout, {"kv_groups": plain, "neurons": plain})
     torch.testing.assert_close(raised["kv_groups"], torch.tensor([5.1, 5.3, 5.0, 4.0]))
     assert raised["neurons"] is plain
-
-
-def test_its_units_are_not_priced(budget: Budget) -> None:
-    layout = Allocator(budget, Constraints(("kv_groups",))).layout
-    masks = Masks(layout, {"kv_groups": torch.tensor([1.0, 0.0, 1.0, 0.0])})
-    changes = changes_of(masks, {"kv_groups": torch.tensor([1.1, 1.0, 1.1, 1.0])}, 4)
-    assert {(x.layer, x.units, x.back) for x in changes} == {(3, (1,), True)}
 
 
 def test_no_gate_removes_it(budget: Budget) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from nuteprune.stages.choose import choose
 from nuteprune.stages.judge import judge
-from nuteprune.stages.price import price
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.stages.write import write
@@ -34,9 +33,6 @@ STAGES: dict[str, Callable[[Any, Any, Path], Any]] = {
     "write": written,
     "judge": lambda x, tokenizer, _: judge(x.anatomy.model, HELD_OUT, tokenizer),
     "score": lambda x, *_: score(x, TEXT[:4], target=0.5, refit_blocks=TEXT[:18]),
-    "price": lambda x, *_: price(
-        x, x.allocator.chance_scores(), 0.5, TEXT[20:22], TEXT[:18], batch_size=4
-    ),
     "choose": lambda x, *_: chosen(x),
     "refit": lambda x, *_: refit(x, chosen(x), TEXT[:18]),
 }

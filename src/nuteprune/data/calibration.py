@@ -1,4 +1,4 @@
-"""Calibration text: blocks from either end of the training text, which the stages read.
+"""Calibration text: blocks from the end of the training text, which the stages read.
 
 Shape suffixes: N blocks, T tokens of a block.
 """
@@ -46,7 +46,7 @@ def check_text(dataset: Any, alike: bool = False) -> None:
         collated([dataset[i] for i in range(min(FIRST, len(dataset)))])
 
 
-def calibration_blocks(dataset: Any, count: int, first: bool = False) -> Tensor:
+def calibration_blocks(dataset: Any, count: int) -> Tensor:
     """Return token ids (N, T) of blocks from the end of the training text, the last one first.
 
     Padding is left out, and the tokens after it move up.
@@ -55,14 +55,13 @@ def calibration_blocks(dataset: Any, count: int, first: bool = False) -> Tensor:
         dataset: items with `input_ids` (T,) and, where there is padding, `attention_mask` (T,);
             blocks are as long as the longest of the last `count`.
         count: blocks wanted; a short dataset gives some of them twice.
-        first: take them from its beginning.
 
     Raises:
         UserError: if there is no text, or nothing but padding.
     """
     check_text(dataset)
     size = len(dataset)
-    order = range(size) if first else range(size - 1, -1, -1)
+    order = range(size - 1, -1, -1)
     length = max((len(dataset[i]["input_ids"]) for i in order[:count]), default=0)
     parts: list[Tensor] = []
     missing, read = count * length, 0

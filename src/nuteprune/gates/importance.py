@@ -190,7 +190,6 @@ class Method:
         by_layer: whether it also takes all of it through the layers one by one; each layer is told
             to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.
-        priced: whether they follow what units cost at the target; see `stages.price`.
     """
 
     score: Callable[[Probe], Scores]
@@ -200,7 +199,6 @@ class Method:
     reads: int = 1
     by_layer: bool = False
     cuts: bool = False
-    priced: bool = False
 
 
 _INPUTS = ("heads", "kv_groups", "neurons")
@@ -213,7 +211,7 @@ METHODS: dict[str, Method] = {
     "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
-    "surgeon": Method(surgeon, reads=3, by_layer=True, cuts=True, priced=True),
+    "surgeon": Method(surgeon, reads=3, by_layer=True, cuts=True),
     "reconstruction": Method(
         reconstruction, _EXPERTS, _ONLY_EXPERTS, default_kinds=_EXPERTS, by_layer=True
     ),

@@ -166,7 +166,7 @@ def _reckoned(run: Run, writing: float, step: float | None) -> float:
     rounds = METHODS[args.method].reads > 0 and cut.tries_cuts
     stops = len(stops_before(run.goals[-1].sparsity)) * rounds
     # A scored or refitted block costs most of a step's share of one.
-    refits = stops + cut.is_priced + len(run.goals)
+    refits = stops + len(run.goals)
     blocks = args.scored_blocks * (1 + stops) + args.refit_blocks * refits
     each = args.train_batch_size * args.gradient_accumulation_steps
     return writing + (step or 0.0) * (args.max_steps * len(run.goals) + blocks / each)

@@ -141,7 +141,7 @@ class PruneJob(Job):
     )
     minutes: float | str | None = option(
         "Time for the whole run, instead of --steps: minutes, or 90s or 2h. The run divides it "
-        "between writing text, scoring, pricing and steps.",
+        "between writing text, scoring and steps.",
         role=CALL,
     )
     dry_run: bool = option("Say what the run would do and take; write nothing.", False, role=CALL)

@@ -1,4 +1,4 @@
-"""`--minutes`: how a run shares its time out over text, scores, prices and steps.
+"""`--minutes`: how a run shares its time out over text, scores and steps.
 
 The run times what it is going to do most: writing a token, and teaching a block. Other stages take
 multiples of a block (docs/cost.md). So the plan is settled before the
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,22 @@ from nuteprune.plan.trial import seconds_per_step
 from nuteprune.processes import agree
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
-from nuteprune.stages.price import usual_changes
 from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-GRADIENTS, BY_LAYER, REFIT, CHANGE, JUDGE = 1.1, 0.75, 0.85, 0.2, 0.8
+GRADIENTS, BY_LAYER, REFIT, JUDGE = 1.1, 0.75, 0.85, 0.8
 """Times per block, as multiples of teaching one: gradients for the scores, and what else they read
-layer by layer; refit, pricing one change, and judging, which includes its share of copying."""
+layer by layer; refit, and judging, which includes its share of copying."""
 CUT = 0.6
 """Time to score a unit of attention by cutting it, as such a multiple. The share of them that is
 cut is about the share to remove; see `copying_kept`."""
-OPTIONS = ((32, True), (32, False), (24, False), (16, False), (12, False), (8, False))
-"""Blocks for the scores, and whether units are priced, the best first."""
-BEFORE = {True: 0.55, False: 0.85}
-"""Share of the time that the stages before the first step may take with pricing and without,
-judging left aside: blocks for scores and refit gain more than steps, pricing as much."""
+OPTIONS = (32, 24, 16, 12, 8)
+"""Blocks for the scores, the best first."""
+BEFORE = 0.85
+"""Share of the time that the stages before the first step may take, judging left aside: blocks for
+scores and refit gain more than steps."""
 JUDGING = 0.12
 """Share of all the time that judging by text may take."""
 FEWEST = 4
@@ -55,7 +54,7 @@ LEAST_JUDGED = 8
 """Blocks of each source that a run is judged by at least."""
 BESIDE = 2.0
 """Time to judge answers and context, as a multiple of judging the dense model."""
-PLAN = ("max_steps", "calibration_blocks", "priced", "text_blocks", "eval_blocks")
+PLAN = ("max_steps", "calibration_blocks", "text_blocks", "eval_blocks")
 """Settings that a plan consists of."""
 TIMED = 2**14
 """Tokens, for the time that writing one takes: fewer make small batches, which are slower each."""
@@ -81,14 +80,12 @@ class Rates:
     Args:
         block: seconds to teach a block.
         token: seconds to write a token more; 0 where the model writes none.
-        changes: changes of the cut that pricing measures.
         attention: units of attention, which some methods cut one by one.
         first: seconds to write the least text that a run writes; what is beyond costs `token`.
     """
 
     block: float
     token: float
-    changes: float
     attention: int = 0
     first: float = 0.0
 
@@ -136,8 +133,8 @@ def within_minutes(
     settings, times = shared_out(job, trial, rates, left, after, may_exceed)
     output.line(
         f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
-        f"{'priced' if settings['priced'] else 'not priced'}, about {settings['max_steps']} steps "
-        f"of {times.step:.1f} s; {duration(times.judging)} to judge"
+        f"about {settings['max_steps']} steps of {times.step:.1f} s; {duration(times.judging)} to "
+        "judge"
     )
     return _planned(job, settings)
 
@@ -176,9 +173,8 @@ def _measured(run: Run) -> Rates:
             first = seconds(run.text.to_write)
             token = max(0.0, seconds(TIMED) - first) / TIMED
     sizes = model.layout.sizes
-    changes = sum(usual_changes(kind, x) for kind in model.kinds for x in sizes[kind])
     attention = sum(sum(sizes[kind]) for kind in model.kinds if kind in ("heads", "kv_groups"))
-    return Rates(block, token, changes, attention, first)
+    return Rates(block, token, attention, first)
 
 
 def _agreed(rates: Rates, left: float) -> tuple[Rates, float]:
@@ -197,7 +193,7 @@ def shared_out(
     after: float = 0.0,
     may_exceed: bool = False,
 ) -> tuple[dict[str, Any], Times]:
-    """Return the settings that fit into the time: blocks, priced or not, steps, text.
+    """Return the settings that fit into the time: blocks, steps, text.
 
     Args:
         job: the job.
@@ -219,12 +215,14 @@ def shared_out(
     each = round(min(job.eval_blocks, max(LEAST_JUDGED, JUDGING * seconds / judged)))
     judging = judged * each
     times = None
-    options = list(_options(job))
-    for settings in options:
+    given = job.settings.get("calibration_blocks")
+    options = [given] if given else OPTIONS
+    for scored in options:
+        settings = {"calibration_blocks": scored}
         times = _times(job, trial, rates, settings, judging)
         steps = math.floor((seconds - judging - times.before) / times.step)
-        is_last = settings is options[-1]
-        share = 1.0 if is_last else BEFORE[settings["priced"]]
+        is_last = scored == options[-1]
+        share = 1.0 if is_last else BEFORE
         fits = times.before <= share * (seconds - judging) and steps >= FEWEST
         if fits or (may_exceed and is_last):
             steps = max(steps, FEWEST)
@@ -238,16 +236,6 @@ def shared_out(
         f"--minutes {job.minutes} is too little time: on this machine {math.ceil(needed / 60)} "
         "minutes are needed; pass more, or --steps 0 --method taylor for the least there is"
     )
-
-
-def _options(job: PruneJob) -> Iterator[dict[str, Any]]:
-    """Yield what the stages before the first step may read, the best first."""
-    given = job.settings
-    for blocks, priced in OPTIONS:
-        yield {
-            "calibration_blocks": given.get("calibration_blocks", blocks),
-            "priced": given.get("priced", priced),
-        }
 
 
 def _args(job: PruneJob, settings: dict[str, Any]) -> Any:
@@ -269,8 +257,6 @@ def _times(
     again = method.reads > 0 and args.tried and trial.model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again
     blocks = (1 + stops) * scored + (stops + len(goals)) * refit
-    if args.priced_blocks and trial.model.can_try_cuts:
-        blocks += refit + CHANGE * args.priced_blocks * rates.changes
     share = share_to_write(job)
     read = args.calibrated_blocks
     written = tokens_to_write(read, read, share, job.length) if share else 0

@@ -216,10 +216,9 @@ def variants_of(planned: Plan, phases: Sequence[Phase], counts: Sequence[int]) -
     for count in (x for x in counts if x > 1):
         peaks = sharded(planned, on_device, count)
         yield Variant(f"{words}--set sharded=true", peaks, factor, FORMULA)
-    untried = {k: v for k, v in on_device.items() if k != "price"}  # weights cannot be replaced
     # Stacked experts are not cut in fewer bits.
     for bits in () if planned.allocator.budget.per_token else (8, 4):
-        yield Variant(f"{words}--bits {bits}", in_bits(planned, untried, bits), factor, FORMULA)
+        yield Variant(f"{words}--bits {bits}", in_bits(planned, on_device, bits), factor, FORMULA)
     if not planned.allocator.budget.family.mixer:  # mixers stay on the device
         yield Variant(f"{words}--offload", offloaded(planned, on_device), factor, FORMULA)
 

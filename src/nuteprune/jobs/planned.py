@@ -122,6 +122,6 @@ def _without(
     plan: Plan, peaks: Mapping[str, float], saved: float, refitted: float = 0
 ) -> dict[str, float]:
     """Return peaks of phases without what is saved; of refitted weights, some bytes may stay."""
-    stages = ("price", "refit", "teach", *["score"][: plan.stops])
+    stages = ("refit", "teach", *["score"][: plan.stops])
     own = dict.fromkeys(stages, plan.refitted - refitted)
     return {k: v - saved - own.get(k, 0) for k, v in peaks.items()}

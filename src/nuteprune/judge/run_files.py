@@ -213,11 +213,10 @@ def _gates(run: Path) -> dict[str, GateScores]:
         run: the run's folder, or that of one of several targets, beside the folder that they share.
     """
     shared = run.parent.parent / RUN if run.parent.name.startswith(TARGETS) else run
-    there = [shared / f"{name}.safetensors" for name in ("price", "score")]
     try:
-        scores = read_tensors(next(x for x in there if x.is_file()))[0]
+        scores = read_tensors(shared / "score.safetensors")[0]
         masks = read_tensors(run / "choose.safetensors")[0]
-    except (StopIteration, UserError):
+    except UserError:
         return {}  # of a recipe that learns masks, or cut off: the report does without
     return {
         kind: GateScores(scores[kind].double().numpy(), (masks[kind] > 0).numpy())

@@ -72,7 +72,7 @@ class LoraBank:
             self._layers.append(list(found.values()))
             self._places |= {(i, path): place for path, place in found.items()}
         self._dense: dict[str, Tensor] = {}
-        # What replaces sharded weights, whole; see `put_away`.
+        # What replaces sharded weights, whole; see `_put_away`.
         self._wholes: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ class LoraBank:
         self._dense.clear()
         self._wholes.clear()
 
-    def put_away(self, weight_OI: Tensor) -> Tensor:
+    def _put_away(self, weight_OI: Tensor) -> Tensor:
         """Return a weight for later: in main memory, or mapped from a file in the folder.
 
         Where the model is sharded, that goes for the main process alone: in the others the weight
@@ -193,18 +193,6 @@ class LoraBank:
         weight_OI = weight_OI.to("cpu")
         return weight_OI if self.folder is None else mapped({"W": weight_OI}, self.folder)["W"]
 
-    @contextmanager
-    def trying(self, layer: int, projection: Projection, weight_OI: Tensor) -> Iterator[None]:
-        """Compute with another weight for a while, which `put_away` returned."""
-        place = self._places[layer, projection.path]
-        own_OI, dense, wholes = place.own(), dict(self._dense), dict(self._wholes)
-        self._replace(place, weight_OI, stored=True)
-        try:
-            yield
-        finally:
-            place.put_back(own_OI)
-            self._dense, self._wholes = dense, wholes
-
     @torch.no_grad()
     def _replace(self, place: Place, weight_OI: Tensor, stored: bool = False) -> None:
         if place.name not in self._dense:
@@ -213,7 +201,7 @@ class LoraBank:
         if is_sharded(place.layer):
             put_rows(place.rows, weight_OI)
             away_OI = weight_OI.to(dense_OI.dtype)
-            self._wholes[place.name] = away_OI if stored and is_main() else self.put_away(away_OI)
+            self._wholes[place.name] = away_OI if stored and is_main() else self._put_away(away_OI)
             return
         # In a folder, since the base's are mapped from their files too; what is stored is there.
         at_home = stored and isinstance(dense_OI, Away)

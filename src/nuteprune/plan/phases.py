@@ -34,7 +34,6 @@ from nuteprune.plan.need import (
 )
 from nuteprune.plan.sizes import Sizes
 from nuteprune.plan.walk import Walk, model_of
-from nuteprune.stages.price import usual_changes
 from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
@@ -44,7 +43,7 @@ from nuteprune.train.targets import Prices, run_targets
 SIMULATED, FORMULA = "simulated", "formula"
 MOMENTS = 2
 """Memory that Adam keeps for a trained parameter, as a multiple of it."""
-SHARED_OUT = ("score", "price", "refit", "teach")
+SHARED_OUT = ("score", "refit", "teach")
 """Phases whose products several processes share out; the others are the main process's."""
 FEW_BLOCKS = (6, 9)
 """Blocks that are scored in place of many: in more than one batch, with and without gradients."""
@@ -179,7 +178,7 @@ class Plan:
 
     def phases(self) -> list[Phase]:
         """Return all phases, in their order."""
-        found = [*self._write(), self.judge(), *self.score(), *self.price(), *self._refit()]
+        found = [*self._write(), self.judge(), *self.score(), *self._refit()]
         return [*found, *self.teach(), *self.cut()]
 
     # -- stages
@@ -201,10 +200,6 @@ class Plan:
     @property
     def _tries_cuts(self) -> bool:
         return self.args.tried and not self.packed and set(self._kinds) <= set(INPUTS)
-
-    @property
-    def _is_priced(self) -> bool:
-        return bool(self.args.priced_blocks) and self._tries_cuts
 
     @property
     def stops(self) -> int:
@@ -265,46 +260,24 @@ class Plan:
 
         need = in_batches(scored, count, FEW_BLOCKS)
         if stops := self.stops:
-            need = need.times(1 + stops).held(self.refitted).then(self._refits[0].times(stops))
+            need = need.times(1 + stops).held(self.refitted).then(self._refits.times(stops))
         return [Phase("score", need)]
 
     @cached_property
-    def _refits(self) -> tuple[Need, int, Need]:
-        """Needs of a refit on all blocks and on a few; between them, how many a few are."""
-        size, found = self.args.per_device_train_batch_size, dict[int, Need]()
+    def _refits(self) -> Need:
+        """Need of a refit."""
+        size = self.args.per_device_train_batch_size
 
         def refit(blocks: int) -> Need:
-            return found.setdefault(
-                blocks, self.walked(partial(Walk.refit, blocks=blocks), ONE_BY_ONE)
-            )
+            return self.walked(partial(Walk.refit, blocks=blocks), ONE_BY_ONE)
 
-        whole = in_batches(refit, self.args.refit_blocks, (2 * size, 3 * size))
-        return whole, *next(iter(found.items()))
-
-    def price(self) -> list[Phase]:
-        """Return the phase of pricing, if there is one."""
-        args, sizes = self.args, self.allocator.layout.sizes
-        if not self._is_priced:
-            return []
-        whole, few, part = self._refits
-        need = self.walked(partial(Walk.price, blocks=few))
-        fitted, tried = need.peaks
-        changes = sum(usual_changes(kind, size) for kind in self._kinds for size in sizes[kind])
-        # Each from its own layer on: half of the layers on the average.
-        trying = self._block * args.priced_blocks * changes / 2
-        need = replace(
-            need,
-            peaks=(fitted + whole.peak - part.peak, tried),
-            flops=need.flops + whole.flops - part.flops + trying,
-            fine=need.fine + whole.fine - part.fine,
-        )
-        return [Phase("price", need)]
+        return in_batches(refit, self.args.refit_blocks, (2 * size, 3 * size))
 
     def _refit(self) -> list[Phase]:
         if not self.args.refit:
             return []
         between = self.args.progressive and "fixed" not in list(self._steps)[:1]
-        need = self._refits[0].held(MOMENTS * self.sizes.adapters * between)
+        need = self._refits.held(MOMENTS * self.sizes.adapters * between)
         return [Phase("refit", need.times(len(self.targets)))]
 
     @cached_property
@@ -365,7 +338,6 @@ class Plan:
         return {
             "result": sum(self.results) * files,
             "refitted": refitted * count,
-            "tried": sizes.tried * self._is_priced,
             "cut": self.results[0] * files,  # the same as the result, until it is written
             "checkpoints": checkpoints * count * bool(args.max_steps),
             "teachers": teachers * sizes.adapters / 2,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from nuteprune.data.writing import fitting, most_cached
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.stages.price import most_changes
 from nuteprune.train.config import NutePruneConfig
 
 
@@ -24,7 +21,6 @@ class Sizes:
         layer: of one decoder layer, the largest.
         outside: of what is in no layer: embedding, head, final norm.
         refitted: weights that the refit adds beside the base's, at most.
-        tried: weights that are refitted to try a cut out; see `stages.price`.
         adapters: LoRA, in fp32.
         cached: keys and values while the model writes.
         together: how many texts it writes at a time, at most.
@@ -36,7 +32,6 @@ class Sizes:
     layer: int
     outside: int
     refitted: int
-    tried: int
     adapters: int
     cached: int
     together: int
@@ -56,19 +51,14 @@ class Sizes:
         """
         each = anatomy.model.dtype.itemsize
         layers = [sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers]
-        last, adapters, tried = 0, 0, 0
-        for i, layer in enumerate(anatomy.shape.layers):
-            ends = {projection.path: block for block, projection in anatomy.ends(i).items()}
-            units = {"heads": layer.heads, "kv_groups": layer.kv_heads, "neurons": layer.neurons}
-            changes: Counter[str] = Counter()
-            for kind in INPUTS.keys() & kinds:
-                changes[INPUTS[kind]] += most_changes(kind, units[kind])
+        last, adapters = 0, 0
+        for i in range(len(anatomy.layers)):
+            ends = {projection.path for projection in anatomy.ends(i).values()}
             for path in anatomy.family.adapted:
                 module = anatomy.without_lora(i, path)
                 if module is not None:
                     adapters += args.lora_rank * sum(module.weight.shape)
                     last += module.weight.numel() * (path in ends)
-                    tried += module.weight.numel() * changes[ends.get(path, "")]
             if "expert_neurons" in kinds and (mixture := anatomy.mixture(i)) is not None:
                 last += mixture.stack(mixture.down).numel() * (not mixture.entry.weighed_first)
         total = anatomy.parameters()
@@ -79,7 +69,6 @@ class Sizes:
             layer=max(layers) * each,
             outside=(total - sum(layers)) * each,
             refitted=last * each,
-            tried=tried * each,
             adapters=adapters * 4,
             cached=most_cached(anatomy.model, length),
             together=fitting(anatomy.model, length),

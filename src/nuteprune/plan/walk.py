@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from nuteprune.model.lora import Weights
 from nuteprune.plan.live import Live, without_data
 from nuteprune.plan.need import Need
 from nuteprune.plan.trial import trial_step
-from nuteprune.stages.price import price
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.stages.slice import slice_model
@@ -108,29 +106,6 @@ class Walk:
         stretches = [ticks[:gradients]]
         stretches += [ticks[i : i + layers] for i in range(gradients, len(ticks), layers)]
         return Need.of(live, [max([began, *x]) for x in stretches])
-
-    def price(self, blocks: int) -> Need:
-        """Price units: refit the model to each change of the cut, then try all changes.
-
-        Only the work of the refits is counted.
-
-        Args:
-            blocks: that the refit reads.
-        """
-        args, model = self._args, self._model
-        scores, goal = model.allocator.chance_scores(), model.goals[-1].goal
-        texts = self._text(args.priced_blocks), self._text(blocks)
-        fitted: list[Need] = []
-        with self._counting() as live:
-
-            def progress(title: str, done: int, _: int) -> None:
-                if (title, done) == ("price", 0):
-                    fitted.append(Need.of(live))
-                    live.restart()
-
-            size = args.per_device_train_batch_size
-            price(model, scores, goal, *texts, batch_size=size, progress=progress)
-        return replace(fitted[0], peaks=(fitted[0].peak, live.peak))
 
     def refit(self, blocks: int) -> Need:
         """Refit all layers at their worst case on this much text, and keep the fits."""

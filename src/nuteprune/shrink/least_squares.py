@@ -91,11 +91,6 @@ class Regression:
         return self.team.by_rows(len(self.weight_OI), fitted)
 
 
-Note = Callable[[int, str, Regression, Tensor], None]
-"""Called with (layer, block, target of its last projection, its fit) before the fit is
-installed."""
-
-
 @dataclass(frozen=True)
 class _Lack:
     """What the residual stream lacks in front of a block: where to read it.
@@ -128,7 +123,6 @@ def fit_projections(
     progress: Callable[[], None] = lambda: None,
     dense: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     install_stack: InstallStack | None = None,
-    note: Note | None = None,
     team: Team = ALONE,
 ) -> None:
     """Fit the output and down projections of all layers, in order.
@@ -142,12 +136,10 @@ def fit_projections(
         progress: called after each layer.
         dense: a context in which a layer has the dense model's weights.
         install_stack: puts routed experts' fits into the model; None: these stay as they are.
-        note: called with each projection whose inputs have masks, cut or not.
         team: the processes that share the batches and the rows of the weights out.
     """
     layers = range(len(anatomy.layers))
-    taking = lost_inputs if note is None else masked_ends
-    ends = [taking(anatomy, masks, i) for i in layers]
+    ends = [lost_inputs(anatomy, masks, i) for i in layers]
     thin = [None if install_stack is None else lost_neurons(anatomy, masks, i) for i in layers]
     if not any(ends) and all(x is None for x in thin):  # as where whole experts go alone
         for _ in ends:
@@ -166,11 +158,8 @@ def fit_projections(
             lack = _Lack(norms.get(block), read.pop(block, ()), anatomy.block_scale(block))
             regression = _regression(anatomy, text, i, projection, lack, dense, team)
             fitted_OI = regression.fit(mask)
-            if note is not None:
-                note(i, block, regression, fitted_OI)
-            if _lost(mask):
-                masked_II = regression.covariance_II.mul_(mask_I := mask.to(fitted_OI))
-                install(i, projection, Fit(fitted_OI, masked_II.mul_(mask_I[:, None])))
+            masked_II = regression.covariance_II.mul_(mask_I := mask.to(fitted_OI))
+            install(i, projection, Fit(fitted_OI, masked_II.mul_(mask_I[:, None])))
             del regression, fitted_OI  # large
         read.clear()  # large, as what the next layer's norms read
         if install_stack is not None and (mask_EF := thin[i]) is not None:
@@ -218,19 +207,16 @@ def _regression(
     return Regression(weight_OI, covariance_II, target_OI, missing_OI, text.tokens, team)
 
 
-def masked_ends(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
-    """Return (block, projection, mask) of a layer's output projections whose inputs have masks."""
+def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
+    """Return (block, projection, mask) of a layer's output projections that lost inputs."""
     masked = masks.inputs(layer)
     return [
         (block, projection, mask)
         for block, projection in anatomy.ends(layer).items()
-        if (mask := masked[block]) is not None and anatomy.projection(layer, projection) is not None
+        if (mask := masked[block]) is not None
+        and anatomy.projection(layer, projection) is not None
+        and _lost(mask)
     ]
-
-
-def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
-    """Return the projections of `masked_ends` that lost inputs."""
-    return [x for x in masked_ends(anatomy, masks, layer) if _lost(x[2])]
 
 
 def _lost(mask: Tensor) -> bool:

@@ -13,7 +13,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.model.family import Projection
 from nuteprune.model.lora import Weights
 from nuteprune.model.packed import weight_of
-from nuteprune.shrink.least_squares import Fit, InstallStack, Note, fit_projections, low_rank
+from nuteprune.shrink.least_squares import Fit, InstallStack, fit_projections, low_rank
 from nuteprune.stages.prunable import Prunable
 
 FEWER_DIRECTIONS = 32
@@ -29,7 +29,6 @@ def refit(
     batch_size: int = 4,
     rank: int = FEWER_DIRECTIONS,
     progress: Progress = silent,
-    note: Note | None = None,
 ) -> Weights:
     """Fit the output and down projections of all layers to the inputs that masks leave.
 
@@ -40,7 +39,6 @@ def refit(
         batch_size: blocks that go through a layer together.
         rank: of LoRA, which holds the fit where weights are packed.
         progress: told of each layer.
-        note: see `shrink.least_squares.fit_projections`.
 
     Returns:
         By name, as `LoraBank` has them: whole weights (O, I) whose columns are 0 where inputs are
@@ -58,7 +56,7 @@ def refit(
         assert base is not None
         bank.set_delta(layer, projection, *low_rank(fit, weight_of(base), rank))
 
-    stacks: InstallStack | None = bank.set_weight if whole and note is None else None
+    stacks: InstallStack | None = bank.set_weight if whole else None
     tick = counted(progress, "refit", len(anatomy.layers))
     with bank.kept():
         fit_projections(
@@ -70,7 +68,6 @@ def refit(
             tick,
             bank.as_dense,
             stacks,
-            note,
             model.team,
         )
         return bank.weights() if whole else {k: v.clone() for k, v in bank.state().items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,8 +20,6 @@ FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""
 REFIT_BLOCKS = 4.5
 """Blocks of the refit, for each block that scores are taken on."""
-PRICED_BLOCKS = 0.5
-"""Blocks that measure prices, for each block of the scores; no refit reads them."""
 
 
 @dataclass
@@ -96,7 +93,6 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
     Args:
         method: the one-shot scoring that ranks units: a key of `gates.importance.METHODS`.
         calibration_blocks: blocks of text for the scores; the refit reads 4.5 times as many.
-        priced: whether units are priced at the target, where the method's scores allow it.
         text_blocks: blocks of text in all; None: what the steps and the stages before them read.
 
     Parameters that control distillation:
@@ -181,15 +177,9 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
         return self.refit
 
     @property
-    def priced_blocks(self) -> int:
-        """Blocks that pricing measures on, beside those of the refit."""
-        prices = self.priced and METHODS[self.method].priced and self.tried
-        return math.ceil(PRICED_BLOCKS * self.calibration_blocks) * prices
-
-    @property
     def calibrated_blocks(self) -> int:
         """Blocks that are read before the first step."""
-        return max(self.scored_blocks, self.refit_blocks + self.priced_blocks)
+        return max(self.scored_blocks, self.refit_blocks)
 
     @property
     def blocks(self) -> int:

@@ -14,7 +14,6 @@ from nuteprune.gates.scores import Scores
 from nuteprune.model.lora import Weights
 from nuteprune.products import Products, digest
 from nuteprune.stages.choose import choose
-from nuteprune.stages.price import price
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.train.config import NutePruneConfig
@@ -45,12 +44,8 @@ class Cut:
     ) -> None:
         self.model, self.args, self.products = model, args, products
         self._folder_of = folder_of or (lambda _: products.folder)
-        count = max(args.scored_blocks, args.refit_blocks)
-        self._end_NT = calibration_blocks(text, count)
-        # The beginning of the text tells prices: the refit reads its end.
-        self._beginning_NT = calibration_blocks(text, args.priced_blocks, first=True)
-        read = {"end": self._end_NT, "beginning": self._beginning_NT}
-        products.depends("text", calibration=digest(read))
+        self._end_NT = calibration_blocks(text, args.calibrated_blocks)
+        products.depends("text", calibration=digest({"end": self._end_NT}))
         self._refit_NT = self._end_NT[: args.refit_blocks]
         self._how: dict[str, Any] = {
             "batch_size": args.per_device_train_batch_size,
@@ -59,13 +54,8 @@ class Cut:
 
     @property
     def tries_cuts(self) -> bool:
-        """Whether a cut is tried before it is made: in rounds of scoring, and for prices."""
+        """Whether a cut is tried before it is made, in rounds of scoring."""
         return self.args.tried and self.model.can_try_cuts
-
-    @property
-    def is_priced(self) -> bool:
-        """Whether scores are corrected by the cost of cuts at the target."""
-        return bool(self.args.priced_blocks) and self.tries_cuts
 
     def score(self) -> Scores:
         """Return the score of each unit."""
@@ -89,21 +79,6 @@ class Cut:
             gates=model.kinds,
             seed=args.seed,
             target=target if rounds or METHODS[args.method].cuts else None,
-        )
-
-    def price(self, scores: Scores) -> Scores:
-        """Return scores corrected by the cost of cuts at the last target."""
-        if not self.is_priced:
-            return scores
-        goal = self.model.goals[-1]
-
-        return self.products.keep(
-            "price",
-            lambda: price(
-                self.model, scores, goal.goal, self._beginning_NT, self._refit_NT, **self._how
-            ),
-            target=str(goal.asked),
-            sparsity=goal.sparsity,
         )
 
     def choose(self, scores: Scores, goal: Target) -> Masks:

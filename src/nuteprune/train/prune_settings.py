@@ -82,11 +82,10 @@ class PruneSettings:
         choices=METHOD_NAMES,
     )
     calibration_blocks: int = setting(
-        "Blocks of text for the scores; the refit reads 4.5 times as many, pricing half as many.",
+        "Blocks of text for the scores; the refit reads 4.5 times as many.",
         32,
         bounds=(1, 1e6),
     )
-    priced: bool = setting("Correct scores by what cuts cost at the target (surgeon only).", True)
     text_blocks: int | None = setting(
         "Blocks of text that the run reads. Default: as many as it needs.", bounds=(1, 1e9)
     )

@@ -127,7 +127,7 @@ class NutePruneTrainer(Distiller):
         """
         if self.masks is None:
             cut = self.stages_before(resumes)
-            scores = cut.price(cut.score())
+            scores = cut.score()
             self.masks = cut.choose(scores, self.goal)
             self.weights = cut.refit(self.masks, self.goal)
         if self.weights is not None:
