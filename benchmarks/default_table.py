@@ -47,8 +47,9 @@ STYLES = {
 """Row -> marker and colour; other rows are not drawn."""
 METHODS = (
     FIRST,
-    "the default, `--gates neurons`",
-    "the default, `--data self`",
+    "the default, priced",
+    "the default, `--gates neurons`, priced",
+    "the default, `--data self`, priced",
     "LLM-Pruner's units",
     "`--method taylor`",
     "`--method flap`",

@@ -18,13 +18,11 @@ This page is generated from benchmarks/results (`python docs/all_tables.py > doc
 
 ## What a setting changes
 
-These rows were made without the price stage. Compare them with each other only. Columns are those
+Compare these rows with each other only. Columns are those
 of [quality](quality.md#the-default-on-other-text).
 
 | row | what else is older in it |
 |---|---|
-| scores as predicted | 400 steps, seed 0: chats are 27 % of the self-written tokens, not a \
-quarter |
 | longer texts | self-written texts are as long as a block; gradients are clipped to 1. So run, \
 the default has 2.63, 1.85 and 43 % at 50 % and 400 steps |
 | clipped to 1 | gradients are clipped to a norm of 1, not 0.5; 27 % chats |
@@ -38,10 +36,9 @@ configs: 512 tokens a block, batches of 4 x 4 blocks, 20 % removed in 80 steps, 
 
 - *Batch of 1* and *and checkpointing* add up. Each later column adds one setting to these two, by
   formula.
-- Sharded and few-bit models are judged and sliced in main memory. A sharded one writes no text,
-  few-bit ones have no `price`.
-- `price` counts as many KV groups as were near the cut in the demo model, 45 %. `score` may be too
-  high: it still cuts all attention unit by unit. PFLOP is the work of all products as asked.
+- Sharded and few-bit models are judged and sliced in main memory.
+- `score` may be too high: it still cuts all attention unit by unit. PFLOP is the work of all
+  products as asked.
 """
 
 

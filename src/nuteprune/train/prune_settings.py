@@ -113,7 +113,7 @@ class PruneSettings:
     max_steps: int = option(
         "Optimizer steps (default {default}; demo: what --minutes 5 has time for). 0 prunes "
         "without training.",
-        80,
+        160,
         bounds=(0, 1e9),
         name="--steps",
         role=HOW,
