@@ -48,7 +48,7 @@ def write_report(folder: Path, again: Again) -> Path:
         RunFailed: if writing went wrong on the way, as where the disk is full.
     """
     files = read_run(Path(folder))
-    drawn = draw(files)
+    drawn = {plot.name: plot for plot in _drawn(files)}
     page = render(files, drawn, again)
     target = files.run / REPORT
     with writing(f"the report to {files.run}"):
@@ -62,12 +62,8 @@ def write_report(folder: Path, again: Again) -> Path:
     return target
 
 
-def draw(files: RunFiles) -> dict[str, Plot]:
-    """Return the plots that a run has data for, by name."""
-    return {plot.name: plot for plot in _drawn(files)}
-
-
 def _drawn(files: RunFiles) -> Iterator[Plot]:
+    """Yield the plots that a run has data for."""
     if files.record is not None:
         before, after = judged_on_both(files.record)
         if before:
@@ -77,8 +73,8 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
         yield plots.sparsity_plot(files.metrics, teacher_sparsities(files))
     if files.metrics:
         yield plots.loss_plot(files.metrics)
-    for kind, gate in files.gates.items():
-        yield plots.gates_plot(kind, gate.scores, gate.kept)
+    for kind, (scores, kept) in files.gates.items():
+        yield plots.gates_plot(kind, scores, kept)
 
 
 def kept_rows(record: Mapping[str, Any]) -> list[LayerRow]:
@@ -122,7 +118,7 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
     record = files.record
     commands, recipe = again(record or {}, files.folder.name)
     return environment.get_template("report.html").render(
-        name=model_name(files),
+        name=str((record or {}).get("base_model") or files.folder.name),
         record=record,
         verdict=verdict(files),
         table=headline(record, files.speed) if record else [],
@@ -144,11 +140,6 @@ def _ramped(metrics: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether sparsity grew during the steps; it may have been there from the first on."""
     reached = [line["sparsity"] for line in metrics if line.get("sparsity") is not None]
     return bool(reached and reached[0] < reached[-1] - 1e-3)
-
-
-def model_name(files: RunFiles) -> str:
-    """Return what a run is called: its model, else its folder."""
-    return str((files.record or {}).get("base_model") or files.folder.name)
 
 
 def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:

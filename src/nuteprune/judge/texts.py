@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ class Rows:
     """
 
     read: Callable[[], Iterable[str]]
-    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+    fingerprint: Fingerprint
 
 
 def rows_of(
