@@ -8,11 +8,11 @@ import pytest
 
 from nuteprune.data.blocks import held_out_blocks, training_blocks
 from nuteprune.data.examples import read_examples
-from nuteprune.data.fingerprint import Fingerprint
-from nuteprune.judge.provenance import (
+from nuteprune.data.fingerprint import (
     IN_DOMAIN,
     NOT_KNOWN,
     OTHER_TEXT,
+    Fingerprint,
     judged_kind,
     kind_of,
     learned_from,

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.readers import Documents, split_long
-from nuteprune.data.specs import DEMO, sources_of
+from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part, shuffled, split
 from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
@@ -123,9 +123,9 @@ def training_blocks(
     blocks, known = torch.empty(count, read, dtype=torch.int32), Fingerprint()
     for index, name in enumerate(specs):
         own = torch.nonzero(whose == index).flatten()
-        texts: list[Documents | Sequence[list[int]]] = (
-            [written] if name == SELF else [*sources_of(name, text_column, tokenizer)]
-        )
+        texts: list[Documents | Sequence[list[int]]] = [written]
+        if name != SELF:
+            texts = [*iter_documents(name, text_column=text_column, tokenizer=tokenizer).values()]
         for turn, text in enumerate(texts):
             places = own[turn :: len(texts)]
             blocks[places] = _drawn_blocks(text, tokenizer, read, len(places), seed)
@@ -263,7 +263,8 @@ def held_out_blocks(
     others = [name for name in specs if name != SELF] or [DEMO]
     held_out = HeldOut()
     for name in others:
-        for source in sources_of(name, text_column, tokenizer):
+        found = iter_documents(name, text_column=text_column, tokenizer=tokenizer)
+        for source in found.values():
             tokens = collect(tokens_of(held_out_part(source), tokenizer), count * read)
             whole = len(tokens) // read
             if not whole:

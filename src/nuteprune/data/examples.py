@@ -73,21 +73,16 @@ def pad(examples: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Ten
     Returns:
         `input_ids`, `labels` and `attention_mask`, all (B, T).
     """
-    longest = max(len(x["input_ids"]) for x in examples)
-    # Blocks of text, all of one length, stay as they are.
-    uneven = any(len(x["input_ids"]) < longest for x in examples)
-    width = -(-longest // _MULTIPLE) * _MULTIPLE if uneven else longest
-    size = (len(examples), width)
-    batch = {
-        "input_ids": torch.full(size, padding),
-        "labels": torch.full(size, IGNORED),
-        "attention_mask": torch.zeros(size, dtype=torch.long),
-    }
-    for i, example in enumerate(examples):
-        length = len(example["input_ids"])
-        batch["input_ids"][i, :length] = torch.as_tensor(example["input_ids"])
-        batch["labels"][i, :length] = torch.as_tensor(example["labels"])
-        batch["attention_mask"][i, :length] = torch.as_tensor(example.get("attention_mask", 1))
+    examples = [{"attention_mask": torch.tensor(1), **x} for x in examples]
+    lengths = [len(x["input_ids"]) for x in examples]
+    width = max(lengths)
+    if min(lengths) < width:  # blocks of text, all of one length, stay as they are
+        width = -(-width // _MULTIPLE) * _MULTIPLE
+    batch = {}
+    for name, value in {"input_ids": padding, "labels": IGNORED, "attention_mask": 0}.items():
+        batch[name] = torch.full((len(examples), width), value)
+        for row, example, length in zip(batch[name], examples, lengths, strict=True):
+            row[:length] = torch.as_tensor(example[name])
     return batch
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nuteprune.data.fingerprint import IN_DOMAIN, OTHER_TEXT, judged_kind
 from nuteprune.export.card import since_dense
 from nuteprune.export.figures import answer_rows, context_rows
 from nuteprune.export.record import perplexities_of
 from nuteprune.gates.budget import share_gone
 from nuteprune.judge.drawing import percent
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.provenance import IN_DOMAIN, OTHER_TEXT, judged_kind
 from nuteprune.judge.run_files import RunFiles, pruning_steps
 from nuteprune.judge.units import THIN, count, number, size
 
@@ -47,11 +47,10 @@ def verdict(files: RunFiles) -> str:
         kind = text_kind(record) or "text"
         whose = "what it was before this run" if record.get("history") else "the dense model's"
         parts.append(f"perplexity on held-out {kind} is {number(ratio)}{THIN}× {whose}")
-    if copied := _copied(record):
+    if copied := _both(record.get("copying", {})):
         then, now = (f"{number(share)}{THIN}%" for share in copied)
         parts.append(f"it copies {now} of random tokens from its context ({then} before)")
-    looping = record.get("answers", {}).get("looping", {})
-    if None not in (loops := [looping.get(when) for when in ("before", "after")]):
+    if loops := _both(record.get("answers", {}).get("looping", {})):
         then, now = (f"{number(share)}{THIN}%" for share in loops)
         parts.append(f"{now} of its answers loop ({then} of the dense model's)")
     if gains := told_gains(files.speed):
@@ -89,32 +88,22 @@ def headline(
     if before:
         rows = [_compared(x, before[x], after[x]) for x in before]
         if len(before) > 1:
-            old_mean, new_mean = mean(before), mean(after)
-            rows.append(_compared("mean", old_mean, new_mean))
+            rows.append(_compared("mean", mean(before), mean(after)))
         kind = text_kind(record)
         title = f"Perplexity on {kind}" if kind else "Perplexity"
         groups.append((f"{title}, lower is better", rows))
-    if copied := _copied(record):
+    if copied := _both(record.get("copying", {})):
         row = _compared(f"tokens right,{THIN}%", *copied)
         groups.append(("Copying from context, higher is better", [row]))
     for group, figures in (("Answers", answer_rows(record)), ("Context", context_rows(record))):
         if figures:
             groups.append((group, [(*x.cells, _change(x.dense, x.pruned)) for x in figures]))
     if speed is not None and speed["rows"]:
-        groups.append(
-            (
-                "Speed",
-                [
-                    (
-                        f"{x['name']}, {x['unit']}",
-                        number(x["dense"]),
-                        number(x["pruned"]),
-                        _gain(x),
-                    )
-                    for x in speed["rows"]
-                ],
-            )
-        )
+        rows = [
+            (f"{x['name']}, {x['unit']}", number(x["dense"]), number(x["pruned"]), _gain(x))
+            for x in speed["rows"]
+        ]
+        groups.append(("Speed", rows))
     return groups
 
 
@@ -123,11 +112,10 @@ def text_kind(record: Mapping[str, Any]) -> str | None:
     return {IN_DOMAIN: f"{IN_DOMAIN} text", OTHER_TEXT: OTHER_TEXT}.get(judged_kind(record))
 
 
-def _copied(record: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the percentages of tokens copied before and after, None if they are not known."""
-    shares = (record.get("copying", {}).get(when) for when in ("before", "after"))
-    before, after = shares
-    return None if before is None or after is None else (float(before), float(after))
+def _both(figure: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return a figure before and after, None unless both are known."""
+    before, after = figure.get("before"), figure.get("after")
+    return None if before is None or after is None else (before, after)
 
 
 def judged_on_both(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
