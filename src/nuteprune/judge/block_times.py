@@ -101,13 +101,10 @@ def watched(anatomy: Anatomy) -> Iterator[Times]:
 
     with ExitStack() as stack:
         for i, layer in enumerate(anatomy.layers):
-            family = anatomy.family
-            ends = {
-                "attn_block": (family.attention_module, family.attention_module),
-                "mlp_block": (family.mlp_modules[0], family.mlp_modules[-1]),
-            }
-            for block, paths in ends.items():
-                watch(f"{block} {i}", *map(layer.get_submodule, paths))
+            attention = layer.get_submodule(anatomy.family.attention_module)
+            mlp = [layer.get_submodule(path) for path in anatomy.family.mlp_modules]
+            watch(f"attn_block {i}", attention, attention)
+            watch(f"mlp_block {i}", mlp[0], mlp[-1])
             watch(f"layer {i}", layer, layer)
         watch(MODEL, anatomy.model, anatomy.model)
         yield found

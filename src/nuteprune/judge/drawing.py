@@ -161,8 +161,7 @@ def _for_page(svg: str, name: str) -> str:
 
 def column(metrics: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
     """Return a figure of each logged step, nan where a step lacks it."""
-    values = (line.get(key) for line in metrics)
-    return np.array([np.nan if value is None else float(value) for value in values])
+    return np.array([line.get(key) for line in metrics], dtype=float)  # None is nan
 
 
 def thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Line:
