@@ -21,8 +21,7 @@ from nuteprune.export.card import model_card
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
-from nuteprune.judge.headline import text_kind, verdict
-from nuteprune.judge.report import kept_rows
+from nuteprune.judge.report import kept_rows, text_kind, verdict
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from tests.export.test_card import BESIDE
 from tests.undrawn import leave_blank
