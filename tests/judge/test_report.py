@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nuteprune.data.fingerprint import text_kind
 from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
-from nuteprune.judge.report import kept_rows, text_kind, verdict
+from nuteprune.judge.report import kept_rows, verdict
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from tests.export.test_card import BESIDE
 from tests.undrawn import leave_blank

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ _SHUFFLE_CHARS = 2**24  # how much text is held to draw the next passage from
 _PASSAGE_CHARS = 8  # of a passage, per token of a block: about two blocks of English
 
 
+@dataclass(eq=False, repr=False)
 class BlockDataset(Dataset[dict[str, Tensor]]):
     """Blocks of tokens to train on: the labels are the tokens themselves.
 
@@ -41,9 +43,8 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         fingerprint: fingerprint of the text that they are cut from, if there is one.
     """
 
-    def __init__(self, blocks: Tensor, fingerprint: Fingerprint | None = None) -> None:
-        self.blocks = blocks
-        self.fingerprint = fingerprint or Fingerprint()
+    blocks: Tensor
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,7 @@ HELD = 2**15
 _MULTIPLE = 8  # batches are padded to a multiple of so many tokens
 
 
+@dataclass(eq=False, repr=False)
 class Examples(Dataset[dict[str, Tensor]]):
     """Examples of different lengths.
 
@@ -40,20 +42,13 @@ class Examples(Dataset[dict[str, Tensor]]):
         ids: token ids of each example.
         labels: the same, `IGNORED` where a token is only read.
         skipped: rows that gave no example: without an answer, or with one that is cut off.
-        fingerprint: that of the rows that they are made from; None: there is none.
+        fingerprint: that of the rows that they are made from, if there are any.
     """
 
-    def __init__(
-        self,
-        ids: Sequence[Tensor],
-        labels: Sequence[Tensor],
-        skipped: int,
-        fingerprint: Fingerprint | None = None,
-    ) -> None:
-        self.ids = ids
-        self.labels = labels
-        self.skipped = skipped
-        self.fingerprint = fingerprint or Fingerprint()
+    ids: Sequence[Tensor]
+    labels: Sequence[Tensor]
+    skipped: int
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -177,7 +172,8 @@ def read_examples(
         document = row_document(row, layout, where, tokenizer)
         for text in readers.split_long(document):
             known.add_document(text)
-        trained = _before_held_out(document)
+        held = split(document)[1]
+        trained = document.find(held[0]) if held else None  # None: all of it
         if document.strip() and not document[:trained].strip():
             held_out += 1
             continue
@@ -204,9 +200,3 @@ def read_examples(
     for file in files or ():
         known.add_file(file)
     return Examples(ids, labels, skipped, known)
-
-
-def _before_held_out(document: str) -> int | None:
-    """Return how many characters of a document come before what is held out of it; None: all."""
-    held_out = split(document)[1]
-    return document.find(held_out[0]) if held_out else None

@@ -152,8 +152,8 @@ def text_entry(
     return {**learned.fingerprint.to_dict(), "judged": kinds}
 
 
-def judged_kind(record: Mapping[str, Any]) -> str:
-    """Return the kind of text that a record's perplexities were measured on.
+def text_kind(record: Mapping[str, Any]) -> str | None:
+    """Return whether a record's perplexities are on in-domain or other text; None: unknown.
 
     Args:
         record: its nuteprune.json.
@@ -161,5 +161,5 @@ def judged_kind(record: Mapping[str, Any]) -> str:
     run = record.get("recover", record)
     kinds = set(run.get("text", {}).get("judged", {}).values())
     if IN_DOMAIN in kinds:
-        return IN_DOMAIN
-    return OTHER_TEXT if kinds == {OTHER_TEXT} else NOT_KNOWN
+        return f"{IN_DOMAIN} text"
+    return OTHER_TEXT if kinds == {OTHER_TEXT} else None

@@ -65,8 +65,8 @@ class LlamaCppRunner:
         self._listener = self._ffi.callback("ggml_log_callback", self._listen)
         self._lib.llama_log_set(self._listener, self._ffi.NULL)
         self._lib.llama_backend_init()
-        self._work, self._positions, self._version = work, positions, __llama_cpp_tag__
-        self._threads = threads or torch.get_num_threads()
+        engine, threads = f"llama.cpp {__llama_cpp_tag__}", threads or torch.get_num_threads()
+        self.about = About(work, positions, engine, "its own", threads, "CPU")
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
         self._model = self._there(self._lib.llama_model_load_from_file(file.encode(), params))
@@ -74,11 +74,6 @@ class LlamaCppRunner:
         self._tokens = int(self._lib.llama_vocab_n_tokens(vocabulary))
         self._context: Any = None
         self._fits: Workload | None = None
-
-    def about(self) -> About:
-        """Describe the model and the program that runs it."""
-        engine = f"llama.cpp {self._version}"
-        return About(self._work, self._positions, engine, "its own", self._threads, "CPU")
 
     def time(self, setting: Workload) -> Timing:
         """Time one pass of random tokens, decoded greedily."""
@@ -102,8 +97,8 @@ class LlamaCppRunner:
             params.n_ctx = setting.batch_size * -(-held // _CELLS) * _CELLS
             params.n_seq_max = setting.batch_size
             params.n_batch = max(params.n_batch, setting.batch_size * setting.length)
-            params.n_threads = params.n_threads_batch = self._threads
-            params.type_k = params.type_v = CACHES[self._work.bytes_per_parameter]
+            params.n_threads = params.n_threads_batch = self.about.threads
+            params.type_k = params.type_v = CACHES[self.about.work.bytes_per_parameter]
             self._context = self._there(self._lib.llama_init_from_model(self._model, params))
             self._fits = setting
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from nuteprune.data.fingerprint import IN_DOMAIN, OTHER_TEXT, judged_kind
+from nuteprune.data.fingerprint import text_kind
 from nuteprune.export.card import since_dense, with_plots
 from nuteprune.export.figures import answer_rows, context_rows, definitions
 from nuteprune.export.record import perplexities_of
@@ -252,11 +252,6 @@ def headline(
         ]
         groups.append(("Speed", rows))
     return groups
-
-
-def text_kind(record: Mapping[str, Any]) -> str | None:
-    """Return whether a record's perplexities are on in-domain or other text; None: unknown."""
-    return {IN_DOMAIN: f"{IN_DOMAIN} text", OTHER_TEXT: OTHER_TEXT}.get(judged_kind(record))
 
 
 def _both(figure: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -178,12 +178,7 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _check_rows(
-    path: Path,
-    rows: Any,
-    keys: Sequence[str],
-    numbers: Sequence[str] = (),
-) -> None:
+def _check_rows(path: Path, rows: Any, keys: Sequence[str], numbers: Sequence[str] = ()) -> None:
     def fits(row: Any) -> bool:
         return (
             isinstance(row, dict)

@@ -139,10 +139,7 @@ def _hub_rows(name: str) -> Iterator[str]:
 
 
 def make_blocks(
-    name: str,
-    rows: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    protocol: Protocol,
+    name: str, rows: Iterable[str], tokenizer: PreTrainedTokenizerBase, protocol: Protocol
 ) -> Blocks:
     """Cut the rows of a text into blocks.
 

@@ -230,11 +230,7 @@ def _cells(figures: Sequence[Figure]) -> list[str]:
 
 
 def _table(
-    output: Output,
-    title: str,
-    columns: list[str],
-    rows: list[list[str]],
-    kept: list[str] | None,
+    output: Output, title: str, columns: list[str], rows: list[list[str]], kept: list[str] | None
 ) -> None:
     """Print a table, with what is retained as its last column if that is known."""
     if kept is not None:

@@ -52,8 +52,7 @@ class About:
 class Runner(Protocol):
     """A loaded model that can be timed; there is one class for each engine."""
 
-    def about(self) -> About:
-        """Describe the model and the program that runs it."""
+    about: About
 
     def time(self, setting: Workload) -> Timing:
         """Time one pass of random tokens."""
@@ -68,11 +67,7 @@ class TorchRunner:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-
-    def about(self) -> About:
-        """Describe the model and the program that runs it."""
-        model = self._model
-        return About(
+        self.about = About(
             Work.of(model),
             getattr(model.config, "max_position_embeddings", None),
             f"transformers {transformers.__version__}",
@@ -165,7 +160,7 @@ def _serve(pipe: Connection, load: Callable[[], Runner]) -> None:
         warnings.simplefilter("ignore")
     try:
         runner = load()
-        pipe.send(runner.about())
+        pipe.send(runner.about)
         while True:
             setting = pipe.recv()
             memory.reset_peak()
