@@ -170,10 +170,8 @@ def thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Line:
     if size == 1:
         return x, y
     parts = range(0, len(x), size)
-    return (
-        np.array([x[i : i + size].mean() for i in parts]),
-        np.array([y[i : i + size].mean() for i in parts]),
-    )
+    x, y = (np.array([values[i : i + size].mean() for i in parts]) for values in (x, y))
+    return x, y
 
 
 def dots(step: NDArray[np.float64]) -> dict[str, Any]:

@@ -19,16 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError, in_one_line
 
-COMMONSENSE7: Final = (
-    "boolq",
-    "piqa",
-    "hellaswag",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "openbookqa",
-)
-SUITES: Final[Mapping[str, tuple[str, ...]]] = {"commonsense7": COMMONSENSE7}
+SUITES: Final[Mapping[str, tuple[str, ...]]] = {
+    "commonsense7": (
+        *("boolq", "piqa", "hellaswag", "winogrande"),
+        *("arc_easy", "arc_challenge", "openbookqa"),
+    )
+}
 """Names for several tasks at once; `commonsense7` are the seven that the paper averages."""
 
 # Where options differ in length the accuracy is of length-normalised likelihoods; else the plain
