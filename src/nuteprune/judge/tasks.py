@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -198,17 +198,14 @@ def _needing_data() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _asking_nobody_else() -> Iterator[None]:
+def _asking_nobody_else() -> AbstractContextManager[Any]:
     """Keep the harness from asking git and the system for facts for its log."""
+    from unittest.mock import patch
+
     from lm_eval import evaluator
 
-    own = evaluator.get_git_commit_hash, evaluator.add_env_info
-    evaluator.get_git_commit_hash = evaluator.add_env_info = lambda *_: None
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash, evaluator.add_env_info = own
+    inquiries = dict.fromkeys(("get_git_commit_hash", "add_env_info"), lambda *_: None)
+    return patch.multiple(evaluator, create=True, **inquiries)  # other versions may lack them
 
 
 def _manager(names: list[str], include_path: Path | None) -> Any:
