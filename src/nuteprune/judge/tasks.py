@@ -204,8 +204,11 @@ def _asking_nobody_else() -> AbstractContextManager[Any]:
 
     from lm_eval import evaluator
 
-    inquiries = dict.fromkeys(("get_git_commit_hash", "add_env_info"), lambda *_: None)
-    return patch.multiple(evaluator, create=True, **inquiries)  # other versions may lack them
+    def nothing(*_: Any) -> None:
+        return None
+
+    # Versions of the harness that lack one of them do without.
+    return patch.multiple(evaluator, create=True, get_git_commit_hash=nothing, add_env_info=nothing)
 
 
 def _manager(names: list[str], include_path: Path | None) -> Any:
