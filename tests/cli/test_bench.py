@@ -27,7 +27,7 @@ class Here:
 
     def __init__(self, name: str, load: Callable[[], Any]) -> None:
         self.name, self.runner = name, load()
-        self.about = self.runner.about()
+        self.about = self.runner.about
 
     def time(self, setting: Workload) -> Timing:
         return self.runner.time(setting)

@@ -53,7 +53,10 @@ def test_each_embedded_text_is_in_domain_by_itself(
     tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = {name: [f"The {name} see the grapes. " * 9] * 9 for name in ("wikipedia", "recipes")}
-    monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda **_: texts)
+    monkeypatch.setattr(
+        "nuteprune.data.specs.assets.documents",
+        lambda domains: {name: texts[name] for name in texts if name in domains},
+    )
     asked = Evaluation("unused", length=24, whole=True)
     known = training_blocks("demo:wikipedia", tiny_tokenizer, length=8, count=1, seed=0).fingerprint
     blocks = evaluate._blocks(asked, tiny_tokenizer, [known])

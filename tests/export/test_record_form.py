@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
+from nuteprune.data.fingerprint import learned_from
 from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
 from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.jobs.inspect import shapes_of
 from nuteprune.jobs.reproduce import again
-from nuteprune.judge.headline import headline, verdict
-from nuteprune.judge.provenance import learned_from
-from nuteprune.judge.report import kept_rows
+from nuteprune.judge.report import headline, kept_rows, verdict
 from nuteprune.judge.run_files import RunFiles
 
 LAYER = {"heads": 4, "kv_heads": 2, "neurons": 48}

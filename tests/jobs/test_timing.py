@@ -14,9 +14,9 @@ from nuteprune.jobs import timing
 from nuteprune.jobs.engines import Ready
 from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import Timing
-from nuteprune.judge.headline import told_gains
-from nuteprune.judge.runners import About
+from nuteprune.judge.report import told_gains
 from nuteprune.judge.work import Work, Workload
+from nuteprune.judge.worker import About
 
 BOUND = 1.25
 WORKS = {

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.judge.bench import (
-    Spread,
     Timing,
     advice,
     compare,
@@ -24,9 +23,8 @@ from nuteprune.judge.bench import (
     time_once,
     verdict,
 )
-from nuteprune.judge.runners import TorchRunner
 from nuteprune.judge.work import Work, Workload, experts_met
-from nuteprune.judge.worker import Worker
+from nuteprune.judge.worker import TorchRunner, Worker
 from tests.conftest import cache_of
 from tests.forked import workers
 from tests.greedy import continuation
@@ -147,7 +145,6 @@ def test_figures_are_medians_of_rates() -> None:
     assert found["decode_tokens_per_second"] == {"median": 2.0, "low": 1.0, "high": 4.0}
     assert found["first_token_seconds"]["median"] == 1.0
     assert found["peak_memory_bytes"] == 30
-    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
 
 
 def test_speed_is_compared_pass_by_pass_and_with_what_was_cut() -> None:

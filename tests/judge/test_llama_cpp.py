@@ -61,7 +61,7 @@ def test_a_context_is_made_for_each_setting(runner: LlamaCppRunner, library: Lib
 
 
 def test_it_tells_what_it_is(runner: LlamaCppRunner) -> None:
-    about = runner.about()
+    about = runner.about
     assert (about.engine, about.work, about.positions) == ("llama.cpp b0", WORK, 64)
     assert (about.threads, about.hardware) == (1, "CPU")
 

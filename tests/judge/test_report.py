@@ -16,19 +16,32 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nuteprune.data.fingerprint import text_kind
 from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
-from nuteprune.judge.headline import text_kind, verdict
-from nuteprune.judge.report import kept_rows
+from nuteprune.judge.report import kept_rows, verdict
 from nuteprune.judge.run_files import read_run, teacher_sparsities
 from tests.export.test_card import BESIDE
+from tests.undrawn import leave_blank
 
 pytestmark = pytest.mark.slow
 
 write_report = partial(report.write_report, again=again)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For tests whose plots are drawn."""
+
+
+@pytest.fixture(autouse=True)
+def _blank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave plots blank elsewhere: they take most of a report's time."""
+    if "drawn" not in request.fixturenames:
+        leave_blank(monkeypatch.setattr)
 
 
 EVIL = "<script>alert(1)</script>"
@@ -205,6 +218,7 @@ def test_answers_and_context_stand_beside_how_they_were_judged(tmp_path: Path) -
     assert "gain kept, %, blocks of 1152 50.0" in page_of(folder).text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_finished_run_has_all_that_is_known_and_nothing_from_outside(tmp_path: Path) -> None:
     samples = [{"prompt": "Once", "dense": "upon a time", "pruned": "there was"}]
     folder = a_run(tmp_path / "out", a_record(), some_steps(), samples=samples, speed=SPEED)
@@ -250,11 +264,15 @@ def test_pictures_have_words_and_tables_have_headers(tmp_path: Path) -> None:
     assert len(page.all("h1")) == 1
 
 
+@pytest.mark.usefixtures("drawn")
 def test_plots_take_every_colour_and_font_from_the_page(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out", a_record(), some_steps())
+    save_file(SCORES, folder / "run/score.safetensors")
+    save_file(masks_of(30), folder / "run/choose.safetensors")
     html = write_report(folder).read_text()
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.S)
-    assert drawings
+    assert len(drawings) == 6
+    assert "loss if removed" in drawings[-1]
     for drawing in drawings:
         used = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", drawing))
         assert used <= {f"var(--{name})" for name in COLOURS} | {"none"}
@@ -281,7 +299,7 @@ def test_text_stands_out_from_its_ground(scheme: str, tmp_path: Path) -> None:
             assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)  # WCAG 2, level AA
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("nasty", NASTY)
 def test_words_of_others_do_no_harm(nasty: str, tmp_path: Path) -> None:
     perplexity = {"before": {nasty: 2.0}, "after": {nasty: 3.0}, "protocol": {"measure": nasty}}
@@ -291,7 +309,7 @@ def test_words_of_others_do_no_harm(nasty: str, tmp_path: Path) -> None:
         a_record(
             base_model=nasty, perplexity=perplexity, config=config, versions={"nuteprune": nasty}
         ),
-        some_steps(),
+        None,
         samples=[{"prompt": nasty, "dense": nasty, "pruned": nasty}],
         speed={
             "conditions": nasty,
@@ -306,6 +324,7 @@ def test_words_of_others_do_no_harm(nasty: str, tmp_path: Path) -> None:
     assert page.text.count(" ".join(shown.split())) >= 9
 
 
+@pytest.mark.usefixtures("drawn")
 def test_html_and_dollars_are_drawn_as_they_are() -> None:
     plot = plots.perplexity_plot({EVIL: 2.0, "$\\frac{1}{$": 3.0}, {EVIL: 3.0, "$\\frac{1}{$": 4.0})
     assert "<script" not in plot.svg
@@ -362,8 +381,8 @@ def test_a_record_of_the_python_api_may_know_little(tmp_path: Path) -> None:
     assert "Perplexity" not in page.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "layers"), [(1, 1), (2, 1), (POINTS, 80), (3 * POINTS + 1, 80)])
+@pytest.mark.usefixtures("drawn")
+@pytest.mark.parametrize(("count", "layers"), [(1, 1), (2, 1), (POINTS, 2), (3 * POINTS + 1, 80)])
 def test_short_and_long_runs_of_small_and_large_models(
     count: int, layers: int, tmp_path: Path
 ) -> None:
@@ -374,6 +393,7 @@ def test_short_and_long_runs_of_small_and_large_models(
     assert (tmp_path / "out/run/report.html").stat().st_size < 400_000
 
 
+@pytest.mark.usefixtures("drawn")
 def test_removed_blocks_width_and_figures_that_are_no_numbers(tmp_path: Path) -> None:
     record = a_record(
         layers=[layer(4, 2, 96), layer(0, 0, 128), layer(2, 1, 0)],
@@ -547,7 +567,6 @@ def test_gates_come_from_what_was_scored_and_chosen(tmp_path: Path) -> None:
     save_file(masks_of(30), run / "choose.safetensors")
     page = page_of(run.parent)
     assert "40 neurons: 30 kept, 10 not." in gates_of(page)
-    assert "loss if removed" in page.text
     assert {"gates_neurons.png", "gates_kv_groups.png"} <= {
         path.name for path in (run / "plots").iterdir()
     }
@@ -580,6 +599,7 @@ def test_what_each_stage_took_is_a_table(tmp_path: Path) -> None:
 # --- files -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_run_folder_will_do_and_writing_leaves_nothing_else(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out", a_record(), some_steps())
     page = write_report(folder)
@@ -642,7 +662,6 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
     assert "cannot write the report" in refusal(blocked)
 
 
-@pytest.mark.slow
 def test_plots_go_into_the_place_that_the_card_keeps(tmp_path: Path) -> None:
     record = a_record(base_model=EVIL)
     folder = a_run(tmp_path / "out", record, some_steps())

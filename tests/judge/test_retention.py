@@ -20,17 +20,9 @@ def test_is_unknown_where_a_ratio_says_nothing(ours: float, dense: float) -> Non
 
 
 def test_the_mean_is_that_of_the_figures_not_of_the_percentages() -> None:
-    ours, dense = {"a": 0.5, "b": 0.2}, {"a": 0.5, "b": 0.4}
-    kept = retentions(ours, dense, {"a": True, "b": True})
-    assert kept["a"] == pytest.approx(100)
-    assert kept["b"] == pytest.approx(50)
-    assert kept["mean"] == pytest.approx(100 * 0.7 / 0.9)
-
-
-def test_figures_that_point_different_ways_have_no_mean() -> None:
-    figures = {"acc": 0.5, "perplexity": 9.0}
-    kept = retentions(figures, figures, {"acc": True, "perplexity": False})
-    assert set(kept) == {"acc", "perplexity"}
+    kept = retentions({"a": 5.0, "b": 4.0}, {"a": 5.0, "b": 2.0, "c": 9.0})
+    assert kept == pytest.approx({"a": 100, "b": 50, "mean": 100 * 7 / 9})
+    assert retentions({"a": 5.0}, {"b": 2.0}) == {}
 
 
 def test_the_same_answers_have_no_error_and_one_question_tells_none() -> None:

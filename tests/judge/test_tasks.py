@@ -9,7 +9,7 @@ import torch
 from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.judge import tasks
-from nuteprune.judge.tasks import COMMONSENSE7, Figure, Score, Tasks, flips, read_scores
+from nuteprune.judge.tasks import Figure, Score, Tasks, flips, read_scores
 from nuteprune.judge.verdicts import Verdicts
 
 QUESTIONS = [
@@ -114,11 +114,6 @@ def test_without_the_harness_the_command_to_get_it_is_named(
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'nuteprune\[eval\]'"):
         Tasks(["commonsense7"])
-
-
-def test_the_papers_seven_have_one_name() -> None:
-    assert len(set(COMMONSENSE7)) == 7
-    assert tasks.SUITES["commonsense7"] == COMMONSENSE7
 
 
 def test_one_figure_per_task_is_read() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 
 from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.readers import Documents, split_long
-from nuteprune.data.specs import DEMO, sources_of
+from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part, shuffled, split
 from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
@@ -33,6 +34,7 @@ _SHUFFLE_CHARS = 2**24  # how much text is held to draw the next passage from
 _PASSAGE_CHARS = 8  # of a passage, per token of a block: about two blocks of English
 
 
+@dataclass(eq=False, repr=False)
 class BlockDataset(Dataset[dict[str, Tensor]]):
     """Blocks of tokens to train on: the labels are the tokens themselves.
 
@@ -41,9 +43,8 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         fingerprint: fingerprint of the text that they are cut from, if there is one.
     """
 
-    def __init__(self, blocks: Tensor, fingerprint: Fingerprint | None = None) -> None:
-        self.blocks = blocks
-        self.fingerprint = fingerprint or Fingerprint()
+    blocks: Tensor
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -123,9 +124,9 @@ def training_blocks(
     blocks, known = torch.empty(count, read, dtype=torch.int32), Fingerprint()
     for index, name in enumerate(specs):
         own = torch.nonzero(whose == index).flatten()
-        texts: list[Documents | Sequence[list[int]]] = (
-            [written] if name == SELF else [*sources_of(name, text_column, tokenizer)]
-        )
+        texts: list[Documents | Sequence[list[int]]] = [written]
+        if name != SELF:
+            texts = [*iter_documents(name, text_column=text_column, tokenizer=tokenizer).values()]
         for turn, text in enumerate(texts):
             places = own[turn :: len(texts)]
             blocks[places] = _drawn_blocks(text, tokenizer, read, len(places), seed)
@@ -263,7 +264,8 @@ def held_out_blocks(
     others = [name for name in specs if name != SELF] or [DEMO]
     held_out = HeldOut()
     for name in others:
-        for source in sources_of(name, text_column, tokenizer):
+        found = iter_documents(name, text_column=text_column, tokenizer=tokenizer)
+        for source in found.values():
             tokens = collect(tokens_of(held_out_part(source), tokenizer), count * read)
             whole = len(tokens) // read
             if not whole:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nuteprune.data.columns import cell_text, chat_turns, render
-from nuteprune.data.tokens import bos_of
+from nuteprune.data.tokens import bos_of, ids_of
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 
@@ -126,7 +126,7 @@ def encode(
     text = ""
     for stretch in conversation:
         text += stretch.text
-        whole, own = (_tokens(tokenizer, x) for x in (text, stretch.text))
+        whole, own = (ids_of(x, tokenizer) for x in (text, stretch.text))
         tokens = whole[len(ids) :] if whole[: len(ids)] == ids else own
         ids += tokens
         labels += tokens if stretch.learned else [IGNORED] * len(tokens)
@@ -135,8 +135,3 @@ def encode(
     if all(label == IGNORED for label in labels[1:]):
         return None
     return torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    found: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return list(found)

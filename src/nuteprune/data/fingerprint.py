@@ -1,4 +1,7 @@
-"""Fingerprints of text, whatever its name: hashes of its documents and files."""
+"""Fingerprints of text, whatever its name, and which text is in-domain for a model by them.
+
+A fingerprint has hashes of documents and files.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,19 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 MOST = 4096
 """Hashes that are kept of documents, and as many of files."""
 _DIGITS = 16  # of a hash, in hexadecimal
 _LONG, _PARAGRAPH = 2**14, 64  # characters of a long document, and of a paragraph that counts
 _END = 2**20  # bytes that are hashed of a file at its beginning, and as many at its end
+
+IN_DOMAIN: Final = "in-domain"
+OTHER_TEXT: Final = "other text"
+NOT_KNOWN: Final = "not known"
+CHANCE = 0.01
+"""Share of a text's documents that any two texts may have in common, such as short answers."""
 
 
 class Fingerprint:
@@ -88,3 +97,69 @@ def _add(hashes: set[str], more: Iterable[str]) -> None:
     hashes.update(more)
     if len(hashes) > 4 * MOST:  # a source may have any number of documents
         hashes.intersection_update(_smallest(hashes))
+
+
+# -- what a model learned from, and what that makes of other text
+
+
+def learned_from(record: Mapping[str, Any]) -> list[Fingerprint | None]:
+    """Return the texts that each run of a model read, by its record; None: unknown.
+
+    Args:
+        record: its nuteprune.json. Earlier prunings and recoveries count too.
+    """
+    before = [x for earlier in record.get("history", ()) for x in learned_from(earlier)]
+    runs = [record] if "text" in record or record.get("config", {}).get("data") else []
+    entry = record.get("recover")
+    while entry:
+        runs.append(entry)
+        entry = entry.get("earlier")
+    return before + [Fingerprint(run["text"]) if "text" in run else None for run in runs]
+
+
+def kind_of(judged: Fingerprint, learned: Iterable[Fingerprint | None]) -> str:
+    """Return whether a text is `IN_DOMAIN` or `OTHER_TEXT` for a model, or `NOT_KNOWN`.
+
+    A text is in-domain if it shares a file or a public name with the training text, or more than
+    `CHANCE` of its documents. It is other text only if it shares no document, and if every run's
+    record would show at least one of its documents, had the run read it.
+
+    Args:
+        judged: fingerprint of the text's source.
+        learned: from `learned_from`.
+    """
+    shares = [None if run is None else run.share_of(judged) for run in learned]
+    if any(share is not None and share > CHANCE for share in shares):
+        return IN_DOMAIN
+    return OTHER_TEXT if all(share == 0 for share in shares) else NOT_KNOWN
+
+
+def text_entry(
+    learned: Any, judged: Any, earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what a record says of a run's text, as `text`.
+
+    Args:
+        learned: the data set that was trained on; one without a `fingerprint` is not known.
+        judged: what perplexity was measured on, from `nuteprune.data.blocks.held_out_blocks`.
+        earlier: the record of the model before this run, if there is one.
+
+    Returns:
+        `documents`, `files`, `names` (see `Fingerprint`), and `judged`: source -> its kind.
+    """
+    known = [*learned_from(earlier or {}), learned.fingerprint]
+    kinds = {source: kind_of(x, known) for source, x in judged.fingerprints.items()}
+    return {**learned.fingerprint.to_dict(), "judged": kinds}
+
+
+def text_kind(record: Mapping[str, Any]) -> str | None:
+    """Return whether a record's perplexities are on in-domain or other text; None: unknown.
+
+    Args:
+        record: its nuteprune.json.
+    """
+    run = record.get("recover", record)
+    kinds = set(run.get("text", {}).get("judged", {}).values())
+    if IN_DOMAIN in kinds:
+        return f"{IN_DOMAIN} text"
+    return OTHER_TEXT if kinds == {OTHER_TEXT} else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from nuteprune.data.columns import chat_turns, render
 from nuteprune.data.openings import Openings, openings
 from nuteprune.data.readers import file_rows
-from nuteprune.data.tokens import bos_of, texts_of
+from nuteprune.data.tokens import bos_of, ids_of, texts_of
 from nuteprune.data.writing import TextInProgress, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
@@ -143,12 +143,8 @@ def _question(ids: list[int], opening: Openings) -> list[int]:
 def _ask(prompt: str, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template:
         return _chat([{"role": "user", "content": prompt}], where, tokenizer)
-    return [*bos_of(tokenizer), *_tokens(prompt, tokenizer)]
+    return [*bos_of(tokenizer), *ids_of(prompt, tokenizer)]
 
 
 def _chat(turns: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return _tokens(render(turns, where, tokenizer, asks=True), tokenizer)
-
-
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids_of(render(turns, where, tokenizer, asks=True), tokenizer)

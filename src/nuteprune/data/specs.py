@@ -44,35 +44,18 @@ def iter_documents(
         tokenizer: renders rows of chat messages; may be None where there are none.
 
     Returns:
-        Source name -> its documents, each of at most `readers.MAX_DOCUMENT_CHARS` characters.
+        Source name -> its documents, each of at most `readers.MAX_DOCUMENT_CHARS` characters; in a
+        fixed order.
 
     Raises:
         UserError: nothing of that name, or (on iteration) a source cannot be read.
     """
-    return {source.name: source for source in sources_of(spec, text_column, tokenizer)}
-
-
-def sources_of(
-    spec: str, text_column: str | None, tokenizer: PreTrainedTokenizerBase | None
-) -> list[Documents]:
-    """Return the sources of a DATA spec, in a fixed order.
-
-    Args:
-        spec: the DATA spec.
-        text_column: the column that holds the text; None finds it.
-        tokenizer: renders rows of chat messages; may be None where there are none.
-
-    Raises:
-        UserError: nothing of that name.
-    """
     refuse_self(spec)
     if names := embedded(spec):
-        texts = assets.documents(domains=names).items()
-        return [
-            Documents(x, partial(iter, y), Fingerprint(names=[f"{DEMO}:{x}"]))
-            for x, y in texts
-            if spec == DEMO or x in names
-        ]
+        return {
+            name: Documents(name, partial(iter, texts), Fingerprint(names=[f"{DEMO}:{name}"]))
+            for name, texts in assets.documents(domains=names).items()
+        }
 
     def documents(rows: Iterable[tuple[str, object]]) -> Iterator[str]:
         for where, row, layout in laid_out(rows, text_column):
@@ -89,10 +72,11 @@ def sources_of(
         def read() -> Iterator[str]:
             return chain.from_iterable(map(file_documents, files))
 
-        return [Documents(at_home(spec).absolute().name or spec, read, known)]
+        name = at_home(spec).absolute().name or spec
+        return {name: Documents(name, read, known)}
     parts = hub_parts(spec)
     known = Fingerprint(names=[parts[0].lower()])
-    return [Documents(spec, lambda: documents(readers.hub_rows(*parts)), known)]
+    return {spec: Documents(spec, lambda: documents(readers.hub_rows(*parts)), known)}
 
 
 def refuse_self(spec: str) -> None:

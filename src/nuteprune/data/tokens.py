@@ -33,6 +33,11 @@ def end_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token in ends if token is not None][:1]
 
 
+def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a text; no special tokens are added."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def tokens_of(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Yield the tokens of each text, ended by the token that joins it to the next, if any.
 
@@ -42,7 +47,7 @@ def tokens_of(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Itera
     """
     end = end_of(tokenizer)
     for text in filter(None, texts):
-        if tokens := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
+        if tokens := ids_of(text, tokenizer):
             yield [*tokens, *end]
 
 

@@ -47,10 +47,7 @@ def compared(dense: str, ours: Tuned, theirs: Tuned) -> dict[str, Any]:
         "out": theirs.result["out"],
         "perplexity": {when: found[when] for when in ("before", "after")},
         "retention": {
-            when: retentions(
-                mine["perplexity"][when], found[when], dict.fromkeys(found[when], False)
-            )
-            for when in ("before", "after")
+            when: retentions(mine["perplexity"][when], found[when]) for when in ("before", "after")
         },
         "seconds_per_step": times[1],
         "time_ratio": times[0] / times[1] if all(times) else None,

@@ -17,9 +17,9 @@ from nuteprune.errors import UserError
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
 from nuteprune.judge.llama_cpp import LlamaCppRunner, require_binding
-from nuteprune.judge.runners import Runner, TorchRunner
 from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Work
+from nuteprune.judge.worker import Runner, TorchRunner
 from nuteprune.model.family_file import from_dict, to_dict
 from nuteprune.model.lookup import all_brought_along, bring_along
 

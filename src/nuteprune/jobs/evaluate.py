@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output
-from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.fingerprint import Fingerprint, kind_of, learned_from
 from nuteprune.data.prompts import read_prompts
 from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
@@ -35,7 +35,6 @@ from nuteprune.judge import protocols, texts
 from nuteprune.judge.beside import judge_beside
 from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import perplexity
-from nuteprune.judge.provenance import kind_of, learned_from
 from nuteprune.judge.tasks import Tasks
 from nuteprune.judge.units import dtype_name
 from nuteprune.judge.verdicts import Verdicts

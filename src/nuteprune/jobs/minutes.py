@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nuteprune.console import Output, duration
-from nuteprune.data.own_text import tokens_to_write
+from nuteprune.data.mixture import tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.folder import is_stated

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback
 
 from nuteprune.console import Bars
-from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.fingerprint import Fingerprint, text_entry
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import at_home, file_sum, to_json
@@ -32,7 +32,6 @@ from nuteprune.jobs.sources import (
     use_family,
 )
 from nuteprune.jobs.text import mixture, text_of
-from nuteprune.judge.provenance import text_entry
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run import Run

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from nuteprune.console import Bars, Output, quiet_loading
 from nuteprune.data.blocks import JUDGED
 from nuteprune.data.examples import holds_instructions
+from nuteprune.data.fingerprint import text_entry
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
@@ -42,7 +43,6 @@ from nuteprune.jobs.sources import (
     stored_dtype,
 )
 from nuteprune.judge.perplexity import mean, perplexities, protocol
-from nuteprune.judge.provenance import text_entry
 from nuteprune.judge.work import Work
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy

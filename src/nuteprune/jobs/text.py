@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.console import megabytes
 from nuteprune.data.blocks import checked_shares
-from nuteprune.data.mixture import Mixture
-from nuteprune.data.own_text import GUARD, tokens_to_write
+from nuteprune.data.mixture import GUARD, Mixture, tokens_to_write
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.files import at_home

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,20 +23,6 @@ GOOD = 0.9
 PASSES = 5
 """Fewer passes than this tell nothing of a difference."""
 _EASY_MULTIPLE = 128  # matrix sizes that kernels of all kinds tile evenly
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A median and the range that it comes from."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Return the spread of values, of which there is at least one."""
-        return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -88,6 +74,11 @@ def _wait(model: PreTrainedModel) -> None:
         torch.cuda.synchronize(model.device)
 
 
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median of values, and the range that it comes from."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
 def summarize(setting: Workload, timings: Sequence[Timing]) -> dict[str, Any]:
     """Return one model's figures in one setting, fit for JSON.
 
@@ -96,13 +87,12 @@ def summarize(setting: Workload, timings: Sequence[Timing]) -> dict[str, Any]:
         timings: at least one pass.
     """
     read, made = setting.batch_size * setting.length, setting.batch_size * setting.new_tokens
-    spreads = {
-        "prefill_tokens_per_second": Spread.of([read / x.first_token for x in timings]),
-        "decode_tokens_per_second": Spread.of([made / x.decode for x in timings]),
-        "first_token_seconds": Spread.of([x.first_token for x in timings]),
+    return {
+        "prefill_tokens_per_second": _spread([read / x.first_token for x in timings]),
+        "decode_tokens_per_second": _spread([made / x.decode for x in timings]),
+        "first_token_seconds": _spread([x.first_token for x in timings]),
+        "peak_memory_bytes": max(x.peak_memory for x in timings),
     }
-    peak = max(x.peak_memory for x in timings)
-    return {**{k: asdict(v) for k, v in spreads.items()}, "peak_memory_bytes": peak}
 
 
 def compare(
@@ -142,10 +132,9 @@ def compare(
     bounds["both"] = max(bounds.values())
     found: dict[str, dict[str, Any]] = {}
     for phase, values in ratios.items():
-        spread, bound = Spread.of(values), max(bounds[phase], calls)
-        figures = {**asdict(spread), "bound": bound}
+        figures = {**_spread(values), "bound": max(bounds[phase], calls)}
         said = verdict(figures, len(values))
-        reached = spread.median / bound if said == "faster" else None
+        reached = figures["median"] / figures["bound"] if said == "faster" else None
         found[phase] = {**figures, "reached": reached, "verdict": said}
     return found
 
@@ -203,12 +192,11 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -
                 f"{phase} reaches {min(reached):.0%} of its bound at worst: time goes into what "
                 f"does not shrink ({why}), the more so the smaller the model"
             )
-    if not lines:
-        return []
-    if work.neurons % _EASY_MULTIPLE == 0:
-        return [*lines, f"neuron counts are multiples of {work.neurons}: no larger one would help"]
-    remedy = (
-        f"neuron counts are multiples of {work.neurons}; prune with --set neuron_multiple="
-        f"{_EASY_MULTIPLE}: kernels tile such matrices evenly"
-    )
-    return [*lines, remedy]
+    if lines and work.neurons % _EASY_MULTIPLE == 0:
+        lines.append(f"neuron counts are multiples of {work.neurons}: no larger one would help")
+    elif lines:
+        lines.append(
+            f"neuron counts are multiples of {work.neurons}; prune with --set neuron_multiple="
+            f"{_EASY_MULTIPLE}: kernels tile such matrices evenly"
+        )
+    return lines

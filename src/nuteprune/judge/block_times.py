@@ -8,6 +8,8 @@ Shape suffixes: B sequences, T tokens of a prompt.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -71,14 +73,8 @@ def _spaced(most: int, count: int) -> list[int]:
 def trial_model(anatomy: Anatomy, attentions: Sequence[LayerShape], neurons: Sequence[int]) -> Any:
     """Return a model whose layers have the counts in turn, with arbitrary weights."""
     count = max(len(attentions), len(neurons))
-    layers = tuple(
-        LayerShape(
-            attentions[-1 - i % len(attentions)].heads,
-            attentions[-1 - i % len(attentions)].kv_heads,
-            neurons[-1 - i % len(neurons)],
-        )
-        for i in range(count)
-    )
+    in_turn = zip(itertools.cycle(attentions[::-1]), itertools.cycle(neurons[::-1]), strict=False)
+    layers = tuple(dataclasses.replace(x, neurons=n) for x, n in itertools.islice(in_turn, count))
     config = copy.deepcopy(anatomy.config)
     for name, values in vars(anatomy.config).items():  # some say things layer by layer
         if isinstance(values, list) and len(values) == len(anatomy.layers):
@@ -105,13 +101,10 @@ def watched(anatomy: Anatomy) -> Iterator[Times]:
 
     with ExitStack() as stack:
         for i, layer in enumerate(anatomy.layers):
-            family = anatomy.family
-            ends = {
-                "attn_block": (family.attention_module, family.attention_module),
-                "mlp_block": (family.mlp_modules[0], family.mlp_modules[-1]),
-            }
-            for block, paths in ends.items():
-                watch(f"{block} {i}", *map(layer.get_submodule, paths))
+            attention = layer.get_submodule(anatomy.family.attention_module)
+            mlp = [layer.get_submodule(path) for path in anatomy.family.mlp_modules]
+            watch(f"attn_block {i}", attention, attention)
+            watch(f"mlp_block {i}", mlp[0], mlp[-1])
             watch(f"layer {i}", layer, layer)
         watch(MODEL, anatomy.model, anatomy.model)
         yield found
@@ -169,9 +162,7 @@ def cost_table(
         "hardware": hardware_of(device),
         "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
-        "batch_size": setting.batch_size,
-        "length": setting.length,
-        "new_tokens": setting.new_tokens,
+        **dataclasses.asdict(setting),
         **table_of(passes, trial.shape, len(dense.layers)),
     }
 
@@ -185,23 +176,19 @@ def table_of(passes: Sequence[Times], shape: Shape, layers: int) -> dict[str, An
         layers: of the model that the table is for.
     """
 
-    def medians(names: Sequence[str]) -> dict[str, float]:
-        return _medians([found[name] for found in passes for name in names])
-
-    def named(block: str, **counts: int) -> dict[str, Any]:
-        fields = ("heads", "kv_heads", "neurons")
+    def row(block: str, **counts: int) -> dict[str, Any]:
         alike = [
             f"{block} {i}"
             for i, layer in enumerate(shape.layers)
-            if all(getattr(layer, k) == counts[k] for k in fields if k in counts)
+            if all(getattr(layer, kind) == count for kind, count in counts.items())
         ]
-        return {**counts, **medians(alike)}
+        return {**counts, **_medians([found[name] for found in passes for name in alike])}
 
     attention = sorted({(x.heads, x.kv_heads) for x in shape.layers})
     neurons = sorted({x.neurons for x in shape.layers})
     return {
-        "attention": [named("attn_block", heads=h, kv_heads=g) for h, g in attention],
-        "mlp": [named("mlp_block", neurons=n) for n in neurons],
+        "attention": [row("attn_block", heads=h, kv_heads=g) for h, g in attention],
+        "mlp": [row("mlp_block", neurons=n) for n in neurons],
         "rest": _rest(passes, len(shape.layers), layers),
     }
 

@@ -161,8 +161,7 @@ def _for_page(svg: str, name: str) -> str:
 
 def column(metrics: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
     """Return a figure of each logged step, nan where a step lacks it."""
-    values = (line.get(key) for line in metrics)
-    return np.array([np.nan if value is None else float(value) for value in values])
+    return np.array([line.get(key) for line in metrics], dtype=float)  # None is nan
 
 
 def thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Line:
@@ -171,10 +170,8 @@ def thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Line:
     if size == 1:
         return x, y
     parts = range(0, len(x), size)
-    return (
-        np.array([x[i : i + size].mean() for i in parts]),
-        np.array([y[i : i + size].mean() for i in parts]),
-    )
+    x, y = (np.array([values[i : i + size].mean() for i in parts]) for values in (x, y))
+    return x, y
 
 
 def dots(step: NDArray[np.float64]) -> dict[str, Any]:

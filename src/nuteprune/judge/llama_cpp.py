@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.judge.bench import Timing
-from nuteprune.judge.runners import About
 from nuteprune.judge.work import Work, Workload
+from nuteprune.judge.worker import About
 
 BINDING = "llama_cpp_py_sync"
 CACHES = {4: 0, 2: 1}
@@ -65,8 +65,8 @@ class LlamaCppRunner:
         self._listener = self._ffi.callback("ggml_log_callback", self._listen)
         self._lib.llama_log_set(self._listener, self._ffi.NULL)
         self._lib.llama_backend_init()
-        self._work, self._positions, self._version = work, positions, __llama_cpp_tag__
-        self._threads = threads or torch.get_num_threads()
+        engine, threads = f"llama.cpp {__llama_cpp_tag__}", threads or torch.get_num_threads()
+        self.about = About(work, positions, engine, "its own", threads, "CPU")
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
         self._model = self._there(self._lib.llama_model_load_from_file(file.encode(), params))
@@ -74,11 +74,6 @@ class LlamaCppRunner:
         self._tokens = int(self._lib.llama_vocab_n_tokens(vocabulary))
         self._context: Any = None
         self._fits: Workload | None = None
-
-    def about(self) -> About:
-        """Describe the model and the program that runs it."""
-        engine = f"llama.cpp {self._version}"
-        return About(self._work, self._positions, engine, "its own", self._threads, "CPU")
 
     def time(self, setting: Workload) -> Timing:
         """Time one pass of random tokens, decoded greedily."""
@@ -97,18 +92,16 @@ class LlamaCppRunner:
         if setting != self._fits:
             if self._context is not None:
                 self._lib.llama_free(self._context)
-            self._context, self._fits = self._new_context(setting), setting
+            params = self._lib.llama_context_default_params()
+            held = setting.length + setting.new_tokens
+            params.n_ctx = setting.batch_size * -(-held // _CELLS) * _CELLS
+            params.n_seq_max = setting.batch_size
+            params.n_batch = max(params.n_batch, setting.batch_size * setting.length)
+            params.n_threads = params.n_threads_batch = self.about.threads
+            params.type_k = params.type_v = CACHES[self.about.work.bytes_per_parameter]
+            self._context = self._there(self._lib.llama_init_from_model(self._model, params))
+            self._fits = setting
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-
-    def _new_context(self, setting: Workload) -> Any:
-        params = self._lib.llama_context_default_params()
-        held = setting.length + setting.new_tokens
-        params.n_ctx = setting.batch_size * -(-held // _CELLS) * _CELLS
-        params.n_seq_max = setting.batch_size
-        params.n_batch = max(params.n_batch, setting.batch_size * setting.length)
-        params.n_threads = params.n_threads_batch = self._threads
-        params.type_k = params.type_v = CACHES[self._work.bytes_per_parameter]
-        return self._there(self._lib.llama_init_from_model(self._model, params))
 
     def _eval(self, tokens_BT: NDArray[np.int64], past: int) -> NDArray[np.int64]:
         """Run tokens after those that the cache holds; returns each sequence's best next (B, 1)."""

@@ -124,8 +124,7 @@ def layers_plot(rows: Sequence[LayerRow]) -> Plot:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.set_xlabel("layer")
         axes.grid(False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.spines[:].set_visible(False)
         _scale(figure)
     alt = "Heat map. " + " ".join(_row_in_words(row) for row in rows)
     return finish("layers", alt, figure)

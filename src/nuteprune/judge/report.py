@@ -10,15 +10,18 @@ from typing import Any
 import jinja2
 import yaml
 
-from nuteprune.export.card import with_plots
-from nuteprune.export.figures import definitions
+from nuteprune.data.fingerprint import text_kind
+from nuteprune.export.card import since_dense, with_plots
+from nuteprune.export.figures import answer_rows, context_rows, definitions
+from nuteprune.export.record import perplexities_of
 from nuteprune.files import atomic, write_text, writing
+from nuteprune.gates.budget import share_gone
 from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, Plot, percent
-from nuteprune.judge.headline import headline, judged_on_both, verdict
+from nuteprune.judge.perplexity import mean
 from nuteprune.judge.plots import LayerRow
 from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run, teacher_sparsities
-from nuteprune.judge.units import count, duration, size
+from nuteprune.judge.units import THIN, count, duration, number, size
 from nuteprune.model.shape import MLP_COUNTS, SAID
 from nuteprune.run_folder import CARD, REPORT
 
@@ -48,7 +51,7 @@ def write_report(folder: Path, again: Again) -> Path:
         RunFailed: if writing went wrong on the way, as where the disk is full.
     """
     files = read_run(Path(folder))
-    drawn = draw(files)
+    drawn = {plot.name: plot for plot in _drawn(files)}
     page = render(files, drawn, again)
     target = files.run / REPORT
     with writing(f"the report to {files.run}"):
@@ -62,12 +65,8 @@ def write_report(folder: Path, again: Again) -> Path:
     return target
 
 
-def draw(files: RunFiles) -> dict[str, Plot]:
-    """Return the plots that a run has data for, by name."""
-    return {plot.name: plot for plot in _drawn(files)}
-
-
 def _drawn(files: RunFiles) -> Iterator[Plot]:
+    """Yield the plots that a run has data for."""
     if files.record is not None:
         before, after = judged_on_both(files.record)
         if before:
@@ -77,8 +76,8 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
         yield plots.sparsity_plot(files.metrics, teacher_sparsities(files))
     if files.metrics:
         yield plots.loss_plot(files.metrics)
-    for kind, gate in files.gates.items():
-        yield plots.gates_plot(kind, gate.scores, gate.kept)
+    for kind, (scores, kept) in files.gates.items():
+        yield plots.gates_plot(kind, scores, kept)
 
 
 def kept_rows(record: Mapping[str, Any]) -> list[LayerRow]:
@@ -122,7 +121,7 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
     record = files.record
     commands, recipe = again(record or {}, files.folder.name)
     return environment.get_template("report.html").render(
-        name=model_name(files),
+        name=str((record or {}).get("base_model") or files.folder.name),
         record=record,
         verdict=verdict(files),
         table=headline(record, files.speed) if record else [],
@@ -146,11 +145,6 @@ def _ramped(metrics: Sequence[Mapping[str, Any]]) -> bool:
     return bool(reached and reached[0] < reached[-1] - 1e-3)
 
 
-def model_name(files: RunFiles) -> str:
-    """Return what a run is called: its model, else its folder."""
-    return str((files.record or {}).get("base_model") or files.folder.name)
-
-
 def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:
     """Put the plots into the model card, where it keeps a place for them."""
     path = files.folder / CARD
@@ -164,3 +158,143 @@ def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:
     complete = with_plots(card, given)
     if complete != card:
         write_text(path, complete)
+
+
+# -- the top of the page: a sentence on the result, and the table of figures
+
+
+def verdict(files: RunFiles) -> str:
+    """Return a sentence that says how a run came out."""
+    record = files.record
+    if record is None:
+        last = files.metrics[-1]
+        if (files.folder / "config.json").is_file():
+            return (
+                f"This model was trained for {last['step']} steps; there is no nuteprune.json, so "
+                "it was not pruned by nuteprune."
+            )
+        at = f", at a sparsity of {percent(last['sparsity'], 1)}" if pruning_steps(files) else ""
+        return f"This run has not been finished: its last step on record is {last['step']}{at}."
+    parts = [
+        f"{percent(record['sparsity'], 1)} of the decoder is gone, "
+        f"{percent(record['total_sparsity'], 1)} of all parameters"
+    ]
+    if record.get("history"):
+        whole = since_dense(record)
+        parts[0] += (
+            f" (with the runs before, {percent(whole['sparsity'], 1)} and "
+            f"{percent(whole['total_sparsity'], 1)} of the dense model)"
+        )
+    if "recover" in record:
+        tuned = record["recover"]
+        parts.append(f"it was fine-tuned for {tuned['steps']:,} steps on {tuned['data']}")
+    before, after = judged_on_both(record)
+    if before:
+        ratio = mean(after) / mean(before)
+        kind = text_kind(record) or "text"
+        whose = "what it was before this run" if record.get("history") else "the dense model's"
+        parts.append(f"perplexity on held-out {kind} is {number(ratio)}{THIN}× {whose}")
+    if copied := _both(record.get("copying", {})):
+        then, now = (f"{number(share)}{THIN}%" for share in copied)
+        parts.append(f"it copies {now} of random tokens from its context ({then} before)")
+    if loops := _both(record.get("answers", {}).get("looping", {})):
+        then, now = (f"{number(share)}{THIN}%" for share in loops)
+        parts.append(f"{now} of its answers loop ({then} of the dense model's)")
+    if gains := told_gains(files.speed):
+        span = dict.fromkeys((number(gains[0]), number(gains[-1])))
+        parts.append(f"it runs {' to '.join(span)}{THIN}× as fast")
+    # A run stores what it reached; rounding errors of its division are none of the reader's.
+    missed = record["sparsity"] < record["target"] - 1e-9
+    ending = f" The target of {percent(record['target'], 1)} was missed." if missed else ""
+    *most, final = parts
+    return (f"{'; '.join(most)}; and {final}" if most else final) + "." + ending
+
+
+def headline(
+    record: Mapping[str, Any], speed: Mapping[str, Any] | None
+) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
+    """Return the headline table: groups of rows (what, dense, pruned, change)."""
+    params = record["params"]
+    cells = [
+        _counted("all parameters", params["before"], params["after"], count),
+        _counted("in the decoder layers", params["blocks_before"], params["blocks_after"], count),
+    ]
+    if "active_before" in params:
+        active = (params["active_before"], params["active_after"])
+        cells.append(_counted("active per token", *active, count))
+    if "bytes_on_disk" in record:
+        # The dtype is kept, so the dense file has the same bytes per parameter.
+        dense = record["bytes_on_disk"] / params["after"] * params["before"]
+        what, old, new, change = _counted("on disk", dense, record["bytes_on_disk"], size)
+        cells.append((what, f"≈{THIN}{old}", new, change))
+    hidden = record["hidden"]
+    if hidden["before"] != hidden["after"]:
+        cells.append(_counted("width", hidden["before"], hidden["after"], "{:,}".format))
+    groups = [("Size", cells)]
+    before, after = judged_on_both(record)
+    if before:
+        rows = [_compared(x, before[x], after[x]) for x in before]
+        if len(before) > 1:
+            rows.append(_compared("mean", mean(before), mean(after)))
+        kind = text_kind(record)
+        title = f"Perplexity on {kind}" if kind else "Perplexity"
+        groups.append((f"{title}, lower is better", rows))
+    if copied := _both(record.get("copying", {})):
+        row = _compared(f"tokens right,{THIN}%", *copied)
+        groups.append(("Copying from context, higher is better", [row]))
+    for group, figures in (("Answers", answer_rows(record)), ("Context", context_rows(record))):
+        if figures:
+            groups.append((group, [(*x.cells, _change(x.dense, x.pruned)) for x in figures]))
+    if speed and speed["rows"]:
+        rows = [
+            (f"{x['name']}, {x['unit']}", number(x["dense"]), number(x["pruned"]), _gain(x))
+            for x in speed["rows"]
+        ]
+        groups.append(("Speed", rows))
+    return groups
+
+
+def _both(figure: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return a figure before and after, None unless both are known."""
+    before, after = figure.get("before"), figure.get("after")
+    return None if before is None or after is None else (before, after)
+
+
+def judged_on_both(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return perplexities by source, of those that were measured on both models."""
+    before, after = perplexities_of(record)
+    both = [source for source in before if source in after]
+    return {x: before[x] for x in both}, {x: after[x] for x in both}
+
+
+def _counted(what: str, before: float, after: float, show: Any) -> tuple[str, str, str, str]:
+    return what, show(before), show(after), f"−{percent(share_gone(before, after), 1)}"
+
+
+def _compared(what: str, before: float, after: float) -> tuple[str, str, str, str]:
+    return what, number(before), number(after), _change(before, after)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"×{THIN}{number(after / before)}" if before and after is not None else ""
+
+
+def told_gains(speed: Mapping[str, Any] | None) -> list[float]:
+    """Return the gains in speed that a headline may state, growing; none if a row is doubtful.
+
+    Gains within their spread are doubtful, and gains beyond their bound. Leaving out the doubtful
+    rows alone would pick the best.
+    """
+    rows = [row for row in (speed or {}).get("rows", []) if row["better"] == "higher"]
+    if not all(row["verdict"] in ("faster", "slower") for row in rows):
+        return []
+    return sorted(row["gain"] for row in rows)
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    """Return a row's gain as the table shows it."""
+    if row["verdict"] in ("none", "noise"):
+        from nuteprune.judge import bench  # few runs time anything
+
+        return bench.say_ratio({**row, "median": row["gain"]})
+    return f"×{THIN}{number(row['gain'])}"

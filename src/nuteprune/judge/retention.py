@@ -24,29 +24,22 @@ def retention(ours: float, dense: float, *, higher_is_better: bool) -> float | N
     return 100 * over / under
 
 
-def retentions(
-    ours: Mapping[str, float], dense: Mapping[str, float], higher_is_better: Mapping[str, bool]
-) -> dict[str, float | None]:
-    """Return the retention for each figure that both models have, and on average.
+def retentions(ours: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the retention of each perplexity that both models have, and on average.
 
     Args:
-        ours: name -> figure.
-        dense: name -> figure of the dense model.
-        higher_is_better: name -> whether more is better.
+        ours: text -> perplexity.
+        dense: text -> perplexity of the dense model.
 
     Returns:
-        Name -> percent, and `mean`: the retention of the mean figures, the way published averages
-        are compared; left out where the figures do not all point the same way.
+        Text -> percent, and `mean`: the retention of the mean figures, the way published averages
+        are compared; left out where the models have no text in common.
     """
     names = [name for name in ours if name in dense]
-    kept = {
-        name: retention(ours[name], dense[name], higher_is_better=higher_is_better[name])
-        for name in names
-    }
-    ways = {higher_is_better[name] for name in names}
-    if len(ways) == 1:
+    kept = {x: retention(ours[x], dense[x], higher_is_better=False) for x in names}
+    if names:
         means = (statistics.fmean(x[name] for name in names) for x in (ours, dense))
-        kept["mean"] = retention(*means, higher_is_better=ways.pop())
+        kept["mean"] = retention(*means, higher_is_better=False)
     return kept
 
 

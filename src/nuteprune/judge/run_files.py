@@ -34,17 +34,9 @@ _SPEED_NUMBERS = ("dense", "pruned", "gain", "low", "high", "bound")
 _SPEED_KEYS = ("name", "unit", "better", "verdict", *_SPEED_NUMBERS)
 
 
-@dataclass(frozen=True)
-class GateScores:
-    """The scores of one kind of gate, and which units stay.
-
-    Args:
-        scores: (N,), one per unit: the loss that its removal is expected to cost.
-        kept: (N,), whether the unit stays.
-    """
-
-    scores: NDArray[np.float64]
-    kept: NDArray[np.bool_]
+GateScores = tuple[NDArray[np.float64], NDArray[np.bool_]]
+"""Of one kind of gate: (N,) the loss that removing a unit is expected to cost, and whether it
+stays."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +178,7 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _check_rows(
-    path: Path,
-    rows: Any,
-    keys: Sequence[str],
-    numbers: Sequence[str] = (),
-) -> None:
+def _check_rows(path: Path, rows: Any, keys: Sequence[str], numbers: Sequence[str] = ()) -> None:
     def fits(row: Any) -> bool:
         return (
             isinstance(row, dict)
@@ -219,7 +206,7 @@ def _gates(run: Path) -> dict[str, GateScores]:
     except UserError:
         return {}  # of a recipe that learns masks, or cut off: the report does without
     return {
-        kind: GateScores(scores[kind].double().numpy(), (masks[kind] > 0).numpy())
+        kind: (scores[kind].double().numpy(), (masks[kind] > 0).numpy())
         for kind in GATE_KINDS
         if kind in scores and kind in masks
     }

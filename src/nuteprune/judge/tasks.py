@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -19,16 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError, in_one_line
 
-COMMONSENSE7: Final = (
-    "boolq",
-    "piqa",
-    "hellaswag",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "openbookqa",
-)
-SUITES: Final[Mapping[str, tuple[str, ...]]] = {"commonsense7": COMMONSENSE7}
+SUITES: Final[Mapping[str, tuple[str, ...]]] = {
+    "commonsense7": (
+        *("boolq", "piqa", "hellaswag", "winogrande"),
+        *("arc_easy", "arc_challenge", "openbookqa"),
+    )
+}
 """Names for several tasks at once; `commonsense7` are the seven that the paper averages."""
 
 # Where options differ in length the accuracy is of length-normalised likelihoods; else the plain
@@ -87,15 +83,21 @@ class Flips(NamedTuple):
     asked: int
 
 
-def flips(pruned: Score, dense: Score) -> Flips | None:
-    """Return the flips of a task; None where answers are not right or wrong, or not known."""
+def answers_of(pruned: Score, dense: Score) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return both models' answers to the questions of a task; None where they are not known."""
     mine, theirs = pruned.answers, dense.answers
     if mine is None or theirs is None or len(mine) != len(theirs):
         return None
-    if not {*mine, *theirs} <= {0.0, 1.0}:
+    return mine, theirs
+
+
+def flips(pruned: Score, dense: Score) -> Flips | None:
+    """Return the flips of a task; None where answers are not right or wrong, or not known."""
+    both = answers_of(pruned, dense)
+    if both is None or not {*both[0], *both[1]} <= {0.0, 1.0}:
         return None
-    pairs = list(zip(theirs, mine, strict=True))
-    return Flips(pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0)), len(pairs))
+    pairs = list(zip(*both, strict=True))
+    return Flips(pairs.count((0.0, 1.0)), pairs.count((1.0, 0.0)), len(pairs))
 
 
 class Tasks:
@@ -196,31 +198,27 @@ def _needing_data() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _asking_nobody_else() -> Iterator[None]:
+def _asking_nobody_else() -> AbstractContextManager[Any]:
     """Keep the harness from asking git and the system for facts for its log."""
+    from unittest.mock import patch
+
     from lm_eval import evaluator
 
-    inquiries = [x for x in ("get_git_commit_hash", "add_env_info") if hasattr(evaluator, x)]
-    own = {name: getattr(evaluator, name) for name in inquiries}
-    for name in inquiries:
-        setattr(evaluator, name, lambda *_: None)
-    try:
-        yield
-    finally:
-        for name, function in own.items():
-            setattr(evaluator, name, function)
+    def nothing(*_: Any) -> None:
+        return None
+
+    # Versions of the harness that lack one of them do without.
+    return patch.multiple(evaluator, create=True, get_git_commit_hash=nothing, add_env_info=nothing)
 
 
 def _manager(names: list[str], include_path: Path | None) -> Any:
     """Return the harness's task manager; its own tasks, thousands, are read only if needed."""
     from lm_eval.tasks import TaskManager
 
-    manager = None
-    if include_path is not None:
-        manager = TaskManager(include_path=str(include_path), include_defaults=False)
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=str(include_path) if include_path else None)
+    folder = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    if folder is not None and not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
             near = get_close_matches(name, [*SUITES, *manager.all_tasks], n=1)

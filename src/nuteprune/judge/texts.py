@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ class Rows:
     """
 
     read: Callable[[], Iterable[str]]
-    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+    fingerprint: Fingerprint
 
 
 def rows_of(
@@ -139,10 +139,7 @@ def _hub_rows(name: str) -> Iterator[str]:
 
 
 def make_blocks(
-    name: str,
-    rows: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    protocol: Protocol,
+    name: str, rows: Iterable[str], tokenizer: PreTrainedTokenizerBase, protocol: Protocol
 ) -> Blocks:
     """Cut the rows of a text into blocks.
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from nuteprune.console import Output
+from nuteprune.data.fingerprint import IN_DOMAIN, NOT_KNOWN, OTHER_TEXT
 from nuteprune.export.figures import definitions
 from nuteprune.judge.beside import Beside, print_beside
 from nuteprune.judge.copying import Copying
 from nuteprune.judge.perplexity import OVERLAPPING, PROTOCOL, mean
 from nuteprune.judge.protocols import HELD_OUT
-from nuteprune.judge.provenance import IN_DOMAIN, NOT_KNOWN, OTHER_TEXT
 from nuteprune.judge.retention import retention, retention_stderr, retentions
-from nuteprune.judge.tasks import Figure, Flips, Score, Tasks, flips
+from nuteprune.judge.tasks import Figure, Flips, Score, Tasks, answers_of, flips
 from nuteprune.judge.texts import Blocks
 
 Retention = dict[str, float | None]
@@ -63,24 +63,22 @@ class Verdicts:
         """Add what the model retains of the dense one."""
         if self.perplexity:
             ours, theirs = self.perplexity[model], self.perplexity[dense]
-            self.retention["perplexity"] = retentions(ours, theirs, dict.fromkeys(ours, False))
+            self.retention["perplexity"] = retentions(ours, theirs)
         copied = [self.copying[name] for name in (model, dense) if name in self.copying]
         if len(copied) == 2 and _alike(copied):
             shares = (x.percent for x in copied)
             self.retention["copying"] = {REPEAT: retention(*shares, higher_is_better=True)}
         if self.tasks:
             mine, of_dense = self.tasks[model], self.tasks[dense]
-            kept = retentions(
-                {task: score.value for task, score in mine.items()},
-                {task: score.value for task, score in of_dense.items()},
-                {task: score.higher_is_better for task, score in mine.items()},
-            )
-            if not _of_one_kind(mine):
-                kept.pop(MEAN, None)
-            self.retention["tasks"] = kept
-            both = {task: flips(mine[task], of_dense[task]) for task in mine if task in of_dense}
-            self.flips = {task: found for task, found in both.items() if found is not None}
-            self.retention_stderr["tasks"] = _errors(kept, mine, of_dense)
+            pairs = {task: (score, of_dense[task]) for task, score in mine.items()}
+            kept = {task: _retained(*pair) for task, pair in pairs.items()}
+            errors = {task: _error([pair]) for task, pair in pairs.items()}
+            if (average := _mean_of(mine)) and (dense_average := _mean_of(of_dense)):
+                kept[MEAN] = _retained(average, dense_average)
+                errors[MEAN] = _error(pairs.values())
+            self.retention["tasks"], self.retention_stderr["tasks"] = kept, errors
+            counted = {task: flips(*pair) for task, pair in pairs.items()}
+            self.flips = {task: found for task, found in counted.items() if found is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, fit for JSON."""
@@ -132,8 +130,7 @@ class Verdicts:
         rows.append([MEAN, *(f"{mean(x):.2f}" for x in found)])
         kept = None
         if "perplexity" in self.retention:
-            ours, dense = found[0], found[-1]  # one and the same if a model is its own dense one
-            of_group = retentions(ours, dense, dict.fromkeys(texts, False))
+            of_group = retentions(found[0], found[-1])  # a model may be its own dense one
             kept = [_percent(of_group[row[0]]) for row in rows]
         columns = ["text", *LABELS[: len(found)]]
         _table(output, f"{title}: perplexity, lower is better", columns, rows, kept)
@@ -166,14 +163,13 @@ class Verdicts:
             count = "-" if score.samples is None else str(score.samples)
             rows.append([task, score.metric, count, *_cells([x[task] for x in found])])
             kept.append(self._kept(task))
-            for metric, figure in score.others.items():
+            for metric in score.others:
                 figures = [x[task].others[metric] for x in found]
                 rows.append(["", metric, "", *_cells(figures)])
-                pair = figures[0].value, figures[-1].value
-                kept.append(_percent(retention(*pair, higher_is_better=figure.higher_is_better)))
-        if _of_one_kind(found[0]):
-            means = (mean({task: x.value for task, x in scores.items()}) for scores in found)
-            rows.append([MEAN, "", "", "", *(f"{x:.4f}" for x in means)])
+                kept.append(_percent(_retained(figures[0], figures[-1])))
+        means = [x for scores in found if (x := _mean_of(scores))]
+        if means:
+            rows.append([MEAN, "", "", "", *(f"{x.value:.4f}" for x in means)])
             kept.append(self._kept(MEAN))
         columns = ["task", "metric", "questions", "std error", *LABELS[: len(found)]]
         compared = kept if "tasks" in self.retention else None
@@ -202,30 +198,29 @@ def _alike(copied: Sequence[Copying]) -> bool:
     return all(x.protocol == copied[0].protocol for x in copied)
 
 
-def _of_one_kind(scores: Mapping[str, Score]) -> bool:
-    """Return whether tasks have a mean: one kind of figure, which improves in one direction."""
-    return len({(x.metric.startswith("acc"), x.higher_is_better) for x in scores.values()}) == 1
+def _retained(ours: Figure, dense: Figure) -> float | None:
+    return retention(ours.value, dense.value, higher_is_better=ours.higher_is_better)
 
 
-def _errors(
-    kept: Mapping[str, float | None], ours: Mapping[str, Score], dense: Mapping[str, Score]
-) -> Retention:
-    """Return the standard errors of what is retained in each task, and on average."""
-    answers = {}
-    for task in ours.keys() & dense.keys():
-        mine, theirs = ours[task].answers, dense[task].answers
-        if mine is not None and theirs is not None and len(mine) == len(theirs):
-            # What is retained is ours ÷ dense, or dense ÷ ours where lower is better.
-            answers[task] = (mine, theirs) if ours[task].higher_is_better else (theirs, mine)
+def _mean_of(scores: Mapping[str, Score]) -> Figure | None:
+    """Return the mean of tasks; None unless all have one kind of figure, better in one way."""
+    kinds = {(x.metric.startswith("acc"), x.higher_is_better) for x in scores.values()}
+    if len(kinds) != 1:
+        return None
+    return Figure(mean({task: x.value for task, x in scores.items()}), None, kinds.pop()[1])
 
-    def error(tasks: Sequence[str]) -> float | None:
-        if not tasks or not answers.keys() >= set(tasks):
+
+def _error(pairs: Iterable[tuple[Score, Score]]) -> float | None:
+    """Return the standard error of what is retained in tasks; None where it cannot be told."""
+    over, under = [], []
+    for ours, dense in pairs:
+        if (answers := answers_of(ours, dense)) is None:
             return None
-        pairs = [answers[task] for task in tasks]
-        return retention_stderr([over for over, _ in pairs], [under for _, under in pairs])
-
-    single = [task for task in kept if task in ours]
-    return {name: error([name] if name in ours else single) for name in kept}
+        # What is retained is ours ÷ dense, or dense ÷ ours where lower is better.
+        above, below = answers if ours.higher_is_better else answers[::-1]
+        over.append(above)
+        under.append(below)
+    return retention_stderr(over, under)
 
 
 def _cells(figures: Sequence[Figure]) -> list[str]:
@@ -235,11 +230,7 @@ def _cells(figures: Sequence[Figure]) -> list[str]:
 
 
 def _table(
-    output: Output,
-    title: str,
-    columns: list[str],
-    rows: list[list[str]],
-    kept: list[str] | None,
+    output: Output, title: str, columns: list[str], rows: list[list[str]], kept: list[str] | None
 ) -> None:
     """Print a table, with what is retained as its last column if that is known."""
     if kept is not None:

@@ -1,4 +1,7 @@
-"""A model in its own process: its memory is its own, and passes can take turns."""
+"""A model that is timed, in its own process: its memory is its own, and passes can take turns.
+
+Shape suffixes: B sequences, T tokens of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,81 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from multiprocessing.connection import Connection
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+import transformers
+from transformers import PreTrainedModel
 
 from nuteprune import memory
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.judge.bench import Timing
-from nuteprune.judge.runners import About, Runner
-from nuteprune.judge.work import Workload
+from nuteprune.judge.bench import Timing, hardware_of, time_once
+from nuteprune.judge.work import Work, Workload
+from nuteprune.model.anatomy import Anatomy
 
 
-class Worker:
+@dataclasses.dataclass(frozen=True)
+class About:
+    """Facts of a model and of the program that runs it.
+
+    Args:
+        work: what it has to move and multiply.
+        positions: tokens of a sequence that it can take; None: any.
+        engine: name and version.
+        attention: the kind that the engine uses.
+        threads: of a CPU.
+        hardware: the accelerator's name, or `CPU`.
+    """
+
+    work: Work
+    positions: int | None
+    engine: str
+    attention: str
+    threads: int
+    hardware: str
+
+
+class Runner(Protocol):
+    """A loaded model that can be timed; there is one class for each engine."""
+
+    about: About
+
+    def time(self, setting: Workload) -> Timing:
+        """Time one pass of random tokens."""
+
+
+class TorchRunner:
+    """A model in plain transformers.
+
+    Args:
+        model: a causal LM, on its device.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.about = About(
+            Work.of(model),
+            getattr(model.config, "max_position_embeddings", None),
+            f"transformers {transformers.__version__}",
+            str(model.config._attn_implementation),
+            torch.get_num_threads(),
+            hardware_of(model.device),
+        )
+
+    def time(self, setting: Workload) -> Timing:
+        """Time one pass of random tokens."""
+        random = torch.Generator().manual_seed(0)
+        size = (setting.batch_size, setting.length)
+        vocabulary = int(Anatomy(self._model).embedding.weight.shape[0])
+        prompt_BT = torch.randint(vocabulary, size, generator=random).to(self._model.device)
+        return time_once(self._model, prompt_BT, setting.new_tokens)
+
+
+class Worker(AbstractContextManager["Worker"]):
     """Holds a model in another process, which loads it meanwhile, and times it when it is told to.
 
     Args:
@@ -69,17 +133,11 @@ class Worker:
             raise answer
         return answer
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @contextmanager
@@ -102,17 +160,15 @@ def _serve(pipe: Connection, load: Callable[[], Runner]) -> None:
         warnings.simplefilter("ignore")
     try:
         runner = load()
-        pipe.send(runner.about())
+        pipe.send(runner.about)
         while True:
-            pipe.send(_timed(runner, pipe.recv()))
+            setting = pipe.recv()
+            memory.reset_peak()
+            timing = runner.time(setting)
+            pipe.send(dataclasses.replace(timing, peak_memory=memory.peak()))
     except EOFError:
         return
     except (UserError, RunFailed) as error:
         pipe.send(error)
     except Exception as error:
         pipe.send(RunFailed(f"{type(error).__name__}: {error}"))
-
-
-def _timed(runner: Runner, setting: Workload) -> Timing:
-    memory.reset_peak()
-    return dataclasses.replace(runner.time(setting), peak_memory=memory.peak())

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.blocks import JUDGED
+from nuteprune.data.mixture import GUARD, tokens_to_write
 from nuteprune.data.openings import TEXT_TOKENS
-from nuteprune.data.own_text import GUARD, tokens_to_write
 from nuteprune.data.writing import plain_together
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.importance import METHODS

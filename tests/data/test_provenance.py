@@ -8,12 +8,11 @@ import pytest
 
 from nuteprune.data.blocks import held_out_blocks, training_blocks
 from nuteprune.data.examples import read_examples
-from nuteprune.data.fingerprint import Fingerprint
-from nuteprune.judge.provenance import (
+from nuteprune.data.fingerprint import (
     IN_DOMAIN,
     NOT_KNOWN,
     OTHER_TEXT,
-    judged_kind,
+    Fingerprint,
     kind_of,
     learned_from,
     text_entry,
@@ -102,7 +101,7 @@ def test_instructions_are_known_as_text_and_as_examples(
     for spec, expected in ((tmp_path / "salt.jsonl", IN_DOMAIN), (rows("bread"), OTHER_TEXT)):
         held_out = held_out_blocks(str(spec), tiny_tokenizer, length=8, count=2)
         entry = text_entry(examples, held_out)
-        assert judged_kind({"text": entry}) == expected
+        assert set(entry["judged"].values()) == {expected}
 
 
 def test_only_what_would_be_known_is_called_other_text() -> None:
