@@ -83,9 +83,9 @@ def bench(results: Mapping[str, Any], figure: str, times: str) -> list[float]:
 
 
 def first_seed(results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the default's run at 20 % and 80 steps with seed 0."""
-    rows = [x for x in results["runs"] if x.get("row") == "the default, priced" and x["target"] == 0.2]
-    [run] = [x for x in rows if x["steps"] == 80 and x["seed"] == 0]
+    """Return the run whose figures the page of `eval` shows."""
+    asked = {"row": "the default, priced", "target": 0.2, "steps": 80, "seed": 0}
+    [run] = [x for x in results["runs"] if x | asked == x]
     return run
 
 
