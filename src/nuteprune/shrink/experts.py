@@ -13,24 +13,18 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.model.family import Experts, Projection
-from nuteprune.model.shape import LayerShape
 
 
-def kept_experts(masks: Masks, layer: int) -> tuple[int, int]:
-    """Return how many of a layer's experts masks keep, and how many neurons of each."""
-    whole = masks.layout.shape.layers[layer]
-    experts = _kept(masks, layer, whole)
-    return len(experts), int(_kept_neurons(masks, layer, whole, experts).shape[1])
-
-
-def _kept(masks: Masks, layer: int, whole: LayerShape) -> Tensor:
+def kept_experts(masks: Masks, layer: int) -> Tensor:
+    """Return the experts (E,) of a layer that masks keep."""
+    every = torch.arange(masks.layout.shape.layers[layer].experts)
     part = masks.part("experts", layer)
-    every = torch.arange(whole.experts)
     return every if part is None else every[(part > 0).cpu()]
 
 
-def _kept_neurons(masks: Masks, layer: int, whole: LayerShape, experts: Tensor) -> Tensor:
-    """Return the neurons (K experts, K) that stay of each expert that stays."""
+def kept_neurons(masks: Masks, layer: int) -> Tensor:
+    """Return the neurons (E, K) that masks keep of each expert that they keep."""
+    whole, experts = masks.layout.shape.layers[layer], kept_experts(masks, layer)
     part = masks.part("expert_neurons", layer)
     if part is None:
         return torch.arange(whole.expert_neurons).expand(len(experts), -1)
@@ -57,17 +51,15 @@ def cut_experts(
         width_D: hidden features that are kept, None for all.
     """
     whole = masks.layout.shape.layers[layer]
-    experts = _kept(masks, layer, whole)
-    neurons = _kept_neurons(masks, layer, whole, experts)
-    axes = {"expert_neurons": neurons, "hidden": width_D}
+    experts = kept_experts(masks, layer)
+    axes = {"expert_neurons": kept_neurons(masks, layer), "hidden": width_D}
     for projection in entry.projections:
         name = f"{prefix}{projection.path}"
         if name not in state:  # the block is gone
             return
         rows = _rows(projection, axes, whole.expert_neurons, entry.interleaved)
         row_dim = 2 if entry.transposed else 1
-        stack = _take(state[name], experts, 0)
-        stack = _take(stack, rows, row_dim)
+        stack = _take(_take(state[name], experts, 0), rows, row_dim)
         state[name] = _take(stack, axes[projection.columns], 3 - row_dim)
         if (bias := f"{name}_bias") in state:
             state[bias] = _take(_take(state[bias], experts, 0), rows, 1)

@@ -7,35 +7,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.masks import Masks
-from nuteprune.gates.narrow_masks import features, kept_rows, kept_units, live_groups
+from nuteprune.gates.masks import Masks, kept_features, kept_parts, kept_units, live_groups
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.shape import LayerShape, Shape, axis_sizes
-from nuteprune.shrink.experts import cut_experts, kept_experts
-from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale_norm
+from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale, scale_norm
 
 
 def shape_of(masks: Masks) -> Shape:
     """Return the dimensions that masks leave (non-zero entries)."""
     layers = []
     for i, old in enumerate(masks.layout.shape.layers):
-        heads, neurons = masks.heads(i), masks.mlp_input(i)
-        kept = old.heads if heads is None else int((heads > 0).sum())
-        kv_heads = old.kv_heads if heads is None else int(live_groups(heads, old).sum())
-        kept_neurons = old.neurons if neurons is None else int((neurons > 0).sum())
-        mixes = _open(masks.part("attn_block", i))
-        if not mixes:
-            kept = kv_heads = 0
-        experts = kept_experts(masks, i) if old.experts else (0, 0)
+        kept = old
+        if (heads := masks.heads(i)) is not None:
+            groups = live_groups(heads, old)
+            kept = replace(kept, heads=int((heads > 0).sum()), kv_heads=int(groups.sum()))
+        if (neurons := masks.part("neurons", i)) is not None:
+            kept = replace(kept, neurons=int((neurons > 0).sum()))
+        if old.experts:
+            from nuteprune.shrink.experts import kept_neurons
+
+            experts, expert_neurons = kept_neurons(masks, i).shape
+            kept = replace(kept, experts=experts, expert_neurons=expert_neurons)
+        if not _open(masks.part("attn_block", i)):
+            kept = replace(kept, heads=0, kv_heads=0, mixer=False)
         if not _open(masks.part("mlp_block", i)):
-            kept_neurons, experts = 0, (0, 0)
-        layers.append(LayerShape(kept, kv_heads, kept_neurons, *experts, mixer=old.mixer and mixes))
+            kept = replace(kept, neurons=0, experts=0, expert_neurons=0)
+        layers.append(kept)
     hidden = masks.hidden
     width = masks.layout.shape.hidden if hidden is None else int((hidden > 0).sum())
     return Shape(width, tuple(layers))
@@ -70,16 +73,21 @@ def cut_state(
         The state dict by the stock model's names.
     """
     shape = shape_of(masks)
+    ratio = math.sqrt(masks.layout.shape.hidden / shape.hidden)
     state: Tensors = {}
     for i, layer in enumerate(anatomy.layers):
         begin(i)
         fold_layer(anatomy, masks, i)
-        state |= hold(_cut_layer(anatomy, masks, i, shape))
+        if ratio != 1:
+            _rescale_layer(anatomy, i, ratio)
+        state |= hold(_cut_layer(anatomy, masks, i, shape.layers[i]))
         let_go(layer)
         give_back()
     begin(None)
     fold_outside(anatomy, masks)
-    state |= hold(_cut_outside(anatomy, masks, shape))
+    if ratio != 1:
+        _rescale_outside(anatomy, ratio)
+    state |= hold(_cut_outside(anatomy, masks))
     let_go(anatomy.model)
     return state
 
@@ -90,34 +98,32 @@ def let_go(module: nn.Module) -> None:
         part._parameters = dict.fromkeys(part._parameters)
 
 
-def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, shape: Shape) -> Tensors:
-    family, width_D, kept = anatomy.family, kept_units(masks.hidden), shape.layers[layer]
-    _rescale_layer(anatomy, layer, shape)
+def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, kept: LayerShape) -> Tensors:
+    family, whole = anatomy.family, masks.layout.shape.layers[layer]
     prefix = f"{family.layers}.{layer}."
-    whole = anatomy.layers[layer].state_dict()
-    state = {prefix + name: x for name, x in whole.items() if not _gone(anatomy, name, kept)}
-    old = masks.layout.shape.layers[layer]
-    sizes = axis_sizes(old, anatomy.head_dim)
-    index = features(masks.heads(layer), masks.mlp_input(layer), old, anatomy.head_dim)
-    index["hidden"] = width_D
-    for projection in family.projections:
-        if (weight := f"{prefix}{projection.path}.weight") in state:
-            rows = kept_rows(projection, index, sizes)
-            _select(state, weight, rows, 0)
-            _select(state, weight, index[projection.columns], 1)
-            _select(state, f"{prefix}{projection.path}.bias", rows, 0)
+    tensors = anatomy.layers[layer].state_dict()
+    state = {prefix + name: x for name, x in tensors.items() if not _gone(anatomy, name, kept)}
+    heads, width_D = masks.heads(layer), kept_units(masks.hidden)
+    index = kept_features(heads, masks.part("neurons", layer), whole, anatomy.head_dim)
+    if width_D is not None:
+        index["hidden"] = width_D
+    for path, (rows, columns) in kept_parts(family, index, whole, anatomy.head_dim).items():
+        _select(state, f"{prefix}{path}.weight", rows, 0)
+        _select(state, f"{prefix}{path}.weight", columns, 1)
+        _select(state, f"{prefix}{path}.bias", rows, 0)
     if family.experts is not None and kept.experts:
+        from nuteprune.shrink.experts import cut_experts
+
         cut_experts(state, prefix, family.experts, masks, layer, width_D)
     for path in family.norms:
         _select(state, f"{prefix}{path}.weight", width_D, 0)
     for path in family.per_head:
-        _select(state, f"{prefix}{path}", kept_units(masks.heads(layer)), 0)
+        _select(state, f"{prefix}{path}", kept_units(heads), 0)
     return state
 
 
-def _cut_outside(anatomy: Anatomy, masks: Masks, shape: Shape) -> Tensors:
+def _cut_outside(anatomy: Anatomy, masks: Masks) -> Tensors:
     family, width_D = anatomy.family, kept_units(masks.hidden)
-    _rescale_outside(anatomy, shape)
     whole = anatomy.model.state_dict()
     state = {name: x for name, x in whole.items() if not name.startswith(f"{family.layers}.")}
     head = f"{anatomy.head_path}.weight"
@@ -159,17 +165,8 @@ def narrower_epsilon(anatomy: Anatomy, masks: Masks) -> float | None:
     return float(epsilon) * whole / width
 
 
-def _ratio(anatomy: Anatomy, shape: Shape) -> float | None:
-    """Return what norms are scaled by, None where the width is not cut."""
-    whole = int(anatomy.embedding.weight.shape[1])
-    return None if shape.hidden == whole else math.sqrt(whole / shape.hidden)
-
-
-def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
+def _rescale_layer(anatomy: Anatomy, layer: int, ratio: float) -> None:
     """Rescale a layer's norms to the narrower width."""
-    ratio = _ratio(anatomy, shape)
-    if ratio is None:
-        return
     for norm in anatomy.norms(layer):
         scale_norm(anatomy, norm, ratio)
     if anatomy.family.mixer:
@@ -178,16 +175,12 @@ def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
         _rescale_queries_and_keys(anatomy, layer, ratio)
 
 
-def _rescale_outside(anatomy: Anatomy, shape: Shape) -> None:
+def _rescale_outside(anatomy: Anatomy, ratio: float) -> None:
     """Rescale the final norm and the embedding to a narrower width."""
-    ratio = _ratio(anatomy, shape)
-    if ratio is None:
-        return
     scale_norm(anatomy, anatomy.final_norm, ratio)
     in_embedding = 1 / ratio if anatomy.family.mixer else ratio
     if anatomy.family.scaled_embedding or anatomy.family.mixer:
-        embedding = cast(Tensor, anatomy.embedding.weight)
-        put(embedding, embedding.float() * in_embedding)
+        scale(anatomy.embedding.weight, in_embedding)
         if anatomy.tied:
             scale_norm(anatomy, anatomy.final_norm, 1 / in_embedding)
 
@@ -200,8 +193,7 @@ def _narrow_stream(anatomy: Anatomy, layer: int, ratio: float) -> None:
         if (linear := anatomy.linear(layer, projection)) is not None:
             parts += [linear.weight, linear.bias]
     if (mixture := anatomy.mixture(layer)) is not None:
-        down = mixture.down
-        parts += [mixture.stack(down), mixture.bias(down)]
+        parts += [mixture.stack(mixture.down), mixture.bias(mixture.down)]
     for parameter in parts:
         if parameter is not None:
             put(parameter, parameter.float() / ratio)
@@ -213,5 +205,5 @@ def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> Non
         linear = anatomy.linear(layer, projection)
         of_values = "v_proj" in projection.path
         if linear is not None and set(projection.rows) <= {"q", "kv"} and not of_values:
-            for parameter in filter(lambda x: x is not None, (linear.weight, linear.bias)):
-                put(parameter, parameter.float() * ratio)
+            scale(linear.weight, ratio)
+            scale(linear.bias, ratio)
