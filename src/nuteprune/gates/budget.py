@@ -8,7 +8,7 @@ stream, or is of a fixed size, so a model's count is hidden x coefficient + cons
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import BLOCK_KINDS, Family, Projection
+from nuteprune.model.family import Family, Projection
 from nuteprune.model.shape import PER_HEAD, LayerShape, Shape, axis_sizes
 
 
@@ -122,32 +122,27 @@ class Budget:
 
     def of_a_unit(self, layer: LayerShape, kind: str) -> int:
         """Return how many parameters go with each unit of a kind that a layer has."""
-        if kind in BLOCK_KINDS:
-            return self._of(layer, self.attention if kind == "attn_block" else self.mlp)
-        if kind == "experts":
-            return self._of(layer, self.expert)
-        block = self.attention
-        if kind == "neurons":
-            block, more = self.mlp, replace(layer, neurons=layer.neurons + 1)
-        elif kind == "expert_neurons":
-            block, more = self.expert, replace(layer, expert_neurons=layer.expert_neurons + 1)
-        else:
-            inner = layer.heads_per_group
-            heads, groups = (inner, 1) if kind == "kv_groups" else (1, inner == 1)
-            more = replace(layer, heads=layer.heads + heads, kv_heads=layer.kv_heads + groups)
-        return self._of(more, block) - self._of(layer, block)
+        each = layer.heads_per_group
+        other = {
+            "heads": replace(layer, heads=layer.heads + 1, kv_heads=layer.kv_heads + (each == 1)),
+            "kv_groups": replace(layer, heads=layer.heads + each, kv_heads=layer.kv_heads + 1),
+            "neurons": replace(layer, neurons=layer.neurons + 1),
+            "experts": replace(layer, experts=layer.experts + 1),
+            "expert_neurons": replace(layer, expert_neurons=layer.expert_neurons + 1),
+            "attn_block": replace(layer, heads=0, mixer=False),
+            "mlp_block": replace(layer, neurons=0, experts=0),
+        }[kind]
+        width = self.shape.hidden
+        changed = abs(self._of_layer(other, width) - self._of_layer(layer, width))
+        return changed // max(1, layer.experts) if kind == "expert_neurons" else changed
 
-    def _of(self, layer: LayerShape, block: Callable[[LayerShape], tuple[int, int]]) -> int:
-        coefficient, constant = block(layer)
-        return coefficient * self.shape.hidden + constant
+    def _of_layer(self, layer: LayerShape, hidden: int) -> int:
+        blocks = self.attention(layer), self.mlp(layer)
+        return sum(coefficient * hidden + constant for coefficient, constant in blocks)
 
     def parameters(self, shape: Shape) -> int:
         """Return the exact number of projection parameters of a model of that shape."""
-        total = 0
-        for layer in shape.layers:
-            for coefficient, constant in (self.attention(layer), self.mlp(layer)):
-                total += coefficient * shape.hidden + constant
-        return total
+        return sum(self._of_layer(layer, shape.hidden) for layer in shape.layers)
 
     def of_a_token(self, layer: LayerShape) -> LayerShape:
         """Return the part of a layer that one token goes through."""

@@ -27,15 +27,15 @@ class Uncounted:
         attention: of each layer, those that go with its attention block.
         mlp: of each layer, those that go with its MLP.
         rest: embedding, head, final norm and whatever else stays.
-        expert: of each layer, those of its router that go with an expert; empty: no mixture.
-        head: of each layer, how many go with a query head; empty: none.
+        expert: of each layer, those of its router that go with an expert.
+        head: of each layer, how many go with a query head.
     """
 
     attention: tuple[Line, ...]
     mlp: tuple[Line, ...]
     rest: Line
-    expert: tuple[Line, ...] = ()
-    head: tuple[int, ...] = ()
+    expert: tuple[Line, ...]
+    head: tuple[int, ...]
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> Uncounted:
@@ -51,9 +51,10 @@ class Uncounted:
         if experts is not None:
             blocks["expert"] = (experts.router,)
             inside += tuple(projection.path for projection in experts.projections)
-        found = {where: [(0, 0)] * len(anatomy.layers) for where in (*blocks, "expert")}
-        counts = [layer.experts for layer in anatomy.shape.layers]
-        rest, heads = (0, 0), [0] * len(anatomy.layers)
+        shapes = anatomy.shape.layers
+        found: dict[str, list[Line]] = {x: [(0, 0)] * len(shapes) for x in (*blocks, "expert")}
+        rest: Line = (0, 0)
+        heads = [0] * len(shapes)
         across = {f"{path}.weight" for path in (family.embedding, family.final_norm)}
         for name, parameter in anatomy.model.named_parameters():
             layer, path = _place(name, family.layers)
@@ -66,9 +67,9 @@ class Uncounted:
             if layer is None or not (block or path.startswith(inside)):
                 rest = _sum(rest, line)
             elif path in family.per_head:
-                heads[layer] += count(parameter) // anatomy.shape.layers[layer].heads
+                heads[layer] += count(parameter) // shapes[layer].heads
             elif of_router:
-                each = (line[0] // counts[layer], line[1] // counts[layer])
+                each = (line[0] // shapes[layer].experts, line[1] // shapes[layer].experts)
                 found["expert"][layer] = _sum(found["expert"][layer], each)
             elif not path.startswith(inside):
                 found[block[0]][layer] = _sum(found[block[0]][layer], line)
@@ -88,8 +89,8 @@ def _within(path: str, modules: tuple[str, ...]) -> bool:
     return any(path.startswith(f"{module}.") for module in modules)
 
 
-def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    return a[0] + b[0], a[1] + b[1]
+def _sum(a: Line, b: Line, times: int = 1) -> Line:
+    return a[0] + times * b[0], a[1] + times * b[1]
 
 
 class Priced(ABC):
@@ -147,25 +148,21 @@ class Cost(Priced):
 
     def attention(self, index: int, kept: LayerShape) -> Line:
         """Return the price of a layer's remaining attention."""
-        coefficient, constant = map(float, self.budget.attention(kept))
+        line: Line = self.budget.attention(kept)
         if self.outside and kept.mixes:
-            more = self.outside.attention[index]
-            of_heads = kept.heads * self.outside.head[index] if self.outside.head else 0
-            coefficient, constant = coefficient + more[0], constant + more[1] + of_heads
+            line = _sum(line, self.outside.attention[index])
+            line = _sum(line, (0, self.outside.head[index]), kept.heads)
         cached = self.kv_head[index] * kept.kv_heads if self.kv_head else 0
-        return self.each * coefficient, self.each * constant + cached
+        return float(self.each * line[0]), float(self.each * line[1] + cached)
 
     def mlp(self, index: int, kept: LayerShape) -> Line:
         """Return the price of a layer's remaining MLP."""
         counted = self.budget.of_a_token(kept) if self.active else kept
-        coefficient, constant = map(float, self.budget.mlp(counted))
+        line: Line = self.budget.mlp(counted)
         if self.outside and kept.mlp:
-            parts = [(self.outside.mlp[index], 1)]
-            if kept.experts:
-                parts.append((self.outside.expert[index], kept.experts))
-            for more, times in parts:
-                coefficient, constant = coefficient + times * more[0], constant + times * more[1]
-        return self.each * coefficient, self.each * constant
+            line = _sum(line, self.outside.mlp[index])
+            line = _sum(line, self.outside.expert[index], kept.experts)
+        return float(self.each * line[0]), float(self.each * line[1])
 
     def rest(self, width: int) -> float:
         """Return the price of all outside of blocks, at a width."""

@@ -33,11 +33,7 @@ class Seconds(Priced):
     attention_s: Mapping[int, Mapping[int, float]]
     mlp_s: Mapping[int, float]
     rest_s: float
-
-    @property
-    def by_units(self) -> bool:
-        """Whether equal parts cost the same whichever layer they are of."""
-        return False
+    by_units = False
 
     def attention(self, index: int, kept: LayerShape) -> Line:
         """Return the seconds of a layer's remaining attention."""
