@@ -135,8 +135,7 @@ class Walk:
     def refit(self, blocks: int) -> Need:
         """Refit all layers at their worst case on this much text, and keep the fits."""
         with self._counting() as live:
-            fitted = self._refit(self._widest(), blocks)
-            del fitted
+            self._refit(self._widest(), blocks)
         return Need.of(live)
 
     def _refit(self, masks: Masks, blocks: int) -> Weights:

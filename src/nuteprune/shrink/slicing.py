@@ -1,6 +1,6 @@
 """Cut pruned rows and columns out of a model, layer by layer: smaller tensors, the same function.
 
-Shape suffixes: O rows, I columns, D hidden width.
+Shape suffixes: D hidden width, E experts that are kept, K kept neurons of each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nuteprune.gates.masks import Masks, kept_features, kept_parts, kept_units, live_groups
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import Experts
 from nuteprune.model.shape import LayerShape, Shape
 from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale, scale_norm
 
@@ -30,9 +31,7 @@ def shape_of(masks: Masks) -> Shape:
         if (neurons := masks.part("neurons", i)) is not None:
             kept = replace(kept, neurons=int((neurons > 0).sum()))
         if old.experts:
-            from nuteprune.shrink.experts import kept_neurons
-
-            experts, expert_neurons = kept_neurons(masks, i).shape
+            experts, expert_neurons = _kept_neurons(masks, i).shape
             kept = replace(kept, experts=experts, expert_neurons=expert_neurons)
         if not _open(masks.part("attn_block", i)):
             kept = replace(kept, heads=0, kv_heads=0, mixer=False)
@@ -46,6 +45,23 @@ def shape_of(masks: Masks) -> Shape:
 
 def _open(gate: Tensor | None) -> bool:
     return gate is None or bool((gate > 0).all())
+
+
+def _kept_experts(masks: Masks, layer: int) -> Tensor:
+    """Return the experts (E,) of a layer that masks keep."""
+    every = torch.arange(masks.layout.shape.layers[layer].experts)
+    part = masks.part("experts", layer)
+    return every if part is None else every[(part > 0).cpu()]
+
+
+def _kept_neurons(masks: Masks, layer: int) -> Tensor:
+    """Return the neurons (E, K) that masks keep of each expert that they keep."""
+    whole, experts = masks.layout.shape.layers[layer], _kept_experts(masks, layer)
+    part = masks.part("expert_neurons", layer)
+    if part is None:
+        return torch.arange(whole.expert_neurons).expand(len(experts), -1)
+    live = (part > 0).cpu().view(whole.experts, -1)[experts]
+    return live.nonzero()[:, 1].view(len(experts), -1)
 
 
 Tensors = dict[str, Tensor]
@@ -112,14 +128,50 @@ def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, kept: LayerShape) -> 
         _select(state, f"{prefix}{path}.weight", columns, 1)
         _select(state, f"{prefix}{path}.bias", rows, 0)
     if family.experts is not None and kept.experts:
-        from nuteprune.shrink.experts import cut_experts
-
-        cut_experts(state, prefix, family.experts, masks, layer, width_D)
+        _cut_experts(state, prefix, family.experts, masks, layer)
     for path in family.norms:
         _select(state, f"{prefix}{path}.weight", width_D, 0)
     for path in family.per_head:
         _select(state, f"{prefix}{path}", kept_units(heads), 0)
     return state
+
+
+def _cut_experts(state: Tensors, prefix: str, entry: Experts, masks: Masks, layer: int) -> None:
+    """Cut a layer's stacks and its router: whole experts, neurons of each, width.
+
+    Args:
+        state: the layer's tensors by the stock model's names; they are replaced.
+        prefix: what their names begin with.
+        entry: what the family's entry says of its experts.
+        masks: the units to keep, with as many neurons for all experts of the layer.
+        layer: the layer's index.
+    """
+    whole, experts = masks.layout.shape.layers[layer], _kept_experts(masks, layer)
+    width_D, neurons_EK = kept_units(masks.hidden), _kept_neurons(masks, layer)
+    row_dim = 2 if entry.transposed else 1
+    for projection in entry.projections:
+        rows: Tensor | None = width_D
+        columns: Tensor | None = neurons_EK
+        if projection.columns == "hidden":
+            # Where gate and up are in one stack, a neuron has a row of each.
+            each = torch.arange(len(projection.rows))
+            if entry.interleaved:
+                places = neurons_EK.unsqueeze(-1) * len(each) + each
+            else:
+                places = neurons_EK.unsqueeze(1) + whole.expert_neurons * each.unsqueeze(-1)
+            rows, columns = places.flatten(1), width_D
+        name = f"{prefix}{projection.path}"
+        _select(state, name, experts, 0)
+        _select(state, name, rows, row_dim)
+        _select(state, name, columns, 3 - row_dim)
+        _select(state, f"{name}_bias", experts, 0)
+        _select(state, f"{name}_bias", rows, 1)
+    _select(state, f"{prefix}{entry.shared_gate}.weight", width_D, 1)
+    for name in [x for x in state if x.startswith(f"{prefix}{entry.router}.")]:
+        if len(state[name]) == whole.experts:
+            _select(state, name, experts, 0)
+            if state[name].dim() == 2:
+                _select(state, name, width_D, 1)
 
 
 def _cut_outside(anatomy: Anatomy, masks: Masks) -> Tensors:
@@ -146,8 +198,16 @@ def _gone(anatomy: Anatomy, name: str, kept: LayerShape) -> bool:
 
 
 def _select(state: Tensors, name: str, index: Tensor | None, dim: int) -> None:
-    if index is not None and name in state:
-        state[name] = state[name].index_select(dim, index.to(state[name].device))
+    """Keep a tensor's entries along a dimension, by an index (K,), or (E, K) for each expert."""
+    if index is None or name not in state:
+        return
+    tensor, index = state[name], index.to(state[name].device)
+    if index.dim() == 1:
+        state[name] = tensor.index_select(dim, index)
+    else:
+        shape = [1] * tensor.dim()
+        shape[0], shape[dim] = index.shape
+        state[name] = torch.take_along_dim(tensor, index.view(shape), dim)
 
 
 def narrower_epsilon(anatomy: Anatomy, masks: Masks) -> float | None:
