@@ -25,7 +25,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.copying_losses import copying_kept
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, chance, in_order, losses_of, ranked
-from nuteprune.gates.surgeon import has_cost, surgeon_scores
+from nuteprune.gates.surgeon import INPUTS, has_cost, surgeon_scores
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
 
@@ -246,14 +246,13 @@ class Method:
     priced: bool = False
 
 
-_INPUTS = ("heads", "kv_groups", "neurons")
 _ONLY_INPUTS = "it judges the inputs of the output and down projections"
 _EXPERTS = ("experts",)
 _ONLY_EXPERTS = "it judges whole routed experts"
 METHODS: dict[str, Method] = {
     "random": Method(random, reads=0),
-    "wanda": Method(wanda, _INPUTS, _ONLY_INPUTS),
-    "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
+    "wanda": Method(wanda, tuple(INPUTS), _ONLY_INPUTS),
+    "flap": Method(flap, tuple(INPUTS), _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
     "surgeon": Method(surgeon, reads=3, by_layer=True, cuts=True, priced=True),
