@@ -252,7 +252,7 @@ class Allocator:
         same = all(by_units) and not divide
         found: list[tuple[int, float, Frontier, Frontier]] = []
         for width, loss in options.widths():
-            fitting = [[o for o in x if not divide or width % o.kept[0] == 0] for x in attention]
+            fitting = [[o for o in x if not divide or width % o.kept.heads == 0] for x in attention]
             if same and found:
                 found.append((width, loss, *found[0][2:]))
             elif all(fitting):
@@ -268,13 +268,11 @@ class Allocator:
             )
         return found
 
-    def _assemble(
-        self, width: int, attention: list[tuple[int, ...]], mlp: list[tuple[int, ...]]
-    ) -> Shape:
+    def _assemble(self, width: int, attention: list[LayerShape], mlp: list[LayerShape]) -> Shape:
         if self.constraints.uniform:
             attention, mlp = map(_spread, (attention, mlp), self._alike)
         pairs = zip(attention, mlp, strict=True)
-        layers = [LayerShape(a[0], a[1], m[0], m[1], m[2], bool(a[2])) for a, m in pairs]
+        layers = (replace(m, heads=a.heads, kv_heads=a.kv_heads, mixer=a.mixer) for a, m in pairs)
         return Shape(width, tuple(layers))
 
 
@@ -283,7 +281,7 @@ def _grouped(kinds: Sequence[Any]) -> list[list[int]]:
     return [[i for i, x in enumerate(kinds) if x == kind] for kind in dict.fromkeys(kinds)]
 
 
-def _spread(kept: Sequence[tuple[int, ...]], groups: list[list[int]]) -> list[tuple[int, ...]]:
+def _spread(kept: Sequence[LayerShape], groups: list[list[int]]) -> list[LayerShape]:
     """Return what each layer keeps, given what each group of layers does."""
     found = {i: counts for counts, group in zip(kept, groups, strict=True) for i in group}
     return [found[i] for i in range(len(found))]

@@ -19,7 +19,7 @@ from torch import Tensor
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Family, Projection
-from nuteprune.model.shape import PER_HEAD, LayerShape, Shape, axis_sizes
+from nuteprune.model.shape import LayerShape, Shape, axis_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,22 +170,10 @@ class Budget:
         hidden = keep.values["hidden"].sum() if "hidden" in keep.values else self.shape.hidden
         total = torch.zeros((), device=device)
         for i, layer in enumerate(self.shape.layers):
-            sizes: dict[str, Any] = axis_sizes(layer, self.head_dim)
-            heads = keep.heads(i)
-            if heads is not None and layer.attention:
-                groups = keep.part("kv_groups", i)
-                kept = heads.sum() * self.head_dim
-                sizes |= {axis: many * kept for axis, many in PER_HEAD.items()}
-                if layer.heads_per_group == 1:
-                    sizes["kv"] = sizes["q"]
-                elif groups is not None:
-                    sizes["kv"] = groups.sum() * self.head_dim
-            neurons = keep.part("neurons", i)
-            if neurons is not None:
-                sizes["neurons"] = neurons.sum()
-            experts, sizes["expert_neurons"] = _expected_experts(keep, i, layer)
+            kept = _expected(keep, i, layer)
+            sizes = axis_sizes(kept, self.head_dim)
             mlp = self._count(self._mlp(layer), sizes, hidden)
-            mlp = mlp + self._count(self._stacks, sizes, hidden, experts)
+            mlp = mlp + self._count(self._stacks, sizes, hidden, kept.experts)
             attention = self._count(self._mixing(layer), sizes, hidden)
             for block, present, count in (
                 ("attn_block", layer.mixes, attention),
@@ -214,14 +202,23 @@ def share_gone(before: float, after: float) -> float:
     return (before - after) / before
 
 
-def _expected_experts(keep: Masks, index: int, layer: LayerShape) -> tuple[Any, Any]:
-    """Return how many experts of a layer are kept, and how many neurons in all of them."""
-    if not layer.experts:
-        return 0, 0
-    experts, neurons = keep.part("experts", index), keep.part("expert_neurons", index)
-    count = layer.experts if experts is None else experts.sum()
-    if neurons is None:
-        return count, count * layer.expert_neurons
-    if experts is not None:
-        neurons = neurons.view(layer.experts, -1) * experts.unsqueeze(-1)
-    return count, neurons.sum()
+def _expected(keep: Masks, index: int, layer: LayerShape) -> LayerShape:
+    """Return how many units of a layer are kept, as tensors; neurons of experts are all of them."""
+    heads, groups = keep.heads(index), keep.part("kv_groups", index)
+    counts: dict[str, Any] = {}
+    if heads is not None:
+        counts["heads"] = heads.sum()
+    if layer.heads_per_group == 1:
+        groups = heads
+    if groups is not None:
+        counts["kv_heads"] = groups.sum()
+    if (neurons := keep.part("neurons", index)) is not None:
+        counts["neurons"] = neurons.sum()
+    if layer.experts:
+        experts, inner = keep.part("experts", index), keep.part("expert_neurons", index)
+        counts["experts"] = layer.experts if experts is None else experts.sum()
+        if inner is not None and experts is not None:
+            inner = inner.view(layer.experts, -1) * experts.unsqueeze(-1)
+        every = counts["experts"] * layer.expert_neurons
+        counts["expert_neurons"] = every if inner is None else inner.sum()
+    return replace(layer, **counts)

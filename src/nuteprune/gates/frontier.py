@@ -14,20 +14,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nuteprune.model.shape import LayerShape
+
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to keep part of a block: steps given up, loss, price of what stays, counts kept."""
+    """One way to keep part of a block: steps given up, loss, price of what stays, its counts."""
 
     steps: int
     loss: float
     coefficient: float
     constant: float
-    kept: tuple[int, ...]
-    """(heads, KV heads, whether a mixer) of an attention; (neurons, experts, neurons of each) of an
-    MLP."""
+    kept: LayerShape
 
     def price(self, width: int) -> float:
         """Return the price at a width."""
@@ -44,9 +44,9 @@ class Frontier:
     picks: list[NDArray[np.int64]]
     options: Sequence[Sequence[Option]]
 
-    def counts(self, steps: int) -> list[tuple[int, ...]]:
+    def counts(self, steps: int) -> list[LayerShape]:
         """Return the counts that each layer keeps when `steps` are given up."""
-        kept: list[tuple[int, ...]] = []
+        kept: list[LayerShape] = []
         for options, pick in zip(reversed(self.options), reversed(self.picks), strict=True):
             option = options[pick[steps]]
             kept.append(option.kept)

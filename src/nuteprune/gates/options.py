@@ -17,6 +17,9 @@ from nuteprune.gates.costs import Priced
 from nuteprune.gates.frontier import Array, Option
 from nuteprune.model.shape import LayerShape, Shape
 
+NOTHING = LayerShape(0, 0, 0)
+"""What is left of a layer whose blocks are gone."""
+
 
 @dataclass(frozen=True)
 class Constraints:
@@ -92,22 +95,26 @@ class Options:
                         all_steps - g * (r + 1),
                         float(inside_G.sum() + extra[groups - g]),
                         *self.cost.attention(layer, kept),
-                        (kept.heads, kept.kv_heads, whole.mixer),
+                        kept,
                     )
                 )
         if "attn_block" in parts and layer != self._shape.first_attention:
             loss = float(parts["attn_block"][layer][0])
-            options.append(Option(all_steps, loss, 0, 0, (0, 0, False)))
+            options.append(Option(all_steps, loss, 0, 0, NOTHING))
         floor = self._floor(layer)
-        return [o for o in options if o.kept[0] >= floor.heads and o.kept[1] >= floor.kv_heads]
+        return [
+            option
+            for option in options
+            if option.kept.heads >= floor.heads and option.kept.kv_heads >= floor.kv_heads
+        ]
 
     def _mixer(self, layer: int) -> list[Option]:
         """Return the options of a layer without heads: its mixer stays as a whole or goes."""
         whole, parts = self._shape.layers[layer], self.parts
         kept = LayerShape(0, 0, 0, mixer=whole.mixer)
-        options = [Option(0, 0.0, *self.cost.attention(layer, kept), (0, 0, whole.mixer))]
+        options = [Option(0, 0.0, *self.cost.attention(layer, kept), kept)]
         if whole.mixer and "attn_block" in parts and not self._floor(layer).mixer:
-            options.append(Option(1, float(parts["attn_block"][layer][0]), 0, 0, (0, 0, False)))
+            options.append(Option(1, float(parts["attn_block"][layer][0]), 0, 0, NOTHING))
         return options
 
     def mlp(self, layer: int) -> list[Option]:
@@ -115,20 +122,16 @@ class Options:
         whole, parts = self._shape.layers[layer], self.parts
         total = whole.neurons
         if not whole.mlp:
-            return [Option(0, 0.0, 0, 0, (0, 0, 0))]
-        options = [
-            Option(
-                -(-(total - n) // self._neurons_per_step),
-                loss + more,
-                *self.cost.mlp(layer, LayerShape(0, 0, n, e, f)),
-                (n, e, f),
-            )
-            for n, loss in self._neurons(layer)
-            for e, f, more in self._experts(layer)
-        ]
+            return [Option(0, 0.0, 0, 0, NOTHING)]
+        options = []
+        for n, loss in self._neurons(layer):
+            steps = -(-(total - n) // self._neurons_per_step)
+            for e, f, more in self._experts(layer):
+                kept = LayerShape(0, 0, n, e, f)
+                options.append(Option(steps, loss + more, *self.cost.mlp(layer, kept), kept))
         if "mlp_block" in parts and not self._floor(layer).mlp:
             steps = total // self._neurons_per_step
-            options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, (0, 0, 0)))
+            options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, NOTHING))
         return options
 
     def _neurons(self, layer: int) -> list[tuple[int, float]]:
@@ -169,7 +172,7 @@ class Options:
 
     def _floor(self, layer: int) -> LayerShape:
         floor = self.constraints.floor
-        return floor.layers[layer] if floor else LayerShape(0, 0, 0)
+        return floor.layers[layer] if floor else NOTHING
 
 
 def _least_sums(losses: Array) -> Array:
