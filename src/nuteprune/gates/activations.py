@@ -33,7 +33,8 @@ class Watched:
     def __init__(self, block: str, linear: nn.Linear) -> None:
         self.block, self._linear = block, linear
         self._count = torch.zeros((), dtype=torch.float64)
-        self._sum_I, self._square_I = torch.zeros(2, linear.in_features, dtype=torch.float64)
+        self._sum_I = torch.zeros(linear.in_features, dtype=torch.float64)
+        self._square_I = torch.zeros_like(self._sum_I)
 
     def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Take in more rows, as a hook of the projection."""

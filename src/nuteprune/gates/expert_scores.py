@@ -38,7 +38,7 @@ def removal_order(probe: Probe) -> Tensor:
     parts = []
     for layer, module in enumerate(anatomy.layers):
         mixture = anatomy.mixture(layer)
-        with noting_calls(mixture and mixture.router) as calls:
+        with noting_calls(mixture.router if mixture else None) as calls:
             text.advance(layer)
         if mixture is not None:
             with gathered(module):

@@ -101,7 +101,7 @@ def _advance(
     """Return the covariance (I, I) by block of a layer; its experts are solved at once, by all."""
     blocks = [block for block, i in changes if i == layer and block != "experts"]
     mixture = probe.anatomy.mixture(layer) if ("experts", layer) in changes else None
-    with noting_calls(mixture and mixture.experts) as routed:
+    with noting_calls(mixture.experts if mixture else None) as routed:
         covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
     check_finite([x.diagonal() for x in covariances.values()], "surgeon")
     if mixture is not None:
