@@ -295,9 +295,9 @@ def _fitted_stack(
     fitted = stack.clone()
     thin = [i for i, mask_F in enumerate(mask_EF) if _lost(mask_F)]
     for expert in alike(thin, stack):
-        mask_F = mask_EF[expert]
+        mask_F, kept_F = mask_EF[expert], mask_EF[expert] > 0
         own_DF, wanted_DF = (mixture.plain(x[expert]).float() for x in (stack, target))
         covariance_FF = neuron_covariance(mixture, routed, expert, team)
         new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
-        mixture.plain(fitted[expert]).copy_(torch.where(mask_F > 0, new_DF, own_DF))
+        mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
     return fitted

@@ -154,11 +154,11 @@ def _cut_experts(state: Tensors, prefix: str, entry: Experts, masks: Masks, laye
         columns: Tensor | None = neurons_EK
         if projection.columns == "hidden":
             # Where gate and up are in one stack, a neuron has a row of each.
-            each = torch.arange(len(projection.rows))
+            count, width = len(projection.rows), whole.expert_neurons
             if entry.interleaved:
-                places = neurons_EK.unsqueeze(-1) * len(each) + each
+                places = neurons_EK.unsqueeze(-1) * count + torch.arange(count)
             else:
-                places = neurons_EK.unsqueeze(1) + whole.expert_neurons * each.unsqueeze(-1)
+                places = neurons_EK.unsqueeze(1) + width * torch.arange(count).unsqueeze(-1)
             rows, columns = places.flatten(1), width_D
         name = f"{prefix}{projection.path}"
         _select(state, name, experts, 0)
