@@ -239,7 +239,7 @@ def planned(cell: Cell, model: str) -> dict[str, int]:
     """Return what the plan says of the same."""
     from nuteprune.jobs.plan import config_of
     from nuteprune.jobs.sources import read_config
-    from nuteprune.plan.kernels import on_cpu
+    from nuteprune.plan.need import on_cpu
     from nuteprune.plan.phases import Plan
 
     config, dtype = config_of(model), getattr(torch, cell.dtype)

@@ -33,8 +33,7 @@ from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
 from nuteprune.files import file_sum
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.costs import Goal
-from nuteprune.gates.speed_costs import Seconds, seconds_of
+from nuteprune.gates.costs import Goal, Seconds, seconds_of
 from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.settings import read_given
 from nuteprune.jobs.speed import write_table

@@ -336,7 +336,8 @@ def other_cost(case: Case, seed: int) -> Cost:
 
     layers = range(len(case.layers))
     blocks = [tuple((draw(3), draw(20)) for _ in layers) for _ in range(2)]
-    outside = Uncounted(*blocks, rest=(draw(40), draw(100)))
+    none = {"expert": ((0, 0),) * len(layers), "head": (0,) * len(layers)}
+    outside = Uncounted(*blocks, rest=(draw(40), draw(100)), **none)
     return Cost(case.budget, outside, 2, tuple(draw(3000) for _ in layers), draw(50))
 
 

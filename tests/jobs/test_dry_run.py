@@ -22,8 +22,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate
 from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job
-from nuteprune.plan.kernels import on_cpu
-from nuteprune.plan.need import Need, Unplanned
+from nuteprune.plan.need import Need, Unplanned, on_cpu
 from nuteprune.plan.phases import Phase, Plan
 from nuteprune.plan.walk import Walk
 from nuteprune.products import Products

@@ -27,9 +27,18 @@ from nuteprune.jobs.plan import Asked, _with, config_of, run
 from nuteprune.jobs.planned import in_bits
 from nuteprune.jobs.settings import make_job
 from nuteprune.model.wrappers import WRAPPERS
-from nuteprune.plan.kernels import KERNEL, KERNELS, on_cpu
 from nuteprune.plan.live import Live
-from nuteprune.plan.need import ONE_BY_ONE, PARTS_OF_LAYERS, SHORT, Need, extended, in_batches
+from nuteprune.plan.need import (
+    KERNEL,
+    KERNELS,
+    ONE_BY_ONE,
+    PARTS_OF_LAYERS,
+    SHORT,
+    Need,
+    extended,
+    in_batches,
+    on_cpu,
+)
 from nuteprune.plan.phases import Phase, Plan
 from nuteprune.plan.walk import Walk, model_of
 from nuteprune.progressive.config import ProgressiveConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.speed_costs import seconds_of
+from nuteprune.gates.costs import seconds_of
 from nuteprune.judge.bench import time_once
 from nuteprune.judge.block_times import (
     cost_table,

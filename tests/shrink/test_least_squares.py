@@ -243,7 +243,7 @@ def fitted_anew(
     """
     found = {}
     for i in range(3):
-        both = masks.attention_input(i), masks.mlp_input(i)
+        both = masks.inputs(i).values()
         for place, norm, mask, scale, block in zip(
             WRITES[name], READS[name], both, SCALES.get(name, (1, 1)), BLOCK_KINDS, strict=True
         ):
@@ -312,9 +312,7 @@ def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) 
         ready.bank.install(refit(ready, masks, tokens_NT, batch_size=8))
     expected = fitted_anew(reference, intact, name, bases, masks, tokens_NT)
     for i in range(3):
-        for place, mask in zip(
-            WRITES[name], (masks.attention_input(i), masks.mlp_input(i)), strict=True
-        ):
+        for place, mask in zip(WRITES[name], masks.inputs(i).values(), strict=True):
             path = place.format(i)
             module = anatomy.model.get_submodule(path)
             weight = module.weight if not lora else module.base_layer.weight
@@ -335,7 +333,7 @@ def test_a_layer_goes_on_from_inputs_that_were_kept(
     """What a block computes before its last projection, it computes once where there is room."""
     monkeypatch.setattr(layerwise, "KEPT_BYTES", kept_bytes)
     anatomy, hooks, masks = pruned(tiny_model)
-    assert all(not masks.mlp_input(i).all() for i in range(3))
+    assert all(not masks.part("neurons", i).all() for i in range(3))
     random = torch.Generator().manual_seed(5)
     batches = list(torch.randint(3, 90, (9, 24), generator=random).split(4))
     calls = [0, 0, 0]

@@ -18,8 +18,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble, save
 from nuteprune.export.onnx_graph import check_mixers
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.narrow_masks import NarrowMasks
+from nuteprune.gates.masks import Layout, Masks, NarrowMasks
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.work import Workload
 from nuteprune.model.adapters import add_lora

@@ -68,7 +68,7 @@ def test_what_is_cut_is_the_whole_model(
     record = trainer.save_pruned(tmp_path / "out")
     assert 0.3 <= record["sparsity"] < 0.32
     assert record["params"]["before"] == sum(map(torch.numel, whole.parameters()))
-    kept = trainer.sliced.masks.mlp_input(0) > 0  # type: ignore[operator]
+    kept = trainer.sliced.masks.part("neurons", 0) > 0  # type: ignore[operator]
     at = [p.path for p in trainer.anatomy.family.projections].index("mlp.gate_proj")
     merged = whole.model.layers[0].mlp.gate_proj.weight + lora[f"0.{at}.B"] @ lora[f"0.{at}.A"]
     assert torch.allclose(small.model.layers[0].mlp.gate_proj.weight, merged[kept], atol=1e-6)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.distill.losses import LayerTerm, token_weights
-from nuteprune.gates.masks import Masks
-from nuteprune.gates.narrow_masks import NarrowMasks
+from nuteprune.gates.masks import Masks, NarrowMasks
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks, MaskSource, scale
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype

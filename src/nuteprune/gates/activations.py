@@ -1,95 +1,94 @@
 """Statistics of a dense model's activations: projection inputs and the residual stream.
 
-Shape suffixes: B batch, T tokens, D hidden width, M = B x T, I inputs of a projection, O its
-outputs.
+Shape suffixes: D hidden width, M tokens, I inputs of a projection, O its outputs, N units of one
+kind in the whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nuteprune.gates.scores import Probe, Scores
+from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.packed import weight_of
 from nuteprune.processes import Team
 from nuteprune.simulated import scored
 
 
-class Moments:
-    """Running sums of a projection's inputs X (rows, I), in fp64 on the CPU."""
+class Watched:
+    """The last projection of a block, and running sums of its inputs X (rows, I), in fp64 on CPUs.
 
-    def __init__(self, size: int) -> None:
-        self.count = torch.zeros((), dtype=torch.float64)
-        self.sum_I = torch.zeros(size, dtype=torch.float64)
-        self.square_I = torch.zeros(size, dtype=torch.float64)
+    Args:
+        block: `attn_block` or `mlp_block`.
+        linear: the projection.
+    """
 
-    def add(self, rows: Tensor) -> None:
-        """Take in more rows."""
-        self.count += len(rows)
-        self.sum_I += scored(rows.sum(0)).double()
-        self.square_I += scored(rows.square().sum(0)).double()
+    def __init__(self, block: str, linear: nn.Linear) -> None:
+        self.block, self._linear = block, linear
+        self._count = torch.zeros((), dtype=torch.float64)
+        self._sum_I = torch.zeros(linear.in_features, dtype=torch.float64)
+        self._square_I = torch.zeros_like(self._sum_I)
+
+    def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in more rows, as a hook of the projection."""
+        rows = _rows(args[0])
+        self._count += len(rows)
+        self._sum_I += scored(rows.sum(0)).double()
+        self._square_I += scored(rows.square().sum(0)).double()
 
     def add_up(self, team: Team) -> None:
         """Add the rows that other processes took in."""
-        team.add_up((self.count, self.sum_I, self.square_I))
+        team.add_up((self._count, self._sum_I, self._square_I))
+
+    def weight(self) -> Tensor:
+        """Return its weight (O, I) in fp32, unpacked at each call; the model's stays packed."""
+        return weight_of(self._linear).float()
 
     @property
     def norm(self) -> Tensor:
         """L2 norm (I,) of each input over all rows, in fp32."""
-        return self.square_I.sqrt().float()
+        return self._square_I.sqrt().float()
 
     @property
     def variance(self) -> Tensor:
         """Variance (I,) of each input over all rows, in fp32."""
-        count = self.count.clamp(min=1)
-        mean_I = self.sum_I / count
-        return (self.square_I / count - mean_I.square()).clamp(min=0).float()
+        count = self._count.clamp(min=1)
+        mean_I = self._sum_I / count
+        return (self._square_I / count - mean_I.square()).clamp(min=0).float()
 
 
-@dataclass(frozen=True)
-class Watched:
-    """An output (`heads`) or down (`neurons`) projection, and the moments of its inputs."""
+def means_of_inputs(probe: Probe, metric: Callable[[Watched], Tensor]) -> Scores:
+    """Return means (N,) over the inputs of the output or down projection that each unit feeds.
 
-    units: str
-    linear: nn.Linear
-    moments: Moments
-
-    def weight(self) -> Tensor:
-        """Return its weight (O, I) in fp32, unpacked at each call; the model's stays packed."""
-        return weight_of(self.linear).float()
-
-
-@contextmanager
-def watching_inputs(anatomy: Anatomy) -> Iterator[list[Watched]]:
-    """Gather moments of what every output and down projection reads, layer after layer.
-
-    Yields:
-        The projections; their moments are complete when the model has read the text.
+    Args:
+        probe: the model and the text.
+        metric: from a projection that has read the text to a value (I,) of each input.
     """
-    watched = []
+    anatomy, watched = probe.anatomy, list[Watched]()
     with ExitStack() as stack:
         for layer in range(len(anatomy.layers)):
-            last = {"heads": anatomy.family.attention[-1], "neurons": anatomy.down(layer)}
-            for units, projection in last.items():
-                linear = anatomy.linear(layer, projection)
-                if linear is None:
-                    continue
-                watch = Watched(units, linear, Moments(linear.in_features))
-                watched.append(watch)
-                stack.enter_context(linear.register_forward_pre_hook(_adding(watch.moments)))
-        yield watched
-
-
-def _adding(moments: Moments) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        moments.add(_rows(args[0]))
-
-    return hook
+            for block, projection in anatomy.ends(layer).items():
+                if (linear := anatomy.linear(layer, projection)) is not None:
+                    watched.append(Watched(block, linear))
+                    stack.enter_context(linear.register_forward_pre_hook(watched[-1].add))
+        probe.read()
+    values: dict[str, list[Tensor]] = {block: [] for block in BLOCK_KINDS}
+    for end in watched:
+        end.add_up(probe.team)
+        values[end.block].append(metric(end))
+    found = {}
+    for kind in probe.kinds:
+        there = [count for count in probe.layout.sizes[kind] if count]  # some may be gone already
+        pairs = zip(values[INPUTS[kind]], there, strict=True)
+        found[kind] = torch.cat([values_I.view(count, -1).mean(1) for values_I, count in pairs])
+    return found
 
 
 AddStream = Callable[[int, Tensor, Tensor, Tensor], None]

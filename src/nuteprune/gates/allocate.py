@@ -56,6 +56,13 @@ class Allocator:
         self.budget = budget
         self.constraints = constraints
         self.layout = Layout(budget.shape, budget.head_dim)
+        # The layers whose attention stays alike where shapes are uniform: by heads and mixers. Then
+        # the same of MLPs: with experts, and without.
+        layers = budget.shape.layers
+        self._alike = (
+            _grouped([(x.attention, x.mixer) for x in layers]),
+            _grouped([x.experts > 0 for x in layers]),
+        )
         if constraints.uniform and not budget.shape.uniform:
             raise UserError(
                 "uniform shapes need a model whose layers are alike, and this model's differ "
@@ -231,12 +238,13 @@ class Allocator:
             for k, v in scores.items()
         }
         options = Options(cost, self.constraints, parts)
-        layers = range(len(self.budget.shape.layers))
+        layers, uniform = range(len(self.budget.shape.layers)), self.constraints.uniform
         attention, mlp = [*map(options.attention, layers)], [*map(options.mlp, layers)]
-        uniform = self.constraints.uniform
         if uniform:
-            attention = [shared_options([attention[i] for i in x]) for x in self._alike_attentions]
-            mlp = [shared_options([mlp[i] for i in x]) for x in self._alike_mlps]
+            attention, mlp = (
+                [shared_options([whole[i] for i in group]) for group in groups]
+                for whole, groups in zip((attention, mlp), self._alike, strict=True)
+            )
         divide = uniform and self.budget.family.heads_divide_hidden
         # Steps that stand for units are the same at any width, those of a price are not. Units of
         # attention count alike, but for a mixer that goes, and for heads with rows of a gate.
@@ -244,7 +252,7 @@ class Allocator:
         same = all(by_units) and not divide
         found: list[tuple[int, float, Frontier, Frontier]] = []
         for width, loss in options.widths():
-            fitting = [[o for o in x if not divide or width % o.kept[0] == 0] for x in attention]
+            fitting = [[o for o in x if not divide or width % o.kept.heads == 0] for x in attention]
             if same and found:
                 found.append((width, loss, *found[0][2:]))
             elif all(fitting):
@@ -260,25 +268,12 @@ class Allocator:
             )
         return found
 
-    def _assemble(
-        self, width: int, attention: list[tuple[int, ...]], mlp: list[tuple[int, ...]]
-    ) -> Shape:
+    def _assemble(self, width: int, attention: list[LayerShape], mlp: list[LayerShape]) -> Shape:
         if self.constraints.uniform:
-            attention = _spread(attention, self._alike_attentions)
-            mlp = _spread(mlp, self._alike_mlps)
+            attention, mlp = map(_spread, (attention, mlp), self._alike)
         pairs = zip(attention, mlp, strict=True)
-        layers = [LayerShape(a[0], a[1], m[0], m[1], m[2], bool(a[2])) for a, m in pairs]
+        layers = (replace(m, heads=a.heads, kv_heads=a.kv_heads, mixer=a.mixer) for a, m in pairs)
         return Shape(width, tuple(layers))
-
-    @property
-    def _alike_attentions(self) -> list[list[int]]:
-        """The layers whose attention stays alike where shapes are uniform: by heads and mixers."""
-        return _grouped([(x.attention, x.mixer) for x in self.budget.shape.layers])
-
-    @property
-    def _alike_mlps(self) -> list[list[int]]:
-        """The same of MLPs: with experts, and without."""
-        return _grouped([x.experts > 0 for x in self.budget.shape.layers])
 
 
 def _grouped(kinds: Sequence[Any]) -> list[list[int]]:
@@ -286,7 +281,7 @@ def _grouped(kinds: Sequence[Any]) -> list[list[int]]:
     return [[i for i, x in enumerate(kinds) if x == kind] for kind in dict.fromkeys(kinds)]
 
 
-def _spread(kept: Sequence[tuple[int, ...]], groups: list[list[int]]) -> list[tuple[int, ...]]:
+def _spread(kept: Sequence[LayerShape], groups: list[list[int]]) -> list[LayerShape]:
     """Return what each layer keeps, given what each group of layers does."""
     found = {i: counts for counts, group in zip(kept, groups, strict=True) for i in group}
     return [found[i] for i in range(len(found))]

@@ -1,4 +1,4 @@
-"""Prices of a model's parts: in parameters, or in bytes of the file and of the KV cache.
+"""Prices of a model's parts: in parameters, in bytes of file and KV cache, or in seconds.
 
 Each part of a model has a *line*: coefficient x width + constant. The allocator minimises the loss
 under a limit on their sum, whatever the unit.
@@ -7,13 +7,22 @@ under a limit on their sum, whatever the unit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import count
 from nuteprune.model.shape import LayerShape, Shape
+
+SCHEMA = 1
+"""Of a table of seconds."""
+PHASES = ("prefill", "decode")
+"""What it tells apart: a prompt, and one token after it."""
 
 Line = tuple[float, float]
 """(coefficient of the hidden width, constant)."""
@@ -27,15 +36,15 @@ class Uncounted:
         attention: of each layer, those that go with its attention block.
         mlp: of each layer, those that go with its MLP.
         rest: embedding, head, final norm and whatever else stays.
-        expert: of each layer, those of its router that go with an expert; empty: no mixture.
-        head: of each layer, how many go with a query head; empty: none.
+        expert: of each layer, those of its router that go with an expert.
+        head: of each layer, how many go with a query head.
     """
 
     attention: tuple[Line, ...]
     mlp: tuple[Line, ...]
     rest: Line
-    expert: tuple[Line, ...] = ()
-    head: tuple[int, ...] = ()
+    expert: tuple[Line, ...]
+    head: tuple[int, ...]
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> Uncounted:
@@ -51,9 +60,10 @@ class Uncounted:
         if experts is not None:
             blocks["expert"] = (experts.router,)
             inside += tuple(projection.path for projection in experts.projections)
-        found = {where: [(0, 0)] * len(anatomy.layers) for where in (*blocks, "expert")}
-        counts = [layer.experts for layer in anatomy.shape.layers]
-        rest, heads = (0, 0), [0] * len(anatomy.layers)
+        shapes = anatomy.shape.layers
+        found: dict[str, list[Line]] = {x: [(0, 0)] * len(shapes) for x in (*blocks, "expert")}
+        rest: Line = (0, 0)
+        heads = [0] * len(shapes)
         across = {f"{path}.weight" for path in (family.embedding, family.final_norm)}
         for name, parameter in anatomy.model.named_parameters():
             layer, path = _place(name, family.layers)
@@ -66,9 +76,9 @@ class Uncounted:
             if layer is None or not (block or path.startswith(inside)):
                 rest = _sum(rest, line)
             elif path in family.per_head:
-                heads[layer] += count(parameter) // anatomy.shape.layers[layer].heads
+                heads[layer] += count(parameter) // shapes[layer].heads
             elif of_router:
-                each = (line[0] // counts[layer], line[1] // counts[layer])
+                each = (line[0] // shapes[layer].experts, line[1] // shapes[layer].experts)
                 found["expert"][layer] = _sum(found["expert"][layer], each)
             elif not path.startswith(inside):
                 found[block[0]][layer] = _sum(found[block[0]][layer], line)
@@ -88,12 +98,12 @@ def _within(path: str, modules: tuple[str, ...]) -> bool:
     return any(path.startswith(f"{module}.") for module in modules)
 
 
-def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    return a[0] + b[0], a[1] + b[1]
+def _sum(a: Line, b: Line, times: int = 1) -> Line:
+    return a[0] + times * b[0], a[1] + times * b[1]
 
 
 class Priced(ABC):
-    """Prices of a model's parts, in any unit: see `Cost` and `gates.speed_costs`."""
+    """Prices of a model's parts, in any unit: see `Cost` and `Seconds`."""
 
     budget: Budget
 
@@ -147,25 +157,21 @@ class Cost(Priced):
 
     def attention(self, index: int, kept: LayerShape) -> Line:
         """Return the price of a layer's remaining attention."""
-        coefficient, constant = map(float, self.budget.attention(kept))
+        line: Line = self.budget.attention(kept)
         if self.outside and kept.mixes:
-            more = self.outside.attention[index]
-            of_heads = kept.heads * self.outside.head[index] if self.outside.head else 0
-            coefficient, constant = coefficient + more[0], constant + more[1] + of_heads
+            line = _sum(line, self.outside.attention[index])
+            line = _sum(line, (0, self.outside.head[index]), kept.heads)
         cached = self.kv_head[index] * kept.kv_heads if self.kv_head else 0
-        return self.each * coefficient, self.each * constant + cached
+        return float(self.each * line[0]), float(self.each * line[1] + cached)
 
     def mlp(self, index: int, kept: LayerShape) -> Line:
         """Return the price of a layer's remaining MLP."""
         counted = self.budget.of_a_token(kept) if self.active else kept
-        coefficient, constant = map(float, self.budget.mlp(counted))
+        line: Line = self.budget.mlp(counted)
         if self.outside and kept.mlp:
-            parts = [(self.outside.mlp[index], 1)]
-            if kept.experts:
-                parts.append((self.outside.expert[index], kept.experts))
-            for more, times in parts:
-                coefficient, constant = coefficient + times * more[0], constant + times * more[1]
-        return self.each * coefficient, self.each * constant
+            line = _sum(line, self.outside.mlp[index])
+            line = _sum(line, self.outside.expert[index], kept.experts)
+        return float(self.each * line[0]), float(self.each * line[1])
 
     def rest(self, width: int) -> float:
         """Return the price of all outside of blocks, at a width."""
@@ -173,6 +179,112 @@ class Cost(Priced):
             return self.fixed
         coefficient, constant = self.outside.rest
         return self.each * (coefficient * width + constant) + self.fixed
+
+
+@dataclass(frozen=True)
+class Seconds(Priced):
+    """Seconds that a model takes, block by block; counts between measured ones are interpolated.
+
+    Args:
+        budget: of the model, whose width stays.
+        attention_s: query heads per KV head -> KV heads -> seconds of an attention block.
+        mlp_s: neurons -> seconds of an MLP.
+        rest_s: seconds of all else.
+    """
+
+    budget: Budget
+    attention_s: Mapping[int, Mapping[int, float]]
+    mlp_s: Mapping[int, float]
+    rest_s: float
+    by_units = False
+
+    def attention(self, index: int, kept: LayerShape) -> Line:
+        """Return the seconds of a layer's remaining attention."""
+        if not kept.attention:
+            return 0, 0
+        rows = {each: _at(row, kept.kv_heads) for each, row in self.attention_s.items()}
+        return 0, _at(rows, kept.heads_per_group)
+
+    def mlp(self, index: int, kept: LayerShape) -> Line:
+        """Return the seconds of a layer's remaining MLP."""
+        return 0, _at(self.mlp_s, kept.neurons) if kept.mlp else 0
+
+    def rest(self, width: int) -> float:
+        """Return the seconds of all outside of blocks."""
+        return self.rest_s
+
+
+def _at(points: Mapping[int, float], count: int) -> float:
+    """Return the seconds of a count: no more than a larger one took, which is noise of timing."""
+    known = sorted(points)
+    least = np.minimum.accumulate([points[x] for x in reversed(known)])[::-1]
+    return float(np.interp(count, known, least))
+
+
+def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:
+    """Return the costs in a table, of one phase or, as `both`, of both.
+
+    Args:
+        table: content of a table; docs/speed.md has the format.
+        budget: that of the model to cut.
+        phase: `prefill`, `decode` or `both`.
+
+    Raises:
+        UserError: if it is no table, or one of another model.
+    """
+    try:
+        check_model(table, budget)
+        each = {"prefill": 1, "decode": int(table["new_tokens"])}
+        weights = {k: n for k, n in each.items() if phase in (k, "both")}
+
+        def seconds_in(row: Mapping[str, Any]) -> float:
+            return float(sum(float(row[k]) * n for k, n in weights.items()))
+
+        attention: dict[int, dict[int, float]] = {}
+        for row in table["attention"]:
+            per_group = int(row["heads"]) // int(row["kv_heads"])
+            attention.setdefault(per_group, {})[int(row["kv_heads"])] = seconds_in(row)
+        mlp = {int(row["neurons"]): seconds_in(row) for row in table["mlp"]}
+        found = Seconds(budget, attention, mlp, seconds_in(table["rest"]))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the table of costs cannot be read ({type(error).__name__}: {error}); nuteprune bench "
+            "MODEL --save-costs FILE writes one"
+        ) from error
+    _check_reach(found, budget)
+    return found
+
+
+def check_model(table: Mapping[str, Any], budget: Budget) -> None:
+    """Refuse a table that was measured on blocks of another kind.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    here = {
+        "schema": SCHEMA,
+        "model_type": budget.family.model_type,
+        "hidden": budget.shape.hidden,
+        "head_dim": budget.head_dim,
+        "layers": len(budget.shape.layers),
+    }
+    for name, value in here.items():
+        if table[name] != value:
+            raise UserError(
+                f"the table of costs is of {name} {table[name]}, not {value}: measure this model "
+                "with nuteprune bench MODEL --save-costs FILE"
+            )
+
+
+def _check_reach(found: Seconds, budget: Budget) -> None:
+    for layer in budget.shape.layers:
+        rows = [max(row, default=0) for row in found.attention_s.values()]
+        if layer.neurons > max(found.mlp_s, default=0) or layer.kv_heads > min(rows, default=0):
+            raise UserError(
+                f"the table of costs says nothing of {layer.kv_heads} KV heads and "
+                f"{layer.neurons} neurons, which the model has: measure it with nuteprune bench "
+                "MODEL --save-costs FILE"
+            )
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nuteprune.model.shape import LayerShape
+
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to keep part of a block: steps given up, loss, price of what stays, counts kept."""
+    """One way to keep part of a block: steps given up, loss, price of what stays, its counts."""
 
     steps: int
     loss: float
     coefficient: float
     constant: float
-    kept: tuple[int, ...]
-    """(heads, KV heads, whether a mixer) of an attention; (neurons, experts, neurons of each) of an
-    MLP."""
+    kept: LayerShape
 
     def price(self, width: int) -> float:
         """Return the price at a width."""
@@ -39,14 +39,14 @@ class Frontier:
     """Least loss for each number of steps S given up over all layers (inf: cannot be)."""
 
     loss_S: Array
-    coefficient_S: Array
-    constant_S: Array
+    price_2S: Array
+    """Coefficient and constant of the price of what stays."""
     picks: list[NDArray[np.int64]]
     options: Sequence[Sequence[Option]]
 
-    def counts(self, steps: int) -> list[tuple[int, ...]]:
+    def counts(self, steps: int) -> list[LayerShape]:
         """Return the counts that each layer keeps when `steps` are given up."""
-        kept: list[tuple[int, ...]] = []
+        kept: list[LayerShape] = []
         for options, pick in zip(reversed(self.options), reversed(self.picks), strict=True):
             option = options[pick[steps]]
             kept.append(option.kept)
@@ -55,28 +55,28 @@ class Frontier:
 
     def after(self, width: int) -> Array:
         """Return the price (S,) of what stays at a width, inf where nothing has so many steps."""
-        after_S = self.coefficient_S * width + self.constant_S
-        return np.where(np.isfinite(self.loss_S), after_S, np.inf)
+        coefficient_S, constant_S = self.price_2S
+        return np.where(np.isfinite(self.loss_S), coefficient_S * width + constant_S, np.inf)
 
 
 def frontier(layers: Sequence[Sequence[Option]]) -> Frontier:
     """Combine the options of independent layers: exact dynamic programming over steps."""
-    loss_S, coefficient_S, constant_S = np.zeros(1), np.zeros(1), np.zeros(1)
+    loss_S, price_2S = np.zeros(1), np.zeros((2, 1))
     picks = []
     for options in layers:
         size = len(loss_S) + max(o.steps for o in options)
         best_S, pick_S = np.full(size, np.inf), np.zeros(size, dtype=np.int64)
-        grown = [np.zeros(size), np.zeros(size)]
+        grown_2S = np.zeros((2, size))
         for i, option in enumerate(options):
             window = slice(option.steps, option.steps + len(loss_S))
             better = loss_S + option.loss < best_S[window]
             best_S[window][better] = (loss_S + option.loss)[better]
             pick_S[window][better] = i
-            grown[0][window][better] = (coefficient_S + option.coefficient)[better]
-            grown[1][window][better] = (constant_S + option.constant)[better]
-        loss_S, coefficient_S, constant_S = best_S, grown[0], grown[1]
+            line_21 = np.array([[option.coefficient], [option.constant]])
+            grown_2S[:, window][:, better] = (price_2S + line_21)[:, better]
+        loss_S, price_2S = best_S, grown_2S
         picks.append(pick_S)
-    return Frontier(loss_S, coefficient_S, constant_S, picks, layers)
+    return Frontier(loss_S, price_2S, picks, layers)
 
 
 FINEST = 20_000

@@ -15,20 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nuteprune.errors import UserError
-from nuteprune.gates.activations import Watched, watching_inputs, watching_streams
 from nuteprune.gates.copying_losses import copying_kept
-from nuteprune.gates.expert_scores import reap, reconstruction, removal_order
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, chance, in_order, losses_of, ranked
-from nuteprune.gates.surgeon import has_cost, surgeon_scores
+from nuteprune.gates.surgeon import INPUTS, has_cost, surgeon_scores
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.simulated import number, scored
+
+if TYPE_CHECKING:
+    from nuteprune.gates.activations import Watched
 
 
 def random(probe: Probe) -> Scores:
@@ -46,12 +48,13 @@ def wanda(probe: Probe) -> Scores:
     inputs on calibration text. Source: Sun et al. 2023 (arXiv 2306.11695); its structured form,
     with the same share from every layer, is Wanda-sp of An et al. 2023 (arXiv 2312.11983).
     """
+    from nuteprune.gates.activations import means_of_inputs
 
     def metric(watched: Watched) -> Tensor:
-        return scored(watched.weight().abs().sum(0)) * watched.moments.norm
+        return scored(watched.weight().abs().sum(0)) * watched.norm
 
     # Units of a layer have as many columns each, so that means rank as sums do.
-    return ranked(probe, _means_of_inputs(probe, metric))
+    return ranked(probe, means_of_inputs(probe, metric))
 
 
 def flap(probe: Probe) -> Scores:
@@ -63,16 +66,17 @@ def flap(probe: Probe) -> Scores:
     of its public code (CASIA-LMC-Lab/FLAP): it removes less attention, which did better
     (docs/log.md). The refit that all methods share replaces FLAP's bias compensation.
     """
+    from nuteprune.gates.activations import means_of_inputs
 
     def metric(watched: Watched) -> Tensor:
         norm_I = scored(watched.weight().square().sum(0))
-        metric_I = watched.moments.variance * norm_I
+        metric_I = watched.variance * norm_I
         metric_I /= metric_I.mean().clamp(min=1e-30)  # z-scores are the same; squares stay in range
-        if watched.units == "heads":
+        if watched.block == "attn_block":
             metric_I.square_()
         return (metric_I - metric_I.mean()) / metric_I.std().clamp(min=1e-30)
 
-    return losses_of(probe.budget, _means_of_inputs(probe, metric))
+    return losses_of(probe.budget, means_of_inputs(probe, metric))
 
 
 def taylor(probe: Probe) -> Scores:
@@ -121,6 +125,8 @@ def surgeon(probe: Probe) -> Scores:
     if others:
         scores |= fisher(replace(probe, kinds=others, progress=lambda: None))
     if "experts" in others:
+        from nuteprune.gates.expert_scores import removal_order
+
         places = removal_order(replace(probe, progress=lambda: None))
         scores["experts"] = in_order(probe.layout.sizes["experts"], scores["experts"], places)
     scores = first_attention_last(probe.layout, copying_kept(probe, scores))
@@ -154,6 +160,8 @@ def similarity(probe: Probe) -> Scores:
     on their own as in He et al. 2024 (arXiv 2406.15786); ranked across the model, whatever the
     block's size. It says nothing about parts of a block, so other kinds of gates are refused.
     """
+    from nuteprune.gates.activations import watching_streams
+
     count = len(probe.anatomy.layers)
     total = {kind: torch.zeros(count) for kind in BLOCK_KINDS}
     tokens = torch.zeros(count, dtype=torch.long)
@@ -174,6 +182,41 @@ def similarity(probe: Probe) -> Scores:
         present = torch.tensor(probe.layout.sizes[kind], dtype=torch.bool)
         found[kind] = (total[kind] / tokens.clamp(min=1))[present]
     return losses_of(probe.budget, found)
+
+
+def reconstruction(probe: Probe) -> Scores:
+    """Experts go one after another, each time the one whose removal changes the output least.
+
+    L(R) = sum over tokens x of |y_R(x) - y(x)|_2^2, with y what the layer's routed experts give,
+    and y_R what they give once the router has no rows for the experts R: the next best stand in,
+    and weights are made to sum to 1 where the family does that. The next expert e to go is the one
+    with the least L(R and e); its rank in the layer is its place in this order. REAP, in contrast,
+    takes an expert's output as lost, and does not see that one of two equal experts has to stay.
+    Source: the reconstruction loss of Lu et al. 2024 (NAEE, arXiv 2402.14800), who try all sets of
+    experts; here greedily, in at most 24 rounds.
+    """
+    from nuteprune.gates.expert_scores import removal_order
+
+    for _ in probe.batches:  # the other text is read
+        probe.progress()
+    return ranked(probe, {"experts": removal_order(probe)})
+
+
+def reap(probe: Probe) -> Scores:
+    """Router-weighted expert activation: how much an expert contributes, ranked within its layer.
+
+    S_j = mean over the tokens x that are routed to expert j of g_j(x) |f_j(x)|_2, with g_j the
+    weight that the layer gives the expert (after the top k are made to sum to 1, where the family
+    does that) and f_j(x) what the expert puts out. An expert that no token goes to has 0.
+    Source: REAP, equation 9 of Lasby et al. 2025 (arXiv 2510.13999); its public code
+    (CerebrasResearch/reap) gives the same numbers with `renormalize_router_weights`.
+    """
+    from nuteprune.gates.expert_scores import hearing_experts
+
+    with hearing_experts(probe.anatomy) as heard:
+        probe.read()
+    probe.team.add_up(x for layer in heard for x in (layer.tokens_E, layer.loud_E))
+    return ranked(probe, {"experts": torch.cat([layer.reap() for layer in heard])})
 
 
 @dataclass(frozen=True)
@@ -201,14 +244,13 @@ class Method:
     cuts: bool = False
 
 
-_INPUTS = ("heads", "kv_groups", "neurons")
 _ONLY_INPUTS = "it judges the inputs of the output and down projections"
 _EXPERTS = ("experts",)
 _ONLY_EXPERTS = "it judges whole routed experts"
 METHODS: dict[str, Method] = {
     "random": Method(random, reads=0),
-    "wanda": Method(wanda, _INPUTS, _ONLY_INPUTS),
-    "flap": Method(flap, _INPUTS, _ONLY_INPUTS),
+    "wanda": Method(wanda, tuple(INPUTS), _ONLY_INPUTS),
+    "flap": Method(flap, tuple(INPUTS), _ONLY_INPUTS),
     "taylor": Method(taylor),
     "fisher": Method(fisher),
     "surgeon": Method(surgeon, reads=3, by_layer=True, cuts=True),
@@ -238,27 +280,6 @@ def check_scorable(name: str, kinds: Sequence[str]) -> None:
                 f"{name} cannot score gates on {kind}: {method.reason}; use --gates "
                 f"{','.join(method.kinds)}, or another method"
             )
-
-
-def _means_of_inputs(probe: Probe, metric: Callable[[Watched], Tensor]) -> Scores:
-    """Return means (N,) over the inputs of the output or down projection that each unit feeds.
-
-    Args:
-        probe: the model and the text.
-        metric: from a projection that has read the text to a value (I,) of each input.
-    """
-    with watching_inputs(probe.anatomy) as watched:
-        probe.read()
-    columns: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-    for projection in watched:
-        projection.moments.add_up(probe.team)
-        columns[projection.units].append(metric(projection))
-    found = {}
-    for kind in probe.kinds:
-        there = [count for count in probe.layout.sizes[kind] if count]  # some may be gone already
-        pairs = zip(columns["neurons" if kind == "neurons" else "heads"], there, strict=True)
-        found[kind] = torch.cat([values_I.view(count, -1).mean(1) for values_I, count in pairs])
-    return found
 
 
 def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores:

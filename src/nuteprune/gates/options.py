@@ -17,6 +17,9 @@ from nuteprune.gates.costs import Priced
 from nuteprune.gates.frontier import Array, Option
 from nuteprune.model.shape import LayerShape, Shape
 
+NOTHING = LayerShape(0, 0, 0)
+"""What is left of a layer whose blocks are gone."""
+
 
 @dataclass(frozen=True)
 class Constraints:
@@ -64,7 +67,7 @@ class Options:
         width, multiple = self._shape.hidden, self.constraints.hidden_multiple
         if "hidden" not in self.parts:
             return [(width, 0.0)]
-        gone = np.concatenate([[0.0], np.cumsum(np.sort(self.parts["hidden"][0]))])
+        gone = _least_sums(self.parts["hidden"][0])
         floor = self.constraints.floor
         kept = _counts(width, multiple, floor.hidden if floor else 0)
         return [(k, float(gone[width - k])) for k in kept if k not in self.constraints.unstated]
@@ -74,13 +77,9 @@ class Options:
         whole, parts = self._shape.layers[layer], self.parts
         if not whole.attention:
             return self._mixer(layer)
-        per_group = whole.heads_per_group
-        groups, inner = whole.kv_heads, per_group
-        group_G, head_GR = np.zeros(groups), np.zeros((groups, inner))
-        if "kv_groups" in parts:
-            group_G = parts["kv_groups"][layer]
-        if "heads" in parts:
-            head_GR = parts["heads"][layer].reshape(groups, inner)
+        groups, inner = whole.kv_heads, whole.heads_per_group
+        group_G = self._losses("kv_groups", layer, groups)
+        head_GR = self._losses("heads", layer, groups, inner)
         cuts_groups = "kv_groups" in parts or ("heads" in parts and inner == 1)
         cuts_heads = "heads" in parts and inner > 1
         all_steps = groups * (inner + 1)
@@ -88,7 +87,7 @@ class Options:
         for r in range(inner, 0, -1) if cuts_heads else [inner]:
             inside_G = np.sort(head_GR, axis=1)[:, : inner - r].sum(axis=1)
             whole_G = group_G if "kv_groups" in parts else head_GR.sum(axis=1)
-            extra = np.concatenate([[0.0], np.cumsum(np.sort(whole_G - inside_G))])
+            extra = _least_sums(whole_G - inside_G)
             for g in range(groups, 0, -1) if cuts_groups else [groups]:
                 kept = LayerShape(g * r, g, 0, mixer=whole.mixer)
                 options.append(
@@ -96,22 +95,26 @@ class Options:
                         all_steps - g * (r + 1),
                         float(inside_G.sum() + extra[groups - g]),
                         *self.cost.attention(layer, kept),
-                        (kept.heads, kept.kv_heads, whole.mixer),
+                        kept,
                     )
                 )
         if "attn_block" in parts and layer != self._shape.first_attention:
             loss = float(parts["attn_block"][layer][0])
-            options.append(Option(all_steps, loss, 0, 0, (0, 0, False)))
+            options.append(Option(all_steps, loss, 0, 0, NOTHING))
         floor = self._floor(layer)
-        return [o for o in options if o.kept[0] >= floor.heads and o.kept[1] >= floor.kv_heads]
+        return [
+            option
+            for option in options
+            if option.kept.heads >= floor.heads and option.kept.kv_heads >= floor.kv_heads
+        ]
 
     def _mixer(self, layer: int) -> list[Option]:
         """Return the options of a layer without heads: its mixer stays as a whole or goes."""
         whole, parts = self._shape.layers[layer], self.parts
         kept = LayerShape(0, 0, 0, mixer=whole.mixer)
-        options = [Option(0, 0.0, *self.cost.attention(layer, kept), (0, 0, whole.mixer))]
+        options = [Option(0, 0.0, *self.cost.attention(layer, kept), kept)]
         if whole.mixer and "attn_block" in parts and not self._floor(layer).mixer:
-            options.append(Option(1, float(parts["attn_block"][layer][0]), 0, 0, (0, 0, False)))
+            options.append(Option(1, float(parts["attn_block"][layer][0]), 0, 0, NOTHING))
         return options
 
     def mlp(self, layer: int) -> list[Option]:
@@ -119,20 +122,16 @@ class Options:
         whole, parts = self._shape.layers[layer], self.parts
         total = whole.neurons
         if not whole.mlp:
-            return [Option(0, 0.0, 0, 0, (0, 0, 0))]
-        options = [
-            Option(
-                -(-(total - n) // self._neurons_per_step),
-                loss + more,
-                *self.cost.mlp(layer, LayerShape(0, 0, n, e, f)),
-                (n, e, f),
-            )
-            for n, loss in self._neurons(layer)
-            for e, f, more in self._experts(layer)
-        ]
+            return [Option(0, 0.0, 0, 0, NOTHING)]
+        options = []
+        for n, loss in self._neurons(layer):
+            steps = -(-(total - n) // self._neurons_per_step)
+            for e, f, more in self._experts(layer):
+                kept = LayerShape(0, 0, n, e, f)
+                options.append(Option(steps, loss + more, *self.cost.mlp(layer, kept), kept))
         if "mlp_block" in parts and not self._floor(layer).mlp:
             steps = total // self._neurons_per_step
-            options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, (0, 0, 0)))
+            options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, NOTHING))
         return options
 
     def _neurons(self, layer: int) -> list[tuple[int, float]]:
@@ -140,7 +139,7 @@ class Options:
         total = self._shape.layers[layer].neurons
         if "neurons" not in self.parts or not total:
             return [(total, 0.0)]
-        gone = np.concatenate([[0.0], np.cumsum(np.sort(self.parts["neurons"][layer]))])
+        gone = _least_sums(self.parts["neurons"][layer])
         floor = self._floor(layer).neurons
         kept = _counts(total, self.constraints.neuron_multiple, floor)
         return [(n, float(gone[total - n])) for n in kept]
@@ -152,26 +151,33 @@ class Options:
         if not count:
             return [(0, 0, 0.0)]
         fewest = max(self.cost.budget.per_token, floor.experts) if "experts" in parts else count
-        whole_E, inner_EF = np.zeros(count), np.zeros((count, width))
+        whole_E = self._losses("experts", layer, count)
+        inner_EF = np.sort(self._losses("expert_neurons", layer, count, width), axis=1)
         widths = [width]
-        if "experts" in parts:
-            whole_E = parts["experts"][layer]
         if "expert_neurons" in parts:
-            inner_EF = np.sort(parts["expert_neurons"][layer].reshape(count, width), axis=1)
             widths = _counts(width, self.constraints.neuron_multiple, floor.expert_neurons)
         found = []
         for f in widths:
             inside_E = inner_EF[:, : width - f].sum(axis=1)
-            extra = np.concatenate([[0.0], np.cumsum(np.sort(whole_E - inside_E))])
+            extra = _least_sums(whole_E - inside_E)
             found += [
                 (e, f, float(inside_E.sum() + extra[count - e]))
                 for e in range(count, min(count, fewest) - 1, -1)
             ]
         return found
 
+    def _losses(self, kind: str, layer: int, *shape: int) -> Array:
+        """Return the losses of a layer's units of a kind, 0 where it has no gates."""
+        return self.parts[kind][layer].reshape(shape) if kind in self.parts else np.zeros(shape)
+
     def _floor(self, layer: int) -> LayerShape:
         floor = self.constraints.floor
-        return floor.layers[layer] if floor else LayerShape(0, 0, 0)
+        return floor.layers[layer] if floor else NOTHING
+
+
+def _least_sums(losses: Array) -> Array:
+    """Return the sums of the least 0, 1, 2 ... losses."""
+    return np.concatenate([[0.0], np.cumsum(np.sort(losses))])
 
 
 def _counts(total: int, multiple: int, floor: int) -> list[int]:
@@ -209,19 +215,17 @@ def layer_masks(
         masks |= _expert_masks(old, new, scores)
     if not new.attention:
         return masks
+    lost_G = torch.zeros(old.kv_heads)
     if "heads" in masks and old.heads_per_group > 1:
-        rows = scores["heads"].reshape(old.kv_heads, -1)
-        masks["heads"] = torch.cat([top(row, new.heads_per_group) for row in rows])
+        heads_GR = scores["heads"].reshape(old.kv_heads, -1)
+        kept_GR = torch.stack([top(row, new.heads_per_group) for row in heads_GR])
+        lost_G = (heads_GR * (1 - kept_GR)).sum(1)
+        masks["heads"] = kept_GR.flatten()
     elif "heads" in masks and "kv_groups" not in masks:  # else the group of one head decides
         masks["heads"] = top(scores["heads"], new.heads)
     if "kv_groups" in masks:
-        group_scores = scores["kv_groups"]
-        if "heads" in masks and old.heads_per_group > 1:
-            group_scores = group_scores - (
-                scores["heads"].reshape(old.kv_heads, -1)
-                * (1 - masks["heads"].reshape(old.kv_heads, -1))
-            ).sum(1)
-        masks["kv_groups"] = top(group_scores, new.kv_heads)
+        whole_G = scores["kv_groups"]
+        masks["kv_groups"] = top(whole_G - lost_G.to(whole_G), new.kv_heads)
     return masks
 
 

@@ -32,7 +32,7 @@ from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, check_finite
 from nuteprune.gates.surgeon_costs import (
     lengths,
     neuron_costs,
-    noting_routed,
+    noting_calls,
     removal_costs,
     watched_experts,
 )
@@ -70,16 +70,12 @@ def has_cost(anatomy: Anatomy, kind: str) -> bool:
 
 
 def surgeon_scores(probe: Probe) -> Scores:
-    """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence."""
-    return removal_scores(probe, input_changes(probe))
-
-
-def removal_scores(probe: Probe, changes: Mapping[Key, Tensor]) -> Scores:
-    """Return the scores from the result of `input_changes`, without gradients.
+    """Return the cost (N,) of removing each unit: a sum over the tokens of a sequence.
 
     Each process goes through all layers with its share of the text. As many layers as there are
     processes are then solved side by side, one by each.
     """
+    changes = input_changes(probe)
     text = Layerwise(probe.anatomy, probe.hooks, None, probe.plain_batches, probe.team)
     found = {kind: torch.zeros(probe.layout.units(kind)) for kind in probe.kinds}
     layers = range(len(probe.anatomy.layers))
@@ -105,7 +101,7 @@ def _advance(
     """Return the covariance (I, I) by block of a layer; its experts are solved at once, by all."""
     blocks = [block for block, i in changes if i == layer and block != "experts"]
     mixture = probe.anatomy.mixture(layer) if ("experts", layer) in changes else None
-    with noting_routed(mixture) as routed:
+    with noting_calls(mixture.experts if mixture else None) as routed:
         covariances = text.advance(layer, {x: _reader(probe, x, layer) for x in blocks})
     check_finite([x.diagonal() for x in covariances.values()], "surgeon")
     if mixture is not None:

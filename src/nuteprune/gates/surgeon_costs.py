@@ -35,11 +35,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import computed_with
@@ -193,14 +193,14 @@ Routed = list[tuple[Tensor, Tensor, Tensor]]
 
 
 @contextmanager
-def noting_routed(mixture: Mixture | None) -> Iterator[Routed]:
-    """Within this context, collect what a layer's experts are called with; None: nothing."""
-    routed: Routed = []
-    if mixture is None:
-        yield routed
-        return
-    with mixture.experts.register_forward_pre_hook(lambda _, args: routed.append(args)):
-        yield routed
+def noting_calls(module: nn.Module | None) -> Iterator[Routed]:
+    """Within this context, collect what a module is called with; None: nothing."""
+    calls: Routed = []
+    with ExitStack() as stack:
+        if module is not None:
+            note = module.register_forward_pre_hook(lambda _, args: calls.append(args))
+            stack.enter_context(note)
+        yield calls
 
 
 def watched_experts(

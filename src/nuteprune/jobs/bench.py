@@ -10,7 +10,7 @@ import torch
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, write_json
-from nuteprune.gates.speed_costs import PHASES
+from nuteprune.gates.costs import PHASES
 from nuteprune.jobs.engines import Transformers, pick_engine
 from nuteprune.jobs.guard import check_absent, check_file, check_writable
 from nuteprune.jobs.options import Benchmark

@@ -13,8 +13,7 @@ from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases
 from nuteprune.jobs.show import describe_target
 from nuteprune.jobs.text import share_to_write
 from nuteprune.memory import peak, reset_peak
-from nuteprune.plan.kernels import on_cpu
-from nuteprune.plan.need import Unplanned
+from nuteprune.plan.need import Unplanned, on_cpu
 from nuteprune.plan.phases import FORMULA, Phase, Plan
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.run import Run

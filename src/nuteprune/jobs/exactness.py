@@ -17,8 +17,7 @@ from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.masks import Layout, Masks
-from nuteprune.gates.narrow_masks import NarrowMasks
+from nuteprune.gates.masks import Layout, Masks, NarrowMasks
 from nuteprune.model.anatomy import Anatomy, reading_head
 from nuteprune.model.family import GATE_KINDS, Family
 from nuteprune.model.hooks import MaskHooks

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
-from nuteprune.gates.speed_costs import PHASES, SCHEMA
+from nuteprune.gates.costs import PHASES, SCHEMA
 from nuteprune.judge.bench import PASSES, hardware_of, time_once
 from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Workload

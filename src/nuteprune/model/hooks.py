@@ -10,7 +10,7 @@ rows and columns of a projection are computed at all (`model.narrow`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -31,11 +31,8 @@ class MaskSource(Protocol):
     def hidden(self) -> Tensor | None:
         """Multipliers of the residual stream."""
 
-    def attention_input(self, layer: int) -> Tensor | None:
-        """Return multipliers of the attention output projection's input."""
-
-    def mlp_input(self, layer: int) -> Tensor | None:
-        """Return multipliers of the down projection's input."""
+    def inputs(self, layer: int) -> Mapping[str, Tensor | None]:
+        """Return `attn_block` and `mlp_block` -> multipliers of their last projection's input."""
 
     def part(self, kind: str, layer: int) -> Tensor | None:
         """Return a layer's multipliers of a kind."""
@@ -96,9 +93,7 @@ class MaskHooks:
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self.masks is None:
                 return None
-            source = self.masks
-            read = source.attention_input if block == "attn_block" else source.mlp_input
-            return (scale(args[0], read(layer)), *args[1:])
+            return (scale(args[0], self.masks.inputs(layer)[block]), *args[1:])
 
         self._handles.append(module.register_forward_pre_hook(before))
 

@@ -254,7 +254,7 @@ PER_HEAD = MappingProxyType({"q": 1, "qgate": 2, "qkv": 3})
 def axis_sizes(layer: LayerShape, head_dim: int) -> dict[str, int]:
     """Return the features of each axis of a layer (`families` names them), `hidden` excepted."""
     return {
-        **{axis: many * layer.heads * head_dim for axis, many in PER_HEAD.items()},
+        **{axis: many * (layer.heads * head_dim) for axis, many in PER_HEAD.items()},
         "kv": layer.kv_heads * head_dim,
         "neurons": layer.neurons,
         "expert_neurons": layer.expert_neurons,

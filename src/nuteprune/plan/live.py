@@ -15,17 +15,17 @@ from torch.utils.flop_counter import flop_registry
 
 from nuteprune.simulated import Watch, watches
 
-_SOLVE = torch.ops.aten.cholesky_solve
 FLOPS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten.linalg_cholesky_ex: lambda a: _cubes(a) // 3,
-    torch.ops.aten.cholesky_inverse: lambda a: 2 * _cubes(a) // 3,
-    _SOLVE: lambda b, a: 2 * b.numel() * a.shape[-1],
+    **flop_registry,
+    torch.ops.aten.linalg_cholesky_ex: lambda a, *_, **__: _cubes(a) // 3,
+    torch.ops.aten.cholesky_inverse: lambda a, *_, **__: 2 * _cubes(a) // 3,
+    torch.ops.aten.cholesky_solve: lambda b, a, *_, **__: 2 * b.numel() * a.shape[-1],
 }
-"""Multiplications and additions of dense operations that torch does not count."""
+"""Multiplications and additions of dense operations: torch's counts, and those that it lacks."""
 
 INSIDE: dict[Any, Callable[..., int]] = {
     torch.ops.aten.multinomial: lambda chances, *_: chances.nbytes,  # noise for each chance
-    _SOLVE: lambda _, factor, *__: factor.nbytes,  # a copy for LAPACK
+    torch.ops.aten.cholesky_solve: lambda _, factor, *__: factor.nbytes,  # a copy for LAPACK
 }
 """Bytes that operations hold inside of themselves, where they are many: measured on a CPU."""
 
@@ -38,12 +38,8 @@ def _cubes(a: Tensor) -> int:
     return a.numel() * a.shape[-1]
 
 
-def without_data(model: nn.Module) -> FakeTensorMode | None:
-    """Let a model's tensors on the meta device claim, without data, to be on the CPU.
-
-    Returns:
-        The mode for their operations; None if the model has data.
-    """
+def without_data(model: nn.Module) -> None:
+    """Let a model's tensors on the meta device claim, without data, to be on the CPU."""
     mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
     made: dict[Tensor, Tensor] = {}
 
@@ -60,7 +56,6 @@ def without_data(model: nn.Module) -> FakeTensorMode | None:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     tensors[name] = claimed(tensor)  # type: ignore[assignment]
-    return mode if made else None
 
 
 class Live(TorchDispatchMode, Watch):
@@ -107,14 +102,10 @@ class Live(TorchDispatchMode, Watch):
         if packet in PRODUCTS and result.dtype in HALF:
             sides = [x for x in args if isinstance(x, Tensor)][-2:]
             self.sizes.add(tuple((*x.shape, *x.stride()) for x in sides))
-        work = 0
         if packet in FLOPS:
-            work = FLOPS[packet](*args[:2] if packet is _SOLVE else args[:1])
-        elif packet in flop_registry:
-            work = flop_registry[packet](*args, **kwargs, out_val=result)
-        work *= self.times
-        self.flops += work
-        self.fine += work * (args[0].dtype not in HALF) if work else 0
+            work = self.times * FLOPS[packet](*args, **kwargs, out_val=result)
+            self.flops += work
+            self.fine += work * (args[0].dtype not in HALF)
         return result
 
     def count(self, tensor: Tensor) -> None:

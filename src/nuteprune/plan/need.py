@@ -1,18 +1,21 @@
 """What a stage takes with many layers and batches, extrapolated from few.
 
-A decoder's layers are alike, so each adds the same; and so does each batch.
+A decoder's layers are alike, so each adds the same; and so does each batch. Kernels are not alike:
+a CPU's library makes one for each size of a product, and keeps it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from transformers import PreTrainedConfig
 
 from nuteprune.errors import UserError
+from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.shape import LayerShape
 from nuteprune.plan.live import Live
 
@@ -23,6 +26,12 @@ ONE_BY_ONE = (1, 2)
 PARTS_OF_LAYERS = (1, 2, 3)
 """The same for stages that cut single units: each trial runs all layers from the unit's on, so work
 grows with the square."""
+
+KERNEL = 0.58e6
+"""Bytes of the kernel that oneDNN makes on CPUs for each size of a product in half precision, and
+keeps: measured, with torch 2.13."""
+KERNELS = 1024
+"""How many of them it keeps: measured likewise. Those that were not used for longest go."""
 
 
 class Unplanned(UserError):
@@ -77,17 +86,17 @@ def through(found: Sequence[tuple[float, Need]], at: float) -> Need:
         found: places, growing, and the needs there.
         at: the place.
     """
-
-    def at_place(values: Sequence[float], places: Sequence[float]) -> float:
-        return float(np.polyval(np.polyfit(places, values, len(places) - 1), at))
-
     places, needs = zip(*found, strict=True)
-    whole, last = (lambda x: at_place(x, places)), (lambda x: at_place(x[-2:], places[-2:]))
+
+    def extrapolated(values: Sequence[float], last: int) -> float:
+        curve = np.polyfit(places[-last:], values[-last:], last - 1)
+        return float(np.polyval(curve, at))
+
     return Need(
-        tuple(map(last, zip(*(x.peaks for x in needs), strict=True))),
-        whole([x.flops for x in needs]),
-        whole([x.fine for x in needs]),
-        last([x.sizes for x in needs]),
+        tuple(extrapolated(x, 2) for x in zip(*(x.peaks for x in needs), strict=True)),
+        extrapolated([x.flops for x in needs], len(needs)),
+        extrapolated([x.fine for x in needs], len(needs)),
+        extrapolated([x.sizes for x in needs], 2),
     )
 
 
@@ -146,3 +155,48 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     if isinstance(kinds := values.get("layer_types"), list):
         values["layer_types"] = kinds[:layers]
     return type(config).from_dict(values)
+
+
+def on_cpu(phases: Mapping[str, Need]) -> dict[str, float]:
+    """Return the bytes that phases of a run on a CPU hold at most.
+
+    Kernels add to live tensors: those of all phases so far.
+
+    Args:
+        phases: what each takes, in their order.
+    """
+    found, sizes = {}, 0.0
+    for name, need in phases.items():
+        sizes += need.sizes
+        found[name] = need.peak + min(sizes, KERNELS) * KERNEL
+    return found
+
+
+def of_all_widths(several: Sequence[Masks]) -> Masks | None:
+    """Return masks of a model of few layers whose blocks have all widths of many layers.
+
+    Args:
+        several: masks of one model.
+
+    Returns:
+        The first layers of any of these in which a block has a width that none before it has; None
+        if the model's layers are not alike.
+    """
+    last, shape = several[-1], several[-1].layout.shape
+    seen: set[tuple[str, int]] = set()
+    found: list[tuple[Masks, int]] = []
+    if len(set(shape.layers)) > 1:
+        return None
+    for masks in several:
+        for i in range(len(shape.layers)):
+            inputs = masks.inputs(i).items()
+            widths = {(block, int((x > 0).sum())) for block, x in inputs if x is not None}
+            if not widths <= seen or not found:
+                seen |= widths
+                found.append((masks, i))
+    values = dict(last.values)  # the hidden width's, which is of no layer
+    for kind in values.keys() - {"hidden"}:
+        sizes = last.layout.sizes[kind]
+        values[kind] = torch.cat([masks.values[kind].split(sizes)[i] for masks, i in found])
+    few = replace(shape, layers=shape.layers[: len(found)])
+    return Masks(Layout(few, last.layout.head_dim), values)

@@ -22,7 +22,6 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.plan.kernels import of_all_widths
 from nuteprune.plan.need import (
     ONE_BY_ONE,
     PARTS_OF_LAYERS,
@@ -30,6 +29,7 @@ from nuteprune.plan.need import (
     Need,
     extended,
     in_batches,
+    of_all_widths,
     shortened,
 )
 from nuteprune.plan.sizes import Sizes
@@ -301,8 +301,7 @@ class Plan:
         """Return the need of one micro-batch of a step of a kind."""
         step = partial(Walk.teach, kind=kind)
         need = self.walked(step)
-        narrow = kind != "moving"
-        if self.stored is None or not narrow or hasattr(self.config, "pruned"):
+        if self.stored is None or kind == "moving" or hasattr(self.config, "pruned"):
             return need
         # Layers of the same widths share kernels, so these do not grow layer by layer.
         masks = of_all_widths([self.allocator.chance(x) for x in self.targets])

@@ -110,8 +110,7 @@ class Walk:
     def refit(self, blocks: int) -> Need:
         """Refit all layers at their worst case on this much text, and keep the fits."""
         with self._counting() as live:
-            fitted = self._refit(self._widest(), blocks)
-            del fitted
+            self._refit(self._widest(), blocks)
         return Need.of(live)
 
     def _refit(self, masks: Masks, blocks: int) -> Weights:
@@ -124,13 +123,12 @@ class Walk:
 
         The widest layer decides the memory of a refit, and any layer may be the widest.
         """
-        layout, values = self._masks.layout, {}
-        for kind in self._masks.values:
-            parts = [torch.ones(size) for size in layout.sizes[kind]]
-            for part in parts if kind in READ else ():
+        layout = self._masks.layout
+        masks = Masks.open(layout, self._masks.values)
+        for kind in READ.keys() & masks.values.keys():
+            for part in masks.values[kind].split(layout.sizes[kind]):
                 part[-1:] = 0
-            values[kind] = torch.cat(parts)
-        return Masks(layout, values)
+        return masks
 
     def teach(self, kind: str = "") -> Need:
         """Do an optimizer step; see `_taught`."""

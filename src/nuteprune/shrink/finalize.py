@@ -45,6 +45,13 @@ def put(parameter: Tensor, value: Tensor) -> None:
     parameter.data = value.to(parameter.dtype)
 
 
+def scale(parameter: Tensor | None, factor: Tensor | float) -> None:
+    """Multiply a parameter, if there is one, by a factor, in fp32."""
+    if parameter is not None:
+        factor = factor.to(parameter.device) if isinstance(factor, Tensor) else factor
+        put(parameter, parameter.float() * factor)
+
+
 @torch.no_grad()
 def merge_layer(anatomy: Anatomy, layer: int, learned: Learned, computed: torch.dtype) -> None:
     """Merge the learned weights of a layer into it.
@@ -117,25 +124,18 @@ def fold_experts(mixture: Mixture, masks: Masks, layer: int) -> None:
     kinds = ("experts", "expert_neurons", "mlp_block", "hidden")
     if not any(kind in masks.values for kind in kinds):
         return
-    down = mixture.down
-    count, width = mixture.sizes
-    weight, bias = mixture.stack(down), mixture.bias(down)
-    factor_E11 = torch.ones(count, 1, 1, device=weight.device)
-    for kind in ("experts", "mlp_block"):
-        if (part := masks.part(kind, layer)) is not None:
-            factor_E11 = factor_E11 * part.to(weight.device).view(-1, 1, 1)
-    rows_11R = torch.ones(1, 1, weight.shape[2 if mixture.entry.transposed else 1])
+    weight, bias = mixture.stack(mixture.down), mixture.bias(mixture.down)
+    scale_ER = torch.ones(mixture.sizes[0], 1, device=weight.device)
+    for part in (masks.part("experts", layer), masks.part("mlp_block", layer)):
+        if part is not None:
+            scale_ER = scale_ER * part.to(weight.device).unsqueeze(-1)
     if masks.hidden is not None:
-        rows_11R = masks.hidden.view(1, 1, -1)
-    rows_11R = rows_11R.to(weight.device)
-    if bias is not None:
-        put(bias, bias.float() * (factor_E11 * rows_11R).squeeze(1))
-    scale_ERC = factor_E11 * rows_11R.transpose(1, 2)
+        scale_ER = scale_ER * masks.hidden.to(weight.device)
+    scale(bias, scale_ER)
+    scale_ERC = scale_ER.unsqueeze(-1)
     if (part := masks.part("expert_neurons", layer)) is not None:
-        scale_ERC = scale_ERC * part.to(weight.device).view(count, 1, width)
-    if mixture.entry.transposed:
-        scale_ERC = scale_ERC.transpose(1, 2)
-    put(weight, weight.float() * scale_ERC)
+        scale_ERC = scale_ERC * part.to(weight.device).view(mixture.sizes).unsqueeze(1)
+    scale(weight, scale_ERC.transpose(1, 2) if mixture.entry.transposed else scale_ERC)
 
 
 @torch.no_grad()
@@ -146,10 +146,10 @@ def fold_outside(anatomy: Anatomy, masks: Masks) -> None:
     """
     if masks.hidden is None:
         return
-    tied, embedding = anatomy.tied, cast(Tensor, anatomy.embedding.weight)
+    embedding = anatomy.embedding.weight
     scale_D = masks.hidden.to(embedding.device)
-    put(embedding, embedding.float() * scale_D)
-    if tied:
+    scale(embedding, scale_D)
+    if anatomy.tied:
         inverse_D = torch.where(scale_D > 0, 1 / scale_D.clamp(min=1e-12), torch.ones_like(scale_D))
         scale_norm(anatomy, anatomy.final_norm, inverse_D)
 
@@ -157,12 +157,10 @@ def fold_outside(anatomy: Anatomy, masks: Masks) -> None:
 def _fold(linear: nn.Linear, rows_O: Tensor | None, columns_I: Tensor | None = None) -> None:
     """Scale the columns of a weight, and its rows and bias."""
     if columns_I is not None:
-        put(linear.weight, linear.weight.float() * columns_I.to(linear.weight.device))
-    for parameter in (linear.weight, linear.bias):
-        if parameter is not None and rows_O is not None:
-            scale_O = rows_O.to(parameter.device)
-            scale_O = scale_O.unsqueeze(-1) if parameter.dim() == 2 else scale_O
-            put(parameter, parameter.float() * scale_O)
+        scale(linear.weight, columns_I)
+    if rows_O is not None:
+        scale(linear.weight, rows_O.unsqueeze(-1))
+        scale(linear.bias, rows_O)
 
 
 def scale_norm(anatomy: Anatomy, norm: nn.Module, factor: Tensor | float) -> None:

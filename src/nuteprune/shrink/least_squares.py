@@ -1,10 +1,14 @@
 """Closed-form refit of the output and down projections to the inputs that are left.
 
 Once heads and neurons are chosen, each output and down projection is fitted by ridge regression
-so that from the kept inputs alone it gives what it gave from all of them (`shrink.ridge`), routed
-experts each for itself (`shrink.stacks`). Layers are fitted in order, each on the activations of
-the already pruned and fitted layers before it. These have left the residual stream off the dense
-model's: a fit makes up for half of that too, but for those of routed experts.
+so that from the kept inputs alone it gives what it gave from all of them (`shrink.ridge`). Layers
+are fitted in order, each on the activations of the already pruned and fitted layers before it.
+These have left the residual stream off the dense model's: a fit makes up for half of that too.
+
+A routed expert is heard as g x its output, with g the router's weight of a token. So its down
+projection is fitted on its own tokens, those that the pruned model routes to it, squared errors
+counted g^2 times. It makes up for nothing else.
+
 Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
 refitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
 
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.surgeon_costs import Routed, neuron_covariance
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import BLOCK_KINDS, Projection
 from nuteprune.model.hooks import MaskHooks
@@ -33,7 +38,7 @@ from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered, is_sharded
 from nuteprune.processes import ALONE, Team
 from nuteprune.shrink.ridge import RIDGE, ridge_fit, with_ridge
-from nuteprune.shrink.stacks import fitted_stack, lost_neurons
+from nuteprune.simulated import alike
 
 FEEDBACK = 0.5
 """Share of the residual stream's error that the block which reads it makes up for. All of it fits
@@ -91,21 +96,6 @@ class Regression:
         return self.team.by_rows(len(self.weight_OI), fitted)
 
 
-@dataclass(frozen=True)
-class _Lack:
-    """What the residual stream lacks in front of a block: where to read it.
-
-    Args:
-        norm: through which the block reads the stream; None: no correction.
-        read: the norm's inputs in the dense model, by batch.
-        scale: factor on the output of the block's last projection.
-    """
-
-    norm: nn.Module | None
-    read: Read
-    scale: float
-
-
 Install = Callable[[int, Projection, Fit], None]
 """Puts the fit of (layer, projection) into the model, before the next one is made."""
 
@@ -139,8 +129,8 @@ def fit_projections(
         team: the processes that share the batches and the rows of the weights out.
     """
     layers = range(len(anatomy.layers))
-    ends = [lost_inputs(anatomy, masks, i) for i in layers]
-    thin = [None if install_stack is None else lost_neurons(anatomy, masks, i) for i in layers]
+    ends = [_lost_inputs(anatomy, masks, i) for i in layers]
+    thin = [None if install_stack is None else _lost_neurons(anatomy, masks, i) for i in layers]
     if not any(ends) and all(x is None for x in thin):  # as where whole experts go alone
         for _ in ends:
             progress()
@@ -155,8 +145,8 @@ def fit_projections(
             with dense(i):
                 read = intact.reads(i, norms)
         for block, projection, mask in found:
-            lack = _Lack(norms.get(block), read.pop(block, ()), anatomy.block_scale(block))
-            regression = _regression(anatomy, text, i, projection, lack, dense, team)
+            lack = norms.get(block), read.pop(block, ())
+            regression = _regression(anatomy, text, i, block, *lack, dense, team)
             fitted_OI = regression.fit(mask)
             masked_II = regression.covariance_II.mul_(mask_I := mask.to(fitted_OI))
             install(i, projection, Fit(fitted_OI, masked_II.mul_(mask_I[:, None])))
@@ -168,7 +158,7 @@ def fit_projections(
                 with dense(i):
                     target = mixture.stack(mixture.down)
                 routed = text.calls(i, mixture.experts)
-                fitted = fitted_stack(mixture, routed, mask_EF, target, team)
+                fitted = _fitted_stack(mixture, routed, mask_EF, target, team)
             install_stack(i, mixture.down, fitted)
             del target, routed, fitted  # large
         text.advance(i)
@@ -179,43 +169,48 @@ def _regression(
     anatomy: Anatomy,
     text: Layerwise,
     layer: int,
-    projection: Projection,
-    lack: _Lack,
+    block: str,
+    norm: nn.Module | None,
+    read: Read,
     dense: Callable[[int], AbstractContextManager[Any]],
     team: Team,
 ) -> Regression:
-    """Return what a projection is fitted to where the text stands.
+    """Return what the last projection of a block is fitted to where the text stands.
 
     Args:
         anatomy: the model.
         text: calibration text in front of the layer.
         layer: its index.
-        projection: the last one of a block of it.
-        lack: where what the residual stream lacks shows.
+        block: a block of it.
+        norm: through which the block reads the residual stream; None: no correction.
+        read: the norm's inputs in the dense model, by batch.
         dense: see `fit_projections`.
         team: see `fit_projections`.
     """
+    projection = anatomy.ends(layer)[block]
     module = anatomy.projection(layer, projection)
-    covariance_II, missing_OI = text.covariance(layer, projection, lack.norm, lack.read)
+    covariance_II, missing_OI = text.covariance(layer, projection, norm, read)
     weight_OI = effective_weight(module)
     with dense(layer):  # LoRA may have made up for some of what is gone
         # A copy where the context lets go of what it gathered.
         copies = is_sharded(anatomy.layers[layer])
         target_OI = weight_of(without_lora(module)).to(torch.float32, copy=copies)
     if missing_OI is not None:
-        missing_OI.mul_(FEEDBACK / lack.scale)
+        missing_OI.mul_(FEEDBACK / anatomy.block_scale(block))
     return Regression(weight_OI, covariance_II, target_OI, missing_OI, text.tokens, team)
 
 
-def lost_inputs(anatomy: Anatomy, masks: Masks, layer: int) -> list[tuple[str, Projection, Tensor]]:
+def _lost_inputs(
+    anatomy: Anatomy, masks: Masks, layer: int
+) -> list[tuple[str, Projection, Tensor]]:
     """Return (block, projection, mask) of a layer's output projections that lost inputs."""
     masked = masks.inputs(layer)
     return [
         (block, projection, mask)
         for block, projection in anatomy.ends(layer).items()
         if (mask := masked[block]) is not None
-        and anatomy.projection(layer, projection) is not None
         and _lost(mask)
+        and anatomy.projection(layer, projection) is not None
     ]
 
 
@@ -253,3 +248,44 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     inputs_RI = torch.zeros(len(size), base_OI.shape[1]).to(fit.weight_OI)
     inputs_RI[:, kept_K] = (right / size[:, None]).to(inputs_RI)
     return (left * size).to(fit.weight_OI), inputs_RI
+
+
+def _lost_neurons(anatomy: Anatomy, masks: Masks, layer: int) -> Tensor | None:
+    """Return multipliers (E, F) of a layer's experts, of which some are 0; else None.
+
+    Multipliers of removed experts are 1. Also None where experts do not show their neurons.
+    """
+    mixture, neurons = anatomy.mixture(layer), masks.part("expert_neurons", layer)
+    if mixture is None or neurons is None or mixture.entry.weighed_first:
+        return None
+    neurons_EF = neurons.view(mixture.sizes)
+    if (experts_E := masks.part("experts", layer)) is not None:
+        neurons_EF = neurons_EF.masked_fill((experts_E <= 0).unsqueeze(-1), 1.0)
+    return neurons_EF if _lost(neurons_EF) else None
+
+
+@torch.no_grad()
+def _fitted_stack(
+    mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tensor, team: Team
+) -> Tensor:
+    """Return the stack of down projections, in the entry's layout, fitted where neurons are gone.
+
+    Columns of neurons that are gone stay as they were, for neurons that may return.
+
+    Args:
+        mixture: the experts, their neurons whole.
+        routed: the experts' inputs in the pruned model, on this process's calibration text.
+        mask_EF: multipliers of neurons, 0 where they are gone.
+        target: the stack whose outputs from all neurons the fit aims at.
+        team: the processes that share the text out.
+    """
+    stack = mixture.stack(mixture.down).detach()
+    fitted = stack.clone()
+    thin = [i for i, mask_F in enumerate(mask_EF) if _lost(mask_F)]
+    for expert in alike(thin, stack):
+        mask_F, kept_F = mask_EF[expert], mask_EF[expert] > 0
+        own_DF, wanted_DF = (mixture.plain(x[expert]).float() for x in (stack, target))
+        covariance_FF = neuron_covariance(mixture, routed, expert, team)
+        new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
+        mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
+    return fitted

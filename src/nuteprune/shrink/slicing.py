@@ -1,41 +1,43 @@
 """Cut pruned rows and columns out of a model, layer by layer: smaller tensors, the same function.
 
-Shape suffixes: O rows, I columns, D hidden width.
+Shape suffixes: D hidden width, E experts that are kept, K kept neurons of each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from nuteprune.gates.masks import Masks
-from nuteprune.gates.narrow_masks import features, kept_rows, kept_units, live_groups
+from nuteprune.gates.masks import Masks, kept_features, kept_parts, kept_units, live_groups
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.shape import LayerShape, Shape, axis_sizes
-from nuteprune.shrink.experts import cut_experts, kept_experts
-from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale_norm
+from nuteprune.model.family import Experts
+from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.shrink.finalize import fold_layer, fold_outside, put, scale, scale_norm
 
 
 def shape_of(masks: Masks) -> Shape:
     """Return the dimensions that masks leave (non-zero entries)."""
     layers = []
     for i, old in enumerate(masks.layout.shape.layers):
-        heads, neurons = masks.heads(i), masks.mlp_input(i)
-        kept = old.heads if heads is None else int((heads > 0).sum())
-        kv_heads = old.kv_heads if heads is None else int(live_groups(heads, old).sum())
-        kept_neurons = old.neurons if neurons is None else int((neurons > 0).sum())
-        mixes = _open(masks.part("attn_block", i))
-        if not mixes:
-            kept = kv_heads = 0
-        experts = kept_experts(masks, i) if old.experts else (0, 0)
+        kept = old
+        if (heads := masks.heads(i)) is not None:
+            groups = live_groups(heads, old)
+            kept = replace(kept, heads=int((heads > 0).sum()), kv_heads=int(groups.sum()))
+        if (neurons := masks.part("neurons", i)) is not None:
+            kept = replace(kept, neurons=int((neurons > 0).sum()))
+        if old.experts:
+            experts, expert_neurons = _kept_neurons(masks, i).shape
+            kept = replace(kept, experts=experts, expert_neurons=expert_neurons)
+        if not _open(masks.part("attn_block", i)):
+            kept = replace(kept, heads=0, kv_heads=0, mixer=False)
         if not _open(masks.part("mlp_block", i)):
-            kept_neurons, experts = 0, (0, 0)
-        layers.append(LayerShape(kept, kv_heads, kept_neurons, *experts, mixer=old.mixer and mixes))
+            kept = replace(kept, neurons=0, experts=0, expert_neurons=0)
+        layers.append(kept)
     hidden = masks.hidden
     width = masks.layout.shape.hidden if hidden is None else int((hidden > 0).sum())
     return Shape(width, tuple(layers))
@@ -43,6 +45,23 @@ def shape_of(masks: Masks) -> Shape:
 
 def _open(gate: Tensor | None) -> bool:
     return gate is None or bool((gate > 0).all())
+
+
+def _kept_experts(masks: Masks, layer: int) -> Tensor:
+    """Return the experts (E,) of a layer that masks keep."""
+    every = torch.arange(masks.layout.shape.layers[layer].experts)
+    part = masks.part("experts", layer)
+    return every if part is None else every[(part > 0).cpu()]
+
+
+def _kept_neurons(masks: Masks, layer: int) -> Tensor:
+    """Return the neurons (E, K) that masks keep of each expert that they keep."""
+    whole, experts = masks.layout.shape.layers[layer], _kept_experts(masks, layer)
+    part = masks.part("expert_neurons", layer)
+    if part is None:
+        return torch.arange(whole.expert_neurons).expand(len(experts), -1)
+    live = (part > 0).cpu().view(whole.experts, -1)[experts]
+    return live.nonzero()[:, 1].view(len(experts), -1)
 
 
 Tensors = dict[str, Tensor]
@@ -70,16 +89,21 @@ def cut_state(
         The state dict by the stock model's names.
     """
     shape = shape_of(masks)
+    ratio = math.sqrt(masks.layout.shape.hidden / shape.hidden)
     state: Tensors = {}
     for i, layer in enumerate(anatomy.layers):
         begin(i)
         fold_layer(anatomy, masks, i)
-        state |= hold(_cut_layer(anatomy, masks, i, shape))
+        if ratio != 1:
+            _rescale_layer(anatomy, i, ratio)
+        state |= hold(_cut_layer(anatomy, masks, i, shape.layers[i]))
         let_go(layer)
         give_back()
     begin(None)
     fold_outside(anatomy, masks)
-    state |= hold(_cut_outside(anatomy, masks, shape))
+    if ratio != 1:
+        _rescale_outside(anatomy, ratio)
+    state |= hold(_cut_outside(anatomy, masks))
     let_go(anatomy.model)
     return state
 
@@ -90,34 +114,68 @@ def let_go(module: nn.Module) -> None:
         part._parameters = dict.fromkeys(part._parameters)
 
 
-def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, shape: Shape) -> Tensors:
-    family, width_D, kept = anatomy.family, kept_units(masks.hidden), shape.layers[layer]
-    _rescale_layer(anatomy, layer, shape)
+def _cut_layer(anatomy: Anatomy, masks: Masks, layer: int, kept: LayerShape) -> Tensors:
+    family, whole = anatomy.family, masks.layout.shape.layers[layer]
     prefix = f"{family.layers}.{layer}."
-    whole = anatomy.layers[layer].state_dict()
-    state = {prefix + name: x for name, x in whole.items() if not _gone(anatomy, name, kept)}
-    old = masks.layout.shape.layers[layer]
-    sizes = axis_sizes(old, anatomy.head_dim)
-    index = features(masks.heads(layer), masks.mlp_input(layer), old, anatomy.head_dim)
-    index["hidden"] = width_D
-    for projection in family.projections:
-        if (weight := f"{prefix}{projection.path}.weight") in state:
-            rows = kept_rows(projection, index, sizes)
-            _select(state, weight, rows, 0)
-            _select(state, weight, index[projection.columns], 1)
-            _select(state, f"{prefix}{projection.path}.bias", rows, 0)
+    tensors = anatomy.layers[layer].state_dict()
+    state = {prefix + name: x for name, x in tensors.items() if not _gone(anatomy, name, kept)}
+    heads, width_D = masks.heads(layer), kept_units(masks.hidden)
+    index = kept_features(heads, masks.part("neurons", layer), whole, anatomy.head_dim)
+    if width_D is not None:
+        index["hidden"] = width_D
+    for path, (rows, columns) in kept_parts(family, index, whole, anatomy.head_dim).items():
+        _select(state, f"{prefix}{path}.weight", rows, 0)
+        _select(state, f"{prefix}{path}.weight", columns, 1)
+        _select(state, f"{prefix}{path}.bias", rows, 0)
     if family.experts is not None and kept.experts:
-        cut_experts(state, prefix, family.experts, masks, layer, width_D)
+        _cut_experts(state, prefix, family.experts, masks, layer)
     for path in family.norms:
         _select(state, f"{prefix}{path}.weight", width_D, 0)
     for path in family.per_head:
-        _select(state, f"{prefix}{path}", kept_units(masks.heads(layer)), 0)
+        _select(state, f"{prefix}{path}", kept_units(heads), 0)
     return state
 
 
-def _cut_outside(anatomy: Anatomy, masks: Masks, shape: Shape) -> Tensors:
+def _cut_experts(state: Tensors, prefix: str, entry: Experts, masks: Masks, layer: int) -> None:
+    """Cut a layer's stacks and its router: whole experts, neurons of each, width.
+
+    Args:
+        state: the layer's tensors by the stock model's names; they are replaced.
+        prefix: what their names begin with.
+        entry: what the family's entry says of its experts.
+        masks: the units to keep, with as many neurons for all experts of the layer.
+        layer: the layer's index.
+    """
+    whole, experts = masks.layout.shape.layers[layer], _kept_experts(masks, layer)
+    width_D, neurons_EK = kept_units(masks.hidden), _kept_neurons(masks, layer)
+    row_dim = 2 if entry.transposed else 1
+    for projection in entry.projections:
+        rows: Tensor | None = width_D
+        columns: Tensor | None = neurons_EK
+        if projection.columns == "hidden":
+            # Where gate and up are in one stack, a neuron has a row of each.
+            count, width = len(projection.rows), whole.expert_neurons
+            if entry.interleaved:
+                places = neurons_EK.unsqueeze(-1) * count + torch.arange(count)
+            else:
+                places = neurons_EK.unsqueeze(1) + width * torch.arange(count).unsqueeze(-1)
+            rows, columns = places.flatten(1), width_D
+        name = f"{prefix}{projection.path}"
+        _select(state, name, experts, 0)
+        _select(state, name, rows, row_dim)
+        _select(state, name, columns, 3 - row_dim)
+        _select(state, f"{name}_bias", experts, 0)
+        _select(state, f"{name}_bias", rows, 1)
+    _select(state, f"{prefix}{entry.shared_gate}.weight", width_D, 1)
+    for name in [x for x in state if x.startswith(f"{prefix}{entry.router}.")]:
+        if len(state[name]) == whole.experts:
+            _select(state, name, experts, 0)
+            if state[name].dim() == 2:
+                _select(state, name, width_D, 1)
+
+
+def _cut_outside(anatomy: Anatomy, masks: Masks) -> Tensors:
     family, width_D = anatomy.family, kept_units(masks.hidden)
-    _rescale_outside(anatomy, shape)
     whole = anatomy.model.state_dict()
     state = {name: x for name, x in whole.items() if not name.startswith(f"{family.layers}.")}
     head = f"{anatomy.head_path}.weight"
@@ -140,8 +198,16 @@ def _gone(anatomy: Anatomy, name: str, kept: LayerShape) -> bool:
 
 
 def _select(state: Tensors, name: str, index: Tensor | None, dim: int) -> None:
-    if index is not None and name in state:
-        state[name] = state[name].index_select(dim, index.to(state[name].device))
+    """Keep a tensor's entries along a dimension, by an index (K,), or (E, K) for each expert."""
+    if index is None or name not in state:
+        return
+    tensor, index = state[name], index.to(state[name].device)
+    if index.dim() == 1:
+        state[name] = tensor.index_select(dim, index)
+    else:
+        shape = [1] * tensor.dim()
+        shape[0], shape[dim] = index.shape
+        state[name] = torch.take_along_dim(tensor, index.view(shape), dim)
 
 
 def narrower_epsilon(anatomy: Anatomy, masks: Masks) -> float | None:
@@ -159,17 +225,8 @@ def narrower_epsilon(anatomy: Anatomy, masks: Masks) -> float | None:
     return float(epsilon) * whole / width
 
 
-def _ratio(anatomy: Anatomy, shape: Shape) -> float | None:
-    """Return what norms are scaled by, None where the width is not cut."""
-    whole = int(anatomy.embedding.weight.shape[1])
-    return None if shape.hidden == whole else math.sqrt(whole / shape.hidden)
-
-
-def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
+def _rescale_layer(anatomy: Anatomy, layer: int, ratio: float) -> None:
     """Rescale a layer's norms to the narrower width."""
-    ratio = _ratio(anatomy, shape)
-    if ratio is None:
-        return
     for norm in anatomy.norms(layer):
         scale_norm(anatomy, norm, ratio)
     if anatomy.family.mixer:
@@ -178,16 +235,12 @@ def _rescale_layer(anatomy: Anatomy, layer: int, shape: Shape) -> None:
         _rescale_queries_and_keys(anatomy, layer, ratio)
 
 
-def _rescale_outside(anatomy: Anatomy, shape: Shape) -> None:
+def _rescale_outside(anatomy: Anatomy, ratio: float) -> None:
     """Rescale the final norm and the embedding to a narrower width."""
-    ratio = _ratio(anatomy, shape)
-    if ratio is None:
-        return
     scale_norm(anatomy, anatomy.final_norm, ratio)
     in_embedding = 1 / ratio if anatomy.family.mixer else ratio
     if anatomy.family.scaled_embedding or anatomy.family.mixer:
-        embedding = cast(Tensor, anatomy.embedding.weight)
-        put(embedding, embedding.float() * in_embedding)
+        scale(anatomy.embedding.weight, in_embedding)
         if anatomy.tied:
             scale_norm(anatomy, anatomy.final_norm, 1 / in_embedding)
 
@@ -200,8 +253,7 @@ def _narrow_stream(anatomy: Anatomy, layer: int, ratio: float) -> None:
         if (linear := anatomy.linear(layer, projection)) is not None:
             parts += [linear.weight, linear.bias]
     if (mixture := anatomy.mixture(layer)) is not None:
-        down = mixture.down
-        parts += [mixture.stack(down), mixture.bias(down)]
+        parts += [mixture.stack(mixture.down), mixture.bias(mixture.down)]
     for parameter in parts:
         if parameter is not None:
             put(parameter, parameter.float() / ratio)
@@ -213,5 +265,5 @@ def _rescale_queries_and_keys(anatomy: Anatomy, layer: int, ratio: float) -> Non
         linear = anatomy.linear(layer, projection)
         of_values = "v_proj" in projection.path
         if linear is not None and set(projection.rows) <= {"q", "kv"} and not of_values:
-            for parameter in filter(lambda x: x is not None, (linear.weight, linear.bias)):
-                put(parameter, parameter.float() * ratio)
+            scale(linear.weight, ratio)
+            scale(linear.bias, ratio)

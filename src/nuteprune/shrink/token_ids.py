@@ -21,14 +21,7 @@ def renumber(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any
         values: a config, or settings of generation.
         new: old id -> new id; other ids are gone.
     """
-    return {
-        key: _changed(key, value, new.get)
-        if names_tokens(key)
-        else renumber(value, new)
-        if isinstance(value, Mapping)
-        else value
-        for key, value in values.items()
-    }
+    return _renumbered(values, new.get)
 
 
 def names_tokens(key: object) -> bool:
@@ -44,11 +37,7 @@ def tokens_in(values: Mapping[str, Any]) -> set[int]:
         found.add(i)
         return i
 
-    for key, value in values.items():
-        if names_tokens(key):
-            _changed(key, value, note)
-        elif isinstance(value, Mapping):
-            found |= tokens_in(value)
+    _renumbered(values, note)
     return found
 
 
@@ -66,6 +55,17 @@ def unknown_ids(values: Mapping[str, Any], known: Collection[str], rows: int) ->
         if not (key in known or key.startswith("_") or names_tokens(key))
         and any(_is_id(x) and x < rows for x in _leaves(value))
     ]
+
+
+def _renumbered(values: Mapping[str, Any], change: _Change) -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        if names_tokens(key):
+            value = _changed(key, value, change)
+        elif isinstance(value, Mapping):
+            value = _renumbered(value, change)
+        found[key] = value
+    return found
 
 
 def _changed(key: str, value: Any, change: _Change) -> Any:

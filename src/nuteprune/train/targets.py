@@ -17,8 +17,7 @@ from nuteprune.export.checkpoint import header_bytes
 from nuteprune.files import at_home
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.costs import Cost, Goal, Uncounted
-from nuteprune.gates.speed_costs import Seconds, seconds_of
+from nuteprune.gates.costs import Cost, Goal, Seconds, Uncounted, seconds_of
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import count
 from nuteprune.model.shape import Shape
