@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from nuteprune.errors import UserError
-from nuteprune.export.card import model_card
-from nuteprune.export.card_metadata import LICENCE, inherited_licence
+from nuteprune.export.card import LICENCE, inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.loading import FAMILY
 from nuteprune.export.record_form import misfit
