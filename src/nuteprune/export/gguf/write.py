@@ -27,13 +27,7 @@ from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
 from nuteprune.export.gguf.metadata import context_length, model_keys
 from nuteprune.export.gguf.rows import BLOCK, check_rows, padded_shape, torn_rows
 from nuteprune.export.gguf.tensors import all_tensors
-from nuteprune.export.gguf.tokenizer import (
-    Vocabulary,
-    check_vocabulary,
-    further_end_tokens,
-    name_that_strips,
-    read_vocabulary,
-)
+from nuteprune.export.gguf.tokenizer import KEY, check_vocabulary, name_that_strips, read_vocabulary
 from nuteprune.files import atomic, check_room, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import refuse_packed
@@ -120,9 +114,9 @@ def write_gguf(
     shape, notes = padded_shape(facts.shape, arch, kind.quantized)
     if kind.quantized:
         check_rows(shape, facts.head_dim, type_name)
-    vocabulary = read_vocabulary(tokenizer, len(anatomy.embedding.weight), pre_tokenizer)
-    vocabulary.special.update(further_end_tokens(vocabulary, model.generation_config))
-    name, strip_notes = name_that_strips(name or path.stem, vocabulary, tokenizer)
+    size, settings = len(anatomy.embedding.weight), model.generation_config
+    vocabulary = read_vocabulary(tokenizer, size, pre_tokenizer, settings)
+    name, strip_notes = name_that_strips(name or path.stem, vocabulary[KEY.LIST], tokenizer)
     notes += [*_differences(arch, facts), *strip_notes]
     if type_name in TO_QUANTIZE:
         notes += torn_rows(shape, facts.head_dim)
@@ -136,10 +130,10 @@ def write_gguf(
         check_room(path, sum(info.bytes for info in infos))
         with atomic(path) as partial:
             writer = GGUFWriter(partial, arch.name)
-            for key, value in (keys | vocabulary.keys()).items():
+            for key, value in (keys | vocabulary).items():
                 _ADD[type(value)](writer, key, value)
             _write_tensors(writer, infos, all_tensors(anatomy, arch, facts, shape), progress)
-            compared = check_vocabulary(read_back(partial), tokenizer)
+            compared = check_vocabulary(read_keys(partial), tokenizer)
             size = partial.stat().st_size
     parameters = sum(prod(info.shape) for info in infos)
     return WrittenGguf(arch.name, len(infos), parameters, size, compared, notes)
@@ -214,11 +208,6 @@ def _write_tensors(
             progress(i + 1, len(infos))
     finally:
         writer.close()
-
-
-def read_back(path: str | os.PathLike[str]) -> Vocabulary:
-    """Return the tokenizer that a GGUF file describes."""
-    return Vocabulary.of_keys(read_keys(path))
 
 
 def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
