@@ -151,17 +151,13 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _taught(record: Mapping[str, Any]) -> str:
     """Say which teachers pruning runs had; cutting a vocabulary has none."""
-    every = (*record.get("history", ()), record)
-    runs = [x for x in every if x.get("asked", {}).get("kind") != "vocab"]
-    found = sorted({teacher for run in runs if (teacher := _teacher(run))})
-    return f" with distillation from {' and '.join(found)}" if found else ""
-
-
-def _teacher(run: Mapping[str, Any]) -> str:
-    config = run.get("config", {})
-    if config.get("teacher") == "none" or config.get("max_steps") == 0:
-        return ""
-    return "numerous teachers" if run.get("teachers", {}).get("count") else "the dense model"
+    found = set()
+    for run in (*record.get("history", ()), record):
+        config, asked = run.get("config", {}), run.get("asked", {}).get("kind")
+        if config.get("teacher") != "none" and config.get("max_steps") != 0 and asked != "vocab":
+            several = run.get("teachers", {}).get("count")
+            found.add("numerous teachers" if several else "the dense model")
+    return f" with distillation from {' and '.join(sorted(found))}" if found else ""
 
 
 def with_plots(card: str, plots: Mapping[str, str]) -> str:

@@ -203,31 +203,23 @@ def _best_first(keys: Vocabulary) -> Callable[[str], list[int]]:
     ids = {token: i for i, token in enumerate(keys[KEY.LIST])}
     scores = keys[KEY.SCORES]
     byte_ids = [ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
-    defined = _user_defined(keys)
+    longest_first = sorted(_user_defined(keys), key=len, reverse=True)
+    defined = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def merged(pieces: list[str]) -> Iterable[int]:
-        while True:
-            pairs = [
-                (-scores[ids[a + b]], i)
-                for i, (a, b) in enumerate(pairwise(pieces))
-                if a + b in ids
-            ]
-            if not pairs:
-                break
+        while pairs := [
+            (-scores[ids[a + b]], i) for i, (a, b) in enumerate(pairwise(pieces)) if a + b in ids
+        ]:
             _, at = min(pairs)
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
         for piece in pieces:
             yield from [ids[piece]] if piece in ids else (byte_ids[x] for x in piece.encode())
 
     def encode(text: str) -> list[int]:
-        found, rest = [], " " * keys[KEY.ADD_PREFIX] + text
-        while rest:
-            places = ((rest.find(x), -len(x), x) for x in defined if x in rest)
-            at, _, token = min(places, default=(-1, 0, ""))
-            plain = rest if at < 0 else rest[:at]
-            found += list(merged(list(plain.replace(" ", "▁"))))
-            found += [ids[token]] if token else []
-            rest = "" if at < 0 else rest[at + len(token) :]
+        found: list[int] = []
+        # Between plain parts there are tokens that are looked for in the text as it is.
+        for i, part in enumerate(defined.split(" " * keys[KEY.ADD_PREFIX] + text)):
+            found += [ids[part]] if i % 2 else merged(list(part.replace(" ", "▁")))
         return found
 
     return encode
