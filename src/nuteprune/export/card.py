@@ -19,6 +19,12 @@ from nuteprune.run_folder import CARD, SELF
 
 LICENCE = ("license", "license_name", "license_link")
 """What the hub's cards say of a licence; the latter two where it has no name for it (`other`)."""
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("nuteprune.export"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 _PLOTS = "<!-- plots of the run -->", "<!-- end of plots -->"
 """Marks around the plots in a card, so that they can be put in later."""
 _PAPER = "\n([arXiv 2402.09773](https://arxiv.org/abs/2402.09773))"
@@ -59,13 +65,7 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         licence = f"{licence} ({link})"
     what, removed = _said(record)
     taught, figures = _taught(record), _figures(record)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nuteprune.export"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("card.md").render(
+    return _TEMPLATES.get_template("card.md").render(
         remote_code=remote_code,
         wrapped=bool(record.get("wrapper")),
         metadata=_metadata(record).to_yaml().strip(),
