@@ -103,13 +103,14 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
         )
         for source, value in after.items()
     ]
+    licence: dict[str, Any] = {key: record.get(key) for key in LICENCE}
     name = f"{_short_name(base_model or 'model')}-pruned-{round(100 * record['sparsity'])}"
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text" if record.get("wrapper") else "text-generation",
         tags=["nuteprune", "pruned", "structured-pruning"],
         base_model=base_model if base_model and _is_hub_id(base_model) else None,
-        **{key: record.get(key) for key in LICENCE},
+        **licence,
         model_name=name if results else None,
         eval_results=results or None,
     )
