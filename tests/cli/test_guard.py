@@ -194,7 +194,7 @@ def test_a_file_for_which_there_is_no_room_is_not_begun(
 ) -> None:
     usage = shutil.disk_usage(folder)._replace(free=10_000)
     monkeypatch.setattr("nuteprune.files.shutil.disk_usage", lambda _: usage)
-    monkeypatch.setattr("nuteprune.export.gguf.write.GGUFWriter", None)
+    monkeypatch.setattr("nuteprune.export.gguf.write._write", None)
     file = folder.parent / "m.gguf"
     code, _, stderr = run(*command("export", folder, file))
     assert (code, f"cannot write {file}: it takes " in stderr) == (1, True), stderr

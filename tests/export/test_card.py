@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from nuteprune.export import card_metadata
-from nuteprune.export.card import model_card, with_plots
-from nuteprune.export.card_metadata import inherited_licence
+from nuteprune.export import card
+from nuteprune.export.card import inherited_licence, model_card, with_plots
 
 BESIDE: dict[str, Any] = {
     "answers": {
@@ -237,8 +236,8 @@ def test_plots_have_one_place() -> None:
 
 @pytest.mark.parametrize("name", ["./gone", "../gone"])
 def test_a_relative_path_is_no_hub_id(name: str) -> None:
-    card = ModelCard(model_card(a_record(base_model=name), remote_code=False))
-    assert card.data.base_model is None
+    read = ModelCard(model_card(a_record(base_model=name), remote_code=False))
+    assert read.data.base_model is None
 
 
 def test_the_licence_is_that_of_the_base_models_card(
@@ -255,9 +254,9 @@ def test_the_licence_is_that_of_the_base_models_card(
     text = "".join(f"{key}: {value}\n" for key, value in said.items())
     (tmp_path / "README.md").write_text(f"---\n{text}---\n# Model\n")
     assert inherited_licence(str(tmp_path)) == said
-    card = ModelCard(model_card(a_record(**said), remote_code=False))
-    assert said.items() <= card.data.to_dict().items()
-    assert "Licence: research (https://x.org/l), that of the base model." in card.text
+    read = ModelCard(model_card(a_record(**said), remote_code=False))
+    assert said.items() <= read.data.to_dict().items()
+    assert "Licence: research (https://x.org/l), that of the base model." in read.text
 
     asked = []
 
@@ -265,7 +264,7 @@ def test_the_licence_is_that_of_the_base_models_card(
         asked.append(source)
         return ModelCard("---\nlicense: gemma\n---\n")
 
-    monkeypatch.setattr(card_metadata.ModelCard, "load", load)
+    monkeypatch.setattr(card.ModelCard, "load", load)
     assert inherited_licence("owner/model") == {"license": "gemma"}
     assert inherited_licence(None) == {"license": None}
     assert inherited_licence("demo") == {"license": None}

@@ -6,7 +6,6 @@ import copy
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from nuteprune.export.gguf import write as export
 from nuteprune.export.gguf.architectures import ARCHITECTURES
 from nuteprune.export.gguf.rows import BLOCK, check_super_blocks, padded_shape, torn_rows
 from nuteprune.export.gguf.splits import PROBES, SPLITS, find_split
-from nuteprune.export.gguf.tokenizer import check_vocabulary, name_that_strips
+from nuteprune.export.gguf.tokenizer import KEY, check_vocabulary, name_that_strips
 from nuteprune.export.gguf.tokenizer import read_vocabulary as read
-from nuteprune.export.gguf.write import read_back, read_keys, write_gguf
+from nuteprune.export.gguf.write import read_keys, write_gguf
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
@@ -743,11 +742,11 @@ def test_a_name_lets_llama_cpp_strip_what_the_tokenizer_strips(
     more = ["<unk>", "<s>", "<|endoftext|>", "</s>"] if known else []
     special = [AddedToken(x, special=True) for x in more]
     tokenizer.add_tokens([*special, AddedToken("<|user|>", special=True, rstrip=True)])
-    vocabulary = read(tokenizer, len(tokenizer))
-    plain = read(tiny_tokenizer, len(tiny_tokenizer))
-    name, notes = name_that_strips("small", vocabulary, tokenizer)
+    tokens = read(tokenizer, len(tokenizer))[KEY.LIST]
+    plain = read(tiny_tokenizer, len(tiny_tokenizer))[KEY.LIST]
+    name, notes = name_that_strips("small", tokens, tokenizer)
     assert ("phi-3" in name, bool(notes)) == (known, not known)
-    assert name_that_strips("Phi-3 cut", vocabulary, tokenizer)[0] == (
+    assert name_that_strips("Phi-3 cut", tokens, tokenizer)[0] == (
         "Phi-3 cut" if known else "phi_3 cut"
     )
     assert name_that_strips("small", plain, tiny_tokenizer) == ("small", [])
@@ -842,7 +841,7 @@ def byte_level(name: str) -> PreTrainedTokenizerFast:
 def test_splits_are_found(name: str) -> None:
     tokenizer = byte_level(name)
     vocabulary = read(tokenizer, 1000)
-    assert vocabulary.pre == name
+    assert vocabulary[KEY.PRE] == name
     assert check_vocabulary(vocabulary, tokenizer) == len(PROBES)
 
 
@@ -853,7 +852,7 @@ def test_splits_are_found(name: str) -> None:
 def test_a_wrong_split_is_noticed(name: str, wrong: str) -> None:
     tokenizer = byte_level(name)
     with pytest.raises(UserError, match="differently from token"):
-        check_vocabulary(replace(read(tokenizer, 1000), pre=wrong), tokenizer)
+        check_vocabulary(read(tokenizer, 1000) | {KEY.PRE: wrong}, tokenizer)
 
 
 def test_stock_ways_to_say_it_are_recognised() -> None:
@@ -877,7 +876,7 @@ def test_a_split_that_the_user_names_is_written_unchecked(make: Callable, tmp_pa
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     model = make("llama", vocab_size=1000)
     written = write_gguf(model, tokenizer, tmp_path / "m.gguf", pre_tokenizer="my-own")
-    assert (read_back(tmp_path / "m.gguf").pre, written.texts_compared) == ("my-own", 0)
+    assert (read_keys(tmp_path / "m.gguf")[KEY.PRE], written.texts_compared) == ("my-own", 0)
     with pytest.raises(UserError, match="differently"):
         write_gguf(model, tokenizer, tmp_path / "m.gguf", pre_tokenizer="gpt-2")
 
@@ -887,13 +886,13 @@ def test_sentencepiece_merges_become_scores(
 ) -> None:
     written = write_gguf(make("llama"), sentencepiece_tokenizer, tmp_path / "m.gguf")
     assert written.texts_compared == len(PROBES)
-    vocabulary = read_back(tmp_path / "m.gguf")
-    assert (vocabulary.model, vocabulary.adds_space) == ("llama", True)
-    assert vocabulary.types[0] == TokenType.UNKNOWN
-    assert vocabulary.types[3 + 65] == TokenType.BYTE
+    keys = read_keys(tmp_path / "m.gguf")
+    assert (keys[KEY.MODEL], keys[KEY.ADD_PREFIX]) == ("llama", True)
+    assert keys[KEY.TOKEN_TYPE][0] == TokenType.UNKNOWN
+    assert keys[KEY.TOKEN_TYPE][3 + 65] == TokenType.BYTE
     text = "the teacher learns"
     assert len(sentencepiece_tokenizer(text).input_ids) < len(text)  # it merges
-    flat = replace(vocabulary, scores=[-1000.0] * len(vocabulary.tokens))
+    flat = keys | {KEY.SCORES: [-1000.0] * len(keys[KEY.LIST])}
     with pytest.raises(UserError, match="differently"):
         check_vocabulary(flat, sentencepiece_tokenizer)
 
@@ -905,14 +904,14 @@ def test_special_added_and_missing_tokens(make: Callable, tmp_path: Path) -> Non
     tokenizer.chat_template = "{{ messages }}"
     size = len(tokenizer) + 5
     write_gguf(make("qwen2", vocab_size=size), tokenizer, tmp_path / "m.gguf")
-    found = read_back(tmp_path / "m.gguf")
-    assert found == read(tokenizer, size)
-    assert found.special == {"bos": 1, "eos": 2}
-    assert (found.adds_bos, found.adds_eos) == (False, False)
-    assert found.chat_template == "{{ messages }}"
+    found = read_keys(tmp_path / "m.gguf")
+    assert read(tokenizer, size).items() <= found.items()
+    assert {k: v for k, v in found.items() if k.endswith("_id")} == {KEY.BOS_ID: 1, KEY.EOS_ID: 2}
+    assert (found[KEY.ADD_BOS], found[KEY.ADD_EOS]) == (False, False)
+    assert found[KEY.CHAT_TEMPLATE] == "{{ messages }}"
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    assert read(tokenizer, size).chat_template == "{{ messages }}"
-    types = dict(zip(found.tokens, found.types, strict=True))
+    assert read(tokenizer, size)[KEY.CHAT_TEMPLATE] == "{{ messages }}"
+    types = dict(zip(found[KEY.LIST], found[KEY.TOKEN_TYPE], strict=True))
     assert types["return"] == types["<calls▁begin>"] == TokenType.USER_DEFINED
     assert types["<|turn|>"] == types["<s>"] == TokenType.CONTROL
     assert types[f"[PAD{size - 1}]"] == TokenType.UNUSED

@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.export import hub, loading, modeling_pruned
@@ -407,7 +407,8 @@ def test_an_entry_that_travels_in_a_record_is_found_on_the_hub_too(
     assert lookup.brought_along("mine") == family
     bias = "model.layers.0.self_attn.q_proj.bias"  # which a config may not deny
     for model_type in ("mine", "pruned_mine", "llama", "pruned_llama"):
-        assert loading._is_projection(bias, model_type)
+        config = PreTrainedConfig.from_dict({"model_type": model_type})
+        assert loading._is_lost(bias, config)
     missing = LocalEntryNotFoundError("no such file")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(missing))
     bring_recorded_family("me/other")

@@ -24,7 +24,7 @@ from nuteprune.export.config import pruned_config
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
-from tests.families import dense, each, each_family
+from tests.families import MORE, QUICK, dense, each, each_family
 from tests.greedy import continuation
 
 from .conftest import HEADS, HIDDEN, NEURONS, logits, randomize, stock_config
@@ -158,7 +158,9 @@ def test_a_copy_switches_its_attention_by_itself(case: Callable, tokens: Tensor)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", "gpt_neox", pytest.param("phi3", marks=pytest.mark.hard)]
+)
 def test_decoding_compiles_into_one_graph(case: Callable, tokens: Tensor, model_type: str) -> None:
     model = case(model_type).pruned
     expected = logits(model, tokens)
@@ -189,20 +191,23 @@ def test_the_file_needs_only_torch_and_transformers() -> None:
     assert not [x for x in FAMILIES if x in text]
 
 
-@pytest.fixture(scope="module")
-def folders(case: Callable, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One checkpoint per family, with what a client should compute from it."""
-    root = tmp_path_factory.mktemp("families")
-    for model_type in dense():
-        x = case(model_type)
-        save(x.pruned, root / model_type)
-        expected = {
-            "tokens": tokens,
-            "logits": logits(x.reference, tokens),
-            "generated": torch.cat([tokens, greedy(x.reference, tokens)], 1),
-        }
-        save_file(expected, root / model_type / "expected.st")
-    return root
+@pytest.fixture
+def checkpoints(case: Callable, tokens: Tensor, tmp_path: Path) -> Callable[[list[str]], Path]:
+    """`checkpoints(model_types)`: a folder of them, with what a client should compute."""
+
+    def write(model_types: list[str]) -> Path:
+        for model_type in model_types:
+            x, folder = case(model_type), tmp_path / "families" / model_type
+            save(x.pruned, folder)
+            expected = {
+                "tokens": tokens,
+                "logits": logits(x.reference, tokens),
+                "generated": torch.cat([tokens, greedy(x.reference, tokens)], 1),
+            }
+            save_file(expected, folder / "expected.st")
+        return tmp_path / "families"
+
+    return write
 
 
 def run_client(folders: Path, tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
@@ -233,12 +238,25 @@ def check_client(lines: list[str], per_family: int, families: int) -> None:
         assert value == "True" if what == "generated" else float(value) < 3 * MAX_ERROR, line
 
 
-@pytest.mark.slow
-def test_a_fresh_process_needs_nothing_but_the_folder(folders: Path, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    check_client(run_client(folders, tmp_path, str(again)), per_family=4, families=len(dense()))
+USUAL = [x for x in dense() if x in (*QUICK, *MORE)]
+OTHERS = [x for x in dense() if x not in USUAL]
+
+
+@pytest.mark.parametrize(
+    "model_types",
+    [
+        pytest.param(USUAL, marks=pytest.mark.slow(8), id="usual"),
+        pytest.param(OTHERS, marks=pytest.mark.hard(30), id="others"),
+    ],
+)
+def test_a_fresh_process_needs_nothing_but_the_folder(
+    model_types: list[str], checkpoints: Callable, tmp_path: Path
+) -> None:
+    folders, again = checkpoints(model_types), tmp_path / "again"
+    lines = run_client(folders, tmp_path, str(again))
+    check_client(lines, per_family=4, families=len(model_types))
     shipped = Path(modeling_pruned.__file__).read_bytes()
-    for model_type in dense():
+    for model_type in model_types:
         first, second = folders / model_type, again / model_type
         assert (first / "modeling_pruned.py").read_bytes() == shipped
         assert (second / "modeling_pruned.py").read_bytes() == shipped
@@ -260,14 +278,10 @@ NOT_IN_4_57 = {
 
 @pytest.mark.clients
 def test_transformers_4_57_computes_the_same(
-    folders: Path, tmp_path: Path, transformers_4: Path
+    checkpoints: Callable, tmp_path: Path, transformers_4: Path
 ) -> None:
     names = [x for x in dense() if x not in NOT_IN_4_57]
-    older = tmp_path / "older"
-    older.mkdir()
-    for name in names:
-        (older / name).symlink_to(folders / name)
-    lines = run_client(older, tmp_path, PYTHONPATH=str(transformers_4))
+    lines = run_client(checkpoints(names), tmp_path, PYTHONPATH=str(transformers_4))
     assert lines[0] == "transformers 4.57.6"
     check_client(lines, per_family=3, families=len(names))
 

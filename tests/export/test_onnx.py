@@ -14,8 +14,7 @@ from torch import Tensor
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export import onnx
 from nuteprune.export.checkpoint import save
-from nuteprune.export.onnx import write_onnx
-from nuteprune.export.onnx_graph import Exporter, check_rope
+from nuteprune.export.onnx import Exporter, check_rope, write_onnx
 from tests.conftest import json_line
 from tests.families import each_plain_family
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble, save
-from nuteprune.export.onnx_graph import check_mixers
+from nuteprune.export.onnx import check_mixers
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks, NarrowMasks
 from nuteprune.judge.block_times import cost_table

@@ -1,4 +1,4 @@
-"""The model card: README.md of a pruned checkpoint, made from its record."""
+"""The model card: README.md of a pruned checkpoint, made from its record and a template."""
 
 from __future__ import annotations
 
@@ -8,83 +8,54 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nuteprune.export.card_metadata import metadata, short_name
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from nuteprune.export.figures import answer_rows, context_rows, definitions
+from nuteprune.files import at_home
 from nuteprune.gates.budget import share_gone
 from nuteprune.model.shape import SAID
-from nuteprune.run_folder import SELF
+from nuteprune.run_folder import CARD, SELF
 
+LICENCE = ("license", "license_name", "license_link")
+"""What the hub's cards say of a licence; the latter two where it has no name for it (`other`)."""
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("nuteprune.export"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 _PLOTS = "<!-- plots of the run -->", "<!-- end of plots -->"
 """Marks around the plots in a card, so that they can be put in later."""
-
-_CARD = """\
----
-{metadata}
----
-
-# {name}, {what}
-
-{base_model} with {removed}{taught}{paper}, made with `nuteprune` {version}.
-
-| | before | after | |
-|---|---:|---:|---:|
-{table}
-{protocol}
-
-{plots}
-
-## How to load
-
-```python
-from transformers import {auto}, {reader}
-
-folder = "."  # this checkpoint: a folder, or its id on the hub
-{read} = {reader}.from_pretrained(folder{stock})
-model = {auto}.from_pretrained(folder{remote})
-```
-
-{how}
-
-## What it is made from
-
-- Base model: {base_model}. Intended uses, limits and biases are those of the base model; what was
-  removed may add to the latter, and {judged}.
-- Licence: {licence}.
-- Layers: {layers}
-- Text: {text}. {wrapped}{tuned}`nuteprune.json` has all settings, versions and counts.
-"""
-
 _PAPER = "\n([arXiv 2402.09773](https://arxiv.org/abs/2402.09773))"
 """Where pruning is described; nothing of it is done to a vocabulary."""
 
-_FREE = """\
-The stock class cannot state its sizes, so a short modeling file travels with the weights
-(`modeling_pruned.py`: it builds the stock layers at the sizes that `config.json` states). Without
-remote code: `from nuteprune import load_pruned; model = load_pruned(folder)`."""
 
-_ALONE = {
-    "auto": "AutoModelForCausalLM",
-    "reader": "AutoTokenizer",
-    "read": "tokenizer",
-    "wrapped": "",
-}
-_WRAPPED = {
-    "auto": "AutoModelForImageTextToText",
-    "reader": "AutoProcessor",
-    "read": "processor",
-    "wrapped": "Its language model alone was pruned, and calibration saw no images: what it makes "
-    "of\n  them was not judged. All else is the base model's, bit for bit. ",
-}
-"""Sentences for a language model that is inside of a model of several modalities."""
+def inherited_licence(base_model: str | None) -> dict[str, str | None]:
+    """Return the licence from the base model's card; `license` is None if it states none.
 
-_STOCK = "It is a model of the stock class: no extra code is needed."
+    Args:
+        base_model: a checkpoint folder or a hub id; anything else has no card.
+    """
+    unknown: dict[str, str | None] = {"license": None}
+    if not base_model:
+        return unknown
+    local = at_home(base_model) / CARD
+    if not local.is_file() and not _is_hub_id(base_model):
+        return unknown
+    try:
+        source = local if local.is_file() else base_model
+        data = ModelCard.load(source, ignore_metadata_errors=True).data
+    except Exception:  # no network, no card, a damaged one: the licence is the base model's anyway
+        return unknown
+    return unknown | {key: x for key in LICENCE if isinstance(x := data.get(key), str)}
 
 
 def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
     """Return the card's text, with a place for plots (`with_plots`).
 
     Args:
-        record: as `record.make_record` gives it.
+        record: as `record.write_pruned` makes it.
         remote_code: whether the checkpoint brings its modeling file.
     """
     record = since_dense(record)
@@ -92,32 +63,61 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
     licence = record.get("license_name") or record.get("license")
     if link := record.get("license_link"):
         licence = f"{licence} ({link})"
-    return _CARD.format(
-        metadata=metadata(record).to_yaml().strip(),
-        name=_plain(short_name(base_model)),
+    what, removed = _said(record)
+    taught, figures = _taught(record), _figures(record)
+    return _TEMPLATES.get_template("card.md").render(
+        remote_code=remote_code,
+        wrapped=bool(record.get("wrapper")),
+        metadata=_metadata(record).to_yaml().strip(),
+        name=_plain(_short_name(base_model)),
         base_model=_plain(base_model),
-        **_said(record),
-        taught=_taught(record) + _again(record),
-        paper=_PAPER if _taught(record) or record["sparsity"] > 0 else "",
+        what=what,
+        removed=removed,
+        taught=taught,
+        runs=1 + len(record.get("history", ())),
+        paper=_PAPER if taught or record["sparsity"] > 0 else "",
         version=record.get("versions", {}).get("nuteprune", "of an unknown version"),
-        table=_table(record),
-        judged=_judged(record),
-        protocol=_protocols(record),
-        plots="\n".join(_PLOTS),
-        # Asked nothing, transformers asks whether to run the modeling file, for a tokenizer too.
-        stock=", trust_remote_code=False" if remote_code else "",
-        remote=", trust_remote_code=True" if remote_code else "",
-        how=_FREE if remote_code else _STOCK,
-        **(_WRAPPED if record.get("wrapper") else _ALONE),
-        licence=f"{_plain(licence)}, that of the base model" if licence else "the base model's",
+        rows=[*_counts(record), *figures],
+        protocols=_protocols(record),
+        plots=_PLOTS,
+        figures=figures,
+        licence=licence and _plain(licence),
         layers=_layers(record),
-        tuned=_tuned(record),
         text=_calibrated_on(record.get("config", {})),
+        tuned=_tuned(record),
     )
 
 
-def _said(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the removed share in words, for the title and for the first sentence."""
+def _metadata(record: Mapping[str, Any]) -> ModelCardData:
+    """Return the hub's metadata: base model, licence, and the metrics as a model index."""
+    base_model = record.get("base_model")
+    after = record.get("perplexity", {}).get("after", {})
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=source,
+            dataset_name=f"{source} (held-out part)",
+            metric_type="perplexity",
+            metric_name="perplexity",
+            metric_value=value,
+        )
+        for source, value in after.items()
+    ]
+    licence: dict[str, Any] = {key: record.get(key) for key in LICENCE}
+    name = f"{_short_name(base_model or 'model')}-pruned-{round(100 * record['sparsity'])}"
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if record.get("wrapper") else "text-generation",
+        tags=["nuteprune", "pruned", "structured-pruning"],
+        base_model=base_model if base_model and _is_hub_id(base_model) else None,
+        **licence,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _said(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return what was removed in words, for the title and for the first sentence."""
     what, removed = [], []
     if (share := record["sparsity"]) > 0:
         what.append(f"{share:.1%} of its decoder removed")
@@ -125,24 +125,11 @@ def _said(record: Mapping[str, Any]) -> dict[str, str]:
             f"{share:.1%} of the parameters of its decoder layers' projections physically\nremoved "
             f"({record['total_sparsity']:.1%} of all parameters) by structured pruning"
         )
-    vocab = record.get("vocab") or next(
-        (x["vocab"] for x in reversed(record.get("history", ())) if "vocab" in x), None
-    )
-    if vocab:
-        what.append(f"a vocabulary of {vocab['after']} tokens")
-        removed.append(f"a vocabulary of {vocab['after']} tokens")
-    return {"what": ", ".join(what), "removed": " and ".join(removed)}
-
-
-def _again(record: Mapping[str, Any]) -> str:
-    times = len(record.get("history", ())) + 1
-    return f", in {times} runs one after the other" if times > 1 else ""
-
-
-def named_to_judge(record: Mapping[str, Any]) -> str | None:
-    """Return the text named to judge by: the last recovery's, else the run's."""
-    runs = (record.get("recover", {}), record.get("config", {}))
-    return next((str(x["eval_data"]) for x in runs if x.get("eval_data")), None)
+    runs = (record, *reversed(record.get("history", ())))
+    if vocab := next((x["vocab"] for x in runs if "vocab" in x), None):
+        fewer = f"a vocabulary of {vocab['after']} tokens"
+        return [*what, fewer], [*removed, fewer]
+    return what, removed
 
 
 def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,17 +152,13 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _taught(record: Mapping[str, Any]) -> str:
     """Say which teachers pruning runs had; cutting a vocabulary has none."""
-    every = (*record.get("history", ()), record)
-    runs = [x for x in every if x.get("asked", {}).get("kind") != "vocab"]
-    found = sorted({teacher for run in runs if (teacher := _teacher(run))})
-    return f" with distillation from {' and '.join(found)}" if found else ""
-
-
-def _teacher(run: Mapping[str, Any]) -> str:
-    config = run.get("config", {})
-    if config.get("teacher") == "none" or config.get("max_steps") == 0:
-        return ""
-    return "numerous teachers" if run.get("teachers", {}).get("count") else "the dense model"
+    found = set()
+    for run in (*record.get("history", ()), record):
+        config, asked = run.get("config", {}), run.get("asked", {}).get("kind")
+        if config.get("teacher") != "none" and config.get("max_steps") != 0 and asked != "vocab":
+            several = run.get("teachers", {}).get("count")
+            found.add("numerous teachers" if several else "the dense model")
+    return f" with distillation from {' and '.join(sorted(found))}" if found else ""
 
 
 def with_plots(card: str, plots: Mapping[str, str]) -> str:
@@ -194,9 +177,10 @@ def with_plots(card: str, plots: Mapping[str, str]) -> str:
     return f"{head}{start}\n{images}\n{end}{tail}"
 
 
-def _table(record: Mapping[str, Any]) -> str:
+def _counts(record: Mapping[str, Any]) -> list[str]:
+    """Return the rows of parameters that have changed."""
     params = record["params"]
-    rows = [
+    return [
         f"| {what} | {params[before]:,} | {params[after]:,} | "
         f"{(params[after] - params[before]) / params[before]:+.1%} |"
         for what, before, after in (
@@ -206,7 +190,6 @@ def _table(record: Mapping[str, Any]) -> str:
         )
         if before in params and params[before] != params[after]
     ]
-    return "\n".join([*rows, *_figures(record)]) + "\n"
 
 
 def _figures(record: Mapping[str, Any]) -> list[str]:
@@ -229,18 +212,13 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     return rows
 
 
-def _judged(record: Mapping[str, Any]) -> str:
-    """Say what the model was judged by."""
-    figures = _figures(record)
-    return f"has {'been judged by the figures above alone' if figures else 'not been judged'}"
-
-
 def _protocols(record: Mapping[str, Any]) -> str:
     """Say how the table's figures were measured, and on which text."""
     config, said = record.get("config", {}), []
     if measure := record.get("perplexity", {}).get("protocol", {}).get("measure"):
         data = config.get("data")
-        judged = named_to_judge(record)
+        runs = (record.get("recover", {}), config)  # a recovery judges by its own
+        judged = next((str(x["eval_data"]) for x in runs if x.get("eval_data")), None)
         in_domain = data and data not in (SELF, [SELF])
         text = " of what it was calibrated on (in-domain)" if in_domain else ""
         if judged not in (None, data):
@@ -295,10 +273,21 @@ def _calibrated_on(config: Mapping[str, Any]) -> str:
 
 def _public(name: str) -> str:
     """Return a name to be shown to anybody: of a path of this machine only its last part."""
-    return short_name(name) if name.startswith(("/", ".", "~")) or Path(name).exists() else name
+    return _short_name(name) if name.startswith(("/", ".", "~")) or Path(name).exists() else name
 
 
 def _plain(text: str) -> str:
     """Return text escaped for Markdown, on one line."""
     line = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+
+
+def _short_name(model: str) -> str:
+    """Return the last part of a path or hub id."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def _is_hub_id(model: str) -> bool:
+    """Return whether a name has the form owner/model and is no folder here."""
+    is_one = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)  # neither ./model nor ../model
+    return bool(is_one) and not Path(model).exists()

@@ -6,10 +6,13 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +40,8 @@ PARTIAL = ".partial"
 """Folder in which a checkpoint is written before it is moved to its place."""
 SHARD = 5 * 10**9
 """Bytes at which weights are split into several files."""
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+"""A tensor of one expert: its layer's stack, its number, its projection."""
 
 
 def assemble(anatomy: Anatomy, masks: Masks, **how: Any) -> tuple[PreTrainedModel, Shape]:
@@ -199,13 +204,47 @@ def recount(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: if there are no weights or a file is damaged.
     """
-    paths = sorted(Path(folder).glob("*.safetensors"))
-    if not paths:
+    if not (found := _sizes_in(Path(folder))):
         raise UserError(f"no weights (*.safetensors) in {folder}")
-    tensors: dict[str, list[int]] = {}
     spared = _buffers()
-    for path in paths:
-        with one_line(str(path)), safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if not name.endswith(spared)]  # noqa: SIM118
-            tensors |= {name: file.get_slice(name).get_shape() for name in names}
+    tensors = {name: size for name, size in found.items() if not name.endswith(spared)}
     return {"total": sum(map(math.prod, tensors.values())), "tensors": tensors}
+
+
+def _sizes_in(folder: Path) -> dict[str, list[int]]:
+    """Return the size of each tensor in a folder's weight files, by name."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with one_line(str(path)), safe_open(path, framework="pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def first_misfit(folder: Path) -> str | None:
+    """Return the expert's tensor that is missing, or differs in size from the others.
+
+    Some checkpoints store experts one by one. transformers stacks them when it loads them, and
+    does not say which it could not stack.
+
+    Args:
+        folder: a checkpoint; its files are whole.
+
+    Returns:
+        The first that is found, in words; None where there is none.
+    """
+    sizes: dict[tuple[str, str], dict[int, tuple[int, ...]]] = defaultdict(dict)
+    experts: dict[str, set[int]] = defaultdict(set)
+    for name, size in _sizes_in(folder).items():
+        if found := _EXPERT.fullmatch(name):
+            stack, number, projection = found.groups()
+            sizes[stack, projection][int(number)] = tuple(size)
+            experts[stack].add(int(number))
+    for (stack, projection), by_expert in sizes.items():
+        usual = mode(by_expert.values())
+        for expert in sorted(experts[stack]):
+            there, name = by_expert.get(expert), f"{stack}.{expert}.{projection}"
+            if there is None:
+                return f"no {name}"
+            if there != usual:
+                return f"{name} is {list(there)}, not {list(usual)}"
+    return None

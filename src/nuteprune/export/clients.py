@@ -9,7 +9,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.config import INVERSE_DIVISOR
 from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
 from nuteprune.export.gguf.rows import check_rows, padded_shape, torn_rows
-from nuteprune.export.onnx_graph import check_mixers, check_rope
+from nuteprune.export.onnx import check_mixers, check_rope
 
 
 def _vllm(facts: ModelFacts) -> Iterator[str]:

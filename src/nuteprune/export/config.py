@@ -186,41 +186,37 @@ def _stated(family: Family, layer: LayerShape) -> dict[str, Any]:
 
 
 def _layout(family: Family, mixer_width: int | None) -> dict[str, Any]:
-    """Return what `modeling_pruned.py` must know of a family."""
+    """Return what `modeling_pruned.py` must know of a family; what is empty is left out."""
 
     def axes(projections: tuple[Projection, ...]) -> dict[str, str]:
         return {x.path: f"{x.columns} -> {' '.join(x.rows)}" for x in projections}
 
+    def block(
+        modules: Iterable[str],
+        norms: Iterable[str],
+        projections: tuple[Projection, ...],
+        **more: Any,
+    ) -> dict[str, Any]:
+        stated = {"modules": [*modules], "norms": [*norms], "projections": axes(projections)}
+        return stated | {key: x for key, x in more.items() if x}
+
     experts = family.experts
-    mixture = experts and {
-        "router": experts.router,
-        "projections": axes(experts.projections),
-        "transposed": experts.transposed,
+    mlp = family.mlp + family.mlp_of(mixture=True)
+    pair = experts is not None and experts.gives_pair
+    per_head = [*family.per_head]
+    blocks = {
+        "attention": block(
+            [family.attention_module], family.attention_norms, family.attention, per_head=per_head
+        ),
+        "mlp": block(family.mlp_modules, family.mlp_norms, mlp, pair=pair),
     }
-    mixer: dict[str, Any] = {
-        "modules": [family.mixer_module],
-        "norms": [],
-        "projections": axes(family.mixer),
-    }
-    if mixer_width is not None:
-        mixer["width"] = mixer_width
-    return {
-        **({"experts": mixture} if mixture else {}),
-        "layers": family.layers,
-        "counts": _count_names(family),
-        "blocks": {
-            "attention": {
-                "modules": [family.attention_module],
-                "norms": list(family.attention_norms),
-                "projections": axes(family.attention),
-                **({"per_head": list(family.per_head)} if family.per_head else {}),
-            },
-            "mlp": {
-                "modules": list(family.mlp_modules),
-                "norms": list(family.mlp_norms),
-                "projections": axes(family.mlp + family.mlp_of(mixture=True)),
-                **({"pair": True} if experts and experts.gives_pair else {}),
-            },
-            **({"mixer": mixer} if family.mixer else {}),
-        },
-    }
+    if family.mixer:
+        blocks["mixer"] = block([family.mixer_module], (), family.mixer, width=mixer_width)
+    layout = {"layers": family.layers, "counts": _count_names(family), "blocks": blocks}
+    if experts is not None:
+        layout["experts"] = {
+            "router": experts.router,
+            "projections": axes(experts.projections),
+            "transposed": experts.transposed,
+        }
+    return layout

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
 )
@@ -19,25 +19,26 @@ from nuteprune.errors import UserError, in_one_line
 from nuteprune.run_folder import RECORD, RUN, hidden
 
 
-def download_record(source: str, **where: Any) -> Path | None:
-    """Return the path of a checkpoint's record, None if there is none.
+def record_path(source: str, **where: Any) -> Path | None:
+    """Return the path of a checkpoint's record, None if it has none or the hub cannot tell.
 
     Args:
-        source: the name of a model on the hub.
-        where: arguments of `hf_hub_download`, such as `revision`.
+        source: a folder, or the name of a model on the hub.
+        where: see `file_of`.
     """
     try:
-        return Path(hf_hub_download(source, RECORD, **where))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
+        return file_of(source, RECORD, **where)
+    except (UserError, HFValidationError):
         return None
 
 
-def file_of(source: str, name: str) -> Path | None:
+def file_of(source: str, name: str, **where: Any) -> Path | None:
     """Return where a file of a checkpoint is, None if the checkpoint has none of that name.
 
     Args:
         source: a folder, or the name of a model on the hub.
         name: what the file is called.
+        where: arguments of `hf_hub_download`, such as `revision`.
 
     Raises:
         UserError: if neither the hub nor the cache can tell.
@@ -46,9 +47,9 @@ def file_of(source: str, name: str) -> Path | None:
         path = Path(source) / name
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(source, name))
+        return Path(hf_hub_download(source, name, **where))
     except Exception as error:  # whatever the hub client and the network below it raise
-        cached = try_to_load_from_cache(source, name)
+        cached = _cached(source, name, where)
         if cached is not None:  # the file, or a mark that the hub has none
             return Path(cached) if isinstance(cached, str) else None
         unasked = isinstance(error, LocalEntryNotFoundError)  # which is an EntryNotFoundError too
@@ -69,12 +70,16 @@ def folder_of(source: str, **where: Any) -> Path | None:
     """
     if Path(source).is_dir():
         return Path(source)
-    here = {k: where[k] for k in ("revision", "cache_dir") if k in where}
     try:
-        cached = try_to_load_from_cache(source, "config.json", **here)
+        cached = _cached(source, "config.json", where)
     except HFValidationError:
         return None
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _cached(source: str, name: str, where: Mapping[str, Any]) -> Any:
+    here = {k: where[k] for k in ("revision", "cache_dir") if k in where}
+    return try_to_load_from_cache(source, name, **here)
 
 
 def check_inside(source: str, **where: Any) -> None:

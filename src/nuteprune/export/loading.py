@@ -22,14 +22,14 @@ from transformers.initialization import no_init_weights
 
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
-from nuteprune.export.hub import check_inside
+from nuteprune.export.hub import check_inside, record_path
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
-from nuteprune.model.family import PREFIX
+from nuteprune.model.family import PREFIX, Family
 from nuteprune.model.lookup import bring_along, brought_along, family_named
 from nuteprune.model.small import NAMES
 from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
-from nuteprune.run_folder import RECORD, SUMS
+from nuteprune.run_folder import SUMS
 from nuteprune.simulated import has_data
 
 FAMILY = "family"
@@ -108,8 +108,6 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     kwargs = {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "use_safetensors")}
     with one_line(source):
         config = config_values(source, **kwargs)
-    where = {k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs}
-    bring_recorded_family(source, **where)
     model_type = config["model_type"]
     if model_type.startswith(PREFIX):
         kwargs["use_safetensors"] = True
@@ -130,11 +128,6 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     return model
 
 
-def exact_dtype(stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
-    """Return the narrowest dtype that holds all values of both, preferably the computed one."""
-    return torch.promote_types(stored, computed)
-
-
 @torch.no_grad()
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model that computes as its file will, loaded in a dtype.
@@ -145,12 +138,17 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     if model.dtype == dtype:
         return model
-    stored = model.state_dict().keys()
-    buffers = [(name, x) for name, x in model.named_buffers() if name in stored]
-    state = {name: x.detach() for name, x in (*model.named_parameters(), *buffers)}
+    state = {name: x.detach() for name, x in stored_tensors(model).items()}
     copied = build(copy.deepcopy(model.config), state, dtype)
     copied.generation_config = copy.deepcopy(model.generation_config)
     return copied
+
+
+def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what a model's files hold, by name: parameters, tied ones once, and some buffers."""
+    stored = model.state_dict().keys()
+    buffers = {name: x for name, x in model.named_buffers() if name in stored}
+    return dict(model.named_parameters()) | buffers
 
 
 def check_pruned(folder: Path) -> None:
@@ -175,8 +173,6 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     source = str(source)
     with one_line(source):
         values = config_values(source)
-    bring_recorded_family(source)
-    with one_line(source):
         if wrapper_of(values["model_type"]):
             config = _language_config(values)
         else:
@@ -190,16 +186,6 @@ def _language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     from nuteprune.export.wrapping import language_config  # few models have others around them
 
     return language_config(values)
-
-
-def record_path(source: str, **where: Any) -> Path | None:
-    """Return the path of a checkpoint's record, None if there is none."""
-    if not Path(source).is_dir():
-        from nuteprune.export.hub import download_record
-
-        return download_record(source, **where)
-    path = Path(source) / RECORD
-    return path if path.is_file() else None
 
 
 def bring_recorded_family(source: str, **where: Any) -> None:
@@ -250,14 +236,18 @@ def _check_tokens_named(source: str, model: PreTrainedModel) -> None:
 
 
 def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
-    """Return the content of config.json; `model_type` is "" if it is not stated.
+    """Return the content of config.json, and register the family that a record describes.
 
     Args:
         source: a folder or the name of a model on the hub.
         kwargs: what `from_pretrained` takes.
 
+    Returns:
+        The content; `model_type` is "" if it is not stated.
+
     Raises:
         OSError, ValueError: if there is none, or it is no config.
+        UserError: if a record's description of a family makes no sense.
     """
     check_inside(source, **kwargs)
     try:
@@ -272,6 +262,8 @@ def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
         for name in NAMES["layers"]:  # of so many, libraries make a list before they look
             if isinstance(count := part.get(name), int) and count > MOST_LAYERS:
                 raise ValueError(f"{name} is {count} in its config.json")
+    where = {k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs}
+    bring_recorded_family(source, **where)
     return {"model_type": "", **values}
 
 
@@ -296,7 +288,7 @@ def _load(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except RuntimeError as error:  # which points to a report that is not shown here
-            from nuteprune.export.expert_files import first_misfit
+            from nuteprune.export.checkpoint import first_misfit
 
             if source is not None and (found := first_misfit(Path(source))):
                 raise UserError(f"experts of {source} cannot be stacked: {found}") from error
@@ -336,15 +328,14 @@ def _is_lost(name: str, config: PreTrainedConfig) -> bool:
     numbers = (int(x) for x in name.split(".") if x.isdigit())
     if ahead and next(numbers, 0) >= config.num_hidden_layers:
         return False  # it predicts tokens further on, beside the decoder
-    return _is_projection(name, config.model_type)
-
-
-def _is_projection(name: str, model_type: str) -> bool:
-    """Return whether a tensor is of a decoder projection of a supported family."""
+    model_type = config.model_type
     family = brought_along(model_type) or FAMILIES.get(model_type.removeprefix(PREFIX))
-    if family is None or not name.startswith(f"{family.layers}."):
-        return False
-    return any(path in name for path in family.files)
+    return family is not None and is_projection(name, family)
+
+
+def is_projection(name: str, family: Family) -> bool:
+    """Return whether a tensor in files is of a decoder projection, or scales it."""
+    return name.startswith(f"{family.layers}.") and any(path in name for path in family.files)
 
 
 def some(names: list[str]) -> str:

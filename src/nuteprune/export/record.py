@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from nuteprune.errors import UserError
-from nuteprune.export.card import model_card
-from nuteprune.export.card_metadata import LICENCE, inherited_licence
+from nuteprune.export.card import LICENCE, inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
-from nuteprune.export.loading import FAMILY
+from nuteprune.export.loading import FAMILY, is_projection
 from nuteprune.export.record_form import misfit
 from nuteprune.files import to_json, write_text
 from nuteprune.gates.budget import share_gone
@@ -32,49 +31,13 @@ if TYPE_CHECKING:
     from nuteprune.export.wrapping import Around
 
 SCHEMA = 1
+_ELSEWHERE = "take the file from where the checkpoint came"
 
 
 def blocks_recount(tensors: Mapping[str, list[int]], model_type: str) -> int:
     """Count the parameters of decoder projections among the tensors of a written checkpoint."""
-    family, tensors = family_named(model_type), of_language_model(tensors)
-    return sum(
-        math.prod(shape)
-        for name, shape in tensors.items()
-        if name.startswith(f"{family.layers}.") and any(path in name for path in family.files)
-    )
-
-
-def make_record(
-    *, target: float, params: Mapping[str, int], before: Shape, after: Shape, **rest: Any
-) -> dict[str, Any]:
-    """Return the record of a pruned checkpoint.
-
-    Args:
-        target: sparsity asked for.
-        params: `before`, `after` (all, tied once), `blocks_before`, `blocks_after`, counted; of a
-            mixture also `active_before`, `active_after`: what a token goes through.
-        before: dimensions of the dense model.
-        after: dimensions of the pruned one.
-        **rest: further keys: shapes, teachers, perplexity, seconds, seed, config and so on.
-    """
-    return {
-        "schema": SCHEMA,
-        "target": target,
-        "sparsity": share_gone(params["blocks_before"], params["blocks_after"]),
-        "total_sparsity": share_gone(params["before"], params["after"]),
-        "params": dict(params),
-        "layers": [
-            {**layer.to_dict(), "attention": layer.mixes, "mlp": layer.mlp}
-            for layer in after.layers
-        ],
-        "hidden": {"before": before.hidden, "after": after.hidden},
-        "layers_before": before.to_dict()["layers"],
-        **rest,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
-        },
-    }
+    family, own = family_named(model_type), of_language_model(tensors)
+    return sum(math.prod(shape) for name, shape in own.items() if is_projection(name, family))
 
 
 def write_pruned(
@@ -83,7 +46,11 @@ def write_pruned(
     tokenizer: PreTrainedTokenizerBase | None,
     params: Mapping[str, int],
     around: Around | None = None,
-    **record: Any,
+    *,
+    target: float,
+    before: Shape,
+    after: Shape,
+    **rest: Any,
 ) -> dict[str, Any]:
     """Write a pruned checkpoint with its record and its card; counts come from what was written.
 
@@ -91,11 +58,15 @@ def write_pruned(
         folder: where to; see `checkpoint.save`.
         model: the pruned model, in the dtype that it is to be stored in.
         tokenizer: its tokenizer, if it has one.
-        params: `before` and `blocks_before`, counted on the dense model, and what a token goes
-            through.
+        params: `before` (all, tied once) and `blocks_before`, counted on the dense model; of a
+            mixture also `active_before`, `active_after`: what a token goes through.
         around: the other parts of the model's checkpoint, written with it; None: none.
-        **record: further arguments of `make_record`, `base_model` among them. Its `license` is read
-            from the base model's card where it is not given; None where that is unknown.
+        target: sparsity asked for.
+        before: dimensions of the dense model.
+        after: dimensions of the pruned one.
+        **rest: further keys of the record: `base_model`, shapes, seconds, seed, config and so on.
+            `license` is read from the base model's card where it is not given; None where that is
+            unknown.
 
     Returns:
         The record as it was written.
@@ -104,25 +75,37 @@ def write_pruned(
     if around is not None:
         whole, outside = around.put(model)
         params["before"] += outside
-        record["wrapper"] = around.wrapper.conditional
+        rest["wrapper"] = around.wrapper.conditional
     save(whole, folder, tokenizer, around)
     counted = recount(folder)
-    if "license" not in record:
-        record |= inherited_licence(record.get("base_model"))
+    params["after"] = counted["total"]
+    params["blocks_after"] = blocks_recount(counted["tensors"], model.config.model_type)
+    if "license" not in rest:
+        rest |= inherited_licence(rest.get("base_model"))
     if family := brought_along(model.config.model_type):
         from nuteprune.model.family_file import to_dict
 
-        record[FAMILY] = to_dict(family)
-    record.setdefault("peak_memory_bytes", peak())
-    full = make_record(
-        params={
-            **params,
-            "after": counted["total"],
-            "blocks_after": blocks_recount(counted["tensors"], model.config.model_type),
+        rest[FAMILY] = to_dict(family)
+    rest.setdefault("peak_memory_bytes", peak())
+    full = {
+        "schema": SCHEMA,
+        "target": target,
+        "sparsity": share_gone(params["blocks_before"], params["blocks_after"]),
+        "total_sparsity": share_gone(params["before"], params["after"]),
+        "params": params,
+        "layers": [
+            {**layer.to_dict(), "attention": layer.mixes, "mlp": layer.mlp}
+            for layer in after.layers
+        ],
+        "hidden": {"before": before.hidden, "after": after.hidden},
+        "layers_before": before.to_dict()["layers"],
+        **rest,
+        "bytes_on_disk": weights_size(folder),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
         },
-        **record,
-        bytes_on_disk=weights_size(folder),
-    )
+    }
     return _write_texts(folder, whole, full)
 
 
@@ -218,6 +201,3 @@ def read_record(folder: Path) -> dict[str, Any]:
     if found := misfit(record):
         raise UserError(f"{path} is damaged: {found}; {_ELSEWHERE}")
     return record
-
-
-_ELSEWHERE = "take the file from where the checkpoint came"

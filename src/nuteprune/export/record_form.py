@@ -14,51 +14,39 @@ class Leaf(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(x, str) for x in value)
-    )
-
-
-def _figures(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        x is None or (type(x) in (int, float) and x > 0) for x in value.values()
-    )
-
-
-NUMBER = Leaf("a finite number", _number)
-COUNT = Leaf("a count", lambda x: type(x) is int and x >= 0)
-SIZE = Leaf("a count above 0", lambda x: type(x) is int and x > 0)
-TEXT = Leaf("text", lambda x: isinstance(x, str))
-TEXTS = Leaf("text or a list of texts", _texts)
-KINDS = Leaf(
-    "an object of texts",
-    lambda x: isinstance(x, dict) and all(isinstance(y, str) for y in x.values()),
-)
-FIGURES = Leaf("an object of numbers above 0", _figures)
-HASHES = Leaf(
-    "hexadecimal digits", lambda x: isinstance(x, str) and not x.strip("0123456789abcdef")
-)
-NUMBERS = Leaf("a list of numbers", lambda x: isinstance(x, list) and all(map(_number, x)))
-
 Form = Leaf | Mapping[str, Any] | list[Any]
 """A value, an object by key (`?` ends one that may be missing), or a list of one form."""
 
 
-def _all_fit(value: Any, form: Form) -> bool:
-    return isinstance(value, dict) and not any(_misfit(x, form, "") for x in value.values())
+def _all(value: Any, leaf: Leaf) -> bool:
+    return isinstance(value, list) and all(map(leaf.fits, value))
+
+
+def _each(named: str, form: Form) -> Leaf:
+    """Return what an object is whose keys are anything, and whose values are of one form."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, dict) and not any(_misfit(x, form, "") for x in value.values())
+
+    return Leaf(f"an object of {named}", fits)
 
 
 def _or_null(leaf: Leaf) -> Leaf:
     return Leaf(f"{leaf.named} or null", lambda x: x is None or leaf.fits(x))
 
 
+NUMBER = Leaf("a finite number", lambda x: type(x) in (int, float) and math.isfinite(x))
+COUNT = Leaf("a count", lambda x: type(x) is int and x >= 0)
+SIZE = Leaf("a count above 0", lambda x: type(x) is int and x > 0)
+ABOVE_0 = Leaf("a number above 0", lambda x: type(x) in (int, float) and x > 0)
+TEXT = Leaf("text", lambda x: isinstance(x, str))
+TEXTS = Leaf("text or a list of texts", lambda x: TEXT.fits(x) or _all(x, TEXT))
+KINDS = _each("texts", TEXT)
+FIGURES = _each("numbers above 0", _or_null(ABOVE_0))
+HASHES = Leaf("hexadecimal digits", lambda x: TEXT.fits(x) and not x.strip("0123456789abcdef"))
+NUMBERS = Leaf("a list of numbers", lambda x: _all(x, NUMBER))
 _BEFORE_AFTER = {"before": SIZE, "after": SIZE}
-_LAYER = {"heads": COUNT, "kv_heads": COUNT, "neurons": COUNT}
+_LAYER = dict.fromkeys(("heads", "kv_heads", "neurons", "experts?", "expert_neurons?"), COUNT)
 _JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
 _BOTH = dict.fromkeys(("before", "after"), _or_null(NUMBER))
 _ANSWERS = {
@@ -73,22 +61,22 @@ _CONTEXT = {
     "gain": _BOTH,
     "protocol": {"measures": KINDS, "blocks": COUNT},
 }
-_SPANS = Leaf("an object of figures of context", lambda x: _all_fit(x, _CONTEXT))
+_SPANS = _each("figures of context", _CONTEXT)
 _COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
 _READ = {"documents": HASHES, "files": HASHES, "names": TEXTS, "judged?": KINDS}
 _TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
 _TUNED["text?"] = _READ
 _TUNED["earlier?"] = _TUNED
 _COST = dict.fromkeys(("seconds", "cpu_seconds", "peak_memory_bytes"), NUMBER)
-_STAGES = Leaf("an object of what stages took", lambda x: _all_fit(x, _COST))
+_STAGES = _each("what stages took", _COST)
 RECORD: dict[str, Any] = {
     "target": NUMBER,
     "sparsity": NUMBER,
     "total_sparsity": NUMBER,
     "params": {**_BEFORE_AFTER, "blocks_before": SIZE, "blocks_after": SIZE}
     | {"active_before?": SIZE, "active_after?": SIZE},
-    "layers": [_LAYER | {"experts?": COUNT, "expert_neurons?": COUNT}],
-    "layers_before": [_LAYER | {"experts?": COUNT, "expert_neurons?": COUNT}],
+    "layers": [_LAYER],
+    "layers_before": [_LAYER],
     "hidden": _BEFORE_AFTER,
     "shapes?": TEXT,
     **dict.fromkeys(("base_model?", "license?", "license_name?", "license_link?"), _or_null(TEXT)),

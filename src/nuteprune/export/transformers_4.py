@@ -20,11 +20,12 @@ def add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
     """
     inner = config.get_text_config()
     keys = _rope_keys_of_4(inner) | _expert_keys_of_4(inner)
-    if inner is config:
-        _edit(path, lambda content: content | keys, sort_keys=True)
-    else:
-        text = "text_config"
-        _edit(path, lambda content: content | {text: content[text] | keys}, sort_keys=True)
+
+    def added(content: dict[str, Any]) -> dict[str, Any]:
+        within = {"text_config": content["text_config"] | keys} if inner is not config else keys
+        return content | within
+
+    _edit(path, added, sort_keys=True)
 
 
 LONG_ROPE = {"rope_type", "rope_theta", "short_factor", "long_factor", "partial_rotary_factor"}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.loading import build
+from nuteprune.export.loading import build, stored_tensors
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lookup import family_named
 from nuteprune.shrink.token_ids import renumber
@@ -64,11 +64,9 @@ def cut_model(anatomy: Anatomy, kept: Sequence[int]) -> PreTrainedModel:
     model, new = anatomy.model, {old: i for i, old in enumerate(kept)}
     rows = torch.tensor(list(kept))
     cut = {id(x) for x in (anatomy.embedding.weight, anatomy.head.weight, anatomy.head.bias)}
-    stored = model.state_dict().keys()
-    buffers = [(name, x) for name, x in model.named_buffers() if name in stored]
     state = {
         name: p.detach()[rows].clone() if id(p) in cut else p.detach()
-        for name, p in (*model.named_parameters(), *buffers)
+        for name, p in stored_tensors(model).items()
     }
     values = renumber(model.config.to_dict(), new) | {"vocab_size": len(kept)}
     small = build(type(model.config).from_dict(values), state)
@@ -97,16 +95,15 @@ def cut_tokenizer_of(
                 path.unlink()
         content = json.dumps(cut_tokenizer(merges, kept), ensure_ascii=False)
         (folder / _FILES[0]).write_text(content, encoding="utf-8")
-        settings = json.loads((folder / _FILES[1]).read_text(encoding="utf-8"))
-        if named := settings.get("added_tokens_decoder"):
-            kept_there = {new[int(i)]: x for i, x in named.items() if int(i) in new}
-            settings["added_tokens_decoder"] = kept_there
         there = {token for token, i in merges.added.items() if i in new}
         lost = tokenizer.get_added_vocab().keys() - there
-        for name in _FILES[1:]:
-            if (path := folder / name).is_file():
-                read = settings if name == _FILES[1] else json.loads(path.read_text("utf-8"))
-                text = json.dumps(_without(read, lost), ensure_ascii=False)
+        for path in (folder / name for name in _FILES[1:]):
+            if path.is_file():
+                settings = json.loads(path.read_text(encoding="utf-8"))
+                if named := settings.get("added_tokens_decoder"):
+                    kept_there = {new[int(i)]: x for i, x in named.items() if int(i) in new}
+                    settings["added_tokens_decoder"] = kept_there
+                text = json.dumps(_without(settings, lost), ensure_ascii=False)
                 path.write_text(text, encoding="utf-8")
         own: Any = type(tokenizer)
         if not own.__module__.startswith("transformers."):  # code that the user trusts, run already
@@ -118,11 +115,9 @@ def cut_tokenizer_of(
 def _without(settings: dict[str, Any], lost: Collection[str]) -> dict[str, Any]:
     """Return a tokenizer's settings without removed tokens, which would be added anew."""
 
-    def name(x: Any) -> Any:
-        return x.get("content") if isinstance(x, dict) else x
-
     def is_lost(x: Any) -> bool:
-        return isinstance(name(x), str) and name(x) in lost
+        token = x.get("content") if isinstance(x, dict) else x
+        return isinstance(token, str) and token in lost
 
     return {
         key: [x for x in value if not is_lost(x)] if isinstance(value, list) else value

@@ -20,13 +20,8 @@ from transformers.utils.quantization_config import Mxfp4Config
 from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError, in_one_line, panics_as_errors
-from nuteprune.export.loading import (
-    bring_recorded_family,
-    config_values,
-    exact_dtype,
-    load_pruned,
-    record_path,
-)
+from nuteprune.export.hub import record_path
+from nuteprune.export.loading import config_values, load_pruned
 from nuteprune.export.record import inside, origin_of, read_record
 from nuteprune.files import at_home, check_name
 from nuteprune.jobs.job import BITS, DTYPES
@@ -103,7 +98,6 @@ def read_config(model: str) -> dict[str, Any]:
         values = config_values(where)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {model}: {_in_words(error, model)}") from error
-    bring_recorded_family(where)
     model_type = values["model_type"]
     if (wrapper := wrapper_of(model_type)) is not None:
         from nuteprune.export.wrapping import language_config
@@ -180,7 +174,7 @@ def load_model(
     if not packed and held_in_mxfp4(values):
         packed = {"quantization_config": Mxfp4Config(dequantize=True)}
     if exact:
-        dtype = exact_dtype(stored, dtype)
+        dtype = torch.promote_types(stored, dtype)
     loaded = load_pruned(locate(model), dtype=dtype, **packed)
     setattr(loaded, STORED_DTYPE, stored)
     return loaded

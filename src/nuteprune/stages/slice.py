@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble, rounded_as_stored
-from nuteprune.export.loading import exact_dtype
 from nuteprune.gates.masks import Masks
 from nuteprune.mapped import mapped
 from nuteprune.model.anatomy import Anatomy
@@ -63,7 +62,7 @@ def slice_model(
             "the dense model given is not the one that was trained: its dimensions differ; "
             "load the run's own model again"
         )
-    exact = torch.promote_types(dense.dtype, exact_dtype(stored_dtype, computed_dtype))
+    exact = torch.promote_types(dense.dtype, torch.promote_types(stored_dtype, computed_dtype))
 
     def begin(layer: int | None) -> None:
         for parameter in (dense if layer is None else anatomy.layers[layer]).parameters():

@@ -15,7 +15,6 @@ from transformers.trainer_utils import set_seed
 from nuteprune.distill.coforward import CoForward
 from nuteprune.distill.objective import Objective
 from nuteprune.errors import UserError
-from nuteprune.export.loading import exact_dtype
 from nuteprune.export.record import origin_of, read_record
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
@@ -96,7 +95,7 @@ class Prepared(Prunable):
         It must if the run's own is sharded, packed, or of a narrower dtype than its file.
         """
         stored, own = self.origin.stored_dtype, self.origin.computed_dtype
-        return not self.has_whole_weights or exact_dtype(stored, own) != own
+        return not self.has_whole_weights or torch.promote_types(stored, own) != own
 
     def check_can_be_cut(self) -> None:
         """Refuse to cut the run's own model if the dense one must be loaded anew.

@@ -36,8 +36,6 @@ class ExpertRouting:
     """Routers may choose groups of experts first."""
     joint_key_norm: bool = False
     """Its norm of keys is as wide as the model."""
-    always: bool = True
-    """It has no form without experts."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +110,6 @@ class Architecture:
         """Return the factor of a role's map that the architecture lacks."""
         return prod((config_number(config, x) for x in self.folded.get(role, ())), start=1.0)
 
-    @property
-    def key(self) -> str:
-        """Its key among the entries: its name, and whether it has experts."""
-        return f"{self.name}, experts" if self.experts and not self.experts.always else self.name
-
     def attention_scale(self, shape: Shape, head_dim: int) -> float:
         """Return the factor that it puts on products of queries and keys."""
         if len(shape.layers) == self.wide_scale_at:
@@ -155,11 +148,13 @@ _QWEN3_5 = Architecture(
 _SQUARE = Architecture("", square_attention=True)
 _NEIGHBOURS = replace(_SQUARE, interleaved_rope=True)
 _PHI = replace(_SQUARE, partial_rotary=True, head="always", biases=_ALL, needs_biases=True)
+_FUSED = replace(_SQUARE, fused_qkv=True, fused_gate=True, partial_rotary=True)
 _COHERE = replace(_NEIGHBOURS, head="never", one_norm=True)
 _NORMED_AFTER = replace(_SQUARE, pre_norms=False, refuses_windows=True)
 _GLM4 = Architecture("glm4", partial_rotary=True, biases=("qkv",))
-_GLM = replace(_GLM4, interleaved_rope=True, fused_gate=True)
 _ROUTED_ALIKE = ExpertRouting(own_width=False)
+_ROUTED_AS_SCORED = replace(_ROUTED_ALIKE, sums_to_one=False, joint_key_norm=True)
+_LLAMA_EXPERTS = replace(_LLAMA, biases=("qkv", "o"), experts=_ROUTED_ALIKE)
 _SHARED = ExpertRouting(shared="own")
 _SHARED_TIMES = ExpertRouting(shared="times", dense="first", states_weights=True)
 
@@ -169,14 +164,7 @@ _KNOWN = (
     replace(_QWEN2, needs_biases=True),
     _QWEN3,
     replace(_QWEN3, name="openelm", per_layer=True, fused_qkv=True, head="never"),
-    replace(
-        _SQUARE,
-        name="phi3",
-        fused_qkv=True,
-        fused_gate=True,
-        partial_rotary=True,
-        rope_types=("default", "longrope"),
-    ),
+    replace(_FUSED, name="phi3", rope_types=("default", "longrope")),
     replace(_GEMMA, name="gemma2", softcaps=True, window_period=2, wide_scale_at=46),
     replace(_GEMMA, name="gemma3", rope_types=_LINEAR, window_period=6, wide_scale_at=62),
     _GRANITE,
@@ -190,17 +178,11 @@ _KNOWN = (
         built_in={"mamba_expand": 2},
     ),
     Architecture("falcon-h1", mixer="mamba2", bare_mlp_norm=True, folded=_FALCON_H1),
-    replace(_LLAMA, biases=("qkv", "o"), experts=replace(_ROUTED_ALIKE, always=False)),
+    _LLAMA_EXPERTS,
     replace(_LLAMA, name="granitemoe", multipliers=True, biases=(), experts=_ROUTED_ALIKE),
     replace(_QWEN3, name="qwen3moe", experts=ExpertRouting()),
     replace(_QWEN2, name="qwen2moe", experts=replace(_SHARED, sums_to_one=False)),
-    replace(
-        _QWEN2,
-        name="olmoe",
-        biases=(),
-        head="always",
-        experts=replace(_ROUTED_ALIKE, sums_to_one=False, joint_key_norm=True),
-    ),
+    replace(_QWEN2, name="olmoe", biases=(), head="always", experts=_ROUTED_AS_SCORED),
     replace(_GLM4, name="glm4moe", mlp_norm="post_attention_norm", experts=_SHARED_TIMES),
     Architecture(
         "gpt-oss",
@@ -241,7 +223,7 @@ _KNOWN = (
     _GEMMA,
     replace(_LLAMA, name="arcee", activations=("relu2",), biases=()),
     replace(_LLAMA, name="smollm3", biases=(), unrotated_period=4),
-    _GLM,
+    replace(_GLM4, interleaved_rope=True, fused_gate=True),
     replace(_NORMED_AFTER, name="exaone4"),
     replace(_NORMED_AFTER, name="olmo2", head="always"),
     replace(_SQUARE, name="starcoder2", activations=_GELU_TANH, biases=_ALL, needs_biases=True),
@@ -251,7 +233,7 @@ _KNOWN = (
     replace(_NEIGHBOURS, name="olmo"),
     replace(_COHERE, name="command-r"),
     replace(_COHERE, name="cohere2", window_period=4),
-    replace(_GLM, name="chatglm", square_attention=True, fused_qkv=True),
+    replace(_FUSED, name="chatglm", interleaved_rope=True, biases=("qkv",)),
     Architecture("hunyuan-dense"),
     replace(
         _SQUARE,
@@ -261,5 +243,5 @@ _KNOWN = (
         final_norm="token_embd_norm",
     ),
 )
-ARCHITECTURES = {arch.key: arch for arch in _KNOWN}
-"""Those that are known, by `Architecture.key`."""
+ARCHITECTURES = {"llama, experts" if x is _LLAMA_EXPERTS else x.name: x for x in _KNOWN}
+"""Those that are known, by name; llama has two forms."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from gguf import (
@@ -22,18 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.architectures import Architecture
-from nuteprune.export.gguf.block_tensors import Named
+from nuteprune.export.gguf.block_tensors import Array, Named
 from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
 from nuteprune.export.gguf.metadata import context_length, model_keys
 from nuteprune.export.gguf.rows import BLOCK, check_rows, padded_shape, torn_rows
 from nuteprune.export.gguf.tensors import all_tensors
-from nuteprune.export.gguf.tokenizer import (
-    Vocabulary,
-    check_vocabulary,
-    further_end_tokens,
-    name_that_strips,
-    read_vocabulary,
-)
+from nuteprune.export.gguf.tokenizer import KEY, check_vocabulary, name_that_strips, read_vocabulary
 from nuteprune.files import atomic, check_room, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import refuse_packed
@@ -48,15 +42,14 @@ class FileType:
     matrices: GGMLQuantizationType
     ends: GGMLQuantizationType
     label: LlamaFileType
-    quantized: bool = False
 
 
 FILE_TYPES: dict[str, FileType] = {
     "f16": FileType(Q.F16, Q.F16, LlamaFileType.MOSTLY_F16),
     "bf16": FileType(Q.BF16, Q.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": FileType(Q.Q8_0, Q.Q8_0, LlamaFileType.MOSTLY_Q8_0, quantized=True),
+    "q8_0": FileType(Q.Q8_0, Q.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     # Four bits cost the most in the embedding and the head: those get eight.
-    "q4_0": FileType(Q.Q4_0, Q.Q8_0, LlamaFileType.MOSTLY_Q4_0, quantized=True),
+    "q4_0": FileType(Q.Q4_0, Q.Q8_0, LlamaFileType.MOSTLY_Q4_0),
     "f32": FileType(Q.F32, Q.F32, LlamaFileType.ALL_F32),
 }
 """What `--type` takes. Vectors and norms are always float32, as llama.cpp wants them."""
@@ -117,29 +110,31 @@ def write_gguf(
     anatomy = Anatomy(model)
     facts = ModelFacts(anatomy.family, anatomy.config, anatomy.shape, anatomy.biases)
     arch = choose_architecture(facts)
-    shape, notes = padded_shape(facts.shape, arch, kind.quantized)
-    if kind.quantized:
+    is_quantized = kind.matrices in _QUANTIZED
+    shape, notes = padded_shape(facts.shape, arch, is_quantized)
+    if is_quantized:
         check_rows(shape, facts.head_dim, type_name)
-    vocabulary = read_vocabulary(tokenizer, len(anatomy.embedding.weight), pre_tokenizer)
-    vocabulary.special.update(further_end_tokens(vocabulary, model.generation_config))
-    name, strip_notes = name_that_strips(name or path.stem, vocabulary, tokenizer)
+    size, settings = len(anatomy.embedding.weight), model.generation_config
+    vocabulary = read_vocabulary(tokenizer, size, pre_tokenizer, settings)
+    name, strip_notes = name_that_strips(name or path.stem, vocabulary[KEY.LIST], tokenizer)
     notes += [*_differences(arch, facts), *strip_notes]
     if type_name in TO_QUANTIZE:
         notes += torn_rows(shape, facts.head_dim)
-    infos = list(_tensor_infos(all_tensors(anatomy, arch, facts, shape), type_name))
     keys = {"general.type": "model", "general.name": name, "general.file_type": int(kind.label)}
     keys["general.quantization_version"] = GGML_QUANT_VERSION
     of_model = model_keys(anatomy, arch, facts, shape)
-    keys |= {f"{arch.name}.{key}": value for key, value in of_model.items()}
+    keys |= {f"{arch.name}.{key}": value for key, value in of_model.items()} | vocabulary
+    writer = GGUFWriter(None, arch.name)
+    for key, value in keys.items():
+        _ADD[type(value)](writer, key, value)
+    _add_infos(writer, all_tensors(anatomy, arch, facts, shape), type_name)
+    infos = [*writer.tensors[0].values()]
     with writing(path, "make room and do the same again"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_room(path, sum(info.bytes for info in infos))
+        check_room(path, sum(info.nbytes for info in infos))
         with atomic(path) as partial:
-            writer = GGUFWriter(partial, arch.name)
-            for key, value in (keys | vocabulary.keys()).items():
-                _ADD[type(value)](writer, key, value)
-            _write_tensors(writer, infos, all_tensors(anatomy, arch, facts, shape), progress)
-            compared = check_vocabulary(read_back(partial), tokenizer)
+            _write(writer, partial, all_tensors(anatomy, arch, facts, shape), progress)
+            compared = check_vocabulary(read_keys(partial), tokenizer)
             size = partial.stat().st_size
     parameters = sum(prod(info.shape) for info in infos)
     return WrittenGguf(arch.name, len(infos), parameters, size, compared, notes)
@@ -169,56 +164,50 @@ def _differences(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
         )
 
 
-class _TensorInfo(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    stored: GGMLQuantizationType
-
-    @property
-    def bytes(self) -> int:
-        return prod(quants.quant_shape_to_byte_shape(self.shape, self.stored))
-
-
-def _tensor_infos(named: Named, type_name: str) -> Iterator[_TensorInfo]:
-    """Yield what the file's index says of tensors, which goes before all their values."""
-    kind = FILE_TYPES[type_name]
+def _add_infos(writer: GGUFWriter, named: Named, type_name: str) -> None:
+    """Add what the file's index says of tensors, which goes before all their values."""
+    dtype = np.dtype(np.float32)  # only declared; `raw_dtype` is what counts
     for name, values in named:
-        stored = Q.F32
-        if values.ndim > 1 < values.shape[-1] and not any(x in name for x in _IN_FLOAT32):
-            stored = kind.matrices if name.startswith("blk.") else kind.ends
-        if stored in _QUANTIZED and values.shape[-1] % BLOCK:
-            stored = Q.F16  # a row that no gate cuts; the others were checked
-        largest = np.abs(values).max(initial=0)
-        if not np.isfinite(largest):
-            raise UserError(f"{name} has values that are not finite: the checkpoint is damaged")
-        if stored == Q.F16 and largest > _F16_MAX:
-            raise UserError(
-                f"{name} has values beyond {_F16_MAX:.0f}, the largest of --type f16: pass bf16"
-            )
-        yield _TensorInfo(name, values.shape, stored)
+        stored = _stored_type(name, values, type_name)
+        size = prod(quants.quant_shape_to_byte_shape(values.shape, stored))
+        writer.add_tensor_info(name, values.shape, dtype, size, raw_dtype=stored)
 
 
-def _write_tensors(
-    writer: GGUFWriter, infos: list[_TensorInfo], named: Named, progress: Callable[[int, int], None]
+def _stored_type(name: str, values: Array, type_name: str) -> GGMLQuantizationType:
+    """Return how a tensor is stored.
+
+    Raises:
+        UserError: if that cannot hold its values.
+    """
+    kind, stored = FILE_TYPES[type_name], Q.F32
+    if values.ndim > 1 < values.shape[-1] and not any(x in name for x in _IN_FLOAT32):
+        stored = kind.matrices if name.startswith("blk.") else kind.ends
+    if stored in _QUANTIZED and values.shape[-1] % BLOCK:
+        stored = Q.F16  # a row that no gate cuts; the others were checked
+    largest = np.abs(values).max(initial=0)
+    if not np.isfinite(largest):
+        raise UserError(f"{name} has values that are not finite: the checkpoint is damaged")
+    if stored == Q.F16 and largest > _F16_MAX:
+        raise UserError(
+            f"{name} has values beyond {_F16_MAX:.0f}, the largest of --type f16: pass bf16"
+        )
+    return stored
+
+
+def _write(
+    writer: GGUFWriter, path: Path, named: Named, progress: Callable[[int, int], None]
 ) -> None:
     """Write the file: keys, the index of tensors, then one tensor after another."""
-    for info in infos:
-        dtype = np.dtype(np.float32)  # only declared; `raw_dtype` is what counts
-        writer.add_tensor_info(info.name, info.shape, dtype, info.bytes, raw_dtype=info.stored)
-    writer.write_header_to_file()
+    writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    types = [info.dtype for info in writer.tensors[0].values()]
     try:
-        for i, (info, (_, array)) in enumerate(zip(infos, named, strict=True)):
-            writer.write_tensor_data(quants.quantize(array, info.stored))
-            progress(i + 1, len(infos))
+        for i, (stored, (_, array)) in enumerate(zip(types, named, strict=True)):
+            writer.write_tensor_data(quants.quantize(array, stored))
+            progress(i + 1, len(types))
     finally:
         writer.close()
-
-
-def read_back(path: str | os.PathLike[str]) -> Vocabulary:
-    """Return the tokenizer that a GGUF file describes."""
-    return Vocabulary.of_keys(read_keys(path))
 
 
 def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
