@@ -20,7 +20,7 @@ from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.model.sharding import average_gradients, shard_base
+from nuteprune.model.sharding import shard_base
 
 folder, out, how, checkpointing = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -71,7 +71,9 @@ for student in (fixed, learned):  # the second finds what the first has left
         head = Head.of(anatomy)
         loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)
         loss.backward()
-    average_gradients((*lora, *gates))
+    for p in (*lora, *gates):
+        dist.all_reduce(p.grad)
+        p.grad /= world
     dist.all_reduce(loss.detach_())
     losses.append(loss / world)
 if rank == 0:

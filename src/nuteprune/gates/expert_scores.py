@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.scores import Probe, Scores, ranked
-from nuteprune.model.anatomy import Anatomy, without_lora
+from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
 from nuteprune.model.layerwise import Layerwise
-from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import rows_of
 from nuteprune.model.sharding import gathered
 from nuteprune.processes import Team

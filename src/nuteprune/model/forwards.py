@@ -1,4 +1,7 @@
-"""Changes modules for a while: evaluation mode, another forward, other tokens."""
+"""Changes modules for a while: evaluation mode, another forward, other tokens.
+
+Shape suffixes: B sequences, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 Forward = Callable[..., Any]
 
@@ -81,3 +85,21 @@ def special_tokens_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name, value in before:
             setattr(config, name, value)
+
+
+def last_logits(model: PreTrainedModel, ids_BT: Tensor, count: int) -> Tensor:
+    """Return the logits (B, count, V) of the last tokens.
+
+    The last tokens of several sequences do not lie beside each other. So torch multiplies them
+    sequence by sequence, in half precision each with a copy of the whole head.
+
+    Args:
+        model: a causal LM.
+        ids_BT: token ids.
+        count: tokens of each sequence.
+    """
+    head: Any = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])):
+        output: Any = model(input_ids=ids_BT, use_cache=False, logits_to_keep=count)
+    logits_BTV: Tensor = output.logits
+    return logits_BTV

@@ -17,9 +17,8 @@ from typing import Any, Protocol, cast
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
-from nuteprune.model.mixture import Mixture
 from nuteprune.model.narrow import Narrow, Selection
 from nuteprune.model.routing import masks_of
 

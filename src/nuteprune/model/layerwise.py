@@ -3,8 +3,8 @@
 What is large, such as the covariance of a projection's inputs, is held for one layer at a time. A
 layer may be changed before the text goes on to the next.
 
-Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection, O its outputs, N = B x
-T.
+Shape suffixes: B batch, T tokens, M tokens of a batch, D hidden width, I inputs of a projection, O
+its outputs, P columns of a panel.
 """
 
 from __future__ import annotations
@@ -19,19 +19,84 @@ from torch import Tensor, nn
 
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy, no_logits
-from nuteprune.model.covariance import Covariance, product
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, in_place_of
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered, is_sharded
 from nuteprune.processes import ALONE, Team
+from nuteprune.simulated import once
 
+PANEL = 256
+"""Columns of a product of inputs that are formed at once."""
+LEAST = 1e-12
+"""The least root mean square that a token's inputs are divided by."""
 KEPT_BYTES = 2**30
 """Bytes of a projection's inputs that may be kept, so that a layer need not form them again."""
 
 Read = Sequence[Tensor]
 """The inputs (B, T, D) of a module, batch by batch."""
+
+
+class Covariance:
+    """The sum of X^T X (I, I) over inputs X (..., I), in fp32; the lower triangle is computed.
+
+    Args:
+        size: how many inputs there are.
+        device: where they are.
+        weight_OI: where a norm follows the projection, its weight. The norm divides each token's
+            output by its root mean square, so the token's inputs are divided too: else a few
+            tokens of large outputs would drown all others.
+    """
+
+    def __init__(self, size: int, device: torch.device, weight_OI: Tensor | None = None) -> None:
+        self._size, self._device, self._weight_OI = size, device, weight_OI
+        self._sum_II: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in a batch of inputs (..., I)."""
+        rows_MI = inputs.reshape(-1, inputs.shape[-1]).float()
+        if self._weight_OI is not None:
+            output_MO = nn.functional.linear(inputs, self._weight_OI.to(inputs)).flatten(0, -2)
+            size_M1 = output_MO.float().square().mean(-1, keepdim=True).sqrt()
+            rows_MI = rows_MI / size_M1.clamp(min=LEAST)
+        size = self._size
+        if self._sum_II is None:
+            self._sum_II = rows_MI.new_zeros(size, size)
+        sum_II = self._sum_II
+
+        def multiply() -> None:
+            for start in range(0, size, PANEL):
+                panel_MP = rows_MI[:, start : start + PANEL]
+                sum_II[start:, start : start + PANEL].addmm_(rows_MI[:, start:].T, panel_MP)
+
+        once(multiply, rows_MI, *rows_MI.shape)
+
+    def whole(self, team: Team) -> Tensor:
+        """Return both triangles of the sum over all processes."""
+        sum_II = self._sum_II
+        if sum_II is None:  # no batch is this process's
+            sum_II = torch.zeros(self._size, self._size, device=self._device)
+        team.add_up([sum_II])
+
+        def mirror() -> None:
+            for start in range(0, len(sum_II), PANEL):
+                below = slice(start + PANEL, None)
+                panel = slice(start, start + PANEL)
+                sum_II[panel, below] = sum_II[below, panel].T
+
+        once(mirror, sum_II, len(sum_II))
+        return sum_II
+
+
+def product(values_MD: Tensor, inputs_MI: Tensor) -> Tensor:
+    """Return values^T inputs (D, I) of a batch, in fp32.
+
+    Of inputs in bf16 it is computed in bf16, twice as fast. That rounds an entry by 0.4 %, which a
+    covariance of few tokens would not stand: it may then have no inverse.
+    """
+    dtype = torch.bfloat16 if inputs_MI.dtype == torch.bfloat16 else torch.float32
+    return (values_MD.to(dtype).T @ inputs_MI.to(dtype)).float()
 
 
 class _Stop(Exception):
@@ -257,19 +322,19 @@ class _Block:
         self.products = products
         self.missing_DI: Tensor | None = None
         self.inputs: list[Tensor] = []
-        self._other, self._lack_ND = iter(other), torch.empty(0)
+        self._other, self._lack_MD = iter(other), torch.empty(0)
         self._written: Any = None
         self._output: Any = None
 
     def on_read(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the next batch's input of the block; runs before `on_input`."""
-        self._lack_ND = (next(self._other).float() - args[0].float()).flatten(0, -2)
+        self._lack_MD = (next(self._other).float() - args[0].float()).flatten(0, -2)
 
     def on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the next batch's input of the projection; end the pass if that is all."""
         self.products.add(args[0])
-        if len(self._lack_ND):
-            missing_DI = product(self._lack_ND, args[0].flatten(0, -2))
+        if len(self._lack_MD):
+            missing_DI = product(self._lack_MD, args[0].flatten(0, -2))
             self.missing_DI = (
                 missing_DI if self.missing_DI is None else self.missing_DI + missing_DI
             )

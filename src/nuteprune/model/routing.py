@@ -19,10 +19,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from nuteprune.model.anatomy import without_lora
+from nuteprune.model.anatomy import Mixture, without_lora
 from nuteprune.model.forwards import put_forward
 from nuteprune.model.lora import delta_of
-from nuteprune.model.mixture import Mixture
 from nuteprune.simulated import usual
 
 Mask = Callable[[], Tensor | None]

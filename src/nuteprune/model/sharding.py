@@ -8,7 +8,7 @@ Shape suffixes: O rows of a weight, or experts of a stack; I the rest of it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,7 +33,7 @@ def shard_base(anatomy: Anatomy, mesh: DeviceMesh) -> None:
 
     Call it once hooks and LoRA are there, before `CoForward.roles`. Parameters that require
     gradients (LoRA, gates) are left alone: their gradients are this process's own until
-    `average_gradients`, or DDP around the model, averages them.
+    DDP around the model averages them.
 
     Args:
         anatomy: the model, wrapped by PEFT.
@@ -63,7 +63,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
     For code that reads or runs parts of a module without calling it. Modules that are not sharded
     stay as they are, and so do those that are gathered already.
     """
-    if not isinstance(module, FSDPModule) or not _holds_shards(module):
+    shards = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    if not isinstance(module, FSDPModule) or not shards:
         yield
         return
     module.unshard()
@@ -71,10 +72,6 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.reshard()
-
-
-def _holds_shards(module: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 @torch.no_grad()
@@ -92,20 +89,3 @@ def put_rows(weight_OI: DTensor, whole_OI: Tensor) -> None:
         sent_OI = torch.empty(weight_OI.shape, dtype=dtype, device=device)
     rows_OI = distribute_tensor(sent_OI, weight_OI.device_mesh, weight_OI.placements)
     weight_OI.to_local().copy_(rows_OI.to_local())
-
-
-@torch.no_grad()
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over all processes, in a loop of one's own without DDP.
-
-    FSDP2 leaves the gradients of ignored parameters alone.
-
-    Args:
-        parameters: the trained ones, in the same order everywhere; a missing gradient counts as
-            zeros.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()

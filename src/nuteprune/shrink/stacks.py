@@ -14,8 +14,7 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon_costs import Routed, neuron_covariance
-from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.mixture import Mixture
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.processes import ALONE, Team
 from nuteprune.shrink.ridge import ridge_fit
 from nuteprune.simulated import alike

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nuteprune.model.head import last_logits
+from nuteprune.model.forwards import last_logits
 
 
 def test_last_logits_are_the_stock_model_s_and_read_what_lies_together(
