@@ -116,8 +116,7 @@ class Anatomy:
     @property
     def head_path(self) -> str:
         """Where the language head is in the causal LM."""
-        paths: dict[nn.Module, str] = {x: path for path, x in self.model.named_modules()}
-        return paths[self.head]
+        return next(path for path, x in self.model.named_modules() if x is self.head)
 
     def projection(self, layer: int, projection: Projection) -> Any:
         """Return a layer's projection (the LoRA layer where PEFT wraps it), None if it is gone."""
@@ -133,6 +132,11 @@ class Anatomy:
         """Return a layer's projection without the LoRA wrapper, None if it is gone."""
         module = self.without_lora(layer, projection.path)
         return module if hasattr(module, "in_features") else None
+
+    def _linears(self, projection: Projection) -> list[nn.Linear]:
+        """Return a projection of all layers that have it, without LoRA wrappers."""
+        found = (self.linear(i, projection) for i in range(len(self.layers)))
+        return [x for x in found if x is not None]
 
     def without_lora(self, layer: int, path: str) -> Any:
         """Return the module at a path of a layer without its LoRA wrapper, None if it is gone."""
@@ -254,8 +258,7 @@ class Anatomy:
         """
         found = {}
         for projection in self.family.uncut:
-            modules = (self.linear(i, projection) for i in range(len(self.layers)))
-            for module in filter(None, modules):
+            for module in self._linears(projection):
                 reads = projection.columns == "hidden"
                 found[projection.path] = module.out_features if reads else module.in_features
                 if projection.inside:
@@ -281,9 +284,8 @@ class Anatomy:
         """Return for each projection path whether it has a bias."""
         found = {}
         for projection in self.family.projections:
-            modules = (self.linear(i, projection) for i in range(len(self.layers)))
-            present = [m for m in modules if m is not None]
-            found[projection.path] = any(m.bias is not None for m in present)
+            linears = self._linears(projection)
+            found[projection.path] = any(m.bias is not None for m in linears)
         for projection in self.family.experts.projections if self.family.experts else ():
             mixtures = map(self.mixture, range(len(self.layers)))
             found[projection.path] = any(m.bias(projection) is not None for m in mixtures if m)

@@ -39,11 +39,6 @@ CONFIG_NAMES = MappingProxyType(
         "epsilon": "rms_norm_eps",
     }
 )
-EXPERT_NAMES = MappingProxyType(
-    {k: v for k, v in CONFIG_NAMES.items() if k != "neurons"}
-    | {"experts": "num_local_experts", "expert_neurons": "intermediate_size"}
-)
-"""The same of a mixture whose layers all have experts."""
 ROPE_NAMES = MappingProxyType(
     {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 )

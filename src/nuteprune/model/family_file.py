@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
@@ -20,6 +21,15 @@ from nuteprune.model.shape import LayerShape, axis_sizes
 AXES = ("hidden", "q", "kv", "qkv", "qgate", "mixer", "neurons")
 ALWAYS = ("model_type", "causal_lm", "layers", "embedding", "final_norm", "norm")
 """Written even where they are what an entry has without them."""
+NEEDED: dict[str, Any] = {"model_type": "", "causal_lm": "", "attention": (), "mlp": ()}
+"""What each entry must say, as an entry that says nothing has it."""
+BLOCKS = ("attention", "mlp")
+"""Keys of projections that are compared with a model's; mixers' are not."""
+MODULES = (
+    *("attention_norms", "mlp_norms", "shared_norms", "post_norms", "qk_norms"),
+    *("attention_module", "mlp_modules"),
+)
+"""Keys that name modules of a decoder layer."""
 Key = tuple[str, ...]
 
 
@@ -56,14 +66,12 @@ class FamilyFile:
             self._module(model, getattr(family, key), (key,))
         layers = model.get_submodule(family.layers)
         first = next(layers.children(), nn.Identity())
-        for key in ("attention_norms", "mlp_norms", "shared_norms", "post_norms", "qk_norms"):
-            for path in getattr(family, key) or ():
+        for key in MODULES:
+            paths = getattr(family, key) or ()
+            for path in [paths] if isinstance(paths, str) else paths:
                 self._module(first, path, (key,))
-        self._module(first, family.attention_module, ("attention_module",))
-        for path in family.mlp_modules:
-            self._module(first, path, ("mlp_modules",))
         sizes = self._sizes(config)
-        for block in ("attention", "mlp"):
+        for block in BLOCKS:
             for projection in getattr(family, block):
                 self._check_size(first, block, projection, sizes)
 
@@ -123,15 +131,10 @@ def to_text(family: Family) -> str:
 
 def to_dict(family: Family) -> dict[str, Any]:
     """Return an entry as plain data, without defaults."""
-    found = {}
-    for field in fields(family):
-        value = getattr(family, field.name)
-        default = field.default
-        if default is MISSING and field.default_factory is not MISSING:
-            default = field.default_factory()
-        if value != default or field.name in ALWAYS:
-            found[field.name] = _plain(value)
-    return found
+    values = {field.name: getattr(family, field.name) for field in fields(family)}
+    without = Family(**NEEDED)
+    stated = {k: v for k, v in values.items() if v != getattr(without, k) or k in ALWAYS}
+    return {key: _plain(value) for key, value in stated.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -191,26 +194,22 @@ def from_dict(content: Any, path: Path, lines: Mapping[Key, int] = MappingProxyT
         raise UserError(f"{path} must be a mapping of an entry's keys to values")
     hints = get_type_hints(Family)
     values = {}
+
+    def wrong(key: str, within: Key, what: str) -> UserError:
+        return _wrong(path, lines, (key, *within), what)
+
     for key, value in content.items():
         if key not in hints:
             near = get_close_matches(str(key), hints, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise _wrong(path, lines, (str(key),), f"no such key{hint}")
-        values[key] = _read(
-            hints[key],
-            value,
-            lambda at, what, key=key: _wrong(  # type: ignore[misc]
-                path, lines, (key, *at), what
-            ),
-        )
-    for field in fields(Family):
-        needed = field.default is MISSING and field.default_factory is MISSING
-        if needed and field.name not in values:
-            raise UserError(f"{path}: the key {field.name} is missing")
+            raise wrong(str(key), (), f"no such key{hint}")
+        values[key] = _read(hints[key], value, partial(wrong, key))
+    if missing := [key for key in NEEDED if key not in values]:
+        raise UserError(f"{path}: the key {missing[0]} is missing")
     family = Family(**values)
     for kind in family.refused:
         if kind.removesuffix(" uniform") not in GATE_KINDS:
-            raise _wrong(path, lines, ("refused", kind), f"not one of {', '.join(GATE_KINDS)}")
+            raise wrong("refused", (kind,), f"not one of {', '.join(GATE_KINDS)}")
     return family
 
 

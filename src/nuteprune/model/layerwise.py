@@ -130,7 +130,7 @@ class Layerwise:
         self._batches_BTD: list[Tensor] = []
         # What else a layer is called with, by batch size: masks and rotary tables differ by layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
-        self._blocks: list[_Block] = []
+        self._blocks: list[_Block] = []  # all of them modules
         give_back()
         device = anatomy.model.device
         for batch_BT in team.mine(batches):
@@ -288,12 +288,8 @@ class Layerwise:
     def _run(self, layer: int, batch: int) -> Tensor:
         hidden_BTD = self._batches_BTD[batch]
         kwargs = self._kwargs[len(hidden_BTD)][layer]
-        forwards = {
-            block.module: partial(block.forward, batch)
-            for block in self._blocks
-            if block.module is not None
-        }
-        with in_place_of(list(forwards), list(forwards.values())):
+        modules = [cast(nn.Module, block.module) for block in self._blocks]
+        with in_place_of(modules, [partial(block.forward, batch) for block in self._blocks]):
             output: Any = self._anatomy.layers[layer].forward(hidden_BTD, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 

@@ -71,14 +71,13 @@ def all_brought_along() -> tuple[Family, ...]:
 @contextmanager
 def knowing(family: Family) -> Iterator[None]:
     """Register an entry for a family within the context."""
-    before = _OWN.get(family.model_type)
+    before = dict(_OWN)
     bring_along(family)
     try:
         yield
     finally:
-        del _OWN[family.model_type]
-        if before is not None:
-            bring_along(before)
+        _OWN.clear()
+        _OWN.update(before)
 
 
 def why_never(config: Mapping[str, Any]) -> str | None:
@@ -119,7 +118,23 @@ def parts_without_gates(config: Mapping[str, Any]) -> list[str]:
     Args:
         config: `config.json`, or a config's `to_dict()`.
     """
-    return list(_parts(config))
+    experts = [of.get(x) for of in (config, config.get("ffn_config") or {}) for x in EXPERTS]
+    listed = [config.get(x) for x in ("layer_types", "layers_block_type", "block_types")]
+    kinds = {str(kind) for kinds in listed if isinstance(kinds, list) for kind in kinds}
+    recurrent = kinds & RECURRENT_LAYERS or any(config.get(name) for name in RECURRENT)
+    switched = config.get("activation_sparsity_pattern") or ()
+    parts = {
+        "a mixture of experts (MoE)": any(isinstance(x, int) and x > 1 for x in experts),
+        "multi-head latent attention (MLA)": any(config.get(name) for name in LATENT),
+        "state-space, recurrent or convolutional layers": recurrent,
+        "embeddings that each layer reads besides the residual stream": config.get(
+            "hidden_size_per_layer_input"
+        ),
+        "layers that attend to keys and values of earlier ones": config.get("num_kv_shared_layers"),
+        "neurons that are switched off by how all of them compare": any(switched),
+        "an encoder": config.get("is_encoder_decoder"),
+    }
+    return [part for part, there in parts.items() if there]
 
 
 def language_model_within(config: Mapping[str, Any]) -> str | None:
@@ -139,24 +154,3 @@ def is_encoder(config: Mapping[str, Any]) -> bool:
     masked = any(name.endswith("ForMaskedLM") for name in named)
     alone = not (config.get("is_decoder") or config.get("is_encoder_decoder"))
     return alone and (masked or any(name in config for name in ENCODERS))
-
-
-def _parts(config: Mapping[str, Any]) -> Iterator[str]:
-    inner = config.get("ffn_config")
-    counts = [of.get(name) for of in (config, inner or {}) for name in EXPERTS]
-    if any(isinstance(count, int) and count > 1 for count in counts):
-        yield "a mixture of experts (MoE)"
-    if any(config.get(name) for name in LATENT):
-        yield "multi-head latent attention (MLA)"
-    listed = [config.get(x) for x in ("layer_types", "layers_block_type", "block_types")]
-    kinds = {str(kind) for kinds in listed if isinstance(kinds, list) for kind in kinds}
-    if kinds & RECURRENT_LAYERS or any(config.get(name) for name in RECURRENT):
-        yield "state-space, recurrent or convolutional layers"
-    if config.get("hidden_size_per_layer_input"):
-        yield "embeddings that each layer reads besides the residual stream"
-    if config.get("num_kv_shared_layers"):
-        yield "layers that attend to keys and values of earlier ones"
-    if any(config.get("activation_sparsity_pattern") or ()):
-        yield "neurons that are switched off by how all of them compare"
-    if config.get("is_encoder_decoder"):
-        yield "an encoder"

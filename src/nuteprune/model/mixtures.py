@@ -5,9 +5,15 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from nuteprune.model.builds import GATED_MLP, PLAIN, QK_NORMS, SCALED, mixer, names, variant, within
-from nuteprune.model.family import EXPERT_NAMES, Experts, Projection
+from nuteprune.model.family import CONFIG_NAMES, Experts, Projection
 from nuteprune.model.hybrids import QWEN3_5
 
+_EXPERTS = names(
+    {k: v for k, v in CONFIG_NAMES.items() if k != "neurons"},
+    experts="num_local_experts",
+    expert_neurons="intermediate_size",
+)
+"""Names in the config of a mixture whose layers all have experts."""
 _ALL_EXPERTS = MappingProxyType(
     {"neurons": "all of its neurons are those of experts; use --gates expert_neurons"}
 )
@@ -20,7 +26,7 @@ MIXTRAL = variant(
     "mixtral",
     "MixtralForCausalLM",
     experts=Experts(),
-    config_names=EXPERT_NAMES,
+    config_names=_EXPERTS,
     refused=_ALL_EXPERTS,
     gguf=("llama, experts",),
 )
@@ -135,7 +141,7 @@ MIXTURES = (
         qk_norms=QK_NORMS,
         joint_qk_norms=True,
         counts_heads=True,
-        config_names=names(EXPERT_NAMES, experts="num_experts"),
+        config_names=names(_EXPERTS, experts="num_experts"),
         attention_clip="clip_qkv",
         gguf=("olmoe",),
         refused=MappingProxyType(
