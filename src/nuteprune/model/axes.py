@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nuteprune.errors import UserError, in_one_line
 from nuteprune.model.family import Projection
-from nuteprune.model.small import SIZES, names_of, small_config, small_model
-from nuteprune.model.watching import Passed
+from nuteprune.model.small import SIZES, Passed, names_of, small_config, small_model
 
 STEP = 16
 """How many neurons are added to a small model, to see which sizes grow with them."""
@@ -53,29 +52,22 @@ class Axes:
 
     Args:
         config: a config of the type.
-        small: one of a small model.
-        model: that model.
-        passed: what a forward pass of it showed.
+        model: a small one of it.
+        passed: what a forward pass of that showed.
 
     Raises:
         UserError: if layers differ, or a projection is none that an entry can state.
     """
 
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        small: PreTrainedConfig,
-        model: PreTrainedModel,
-        passed: Passed,
-    ) -> None:
+    def __init__(self, config: PreTrainedConfig, model: PreTrainedModel, passed: Passed) -> None:
         self._config, self._passed = config, passed
         self._linears = _linears(model, passed)
-        names = names_of(small.to_dict())
+        names = names_of(model.config.to_dict())
         if "heads" not in names:
             raise UserError(f"{config.model_type} states no number of attention heads")
-        self._heads = getattr(small, names["heads"])
+        self._heads = getattr(model.config, names["heads"])
         self.hidden = passed.embedded.shape[-1]
-        stated = getattr(small, "head_dim", None)
+        stated = getattr(model.config, "head_dim", None)
         self._neurons = self._changed("neurons", SIZES["neurons"] + STEP, stated)
         grouped = "kv_heads" in names
         self._keys = self._changed("kv_heads", SIZES["heads"], stated) if grouped else {}

@@ -39,6 +39,18 @@ CONFIG_NAMES = MappingProxyType(
         "epsilon": "rms_norm_eps",
     }
 )
+NAMES = {
+    "hidden": ("hidden_size", "n_embd", "d_model", "embed_dim"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
+    "neurons": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_dim_base"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "epsilon": (
+        *("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+        *("layernorm_epsilon", "rms_norm_epsilon"),
+    ),
+}
+"""Our word for a dimension -> what configs call it."""
 ROPE_NAMES = MappingProxyType(
     {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
 from nuteprune.model.narrow import Narrow, Selection
-from nuteprune.model.routing import masks_of
+from nuteprune.model.routing import RoutedMasks, WeighedMasks
 
 
 class MaskSource(Protocol):
@@ -70,7 +70,7 @@ class MaskHooks:
     """
 
     def __init__(self, anatomy: Anatomy, masks: MaskSource | None = None) -> None:
-        self._masks = masks
+        self.masks = masks  # `using` alone changes them
         self._handles: list[Any] = []
         self._handles.append(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
         for layer in range(len(anatomy.layers)):
@@ -121,7 +121,8 @@ class MaskHooks:
         def part(kind: str) -> Callable[[], Tensor | None]:
             return lambda: None if self.masks is None else self.masks.part(kind, layer)
 
-        self._handles.append(masks_of(mixture, part("experts"), part("expert_neurons")))
+        masks = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
+        self._handles.append(masks(mixture, part("experts"), part("expert_neurons")))
 
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
         """Let a projection and its LoRA leave out rows and columns that masks remove."""
@@ -138,19 +139,14 @@ class MaskHooks:
         if module is not None:
             self._handles.append(Narrow(cast(nn.Linear, module), selected))
 
-    @property
-    def masks(self) -> MaskSource | None:
-        """The masks in use; `using` alone changes them."""
-        return self._masks
-
     @contextmanager
     def using(self, masks: MaskSource | None) -> Iterator[None]:
         """Run the model under other masks for a while."""
-        previous, self._masks = self._masks, masks
+        previous, self.masks = self.masks, masks
         try:
             yield
         finally:
-            self._masks = previous
+            self.masks = previous
 
     def remove(self) -> None:
         """Take all hooks off the model."""

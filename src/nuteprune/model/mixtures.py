@@ -58,16 +58,6 @@ QWEN2_MOE = variant(
     gguf=("qwen2moe",),
 )
 
-QWEN3_NEXT = variant(
-    QWEN3_5,
-    "qwen3_next",
-    "Qwen3NextForCausalLM",
-    mixer=mixer("linear_attn", "in_proj_qkvz", "in_proj_ba"),
-    experts=QWEN2_MOE.experts,
-    config_names=QWEN2_MOE.config_names,
-    gguf=("qwen3next",),
-)
-
 GLM4_MOE = variant(
     QWEN3_MOE,
     "glm4_moe",
@@ -82,54 +72,6 @@ GLM4_MOE = variant(
     refused=MappingProxyType(
         {"neurons uniform": _SHARED_WIDTH, "expert_neurons uniform": _SHARED_WIDTH}
     ),
-)
-
-DEEPSEEK_V3 = variant(
-    GLM4_MOE,
-    "deepseek_v3",
-    "DeepseekV3ForCausalLM",
-    attention=(
-        Projection("self_attn.q_proj", ("latent",), "hidden"),  # or the next two
-        Projection("self_attn.q_a_proj", ("latent",), "hidden"),
-        Projection("self_attn.q_b_proj", ("latent",), "latent"),
-        Projection("self_attn.kv_a_proj_with_mqa", ("latent",), "hidden"),
-        Projection("self_attn.kv_b_proj", ("latent",), "latent"),
-        Projection("self_attn.o_proj", ("hidden",), "q"),
-    ),
-    counts_heads=True,
-    qk_norms=(),
-    latent=("kv_lora_rank", "qk_rope_head_dim"),
-    vllm_backend=False,
-    latent_norms=("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
-    config_names=names(GLM4_MOE.config_names, experts="n_routed_experts", head_dim="v_head_dim"),
-    rope_pairs="neighbours",
-    gguf=("deepseek2",),
-)
-
-LLAMA4 = variant(
-    PLAIN,
-    "llama4_text",
-    "Llama4ForCausalLM",
-    vllm_backend=False,
-    mlp=within("feed_forward", GATED_MLP),
-    mlp_modules=("feed_forward",),
-    qk_norms=("self_attn.qk_norm",),
-    experts=Experts(
-        projections=within("feed_forward", Experts.projections),
-        router="feed_forward.router",
-        shared=within("feed_forward.shared_expert", GATED_MLP),
-        shared_times=1,
-        transposed=True,
-        weighed_first=True,
-    ),
-    config_names=names(
-        neurons="intermediate_size_mlp",
-        experts="num_local_experts",
-        expert_neurons="intermediate_size",
-    ),
-    rope_pairs="neighbours",
-    refused=GLM4_MOE.refused,
-    gguf=("llama4",),
 )
 
 MIXTURES = (
@@ -150,7 +92,15 @@ MIXTURES = (
     ),
     QWEN3_MOE,
     QWEN2_MOE,
-    QWEN3_NEXT,
+    variant(
+        QWEN3_5,
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        mixer=mixer("linear_attn", "in_proj_qkvz", "in_proj_ba"),
+        experts=QWEN2_MOE.experts,
+        config_names=QWEN2_MOE.config_names,
+        gguf=("qwen3next",),
+    ),
     variant(
         QWEN3_5,
         "qwen3_5_moe_text",
@@ -161,7 +111,29 @@ MIXTURES = (
         gguf=("qwen35moe",),
     ),
     GLM4_MOE,
-    DEEPSEEK_V3,
+    variant(
+        GLM4_MOE,
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        attention=(
+            Projection("self_attn.q_proj", ("latent",), "hidden"),  # or the next two
+            Projection("self_attn.q_a_proj", ("latent",), "hidden"),
+            Projection("self_attn.q_b_proj", ("latent",), "latent"),
+            Projection("self_attn.kv_a_proj_with_mqa", ("latent",), "hidden"),
+            Projection("self_attn.kv_b_proj", ("latent",), "latent"),
+            Projection("self_attn.o_proj", ("hidden",), "q"),
+        ),
+        counts_heads=True,
+        qk_norms=(),
+        latent=("kv_lora_rank", "qk_rope_head_dim"),
+        vllm_backend=False,
+        latent_norms=("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+        config_names=names(
+            GLM4_MOE.config_names, experts="n_routed_experts", head_dim="v_head_dim"
+        ),
+        rope_pairs="neighbours",
+        gguf=("deepseek2",),
+    ),
     variant(
         MIXTRAL,
         "granitemoe",
@@ -187,5 +159,29 @@ MIXTURES = (
         counts_heads=True,
         gguf=("gpt-oss",),
     ),
-    LLAMA4,
+    variant(
+        PLAIN,
+        "llama4_text",
+        "Llama4ForCausalLM",
+        vllm_backend=False,
+        mlp=within("feed_forward", GATED_MLP),
+        mlp_modules=("feed_forward",),
+        qk_norms=("self_attn.qk_norm",),
+        experts=Experts(
+            projections=within("feed_forward", Experts.projections),
+            router="feed_forward.router",
+            shared=within("feed_forward.shared_expert", GATED_MLP),
+            shared_times=1,
+            transposed=True,
+            weighed_first=True,
+        ),
+        config_names=names(
+            neurons="intermediate_size_mlp",
+            experts="num_local_experts",
+            expert_neurons="intermediate_size",
+        ),
+        rope_pairs="neighbours",
+        refused=GLM4_MOE.refused,
+        gguf=("llama4",),
+    ),
 )

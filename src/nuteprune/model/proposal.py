@@ -19,8 +19,7 @@ from transformers import PreTrainedConfig
 from nuteprune.errors import UserError
 from nuteprune.model.axes import Axes, base_config
 from nuteprune.model.family import CONFIG_NAMES, Family, Projection
-from nuteprune.model.small import names_of, small_config, small_model
-from nuteprune.model.watching import Passed, watch
+from nuteprune.model.small import Passed, names_of, small_config, small_model, watch
 
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 """What configs call the MLP's activation function."""
@@ -39,7 +38,7 @@ def propose(config: PreTrainedConfig) -> list[Family]:
     small, fills_width = base_config(config)
     model = small_model(small)
     passed = watch(model)
-    axes = Axes(config, small, model, passed)
+    axes = Axes(config, model, passed)
     blocks = axes.blocks()
     found = _norms(passed, blocks, axes.head_dim)
     norm = _norm_kind(model.get_submodule(passed.final_norm), axes.hidden)

@@ -67,19 +67,23 @@ class RoutedMasks:
             put_forward(mixture.experts, self._computed),
         ]
 
-    def _kept(self) -> Tensor | None:
-        """Return the experts that can be chosen, None if all can."""
-        return kept_experts(self._experts(), self._mixture.per_token)
-
     def _routed(self, hidden: Tensor) -> Any:
-        if (kept := self._kept()) is None:
+        kept = kept_experts(self._experts(), self._mixture.per_token)
+        if kept is None:
             return self._route(hidden)
         with rows_of(self._mixture.router, kept):
-            logits, *rest, index_SK = self._route_alone(hidden)
-        # As wide as ever, for those who record what a router gives.
-        wide = (*logits.shape[:-1], self._mixture.sizes[0])
-        whole_SE = logits.new_full(wide, -torch.inf).index_copy(-1, kept, logits)
-        return (whole_SE, *rest, kept[index_SK])
+            found = self._route_alone(hidden)
+        return self._of_all(found, kept)
+
+    def _of_all(self, found: Any, kept: Tensor) -> Any:
+        """Return what a router gives, from what it gave of the experts that are kept."""
+        logits, *rest, index_SK = found
+        return (self._wide(logits, kept, -torch.inf), *rest, kept[index_SK])
+
+    def _wide(self, values: Tensor, kept: Tensor, fill: float) -> Tensor:
+        """Return values of all experts, for those who record what a router gives."""
+        wide = (*values.shape[:-1], self._mixture.sizes[0])
+        return values.new_full(wide, fill).index_copy(-1, kept, values)
 
     def _computed(self, hidden: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
         if (mask := self._experts()) is not None:
@@ -107,16 +111,9 @@ class WeighedMasks(RoutedMasks):
     The experts' input is (E x S, D): expert after expert, 0 where a token is not theirs.
     """
 
-    def _routed(self, hidden: Tensor) -> Any:
-        if (kept := self._kept()) is None:
-            return self._route(hidden)
-        with rows_of(self._mixture.router, kept):
-            scores, logits = self._route_alone(hidden)
-        wide = (*scores.shape[:-1], self._mixture.sizes[0])
-        return (
-            scores.new_zeros(wide).index_copy(-1, kept, scores),
-            logits.new_full(wide, -torch.inf).index_copy(-1, kept, logits),
-        )
+    def _of_all(self, found: Any, kept: Tensor) -> Any:
+        scores, logits = found
+        return self._wide(scores, kept, 0.0), self._wide(logits, kept, -torch.inf)
 
     def _computed(self, read: Tensor, *_: Any) -> Tensor:
         count, width = self._mixture.sizes
@@ -147,12 +144,6 @@ class WeighedMasks(RoutedMasks):
             return cast(Tensor, self._compute(given.flatten(0, 1))).view_as(given)
         finally:
             own[down] = whole
-
-
-def masks_of(mixture: Mixture, experts: Mask, neurons: Mask) -> RoutedMasks:
-    """Attach masks to a layer's experts, however they are computed."""
-    kind = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
-    return kind(mixture, experts, neurons)
 
 
 Neurons = Callable[[Tensor, Tensor, Tensor], Tensor]
