@@ -116,7 +116,8 @@ class Anatomy:
     @property
     def head_path(self) -> str:
         """Where the language head is in the causal LM."""
-        return next(path for path, x in self.model.named_modules() if x is self.head)
+        paths: dict[nn.Module, str] = {x: path for path, x in self.model.named_modules()}
+        return paths[self.head]
 
     def projection(self, layer: int, projection: Projection) -> Any:
         """Return a layer's projection (the LoRA layer where PEFT wraps it), None if it is gone."""

@@ -11,14 +11,15 @@ rows and columns of a projection are computed at all (`model.narrow`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
+from nuteprune.model.forwards import put_forward
 from nuteprune.model.narrow import Narrow, Selection
 from nuteprune.model.routing import RoutedMasks, WeighedMasks
 
@@ -71,8 +72,8 @@ class MaskHooks:
 
     def __init__(self, anatomy: Anatomy, masks: MaskSource | None = None) -> None:
         self.masks = masks  # `using` alone changes them
-        self._handles: list[Any] = []
-        self._handles.append(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
+        self._stack = ExitStack()
+        self._stack.enter_context(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
         for layer in range(len(anatomy.layers)):
             for block, module in anatomy.writers(layer):
                 self._write(module, layer, block, anatomy.post_norm(layer, block))
@@ -99,7 +100,7 @@ class MaskHooks:
             read = source.attention_input if block == "attn_block" else source.mlp_input
             return (scale(args[0], read(layer)), *args[1:])
 
-        self._handles.append(module.register_forward_pre_hook(before))
+        self._stack.enter_context(module.register_forward_pre_hook(before))
 
     def _write(
         self, module: nn.Module, layer: int, block: str, post_norm: nn.Module | None
@@ -112,8 +113,8 @@ class MaskHooks:
         def switch(_: nn.Module, __: Any, output: Any) -> Any:
             return None if self.masks is None else _scaled(output, self.masks.part(block, layer))
 
-        self._handles.append(module.register_forward_hook(hide))
-        self._handles.append((post_norm or module).register_forward_hook(switch))
+        self._stack.enter_context(module.register_forward_hook(hide))
+        self._stack.enter_context((post_norm or module).register_forward_hook(switch))
 
     def _route(self, mixture: Mixture, layer: int) -> None:
         """Let masks decide which experts may be chosen, and weigh their outputs."""
@@ -121,8 +122,10 @@ class MaskHooks:
         def part(kind: str) -> Callable[[], Tensor | None]:
             return lambda: None if self.masks is None else self.masks.part(kind, layer)
 
-        masks = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
-        self._handles.append(masks(mixture, part("experts"), part("expert_neurons")))
+        kind = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
+        masks = kind(mixture, part("experts"), part("expert_neurons"))
+        self._stack.callback(put_forward(mixture.router, masks.route))
+        self._stack.callback(put_forward(mixture.experts, masks.compute))
 
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
         """Let a projection and its LoRA leave out rows and columns that masks remove."""
@@ -132,12 +135,15 @@ class MaskHooks:
 
         if isinstance(module, LoraLayer):
             for reads in module.lora_A.values():
-                self._handles.append(Narrow(reads, lambda: (None, selected()[1])))
+                self._put_narrow(reads, lambda: (None, selected()[1]))
             for writes in module.lora_B.values():
-                self._handles.append(Narrow(writes, lambda: (selected()[0], None)))
+                self._put_narrow(writes, lambda: (selected()[0], None))
             module = module.get_base_layer()
         if module is not None:
-            self._handles.append(Narrow(cast(nn.Linear, module), selected))
+            self._put_narrow(module, selected)
+
+    def _put_narrow(self, module: Any, selected: Callable[[], Selection]) -> None:
+        self._stack.callback(put_forward(module, Narrow(module, selected)))
 
     @contextmanager
     def using(self, masks: MaskSource | None) -> Iterator[None]:
@@ -150,6 +156,4 @@ class MaskHooks:
 
     def remove(self) -> None:
         """Take all hooks off the model."""
-        for handle in reversed(self._handles):
-            handle.remove()
-        self._handles.clear()
+        self._stack.close()

@@ -9,8 +9,8 @@ its outputs, P columns of a panel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.memory import give_back
-from nuteprune.model.anatomy import Anatomy, no_logits
+from nuteprune.model.anatomy import Anatomy, no_logits, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, in_place_of
 from nuteprune.model.hooks import MaskHooks, MaskSource
@@ -137,7 +137,7 @@ class Layerwise:
             ids_BT = batch_BT.to(device)
             if len(ids_BT) not in self._kwargs:
                 self._kwargs[len(ids_BT)] = self._calls(ids_BT)
-            with _hooked([anatomy.layers[0]], self._enter):
+            with anatomy.layers[0].register_forward_pre_hook(self._enter):
                 kept = no_logits(ids_BT)
                 self._until_stopped(
                     anatomy.model, input_ids=ids_BT, use_cache=False, logits_to_keep=kept
@@ -156,7 +156,8 @@ class Layerwise:
             def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
                 stack.enter_context(giving(others, [output] * len(others)))
 
-            stack.enter_context(_hooked(self._anatomy.layers, note, with_kwargs=True))
+            for layer in self._anatomy.layers:
+                stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
             stack.enter_context(first.register_forward_hook(skip))
             stack.enter_context(self._hooks.using(self._masks))
             self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=no_logits(ids_BT))
@@ -198,9 +199,9 @@ class Layerwise:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
             block = _Block(around, module, self._products(layer, projection), most, other)
             # Before the masks' own hook, so that inputs are seen unmasked.
-            stack.enter_context(_hooked([module], block.on_input, prepend=True))
+            stack.enter_context(module.register_forward_pre_hook(block.on_input, prepend=True))
             if norm is not None:
-                stack.enter_context(_hooked([norm], block.on_read))
+                stack.enter_context(norm.register_forward_pre_hook(block.on_read))
             if around is not None:
                 stack.enter_context(module.register_forward_hook(block.on_written))
                 stack.enter_context(around.register_forward_hook(block.on_output, prepend=True))
@@ -226,7 +227,7 @@ class Layerwise:
             found.append(args)
             raise _Stop
 
-        with _hooked([module], note):
+        with module.register_forward_pre_hook(note):
             for i in range(len(self._batches_BTD)):
                 self._until_stopped(self._run, layer, i)
         return found
@@ -235,13 +236,10 @@ class Layerwise:
     def reads(self, layer: int, norms: Mapping[str, nn.Module]) -> dict[str, Read]:
         """Run the text through a layer, and return the inputs of its norms."""
         found: dict[str, list[Tensor]] = {name: [] for name in norms}
-
-        def hook(name: str) -> Any:
-            return lambda _, args: found[name].append(args[0])
-
         with ExitStack() as stack:
             for name, module in norms.items():
-                stack.enter_context(_hooked([module], hook(name)))
+                hook = _hook(found[name].append)
+                stack.enter_context(module.register_forward_pre_hook(hook))
             self.advance(layer)
         return dict(found)
 
@@ -260,15 +258,12 @@ class Layerwise:
         """
         ends = self._anatomy.ends(layer)
         products = dict[str, Covariance]()
-
-        def hook(name: str) -> Any:
-            return lambda _, args: products[name].add(args[0])
-
         with ExitStack() as stack:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
             for name, module in (watched or {}).items():
                 products[name] = self._products(layer, ends[name])
-                stack.enter_context(_hooked([module], hook(name), prepend=True))
+                hook = _hook(products[name].add)
+                stack.enter_context(module.register_forward_pre_hook(hook, prepend=True))
             stack.enter_context(self._hooks.using(self._masks))
             for i in range(len(self._batches_BTD)):
                 self._batches_BTD[i] = self._run(layer, i)
@@ -279,11 +274,10 @@ class Layerwise:
     def _products(self, layer: int, projection: Projection) -> Covariance:
         """Return the empty sum over a block's last projection's inputs."""
         block = "attn_block" if projection in self._anatomy.family.attention else "mlp_block"
-        linear = self._anatomy.linear(layer, projection)
-        normed = linear is not None and self._anatomy.post_norm(layer, block) is not None
-        weight_OI = weight_of(linear) if linear is not None and normed else None
-        size = self._anatomy.projection(layer, projection).in_features
-        return Covariance(size, self._anatomy.model.device, weight_OI)
+        linear = without_lora(self._anatomy.projection(layer, projection))
+        is_normed = self._anatomy.post_norm(layer, block) is not None
+        weight_OI = weight_of(linear) if is_normed else None
+        return Covariance(linear.in_features, self._anatomy.model.device, weight_OI)
 
     def _run(self, layer: int, batch: int) -> Tensor:
         hidden_BTD = self._batches_BTD[batch]
@@ -358,9 +352,6 @@ class _Block:
         return (written, *self._output[1:]) if isinstance(self._output, tuple) else written
 
 
-@contextmanager
-def _hooked(modules: Iterable[nn.Module], hook: Any, **kwargs: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(module.register_forward_pre_hook(hook, **kwargs))
-        yield
+def _hook(take: Callable[[Tensor], None]) -> Any:
+    """Return a hook that passes a module's input on."""
+    return lambda _, args: take(args[0])

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nuteprune.model.forwards import put_forward
-
 Selection = tuple[Tensor | None, Tensor | None]
 """Indices of the rows and of the columns of a projection that are computed, None for all."""
 
@@ -70,16 +68,15 @@ class _FrozenNarrow(torch.autograd.Function):
 
 
 class Narrow:
-    """Lets a linear module compute with the rows and columns selected at the time of a call.
+    """A linear module's forward, with the rows and columns selected at the time of a call.
 
     Args:
-        module: its `forward` is replaced; its weight and state stay as they are.
+        module: whose forward it stands in for; its weight and state stay as they are.
         selected: called at each forward pass.
     """
 
     def __init__(self, module: nn.Linear, selected: Callable[[], Selection]) -> None:
         self._module, self._selected, self._whole = module, selected, module.forward
-        self._give_back = put_forward(module, self)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the selected outputs (..., O) from the selected inputs (..., I)."""
@@ -87,7 +84,3 @@ class Narrow:
         if all(part is None for part in selected):
             return self._whole(x)
         return narrow_linear(x, self._module.weight, self._module.bias, selected)
-
-    def remove(self) -> None:
-        """Restore the module's `forward`."""
-        self._give_back()

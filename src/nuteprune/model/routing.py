@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from nuteprune.model.anatomy import Mixture, without_lora
-from nuteprune.model.forwards import put_forward
 from nuteprune.model.lora import delta_of
 from nuteprune.simulated import usual
 
@@ -50,7 +49,7 @@ def kept_experts(mask_E: Tensor | None, least: int) -> Tensor | None:
 
 
 class RoutedMasks:
-    """Attaches masks to a layer's experts.
+    """Masks of a layer's experts, in forwards that take the place of the modules' own.
 
     Args:
         mixture: the experts.
@@ -62,12 +61,9 @@ class RoutedMasks:
         self._mixture, self._experts, self._neurons = mixture, experts, neurons
         self._route, self._compute = mixture.router.forward, mixture.experts.forward
         self._route_alone = without_lora(mixture.router).forward
-        self._give_back = [
-            put_forward(mixture.router, self._routed),
-            put_forward(mixture.experts, self._computed),
-        ]
 
-    def _routed(self, hidden: Tensor) -> Any:
+    def route(self, hidden: Tensor) -> Any:
+        """Compute what the router gives, of experts that may be chosen."""
         kept = kept_experts(self._experts(), self._mixture.per_token)
         if kept is None:
             return self._route(hidden)
@@ -85,7 +81,8 @@ class RoutedMasks:
         wide = (*values.shape[:-1], self._mixture.sizes[0])
         return values.new_full(wide, fill).index_copy(-1, kept, values)
 
-    def _computed(self, hidden: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
+    def compute(self, hidden: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
+        """Compute what the experts give, under the masks."""
         if (mask := self._experts()) is not None:
             row = _sequence_of_tokens(mask, index_SK)
             weight_SK = weight_SK * mask.view(-1, mask.shape[-1])[row, index_SK].to(weight_SK)
@@ -99,11 +96,6 @@ class RoutedMasks:
 
         return computed_with(self._mixture.experts, masked, hidden, index_SK, weight_SK)
 
-    def remove(self) -> None:
-        """Restore the modules."""
-        for give_back in self._give_back:
-            give_back()
-
 
 class WeighedMasks(RoutedMasks):
     """`RoutedMasks` for experts that all read all tokens, weighed before; the same arguments.
@@ -115,7 +107,8 @@ class WeighedMasks(RoutedMasks):
         scores, logits = found
         return self._wide(scores, kept, 0.0), self._wide(logits, kept, -torch.inf)
 
-    def _computed(self, read: Tensor, *_: Any) -> Tensor:
+    def compute(self, read: Tensor, *_: Any) -> Tensor:
+        """Compute what the experts give, under the masks."""
         count, width = self._mixture.sizes
         given, neurons = read.view(count, -1, read.shape[-1]), self._neurons()
         if neurons is None:
