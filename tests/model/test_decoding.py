@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nuteprune.model import decoding
-from nuteprune.model.decoding import heads_as_tokens
+from nuteprune.model import forwards
+from nuteprune.model.forwards import heads_as_tokens
 from tests.families import each_family
 
 STOCK = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -51,7 +51,7 @@ def test_a_token_s_keys_are_read_once_per_group(
         seen.append((tuple(query.shape), hasattr(module, "num_key_value_groups")))
         return STOCK(module, query, key, *rest, **options)
 
-    monkeypatch.setattr(decoding, "sdpa_attention_forward", watched)
+    monkeypatch.setattr(forwards, "sdpa_attention_forward", watched)
     model = tiny_model("llama")  # four heads of 8 in two groups
     with heads_as_tokens():
         decoded(model, torch.tensor([[5, 6, 7, 8]]), 3)

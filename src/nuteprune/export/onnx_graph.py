@@ -22,8 +22,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.decoding import cache_name
 from nuteprune.model.family import Family
+from nuteprune.model.forwards import cache_name
 
 KeyValue = tuple[Tensor, Tensor]
 
