@@ -1,4 +1,7 @@
-"""Puts LoRA on a model, and finds the places whose weights a run trains or replaces."""
+"""Puts LoRA on a model, and finds the places whose weights a run trains or replaces.
+
+Shape suffixes: O rows and I columns of a weight, R rank.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +40,8 @@ def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any
         chosen = [p for p in family.attention if p.serves_queries_or_values]
     plain = [p for p in chosen if not family.experts or p in family.attention]
     prefix = family.layers.replace(".", r"\.")
-    config = LoraConfig(
-        target_modules=rf"(.*\.)?{prefix}\.{_names(anatomy, plain)}",
-        task_type="CAUSAL_LM",
-        **settings,
-    )
+    targets = rf"(.*\.)?{prefix}\.{_names(anatomy, plain)}"
+    config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings)
     adapted = cast(PeftModel, get_peft_model(anatomy.model, config))
     if family.experts and not queries_and_values:
         parts: list[dict[str, Any]] = []
@@ -74,6 +74,11 @@ def _everywhere(anatomy: Anatomy, projection: Projection) -> str:
     return layers + r"\." + projection.path.replace(".", r"\.")
 
 
+def sides_of(lora: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Return LoRA's weights: A (R, I) and B (O, R)."""
+    return cast(Tensor, lora.lora_A[ADAPTER].weight), cast(Tensor, lora.lora_B[ADAPTER].weight)
+
+
 class Place(NamedTuple):
     """A place that a run trains: its name, the base's weight, LoRA beside it, and its layer."""
 
@@ -102,7 +107,7 @@ class Place(NamedTuple):
     def silence(self) -> None:
         """Let LoRA add nothing here yet."""
         if self.lora is not None:
-            cast(Tensor, self.lora.lora_B[ADAPTER].weight).zero_()
+            sides_of(self.lora)[1].zero_()
 
     def own(self) -> Tensor:
         """Return the weight, for `put_back`; of a sharded one a copy of this process's rows."""

@@ -146,15 +146,10 @@ class Anatomy:
     def mixture(self, layer: int) -> Mixture | None:
         """Return a layer's routed experts, None if it has none."""
         experts, module = self.family.experts, self.layers[layer]
-        if experts is None or _at(module, experts.module) is None:
+        if experts is None or (stacks := _at(module, experts.module)) is None:
             return None
-        return Mixture(
-            experts,
-            module.get_submodule(self.family.mlp_modules[-1]),
-            _at(module, experts.router),
-            _at(module, experts.module),
-            self.per_token,
-        )
+        block = module.get_submodule(self.family.mlp_modules[-1])
+        return Mixture(experts, block, _at(module, experts.router), stacks, self.per_token)
 
     def post_norm(self, layer: int, block: str) -> nn.Module | None:
         """Return the norm of a block's output (`attn_block`, `mlp_block`), None without one."""

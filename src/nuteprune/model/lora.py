@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft.helpers import disable_input_dtype_casting
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from nuteprune.errors import UserError
 from nuteprune.mapped import mapped
-from nuteprune.model.adapters import ADAPTER, Place, places_of
+from nuteprune.model.adapters import ADAPTER, Place, places_of, sides_of
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.offload import Away, home_of, like
@@ -218,15 +218,12 @@ class LoraBank:
 
         Ranks beyond those of the fit add nothing yet, and can be learned.
         """
-        module = self._anatomy.projection(layer, projection)
-        assert isinstance(module, LoraLayer)
-        scale = module.scaling[ADAPTER]
-        side_a = cast(Tensor, module.lora_A[ADAPTER].weight)
-        side_b = cast(Tensor, module.lora_B[ADAPTER].weight)
-        rank = len(in_RI)
-        side_a[:rank].copy_(in_RI)
-        side_b[:, :rank].copy_(out_OR / scale)
-        side_b[:, rank:].zero_()
+        lora, rank = self._places[layer, projection.path].lora, len(in_RI)
+        assert lora is not None
+        a_RI, b_OR = sides_of(lora)
+        a_RI[:rank].copy_(in_RI)
+        b_OR[:, :rank].copy_(out_OR / lora.scaling[ADAPTER])
+        b_OR[:, rank:].zero_()
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -285,7 +282,7 @@ def delta_of(module: LoraLayer) -> Tensor:
 
     PEFT's own `get_delta_weight` rounds it to the weight's where it wraps a bare parameter.
     """
-    in_RI, out_OR = (cast(Tensor, x[ADAPTER].weight) for x in (module.lora_A, module.lora_B))
+    in_RI, out_OR = sides_of(module)
     delta_OI: Tensor = (out_OR @ in_RI) * module.scaling[ADAPTER]
     return delta_OI
 

@@ -5,8 +5,8 @@ That is read off one forward pass: who reads what another puts out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,6 @@ _LEFT_OUT = {
     *("architectures", "auto_map", "dtype", "quantization_config", "transformers_version"),
     *("_name_or_path", "torch_dtype", "per_layer_config", "decoder_start_token_id"),
 }
-
-
 _SCALING = {
     *("factor", "attention_factor", "short_factor", "long_factor", "beta_fast", "beta_slow"),
     *("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "type", "truncate"),
@@ -74,10 +72,8 @@ def small_config(config: PreTrainedConfig, **sizes: int | None) -> PreTrainedCon
         whole = old[names["layers"]]
         lists = {k: v for k, v in old.items() if isinstance(v, list) and len(v) == whole}
         values |= {key: _some_of_each(items) for key, items in lists.items()}
-    try:
+    with _told(f"{type(config).__name__} takes no small sizes"):  # by validators
         return type(config).from_dict(values)
-    except Exception as error:  # whatever validators raise
-        raise UserError(f"{type(config).__name__} takes no small sizes: {_line(error)}") from error
 
 
 def _some_of_each(items: list[Any]) -> list[Any]:
@@ -122,7 +118,7 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         UserError: if transformers has no causal LM of that type, or it cannot be built.
     """
-    try:
+    with _told(f"no small {config.model_type} model can be built"):  # by its constructor
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         if size > LARGEST:
@@ -132,12 +128,6 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
             )
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
-    except UserError:
-        raise
-    except Exception as error:  # whatever its constructor raises
-        raise UserError(
-            f"no small {config.model_type} model can be built: {_line(error)}"
-        ) from error
     silence_dropout(model)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -156,14 +146,19 @@ def config_named(model_type: str) -> PreTrainedConfig:
     """
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"transformers knows no model type {model_type!r}")
-    try:
+    with _told(f"{model_type} has no default config"):  # by validators
         return CONFIG_MAPPING[model_type]()
-    except Exception as error:  # whatever validators raise
-        raise UserError(f"{model_type} has no default config: {_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {in_one_line(error)}"
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raise whatever transformers raises as a UserError that says what failed."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {in_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
