@@ -25,25 +25,17 @@ def base_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
         UserError: if none is found.
     """
     problems = []
-    tried: tuple[tuple[dict[str, int | None], bool], ...] = (
-        ({}, False),
-        ({"head_dim": None}, False),
-        ({"head_dim": SIZES["hidden"] // SIZES["heads"]}, True),
-    )
-    for changes, fills_width in tried:
+    filling = SIZES["hidden"] // SIZES["heads"]
+    for head_dim in (SIZES["head_dim"], None, filling):
         try:
-            small = small_config(config, **changes)
-            model = small_model(small)
+            small = small_config(config, head_dim=head_dim)
+            with torch.no_grad():
+                small_model(small)(torch.arange(3, 10)[None], use_cache=False)
+            return small, head_dim == filling
         except UserError as error:
             problems.append(str(error))
-            continue
-        try:
-            with torch.no_grad():
-                model(torch.arange(3, 10)[None], use_cache=False)
         except Exception as error:  # whatever a forward pass of sizes that do not fit raises
             problems.append(f"a small {config.model_type} does not compute: {in_one_line(error)}")
-            continue
-        return small, fills_width
     raise UserError(problems[0])
 
 

@@ -25,10 +25,7 @@ PREFIX = "pruned_"
 
 BLOCK_KINDS = ("attn_block", "mlp_block")
 """Kinds of gates on whole blocks."""
-GATE_KINDS = (
-    *("heads", "kv_groups", "neurons", "experts", "expert_neurons"),
-    *("hidden", *BLOCK_KINDS),
-)
+GATE_KINDS = ("heads", "kv_groups", "neurons", "experts", "expert_neurons", "hidden", *BLOCK_KINDS)
 
 CONFIG_NAMES = MappingProxyType(
     {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -64,28 +65,21 @@ def propose(config: PreTrainedConfig) -> list[Family]:
         **found,
         **_scales(small, passed),
     )
-    return [entry, *_interleaved(entry)]
-
-
-def _interleaved(entry: Family) -> list[Family]:
-    """Return the other reading of queries, keys and values in one module: head by head."""
-    if "kv_heads" in entry.config_names or entry.attention[0].rows != ("q", "kv", "kv"):
-        return []
-    fused = replace(entry.attention[0], rows=("qkv",))
-    return [replace(entry, attention=(fused, *entry.attention[1:]))]
+    first, *others = entry.attention
+    if "kv_heads" in names or first.rows != ("q", "kv", "kv"):
+        return [entry]
+    # The other reading of queries, keys and values in one module: head by head.
+    return [entry, replace(entry, attention=(replace(first, rows=("qkv",)), *others))]
 
 
 def _common(projections: tuple[Projection, ...]) -> str:
     """Return the module that projections have in common, below the layer."""
     parents = [x.path.split(".")[:-1] for x in projections]
-    shared: list[str] = []
-    for names in zip(*parents, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
+    alike = takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
+    shared = ".".join(names[0] for names in alike)
     if not shared:
         raise UserError(f"{projections[0].path} and its like are in no module of their own")
-    return ".".join(shared)
+    return shared
 
 
 def _modules(projections: tuple[Projection, ...]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,13 +23,8 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 
 
-def all_processes(device: torch.device) -> DeviceMesh:
-    """Return all processes of a run in one dimension, each with a device of this type."""
-    return init_device_mesh(device.type, (dist.get_world_size(),))
-
-
-def shard_base(anatomy: Anatomy, mesh: DeviceMesh) -> None:
-    """Shard a model's frozen parameters in place, layer by layer.
+def shard_base(anatomy: Anatomy, device: torch.device) -> None:
+    """Shard a model's frozen parameters over all processes of a run, in place, layer by layer.
 
     Call it once hooks and LoRA are there, before `CoForward.roles`. Parameters that require
     gradients (LoRA, gates) are left alone: their gradients are this process's own until
@@ -37,18 +32,19 @@ def shard_base(anatomy: Anatomy, mesh: DeviceMesh) -> None:
 
     Args:
         anatomy: the model, wrapped by PEFT.
-        mesh: the processes, in one dimension.
+        device: of this process; all have one of its type.
 
     Raises:
         UserError: if this version of torch cannot.
     """
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise UserError(f"sharding needs a newer version of torch than {torch.__version__}")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*anatomy.layers, anatomy.model):
         trained = {p for p in module.parameters() if p.requires_grad}
         fully_shard(module, mesh=mesh, ignored_params=trained)
     for parameter in trained:  # FSDP2 places those alone that it shards
-        parameter.data = parameter.data.to(mesh.device_type)
+        parameter.data = parameter.data.to(device.type)
 
 
 def is_sharded(module: nn.Module) -> bool:
