@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.model.family import Family, Projection
-from nuteprune.model.narrow import Selection
+from nuteprune.model.hooks import Selection
 from nuteprune.model.shape import PER_HEAD, LayerShape, axis_sizes
 
 UNITED = ("q", "kv", "qkv", "qgate", "mixer", "latent")

@@ -57,13 +57,13 @@ DENSE = (
     GEMMA2,
     variant(GEMMA2, "gemma3_text", "Gemma3ForCausalLM", qk_norms=QK_NORMS, gguf=("gemma3",)),
     variant(SCALED, "granite", "GraniteForCausalLM", gguf=("granite", "deci")),
-    Family(
-        model_type="gpt_neox",
-        causal_lm="GPTNeoXForCausalLM",
+    variant(
+        LAYER_NORM,
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
         layers="gpt_neox.layers",
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
-        norm="layer",
         attention=(
             Projection("attention.query_key_value", ("qkv",), "hidden"),
             Projection("attention.dense", ("hidden",), "q"),
@@ -78,13 +78,13 @@ DENSE = (
         ),
         gguf=("gptneox",),
     ),
-    Family(
-        model_type="opt",
-        causal_lm="OPTForCausalLM",
+    variant(
+        LAYER_NORM,
+        "opt",
+        "OPTForCausalLM",
         layers="model.decoder.layers",
         embedding="model.decoder.embed_tokens",
         final_norm="model.decoder.final_layer_norm",
-        norm="layer",
         attention=attention("out_proj"),
         mlp=mlp("fc1", "fc2"),
         attention_norms=("self_attn_layer_norm",),

@@ -10,7 +10,7 @@ its outputs, P columns of a panel.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -169,11 +169,8 @@ class Layerwise:
             raise _Stop
 
     def _until_stopped(self, run: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            with self._hooks.using(self._masks):
-                run(*args, **kwargs)
-        except _Stop:
-            pass
+        with suppress(_Stop), self._hooks.using(self._masks):
+            run(*args, **kwargs)
 
     @torch.no_grad()
     def covariance(
