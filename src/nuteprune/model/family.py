@@ -27,27 +27,20 @@ BLOCK_KINDS = ("attn_block", "mlp_block")
 """Kinds of gates on whole blocks."""
 GATE_KINDS = ("heads", "kv_groups", "neurons", "experts", "expert_neurons", "hidden", *BLOCK_KINDS)
 
-CONFIG_NAMES = MappingProxyType(
-    {
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "neurons": "intermediate_size",
-        "hidden": "hidden_size",
-        "epsilon": "rms_norm_eps",
-    }
-)
 NAMES = {
-    "hidden": ("hidden_size", "n_embd", "d_model", "embed_dim"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
     "neurons": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_dim_base"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "embed_dim"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "epsilon": (
         *("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon"),
         *("layernorm_epsilon", "rms_norm_epsilon"),
     ),
 }
-"""Our word for a dimension -> what configs call it."""
+"""Our word for a dimension -> what configs call it, the usual name first."""
+CONFIG_NAMES = MappingProxyType({k: names[0] for k, names in NAMES.items() if k != "layers"})
+"""What most configs call what an entry names."""
 ROPE_NAMES = MappingProxyType(
     {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 )

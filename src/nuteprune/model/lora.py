@@ -63,12 +63,9 @@ class LoraBank:
     def __init__(self, anatomy: Anatomy, folder: Path | None = None) -> None:
         self._anatomy, self.folder = anatomy, folder
         # Looked up once, since adapters that are taken off are found no more.
-        self._places: dict[tuple[int, str], Place] = {}
-        self._layers: list[list[Place]] = []
-        for i in range(len(anatomy.layers)):
-            found = places_of(anatomy, i)
-            self._layers.append(list(found.values()))
-            self._places |= {(i, path): place for path, place in found.items()}
+        found = [places_of(anatomy, i) for i in range(len(anatomy.layers))]
+        self._layers = [list(places.values()) for places in found]
+        self._places = {(i, path): x for i, by in enumerate(found) for path, x in by.items()}
         self._dense: dict[str, Tensor] = {}
         # What replaces sharded weights, whole; see `put_away`.
         self._wholes: dict[str, Tensor] = {}

@@ -38,11 +38,8 @@ _SCALING = {
 
 def names_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Return our words for dimensions -> the attributes of a config that states them."""
-    found = {}
-    for word, names in NAMES.items():
-        if here := [name for name in names if name in values]:
-            found[word] = here[0]
-    return found
+    found = {word: [name for name in names if name in values] for word, names in NAMES.items()}
+    return {word: names[0] for word, names in found.items() if names}
 
 
 def small_config(config: PreTrainedConfig, **sizes: int | None) -> PreTrainedConfig:
