@@ -248,18 +248,15 @@ class Anatomy:
 
     @property
     def inner_sizes(self) -> dict[str, int]:
-        """Return the inner sizes of a mixer or of latent attention, which no gate cuts.
+        """Projection path -> `Projection.inner_size`, in a mixer or latent attention.
 
-        Projection path -> its inner features; if both sides are inner, its number of weights.
+        No gate cuts these.
         """
-        found = {}
-        for projection in self.family.uncut:
-            for module in self._linears(projection):
-                reads = projection.columns == "hidden"
-                found[projection.path] = module.out_features if reads else module.in_features
-                if projection.inside:
-                    found[projection.path] = module.out_features * module.in_features
-        return found
+        return {
+            projection.path: projection.inner_size(x.out_features, x.in_features)
+            for projection in self.family.uncut
+            for x in self._linears(projection)
+        }
 
     @property
     def groups(self) -> int:

@@ -59,6 +59,12 @@ class Projection:
         """Whether the projection neither reads nor writes the residual stream."""
         return "hidden" not in (self.columns, *self.rows)
 
+    def inner_size(self, rows: int, columns: int) -> int:
+        """Return the features on the side that is not the stream, or of both sides the weights."""
+        if self.inside:
+            return rows * columns
+        return rows if self.columns == "hidden" else columns
+
     @property
     def serves_queries_or_values(self) -> bool:
         """Whether the outputs are queries or values, alone or fused with keys."""

@@ -321,10 +321,8 @@ class _Block:
         """Record the next batch's input of the projection; end the pass if that is all."""
         self.products.add(args[0])
         if len(self._lack_MD):
-            missing_DI = product(self._lack_MD, args[0].flatten(0, -2))
-            self.missing_DI = (
-                missing_DI if self.missing_DI is None else self.missing_DI + missing_DI
-            )
+            found_DI = product(self._lack_MD, args[0].flatten(0, -2))
+            self.missing_DI = found_DI if self.missing_DI is None else self.missing_DI + found_DI
         keeps = self.module is not None and args[0].nbytes <= self._most
         if keeps:
             self.inputs.append(args[0])
