@@ -10,9 +10,16 @@ from typing import Any
 from nuteprune.model.family import CONFIG_NAMES, Family, Projection
 
 
-def variant(base: Family, model_type: str, causal_lm: str, **facts: Any) -> Family:
-    """Return the entry of a model type that differs from another in some facts."""
-    return replace(base, model_type=model_type, causal_lm=causal_lm, **facts)
+def variant(base: Family, model_type: str, name: str, **facts: Any) -> Family:
+    """Return the entry of a model type that differs from another in some facts.
+
+    Args:
+        base: the other's entry.
+        model_type: its name in configs.
+        name: its name in classes, such as NAMEForCausalLM.
+        **facts: what differs.
+    """
+    return replace(base, model_type=model_type, causal_lm=f"{name}ForCausalLM", **facts)
 
 
 def names(base: Mapping[str, str] = CONFIG_NAMES, **others: str) -> MappingProxyType[str, str]:
@@ -76,7 +83,7 @@ PLAIN = replace(LLAMA, heads_divide_hidden=False)
 GEMMA2 = variant(
     LLAMA,
     "gemma2",
-    "Gemma2ForCausalLM",
+    "Gemma2",
     norm="rms_1p",
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -88,9 +95,7 @@ GEMMA2 = variant(
     gguf=("gemma2",),
 )
 
-GLM = variant(
-    PLAIN, "glm", "GlmForCausalLM", mlp=FUSED_MLP, gguf=("chatglm",), rope_pairs="neighbours"
-)
+GLM = variant(PLAIN, "glm", "Glm", mlp=FUSED_MLP, gguf=("chatglm",), rope_pairs="neighbours")
 
 POST_NORM = replace(
     PLAIN,

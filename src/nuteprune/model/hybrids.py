@@ -21,7 +21,7 @@ from nuteprune.model.family import Projection
 QWEN3_5 = variant(
     PLAIN,
     "qwen3_5_text",
-    "Qwen3_5ForCausalLM",
+    "Qwen3_5",
     attention=(Projection("self_attn.q_proj", ("qgate",), "hidden"), *attention()[1:]),
     mixer=mixer("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
     mixer_module="linear_attn",
@@ -36,7 +36,7 @@ HYBRIDS = (
     variant(
         PLAIN,
         "lfm2",
-        "Lfm2ForCausalLM",
+        "Lfm2",
         attention=attention("out_proj"),
         mixer=mixer("conv", "in_proj"),
         mixer_module="conv",
@@ -56,7 +56,7 @@ HYBRIDS = (
     variant(
         SCALED,
         "granitemoehybrid",
-        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybrid",
         mixer=mixer("mamba", "in_proj"),
         mixer_module="mamba",
         vllm_head_dim_from_hidden=True,
@@ -76,7 +76,7 @@ HYBRIDS = (
     variant(
         PLAIN,
         "falcon_h1",
-        "FalconH1ForCausalLM",
+        "FalconH1",
         mixer=mixer("mamba", "in_proj"),
         mixer_module="mamba",
         vllm_backend=False,

@@ -24,7 +24,7 @@ _SHARED_WIDTH = (
 MIXTRAL = variant(
     PLAIN,
     "mixtral",
-    "MixtralForCausalLM",
+    "Mixtral",
     experts=Experts(),
     config_names=_EXPERTS,
     refused=_ALL_EXPERTS,
@@ -34,7 +34,7 @@ MIXTRAL = variant(
 QWEN3_MOE = variant(
     PLAIN,
     "qwen3_moe",
-    "Qwen3MoeForCausalLM",
+    "Qwen3Moe",
     qk_norms=QK_NORMS,
     experts=Experts(count_in_4="num_experts"),
     config_names=names(experts="num_local_experts", expert_neurons="moe_intermediate_size"),
@@ -44,7 +44,7 @@ QWEN3_MOE = variant(
 QWEN2_MOE = variant(
     QWEN3_MOE,
     "qwen2_moe",
-    "Qwen2MoeForCausalLM",
+    "Qwen2Moe",
     vllm_head_dim_from_hidden=True,
     qk_norms=(),
     experts=Experts(
@@ -61,7 +61,7 @@ QWEN2_MOE = variant(
 GLM4_MOE = variant(
     QWEN3_MOE,
     "glm4_moe",
-    "Glm4MoeForCausalLM",
+    "Glm4Moe",
     experts=Experts(
         shared=within("mlp.shared_experts", GATED_MLP),
         shared_times="n_shared_experts",
@@ -79,7 +79,7 @@ MIXTURES = (
     variant(
         MIXTRAL,
         "olmoe",
-        "OlmoeForCausalLM",
+        "Olmoe",
         qk_norms=QK_NORMS,
         joint_qk_norms=True,
         counts_heads=True,
@@ -95,7 +95,7 @@ MIXTURES = (
     variant(
         QWEN3_5,
         "qwen3_next",
-        "Qwen3NextForCausalLM",
+        "Qwen3Next",
         mixer=mixer("linear_attn", "in_proj_qkvz", "in_proj_ba"),
         experts=QWEN2_MOE.experts,
         config_names=QWEN2_MOE.config_names,
@@ -104,7 +104,7 @@ MIXTURES = (
     variant(
         QWEN3_5,
         "qwen3_5_moe_text",
-        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5Moe",
         experts=QWEN2_MOE.experts,
         # No layer is without experts, so neurons are those of shared ones.
         config_names=names(QWEN2_MOE.config_names, neurons="shared_expert_intermediate_size"),
@@ -114,7 +114,7 @@ MIXTURES = (
     variant(
         GLM4_MOE,
         "deepseek_v3",
-        "DeepseekV3ForCausalLM",
+        "DeepseekV3",
         attention=(
             Projection("self_attn.q_proj", ("latent",), "hidden"),  # or the next two
             Projection("self_attn.q_a_proj", ("latent",), "hidden"),
@@ -137,7 +137,7 @@ MIXTURES = (
     variant(
         MIXTRAL,
         "granitemoe",
-        "GraniteMoeForCausalLM",
+        "GraniteMoe",
         vllm_head_dim_from_hidden=True,
         mlp_modules=("block_sparse_moe",),
         experts=Experts(
@@ -152,7 +152,7 @@ MIXTURES = (
     variant(
         MIXTRAL,
         "gpt_oss",
-        "GptOssForCausalLM",
+        "GptOss",
         experts=Experts(router="mlp.router", transposed=True, gives_pair=True, interleaved=True),
         # While heads are masked, attention wants a sink for each.
         per_head=("self_attn.sinks",),
@@ -162,7 +162,7 @@ MIXTURES = (
     variant(
         PLAIN,
         "llama4_text",
-        "Llama4ForCausalLM",
+        "Llama4",
         vllm_backend=False,
         mlp=within("feed_forward", GATED_MLP),
         mlp_modules=("feed_forward",),
