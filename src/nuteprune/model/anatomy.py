@@ -294,8 +294,11 @@ class Anatomy:
 
     def block_scale(self, block: str) -> float:
         """Return the factor between a block's last projection and the residual stream."""
-        name = self.family.block_multiplier(block)
-        return 1.0 if name is None else config_number(self.config, name)
+        if self.family.block_multipliers:
+            name = self.family.block_multipliers[block == "mlp_block"]
+            return config_number(self.config, name)
+        both = self.family.multipliers
+        return config_number(self.config, both[1]) if both else 1.0
 
     def logit_scale(self) -> tuple[float, float | None]:
         """Return what happens to the head's output: (divisor, soft cap or None)."""

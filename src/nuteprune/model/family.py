@@ -213,11 +213,6 @@ class Family:
     refused: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Kind of gate, or "KIND uniform" -> why it is not exact, where no other fact says so."""
 
-    def block_multiplier(self, block: str) -> str | None:
-        """Return the config attribute that multiplies what a block's last projection writes."""
-        own = self.block_multipliers or ((self.multipliers[1],) * 2 if self.multipliers else None)
-        return None if own is None else own[block == "mlp_block"]
-
     def mlp_of(self, mixture: bool) -> tuple[Projection, ...]:
         """Return the projections of a layer's neurons: with routed experts, of the shared one."""
         if not mixture:
