@@ -81,7 +81,7 @@ class MaskHooks:
     """
 
     def __init__(self, anatomy: Anatomy, masks: MaskSource | None = None) -> None:
-        self.masks = masks  # `using` alone changes them
+        self._masks = masks
         self._stack = ExitStack()
         self._stack.enter_context(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
         for layer in range(len(anatomy.layers)):
@@ -155,14 +155,19 @@ class MaskHooks:
     def _put_narrow(self, module: Any, selected: Callable[[], Selection]) -> None:
         self._stack.callback(put_forward(module, Narrow(module, selected)))
 
+    @property
+    def masks(self) -> MaskSource | None:
+        """The masks in use; `using` alone changes them."""
+        return self._masks
+
     @contextmanager
     def using(self, masks: MaskSource | None) -> Iterator[None]:
         """Run the model under other masks for a while."""
-        previous, self.masks = self.masks, masks
+        previous, self._masks = self._masks, masks
         try:
             yield
         finally:
-            self.masks = previous
+            self._masks = previous
 
     def remove(self) -> None:
         """Take all hooks off the model."""
