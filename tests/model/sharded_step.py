@@ -71,6 +71,8 @@ for student in (fixed, learned):  # the second finds what the first has left
         loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)
         loss.backward()
     for p in (*lora, *gates):
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
         dist.all_reduce(p.grad)
         p.grad /= world
     dist.all_reduce(loss.detach_())
