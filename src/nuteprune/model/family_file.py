@@ -67,7 +67,7 @@ class FamilyFile:
         """Return an error that names a line and its key."""
         line = self._lines.get(key, self._lines.get(key[:1]))
         where = f"{self._path}, line {line}" if line else str(self._path)
-        return UserError(f"{where}: {', '.join(key)}: {what}")
+        return UserError(f"{where}: {': '.join(key)}: {what}")
 
     def _read(self, key: Key, hint: Any, value: Any) -> Any:
         """Return a value as a field of an entry has it."""
