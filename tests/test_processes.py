@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from nuteprune import load_pruned
-from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.mixture import Mixture
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.processes import Team
 
 from .forked import Ended, python

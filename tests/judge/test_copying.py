@@ -11,7 +11,7 @@ from nuteprune.data.tokens import bos_of
 from nuteprune.errors import UserError
 from nuteprune.judge import copying as module
 from nuteprune.judge.copying import LENGTH, SEED, SEQUENCES, copying, draw, ordinary_ids
-from nuteprune.model.decoding import cache_name
+from nuteprune.model.forwards import cache_name
 
 TOKENS = SEQUENCES * LENGTH
 

@@ -9,7 +9,6 @@ import sys
 
 import torch
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +19,7 @@ from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.model.sharding import average_gradients, shard_base
+from nuteprune.model.sharding import shard_base
 
 folder, out, how, checkpointing = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -53,7 +52,7 @@ fixed = Masks(layout, masks())
 learned = Masks(layout, {kind: value.requires_grad_() for kind, value in masks().items()})
 gates = list(learned.values.values())
 if how == "sharded":
-    shard_base(anatomy, init_device_mesh("cpu", (world,)))
+    shard_base(anatomy, torch.device("cpu"))
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert all(isinstance(p, DTensor) for p in frozen)
     assert not any(isinstance(p, DTensor) for p in lora)
@@ -71,7 +70,11 @@ for student in (fixed, learned):  # the second finds what the first has left
         head = Head.of(anatomy)
         loss = passage.layer_loss + token_kl(passage.student_BTD, passage.teacher_BTD, head, weight)
         loss.backward()
-    average_gradients((*lora, *gates))
+    for p in (*lora, *gates):
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
+        p.grad /= world
     dist.all_reduce(loss.detach_())
     losses.append(loss / world)
 if rank == 0:

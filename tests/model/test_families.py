@@ -5,8 +5,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from nuteprune.errors import UserError
 from nuteprune.model.families import FAMILIES
-from nuteprune.model.lookup import family_named
-from nuteprune.model.unsupported import is_encoder, language_model_within, parts_without_gates
+from nuteprune.model.lookup import (
+    family_named,
+    is_encoder,
+    language_model_within,
+    parts_without_gates,
+)
 from tests.families import DENSE_KINDS, HYBRIDS, MIXTURES, dense
 
 DENSE = dense()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nuteprune.model.narrow import Selection, narrow_linear
+from nuteprune.model.hooks import Selection, narrow_linear
 
 ROWS, COLUMNS = torch.tensor([0, 2, 3]), torch.tensor([1, 4, 5, 6])
 each_part = pytest.mark.parametrize(

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from nuteprune.export.checkpoint import assemble
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.model.mixture import Mixture
 from nuteprune.shrink.finalize import merge_layer
 from nuteprune.shrink.least_squares import fit_projections
 from nuteprune.shrink.ridge import RIDGE

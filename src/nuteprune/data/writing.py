@@ -19,8 +19,7 @@ from torch import Tensor
 
 from nuteprune.data.openings import TEXT_TOKENS, Openings
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.decoding import cache_name, heads_as_tokens
-from nuteprune.model.forwards import evaluating
+from nuteprune.model.forwards import cache_name, evaluating, heads_as_tokens
 from nuteprune.processes import agree
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import Probe, Scores
-from nuteprune.model.forwards import giving, noting_outputs
-from nuteprune.model.head import last_logits
+from nuteprune.model.forwards import giving, last_logits, noting_outputs
 from nuteprune.simulated import alike, number, scored
 
 SEQUENCES, LENGTH = 3, 100

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from nuteprune.gates.scores import Probe
 from nuteprune.gates.surgeon_costs import noting_calls
-from nuteprune.model.anatomy import Anatomy, without_lora
+from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
 from nuteprune.model.layerwise import Layerwise
-from nuteprune.model.mixture import Mixture
 from nuteprune.model.routing import rows_of
 from nuteprune.model.sharding import gathered
 from nuteprune.processes import Team

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.model.family import Family, Projection
-from nuteprune.model.narrow import Selection
+from nuteprune.model.hooks import Selection
 from nuteprune.model.shape import PER_HEAD, LayerShape, Shape, axis_sizes
 
 

@@ -36,10 +36,9 @@ from nuteprune.gates.surgeon_costs import (
     removal_costs,
     watched_experts,
 )
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.forwards import in_place_of
 from nuteprune.model.layerwise import Layerwise
-from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered
 

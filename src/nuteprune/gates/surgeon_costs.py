@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nuteprune.model.mixture import Mixture
+from nuteprune.model.anatomy import Mixture
 from nuteprune.model.routing import computed_with
 from nuteprune.processes import ALONE, Team
 from nuteprune.simulated import alike, has_data, number, once, scored, usual

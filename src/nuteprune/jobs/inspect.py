@@ -97,7 +97,7 @@ def biases_of(family: Family, tensors: Tensors) -> dict[str, bool]:
 def inner_of(family: Family, tensors: Tensors) -> dict[str, int]:
     """Return `Anatomy.inner_sizes` of a checkpoint, from the shapes in its files."""
     return {
-        p.path: prod(shape) if p.inside else shape[0 if p.columns == "hidden" else 1]
+        p.path: p.inner_size(*shape)
         for p in family.uncut
         for name, shape in tensors.items()
         if name.endswith(f".{p.path}.weight")

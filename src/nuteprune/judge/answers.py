@@ -23,9 +23,7 @@ from nuteprune.data.prompts import Prompts
 from nuteprune.data.tokens import texts_of
 from nuteprune.data.writing import fitting
 from nuteprune.errors import UserError
-from nuteprune.model.decoding import heads_as_tokens
-from nuteprune.model.forwards import evaluating
-from nuteprune.model.head import last_logits
+from nuteprune.model.forwards import evaluating, heads_as_tokens, last_logits
 
 TOKENS: Final = 64
 """Tokens of an answer at most, where nothing else is said."""

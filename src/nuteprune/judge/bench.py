@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.judge.work import Work, Workload
-from nuteprune.model.decoding import cache_name
+from nuteprune.model.forwards import cache_name
 
 GOOD = 0.9
 """Share of the bound that counts as reached."""

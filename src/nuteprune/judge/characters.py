@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.tokens import bos_of, end_of
-from nuteprune.model.forwards import evaluating
-from nuteprune.model.head import last_logits
+from nuteprune.model.forwards import evaluating, last_logits
 
 
 @torch.inference_mode()

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.data.tokens import after
-from nuteprune.model.forwards import evaluating
-from nuteprune.model.head import last_logits
+from nuteprune.model.forwards import evaluating, last_logits
 
 SCORED: Final = 128
 """Tokens of a block that are judged, the last ones."""

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.data.tokens import bos_of
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.forwards import evaluating
-from nuteprune.model.head import last_logits
+from nuteprune.model.forwards import evaluating, last_logits
 
 SEQUENCES: Final = 32
 LENGTH: Final = 100

@@ -1,17 +1,25 @@
-"""Puts LoRA on a model: on its projections, and on the routers of mixtures."""
+"""Puts LoRA on a model, and finds the places whose weights a run trains or replaces.
+
+Shape suffixes: O rows and I columns of a weight, R rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.model.lora import ADAPTER
+from nuteprune.model.sharding import is_sharded
+
+ADAPTER = "default"
 
 
 def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any) -> PeftModel:
@@ -32,11 +40,8 @@ def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any
         chosen = [p for p in family.attention if p.serves_queries_or_values]
     plain = [p for p in chosen if not family.experts or p in family.attention]
     prefix = family.layers.replace(".", r"\.")
-    config = LoraConfig(
-        target_modules=rf"(.*\.)?{prefix}\.{_names(anatomy, plain)}",
-        task_type="CAUSAL_LM",
-        **settings,
-    )
+    targets = rf"(.*\.)?{prefix}\.{_names(anatomy, plain)}"
+    config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings)
     adapted = cast(PeftModel, get_peft_model(anatomy.model, config))
     if family.experts and not queries_and_values:
         parts: list[dict[str, Any]] = []
@@ -67,3 +72,65 @@ def _everywhere(anatomy: Anatomy, projection: Projection) -> str:
         return ""
     layers = r"\d+" if len(there) == count else f"({'|'.join(map(str, there))})"
     return layers + r"\." + projection.path.replace(".", r"\.")
+
+
+def sides_of(lora: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Return LoRA's weights: A (R, I) and B (O, R)."""
+    return cast(Tensor, lora.lora_A[ADAPTER].weight), cast(Tensor, lora.lora_B[ADAPTER].weight)
+
+
+class Place(NamedTuple):
+    """A place that a run trains: its name, the base's weight, LoRA beside it, and its layer."""
+
+    name: str
+    holder: nn.Module
+    key: str
+    lora: LoraLayer | None
+    layer: Any
+
+    @property
+    def weight(self) -> Any:
+        """The weight that the model computes with; of a sharded layer whole once it is gathered."""
+        return self.holder._parameters[self.key]
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.holder._parameters[self.key] = value
+
+    @property
+    def rows(self) -> Any:
+        """This process's rows of a sharded weight, to be read or written."""
+        self.layer.reshard()  # what is gathered would not follow
+        return self.weight
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Let LoRA add nothing here yet."""
+        if self.lora is not None:
+            sides_of(self.lora)[1].zero_()
+
+    def own(self) -> Tensor:
+        """Return the weight, for `put_back`; of a sharded one a copy of this process's rows."""
+        whole = not is_sharded(self.layer)
+        return cast(Tensor, self.weight if whole else self.rows.detach().clone())
+
+    def put_back(self, own: Tensor) -> None:
+        """Put back what `own` returned."""
+        if isinstance(own, DTensor):
+            self.rows.to_local().copy_(own.to_local())
+        else:
+            self.weight = own
+
+
+def places_of(anatomy: Anatomy, layer: int) -> dict[str, Place]:
+    """Return path -> place of a layer: where LoRA is, and what stacked experts write by."""
+    around = anatomy.layers[layer]
+    found = {
+        path: Place(f"{layer}.{i}", module.get_base_layer(), "weight", module, around)
+        for i, (path, module) in enumerate(anatomy.lora_layers(layer).items())
+    }
+    if (mixture := anatomy.mixture(layer)) is not None:
+        path = mixture.down.path
+        key = path.rpartition(".")[2]
+        found[path] = Place(f"{layer}.experts", mixture.experts, key, None, around)
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 from peft import PeftModel
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
-from nuteprune.model.family import Family, Projection, config_number
+from nuteprune.model.family import Experts, Family, Projection, config_number
 from nuteprune.model.lookup import family_named
-from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import count
 from nuteprune.model.shape import LayerShape, Shape
 
@@ -34,6 +34,48 @@ def _at(module: Any, path: str) -> Any:
 def without_lora(module: Any) -> Any:
     """Return the module inside of a LoRA wrapper, or the module itself."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Live views of a layer's routed experts.
+
+    Args:
+        entry: their part of the family's entry.
+        block: the module that routes tokens to experts and adds up their outputs.
+        router: scores the experts; has a row of weights for each.
+        experts: holds their stacked weights.
+        per_token: how many experts a token is routed to.
+    """
+
+    entry: Experts
+    block: nn.Module
+    router: Any
+    experts: Any
+    per_token: int
+
+    def stack(self, projection: Projection) -> nn.Parameter:
+        """Return a projection's weights: (experts, rows, columns), or as the entry has them."""
+        return cast(nn.Parameter, getattr(self.experts, projection.path.rpartition(".")[2]))
+
+    def bias(self, projection: Projection) -> nn.Parameter | None:
+        """Return a projection's biases (experts, rows), None if it has none."""
+        return getattr(self.experts, f"{projection.path.rpartition('.')[2]}_bias", None)
+
+    @property
+    def down(self) -> Projection:
+        """The projection from an expert's neurons to its output."""
+        return self.entry.projections[-1]
+
+    def plain(self, weight: Tensor) -> Tensor:
+        """Return a view (rows, columns) of one expert's part of a stack."""
+        return weight.T if self.entry.transposed else weight
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The number of experts, and of neurons of each."""
+        down = self.stack(self.down)
+        return int(down.shape[0]), int(down.shape[1 if self.entry.transposed else 2])
 
 
 class Anatomy:
@@ -92,6 +134,11 @@ class Anatomy:
         module = self.without_lora(layer, projection.path)
         return module if hasattr(module, "in_features") else None
 
+    def _linears(self, projection: Projection) -> list[nn.Linear]:
+        """Return a projection of all layers that have it, without LoRA wrappers."""
+        found = (self.linear(i, projection) for i in range(len(self.layers)))
+        return [x for x in found if x is not None]
+
     def without_lora(self, layer: int, path: str) -> Any:
         """Return the module at a path of a layer without its LoRA wrapper, None if it is gone."""
         return without_lora(_at(self.layers[layer], path))
@@ -99,15 +146,10 @@ class Anatomy:
     def mixture(self, layer: int) -> Mixture | None:
         """Return a layer's routed experts, None if it has none."""
         experts, module = self.family.experts, self.layers[layer]
-        if experts is None or _at(module, experts.module) is None:
+        if experts is None or (stacks := _at(module, experts.module)) is None:
             return None
-        return Mixture(
-            experts,
-            module.get_submodule(self.family.mlp_modules[-1]),
-            _at(module, experts.router),
-            _at(module, experts.module),
-            self.per_token,
-        )
+        block = module.get_submodule(self.family.mlp_modules[-1])
+        return Mixture(experts, block, _at(module, experts.router), stacks, self.per_token)
 
     def post_norm(self, layer: int, block: str) -> nn.Module | None:
         """Return the norm of a block's output (`attn_block`, `mlp_block`), None without one."""
@@ -206,19 +248,15 @@ class Anatomy:
 
     @property
     def inner_sizes(self) -> dict[str, int]:
-        """Return the inner sizes of a mixer or of latent attention, which no gate cuts.
+        """Projection path -> `Projection.inner_size`, in a mixer or latent attention.
 
-        Projection path -> its inner features; if both sides are inner, its number of weights.
+        No gate cuts these.
         """
-        found = {}
-        for projection in self.family.uncut:
-            modules = (self.linear(i, projection) for i in range(len(self.layers)))
-            for module in filter(None, modules):
-                reads = projection.columns == "hidden"
-                found[projection.path] = module.out_features if reads else module.in_features
-                if projection.inside:
-                    found[projection.path] = module.out_features * module.in_features
-        return found
+        return {
+            projection.path: projection.inner_size(x.out_features, x.in_features)
+            for projection in self.family.uncut
+            for x in self._linears(projection)
+        }
 
     @property
     def groups(self) -> int:
@@ -239,9 +277,8 @@ class Anatomy:
         """Return for each projection path whether it has a bias."""
         found = {}
         for projection in self.family.projections:
-            modules = (self.linear(i, projection) for i in range(len(self.layers)))
-            present = [m for m in modules if m is not None]
-            found[projection.path] = any(m.bias is not None for m in present)
+            linears = self._linears(projection)
+            found[projection.path] = any(m.bias is not None for m in linears)
         for projection in self.family.experts.projections if self.family.experts else ():
             mixtures = map(self.mixture, range(len(self.layers)))
             found[projection.path] = any(m.bias(projection) is not None for m in mixtures if m)
@@ -257,8 +294,11 @@ class Anatomy:
 
     def block_scale(self, block: str) -> float:
         """Return the factor between a block's last projection and the residual stream."""
-        name = self.family.block_multiplier(block)
-        return 1.0 if name is None else config_number(self.config, name)
+        if self.family.block_multipliers:
+            name = self.family.block_multipliers[block == "mlp_block"]
+            return config_number(self.config, name)
+        both = self.family.multipliers
+        return config_number(self.config, both[1]) if both else 1.0
 
     def logit_scale(self) -> tuple[float, float | None]:
         """Return what happens to the head's output: (divisor, soft cap or None)."""

@@ -25,25 +25,22 @@ PREFIX = "pruned_"
 
 BLOCK_KINDS = ("attn_block", "mlp_block")
 """Kinds of gates on whole blocks."""
-GATE_KINDS = (
-    *("heads", "kv_groups", "neurons", "experts", "expert_neurons"),
-    *("hidden", *BLOCK_KINDS),
-)
+GATE_KINDS = ("heads", "kv_groups", "neurons", "experts", "expert_neurons", "hidden", *BLOCK_KINDS)
 
-CONFIG_NAMES = MappingProxyType(
-    {
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "neurons": "intermediate_size",
-        "hidden": "hidden_size",
-        "epsilon": "rms_norm_eps",
-    }
-)
-EXPERT_NAMES = MappingProxyType(
-    {k: v for k, v in CONFIG_NAMES.items() if k != "neurons"}
-    | {"experts": "num_local_experts", "expert_neurons": "intermediate_size"}
-)
-"""The same of a mixture whose layers all have experts."""
+NAMES = {
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
+    "neurons": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_dim_base"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "embed_dim"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "epsilon": (
+        *("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+        *("layernorm_epsilon", "rms_norm_epsilon"),
+    ),
+}
+"""Our word for a dimension -> what configs call it, the usual name first."""
+CONFIG_NAMES = MappingProxyType({k: names[0] for k, names in NAMES.items() if k != "layers"})
+"""What most configs call what an entry names."""
 ROPE_NAMES = MappingProxyType(
     {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 )
@@ -61,6 +58,12 @@ class Projection:
     def inside(self) -> bool:
         """Whether the projection neither reads nor writes the residual stream."""
         return "hidden" not in (self.columns, *self.rows)
+
+    def inner_size(self, rows: int, columns: int) -> int:
+        """Return the features on the side that is not the stream, or of both sides the weights."""
+        if self.inside:
+            return rows * columns
+        return rows if self.columns == "hidden" else columns
 
     @property
     def serves_queries_or_values(self) -> bool:
@@ -209,11 +212,6 @@ class Family:
 
     refused: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Kind of gate, or "KIND uniform" -> why it is not exact, where no other fact says so."""
-
-    def block_multiplier(self, block: str) -> str | None:
-        """Return the config attribute that multiplies what a block's last projection writes."""
-        own = self.block_multipliers or ((self.multipliers[1],) * 2 if self.multipliers else None)
-        return None if own is None else own[block == "mlp_block"]
 
     def mlp_of(self, mixture: bool) -> tuple[Projection, ...]:
         """Return the projections of a layer's neurons: with routed experts, of the shared one."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -20,26 +20,114 @@ from nuteprune.model.shape import LayerShape, axis_sizes
 AXES = ("hidden", "q", "kv", "qkv", "qgate", "mixer", "neurons")
 ALWAYS = ("model_type", "causal_lm", "layers", "embedding", "final_norm", "norm")
 """Written even where they are what an entry has without them."""
+NEEDED: dict[str, Any] = {"model_type": "", "causal_lm": "", "attention": (), "mlp": ()}
+"""What each entry must say, as an entry that says nothing has it."""
+MODULES = (
+    *("attention_norms", "mlp_norms", "shared_norms", "post_norms", "qk_norms"),
+    *("attention_module", "mlp_modules"),
+)
+"""Keys that name modules of a decoder layer."""
 Key = tuple[str, ...]
 
 
-@dataclass(frozen=True)
 class FamilyFile:
     """An entry that a user wrote.
 
     Args:
-        family: the entry.
-        path: the file it is from.
+        content: plain data that describe it; see `to_dict`.
+        path: the file that they are from, for errors.
         lines: key, and key within a key -> line.
+
+    Raises:
+        UserError: naming the line and the key of what is wrong.
     """
 
-    family: Family
-    path: Path
-    lines: Mapping[Key, int]
+    def __init__(
+        self, content: Any, path: Path, lines: Mapping[Key, int] = MappingProxyType({})
+    ) -> None:
+        self._path, self._lines = path, lines
+        if not isinstance(content, dict):
+            raise UserError(f"{path} must be a mapping of an entry's keys to values")
+        hints = get_type_hints(Family)
+        values = {}
+        for key, value in content.items():
+            if key not in hints:
+                near = get_close_matches(str(key), hints, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise self.wrong((str(key),), f"no such key{hint}")
+            values[key] = self._read((key,), hints[key], value)
+        if missing := [key for key in NEEDED if key not in values]:
+            raise UserError(f"{path}: the key {missing[0]} is missing")
+        self.family = Family(**values)
+        for kind in self.family.refused:
+            if kind.removesuffix(" uniform") not in GATE_KINDS:
+                raise self.wrong(("refused", kind), f"not one of {', '.join(GATE_KINDS)}")
 
     def wrong(self, key: Key, what: str) -> UserError:
         """Return an error that names a line and its key."""
-        return _wrong(self.path, self.lines, key, what)
+        line = self._lines.get(key, self._lines.get(key[:1]))
+        where = f"{self._path}, line {line}" if line else str(self._path)
+        return UserError(f"{where}: {': '.join(key)}: {what}")
+
+    def _read(self, key: Key, hint: Any, value: Any) -> Any:
+        """Return a value as a field of an entry has it."""
+        words = str(hint)
+        if "Projection" in words:
+            return self._projections(key, value)
+        if "Literal" in words:
+            if value not in hint.__args__:
+                raise self.wrong(key, f"{value!r} is not one of {', '.join(hint.__args__)}")
+            return value
+        if "mappingproxy" in words.lower():
+            if not isinstance(value, dict):
+                raise self.wrong(key, f"{value!r} must be a mapping")
+            for name, item in value.items():
+                if "object" not in words and not isinstance(item, str):
+                    raise self.wrong((*key, str(name)), f"{item!r} must be text")
+            return MappingProxyType(value)
+        if value is None and "None" in words:
+            return None
+        if "Experts" in words:
+            raise self.wrong(key, "a file describes no mixtures of experts")
+        if "tuple" in words:
+            if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+                raise self.wrong(key, f"{value!r} must be a list of names")
+            if "..." not in words and len(value) != 2:
+                raise self.wrong(
+                    key, f"{value!r} must be two names: of the attention's, of the MLP's"
+                )
+            return tuple(value)
+        kind, said = (bool, "true or false") if hint is bool else (str, "text")
+        if not isinstance(value, kind):
+            raise self.wrong(key, f"{value!r} must be {said}")
+        return value
+
+    def _projections(self, key: Key, value: Any) -> tuple[Projection, ...]:
+        if not isinstance(value, dict) or not value:
+            raise self.wrong(
+                key, f"{value!r} must map paths to axes, such as 'mlp.up_proj: hidden -> neurons'"
+            )
+        found = []
+        for path, axes in value.items():
+            columns, arrow, rows = str(axes).partition("->")
+            inputs, outputs = columns.split(), tuple(rows.split())
+            within = (*key, str(path))
+            if not arrow or len(inputs) != 1 or not outputs:
+                raise self.wrong(within, f"{axes!r}: write it as 'hidden -> q'")
+            if unknown := [x for x in (*inputs, *outputs) if x not in AXES]:
+                raise self.wrong(within, f"{unknown[0]!r} is no axis; there are {', '.join(AXES)}")
+            found.append(Projection(str(path), outputs, inputs[0]))
+        if found[-1].rows != ("hidden",):
+            raise self.wrong(
+                (*key, found[-1].path),
+                "the last projection must write to the residual stream: -> hidden",
+            )
+        if strays := [x for x in found[:-1] if x.columns != "hidden"]:
+            raise self.wrong(
+                (*key, strays[0].path),
+                "all but the last must read the residual stream: hidden ->",
+            )
+        return tuple(found)
 
     def check_against(self, config: PreTrainedConfig, model: nn.Module) -> None:
         """Check that the entry's modules are in a model and have the stated sizes.
@@ -56,12 +144,10 @@ class FamilyFile:
             self._module(model, getattr(family, key), (key,))
         layers = model.get_submodule(family.layers)
         first = next(layers.children(), nn.Identity())
-        for key in ("attention_norms", "mlp_norms", "shared_norms", "post_norms", "qk_norms"):
-            for path in getattr(family, key) or ():
+        for key in MODULES:
+            paths = getattr(family, key) or ()
+            for path in [paths] if isinstance(paths, str) else paths:
                 self._module(first, path, (key,))
-        self._module(first, family.attention_module, ("attention_module",))
-        for path in family.mlp_modules:
-            self._module(first, path, ("mlp_modules",))
         sizes = self._sizes(config)
         for block in ("attention", "mlp"):
             for projection in getattr(family, block):
@@ -123,15 +209,10 @@ def to_text(family: Family) -> str:
 
 def to_dict(family: Family) -> dict[str, Any]:
     """Return an entry as plain data, without defaults."""
-    found = {}
-    for field in fields(family):
-        value = getattr(family, field.name)
-        default = field.default
-        if default is MISSING and field.default_factory is not MISSING:
-            default = field.default_factory()
-        if value != default or field.name in ALWAYS:
-            found[field.name] = _plain(value)
-    return found
+    values = {field.name: getattr(family, field.name) for field in fields(family)}
+    without = Family(**NEEDED)
+    stated = {k: v for k, v in values.items() if v != getattr(without, k) or k in ALWAYS}
+    return {key: _plain(value) for key, value in stated.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -156,8 +237,7 @@ def read_family(path: Path) -> FamilyFile:
         content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--family {path} is not valid YAML: {error}") from error
-    lines = dict(_lines(node))
-    return FamilyFile(from_dict(content, path, lines), path, lines)
+    return FamilyFile(content, path, dict(_lines(node)))
 
 
 def _lines(node: Any) -> list[tuple[Key, int]]:
@@ -170,105 +250,6 @@ def _lines(node: Any) -> list[tuple[Key, int]]:
     return found
 
 
-def _wrong(path: Path, lines: Mapping[Key, int], key: Key, what: str) -> UserError:
-    line = lines.get(key, lines.get(key[:1]))
-    where = f"{path}, line {line}" if line else str(path)
-    return UserError(f"{where}: {': '.join(key)}: {what}")
-
-
-def from_dict(content: Any, path: Path, lines: Mapping[Key, int] = MappingProxyType({})) -> Family:
-    """Return the entry that plain data describe; see `to_dict`.
-
-    Args:
-        content: the data.
-        path: where they are from, for errors.
-        lines: key, and key within a key -> line.
-
-    Raises:
-        UserError: naming the line and the key of what is wrong.
-    """
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must be a mapping of an entry's keys to values")
-    hints = get_type_hints(Family)
-    values = {}
-    for key, value in content.items():
-        if key not in hints:
-            near = get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise _wrong(path, lines, (str(key),), f"no such key{hint}")
-        values[key] = _read(
-            hints[key],
-            value,
-            lambda at, what, key=key: _wrong(  # type: ignore[misc]
-                path, lines, (key, *at), what
-            ),
-        )
-    for field in fields(Family):
-        needed = field.default is MISSING and field.default_factory is MISSING
-        if needed and field.name not in values:
-            raise UserError(f"{path}: the key {field.name} is missing")
-    family = Family(**values)
-    for kind in family.refused:
-        if kind.removesuffix(" uniform") not in GATE_KINDS:
-            raise _wrong(path, lines, ("refused", kind), f"not one of {', '.join(GATE_KINDS)}")
-    return family
-
-
-Wrong = Callable[[Key, str], UserError]
-
-
-def _read(hint: Any, value: Any, wrong: Wrong) -> Any:
-    """Return a value as a field of an entry has it."""
-    words = str(hint)
-    if "Projection" in words:
-        return _projections(value, wrong)
-    if "Literal" in words:
-        choices = hint.__args__
-        if value not in choices:
-            raise wrong((), f"{value!r} is not one of {', '.join(choices)}")
-        return value
-    if "mappingproxy" in words.lower():
-        if not isinstance(value, dict):
-            raise wrong((), f"{value!r} must be a mapping")
-        if "object" not in words:
-            for key, item in value.items():
-                if not isinstance(item, str):
-                    raise wrong((str(key),), f"{item!r} must be text")
-        return MappingProxyType(value)
-    if value is None and "None" in words:
-        return None
-    if "Experts" in words:
-        raise wrong((), "a file describes no mixtures of experts")
-    if "tuple" in words:
-        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
-            raise wrong((), f"{value!r} must be a list of names")
-        if "..." not in words and len(value) != 2:
-            raise wrong((), f"{value!r} must be two names: of the attention's, of the MLP's")
-        return tuple(value)
-    kind = bool if hint is bool else str
-    if not isinstance(value, kind):
-        raise wrong((), f"{value!r} must be {'true or false' if kind is bool else 'text'}")
-    return value
-
-
-def _projections(value: Any, wrong: Wrong) -> tuple[Projection, ...]:
-    if not isinstance(value, dict) or not value:
-        raise wrong(
-            (), f"{value!r} must map paths to axes, such as 'mlp.up_proj: hidden -> neurons'"
-        )
-    found = []
-    for path, axes in value.items():
-        columns, arrow, rows = str(axes).partition("->")
-        inputs, outputs = columns.split(), tuple(rows.split())
-        if not arrow or len(inputs) != 1 or not outputs:
-            raise wrong((str(path),), f"{axes!r}: write it as 'hidden -> q'")
-        if unknown := [x for x in (*inputs, *outputs) if x not in AXES]:
-            raise wrong((str(path),), f"{unknown[0]!r} is no axis; there are {', '.join(AXES)}")
-        found.append(Projection(str(path), outputs, inputs[0]))
-    if found[-1].rows != ("hidden",):
-        raise wrong(
-            (found[-1].path,), "the last projection must write to the residual stream: -> hidden"
-        )
-    if strays := [x for x in found[:-1] if x.columns != "hidden"]:
-        raise wrong((strays[0].path,), "all but the last must read the residual stream: hidden ->")
-    return tuple(found)
+def from_dict(content: Any, path: Path) -> Family:
+    """Return the entry that plain data describe; errors as `FamilyFile`."""
+    return FamilyFile(content, path).family

@@ -4,24 +4,34 @@ Heads act on the input of the attention output projection, neurons on the input 
 projection, hidden gates on the first layer's input and on the output of both projections and of
 mixers, block gates on what a block adds to the residual stream: after its post-norm where a family
 has one, since a norm would undo any factor but 0. Routed experts are in `model.routing`. Attach
-after PEFT has wrapped the model, so that masks cover the LoRA branch too. Masks may also say which
-rows and columns of a projection are computed at all (`model.narrow`).
+after PEFT has wrapped the model, so that masks cover the LoRA branch too.
+
+Masks may also say which rows and columns of a projection are computed at all. Fixed masks leave
+features that nobody reads. Not computing them saves as much as cutting them, and the weights stay
+whole for the other role.
+
+Shape suffixes: O rows (output features), I columns (input features).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, cast
 
+import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
-from nuteprune.model.mixture import Mixture
-from nuteprune.model.narrow import Narrow, Selection
-from nuteprune.model.routing import masks_of
+from nuteprune.model.forwards import put_forward
+from nuteprune.model.routing import RoutedMasks, WeighedMasks
+
+Selection = tuple[Tensor | None, Tensor | None]
+"""Indices of the rows and of the columns of a projection that are computed, None for all."""
 
 
 class MaskSource(Protocol):
@@ -69,8 +79,8 @@ class MaskHooks:
 
     def __init__(self, anatomy: Anatomy, masks: MaskSource | None = None) -> None:
         self._masks = masks
-        self._handles: list[Any] = []
-        self._handles.append(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
+        self._stack = ExitStack()
+        self._stack.enter_context(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
         for layer in range(len(anatomy.layers)):
             for block, module in anatomy.writers(layer):
                 self._write(module, layer, block, anatomy.post_norm(layer, block))
@@ -95,7 +105,7 @@ class MaskHooks:
                 return None
             return (scale(args[0], self.masks.inputs(layer)[block]), *args[1:])
 
-        self._handles.append(module.register_forward_pre_hook(before))
+        self._stack.enter_context(module.register_forward_pre_hook(before))
 
     def _write(
         self, module: nn.Module, layer: int, block: str, post_norm: nn.Module | None
@@ -108,8 +118,8 @@ class MaskHooks:
         def switch(_: nn.Module, __: Any, output: Any) -> Any:
             return None if self.masks is None else _scaled(output, self.masks.part(block, layer))
 
-        self._handles.append(module.register_forward_hook(hide))
-        self._handles.append((post_norm or module).register_forward_hook(switch))
+        self._stack.enter_context(module.register_forward_hook(hide))
+        self._stack.enter_context((post_norm or module).register_forward_hook(switch))
 
     def _route(self, mixture: Mixture, layer: int) -> None:
         """Let masks decide which experts may be chosen, and weigh their outputs."""
@@ -117,7 +127,10 @@ class MaskHooks:
         def part(kind: str) -> Callable[[], Tensor | None]:
             return lambda: None if self.masks is None else self.masks.part(kind, layer)
 
-        self._handles.append(masks_of(mixture, part("experts"), part("expert_neurons")))
+        kind = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
+        masks = kind(mixture, part("experts"), part("expert_neurons"))
+        self._stack.callback(put_forward(mixture.router, masks.route))
+        self._stack.callback(put_forward(mixture.experts, masks.compute))
 
     def _narrow(self, module: nn.Module | None, layer: int, projection: Projection) -> None:
         """Let a projection and its LoRA leave out rows and columns that masks remove."""
@@ -127,12 +140,15 @@ class MaskHooks:
 
         if isinstance(module, LoraLayer):
             for reads in module.lora_A.values():
-                self._handles.append(Narrow(reads, lambda: (None, selected()[1])))
+                self._put_narrow(reads, lambda: (None, selected()[1]))
             for writes in module.lora_B.values():
-                self._handles.append(Narrow(writes, lambda: (selected()[0], None)))
+                self._put_narrow(writes, lambda: (selected()[0], None))
             module = module.get_base_layer()
         if module is not None:
-            self._handles.append(Narrow(cast(nn.Linear, module), selected))
+            self._put_narrow(module, selected)
+
+    def _put_narrow(self, module: Any, selected: Callable[[], Selection]) -> None:
+        self._stack.callback(put_forward(module, Narrow(module, selected)))
 
     @property
     def masks(self) -> MaskSource | None:
@@ -150,6 +166,70 @@ class MaskHooks:
 
     def remove(self) -> None:
         """Take all hooks off the model."""
-        for handle in reversed(self._handles):
-            handle.remove()
-        self._handles.clear()
+        self._stack.close()
+
+
+def cut(weight_OI: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Return some rows and columns of a weight."""
+    if rows is not None:
+        weight_OI = weight_OI.index_select(0, rows)
+    if columns is not None:  # by rows of the transposed: on CPUs, columns are gathered one by one
+        weight_OI = weight_OI.t().contiguous().index_select(0, columns).t()
+    return weight_OI
+
+
+def narrow_linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, selected: Selection
+) -> Tensor:
+    """Return `x @ cut(weight).T + cut(bias)`; of a frozen weight, nothing cut stays in memory.
+
+    Args:
+        x: (..., selected columns).
+        weight_OI: the whole weight.
+        bias_O: the whole bias, frozen.
+        selected: rows to compute, and columns that `x` has.
+
+    Returns:
+        (..., selected rows).
+    """
+    rows, _ = selected
+    if bias_O is not None and rows is not None:
+        bias_O = bias_O.index_select(0, rows)
+    if weight_OI.requires_grad:
+        return F.linear(x, cut(weight_OI, *selected), bias_O)
+    return cast(Tensor, _FrozenNarrow.apply(x, weight_OI, bias_O, selected))
+
+
+class _FrozenNarrow(torch.autograd.Function):
+    """Cuts in the forward pass, and again in the backward pass: no copy lives in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, selected: Selection
+    ) -> Tensor:
+        ctx.save_for_backward(weight_OI, *selected)
+        return F.linear(x, cut(weight_OI, *selected), bias_O)  # which autocast sees
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad @ cut(*ctx.saved_tensors).to(grad.dtype), None, None, None
+
+
+class Narrow:
+    """A linear module's forward, with the rows and columns selected at the time of a call.
+
+    Args:
+        module: whose forward it stands in for; its weight and state stay as they are.
+        selected: called at each forward pass.
+    """
+
+    def __init__(self, module: nn.Linear, selected: Callable[[], Selection]) -> None:
+        self._module, self._selected, self._whole = module, selected, module.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute the selected outputs (..., O) from the selected inputs (..., I)."""
+        selected = self._selected()
+        if all(part is None for part in selected):
+            return self._whole(x)
+        return narrow_linear(x, self._module.weight, self._module.bias, selected)

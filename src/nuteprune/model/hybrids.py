@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import MappingProxyType
 
-from nuteprune.model.builds import LLAMA, PLAIN, QK_NORMS
-from nuteprune.model.family import CONFIG_NAMES, Projection
-
-
-def mixer(module: str, *reads: str) -> tuple[Projection, ...]:
-    """Return a mixer's projections: those that read the stream, and the one that writes to it."""
-    return (
-        *(Projection(f"{module}.{name}", ("mixer",), "hidden") for name in reads),
-        Projection(f"{module}.out_proj", ("hidden",), "mixer"),
-    )
-
-
-QWEN3_5 = replace(
+from nuteprune.model.builds import (
+    GATED_MLP,
     PLAIN,
-    model_type="qwen3_5_text",
-    causal_lm="Qwen3_5ForCausalLM",
-    attention=(
-        Projection("self_attn.q_proj", ("qgate",), "hidden"),
-        *LLAMA.attention[1:],
-    ),
+    QK_NORMS,
+    SCALED,
+    attention,
+    mixer,
+    mlp,
+    names,
+    variant,
+    within,
+)
+from nuteprune.model.family import Projection
+
+QWEN3_5 = variant(
+    PLAIN,
+    "qwen3_5_text",
+    "Qwen3_5",
+    attention=(Projection("self_attn.q_proj", ("qgate",), "hidden"), *attention()[1:]),
     mixer=mixer("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
     mixer_module="linear_attn",
     vllm_backend=False,
@@ -35,46 +33,37 @@ QWEN3_5 = replace(
 
 HYBRIDS = (
     QWEN3_5,
-    replace(
+    variant(
         PLAIN,
-        model_type="lfm2",
-        causal_lm="Lfm2ForCausalLM",
-        attention=(*LLAMA.attention[:-1], Projection("self_attn.out_proj", ("hidden",), "q")),
+        "lfm2",
+        "Lfm2",
+        attention=attention("out_proj"),
         mixer=mixer("conv", "in_proj"),
         mixer_module="conv",
         mixer_follows_width=True,
         vllm_head_dim_from_hidden=True,
         vllm_backend=False,
-        mlp=(
-            Projection("feed_forward.w1", ("neurons",), "hidden"),
-            Projection("feed_forward.w3", ("neurons",), "hidden"),
-            Projection("feed_forward.w2", ("hidden",), "neurons"),
-        ),
+        mlp=mlp("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
         mlp_modules=("feed_forward",),
         attention_norms=("operator_norm",),
         mlp_norms=("ffn_norm",),
         qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
         final_norm="model.embedding_norm",
-        config_names=MappingProxyType({**CONFIG_NAMES, "epsilon": "norm_eps"}),
+        config_names=names(epsilon="norm_eps"),
         settles=MappingProxyType({"block_auto_adjust_ff_dim": False}),
         gguf=("lfm2",),
     ),
-    replace(
-        PLAIN,
-        model_type="granitemoehybrid",
-        causal_lm="GraniteMoeHybridForCausalLM",
+    variant(
+        SCALED,
+        "granitemoehybrid",
+        "GraniteMoeHybrid",
         mixer=mixer("mamba", "in_proj"),
         mixer_module="mamba",
         vllm_head_dim_from_hidden=True,
         vllm_backend=False,
-        mlp=(
-            Projection("shared_mlp.input_linear", ("neurons", "neurons"), "hidden"),
-            Projection("shared_mlp.output_linear", ("hidden",), "neurons"),
-        ),
+        mlp=mlp("shared_mlp.input_linear", "shared_mlp.output_linear", fused=2),
         mlp_modules=("shared_mlp",),
-        logit_divisor="logits_scaling",
-        multipliers=("embedding_multiplier", "residual_multiplier"),
-        config_names=MappingProxyType({**CONFIG_NAMES, "neurons": "shared_intermediate_size"}),
+        config_names=names(neurons="shared_intermediate_size"),
         requires=MappingProxyType({"num_local_experts": 0}),
         refused=MappingProxyType(
             {
@@ -84,14 +73,14 @@ HYBRIDS = (
         ),
         gguf=("granitehybrid", "granite", "deci"),
     ),
-    replace(
+    variant(
         PLAIN,
-        model_type="falcon_h1",
-        causal_lm="FalconH1ForCausalLM",
+        "falcon_h1",
+        "FalconH1",
         mixer=mixer("mamba", "in_proj"),
         mixer_module="mamba",
         vllm_backend=False,
-        mlp=tuple(replace(x, path=x.path.replace("mlp.", "feed_forward.")) for x in LLAMA.mlp),
+        mlp=within("feed_forward", GATED_MLP),
         mlp_modules=("feed_forward",),
         mlp_norms=("pre_ff_layernorm",),
         final_norm="model.final_layernorm",

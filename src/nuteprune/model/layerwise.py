@@ -3,14 +3,14 @@
 What is large, such as the covariance of a projection's inputs, is held for one layer at a time. A
 layer may be changed before the text goes on to the next.
 
-Shape suffixes: B batch, T tokens, D hidden width, I inputs of a projection, O its outputs, N = B x
-T.
+Shape suffixes: B batch, T tokens, M tokens of a batch, D hidden width, I inputs of a projection, O
+its outputs, P columns of a panel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -18,20 +18,85 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.memory import give_back
-from nuteprune.model.anatomy import Anatomy, no_logits
-from nuteprune.model.covariance import Covariance, product
+from nuteprune.model.anatomy import Anatomy, no_logits, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import giving, in_place_of
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered, is_sharded
 from nuteprune.processes import ALONE, Team
+from nuteprune.simulated import once
 
+PANEL = 256
+"""Columns of a product of inputs that are formed at once."""
+LEAST = 1e-12
+"""The least root mean square that a token's inputs are divided by."""
 KEPT_BYTES = 2**30
 """Bytes of a projection's inputs that may be kept, so that a layer need not form them again."""
 
 Read = Sequence[Tensor]
 """The inputs (B, T, D) of a module, batch by batch."""
+
+
+class Covariance:
+    """The sum of X^T X (I, I) over inputs X (..., I), in fp32; the lower triangle is computed.
+
+    Args:
+        size: how many inputs there are.
+        device: where they are.
+        weight_OI: where a norm follows the projection, its weight. The norm divides each token's
+            output by its root mean square, so the token's inputs are divided too: else a few
+            tokens of large outputs would drown all others.
+    """
+
+    def __init__(self, size: int, device: torch.device, weight_OI: Tensor | None = None) -> None:
+        self._size, self._device, self._weight_OI = size, device, weight_OI
+        self._sum_II: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in a batch of inputs (..., I)."""
+        rows_MI = inputs.reshape(-1, inputs.shape[-1]).float()
+        if self._weight_OI is not None:
+            output_MO = nn.functional.linear(inputs, self._weight_OI.to(inputs)).flatten(0, -2)
+            size_M1 = output_MO.float().square().mean(-1, keepdim=True).sqrt()
+            rows_MI = rows_MI / size_M1.clamp(min=LEAST)
+        size = self._size
+        if self._sum_II is None:
+            self._sum_II = rows_MI.new_zeros(size, size)
+        sum_II = self._sum_II
+
+        def multiply() -> None:
+            for start in range(0, size, PANEL):
+                panel_MP = rows_MI[:, start : start + PANEL]
+                sum_II[start:, start : start + PANEL].addmm_(rows_MI[:, start:].T, panel_MP)
+
+        once(multiply, rows_MI, *rows_MI.shape)
+
+    def whole(self, team: Team) -> Tensor:
+        """Return both triangles of the sum over all processes."""
+        sum_II = self._sum_II
+        if sum_II is None:  # no batch is this process's
+            sum_II = torch.zeros(self._size, self._size, device=self._device)
+        team.add_up([sum_II])
+
+        def mirror() -> None:
+            for start in range(0, len(sum_II), PANEL):
+                below = slice(start + PANEL, None)
+                panel = slice(start, start + PANEL)
+                sum_II[panel, below] = sum_II[below, panel].T
+
+        once(mirror, sum_II, len(sum_II))
+        return sum_II
+
+
+def product(values_MD: Tensor, inputs_MI: Tensor) -> Tensor:
+    """Return values^T inputs (D, I) of a batch, in fp32.
+
+    Of inputs in bf16 it is computed in bf16, twice as fast. That rounds an entry by 0.4 %, which a
+    covariance of few tokens would not stand: it may then have no inverse.
+    """
+    dtype = torch.bfloat16 if inputs_MI.dtype == torch.bfloat16 else torch.float32
+    return (values_MD.to(dtype).T @ inputs_MI.to(dtype)).float()
 
 
 class _Stop(Exception):
@@ -65,14 +130,14 @@ class Layerwise:
         self._batches_BTD: list[Tensor] = []
         # What else a layer is called with, by batch size: masks and rotary tables differ by layer.
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
-        self._blocks: list[_Block] = []
+        self._blocks: list[_Block] = []  # all of them modules
         give_back()
         device = anatomy.model.device
         for batch_BT in team.mine(batches):
             ids_BT = batch_BT.to(device)
             if len(ids_BT) not in self._kwargs:
                 self._kwargs[len(ids_BT)] = self._calls(ids_BT)
-            with _hooked([anatomy.layers[0]], self._enter):
+            with anatomy.layers[0].register_forward_pre_hook(self._enter):
                 kept = no_logits(ids_BT)
                 self._until_stopped(
                     anatomy.model, input_ids=ids_BT, use_cache=False, logits_to_keep=kept
@@ -91,7 +156,8 @@ class Layerwise:
             def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
                 stack.enter_context(giving(others, [output] * len(others)))
 
-            stack.enter_context(_hooked(self._anatomy.layers, note, with_kwargs=True))
+            for layer in self._anatomy.layers:
+                stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
             stack.enter_context(first.register_forward_hook(skip))
             stack.enter_context(self._hooks.using(self._masks))
             self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=no_logits(ids_BT))
@@ -103,11 +169,8 @@ class Layerwise:
             raise _Stop
 
     def _until_stopped(self, run: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            with self._hooks.using(self._masks):
-                run(*args, **kwargs)
-        except _Stop:
-            pass
+        with suppress(_Stop), self._hooks.using(self._masks):
+            run(*args, **kwargs)
 
     @torch.no_grad()
     def covariance(
@@ -133,9 +196,9 @@ class Layerwise:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
             block = _Block(around, module, self._products(layer, projection), most, other)
             # Before the masks' own hook, so that inputs are seen unmasked.
-            stack.enter_context(_hooked([module], block.on_input, prepend=True))
+            stack.enter_context(module.register_forward_pre_hook(block.on_input, prepend=True))
             if norm is not None:
-                stack.enter_context(_hooked([norm], block.on_read))
+                stack.enter_context(norm.register_forward_pre_hook(block.on_read))
             if around is not None:
                 stack.enter_context(module.register_forward_hook(block.on_written))
                 stack.enter_context(around.register_forward_hook(block.on_output, prepend=True))
@@ -161,7 +224,7 @@ class Layerwise:
             found.append(args)
             raise _Stop
 
-        with _hooked([module], note):
+        with module.register_forward_pre_hook(note):
             for i in range(len(self._batches_BTD)):
                 self._until_stopped(self._run, layer, i)
         return found
@@ -170,13 +233,10 @@ class Layerwise:
     def reads(self, layer: int, norms: Mapping[str, nn.Module]) -> dict[str, Read]:
         """Run the text through a layer, and return the inputs of its norms."""
         found: dict[str, list[Tensor]] = {name: [] for name in norms}
-
-        def hook(name: str) -> Any:
-            return lambda _, args: found[name].append(args[0])
-
         with ExitStack() as stack:
             for name, module in norms.items():
-                stack.enter_context(_hooked([module], hook(name)))
+                hook = _hook(found[name].append)
+                stack.enter_context(module.register_forward_pre_hook(hook))
             self.advance(layer)
         return dict(found)
 
@@ -195,15 +255,12 @@ class Layerwise:
         """
         ends = self._anatomy.ends(layer)
         products = dict[str, Covariance]()
-
-        def hook(name: str) -> Any:
-            return lambda _, args: products[name].add(args[0])
-
         with ExitStack() as stack:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
             for name, module in (watched or {}).items():
                 products[name] = self._products(layer, ends[name])
-                stack.enter_context(_hooked([module], hook(name), prepend=True))
+                hook = _hook(products[name].add)
+                stack.enter_context(module.register_forward_pre_hook(hook, prepend=True))
             stack.enter_context(self._hooks.using(self._masks))
             for i in range(len(self._batches_BTD)):
                 self._batches_BTD[i] = self._run(layer, i)
@@ -214,21 +271,16 @@ class Layerwise:
     def _products(self, layer: int, projection: Projection) -> Covariance:
         """Return the empty sum over a block's last projection's inputs."""
         block = "attn_block" if projection in self._anatomy.family.attention else "mlp_block"
-        linear = self._anatomy.linear(layer, projection)
-        normed = linear is not None and self._anatomy.post_norm(layer, block) is not None
-        weight_OI = weight_of(linear) if linear is not None and normed else None
-        size = self._anatomy.projection(layer, projection).in_features
-        return Covariance(size, self._anatomy.model.device, weight_OI)
+        linear = without_lora(self._anatomy.projection(layer, projection))
+        is_normed = self._anatomy.post_norm(layer, block) is not None
+        weight_OI = weight_of(linear) if is_normed else None
+        return Covariance(linear.in_features, self._anatomy.model.device, weight_OI)
 
     def _run(self, layer: int, batch: int) -> Tensor:
         hidden_BTD = self._batches_BTD[batch]
         kwargs = self._kwargs[len(hidden_BTD)][layer]
-        forwards = {
-            block.module: partial(block.forward, batch)
-            for block in self._blocks
-            if block.module is not None
-        }
-        with in_place_of(list(forwards), list(forwards.values())):
+        modules = [cast(nn.Module, block.module) for block in self._blocks]
+        with in_place_of(modules, [partial(block.forward, batch) for block in self._blocks]):
             output: Any = self._anatomy.layers[layer].forward(hidden_BTD, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
@@ -257,22 +309,20 @@ class _Block:
         self.products = products
         self.missing_DI: Tensor | None = None
         self.inputs: list[Tensor] = []
-        self._other, self._lack_ND = iter(other), torch.empty(0)
+        self._other, self._lack_MD = iter(other), torch.empty(0)
         self._written: Any = None
         self._output: Any = None
 
     def on_read(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the next batch's input of the block; runs before `on_input`."""
-        self._lack_ND = (next(self._other).float() - args[0].float()).flatten(0, -2)
+        self._lack_MD = (next(self._other).float() - args[0].float()).flatten(0, -2)
 
     def on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the next batch's input of the projection; end the pass if that is all."""
         self.products.add(args[0])
-        if len(self._lack_ND):
-            missing_DI = product(self._lack_ND, args[0].flatten(0, -2))
-            self.missing_DI = (
-                missing_DI if self.missing_DI is None else self.missing_DI + missing_DI
-            )
+        if len(self._lack_MD):
+            found_DI = product(self._lack_MD, args[0].flatten(0, -2))
+            self.missing_DI = found_DI if self.missing_DI is None else self.missing_DI + found_DI
         keeps = self.module is not None and args[0].nbytes <= self._most
         if keeps:
             self.inputs.append(args[0])
@@ -297,9 +347,6 @@ class _Block:
         return (written, *self._output[1:]) if isinstance(self._output, tuple) else written
 
 
-@contextmanager
-def _hooked(modules: Iterable[nn.Module], hook: Any, **kwargs: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(module.register_forward_pre_hook(hook, **kwargs))
-        yield
+def _hook(take: Callable[[Tensor], None]) -> Any:
+    """Return a hook that passes a module's input on."""
+    return lambda _, args: take(args[0])

@@ -10,7 +10,26 @@ from typing import Any
 from nuteprune.errors import UserError
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX, Family
-from nuteprune.model.unsupported import is_encoder, language_model_within, parts_without_gates
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Counts of feed-forward networks that a router chooses from."""
+LATENT = ("kv_lora_rank", "o_lora_rank")
+"""Ranks of the projections by which queries, keys and values share a latent vector."""
+RECURRENT = (
+    "conv_L_cache",
+    "linear_conv_kernel_dim",
+    "lru_width",
+    "mamba_d_state",
+    "ssm_state_size",
+    "state_size",
+)
+"""Sizes of layers that carry a state from token to token in place of attention."""
+RECURRENT_LAYERS = {"conv", "hybrid", "linear_attention", "mamba", "recurrent"}
+"""Words for them in lists of layer types."""
+ENCODERS = ("type_vocab_size", "sinusoidal_pos_embds")
+"""Settings that encoders such as BERT have, and no decoder."""
+OTHER_MODALITIES = ("vision_config", "audio_config", "text_config")
+"""Parts of a model for several modalities."""
 
 _OWN: dict[str, Family] = {}
 """Entries that users brought along, for as long as this process runs."""
@@ -52,14 +71,13 @@ def all_brought_along() -> tuple[Family, ...]:
 @contextmanager
 def knowing(family: Family) -> Iterator[None]:
     """Register an entry for a family within the context."""
-    before = _OWN.get(family.model_type)
+    before = dict(_OWN)
     bring_along(family)
     try:
         yield
     finally:
-        del _OWN[family.model_type]
-        if before is not None:
-            bring_along(before)
+        _OWN.clear()
+        _OWN.update(before)
 
 
 def why_never(config: Mapping[str, Any]) -> str | None:
@@ -92,3 +110,47 @@ def _why_not(model_type: str, config: Mapping[str, Any]) -> str:
         f"{hint}; {supported}. `nuteprune family MODEL` proposes an entry for it, which prune "
         "--family takes"
     )
+
+
+def parts_without_gates(config: Mapping[str, Any]) -> list[str]:
+    """Return the parts in a config that no gate can cut; empty for a plain decoder.
+
+    Args:
+        config: `config.json`, or a config's `to_dict()`.
+    """
+    experts = [of.get(x) for of in (config, config.get("ffn_config") or {}) for x in EXPERTS]
+    listed = [config.get(x) for x in ("layer_types", "layers_block_type", "block_types")]
+    kinds = {str(kind) for kinds in listed if isinstance(kinds, list) for kind in kinds}
+    recurrent = kinds & RECURRENT_LAYERS or any(config.get(name) for name in RECURRENT)
+    switched = config.get("activation_sparsity_pattern") or ()
+    parts = {
+        "a mixture of experts (MoE)": any(isinstance(x, int) and x > 1 for x in experts),
+        "multi-head latent attention (MLA)": any(config.get(name) for name in LATENT),
+        "state-space, recurrent or convolutional layers": recurrent,
+        "embeddings that each layer reads besides the residual stream": config.get(
+            "hidden_size_per_layer_input"
+        ),
+        "layers that attend to keys and values of earlier ones": config.get("num_kv_shared_layers"),
+        "neurons that are switched off by how all of them compare": any(switched),
+        "an encoder": config.get("is_encoder_decoder"),
+    }
+    return [part for part, there in parts.items() if there]
+
+
+def language_model_within(config: Mapping[str, Any]) -> str | None:
+    """Return the model type of the language model that a multimodal model wraps, None for others.
+
+    It is empty where the config does not name it.
+    """
+    if not any(isinstance(config.get(name), Mapping) for name in OTHER_MODALITIES):
+        return None
+    text = config.get("text_config")
+    return str(text.get("model_type", "")) if isinstance(text, Mapping) else ""
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Return whether a config is of an encoder such as BERT, which reads text and writes none."""
+    named = [str(name) for name in config.get("architectures") or ()]
+    masked = any(name.endswith("ForMaskedLM") for name in named)
+    alone = not (config.get("is_decoder") or config.get("is_encoder_decoder"))
+    return alone and (masked or any(name in config for name in ENCODERS))

@@ -5,10 +5,10 @@ Shape suffixes: O rows and I columns of a weight, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft.helpers import disable_input_dtype_casting
@@ -18,15 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from nuteprune.errors import UserError
 from nuteprune.mapped import mapped
+from nuteprune.model.adapters import ADAPTER, Place, places_of, sides_of
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.offload import Away, home_of, like
 from nuteprune.model.packed import weight_of
-from nuteprune.model.places import Place, places_of
 from nuteprune.model.sharding import gathered, is_sharded, put_rows
 from nuteprune.processes import is_main
-
-ADAPTER = "default"
 
 
 class Part(NamedTuple):
@@ -65,29 +63,28 @@ class LoraBank:
     def __init__(self, anatomy: Anatomy, folder: Path | None = None) -> None:
         self._anatomy, self.folder = anatomy, folder
         # Looked up once, since adapters that are taken off are found no more.
-        self._places: dict[tuple[int, str], Place] = {}
-        self._layers: list[list[Place]] = []
-        for i in range(len(anatomy.layers)):
-            found = places_of(anatomy, i)
-            self._layers.append(list(found.values()))
-            self._places |= {(i, path): place for path, place in found.items()}
+        found = [places_of(anatomy, i) for i in range(len(anatomy.layers))]
+        self._layers = [list(places.values()) for places in found]
+        self._places = {(i, path): x for i, by in enumerate(found) for path, x in by.items()}
         self._dense: dict[str, Tensor] = {}
         # What replaces sharded weights, whole; see `_put_away`.
         self._wholes: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
         """Return the current weights (no copies), by layer, projection and side (`A`, `B`, `W`)."""
-        lora = {
-            key: cast(Tensor, linear.weight)
-            for layer in self._layers
-            for linear, key in _sides(layer)
-        }
-        replaced = {
+        return self.lora() | self.weights()
+
+    def lora(self) -> dict[str, Tensor]:
+        """Return LoRA's sides, by the names of `state`."""
+        return {key: x.weight for layer in self._layers for x, key in _sides(layer)}
+
+    def weights(self) -> Weights:
+        """Return the weights in place of base weights, by the names of `state`."""
+        return {
             f"{place.name}.W": self._wholes.get(place.name, home_of(place.weight))
             for place in self._places.values()
             if place.name in self._dense
         }
-        return lora | replaced
 
     def learned(self) -> Learned:
         """Return the current weights (no copies) by projection."""
@@ -105,40 +102,35 @@ class LoraBank:
         Raises:
             UserError: if they are not of this model and these settings.
         """
+        self._check(state)
         self.clear()
-        self.load_lora({k: v for k, v in state.items() if not k.endswith(".W")})
-        self.install({k: v for k, v in state.items() if k.endswith(".W")}, keeps_lora=True)
+        self.install(state)
 
-    @torch.no_grad()
     def load_lora(self, lora: Mapping[str, Tensor]) -> None:
         """Load LoRA's sides alone; errors as `load`."""
-        own = {k: v for k, v in self.state().items() if not k.endswith(".W")}
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in lora.items()}:
+        self._check(lora)
+        self.install(lora)
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        given = {k: v.shape for k, v in state.items() if not k.endswith(".W")}
+        if {k: v.shape for k, v in self.lora().items()} != given:
             raise UserError(
                 "the LoRA weights are not those of this model and these settings: use the run's "
                 "own model and settings"
             )
-        for key, value in lora.items():
-            own[key].copy_(value)
-
-    def weights(self) -> Weights:
-        """Return the weights in place of base weights, by the names of `state`."""
-        return {key: value for key, value in self.state().items() if key.endswith(".W")}
 
     @torch.no_grad()
-    def install(self, weights: Mapping[str, Tensor], keeps_lora: bool = False) -> None:
-        """Put weights that a refit returned in their places: whole ones, or sides of LoRA.
+    def install(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights in their places: whole ones, where LoRA adds nothing, and sides of LoRA.
 
         Args:
-            weights: by the names of `state`.
-            keeps_lora: whether LoRA keeps its values where whole weights come.
+            weights: by the names of `state`, as a refit returned them.
         """
-        lora = self.state()
         for place in self._places.values():
             if (new_OI := weights.get(f"{place.name}.W")) is not None:
                 self._replace(place, new_OI, stored=True)
-                if place.lora is not None and not keeps_lora:
-                    cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
+                place.silence()
+        lora = self.lora()
         for key, value in weights.items():
             if not key.endswith(".W"):
                 lora[key].copy_(value)
@@ -146,15 +138,12 @@ class LoraBank:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Restore LoRA and the base weights at the end of the context."""
-        lora = {key: value.clone() for key, value in self.state().items() if key[-1] in "AB"}
+        lora = {key: value.clone() for key, value in self.lora().items()}
         try:
             yield
         finally:
             self.clear()
-            own = self.state()
-            with torch.no_grad():
-                for key, value in lora.items():
-                    own[key].copy_(value)
+            self.install(lora)
 
     @contextmanager
     def using_weights(self, weights: Weights) -> Iterator[None]:
@@ -174,8 +163,7 @@ class LoraBank:
         """
         place = self._places[layer, projection.path]
         self._replace(place, weight_OI)
-        if place.lora is not None:
-            cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
+        place.silence()
 
     def release(self) -> None:
         """Free base weights that others replace; this cannot be undone."""
@@ -215,22 +203,18 @@ class LoraBank:
 
         Ranks beyond those of the fit add nothing yet, and can be learned.
         """
-        module = self._anatomy.projection(layer, projection)
-        assert isinstance(module, LoraLayer)
-        scale = module.scaling[ADAPTER]
-        side_a = cast(Tensor, module.lora_A[ADAPTER].weight)
-        side_b = cast(Tensor, module.lora_B[ADAPTER].weight)
-        rank = len(in_RI)
-        side_a[:rank].copy_(in_RI)
-        side_b[:, :rank].copy_(out_OR / scale)
-        side_b[:, rank:].zero_()
+        lora, rank = self._places[layer, projection.path].lora, len(in_RI)
+        assert lora is not None
+        a_RI, b_OR = sides_of(lora)
+        a_RI[:rank].copy_(in_RI)
+        b_OR[:, :rank].copy_(out_OR / lora.scaling[ADAPTER])
+        b_OR[:, rank:].zero_()
 
     @torch.no_grad()
     def clear(self) -> None:
         """Go back to the base model's weights, with LoRA adding nothing, as before any step."""
         for place in self._places.values():
-            if place.lora is not None:
-                cast(Tensor, place.lora.lora_B[ADAPTER].weight).zero_()
+            place.silence()
             if place.name in self._dense:
                 place.put_back(self._dense.pop(place.name))
         self._wholes.clear()
@@ -238,53 +222,44 @@ class LoraBank:
     @contextmanager
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Run a decoder layer with other weights of `state`, or with none, for a while."""
-        with self._base_weights(layer, lora or {}), self._lora(layer, lora):
-            yield
+        places, state = self._layers[layer], lora or {}
+        if lora is None:
+            adapters = [x.lora for x in places if x.lora is not None]
+            values: list[_Value] = [(vars(x), "_disable_adapters", True) for x in adapters]
+        else:
+            values = [(x._parameters, "weight", lora[key]) for x, key in _sides(places)]
+        others = {
+            place: state.get(f"{place.name}.W", self._dense.get(place.name))
+            for place in places
+            if place.name in self._dense or f"{place.name}.W" in state
+        }
+        with gathered(self._anatomy.layers[layer]) if others else nullcontext():
+            for place, weight in others.items():
+                whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+                values.append((place.holder._parameters, place.key, whole))
+            with _in_place(values):
+                yield
 
     def as_dense(self, layer: int) -> AbstractContextManager[None]:
         """Run a decoder layer as it is in the base model for a while."""
         return self.using(layer, None)
 
-    @contextmanager
-    def _base_weights(self, layer: int, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Swap the weights that replace base weights, for others or for the base's own."""
-        others = [
-            (place, state.get(f"{place.name}.W", self._dense.get(place.name)))
-            for place in self._layers[layer]
-            if place.name in self._dense or f"{place.name}.W" in state
-        ]
-        with gathered(self._anatomy.layers[layer]) if others else nullcontext():
-            own = [place.weight for place, _ in others]
-            for place, weight in others:
-                place.weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            try:
-                yield
-            finally:
-                for (place, _), weight in zip(others, own, strict=True):
-                    place.weight = weight
 
-    @contextmanager
-    def _lora(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
-        if lora is None:
-            modules = [place.lora for place in self._layers[layer] if place.lora is not None]
-            before = [module._disable_adapters for module in modules]
-            for module in modules:
-                module._disable_adapters = True
-            try:
-                yield
-            finally:
-                for module, disabled in zip(modules, before, strict=True):
-                    module._disable_adapters = disabled
-            return
-        sides = list(_sides(self._layers[layer]))
-        own = [linear._parameters["weight"] for linear, _ in sides]
-        for linear, key in sides:
-            linear._parameters["weight"] = lora[key]
-        try:
-            yield
-        finally:
-            for (linear, _), weight in zip(sides, own, strict=True):
-                linear._parameters["weight"] = weight
+_Value = tuple[dict[str, Any], str, Any]
+"""A dictionary, a key of it, and another value for that."""
+
+
+@contextmanager
+def _in_place(values: Sequence[_Value]) -> Iterator[None]:
+    """Within this context, dictionaries have other values."""
+    own = [held[key] for held, key, _ in values]
+    for held, key, value in values:
+        held[key] = value
+    try:
+        yield
+    finally:
+        for (held, key, _), value in zip(values, own, strict=True):
+            held[key] = value
 
 
 def delta_of(module: LoraLayer) -> Tensor:
@@ -292,7 +267,7 @@ def delta_of(module: LoraLayer) -> Tensor:
 
     PEFT's own `get_delta_weight` rounds it to the weight's where it wraps a bare parameter.
     """
-    in_RI, out_OR = (cast(Tensor, x[ADAPTER].weight) for x in (module.lora_A, module.lora_B))
+    in_RI, out_OR = sides_of(module)
     delta_OI: Tensor = (out_OR @ in_RI) * module.scaling[ADAPTER]
     return delta_OI
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from nuteprune.errors import UserError
-from nuteprune.model.axes import Axes, base_config, sizes_of
+from nuteprune.model.axes import Axes, base_config
 from nuteprune.model.family import CONFIG_NAMES, Family, Projection
-from nuteprune.model.small import names_of, small_config, small_model
-from nuteprune.model.watching import Passed, watch
+from nuteprune.model.small import Passed, names_of, small_config, small_model, watch
 
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+"""What configs call the MLP's activation function."""
 Norm = Literal["rms", "rms_1p", "layer", "layer_1p"]
 
 
@@ -37,11 +39,10 @@ def propose(config: PreTrainedConfig) -> list[Family]:
     small, fills_width = base_config(config)
     model = small_model(small)
     passed = watch(model)
-    sizes = sizes_of(model, passed)
-    axes = Axes(config, small, sizes)
-    blocks = axes.blocks(passed)
+    axes = Axes(config, model, passed)
+    blocks = axes.blocks()
     found = _norms(passed, blocks, axes.head_dim)
-    norm = _norm_kind(model.get_submodule(passed.final_norm), sizes.hidden)
+    norm = _norm_kind(model.get_submodule(passed.final_norm), axes.hidden)
     names = names_of(small.to_dict())
     not_read = {"epsilon"} if norm.startswith("layer") else set()
     words = [x for x in CONFIG_NAMES if x in names and x not in not_read]
@@ -60,32 +61,25 @@ def propose(config: PreTrainedConfig) -> list[Family]:
         head_dim_from_hidden=axes.head_dim_from_hidden and not fills_width,
         heads_divide_hidden=_heads_divide(config, small),
         config_names=MappingProxyType({word: names[word] for word in words}),
-        activation=_activation(small),
+        activation=next((x for x in ACTIVATIONS if hasattr(small, x)), ACTIVATIONS[0]),
         **found,
         **_scales(small, passed),
     )
-    return [entry, *_interleaved(entry)]
-
-
-def _interleaved(entry: Family) -> list[Family]:
-    """Return the other reading of queries, keys and values in one module: head by head."""
-    if "kv_heads" in entry.config_names or entry.attention[0].rows != ("q", "kv", "kv"):
-        return []
-    fused = replace(entry.attention[0], rows=("qkv",))
-    return [replace(entry, attention=(fused, *entry.attention[1:]))]
+    first, *others = entry.attention
+    if "kv_heads" in names or first.rows != ("q", "kv", "kv"):
+        return [entry]
+    # The other reading of queries, keys and values in one module: head by head.
+    return [entry, replace(entry, attention=(replace(first, rows=("qkv",)), *others))]
 
 
 def _common(projections: tuple[Projection, ...]) -> str:
     """Return the module that projections have in common, below the layer."""
     parents = [x.path.split(".")[:-1] for x in projections]
-    shared: list[str] = []
-    for names in zip(*parents, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
+    alike = takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
+    shared = ".".join(names[0] for names in alike)
     if not shared:
         raise UserError(f"{projections[0].path} and its like are in no module of their own")
-    return ".".join(shared)
+    return shared
 
 
 def _modules(projections: tuple[Projection, ...]) -> tuple[str, ...]:
@@ -148,18 +142,12 @@ def _norm_kind(norm: nn.Module, width: int) -> Norm:
 
 def _heads_divide(config: PreTrainedConfig, small: PreTrainedConfig) -> bool:
     """Return whether the stock class refuses a number of heads that does not divide the width."""
-    odd = 5
+    stated = getattr(small, "head_dim", None)
     try:
-        stated = getattr(small, "head_dim", None)
-        small_model(small_config(config, heads=odd, kv_heads=odd, head_dim=stated))
+        small_model(small_config(config, heads=5, kv_heads=5, head_dim=stated))
     except UserError:
         return True
     return False
-
-
-def _activation(config: PreTrainedConfig) -> str:
-    names = ("hidden_act", "hidden_activation", "activation_function")
-    return next((name for name in names if hasattr(config, name)), "hidden_act")
 
 
 def _scales(config: PreTrainedConfig, passed: Passed) -> dict[str, Any]:
@@ -169,18 +157,16 @@ def _scales(config: PreTrainedConfig, passed: Passed) -> dict[str, Any]:
         UserError: if something multiplies them that the config does not state.
     """
     found: dict[str, Any] = {}
-    width = passed.entered.shape[-1]
-    if _near(_ratio(passed.entered, passed.embedded), width**0.5):
+    if _is_multiple(passed.entered, passed.embedded, passed.entered.shape[-1] ** 0.5):
         found["scaled_embedding"] = True
-    numbers = {k: v for k, v in config.to_dict().items() if isinstance(v, float) and v > 0}
     raw, logits = passed.raw, passed.logits
     if torch.allclose(raw, logits, atol=1e-5):
         return found
-    ratio = _ratio(logits, raw)
+    numbers = {k: v for k, v in config.to_dict().items() if isinstance(v, float) and v > 0}
     for name, value in numbers.items():
-        if "logit" in name and _near(ratio, value):
+        if "logit" in name and _is_multiple(logits, raw, value):
             return found | {"logit_multiplier": name}
-        if "logit" in name and _near(ratio, 1 / value):
+        if "logit" in name and _is_multiple(logits, raw, 1 / value):
             return found | {"logit_divisor": name}
         if "cap" in name and torch.allclose(value * torch.tanh(raw / value), logits, atol=1e-4):
             return found | {"logit_softcap": name}
@@ -190,11 +176,8 @@ def _scales(config: PreTrainedConfig, passed: Passed) -> dict[str, Any]:
     )
 
 
-def _ratio(ours: Tensor, theirs: Tensor) -> float | None:
-    """Return what one tensor is of another, None if that is no number."""
+def _is_multiple(ours: Tensor, theirs: Tensor, value: float) -> bool:
+    """Return whether one tensor is another times a value."""
     ratio = float((ours * theirs).sum() / theirs.square().sum())
-    return ratio if torch.allclose(ours, ratio * theirs, rtol=1e-3, atol=1e-4) else None
-
-
-def _near(ratio: float | None, value: float) -> bool:
-    return ratio is not None and math.isclose(ratio, value, rel_tol=1e-3)
+    multiple = torch.allclose(ours, ratio * theirs, rtol=1e-3, atol=1e-4)
+    return multiple and math.isclose(ratio, value, rel_tol=1e-3)

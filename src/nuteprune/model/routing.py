@@ -19,10 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from nuteprune.model.anatomy import without_lora
-from nuteprune.model.forwards import put_forward
+from nuteprune.model.anatomy import Mixture, without_lora
 from nuteprune.model.lora import delta_of
-from nuteprune.model.mixture import Mixture
 from nuteprune.simulated import usual
 
 Mask = Callable[[], Tensor | None]
@@ -51,7 +49,7 @@ def kept_experts(mask_E: Tensor | None, least: int) -> Tensor | None:
 
 
 class RoutedMasks:
-    """Attaches masks to a layer's experts.
+    """Masks of a layer's experts, in forwards that take the place of the modules' own.
 
     Args:
         mixture: the experts.
@@ -63,26 +61,28 @@ class RoutedMasks:
         self._mixture, self._experts, self._neurons = mixture, experts, neurons
         self._route, self._compute = mixture.router.forward, mixture.experts.forward
         self._route_alone = without_lora(mixture.router).forward
-        self._give_back = [
-            put_forward(mixture.router, self._routed),
-            put_forward(mixture.experts, self._computed),
-        ]
 
-    def _kept(self) -> Tensor | None:
-        """Return the experts that can be chosen, None if all can."""
-        return kept_experts(self._experts(), self._mixture.per_token)
-
-    def _routed(self, hidden: Tensor) -> Any:
-        if (kept := self._kept()) is None:
+    def route(self, hidden: Tensor) -> Any:
+        """Compute what the router gives, of experts that may be chosen."""
+        kept = kept_experts(self._experts(), self._mixture.per_token)
+        if kept is None:
             return self._route(hidden)
         with rows_of(self._mixture.router, kept):
-            logits, *rest, index_SK = self._route_alone(hidden)
-        # As wide as ever, for those who record what a router gives.
-        wide = (*logits.shape[:-1], self._mixture.sizes[0])
-        whole_SE = logits.new_full(wide, -torch.inf).index_copy(-1, kept, logits)
-        return (whole_SE, *rest, kept[index_SK])
+            found = self._route_alone(hidden)
+        return self._of_all(found, kept)
 
-    def _computed(self, hidden: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
+    def _of_all(self, found: Any, kept: Tensor) -> Any:
+        """Return what a router gives, from what it gave of the experts that are kept."""
+        logits, *rest, index_SK = found
+        return (self._wide(logits, kept, -torch.inf), *rest, kept[index_SK])
+
+    def _wide(self, values: Tensor, kept: Tensor, fill: float) -> Tensor:
+        """Return values of all experts, for those who record what a router gives."""
+        wide = (*values.shape[:-1], self._mixture.sizes[0])
+        return values.new_full(wide, fill).index_copy(-1, kept, values)
+
+    def compute(self, hidden: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
+        """Compute what the experts give, under the masks."""
         if (mask := self._experts()) is not None:
             row = _sequence_of_tokens(mask, index_SK)
             weight_SK = weight_SK * mask.view(-1, mask.shape[-1])[row, index_SK].to(weight_SK)
@@ -96,11 +96,6 @@ class RoutedMasks:
 
         return computed_with(self._mixture.experts, masked, hidden, index_SK, weight_SK)
 
-    def remove(self) -> None:
-        """Restore the modules."""
-        for give_back in self._give_back:
-            give_back()
-
 
 class WeighedMasks(RoutedMasks):
     """`RoutedMasks` for experts that all read all tokens, weighed before; the same arguments.
@@ -108,18 +103,12 @@ class WeighedMasks(RoutedMasks):
     The experts' input is (E x S, D): expert after expert, 0 where a token is not theirs.
     """
 
-    def _routed(self, hidden: Tensor) -> Any:
-        if (kept := self._kept()) is None:
-            return self._route(hidden)
-        with rows_of(self._mixture.router, kept):
-            scores, logits = self._route_alone(hidden)
-        wide = (*scores.shape[:-1], self._mixture.sizes[0])
-        return (
-            scores.new_zeros(wide).index_copy(-1, kept, scores),
-            logits.new_full(wide, -torch.inf).index_copy(-1, kept, logits),
-        )
+    def _of_all(self, found: Any, kept: Tensor) -> Any:
+        scores, logits = found
+        return self._wide(scores, kept, 0.0), self._wide(logits, kept, -torch.inf)
 
-    def _computed(self, read: Tensor, *_: Any) -> Tensor:
+    def compute(self, read: Tensor, *_: Any) -> Tensor:
+        """Compute what the experts give, under the masks."""
         count, width = self._mixture.sizes
         given, neurons = read.view(count, -1, read.shape[-1]), self._neurons()
         if neurons is None:
@@ -148,12 +137,6 @@ class WeighedMasks(RoutedMasks):
             return cast(Tensor, self._compute(given.flatten(0, 1))).view_as(given)
         finally:
             own[down] = whole
-
-
-def masks_of(mixture: Mixture, experts: Mask, neurons: Mask) -> RoutedMasks:
-    """Attach masks to a layer's experts, however they are computed."""
-    kind = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
-    return kind(mixture, experts, neurons)
 
 
 Neurons = Callable[[Tensor, Tensor, Tensor], Tensor]

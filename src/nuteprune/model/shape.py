@@ -87,10 +87,7 @@ class Shape:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain structure for JSON and YAML (the format that `--shape FILE` reads)."""
-        return {
-            "hidden": self.hidden,
-            "layers": [x.to_dict() for x in self.layers],
-        }
+        return {"hidden": self.hidden, "layers": [x.to_dict() for x in self.layers]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -118,8 +115,7 @@ class Shape:
         for key, count in common.items():
             _check_count(key, count, max(getattr(x, key) for x in self.layers), 0)
         known = {*COUNTS, "hidden", "layers"}
-        unknown = set() if "schema" in wanted else set(wanted) - known
-        if unknown:
+        if "schema" not in wanted and (unknown := set(wanted) - known):
             raise UserError(
                 f"the shape has an unknown key {min(unknown)!r}; known: {', '.join(sorted(known))}"
             )
@@ -127,13 +123,11 @@ class Shape:
         if isinstance(hidden, Mapping):  # a record holds before and after
             hidden = hidden.get("after")
         _check_count("hidden", hidden, self.hidden, 1)
-        return Shape(
-            hidden,
-            tuple(
-                _cut_layer(i, whole, row, common, i == self.first_attention)
-                for i, (whole, row) in enumerate(zip(self.layers, rows, strict=True))
-            ),
-        )
+        layers = [
+            _cut_layer(i, whole, row, common, i == self.first_attention)
+            for i, (whole, row) in enumerate(zip(self.layers, rows, strict=True))
+        ]
+        return Shape(hidden, tuple(layers))
 
 
 DENSE_COUNTS = ("heads", "kv_heads", "neurons")
@@ -142,13 +136,8 @@ MLP_COUNTS = COUNTS[2:]
 BLOCKS = ("attention", "mlp")
 """Keys that a layer's row has as false where that block was removed."""
 SAID = MappingProxyType(
-    {
-        "heads": "heads",
-        "kv_heads": "KV heads",
-        "neurons": "neurons",
-        "experts": "experts",
-        "expert_neurons": "neurons of each expert",
-    }
+    {name: name for name in COUNTS}
+    | {"kv_heads": "KV heads", "expert_neurons": "neurons of each expert"}
 )
 """A layer's counts, as people are told them."""
 
@@ -164,8 +153,7 @@ def _counts_asked(
     """Return the counts that a user asks for in a layer, checked to be at most its own."""
     if not isinstance(row, Mapping):
         raise UserError(f"layer {index} of the shape is {row!r}; it must map names to counts")
-    unknown = set(row) - {*COUNTS, *BLOCKS, "mixer"}
-    if unknown:
+    if unknown := set(row) - {*COUNTS, *BLOCKS, "mixer"}:
         raise UserError(
             f"layer {index} of the shape has an unknown key {min(unknown)!r}; known: "
             f"{', '.join((*COUNTS, *BLOCKS))}"
@@ -179,8 +167,7 @@ def _counts_asked(
     given = {**{key: x for key, x in common.items() if getattr(whole, key)}, **row}
     for block, names in zip(BLOCKS, (("heads", "kv_heads"), MLP_COUNTS), strict=True):
         if row.get(block) is False:
-            contrary = [name for name in names if row.get(name)]
-            if contrary:
+            if contrary := [name for name in names if row.get(name)]:
                 raise UserError(f"layer {index} has {contrary[0]} and {block}: false; pass one")
             given |= dict.fromkeys(names, 0)
     for name in COUNTS:
@@ -196,11 +183,9 @@ def _cut_layer(
     given = _counts_asked(index, whole, row, common)
     # One of the two head counts is enough: the other follows from the heads per group.
     per_group = whole.heads_per_group or 1
-    kv_heads = given.get("kv_heads")
-    if kv_heads is None:
-        heads = given.get("heads", whole.heads)
-        kv_heads = heads // per_group if heads < whole.heads and heads % per_group == 0 else None
-    kv_heads = whole.kv_heads if kv_heads is None else kv_heads
+    heads = given.get("heads", whole.heads)
+    follows = heads < whole.heads and heads % per_group == 0
+    kv_heads = given.get("kv_heads", heads // per_group if follows else whole.kv_heads)
     heads = given.get("heads", kv_heads * per_group)
     # What mixes tokens is one block: without its heads, a layer that had some has no mixer either.
     mixer = whole.mixer and row.get("attention") is not False and bool(heads or not whole.heads)

@@ -8,13 +8,13 @@ Shape suffixes: O rows of a weight, or experts of a stack; I the rest of it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,32 +23,28 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 
 
-def all_processes(device: torch.device) -> DeviceMesh:
-    """Return all processes of a run in one dimension, each with a device of this type."""
-    return init_device_mesh(device.type, (dist.get_world_size(),))
-
-
-def shard_base(anatomy: Anatomy, mesh: DeviceMesh) -> None:
-    """Shard a model's frozen parameters in place, layer by layer.
+def shard_base(anatomy: Anatomy, device: torch.device) -> None:
+    """Shard a model's frozen parameters over all processes of a run, in place, layer by layer.
 
     Call it once hooks and LoRA are there, before `CoForward.roles`. Parameters that require
     gradients (LoRA, gates) are left alone: their gradients are this process's own until
-    `average_gradients`, or DDP around the model, averages them.
+    DDP around the model averages them.
 
     Args:
         anatomy: the model, wrapped by PEFT.
-        mesh: the processes, in one dimension.
+        device: of this process; all have one of its type.
 
     Raises:
         UserError: if this version of torch cannot.
     """
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise UserError(f"sharding needs a newer version of torch than {torch.__version__}")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*anatomy.layers, anatomy.model):
         trained = {p for p in module.parameters() if p.requires_grad}
         fully_shard(module, mesh=mesh, ignored_params=trained)
     for parameter in trained:  # FSDP2 places those alone that it shards
-        parameter.data = parameter.data.to(mesh.device_type)
+        parameter.data = parameter.data.to(device.type)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -63,7 +59,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
     For code that reads or runs parts of a module without calling it. Modules that are not sharded
     stay as they are, and so do those that are gathered already.
     """
-    if not isinstance(module, FSDPModule) or not _holds_shards(module):
+    shards = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    if not isinstance(module, FSDPModule) or not shards:
         yield
         return
     module.unshard()
@@ -71,10 +68,6 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.reshard()
-
-
-def _holds_shards(module: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 @torch.no_grad()
@@ -92,20 +85,3 @@ def put_rows(weight_OI: DTensor, whole_OI: Tensor) -> None:
         sent_OI = torch.empty(weight_OI.shape, dtype=dtype, device=device)
     rows_OI = distribute_tensor(sent_OI, weight_OI.device_mesh, weight_OI.placements)
     weight_OI.to_local().copy_(rows_OI.to_local())
-
-
-@torch.no_grad()
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over all processes, in a loop of one's own without DDP.
-
-    FSDP2 leaves the gradients of ignored parameters alone.
-
-    Args:
-        parameters: the trained ones, in the same order everywhere; a missing gradient counts as
-            zeros.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()

@@ -1,28 +1,23 @@
-"""Small models from a config: the same code with few layers and small sizes, to be looked at."""
+"""Small models from a config, with few layers and small sizes, and what flows where in them.
+
+That is read off one forward pass: who reads what another puts out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError, in_one_line
 from nuteprune.model.anatomy import silence_dropout
+from nuteprune.model.family import NAMES
 
-NAMES = {
-    "hidden": ("hidden_size", "n_embd", "d_model", "embed_dim"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
-    "neurons": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_dim_base"),
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "epsilon": (
-        *("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon"),
-        *("layernorm_epsilon", "rms_norm_epsilon"),
-    ),
-}
-"""Our word for a dimension -> what configs call it."""
 SIZES = {"hidden": 96, "heads": 4, "kv_heads": 2, "neurons": 112, "head_dim": 16}
 """Sizes of a small model: no two axes of a layer are alike, if the class has them apart."""
 LAYERS, VOCABULARY, POSITIONS, WINDOW, ROTATED = 3, 128, 64, 6, 8
@@ -33,8 +28,6 @@ _LEFT_OUT = {
     *("architectures", "auto_map", "dtype", "quantization_config", "transformers_version"),
     *("_name_or_path", "torch_dtype", "per_layer_config", "decoder_start_token_id"),
 }
-
-
 _SCALING = {
     *("factor", "attention_factor", "short_factor", "long_factor", "beta_fast", "beta_slow"),
     *("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "type", "truncate"),
@@ -45,11 +38,8 @@ _SCALING = {
 
 def names_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Return our words for dimensions -> the attributes of a config that states them."""
-    found = {}
-    for word, names in NAMES.items():
-        if here := [name for name in names if name in values]:
-            found[word] = here[0]
-    return found
+    found = {word: [name for name in names if name in values] for word, names in NAMES.items()}
+    return {word: names[0] for word, names in found.items() if names}
 
 
 def small_config(config: PreTrainedConfig, **sizes: int | None) -> PreTrainedConfig:
@@ -66,13 +56,11 @@ def small_config(config: PreTrainedConfig, **sizes: int | None) -> PreTrainedCon
     names = names_of(old)
     wanted: dict[str, int | None] = {**SIZES, **sizes}
     values = {k: _shrunk(k, v) for k, v in old.items() if k not in _LEFT_OUT}
-    twins = {old.get(names.get("hidden", "")): wanted["hidden"]}
+    width = old.get(names.get("hidden", ""))
     for key, value in old.items():  # as OPT's word_embed_proj_dim, which is the width
-        if type(value) is int and value > SIZES["hidden"] and value in twins:
-            values[key] = twins[value]
-    for word, name in names.items():
-        if word in wanted:
-            values[name] = wanted[word]
+        if type(value) is int and SIZES["hidden"] < value == width:
+            values[key] = wanted["hidden"]
+    values |= {name: wanted[word] for word, name in names.items() if word in wanted}
     values["head_dim"] = wanted["head_dim"]
     if wanted["head_dim"] is None:
         del values["head_dim"]
@@ -81,10 +69,8 @@ def small_config(config: PreTrainedConfig, **sizes: int | None) -> PreTrainedCon
         whole = old[names["layers"]]
         lists = {k: v for k, v in old.items() if isinstance(v, list) and len(v) == whole}
         values |= {key: _some_of_each(items) for key, items in lists.items()}
-    try:
+    with _told(f"{type(config).__name__} takes no small sizes"):  # by validators
         return type(config).from_dict(values)
-    except Exception as error:  # whatever validators raise
-        raise UserError(f"{type(config).__name__} takes no small sizes: {_line(error)}") from error
 
 
 def _some_of_each(items: list[Any]) -> list[Any]:
@@ -129,7 +115,7 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         UserError: if transformers has no causal LM of that type, or it cannot be built.
     """
-    try:
+    with _told(f"no small {config.model_type} model can be built"):  # by its constructor
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         if size > LARGEST:
@@ -139,12 +125,6 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
             )
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
-    except UserError:
-        raise
-    except Exception as error:  # whatever its constructor raises
-        raise UserError(
-            f"no small {config.model_type} model can be built: {_line(error)}"
-        ) from error
     silence_dropout(model)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -163,11 +143,125 @@ def config_named(model_type: str) -> PreTrainedConfig:
     """
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"transformers knows no model type {model_type!r}")
-    try:
+    with _told(f"{model_type} has no default config"):  # by validators
         return CONFIG_MAPPING[model_type]()
-    except Exception as error:  # whatever validators raise
-        raise UserError(f"{model_type} has no default config: {_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {in_one_line(error)}"
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raise whatever transformers raises as a UserError that says what failed."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {in_one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one forward pass showed; paths of modules in a layer are relative to the layer.
+
+    Args:
+        layers: path of the decoder layers.
+        embedding: path of the token embedding.
+        final_norm: path of the norm that the language head reads.
+        called: linear modules of the first layer, in the order in which they were called.
+        norms: norms of the first layer, in that order.
+        inputs: the input of each module of the first layer.
+        outputs: its output.
+        embedded: the rows of the embedding matrix.
+        entered: the input of the first layer.
+        raw: the output of the head's matrix.
+        logits: the output of the model.
+    """
+
+    layers: str
+    embedding: str
+    final_norm: str
+    called: tuple[str, ...]
+    norms: tuple[str, ...]
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    embedded: Tensor
+    entered: Tensor
+    raw: Tensor
+    logits: Tensor
+
+    def reads(self, reader: str, source: str) -> bool:
+        """Return whether a module read the output of another."""
+        ours, theirs = self.inputs.get(reader), self.outputs.get(source)
+        return ours is not None and theirs is not None and _same(ours, theirs)
+
+
+@torch.no_grad()
+def watch(model: PreTrainedModel) -> Passed:
+    """Run a small model once, and return what was seen.
+
+    Raises:
+        UserError: if it has no list of decoder layers, or no head that reads a norm.
+    """
+    layers = _layers_of(model)
+    first = next(model.get_submodule(layers).children())
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    inputs: dict[nn.Module, Tensor] = {}
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        made = output[0] if isinstance(output, tuple) else output
+        if given is not None and isinstance(made, Tensor):
+            inputs.setdefault(module, given)
+            outputs.setdefault(module, made)
+
+    tokens = torch.arange(3, 3 + 9)[None] % VOCABULARY
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
+        logits = model(input_ids=tokens, use_cache=False).logits
+    names = {module: name for name, module in model.named_modules()}
+    inside = {module: name for name, module in first.named_modules() if name}
+    norms = [x for x in inputs if x in names and _is_norm(x)]
+    outer = [x for x in norms if head in inputs and _same(outputs[x], inputs[head])]
+    if not outer or embedding not in outputs:
+        raise UserError(f"the language head of {model.config.model_type} reads no norm")
+    return Passed(
+        layers=layers,
+        embedding=names[embedding],
+        final_norm=names[outer[-1]],
+        called=tuple(inside[x] for x in inputs if x in inside and isinstance(x, nn.Linear)),
+        norms=tuple(inside[x] for x in norms if x in inside),
+        inputs={inside[x]: value for x, value in inputs.items() if x in inside},
+        outputs={inside[x]: value for x, value in outputs.items() if x in inside},
+        embedded=embedding.weight[tokens],
+        entered=inputs[first],
+        raw=outputs[head],
+        logits=logits,
+    )
+
+
+def _layers_of(model: PreTrainedModel) -> str:
+    """Return the path of a model's decoder layers."""
+    found: list[str] = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == LAYERS
+        and all(any(isinstance(x, nn.Linear) for x in layer.modules()) for layer in module)
+    ]
+    outer = [x for x in found if not any(x.startswith(f"{y}.") for y in found)]
+    if len(outer) != 1:
+        raise UserError(
+            f"{model.config.model_type} has {len(outer)} lists of layers with linear modules, "
+            "where a decoder has one"
+        )
+    return outer[0]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not list(module.children())
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours, theirs)

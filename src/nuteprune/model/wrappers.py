@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,10 +35,7 @@ class Wrapper:
 
     def name_of(self, name: str) -> str:
         """Return the name of a language model's tensor in the wrapper."""
-        for own, theirs in (("model.", self.inside), ("lm_head.", self.head)):
-            if name.startswith(own):
-                return theirs + name.removeprefix(own)
-        return name
+        return _renamed(name, (("model.", self.inside), ("lm_head.", self.head))) or name
 
 
 WRAPPERS = {
@@ -65,10 +62,13 @@ def wrapper_of(model_type: str) -> Wrapper | None:
 
 def own_name(name: str) -> str | None:
     """Return the name of a wrapper's tensor in its language model, None if it is not in it."""
-    for theirs, own in (*_FILES, *_HEADS):
-        if name.startswith(theirs):
-            return own + name.removeprefix(theirs)
-    return None
+    return _renamed(name, (*_FILES, *_HEADS))
+
+
+def _renamed(name: str, beginnings: Iterable[tuple[str, str]]) -> str | None:
+    """Return a name with another beginning, old -> new, None if it begins with none."""
+    found = (new + name.removeprefix(old) for old, new in beginnings if name.startswith(old))
+    return next(found, None)
 
 
 def of_language_model(tensors: Mapping[str, T]) -> dict[str, T]:

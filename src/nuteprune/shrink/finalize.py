@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy, without_lora
+from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
 from nuteprune.model.lora import Learned, Part, effective_weight
-from nuteprune.model.mixture import Mixture
 
 
 @torch.no_grad()

@@ -28,12 +28,11 @@ from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon_costs import Routed, neuron_covariance
-from nuteprune.model.anatomy import Anatomy, without_lora
+from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
 from nuteprune.model.family import BLOCK_KINDS, Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise, Read
 from nuteprune.model.lora import effective_weight
-from nuteprune.model.mixture import Mixture
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered, is_sharded
 from nuteprune.processes import ALONE, Team

@@ -212,8 +212,7 @@ class Distiller(AtomicTrainer):
 
     def run_state(self) -> RunState:
         """Return the trained weights; masks and refitted weights are products of the run."""
-        lora = {k: v for k, v in self.ready.bank.state().items() if not k.endswith(".W")}
-        return RunState({"lora": lora}, {"bad_steps": self._bad_steps()})
+        return RunState({"lora": self.ready.bank.lora()}, {"bad_steps": self._bad_steps()})
 
     def _bad_steps(self) -> list[int]:
         return [self.bad_steps.total, self.bad_steps.in_row]

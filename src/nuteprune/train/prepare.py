@@ -21,7 +21,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.offload import offload
 from nuteprune.model.packed import forget_packed, is_packed, make_trainable
-from nuteprune.model.sharding import all_processes, shard_base
+from nuteprune.model.sharding import shard_base
 from nuteprune.run_folder import RECORD
 from nuteprune.stages.prunable import Prunable
 from nuteprune.train.checks import check_checkpointing, check_given, check_placement
@@ -183,7 +183,7 @@ def prepare(
     objective = args.losses
     distance, normed = objective.layer_distance, objective.as_published
     if args.sharded:
-        shard_base(anatomy, all_processes(args.device))
+        shard_base(anatomy, args.device)
     leave_out(peft_model)
     offload_if_asked(anatomy, args, origin)
     return Prepared(

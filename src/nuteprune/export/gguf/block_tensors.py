@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nuteprune.export.gguf.architectures import Architecture
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
-from nuteprune.model.mixture import Mixture
 
 Array = NDArray[np.float32]
 Named = Iterator[tuple[str, Array]]

@@ -1,4 +1,4 @@
-"""Heads of a group in the place of tokens: what the stock function gives, from fewer reads."""
+"""Heads of a group in the place of tokens, and last tokens alone: what the stock model gives."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nuteprune.model import decoding
-from nuteprune.model.decoding import heads_as_tokens
+from nuteprune.model import forwards
+from nuteprune.model.forwards import heads_as_tokens, last_logits
 from tests.families import each_family
 
 STOCK = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -51,7 +51,7 @@ def test_a_token_s_keys_are_read_once_per_group(
         seen.append((tuple(query.shape), hasattr(module, "num_key_value_groups")))
         return STOCK(module, query, key, *rest, **options)
 
-    monkeypatch.setattr(decoding, "sdpa_attention_forward", watched)
+    monkeypatch.setattr(forwards, "sdpa_attention_forward", watched)
     model = tiny_model("llama")  # four heads of 8 in two groups
     with heads_as_tokens():
         decoded(model, torch.tensor([[5, 6, 7, 8]]), 3)
@@ -79,3 +79,20 @@ def test_the_stock_function_is_back_after_a_failure() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is STOCK
+
+
+def test_last_logits_are_the_stock_model_s_and_read_what_lies_together(
+    tiny_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gemma2")  # which caps its logits
+    ids = torch.arange(3, 39).view(3, 12)
+    with torch.no_grad():
+        whole = model(ids).logits
+        read, forward = [], model.lm_head.forward
+        monkeypatch.setattr(model.lm_head, "forward", lambda x: read.append(x) or forward(x))
+        apart = model(ids, logits_to_keep=5).logits
+        ours = last_logits(model, ids, 5)
+    assert [x.is_contiguous() for x in read] == [False, True]
+    torch.testing.assert_close(ours, whole[:, -5:])
+    torch.testing.assert_close(ours, apart)
+    assert not model.lm_head._forward_pre_hooks
