@@ -16,7 +16,8 @@ from nuteprune.data.mixture import Mixture
 from nuteprune.export.loading import in_dtype
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
-from nuteprune.judge.beside import judge_beside
+from nuteprune.judge.beside import Beside, judge_beside
+from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
@@ -24,7 +25,6 @@ from nuteprune.processes import agree, is_main
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
 from nuteprune.stages.judge import Figures, entries, judge
-from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
 from nuteprune.train.config import NutePruneConfig
@@ -38,19 +38,6 @@ if TYPE_CHECKING:
     from nuteprune.export.wrapping import Around
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What judging a smaller model found.
-
-    Args:
-        entries: of its record.
-        samples: answers side by side, as the report reads them.
-    """
-
-    entries: Record
-    samples: list[dict[str, str]]
 
 
 @dataclass
@@ -140,8 +127,8 @@ class Run:
             how: dict[str, Any] = {"name": "the dense model", "progress": self.progress}
             return judge(model, self.held_out, self.text.tokenizer, **how)
 
-        held_out = entries(self.held_out, _NOTHING, _NOTHING)["perplexity"]["protocol"]
-        found: Figures = self.products.keep_json("judge", make, held_out=held_out)
+        told = protocol(self.held_out)
+        found: Figures = self.products.keep_json("judge", make, held_out=told)
         return found
 
     def cut(self) -> Cut:
@@ -190,7 +177,7 @@ class Run:
         assert trainer.sliced is not None
         return trainer.sliced
 
-    def judge(self, sliced: Sliced, dense: Figures | None) -> Judged:
+    def judge(self, sliced: Sliced, dense: Figures | None) -> Beside:
         """Judge a smaller model as its file will compute, beside the dense one."""
         computed = self.model.origin.computed_dtype
         if self._dense is None:  # only now: the run's own was in memory till the last cut
@@ -206,7 +193,7 @@ class Run:
             self.progress("judge answers and context", 1, 1)
             if self.args.offload:  # as it is written
                 bring_home(sliced.model)
-        return Judged(entries(self.held_out, dense, found) | beside.entries, beside.samples)
+        return Beside(entries(self.held_out, dense, found) | beside.entries, beside.samples)
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a model on the device on which it is judged."""
@@ -214,29 +201,13 @@ class Run:
         place = str(self.args.device) if self.model.has_whole_weights else "cpu"
         return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
 
-    def save(
-        self, trainer: NutePruneTrainer, sliced: Sliced, judged: Judged
-    ) -> tuple[Path, Record]:
+    def save(self, trainer: NutePruneTrainer, judged: Beside) -> tuple[Path, Record]:
         """Write a checkpoint with its record; returns its folder, and the record."""
         write_json(trainer.run_folder / SAMPLES, judged.samples)
         folder = self.folder_of(trainer.goal)
-        record = save(
-            sliced,
-            folder,
-            self.text.tokenizer,
-            around=self.around,
-            **{
-                **trainer.about(sliced),
-                **judged.entries,
-                **self.about(),
-                "stages": self.products.costs,
-                "peak_memory_bytes": self.products.peak,
-            },
-        )
-        return folder, record
-
-
-_NOTHING: Figures = {"perplexity": {}, "copying": None}
+        costs = {"stages": self.products.costs, "peak_memory_bytes": self.products.peak}
+        record = {**judged.entries, **self.about(), **costs}
+        return folder, trainer.save_pruned(folder, around=self.around, **record)
 
 
 def in_percent(progress: Progress) -> Callable[[int, int], None]:

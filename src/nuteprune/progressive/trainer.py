@@ -23,8 +23,7 @@ from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
 from nuteprune.processes import agree
-from nuteprune.progressive.config import ProgressiveConfig
-from nuteprune.progressive.gate_types import GATE_TYPES
+from nuteprune.progressive.config import GATE_TYPES, ProgressiveConfig
 from nuteprune.progressive.schedule import Schedule
 from nuteprune.progressive.teachers import Plan, Teachers
 from nuteprune.run_folder import TEACHERS
@@ -76,7 +75,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         has_snapshots = args.teacher == "snapshots" and self.schedule.ramps
         self.plan = Plan.for_target(goal.sparsity, self.schedule.ramp_steps, has_snapshots)
         allocator, self._type = model.allocator, GATE_TYPES[args.gate_type]
-        self.gates = self._type.make(allocator, allocator.equal_scores())
+        self.gates = self._type(allocator, allocator.equal_scores())
         model.model.add_module("nuteprune_gates", self.gates)
         leave_out(model.model)
         self._teacher_index, self._has_scores = -1, False
@@ -91,7 +90,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         if self._has_scores or resumes or not self._type.ranked:
             return
         scores = self.stages_before(resumes).score()
-        fresh = self._type.make(self.ready.allocator, scores)
+        fresh = self._type(self.ready.allocator, scores)
         self.gates.load_state_dict(fresh.state_dict())
         agree(self.gates.state_dict().values())
         self._has_scores = True

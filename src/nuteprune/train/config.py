@@ -36,6 +36,8 @@ class RunArguments(TrainingArguments):
 
     FOLLOWING: ClassVar[Mapping[str, Any]] = {}
     """Settings that are left open -> what follows from the others: on no record."""
+    STAGED: ClassVar[bool] = False
+    """Whether what a step is to do depends on how many steps there are in all."""
 
     def __post_init__(self) -> None:
         """Check what was given.
@@ -48,11 +50,6 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
         check_trainer_settings(self)
         check_declared(self)
-
-    @property
-    def staged(self) -> bool:
-        """Whether what a step is to do depends on how many steps there are in all."""
-        return False
 
     @property
     def sequences_per_step(self) -> int:
