@@ -159,17 +159,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Return a product's tensors, mapped from its file, and its notes: `key` and `cost`.
+    """Return the tensors of a file of `write_tensors`, mapped from it, and its notes.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+            notes = json.loads(file.metadata()["notes"])
             names = notes.get("order") or sorted(file.keys())
             return {name: file.get_tensor(name) for name in names}, notes
-    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 

@@ -206,9 +206,8 @@ def prune_config(settings: Mapping[str, Any]) -> type[NutePruneConfig]:
     """Return the class of a run's settings: the paper's own dynamics have another one."""
     if not settings.get("progressive"):
         return NutePruneConfig
-    found: type[NutePruneConfig]
-    found = import_module("nuteprune.progressive.config").ProgressiveConfig
-    return found
+    kind: type[NutePruneConfig] = import_module("nuteprune.progressive.config").ProgressiveConfig
+    return kind
 
 
 @dataclass
