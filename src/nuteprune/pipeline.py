@@ -1,4 +1,4 @@
-"""The main job on one screen: nine stages, each a module of `stages`, in order.
+"""The main job on one screen: nine stages, in order; modules of `stages`, and the trainer.
 
     write    the dense model writes its share of the text
     score    what each unit costs

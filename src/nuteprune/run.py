@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -123,13 +124,14 @@ class Run:
         return self._judge_dense(self.model.anatomy.model)
 
     def _judge_dense(self, model: PreTrainedModel) -> Figures:
-        def make() -> Figures:
-            how: dict[str, Any] = {"name": "the dense model", "progress": self.progress}
-            return judge(model, self.held_out, self.text.tokenizer, **how)
-
-        told = protocol(self.held_out)
+        make, told = partial(self._figures, model, "the dense model"), protocol(self.held_out)
         found: Figures = self.products.keep_json("judge", make, held_out=told)
         return found
+
+    def _figures(self, model: PreTrainedModel, name: str) -> Figures:
+        """Judge a model by itself."""
+        tokenizer = self.text.tokenizer
+        return judge(model, self.held_out, tokenizer, name=name, progress=self.progress)
 
     def cut(self) -> Cut:
         """Return the stages before the first step: score, price, choose, refit."""
@@ -186,8 +188,7 @@ class Run:
             dense = self._judge_dense(self._dense)
         with self.products.measured("judge"):
             small = self._placed(in_dtype(sliced.model, computed))
-            how: dict[str, Any] = {"name": "the pruned model", "progress": self.progress}
-            found = judge(small, self.held_out, self.text.tokenizer, **how)
+            found = self._figures(small, "the pruned model")
             self.progress("judge answers and context", 0, 1)
             beside = judge_beside(self._dense, small, self.text.tokenizer, self.held_out)
             self.progress("judge answers and context", 1, 1)

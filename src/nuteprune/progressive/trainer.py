@@ -8,7 +8,7 @@ Source: the paper (arXiv 2402.09773), sections 3.2 and 3.3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -96,9 +96,17 @@ class ProgressiveTrainer(NutePruneTrainer):
         self._has_scores = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """See `NutePruneTrainer.create_optimizer`; refuses an optimizer that cannot ascend."""
+        """See `NutePruneTrainer.create_optimizer`.
+
+        Raises:
+            UserError: if some parameters have to ascend, and the optimizer knows no `maximize`.
+        """
         optimizer = super().create_optimizer(model)
-        check_ascent(self.gates.parameter_groups(), optimizer)
+        if self._type.trained and "maximize" not in optimizer.defaults:
+            raise UserError(
+                f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
+                "pass an optimizer that has maximize"
+            )
         return optimizer
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -251,20 +259,3 @@ class ProgressiveTrainer(NutePruneTrainer):
     def teachers_met(self) -> list[float]:
         """Return the sparsities of the teachers used so far."""
         return self.teachers.sparsities
-
-
-def check_ascent(groups: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that cannot ascend where some parameters have to.
-
-    Args:
-        groups: of parameters, as the optimizer was given them.
-        optimizer: made of them.
-
-    Raises:
-        UserError: if it knows no `maximize`.
-    """
-    if any(group.get("maximize") for group in groups) and "maximize" not in optimizer.defaults:
-        raise UserError(
-            f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
-            "pass an optimizer that has maximize"
-        )

@@ -20,13 +20,14 @@ from nuteprune.console import Progress, silent
 from nuteprune.data.blocks import collated
 from nuteprune.data.calibration import check_text
 from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import as_stored
+from nuteprune.export.record import write_pruned
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
 from nuteprune.model.lora import Learned, Weights
 from nuteprune.model.offload import bring_home
 from nuteprune.products import Products
 from nuteprune.run_folder import SETTINGS
-from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.cut import Cut
@@ -253,7 +254,7 @@ class NutePruneTrainer(Distiller):
             folder: absent, empty, or with nothing but `run/` in it.
             **record: further keys of the record, such as `perplexity`; `base_model` where it
                 is not the folder or hub id that the model was loaded from; `around` where the
-                source checkpoint has other parts, see `stages.save`.
+                source checkpoint has other parts, see `export.record.write_pruned`.
 
         Returns:
             The record as it was written; parameter counts are those of the written files. The main
@@ -267,28 +268,30 @@ class NutePruneTrainer(Distiller):
         if self.sliced is None:
             raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        about = {**self.about(self.sliced), **record}
-        written = save(self.sliced, Path(folder), tokenizer, **about)
+        record = {**self._about(self.sliced), **record}
+        record.setdefault("perplexity", {"before": {}, "after": {}})
+        model = as_stored(self.sliced.model, self.ready.origin.stored_dtype)
+        written = write_pruned(Path(folder), model, tokenizer, **record)
         self.saved = Path(folder)
         return written
 
-    def about(self, sliced: Sliced) -> dict[str, Any]:
-        """Return the run's arguments for `stages.save`."""
+    def _about(self, sliced: Sliced) -> dict[str, Any]:
+        """Return the run's arguments for `export.record.write_pruned`."""
         ready, origin, shape = self.ready, self.ready.origin, sliced.shape
+        budget = ready.allocator.budget
         if active := ready.prices.of_a_token(shape):
             active["active_before"] += origin.tokens
-        came_to, cache = ready.allocator.budget.sparsity(shape), ready.prices.cache(shape)
         return {
             **origin.entries,
-            "budget": ready.allocator.budget,
-            "parameters": {"before": origin.parameters, **active},
-            "stored_dtype": origin.stored_dtype,
+            "params": {"blocks_before": budget.before, "before": origin.parameters, **active},
+            "before": budget.shape,
+            "after": shape,
             "config": chosen_settings(self.args),
             "shapes": self.args.shapes,
             "teachers": {"count": len(self.teachers_met()), "sparsities": self.teachers_met()},
             "bad_steps": self.bad_steps.total,
             "seed": self.args.seed,
-            **self.goal.record(came_to, cache),
+            **self.goal.record(budget.sparsity(shape), ready.prices.cache(shape)),
         }
 
     def teachers_met(self) -> list[float]:
