@@ -12,7 +12,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble, rounded_as_stored
 from nuteprune.export.loading import exact_dtype
 from nuteprune.gates.masks import Masks
-from nuteprune.mapped import mapped
+from nuteprune.memory import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Learned
 from nuteprune.model.shape import Shape
