@@ -130,14 +130,8 @@ class Teachers:
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:04d}.safetensors"
 
-    def record(
-        self,
-        sparsity: float,
-        masks: Masks,
-        lora: Mapping[str, Tensor],
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        """Write a snapshot, its LoRA weights in `dtype`: complete on disk, or not at all.
+    def record(self, sparsity: float, masks: Masks, lora: Mapping[str, Tensor]) -> None:
+        """Write a snapshot, its LoRA weights in bfloat16: complete on disk, or not at all.
 
         Raises:
             RunFailed: if it cannot be written.
@@ -146,7 +140,7 @@ class Teachers:
         notes = {"sparsity": sparsity, "shapes": shapes}
         path = self._path(len(self))
         with writing(f"the teacher {path}", "make room, then go on with --resume"):
-            write_tensors(path, {**masks.values, LORA: _packed(lora, dtype)}, notes)
+            write_tensors(path, {**masks.values, LORA: _packed(lora)}, notes)
             self.sums.append(file_sum(path))
         self.sparsities.append(sparsity)
 
@@ -207,13 +201,13 @@ class Teachers:
 
 
 @torch.no_grad()
-def _packed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the values of all tensors, concatenated on the CPU.
+def _packed(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the values of all tensors in bfloat16, concatenated on the CPU.
 
     A device may have no room for a second copy.
     """
     sizes = [value.numel() for value in tensors.values()]
-    packed = torch.empty(sum(sizes), dtype=dtype)
+    packed = torch.empty(sum(sizes), dtype=torch.bfloat16)
     for part, value in zip(packed.split(sizes), tensors.values(), strict=True):
         part.copy_(value.flatten())
     return packed
