@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,12 +18,14 @@ from nuteprune.files import at_home
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Uncounted
-from nuteprune.gates.speed_costs import Seconds, seconds_of
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.packed import count
 from nuteprune.model.shape import Shape
 from nuteprune.train.asked import DECODE, Asked
 from nuteprune.train.config import NutePruneConfig
+
+if TYPE_CHECKING:
+    from nuteprune.gates.speed_costs import Seconds
 
 IN_PARAMETERS = ("params", "active_params")
 """Kinds of targets in parameters."""
@@ -99,6 +101,8 @@ class Prices:
         memory = Cost(params.budget, params.outside, dtype.itemsize, cached, header)
         seconds = None
         if args.costs is not None:
+            from nuteprune.gates.speed_costs import seconds_of  # few runs ask for it
+
             table = args.costs if isinstance(args.costs, Mapping) else read_table(args.costs)
             seconds = seconds_of(table, params.budget, about.get("for", DECODE))
         active = replace(params, active=True)
