@@ -69,7 +69,7 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [x for k, v in SMALL.items() for x in ("--set", f"{k}={v}")]
-    args = ["demo", "--steps", "4", "--batch-size", "1", "--length", "64", "--device", "cpu"]
+    args = ["demo", "--steps", "4", "--batch-size", "1", "--length", "128", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["nuteprune", *args, *settings, "--json"])
     monkeypatch.chdir(tmp_path)
     # What is measured by copying takes a minute of a core each time; here a part of it will do.
