@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import TrainingArguments
 
 from nuteprune import products
-from nuteprune.mapped import mapped
+from nuteprune.memory import mapped
 from nuteprune.model import lora, offload
 from nuteprune.plan.live import Live
 from nuteprune.stages import slice as cutting

@@ -238,6 +238,16 @@ def test_torchrun_starts_two_that_score_and_freeze_together_where_nothing_is_tra
     assert layers[0] == layers[1]
 
 
+ON_NODES = """
+import os, runpy, sys
+place, sys.argv = sys.argv[1 + int(os.environ["RANK"])], sys.argv[3:]
+os.makedirs(place, exist_ok=True)
+os.chdir(place)
+os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
 def test_two_nodes_that_share_no_folder_do_what_two_processes_do(
     sharded: bool, tiny_inputs: Inputs, tmp_path: Path
@@ -246,15 +256,14 @@ def test_two_nodes_that_share_no_folder_do_what_two_processes_do(
     how = {"batch_size": 2, "sharded": sharded, "save_total_limit": 2}
     said(python(*QUICK, *command(tiny_inputs, one, **how), processes=2))
     places = [tmp_path / "first", tmp_path / "second"]
-    asked = [*REAL, *command(tiny_inputs, Path("out"), **how)]
-    ended = nodes(places, *asked)
-    assert [said(x).count("Saved") for x in ended] == [1, 0]
+    asked = ["-c", ON_NODES, *places, *QUICK, *command(tiny_inputs, Path("out"), **how)]
+    assert said(python(*asked, processes=2)).count("Saved") == 1
     files = [x / "model.safetensors" for x in (one, places[0] / "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
     # What the main node has is enough to go on.
     shutil.rmtree(places[1])
     shutil.rmtree(places[0] / "out" / "run" / "checkpoint-6")
-    assert [said(x).count("Saved") for x in nodes(places, *asked, "--resume")] == [1, 0]
+    assert said(python(*asked, "--resume", processes=2)).count("Saved") == 1
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -274,12 +283,6 @@ def test_a_machine_that_is_lost_ends_the_others_with_a_line(
     second.communicate()
     assert "process 0: another process of this run has ended" in first.communicate(timeout=60)[1]
     assert first.returncode
-
-
-def nodes(places: list[Path], *arguments: object) -> list[Ended]:
-    """Run a launcher in each folder, as on so many machines."""
-    ended = [(x.communicate(timeout=200), x.returncode) for x in begun(places, *arguments)]
-    return [Ended(code, *printed) for printed, code in ended]
 
 
 def begun(places: list[Path], *arguments: object) -> list[subprocess.Popen[str]]:
@@ -305,25 +308,25 @@ def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(
     whole = tmp_path / "whole"
     long = {"batch_size": 2, "max_steps": 40, "save_steps": 1000}
     said(python(*QUICK, *command(tiny_inputs, whole, **long)))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        cut = tmp_path / number.name
-        asked = command(tiny_inputs, cut, **long)
-        errors = interrupted([sys.executable, *REAL, *asked], cut, number)
+    cut = tmp_path / "cut"
+    asked = command(tiny_inputs, cut, **long)
+    for number, more in ((signal.SIGINT, []), (signal.SIGTERM, ["--resume"])):
+        errors = interrupted([sys.executable, *REAL, *asked, *more], cut, number)
         assert "which is saved; go on with the same command and --resume" in errors
         assert not (cut / "config.json").exists()
-        said(python(*QUICK, *asked, "--resume"))
-        weights = [(x / "model.safetensors").read_bytes() for x in (cut, whole)]
-        assert weights[0] == weights[1]
-        assert len(losses(whole)) == 40
-        assert losses(cut) == losses(whole)
+    said(python(*QUICK, *asked, "--resume"))
+    weights = [(x / "model.safetensors").read_bytes() for x in (cut, whole)]
+    assert weights[0] == weights[1]
+    assert len(losses(whole)) == 40
+    assert losses(cut) == losses(whole)
 
 
 def interrupted(parts: list[str], out: Path, number: signal.Signals) -> str:
     """Send a run a signal after some steps; return what it says of that."""
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    alone, metrics = os.environ | {"OMP_NUM_THREADS": "1"}, out / "run" / "metrics.jsonl"
+    steps = 5 + (metrics.read_text().count("\n") if metrics.exists() else 0)
     with subprocess.Popen(parts, env=alone, stderr=subprocess.PIPE, text=True) as process:
-        metrics = out / "run" / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        while not metrics.exists() or metrics.read_text().count("\n") < steps:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import RunFailed
 from nuteprune.products import Products, read_tensors
 
 MADE = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2])}
@@ -102,23 +102,6 @@ def test_a_product_without_what_it_took_is_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "score.safetensors"
     products._write("score", path, MADE)
     assert made(tmp_path, resumes=True).found == ["choose"]
-
-
-def test_a_given_product_is_used_and_what_follows_depends_on_it(tmp_path: Path) -> None:
-    for name, seed in (("own", 3), ("elsewhere", 3)):
-        made(tmp_path / name, {"a": torch.tensor([seed + len(name)])}, settings={"seed": seed})
-    given = {"score": tmp_path / "elsewhere" / "score.safetensors"}
-    products = Products(tmp_path / "own", {"model": "tiny"}, resumes=True, given=given)
-    assert products.keep("score", refuse, seed=3)["a"].tolist() == [12]
-    products.keep("choose", lambda: {"kept": torch.zeros(2)}, target=0.3)
-    assert products.found == ["score"]
-    with pytest.raises(UserError, match=r"made with score.seed 3, and this run has 5: pass the sa"):
-        Products(None, {}, given=given).keep("score", refuse, seed=5)
-    with pytest.raises(UserError, match="made with model tiny, and this run has large"):
-        Products(tmp_path, {"model": "large"}, given=given).keep("score", refuse, seed=3)
-    given["score"].write_bytes(b"none")
-    with pytest.raises(UserError, match="cannot be read"):
-        Products(tmp_path, {"model": "tiny"}, given=given).keep("score", refuse, seed=3)
 
 
 def test_a_full_disk_is_told_and_leaves_no_part(

@@ -141,10 +141,6 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
         self._paces: dict[str, _Pace] = {}
 
-    def line(self, text: str) -> None:
-        """Print a line above the bars."""
-        self.console.print(text, soft_wrap=True)
-
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units of some work are done."""
         now = time.monotonic()

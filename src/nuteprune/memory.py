@@ -1,4 +1,4 @@
-"""Memory of this process: its peak, on the accelerator or else in main memory; freed memory."""
+"""Memory of this process: its peak, what is freed, and tensors that move to a file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nuteprune.files import writing
+from nuteprune.run_folder import HALF_WRITTEN
+from nuteprune.simulated import has_data, left
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -41,3 +49,31 @@ def peak() -> int:
             return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def mapped(part: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Move tensors from main memory to an unnamed file, and return them as read from there.
+
+    The system drops what is not in use, and reads it again. The file's room is given back when
+    nobody holds the tensors.
+
+    Args:
+        part: tensors by name; tensors on an accelerator stay where they are.
+        folder: where there is room; made if it is not there.
+
+    Raises:
+        UserError: if nothing can be written there.
+        RunFailed: if writing went wrong on the way, as where the disk is full.
+    """
+    if not all(map(has_data, part.values())):
+        return {name: left(x) for name, x in part.items()}
+    if any(x.device.type != "cpu" for x in part.values()):
+        return part
+    with writing(folder, "make room, then go on with --resume"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Some systems keep a file's name while it is in use.
+        with TemporaryDirectory(None, HALF_WRITTEN, folder, ignore_cleanup_errors=True) as place:
+            path = Path(place) / "part.safetensors"
+            save_file({name: x.contiguous() for name, x in part.items()}, path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in part}

@@ -37,20 +37,14 @@ class Products:
         folder: the run's; None: nothing is kept.
         about: what all products depend on, such as the model and its text.
         resumes: whether to use existing products; else they are made anew.
-        given: stage -> a product from elsewhere.
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        about: Mapping[str, Any],
-        resumes: bool = False,
-        given: Mapping[str, Path] | None = None,
+        self, folder: Path | None, about: Mapping[str, Any], resumes: bool = False
     ) -> None:
         self.folder, self.resumes = folder, resumes
         self.costs: dict[str, Cost] = {}
         self.found: list[str] = []
-        self._given = dict(given or {})
         self._key: dict[str, Any] = json.loads(to_json(about))
 
     def depends(self, stage: str, **settings: Any) -> None:
@@ -74,9 +68,6 @@ class Products:
             folder: where the product is; None: the run's folder.
             everywhere: whether all processes get the values; else only the main one has data.
             **settings: what they depend on, beside the settings of earlier stages.
-
-        Raises:
-            UserError: if a product that was given is of other settings, or is none.
         """
         self.depends(stage, **settings)
         path = self._path(stage, folder or self.folder)
@@ -133,11 +124,7 @@ class Products:
 
     def _find(self, stage: str, path: Path | None) -> Tensors | None:
         """Return a stage's tensors if they exist under the current key; in the main process."""
-        if not is_main():
-            return None
-        if (given := self._given.get(stage)) is not None:
-            return self._take(stage, given)
-        if path is None or not (self.resumes and path.is_file()):
+        if path is None or not (is_main() and self.resumes and path.is_file()):
             return None
         try:
             tensors, notes = read_tensors(path)
@@ -146,24 +133,6 @@ class Products:
         if notes.get("key") != self._key or not isinstance(notes.get("cost"), dict):
             return None
         self._note(stage, notes["cost"])
-        return tensors
-
-    def _take(self, stage: str, path: Path) -> Tensors:
-        """Return a product from elsewhere.
-
-        Raises:
-            UserError: naming the first setting that differs.
-        """
-        tensors, notes = read_tensors(path)
-        before = notes.get("key", {})
-        for name in before.keys() & self._key.keys():
-            if before[name] != self._key[name]:
-                raise UserError(
-                    f"{path} was made with {name} {before[name]}, and this run has "
-                    f"{self._key[name]}: pass the same, or leave {stage} to the run"
-                )
-        self.depends(stage, given=digest(tensors))
-        self._note(stage, {"seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_bytes": 0})
         return tensors
 
     def _note(self, stage: str, cost: Cost) -> None:
@@ -190,17 +159,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Return a product's tensors, mapped from its file, and its notes: `key` and `cost`.
+    """Return the tensors of a file of `write_tensors`, mapped from it, and its notes.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+            notes = json.loads(file.metadata()["notes"])
             names = notes.get("order") or sorted(file.keys())
             return {name: file.get_tensor(name) for name in names}, notes
-    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 

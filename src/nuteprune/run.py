@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,8 @@ from nuteprune.data.mixture import Mixture
 from nuteprune.export.loading import in_dtype
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
-from nuteprune.judge.beside import judge_beside
+from nuteprune.judge.beside import Beside, judge_beside
+from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
@@ -24,7 +26,6 @@ from nuteprune.processes import agree, is_main
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
 from nuteprune.stages.judge import Figures, entries, judge
-from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
 from nuteprune.train.config import NutePruneConfig
@@ -38,19 +39,6 @@ if TYPE_CHECKING:
     from nuteprune.export.wrapping import Around
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What judging a smaller model found.
-
-    Args:
-        entries: of its record.
-        samples: answers side by side, as the report reads them.
-    """
-
-    entries: Record
-    samples: list[dict[str, str]]
 
 
 @dataclass
@@ -136,13 +124,14 @@ class Run:
         return self._judge_dense(self.model.anatomy.model)
 
     def _judge_dense(self, model: PreTrainedModel) -> Figures:
-        def make() -> Figures:
-            how: dict[str, Any] = {"name": "the dense model", "progress": self.progress}
-            return judge(model, self.held_out, self.text.tokenizer, **how)
-
-        held_out = entries(self.held_out, _NOTHING, _NOTHING)["perplexity"]["protocol"]
-        found: Figures = self.products.keep_json("judge", make, held_out=held_out)
+        make, told = partial(self._figures, model, "the dense model"), protocol(self.held_out)
+        found: Figures = self.products.keep_json("judge", make, held_out=told)
         return found
+
+    def _figures(self, model: PreTrainedModel, name: str) -> Figures:
+        """Judge a model by itself."""
+        tokenizer = self.text.tokenizer
+        return judge(model, self.held_out, tokenizer, name=name, progress=self.progress)
 
     def cut(self) -> Cut:
         """Return the stages before the first step: score, choose, refit."""
@@ -190,7 +179,7 @@ class Run:
         assert trainer.sliced is not None
         return trainer.sliced
 
-    def judge(self, sliced: Sliced, dense: Figures | None) -> Judged:
+    def judge(self, sliced: Sliced, dense: Figures | None) -> Beside:
         """Judge a smaller model as its file will compute, beside the dense one."""
         computed = self.model.origin.computed_dtype
         if self._dense is None:  # only now: the run's own was in memory till the last cut
@@ -199,14 +188,13 @@ class Run:
             dense = self._judge_dense(self._dense)
         with self.products.measured("judge"):
             small = self._placed(in_dtype(sliced.model, computed))
-            how: dict[str, Any] = {"name": "the pruned model", "progress": self.progress}
-            found = judge(small, self.held_out, self.text.tokenizer, **how)
+            found = self._figures(small, "the pruned model")
             self.progress("judge answers and context", 0, 1)
             beside = judge_beside(self._dense, small, self.text.tokenizer, self.held_out)
             self.progress("judge answers and context", 1, 1)
             if self.args.offload:  # as it is written
                 bring_home(sliced.model)
-        return Judged(entries(self.held_out, dense, found) | beside.entries, beside.samples)
+        return Beside(entries(self.held_out, dense, found) | beside.entries, beside.samples)
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a model on the device on which it is judged."""
@@ -214,29 +202,13 @@ class Run:
         place = str(self.args.device) if self.model.has_whole_weights else "cpu"
         return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
 
-    def save(
-        self, trainer: NutePruneTrainer, sliced: Sliced, judged: Judged
-    ) -> tuple[Path, Record]:
+    def save(self, trainer: NutePruneTrainer, judged: Beside) -> tuple[Path, Record]:
         """Write a checkpoint with its record; returns its folder, and the record."""
         write_json(trainer.run_folder / SAMPLES, judged.samples)
         folder = self.folder_of(trainer.goal)
-        record = save(
-            sliced,
-            folder,
-            self.text.tokenizer,
-            around=self.around,
-            **{
-                **trainer.about(sliced),
-                **judged.entries,
-                **self.about(),
-                "stages": self.products.costs,
-                "peak_memory_bytes": self.products.peak,
-            },
-        )
-        return folder, record
-
-
-_NOTHING: Figures = {"perplexity": {}, "copying": None}
+        costs = {"stages": self.products.costs, "peak_memory_bytes": self.products.peak}
+        record = {**judged.entries, **self.about(), **costs}
+        return folder, trainer.save_pruned(folder, around=self.around, **record)
 
 
 def in_percent(progress: Progress) -> Callable[[int, int], None]:

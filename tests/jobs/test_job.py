@@ -22,8 +22,7 @@ from nuteprune.jobs.options import Benchmark
 from nuteprune.jobs.prune_run import recorded
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.text import mixture
-from nuteprune.progressive.gate_types import GATE_TYPES
-from nuteprune.progressive.objective import OBJECTIVES
+from nuteprune.progressive.config import GATE_TYPES, OBJECTIVES
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig

@@ -55,17 +55,6 @@ def test_what_is_recorded_comes_back(tmp_path: Path) -> None:
     assert not list((tmp_path / "teachers").glob("*.partial"))
 
 
-def test_the_same_snapshot_may_be_asked_for_in_another_dtype(tmp_path: Path) -> None:
-    teachers = Teachers(tmp_path, LAYOUT)
-    masks, lora = snapshot(0)
-    lora = {key: value + 1e-3 for key, value in lora.items()}  # more than bfloat16 holds
-    teachers.record(0.01, masks, lora, torch.float32)
-    for dtype in (torch.bfloat16, torch.float32):
-        found = teachers.role(0, dtype=dtype).lora
-        assert found is not None
-        assert all(torch.equal(found[key], lora[key].to(dtype)) for key in lora)
-
-
 def test_a_snapshot_does_not_follow_its_source(tmp_path: Path) -> None:
     teachers = Teachers(tmp_path, LAYOUT)
     masks, lora = snapshot(0)

@@ -76,7 +76,7 @@ def test_a_teacher_is_gone_before_the_backward_pass(
         held.extend(weakref.ref(part) for part in found.lora.values())
         return found
 
-    parts = type(trainer.ready.objective).parts
+    parts = type(trainer.args.losses).parts
 
     def after_the_pass(*args: Any) -> Any:
         assert held
@@ -84,7 +84,7 @@ def test_a_teacher_is_gone_before_the_backward_pass(
         return parts(*args)
 
     monkeypatch.setattr(trainer.teachers, "role", role)
-    monkeypatch.setattr(type(trainer.ready.objective), "parts", after_the_pass)
+    monkeypatch.setattr(type(trainer.args.losses), "parts", after_the_pass)
     ids = torch.arange(3, 3 + 2 * LENGTH).remainder(90).view(2, LENGTH)
     trainer._teacher_index = 0
     trial_step(trainer, {"input_ids": ids})

@@ -10,7 +10,7 @@ import torch
 
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
-from nuteprune.mapped import mapped
+from nuteprune.memory import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.slicing import Tensors, cut_state
 from nuteprune.train.config import NutePruneConfig

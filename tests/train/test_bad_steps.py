@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nuteprune.train.bad_steps import BadSteps
+from nuteprune.train.distiller import BadSteps
 
 
 def test_a_good_step_ends_a_row_of_bad_ones() -> None:

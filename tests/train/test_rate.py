@@ -11,8 +11,7 @@ from torch import nn
 
 from nuteprune import NutePruneConfig
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.prepare import prepare
-from nuteprune.train.rate import RATE, gain, usual_rate
+from nuteprune.train.prepare import RATE, gain, prepare, usual_rate
 
 
 def test_a_gain_is_how_much_larger_random_inputs_come_out() -> None:

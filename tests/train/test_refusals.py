@@ -192,7 +192,7 @@ def test_a_pass_that_fails_leaves_no_masks_behind(
         assert trainer.ready.hooks.masks is not None
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(type(trainer.ready.objective), "parts", fail)
+    monkeypatch.setattr(type(trainer.args.losses), "parts", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     assert trainer.ready.hooks.masks is None

@@ -11,7 +11,7 @@ Shape suffixes: B batch, T tokens, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -79,8 +79,7 @@ class CoForward:
         self.layer_term, self.normed = layer_term, normed
         self._fixed: dict[str, NarrowMasks] = {}
 
-    @contextmanager
-    def student(self, masks: Masks | None) -> Iterator[None]:
+    def student(self, masks: Masks | None) -> AbstractContextManager[None]:
         """Within this context, the model is the student: in forward and in backward passes.
 
         The backward pass belongs inside: under activation checkpointing it runs the layers again.
@@ -88,8 +87,7 @@ class CoForward:
         Args:
             masks: the student's; its LoRA is the model's own.
         """
-        with self.hooks.using(self._source("student", masks)):
-            yield
+        return self.hooks.using(self._source("student", masks))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], teacher: Role | None) -> Passage:
         """Run a batch through the model once, in both roles; see `roles`.

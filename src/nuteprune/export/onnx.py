@@ -26,8 +26,8 @@ from transformers import DynamicCache, PreTrainedModel
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import check_room, data_files, partial_of, remove, sync, writing
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.forwards import cache_name
 from nuteprune.model.family import Family
+from nuteprune.model.forwards import cache_name
 from nuteprune.model.packed import refuse_packed
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")

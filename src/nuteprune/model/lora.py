@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nuteprune.errors import UserError
-from nuteprune.mapped import mapped
+from nuteprune.memory import mapped
 from nuteprune.model.adapters import ADAPTER, Place, places_of, sides_of
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection

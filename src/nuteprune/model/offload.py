@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from nuteprune.mapped import mapped
+from nuteprune.memory import mapped
 from nuteprune.model.anatomy import Anatomy
 
 

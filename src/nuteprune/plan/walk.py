@@ -27,8 +27,8 @@ from nuteprune.plan.trial import trial_step
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.stages.slice import slice_model
-from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.distiller import BadSteps
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.trainer import NutePruneTrainer
 

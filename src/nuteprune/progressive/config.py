@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers.training_args import OptimizerNames
 
-from nuteprune.distill.objective import Objective
+from nuteprune.distill.objective import RELATIVE, Objective
 from nuteprune.errors import UserError
 from nuteprune.gates.method_names import METHOD
-from nuteprune.progressive.gate_types import GATE_TYPES
-from nuteprune.progressive.objective import OBJECTIVES
+from nuteprune.progressive.gates import Gates, RankedGates
+from nuteprune.progressive.hard_concrete import HardConcreteGates
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.train.config import NutePruneConfig
 
+GATE_TYPES: Mapping[str, type[Gates]] = {
+    "ranked": RankedGates,
+    "hard_concrete": HardConcreteGates,
+}
+"""Name, as the setting `gate_type` has it, -> the type of gates."""
+PAPER = Objective(token_weight=0.1, layer_weight=0.9, as_published=True, temperature=2 / 3)
+"""The published loss: the sum over layers of plain squared errors, the sum over tokens of the KL
+divergence, and no language-model loss; the last layer's outputs behind the final norm, as in the
+authors' code."""
+OBJECTIVES = {"relative": RELATIVE, "paper": PAPER}
+"""Name, as the setting `objective` has it, -> the terms where a teacher takes part."""
 ASCENDING = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Values of `optim` that know `maximize`."""
 
@@ -37,6 +49,7 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
     """
 
     PIPELINE: ClassVar[str] = "nuteprune.progressive.pipeline"
+    STAGED: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.progressive = True
@@ -77,11 +90,6 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
     def has_unused_parameters(self) -> bool:
         """Whether parameters that are trained may have no gradients: gates that are frozen."""
         return GATE_TYPES[self.gate_type].trained
-
-    @property
-    def staged(self) -> bool:
-        """Whether what a step is to do depends on how many steps there are in all."""
-        return True
 
     @property
     def losses(self) -> Objective:

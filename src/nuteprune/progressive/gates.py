@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,24 @@ class Gates(nn.Module):
         scores: one-shot importance of each unit, kind -> (N,); the warm start.
     """
 
+    ranked: ClassVar[bool]
+    """Whether masks follow one-shot scores; else all units start alike."""
+    trained: ClassVar[bool]
+    """Whether the optimizer trains them: then they need steps to learn in, and an optimizer that
+    can ascend for the Lagrangian's multipliers."""
+
     def __init__(self, allocator: Allocator, scores: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.allocator = allocator
         self.kinds = tuple(scores)
         for kind, value in scores.items():
             self.register_buffer(f"scores_{kind}", value.float().clone())
-        self.frozen = False
+        self._final: Masks | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether masks are fixed."""
+        return self._final is not None
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -87,7 +98,7 @@ class Gates(nn.Module):
 
     def restore_masks(self, masks: Masks) -> None:
         """Take over masks that were frozen before a run was interrupted."""
-        raise NotImplementedError
+        self._final = masks.to(next(iter(self.scores.values())).device)
 
 
 class RankedGates(Gates):
@@ -103,6 +114,8 @@ class RankedGates(Gates):
         scores: one-shot importance of each unit, kind -> (N,); the warm start.
         decay: weight of the past in the moving average, per step.
     """
+
+    ranked, trained = True, False
 
     def __init__(
         self, allocator: Allocator, scores: Mapping[str, Tensor], decay: float = DECAY
@@ -127,8 +140,8 @@ class RankedGates(Gates):
 
     def masks(self, batch_size: int) -> Masks:
         """Return masks (B, N), one row per sequence, so that gradients come per sequence."""
-        if self.frozen:
-            return self._hard
+        if self._final is not None:
+            return self._final
         self._leaves = {
             kind: torch.zeros(batch_size, len(value), device=value.device, requires_grad=True)
             for kind, value in self._hard.values.items()
@@ -168,11 +181,11 @@ class RankedGates(Gates):
     def freeze(self, asked: float | Goal) -> Masks:
         """Fix the masks by the current scores."""
         self._choose(asked)
-        self.frozen = True
+        self._final = self._hard
         return self._hard
 
     def restore_masks(self, masks: Masks) -> None:
         """Take over frozen masks."""
-        self._hard = masks.to(next(iter(self.scores.values())).device)
-        self._sparsity = self.allocator.sparsity(masks)
-        self.frozen = True
+        super().restore_masks(masks)
+        assert self._final is not None
+        self._hard, self._sparsity = self._final, self.allocator.sparsity(masks)

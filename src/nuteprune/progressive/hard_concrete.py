@@ -65,6 +65,8 @@ class HardConcreteGates(Gates):
         scores: names the kinds and their units, kind -> (N,); the start is the published one.
     """
 
+    ranked, trained = False, True
+
     def __init__(self, allocator: Allocator, scores: Mapping[str, Tensor]) -> None:
         super().__init__(allocator, scores)
         first = {k: torch.full_like(v, START.get(k, LOG_ALPHA_MAX)) for k, v in scores.items()}
@@ -72,7 +74,6 @@ class HardConcreteGates(Gates):
         self.lagrangian = Lagrangian()
         self._asked = 0.0
         self._noise: dict[str, Tensor] = {}
-        self._final: Masks | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return a group for log-alpha, and one for the Lagrangian's multipliers, which ascend."""
@@ -145,10 +146,4 @@ class HardConcreteGates(Gates):
         hard = self.allocator.masks(shape, self.scores).values
         soft = {k: hard[k].to(v) * test_value(v) for k, v in self.log_alpha.items()}
         self._final = Masks(self.allocator.layout, soft)
-        self.frozen = True
         return self._final
-
-    def restore_masks(self, masks: Masks) -> None:
-        """Take over frozen masks."""
-        self._final = masks.to(next(iter(self.scores.values())).device)
-        self.frozen = True

@@ -24,5 +24,5 @@ def pipeline(run: Run) -> dict[Path, Record]:
         if is_main():
             sliced = run.slice(trainer, goal)
             judged = run.judge(sliced, dense)
-            folder, records[folder] = run.save(trainer, sliced, judged)
+            folder, records[folder] = run.save(trainer, judged)
     return records

@@ -7,21 +7,19 @@ steps that `Schedule.rested` gives. Source: the paper's progressive distillation
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import file_sum, writing
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.products import write_tensors
+from nuteprune.products import read_tensors, write_tensors
 from nuteprune.progressive.schedule import Schedule
 
 LORA = "lora"
@@ -132,14 +130,8 @@ class Teachers:
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:04d}.safetensors"
 
-    def record(
-        self,
-        sparsity: float,
-        masks: Masks,
-        lora: Mapping[str, Tensor],
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        """Write a snapshot, its LoRA weights in `dtype`: complete on disk, or not at all.
+    def record(self, sparsity: float, masks: Masks, lora: Mapping[str, Tensor]) -> None:
+        """Write a snapshot, its LoRA weights in bfloat16: complete on disk, or not at all.
 
         Raises:
             RunFailed: if it cannot be written.
@@ -148,7 +140,7 @@ class Teachers:
         notes = {"sparsity": sparsity, "shapes": shapes}
         path = self._path(len(self))
         with writing(f"the teacher {path}", "make room, then go on with --resume"):
-            write_tensors(path, {**masks.values, LORA: _packed(lora, dtype)}, notes)
+            write_tensors(path, {**masks.values, LORA: _packed(lora)}, notes)
             self.sums.append(file_sum(path))
         self.sparsities.append(sparsity)
 
@@ -195,33 +187,27 @@ class Teachers:
 
     def _read(self, index: int, device: str, dtype: torch.dtype) -> Role:
         path = self._path(index)
-        # Under several processes torch says cpu:0, which safetensors does not know.
-        place = "cpu" if torch.device(device).type == "cpu" else device
         try:
-            with safe_open(path, framework="pt", device=place) as file:
-                # Copies: what is read is the file itself, which is in memory as long as a part.
-                masks = {
-                    key: file.get_tensor(key).to(torch.float32, copy=True)
-                    for key in file.keys()  # noqa: SIM118
-                    if key != LORA
-                }
-                packed = file.get_tensor(LORA).to(dtype)
-                shapes: dict[str, list[int]] = json.loads(file.metadata()["notes"])["shapes"]
-        except (OSError, SafetensorError) as error:
-            raise RunFailed(f"the teacher {path} cannot be read any more: {error}") from error
+            tensors, notes = read_tensors(path)
+        except UserError as error:
+            why = error.__cause__
+            raise RunFailed(f"the teacher {path} cannot be read any more: {why}") from error
+        packed, shapes = tensors.pop(LORA).to(device, dtype), notes["shapes"]
+        # Copies: what is read is the file itself, which is in memory as long as a part.
+        masks = {k: v.to(device, torch.float32, copy=True) for k, v in tensors.items()}
         parts = packed.split([math.prod(shape) for shape in shapes.values()])
         lora = {key: part.view(shapes[key]) for key, part in zip(shapes, parts, strict=True)}
         return Role(Masks(self.layout, masks), lora)
 
 
 @torch.no_grad()
-def _packed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the values of all tensors, concatenated on the CPU.
+def _packed(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the values of all tensors in bfloat16, concatenated on the CPU.
 
     A device may have no room for a second copy.
     """
     sizes = [value.numel() for value in tensors.values()]
-    packed = torch.empty(sum(sizes), dtype=dtype)
+    packed = torch.empty(sum(sizes), dtype=torch.bfloat16)
     for part, value in zip(packed.split(sizes), tensors.values(), strict=True):
         part.copy_(value.flatten())
     return packed

@@ -8,7 +8,7 @@ Source: the paper (arXiv 2402.09773), sections 3.2 and 3.3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,8 +23,7 @@ from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
 from nuteprune.processes import agree
-from nuteprune.progressive.config import ProgressiveConfig
-from nuteprune.progressive.gate_types import GATE_TYPES
+from nuteprune.progressive.config import GATE_TYPES, ProgressiveConfig
 from nuteprune.progressive.schedule import Schedule
 from nuteprune.progressive.teachers import Plan, Teachers
 from nuteprune.run_folder import TEACHERS
@@ -76,7 +75,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         has_snapshots = args.teacher == "snapshots" and self.schedule.ramps
         self.plan = Plan.for_target(goal.sparsity, self.schedule.ramp_steps, has_snapshots)
         allocator, self._type = model.allocator, GATE_TYPES[args.gate_type]
-        self.gates = self._type.make(allocator, allocator.equal_scores())
+        self.gates = self._type(allocator, allocator.equal_scores())
         model.model.add_module("nuteprune_gates", self.gates)
         leave_out(model.model)
         self._teacher_index, self._has_scores = -1, False
@@ -91,15 +90,23 @@ class ProgressiveTrainer(NutePruneTrainer):
         if self._has_scores or resumes or not self._type.ranked:
             return
         scores = self.stages_before(resumes).score()
-        fresh = self._type.make(self.ready.allocator, scores)
+        fresh = self._type(self.ready.allocator, scores)
         self.gates.load_state_dict(fresh.state_dict())
         agree(self.gates.state_dict().values())
         self._has_scores = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """See `NutePruneTrainer.create_optimizer`; refuses an optimizer that cannot ascend."""
+        """See `NutePruneTrainer.create_optimizer`.
+
+        Raises:
+            UserError: if some parameters have to ascend, and the optimizer knows no `maximize`.
+        """
         optimizer = super().create_optimizer(model)
-        check_ascent(self.gates.parameter_groups(), optimizer)
+        if self._type.trained and "maximize" not in optimizer.defaults:
+            raise UserError(
+                f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
+                "pass an optimizer that has maximize"
+            )
         return optimizer
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -252,20 +259,3 @@ class ProgressiveTrainer(NutePruneTrainer):
     def teachers_met(self) -> list[float]:
         """Return the sparsities of the teachers used so far."""
         return self.teachers.sparsities
-
-
-def check_ascent(groups: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that cannot ascend where some parameters have to.
-
-    Args:
-        groups: of parameters, as the optimizer was given them.
-        optimizer: made of them.
-
-    Raises:
-        UserError: if it knows no `maximize`.
-    """
-    if any(group.get("maximize") for group in groups) and "maximize" not in optimizer.defaults:
-        raise UserError(
-            f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
-            "pass an optimizer that has maximize"
-        )

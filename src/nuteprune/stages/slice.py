@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble, rounded_as_stored
 from nuteprune.gates.masks import Masks
-from nuteprune.mapped import mapped
+from nuteprune.memory import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Learned
 from nuteprune.model.shape import Shape

@@ -146,7 +146,7 @@ class AtomicTrainer(PushesCheckpoint):
                 raise UserError(
                     f"{checkpoint} is of a run in another folder: set output_dir to {home}"
                 )
-            also: tuple[str, ...] = ("max_steps",) if self.args.staged else ()
+            also: tuple[str, ...] = ("max_steps",) if self.args.STAGED else ()
             if self.args.max_steps <= 0:  # passes over the text are counted in steps of this size
                 also = ("sequences_per_step",)
             check_same(run, self.settings(), type(self.args), also=also)

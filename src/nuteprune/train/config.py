@@ -33,6 +33,8 @@ class RunArguments(TrainingArguments):
 
     FOLLOWING: ClassVar[Mapping[str, Any]] = {}
     """Settings that are left open -> what follows from the others: on no record."""
+    STAGED: ClassVar[bool] = False
+    """Whether what a step is to do depends on how many steps there are in all."""
 
     def __post_init__(self) -> None:
         """Check what was given.
@@ -45,11 +47,6 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
         check_trainer_settings(self)
         check_declared(self)
-
-    @property
-    def staged(self) -> bool:
-        """Whether what a step is to do depends on how many steps there are in all."""
-        return False
 
     @property
     def sequences_per_step(self) -> int:
@@ -199,9 +196,8 @@ def prune_config(settings: Mapping[str, Any]) -> type[NutePruneConfig]:
     """Return the class of a run's settings: the paper's own dynamics have another one."""
     if not settings.get("progressive"):
         return NutePruneConfig
-    found: type[NutePruneConfig]
-    found = import_module("nuteprune.progressive.config").ProgressiveConfig
-    return found
+    kind: type[NutePruneConfig] = import_module("nuteprune.progressive.config").ProgressiveConfig
+    return kind
 
 
 @dataclass

@@ -5,6 +5,7 @@ A step: one pass of the backbone plays student and teacher, and distillation los
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -17,13 +18,75 @@ from transformers import TrainerCallback
 from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.distill.losses import Head, amplified, batch_counts
 from nuteprune.distill.objective import text_loss
+from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Masks
 from nuteprune.simulated import has_data
-from nuteprune.train.bad_steps import BadSteps
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.state import RunState
+
+MOST_IN_ROW = 3
+"""A run stops after so many steps in a row that were not finite, when it next logs."""
+
+
+class BadSteps:
+    """Counts steps that are not finite without waiting for the device; reading a count waits.
+
+    Args:
+        device: where gradients are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._total = torch.zeros((), dtype=torch.long, device=device)
+        self._in_row = torch.zeros((), dtype=torch.long, device=device)
+
+    @property
+    def total(self) -> int:
+        """Bad steps so far."""
+        return int(self._total)
+
+    @property
+    def in_row(self) -> int:
+        """Bad steps since the last good one."""
+        return int(self._in_row)
+
+    def restore(self, total: int, in_row: int) -> None:
+        """Go back to the counts that a checkpoint knew."""
+        self._total.fill_(total)
+        self._in_row.fill_(in_row)
+
+    def drop(self, norm: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        """Count a step by the norm of its gradients, and set them to 0 if it is not finite.
+
+        The optimizer then goes on by its momentum alone.
+
+        Args:
+            norm: total norm of all of them before they were clipped, a scalar.
+            parameters: those whose gradients are dropped.
+        """
+        bad = ~torch.isfinite(norm)
+        self._total += bad
+        self._in_row = (self._in_row + 1) * bad
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad = torch.where(bad, torch.zeros_like(parameter.grad), parameter.grad)
+
+    def check(self, step: int, learning_rate: float) -> None:
+        """Stop a run that does not come back to finite steps.
+
+        Args:
+            step: the one that has ended.
+            learning_rate: of the settings.
+
+        Raises:
+            RunFailed: after `MOST_IN_ROW` steps in a row.
+        """
+        if self.in_row >= MOST_IN_ROW:
+            raise RunFailed(
+                f"the loss or its gradients were not finite in {self.in_row} steps in a row, up to "
+                f"step {step}; lower learning_rate (now {learning_rate}), or use --dtype float32"
+            )
 
 
 class Distiller(AtomicTrainer):
@@ -145,7 +208,7 @@ class Distiller(AtomicTrainer):
             num_items_in_batch: the step's `batch_counts` (3,); None: all micro-batches are alike.
         """
         assert self.ready.hooks.masks is not None, "without masks the student is the dense model"
-        objective = self.ready.objective
+        objective = self.args.losses
         # Not a local variable: a teacher need not be in memory any more in the backward pass.
         passage = self.coforward.run(model, inputs, self.teacher())
         parts = objective.parts(passage, Head.of(self.anatomy), inputs)

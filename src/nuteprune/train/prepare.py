@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from statistics import fmean
+from typing import Any, Final, cast
 
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
-from nuteprune.distill.objective import Objective
 from nuteprune.errors import UserError
 from nuteprune.export.record import origin_of, read_record
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.model.offload import offload
-from nuteprune.model.packed import forget_packed, is_packed, make_trainable
+from nuteprune.model.packed import forget_packed, is_packed, make_trainable, weight_of
 from nuteprune.model.sharding import shard_base
 from nuteprune.run_folder import RECORD
+from nuteprune.simulated import has_data
 from nuteprune.stages.prunable import Prunable
 from nuteprune.train.checks import check_checkpointing, check_given, check_placement
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.rate import usual_rate
 from nuteprune.train.setup import check_stock, leave_out, make_allocator, with_lora
 from nuteprune.train.targets import Prices, Target, run_targets
+
+RATE: Final = 4e-4
+"""Learning rate of LoRA for projections of gain 1, whose outputs are as large as their inputs."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,6 @@ class Prepared(Prunable):
         coforward: the two roles that it plays.
         prices: the costs of a model of any shape.
         goals: the sizes to cut it to, the largest first.
-        objective: the losses that it is trained on.
     """
 
     origin: Origin
@@ -86,7 +90,6 @@ class Prepared(Prunable):
     coforward: CoForward
     prices: Prices
     goals: tuple[Target, ...]
-    objective: Objective
 
     @property
     def must_be_reloaded(self) -> bool:
@@ -140,6 +143,38 @@ def offload_if_asked(anatomy: Anatomy, args: NutePruneConfig, origin: Origin) ->
     converted = origin.computed_dtype != origin.stored_dtype
     on_disk = converted and args.device.type == "cpu"
     offload(anatomy, args.device, Path(cast(str, args.output_dir)) if on_disk else None)
+
+
+def usual_rate(anatomy: Anatomy) -> float:
+    """Return the learning rate where none is given: `RATE` times the mean gain of the projections.
+
+    Adam changes LoRA by about the rate in each step, and so the output of a projection by the same
+    amount whatever its weights are. For the change to be as large a share of the output in every
+    model, the rate goes with the gain. That of two models differs fivefold: see docs/log.md.
+
+    Args:
+        anatomy: the dense model.
+
+    Returns:
+        The rate, rounded to two digits.
+    """
+    layers = range(len(anatomy.layers))
+    found = (anatomy.linear(i, p) for i in layers for p in anatomy.family.projections)
+    gains = [gain(x) for x in found if x is not None]
+    return float(f"{RATE * fmean(gains or [1.0]):.2g}")
+
+
+def gain(linear: nn.Linear) -> float:
+    """Return how much larger a projection's outputs are than its inputs, if these are random.
+
+    That is the root mean square of its weights times the root of its number of inputs. Without
+    data it is 1.
+    """
+    weight: Tensor = weight_of(linear)
+    if not has_data(weight) or weight.is_meta:
+        return 1.0
+    size = torch.linalg.vector_norm(weight, dtype=torch.float32)
+    return float(size) / math.sqrt(weight.numel() / linear.in_features)
 
 
 def prepare(
@@ -197,5 +232,4 @@ def prepare(
         coforward=CoForward(anatomy, hooks, bank, distance, normed),
         prices=prices,
         goals=goals,
-        objective=objective,
     )

@@ -6,12 +6,9 @@ all.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, safe_open
 
 from nuteprune.errors import UserError
 from nuteprune.files import read_sums
@@ -43,9 +40,7 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
-        from nuteprune.products import (
-            write_tensors,  # torch, which a look for checkpoints needs not
-        )
+        from nuteprune.products import write_tensors  # torch: a look for checkpoints needs none
 
         groups = self.tensors.items()
         named = {f"{group}/{name}": x for group, values in groups for name, x in values.items()}
@@ -58,19 +53,20 @@ class RunState:
         Raises:
             UserError: if the folder has none, or one that is damaged.
         """
+        from nuteprune.products import read_tensors  # see `save`
+
         path = folder / STATE
         if not path.is_file():
             raise UserError(f"cannot resume from {folder}: it has no {STATE}")
         groups: dict[str, dict[str, Tensor]] = {}
         try:
-            with safe_open(path, framework="pt") as file:
-                notes = dict(json.loads(file.metadata()["notes"]))
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    group, name = key.split("/", 1)
-                    groups.setdefault(group, {})[name] = file.get_tensor(key)
+            tensors, notes = read_tensors(path)
+            for key, value in tensors.items():
+                group, name = key.split("/", 1)
+                groups.setdefault(group, {})[name] = value
             return cls(groups, notes)
-        except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
+        except (UserError, ValueError) as error:
+            raise UserError(f"{path} is damaged: {error.__cause__ or error}") from error
 
 
 def restore(current: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:

@@ -267,20 +267,21 @@ class NutePruneTrainer(Distiller):
         if self.sliced is None:
             raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        about = {**self.about(self.sliced), **record}
-        written = save(self.sliced, Path(folder), tokenizer, **about)
+        written = save(
+            self.sliced, Path(folder), tokenizer, **{**self._about(self.sliced), **record}
+        )
         self.saved = Path(folder)
         return written
 
-    def about(self, sliced: Sliced) -> dict[str, Any]:
+    def _about(self, sliced: Sliced) -> dict[str, Any]:
         """Return the run's arguments for `stages.save`."""
         ready, origin, shape = self.ready, self.ready.origin, sliced.shape
+        budget = ready.allocator.budget
         if active := ready.prices.of_a_token(shape):
             active["active_before"] += origin.tokens
-        came_to, cache = ready.allocator.budget.sparsity(shape), ready.prices.cache(shape)
         return {
             **origin.entries,
-            "budget": ready.allocator.budget,
+            "budget": budget,
             "parameters": {"before": origin.parameters, **active},
             "stored_dtype": origin.stored_dtype,
             "config": chosen_settings(self.args),
@@ -288,7 +289,7 @@ class NutePruneTrainer(Distiller):
             "teachers": {"count": len(self.teachers_met()), "sparsities": self.teachers_met()},
             "bad_steps": self.bad_steps.total,
             "seed": self.args.seed,
-            **self.goal.record(came_to, cache),
+            **self.goal.record(budget.sparsity(shape), ready.prices.cache(shape)),
         }
 
     def teachers_met(self) -> list[float]:
