@@ -6,8 +6,7 @@ from typing import Any
 
 from nuteprune.cli import options as o
 from nuteprune.data.specs import DEMO
-from nuteprune.jobs.folder import DEMOS, begun_folder, free_folder
-from nuteprune.jobs.guard import check_free
+from nuteprune.jobs.guard import DEMOS, begun_folder, check_free, free_folder
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.prune_settings import PruneSettings

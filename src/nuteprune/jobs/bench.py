@@ -11,12 +11,11 @@ from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, write_json
 from nuteprune.gates.speed_costs import PHASES
-from nuteprune.jobs.engines import Transformers, pick_engine
 from nuteprune.jobs.guard import check_absent, check_file, check_writable
 from nuteprune.jobs.options import Benchmark
 from nuteprune.jobs.sources import load_model, read_config, use_family
 from nuteprune.jobs.speed import write_table
-from nuteprune.jobs.timing import conditions, for_report, measure
+from nuteprune.jobs.timing import Transformers, conditions, for_report, measure, pick_engine
 from nuteprune.judge.bench import say_ratio
 from nuteprune.judge.verdicts import LABELS
 from nuteprune.judge.work import Workload
@@ -75,8 +74,8 @@ def _costs(
     """Write the table that `prune --costs` takes, and return it with its path as `out`."""
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    loaded = load_model(model, engine.computed)
-    table = write_table(path, loaded, setting, engine.device, engine.computed)
+    loaded = load_model(model, engine.dtype)
+    table = write_table(path, loaded, setting, engine.device, engine.dtype)
     parts = [(f"{x['heads']} heads on {x['kv_heads']} KV heads", x) for x in table["attention"]]
     parts += [(f"{x['neurons']} neurons", x) for x in table["mlp"]]
     parts.append(("all else", table["rest"]))

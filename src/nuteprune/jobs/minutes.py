@@ -22,7 +22,7 @@ from nuteprune.console import Output, duration
 from nuteprune.data.own_text import tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
-from nuteprune.jobs.folder import is_stated
+from nuteprune.jobs.guard import is_stated
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, trainer_config
 from nuteprune.jobs.text import share_to_write

@@ -20,8 +20,7 @@ from nuteprune.export.record import write_pruned
 from nuteprune.export.vocabulary import merges_of, template_tokens
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.fewer_tokens import Cutter, Smaller
-from nuteprune.jobs.folder import clear
-from nuteprune.jobs.guard import alone, check_out
+from nuteprune.jobs.guard import alone, check_out, clear
 from nuteprune.jobs.job import Job, VocabJob, tokens_asked
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
