@@ -18,9 +18,8 @@ from nuteprune.export.gguf.write import FILE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
 from nuteprune.jobs.options import Benchmark
-from nuteprune.jobs.prune_run import recorded
+from nuteprune.jobs.prune_run import mixture, recorded
 from nuteprune.jobs.settings import make_job
-from nuteprune.jobs.text import mixture
 from nuteprune.jobs.timing import ENGINES
 from nuteprune.progressive.gate_types import GATE_TYPES
 from nuteprune.progressive.objective import OBJECTIVES

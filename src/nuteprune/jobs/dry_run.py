@@ -10,8 +10,8 @@ from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Rate, entry, in_bits, offloaded, print_phases, sharded
+from nuteprune.jobs.prune_run import share_to_write
 from nuteprune.jobs.show import describe_target
-from nuteprune.jobs.text import share_to_write
 from nuteprune.memory import peak, reset_peak
 from nuteprune.plan.kernels import on_cpu
 from nuteprune.plan.need import Unplanned

@@ -21,16 +21,8 @@ from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
+from nuteprune.jobs import sources
 from nuteprune.jobs.options import Evaluation
-from nuteprune.jobs.sources import (
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    record_of,
-    same_tokens,
-    use_family,
-)
 from nuteprune.judge import protocols, texts
 from nuteprune.judge.beside import judge_beside
 from nuteprune.judge.copying import SEED
@@ -57,7 +49,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         RunFailed: if a perplexity is no finite number.
     """
     source = asked.against or candidate_of(asked.model, asked.base).source
-    use_family(asked.family, source)
+    sources.use_family(asked.family, source)
     _check(asked)
     names = [name for name in (asked.model, asked.against) if name is not None]
     models = [candidate_of(name, asked.base) for name in names]
@@ -71,15 +63,15 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         tasks = [x.strip() for x in asked.tasks.split(",") if x.strip()]
         include = None if asked.include_path is None else at_home(asked.include_path)
         questions = Tasks(tasks, include, asked.limit, asked.fewshot)
-    kind = pick_device(asked.device)
-    computed = pick_dtype(asked.dtype, kind)
-    tokenizer = load_tokenizer(models[0].source, asked.trust_remote_code)
+    kind = sources.pick_device(asked.device)
+    computed = sources.pick_dtype(asked.dtype, kind)
+    tokenizer = sources.load_tokenizer(models[0].source, asked.trust_remote_code)
     cut: dict[str, texts.Blocks] = {}
     if asked.data or asked.protocol or questions is None:
         cut = _blocks(asked, tokenizer, _learned(models))
     prompts = None if asked.prompts is None else read_prompts(asked.prompts, tokenizer)
     if beside := asked.against is not None and bool(cut or prompts):
-        same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
+        sources.same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
     verdicts = Verdicts(cut, questions)
     held: list[PreTrainedModel] = []
     with output.bars() as bars:
@@ -90,7 +82,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
             if cut:
                 found = _measure(one, loaded, cut, asked.batch_size, bars.update)
                 verdicts.perplexity[one.name] = found
-            own = load_tokenizer(one.source, asked.trust_remote_code)
+            own = sources.load_tokenizer(one.source, asked.trust_remote_code)
             seed = SEED if asked.copying_seed is None else asked.copying_seed
             copied = copies(loaded, own, seed=seed, batch_size=asked.batch_size)
             verdicts.copying |= {one.name: copied} if copied is not None else {}
@@ -131,7 +123,7 @@ class Candidate:
 
     def load(self, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, float | None]:
         """Return the model on a device, and the sparsity of its masks if it is midway."""
-        model = load_model(self.source, dtype).to(device)  # type: ignore[arg-type]
+        model = sources.load_model(self.source, dtype).to(device)  # type: ignore[arg-type]
         return (model, None) if self.checkpoint is None else load_midway(model, self.checkpoint)
 
 
@@ -190,7 +182,7 @@ def _option(name: str) -> str:
 
 def _learned(models: Sequence[Candidate]) -> list[Fingerprint | None]:
     """Return what records say of the text that models were made with; empty if they say nothing."""
-    records = [record for x in models if (record := record_of(x.source)) is not None]
+    records = [record for x in models if (record := sources.record_of(x.source)) is not None]
     runs = [x.checkpoint.resolve().parent for x in models if x.checkpoint is not None]
     records += [{"config": read_settings(run), **_text_of(run)} for run in runs]
     return [one for x in records for one in learned_from(x)]

@@ -24,8 +24,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.guard import is_stated
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune_run import make_run, trainer_config
-from nuteprune.jobs.text import share_to_write
+from nuteprune.jobs.prune_run import make_run, share_to_write, trainer_config
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.processes import agree
 from nuteprune.run import Run

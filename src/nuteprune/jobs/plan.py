@@ -20,9 +20,8 @@ from nuteprune.errors import UserError
 from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune_run import trainer_config
+from nuteprune.jobs.prune_run import share_to_write, trainer_config
 from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config, use_family
-from nuteprune.jobs.text import share_to_write
 from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
