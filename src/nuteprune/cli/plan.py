@@ -15,19 +15,8 @@ from nuteprune.train.asked import value_of
 from nuteprune.train.prune_settings import PruneSettings
 
 _NOT_ASKED = (
-    "out",
-    "data",
-    "eval_data",
-    "text_column",
-    "device",
-    "resume",
-    "overwrite",
-    "dry_run",
-    "trust_remote_code",
-    "shares",
-    "bits",
-    "vocab",
-    "offload",
+    *("out", "data", "eval_data", "text_column", "shares", "trust_remote_code", "vocab"),
+    *("device", "bits", "offload", "resume", "overwrite", "dry_run"),
 )
 
 

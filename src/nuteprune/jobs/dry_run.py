@@ -10,7 +10,7 @@ from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Rate, entry, in_bits, offloaded, print_phases, sharded
-from nuteprune.jobs.prune_run import share_to_write
+from nuteprune.jobs.prune_run import seconds_writing, share_to_write
 from nuteprune.jobs.show import describe_target
 from nuteprune.memory import peak, reset_peak
 from nuteprune.plan.kernels import on_cpu
@@ -19,7 +19,6 @@ from nuteprune.plan.phases import FORMULA, Phase, Plan
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.run import Run
 from nuteprune.stages.score import stops_before
-from nuteprune.stages.write import seconds_to_write
 
 BYTES_OF_ADAM = 8
 """Per trained parameter: two moments in fp32, which a single step does not make."""
@@ -35,7 +34,8 @@ def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
     """
     found = _reached(run, output)
     trainer, args = run.first, run.args
-    writing = _seconds_to_write(run)
+    # Timed on the first positions of what the model writes.
+    writing = seconds_writing(run, run.text.to_write) if run.text.to_write else 0.0
     step = memory = None
     if args.max_steps:
         reset_peak()  # loading and timing what is written may have held more
@@ -64,16 +64,6 @@ def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
     output.line("Dry run no model was written.")
     cost = {"seconds_per_step": step, "seconds_writing": writing, "memory_bytes": memory}
     return {**found, **cost, **taken}
-
-
-def _seconds_to_write(run: Run) -> float:
-    """Return how long the model writes text, timed on its first positions."""
-    text = run.text
-    if not text.to_write:
-        return 0.0
-    how: dict[str, Any] = {"tokens": text.to_write, "length": text.length}
-    with run.model.model.disable_adapter():
-        return seconds_to_write(run.model.anatomy.model, text.tokenizer, **how)
 
 
 def _reached(run: Run, output: Output) -> dict[str, Any]:

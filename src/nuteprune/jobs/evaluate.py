@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.console import Output
+from nuteprune.console import Bars, Output
 from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.prompts import read_prompts
 from nuteprune.data.specs import DEMO
@@ -77,10 +76,12 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     with output.bars() as bars:
         for i, one in enumerate(models):
             bars.update("models", i, len(models), one.name)
-            loaded, sparsity = one.load(computed, kind)
-            verdicts.midway |= {one.name: sparsity} if sparsity is not None else {}
+            loaded = sources.load_model(one.source, computed).to(kind)  # type: ignore[arg-type]
+            if one.checkpoint is not None:
+                loaded, sparsity = load_midway(loaded, one.checkpoint)
+                verdicts.midway |= {} if sparsity is None else {one.name: sparsity}
             if cut:
-                found = _measure(one, loaded, cut, asked.batch_size, bars.update)
+                found = _measure(one, loaded, cut, asked.batch_size, bars)
                 verdicts.perplexity[one.name] = found
             own = sources.load_tokenizer(one.source, asked.trust_remote_code)
             seed = SEED if asked.copying_seed is None else asked.copying_seed
@@ -121,11 +122,6 @@ class Candidate:
     source: str
     checkpoint: Path | None = None
 
-    def load(self, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, float | None]:
-        """Return the model on a device, and the sparsity of its masks if it is midway."""
-        model = sources.load_model(self.source, dtype).to(device)  # type: ignore[arg-type]
-        return (model, None) if self.checkpoint is None else load_midway(model, self.checkpoint)
-
 
 def candidate_of(name: str, base: str | None) -> Candidate:
     """Return what a user names: a model, or a trainer checkpoint of a run.
@@ -155,12 +151,8 @@ def candidate_of(name: str, base: str | None) -> Candidate:
 
 
 def _check(asked: Evaluation) -> None:
-    for name, least in {
-        "batch_size": 1,
-        "answer_tokens": 1,
-        "copying_seed": 0,
-        "fewshot": 0,
-    }.items():
+    smallest = {"batch_size": 1, "answer_tokens": 1, "copying_seed": 0, "fewshot": 0}
+    for name, least in smallest.items():
         if not least <= (value := getattr(asked, name) or 0) < 2**31:
             raise UserError(f"{_option(name)} {value}: pass a number from {least} to {2**31 - 1}")
     if asked.prompts is not None and asked.against is None:
@@ -226,18 +218,19 @@ def _blocks(
 
 
 def _measure(
-    one: Candidate, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, update: Any
+    one: Candidate, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, bars: Bars
 ) -> dict[str, float]:
+    """Return the perplexity on each text."""
     vocabulary = Anatomy(loaded).embedding.weight.shape[0]
     found = {}
     for i, (source, blocks) in enumerate(cut.items()):
-        update(f"perplexity, {one.name}", i, len(cut), source)
+        bars.update(f"perplexity, {one.name}", i, len(cut), source)
         check_ids(blocks.tokens_NT, vocabulary)
         check_positions(blocks.tokens_NT.shape[1], loaded.config)
         found[source] = perplexity(
             loaded, blocks.tokens_NT, batch_size=batch_size, context=blocks.context_N
         )
-    update(f"perplexity, {one.name}", len(cut), len(cut))
+    bars.update(f"perplexity, {one.name}", len(cut), len(cut))
     if not all(map(math.isfinite, found.values())):
         raise RunFailed(
             f"the perplexity of {one.name} is not finite ({found}): try --dtype float32; if that "

@@ -32,7 +32,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SELF
-from nuteprune.stages.write import read_written, room
+from nuteprune.stages.write import read_written, room, seconds_to_write
 from nuteprune.train.checks import check_placement
 from nuteprune.train.config import NutePruneConfig, prune_config
 from nuteprune.train.prepare import Prepared, prepare
@@ -273,6 +273,14 @@ def own_share(job: PruneJob) -> float:
 def share_to_write(job: PruneJob) -> float:
     """Return the share of the text that the model has yet to write; see `mixture`."""
     return own_share(job) if job.own_text is None else 0.0
+
+
+def seconds_writing(run: Run, tokens: int) -> float:
+    """Return about how long a run's model writes as many tokens, timed on the first positions."""
+    model, text = run.model, run.text
+    with model.model.disable_adapter():
+        how: dict[str, Any] = {"tokens": tokens, "length": text.length}
+        return seconds_to_write(model.anatomy.model, text.tokenizer, **how)
 
 
 def text_of(
