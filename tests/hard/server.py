@@ -38,7 +38,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-MODULES = ("nuteprune.cli.app", "nuteprune.cli.demo", "nuteprune.cli.prune", "nuteprune.cli.report")
+MODULES = ("nuteprune.cli.app", "nuteprune.cli.commands")
 LAZY = ("transformers.models.llama.modeling_llama", "transformers.trainer", "datasets", "pyarrow")
 PHASES = {
     "nuteprune.stages.score:score": "scoring",

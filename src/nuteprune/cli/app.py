@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
 
@@ -26,7 +25,7 @@ COMMANDS = (
     *("demo", "plan", "prune", "eval", "bench", "recover"),
     *("export", "family", "inspect", "report", "vocab", "write"),
 )
-"""Commands in the order of help: each is a function in a module of its name."""
+"""Commands in the order of help: each is a function of its name, but `eval`, which Python has."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -52,9 +51,11 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in COMMANDS:  # imported here: `main` checks names before anything else
-        name = "evaluate" if command == "eval" else command  # which Python has a function for
-        app.command(command)(getattr(import_module(f"nuteprune.cli.{name}"), name))
+    from nuteprune.cli import commands, export  # here: `main` checks names before anything else
+
+    functions = {**vars(commands), "eval": commands.evaluate, "export": export.export}
+    for command in COMMANDS:
+        app.command(command)(functions[command])
     return app
 
 
