@@ -137,14 +137,10 @@ def _print(found: dict[str, Any], output: Output) -> None:
 
 def _print_setting(setting: dict[str, Any], where: str, output: Output) -> None:
     models = list(setting["models"].values())
-
-    def row(label: str, key: str, form: str, scale: float = 1) -> list[str]:
-        return [label, *(_spread(x[key], form, scale) for x in models)]
-
     rows = [
-        row("prefill tok/s", "prefill_tokens_per_second", "{:.0f}"),
-        row("decode tok/s", "decode_tokens_per_second", "{:.1f}"),
-        row("first token ms", "first_token_seconds", "{:.0f}", 1000),
+        ["prefill tok/s", *(_spread(x["prefill_tokens_per_second"], "{:.0f}") for x in models)],
+        ["decode tok/s", *(_spread(x["decode_tokens_per_second"], "{:.1f}") for x in models)],
+        ["first token ms", *(_spread(x["first_token_seconds"], "{:.0f}", 1000) for x in models)],
         [f"peak {where} memory", *(megabytes(x["peak_memory_bytes"]) for x in models)],
     ]
     columns = ["", *LABELS[: len(models)]]
@@ -153,12 +149,7 @@ def _print_setting(setting: dict[str, Any], where: str, output: Output) -> None:
         for cells, phase in zip(rows, ("prefill", "decode"), strict=False):
             ratio = setting["speedup"][phase]
             share = "-" if ratio["reached"] is None else f"{ratio['reached']:.0%}"
-            cells += [
-                _spread(ratio, "{:.2f}"),
-                f"{ratio['bound']:.2f}",
-                share,
-                say_ratio(ratio),
-            ]
+            cells += [_spread(ratio, "{:.2f}"), f"{ratio['bound']:.2f}", share, say_ratio(ratio)]
     padded = [[*cells, *[""] * (len(columns) - len(cells))] for cells in rows]
     title = (
         f"Batch {setting['batch_size']}, prompt of {setting['length']} tokens, "

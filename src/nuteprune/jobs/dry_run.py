@@ -50,16 +50,13 @@ def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
     except Unplanned as error:
         output.line(f"Note    {error}")
         taken = {"seconds": _reckoned(run, writing, step)}
+    said = f"{duration(taken['seconds'])} in all, "
     if step is None or memory is None:
-        said = (
-            f"{duration(taken['seconds'])} in all, at the rate of products alone: no step was run"
-        )
+        said += "at the rate of products alone: no step was run"
     else:
-        rest = "by the rate of that step" if "phases" in taken else "the rest as so many steps"
-        said = (
-            f"{step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one; "
-            f"{duration(taken['seconds'])} in all, {rest}"
-        )
+        said += "by the rate of that step" if "phases" in taken else "the rest as so many steps"
+        one = f"{step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one"
+        said = f"{one}; {said}"
     output.line(f"Cost    {said}")
     output.line("Dry run no model was written.")
     cost = {"seconds_per_step": step, "seconds_writing": writing, "memory_bytes": memory}

@@ -17,7 +17,7 @@ from nuteprune.jobs import guard
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
-from nuteprune.jobs.show import print_next, print_plan, print_report, print_results
+from nuteprune.jobs.show import print_plan, print_report, print_results
 from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
@@ -122,7 +122,8 @@ def finish(job: PruneJob, result: Result, output: Output) -> None:
         result.speedups = judge_speed(job, fast, output)
     for folder in result.records:
         print_report(folder, output)
-    print_next(folder, job.dense, output)
+    # Judged by text that the run did not read.
+    output.line(f"Next    nuteprune eval {folder} --against {job.dense} --data YOUR_TEXT")
     for folder, speedup in result.speedups.items():
         check_speed(result.records[folder], speedup)
 

@@ -25,8 +25,8 @@ from nuteprune.export.record import read_record
 from nuteprune.files import at_home, file_sum, to_json
 from nuteprune.jobs import sources
 from nuteprune.jobs.job import PruneJob, what_it_is
-from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.settings import settings_of_user
+from nuteprune.jobs.show import StepProgress
 from nuteprune.judge.provenance import text_entry
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
@@ -81,9 +81,8 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     whole = None if job.text_only else sources.around(job.model)
     check_priced(job, config, whole)
     tokenizer = sources.load_tokenizer(job.dense, job.trust_remote_code)
-    model = sources.load_model(
-        job.dense, sources.pick_dtype(job.dtype, job.device), job.bits, str(config.device)
-    )
+    dtype = sources.pick_dtype(job.dtype, job.device)
+    model = sources.load_model(job.dense, dtype, job.bits, str(config.device))
     stored, cut, before = sources.stored_dtype(model), None, 0
     if job.vocab is not None and not job.dry_run:
         cut = read_record(Path(job.dense))

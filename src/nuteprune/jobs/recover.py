@@ -28,9 +28,9 @@ from nuteprune.files import write_json
 from nuteprune.jobs import sources
 from nuteprune.jobs.guard import alone, check_out, clear, clear_result, goes_on, nothing_left
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
-from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.recover_text import check_room, judged_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
+from nuteprune.jobs.show import StepProgress
 from nuteprune.jobs.show_recover import print_recovered, print_recovery
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.judge.provenance import text_entry

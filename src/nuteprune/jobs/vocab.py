@@ -213,12 +213,11 @@ def asked_for(job: Job, keep: int | str) -> dict[str, Any]:
 
 
 def _check_rows(job: Job, merges: Merges, anatomy: Anatomy) -> None:
-    rows = anatomy.embedding.weight.shape[0]
-    if max(merges.all_ids.values()) >= rows:
+    last, rows = max(merges.all_ids.values()), anatomy.embedding.weight.shape[0]
+    if last >= rows:
         raise UserError(
-            f"the tokenizer of {job.model} has tokens up to number "
-            f"{max(merges.all_ids.values())}, the embedding only {rows} rows: it belongs to "
-            "another checkpoint"
+            f"the tokenizer of {job.model} has tokens up to number {last}, the embedding only "
+            f"{rows} rows: it belongs to another checkpoint"
         )
 
 
