@@ -22,7 +22,7 @@ from nuteprune.data.mixture import tokens_to_write
 from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.text import mixture
+from nuteprune.jobs.prune_run import mixture
 from nuteprune.judge.copying import SEED
 from nuteprune.judge.perplexity import mean, perplexities
 from nuteprune.judge.protocols import HELD_OUT, PROTOCOLS

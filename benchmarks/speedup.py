@@ -34,10 +34,9 @@ from nuteprune.export.loading import unfilled
 from nuteprune.files import file_sum
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal, Seconds, seconds_of
-from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.settings import read_given
 from nuteprune.jobs.speed import write_table
-from nuteprune.jobs.timing import conditions, measure
+from nuteprune.jobs.timing import Transformers, conditions, measure
 from nuteprune.judge import bench as speed
 from nuteprune.judge import work as timed
 from nuteprune.model.family import BLOCK_KINDS
@@ -131,7 +130,7 @@ class Comparison:
         if path.exists():
             return read_table(str(path))
         model, engine = self.bench.model(), self.engine
-        return write_table(path, model, self.at, engine.device, engine.computed)
+        return write_table(path, model, self.at, engine.device, engine.dtype)
 
     def rows(self, asked: float) -> list[dict[str, Any]]:
         """Return the rows of a speedup: by seconds, and by parameters."""
@@ -178,7 +177,7 @@ class Comparison:
         """Write a model of a shape, to be timed: its weights are of no meaning."""
         dense = self.cut.model.anatomy
         model = unfilled(pruned_config(dense.config, dense.family, shape))
-        save(model.to(self.engine.computed), folder)
+        save(model.to(self.engine.dtype), folder)
 
     def _timed(self, names: list[str]) -> dict[str, Any]:
         """Return the first one's times beside the second's, in turns as `bench` does it."""

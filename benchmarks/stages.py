@@ -24,10 +24,8 @@ import torch
 
 from nuteprune.data.demo import model_folder
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.plan import config_of
-from nuteprune.jobs.planned import Rate
-from nuteprune.jobs.prune_run import trainer_config
-from nuteprune.jobs.text import share_to_write
+from nuteprune.jobs.plan import Rate, config_of
+from nuteprune.jobs.prune_run import share_to_write, trainer_config
 from nuteprune.plan.phases import Phase, Plan
 
 STAGES = ("write", "score", "refit", "teach")

@@ -20,7 +20,7 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates import copying_losses
 from nuteprune.gates.masks import Masks
-from nuteprune.jobs.folder import DEMOS
+from nuteprune.jobs.guard import DEMOS
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge import copying
 from nuteprune.judge.beside import judge_beside

@@ -21,7 +21,7 @@ here = {"device": "cpu", "dtype": "float32", "quiet": True}
 nuteprune.prune(model, out=out, sparsity=0.3, data=text, **small, **here)
 print(json.dumps([x for x in sys.modules if x.split(".")[0] == "nuteprune"]))
 """
-RARE = ("engines", "evaluate", "exactness", "family", "plan", "recover", "speed", "timing", "vocab")
+RARE = ("evaluate", "exactness", "family", "plan", "recover", "speed", "timing", "vocab")
 """Modules of jobs that only other commands, or rare options, need."""
 
 

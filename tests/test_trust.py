@@ -21,8 +21,8 @@ from nuteprune.errors import UserError
 from nuteprune.export import loading
 from nuteprune.export.loading import load_pruned
 from nuteprune.files import write_sums
-from nuteprune.jobs.engines import LlamaCpp
 from nuteprune.jobs.sources import load_tokenizer
+from nuteprune.jobs.timing import LlamaCpp
 from tests.conftest import Run
 
 SOURCE = Path(nuteprune.__file__).parent

@@ -40,7 +40,7 @@ def options(model: Path, text: Path, out: Path, **changes: Any) -> list[str]:
         **changes,
     }
     flags = [str(x) for k, v in values.items() if v is not None for x in (f"--{k}", v)]
-    few = ["--set", "calibration_blocks=4"]
+    few = ["--set", "calibration_blocks=4", "--set", "eval_blocks=2"]
     return ["prune", str(model), *flags, "--set", "neuron_multiple=4", *few]
 
 
@@ -66,7 +66,8 @@ def test_a_file_takes_tables_whole(capsys: pytest.CaptureFixture[str], monkeypat
 
 def test_prune_eval_and_inspect(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    code, stdout, stderr = run(*options(model, text, out), "--json")
+    judged_as_eval_does = ["--set", "eval_blocks=24"]
+    code, stdout, stderr = run(*options(model, text, out), *judged_as_eval_does, "--json")
     assert (code, "Traceback" in stderr) == (0, False)
     record = json_line(stdout)
     assert json.loads((out / "nuteprune.json").read_text()).items() <= record.items()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nuteprune.cli import demo
+from nuteprune.cli import commands
 from nuteprune.errors import UserError
 from nuteprune.files import write_sums
 from nuteprune.jobs.demo import MEMORY, MINUTES, with_defaults
@@ -25,7 +25,7 @@ def asked(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(
         "nuteprune.jobs.demo.finished", lambda job, _: jobs.append(with_defaults(job))
     )
-    monkeypatch.setattr(demo, "check_free", lambda _: None)
+    monkeypatch.setattr(commands, "check_free", lambda _: None)
     monkeypatch.chdir(tmp_path)
 
     def call(*args: Any) -> PruneJob:

@@ -112,7 +112,7 @@ def test_frequencies_that_follow_the_length_are_said_to_be_no_graph() -> None:
 
 @pytest.mark.slow
 def test_a_run_loads_no_format_that_it_does_not_write() -> None:
-    code = "import sys, nuteprune.cli.prune, nuteprune.jobs.prune; print(*sys.modules)"
+    code = "import sys, nuteprune.cli.commands, nuteprune.jobs.prune; print(*sys.modules)"
     loaded = python("-c", code).out.split()
     assert "nuteprune.export.checkpoint" in loaded
     assert not [

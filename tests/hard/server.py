@@ -38,7 +38,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-MODULES = ("nuteprune.cli.app", "nuteprune.cli.demo", "nuteprune.cli.prune", "nuteprune.cli.report")
+MODULES = ("nuteprune.cli.app", "nuteprune.cli.commands")
 LAZY = ("transformers.models.llama.modeling_llama", "transformers.trainer", "datasets", "pyarrow")
 PHASES = {
     "nuteprune.stages.score:score": "scoring",
@@ -59,15 +59,15 @@ PHASES = {
     "nuteprune.export.record:write_pruned": "writing the record",
     "nuteprune.judge.report:write_report": "reporting",
     "nuteprune.export.gguf.write:write_gguf": "writing GGUF",
-    "nuteprune.jobs.folder:clear": "clearing",
-    "nuteprune.jobs.folder:clear_result": "clearing a result",
+    "nuteprune.jobs.guard:clear": "clearing",
+    "nuteprune.jobs.guard:clear_result": "clearing a result",
     "nuteprune.data.demo:fetch": "downloading",
     "nuteprune.data.demo:_convert": "converting",
     "nuteprune.judge.perplexity:perplexities": "measuring",
     "nuteprune.judge.beside:judge_beside": "judging answers",
     "nuteprune.stages.write:write": "writing text",
     "nuteprune.train.recover:RecoverTrainer.merge": "merging",
-    "nuteprune.jobs.comparison:compared": "comparing",
+    "nuteprune.jobs.recover:compared": "comparing",
     "nuteprune.jobs.vocab_text:read_text": "counting tokens",
     "nuteprune.export.vocabulary:cut_model": "cutting the vocabulary",
     "nuteprune.judge.block_times:cost_table": "timing blocks",

@@ -16,12 +16,11 @@ from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.write import FILE_TYPES
 from nuteprune.gates.importance import METHODS
-from nuteprune.jobs.engines import ENGINES
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
 from nuteprune.jobs.options import Benchmark
-from nuteprune.jobs.prune_run import recorded
+from nuteprune.jobs.prune_run import mixture, recorded
 from nuteprune.jobs.settings import make_job
-from nuteprune.jobs.text import mixture
+from nuteprune.jobs.timing import ENGINES
 from nuteprune.progressive.config import GATE_TYPES, OBJECTIVES
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.run_folder import SELF

@@ -7,8 +7,8 @@ import torch
 from nuteprune.console import Output
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import recover
-from nuteprune.jobs.comparison import judged_again
 from nuteprune.jobs.job import STEPS, TEXT, RecoverJob
+from nuteprune.jobs.recover import judged_again
 from nuteprune.jobs.recover_text import judged_text
 from nuteprune.judge.perplexity import protocol
 

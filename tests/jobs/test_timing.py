@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nuteprune.console import Output
 from nuteprune.jobs import timing
-from nuteprune.jobs.engines import Ready
-from nuteprune.jobs.timing import for_report, measure
+from nuteprune.jobs.timing import Ready, for_report, measure
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.report import told_gains
 from nuteprune.judge.work import Work, Workload
@@ -27,7 +27,7 @@ ALONE = {"small": 0.85, "dense": 1.0}
 """Seconds of a pass on a machine that does nothing else: 1.18 times faster."""
 
 ENGINE: Any = SimpleNamespace(
-    device="cpu", dtype="float32", prepare=lambda *_: Ready(lambda: None, lambda: None)
+    device="cpu", dtype=torch.float32, prepare=lambda *_: Ready(lambda: None, lambda: None)
 )
 
 

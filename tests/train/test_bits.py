@@ -95,8 +95,3 @@ def test_rows_that_a_cpu_unpacks_wrongly_are_refused(tiny_model, tmp_path: Path)
     tiny_model("llama").save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"q_proj has 32 inputs, .* multiples of 64; use 8 bits"):
         make(load_model(str(tmp_path / "model"), torch.float32, 4), tmp_path / "run")
-
-
-def test_other_bits_are_refused(stored: Path) -> None:
-    with pytest.raises(UserError, match=r"bits are 3; weights are held in 8 or 4 bits, or whole"):
-        load_model(str(stored), torch.float32, 3)

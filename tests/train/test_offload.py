@@ -101,7 +101,7 @@ def test_a_layer_at_a_time_is_on_the_device(
         away = train("away", model(), offload=True)
     assert losses[0] == losses[1]
     assert all(torch.equal(x, plain[name].inner) for name, x in away.items())
-    assert 0 < most[1] < 2 * LAYER  # as `jobs.planned.offloaded` has it
+    assert 0 < most[1] < 2 * LAYER  # as `jobs.plan.offloaded` has it
     if settings.get("gradient_checkpointing"):
         # Each comes once for both roles and once for the way back, but for one that is there still:
         # the last layer when it turns, the first when the next step begins.

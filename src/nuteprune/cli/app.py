@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
 
@@ -26,7 +25,7 @@ COMMANDS = (
     *("demo", "plan", "prune", "eval", "bench", "recover"),
     *("export", "family", "inspect", "report", "vocab", "write"),
 )
-"""Commands in the order of help: each is a function in a module of its name."""
+"""Commands in the order of help: each is a function of its name, but `eval`, which Python has."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -52,9 +51,11 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in COMMANDS:  # imported here: `main` checks names before anything else
-        name = "evaluate" if command == "eval" else command  # which Python has a function for
-        app.command(command)(getattr(import_module(f"nuteprune.cli.{name}"), name))
+    from nuteprune.cli import commands, export  # here: `main` checks names before anything else
+
+    functions = {**vars(commands), "eval": commands.evaluate, "export": export.export}
+    for command in COMMANDS:
+        app.command(command)(functions[command])
     return app
 
 
@@ -77,32 +78,30 @@ def main() -> None:
         _fail(str(stop) if is_main() else "", 128 + stop.signal)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except (UserError, RunFailed) as error:
-        if debug:
-            raise
-        # All processes of a run meet the same wrong input, and one line is enough.
-        wrong = isinstance(error, UserError)
-        line = str(error) if is_main() else "" if wrong else f"process {rank()}: {error}"
-        _fail(line, 2 if wrong else 1)
-    except OSError as error:
-        if debug:
-            raise
-        what = f"{error.filename}: " if error.filename else ""
-        _fail(f"{what}{error.strerror or error}", 2 if error.errno in WRONG_PLACE else 1)
-    except UnicodeEncodeError as error:  # a name that another file holds, or of the cache
-        if debug or not narrow_locale():
-            raise
-        _fail(f"{str(error.object)[:100]!r}: {narrow_locale()}", 2)
     except Exception as error:
-        # Usage errors of the parsing library that typer carries with it know their message.
-        if debug:
+        if debug or (isinstance(error, UnicodeEncodeError) and not narrow_locale()):
             raise
-        if hasattr(error, "format_message"):
-            _fail(error.format_message(), 2)
-        if several_started() and BY_PEER in str(error):
-            _fail(f"process {rank()}: {OTHER_ENDED}", 1)
-        _fail(f"{type(error).__name__}: {error} (NUTEPRUNE_DEBUG=1 shows where)", 1)
+        _fail(*_told(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """Return an error's line, empty where the main process alone prints it, and the exit code."""
+    if isinstance(error, UserError):  # all processes of a run meet the same wrong input
+        return str(error) if is_main() else "", 2
+    if isinstance(error, RunFailed):
+        return str(error) if is_main() else f"process {rank()}: {error}", 1
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        return f"{what}{error.strerror or error}", 2 if error.errno in WRONG_PLACE else 1
+    if isinstance(error, UnicodeEncodeError):  # a name that another file holds, or of the cache
+        return f"{str(error.object)[:100]!r}: {narrow_locale()}", 2
+    # Usage errors of the parsing library that typer carries with it know their message.
+    if hasattr(error, "format_message"):
+        return error.format_message(), 2
+    if several_started() and BY_PEER in str(error):
+        return f"process {rank()}: {OTHER_ENDED}", 1
+    return f"{type(error).__name__}: {error} (NUTEPRUNE_DEBUG=1 shows where)", 1
 
 
 def _check_names(arguments: list[str]) -> None:

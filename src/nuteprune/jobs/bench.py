@@ -11,12 +11,11 @@ from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
 from nuteprune.files import at_home, write_json
 from nuteprune.gates.costs import PHASES
-from nuteprune.jobs.engines import Transformers, pick_engine
 from nuteprune.jobs.guard import check_absent, check_file, check_writable
 from nuteprune.jobs.options import Benchmark
 from nuteprune.jobs.sources import load_model, read_config, use_family
 from nuteprune.jobs.speed import write_table
-from nuteprune.jobs.timing import conditions, for_report, measure
+from nuteprune.jobs.timing import Transformers, conditions, for_report, measure, pick_engine
 from nuteprune.judge.bench import say_ratio
 from nuteprune.judge.verdicts import LABELS
 from nuteprune.judge.work import Workload
@@ -75,8 +74,8 @@ def _costs(
     """Write the table that `prune --costs` takes, and return it with its path as `out`."""
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    loaded = load_model(model, engine.computed)
-    table = write_table(path, loaded, setting, engine.device, engine.computed)
+    loaded = load_model(model, engine.dtype)
+    table = write_table(path, loaded, setting, engine.device, engine.dtype)
     parts = [(f"{x['heads']} heads on {x['kv_heads']} KV heads", x) for x in table["attention"]]
     parts += [(f"{x['neurons']} neurons", x) for x in table["mlp"]]
     parts.append(("all else", table["rest"]))
@@ -138,14 +137,10 @@ def _print(found: dict[str, Any], output: Output) -> None:
 
 def _print_setting(setting: dict[str, Any], where: str, output: Output) -> None:
     models = list(setting["models"].values())
-
-    def row(label: str, key: str, form: str, scale: float = 1) -> list[str]:
-        return [label, *(_spread(x[key], form, scale) for x in models)]
-
     rows = [
-        row("prefill tok/s", "prefill_tokens_per_second", "{:.0f}"),
-        row("decode tok/s", "decode_tokens_per_second", "{:.1f}"),
-        row("first token ms", "first_token_seconds", "{:.0f}", 1000),
+        ["prefill tok/s", *(_spread(x["prefill_tokens_per_second"], "{:.0f}") for x in models)],
+        ["decode tok/s", *(_spread(x["decode_tokens_per_second"], "{:.1f}") for x in models)],
+        ["first token ms", *(_spread(x["first_token_seconds"], "{:.0f}", 1000) for x in models)],
         [f"peak {where} memory", *(megabytes(x["peak_memory_bytes"]) for x in models)],
     ]
     columns = ["", *LABELS[: len(models)]]
@@ -154,12 +149,7 @@ def _print_setting(setting: dict[str, Any], where: str, output: Output) -> None:
         for cells, phase in zip(rows, ("prefill", "decode"), strict=False):
             ratio = setting["speedup"][phase]
             share = "-" if ratio["reached"] is None else f"{ratio['reached']:.0%}"
-            cells += [
-                _spread(ratio, "{:.2f}"),
-                f"{ratio['bound']:.2f}",
-                share,
-                say_ratio(ratio),
-            ]
+            cells += [_spread(ratio, "{:.2f}"), f"{ratio['bound']:.2f}", share, say_ratio(ratio)]
     padded = [[*cells, *[""] * (len(columns) - len(cells))] for cells in rows]
     title = (
         f"Batch {setting['batch_size']}, prompt of {setting['length']} tokens, "

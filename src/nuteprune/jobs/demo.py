@@ -65,18 +65,14 @@ def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
     output.line()
     print_end(out, record, output)
     finish(job, result, output)
+    (timed,) = speed["settings"]
+    ours, dense = (x["decode_tokens_per_second"]["median"] for x in timed["models"].values())
     return {
         "out": str(out),
         **record,
-        "decode_tokens_per_second": decoded(speed),
-        "speedup": result.speedups.get(out, speed["settings"][0]["speedup"]),
+        "decode_tokens_per_second": {"dense": dense, "NutePrune": ours},
+        "speedup": result.speedups.get(out, timed["speedup"]),
     }
-
-
-def decoded(speed: Mapping[str, Any]) -> dict[str, float]:
-    """Return the median rates of decoding, in tokens per second."""
-    ours, dense = (x["decode_tokens_per_second"] for x in speed["settings"][0]["models"].values())
-    return {"dense": dense["median"], "NutePrune": ours["median"]}
 
 
 def print_table(record: dict[str, Any], speed: Mapping[str, Any], output: Output) -> None:

@@ -9,16 +9,15 @@ from typing import Any
 from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
+from nuteprune.jobs.plan import Rate, entry, in_bits, offloaded, print_phases, sharded
+from nuteprune.jobs.prune_run import seconds_writing, share_to_write
 from nuteprune.jobs.show import describe_target
-from nuteprune.jobs.text import share_to_write
 from nuteprune.memory import peak, reset_peak
 from nuteprune.plan.need import Unplanned, on_cpu
 from nuteprune.plan.phases import FORMULA, Phase, Plan
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.run import Run
 from nuteprune.stages.score import stops_before
-from nuteprune.stages.write import seconds_to_write
 
 BYTES_OF_ADAM = 8
 """Per trained parameter: two moments in fp32, which a single step does not make."""
@@ -34,7 +33,8 @@ def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
     """
     found = _reached(run, output)
     trainer, args = run.first, run.args
-    writing = _seconds_to_write(run)
+    # Timed on the first positions of what the model writes.
+    writing = seconds_writing(run, run.text.to_write) if run.text.to_write else 0.0
     step = memory = None
     if args.max_steps:
         reset_peak()  # loading and timing what is written may have held more
@@ -49,30 +49,17 @@ def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
     except Unplanned as error:
         output.line(f"Note    {error}")
         taken = {"seconds": _reckoned(run, writing, step)}
+    said = f"{duration(taken['seconds'])} in all, "
     if step is None or memory is None:
-        said = (
-            f"{duration(taken['seconds'])} in all, at the rate of products alone: no step was run"
-        )
+        said += "at the rate of products alone: no step was run"
     else:
-        rest = "by the rate of that step" if "phases" in taken else "the rest as so many steps"
-        said = (
-            f"{step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one; "
-            f"{duration(taken['seconds'])} in all, {rest}"
-        )
+        said += "by the rate of that step" if "phases" in taken else "the rest as so many steps"
+        one = f"{step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one"
+        said = f"{one}; {said}"
     output.line(f"Cost    {said}")
     output.line("Dry run no model was written.")
     cost = {"seconds_per_step": step, "seconds_writing": writing, "memory_bytes": memory}
     return {**found, **cost, **taken}
-
-
-def _seconds_to_write(run: Run) -> float:
-    """Return how long the model writes text, timed on its first positions."""
-    text = run.text
-    if not text.to_write:
-        return 0.0
-    how: dict[str, Any] = {"tokens": text.to_write, "length": text.length}
-    with run.model.model.disable_adapter():
-        return seconds_to_write(run.model.anatomy.model, text.tokenizer, **how)
 
 
 def _reached(run: Run, output: Output) -> dict[str, Any]:

@@ -11,26 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.console import Output
+from nuteprune.console import Bars, Output
 from nuteprune.data.fingerprint import Fingerprint, kind_of, learned_from
 from nuteprune.data.prompts import read_prompts
 from nuteprune.data.specs import DEMO
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
+from nuteprune.jobs import sources
 from nuteprune.jobs.options import Evaluation
-from nuteprune.jobs.sources import (
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    record_of,
-    same_tokens,
-    use_family,
-)
 from nuteprune.judge import protocols, texts
 from nuteprune.judge.beside import judge_beside
 from nuteprune.judge.copying import SEED
@@ -56,7 +47,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         RunFailed: if a perplexity is no finite number.
     """
     source = asked.against or candidate_of(asked.model, asked.base).source
-    use_family(asked.family, source)
+    sources.use_family(asked.family, source)
     _check(asked)
     names = [name for name in (asked.model, asked.against) if name is not None]
     models = [candidate_of(name, asked.base) for name in names]
@@ -70,26 +61,28 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         tasks = [x.strip() for x in asked.tasks.split(",") if x.strip()]
         include = None if asked.include_path is None else at_home(asked.include_path)
         questions = Tasks(tasks, include, asked.limit, asked.fewshot)
-    kind = pick_device(asked.device)
-    computed = pick_dtype(asked.dtype, kind)
-    tokenizer = load_tokenizer(models[0].source, asked.trust_remote_code)
+    kind = sources.pick_device(asked.device)
+    computed = sources.pick_dtype(asked.dtype, kind)
+    tokenizer = sources.load_tokenizer(models[0].source, asked.trust_remote_code)
     cut: dict[str, texts.Blocks] = {}
     if asked.data or asked.protocol or questions is None:
         cut = _blocks(asked, tokenizer, _learned(models))
     prompts = None if asked.prompts is None else read_prompts(asked.prompts, tokenizer)
     if beside := asked.against is not None and bool(cut or prompts):
-        same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
+        sources.same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
     verdicts = Verdicts(cut, questions)
     held: list[PreTrainedModel] = []
     with output.bars() as bars:
         for i, one in enumerate(models):
             bars.update("models", i, len(models), one.name)
-            loaded, sparsity = one.load(computed, kind)
-            verdicts.midway |= {one.name: sparsity} if sparsity is not None else {}
+            loaded = sources.load_model(one.source, computed).to(kind)  # type: ignore[arg-type]
+            if one.checkpoint is not None:
+                loaded, sparsity = load_midway(loaded, one.checkpoint)
+                verdicts.midway |= {} if sparsity is None else {one.name: sparsity}
             if cut:
-                found = _measure(one, loaded, cut, asked.batch_size, bars.update)
+                found = _measure(one, loaded, cut, asked.batch_size, bars)
                 verdicts.perplexity[one.name] = found
-            own = load_tokenizer(one.source, asked.trust_remote_code)
+            own = sources.load_tokenizer(one.source, asked.trust_remote_code)
             seed = SEED if asked.copying_seed is None else asked.copying_seed
             copied = copies(loaded, own, seed=seed, batch_size=asked.batch_size)
             verdicts.copying |= {one.name: copied} if copied is not None else {}
@@ -128,11 +121,6 @@ class Candidate:
     source: str
     checkpoint: Path | None = None
 
-    def load(self, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, float | None]:
-        """Return the model on a device, and the sparsity of its masks if it is midway."""
-        model = load_model(self.source, dtype).to(device)  # type: ignore[arg-type]
-        return (model, None) if self.checkpoint is None else load_midway(model, self.checkpoint)
-
 
 def candidate_of(name: str, base: str | None) -> Candidate:
     """Return what a user names: a model, or a trainer checkpoint of a run.
@@ -162,12 +150,8 @@ def candidate_of(name: str, base: str | None) -> Candidate:
 
 
 def _check(asked: Evaluation) -> None:
-    for name, least in {
-        "batch_size": 1,
-        "answer_tokens": 1,
-        "copying_seed": 0,
-        "fewshot": 0,
-    }.items():
+    smallest = {"batch_size": 1, "answer_tokens": 1, "copying_seed": 0, "fewshot": 0}
+    for name, least in smallest.items():
         if not least <= (value := getattr(asked, name) or 0) < 2**31:
             raise UserError(f"{_option(name)} {value}: pass a number from {least} to {2**31 - 1}")
     if asked.prompts is not None and asked.against is None:
@@ -189,7 +173,7 @@ def _option(name: str) -> str:
 
 def _learned(models: Sequence[Candidate]) -> list[Fingerprint | None]:
     """Return what records say of the text that models were made with; empty if they say nothing."""
-    records = [record for x in models if (record := record_of(x.source)) is not None]
+    records = [record for x in models if (record := sources.record_of(x.source)) is not None]
     runs = [x.checkpoint.resolve().parent for x in models if x.checkpoint is not None]
     records += [{"config": read_settings(run), **_text_of(run)} for run in runs]
     return [one for x in records for one in learned_from(x)]
@@ -233,18 +217,19 @@ def _blocks(
 
 
 def _measure(
-    one: Candidate, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, update: Any
+    one: Candidate, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, bars: Bars
 ) -> dict[str, float]:
+    """Return the perplexity on each text."""
     vocabulary = Anatomy(loaded).embedding.weight.shape[0]
     found = {}
     for i, (source, blocks) in enumerate(cut.items()):
-        update(f"perplexity, {one.name}", i, len(cut), source)
+        bars.update(f"perplexity, {one.name}", i, len(cut), source)
         check_ids(blocks.tokens_NT, vocabulary)
         check_positions(blocks.tokens_NT.shape[1], loaded.config)
         found[source] = perplexity(
             loaded, blocks.tokens_NT, batch_size=batch_size, context=blocks.context_N
         )
-    update(f"perplexity, {one.name}", len(cut), len(cut))
+    bars.update(f"perplexity, {one.name}", len(cut), len(cut))
     if not all(map(math.isfinite, found.values())):
         raise RunFailed(
             f"the perplexity of {one.name} is not finite ({found}): try --dtype float32; if that "

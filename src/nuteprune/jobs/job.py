@@ -106,7 +106,7 @@ class PruneJob(Job):
         bits: 8 or 4 bits for the dense model's projections; None: `dtype`.
         text_only: of a model of several modalities, write the language model alone.
         dry_run: say what would be done, and write nothing.
-        shares: of the tokens, one for each of `data`; None: see `jobs.text.mixture`.
+        shares: of the tokens, one for each of `data`; None: see `jobs.prune_run.mixture`.
         vocab: tokens that the model is cut to first, or `AUTO`; None: all stay.
         minutes: see `jobs.minutes`; None: `settings` say how long it takes.
         own_text: file of text that the model has written; None: the run lets it write.

@@ -22,16 +22,14 @@ from nuteprune.console import Output, duration
 from nuteprune.data.mixture import tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
-from nuteprune.jobs.folder import is_stated
+from nuteprune.jobs.guard import is_stated
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune_run import make_run, trainer_config
-from nuteprune.jobs.text import share_to_write
+from nuteprune.jobs.prune_run import make_run, seconds_writing, share_to_write, trainer_config
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.processes import agree
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.score import stops_before, with_gradients
-from nuteprune.stages.write import seconds_to_write
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -164,14 +162,8 @@ def _measured(run: Run) -> Rates:
     model, token, first = run.model, 0.0, 0.0
     block = seconds_per_step(run.first, passes=1) / run.args.sequences_per_step
     if run.text.to_write:
-
-        def seconds(tokens: int) -> float:
-            how: dict[str, Any] = {"tokens": tokens, "length": run.text.length}
-            return seconds_to_write(model.anatomy.model, run.text.tokenizer, **how)
-
-        with model.model.disable_adapter():
-            first = seconds(run.text.to_write)
-            token = max(0.0, seconds(TIMED) - first) / TIMED
+        first = seconds_writing(run, run.text.to_write)
+        token = max(0.0, seconds_writing(run, TIMED) - first) / TIMED
     sizes = model.layout.sizes
     attention = sum(sum(sizes[kind]) for kind in model.kinds if kind in ("heads", "kv_groups"))
     return Rates(block, token, attention, first)

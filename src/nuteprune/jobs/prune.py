@@ -13,12 +13,11 @@ from typing import Any
 
 from nuteprune.console import Output, quiet_loading
 from nuteprune.files import write_json
-from nuteprune.jobs.folder import clear, clear_result, is_stated, share_run
-from nuteprune.jobs.guard import alone, check_out, nothing_left
+from nuteprune.jobs import guard
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
-from nuteprune.jobs.show import print_next, print_plan, print_report, print_results
+from nuteprune.jobs.show import print_plan, print_report, print_results
 from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
@@ -123,7 +122,8 @@ def finish(job: PruneJob, result: Result, output: Output) -> None:
         result.speedups = judge_speed(job, fast, output)
     for folder in result.records:
         print_report(folder, output)
-    print_next(folder, job.dense, output)
+    # Judged by text that the run did not read.
+    output.line(f"Next    nuteprune eval {folder} --against {job.dense} --data YOUR_TEXT")
     for folder, speedup in result.speedups.items():
         check_speed(result.records[folder], speedup)
 
@@ -147,13 +147,13 @@ def run(
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch) if job.dry_run else job.out
         if is_main() and not job.dry_run:
-            stack.enter_context(alone(job.out))
+            stack.enter_context(guard.alone(job.out))
         if is_main():  # the others may come when it has begun to write
-            check_out(job)
-        stack.enter_context(nothing_left(folder))
+            guard.check_out(job)
+        stack.enter_context(guard.nothing_left(folder))
         if job.resume and several_started():
             _ = trainer_config(job, Path(scratch) / RUN).device  # here processes meet
-            share_run(job.out)
+            guard.share_run(job.out)
         steps_in_time = None
         if job.minutes is not None:
             from nuteprune.jobs.minutes import steps_in_time_of, within_minutes
@@ -189,14 +189,14 @@ def run(
 def begin(job: PruneJob, run: Run) -> None:
     """Make room in the job's folder, and write the settings of the run."""
     if job.resume:  # a process that went on would tell of the others' silence instead
-        if is_stated(job):
+        if guard.is_stated(job):
             kinds = (PruneJob, NutePruneConfig)
             check_same(job.out / RUN, run.first.settings(), *kinds, also=("costs", OWN_TEXT_SUM))
         run.first.accelerator.wait_for_everyone()  # what is half written is of a killed run
         if is_main():
-            clear_result(job.out, job.overwrite)
+            guard.clear_result(job.out, job.overwrite)
     elif is_main() and job.overwrite and job.vocab is None:  # else it was cleared for that
-        clear(job.out)
+        guard.clear(job.out)
     if is_main():
         write_json(job.out / RUN / SETTINGS, run.first.settings())
     run.first.accelerator.wait_for_everyone()

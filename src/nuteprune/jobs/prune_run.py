@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,31 +12,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
-from nuteprune.console import Bars
+from nuteprune.console import Bars, megabytes
+from nuteprune.data.blocks import checked_shares
 from nuteprune.data.fingerprint import Fingerprint, text_entry
+from nuteprune.data.mixture import GUARD, Mixture, tokens_to_write
+from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import at_home, file_sum, to_json
+from nuteprune.jobs import sources
 from nuteprune.jobs.job import PruneJob, what_it_is
-from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.settings import settings_of_user
-from nuteprune.jobs.sources import (
-    around,
-    load_model,
-    load_tokenizer,
-    origin,
-    pick_device,
-    pick_dtype,
-    stored_dtype,
-    use_family,
-)
-from nuteprune.jobs.text import mixture, text_of
+from nuteprune.jobs.show import StepProgress
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run import Run
-from nuteprune.run_folder import RUN
+from nuteprune.run_folder import RUN, SELF
+from nuteprune.stages.write import read_written, room, seconds_to_write
 from nuteprune.train.checks import check_placement
 from nuteprune.train.config import NutePruneConfig, prune_config
 from nuteprune.train.prepare import Prepared, prepare
@@ -62,7 +57,7 @@ def trainer_config(job: PruneJob, folder: Path) -> NutePruneConfig:
         UserError: if they cannot work.
     """
     keeps = {"save_strategy": "steps", "save_total_limit": 2}
-    here = {"disable_tqdm": True, "use_cpu": pick_device(job.device) == "cpu"}
+    here = {"disable_tqdm": True, "use_cpu": sources.pick_device(job.device) == "cpu"}
     with settings_of_user():
         given = {**keeps, **job.settings, **here}
         return prune_config(job.settings)(output_dir=str(folder), **given)
@@ -80,12 +75,13 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         UserError: for anything that cannot work; nothing is written then.
     """
     check_placement(config, packed=job.bits is not None)
-    use_family(job.family, job.model)
-    whole = None if job.text_only else around(job.model)
+    sources.use_family(job.family, job.model)
+    whole = None if job.text_only else sources.around(job.model)
     check_priced(job, config, whole)
-    tokenizer = load_tokenizer(job.dense, job.trust_remote_code)
-    model = load_model(job.dense, pick_dtype(job.dtype, job.device), job.bits, str(config.device))
-    stored, cut, before = stored_dtype(model), None, 0
+    tokenizer = sources.load_tokenizer(job.dense, job.trust_remote_code)
+    dtype = sources.pick_dtype(job.dtype, job.device)
+    model = sources.load_model(job.dense, dtype, job.bits, str(config.device))
+    stored, cut, before = sources.stored_dtype(model), None, 0
     if job.vocab is not None and not job.dry_run:
         cut = read_record(Path(job.dense))
         before = cut["params"]["before"]
@@ -105,7 +101,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     if job.vocab is not None:
         tokens = before - prepared.origin.parameters
         facts: dict[str, Any] = {"parameters": before, "tokens": tokens}
-        of_all = replace(prepared.origin, **facts, entries=origin(job.model))
+        of_all = replace(prepared.origin, **facts, entries=sources.origin(job.model))
         prepared = replace(prepared, origin=of_all)
     check_wrapper(job, prepared, whole)
     shared = Path(str(config.output_dir))
@@ -150,7 +146,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
 
     def about() -> dict[str, Any]:
         seconds = round(time.monotonic() - job.started, 1)
-        earlier = origin(job.model)
+        earlier = sources.origin(job.model)
         known = text_entry(text.training, held_out, earlier)
         found = {**earlier, "config": recorded(job, config), "text": known, "seconds": seconds}
         if cut is not None:  # which tokens stay at a number is the same if that was found
@@ -167,7 +163,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         progress=bars.update,
         first=first,
         trainer_of=trainer_of,
-        reload=lambda dtype: load_model(job.dense, dtype),
+        reload=lambda dtype: sources.load_model(job.dense, dtype),
         folder_of=folder_of,
         run_folder_of=run_folder_of,
         resumes=job.resume,
@@ -239,3 +235,90 @@ def recorded(job: PruneJob, args: NutePruneConfig) -> dict[str, Any]:
         passes = args.gradient_accumulation_steps * args.world_size
         found["gradient_accumulation_steps"] = passes
     return found
+
+
+def mixture(job: PruneJob) -> tuple[list[str], list[float]]:
+    """Return the calibration and training text: DATA specs and their shares.
+
+    Where neither shares are given nor `self` is named, the model's own text guards what the data
+    does not show.
+
+    Args:
+        job: the job.
+
+    Raises:
+        UserError: if shares are no numbers or do not fit the data, or self-written text has no
+            share.
+    """
+    specs, shares = job.specs, job.share_values
+    if shares is not None or SELF in specs:
+        if job.own_text is not None and SELF not in specs:
+            raise UserError(
+                f"--shares leaves no share for --own-text {job.own_text}: leave one of the two "
+                f"out, or add --data {SELF} and its share"
+            )
+        return specs, list(checked_shares(shares or None, specs))
+    return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
+
+
+def own_share(job: PruneJob) -> float:
+    """Return the share of the text that the model writes itself; see `mixture`."""
+    specs, shares = mixture(job)
+    return shares[specs.index(SELF)] / sum(shares) if SELF in specs else 0.0
+
+
+def share_to_write(job: PruneJob) -> float:
+    """Return the share of the text that the model has yet to write; see `mixture`."""
+    return own_share(job) if job.own_text is None else 0.0
+
+
+def seconds_writing(run: Run, tokens: int) -> float:
+    """Return about how long a run's model writes as many tokens, timed on the first positions."""
+    model, text = run.model, run.text
+    with model.model.disable_adapter():
+        how: dict[str, Any] = {"tokens": tokens, "length": text.length}
+        return seconds_to_write(model.anatomy.model, text.tokenizer, **how)
+
+
+def text_of(
+    job: PruneJob, config: NutePruneConfig, tokenizer: PreTrainedTokenizerBase, model: Anatomy
+) -> Mixture:
+    """Return the text of a job, for one model.
+
+    Raises:
+        UserError: if the text cannot be had, or does not suit the model.
+    """
+    check_positions(job.length, model.model.config)
+    needed = 4 * config.blocks * job.length
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise UserError(
+            f"{config.blocks} blocks of {job.length} tokens take {megabytes(needed)} of memory, "
+            f"and this machine has {megabytes(memory)}; pass fewer steps, a smaller batch or length"
+        )
+    specs, shares = mixture(job)
+    if SELF in specs:
+        room(tokenizer, job.length)  # fails before anything is removed or written
+    share = own_share(job)
+    read = (config.blocks, config.calibrated_blocks)
+    own = tokens_to_write(*read, share, job.length) if share else 0
+    written = None
+    if job.own_text is not None:
+        # Weights in few bits are others than those that wrote.
+        writer = sources.load_model(job.dense, None) if job.bits else model.model
+        written = read_written(at_home(job.own_text), writer, tokenizer, tokens=own)
+    text = Mixture(
+        specs,
+        shares,
+        tokenizer,
+        job.length,
+        count=config.blocks,
+        to_write=own if written is None else 0,
+        seed=config.seed,
+        column=job.text_column,
+        vocabulary=model.embedding.weight.shape[0],
+        written=written,
+    )
+    if job.own_text is not None:
+        text.training.fingerprint.add_file(at_home(job.own_text))
+    return text

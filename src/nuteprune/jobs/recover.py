@@ -8,8 +8,9 @@ import os
 import statistics
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,36 +24,40 @@ from nuteprune.data.examples import holds_instructions
 from nuteprune.data.fingerprint import text_entry
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
-from nuteprune.export.record import weights_size, write_again
-from nuteprune.jobs.comparison import Tuned, compared, judged_again, note
-from nuteprune.jobs.folder import clear, clear_result, goes_on
-from nuteprune.jobs.guard import alone, check_out, nothing_left
+from nuteprune.export.record import perplexities_of, weights_size, write_again
+from nuteprune.files import write_json
+from nuteprune.jobs import sources
+from nuteprune.jobs.guard import alone, check_out, clear, clear_result, goes_on, nothing_left
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
-from nuteprune.jobs.progress import StepProgress
 from nuteprune.jobs.recover_text import check_room, judged_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
+from nuteprune.jobs.show import StepProgress
 from nuteprune.jobs.show_recover import print_recovered, print_recovery
-from nuteprune.jobs.sources import (
-    around,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    record_of,
-    same_tokens,
-    stored_dtype,
-)
 from nuteprune.judge.perplexity import mean, perplexities, protocol
+from nuteprune.judge.retention import retentions
 from nuteprune.judge.work import Work
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
-from nuteprune.run_folder import DENSE, RUN
+from nuteprune.run_folder import DENSE, RECORD, RUN
 from nuteprune.stages.judge import copies
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.run_settings import check_same
 from nuteprune.train.state import last_checkpoint
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model that was tuned and written.
+
+    Args:
+        result: what is printed: `out`, `recover`, and the record where there is one.
+        work: multiply-adds with weights per token of a forward pass.
+    """
+
+    result: dict[str, Any]
+    work: int
 
 
 def recover(
@@ -103,11 +108,11 @@ def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
 
 
 def _run(job: RecoverJob, output: Output) -> Tuned | None:
-    record = record_of(job.model)
-    tokenizer = load_tokenizer(job.model, job.trust_remote_code)
-    around(job.model)  # a run does not end where its files cannot be had
+    record = sources.record_of(job.model)
+    tokenizer = sources.load_tokenizer(job.model, job.trust_remote_code)
+    sources.around(job.model)  # a run does not end where its files cannot be had
     if job.against is not None:
-        same_tokens(tokenizer, job.against, job.trust_remote_code)
+        sources.same_tokens(tokenizer, job.against, job.trust_remote_code)
     named, judged = judged_text(job, record, tokenizer, output)
     job = replace(job, eval_data=named)  # what judges is what settings and record state
     ours = _tune(job, record, tokenizer, judged, output)
@@ -172,13 +177,13 @@ def _check(job: RecoverJob) -> None:
 
 def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
     """Load the weights in their stored dtype or a wider one; autocast computes in less."""
-    computed = pick_dtype(job.dtype, pick_device(job.device))
-    model = load_model(job.model, None)  # mapped from its files: what is converted is held
-    stored = stored_dtype(model)
+    computed = sources.pick_dtype(job.dtype, sources.pick_device(job.device))
+    model = sources.load_model(job.model, None)  # mapped from its files: what is converted is held
+    stored = sources.stored_dtype(model)
     finer = torch.finfo(stored).eps < torch.finfo(computed).eps
     if computed == torch.float16 or finer:
         return model, {"fp16": computed == torch.float16, "bf16": computed == torch.bfloat16}
-    return model if stored == computed else load_model(job.model, computed), {}
+    return model if stored == computed else sources.load_model(job.model, computed), {}
 
 
 def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
@@ -190,7 +195,7 @@ def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
         disable_tqdm=True,
         save_strategy="steps",
         save_total_limit=2,
-        use_cpu=pick_device(job.device) == "cpu",
+        use_cpu=sources.pick_device(job.device) == "cpu",
         max_steps=steps or -1,
         num_train_epochs=job.epochs or EPOCHS,
         learning_rate=RATES[kind] if job.learning_rate is None else job.learning_rate,
@@ -217,7 +222,7 @@ def _train(
     before = measure("measuring the model", Anatomy(trainer.model).model)
     trainer.train(resume_from_checkpoint=goes_on(job) or None)
     small = trainer.merge()
-    round_as_stored(small, stored_dtype(small))  # judged is what will be in the file
+    round_as_stored(small, sources.stored_dtype(small))  # judged is what will be in the file
     after = measure("measuring the result", small)
     if not all(map(math.isfinite, after.values())):
         raise RunFailed("the result's perplexity is not finite; lower --learning-rate")
@@ -260,10 +265,10 @@ def _write(
 ) -> dict[str, Any]:
     if job.resume:
         clear_result(job.out, job.overwrite)
-    as_stored(small, stored_dtype(small))
+    as_stored(small, sources.stored_dtype(small))
     result = {"out": str(job.out), "recover": entry}
     if record is None:
-        outside = around(job.model)
+        outside = sources.around(job.model)
         save(small if outside is None else outside.put(small)[0], job.out, tokenizer, outside)
         return {**result, "bytes_on_disk": weights_size(job.out)}
     if "recover" in record:
@@ -273,4 +278,47 @@ def _write(
         new.pop(key, None)
     if (copied := copies(small, tokenizer)) is not None and "copying" in record:
         new["copying"] = {**record["copying"], "after": copied.percent}
-    return {**result, **write_again(job.out, small, tokenizer, new, around(job.model))}
+    return {**result, **write_again(job.out, small, tokenizer, new, sources.around(job.model))}
+
+
+def compared(dense: str, ours: Tuned, theirs: Tuned) -> dict[str, Any]:
+    """Compare the tuned pruned model with the dense model, tuned in the same way.
+
+    Args:
+        dense: the dense model's name, as the user gave it.
+        ours: the pruned model, tuned.
+        theirs: the dense one.
+
+    Returns:
+        `model`, `out`, `perplexity` {`before`, `after`}, `retention` {`before`, `after`: {text:
+        percent, `mean`}}, `seconds_per_step`, `time_ratio` (ours over theirs; None where a resumed
+        run took no step) and `work_ratio`, the same of multiply-adds with weights.
+    """
+    mine, entry = ours.result["recover"], theirs.result["recover"]
+    found = {when: entry["perplexity"][when] for when in ("before", "after")}
+    times = mine["seconds_per_step"], entry["seconds_per_step"]
+    return {
+        "model": dense,
+        "out": theirs.result["out"],
+        "perplexity": found,
+        "retention": {when: retentions(mine["perplexity"][when], x) for when, x in found.items()},
+        "seconds_per_step": times[1],
+        "time_ratio": times[0] / times[1] if all(times) else None,
+        "work_ratio": ours.work / theirs.work,
+    }
+
+
+def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
+    """Add a comparison to a result, and to the record that was written of it, if there is one."""
+    result["recover"]["against"] = dict(comparison)
+    path = Path(result["out"]) / RECORD
+    if path.is_file():
+        write_json(path, {k: x for k, x in result.items() if k != "out"})
+
+
+def judged_again(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record's perplexities: the dense model's stay where the blocks are the same."""
+    found, protocol = entry["perplexity"], record.get("perplexity", {}).get("protocol")
+    before, after = perplexities_of(record)
+    same = protocol == found["protocol"] and set(after) == set(found["after"])
+    return {**found, "before": before if same else {}}

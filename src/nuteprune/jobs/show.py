@@ -1,12 +1,15 @@
-"""What `prune` prints: the plan before, the result after."""
+"""What `prune` prints: the plan before, the steps while they are done, the result after."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nuteprune.console import Output, duration, megabytes, millions
+from transformers import TrainerCallback, TrainerState
+
+from nuteprune.console import Bars, Output, duration, megabytes, millions
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.gates.budget import Budget
@@ -20,6 +23,7 @@ from nuteprune.judge.units import dtype_name
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.train.asked import spelled
+from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
 
 
@@ -180,6 +184,32 @@ def print_end(folder: Path, record: Mapping[str, Any], output: Output) -> None:
     output.line(f"Saved   {folder}")
 
 
-def print_next(folder: Path, model: str, output: Output) -> None:
-    """Print the command that judges by text that the run did not read."""
-    output.line(f"Next    nuteprune eval {folder} --against {model} --data YOUR_TEXT")
+class StepProgress(TrainerCallback):
+    """Feeds a progress bar from the trainer's logs, and notes how long each step takes.
+
+    Args:
+        trainer: whose run it is.
+        bars: where it is shown.
+        what: the bar's name.
+    """
+
+    def __init__(self, trainer: AtomicTrainer, bars: Bars, what: str) -> None:
+        self.trainer, self.bars, self.what = trainer, bars, what
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
+    ) -> None:
+        """Show the newest figures."""
+        if logs and "loss" in logs:
+            note = self.trainer.note(logs)
+            self.bars.update(self.what, state.global_step, state.max_steps, note)

@@ -24,7 +24,7 @@ from nuteprune.export.hub import record_path
 from nuteprune.export.loading import config_values, load_pruned
 from nuteprune.export.record import inside, origin_of, read_record
 from nuteprune.files import at_home, check_name
-from nuteprune.jobs.job import BITS, DTYPES
+from nuteprune.jobs.job import DTYPES
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import bring_along, family_named
@@ -195,8 +195,6 @@ def _stored_dtype(where: str, config: dict[str, Any]) -> torch.dtype:
 
 def _packing(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Return the arguments for `from_pretrained`."""
-    if bits not in BITS:
-        raise UserError(f"bits are {bits}; weights are held in 8 or 4 bits, or whole")
     if find_spec("bitsandbytes") is None:
         raise UserError(f"weights in {bits} bits need bitsandbytes: pip install 'nuteprune[bits]'")
     config = BitsAndBytesConfig(

@@ -17,11 +17,10 @@ from nuteprune.data.demo import cache_folder
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import write_json
-from nuteprune.jobs.engines import Transformers
 from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
-from nuteprune.jobs.timing import for_report, measure
+from nuteprune.jobs.timing import Transformers, for_report, measure
 from nuteprune.judge.bench import PASSES, hardware_of, say_ratio
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.work import Workload
