@@ -55,7 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Shapes as published in the models' config.json."""
 DEVICES = (8, 64)
-LENGTH, BATCH, ACCUMULATED, SPARSITY = 512, 4, 4, 0.2
+LENGTH, BATCH, ACCUMULATED, STEPS, SPARSITY = 512, 4, 4, 80, 0.2
 
 
 def planned(name: str) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def planned(name: str) -> dict[str, Any]:
             output_dir=out,
             use_cpu=True,
             target_sparsity=SPARSITY,
+            max_steps=STEPS,
             per_device_train_batch_size=BATCH,
             gradient_accumulation_steps=ACCUMULATED,
         )

@@ -16,6 +16,7 @@ from nuteprune.jobs import minutes, vocab
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.minutes import FEWEST, Rates, seconds_of, within_minutes
 from nuteprune.run_folder import RUN, SETTINGS
+from tests.unplanned import leave_unplanned
 
 TINY = ("--length", 16, "--batch-size", 2, "--set", "neuron_multiple=8", "--set", "eval_blocks=8")
 
@@ -62,6 +63,7 @@ def test_a_slower_machine_reads_less_before_the_first_step(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int
 ) -> None:
     use_rates(monkeypatch, block)
+    leave_unplanned(monkeypatch.setattr)
     code, said, record = pruned("out", "--minutes", 4, "--dry-run")
     assert code == 0, said
     [line] = [x for x in said.splitlines() if x.startswith("Time")]

@@ -553,7 +553,7 @@ MIXTURE = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
-    "head_dim": 8,
+    "head_dim": 16,
 }
 
 
