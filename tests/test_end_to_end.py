@@ -20,10 +20,12 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates import copying_losses
 from nuteprune.gates.masks import Masks
+from nuteprune.jobs import demo
 from nuteprune.jobs.guard import DEMOS
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge import copying
 from nuteprune.judge.beside import judge_beside
+from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
@@ -34,7 +36,7 @@ from tests.conftest import json_line
 pytestmark = [pytest.mark.network, pytest.mark.slow(60)]
 
 SMALL = {
-    "calibration_blocks": 4,
+    "calibration_blocks": 2,
     "eval_blocks": 2,
 }
 
@@ -69,13 +71,14 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [x for k, v in SMALL.items() for x in ("--set", f"{k}={v}")]
-    args = ["demo", "--steps", "4", "--batch-size", "1", "--length", "128", "--device", "cpu"]
+    args = ["demo", "--steps", "4", "--batch-size", "1", "--length", "64", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["nuteprune", *args, *settings, "--json"])
     monkeypatch.chdir(tmp_path)
     # What is measured by copying takes a minute of a core each time; here a part of it will do.
     monkeypatch.setattr(copying_losses, "SEQUENCES", 1)
     monkeypatch.setattr(copying_losses, "LENGTH", 16)
     monkeypatch.setattr(copying, "SEQUENCES", 2)
+    monkeypatch.setattr(demo, "TIMED", Workload(batch_size=1, length=16, new_tokens=2))
     monkeypatch.setattr(run, "judge_beside", partial(judge_beside, tokens=2, blocks=3))
     with pytest.raises(SystemExit) as stopped:
         main()
