@@ -24,7 +24,8 @@ import torch
 
 from nuteprune.data.demo import model_folder
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.plan import Rate, config_of
+from nuteprune.jobs.plan import config_of
+from nuteprune.jobs.planned import Rate
 from nuteprune.jobs.prune_run import share_to_write, trainer_config
 from nuteprune.plan.phases import Phase, Plan
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nuteprune.data.blocks import training_blocks
-    from nuteprune.data.mixture import calibration_blocks
+    from nuteprune.data.calibration import calibration_blocks
     from nuteprune.errors import RunFailed, UserError
     from nuteprune.export.loading import load_pruned
     from nuteprune.jobs.prune import prune
@@ -30,7 +30,7 @@ _HOMES = {
     "NutePruneTrainer": "train.trainer",
     "RunFailed": "errors",
     "UserError": "errors",
-    "calibration_blocks": "data.mixture",
+    "calibration_blocks": "data.calibration",
     "load_pruned": "export.loading",
     "prepare": "train.prepare",
     "slice_model": "stages.slice",

@@ -124,8 +124,8 @@ class Run:
         return self._judge_dense(self.model.anatomy.model)
 
     def _judge_dense(self, model: PreTrainedModel) -> Figures:
-        make, told = partial(self._figures, model, "the dense model"), protocol(self.held_out)
-        found: Figures = self.products.keep_json("judge", make, held_out=told)
+        make = partial(self._figures, model, "the dense model")
+        found: Figures = self.products.keep_json("judge", make, held_out=protocol(self.held_out))
         return found
 
     def _figures(self, model: PreTrainedModel, name: str) -> Figures:

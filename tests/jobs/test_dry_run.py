@@ -19,7 +19,7 @@ from nuteprune.console import Output, silent
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.plan import Rate
+from nuteprune.jobs.planned import Rate
 from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job
 from nuteprune.plan.need import Need, Unplanned, on_cpu

@@ -23,7 +23,8 @@ from nuteprune.export.loading import load_config
 from nuteprune.gates import copying_losses
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.plan import Asked, _with, config_of, in_bits, run
+from nuteprune.jobs.plan import Asked, _with, config_of, run
+from nuteprune.jobs.planned import in_bits
 from nuteprune.jobs.settings import make_job
 from nuteprune.model.wrappers import WRAPPERS
 from nuteprune.plan.live import Live

@@ -10,8 +10,8 @@ import pytest
 
 import nuteprune
 from nuteprune.errors import UserError
+from nuteprune.jobs.fewer_tokens import Cutter, Smaller
 from nuteprune.jobs.job import VocabJob
-from nuteprune.jobs.vocab import Cutter, Smaller
 from nuteprune.jobs.vocab_text import VocabText, parts
 
 

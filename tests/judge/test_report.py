@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from nuteprune.data.fingerprint import text_kind
 from nuteprune.errors import UserError
@@ -267,8 +266,8 @@ def test_pictures_have_words_and_tables_have_headers(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("drawn")
 def test_plots_take_every_colour_and_font_from_the_page(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out", a_record(), some_steps())
-    save_file(SCORES, folder / "run/score.safetensors")
-    save_file(masks_of(30), folder / "run/choose.safetensors")
+    write_tensors(folder / "run/score.safetensors", SCORES, {})
+    write_tensors(folder / "run/choose.safetensors", masks_of(30), {})
     html = write_report(folder).read_text()
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.S)
     assert len(drawings) == 6
@@ -562,9 +561,9 @@ def masks_of(neurons: int) -> dict[str, torch.Tensor]:
 
 def test_gates_come_from_what_was_scored_and_chosen(tmp_path: Path) -> None:
     run = a_run(tmp_path / "out", a_record(), some_steps()) / "run"
-    save_file(SCORES, run / "score.safetensors")
+    write_tensors(run / "score.safetensors", SCORES, {})
     assert "gates" not in page_of(run.parent).sections  # nothing is chosen yet
-    save_file(masks_of(30), run / "choose.safetensors")
+    write_tensors(run / "choose.safetensors", masks_of(30), {})
     page = page_of(run.parent)
     assert "40 neurons: 30 kept, 10 not." in gates_of(page)
     assert {"gates_neurons.png", "gates_kv_groups.png"} <= {
@@ -576,10 +575,10 @@ def test_gates_come_from_what_was_scored_and_chosen(tmp_path: Path) -> None:
 
 def test_of_several_targets_each_has_its_own_run_and_scores_are_shared(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    save_file(SCORES, tmp_path / "run/score.safetensors")
+    write_tensors(tmp_path / "run/score.safetensors", SCORES, {})
     for share, steps in ((0.2, 3), (0.5, 5)):
         folder = a_run(tmp_path / f"sparsity-{share}", a_record(target=share), some_steps(steps))
-        save_file(masks_of(int(40 - 40 * share)), folder / "run/choose.safetensors")
+        write_tensors(folder / "run/choose.safetensors", masks_of(int(40 - 40 * share)), {})
     page = page_of(tmp_path / "sparsity-0.2")
     assert "32 kept, 8 not" in gates_of(page)
     assert len(read_run(tmp_path / "sparsity-0.2").metrics) == 3

@@ -81,11 +81,11 @@ def main() -> None:
     except Exception as error:
         if debug or (isinstance(error, UnicodeEncodeError) and not narrow_locale()):
             raise
-        _fail(*_told(error))
+        _fail(*_line_and_code(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _line_and_code(error: Exception) -> tuple[str, int]:
     """Return an error's line, empty where the main process alone prints it, and the exit code."""
     if isinstance(error, UserError):  # all processes of a run meet the same wrong input
         return str(error) if is_main() else "", 2

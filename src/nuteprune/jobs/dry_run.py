@@ -9,7 +9,7 @@ from typing import Any
 from nuteprune.console import Output, duration, megabytes, millions
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.plan import Rate, entry, in_bits, offloaded, print_phases, sharded
+from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_run import seconds_writing, share_to_write
 from nuteprune.jobs.show import describe_target
 from nuteprune.memory import peak, reset_peak

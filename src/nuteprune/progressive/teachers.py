@@ -172,8 +172,7 @@ class Teachers:
         Args:
             index: the snapshot's index.
             device: where it is to teach.
-            dtype: that of its LoRA weights; the base weights' dtype spares casts, and memory if the
-                snapshot is stored in it.
+            dtype: that of its LoRA weights; the base weights' dtype spares casts.
         """
         if index < 0:
             return DENSE

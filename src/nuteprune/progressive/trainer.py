@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.data.mixture import calibration_blocks
+from nuteprune.data.calibration import calibration_blocks
 from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Progress
-from nuteprune.data.mixture import calibration_blocks
+from nuteprune.data.calibration import calibration_blocks
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import Scores
@@ -44,9 +44,9 @@ class Cut:
     ) -> None:
         self.model, self.args, self.products = model, args, products
         self._folder_of = folder_of or (lambda _: products.folder)
-        self._end_NT = calibration_blocks(text, args.calibrated_blocks)
-        products.depends("text", calibration=digest({"end": self._end_NT}))
-        self._refit_NT = self._end_NT[: args.refit_blocks]
+        self._blocks_NT = calibration_blocks(text, args.calibrated_blocks)
+        products.depends("text", calibration=digest({"blocks": self._blocks_NT}))
+        self._refit_NT = self._blocks_NT[: args.refit_blocks]
         self._how: dict[str, Any] = {
             "batch_size": args.per_device_train_batch_size,
             "progress": progress,
@@ -60,7 +60,7 @@ class Cut:
     def score(self) -> Scores:
         """Return the score of each unit."""
         args, model = self.args, self.model
-        blocks_NT = self._end_NT[: args.scored_blocks]
+        blocks_NT = self._blocks_NT[: args.scored_blocks]
         rounds = METHODS[args.method].reads > 0 and self.tries_cuts
         target = model.goals[-1].sparsity
 

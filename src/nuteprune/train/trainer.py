@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Progress, silent
 from nuteprune.data.blocks import collated
-from nuteprune.data.mixture import check_text
+from nuteprune.data.calibration import check_text
 from nuteprune.errors import UserError
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
