@@ -517,7 +517,8 @@ def test_the_language_model_of_several_modalities_is_planned(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its facts are a level deeper in the config, and published ones leave some out."""
-    monkeypatch.setattr(Plan, "phases", lambda plan: [plan.judge(), *plan.teach()])
+    if name != "gemma3":  # which goes through all stages
+        monkeypatch.setattr(Plan, "phases", lambda plan: [plan.judge(), *plan.teach()])
     values = CONFIG_MAPPING[name](**CONFIGS[name]).to_dict()
     kinds = CONFIGS[name]["text_config"].keys() & {"num_experts", "num_local_experts"}
     gates = {"gates": "experts"} if kinds else {}

@@ -23,6 +23,7 @@ from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
 from nuteprune.judge.report import kept_rows, verdict
 from nuteprune.judge.run_files import read_run, teacher_sparsities
+from nuteprune.products import write_tensors
 from tests.export.test_card import BESIDE
 from tests.undrawn import leave_blank
 
