@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.scores import Probe
-from nuteprune.gates.surgeon_costs import noting_calls
 from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
+from nuteprune.model.forwards import noting_calls
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.routing import rows_of
 from nuteprune.model.sharding import gathered
@@ -41,8 +41,9 @@ def removal_order(probe: Probe) -> Tensor:
             text.advance(layer)
         if mixture is not None:
             with gathered(module):
-                read = [args[0].flatten(0, -2) for args in calls]
-                parts.append(_order(mixture, read, probe.team))
+                # Only here: what a layer's router reads is large.
+                read = (args[0].flatten(0, -2) for args in calls)
+                parts.append(_order(mixture, list(read), probe.team))
         probe.progress()
     return torch.cat(parts)
 

@@ -32,12 +32,11 @@ from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, check_finite
 from nuteprune.gates.surgeon_costs import (
     lengths,
     neuron_costs,
-    noting_calls,
     removal_costs,
     watched_experts,
 )
 from nuteprune.model.anatomy import Anatomy, Mixture
-from nuteprune.model.forwards import in_place_of
+from nuteprune.model.forwards import in_place_of, noting_calls
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.packed import weight_of
 from nuteprune.model.sharding import gathered

@@ -35,11 +35,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nuteprune.model.anatomy import Mixture
 from nuteprune.model.routing import computed_with
@@ -190,17 +189,6 @@ ROWS = 4096
 
 Routed = list[tuple[Tensor, Tensor, Tensor]]
 """What experts read (S, D), their indices (S, K) and their weights (S, K), of each batch."""
-
-
-@contextmanager
-def noting_calls(module: nn.Module | None) -> Iterator[Routed]:
-    """Within this context, collect what a module is called with; None: nothing."""
-    calls: Routed = []
-    with ExitStack() as stack:
-        if module is not None:
-            note = module.register_forward_pre_hook(lambda _, args: calls.append(args))
-            stack.enter_context(note)
-        yield calls
 
 
 def watched_experts(

@@ -73,9 +73,11 @@ class Axes:
         """Return by how much the rows and columns of each projection grow with a dimension."""
         try:
             model = small_model(small_config(self._config, head_dim=head_dim, **{word: size}))
+            grown = _linears(model, self._passed)
         except UserError:
             return {}
-        grown = _linears(model, self._passed)
+        if grown.keys() != self._linears.keys():
+            return {}
         return {
             path: (grown[path][0] - rows, grown[path][1] - columns)
             for path, (rows, columns) in self._linears.items()

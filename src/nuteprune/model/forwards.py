@@ -75,6 +75,17 @@ def noting_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 
 @contextmanager
+def noting_calls(module: nn.Module | None) -> Iterator[list[tuple[Any, ...]]]:
+    """Within this context, collect what a module is called with; None: nothing."""
+    calls: list[tuple[Any, ...]] = []
+    with ExitStack() as stack:
+        if module is not None:
+            note = module.register_forward_pre_hook(lambda _, args: calls.append(args))
+            stack.enter_context(note)
+        yield calls
+
+
+@contextmanager
 def special_tokens_kept(model: nn.Module) -> Iterator[None]:
     """Restore a model's special tokens, which Trainer replaces by the tokenizer's.
 

@@ -1,4 +1,4 @@
-"""Where masks multiply: forward hooks on stock modules, never copies of modelling code.
+"""Where masks multiply, and projections that compute only what masks keep: hooks on stock modules.
 
 Heads act on the input of the attention output projection, neurons on the input of the down
 projection, hidden gates on the first layer's input and on the output of both projections and of

@@ -260,11 +260,11 @@ class Plan:
 
         need = in_batches(scored, count, FEW_BLOCKS)
         if stops := self.stops:
-            need = need.times(1 + stops).held(self.refitted).then(self._refits.times(stops))
+            need = need.times(1 + stops).held(self.refitted).then(self._refit_need.times(stops))
         return [Phase("score", need)]
 
     @cached_property
-    def _refits(self) -> Need:
+    def _refit_need(self) -> Need:
         """Need of a refit."""
         size = self.args.per_device_train_batch_size
 
@@ -277,7 +277,7 @@ class Plan:
         if not self.args.refit:
             return []
         between = self.args.progressive and "fixed" not in list(self._steps)[:1]
-        need = self._refits.held(MOMENTS * self.sizes.adapters * between)
+        need = self._refit_need.held(MOMENTS * self.sizes.adapters * between)
         return [Phase("refit", need.times(len(self.targets)))]
 
     @cached_property

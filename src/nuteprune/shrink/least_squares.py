@@ -63,7 +63,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Regression:
-    """The least-squares problem of a projection, for any choice of its inputs.
+    """The least-squares problem of a projection.
 
     Args:
         weight_OI: the weight that the ridge pulls towards, fp32.
@@ -82,9 +82,7 @@ class Regression:
     team: Team = ALONE
 
     def fit(self, mask_I: Tensor) -> Tensor:
-        """Return the weight fitted to the inputs that a mask leaves; unchanged if it leaves all."""
-        if not _lost(mask_I):
-            return self.weight_OI
+        """Return the weight fitted to the inputs that a mask leaves."""
         mask_I = mask_I.to(self.weight_OI)
 
         def fitted(rows: slice) -> Tensor:
