@@ -271,7 +271,7 @@ def test_a_source_that_is_left_out_judges_and_is_never_trained_on(
     documents = {
         name: [f"{x * (20 + i % 50)} {i} " * 3 for i in range(2500)] for name, x in letter.items()
     }
-    monkeypatch.setattr(assets, "documents", lambda **_: documents)
+    monkeypatch.setattr(assets, "documents", lambda domains: {x: documents[x] for x in domains})
     words = {"data": ["demo"], "leave_out": left}
     # All of the data alone: what a model writes may have any letter.
     setting = dataclasses.replace(setting, **words, shares=[1.0])

@@ -128,8 +128,8 @@ def test_the_models_own_text_can_be_counted(model: Path, tmp_path: Path, run: Ru
 def test_auto_keeps_the_fewest_tokens_that_cost_little(
     most: float, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nuteprune.jobs.vocab.MOST_COST", most)
-    monkeypatch.setattr("nuteprune.jobs.vocab.STEPS", 64)  # of 300 tokens few can go
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", most)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.STEPS", 64)  # of 300 tokens few can go
     out = tmp_path / "small"
     words = ("vocab", model, "--data", text, "--keep", "auto", "--out", out)
     if most < 0:
@@ -291,10 +291,10 @@ def test_a_vocabulary_is_cut_once(
 def test_the_number_that_was_found_is_on_record(
     model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nuteprune.jobs.vocab.MOST_COST", 1e9)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", 1e9)
     out, again = tmp_path / "out", tmp_path / "again"
     how = ["prune", model, "--data", text, "--sparsity", 0.2, "--steps", 0, *FEW]
-    monkeypatch.setattr("nuteprune.jobs.vocab.STEPS", 16)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.STEPS", 16)
     found = json_of(run, *how, "--vocab", "auto", "--out", out)
     rows = load_pruned(out).config.vocab_size
     assert found["config"]["vocab"] == found["vocab"]["after"] == rows < 300
@@ -322,8 +322,8 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
 def test_what_cannot_be_pruned_with_fewer_tokens_is_one_line_and_nothing_is_written(
     case: str, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nuteprune.jobs.vocab.MOST_COST", 1e9)
-    monkeypatch.setattr("nuteprune.jobs.vocab.STEPS", 16)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", 1e9)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.STEPS", 16)
     words, expected = REFUSED[case]
     target = [] if "--params" in words else ["--sparsity", 0.2]
     how = ["prune", model, "--data", text, *target, "--steps", 1, *FEW, "--out", tmp_path / "out"]
