@@ -8,7 +8,7 @@ stream, or is of a fixed size, so a model's count is hidden x coefficient + cons
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.family import Family, Projection
-from nuteprune.model.shape import LayerShape, Shape, axis_sizes
+from nuteprune.model.family import BLOCK_KINDS, Family, Projection
+from nuteprune.model.shape import PER_HEAD, LayerShape, Shape, axis_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,27 +122,32 @@ class Budget:
 
     def of_a_unit(self, layer: LayerShape, kind: str) -> int:
         """Return how many parameters go with each unit of a kind that a layer has."""
-        each = layer.heads_per_group
-        other = {
-            "heads": replace(layer, heads=layer.heads + 1, kv_heads=layer.kv_heads + (each == 1)),
-            "kv_groups": replace(layer, heads=layer.heads + each, kv_heads=layer.kv_heads + 1),
-            "neurons": replace(layer, neurons=layer.neurons + 1),
-            "experts": replace(layer, experts=layer.experts + 1),
-            "expert_neurons": replace(layer, expert_neurons=layer.expert_neurons + 1),
-            "attn_block": replace(layer, heads=0, mixer=False),
-            "mlp_block": replace(layer, neurons=0, experts=0),
-        }[kind]
-        width = self.shape.hidden
-        changed = abs(self._of_layer(other, width) - self._of_layer(layer, width))
-        return changed // max(1, layer.experts) if kind == "expert_neurons" else changed
+        if kind in BLOCK_KINDS:
+            return self._of(layer, self.attention if kind == "attn_block" else self.mlp)
+        if kind == "experts":
+            return self._of(layer, self.expert)
+        block = self.attention
+        if kind == "neurons":
+            block, more = self.mlp, replace(layer, neurons=layer.neurons + 1)
+        elif kind == "expert_neurons":
+            block, more = self.expert, replace(layer, expert_neurons=layer.expert_neurons + 1)
+        else:
+            inner = layer.heads_per_group
+            heads, groups = (inner, 1) if kind == "kv_groups" else (1, inner == 1)
+            more = replace(layer, heads=layer.heads + heads, kv_heads=layer.kv_heads + groups)
+        return self._of(more, block) - self._of(layer, block)
 
-    def _of_layer(self, layer: LayerShape, hidden: int) -> int:
-        blocks = self.attention(layer), self.mlp(layer)
-        return sum(coefficient * hidden + constant for coefficient, constant in blocks)
+    def _of(self, layer: LayerShape, block: Callable[[LayerShape], tuple[int, int]]) -> int:
+        coefficient, constant = block(layer)
+        return coefficient * self.shape.hidden + constant
 
     def parameters(self, shape: Shape) -> int:
         """Return the exact number of projection parameters of a model of that shape."""
-        return sum(self._of_layer(layer, shape.hidden) for layer in shape.layers)
+        total = 0
+        for layer in shape.layers:
+            for coefficient, constant in (self.attention(layer), self.mlp(layer)):
+                total += coefficient * shape.hidden + constant
+        return total
 
     def of_a_token(self, layer: LayerShape) -> LayerShape:
         """Return the part of a layer that one token goes through."""
@@ -170,10 +175,22 @@ class Budget:
         hidden = keep.values["hidden"].sum() if "hidden" in keep.values else self.shape.hidden
         total = torch.zeros((), device=device)
         for i, layer in enumerate(self.shape.layers):
-            kept = _expected(keep, i, layer)
-            sizes = axis_sizes(kept, self.head_dim)
+            sizes: dict[str, Any] = axis_sizes(layer, self.head_dim)
+            heads = keep.heads(i)
+            if heads is not None and layer.attention:
+                groups = keep.part("kv_groups", i)
+                kept = heads.sum() * self.head_dim
+                sizes |= {axis: many * kept for axis, many in PER_HEAD.items()}
+                if layer.heads_per_group == 1:
+                    sizes["kv"] = sizes["q"]
+                elif groups is not None:
+                    sizes["kv"] = groups.sum() * self.head_dim
+            neurons = keep.part("neurons", i)
+            if neurons is not None:
+                sizes["neurons"] = neurons.sum()
+            experts, sizes["expert_neurons"] = _expected_experts(keep, i, layer)
             mlp = self._count(self._mlp(layer), sizes, hidden)
-            mlp = mlp + self._count(self._stacks, sizes, hidden, kept.experts)
+            mlp = mlp + self._count(self._stacks, sizes, hidden, experts)
             attention = self._count(self._mixing(layer), sizes, hidden)
             for block, present, count in (
                 ("attn_block", layer.mixes, attention),
@@ -202,23 +219,14 @@ def share_gone(before: float, after: float) -> float:
     return (before - after) / before
 
 
-def _expected(keep: Masks, index: int, layer: LayerShape) -> LayerShape:
-    """Return how many units of a layer are kept, as tensors; neurons of experts are all of them."""
-    heads, groups = keep.heads(index), keep.part("kv_groups", index)
-    counts: dict[str, Any] = {}
-    if heads is not None:
-        counts["heads"] = heads.sum()
-    if layer.heads_per_group == 1:
-        groups = heads
-    if groups is not None:
-        counts["kv_heads"] = groups.sum()
-    if (neurons := keep.part("neurons", index)) is not None:
-        counts["neurons"] = neurons.sum()
-    if layer.experts:
-        experts, inner = keep.part("experts", index), keep.part("expert_neurons", index)
-        counts["experts"] = layer.experts if experts is None else experts.sum()
-        if inner is not None and experts is not None:
-            inner = inner.view(layer.experts, -1) * experts.unsqueeze(-1)
-        every = counts["experts"] * layer.expert_neurons
-        counts["expert_neurons"] = every if inner is None else inner.sum()
-    return replace(layer, **counts)
+def _expected_experts(keep: Masks, index: int, layer: LayerShape) -> tuple[Any, Any]:
+    """Return how many experts of a layer are kept, and how many neurons in all of them."""
+    if not layer.experts:
+        return 0, 0
+    experts, neurons = keep.part("experts", index), keep.part("expert_neurons", index)
+    count = layer.experts if experts is None else experts.sum()
+    if neurons is None:
+        return count, count * layer.expert_neurons
+    if experts is not None:
+        neurons = neurons.view(layer.experts, -1) * experts.unsqueeze(-1)
+    return count, neurons.sum()
