@@ -21,7 +21,7 @@ from nuteprune.export.record import blocks_recount
 from nuteprune.gates import copying_losses
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs import demo
-from nuteprune.jobs.guard import DEMOS
+from nuteprune.jobs.folder import DEMOS
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge import copying
 from nuteprune.judge.beside import judge_beside

@@ -9,14 +9,8 @@ import pytest
 
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
-from nuteprune.jobs.guard import (
-    alone,
-    check_file,
-    check_out,
-    check_writable,
-    clear_result,
-    nothing_left,
-)
+from nuteprune.jobs.folder import clear_result
+from nuteprune.jobs.guard import alone, check_file, check_out, check_writable, nothing_left
 from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig

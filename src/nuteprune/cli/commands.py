@@ -13,7 +13,8 @@ import typer
 from nuteprune.cli import options as o
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.jobs.guard import DEMOS, begun_folder, check_free, check_writable, free_folder
+from nuteprune.jobs.folder import DEMOS, begun_folder, free_folder
+from nuteprune.jobs.guard import check_free, check_writable
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob
 from nuteprune.jobs.options import Benchmark, Evaluation, Writing
 from nuteprune.jobs.settings import check_target, make_job

@@ -12,7 +12,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import remove
 from nuteprune.jobs import vocab
-from nuteprune.jobs.guard import is_stated
+from nuteprune.jobs.folder import is_stated
 from nuteprune.jobs.job import AUTO, PruneJob, what_it_is
 from nuteprune.jobs.prune_run import make_run, trainer_config
 from nuteprune.jobs.show import print_tokens

@@ -1,14 +1,12 @@
-"""The guard of outputs: what a job may write, replace and remove; how its folder is cleared.
+"""The guard before all writing and removing: existing files and input files stay.
 
-Existing files and input files stay. Commands ask before their work, so that hours are not spent on
-what cannot be written.
+Commands ask it before their work, so that hours are not spent on what cannot be written.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,23 +17,17 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from nuteprune.data.demo import cache_folder
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.files import at_home, atomic, read_sums, remove, writing
+from nuteprune.files import at_home, writing
+from nuteprune.jobs.folder import begun, written_in
 from nuteprune.jobs.job import Job
-from nuteprune.processes import is_main, main_ones, somewhere
+from nuteprune.processes import is_main
 from nuteprune.run_folder import (
-    CARD,
-    HALF_WRITTEN,
-    RECORD,
     RUN,
     SELF,
     SELF_WRITTEN,
     SETTINGS,
-    SUMS,
-    TARGETS,
-    VOCAB,
     hidden,
 )
-from nuteprune.train.state import last_checkpoint
 
 Reads = Iterable[tuple[str, str | None]]
 """An input of a command: what it is, in words, and the name that the user gave."""
@@ -45,10 +37,6 @@ _NOT_LOADED = (".gguf", ".onnx", ".data")
 """Endings of files that may be in a model's folder, and that no model is loaded from."""
 _BLOCK = 4096
 """Bytes written as a trial: a full disk still takes a file's name."""
-_TARGET = re.compile(rf"({'|'.join(TARGETS)})\d[\w.+-]*")
-"""Names of the folders of several targets, as `train.asked` spells them."""
-DEMOS = Path("nuteprune-demo")
-"""Where a demo writes that is told nothing else."""
 
 
 def check_file(
@@ -262,109 +250,3 @@ def nothing_left(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty, or not there
                 path.rmdir()
         raise
-
-
-def begun(out: Path) -> bool:
-    """Return whether a folder has a run that `--resume` can continue or begin anew."""
-    run = out / RUN
-    kept = (run / SELF_WRITTEN, run / SETTINGS, run / VOCAB / RECORD)
-    return last_checkpoint(run) is not None or any(x.is_file() for x in kept)
-
-
-def free_folder(wanted: Path) -> Path:
-    """Return the folder, or the first of its numbered siblings that is not taken."""
-    folder, number = wanted, 1
-    while folder.exists() and any(folder.iterdir()):
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
-
-
-def begun_folder(wanted: Path) -> Path:
-    """Return the newest run's folder, among the folder and its numbered siblings."""
-    found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
-    return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
-
-
-def goes_on(job: Job) -> bool:
-    """Return whether a job goes on from a checkpoint of its run.
-
-    A run without a checkpoint begins anew when resumed, with the text that its model wrote.
-    """
-    return job.resume and last_checkpoint(job.out / RUN) is not None
-
-
-def is_stated(job: Job) -> bool:
-    """Return whether a job resumes a run whose settings in `run` must equal its own."""
-    return goes_on(job) or (job.resume and (job.out / RUN / SETTINGS).is_file())
-
-
-def share_run(out: Path) -> None:
-    """Copy the main process's run to machines that do not share its disk; all processes take part.
-
-    Tensors that stages leave are not copied, since the main process alone reads them.
-
-    Raises:
-        RunFailed: if another process has ended, or a file cannot be written.
-    """
-    found = sorted(x for x in out.rglob("*") if x.is_file() and _is_shared(x.relative_to(out)))
-    for name in main_ones([str(x.relative_to(out)) for x in found]):
-        path = out / name
-        if not somewhere(not path.is_file()):
-            continue
-        content = main_ones(path.read_bytes() if is_main() else b"")
-        if not path.is_file():
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic(path) as partial:
-                    partial.write_bytes(content)
-
-
-def _is_shared(name: Path) -> bool:
-    inside = RUN in name.parts[:-1] and not any(x.startswith(".") for x in name.parts)
-    return inside and not (name.parent.name == RUN and name.suffix == ".safetensors")
-
-
-def written_in(out: Path) -> set[str]:
-    """Return the names of files in a folder that runs write.
-
-    The file of sums names a checkpoint's files. It is written first and removed last.
-    """
-    named = {RUN, SUMS, RECORD, CARD, "additional_chat_templates", *read_sums(out)}
-    matching = {x.name for pattern in (".*partial", ".*removed") for x in out.glob(pattern)}
-    targets = {x.name for x in out.iterdir() if _TARGET.fullmatch(x.name) and x.is_dir()}
-    return {x.name for x in out.iterdir()} & (named | matching | targets)
-
-
-def clear_result(out: Path, overwrite: bool = False) -> None:
-    """Remove a run's results and what a kill left half written; keep the run, each target's too.
-
-    Args:
-        out: the output folder.
-        overwrite: remove what is not the run's as well.
-    """
-    visible = {x.name for x in out.iterdir() if not hidden(x)} if overwrite else set()
-    names = (written_in(out) | visible) - {RUN}
-    begun_targets = {x for x in names if _TARGET.fullmatch(x) and (out / x / RUN).is_dir()}
-    for name in begun_targets:
-        clear_result(out / name, overwrite=True)  # a checkpoint is written beside `run` alone
-    _remove(out, names - begun_targets)
-    _remove(out / RUN, [x.name for x in (out / RUN).glob(f"{HALF_WRITTEN}*")])
-
-
-def _remove(out: Path, names: Iterable[str]) -> None:
-    with writing(out):
-        # First what makes a folder a checkpoint, lest one that is gone in part look whole.
-        order = {"config.json": 0, SUMS: 2}
-        for name in sorted(names, key=lambda name: order.get(name, 1)):
-            remove(out / name)
-
-
-def clear(out: Path) -> None:
-    """Remove all that is in a folder; if that is interrupted, the rest cannot be resumed."""
-    with writing(out):
-        doomed = out / f".{RUN}.removed"
-        remove(doomed)
-        if (out / RUN).exists():
-            (out / RUN).replace(doomed)
-    _remove(out, [path.name for path in out.iterdir()])

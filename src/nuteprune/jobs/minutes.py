@@ -22,7 +22,7 @@ from nuteprune.console import Output, duration
 from nuteprune.data.mixture import tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
-from nuteprune.jobs.guard import is_stated
+from nuteprune.jobs.folder import is_stated
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, seconds_writing, share_to_write, trainer_config
 from nuteprune.plan.trial import seconds_per_step

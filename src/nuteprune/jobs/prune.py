@@ -14,6 +14,7 @@ from typing import Any
 from nuteprune.console import Output, quiet_loading
 from nuteprune.files import write_json
 from nuteprune.jobs import guard
+from nuteprune.jobs.folder import clear, clear_result, is_stated, share_run
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
@@ -153,7 +154,7 @@ def run(
         stack.enter_context(guard.nothing_left(folder))
         if job.resume and several_started():
             _ = trainer_config(job, Path(scratch) / RUN).device  # here processes meet
-            guard.share_run(job.out)
+            share_run(job.out)
         steps_in_time = None
         if job.minutes is not None:
             from nuteprune.jobs.minutes import steps_in_time_of, within_minutes
@@ -189,14 +190,14 @@ def run(
 def begin(job: PruneJob, run: Run) -> None:
     """Make room in the job's folder, and write the settings of the run."""
     if job.resume:  # a process that went on would tell of the others' silence instead
-        if guard.is_stated(job):
+        if is_stated(job):
             kinds = (PruneJob, NutePruneConfig)
             check_same(job.out / RUN, run.first.settings(), *kinds, also=("costs", OWN_TEXT_SUM))
         run.first.accelerator.wait_for_everyone()  # what is half written is of a killed run
         if is_main():
-            guard.clear_result(job.out, job.overwrite)
+            clear_result(job.out, job.overwrite)
     elif is_main() and job.overwrite and job.vocab is None:  # else it was cleared for that
-        guard.clear(job.out)
+        clear(job.out)
     if is_main():
         write_json(job.out / RUN / SETTINGS, run.first.settings())
     run.first.accelerator.wait_for_everyone()

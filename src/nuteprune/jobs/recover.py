@@ -27,7 +27,8 @@ from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import perplexities_of, weights_size, write_again
 from nuteprune.files import write_json
 from nuteprune.jobs import sources
-from nuteprune.jobs.guard import alone, check_out, clear, clear_result, goes_on, nothing_left
+from nuteprune.jobs.folder import clear, clear_result, goes_on
+from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
 from nuteprune.jobs.recover_text import check_room, judged_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user

@@ -22,7 +22,8 @@ from nuteprune.export.vocabulary import (
 )
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.fewer_tokens import Cutter, Smaller
-from nuteprune.jobs.guard import alone, check_out, clear
+from nuteprune.jobs.folder import clear
+from nuteprune.jobs.guard import alone, check_out
 from nuteprune.jobs.job import Job, VocabJob, tokens_asked
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype

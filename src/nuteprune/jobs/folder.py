@@ -1,0 +1,135 @@
+"""The folder that a job writes to: what runs have written there, and how it is cleared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from nuteprune.files import atomic, read_sums, remove, writing
+from nuteprune.jobs.job import Job
+from nuteprune.processes import is_main, main_ones, somewhere
+from nuteprune.run_folder import (
+    CARD,
+    HALF_WRITTEN,
+    RECORD,
+    RUN,
+    SELF_WRITTEN,
+    SETTINGS,
+    SUMS,
+    TARGETS,
+    VOCAB,
+    hidden,
+)
+from nuteprune.train.state import last_checkpoint
+
+_TARGET = re.compile(rf"({'|'.join(TARGETS)})\d[\w.+-]*")
+"""Names of the folders of several targets, as `train.asked` spells them."""
+DEMOS = Path("nuteprune-demo")
+"""Where a demo writes that is told nothing else."""
+
+
+def begun(out: Path) -> bool:
+    """Return whether a folder has a run that `--resume` can continue or begin anew."""
+    run = out / RUN
+    kept = (run / SELF_WRITTEN, run / SETTINGS, run / VOCAB / RECORD)
+    return last_checkpoint(run) is not None or any(x.is_file() for x in kept)
+
+
+def free_folder(wanted: Path) -> Path:
+    """Return the folder, or the first of its numbered siblings that is not taken."""
+    folder, number = wanted, 1
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def begun_folder(wanted: Path) -> Path:
+    """Return the newest run's folder, among the folder and its numbered siblings."""
+    found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
+    return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
+
+
+def goes_on(job: Job) -> bool:
+    """Return whether a job goes on from a checkpoint of its run.
+
+    A run without a checkpoint begins anew when resumed, with the text that its model wrote.
+    """
+    return job.resume and last_checkpoint(job.out / RUN) is not None
+
+
+def is_stated(job: Job) -> bool:
+    """Return whether a job resumes a run whose settings in `run` must equal its own."""
+    return goes_on(job) or (job.resume and (job.out / RUN / SETTINGS).is_file())
+
+
+def share_run(out: Path) -> None:
+    """Copy the main process's run to machines that do not share its disk; all processes take part.
+
+    Tensors that stages leave are not copied, since the main process alone reads them.
+
+    Raises:
+        RunFailed: if another process has ended, or a file cannot be written.
+    """
+    found = sorted(x for x in out.rglob("*") if x.is_file() and _is_shared(x.relative_to(out)))
+    for name in main_ones([str(x.relative_to(out)) for x in found]):
+        path = out / name
+        if not somewhere(not path.is_file()):
+            continue
+        content = main_ones(path.read_bytes() if is_main() else b"")
+        if not path.is_file():
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic(path) as partial:
+                    partial.write_bytes(content)
+
+
+def _is_shared(name: Path) -> bool:
+    inside = RUN in name.parts[:-1] and not any(x.startswith(".") for x in name.parts)
+    return inside and not (name.parent.name == RUN and name.suffix == ".safetensors")
+
+
+def written_in(out: Path) -> set[str]:
+    """Return the names of files in a folder that runs write.
+
+    The file of sums names a checkpoint's files. It is written first and removed last.
+    """
+    named = {RUN, SUMS, RECORD, CARD, "additional_chat_templates", *read_sums(out)}
+    matching = {x.name for pattern in (".*partial", ".*removed") for x in out.glob(pattern)}
+    targets = {x.name for x in out.iterdir() if _TARGET.fullmatch(x.name) and x.is_dir()}
+    return {x.name for x in out.iterdir()} & (named | matching | targets)
+
+
+def clear_result(out: Path, overwrite: bool = False) -> None:
+    """Remove a run's results and what a kill left half written; keep the run, each target's too.
+
+    Args:
+        out: the output folder.
+        overwrite: remove what is not the run's as well.
+    """
+    visible = {x.name for x in out.iterdir() if not hidden(x)} if overwrite else set()
+    names = (written_in(out) | visible) - {RUN}
+    begun_targets = {x for x in names if _TARGET.fullmatch(x) and (out / x / RUN).is_dir()}
+    for name in begun_targets:
+        clear_result(out / name, overwrite=True)  # a checkpoint is written beside `run` alone
+    _remove(out, names - begun_targets)
+    _remove(out / RUN, [x.name for x in (out / RUN).glob(f"{HALF_WRITTEN}*")])
+
+
+def _remove(out: Path, names: Iterable[str]) -> None:
+    with writing(out):
+        # First what makes a folder a checkpoint, lest one that is gone in part look whole.
+        order = {"config.json": 0, SUMS: 2}
+        for name in sorted(names, key=lambda name: order.get(name, 1)):
+            remove(out / name)
+
+
+def clear(out: Path) -> None:
+    """Remove all that is in a folder; if that is interrupted, the rest cannot be resumed."""
+    with writing(out):
+        doomed = out / f".{RUN}.removed"
+        remove(doomed)
+        if (out / RUN).exists():
+            (out / RUN).replace(doomed)
+    _remove(out, [path.name for path in out.iterdir()])
