@@ -11,7 +11,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.folder import clear_result
 from nuteprune.jobs.guard import alone, check_file, check_out, check_writable, nothing_left
-from nuteprune.jobs.job import Job, PruneJob
+from nuteprune.jobs.job import Job, PruneJob, VocabJob
 from nuteprune.jobs.settings import make_job
 from nuteprune.train.config import NutePruneConfig
 
@@ -38,7 +38,7 @@ def test_resuming_is_offered_where_there_is_a_run_to_go_on_with(tmp_path: Path) 
             check_out(Job("demo", tmp_path))
         assert ("or --resume to go on with it" in str(told.value)) == offered
         with pytest.raises(UserError, match=r"to replace it$"):
-            check_out(Job("demo", tmp_path), resumes=False)
+            check_out(VocabJob("demo", tmp_path))
 
 
 @pytest.mark.parametrize("setting", ["config", "shape", "family", "costs"])

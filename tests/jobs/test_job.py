@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 import nuteprune
-from nuteprune.cli.export import TYPES
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.write import FILE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
-from nuteprune.jobs.options import Benchmark
+from nuteprune.jobs.options import TYPES, Benchmark
 from nuteprune.jobs.prune_run import mixture, recorded
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.timing import ENGINES

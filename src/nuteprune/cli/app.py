@@ -51,9 +51,9 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    from nuteprune.cli import commands, export  # here: `main` checks names before anything else
+    from nuteprune.cli import commands  # here: `main` checks names before anything else
 
-    functions = {**vars(commands), "eval": commands.evaluate, "export": export.export}
+    functions = {**vars(commands), "eval": commands.evaluate}
     for command in COMMANDS:
         app.command(command)(functions[command])
     return app

@@ -91,12 +91,11 @@ def prune(
     given = {"model": model, "out": out, "data": data, "sparsity": sparsity, "steps": steps}
     job = make_job(PruneJob, PruneSettings, {**given, **settings}, config)
     with quiet_loading():
-        result = finished(job, Output(quiet=quiet))
-    return None if result is None else result.summary()
+        return finished(job, Output(quiet=quiet))
 
 
-def finished(job: PruneJob, output: Output) -> Result | None:
-    """Do the job, print what came out, and write its report; see `run`.
+def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
+    """Do the job, print what came out, and write its report; see `run` and `Result.summary`.
 
     Raises:
         UserError: if no target is given, or for what `run` refuses.
@@ -104,10 +103,12 @@ def finished(job: PruneJob, output: Output) -> Result | None:
     """
     check_target(job)
     result = run(job, output)
-    if result is not None and result.plan is None:
+    if result is None:
+        return None
+    if result.plan is None:
         print_results(result.records, output)
         finish(job, result, output)
-    return result
+    return result.summary()
 
 
 def finish(job: PruneJob, result: Result, output: Output) -> None:

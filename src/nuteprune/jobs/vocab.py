@@ -16,10 +16,7 @@ from nuteprune.data.mixture import GUARD
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.record import write_pruned
-from nuteprune.export.vocabulary import (
-    merges_of,
-    template_tokens,
-)
+from nuteprune.export.vocabulary import merges_of, template_tokens
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.fewer_tokens import Cutter, Smaller
 from nuteprune.jobs.folder import clear
@@ -83,7 +80,7 @@ def run(job: Job, keep: int | str, output: Output) -> dict[str, Any]:
     """
     keep = tokens_asked(keep, "--keep")
     with alone(job.out):
-        check_out(job, resumes=False)
+        check_out(job)
         check_whole(job.model)
         record = cut(job, keep, job.out, output)
     _print(job, record, output)
